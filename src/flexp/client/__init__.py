@@ -1,0 +1,1 @@
+"""The device's side: the personal model and its training loop."""

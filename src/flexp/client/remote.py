@@ -1,0 +1,83 @@
+"""The remote middle as one differentiable function: what makes a client's step ordinary PyTorch."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from flexp.errors import LinkError
+from flexp.links.base import Link
+from flexp.links.messages import BackwardReply, BackwardRequest, ForwardReply, ForwardRequest
+
+Reply = TypeVar("Reply")
+
+
+@dataclass(frozen=True)
+class Micro:
+    """What one exchange counts in its step: see :class:`flexp.links.messages.BackwardRequest`."""
+
+    share: float = 1.0
+    weight: float | None = None  # None: the number of examples
+    last: bool = True
+
+
+class RemoteCall:
+    """One exchange: sent when it is made, waited for when its result is needed."""
+
+    def __init__(self, link: Link, request: ForwardRequest, micro: Micro) -> None:
+        self.request = request
+        self.align: float | None = None
+        self._link = link
+        self._micro = micro
+        self._forward: Future[ForwardReply] = link.forward(request)
+
+    def forward(self) -> Tensor:
+        """h, (B, T, H), once it is here."""
+        reply = self._wait(self._forward)
+        self.align = reply.align
+        return reply.hidden_BTH
+
+    def backward(self, grad_BTH: Tensor) -> BackwardReply:
+        """Send ∂task/∂h and wait for the gradients at what was sent up."""
+        if not self.request.train:
+            raise LinkError(
+                "this forward ran in evaluation mode, so the server kept nothing for a backward: "
+                "call model.train() before the forward"
+            )
+        weight = float(len(grad_BTH)) if self._micro.weight is None else self._micro.weight
+        request = BackwardRequest(
+            self.request.exchange, grad_BTH.detach(), self._micro.share, weight, self._micro.last
+        )
+        return self._wait(self._link.backward(request))
+
+    def _wait(self, future: Future[Reply]) -> Reply:
+        began = time.perf_counter()
+        try:
+            return future.result()
+        finally:
+            self._link.meter.of(self.request.train).waited_seconds += time.perf_counter() - began
+
+
+class RemoteMiddle(torch.autograd.Function):
+    """Blocks [s, e) on the server: h from z forward, ∂total/∂z from ∂task/∂h backward.
+
+    Inputs are the call, z and, with alignment at every block, the inner activations; all (B, T, H). The alignment
+    gradient is part of what comes back, so it needs no term in the loss.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, call: RemoteCall, z_BTH: Tensor, *inner_BTH: Tensor) -> Tensor:
+        ctx.call = call
+        return call.forward()
+
+    @staticmethod
+    def backward(ctx: Any, grad_BTH: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        call: RemoteCall = ctx.call
+        reply = call.backward(grad_BTH)
+        inner = reply.inner_BTH or (None,) * len(call.request.inner_BTH)
+        return (None, reply.grad_BTH, *inner)

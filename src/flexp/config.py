@@ -1,0 +1,196 @@
+"""The one schema of a run: what a ``CONFIG.toml`` may say, what it means, and what stands when it says nothing.
+
+Unknown keys, wrong types and impossible values are refused by name. :mod:`flexp.experiments.settings` reads the file;
+this module only states the shape.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+
+Task = Literal["classification", "causal-lm", "instruction", "multiple-choice", "image-classification"]
+Tuning = Literal["full", "lora"]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Rate = Annotated[float, Field(gt=0.0)]
+Cut = tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)] | None]
+
+
+class Section(BaseModel):
+    """A table of the file: immutable, and closed to keys that it does not name."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LoraConfig(Section):
+    """Low-rank adapters (Hu et al., 2021, arXiv 2106.09685), used when ``model.tuning`` is ``lora``."""
+
+    rank: PositiveInt = 8
+    alpha: float = 16.0
+    dropout: Fraction = 0.0
+    targets: str | list[str] = "all-linear"  # names of linear modules inside the blocks, as peft takes them
+
+
+class ModelConfig(Section):
+    """The pretrained model and how it is tuned."""
+
+    id: str  # folder, Hugging Face id, asset:NAME, or arch:NAME (tiny, random weights)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    tuning: Tuning = "full"
+    lora: LoraConfig = LoraConfig()
+    train_embeddings: bool = False  # with full tuning: also the client's embeddings (and a head tied to them)
+    gradient_checkpointing: bool = False  # on the client's own blocks
+    base_depth: Annotated[int, Field(ge=0)] | None = None  # s_min; None: the smallest s of the clients
+
+
+class ClientsConfig(Section):
+    """How the data is divided among clients, and what every client keeps of the model."""
+
+    by: Literal["column", "file", "iid", "dirichlet", "pathological", "size", "length", "skew"] = "column"
+    column: str = (
+        "client"  # column: names the client; skew: every value becomes two clients, VALUE-a and VALUE-b
+    )
+    names: list[str] | None = None  # only these clients (column, file and skew), in this order
+    count: PositiveInt | None = None  # how many clients (partitioners)
+    alpha: Rate = 0.5  # dirichlet: concentration (smaller is more skewed)
+    classes: PositiveInt = 2  # pathological: labels per client
+    min_examples: PositiveInt = 2  # dirichlet: the smallest admissible client
+    skew: Annotated[float, Field(ge=0.5, le=1.0)] = (
+        0.75  # skew: share of the first half of the labels at VALUE-a
+    )
+    cuts: list[Cut] = [
+        (1, None)
+    ]  # (s, e) per client, repeated when there are fewer than clients; e = None: L
+
+
+class DataConfig(Section):
+    """Where the examples come from, which columns matter, and how they are divided."""
+
+    source: str  # file, folder, asset:NAME, or a datasets id
+    task: Task = "classification"
+    config: str | None = None  # the configuration of a datasets id
+    split: str | None = None  # the split of a datasets id or asset that holds the examples (default: train)
+    test_source: str | None = (
+        None  # a file with test examples of all clients; else they are split off `source`
+    )
+    text: str = "text"  # classification, causal-lm
+    text_pair: str | None = None  # classification: a second text
+    label: str = "label"  # classification, multiple-choice (index or letter)
+    image: str = "image"  # image-classification
+    prompt: str = "prompt"  # instruction, multiple-choice: the question
+    answer: str = "answer"  # instruction
+    choices: str | list[str] = "choices"  # multiple-choice: a list column, or one column per choice
+    template: str | None = None  # with {column} fields; instruction and multiple-choice have defaults
+    max_length: PositiveInt = 128  # tokens; what is longer is cut off, and counted
+    long_texts: Literal["truncate", "error"] = "truncate"
+    block_length: PositiveInt | None = (
+        None  # causal-lm: join texts and cut them in blocks of that many tokens
+    )
+    test_fraction: Fraction = 0.3  # of every client's examples
+    validation_fraction: Fraction = 0.0  # of what is left for training
+    train_examples: PositiveInt | None = None  # few-shot: private examples of a client
+    test_examples: PositiveInt | None = None  # at most that many test examples of a client
+    clients: ClientsConfig = ClientsConfig()
+    seed: int | None = None  # None: the run's seed
+
+
+class OptimizerConfig(Section):
+    """An optimiser with its schedule; the personal and the shared parts have one each."""
+
+    name: Literal["adamw", "adam", "sgd"] = "adamw"
+    lr: Rate = 1e-4
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    momentum: Fraction = 0.0  # sgd
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    clip: Rate | None = 1.0  # the largest global norm of a step's gradient
+
+
+class TrainConfig(Section):
+    """The client's loop. A round is one turn of every client; FlexP-SFL itself knows no rounds."""
+
+    rounds: PositiveInt = 5
+    steps_per_round: PositiveInt = 10  # optimiser steps of a client in its turn
+    batch_size: PositiveInt = 8  # examples of a step
+    micro_batch: PositiveInt | None = None  # examples of one exchange; None: the whole batch
+    order: Literal["round-robin", "random"] = "round-robin"
+    turn: Literal["round", "step"] = "step"  # clients take turns after every step, or after a whole round
+    personal: OptimizerConfig = OptimizerConfig()
+    shared: OptimizerConfig = OptimizerConfig()
+
+
+class AlignConfig(Section):
+    """The term that keeps a personal layer useful on everybody's data (FlexP-SFL, arXiv 2508.10349)."""
+
+    kind: Literal["off", "kl", "mse", "cosine", "weights"] = "kl"
+    weight: Annotated[float, Field(ge=0.0)] = 0.25  # λ
+    temperature: Rate = 1.0  # kl
+    normalize: bool = False  # compare standardised hidden states
+    at: Literal["cut", "every-block"] = "cut"
+    every: PositiveInt = 1  # align on every n-th step
+    combine: Literal["sum", "project"] = "sum"
+    pull: Fraction = 0.2  # μ of kind = "weights"
+
+
+class MethodConfig(Section):
+    """The method and its own settings."""
+
+    name: Literal["flexp-sfl", "local"] = "flexp-sfl"
+    align: AlignConfig = AlignConfig()
+
+
+class ServerConfig(Section):
+    """The shared blocks' side."""
+
+    update: Literal["every", "mean"] = "every"
+    mean_over: PositiveInt = 4  # with update = "mean": client steps in one update, weighted by tokens
+    memory: Literal["keep", "recompute"] = "keep"
+    max_in_flight: PositiveInt = 8  # forwards whose backward has not come yet, over all clients
+    tuning: Literal["full", "lora", "frozen"] | None = None  # of the shared blocks; None: as model.tuning
+
+
+class EvaluationConfig(Section):
+    """When and on how much personal models are scored."""
+
+    every: PositiveInt = 1  # rounds
+    batch_size: PositiveInt = 32
+    global_examples: PositiveInt | None = None  # at most that many of everybody's test examples
+    measure_memory: bool = True  # a client's peak memory, in a process of its own for each distinct cut
+
+
+class OutputConfig(Section):
+    """What a run leaves behind."""
+
+    checkpoint_every: PositiveInt = 1  # rounds
+    tensorboard: bool = True
+    html: bool = True
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    name: str = "run"
+    seed: int = 0
+    threads: PositiveInt | None = None  # torch threads; None: as many as cores
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig = TrainConfig()
+    method: MethodConfig = MethodConfig()
+    server: ServerConfig = ServerConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    output: OutputConfig = OutputConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        if self.train.micro_batch is not None and self.train.micro_batch > self.train.batch_size:
+            raise ValueError(
+                f"train.micro_batch = {self.train.micro_batch} is larger than train.batch_size = {self.train.batch_size}"
+            )
+        return self
+
+    def resolved(self) -> dict[str, Any]:
+        """The configuration with every default written out, as JSON-ready values."""
+        return self.model_dump(mode="json")

@@ -1,0 +1,101 @@
+"""The link: all that a client sees of the server.
+
+Whatever carries the messages, the code above it is the same. A call gives a future at once, so that several exchanges
+of one client may be in flight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Protocol, runtime_checkable
+
+from flexp.links.messages import (
+    BackwardReply,
+    BackwardRequest,
+    ForwardReply,
+    ForwardRequest,
+    Join,
+    PullReply,
+    PullRequest,
+    Welcome,
+)
+
+
+@dataclass
+class Traffic:
+    """Bytes of tensors each way, exchanges, and the seconds that the other side computed and the client waited."""
+
+    bytes_up: int = 0
+    bytes_down: int = 0
+    exchanges: int = 0
+    server_seconds: float = 0.0
+    waited_seconds: float = 0.0
+
+
+@dataclass
+class Meter:
+    """What one client's link carried, counted where it happens; training apart from evaluation."""
+
+    training: Traffic = field(default_factory=Traffic)
+    evaluation: Traffic = field(default_factory=Traffic)
+
+    def of(self, train: bool) -> Traffic:
+        """The account of training or of evaluation."""
+        return self.training if train else self.evaluation
+
+    def state(self) -> dict[str, dict[str, float]]:
+        """All counts, JSON-ready."""
+        return {"training": asdict(self.training), "evaluation": asdict(self.evaluation)}
+
+    def load(self, state: dict[str, dict[str, float]]) -> None:
+        """Continue from :meth:`state`."""
+        self.training = Traffic(**state["training"])  # type: ignore[arg-type]
+        self.evaluation = Traffic(**state["evaluation"])  # type: ignore[arg-type]
+
+
+@runtime_checkable
+class Link(Protocol):
+    """Carries exchanges between one client and the server.
+
+    Raises:
+        LinkError: from every call, or from its future, when the server refuses or cannot be reached.
+    """
+
+    meter: Meter
+
+    @property
+    def client(self) -> str:
+        """The name of the client whose link this is."""
+        ...
+
+    def join(self, request: Join) -> Welcome:
+        """Agree on model, cut and alignment; before anything else, and again to change the cut."""
+        ...
+
+    def forward(self, request: ForwardRequest) -> Future[ForwardReply]:
+        """Blocks [s, e) forward."""
+        ...
+
+    def backward(self, request: BackwardRequest) -> Future[BackwardReply]:
+        """Blocks [s, e) backward."""
+        ...
+
+    def pull(self, request: PullRequest) -> Future[PullReply]:
+        """The shared weights of the aligned blocks."""
+        ...
+
+    def close(self) -> None:
+        """Leave; what is in flight is dropped."""
+        ...
+
+
+@contextmanager
+def connected(link: Link) -> Iterator[Link]:
+    """Close ``link`` when the ``with`` block ends."""
+    try:
+        yield link
+    finally:
+        link.close()

@@ -1,0 +1,132 @@
+"""What crosses a link. Nothing else ever does: no token id, label, pixel or personal weight has a place here.
+
+Shapes: B examples, T tokens, H hidden width. Every tensor is detached; every message is a plain value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from torch import Tensor
+
+from flexp.config import AlignConfig
+
+
+@dataclass(frozen=True)
+class Join:
+    """A client's first message: who it is, what it keeps, and what it wants the server to do.
+
+    Attributes:
+        fingerprint: of the pretrained model (:func:`flexp.models.fingerprint.fingerprint`), which must be the server's.
+        cut: (s, e); the server runs blocks [s, e) for this client.
+        align: the alignment whose gradient the server is to compute.
+        tuning: how the client trains its blocks; the `weights` alignment needs it to be the server's.
+    """
+
+    client: str
+    fingerprint: str
+    cut: tuple[int, int]
+    dtype: str
+    tuning: str
+    align: AlignConfig
+
+
+@dataclass(frozen=True)
+class Welcome:
+    """The server's answer: the base depth s_min that its shared blocks start at."""
+
+    base_depth: int
+    blocks: int
+    hidden: int
+
+
+@dataclass(frozen=True)
+class ForwardRequest:
+    """Run blocks [s, e).
+
+    Attributes:
+        exchange: numbers this client's exchanges; a backward names the forward that it belongs to.
+        hidden_BTH: the smashed activation z_k.
+        mask_BT: the attention mask, if the client uses one.
+        positions_BT: explicit positions, if the client uses any.
+        base_BTH: z_base, when alignment is due on this exchange.
+        inner_BTH: with alignment at every block, the activations after blocks s_min … s−2, in order.
+        train: whether a backward will follow.
+    """
+
+    exchange: int
+    hidden_BTH: Tensor
+    mask_BT: Tensor | None = None
+    positions_BT: Tensor | None = None
+    base_BTH: Tensor | None = None
+    inner_BTH: tuple[Tensor, ...] = ()
+    train: bool = False
+
+
+@dataclass(frozen=True)
+class ForwardReply:
+    """``hidden_BTH``: what comes out of block e−1. ``align``: the alignment term, when it was due."""
+
+    hidden_BTH: Tensor
+    align: float | None = None
+
+
+@dataclass(frozen=True)
+class BackwardRequest:
+    """Run blocks [s, e) backward, for an earlier forward.
+
+    Attributes:
+        grad_BTH: ∂task/∂h, scaled by what this exchange counts in its step.
+        share: what this exchange counts in its step, 0 < share ≤ 1: micro-batches share one.
+        weight: how many items (tokens, examples) of the loss this exchange stands for.
+        last: whether the client's step is complete with this exchange.
+    """
+
+    exchange: int
+    grad_BTH: Tensor
+    share: float = 1.0
+    weight: float = 1.0
+    last: bool = True
+
+
+@dataclass(frozen=True)
+class BackwardReply:
+    """``grad_BTH``: ∂total/∂z_k. ``inner_BTH``: gradients at the inner activations, where alignment was due."""
+
+    grad_BTH: Tensor
+    inner_BTH: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class PullRequest:
+    """Ask for the shared weights of the aligned blocks [s_min, s), for alignment in weight space."""
+
+
+@dataclass(frozen=True)
+class PullReply:
+    """The trained shared parameters of the aligned blocks, by their names in the model."""
+
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+
+def tensors(message: Any) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor in a message, with the name of its field."""
+    for item in fields(message):
+        value = getattr(message, item.name)
+        if isinstance(value, Tensor):
+            yield item.name, value
+        elif isinstance(value, tuple):
+            yield from ((item.name, entry) for entry in value if isinstance(entry, Tensor))
+        elif isinstance(value, dict):
+            yield from ((f"{item.name}.{key}", entry) for key, entry in value.items())
+
+
+def size(message: Any) -> int:
+    """The bytes of a message's tensors, as they cross."""
+    total = 0
+    for name, value in tensors(message):
+        # A mask of zeros and ones crosses as one byte an entry, whatever type the model wants it in.
+        total += value.numel() * (1 if name == "mask_BT" else value.element_size())
+    return total

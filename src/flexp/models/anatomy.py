@@ -1,0 +1,106 @@
+"""Where a Hugging Face model keeps its blocks, and whether it can be cut between them exactly."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from flexp.errors import ModelError
+
+Kind = str  # "causal-lm", "sequence-classification" or "image-classification"
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """What has to be known of a model before it can be cut.
+
+    Attributes:
+        path: dotted name of the ``ModuleList`` that holds the blocks, for instance ``model.layers``.
+        blocks: the number of blocks, L.
+        hidden: the width of the hidden state, H.
+        image: whether the model reads pixels rather than tokens.
+    """
+
+    path: str
+    blocks: int
+    hidden: int
+    image: bool
+
+
+def dissect(model: nn.Module) -> Anatomy:
+    """Find the blocks of ``model`` and refuse, by name, what cannot be cut between them exactly.
+
+    Raises:
+        ModelError: the model has no single list of blocks, or something ties its blocks together.
+    """
+    name = type(model).__name__
+    config: Any = model.config
+    text: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
+    _refuse_by_design(name, config, text)
+    blocks = int(text.num_hidden_layers)
+    found = [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == blocks and blocks > 0
+    ]
+    # A mixture of experts may have as many experts as blocks: only the outermost lists count.
+    outermost = [path for path in found if not any(path.startswith(other + ".") for other in found)]
+    if len(outermost) != 1:
+        where = ", ".join(outermost) or "none"
+        raise ModelError(
+            f"{name} cannot be split: expected one ModuleList of {blocks} blocks, found {len(outermost)} ({where}); "
+            "use a decoder-only, encoder-only or ViT-like model"
+        )
+    _refuse_sharing(name, model, outermost[0])
+    image = getattr(model, "main_input_name", "input_ids") == "pixel_values"
+    return Anatomy(path=outermost[0], blocks=blocks, hidden=int(text.hidden_size), image=image)
+
+
+def _refuse_by_design(name: str, config: Any, text: Any) -> None:
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{name} cannot be split: it is an encoder–decoder, whose decoder blocks all read the encoder's output; "
+            "use a decoder-only or encoder-only model"
+        )
+    if getattr(text, "hidden_size_per_layer_input", 0):
+        raise ModelError(
+            f"{name} cannot be split: every block reads an embedding of the token ids of its own (per-layer inputs), "
+            "which must not reach the server; use Gemma 1–3, Llama or Qwen instead"
+        )
+    if getattr(text, "relative_attention", False):
+        raise ModelError(
+            f"{name} cannot be split: all blocks share one trainable table of relative positions, so its gradient "
+            "would have to be summed over client and server; use BERT, RoBERTa or ModernBERT instead"
+        )
+    if getattr(config, "_attn_implementation", None) is None:
+        raise ModelError(
+            f"{name} cannot be split: its attention implementation was never set, which makes attention silently "
+            "non-causal; make the model with from_pretrained, or from_config(..., attn_implementation='sdpa')"
+        )
+
+
+def _refuse_sharing(name: str, model: nn.Module, path: str) -> None:
+    blocks = model.get_submodule(path)
+    inside: Counter[int] = Counter()
+    for block in blocks.children():
+        inside.update({id(parameter) for parameter in block.parameters()})
+    if any(count > 1 for count in inside.values()):
+        raise ModelError(
+            f"{name} cannot be split: some of its blocks share one parameter, which client and server would train "
+            "apart; use a model whose blocks have weights of their own"
+        )
+    within = {id(module) for module in blocks.modules()}
+    outside = {
+        id(parameter)
+        for module in model.modules()
+        if id(module) not in within
+        for parameter in module.parameters(recurse=False)
+    }
+    if outside & set(inside):
+        raise ModelError(
+            f"{name} cannot be split: a block shares a parameter with the embeddings or the head; "
+            "use a model whose blocks have weights of their own"
+        )

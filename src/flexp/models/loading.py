@@ -1,0 +1,188 @@
+"""Loading a model, or only the part of it that a party owns.
+
+Only the tensors of that part are ever read: ``from_pretrained`` runs on a throw-away subclass whose ``__init__`` takes
+out what the party does not own, so that transformers' own renames, fusing of experts and handling of types still apply.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from torch import nn
+from transformers.utils import logging as transformers_logging
+
+from flexp.errors import ModelError
+from flexp.models import zoo
+from flexp.models.anatomy import dissect
+from flexp.models.parts import Part, prune
+from flexp.models.stage import Stage, carve, forget_ties
+
+ModelKind = Literal["causal-lm", "sequence-classification", "image-classification"]
+AUTO: dict[str, Any] = {
+    "causal-lm": transformers.AutoModelForCausalLM,
+    "sequence-classification": transformers.AutoModelForSequenceClassification,
+    "image-classification": transformers.AutoModelForImageClassification,
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def load_stage(
+    model_id: str | Path,
+    kind: ModelKind,
+    part: Part | None = None,
+    *,
+    labels: Sequence[str] | None = None,
+    dtype: str = "float32",
+    attention: str = "sdpa",
+    pad_token_id: int | None = None,
+    seed: int = 0,
+) -> Stage:
+    """Load the ``part`` of a pretrained model that a party owns (``None``: all of it).
+
+    Args:
+        model_id: a local folder, a Hugging Face id, or ``arch:NAME`` for a tiny model with random weights.
+        kind: what the model is for.
+        labels: the names of the classes, for classifiers.
+        seed: of those weights that the checkpoint does not hold, such as a new classifier; equal for every part.
+
+    Raises:
+        ModelError: there is no such model, it is not of that kind, or it cannot be split exactly.
+    """
+    name = str(model_id)
+    if name.startswith("arch:"):
+        whole = _from_zoo(name.removeprefix("arch:"), kind, labels, dtype, attention, seed)
+        return whole if part is None else carve(whole, part)
+    config = load_config(name)
+    if labels is not None:
+        config.num_labels = len(labels)
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: index for index, label in enumerate(labels)}
+    if pad_token_id is not None and config.get_text_config().pad_token_id is None:
+        config.get_text_config().pad_token_id = pad_token_id
+    original = _class_for(config, kind, name)
+    cls = original if part is None else _pruned(original, part)
+    with _quietly(), torch.random.fork_rng(devices=[]):
+        try:
+            model, info = cls.from_pretrained(
+                name,
+                config=config,
+                dtype=DTYPES[dtype],
+                attn_implementation=attention,
+                output_loading_info=True,
+                ignore_mismatched_sizes=labels is not None,
+            )
+        except ModelError:
+            raise
+        except Exception as error:
+            raise ModelError(f"{name}: the model cannot be loaded ({_first_line(error)})") from error
+    model.__class__ = original
+    missing = set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
+    _initialise(model, missing, seed)
+    if any(value.is_meta for value in model.parameters()):
+        raise ModelError(f"{name}: some weights could not be loaded; is the folder complete?")
+    anatomy = dissect(model)
+    model.requires_grad_(False)
+    return Stage(model, anatomy, part or Part.whole(anatomy.blocks))
+
+
+def load_config(name: str) -> Any:
+    """The configuration of a model.
+
+    Raises:
+        ModelError: there is none under that name.
+    """
+    if name.startswith("arch:"):
+        return zoo.tiny_model(name.removeprefix("arch:")).config
+    try:
+        with _quietly():
+            return transformers.AutoConfig.from_pretrained(name)
+    except Exception as error:
+        raise ModelError(
+            f"model {name!r} was not found: expected a local folder with a config.json, a Hugging Face id that can be "
+            f"reached, asset:NAME or arch:NAME ({_first_line(error)})"
+        ) from error
+
+
+def _from_zoo(
+    name: str, kind: ModelKind, labels: Sequence[str] | None, dtype: str, attention: str, seed: int
+) -> Stage:
+    model: Any = zoo.tiny_model(name, task=kind, seed=seed, attention=attention, dtype=DTYPES[dtype])  # type: ignore[arg-type]
+    if labels is not None and len(labels) != model.config.num_labels:
+        raise ModelError(
+            f"arch:{name} has {model.config.num_labels} classes, but the data have {len(labels)}; use a real model"
+        )
+    model.requires_grad_(False)
+    return Stage.whole(model)
+
+
+def _class_for(config: Any, kind: ModelKind, name: str) -> Any:
+    mapping = AUTO[kind]._model_mapping
+    if type(config) not in mapping:
+        raise ModelError(
+            f"{name}: a {config.model_type} model cannot be used for {kind}; choose another model or another data.task"
+        )
+    cls = mapping[type(config)]
+    return cls[0] if isinstance(cls, tuple) else cls
+
+
+def _pruned(original: Any, part: Part) -> Any:
+    """A subclass of ``original`` that owns nothing but ``part``, made to be thrown away after loading."""
+
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        original.__init__(self, config, *args, **kwargs)
+        prune(self, dissect(self), part)
+        if not part.ends:
+            forget_ties(self)
+
+    names = {"__init__": __init__, "__module__": original.__module__, "__qualname__": original.__qualname__}
+    return type(original.__name__, (original,), names)
+
+
+def _initialise(model: nn.Module, missing: Iterable[str], seed: int) -> None:
+    """Draw the weights that no checkpoint holds from a generator of their own name, so that every part agrees."""
+    spread = float(getattr(model.config, "initializer_range", None) or 0.02)
+    for name in sorted(missing):
+        try:
+            parameter = model.get_parameter(name)
+        except AttributeError:
+            continue
+        with torch.no_grad():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif parameter.dim() >= 2:
+                parameter.copy_(torch.randn(parameter.shape, generator=named_generator(seed, name)) * spread)
+
+
+def named_generator(seed: int, name: str) -> torch.Generator:
+    """A generator that depends on a seed and a name alone."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without transformers' progress bar and its report of keys that a part does not own."""
+    verbosity = transformers_logging.get_verbosity()
+    bar = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bar:
+            transformers_logging.enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -1,0 +1,160 @@
+"""Which part of a model a party owns, and what stands where the rest was.
+
+Block indices never change: block 7 of the whole model is ``layers[7]`` of every party, so that models whose blocks
+differ (sliding windows, mixtures of experts) stay right and ``state_dict`` keys stay the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flexp.errors import ConfigError, ModelError
+from flexp.models.anatomy import Anatomy
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a party keeps: some blocks, and perhaps both ends of the model (embeddings, final norm, head)."""
+
+    blocks: frozenset[int]
+    ends: bool
+
+    @classmethod
+    def whole(cls, blocks: int) -> Part:
+        """The whole model."""
+        return cls(frozenset(range(blocks)), ends=True)
+
+    @classmethod
+    def client(cls, cut: tuple[int, int], blocks: int) -> Part:
+        """The ends, blocks [0, s) and blocks [e, L) of a model with L = ``blocks``."""
+        start, stop = check_cut(cut, blocks)
+        return cls(frozenset(range(start)) | frozenset(range(stop, blocks)), ends=True)
+
+    @classmethod
+    def server(cls, start: int, stop: int) -> Part:
+        """Blocks [start, stop), and nothing that ever sees a token, a pixel or a label."""
+        return cls(frozenset(range(start, stop)), ends=False)
+
+
+def check_cut(cut: tuple[int, int | None], blocks: int, where: str = "cut") -> tuple[int, int]:
+    """Complete ``cut`` = (s, e) for a model with L = ``blocks`` and check 0 ≤ s < e ≤ L.
+
+    Raises:
+        ConfigError: the cut lies outside of the model, or leaves nothing to the server.
+    """
+    start, stop = cut[0], blocks if cut[1] is None else cut[1]
+    if not 0 <= start < stop <= blocks:
+        raise ConfigError(
+            f"{where} = ({start}, {stop}) does not fit a model of {blocks} blocks: "
+            f"expected 0 <= s < e <= {blocks}, so that the server runs blocks [s, e)"
+        )
+    return start, stop
+
+
+class Absent(nn.Module):
+    """Stands where a block is that another party owns. Keeps the plain attributes that a model may ask for."""
+
+    def __init__(self, index: int, block: nn.Module) -> None:
+        super().__init__()
+        plain = {
+            key: value
+            for key, value in vars(block).items()
+            if not key.startswith("_") and isinstance(value, str | int | float | bool | None)
+        }
+        self.__dict__.update({**plain, "index": index})
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        raise ModelError(f"block {self.index} was asked to run on a party that does not own it")
+
+
+class ZeroEmbedding(nn.Module):
+    """Stands where an embedding was: zeros of the right shape, so that the model's own code can make its plan."""
+
+    def __init__(self, width: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.width, self.dtype = width, dtype
+
+    def forward(self, ids: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+        shape = ids.shape if isinstance(ids, Tensor) else (1, 1)
+        device = ids.device if isinstance(ids, Tensor) else None
+        return torch.zeros((), dtype=self.dtype, device=device).expand(*shape, self.width)
+
+
+class ZeroPatches(nn.Module):
+    """Stands where an image model's patch embedding was. ``shape`` (B, T, H) is set before every plan."""
+
+    def __init__(self, patch_dtype: torch.dtype) -> None:
+        super().__init__()
+        self.shape: tuple[int, ...] = ()
+        # ViT's forward asks its patch projection for a dtype before it embeds.
+        self.patch_embeddings = nn.Module()
+        self.patch_embeddings.projection = nn.Module()
+        self.patch_embeddings.projection.weight = torch.zeros((), dtype=patch_dtype)
+
+    def forward(self, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return torch.zeros((), dtype=pixel_values.dtype, device=pixel_values.device).expand(self.shape)
+
+
+class PassThrough(nn.Module):
+    """Stands where a norm, a projection or a head was that a party does not own: gives back what it gets.
+
+    Where the module changed the width (OPT's ``project_in``), zeros of the new ``width`` come back.
+    """
+
+    def __init__(self, width: int | None) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.width is None or self.width == hidden.shape[-1]:
+            return hidden
+        return hidden.new_zeros(()).expand(*hidden.shape[:-1], self.width)
+
+
+def prune(model: nn.Module, anatomy: Anatomy, part: Part) -> None:
+    """Take out of ``model``, in place, all that ``part`` does not name."""
+    blocks = model.get_submodule(anatomy.path)
+    assert isinstance(blocks, nn.ModuleList)
+    for index in range(anatomy.blocks):
+        if index not in part.blocks and not isinstance(blocks[index], Absent):
+            blocks[index] = Absent(index, blocks[index])
+    if part.ends:
+        return
+    if anatomy.image:
+        _replace_patches(model)
+    for path, module in list(outside_blocks(model, anatomy)):
+        if isinstance(module, nn.Embedding):
+            stub: nn.Module = ZeroEmbedding(module.embedding_dim, module.weight.dtype)
+        elif next(module.parameters(recurse=False), None) is not None:
+            stub = PassThrough(getattr(module, "out_features", None))
+        else:
+            continue
+        _replace(model, path, stub)
+
+
+def outside_blocks(model: nn.Module, anatomy: Anatomy) -> Iterator[tuple[str, nn.Module]]:
+    """The named modules of ``model`` that are neither a block nor inside one."""
+    prefix = anatomy.path + "."
+    return ((path, module) for path, module in model.named_modules() if not path.startswith(prefix) and path)
+
+
+def _replace_patches(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if path.rpartition(".")[2] == "embeddings":
+            dtype = next(module.parameters()).dtype
+            _replace(model, path, ZeroPatches(dtype))
+            return
+    raise ModelError(
+        f"{type(model).__name__} cannot be split: its patch embedding was not found under the name 'embeddings'; "
+        "use ViT or DeiT"
+    )
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)

@@ -1,0 +1,172 @@
+"""Plan and replay: run any range of a model's blocks without rewriting anything of the model.
+
+Every block's *instance* attribute ``forward`` is shadowed by a recorder and the model's own ``forward`` is called once.
+That yields the embedded hidden state and, per block, its exact arguments (masks, rotary tables, positions): the plan.
+Replaying the plan calls the very blocks with the very arguments, so that nothing can differ from the whole model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flexp.errors import ModelError
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """The arguments of one block apart from the hidden state. ``keyword`` names it where it is no positional one."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    keyword: str | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How each block of a model is to be called for one batch, and whether blocks give back tuples."""
+
+    calls: tuple[BlockCall, ...]
+    tuples: bool
+
+    def replay(self, blocks: nn.ModuleList, hidden_BTH: Tensor, start: int, stop: int) -> Tensor:
+        """Run blocks [start, stop) on a hidden state (B, T, H)."""
+        for index in range(start, stop):
+            call = self.calls[index]
+            if call.keyword is None:
+                output = blocks[index](hidden_BTH, *call.args, **call.kwargs)
+            else:
+                output = blocks[index](*call.args, **{call.keyword: hidden_BTH}, **call.kwargs)
+            hidden_BTH = output[0] if isinstance(output, tuple) else output
+        return hidden_BTH
+
+
+class _Planned(Exception):  # noqa: N818  (a signal, not an error)
+    """Leaves the model's forward once the last block has been recorded: final norm and head need not run."""
+
+
+class _Mismatch(Exception):  # noqa: N818
+    """A block was not given the very tensor that the block before it gave back."""
+
+
+def record(
+    model: Any, blocks: nn.ModuleList, inputs: Mapping[str, Any], tuples: bool | None
+) -> tuple[Tensor, Plan]:
+    """Embed ``inputs`` and make the plan of all blocks.
+
+    Args:
+        tuples: whether this model's blocks give back tuples; ``None`` when that is not known yet.
+
+    Returns:
+        The hidden state (B, T, H) that enters block 0, and the plan.
+
+    Raises:
+        ModelError: the model changes the hidden state between its blocks, or hands blocks tensors that need gradients.
+    """
+    for attempt in (False, True) if tuples is None else (tuples,):
+        calls: list[BlockCall] = []
+        hiddens: list[Tensor] = []
+        recorders = [_recorder(calls, hiddens, attempt, len(blocks)) for _ in blocks]
+        try:
+            with shadowed(blocks, recorders):
+                model(**inputs)
+        except _Planned:
+            _refuse_gradients(model, calls)
+            return hiddens[0], Plan(tuple(calls), attempt)
+        except _Mismatch:
+            continue
+        except ModelError:
+            raise
+        except Exception:
+            if tuples is None and not attempt and len(calls) == 1:
+                continue  # the model could not take a bare tensor from its first block
+            raise
+    raise ModelError(
+        f"{type(model).__name__} cannot be split: it changes the hidden state between its blocks, or does not call each "
+        "of them once and in order; use an architecture that `flexp verify --list` names"
+    )
+
+
+@contextlib.contextmanager
+def shadowed(blocks: nn.ModuleList, forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
+    """Let ``blocks[i](...)`` call ``forwards[i]`` inside the ``with`` block."""
+    earlier = [vars(block).get("forward") for block in blocks]
+    try:
+        for block, forward in zip(blocks, forwards, strict=True):
+            block.forward = forward
+        yield
+    finally:
+        for block, forward in zip(blocks, earlier, strict=True):
+            if forward is None:
+                vars(block).pop("forward", None)
+            else:
+                block.forward = forward
+
+
+def finish(
+    model: Any, blocks: nn.ModuleList, hidden_BTH: Tensor, inputs: Mapping[str, Any], tuples: bool
+) -> Any:
+    """Run final norm, head and loss on a hidden state (B, T, H), through the model's own ``forward``.
+
+    The embedding runs once more on the way, without gradients and without moving the random generator, and what it
+    gives is dropped.
+    """
+    grad = torch.is_grad_enabled()
+    generator = torch.get_rng_state()
+
+    def first(*_: Any, **__: Any) -> Any:
+        torch.set_rng_state(generator)
+        torch.set_grad_enabled(grad)
+        return (hidden_BTH,) if tuples else hidden_BTH
+
+    def through(*args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return (hidden,) if tuples else hidden
+
+    with torch.no_grad(), shadowed(blocks, [first] + [through] * (len(blocks) - 1)):
+        return model(**inputs)
+
+
+def _recorder(
+    calls: list[BlockCall], hiddens: list[Tensor], tuples: bool, blocks: int
+) -> Callable[..., Tensor | tuple[Tensor]]:
+    def record_call(*args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+        keyword = None if args else "hidden_states"
+        hidden = args[0] if args else kwargs.pop("hidden_states", None)
+        if not isinstance(hidden, Tensor) or (hiddens and hidden is not hiddens[-1]):
+            raise _Mismatch
+        hiddens.append(hidden)
+        calls.append(BlockCall(args[1:], kwargs, keyword))
+        if len(calls) == blocks:
+            raise _Planned
+        return (hidden,) if tuples else hidden
+
+    return record_call
+
+
+def _refuse_gradients(model: Any, calls: Sequence[BlockCall]) -> None:
+    for index, call in enumerate(calls):
+        for value in tensors_in((call.args, call.kwargs)):
+            if value.requires_grad:
+                raise ModelError(
+                    f"{type(model).__name__} cannot be split: block {index} gets, besides the hidden state, a tensor "
+                    "that is trained outside of the blocks, so its gradient would be lost; freeze the embeddings, or "
+                    "use another architecture"
+                )
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every tensor inside nested tuples, lists and dictionaries."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from tensors_in(item)

@@ -1,0 +1,139 @@
+"""A stage: a runnable slice of a model, as one party owns it."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flexp.errors import ModelError
+from flexp.models import plan as planning
+from flexp.models.anatomy import Anatomy, dissect
+from flexp.models.parts import Part, ZeroPatches, prune
+from flexp.models.plan import Plan
+
+NOT_FOR_BLOCKS = frozenset({"labels", "num_items_in_batch"})
+"""What a batch may hold that only the loss needs."""
+
+
+class Stage:
+    """A Hugging Face model of which only ``part`` is really there.
+
+    The model keeps its class, its names and its ``state_dict`` keys; blocks that are not owned are empty modules.
+    A stage may be used by one thread at a time.
+    """
+
+    def __init__(self, model: Any, anatomy: Anatomy, part: Part) -> None:
+        self.model = model
+        self.anatomy = anatomy
+        self.part = part
+        self._tuples: bool | None = None
+        parameters = inspect.signature(type(model).forward).parameters
+        self._extra = {"use_cache": False} if "use_cache" in parameters else {}
+
+    @classmethod
+    def whole(cls, model: nn.Module) -> Stage:
+        """All of ``model``.
+
+        Raises:
+            ModelError: the model cannot be split exactly.
+        """
+        anatomy = dissect(model)
+        return cls(model, anatomy, Part.whole(anatomy.blocks))
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """All L places of the model's blocks, owned or not."""
+        blocks = self.model.get_submodule(self.anatomy.path)
+        assert isinstance(blocks, nn.ModuleList)
+        return blocks
+
+    def plan(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Plan]:
+        """Embed a batch: the hidden state (B, T, H) that enters block 0, and the plan of all blocks."""
+        wanted = {key: value for key, value in inputs.items() if key not in NOT_FOR_BLOCKS}
+        hidden_BTH, plan = planning.record(self.model, self.blocks, {**self._extra, **wanted}, self._tuples)
+        self._tuples = plan.tuples
+        return hidden_BTH, plan
+
+    def plan_without_inputs(
+        self, hidden_BTH: Tensor, mask_BT: Tensor | None, positions_BT: Tensor | None = None
+    ) -> Plan:
+        """The plan of a party that never sees the inputs: from the shape of what arrives and the attention mask.
+
+        Raises:
+            ModelError: the mask or the positions do not fit the hidden state.
+        """
+        batch, length = hidden_BTH.shape[:2]
+        for name, value in (("attention mask", mask_BT), ("positions", positions_BT)):
+            if value is not None and value.shape[-1] != length:
+                raise ModelError(
+                    f"the {name} has shape {tuple(value.shape)}, expected ({batch}, {length}) as the activation"
+                )
+        inputs: dict[str, Any] = {}
+        if self.anatomy.image:
+            for module in self.model.modules():
+                if isinstance(module, ZeroPatches):
+                    module.shape = tuple(hidden_BTH.shape)
+            inputs["pixel_values"] = hidden_BTH.new_zeros(1)
+        else:
+            inputs["input_ids"] = torch.zeros(batch, length, dtype=torch.long, device=hidden_BTH.device)
+        if mask_BT is not None:
+            inputs["attention_mask"] = mask_BT
+        if positions_BT is not None:
+            inputs["position_ids"] = positions_BT
+        with torch.no_grad():
+            return self.plan(inputs)[1]
+
+    def run(self, hidden_BTH: Tensor, plan: Plan, start: int, stop: int) -> Tensor:
+        """Run blocks [start, stop) on a hidden state (B, T, H)."""
+        return plan.replay(self.blocks, hidden_BTH, start, stop)
+
+    def finish(self, hidden_BTH: Tensor, inputs: Mapping[str, Any], plan: Plan) -> Any:
+        """Final norm, head and, with labels, loss: the model's own output object, from the last hidden state."""
+        if not self.part.ends:
+            raise ModelError("a stage without the ends of the model cannot compute its output")
+        return planning.finish(self.model, self.blocks, hidden_BTH, {**self._extra, **inputs}, plan.tuples)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that this party trains, by their full names in the model."""
+        return {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+
+    def block_of(self, name: str) -> int | None:
+        """The index of the block that a parameter belongs to; ``None`` for the ends."""
+        prefix = self.anatomy.path + "."
+        return int(name[len(prefix) :].partition(".")[0]) if name.startswith(prefix) else None
+
+
+def carve(source: Stage, part: Part) -> Stage:
+    """Make another party's stage out of one that is in memory already, sharing every tensor with it.
+
+    The new stage has modules of its own, so that it can be tuned (:mod:`flexp.models.tuning` gives it its own copy of
+    what it trains); what stays frozen costs no memory.
+    """
+    missing = part.blocks - source.part.blocks
+    if missing or (part.ends and not source.part.ends):
+        raise ModelError(f"cannot carve blocks {sorted(missing)} out of a stage that does not hold them")
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in source.model.parameters()}
+    shared |= {id(tensor): tensor for tensor in source.model.buffers()}
+    model = copy.deepcopy(source.model, shared)
+    prune(model, source.anatomy, part)
+    if not part.ends:
+        forget_ties(model)
+    stage = Stage(model, source.anatomy, part)
+    stage._tuples = source._tuples
+    return stage
+
+
+def forget_ties(model: nn.Module) -> None:
+    """Let transformers not look for tied weights in a model whose ends are not there."""
+    for module in model.modules():
+        if hasattr(module, "all_tied_weights_keys"):
+            module.all_tied_weights_keys = {}
+
+
+Loader = Callable[[Part], Stage]
+"""Gives a party its stage, be it from disk or out of a model in memory."""

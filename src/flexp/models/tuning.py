@@ -1,0 +1,136 @@
+"""What a party trains: all of its blocks, or low-rank adapters in them; and its own copy of just that."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import inject_adapter_in_model
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from flexp.config import LoraConfig
+from flexp.errors import ModelError
+from flexp.models.loading import named_generator
+from flexp.models.stage import Stage
+
+
+def tune(
+    stage: Stage,
+    tuning: Literal["full", "lora", "frozen"],
+    *,
+    lora: LoraConfig | None = None,
+    embeddings: bool = False,
+    gradient_checkpointing: bool = False,
+    seed: int = 0,
+) -> None:
+    """Make ``stage`` ready for training, in place, with a copy of its own of all that it trains.
+
+    - ``full``: the blocks, and with the ends also final norm and head; the embeddings, and a head tied to them, only
+      with ``embeddings``.
+    - ``lora``: adapters in the blocks' linear layers; a classifier's head is trained as well, since it is new.
+    - ``frozen``: nothing.
+
+    Args:
+        seed: of the adapters' weights, which depend on it and on their names alone.
+
+    Raises:
+        ModelError: LoRA finds no linear layer with the wanted names.
+    """
+    stage.model.requires_grad_(False)
+    if tuning == "lora" and stage.part.blocks:
+        _inject(stage, lora or LoraConfig(), seed)
+    chosen = _chooser(stage, tuning, embeddings)
+    copies: dict[int, nn.Parameter] = {}  # tied parameters stay tied
+    for path, module in stage.model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False, prefix=path):
+            if not chosen(name):
+                continue
+            if id(parameter) not in copies:
+                copies[id(parameter)] = nn.Parameter(parameter.detach().clone())
+            module._parameters[name.rpartition(".")[2]] = copies[id(parameter)]
+    if gradient_checkpointing:
+        stage.model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def _chooser(stage: Stage, tuning: str, embeddings: bool) -> Callable[[str], bool]:
+    """Which parameters, by name, this party trains."""
+    model, prefix = stage.model, stage.anatomy.path + "."
+    embedding = _embedding_names(stage)
+
+    def full(name: str) -> bool:
+        if name.startswith(prefix):
+            return stage.block_of(name) in stage.part.blocks
+        return stage.part.ends and (embeddings or name not in embedding)
+
+    def lora(name: str) -> bool:
+        if name.startswith(prefix):
+            return "lora_" in name
+        if not stage.part.ends or not hasattr(model, "num_labels") or _is_language_model(model):
+            return False
+        return name not in embedding and not name.startswith(model.base_model_prefix + ".")
+
+    rules: dict[str, Callable[[str], bool]] = {"full": full, "lora": lora, "frozen": lambda _: False}
+    return rules[tuning]
+
+
+def _is_language_model(model: Any) -> bool:
+    return model.get_output_embeddings() is not None
+
+
+def _embedding_names(stage: Stage) -> set[str]:
+    """The names of all parameters that come before the blocks, and of those tied to them.
+
+    What comes before the blocks is told by calling order in the model's code, which cannot be seen from outside; what
+    belongs to an embedding is told by type and by name.
+    """
+    found: set[int] = set()
+    for path, module in stage.model.named_modules():
+        if path.startswith(stage.anatomy.path + "."):
+            continue
+        if isinstance(module, nn.Embedding) or "embed" in path.rpartition(".")[2]:
+            found |= {id(parameter) for parameter in module.parameters()}
+    return {
+        name
+        for name, parameter in stage.model.named_parameters(remove_duplicate=False)
+        if id(parameter) in found
+    }
+
+
+def _inject(stage: Stage, config: LoraConfig, seed: int) -> None:
+    prefix = stage.anatomy.path + "."
+    linear = [
+        name
+        for name, module in stage.model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and name.startswith(prefix)
+    ]
+    wanted = config.targets
+    if wanted != "all-linear":
+        names = [wanted] if isinstance(wanted, str) else wanted
+        linear_all, linear = linear, [name for name in linear if name.rpartition(".")[2] in names]
+        if not linear:
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in linear_all}))
+            raise ModelError(
+                f"model.lora.targets = {wanted!r}: no linear layer of that name in the blocks; expected some of {known}"
+            )
+    if not linear:
+        raise ModelError("LoRA found no linear layer in this party's blocks; use model.tuning = 'full'")
+    fan = isinstance(stage.model.get_submodule(linear[0]), Conv1D)
+    peft_config = PeftLoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=linear,
+        fan_in_fan_out=fan,
+        bias="none",
+    )
+    inject_adapter_in_model(peft_config, stage.model)
+    for name, parameter in stage.model.named_parameters():
+        if "lora_A" in name:  # Hu et al. 2021: A is random (here as peft draws it), B is zero
+            draw = torch.rand(parameter.shape, generator=named_generator(seed, name))
+            parameter.data = (draw * 2 - 1) / math.sqrt(parameter.shape[1])
+        elif "lora_B" in name:
+            parameter.data = torch.zeros(parameter.shape)

@@ -1,0 +1,113 @@
+"""Optimisers as both sides use them: by name, with a schedule, clipping, and a state that needs no pickle."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from flexp.config import OptimizerConfig
+from flexp.errors import StorageError
+
+
+class Updater:
+    """Applies gradients to named parameters.
+
+    Args:
+        total_steps: when a schedule reaches zero; needed for ``linear`` and ``cosine``.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], config: OptimizerConfig, total_steps: int | None = None
+    ) -> None:
+        self.parameters = dict(parameters)
+        self.config = config
+        self.total_steps = total_steps
+        self.steps = 0
+        self._optimizer = _make(list(self.parameters.values()), config) if self.parameters else None
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next step."""
+        return self.config.lr * schedule(self.config, self.steps, self.total_steps)
+
+    def step(self) -> float:
+        """Clip the gradients that the parameters hold, apply them, drop them.
+
+        Returns:
+            The global norm of the gradients before clipping.
+        """
+        gradients = [value.grad for value in self.parameters.values() if value.grad is not None]
+        norm = 0.0
+        if self._optimizer is not None and gradients:
+            norm = float(torch.nn.utils.get_total_norm(gradients))
+            if self.config.clip is not None and norm > self.config.clip:
+                torch._foreach_mul_(gradients, self.config.clip / (norm + 1e-6))
+            for group in self._optimizer.param_groups:
+                group["lr"] = self.lr
+            self._optimizer.step()
+            self._optimizer.zero_grad(set_to_none=True)
+        self.steps += 1
+        return norm
+
+    def replace(self, replacements: Mapping[str, nn.Parameter]) -> None:
+        """Go on with other parameter objects in the place of those of the same names, keeping their state."""
+        assert self._optimizer is not None
+        swap = {id(self.parameters[name]): new for name, new in replacements.items()}
+        for group in self._optimizer.param_groups:
+            group["params"] = [swap.get(id(value), value) for value in group["params"]]
+        for name, new in replacements.items():
+            old = self.parameters[name]
+            if old in self._optimizer.state:
+                self._optimizer.state[new] = self._optimizer.state.pop(old)
+            self.parameters[name] = new
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that :meth:`load` needs to go on bit for bit, as flat named tensors."""
+        flat = {"steps": torch.tensor(self.steps)}
+        if self._optimizer is not None:
+            for name, parameter in self.parameters.items():
+                for key, value in self._optimizer.state.get(parameter, {}).items():
+                    if isinstance(value, Tensor):
+                        flat[f"{key}/{name}"] = value
+        return flat
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from :meth:`state`.
+
+        Raises:
+            StorageError: the state belongs to other parameters.
+        """
+        self.steps = int(state["steps"])
+        if self._optimizer is None:
+            return
+        for entry, value in state.items():
+            key, slash, name = entry.partition("/")
+            if not slash:
+                continue
+            if name not in self.parameters:
+                raise StorageError(f"the optimiser's saved state names {name}, which is not trained here")
+            parameter = self.parameters[name]
+            self._optimizer.state[parameter][key] = value.clone()
+
+
+def schedule(config: OptimizerConfig, step: int, total_steps: int | None) -> float:
+    """The factor on the learning rate at ``step`` (0, 1, …): linear warm-up, then constant, linear or cosine decay."""
+    if step < config.warmup_steps:
+        return (step + 1) / (config.warmup_steps + 1)
+    if config.schedule == "constant" or not total_steps:
+        return 1.0
+    span = max(1, total_steps - config.warmup_steps)
+    done = min(1.0, (step - config.warmup_steps) / span)
+    return 1.0 - done if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+def _make(parameters: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+    if config.name == "sgd":
+        return torch.optim.SGD(
+            parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+        )
+    cls = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
+    return cls(parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)

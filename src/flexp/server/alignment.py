@@ -1,0 +1,96 @@
+"""The alignment term and its gradient at the client's activation, in closed form.
+
+FlexP-SFL (arXiv 2508.10349) ties what a client's personal blocks compute, z, to what the server's shared blocks compute
+from the same input, z', by KL(softmax(z') ‖ softmax(z)) over the hidden dimension. Nothing flows back into z'. The
+server holds both, so it adds the gradient at z to what it sends down anyway; tests prove each equal to autograd's.
+
+Shapes: z and z' are (B, T, H); the mask is (B, T), one for tokens that count; N is the number of those. Every term is
+a mean over the N tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flexp.config import AlignConfig
+
+EPSILON = 1e-6
+
+
+def alignment(
+    config: AlignConfig, teacher_BTH: Tensor, student_BTH: Tensor, mask_BT: Tensor | None
+) -> tuple[float, Tensor]:
+    """The alignment term (without λ) and its gradient at ``student_BTH``.
+
+    Computed in fp32 whatever the activations' type is.
+    """
+    teacher, student = teacher_BTH.float(), student_BTH.float()
+    if mask_BT is None:
+        counts = torch.ones(student.shape[:2], device=student.device)
+    else:
+        counts = mask_BT.to(torch.float32)
+    tokens = counts.sum().clamp(min=1.0)
+    deviation: Tensor | None = None
+    if config.normalize:
+        teacher, _ = _standardise(teacher)
+        student, deviation = _standardise(student)
+    term_BT, grad_BTH = _TERMS[config.kind](teacher, student, config.temperature)
+    if deviation is not None:
+        grad_BTH = _through_standardise(grad_BTH, student, deviation)
+    value = float((term_BT * counts).sum() / tokens)
+    return value, grad_BTH * (counts / tokens).unsqueeze(-1)
+
+
+def combine(task_BTH: Tensor, align_BTH: Tensor, how: str) -> Tensor:
+    """The gradient that goes down to the client.
+
+    ``sum`` is the paper's. ``project`` removes from the alignment gradient, where the two conflict (their inner product
+    over the whole activation is negative), its component along the task gradient, as gradient surgery does between
+    tasks (Yu et al., 2020, arXiv 2001.06782).
+    """
+    if how == "project":
+        task, align = task_BTH.float(), align_BTH.float()
+        inner = (task * align).sum()
+        if inner < 0:
+            align_BTH = align - inner / task.square().sum().clamp(min=1e-30) * task
+    return (task_BTH + align_BTH.to(task_BTH.dtype)).to(task_BTH.dtype)
+
+
+def _kl(teacher: Tensor, student: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """τ²·KL(p ‖ q) with p = softmax(z'/τ), q = softmax(z/τ): the gradient at z is τ·(q − p). τ = 1 is the paper's."""
+    log_p = torch.log_softmax(teacher / temperature, dim=-1)
+    log_q = torch.log_softmax(student / temperature, dim=-1)
+    p = log_p.exp()
+    term = (p * (log_p - log_q)).sum(-1)
+    return temperature**2 * term, temperature * (log_q.exp() - p)
+
+
+def _mse(teacher: Tensor, student: Tensor, _: float) -> tuple[Tensor, Tensor]:
+    """mean over H of (z − z')²."""
+    difference = student - teacher
+    return difference.square().mean(-1), 2.0 / student.shape[-1] * difference
+
+
+def _cosine(teacher: Tensor, student: Tensor, _: float) -> tuple[Tensor, Tensor]:
+    """1 − cos(z, z')."""
+    norm = student.norm(dim=-1, keepdim=True).clamp(min=EPSILON)
+    unit = student / norm
+    target = teacher / teacher.norm(dim=-1, keepdim=True).clamp(min=EPSILON)
+    cosine = (unit * target).sum(-1, keepdim=True)
+    return 1.0 - cosine.squeeze(-1), -(target - cosine * unit) / norm
+
+
+_TERMS = {"kl": _kl, "mse": _mse, "cosine": _cosine}
+
+
+def _standardise(hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Zero mean and unit variance over H, and the deviation that it was divided by."""
+    deviation = (hidden.var(-1, unbiased=False, keepdim=True) + EPSILON).sqrt()
+    return (hidden - hidden.mean(-1, keepdim=True)) / deviation, deviation
+
+
+def _through_standardise(grad: Tensor, standard: Tensor, deviation: Tensor) -> Tensor:
+    """The gradient at z, from the gradient at the standardised z."""
+    centred = grad - grad.mean(-1, keepdim=True)
+    return (centred - standard * (grad * standard).mean(-1, keepdim=True)) / deviation

@@ -1,0 +1,282 @@
+"""The server: the shared blocks, and a session for each client that joined."""
+
+from __future__ import annotations
+
+import threading
+import time
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from flexp.config import LoraConfig, OptimizerConfig, ServerConfig
+from flexp.errors import LinkError
+from flexp.links.inprocess import InProcessLink
+from flexp.links.messages import (
+    BackwardReply,
+    BackwardRequest,
+    ForwardReply,
+    ForwardRequest,
+    Join,
+    PullReply,
+    PullRequest,
+    Welcome,
+)
+from flexp.models.fingerprint import fingerprint
+from flexp.models.loading import ModelKind, load_stage
+from flexp.models.parts import Part, check_cut
+from flexp.models.stage import Stage
+from flexp.models.tuning import tune
+from flexp.rng import RandomStream
+from flexp.server.session import Session
+from flexp.server.shared import SharedBlocks
+
+
+class Server:
+    """Runs and trains the shared blocks for all clients; each request as it arrives, one at a time.
+
+    Args:
+        stage: blocks [s_min, e_max), tuned already.
+        total_steps: client steps in all, for schedules of the shared learning rate.
+        seed: of the clients' dropout on this side.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        *,
+        tuning: str = "full",
+        config: ServerConfig | None = None,
+        optimizer: OptimizerConfig | None = None,
+        total_steps: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.config = config or ServerConfig()
+        self.tuning = tuning
+        self.shared = SharedBlocks(stage, self.config, optimizer or OptimizerConfig(), total_steps)
+        self.compute_seconds = 0.0
+        self._seed = seed
+        self._sessions: dict[str, Session] = {}
+        self._lock = threading.RLock()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_id: str | Path,
+        kind: ModelKind = "causal-lm",
+        *,
+        base_depth: int = 0,
+        end: int | None = None,
+        tuning: str = "full",
+        lora: LoraConfig | None = None,
+        dtype: str = "float32",
+        attention: str = "sdpa",
+        seed: int = 0,
+        **options: Any,
+    ) -> Server:
+        """Load blocks [``base_depth``, ``end``) of a pretrained model, and nothing else of it.
+
+        Example:
+            >>> server = flexp.Server.from_pretrained("path/to/model", "sequence-classification", base_depth=1)
+            >>> link = server.connect("clinic-a")
+
+        Raises:
+            ModelError: the model cannot be loaded or split.
+            ConfigError: there are no such blocks.
+        """
+        from flexp.models.loading import load_config
+
+        blocks = int(load_config(str(model_id)).get_text_config().num_hidden_layers)
+        start, stop = check_cut((base_depth, end), blocks, where="server blocks (base_depth, end)")
+        stage = load_stage(
+            model_id, kind, Part.server(start, stop), dtype=dtype, attention=attention, seed=seed
+        )
+        tune(stage, tuning, lora=lora, seed=seed)  # type: ignore[arg-type]
+        return cls(stage, tuning=tuning, seed=seed, **options)
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """(s_min, e_max): the shared blocks are [s_min, e_max)."""
+        owned = self.shared.stage.part.blocks
+        return min(owned), max(owned) + 1
+
+    def connect(self, client: str) -> InProcessLink:
+        """A link for ``client`` inside this process."""
+        return InProcessLink(self, client)
+
+    def join(self, client: str, request: Join) -> Welcome:
+        """Open a client's session, or open it anew with another cut.
+
+        Raises:
+            LinkError: the client's model or cut does not go with this server.
+        """
+        with self._lock:
+            self._check_join(client, request)
+            earlier = self._sessions.pop(client, None)
+            if earlier is not None:
+                earlier.drop()
+            random = earlier.random if earlier else RandomStream(self._seed ^ zlib.crc32(client.encode()))
+            steps = earlier.steps if earlier else 0
+            self._sessions[client] = Session(request, self.shared, self.config, random, steps=steps)
+            anatomy = self.shared.stage.anatomy
+            return Welcome(self.blocks[0], anatomy.blocks, anatomy.hidden)
+
+    def forward(self, client: str, request: ForwardRequest) -> ForwardReply:
+        """Blocks [s, e) forward for one client.
+
+        Raises:
+            LinkError: the client never joined, the message does not fit what was agreed, or too much is in flight.
+        """
+        with self._lock, self._computing():
+            session = self._session(client)
+            self._check_forward(session, request)
+            return session.forward(request)
+
+    def backward(self, client: str, request: BackwardRequest) -> BackwardReply:
+        """Blocks [s, e) backward for one client, and the update that follows.
+
+        Raises:
+            LinkError: no forward of that client and number is in flight, or the gradient is not finite.
+        """
+        with self._lock, self._computing():
+            session = self._session(client)
+            pending = session.pending.get(request.exchange)
+            if pending is None:
+                raise LinkError(
+                    f"client {client}: exchange {request.exchange} has no forward in flight "
+                    f"(in flight: {sorted(session.pending) or 'none'})"
+                )
+            if request.grad_BTH.shape != pending.input_BTH.shape:
+                raise LinkError(
+                    f"client {client}: the gradient has shape {tuple(request.grad_BTH.shape)}, "
+                    f"expected {tuple(pending.input_BTH.shape)} as the activation"
+                )
+            return session.backward(request)
+
+    def pull(self, client: str, request: PullRequest) -> PullReply:
+        """The shared weights of the client's aligned blocks [s_min, s)."""
+        with self._lock:
+            session = self._session(client)
+            stage = self.shared.stage
+            weights = {
+                name: value.detach().clone()
+                for name, value in self.shared.updater.parameters.items()
+                if (stage.block_of(name) or 0) < session.join.cut[0]
+            }
+            return PullReply(weights)
+
+    def leave(self, client: str) -> None:
+        """Close a client's session and drop what it has in flight."""
+        with self._lock:
+            session = self._sessions.pop(client, None)
+            if session is not None:
+                session.drop()
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that :meth:`load` needs to go on bit for bit.
+
+        Raises:
+            LinkError: exchanges are in flight, whose clients would wait for ever.
+        """
+        with self._lock:
+            busy = [name for name, session in self._sessions.items() if session.pending or session.step]
+            if busy:
+                raise LinkError(f"the server cannot be saved in the middle of a step of {', '.join(busy)}")
+            flat = {f"shared/{name}": value for name, value in self.shared.state().items()}
+            for name, session in self._sessions.items():
+                flat[f"random/{name}"] = session.random.state
+            return flat
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from :meth:`state`; the clients have joined already."""
+        with self._lock:
+            shared = {
+                key.removeprefix("shared/"): value
+                for key, value in state.items()
+                if key.startswith("shared/")
+            }
+            self.shared.load(shared)
+            for name, session in self._sessions.items():
+                if f"random/{name}" in state:
+                    session.random.state = state[f"random/{name}"]
+
+    def _session(self, client: str) -> Session:
+        if client not in self._sessions:
+            raise LinkError(f"client {client} has not joined: call link.join first")
+        return self._sessions[client]
+
+    def _check_join(self, client: str, request: Join) -> None:
+        stage = self.shared.stage
+        start, stop = self.blocks
+        cut_start, cut_stop = request.cut
+        problem = None
+        if request.client != client:
+            problem = f"its message names another client, {request.client}"
+        elif request.fingerprint != fingerprint(stage.model.config):
+            problem = (
+                "its model is another one than the server's; load the same pretrained model on both sides"
+            )
+        elif request.dtype != str(stage.model.dtype):
+            problem = (
+                f"it computes in {request.dtype}, the server in {stage.model.dtype}; set the same model.dtype"
+            )
+        elif not start <= cut_start < cut_stop <= stop:
+            problem = (
+                f"its cut {request.cut} needs blocks that the server does not hold: it has [{start}, {stop})"
+            )
+        elif request.align.kind == "weights" and request.tuning != self.tuning:
+            problem = (
+                f"alignment in weight space needs the same tuning on both sides: the client's is {request.tuning}, "
+                f"the server's {self.tuning}"
+            )
+        if problem:
+            raise LinkError(f"client {client} was refused: {problem}")
+
+    def _check_forward(self, session: Session, request: ForwardRequest) -> None:
+        client, stage = session.join.client, self.shared.stage
+        shape = tuple(request.hidden_BTH.shape)
+        if (
+            len(shape) != 3
+            or shape[2] != stage.anatomy.hidden
+            or request.hidden_BTH.dtype != stage.model.dtype
+        ):
+            raise LinkError(
+                f"client {client}: the activation is {shape} {request.hidden_BTH.dtype}, "
+                f"expected (B, T, {stage.anatomy.hidden}) {stage.model.dtype}"
+            )
+        for value in (request.base_BTH, *request.inner_BTH):
+            if value is not None and value.shape != request.hidden_BTH.shape:
+                raise LinkError(
+                    f"client {client}: an aligned activation is {tuple(value.shape)}, expected {shape}"
+                )
+        depth = session.join.cut[0] - self.blocks[0]
+        expected = depth - 1 if session.align.at == "every-block" and depth > 0 else 0
+        if request.base_BTH is not None and (depth == 0 or len(request.inner_BTH) != expected):
+            raise LinkError(
+                f"client {client}: {len(request.inner_BTH)} inner activations came with {depth} aligned blocks, "
+                f"expected {expected}"
+            )
+        if request.exchange in session.pending:
+            raise LinkError(f"client {client}: exchange {request.exchange} is in flight already")
+        in_flight = sum(len(other.pending) for other in self._sessions.values())
+        if request.train and in_flight >= self.config.max_in_flight:
+            raise LinkError(
+                f"client {client}: {in_flight} exchanges are in flight, the most that server.max_in_flight allows; "
+                "send a backward first, or raise the bound"
+            )
+
+    def _computing(self) -> _Stopwatch:
+        return _Stopwatch(self)
+
+
+class _Stopwatch:
+    def __init__(self, server: Server) -> None:
+        self._server = server
+
+    def __enter__(self) -> None:
+        self._began = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._server.compute_seconds += time.perf_counter() - self._began

@@ -1,0 +1,163 @@
+"""One client's side of the server: its cut, its exchanges in flight, and its step so far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from flexp.config import AlignConfig, ServerConfig
+from flexp.errors import LinkError
+from flexp.links.messages import BackwardReply, BackwardRequest, ForwardReply, ForwardRequest, Join
+from flexp.rng import RandomStream, drawing_from
+from flexp.server.alignment import alignment, combine
+from flexp.server.shared import SharedBlocks
+
+
+@dataclass
+class Pending:
+    """A forward whose backward has not come yet.
+
+    ``output_BTH`` holds the graph; with memory = "recompute" it is ``None`` and the input, the mask and the state of the
+    random generator are kept instead.
+    """
+
+    request: ForwardRequest
+    version: int
+    input_BTH: Tensor
+    output_BTH: Tensor | None
+    generator: Tensor
+    align_BTH: list[Tensor]
+
+
+@dataclass
+class Session:
+    """What the server knows of one client."""
+
+    join: Join
+    shared: SharedBlocks
+    config: ServerConfig
+    random: RandomStream
+    pending: dict[int, Pending] = field(default_factory=dict)
+    step: dict[str, Tensor] = field(default_factory=dict)
+    step_weight: float = 0.0
+    steps: int = 0
+
+    @property
+    def align(self) -> AlignConfig:
+        return self.join.align
+
+    def forward(self, request: ForwardRequest) -> ForwardReply:
+        """Run blocks [s, e); keep what the backward will need, with the weights that it belongs to."""
+        stage = self.shared.stage
+        start, stop = self.join.cut
+        plan = stage.plan_without_inputs(request.hidden_BTH, request.mask_BT, request.positions_BT)
+        stage.model.train(request.train)
+        if not request.train:
+            with torch.no_grad():
+                return ForwardReply(stage.run(request.hidden_BTH, plan, start, stop))
+
+        keep_graph = self.config.memory == "keep"
+        z_BTH = request.hidden_BTH.detach().requires_grad_(keep_graph)
+        generator = self.random.state
+        with self.random.active(), torch.set_grad_enabled(keep_graph):
+            h_BTH = stage.run(z_BTH, plan, start, stop)
+        value, align_BTH = self._align(request)
+        self.pending[request.exchange] = Pending(
+            request, self.shared.hold(), z_BTH, h_BTH if keep_graph else None, generator, align_BTH
+        )
+        return ForwardReply(h_BTH.detach(), value)
+
+    def backward(self, request: BackwardRequest) -> BackwardReply:
+        """The gradient at z, from the very weights of the forward; then train the shared blocks."""
+        pending = self.pending.pop(request.exchange)
+        try:
+            parameters = self.shared.parameters_of(pending.version)
+            with self.shared.installed(pending.version):
+                z_BTH, h_BTH = self._graph(pending)
+                reached = [name for name in parameters if self._runs(name)]
+                gradients = torch.autograd.grad(
+                    h_BTH,
+                    [z_BTH, *(parameters[name] for name in reached)],
+                    request.grad_BTH,
+                    allow_unused=True,
+                )
+        finally:
+            self.shared.release(pending.version)
+        task_BTH = gradients[0]
+        trained = {
+            name: value for name, value in zip(reached, gradients[1:], strict=True) if value is not None
+        }
+        self._refuse_nan(task_BTH, trained)
+        for name, value in trained.items():
+            self.step[name] = self.step[name] + value if name in self.step else value
+        self.step_weight += request.weight
+        if request.last:
+            step, weight = self.step, self.step_weight
+            self.step, self.step_weight = {}, 0.0
+            self.shared.add(step, weight)
+            self.steps += 1
+
+        # Micro-batches share one step, so each carries its share of the alignment gradient too.
+        scaled = [value * (self.align.weight * request.share) for value in pending.align_BTH]
+        if not scaled:
+            return BackwardReply(task_BTH)
+        *inner, at_cut = scaled
+        return BackwardReply(
+            combine(task_BTH, at_cut, self.align.combine), tuple(value.to(task_BTH.dtype) for value in inner)
+        )
+
+    def drop(self) -> None:
+        """Forget what is in flight."""
+        for pending in self.pending.values():
+            self.shared.release(pending.version)
+        self.pending.clear()
+        self.step, self.step_weight = {}, 0.0
+
+    def _graph(self, pending: Pending) -> tuple[Tensor, Tensor]:
+        if pending.output_BTH is not None:
+            return pending.input_BTH, pending.output_BTH
+        request, stage = pending.request, self.shared.stage
+        plan = stage.plan_without_inputs(request.hidden_BTH, request.mask_BT, request.positions_BT)
+        stage.model.train(True)
+        z_BTH = pending.input_BTH.requires_grad_()
+        with drawing_from(pending.generator):
+            return z_BTH, stage.run(z_BTH, plan, *self.join.cut)
+
+    def _align(self, request: ForwardRequest) -> tuple[float | None, list[Tensor]]:
+        """The mean alignment term over the aligned boundaries, and the gradients at them, the cut last.
+
+        The shared blocks [s_min, s) run on z_base without gradients and without dropout: they are the teacher.
+        """
+        if request.base_BTH is None:
+            return None, []
+        stage, first = self.shared.stage, min(self.shared.stage.part.blocks)
+        plan = stage.plan_without_inputs(request.base_BTH, request.mask_BT, request.positions_BT)
+        students = [*request.inner_BTH, request.hidden_BTH]
+        every = len(request.inner_BTH) > 0
+        values: list[float] = []
+        grads: list[Tensor] = []
+        stage.model.train(False)
+        with torch.no_grad():
+            teacher_BTH = request.base_BTH
+            for index in range(first, self.join.cut[0]):
+                teacher_BTH = stage.run(teacher_BTH, plan, index, index + 1)
+                if every or index == self.join.cut[0] - 1:
+                    value, grad = alignment(self.align, teacher_BTH, students[len(values)], request.mask_BT)
+                    values.append(value)
+                    grads.append(grad)
+        count = len(values)
+        return sum(values) / count, [grad / count for grad in grads]
+
+    def _runs(self, name: str) -> bool:
+        block = self.shared.stage.block_of(name)
+        return block is not None and self.join.cut[0] <= block < self.join.cut[1]
+
+    def _refuse_nan(self, task_BTH: Tensor, trained: dict[str, Tensor]) -> None:
+        values = [task_BTH, *trained.values()]
+        if not all(bool(torch.isfinite(value).all()) for value in values):
+            raise LinkError(
+                f"client {self.join.client}: the gradient of exchange is not finite, so the shared blocks were not "
+                "updated; lower train.personal.lr or train.shared.lr, or use float32"
+            )

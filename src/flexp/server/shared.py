@@ -1,0 +1,156 @@
+"""The shared blocks: one copy that every client's gradient trains, with each client's weights kept while it needs them.
+
+An optimiser step while another request's graph is alive would corrupt that request's gradient. So every request holds
+the *version* of the weights that it ran with: as long as a version is held, an update leaves its tensors alone and goes
+on with copies of them (weight stashing). Nothing is copied when nothing is in flight.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from flexp.config import OptimizerConfig, ServerConfig
+from flexp.models.stage import Stage
+from flexp.optim import Updater
+
+
+class SharedBlocks:
+    """Blocks [s_min, e_max) with their optimiser and update rule.
+
+    Update rules (``ServerConfig.update``):
+
+    - ``every``: each completed client step is one optimiser step.
+    - ``mean``: ``mean_over`` completed client steps are one optimiser step with, for every parameter, the mean of the
+      gradients of those client steps that reached it, weighted by their items. A sum would make the learning rate grow
+      with the number of clients.
+
+    A parameter that no gradient reached is left as it is, weight decay included.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        config: ServerConfig,
+        optimizer: OptimizerConfig,
+        total_steps: int | None = None,
+    ) -> None:
+        self.stage = stage
+        self.version = 0
+        self._config = config
+        if total_steps is not None and config.update == "mean":
+            total_steps = -(-total_steps // config.mean_over)
+        self.updater = Updater(stage.trainable(), optimizer, total_steps)
+        self._held: Counter[int] = Counter()
+        self._stashed: dict[int, dict[str, nn.Parameter]] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._weights: dict[str, float] = {}
+        self._waiting = 0
+        self.peak_versions = 1
+
+    def hold(self) -> int:
+        """Keep the current version's weights until :meth:`release`."""
+        self._held[self.version] += 1
+        return self.version
+
+    def release(self, version: int) -> None:
+        """Let go of a version that was held once."""
+        self._held[version] -= 1
+        if self._held[version] <= 0:
+            del self._held[version]
+            self._stashed.pop(version, None)
+
+    def parameters_of(self, version: int) -> dict[str, nn.Parameter]:
+        """The trained parameters of a version that is current or held."""
+        return self.updater.parameters if version == self.version else self._stashed[version]
+
+    @contextmanager
+    def installed(self, version: int) -> Iterator[None]:
+        """Let the blocks compute with the weights of ``version`` inside the ``with`` block."""
+        if version == self.version:
+            yield
+            return
+        self._install(self._stashed[version])
+        try:
+            yield
+        finally:
+            self._install(self.updater.parameters)
+
+    def add(self, gradients: Mapping[str, Tensor], weight: float) -> bool:
+        """Take the gradient of one completed client step; update the weights when the rule says so.
+
+        Returns:
+            Whether the weights were updated.
+        """
+        if not self.updater.parameters:
+            return False
+        if self._config.update == "every":
+            self._apply(gradients)
+            return True
+        for name, gradient in gradients.items():
+            if name in self._sums:
+                self._sums[name].add_(gradient, alpha=weight)
+            else:
+                self._sums[name] = gradient * weight
+            self._weights[name] = self._weights.get(name, 0.0) + weight
+        self._waiting += 1
+        if self._waiting < self._config.mean_over:
+            return False
+        self._apply({name: total / self._weights[name] for name, total in self._sums.items()})
+        self._sums, self._weights, self._waiting = {}, {}, 0
+        return True
+
+    def state(self) -> dict[str, Tensor]:
+        """Weights, optimiser, and what the ``mean`` rule has gathered; nothing may be in flight that matters."""
+        flat = {f"weights/{name}": value.detach() for name, value in self.updater.parameters.items()}
+        flat |= {f"optimizer/{name}": value for name, value in self.updater.state().items()}
+        flat |= {f"sums/{name}": value for name, value in self._sums.items()}
+        flat |= {
+            f"sum-weights/{name}": torch.tensor(value, dtype=torch.float64)
+            for name, value in self._weights.items()
+        }
+        return flat | {"version": torch.tensor(self.version), "waiting": torch.tensor(self._waiting)}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from :meth:`state`."""
+        parts: dict[str, dict[str, Tensor]] = {"weights": {}, "optimizer": {}, "sums": {}, "sum-weights": {}}
+        for entry, value in state.items():
+            kind, slash, name = entry.partition("/")
+            if slash:
+                parts[kind][name] = value
+        with torch.no_grad():
+            for name, parameter in self.updater.parameters.items():
+                parameter.copy_(parts["weights"][name])
+        self.updater.load(parts["optimizer"])
+        self._sums = {name: value.clone() for name, value in parts["sums"].items()}
+        self._weights = {name: float(value) for name, value in parts["sum-weights"].items()}
+        self.version, self._waiting = int(state["version"]), int(state["waiting"])
+
+    def _apply(self, gradients: Mapping[str, Tensor]) -> None:
+        if self._held[self.version] > 0:
+            self._stash_current()
+        elif self.version in self._held:
+            del self._held[self.version]
+        for name, gradient in gradients.items():
+            self.updater.parameters[name].grad = gradient
+        self.updater.step()
+        self.version += 1
+
+    def _stash_current(self) -> None:
+        """Leave the current parameters to the requests that hold them, and go on with copies."""
+        self._stashed[self.version] = dict(self.updater.parameters)
+        copies = {
+            name: nn.Parameter(value.detach().clone()) for name, value in self.updater.parameters.items()
+        }
+        self.updater.replace(copies)
+        self._install(copies)
+        self.peak_versions = max(self.peak_versions, len(self._stashed) + 1)
+
+    def _install(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        for name, parameter in parameters.items():
+            path, _, leaf = name.rpartition(".")
+            self.stage.model.get_submodule(path)._parameters[leaf] = parameter
