@@ -49,20 +49,14 @@ class ClientsConfig(Section):
     """How the data is divided among clients, and what every client keeps of the model."""
 
     by: Literal["column", "file", "iid", "dirichlet", "pathological", "size", "length", "skew"] = "column"
-    column: str = (
-        "client"  # column: names the client; skew: every value becomes two clients, VALUE-a and VALUE-b
-    )
+    column: str = "client"  # column: names the client; skew: every value becomes two clients, VALUE-a and VALUE-b
     names: list[str] | None = None  # only these clients (column, file and skew), in this order
     count: PositiveInt | None = None  # how many clients (partitioners)
     alpha: Rate = 0.5  # dirichlet: concentration (smaller is more skewed)
     classes: PositiveInt = 2  # pathological: labels per client
     min_examples: PositiveInt = 2  # dirichlet: the smallest admissible client
-    skew: Annotated[float, Field(ge=0.5, le=1.0)] = (
-        0.75  # skew: share of the first half of the labels at VALUE-a
-    )
-    cuts: list[Cut] = [
-        (1, None)
-    ]  # (s, e) per client, repeated when there are fewer than clients; e = None: L
+    skew: Annotated[float, Field(ge=0.5, le=1.0)] = 0.75  # skew: share of the first half of the labels at VALUE-a
+    cuts: list[Cut] = [(1, None)]  # (s, e) per client, repeated when there are fewer than clients; e = None: L
 
 
 class DataConfig(Section):
@@ -72,9 +66,7 @@ class DataConfig(Section):
     task: Task = "classification"
     config: str | None = None  # the configuration of a datasets id
     split: str | None = None  # the split of a datasets id or asset that holds the examples (default: train)
-    test_source: str | None = (
-        None  # a file with test examples of all clients; else they are split off `source`
-    )
+    test_source: str | None = None  # a file with test examples of all clients; else they are split off `source`
     text: str = "text"  # classification, causal-lm
     text_pair: str | None = None  # classification: a second text
     label: str = "label"  # classification, multiple-choice (index or letter)
@@ -85,9 +77,7 @@ class DataConfig(Section):
     template: str | None = None  # with {column} fields; instruction and multiple-choice have defaults
     max_length: PositiveInt = 128  # tokens; what is longer is cut off, and counted
     long_texts: Literal["truncate", "error"] = "truncate"
-    block_length: PositiveInt | None = (
-        None  # causal-lm: join texts and cut them in blocks of that many tokens
-    )
+    block_length: PositiveInt | None = None  # causal-lm: join texts and cut them in blocks of that many tokens
     test_fraction: Fraction = 0.3  # of every client's examples
     validation_fraction: Fraction = 0.0  # of what is left for training
     train_examples: PositiveInt | None = None  # few-shot: private examples of a client

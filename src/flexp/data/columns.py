@@ -1,0 +1,71 @@
+"""Looking up columns and checking their values, with messages that help."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from flexp.errors import DataError
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``; did you mean 'x'?`` for a likely typing error, else an empty string."""
+    known = list(known)
+    lowered = {item.lower(): item for item in known}
+    close = difflib.get_close_matches(name.lower(), list(lowered), n=1, cutoff=0.5)
+    return f"; did you mean {lowered[close[0]]!r}?" if close else ""
+
+
+def require(name: str, key: str, columns: Sequence[str], source: str) -> None:
+    """Check that the column ``name``, which the configuration's ``key`` names, exists.
+
+    Raises:
+        DataError: it does not; the message lists the columns and the nearest name.
+    """
+    if name in columns:
+        return
+    hint = nearest(name, columns)
+    if not hint:
+        hint = f"; set {key} to one of them"
+        if source.endswith((".csv", ".tsv")):
+            hint += " (the first line of the file must name the columns)"
+    listed = ", ".join(repr(str(column)[:40]) for column in columns[:16]) + (" ..." if len(columns) > 16 else "")
+    raise DataError(f"{source}: there is no column {name!r} ({key}); the columns are {listed}{hint}")
+
+
+def missing(value: Any) -> bool:
+    """Whether ``value`` is nothing: None, NaN, blank text, or an empty list."""
+    if value is None or (isinstance(value, float) and value != value):
+        return True
+    if isinstance(value, str):
+        return not value.strip()
+    return isinstance(value, list | tuple) and (len(value) == 0 or any(missing(item) for item in value))
+
+
+def check_present(values: Sequence[Any], column: str, place: Callable[[int], str]) -> None:
+    """Check that every row has a value in ``column``.
+
+    Raises:
+        DataError: some have none; the message names the first and counts the others.
+    """
+    bad = [index for index, value in enumerate(values) if missing(value)]
+    if bad:
+        more = f" (and {len(bad) - 1} more rows)" if len(bad) > 1 else ""
+        raise DataError(f"{place(bad[0])}: the column {column!r} is empty{more}; fill it in or remove the row")
+
+
+def as_text(value: Any, column: str, place: str) -> str:
+    """``value`` as text; numbers are written out.
+
+    Raises:
+        DataError: it is neither text nor a number.
+    """
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int | float):
+        return str(value)
+    raise DataError(
+        f"{place}: the column {column!r} holds a {type(value).__name__}, but text was expected; "
+        "name another column or convert it"
+    )

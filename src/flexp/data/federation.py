@@ -1,0 +1,185 @@
+"""From the configuration to every client's encoded examples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from flexp.config import DataConfig
+from flexp.data.columns import as_text, check_present
+from flexp.data.labels import label_texts, sort_labels
+from flexp.data.partition import Facts, Partition, partition, partition_test
+from flexp.data.sources import Rows, read_rows
+from flexp.data.split import Split, split_client
+from flexp.data.tasks import LABELLED, limit_of, make_task, needed_columns, text_columns
+from flexp.data.types import ClientData, Example, Federation, Task
+from flexp.errors import DataError
+
+
+def load_federation(config: DataConfig, processor: Any, seed: int, max_positions: int | None) -> Federation:
+    """Read, check, divide and encode the data of all clients.
+
+    Equal arguments give equal examples. The test examples do not depend on ``train_examples``.
+
+    Args:
+        config: the run's ``data`` section; its own seed goes before ``seed``.
+        processor: the model's tokenizer, or its image processor.
+        max_positions: the longest input of the model in tokens, if it has one.
+
+    Raises:
+        ConfigError: settings that do not fit together.
+        DataError: the data does not hold what the settings say; the message names the place.
+        AssetError: a named asset cannot be had.
+    """
+    seed = seed if config.seed is None else config.seed
+    limit = limit_of(config, max_positions)
+    source = _Source(config, config.source, config.split)
+    made = partition(source.facts, config.clients, seed)
+    notes = list(made.notes)
+    tests: Partition | None = None
+    test_source = source
+    if config.test_source is not None:
+        test_source = _Source(config, config.test_source, None)
+        tests = partition_test(made, source.facts, test_source.facts, config.clients, seed)
+        notes += tests.notes
+    splits = {name: _split(name, config, source, rows, test_source, tests, seed) for name, rows in made.clients.items()}
+    names = _label_names(config, source, made, test_source, tests)
+    task = make_task(config, processor, limit, names)
+    clients = []
+    for name, split in splits.items():
+        if config.train_examples is not None and len(split.train) + len(split.validation) < config.train_examples:
+            had = len(split.train) + len(split.validation)
+            notes.append(f"{name}: has {had} examples to train on instead of the {config.train_examples} asked for")
+        client = ClientData(
+            name,
+            source.encode(task, split.train),
+            source.encode(task, split.validation),
+            test_source.encode(task, split.test),
+        )
+        _check(client, config)
+        notes += _cut_note(client, limit.tokens)
+        clients.append(client)
+    if limit.of_model and config.block_length is None and config.task != "image-classification":
+        notes.append(
+            f"data.max_length = {config.max_length} is more than the model's {limit.tokens} positions, which are used"
+        )
+    return Federation(clients, task, notes)
+
+
+class _Source:
+    """Rows that were checked against the task, and what partitioners need to know of them."""
+
+    def __init__(self, config: DataConfig, source: str, split: str | None) -> None:
+        by = config.clients.by
+        self.config = config
+        self.rows: Rows = read_rows(source, split, config.config, by_file=by == "file")
+        self.needed = needed_columns(config)
+        for name, key in self.needed.items():
+            self.rows.require(name, key)
+        if by in ("column", "skew"):
+            self.rows.require(config.clients.column, "data.clients.column")
+        gaps = () if isinstance(config.choices, str) else config.choices  # rows may have fewer choices than columns
+        for name in self.needed:
+            if name not in gaps and name != config.image:
+                check_present(self.rows.values(name), name, self.rows.place)
+        self.labels = self._labels() if config.task in LABELLED else None
+        self.facts = Facts(len(self.rows), self.labels, self._groups(), self._lengths())
+
+    def encode(self, task: Task, indices: Sequence[int]) -> list[Example]:
+        """The examples of the given rows."""
+        rows = self.rows.take(indices, list(self.needed))
+        for row, index in zip(rows, indices, strict=True):
+            if self.labels is not None:
+                row[self.config.label] = self.labels[index]
+            image = row.get(self.config.image)
+            folder = self.rows.part(index).folder
+            if self.config.task == "image-classification" and isinstance(image, str) and folder is not None:
+                row[self.config.image] = str(folder / Path(image))
+        return task.encode(rows)
+
+    def _labels(self) -> list[str]:
+        name = self.config.label
+        return label_texts(self.rows.values(name), self.rows.class_names(name), name, self.rows.place)
+
+    def _groups(self) -> list[str] | None:
+        if self.config.clients.by == "file":
+            return [str(self.rows.part(index).group) for index in range(len(self.rows))]
+        if self.config.clients.by not in ("column", "skew"):
+            return None
+        name = self.config.clients.column
+        values = self.rows.values(name)
+        check_present(values, name, self.rows.place)
+        names = self.rows.class_names(name)
+        return [
+            as_text(v if names is None else names[v], name, self.rows.place(i)).strip() for i, v in enumerate(values)
+        ]
+
+    def _lengths(self) -> list[int] | None:
+        columns = text_columns(self.config)
+        if self.config.clients.by != "length" or not columns:
+            return None
+        texts = [self.rows.values(name) for name in columns]
+        return [sum(len(str(values[index])) for values in texts) for index in range(len(self.rows))]
+
+
+def _split(
+    name: str,
+    config: DataConfig,
+    source: _Source,
+    rows: list[int],
+    test_source: _Source,
+    tests: Partition | None,
+    seed: int,
+) -> Split:
+    test_rows = None if tests is None else tests.clients[name]
+    return split_client(
+        name,
+        rows,
+        None if source.labels is None else [source.labels[row] for row in rows],
+        test_fraction=config.test_fraction,
+        validation_fraction=config.validation_fraction,
+        train_examples=config.train_examples,
+        test_examples=config.test_examples,
+        seed=seed,
+        test_rows=test_rows,
+        test_labels=None
+        if test_rows is None or test_source.labels is None
+        else [test_source.labels[r] for r in test_rows],
+    )
+
+
+def _label_names(
+    config: DataConfig, source: _Source, made: Partition, test_source: _Source, tests: Partition | None
+) -> list[str]:
+    """All clients' classes: those of a ``ClassLabel`` in its order, else the sorted union over training and test."""
+    if config.task not in ("classification", "image-classification"):
+        return []
+    given = source.rows.class_names(config.label)
+    assert source.labels is not None
+    assert test_source.labels is not None
+    found = {source.labels[row] for rows in made.clients.values() for row in rows}
+    if tests is not None:
+        found |= {test_source.labels[row] for rows in tests.clients.values() for row in rows}
+    if given is not None and found <= set(given):
+        return given
+    if len(found) < 2:
+        raise DataError(
+            f"{source.rows.name}: the clients have one label only ({', '.join(found)}) in column {config.label!r}; "
+            "a classifier needs two at least: check data.label"
+        )
+    return sort_labels(found)
+
+
+def _check(client: ClientData, config: DataConfig) -> None:
+    if not client.train or (config.test_fraction > 0 and not client.test):
+        raise DataError(
+            f"client {client.name!r} is empty: its texts give {len(client.train)} blocks to train and "
+            f"{len(client.test)} to test of data.block_length = {config.block_length}; give it more text"
+        )
+
+
+def _cut_note(client: ClientData, tokens: int) -> list[str]:
+    examples = [*client.train, *client.validation, *client.test]
+    cut = sum("cut" in example for example in examples)
+    return [f"{client.name}: {cut} of {len(examples)} texts were cut at {tokens} tokens"] if cut else []

@@ -1,0 +1,217 @@
+"""Who owns which row: natural clients, and partitioners that make heterogeneous clients of any data.
+
+IID, Dirichlet (Yurochkin et al., 2019, arXiv 1905.12022), pathological (Li et al., 2021, arXiv 2102.02079) and
+by size are those of ``flwr-datasets``; ``length`` deals out texts sorted by length; ``skew`` makes pairs of clients
+with opposite label proportions.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from flexp.config import ClientsConfig
+from flexp.data.columns import nearest
+from flexp.data.labels import sort_labels
+from flexp.data.seeding import generator
+from flexp.data.split import stratified_order
+from flexp.errors import ConfigError, DataError
+
+NATURAL = ("column", "file")
+BY_LABEL = ("dirichlet", "pathological", "skew")
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Every client's row numbers, by name in the clients' order; no row has two owners."""
+
+    clients: dict[str, list[int]]
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What partitioners look at, one entry per row; None where it does not exist."""
+
+    count: int
+    labels: Sequence[str] | None = None
+    groups: Sequence[str] | None = None  # of the column or the file
+    lengths: Sequence[int] | None = None
+
+
+def partition(facts: Facts, config: ClientsConfig, seed: int) -> Partition:
+    """Divide rows 0 ... ``facts.count`` - 1 among clients.
+
+    Raises:
+        ConfigError: the settings do not fit together, or the task has not what the partitioner needs.
+        DataError: the data cannot be divided that way.
+    """
+    if config.by in NATURAL:
+        return _select(Partition(_grouped(facts)), config)
+    if config.by in BY_LABEL and facts.labels is None:
+        raise ConfigError(
+            f'data.clients.by = "{config.by}" divides by labels, but the task has none; use column, iid, size or length'
+        )
+    if config.by == "skew":
+        return _select(_skewed(facts, config.skew, seed), config)
+    if config.names is not None:
+        raise ConfigError(
+            f'data.clients.names is for by = "column", "file" or "skew", not for "{config.by}"; remove it'
+        )
+    if config.count is None:
+        raise ConfigError(f'data.clients.by = "{config.by}" needs data.clients.count, the number of clients')
+    if config.count > facts.count:
+        raise DataError(f"{facts.count} rows cannot be divided among {config.count} clients; lower data.clients.count")
+    width = len(str(config.count))
+    names = [f"client-{number:0{width}d}" for number in range(1, config.count + 1)]
+    owned, notes = _partitioned(facts, config, seed)
+    return Partition(dict(zip(names, owned, strict=True)), notes)
+
+
+def partition_test(train: Partition, facts: Facts, test: Facts, config: ClientsConfig, seed: int) -> Partition:
+    """Divide the rows of a separate test source among the clients of ``train``, so that each is tested on its own kind.
+
+    Natural clients, ``length`` and ``skew`` apply the same rule again; for the others every label's test rows are
+    dealt out in proportion to the clients' training rows of that label.
+    """
+    if config.by in (*NATURAL, "length", "skew"):
+        again = partition(test, config.model_copy(update={"names": None}), seed)
+        strangers = [name for name in again.clients if name not in train.clients]
+        notes = [f"test rows of {', '.join(strangers)} are not used: no such client"] if strangers else []
+        return Partition({name: again.clients.get(name, []) for name in train.clients}, again.notes + notes)
+    labels: Sequence[Hashable] = facts.labels if facts.labels is not None else [0] * facts.count
+    test_labels: Sequence[Hashable] = test.labels if test.labels is not None else [0] * test.count
+    clients: dict[str, list[int]] = {name: [] for name in train.clients}
+    left_out = 0
+    for label in sorted(set(test_labels), key=str):
+        shares = [sum(labels[row] == label for row in rows) for rows in train.clients.values()]
+        order = [row for row in range(test.count) if test_labels[row] == label]
+        order = [order[i] for i in generator(seed, "partition-test", str(label)).permutation(len(order))]
+        if sum(shares) == 0:
+            left_out += len(order)
+            continue
+        bounds = [round(len(order) * sum(shares[: k + 1]) / sum(shares)) for k in range(len(shares))]
+        for name, start, stop in zip(clients, [0, *bounds], bounds, strict=False):
+            clients[name] += order[start:stop]
+    notes = [f"{left_out} test rows are not used: no client has their labels"] if left_out else []
+    return Partition({name: sorted(rows) for name, rows in clients.items()}, notes)
+
+
+def _grouped(facts: Facts) -> dict[str, list[int]]:
+    assert facts.groups is not None
+    clients: dict[str, list[int]] = {name: [] for name in sort_labels(facts.groups)}
+    for row, group in enumerate(facts.groups):
+        clients[group].append(row)
+    return clients
+
+
+def _select(made: Partition, config: ClientsConfig) -> Partition:
+    if config.names is None:
+        return made
+    if len(set(config.names)) < len(config.names):
+        raise ConfigError("data.clients.names names a client twice; remove one")
+    for name in config.names:
+        if name not in made.clients:
+            listed = ", ".join(list(made.clients)[:12]) + (" ..." if len(made.clients) > 12 else "")
+            where = f"column {config.column!r}" if config.by != "file" else "the folder"
+            raise DataError(
+                f"client {name!r} of data.clients.names is empty: {where} has 0 rows of it; "
+                f"there are {listed}{nearest(name, made.clients)}"
+            )
+    return Partition({name: made.clients[name] for name in config.names}, made.notes)
+
+
+def _skewed(facts: Facts, skew: float, seed: int) -> Partition:
+    """Two equally large clients for each group: shares ``skew`` and 1 - ``skew`` of the halves of the label list."""
+    assert facts.labels is not None
+    names = sort_labels(facts.labels)
+    first = set(names[: (len(names) + 1) // 2])
+    clients: dict[str, list[int]] = {}
+    notes = []
+    for group, rows in _grouped(facts).items():
+        halves = [[r for r in rows if facts.labels[r] in first], [r for r in rows if facts.labels[r] not in first]]
+        size = min(map(len, halves))
+        if size == 0:
+            raise DataError(
+                f'data.clients.by = "skew": {group!r} has {len(halves[0])} rows of the labels {_few(first)} and '
+                f"{len(halves[1])} of the others; both kinds are needed: leave it out with another data.clients.column"
+            )
+        many = round(skew * size)
+        a: list[int] = []
+        b: list[int] = []
+        for half, (rows_of_half, to_a) in enumerate(zip(halves, (many, size - many), strict=True)):
+            labels = [facts.labels[row] for row in rows_of_half]
+            order = stratified_order(labels, generator(seed, "skew", group, half))[:size]
+            a += [rows_of_half[index] for index in order[:to_a]]
+            b += [rows_of_half[index] for index in order[to_a:]]
+        clients[f"{group}-a"], clients[f"{group}-b"] = sorted(a), sorted(b)
+        if 2 * size < len(rows):
+            notes.append(
+                f"{group}: {2 * size} of {len(rows)} rows are used, so that both of its clients are skewed alike"
+            )
+    return Partition(clients, notes)
+
+
+def _partitioned(facts: Facts, config: ClientsConfig, seed: int) -> tuple[list[list[int]], list[str]]:
+    """Row numbers per client by a partitioner of flwr-datasets, which sees row numbers and label numbers only."""
+    os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
+    import datasets
+    from flwr_datasets import partitioner as flwr
+
+    count = config.count
+    assert count is not None
+    order = [int(row) for row in generator(seed, "partition", config.by).permutation(facts.count)]
+    if config.by == "length":
+        lengths = facts.lengths
+        if lengths is None:
+            raise ConfigError('data.clients.by = "length" needs texts, but the task has none; use another partitioner')
+        order.sort(key=lambda row: lengths[row])  # stable: equal lengths stay in random order
+    columns: dict[str, Any] = {"row": order}
+    if facts.labels is not None:
+        number = {label: index for index, label in enumerate(sort_labels(facts.labels))}
+        columns["label"] = [number[facts.labels[row]] for row in order]
+    dataset = datasets.Dataset.from_dict(columns)
+    reason = ""
+    for attempt in range(20):  # a draw may be impossible where the next one is not
+        draw = int(generator(seed, "partition", config.by, attempt).integers(2**31))
+        made: Any
+        if config.by == "dirichlet":
+            made = flwr.DirichletPartitioner(
+                count, "label", config.alpha, min_partition_size=config.min_examples, seed=draw
+            )
+        elif config.by == "pathological":
+            made = flwr.PathologicalPartitioner(
+                count, "label", config.classes, class_assignment_mode="first-deterministic", seed=draw
+            )
+        elif config.by == "size":
+            made = flwr.LinearPartitioner(count)
+        else:
+            made = flwr.IidPartitioner(count)
+        made.dataset = dataset
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # said in the notes, or in the error
+                owned = [sorted(made.load_partition(k)["row"]) for k in range(count)]
+        except ValueError as error:
+            reason = re.sub(r"\s+", " ", str(error)).split(". ")[0].strip(". ")
+            continue
+        unused = facts.count - sum(map(len, owned))
+        note = f"{unused} of {facts.count} rows are not used: their labels fell to no client"
+        return owned, [note] if unused else []
+    mend = {
+        "dirichlet": "raise data.clients.alpha, or lower min_examples or count",
+        "pathological": "lower count or classes",
+    }
+    raise DataError(
+        f'data.clients.by = "{config.by}" cannot divide {facts.count} rows among {count} clients ({reason}); '
+        f"{mend.get(config.by, 'lower data.clients.count')}"
+    )
+
+
+def _few(labels: set[str]) -> str:
+    ordered = sort_labels(labels)
+    return ", ".join(ordered[:4]) + (" ..." if len(ordered) > 4 else "")

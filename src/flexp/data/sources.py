@@ -1,0 +1,229 @@
+"""From what the user named (a file, a folder, an asset, a ``datasets`` id) to rows that know where they came from."""
+
+from __future__ import annotations
+
+import bisect
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from flexp.data.columns import nearest, require
+from flexp.data.readers import IMAGES, READERS, Table, read_file
+from flexp.data.types import PLACE
+from flexp.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A run of consecutive rows that came from one file."""
+
+    count: int
+    file: str
+    unit: str = "row"
+    numbers: Sequence[int] | None = None
+    folder: Path | None = None
+    group: str | None = None  # the client, when files or folders are clients
+    columns: Sequence[str] = ()
+
+
+class Rows:
+    """A :class:`datasets.Dataset`, and for every row its file, number and (with files as clients) its client."""
+
+    def __init__(self, name: str, dataset: Dataset, parts: Sequence[Part]) -> None:
+        self.name = name
+        self.dataset = dataset
+        self._parts = list(parts)
+        self._starts = [0, *accumulate(part.count for part in parts)]
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    @property
+    def columns(self) -> list[str]:
+        """The names of the columns."""
+        return list(self.dataset.column_names)
+
+    def require(self, column: str, key: str) -> None:
+        """Check that every file has ``column``, which the configuration's ``key`` names.
+
+        Raises:
+            DataError: one has not.
+        """
+        for part in self._parts:
+            require(column, key, part.columns, part.file)
+
+    def values(self, column: str) -> list[Any]:
+        """A whole column as plain values."""
+        return list(self.dataset.data.column(column).to_pylist())
+
+    def class_names(self, column: str) -> list[str] | None:
+        """The names of a ``ClassLabel`` column, else None."""
+        names = getattr(self.dataset.features[column], "names", None)
+        return list(names) if names else None
+
+    def part(self, index: int) -> Part:
+        """The part to which row ``index`` belongs."""
+        return self._parts[bisect.bisect_right(self._starts, index) - 1]
+
+    def place(self, index: int) -> str:
+        """Where row ``index`` stands, for messages: ``reviews.jsonl, line 17``."""
+        which = bisect.bisect_right(self._starts, index) - 1
+        part, offset = self._parts[which], index - self._starts[which]
+        number = offset + 1 if part.numbers is None else part.numbers[offset]
+        return f"{part.file}, {part.unit} {number}"
+
+    def take(self, indices: Sequence[int], columns: Sequence[str]) -> list[dict[str, Any]]:
+        """The given rows with the given columns and their place under ``PLACE``."""
+        table = self.dataset.data.table.select(list(columns)).take(pa.array(indices, pa.int64()))
+        rows: list[dict[str, Any]] = table.to_pylist()
+        for row, index in zip(rows, indices, strict=True):
+            row[PLACE] = self.place(index)
+        return rows
+
+
+def read_rows(source: str, split: str | None = None, config: str | None = None, by_file: bool = False) -> Rows:
+    """Read all rows of ``source``: a data file, a folder of data files or images, ``asset:NAME``, or a ``datasets`` id.
+
+    ``SOURCE#SPLIT`` names a split as well. Of a folder without files as clients, the files of ``split`` are read; else
+    those named ``train.*``; else all. Only a ``datasets`` id may use the network.
+
+    Args:
+        by_file: every file or sub-folder of the folder is a client.
+
+    Raises:
+        DataError: nothing readable is there.
+        AssetError: an asset is unknown or cannot be had.
+    """
+    source, _, wanted = source.partition("#") if not Path(source).exists() else (source, "", "")
+    split = wanted or split
+    path = Path(_resolve(source)).expanduser()
+    if path.is_file():
+        if by_file:
+            raise DataError(
+                f'{path}: is a single file, but clients.by = "file" needs a folder with a file or folder for each '
+                'client; use clients.by = "column" or a partitioner'
+            )
+        return _join(str(path), [_file(path)])
+    if path.is_dir():
+        return _join(str(path), _folder(path, split, by_file))
+    if source.startswith(("/", ".", "~", "asset:")) or path.suffix.lower() in READERS or not _HUB_ID.fullmatch(source):
+        beside = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise DataError(f"{path}: no such file or folder (data.source or data.test_source){nearest(path.name, beside)}")
+    if by_file:
+        raise DataError(f'{source}: clients.by = "file" needs a local folder, and there is none of that name')
+    return _hub(source, config, split or "train")
+
+
+def _resolve(source: str) -> str | Path:
+    if not source.startswith("asset:"):
+        return source
+    from flexp.assets import resolve
+
+    return resolve(source)
+
+
+def _file(path: Path, group: str | None = None) -> tuple[Table, Part]:
+    table = read_file(path)
+    return table, Part(
+        table.data.num_rows, path.name, table.unit, table.numbers, path.parent, group, table.data.column_names
+    )
+
+
+def _folder(path: Path, split: str | None, by_file: bool) -> list[tuple[Table, Part]]:
+    children = _children(path)
+    if by_file:
+        found = []
+        for child in children:
+            if child.is_dir():
+                found += _inside(child, child.name)
+            elif child.suffix.lower() in READERS:
+                found.append(_file(child, child.stem))
+    else:
+        chosen = [child for child in children if child.stem == (split or "train")]
+        if split is not None and not chosen:
+            raise DataError(
+                f"{path}: there is no split {split!r}; it holds {', '.join(child.name for child in children[:8])}"
+            )
+        if len(chosen) == 1 and chosen[0].is_dir():
+            return _folder(chosen[0], None, False)
+        files = [child for child in chosen or children if child.suffix.lower() in READERS and child.is_file()]
+        found = [_file(file) for file in files] or _images(path, None)
+    if not found:
+        raise DataError(
+            f"{path}: holds neither data files ({', '.join(READERS)}) nor folders of images named after their labels"
+        )
+    return found
+
+
+def _inside(folder: Path, group: str) -> list[tuple[Table, Part]]:
+    files = [child for child in _children(folder) if child.is_file() and child.suffix.lower() in READERS]
+    found = [_file(file, group) for file in files] or _images(folder, group)
+    if not found:
+        raise DataError(
+            f"{folder}: the client {group!r} is empty: its folder holds neither data files nor images; "
+            "remove the folder or fill it"
+        )
+    return found
+
+
+def _images(folder: Path, group: str | None) -> list[tuple[Table, Part]]:
+    """Rows (image, label) of the images in the sub-folders of ``folder``, each of which is a label."""
+    found = []
+    for child in _children(folder):
+        files = [item for item in _children(child) if item.suffix.lower() in IMAGES] if child.is_dir() else []
+        if files:
+            data = pa.table({"image": [str(file) for file in files], "label": [child.name] * len(files)})
+            found.append((Table(data), Part(len(files), f"{child}", "image", None, folder, group, data.column_names)))
+    return found
+
+
+def _children(folder: Path) -> list[Path]:
+    return sorted(child for child in folder.iterdir() if not child.name.startswith((".", "_")))
+
+
+def _join(name: str, found: Sequence[tuple[Table, Part]]) -> Rows:
+    from datasets import Dataset, concatenate_datasets
+    from datasets.table import InMemoryTable
+
+    tables = [Dataset(InMemoryTable(table.data)) for table, _ in found]
+    try:
+        dataset = tables[0] if len(tables) == 1 else concatenate_datasets(tables)
+    except (ValueError, pa.ArrowInvalid) as error:
+        names = sorted({part.file for _, part in found})
+        raise DataError(
+            f"{name}: the files {', '.join(names[:6])} have columns of the same name but different kinds; "
+            "make them alike or name one file as data.source"
+        ) from error
+    return Rows(name, dataset, [part for _, part in found])
+
+
+def _hub(source: str, config: str | None, split: str) -> Rows:
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    os.environ["HF_UPDATE_DOWNLOAD_COUNTS"] = "0"
+    import datasets
+    from huggingface_hub import constants
+
+    constants.HF_HUB_DISABLE_TELEMETRY = True  # the variables come too late where the libraries are loaded already
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    try:
+        dataset = datasets.load_dataset(source, config, split=split)
+    except Exception as error:  # the library raises its own, requests', the system's ...
+        reason = re.sub(r"\s+", " ", str(error))[:200]
+        raise DataError(
+            f"{source}: there is no such file here, and it cannot be loaded as a datasets id "
+            f"(config {config!r}, split {split!r}): {reason}"
+        ) from error
+    return Rows(
+        source, dataset.flatten_indices(), [Part(len(dataset), f"{source}[{split}]", columns=dataset.column_names)]
+    )

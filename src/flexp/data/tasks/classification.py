@@ -1,0 +1,48 @@
+"""One label for a text or a pair of texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from flexp.config import DataConfig
+from flexp.data.columns import as_text
+from flexp.data.tasks.base import TextTask, fill_row, place
+from flexp.data.tasks.measures import class_tally
+from flexp.data.tasks.text import Limit, encode_texts
+from flexp.data.types import Example, ModelKind, Row, Tally
+
+
+class Classification(TextTask):
+    """A classifier over ``label_names``, the same for every client. The label column holds label texts by now."""
+
+    name = "classification"
+    model_kind: ModelKind = "sequence-classification"
+    metric = "accuracy"
+    higher_is_better = True
+
+    def __init__(self, config: DataConfig, tokenizer: Any, limit: Limit, label_names: list[str]) -> None:
+        super().__init__(config, tokenizer, limit)
+        self.label_names = label_names
+        self._number = {name: index for index, name in enumerate(label_names)}
+
+    def encode(self, rows: Sequence[Row]) -> list[Example]:
+        """The text (or the filled template), with ``labels`` a class number."""
+        config = self.config
+        if config.template is not None:
+            texts = [fill_row(config.template, config, row) for row in rows]
+        else:
+            texts = [as_text(row[config.text], config.text, place(row)) for row in rows]
+        pairs = None
+        if config.text_pair is not None:
+            pairs = [as_text(row[config.text_pair], config.text_pair, place(row)) for row in rows]
+        examples = encode_texts(self.tokenizer, texts, pairs, [place(row) for row in rows], self.limit)
+        for example, row in zip(examples, rows, strict=True):
+            example["labels"] = self._number[row[config.label]]
+        return examples
+
+    def measure(self, logits: Tensor, labels: Tensor, examples: Sequence[Example]) -> Tally:
+        """Cross-entropy and hits."""
+        return class_tally(logits, labels)

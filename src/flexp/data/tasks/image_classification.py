@@ -1,0 +1,76 @@
+"""One label for an image."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexp.config import DataConfig
+from flexp.data.tasks.base import place
+from flexp.data.tasks.measures import class_tally
+from flexp.data.types import Batch, Example, Forward, ModelKind, Row, Tally
+from flexp.errors import DataError
+
+_AT_ONCE = 64
+
+
+class ImageClassification:
+    """A classifier over ``label_names``. Images are files, or bytes inside a table; all become RGB."""
+
+    name = "image-classification"
+    model_kind: ModelKind = "image-classification"
+    metric = "accuracy"
+    higher_is_better = True
+
+    def __init__(self, config: DataConfig, processor: Any, label_names: list[str]) -> None:
+        self.config = config
+        self.processor = processor
+        self.label_names: list[str] | None = label_names
+        self._number = {name: index for index, name in enumerate(label_names)}
+
+    def encode(self, rows: Sequence[Row]) -> list[Example]:
+        """``pixel_values`` of shape (channels, height, width) as the processor makes them, and ``labels``."""
+        examples: list[Example] = []
+        for start in range(0, len(rows), _AT_ONCE):
+            some = rows[start : start + _AT_ONCE]
+            pictures = [_open(row[self.config.image], place(row)) for row in some]
+            pixels = self.processor(images=pictures, return_tensors="pt")["pixel_values"]
+            examples += [
+                {"pixel_values": values.clone(), "labels": self._number[row[self.config.label]]}
+                for values, row in zip(pixels, some, strict=True)
+            ]
+        return examples
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """``pixel_values`` (B, channels, height, width) and ``labels`` (B,)."""
+        return {
+            "pixel_values": torch.stack([example["pixel_values"] for example in examples]),
+            "labels": torch.tensor([example["labels"] for example in examples], dtype=torch.long),
+        }
+
+    def measure(self, logits: Tensor, labels: Tensor, examples: Sequence[Example]) -> Tally:
+        """Cross-entropy and hits."""
+        return class_tally(logits, labels)
+
+    def score(self, forward: Forward, examples: Sequence[Example], batch_size: int) -> dict[str, float]:
+        """Nothing further."""
+        return {}
+
+
+def _open(value: Any, where: str) -> Any:
+    from PIL import Image, UnidentifiedImageError
+
+    content = value.get("bytes") if isinstance(value, dict) else None
+    path = value.get("path") if isinstance(value, dict) else value
+    try:
+        with Image.open(io.BytesIO(content) if content is not None else Path(str(path))) as image:
+            return image.convert("RGB")
+    except FileNotFoundError as error:
+        raise DataError(f"{where}: there is no image {path}; paths are relative to the table's own folder") from error
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        raise DataError(f"{where}: the image cannot be read ({error}); replace or remove it") from error

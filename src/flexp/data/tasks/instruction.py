@@ -1,0 +1,31 @@
+"""Instruction tuning: a prompt and its answer, with loss on the answer only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from flexp.data.columns import as_text
+from flexp.data.tasks.base import TextTask, fill_row, place
+from flexp.data.tasks.text import answer_example, continuation, fit_end, with_end
+from flexp.data.types import Example, Row
+
+TEMPLATE = "### Instruction:\n{prompt}\n\n### Response:\n"
+
+
+class Instruction(TextTask):
+    """``data.template`` makes the prompt; the answer column and the end-of-text token follow it."""
+
+    name = "instruction"
+
+    def encode(self, rows: Sequence[Row]) -> list[Example]:
+        """Prompt + answer; where both are too long the prompt loses its beginning, so that the answer stays."""
+        config = self.config
+        examples = []
+        for row in rows:
+            prompt = fill_row(config.template or TEMPLATE, config, row)
+            answer = as_text(row[config.answer], config.answer, place(row)).strip()
+            ids, start = continuation(self.tokenizer, prompt, answer)
+            ids = with_end(self.tokenizer, ids)
+            ids, start, cut = fit_end(self.tokenizer, ids, start, self.limit, place(row))
+            examples.append(answer_example(ids, range(start, len(ids)), cut))
+        return examples
