@@ -1,0 +1,58 @@
+# FlexP from a fresh clone with nothing but Python (3.11 or later), make and a package registry.
+#
+#   make demo     install what running needs, then run the demonstration
+#   make test     install everything, run the tests
+#   make check    formatting, lint, types
+#   make venv     only make the environment (.venv) for development
+#   make clean    remove the environment and what tools left behind
+#
+# Another interpreter: make test PYTHON=python3.12
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format venv clean
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,/^Another/p'
+
+demo: $(VENV)/.stamp-run
+	$(BIN)/flexp demo
+
+test: $(VENV)/.stamp-dev
+	$(BIN)/pytest
+
+check: $(VENV)/.stamp-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/.stamp-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+venv: $(VENV)/.stamp-dev
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamps make an environment once, and bring it up to date when what it is made of changes.
+# Installed in place (-e): changes under src/ need no second installation.
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else "FlexP needs Python 3.11 or later, and $(PYTHON) is %d.%d: name another one, for instance make PYTHON=python3.12" % v[:2])'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.stamp-run: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing FlexP and what it needs into $(VENV) (a few minutes the first time) ..."
+	$(INSTALL) -e .
+	@touch $@
+
+$(VENV)/.stamp-dev: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing FlexP, what it needs and the tools of development into $(VENV) (a few minutes the first time) ..."
+	$(INSTALL) -e '.[dev]'
+	@touch $(VENV)/.stamp-run $@

@@ -1,0 +1,138 @@
+"""From evaluation records to the scores of ``summary.json``: pure functions, no files, no clocks.
+
+* **personal**: the score of a client's personal model on its own test data; **global**: on everybody's test
+  data.
+* **mean** is the plain mean over clients, each counting the same whatever its number of examples
+  (perplexities are averaged arithmetically); **worst** is the lowest accuracy or the highest perplexity of
+  any client.
+* **before** is round 0, **last** the latest round in which every client was scored. *Last is the headline.*
+* **best** is the round with the best mean personal score after training began; ties go to the earlier
+  round. One round for all clients, so that its means belong together. It is **picked by looking at test
+  data** and therefore optimistic: quote it only beside *last*, and never compare one method's best with
+  another's last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from flexp.report.metrics import Record
+
+SCHEMA = 1
+SIDES = ("personal", "global")
+
+Scores = dict[str, dict[str, float | None]]
+"""Client name → ``{"personal": score, "global": score}``."""
+
+
+def scores_by_round(records: Iterable[Record], clients: Sequence[str], metric: str) -> dict[int, Scores]:
+    """The scores of every round in which all ``clients`` were evaluated, by ascending round.
+
+    Records of other kinds and of other clients are ignored. A client scored twice in a round counts with
+    the later record.
+    """
+    rounds: dict[int, Scores] = {}
+    for record in records:
+        if record.get("kind") == "eval" and record["client"] in clients:
+            found = {side: (record.get(side) or {}).get(metric) for side in SIDES}
+            rounds.setdefault(int(record["round"]), {})[record["client"]] = found
+    return {number: rounds[number] for number in sorted(rounds) if len(rounds[number]) == len(set(clients))}
+
+
+def aggregate(scores: Scores, higher_is_better: bool) -> dict[str, float | None]:
+    """Mean and worst over clients: ``personal_mean``, ``personal_worst``, ``global_mean``, ``global_worst``.
+
+    A value is None when any client's score is missing or was not a number: a mean without the failed client
+    would flatter.
+    """
+    result: dict[str, float | None] = {}
+    for side in SIDES:
+        values = [score[side] for score in scores.values()]
+        present = [value for value in values if value is not None]
+        complete = bool(values) and len(present) == len(values)
+        result[f"{side}_mean"] = sum(present) / len(present) if complete else None
+        result[f"{side}_worst"] = (min if higher_is_better else max)(present) if complete else None
+    return result
+
+
+def best_round(rounds: Mapping[int, Scores], higher_is_better: bool) -> int | None:
+    """The trained round with the best mean personal score, the earliest of equals; 0 if there is no other."""
+    means = {number: aggregate(scores, higher_is_better)["personal_mean"] for number, scores in rounds.items()}
+    candidates = {number: mean for number, mean in means.items() if mean is not None}
+    trained = {number: mean for number, mean in candidates.items() if number > 0} or candidates
+    if not trained:
+        return None
+    sign = -1.0 if higher_is_better else 1.0
+    return min(trained, key=lambda number: (sign * trained[number], number))
+
+
+def build_summary(
+    *,
+    name: str,
+    method: str,
+    seed: int,
+    finished: bool,
+    metric: str,
+    higher_is_better: bool,
+    model: Mapping[str, Any],
+    clients: Sequence[Mapping[str, Any]],
+    records: Iterable[Record],
+    server: Mapping[str, Any],
+    totals: Mapping[str, Any],
+    machine: Mapping[str, Any],
+    versions: Mapping[str, Any],
+    rounds: int | None = None,
+) -> dict[str, Any]:
+    """The content of ``summary.json`` (schema 1).
+
+    Args:
+        clients: what is known of each client besides scores, in the order to show: ``name``, ``cut``,
+            ``train_examples``, ``test_examples``, ``personal_parameters``, ``bytes_up``, ``bytes_down``,
+            ``client_seconds``, ``server_seconds``, ``peak_memory_bytes``; further keys are kept.
+        records: records of ``metrics.jsonl``; only those of kind ``eval`` are used.
+        rounds: rounds trained; None: the latest fully evaluated one.
+
+    Returns:
+        JSON-ready values. Scores that do not exist (yet) are None.
+    """
+    names = [str(client["name"]) for client in clients]
+    by_round = scores_by_round(records, names, metric)
+    last = max(by_round, default=None)
+    best = best_round(by_round, higher_is_better)
+    chosen = {"before": 0 if 0 in by_round else None, "last": last, "best": best}
+    nothing: Scores = {client: dict.fromkeys(SIDES) for client in names}
+
+    def at(which: str) -> Scores:
+        number = chosen[which]
+        return nothing if number is None else by_round[number]
+
+    return {
+        "schema": SCHEMA,
+        "name": name,
+        "method": method,
+        "seed": seed,
+        "finished": finished,
+        "rounds": (last or 0) if rounds is None else rounds,
+        "metric": metric,
+        "higher_is_better": higher_is_better,
+        "model": dict(model),
+        "clients": [
+            {
+                **client,
+                "before": dict(at("before")[str(client["name"])]),
+                "last": dict(at("last")[str(client["name"])]),
+                "best": {"round": best, **at("best")[str(client["name"])]},
+            }
+            for client in clients
+        ],
+        "scores": {
+            "before": aggregate(at("before"), higher_is_better),
+            "last": aggregate(at("last"), higher_is_better),
+            "best": {"round": best, **aggregate(at("best"), higher_is_better)},
+        },
+        "server": dict(server),
+        "totals": dict(totals),
+        "machine": dict(machine),
+        "versions": dict(versions),
+    }

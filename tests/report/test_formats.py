@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import pytest
+
+from flexp.report import formats
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (999.6, "1.00 kB"),
+        (1234, "1.23 kB"),
+        (45_600_000, "45.6 MB"),
+        (999_600_000, "1.00 GB"),
+        (123_456_789_012, "123 GB"),
+        (None, "–"),
+    ],
+)
+def test_sizes(value: float | None, text: str) -> None:
+    assert formats.size(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.42, "0.42 s"),
+        (1.0, "1.0 s"),
+        (38.2, "38 s"),
+        (59.7, "1 min 00 s"),
+        (725, "12 min 05 s"),
+        (12000, "3 h 20 min"),
+    ],
+)
+def test_seconds(value: float, text: str) -> None:
+    assert formats.seconds(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(96, "96"), (120.5, "120.5"), (12300, "12,300"), (22_713_986, "22.7 M"), (1.5e9, "1.50 G")]
+)
+def test_counts(value: float, text: str) -> None:
+    assert formats.count(value) == text
+
+
+def test_scores_and_changes() -> None:
+    assert formats.score(0.8391, "accuracy") == "83.9 %"
+    assert formats.score(24.21, "perplexity") == "24.2"
+    assert formats.score(None, "accuracy") == "–"
+    assert formats.pair(0.632, 0.8391, "accuracy") == "63.2 → 83.9 %"
+    assert formats.pair(None, 0.5, "accuracy") == "50.0 %"
+    assert formats.pair(912.4, 15.74, "perplexity") == "912 → 15.7"
+    assert formats.change(0.80, 0.841, "accuracy") == "+4.1"
+    assert formats.change(0.8, 0.7, "accuracy") == "−10.0"
+    assert formats.change(0.8, 0.80001, "accuracy") == "±0"
+    assert formats.change(912.0, 15.7, "perplexity") == "−896"
+    assert formats.change(None, 15.7, "perplexity") == "–"
+    assert formats.cut([1, 6]) == "(1, 6)"
