@@ -1,5 +1,42 @@
 """FlexP: flexible personalized split federated fine-tuning of transformers."""
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from flexp._version import __version__
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from flexp.client.model import (
+        SplitModelForCausalLM,
+        SplitModelForImageClassification,
+        SplitModelForSequenceClassification,
+    )
+    from flexp.server import Server
+
+_HOMES = {
+    "Server": "flexp.server",
+    "SplitModelForCausalLM": "flexp.client.model",
+    "SplitModelForImageClassification": "flexp.client.model",
+    "SplitModelForSequenceClassification": "flexp.client.model",
+}
+
+__all__ = [
+    "Server",
+    "SplitModelForCausalLM",
+    "SplitModelForImageClassification",
+    "SplitModelForSequenceClassification",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import public names when they are first asked for: torch and transformers take seconds."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'flexp' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

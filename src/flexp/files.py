@@ -72,9 +72,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise StorageError(
-            f"{path}: cannot be read as JSON ({error}); restore it or start a new run"
-        ) from error
+        raise StorageError(f"{path}: cannot be read as JSON ({error}); restore it or start a new run") from error
 
 
 def sha256(path: Path) -> str:
@@ -89,9 +87,7 @@ def storage_error(path: Path, error: OSError) -> StorageError:
         return StorageError(
             f"{path}: the disk is full; what was saved before is intact: free some space, then resume the run"
         )
-    return StorageError(
-        f"{path}: cannot be written ({error.strerror or error}); choose another folder with --out"
-    )
+    return StorageError(f"{path}: cannot be written ({error.strerror or error}); choose another folder with --out")
 
 
 def _finite(value: Any) -> Any:

@@ -83,6 +83,7 @@ class Updater:
         self.steps = int(state["steps"])
         if self._optimizer is None:
             return
+        self._optimizer.state.clear()
         for entry, value in state.items():
             key, slash, name = entry.partition("/")
             if not slash:
@@ -100,14 +101,13 @@ def schedule(config: OptimizerConfig, step: int, total_steps: int | None) -> flo
     if config.schedule == "constant" or not total_steps:
         return 1.0
     span = max(1, total_steps - config.warmup_steps)
-    done = min(1.0, (step - config.warmup_steps) / span)
-    return 1.0 - done if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+    if config.schedule == "linear":  # written as transformers writes it, so that rates are equal to the last bit
+        return max(0, total_steps - step) / span
+    return 0.5 * (1.0 + math.cos(math.pi * min(1.0, (step - config.warmup_steps) / span)))
 
 
 def _make(parameters: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
     if config.name == "sgd":
-        return torch.optim.SGD(
-            parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
-        )
+        return torch.optim.SGD(parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
     cls = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
     return cls(parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)

@@ -51,7 +51,8 @@ class SplitModel(nn.Module):
         align: the alignment, whose gradient the server computes.
         tuning: how ``stage`` was tuned.
         accumulation: exchanges that make up one step, for loops that know nothing of FlexP (a Trainer with gradient
-            accumulation); FlexP's own loop says it for each exchange instead, with :meth:`part_of_step`.
+            accumulation, whose epochs must be a multiple of it); FlexP's own loop says it for each exchange instead,
+            with :meth:`part_of_step`.
     """
 
     kind: ClassVar[ModelKind]
@@ -78,6 +79,7 @@ class SplitModel(nn.Module):
         self._micro: Micro | None = None
         self._exchange = 0
         self._in_step = 0
+        self._began_at = 0
         self._join(cut)
 
     @classmethod
@@ -151,6 +153,11 @@ class SplitModel(nn.Module):
         parameters = inspect.signature(self.model.forward).parameters.values()
         return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
 
+    @property
+    def loss_type(self) -> str | None:
+        """The name of the model's loss, by which transformers' Trainer knows how to count its items."""
+        return getattr(self.model, "loss_type", None)
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -186,9 +193,7 @@ class SplitModel(nn.Module):
             if align_now and self.align.at == "every-block" and index < start - 1:
                 inner_BTH.append(z_BTH)
         if train and not z_BTH.requires_grad:
-            z_BTH = (
-                z_BTH.detach().requires_grad_()
-            )  # the server's blocks need a backward even if nothing here does
+            z_BTH = z_BTH.detach().requires_grad_()  # the server's blocks need a backward even if nothing here does
         request = ForwardRequest(
             exchange=self._next_exchange(),
             hidden_BTH=z_BTH.detach(),
@@ -204,8 +209,7 @@ class SplitModel(nn.Module):
     def tail(self, sent: Sent) -> Any:
         """Wait for h, run blocks [e, L), final norm, head and loss."""
         h_BTH = RemoteMiddle.apply(sent.call, sent.z_BTH, *sent.inner_BTH)  # type: ignore[no-untyped-call]
-        if sent.call.align is not None:
-            self.last_align = sent.call.align
+        self.last_align = sent.call.align
         hidden_BTH = self.stage.run(h_BTH, sent.plan, self.cut[1], self.stage.anatomy.blocks)
         return self.stage.finish(hidden_BTH, sent.inputs, sent.plan)
 
@@ -246,9 +250,7 @@ class SplitModel(nn.Module):
         own = self.stage.trainable()
         if own.keys() != state.keys():
             odd = sorted(own.keys() ^ state.keys())[0]
-            raise ModelError(
-                f"the saved personal state does not fit this cut and tuning: {odd} is on one side only"
-            )
+            raise ModelError(f"the saved personal state does not fit this cut and tuning: {odd} is on one side only")
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(state[name])
@@ -281,12 +283,25 @@ class SplitModel(nn.Module):
     def _count_micro(self, train: bool) -> Micro:
         micro = self._micro
         if micro is None:
+            if train and self.accumulation > 1:
+                self._refuse_half_steps()
             last = self._in_step + 1 == self.accumulation
             micro = Micro(share=1.0 / self.accumulation, last=last)
         if train:
             self._in_step = 0 if micro.last else self._in_step + 1
             self.steps += int(micro.last)
         return micro
+
+    def _refuse_half_steps(self) -> None:
+        changes = sum(parameter._version for parameter in self.stage.trainable().values())
+        if self._in_step == 0:
+            self._began_at = changes
+        elif changes != self._began_at:
+            raise ConfigError(
+                f"the optimiser stepped after {self._in_step} of the accumulation = {self.accumulation} exchanges that "
+                "the server was told to expect in a step; drop the last, shorter group of an epoch "
+                "(examples = a multiple of batch size × accumulation), or use part_of_step"
+            )
 
 
 class SplitModelForCausalLM(SplitModel):

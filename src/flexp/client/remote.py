@@ -50,9 +50,7 @@ class RemoteCall:
                 "call model.train() before the forward"
             )
         weight = float(len(grad_BTH)) if self._micro.weight is None else self._micro.weight
-        request = BackwardRequest(
-            self.request.exchange, grad_BTH.detach(), self._micro.share, weight, self._micro.last
-        )
+        request = BackwardRequest(self.request.exchange, grad_BTH.detach(), self._micro.share, weight, self._micro.last)
         return self._wait(self._link.backward(request))
 
     def _wait(self, future: Future[Reply]) -> Reply:
@@ -76,7 +74,7 @@ class RemoteMiddle(torch.autograd.Function):
         return call.forward()
 
     @staticmethod
-    def backward(ctx: Any, grad_BTH: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_BTH: Tensor) -> tuple[Tensor | None, ...]:
         call: RemoteCall = ctx.call
         reply = call.backward(grad_BTH)
         inner = reply.inner_BTH or (None,) * len(call.request.inner_BTH)

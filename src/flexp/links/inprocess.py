@@ -61,9 +61,7 @@ class InProcessLink:
     def close(self) -> None:
         self._service.leave(self._client)
 
-    def _call(
-        self, handler: Callable[[str, Request], Reply], request: Request, traffic: Traffic
-    ) -> Future[Reply]:
+    def _call(self, handler: Callable[[str, Request], Reply], request: Request, traffic: Traffic) -> Future[Reply]:
         future: Future[Reply] = Future()
         began = time.perf_counter()
         traffic.bytes_up += size(request)

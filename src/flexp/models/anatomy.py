@@ -13,6 +13,13 @@ from flexp.errors import ModelError
 Kind = str  # "causal-lm", "sequence-classification" or "image-classification"
 
 
+_NOT_SPLIT = {
+    "layerdrop": "blocks that are left out at random differ between client and server",
+    "output_router_logits": "the loss on the load of experts needs all blocks in one place",
+}
+"""Settings of a configuration that no split can follow, and why."""
+
+
 @dataclass(frozen=True)
 class Anatomy:
     """What has to be known of a model before it can be cut.
@@ -39,7 +46,12 @@ def dissect(model: nn.Module) -> Anatomy:
     name = type(model).__name__
     config: Any = model.config
     text: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
-    _refuse_by_design(name, config, text)
+    refuse_by_design(name, config)
+    if getattr(config, "_attn_implementation", None) is None:
+        raise ModelError(
+            f"{name} cannot be split: its attention implementation was never set, which makes attention silently "
+            "non-causal; make the model with from_pretrained, or from_config(..., attn_implementation='sdpa')"
+        )
     blocks = int(text.num_hidden_layers)
     found = [
         path
@@ -59,7 +71,13 @@ def dissect(model: nn.Module) -> Anatomy:
     return Anatomy(path=outermost[0], blocks=blocks, hidden=int(text.hidden_size), image=image)
 
 
-def _refuse_by_design(name: str, config: Any, text: Any) -> None:
+def refuse_by_design(name: str, config: Any) -> None:
+    """Refuse what a model's configuration alone shows to be impossible; ``name`` is the model's in the message.
+
+    Raises:
+        ModelError: models of that kind, or with such settings, cannot be split exactly.
+    """
+    text: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(
             f"{name} cannot be split: it is an encoder–decoder, whose decoder blocks all read the encoder's output; "
@@ -75,11 +93,16 @@ def _refuse_by_design(name: str, config: Any, text: Any) -> None:
             f"{name} cannot be split: all blocks share one trainable table of relative positions, so its gradient "
             "would have to be summed over client and server; use BERT, RoBERTa or ModernBERT instead"
         )
-    if getattr(config, "_attn_implementation", None) is None:
+    if getattr(text, "num_hidden_groups", 0):
         raise ModelError(
-            f"{name} cannot be split: its attention implementation was never set, which makes attention silently "
-            "non-causal; make the model with from_pretrained, or from_config(..., attn_implementation='sdpa')"
+            f"{name} cannot be split: it applies the same block again and again, whose weights cannot belong to two "
+            "parties; use BERT or RoBERTa instead"
         )
+    for key, why in _NOT_SPLIT.items():
+        if getattr(text, key, None):
+            raise ModelError(
+                f"{name} cannot be split: its config.{key} is {getattr(text, key)}, and {why}; set config.{key} to 0"
+            )
 
 
 def _refuse_sharing(name: str, model: nn.Module, path: str) -> None:

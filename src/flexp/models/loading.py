@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from flexp.errors import ModelError
 from flexp.models import zoo
-from flexp.models.anatomy import dissect
+from flexp.models.anatomy import dissect, refuse_by_design
 from flexp.models.parts import Part, prune
 from flexp.models.stage import Stage, carve, forget_ties
 
@@ -42,6 +42,7 @@ def load_stage(
     dtype: str = "float32",
     attention: str = "sdpa",
     pad_token_id: int | None = None,
+    dropout: float | None = None,
     seed: int = 0,
 ) -> Stage:
     """Load the ``part`` of a pretrained model that a party owns (``None``: all of it).
@@ -50,6 +51,8 @@ def load_stage(
         model_id: a local folder, a Hugging Face id, or ``arch:NAME`` for a tiny model with random weights.
         kind: what the model is for.
         labels: the names of the classes, for classifiers.
+        attention: an architecture that knows no SDPA (Gemma 2, GPT-Neo, GPT-J, BLOOM) runs eager whatever this says.
+        dropout: the rate of every dropout; ``None``: as the model's configuration says.
         seed: of those weights that the checkpoint does not hold, such as a new classifier; equal for every part.
 
     Raises:
@@ -57,15 +60,19 @@ def load_stage(
     """
     name = str(model_id)
     if name.startswith("arch:"):
-        whole = _from_zoo(name.removeprefix("arch:"), kind, labels, dtype, attention, seed)
+        whole = _from_zoo(name.removeprefix("arch:"), kind, labels, dtype, attention, dropout or 0.0, seed)
         return whole if part is None else carve(whole, part)
     config = load_config(name)
+    refuse_by_design(f"{name} ({config.model_type})", config)
     if labels is not None:
         config.num_labels = len(labels)
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: index for index, label in enumerate(labels)}
     if pad_token_id is not None and config.get_text_config().pad_token_id is None:
         config.get_text_config().pad_token_id = pad_token_id
+    if dropout is not None:
+        zoo.set_dropout(config, dropout)
+    config.output_hidden_states = config.output_attentions = False  # some checkpoints ask for them; no split can
     original = _class_for(config, kind, name)
     cls = original if part is None else _pruned(original, part)
     with _quietly(), torch.random.fork_rng(devices=[]):
@@ -74,7 +81,8 @@ def load_stage(
                 name,
                 config=config,
                 dtype=DTYPES[dtype],
-                attn_implementation=attention,
+                attn_implementation=attention if original._supports_sdpa else "eager",
+                use_safetensors=True,  # nothing is ever unpickled
                 output_loading_info=True,
                 ignore_mismatched_sizes=labels is not None,
             )
@@ -84,10 +92,11 @@ def load_stage(
             raise ModelError(f"{name}: the model cannot be loaded ({_first_line(error)})") from error
     model.__class__ = original
     missing = set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
+    _refuse_incomplete(name, model, kind, missing)
     _initialise(model, missing, seed)
-    if any(value.is_meta for value in model.parameters()):
-        raise ModelError(f"{name}: some weights could not be loaded; is the folder complete?")
     anatomy = dissect(model)
+    if part is not None and not part.blocks <= set(range(anatomy.blocks)):
+        raise ModelError(f"{name} has {anatomy.blocks} blocks, so there is no block {max(part.blocks)}")
     model.requires_grad_(False)
     return Stage(model, anatomy, part or Part.whole(anatomy.blocks))
 
@@ -111,9 +120,9 @@ def load_config(name: str) -> Any:
 
 
 def _from_zoo(
-    name: str, kind: ModelKind, labels: Sequence[str] | None, dtype: str, attention: str, seed: int
+    name: str, kind: ModelKind, labels: Sequence[str] | None, dtype: str, attention: str, dropout: float, seed: int
 ) -> Stage:
-    model: Any = zoo.tiny_model(name, task=kind, seed=seed, attention=attention, dtype=DTYPES[dtype])  # type: ignore[arg-type]
+    model: Any = zoo.tiny_model(name, task=kind, seed=seed, attention=attention, dtype=DTYPES[dtype], dropout=dropout)  # type: ignore[arg-type]
     if labels is not None and len(labels) != model.config.num_labels:
         raise ModelError(
             f"arch:{name} has {model.config.num_labels} classes, but the data have {len(labels)}; use a real model"
@@ -143,6 +152,18 @@ def _pruned(original: Any, part: Part) -> Any:
 
     names = {"__init__": __init__, "__module__": original.__module__, "__qualname__": original.__qualname__}
     return type(original.__name__, (original,), names)
+
+
+def _refuse_incomplete(name: str, model: Any, kind: ModelKind, missing: set[str]) -> None:
+    """A new classifier, and a pooler under it, may be missing from a checkpoint; nothing else may."""
+    base = model.base_model_prefix + "."
+    new = {key for key in missing if kind != "causal-lm" and (not key.startswith(base) or ".pooler." in key)}
+    lost = sorted(missing - new) + [key for key, value in model.named_parameters() if value.is_meta]
+    if lost:
+        raise ModelError(
+            f"{name}: {len(lost)} weights of this {type(model).__name__} are not in the checkpoint or have another "
+            f"shape there, for instance {lost[0]}; fetch it again, or choose another model or another data.task"
+        )
 
 
 def _initialise(model: nn.Module, missing: Iterable[str], seed: int) -> None:

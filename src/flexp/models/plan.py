@@ -54,9 +54,7 @@ class _Mismatch(Exception):  # noqa: N818
     """A block was not given the very tensor that the block before it gave back."""
 
 
-def record(
-    model: Any, blocks: nn.ModuleList, inputs: Mapping[str, Any], tuples: bool | None
-) -> tuple[Tensor, Plan]:
+def record(model: Any, blocks: nn.ModuleList, inputs: Mapping[str, Any], tuples: bool | None) -> tuple[Tensor, Plan]:
     """Embed ``inputs`` and make the plan of all blocks.
 
     Args:
@@ -66,7 +64,7 @@ def record(
         The hidden state (B, T, H) that enters block 0, and the plan.
 
     Raises:
-        ModelError: the model changes the hidden state between its blocks, or hands blocks tensors that need gradients.
+        ModelError: the model changes the hidden state between its blocks, or calls them in another order.
     """
     for attempt in (False, True) if tuples is None else (tuples,):
         calls: list[BlockCall] = []
@@ -76,7 +74,6 @@ def record(
             with shadowed(blocks, recorders):
                 model(**inputs)
         except _Planned:
-            _refuse_gradients(model, calls)
             return hiddens[0], Plan(tuple(calls), attempt)
         except _Mismatch:
             continue
@@ -87,8 +84,8 @@ def record(
                 continue  # the model could not take a bare tensor from its first block
             raise
     raise ModelError(
-        f"{type(model).__name__} cannot be split: it changes the hidden state between its blocks, or does not call each "
-        "of them once and in order; use an architecture that `flexp verify --list` names"
+        f"{type(model).__name__} cannot be split: it changes the hidden state between its blocks, or does not call "
+        "each of them once and in order; use an architecture that `flexp verify --list` names"
     )
 
 
@@ -101,26 +98,24 @@ def shadowed(blocks: nn.ModuleList, forwards: Sequence[Callable[..., Any]]) -> I
             block.forward = forward
         yield
     finally:
-        for block, forward in zip(blocks, earlier, strict=True):
-            if forward is None:
+        for block, own in zip(blocks, earlier, strict=True):
+            if own is None:
                 vars(block).pop("forward", None)
             else:
-                block.forward = forward
+                block.forward = own
 
 
-def finish(
-    model: Any, blocks: nn.ModuleList, hidden_BTH: Tensor, inputs: Mapping[str, Any], tuples: bool
-) -> Any:
+def finish(model: Any, blocks: nn.ModuleList, hidden_BTH: Tensor, inputs: Mapping[str, Any], tuples: bool) -> Any:
     """Run final norm, head and loss on a hidden state (B, T, H), through the model's own ``forward``.
 
     The embedding runs once more on the way, without gradients and without moving the random generator, and what it
     gives is dropped.
     """
     grad = torch.is_grad_enabled()
-    generator = torch.get_rng_state()
+    generator = _random_state(hidden_BTH.device)
 
     def first(*_: Any, **__: Any) -> Any:
-        torch.set_rng_state(generator)
+        _set_random_state(generator, hidden_BTH.device)
         torch.set_grad_enabled(grad)
         return (hidden_BTH,) if tuples else hidden_BTH
 
@@ -149,24 +144,72 @@ def _recorder(
     return record_call
 
 
-def _refuse_gradients(model: Any, calls: Sequence[BlockCall]) -> None:
+def probe(model: Any, blocks: nn.ModuleList, inputs: Mapping[str, Any], tuples: bool | None) -> None:
+    """Refuse a model whose blocks get more of its other weights than the hidden state, as MPNet's do.
+
+    A server holds only blocks: a table of relative positions, for instance, would be zero there, and its gradient lost.
+
+    Raises:
+        ModelError: some block does, or gets an argument whose origin cannot be told.
+    """
+    inside = {id(parameter) for parameter in blocks.parameters()}
+    frozen = [
+        parameter
+        for parameter in model.parameters()
+        if id(parameter) not in inside and not parameter.requires_grad and parameter.is_floating_point()
+    ]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        with torch.enable_grad(), undisturbed(model.device):
+            calls = record(model, blocks, inputs, tuples)[1].calls
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
     for index, call in enumerate(calls):
-        for value in tensors_in((call.args, call.kwargs)):
-            if value.requires_grad:
+        for value in leaves_in((*call.args, *call.kwargs.values())):
+            if isinstance(value, Tensor) and value.requires_grad:
                 raise ModelError(
                     f"{type(model).__name__} cannot be split: block {index} gets, besides the hidden state, a tensor "
-                    "that is trained outside of the blocks, so its gradient would be lost; freeze the embeddings, or "
-                    "use another architecture"
+                    "made from weights outside of the blocks, which the server does not have and whose gradient would "
+                    "be lost; use an architecture that `flexp verify --list` names"
+                )
+            if not isinstance(value, _PLAIN):
+                raise ModelError(
+                    f"{type(model).__name__} cannot be split: block {index} gets, besides the hidden state, a "
+                    f"{type(value).__name__}, which may carry something from block to block; use an architecture that "
+                    "`flexp verify --list` names"
                 )
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor inside nested tuples, lists and dictionaries."""
-    if isinstance(value, Tensor):
+_PLAIN = (Tensor, bool, int, float, str, type(None), torch.dtype, torch.device)
+
+
+def leaves_in(value: Any) -> Iterator[Any]:
+    """Everything inside nested tuples, lists and dictionaries; empty ones, which a block might fill, as they are."""
+    if isinstance(value, tuple) or (type(value) in (dict, list) and value):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from leaves_in(item)
+    else:
         yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from tensors_in(item)
+
+
+def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """The state of the generators that dropout on ``device`` draws from."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def _set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], device)
+
+
+@contextlib.contextmanager
+def undisturbed(device: torch.device) -> Iterator[None]:
+    """Leave the random generators as they were: what is drawn inside the ``with`` block is not missed after it."""
+    state = _random_state(device)
+    try:
+        yield
+    finally:
+        _set_random_state(state, device)

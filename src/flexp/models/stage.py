@@ -18,6 +18,8 @@ from flexp.models.plan import Plan
 
 NOT_FOR_BLOCKS = frozenset({"labels", "num_items_in_batch"})
 """What a batch may hold that only the loss needs."""
+NEED_ALL_BLOCKS = ("output_hidden_states", "output_attentions", "output_router_logits")
+"""What may be asked of a whole model, but not of one whose blocks are in several places."""
 
 
 class Stage:
@@ -32,6 +34,7 @@ class Stage:
         self.anatomy = anatomy
         self.part = part
         self._tuples: bool | None = None
+        self._probed = not part.ends  # without the ends there is nothing to find out
         parameters = inspect.signature(type(model).forward).parameters
         self._extra = {"use_cache": False} if "use_cache" in parameters else {}
 
@@ -53,9 +56,19 @@ class Stage:
         return blocks
 
     def plan(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Plan]:
-        """Embed a batch: the hidden state (B, T, H) that enters block 0, and the plan of all blocks."""
-        wanted = {key: value for key, value in inputs.items() if key not in NOT_FOR_BLOCKS}
-        hidden_BTH, plan = planning.record(self.model, self.blocks, {**self._extra, **wanted}, self._tuples)
+        """Embed a batch: the hidden state (B, T, H) that enters block 0, and the plan of all blocks.
+
+        Raises:
+            ModelError: the model cannot be split exactly, or the batch asks for what only a whole model can give.
+        """
+        for key in NEED_ALL_BLOCKS:
+            if inputs.get(key):
+                raise ModelError(f"{key}=True was asked for, but a split model has its blocks in several places")
+        wanted = {key: value for key, value in inputs.items() if key not in NOT_FOR_BLOCKS} | self._extra
+        if not self._probed:
+            planning.probe(self.model, self.blocks, wanted, self._tuples)
+            self._probed = True
+        hidden_BTH, plan = planning.record(self.model, self.blocks, wanted, self._tuples)
         self._tuples = plan.tuples
         return hidden_BTH, plan
 
@@ -85,7 +98,8 @@ class Stage:
             inputs["attention_mask"] = mask_BT
         if positions_BT is not None:
             inputs["position_ids"] = positions_BT
-        with torch.no_grad():
+        # Dropout on the zeros draws random numbers, which are the client's in one process.
+        with torch.no_grad(), planning.undisturbed(hidden_BTH.device):
             return self.plan(inputs)[1]
 
     def run(self, hidden_BTH: Tensor, plan: Plan, start: int, stop: int) -> Tensor:
@@ -96,7 +110,7 @@ class Stage:
         """Final norm, head and, with labels, loss: the model's own output object, from the last hidden state."""
         if not self.part.ends:
             raise ModelError("a stage without the ends of the model cannot compute its output")
-        return planning.finish(self.model, self.blocks, hidden_BTH, {**self._extra, **inputs}, plan.tuples)
+        return planning.finish(self.model, self.blocks, hidden_BTH, {**inputs, **self._extra}, plan.tuples)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that this party trains, by their full names in the model."""
@@ -125,6 +139,7 @@ def carve(source: Stage, part: Part) -> Stage:
         forget_ties(model)
     stage = Stage(model, source.anatomy, part)
     stage._tuples = source._tuples
+    stage._probed = source._probed or not part.ends
     return stage
 
 
@@ -132,7 +147,7 @@ def forget_ties(model: nn.Module) -> None:
     """Let transformers not look for tied weights in a model whose ends are not there."""
     for module in model.modules():
         if hasattr(module, "all_tied_weights_keys"):
-            module.all_tied_weights_keys = {}
+            vars(module)["all_tied_weights_keys"] = {}
 
 
 Loader = Callable[[Part], Stage]

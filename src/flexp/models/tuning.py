@@ -93,11 +93,7 @@ def _embedding_names(stage: Stage) -> set[str]:
             continue
         if isinstance(module, nn.Embedding) or "embed" in path.rpartition(".")[2]:
             found |= {id(parameter) for parameter in module.parameters()}
-    return {
-        name
-        for name, parameter in stage.model.named_parameters(remove_duplicate=False)
-        if id(parameter) in found
-    }
+    return {name for name, parameter in stage.model.named_parameters(remove_duplicate=False) if id(parameter) in found}
 
 
 def _inject(stage: Stage, config: LoraConfig, seed: int) -> None:

@@ -23,13 +23,13 @@ def alignment(
 ) -> tuple[float, Tensor]:
     """The alignment term (without λ) and its gradient at ``student_BTH``.
 
-    Computed in fp32 whatever the activations' type is.
+    Computed in fp32, or in the activations' type where that is finer.
     """
-    teacher, student = teacher_BTH.float(), student_BTH.float()
+    teacher, student = _fine(teacher_BTH), _fine(student_BTH)
     if mask_BT is None:
-        counts = torch.ones(student.shape[:2], device=student.device)
+        counts = torch.ones(student.shape[:2], dtype=student.dtype, device=student.device)
     else:
-        counts = mask_BT.to(torch.float32)
+        counts = mask_BT.to(student.dtype)
     tokens = counts.sum().clamp(min=1.0)
     deviation: Tensor | None = None
     if config.normalize:
@@ -50,11 +50,15 @@ def combine(task_BTH: Tensor, align_BTH: Tensor, how: str) -> Tensor:
     tasks (Yu et al., 2020, arXiv 2001.06782).
     """
     if how == "project":
-        task, align = task_BTH.float(), align_BTH.float()
+        task, align = _fine(task_BTH), _fine(align_BTH)
         inner = (task * align).sum()
         if inner < 0:
             align_BTH = align - inner / task.square().sum().clamp(min=1e-30) * task
-    return (task_BTH + align_BTH.to(task_BTH.dtype)).to(task_BTH.dtype)
+    return task_BTH + align_BTH.to(task_BTH.dtype)
+
+
+def _fine(value: Tensor) -> Tensor:
+    return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
 def _kl(teacher: Tensor, student: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

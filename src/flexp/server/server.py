@@ -24,12 +24,12 @@ from flexp.links.messages import (
     PullRequest,
     Welcome,
 )
-from flexp.models.fingerprint import fingerprint
 from flexp.models.loading import ModelKind, load_stage
 from flexp.models.parts import Part, check_cut
 from flexp.models.stage import Stage
 from flexp.models.tuning import tune
 from flexp.rng import RandomStream
+from flexp.server.admission import check_backward, check_forward, check_join
 from flexp.server.session import Session
 from flexp.server.shared import SharedBlocks
 
@@ -59,6 +59,7 @@ class Server:
         self.compute_seconds = 0.0
         self._seed = seed
         self._sessions: dict[str, Session] = {}
+        self._random: dict[str, RandomStream] = {}  # outlives sessions: who comes back goes on
         self._lock = threading.RLock()
 
     @classmethod
@@ -90,9 +91,7 @@ class Server:
 
         blocks = int(load_config(str(model_id)).get_text_config().num_hidden_layers)
         start, stop = check_cut((base_depth, end), blocks, where="server blocks (base_depth, end)")
-        stage = load_stage(
-            model_id, kind, Part.server(start, stop), dtype=dtype, attention=attention, seed=seed
-        )
+        stage = load_stage(model_id, kind, Part.server(start, stop), dtype=dtype, attention=attention, seed=seed)
         tune(stage, tuning, lora=lora, seed=seed)  # type: ignore[arg-type]
         return cls(stage, tuning=tuning, seed=seed, **options)
 
@@ -113,11 +112,13 @@ class Server:
             LinkError: the client's model or cut does not go with this server.
         """
         with self._lock:
-            self._check_join(client, request)
+            check_join(client, request, self.shared.stage, self.tuning)
             earlier = self._sessions.pop(client, None)
             if earlier is not None:
                 earlier.drop()
-            random = earlier.random if earlier else RandomStream(self._seed ^ zlib.crc32(client.encode()))
+            if client not in self._random:
+                self._random[client] = RandomStream(self._seed ^ zlib.crc32(client.encode()))
+            random = self._random[client]
             steps = earlier.steps if earlier else 0
             self._sessions[client] = Session(request, self.shared, self.config, random, steps=steps)
             anatomy = self.shared.stage.anatomy
@@ -131,7 +132,8 @@ class Server:
         """
         with self._lock, self._computing():
             session = self._session(client)
-            self._check_forward(session, request)
+            in_flight = sum(len(other.pending) for other in self._sessions.values())
+            check_forward(session, request, self.shared.stage, in_flight, self.config.max_in_flight)
             return session.forward(request)
 
     def backward(self, client: str, request: BackwardRequest) -> BackwardReply:
@@ -142,17 +144,7 @@ class Server:
         """
         with self._lock, self._computing():
             session = self._session(client)
-            pending = session.pending.get(request.exchange)
-            if pending is None:
-                raise LinkError(
-                    f"client {client}: exchange {request.exchange} has no forward in flight "
-                    f"(in flight: {sorted(session.pending) or 'none'})"
-                )
-            if request.grad_BTH.shape != pending.input_BTH.shape:
-                raise LinkError(
-                    f"client {client}: the gradient has shape {tuple(request.grad_BTH.shape)}, "
-                    f"expected {tuple(pending.input_BTH.shape)} as the activation"
-                )
+            check_backward(session, request)
             return session.backward(request)
 
     def pull(self, client: str, request: PullRequest) -> PullReply:
@@ -177,95 +169,42 @@ class Server:
     def state(self) -> dict[str, Tensor]:
         """Everything that :meth:`load` needs to go on bit for bit.
 
+        These are the live tensors: write them, or copy them, before the next step.
+
         Raises:
             LinkError: exchanges are in flight, whose clients would wait for ever.
         """
         with self._lock:
-            busy = [name for name, session in self._sessions.items() if session.pending or session.step]
-            if busy:
-                raise LinkError(f"the server cannot be saved in the middle of a step of {', '.join(busy)}")
+            self._refuse_busy("saved")
             flat = {f"shared/{name}": value for name, value in self.shared.state().items()}
-            for name, session in self._sessions.items():
-                flat[f"random/{name}"] = session.random.state
-            return flat
+            return flat | {f"random/{name}": random.state for name, random in self._random.items()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from :meth:`state`; the clients have joined already."""
+        """Go on from :meth:`state`, whether clients joined already or will.
+
+        Raises:
+            LinkError: exchanges are in flight, which belong to other weights.
+            StorageError: the state belongs to other blocks or another tuning.
+        """
         with self._lock:
-            shared = {
-                key.removeprefix("shared/"): value
-                for key, value in state.items()
-                if key.startswith("shared/")
-            }
-            self.shared.load(shared)
-            for name, session in self._sessions.items():
-                if f"random/{name}" in state:
-                    session.random.state = state[f"random/{name}"]
+            self._refuse_busy("restored")
+            parts: dict[str, dict[str, Tensor]] = {"shared": {}, "random": {}}
+            for key, value in state.items():
+                kind, _, name = key.partition("/")
+                parts.setdefault(kind, {})[name] = value
+            self.shared.load(parts["shared"])
+            for name, value in parts["random"].items():
+                self._random.setdefault(name, RandomStream(0)).state = value
+
+    def _refuse_busy(self, what: str) -> None:
+        busy = [name for name, session in self._sessions.items() if session.pending or session.step]
+        if busy:
+            raise LinkError(f"the server cannot be {what} in the middle of a step of {', '.join(busy)}")
 
     def _session(self, client: str) -> Session:
         if client not in self._sessions:
             raise LinkError(f"client {client} has not joined: call link.join first")
         return self._sessions[client]
-
-    def _check_join(self, client: str, request: Join) -> None:
-        stage = self.shared.stage
-        start, stop = self.blocks
-        cut_start, cut_stop = request.cut
-        problem = None
-        if request.client != client:
-            problem = f"its message names another client, {request.client}"
-        elif request.fingerprint != fingerprint(stage.model.config):
-            problem = (
-                "its model is another one than the server's; load the same pretrained model on both sides"
-            )
-        elif request.dtype != str(stage.model.dtype):
-            problem = (
-                f"it computes in {request.dtype}, the server in {stage.model.dtype}; set the same model.dtype"
-            )
-        elif not start <= cut_start < cut_stop <= stop:
-            problem = (
-                f"its cut {request.cut} needs blocks that the server does not hold: it has [{start}, {stop})"
-            )
-        elif request.align.kind == "weights" and request.tuning != self.tuning:
-            problem = (
-                f"alignment in weight space needs the same tuning on both sides: the client's is {request.tuning}, "
-                f"the server's {self.tuning}"
-            )
-        if problem:
-            raise LinkError(f"client {client} was refused: {problem}")
-
-    def _check_forward(self, session: Session, request: ForwardRequest) -> None:
-        client, stage = session.join.client, self.shared.stage
-        shape = tuple(request.hidden_BTH.shape)
-        if (
-            len(shape) != 3
-            or shape[2] != stage.anatomy.hidden
-            or request.hidden_BTH.dtype != stage.model.dtype
-        ):
-            raise LinkError(
-                f"client {client}: the activation is {shape} {request.hidden_BTH.dtype}, "
-                f"expected (B, T, {stage.anatomy.hidden}) {stage.model.dtype}"
-            )
-        for value in (request.base_BTH, *request.inner_BTH):
-            if value is not None and value.shape != request.hidden_BTH.shape:
-                raise LinkError(
-                    f"client {client}: an aligned activation is {tuple(value.shape)}, expected {shape}"
-                )
-        depth = session.join.cut[0] - self.blocks[0]
-        expected = depth - 1 if session.align.at == "every-block" and depth > 0 else 0
-        if request.base_BTH is not None and (depth == 0 or len(request.inner_BTH) != expected):
-            raise LinkError(
-                f"client {client}: {len(request.inner_BTH)} inner activations came with {depth} aligned blocks, "
-                f"expected {expected}"
-            )
-        if request.exchange in session.pending:
-            raise LinkError(f"client {client}: exchange {request.exchange} is in flight already")
-        in_flight = sum(len(other.pending) for other in self._sessions.values())
-        if request.train and in_flight >= self.config.max_in_flight:
-            raise LinkError(
-                f"client {client}: {in_flight} exchanges are in flight, the most that server.max_in_flight allows; "
-                "send a backward first, or raise the bound"
-            )
 
     def _computing(self) -> _Stopwatch:
         return _Stopwatch(self)

@@ -19,8 +19,8 @@ from flexp.server.shared import SharedBlocks
 class Pending:
     """A forward whose backward has not come yet.
 
-    ``output_BTH`` holds the graph; with memory = "recompute" it is ``None`` and the input, the mask and the state of the
-    random generator are kept instead.
+    ``output_BTH`` holds the graph; with memory = "recompute" it is ``None`` and the input, the mask and the state of
+    the random generator are kept instead.
     """
 
     request: ForwardRequest
@@ -86,10 +86,8 @@ class Session:
         finally:
             self.shared.release(pending.version)
         task_BTH = gradients[0]
-        trained = {
-            name: value for name, value in zip(reached, gradients[1:], strict=True) if value is not None
-        }
-        self._refuse_nan(task_BTH, trained)
+        trained = {name: value for name, value in zip(reached, gradients[1:], strict=True) if value is not None}
+        self._refuse_nan(request.exchange, task_BTH, trained)
         for name, value in trained.items():
             self.step[name] = self.step[name] + value if name in self.step else value
         self.step_weight += request.weight
@@ -154,10 +152,11 @@ class Session:
         block = self.shared.stage.block_of(name)
         return block is not None and self.join.cut[0] <= block < self.join.cut[1]
 
-    def _refuse_nan(self, task_BTH: Tensor, trained: dict[str, Tensor]) -> None:
+    def _refuse_nan(self, exchange: int, task_BTH: Tensor, trained: dict[str, Tensor]) -> None:
         values = [task_BTH, *trained.values()]
         if not all(bool(torch.isfinite(value).all()) for value in values):
+            self.step, self.step_weight = {}, 0.0  # what the step has gathered so far is void as well
             raise LinkError(
-                f"client {self.join.client}: the gradient of exchange is not finite, so the shared blocks were not "
-                "updated; lower train.personal.lr or train.shared.lr, or use float32"
+                f"client {self.join.client}: the gradient of exchange {exchange} is not finite, so the shared blocks "
+                "were not updated; lower train.personal.lr or train.shared.lr, or use float32"
             )

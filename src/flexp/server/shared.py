@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from flexp.config import OptimizerConfig, ServerConfig
+from flexp.errors import StorageError
 from flexp.models.stage import Stage
 from flexp.optim import Updater
 
@@ -110,18 +111,27 @@ class SharedBlocks:
         flat |= {f"optimizer/{name}": value for name, value in self.updater.state().items()}
         flat |= {f"sums/{name}": value for name, value in self._sums.items()}
         flat |= {
-            f"sum-weights/{name}": torch.tensor(value, dtype=torch.float64)
-            for name, value in self._weights.items()
+            f"sum-weights/{name}": torch.tensor(value, dtype=torch.float64) for name, value in self._weights.items()
         }
         return flat | {"version": torch.tensor(self.version), "waiting": torch.tensor(self._waiting)}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from :meth:`state`."""
+        """Go on from :meth:`state`; nothing may be in flight.
+
+        Raises:
+            StorageError: the state belongs to other blocks or another tuning.
+        """
         parts: dict[str, dict[str, Tensor]] = {"weights": {}, "optimizer": {}, "sums": {}, "sum-weights": {}}
         for entry, value in state.items():
             kind, slash, name = entry.partition("/")
             if slash:
-                parts[kind][name] = value
+                parts.setdefault(kind, {})[name] = value
+        odd = sorted(parts["weights"].keys() ^ self.updater.parameters.keys())
+        if odd:
+            raise StorageError(
+                f"the saved shared blocks are not this server's: {odd[0]} is on one side only; "
+                "resume with the same model, cuts and tuning"
+            )
         with torch.no_grad():
             for name, parameter in self.updater.parameters.items():
                 parameter.copy_(parts["weights"][name])
@@ -143,9 +153,7 @@ class SharedBlocks:
     def _stash_current(self) -> None:
         """Leave the current parameters to the requests that hold them, and go on with copies."""
         self._stashed[self.version] = dict(self.updater.parameters)
-        copies = {
-            name: nn.Parameter(value.detach().clone()) for name, value in self.updater.parameters.items()
-        }
+        copies = {name: nn.Parameter(value.detach().clone()) for name, value in self.updater.parameters.items()}
         self.updater.replace(copies)
         self._install(copies)
         self.peak_versions = max(self.peak_versions, len(self._stashed) + 1)

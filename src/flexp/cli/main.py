@@ -1,0 +1,58 @@
+"""The ``flexp`` command. Commands parse, call and print; the work is done in the rooms below."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from flexp import __version__
+from flexp.cli import assets, run, verify
+from flexp.errors import USER_ERROR, FlexpError
+
+app = typer.Typer(
+    name="flexp",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Personalized split federated fine-tuning of transformers.",
+)
+app.command("demo")(run.demo)
+app.command("run")(run.run)
+app.command("report")(run.report)
+app.command("verify")(verify.verify)
+app.add_typer(assets.app, name="assets")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"flexp {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point: one line and exit code 2 for a user's mistake, a traceback only for ours."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except FlexpError as error:
+        typer.secho(f"flexp: {error}", fg="red", err=True)
+        sys.exit(USER_ERROR)
+    except KeyboardInterrupt:
+        typer.secho("flexp: stopped; what was saved is safe", fg="red", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""``flexp run``, ``flexp demo`` and ``flexp report``."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flexp.errors import ConfigError
+
+Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run; default: runs/NAME-DATE.")]
+
+
+def run(
+    config: Annotated[Path | None, typer.Argument(help="The run's configuration, a TOML file.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. train.rounds=3.")
+    ] = None,
+    out: Out = None,
+    seed: Annotated[int | None, typer.Option(help="Override the run's seed.")] = None,
+    resume: Annotated[Path | None, typer.Option(metavar="DIR", help="Continue the run in DIR.")] = None,
+) -> None:
+    """Train a simulated federation; every client ends with its own model."""
+    from flexp.experiments import runner, settings as reading  # noqa: I001
+
+    if resume is not None:
+        if config is not None or settings or seed is not None or out is not None:
+            raise ConfigError(
+                "--resume continues a run as it was configured: leave out CONFIG, --set, --seed and --out"
+            )
+        _show(runner.resume(resume), resume)
+        return
+    if config is None:
+        raise ConfigError("say which run: flexp run CONFIG.toml, or flexp run --resume DIR")
+    loaded = reading.load(config, settings or (), seed)
+    folder = out or _fresh(loaded.name)
+    _show(runner.run(loaded, folder), folder)
+
+
+def demo(
+    out: Out = None,
+    seed: Annotated[int, typer.Option(help="The run's seed.")] = 0,
+) -> None:
+    """A first success: eight clients with different cuts fine-tune a sentence encoder on their own texts."""
+    from importlib.resources import as_file, files
+
+    from flexp.experiments import runner, settings as reading  # noqa: I001
+
+    with as_file(files("flexp.experiments") / "demo.toml") as path:
+        loaded = reading.load(path, seed=seed)
+    folder = out or _fresh(loaded.name)
+    _show(runner.run(loaded, folder), folder)
+
+
+def report(folder: Annotated[Path, typer.Argument(help="The folder of a run.")]) -> None:
+    """Make the HTML report of a run anew, from its folder alone."""
+    from flexp.report import write_report
+
+    typer.echo(f"Report: {write_report(folder)}")
+
+
+def _fresh(name: str) -> Path:
+    return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def _show(summary: dict[str, Any], folder: Path) -> None:
+    from rich.console import Console
+
+    from flexp.report.tables import client_table
+
+    console = Console()
+    console.print(client_table(summary))
+    console.print(f"Saved in {folder}; personal models in {folder / 'checkpoints'}", soft_wrap=True)
+    page = folder / "report.html"
+    if page.exists():
+        console.print(f"Report: {page.resolve().as_uri()}", soft_wrap=True)

@@ -1,0 +1,211 @@
+"""``flexp verify``: prove that a model trains split exactly as it trains whole."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from flexp.errors import ConfigError
+
+if TYPE_CHECKING:
+    from flexp.experiments.verify import Outcome
+
+NOT_EXACT = 1
+
+
+class Task(StrEnum):
+    causal_lm = "causal-lm"
+    sequence_classification = "sequence-classification"
+    image_classification = "image-classification"
+
+
+class Tuning(StrEnum):
+    full = "full"
+    lora = "lora"
+
+
+class Padding(StrEnum):
+    none = "none"
+    left = "left"
+    right = "right"
+
+
+class Dtype(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class Attention(StrEnum):
+    sdpa = "sdpa"
+    eager = "eager"
+
+
+class Memory(StrEnum):
+    keep = "keep"
+    recompute = "recompute"
+
+
+def verify(
+    model: Annotated[
+        str | None, typer.Argument(help="Folder, Hugging Face id, asset:NAME or arch:NAME.", show_default=False)
+    ] = None,
+    cut: Annotated[
+        str | None, typer.Option(metavar="S:E", help="The server runs blocks [S, E). Default: all but the outermost.")
+    ] = None,
+    task: Annotated[Task | None, typer.Option(help="What the model is for. Default: as its checkpoint says.")] = None,
+    tuning: Annotated[Tuning, typer.Option(help="Everything, embeddings included, or adapters.")] = Tuning.full,
+    padding: Annotated[Padding, typer.Option(help="Which side of the batches is padded.")] = Padding.none,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 3,
+    base_depth: Annotated[
+        int | None, typer.Option(min=0, help="First block that the server holds. Default: S.", show_default=False)
+    ] = None,
+    link: Annotated[str, typer.Option(help="How the client reaches the server.")] = "in-process",
+    dtype: Annotated[Dtype, typer.Option(help="Type of weights and activations.")] = Dtype.float32,
+    attention: Annotated[Attention, typer.Option(help="Models without SDPA run eager anyway.")] = Attention.sdpa,
+    memory: Annotated[Memory, typer.Option(help="What the server does with its activations.")] = Memory.keep,
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Checkpoint the client's blocks.")] = False,
+    batch: Annotated[int, typer.Option(min=1, help="Examples of a step.")] = 3,
+    length: Annotated[int, typer.Option(min=1, help="Tokens of an example.")] = 10,
+    seed: Annotated[int, typer.Option(help="Of the batches, and of weights that no checkpoint holds.")] = 0,
+    threads: Annotated[int | None, typer.Option(min=1, help="Torch's threads.", show_default=False)] = None,
+    list_: Annotated[
+        bool, typer.Option("--list", help="List the architectures, also those refused, and stop.")
+    ] = False,
+    all_: Annotated[bool, typer.Option("--all", help="Verify every architecture of --list.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Train a model whole and split, side by side, and compare: exit code 0 if nothing differs, 1 if something does.
+
+    One client, no alignment, no dropout, no clipping, AdamW, random inputs: only then are the two the same computation.
+    """
+    if list_:
+        _print_list(json_)
+        return
+    if all_ == (model is not None):
+        raise ConfigError("expected a model (folder, Hugging Face id, asset:NAME, arch:NAME), or --all, or --list")
+    import torch
+
+    from flexp.experiments.verify import Setup
+    from flexp.experiments.verify import verify as compare
+    from flexp.experiments.verify import verify_all
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    setup = Setup(
+        model=model or "",
+        task=task.value if task else None,  # type: ignore[arg-type]
+        cut=None if cut is None else parse_cut(cut),
+        base_depth=base_depth,
+        tuning=tuning.value,  # type: ignore[arg-type]
+        padding=padding.value,  # type: ignore[arg-type]
+        steps=steps,
+        link=link,
+        dtype=dtype.value,
+        attention=attention.value,
+        memory=memory.value,  # type: ignore[arg-type]
+        checkpointing=checkpointing,
+        batch=batch,
+        length=length,
+        seed=seed,
+    )
+    with Console(stderr=True).status("comparing") as spinner:
+        outcomes = list(verify_all(setup, spinner.update)) if all_ else [compare(setup)]
+    if json_:
+        values = [outcome.as_json() for outcome in outcomes]
+        typer.echo(json.dumps(values if all_ else values[0], indent=2))
+    elif all_:
+        _print_table(outcomes)
+    else:
+        _print_one(outcomes[0])
+    if not all(outcome.exact for outcome in outcomes):
+        raise typer.Exit(NOT_EXACT)
+
+
+def parse_cut(text: str) -> tuple[int, int | None]:
+    """(s, e) from ``S:E``; without E, the server runs to the last block.
+
+    Raises:
+        ConfigError: the text is no cut.
+    """
+    start, colon, stop = text.partition(":")
+    if not (colon and start.strip().isdecimal() and (stop.strip().isdecimal() or not stop.strip())):
+        raise ConfigError(f"--cut {text!r} is no cut: expected S:E, for instance 1:3 (the server runs blocks [1, 3))")
+    return int(start), int(stop) if stop.strip() else None
+
+
+def _print_list(as_json: bool) -> None:
+    from flexp.models.architectures import ARCHITECTURES
+
+    if as_json:
+        entries = [
+            {"name": key, "tasks": spec.tasks, "refused": spec.reason or None} for key, spec in ARCHITECTURES.items()
+        ]
+        typer.echo(json.dumps(entries, indent=2))
+        return
+    table = Table(box=None, pad_edge=False)
+    table.add_column("architecture", no_wrap=True)
+    table.add_column("split", no_wrap=True)
+    table.add_column("tasks, or why it is refused", overflow="fold")
+    for key, spec in ARCHITECTURES.items():
+        table.add_row(
+            f"arch:{key}",
+            "[red]refused[/]" if spec.refused else "[green]exact[/]",
+            escape(spec.reason or ", ".join(spec.tasks)),
+        )
+    Console().print(table)
+
+
+def _print_table(outcomes: Iterable[Outcome]) -> None:
+    table = Table(box=None, pad_edge=False)
+    for title in ("architecture", "cut", "of", "padding", "attention", "logits", "gradients", "losses", "weights", ""):
+        table.add_column(title, no_wrap=True, justify="left" if title in ("architecture", "") else "right")
+    for outcome in outcomes:
+        setup = outcome.setup
+        table.add_row(
+            setup.model.removeprefix("arch:"),
+            "" if setup.cut is None else f"{setup.cut[0]}:{setup.cut[1]}",
+            str(outcome.blocks or ""),
+            setup.padding,
+            setup.attention,
+            *(repr(value) for value in _differences(outcome).values()),
+            "[green]exact[/]" if outcome.exact else f"[red]{escape(outcome.error or 'differs')}[/]",
+        )
+    Console().print(table)
+
+
+def _print_one(outcome: Outcome) -> None:
+    setup = outcome.setup
+    assert setup.cut is not None
+    facts: dict[str, Any] = {
+        "model": f"{setup.model}, {setup.task}, {outcome.blocks} blocks",
+        "cut": f"the server runs blocks [{setup.cut[0]}, {setup.cut[1]}) and holds [{setup.base_depth}, {setup.cut[1]})",
+        "training": f"{setup.tuning}, {outcome.tensors} tensors, AdamW without clipping, dropout set to 0, "
+        f"{setup.steps} steps",
+        "inputs": f"random, {setup.batch} examples"
+        + ("" if setup.task == "image-classification" else f" of {setup.length} tokens, padding: {setup.padding}"),
+        "compute": f"{setup.dtype}, {setup.attention} attention, server memory: {setup.memory}, "
+        f"checkpointing: {'on' if setup.checkpointing else 'off'}, link: {setup.link}",
+    }
+    for key, value in facts.items():
+        typer.echo(f"{key:10} {value}")
+    typer.echo("\nlargest absolute difference between whole and split")
+    for key, value in _differences(outcome).items():
+        typer.echo(f"  {key:10} {value!r}")
+    verdict = "exact: split training is the whole model's" if outcome.exact else "NOT exact: split training differs"
+    typer.echo(f"\n{verdict}")
+
+
+def _differences(outcome: Outcome) -> dict[str, float]:
+    return {
+        "logits": outcome.logits,
+        "gradients": outcome.gradients,
+        "losses": outcome.losses,
+        "weights": outcome.weights,
+    }

@@ -1,0 +1,161 @@
+"""A client's training loop. One step can be read from top to bottom in :meth:`Trainer.step`."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from flexp.config import TrainConfig
+from flexp.data.ordering import BatchOrder
+from flexp.data.types import Batch, ClientData, Task
+from flexp.errors import DataError, TrainingError
+from flexp.optim import Updater
+from flexp.rng import RandomStream
+
+
+class Trainable(Protocol):
+    """A model as the loop sees it: split (:class:`flexp.client.model.SplitModel`) or whole."""
+
+    last_align: float | None
+
+    def __call__(self, **batch: Any) -> Any: ...
+    def train(self, mode: bool = True) -> Any: ...
+    def part_of_step(self, share: float, weight: float, last: bool) -> AbstractContextManager[None]: ...
+    def after_step(self) -> None: ...
+    def personal_state(self) -> dict[str, Tensor]: ...
+    def load_personal_state(self, state: Mapping[str, Tensor]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step of a client was: losses are means over the step's items, ``align`` is without λ."""
+
+    client: str
+    number: int
+    loss: float
+    align: float | None
+    items: int
+    lr: float
+    norm: float
+    seconds: float
+
+
+class Trainer:
+    """Trains one client's personal parameters on its private data.
+
+    Args:
+        updater: over the personal parameters.
+        seed: of the order of the examples and of dropout.
+
+    Raises:
+        DataError: the client has no training examples.
+    """
+
+    def __init__(
+        self,
+        data: ClientData,
+        task: Task,
+        model: Trainable,
+        updater: Updater,
+        config: TrainConfig,
+        *,
+        seed: int,
+    ) -> None:
+        if not data.train:
+            raise DataError(f"client {data.name} has no training examples; lower data.test_fraction or drop the client")
+        self.name = data.name
+        self.data, self.task, self.model, self.updater = data, task, model, updater
+        self.steps = 0
+        self.seconds = 0.0
+        self._micro_batch = config.micro_batch or config.batch_size
+        self._order = BatchOrder(len(data.train), config.batch_size, seed)
+        self._random = RandomStream(seed)
+
+    def step(self) -> Step:
+        """One optimiser step on the next batch.
+
+        Raises:
+            TrainingError: the loss is not a number.
+        """
+        began = time.perf_counter()
+        lr, loss, align = self.updater.lr, 0.0, 0.0
+        self.model.train(True)
+
+        with self._random.active():
+            micro_batches = list(self._micro_batches())
+            items = sum(count for _, count in micro_batches)
+            for number, (batch, count) in enumerate(micro_batches, start=1):
+                share = count / items  # the step's loss is the mean over all of its items
+                with self.model.part_of_step(share, count, last=number == len(micro_batches)):
+                    output = self.model(**batch)  # head → server → tail → loss
+                    self._check(output.loss)
+                    (output.loss * share).backward()  # tail ← server ← head; the server trains its blocks
+                loss += output.loss.item() * share
+                align += (self.model.last_align or 0.0) * share
+            norm = self.updater.step()  # the personal parameters
+            self.model.after_step()  # alignment in weight space, if asked for
+
+        self.steps += 1
+        seconds = time.perf_counter() - began
+        self.seconds += seconds
+        aligned = align if self.model.last_align is not None else None
+        return Step(self.name, self.steps, loss, aligned, items, lr, norm, seconds)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that :meth:`load` needs to go on bit for bit, as flat named tensors."""
+        flat = {f"personal/{name}": value for name, value in self.model.personal_state().items()}
+        flat |= {f"optimizer/{name}": value for name, value in self.updater.state().items()}
+        flat["random"] = self._random.state
+        flat["seconds"] = torch.tensor(self.seconds, dtype=torch.float64)
+        return flat | {"steps": torch.tensor(self.steps)}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from :meth:`state`."""
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+        self.model.load_personal_state(part("personal/"))
+        self.updater.load(part("optimizer/"))
+        self._random.state = state["random"]
+        self.steps, self.seconds = int(state["steps"]), float(state["seconds"])
+
+    def _micro_batches(self) -> Iterator[tuple[Batch, int]]:
+        """The step's examples in exchanges, each with its number of items; those without any item are left out."""
+        indices = self._order.indices(self.steps)
+        found = False
+        for start in range(0, len(indices), self._micro_batch):
+            batch = self.task.collate([self.data.train[index] for index in indices[start : start + self._micro_batch]])
+            count = loss_items(batch["labels"])
+            if count:
+                found = True
+                yield batch, count
+        if not found:
+            raise DataError(
+                f"client {self.name}, step {self.steps + 1}: no token of the batch has a loss; "
+                "raise data.max_length, so that answers are not cut off"
+            )
+
+    def _check(self, loss: Tensor) -> None:
+        if not math.isfinite(loss.item()):
+            raise TrainingError(
+                f"client {self.name}, step {self.steps + 1}: the loss is {loss.item()}; lower train.personal.lr "
+                f"(now {self.updater.config.lr:g}) or train.shared.lr, set their clip, or use model.dtype = 'float32'"
+            )
+
+
+def loss_items(labels: Tensor) -> int:
+    """How many items a model's loss is a mean of: classified examples, or predicted tokens.
+
+    Labels of classes are (B,); labels of tokens are (B, T), −100 where there is no loss, and are shifted by one.
+    """
+    if labels.dim() == 1:
+        return int((labels != -100).sum())
+    return int((labels[:, 1:] != -100).sum())

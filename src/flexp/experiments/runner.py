@@ -1,0 +1,251 @@
+"""A whole simulated federation: train, score, save, report; and go on from where it was stopped."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from flexp import __version__
+from flexp.client.trainer import Step
+from flexp.config import RunConfig
+from flexp.data.seeding import generator
+from flexp.data.types import Example
+from flexp.errors import ConfigError, StorageError
+from flexp.evaluation.scores import evaluate
+from flexp.experiments import checkpoints
+from flexp.experiments.memory import MemoryProbes
+from flexp.experiments.settings import validate
+from flexp.experiments.setup import build_world
+from flexp.files import read_json, write_json
+from flexp.methods import METHODS, Method, World
+from flexp.report import write_report
+from flexp.report.metrics import MetricsLog, read
+from flexp.report.progress import Progress
+from flexp.report.summary import aggregate, build_summary
+from flexp.report.tensorboard import EventWriter
+
+Summary = dict[str, Any]
+
+
+def run(config: RunConfig, out: Path, *, progress: Callable[..., Progress] = Progress) -> Summary:
+    """Start a run in the folder ``out``.
+
+    Raises:
+        ConfigError: ``out`` holds a run already.
+        FlexpError: what is wrong with configuration, model, data or disk.
+    """
+    if (out / "config.json").exists():
+        raise ConfigError(
+            f"{out} holds a run already; continue it with flexp run --resume {out}, or choose another --out"
+        )
+    world = build_world(config)
+    write_json(out / "config.json", config.resolved())
+    return _Run(world, out, progress).go()
+
+
+def resume(out: Path, *, progress: Callable[..., Progress] = Progress) -> Summary:
+    """Go on with a run that was stopped, from its last checkpoint; its final weights are those of an undisturbed run.
+
+    Raises:
+        StorageError: ``out`` holds no run, or its checkpoint is damaged.
+    """
+    if not (out / "config.json").exists():
+        raise StorageError(f"{out} holds no run to resume: it has no config.json")
+    config = validate(read_json(out / "config.json"), str(out / "config.json"))
+    return _Run(build_world(config), out, progress).go()
+
+
+class _Run:
+    def __init__(self, world: World, out: Path, progress: Callable[..., Progress]) -> None:
+        self.world, self.config, self.out = world, world.config, out
+        self.method: Method = METHODS[self.config.method.name](world)
+        self.names = [client.name for client in world.federation.clients]
+        self.everybody = _sample(world.federation.test, self.config.evaluation.global_examples, self.config.seed)
+        self.first_round = self._restore()
+        self.log = MetricsLog(out / "metrics.jsonl")
+        self.log.truncate_after(self.first_round - 1)
+        kept = read(self.log.path)
+        self.events = EventWriter(out / "events", kept or None) if self.config.output.tensorboard else None
+        self.seconds_before = max((float(r["seconds"]) for r in kept if r["kind"] == "round"), default=0.0)
+        self.began = time.perf_counter()
+        self.probes = MemoryProbes(world, out)
+        per_round = self.config.train.steps_per_round * len(self.names)
+        self.progress = progress(
+            self.config.train.rounds * per_round,
+            self.config.name,
+            metric=world.federation.task.metric,
+            done=max(0, self.first_round - 1) * per_round,
+        )
+
+    def go(self) -> Summary:
+        try:
+            with self.progress as progress:
+                for note in self.world.federation.notes:
+                    progress.note(note)
+                if self.first_round > 1:
+                    progress.note(f"resumed after round {self.first_round - 1}")
+                self.probes.start()
+                if self.first_round == 0:
+                    self._evaluate(0)
+                for number in range(max(1, self.first_round), self.config.train.rounds + 1):
+                    self._round(number)
+                self.probes.wait()
+        finally:
+            self.probes.stop()
+            self.method.close()
+            self.log.close()
+            if self.events is not None:
+                self.events.close()
+        summary = self._summary()
+        write_json(self.out / "summary.json", summary)
+        if self.config.output.html:
+            write_report(self.out)
+        return summary
+
+    def _round(self, number: int) -> None:
+        self.method.train_round(number, lambda step: self._on_step(number, step))
+        last = number == self.config.train.rounds
+        if last or number % self.config.evaluation.every == 0:
+            self._evaluate(number)
+        accounts = [self.method.account(name) for name in self.names]
+        self._write(
+            {
+                "kind": "round",
+                "round": number,
+                "seconds": self.seconds_before + time.perf_counter() - self.began,
+                "bytes_up": sum(account.training.bytes_up for account in accounts),
+                "bytes_down": sum(account.training.bytes_down for account in accounts),
+            }
+        )
+        if last or number % self.config.output.checkpoint_every == 0:
+            checkpoints.save(self.out / "checkpoints", number, self.method.state())
+
+    def _on_step(self, number: int, step: Step) -> None:
+        facts = asdict(step)
+        facts["step"] = facts.pop("number")
+        facts["tokens"] = facts.pop("items")
+        self._write({"kind": "step", "round": number, **facts})
+        self.progress.step(step.client, step.loss, step.align)
+
+    def _evaluate(self, number: int) -> None:
+        task, size = self.world.federation.task, self.config.evaluation.batch_size
+        scores: dict[str, dict[str, float | None]] = {}
+        for client in self.world.federation.clients:
+            forward = self.method.personal(client.name)
+            personal = evaluate(forward, task, client.test, size)
+            everybody = evaluate(forward, task, self.everybody, size)
+            record = {"round": number, "client": client.name, "personal": personal, "global": everybody}
+            self._write({"kind": "eval", **record})
+            scores[client.name] = {"personal": personal[task.metric], "global": everybody[task.metric]}
+        self.progress.round(number, aggregate(scores, task.higher_is_better))
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        self.log.write(record)
+        if self.events is not None:
+            self.events.write(record)
+
+    def _restore(self) -> int:
+        """Load the last checkpoint; the round to go on with, 0 being the scores before training."""
+        place = checkpoints.latest(self.out / "checkpoints")
+        if place is None:
+            return 0
+        number, state = checkpoints.load(place)
+        self.method.load(state)
+        return number + 1
+
+    def _summary(self) -> Summary:
+        records = read(self.out / "metrics.jsonl")
+        world, task = self.world, self.world.federation.task
+        model, anatomy = world.source.model, world.source.anatomy
+        accounts = {name: self.method.account(name) for name in self.names}
+        done = max((int(r["round"]) for r in records if r["kind"] == "round"), default=0)
+        clients = [
+            {
+                "name": data.name,
+                "cut": list(world.cuts[data.name]),
+                "train_examples": len(data.train),
+                "test_examples": len(data.test),
+                "personal_parameters": accounts[data.name].personal_parameters,
+                "bytes_up": accounts[data.name].training.bytes_up,
+                "bytes_down": accounts[data.name].training.bytes_down,
+                "client_seconds": accounts[data.name].client_seconds,
+                "server_seconds": accounts[data.name].server_seconds,
+                "peak_memory_bytes": self.probes.peak(data.name),
+            }
+            for data in world.federation.clients
+        ]
+        evaluation = [account.evaluation for account in accounts.values()]
+        return build_summary(
+            name=self.config.name,
+            method=self.config.method.name,
+            seed=self.config.seed,
+            finished=done == self.config.train.rounds,
+            metric=task.metric,
+            higher_is_better=task.higher_is_better,
+            model={
+                "id": self.config.model.id,
+                "kind": task.model_kind,
+                "blocks": anatomy.blocks,
+                "hidden": anatomy.hidden,
+                "parameters": sum(value.numel() for value in model.parameters()),
+                "tuning": self.config.model.tuning,
+                "dtype": self.config.model.dtype,
+            },
+            clients=clients,
+            records=records,
+            server=self.method.server_facts(),
+            totals={
+                "bytes_up": sum(client["bytes_up"] for client in clients),
+                "bytes_down": sum(client["bytes_down"] for client in clients),
+                "seconds": max((float(r["seconds"]) for r in records if r["kind"] == "round"), default=0.0),
+                "eval_bytes_up": sum(account.bytes_up for account in evaluation),
+                "eval_bytes_down": sum(account.bytes_down for account in evaluation),
+            },
+            machine=machine(),
+            versions=versions(),
+            rounds=done,
+        )
+
+
+def machine() -> dict[str, Any]:
+    """What this machine is, for reports."""
+    return {
+        "system": platform.system(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "threads": torch.get_num_threads(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on."""
+    names = ("torch", "transformers", "peft", "datasets", "flwr-datasets")
+    return {"flexp": __version__, "python": platform.python_version()} | {
+        name: metadata.version(name) for name in names
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _sample(examples: list[Example], most: int | None, seed: int) -> list[Example]:
+    if most is None or len(examples) <= most:
+        return examples
+    chosen = generator(seed, "everybody").choice(len(examples), most, replace=False)
+    return [examples[int(index)] for index in sorted(chosen)]

@@ -1,0 +1,131 @@
+"""Reading a run's configuration: from TOML, with overrides, and with errors that name key, value and mend."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from flexp.config import RunConfig
+from flexp.errors import ConfigError
+
+
+def load(path: Path, overrides: Iterable[str] = (), seed: int | None = None) -> RunConfig:
+    """Read a ``CONFIG.toml``, apply ``key=value`` overrides such as ``train.rounds=3``, and validate it.
+
+    Raises:
+        ConfigError: the file cannot be read, or a key is unknown, of the wrong type or impossible.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); expected a TOML file") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: is not valid TOML: {error}") from error
+    for override in overrides:
+        _override(content, override)
+    if seed is not None:
+        content["seed"] = seed
+    return validate(content, str(path))
+
+
+def validate(content: Mapping[str, Any], where: str) -> RunConfig:
+    """Check a configuration that came from ``where``.
+
+    Raises:
+        ConfigError: see :func:`load`.
+    """
+    try:
+        return RunConfig.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {_explain(error.errors()[0])}") from error
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {override}: expected key=value, for instance --set train.rounds=3")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word is a string
+    table = content
+    *tables, leaf = key.strip().split(".")
+    for name in tables:
+        table = table.setdefault(name, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"--set {override}: {name} is a value, not a table of keys")
+    table[leaf] = value
+
+
+def _explain(problem: Mapping[str, Any]) -> str:
+    place = [part for part in problem["loc"] if isinstance(part, str | int)]
+    fields = [part for part in place if isinstance(part, str)]
+    key = ".".join(str(part) for part in _visible(fields))
+    if problem["type"] == "extra_forbidden":
+        known = sorted(_section(fields[:-1]).model_fields)
+        near = difflib.get_close_matches(fields[-1], known, n=1, cutoff=0.5)
+        elsewhere = [path for path in all_keys() if path.rpartition(".")[2] == fields[-1]]
+        hint = near[0] if near else None
+        if hint is None and elsewhere:
+            return f"unknown key {key}; did you mean {elsewhere[0]}?"
+        did = f"did you mean {hint!r}? " if hint else ""
+        return f"unknown key {key}; {did}known here: {', '.join(known)}"
+    if problem["type"] == "missing":
+        return f"the key {key} is missing"
+    if problem["type"] == "value_error":
+        return f"{key + ': ' if key else ''}{problem['ctx']['error']}"
+    value = problem["input"]
+    message = problem["msg"].removeprefix("Input should be ")
+    near_value = ""
+    if problem["type"] == "literal_error" and isinstance(value, str):
+        allowed = [str(item) for item in _allowed(fields)]
+        close = difflib.get_close_matches(value, allowed, n=1, cutoff=0.4)
+        near_value = f"; did you mean {close[0]!r}?" if close else ""
+    return f"{key} = {value!r} is not allowed: expected {message}{near_value}"
+
+
+def _visible(fields: list[str]) -> Iterator[str]:
+    """Without the names that pydantic gives to the branches of a union."""
+    section: Any = RunConfig
+    for name in fields:
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            yield name
+            section = section.model_fields[name].annotation if name in section.model_fields else None
+
+
+def _section(fields: Iterable[str]) -> type[BaseModel]:
+    section: type[BaseModel] = RunConfig
+    for name in fields:
+        annotation = section.model_fields[name].annotation
+        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        section = annotation
+    return section
+
+
+def _allowed(fields: list[str]) -> list[Any]:
+    visible = list(_visible(fields))
+    annotation = _section(visible[:-1]).model_fields[visible[-1]].annotation
+    return list(_literals(annotation))
+
+
+def _literals(annotation: Any) -> Iterator[Any]:
+    if get_origin(annotation) is Literal:
+        yield from get_args(annotation)
+    elif get_origin(annotation) in (Union, UnionType):
+        for branch in get_args(annotation):
+            yield from _literals(branch)
+
+
+def all_keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
+    """The full names of all keys of the schema."""
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from all_keys(field.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name

@@ -1,0 +1,106 @@
+"""From a configuration to everything that a method starts from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from flexp.assets import resolve
+from flexp.config import RunConfig
+from flexp.data.federation import load_federation
+from flexp.data.types import Federation
+from flexp.errors import ConfigError, ModelError
+from flexp.methods.base import World
+from flexp.models.loading import load_config, load_stage
+from flexp.models.parts import check_cut
+
+KINDS = {
+    "classification": "sequence-classification",
+    "image-classification": "image-classification",
+}
+"""Task → kind of model; every other task is a causal language model's."""
+
+
+def build_world(config: RunConfig) -> World:
+    """Obtain model and data, divide the data among clients, and give every client its cut.
+
+    Raises:
+        FlexpError: what is wrong with the model, the data or the configuration.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    model_id = str(resolve(config.model.id))
+    model_config = load_config(model_id)
+    processor = load_processor(model_id, config)
+    federation = load_federation(config.data, processor, config.seed, _positions(model_config))
+    source = load_stage(
+        model_id,
+        federation.task.model_kind,
+        labels=federation.task.label_names,
+        dtype=config.model.dtype,
+        attention=config.model.attention,
+        pad_token_id=getattr(processor, "pad_token_id", None),
+        seed=config.seed,
+    )
+    return World(config, federation, source, client_cuts(config, federation, source.anatomy.blocks))
+
+
+def client_cuts(config: RunConfig, federation: Federation, blocks: int) -> dict[str, tuple[int, int]]:
+    """The cut of each client: ``data.clients.cuts`` in order, repeated when there are more clients.
+
+    Raises:
+        ConfigError: a cut does not fit the model, or starts below the base depth.
+    """
+    cuts = {}
+    for index, client in enumerate(federation.clients):
+        wanted = config.data.clients.cuts[index % len(config.data.clients.cuts)]
+        cuts[client.name] = check_cut(wanted, blocks, where=f"data.clients.cuts of client {client.name}")
+    base = config.model.base_depth
+    if base is not None:
+        for name, (start, _) in cuts.items():
+            if start < base:
+                raise ConfigError(
+                    f"model.base_depth = {base} is deeper than the cut of client {name}, which starts at {start}; "
+                    "leave it out to use the smallest cut"
+                )
+    return cuts
+
+
+def load_processor(model_id: str, config: RunConfig) -> Any:
+    """The tokenizer of a text model, or the image processor of an image model.
+
+    Raises:
+        ModelError: the model has none.
+    """
+    image = config.data.task == "image-classification"
+    auto = transformers.AutoImageProcessor if image else transformers.AutoTokenizer
+    kind = "image processor" if image else "tokenizer"
+    if model_id.startswith("arch:"):
+        raise ModelError(
+            f"{model_id} has no {kind}; use a model with one (arch: models are for flexp verify and bench)"
+        )
+    try:
+        processor: Any = auto.from_pretrained(model_id)
+    except Exception as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"{model_id}: its {kind} cannot be loaded ({first})") from error
+    if not image and processor.pad_token is None:
+        processor.pad_token = processor.eos_token
+    return processor
+
+
+def _positions(model_config: Any) -> int | None:
+    text = model_config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    # RoBERTa counts positions from its padding index on.
+    offset = 2 if getattr(text, "model_type", "") in ("roberta", "xlm-roberta", "camembert") else 0
+    return None if positions is None else int(positions) - offset
+
+
+def model_folder(config: RunConfig) -> str:
+    """Where the configured model is: a local folder, or the id as it stands."""
+    found = resolve(config.model.id)
+    return str(Path(found).resolve()) if Path(found).exists() else str(found)

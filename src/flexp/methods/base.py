@@ -1,0 +1,88 @@
+"""What a method is: it trains every client's personal model, round by round, and can be saved and scored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from flexp.client.trainer import Step
+from flexp.config import RunConfig
+from flexp.data.types import Federation
+from flexp.links.base import Traffic
+from flexp.models.stage import Stage
+
+Forward = Callable[[Mapping[str, Tensor]], Any]
+OnStep = Callable[[Step], None]
+State = dict[str, dict[str, Tensor]]
+"""Party → flat named tensors. ``server`` is the server; every other party is a client."""
+
+
+@dataclass(frozen=True)
+class World:
+    """What every method starts from.
+
+    Attributes:
+        source: the whole pretrained model, frozen. All parties are carved out of it and share its tensors.
+        cuts: (s, e) of each client, by name.
+    """
+
+    config: RunConfig
+    federation: Federation
+    source: Stage
+    cuts: dict[str, tuple[int, int]]
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of one client in the whole run."""
+        return self.config.train.rounds * self.config.train.steps_per_round
+
+
+@dataclass(frozen=True)
+class Account:
+    """What a client has spent so far; every figure was metered where it arose.
+
+    Attributes:
+        client_seconds: computing on the client, waiting not counted.
+        server_seconds: computing on the server for this client.
+    """
+
+    personal_parameters: int
+    training: Traffic
+    evaluation: Traffic
+    client_seconds: float
+    server_seconds: float
+
+
+class Method(Protocol):
+    """A way to give every client its own model."""
+
+    def train_round(self, number: int, on_step: OnStep) -> None:
+        """Let every client have its turn of ``train.steps_per_round`` steps. Rounds count from 1."""
+        ...
+
+    def personal(self, client: str) -> Forward:
+        """The personal model of ``client``, for evaluation: takes a batch, gives an output with ``logits``."""
+        ...
+
+    def account(self, client: str) -> Account:
+        """What ``client`` has spent."""
+        ...
+
+    def server_facts(self) -> dict[str, float]:
+        """``parameters``, ``updates`` and ``compute_seconds`` of the server; zeros without one."""
+        ...
+
+    def state(self) -> State:
+        """Everything that :meth:`load` needs to go on bit for bit."""
+        ...
+
+    def load(self, state: State) -> None:
+        """Go on from :meth:`state`."""
+        ...
+
+    def close(self) -> None:
+        """Let go of links."""
+        ...

@@ -1,0 +1,66 @@
+"""Local only: every client trains the whole model on its own data and talks to nobody. The first baseline.
+
+It needs a device that holds all blocks with their gradients and optimiser states, which is just what FlexP's clients
+do not have; data, batches, steps and optimiser are FlexP-SFL's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexp.client.trainer import Trainer
+from flexp.client.whole import WholeModel
+from flexp.links.base import Traffic
+from flexp.methods.base import Account, Forward, OnStep, State, World
+from flexp.methods.parties import make_trainer, own_stage
+from flexp.methods.turns import turns
+from flexp.models.parts import Part
+
+
+class Local:
+    """Every client on its own."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.clients = {data.name: self._make_client(data.name) for data in world.federation.clients}
+
+    def train_round(self, number: int, on_step: OnStep) -> None:
+        config = self.world.config
+        for name in turns(list(self.clients), config.train, config.seed, number):
+            on_step(self.clients[name].step())
+
+    def personal(self, client: str) -> Forward:
+        model = self.clients[client].model
+
+        def forward(batch: Mapping[str, Tensor]) -> Any:
+            model.train(False)
+            with torch.no_grad():
+                return model(**batch)
+
+        return forward
+
+    def account(self, client: str) -> Account:
+        trainer = self.clients[client]
+        personal = sum(value.numel() for value in trainer.model.personal_state().values())
+        return Account(personal, Traffic(), Traffic(), trainer.seconds, 0.0)
+
+    def server_facts(self) -> dict[str, float]:
+        return {"parameters": 0, "trained_parameters": 0, "updates": 0, "compute_seconds": 0.0}
+
+    def state(self) -> State:
+        return {f"client-{name}": trainer.state() for name, trainer in self.clients.items()}
+
+    def load(self, state: State) -> None:
+        for name, trainer in self.clients.items():
+            trainer.load(state[f"client-{name}"])
+
+    def close(self) -> None:
+        pass
+
+    def _make_client(self, name: str) -> Trainer:
+        stage = own_stage(self.world, Part.whole(self.world.source.anatomy.blocks))
+        return make_trainer(self.world, name, WholeModel(stage), stage)

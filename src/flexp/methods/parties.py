@@ -1,0 +1,40 @@
+"""What methods have in common when they make their clients."""
+
+from __future__ import annotations
+
+import zlib
+
+from flexp.client.trainer import Trainable, Trainer
+from flexp.methods.base import World
+from flexp.models.parts import Part
+from flexp.models.stage import Stage, carve
+from flexp.models.tuning import tune
+from flexp.optim import Updater
+
+
+def own_stage(world: World, part: Part) -> Stage:
+    """A client's stage: shares what is frozen with everybody, has its own copy of what it trains."""
+    model = world.config.model
+    stage = carve(world.source, part)
+    tune(
+        stage,
+        model.tuning,
+        lora=model.lora,
+        embeddings=model.train_embeddings,
+        gradient_checkpointing=model.gradient_checkpointing,
+        seed=world.config.seed,
+    )
+    return stage
+
+
+def make_trainer(world: World, name: str, model: Trainable, stage: Stage) -> Trainer:
+    """The loop of one client; data, batches, steps and optimiser are the same for every method."""
+    data = next(data for data in world.federation.clients if data.name == name)
+    config = world.config
+    updater = Updater(stage.trainable(), config.train.personal, world.total_steps)
+    return Trainer(data, world.federation.task, model, updater, config.train, seed=client_seed(config.seed, name))
+
+
+def client_seed(seed: int, name: str) -> int:
+    """A client's own seed, which does not depend on who else takes part."""
+    return (seed * 1_000_003 + zlib.crc32(name.encode())) % 2**31

@@ -1,0 +1,116 @@
+"""What a server refuses, and the one line that says why. Nothing is computed for a message that does not fit."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from flexp.errors import LinkError
+from flexp.links.messages import BackwardRequest, ForwardRequest, Join
+from flexp.models.fingerprint import fingerprint
+from flexp.models.stage import Stage
+
+if TYPE_CHECKING:
+    from flexp.server.session import Pending, Session
+
+
+def check_join(client: str, request: Join, stage: Stage, tuning: str) -> None:
+    """Refuse a client whose model or cut does not go with the blocks of ``stage``, tuned as ``tuning``.
+
+    Raises:
+        LinkError: see above.
+    """
+    start, stop = min(stage.part.blocks), max(stage.part.blocks) + 1
+    cut_start, cut_stop = request.cut
+    problem = None
+    if request.client != client:
+        problem = f"its message names another client, {request.client}"
+    elif request.fingerprint != fingerprint(stage.model.config):
+        problem = "its model is another one than the server's; load the same pretrained model on both sides"
+    elif request.dtype != str(stage.model.dtype):
+        problem = f"it computes in {request.dtype}, the server in {stage.model.dtype}; set the same model.dtype"
+    elif not start <= cut_start < cut_stop <= stop:
+        problem = f"its cut {request.cut} needs blocks that the server does not hold: it has [{start}, {stop})"
+    elif request.align.kind == "weights" and request.tuning != tuning:
+        problem = (
+            f"alignment in weight space needs the same tuning on both sides: the client's is {request.tuning}, "
+            f"the server's {tuning}"
+        )
+    if problem:
+        raise LinkError(f"client {client} was refused: {problem}")
+
+
+def check_forward(session: Session, request: ForwardRequest, stage: Stage, in_flight: int, most: int) -> None:
+    """Refuse a forward that does not fit the model, what was agreed on joining, or the bound on what is in flight.
+
+    Raises:
+        LinkError: see above.
+    """
+    client, hidden = session.join.client, request.hidden_BTH
+    if hidden.dim() != 3 or hidden.shape[2] != stage.anatomy.hidden or hidden.dtype != stage.model.dtype:
+        raise LinkError(
+            f"client {client}: the activation is {_facts(hidden)}, "
+            f"expected (B, T, {stage.anatomy.hidden}) {stage.model.dtype}"
+        )
+    shape = tuple(hidden.shape[:2])
+    for name, value in (("mask", request.mask_BT), ("positions", request.positions_BT)):
+        if value is not None and tuple(value.shape) not in (shape, (1, shape[1])):
+            raise LinkError(f"client {client}: the {name} has shape {tuple(value.shape)}, expected {shape}")
+    _check_aligned(session, request, min(stage.part.blocks))
+    if request.exchange in session.pending:
+        raise LinkError(f"client {client}: exchange {request.exchange} is in flight already")
+    if request.train and in_flight >= most:
+        raise LinkError(
+            f"client {client}: {in_flight} exchanges are in flight, the most that server.max_in_flight allows; "
+            "send a backward first, or raise the bound"
+        )
+
+
+def check_backward(session: Session, request: BackwardRequest) -> Pending:
+    """The forward in flight that ``request`` belongs to.
+
+    Raises:
+        LinkError: there is none, or the gradient does not fit it.
+    """
+    client = session.join.client
+    pending = session.pending.get(request.exchange)
+    if pending is None:
+        raise LinkError(
+            f"client {client}: exchange {request.exchange} has no forward in flight "
+            f"(in flight: {sorted(session.pending) or 'none'})"
+        )
+    given, expected = request.grad_BTH, pending.input_BTH
+    if given.shape != expected.shape or given.dtype != expected.dtype:
+        raise LinkError(
+            f"client {client}: the gradient is {_facts(given)}, expected {_facts(expected)} as the activation"
+        )
+    if not (0 < request.share <= 1 and 0 < request.weight < math.inf):
+        raise LinkError(
+            f"client {client}: exchange {request.exchange} counts share = {request.share} and weight = "
+            f"{request.weight}, expected 0 < share <= 1 and a positive, finite weight"
+        )
+    return pending
+
+
+def _check_aligned(session: Session, request: ForwardRequest, base_depth: int) -> None:
+    client, hidden = session.join.client, request.hidden_BTH
+    given = [value for value in (request.base_BTH, *request.inner_BTH) if value is not None]
+    if not given:
+        return
+    for value in given:
+        if value.shape != hidden.shape or value.dtype != hidden.dtype:
+            raise LinkError(f"client {client}: an aligned activation is {_facts(value)}, expected {_facts(hidden)}")
+    depth = session.join.cut[0] - base_depth
+    inner = depth - 1 if session.align.at == "every-block" else 0
+    wanted = depth > 0 and session.align.kind in ("kl", "mse", "cosine")
+    if not wanted or request.base_BTH is None or len(request.inner_BTH) != inner:
+        raise LinkError(
+            f"client {client}: {len(given)} activations came for alignment, expected {1 + inner if wanted else 0} "
+            f"with align.kind = {session.align.kind!r} at {session.align.at!r} and {depth} aligned blocks"
+        )
+
+
+def _facts(value: Tensor) -> str:
+    return f"{tuple(value.shape)} {value.dtype}"
