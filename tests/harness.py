@@ -94,7 +94,7 @@ class World:
         model = cls(stage, cut, link, align=align, tuning=tuning, accumulation=accumulation)
         return model.train()
 
-    def join(self, name: str, cut: tuple[int, int], **changes: Any) -> Welcome:
+    def join(self, name: str, cut: tuple[int, int], /, **changes: Any) -> Welcome:
         return self.server.join(name, Join(**(self.card(name, cut) | changes)))
 
     def card(self, name: str, cut: tuple[int, int]) -> dict[str, Any]:
@@ -137,9 +137,7 @@ def plain_optimizer(parameters: Sequence[nn.Parameter], config: OptimizerConfig)
     """torch's own optimiser, set up by hand."""
     if config.name == "sgd":
         return torch.optim.SGD(parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
-    return torch.optim.AdamW(
-        parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
-    )
+    return torch.optim.AdamW(parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
 
 
 def equal(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:

@@ -76,6 +76,7 @@ class DataConfig(Section):
     choices: str | list[str] = "choices"  # multiple-choice: a list column, or one column per choice
     template: str | None = None  # with {column} fields; instruction and multiple-choice have defaults
     max_length: PositiveInt = 128  # tokens; what is longer is cut off, and counted
+    group: str | None = None  # a column (document, patient): equal values share a client and a side of every split
     long_texts: Literal["truncate", "error"] = "truncate"
     block_length: PositiveInt | None = None  # causal-lm: join texts and cut them in blocks of that many tokens
     test_fraction: Fraction = 0.3  # of every client's examples
@@ -177,7 +178,8 @@ class RunConfig(Section):
     def _consistent(self) -> RunConfig:
         if self.train.micro_batch is not None and self.train.micro_batch > self.train.batch_size:
             raise ValueError(
-                f"train.micro_batch = {self.train.micro_batch} is larger than train.batch_size = {self.train.batch_size}"
+                f"train.micro_batch = {self.train.micro_batch} is larger than "
+                f"train.batch_size = {self.train.batch_size}"
             )
         return self
 

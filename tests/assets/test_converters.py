@@ -45,7 +45,8 @@ def test_sentiment_leaves_out_the_neutral_and_the_repeated(tmp_path: Path) -> No
         ("amazon/2_1", "negative", '" an odd quote'),
         ("nyt/1_1", "negative", "a b"),
     ]
-    assert list(rows[0]) == ["text", "label", "client", "score", "id"]
+    assert list(rows[0]) == ["text", "label", "client", "score", "document", "id"]
+    assert [row["document"] for row in rows[2:]] == ["tweets/4", "amazon/2", "nyt/1"]
     assert rows[0]["score"] == 2.5
     assert (facts["rows"], facts["rated"]) == (5, 9)
     assert (facts["left_out_as_neutral"], facts["left_out_as_repeated"]) == (1, 3)

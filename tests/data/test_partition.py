@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -63,7 +64,7 @@ def test_by_length_deals_out_short_to_long() -> None:
     assert known.lengths is not None
     made = partition(known, clients("length", count=4), 0)
     bounds = [(min(known.lengths[r] for r in own), max(known.lengths[r] for r in own)) for own in made.clients.values()]
-    assert all(a[1] <= b[0] for a, b in zip(bounds, bounds[1:], strict=False))
+    assert all(a[1] <= b[0] for a, b in pairwise(bounds))
 
 
 def test_pathological_clients_have_few_labels() -> None:
@@ -136,8 +137,8 @@ def test_errors_say_what_is_wrong_and_how_to_mend_it() -> None:
         partition(known, clients("iid", count=41), 0)
     with pytest.raises(DataError, match=r"cannot divide 40 rows among 3 clients .*lower count or classes"):
         partition(known, clients("pathological", count=3, classes=9), 0)
-    with pytest.raises(DataError, match=r"cannot divide 40 rows among 4 clients .*raise data.clients.alpha"):
-        partition(known, clients("dirichlet", count=4, alpha=0.01, min_examples=10), 0)
+    with pytest.raises(DataError, match=r"cannot divide 40 rows among 5 clients .*raise data.clients.alpha"):
+        partition(known, clients("dirichlet", count=5, alpha=0.01, min_examples=8), 0)
 
 
 def test_a_separate_test_source_follows_the_clients_labels() -> None:

@@ -11,7 +11,8 @@ from PIL import Image
 
 from flexp.data.sources import read_rows
 from flexp.errors import DataError
-from tests.data.tools import jsonl
+
+from .tools import jsonl
 
 
 def test_the_same_rows_from_every_format(tmp_path: Path) -> None:
@@ -57,7 +58,7 @@ def test_splits_of_a_folder(tmp_path: Path) -> None:
     jsonl(tmp_path / "test.jsonl", [{"text": "y"}])
     assert len(read_rows(str(tmp_path))) == 3
     assert len(read_rows(str(tmp_path), "test")) == len(read_rows(f"{tmp_path}#test")) == 1
-    with pytest.raises(DataError, match="there is no split 'dev'; it holds test.jsonl, train.jsonl"):
+    with pytest.raises(DataError, match=r"there is no split 'dev'; it holds test.jsonl, train.jsonl"):
         read_rows(str(tmp_path), "dev")
 
 

@@ -10,7 +10,8 @@ from typing import Any
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-WORDS = "the a red blue green dog cat bird runs sleeps eats fast slowly now Answer : . A B C D what is it ? # Q".split()
+SENTENCE = "the a red blue green dog cat bird runs sleeps eats fast slowly now Answer : . A B C D what is it ? # Q"
+WORDS = SENTENCE.split()
 
 
 def tokenizer(bert: bool = False, **settings: Any) -> PreTrainedTokenizerFast:

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from harness import ADAMW, SGD, copied, equal, party, plain_optimizer, seeded, shared_weights, world
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -20,6 +19,7 @@ from torch import Tensor
 from flexp.config import OptimizerConfig, ServerConfig
 from flexp.links.messages import BackwardRequest, ForwardRequest
 from flexp.models.parts import Part
+from tests.harness import ADAMW, SGD, copied, equal, party, plain_optimizer, seeded, shared_weights, world
 
 CUTS = {"a": (1, 4), "b": (2, 3), "c": (3, 4)}
 HIDDEN = 32
@@ -67,7 +67,7 @@ def request(number: int, padded: bool) -> tuple[ForwardRequest, Tensor]:
     mask = torch.ones(batch, length, dtype=torch.long)
     mask[1, -2:] = 0
     hidden_BTH, grad_BTH = torch.randn(2, batch, length, HIDDEN, generator=generator)
-    return ForwardRequest(number, hidden_BTH, mask if padded else None, train=True), grad_BTH
+    return ForwardRequest(number, hidden_BTH, mask if padded else None, train=True), 1e-3 * grad_BTH
 
 
 def orders(count: int) -> list[tuple[tuple[str, str], ...]]:

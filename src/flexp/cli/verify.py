@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -15,7 +14,7 @@ from rich.table import Table
 from flexp.errors import ConfigError
 
 if TYPE_CHECKING:
-    from flexp.experiments.verify import Outcome
+    from flexp.experiments.verify import Outcome, Setup
 
 NOT_EXACT = 1
 
@@ -92,24 +91,23 @@ def verify(
         raise ConfigError("expected a model (folder, Hugging Face id, asset:NAME, arch:NAME), or --all, or --list")
     import torch
 
-    from flexp.experiments.verify import Setup
+    from flexp.experiments.verify import Setup, verify_all
     from flexp.experiments.verify import verify as compare
-    from flexp.experiments.verify import verify_all
 
     if threads is not None:
         torch.set_num_threads(threads)
     setup = Setup(
         model=model or "",
-        task=task.value if task else None,  # type: ignore[arg-type]
+        task=task.value if task else None,
         cut=None if cut is None else parse_cut(cut),
         base_depth=base_depth,
-        tuning=tuning.value,  # type: ignore[arg-type]
-        padding=padding.value,  # type: ignore[arg-type]
+        tuning=tuning.value,
+        padding=padding.value,
         steps=steps,
         link=link,
         dtype=dtype.value,
         attention=attention.value,
-        memory=memory.value,  # type: ignore[arg-type]
+        memory=memory.value,
         checkpointing=checkpointing,
         batch=batch,
         length=length,
@@ -162,19 +160,20 @@ def _print_list(as_json: bool) -> None:
     Console().print(table)
 
 
-def _print_table(outcomes: Iterable[Outcome]) -> None:
+def _print_table(outcomes: list[Outcome]) -> None:
+    typer.echo(f"{_settings(outcomes[0].setup)}; largest absolute difference between whole and split:\n")
     table = Table(box=None, pad_edge=False)
-    for title in ("architecture", "cut", "of", "padding", "attention", "logits", "gradients", "losses", "weights", ""):
-        table.add_column(title, no_wrap=True, justify="left" if title in ("architecture", "") else "right")
+    table.add_column("architecture", no_wrap=True)
+    for title in ("cut", "attention", "logits", "gradients", "losses", "weights"):
+        table.add_column(title, no_wrap=True, justify="right")
+    table.add_column("", overflow="fold")
     for outcome in outcomes:
         setup = outcome.setup
         table.add_row(
             setup.model.removeprefix("arch:"),
-            "" if setup.cut is None else f"{setup.cut[0]}:{setup.cut[1]}",
-            str(outcome.blocks or ""),
-            setup.padding,
+            f"{setup.cut[0]}:{setup.cut[1]}/{outcome.blocks}" if setup.cut else "",
             setup.attention,
-            *(repr(value) for value in _differences(outcome).values()),
+            *_differences(outcome).values(),
             "[green]exact[/]" if outcome.exact else f"[red]{escape(outcome.error or 'differs')}[/]",
         )
     Console().print(table)
@@ -183,29 +182,26 @@ def _print_table(outcomes: Iterable[Outcome]) -> None:
 def _print_one(outcome: Outcome) -> None:
     setup = outcome.setup
     assert setup.cut is not None
-    facts: dict[str, Any] = {
-        "model": f"{setup.model}, {setup.task}, {outcome.blocks} blocks",
-        "cut": f"the server runs blocks [{setup.cut[0]}, {setup.cut[1]}) and holds [{setup.base_depth}, {setup.cut[1]})",
-        "training": f"{setup.tuning}, {outcome.tensors} tensors, AdamW without clipping, dropout set to 0, "
-        f"{setup.steps} steps",
-        "inputs": f"random, {setup.batch} examples"
-        + ("" if setup.task == "image-classification" else f" of {setup.length} tokens, padding: {setup.padding}"),
-        "compute": f"{setup.dtype}, {setup.attention} attention, server memory: {setup.memory}, "
-        f"checkpointing: {'on' if setup.checkpointing else 'off'}, link: {setup.link}",
-    }
-    for key, value in facts.items():
-        typer.echo(f"{key:10} {value}")
+    start, stop = setup.cut
+    typer.echo(f"{setup.model}: {setup.task}, {outcome.blocks} blocks, {setup.attention} attention")
+    typer.echo(f"the server runs blocks [{start}, {stop}) and holds [{setup.base_depth}, {stop})")
+    typer.echo(f"{_settings(setup)}; {outcome.tensors} tensors trained")
     typer.echo("\nlargest absolute difference between whole and split")
     for key, value in _differences(outcome).items():
-        typer.echo(f"  {key:10} {value!r}")
+        typer.echo(f"  {key:10} {value}")
     verdict = "exact: split training is the whole model's" if outcome.exact else "NOT exact: split training differs"
     typer.echo(f"\n{verdict}")
 
 
-def _differences(outcome: Outcome) -> dict[str, float]:
-    return {
-        "logits": outcome.logits,
-        "gradients": outcome.gradients,
-        "losses": outcome.losses,
-        "weights": outcome.weights,
-    }
+def _settings(setup: Setup) -> str:
+    """What was done, in a few lines."""
+    return (
+        f"{setup.tuning} tuning in {setup.dtype}, {setup.steps} steps of AdamW without clipping, dropout set to 0,\n"
+        f"random inputs ({setup.batch} examples of {setup.length} tokens, padding: {setup.padding}; images unpadded),\n"
+        f"server memory: {setup.memory}, checkpointing: {'on' if setup.checkpointing else 'off'}, link: {setup.link}"
+    )
+
+
+def _differences(outcome: Outcome) -> dict[str, str]:
+    values = {key: getattr(outcome, key) for key in ("logits", "gradients", "losses", "weights")}
+    return {key: f"{value:.2g}" if value else "0.0" for key, value in values.items()}

@@ -32,6 +32,7 @@ class RemoteCall:
     def __init__(self, link: Link, request: ForwardRequest, micro: Micro) -> None:
         self.request = request
         self.align: float | None = None
+        self.answered = False  # whether the backward is through
         self._link = link
         self._micro = micro
         self._forward: Future[ForwardReply] = link.forward(request)
@@ -51,7 +52,9 @@ class RemoteCall:
             )
         weight = float(len(grad_BTH)) if self._micro.weight is None else self._micro.weight
         request = BackwardRequest(self.request.exchange, grad_BTH.detach(), self._micro.share, weight, self._micro.last)
-        return self._wait(self._link.backward(request))
+        reply = self._wait(self._link.backward(request))
+        self.answered = True
+        return reply
 
     def _wait(self, future: Future[Reply]) -> Reply:
         began = time.perf_counter()

@@ -49,11 +49,6 @@ class Rows:
     def __len__(self) -> int:
         return self._starts[-1]
 
-    @property
-    def columns(self) -> list[str]:
-        """The names of the columns."""
-        return list(self.dataset.column_names)
-
     def require(self, column: str, key: str) -> None:
         """Check that every file has ``column``, which the configuration's ``key`` names.
 

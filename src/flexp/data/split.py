@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,16 +21,19 @@ class Split:
     test: list[int]
 
 
-def stratified_order(labels: Sequence[Hashable], rng: np.random.Generator) -> list[int]:
+def stratified_order(
+    labels: Sequence[Hashable], rng: np.random.Generator, like: Mapping[Hashable, int] | None = None
+) -> list[int]:
     """A random order of positions in which every prefix has nearly the label proportions of the whole.
 
     The r-th of n rows of a label (in random order) is sorted by (r + 1/2) / n: prefixes of any length are
     proportional to within one row of a label, and shorter ones are contained in longer ones.
+
+    Args:
+        like: labels and their counts elsewhere, whose proportions prefixes are to have as long as the labels last.
     """
     shuffled = [int(index) for index in rng.permutation(len(labels))]
-    total: dict[Hashable, int] = {}
-    for label in labels:
-        total[label] = total.get(label, 0) + 1
+    total = Counter(labels) if like is None else like
     seen: dict[Hashable, int] = {}
     key: dict[int, float] = {}
     for index in shuffled:
@@ -52,6 +56,7 @@ def split_client(
     seed: int,
     test_rows: Sequence[int] | None = None,
     test_labels: Sequence[Hashable] | None = None,
+    groups: Sequence[str] | None = None,
 ) -> Split:
     """Divide one client's ``rows``; stratified by ``labels`` (parallel to ``rows``) when there are any.
 
@@ -63,10 +68,14 @@ def split_client(
     Args:
         test_rows: rows of another source for testing; then all of ``rows`` are for training.
         test_labels: their labels, parallel.
+        groups: parallel to ``rows``; rows of an equal group are on the same side. Whole groups are dealt out, so that
+            fractions are met nearly; the numbers of examples are met exactly, in the client's label proportions.
 
     Raises:
         DataError: no row is left to train on, or none to test with.
     """
+    if groups is not None:
+        return _checked(_split_groups(), ...)
     if test_rows is None:
         order = _ordered(rows, labels, seed, name, "test")
         count = _share(len(rows), test_fraction)

@@ -40,7 +40,8 @@ class Probe:
 
 @dataclass(frozen=True)
 class Measured:
-    """In bytes: ``loaded`` after loading, ``peak`` at the highest; both above the interpreter's own."""
+    """In bytes above the interpreter's own: ``loaded`` at the highest while loading and reading every weight once,
+    ``peak`` at the highest in all."""
 
     loaded: int
     peak: int
@@ -151,6 +152,8 @@ def _run(probe: Probe) -> Measured:
         embeddings=config.train_embeddings,
         gradient_checkpointing=config.gradient_checkpointing,
     )
+    for value in stage.model.parameters():  # weights are mapped from their file: read them once, so that they count
+        value.detach().sum()
     loaded = _resident("VmHWM") - before
     model: Any
     if probe.cut is None:
@@ -159,7 +162,7 @@ def _run(probe: Probe) -> Measured:
         link = EchoLink(stage.anatomy.blocks, stage.anatomy.hidden, probe.cut[0])
         model = SPLIT_MODELS[probe.kind](stage, probe.cut, link, tuning=config.tuning)
     updater = Updater(stage.trainable(), OptimizerConfig(**probe.optimizer))
-    batch = _batch(probe, stage.model.config)
+    batch = random_batch(probe, stage.model.config)
     model.train(True)
     for _ in range(probe.steps):
         model(**batch).loss.backward()
@@ -167,7 +170,8 @@ def _run(probe: Probe) -> Measured:
     return Measured(loaded=max(0, loaded), peak=max(0, _resident("VmHWM") - before))
 
 
-def _batch(probe: Probe, config: Any) -> dict[str, Any]:
+def random_batch(probe: Probe, config: Any) -> dict[str, Any]:
+    """A batch of random inputs and labels of the size that ``probe`` names."""
     import torch
 
     generator = torch.Generator().manual_seed(0)

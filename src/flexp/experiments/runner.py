@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import psutil
-import torch
-
-from flexp import __version__
 from flexp.client.trainer import Step
 from flexp.config import RunConfig
 from flexp.data.seeding import generator
@@ -26,6 +19,7 @@ from flexp.experiments.memory import MemoryProbes
 from flexp.experiments.settings import validate
 from flexp.experiments.setup import build_world
 from flexp.files import read_json, write_json
+from flexp.machine import machine, versions
 from flexp.methods import METHODS, Method, World
 from flexp.report import write_report
 from flexp.report.metrics import MetricsLog, read
@@ -139,10 +133,11 @@ class _Run:
     def _evaluate(self, number: int) -> None:
         task, size = self.world.federation.task, self.config.evaluation.batch_size
         scores: dict[str, dict[str, float | None]] = {}
+        extras = number in (0, self.config.train.rounds)  # scores that need forward passes of their own
         for client in self.world.federation.clients:
             forward = self.method.personal(client.name)
-            personal = evaluate(forward, task, client.test, size)
-            everybody = evaluate(forward, task, self.everybody, size)
+            personal = evaluate(forward, task, client.test, size, extras=extras)
+            everybody = evaluate(forward, task, self.everybody, size, extras=extras)
             record = {"round": number, "client": client.name, "personal": personal, "global": everybody}
             self._write({"kind": "eval", **record})
             scores[client.name] = {"personal": personal[task.metric], "global": everybody[task.metric]}
@@ -214,34 +209,6 @@ class _Run:
             versions=versions(),
             rounds=done,
         )
-
-
-def machine() -> dict[str, Any]:
-    """What this machine is, for reports."""
-    return {
-        "system": platform.system(),
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "memory_bytes": psutil.virtual_memory().total,
-        "threads": torch.get_num_threads(),
-        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
-
-
-def versions() -> dict[str, str]:
-    """The versions that a result depends on."""
-    names = ("torch", "transformers", "peft", "datasets", "flwr-datasets")
-    return {"flexp": __version__, "python": platform.python_version()} | {
-        name: metadata.version(name) for name in names
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _sample(examples: list[Example], most: int | None, seed: int) -> list[Example]:

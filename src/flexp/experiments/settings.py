@@ -103,7 +103,8 @@ def _section(fields: Iterable[str]) -> type[BaseModel]:
     section: type[BaseModel] = RunConfig
     for name in fields:
         annotation = section.model_fields[name].annotation
-        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        assert isinstance(annotation, type)
+        assert issubclass(annotation, BaseModel)
         section = annotation
     return section
 

@@ -10,18 +10,12 @@ import transformers
 
 from flexp.assets import resolve
 from flexp.config import RunConfig
-from flexp.data.federation import load_federation
+from flexp.data import load_federation, pad_id
 from flexp.data.types import Federation
 from flexp.errors import ConfigError, ModelError
 from flexp.methods.base import World
 from flexp.models.loading import load_config, load_stage
 from flexp.models.parts import check_cut
-
-KINDS = {
-    "classification": "sequence-classification",
-    "image-classification": "image-classification",
-}
-"""Task → kind of model; every other task is a causal language model's."""
 
 
 def build_world(config: RunConfig) -> World:
@@ -42,7 +36,7 @@ def build_world(config: RunConfig) -> World:
         labels=federation.task.label_names,
         dtype=config.model.dtype,
         attention=config.model.attention,
-        pad_token_id=getattr(processor, "pad_token_id", None),
+        pad_token_id=None if federation.task.model_kind == "image-classification" else pad_id(processor),
         seed=config.seed,
     )
     return World(config, federation, source, client_cuts(config, federation, source.anatomy.blocks))
@@ -87,8 +81,8 @@ def load_processor(model_id: str, config: RunConfig) -> Any:
     except Exception as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"{model_id}: its {kind} cannot be loaded ({first})") from error
-    if not image and processor.pad_token is None:
-        processor.pad_token = processor.eos_token
+    if not image:
+        processor.padding_side = "right"  # on the left it would shift absolute positions (GPT-2)
     return processor
 
 

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flexp.assets.store import resolve
 from flexp.client.model import SPLIT_MODELS, SplitModel
@@ -23,7 +23,7 @@ from flexp.config import OptimizerConfig, ServerConfig
 from flexp.errors import ConfigError, FlexpError, ModelError
 from flexp.links.base import Link, connected
 from flexp.models.anatomy import refuse_by_design
-from flexp.models.loading import AUTO, ModelKind, load_config, load_stage
+from flexp.models.loading import AUTO, ModelKind, load_config, load_stage, quietly
 from flexp.models.parts import Part, check_cut
 from flexp.models.stage import Stage
 from flexp.models.tuning import tune
@@ -38,7 +38,7 @@ LINKS: dict[str, Callable[[Server, str], AbstractContextManager[Link]]] = {
 }
 """How the client reaches the server, by name."""
 
-_CLIENT = "verify"
+OPTIMIZER = OptimizerConfig(lr=1e-3, weight_decay=0.01, clip=None)
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,10 @@ class Outcome:
 
     def as_json(self) -> dict[str, Any]:
         """All of it, JSON-ready; an infinite difference is ``null``."""
-        values = {key: None if value == math.inf else value for key, value in asdict(self).items()}
-        return {**values.pop("setup"), **values, "exact": self.exact}
+        values = asdict(self)
+        setup = values.pop("setup")
+        finite = {key: None if value == math.inf else value for key, value in values.items()}
+        return {**setup, **finite, "exact": self.exact}
 
 
 class _Witness(SharedBlocks):
@@ -117,8 +119,6 @@ def verify(setup: Setup) -> Outcome:
         ModelError: the model cannot be loaded or split; the message names what to use instead.
         ConfigError: the cut does not fit the model, or there is no such link.
     """
-    if setup.link not in LINKS:
-        raise ConfigError(f"there is no link {setup.link!r}; expected one of: {', '.join(LINKS)}")
     name = str(resolve(setup.model))
     _refuse(name)
     kind = setup.task or kind_of(name)
@@ -128,43 +128,44 @@ def verify(setup: Setup) -> Outcome:
         return load_stage(name, kind, part, pad_token_id=0, **options)  # type: ignore[arg-type]
 
     whole = load(None)
-    setup = _filled(setup, whole, kind)
-    start, stop = cut = check_cut(cast("tuple[int, int | None]", setup.cut), whole.anatomy.blocks)
-    base = cast(int, setup.base_depth)
-    reference = whole.model
-    if setup.tuning == "full":
-        reference.requires_grad_(True)
+    blocks = whole.anatomy.blocks
+    setup, cut, base = _filled(setup, kind, blocks, whole.model.config._attn_implementation)
+    return compare(setup, whole, load(Part.client(cut, blocks)), load(Part.server(base, cut[1])))
+
+
+def compare(setup: Setup, whole: Stage, client: Stage, server_stage: Stage) -> Outcome:
+    """:func:`verify` for stages in memory, not tuned yet; they are changed, so ``whole`` shares no tensor with others.
+
+    Raises:
+        ConfigError: the cut does not fit the model.
+    """
+    setup, cut, _ = _filled(setup, setup.task, whole.anatomy.blocks, setup.attention)
+    full = setup.tuning == "full"
+    if full:
+        whole.model.requires_grad_(True)
     else:  # peft's adapters with the split model's weights, which depend on their names alone
         tune(whole, "lora", seed=setup.seed)
-
-    optimizer = OptimizerConfig(lr=1e-3, weight_decay=0.01, clip=None)
-    server_stage, client_stage = load(Part.server(base, stop)), load(Part.client(cut, whole.anatomy.blocks))
     tune(server_stage, setup.tuning, seed=setup.seed)
-    tune(
-        client_stage,
-        setup.tuning,
-        embeddings=setup.tuning == "full",
-        gradient_checkpointing=setup.checkpointing,
-        seed=setup.seed,
-    )
-    server = Server(server_stage, tuning=setup.tuning, config=ServerConfig(memory=setup.memory), optimizer=optimizer)
-    server.shared = witness = _Witness(server_stage, server.config, optimizer)
-    with LINKS[setup.link](server, _CLIENT) as link:
-        split = SPLIT_MODELS[kind](client_stage, cut, link, tuning=setup.tuning)
-        return _compare(setup, reference, split, witness, optimizer)
+    tune(client, setup.tuning, embeddings=full, gradient_checkpointing=setup.checkpointing, seed=setup.seed)
+    server = Server(server_stage, tuning=setup.tuning, config=ServerConfig(memory=setup.memory), optimizer=OPTIMIZER)
+    server.shared = witness = _Witness(server_stage, server.config, OPTIMIZER)
+    with LINKS[setup.link](server, "verify") as link, quietly():
+        split = SPLIT_MODELS[cast(str, setup.task)](client, cut, link, tuning=setup.tuning)
+        return _train_both(setup, whole.model, split, witness)
 
 
-def _compare(setup: Setup, reference: Any, split: SplitModel, witness: _Witness, config: OptimizerConfig) -> Outcome:
-    """Both models' training, step by step."""
+def _train_both(setup: Setup, reference: Any, split: SplitModel, witness: _Witness) -> Outcome:
+    if hasattr(reference.config, "use_cache"):
+        reference.config.use_cache = False  # GPT-J, for one, rounds otherwise with a cache of keys and values
     whole = {name: value for name, value in reference.named_parameters() if value.requires_grad}
     plain = torch.optim.AdamW(
-        whole.values(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
+        whole.values(), lr=OPTIMIZER.lr, betas=OPTIMIZER.betas, weight_decay=OPTIMIZER.weight_decay, fused=True
     )
-    personal = Updater(split.stage.trainable(), config)
-    stage, (start, stop) = witness.stage, split.cut
+    personal = Updater(split.stage.trainable(), OPTIMIZER)
 
     def both_sides(client: Mapping[str, Tensor | None], server: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
-        used = {name: value for name, value in server.items() if start <= (stage.block_of(name) or 0) < stop}
+        start, stop = split.cut  # below s, the server's blocks are not this client's
+        used = {name: value for name, value in server.items() if start <= (witness.stage.block_of(name) or 0) < stop}
         return {**client, **used}
 
     logits = gradients = losses = 0.0
@@ -248,21 +249,20 @@ def kind_of(name: str) -> ModelKind:
 def _refuse(name: str) -> None:
     if not name.startswith(ARCH):
         return
-    known = [key for key, spec in ARCHITECTURES.items() if not spec.refused]
     spec = ARCHITECTURES.get(name.removeprefix(ARCH))
     if spec is None:
-        raise ModelError(f"there is no {name}; expected arch: and one of {', '.join(known)}")
+        raise ModelError(f"there is no {name}; expected arch: and one of {', '.join(ARCHITECTURES)}")
     if spec.refused:
-        raise ModelError(f"{name} cannot be split: {spec.reason}; use one of {', '.join(known)}")
+        raise ModelError(f"{name} cannot be split: {spec.reason}; use one that `flexp verify --list` shows as exact")
 
 
-def _filled(setup: Setup, whole: Stage, kind: ModelKind) -> Setup:
-    """``setup`` with its defaults spelled out, checked against the model."""
-    blocks = whole.anatomy.blocks
+def _filled(setup: Setup, kind: ModelKind | None, blocks: int, attention: str) -> tuple[Setup, tuple[int, int], int]:
+    """``setup`` with its defaults spelled out and checked against the model; its cut and its base depth."""
+    if setup.link not in LINKS:
+        raise ConfigError(f"there is no link {setup.link!r}; expected one of: {', '.join(LINKS)}")
     start = min(1, blocks - 1)
     cut = check_cut(setup.cut or (start, max(start + 1, blocks - 1)), blocks, where="--cut")
     base = cut[0] if setup.base_depth is None else setup.base_depth
     if not 0 <= base <= cut[0]:
         raise ConfigError(f"--base-depth = {base} does not fit the cut {cut}: expected 0 <= s_min <= {cut[0]}")
-    attention = whole.model.config._attn_implementation
-    return replace(setup, task=kind, cut=cut, base_depth=base, attention=attention)
+    return replace(setup, task=kind, cut=cut, base_depth=base, attention=attention), cut, base

@@ -52,7 +52,7 @@ def dissect(model: nn.Module) -> Anatomy:
             f"{name} cannot be split: its attention implementation was never set, which makes attention silently "
             "non-causal; make the model with from_pretrained, or from_config(..., attn_implementation='sdpa')"
         )
-    blocks = int(text.num_hidden_layers)
+    blocks = int(getattr(text, "num_hidden_layers", None) or 0)
     found = [
         path
         for path, module in model.named_modules()
@@ -64,7 +64,7 @@ def dissect(model: nn.Module) -> Anatomy:
         where = ", ".join(outermost) or "none"
         raise ModelError(
             f"{name} cannot be split: expected one ModuleList of {blocks} blocks, found {len(outermost)} ({where}); "
-            "use a decoder-only, encoder-only or ViT-like model"
+            "use an architecture that `flexp verify --list` names"
         )
     _refuse_sharing(name, model, outermost[0])
     image = getattr(model, "main_input_name", "input_ids") == "pixel_values"

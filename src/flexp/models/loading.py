@@ -19,7 +19,6 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from flexp.errors import ModelError
-from flexp.models import zoo
 from flexp.models.anatomy import dissect, refuse_by_design
 from flexp.models.parts import Part, prune
 from flexp.models.stage import Stage, carve, forget_ties
@@ -71,11 +70,13 @@ def load_stage(
     if pad_token_id is not None and config.get_text_config().pad_token_id is None:
         config.get_text_config().pad_token_id = pad_token_id
     if dropout is not None:
+        from flexp.models import zoo  # imports every architecture: only when it is needed
+
         zoo.set_dropout(config, dropout)
     config.output_hidden_states = config.output_attentions = False  # some checkpoints ask for them; no split can
     original = _class_for(config, kind, name)
     cls = original if part is None else _pruned(original, part)
-    with _quietly(), torch.random.fork_rng(devices=[]):
+    with quietly(), torch.random.fork_rng(devices=[]):
         try:
             model, info = cls.from_pretrained(
                 name,
@@ -108,9 +109,11 @@ def load_config(name: str) -> Any:
         ModelError: there is none under that name.
     """
     if name.startswith("arch:"):
+        from flexp.models import zoo
+
         return zoo.tiny_model(name.removeprefix("arch:")).config
     try:
-        with _quietly():
+        with quietly():
             return transformers.AutoConfig.from_pretrained(name)
     except Exception as error:
         raise ModelError(
@@ -122,6 +125,8 @@ def load_config(name: str) -> Any:
 def _from_zoo(
     name: str, kind: ModelKind, labels: Sequence[str] | None, dtype: str, attention: str, dropout: float, seed: int
 ) -> Stage:
+    from flexp.models import zoo
+
     model: Any = zoo.tiny_model(name, task=kind, seed=seed, attention=attention, dtype=DTYPES[dtype], dropout=dropout)  # type: ignore[arg-type]
     if labels is not None and len(labels) != model.config.num_labels:
         raise ModelError(
@@ -188,7 +193,7 @@ def named_generator(seed: int, name: str) -> torch.Generator:
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Without transformers' progress bar and its report of keys that a part does not own."""
     verbosity = transformers_logging.get_verbosity()
     bar = transformers_logging.is_progress_bar_enabled()

@@ -61,9 +61,11 @@ class Absent(nn.Module):
 
     def __init__(self, index: int, block: nn.Module) -> None:
         super().__init__()
+        kinds = [kind for kind in reversed(type(block).__mro__) if kind not in nn.Module.__mro__]
         plain = {
             key: value
-            for key, value in vars(block).items()
+            for holder in (*kinds, block)
+            for key, value in vars(holder).items()
             if not key.startswith("_") and isinstance(value, str | int | float | bool | None)
         }
         self.__dict__.update({**plain, "index": index})
@@ -75,14 +77,17 @@ class Absent(nn.Module):
 class ZeroEmbedding(nn.Module):
     """Stands where an embedding was: zeros of the right shape, so that the model's own code can make its plan."""
 
+    weight: Tensor
+
     def __init__(self, width: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.width, self.dtype = width, dtype
+        self.register_buffer("weight", torch.zeros(0, dtype=dtype), persistent=False)  # some ask it for its device
 
     def forward(self, ids: Any = None, *args: Any, **kwargs: Any) -> Tensor:
         shape = ids.shape if isinstance(ids, Tensor) else (1, 1)
         device = ids.device if isinstance(ids, Tensor) else None
-        return torch.zeros((), dtype=self.dtype, device=device).expand(*shape, self.width)
+        return torch.zeros(*shape, self.width, dtype=self.dtype, device=device)
 
 
 class ZeroPatches(nn.Module):
@@ -97,7 +102,7 @@ class ZeroPatches(nn.Module):
         self.patch_embeddings.projection.weight = torch.zeros((), dtype=patch_dtype)
 
     def forward(self, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return torch.zeros((), dtype=pixel_values.dtype, device=pixel_values.device).expand(self.shape)
+        return torch.zeros(self.shape, dtype=pixel_values.dtype, device=pixel_values.device)
 
 
 class PassThrough(nn.Module):
@@ -113,7 +118,7 @@ class PassThrough(nn.Module):
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.width is None or self.width == hidden.shape[-1]:
             return hidden
-        return hidden.new_zeros(()).expand(*hidden.shape[:-1], self.width)
+        return hidden.new_zeros(*hidden.shape[:-1], self.width)
 
 
 def prune(model: nn.Module, anatomy: Anatomy, part: Part) -> None:
@@ -127,14 +132,23 @@ def prune(model: nn.Module, anatomy: Anatomy, part: Part) -> None:
         return
     if anatomy.image:
         _replace_patches(model)
+    replaced: list[str] = []
     for path, module in list(outside_blocks(model, anatomy)):
+        if any(path.startswith(other + ".") for other in replaced):
+            continue
         if isinstance(module, nn.Embedding):
             stub: nn.Module = ZeroEmbedding(module.embedding_dim, module.weight.dtype)
         elif next(module.parameters(recurse=False), None) is not None:
             stub = PassThrough(getattr(module, "out_features", None))
         else:
             continue
+        if anatomy.path.startswith(path + "."):
+            raise ModelError(
+                f"{type(model).__name__} cannot be split: {path}, which holds its blocks, has weights of its own; "
+                "use an architecture that `flexp verify --list` names"
+            )
         _replace(model, path, stub)
+        replaced.append(path)
 
 
 def outside_blocks(model: nn.Module, anatomy: Anatomy) -> Iterator[tuple[str, nn.Module]]:

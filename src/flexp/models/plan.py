@@ -34,6 +34,14 @@ class Plan:
     calls: tuple[BlockCall, ...]
     tuples: bool
 
+    def same(self, other: Plan) -> bool:
+        """Whether ``other`` calls every block with arguments that are equal bit for bit."""
+        return len(self.calls) == len(other.calls) and all(
+            mine.keyword == theirs.keyword
+            and same((mine.args, mine.kwargs or None), (theirs.args, theirs.kwargs or None))
+            for mine, theirs in zip(self.calls, other.calls, strict=True)
+        )
+
     def replay(self, blocks: nn.ModuleList, hidden_BTH: Tensor, start: int, stop: int) -> Tensor:
         """Run blocks [start, stop) on a hidden state (B, T, H)."""
         for index in range(start, stop):
@@ -42,7 +50,7 @@ class Plan:
                 output = blocks[index](hidden_BTH, *call.args, **call.kwargs)
             else:
                 output = blocks[index](*call.args, **{call.keyword: hidden_BTH}, **call.kwargs)
-            hidden_BTH = output[0] if isinstance(output, tuple) else output
+            hidden_BTH = output[0] if isinstance(output, tuple | list) else output
         return hidden_BTH
 
 
@@ -64,7 +72,8 @@ def record(model: Any, blocks: nn.ModuleList, inputs: Mapping[str, Any], tuples:
         The hidden state (B, T, H) that enters block 0, and the plan.
 
     Raises:
-        ModelError: the model changes the hidden state between its blocks, or calls them in another order.
+        ModelError: the model changes the hidden state between its blocks, calls them in another order, or hands
+            them tensors that need gradients.
     """
     for attempt in (False, True) if tuples is None else (tuples,):
         calls: list[BlockCall] = []
@@ -74,15 +83,22 @@ def record(model: Any, blocks: nn.ModuleList, inputs: Mapping[str, Any], tuples:
             with shadowed(blocks, recorders):
                 model(**inputs)
         except _Planned:
+            _refuse_gradients(model, calls)
             return hiddens[0], Plan(tuple(calls), attempt)
         except _Mismatch:
             continue
         except ModelError:
             raise
-        except Exception:
-            if tuples is None and not attempt and len(calls) == 1:
+        except Exception as error:
+            if tuples is not None:
+                raise
+            if not attempt and len(calls) == 1:
                 continue  # the model could not take a bare tensor from its first block
-            raise
+            raise ModelError(
+                f"{type(model).__name__} cannot be split, or the batch does not fit it: its own code failed when its "
+                f"blocks were stepped over ({type(error).__name__}: {error}); use an architecture that "
+                "`flexp verify --list` names"
+            ) from error
     raise ModelError(
         f"{type(model).__name__} cannot be split: it changes the hidden state between its blocks, or does not call "
         "each of them once and in order; use an architecture that `flexp verify --list` names"
@@ -144,54 +160,33 @@ def _recorder(
     return record_call
 
 
-def probe(model: Any, blocks: nn.ModuleList, inputs: Mapping[str, Any], tuples: bool | None) -> None:
-    """Refuse a model whose blocks get more of its other weights than the hidden state, as MPNet's do.
-
-    A server holds only blocks: a table of relative positions, for instance, would be zero there, and its gradient lost.
-
-    Raises:
-        ModelError: some block does, or gets an argument whose origin cannot be told.
-    """
-    inside = {id(parameter) for parameter in blocks.parameters()}
-    frozen = [
-        parameter
-        for parameter in model.parameters()
-        if id(parameter) not in inside and not parameter.requires_grad and parameter.is_floating_point()
-    ]
-    try:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-        with torch.enable_grad(), undisturbed(model.device):
-            calls = record(model, blocks, inputs, tuples)[1].calls
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
+def _refuse_gradients(model: Any, calls: Sequence[BlockCall]) -> None:
     for index, call in enumerate(calls):
-        for value in leaves_in((*call.args, *call.kwargs.values())):
-            if isinstance(value, Tensor) and value.requires_grad:
-                raise ModelError(
-                    f"{type(model).__name__} cannot be split: block {index} gets, besides the hidden state, a tensor "
-                    "made from weights outside of the blocks, which the server does not have and whose gradient would "
-                    "be lost; use an architecture that `flexp verify --list` names"
-                )
-            if not isinstance(value, _PLAIN):
-                raise ModelError(
-                    f"{type(model).__name__} cannot be split: block {index} gets, besides the hidden state, a "
-                    f"{type(value).__name__}, which may carry something from block to block; use an architecture that "
-                    "`flexp verify --list` names"
-                )
+        for value in (*call.args, *call.kwargs.values()):
+            for item in value if isinstance(value, tuple) else (value,):
+                if isinstance(item, Tensor) and item.requires_grad:
+                    raise ModelError(
+                        f"{type(model).__name__} cannot be split: block {index} gets, besides the hidden state, a "
+                        "tensor that is trained outside of the blocks, so its gradient would be lost; use an "
+                        "architecture that `flexp verify --list` names"
+                    )
 
 
-_PLAIN = (Tensor, bool, int, float, str, type(None), torch.dtype, torch.device)
+def same(one: Any, other: Any) -> bool:
+    """Whether two arguments of a block are equal bit for bit, and of a type that cannot carry state between blocks."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return bool(one) and one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, tuple | list):
+        filled = bool(one) or isinstance(one, tuple)  # an empty list may be filled by a block, like a cache
+        return filled and len(one) == len(other) and all(map(same, one, other))
+    return isinstance(one, _PLAIN) and one == other
 
 
-def leaves_in(value: Any) -> Iterator[Any]:
-    """Everything inside nested tuples, lists and dictionaries; empty ones, which a block might fill, as they are."""
-    if isinstance(value, tuple) or (type(value) in (dict, list) and value):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from leaves_in(item)
-    else:
-        yield value
+_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:

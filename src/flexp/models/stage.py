@@ -33,10 +33,13 @@ class Stage:
         self.model = model
         self.anatomy = anatomy
         self.part = part
+        self.lent = False  # whether the tensors belong to another stage as well
         self._tuples: bool | None = None
         self._probed = not part.ends  # without the ends there is nothing to find out
         parameters = inspect.signature(type(model).forward).parameters
-        self._extra = {"use_cache": False} if "use_cache" in parameters else {}
+        cached = getattr(model.config, "use_cache", None) is not None
+        passed_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        self._extra = {"use_cache": False} if "use_cache" in parameters or (cached and passed_on) else {}
 
     @classmethod
     def whole(cls, model: nn.Module) -> Stage:
@@ -65,11 +68,11 @@ class Stage:
             if inputs.get(key):
                 raise ModelError(f"{key}=True was asked for, but a split model has its blocks in several places")
         wanted = {key: value for key, value in inputs.items() if key not in NOT_FOR_BLOCKS} | self._extra
-        if not self._probed:
-            planning.probe(self.model, self.blocks, wanted, self._tuples)
-            self._probed = True
         hidden_BTH, plan = planning.record(self.model, self.blocks, wanted, self._tuples)
         self._tuples = plan.tuples
+        if not self._probed:
+            self._probe(hidden_BTH, plan, inputs)
+            self._probed = True
         return hidden_BTH, plan
 
     def plan_without_inputs(
@@ -101,6 +104,34 @@ class Stage:
         # Dropout on the zeros draws random numbers, which are the client's in one process.
         with torch.no_grad(), planning.undisturbed(hidden_BTH.device):
             return self.plan(inputs)[1]
+
+    def _probe(self, hidden_BTH: Tensor, plan: Plan, inputs: Mapping[str, Any]) -> None:
+        """Make the plan as a server will, without any weights, and refuse the model if it is another one.
+
+        Some models (MPNet, DeBERTa) hand their blocks what they made of the token ids or of weights outside of the
+        blocks: a server, which has neither, would compute something else.
+        """
+        name = type(self.model).__name__
+        expected = f"(B, T, {self.anatomy.hidden})"
+        if hidden_BTH.dim() != 3 or hidden_BTH.shape[-1] != self.anatomy.hidden:
+            raise ModelError(
+                f"{name} cannot be split: between its blocks goes {tuple(hidden_BTH.shape)}, not {expected}; "
+                "use an architecture that `flexp verify --list` names"
+            )
+        try:
+            stub = carve(self, Part(frozenset(), ends=False))
+            # Some models ask their first parameter for its type: a server has blocks, so it has one.
+            stub.blocks[0].register_parameter("any", nn.Parameter(hidden_BTH.detach().new_zeros(0)))
+            other = stub.plan_without_inputs(hidden_BTH, inputs.get("attention_mask"), inputs.get("position_ids"))
+            problem = "" if plan.same(other) else "they would get other arguments there"
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+        if problem:
+            raise ModelError(
+                f"{name} cannot be split: its blocks need, besides the hidden state, what a server does not have, such "
+                f"as token ids or a table of relative positions ({problem}); use an architecture that "
+                "`flexp verify --list` names"
+            )
 
     def run(self, hidden_BTH: Tensor, plan: Plan, start: int, stop: int) -> Tensor:
         """Run blocks [start, stop) on a hidden state (B, T, H)."""
@@ -139,6 +170,7 @@ def carve(source: Stage, part: Part) -> Stage:
         forget_ties(model)
     stage = Stage(model, source.anatomy, part)
     stage._tuples = source._tuples
+    stage.lent = True
     stage._probed = source._probed or not part.ends
     return stage
 

@@ -27,18 +27,19 @@ def tune(
     gradient_checkpointing: bool = False,
     seed: int = 0,
 ) -> None:
-    """Make ``stage`` ready for training, in place, with a copy of its own of all that it trains.
+    """Make ``stage`` ready for training, in place. What it trains becomes its own: copied if another stage lent it.
 
     - ``full``: the blocks, and with the ends also final norm and head; the embeddings, and a head tied to them, only
       with ``embeddings``.
-    - ``lora``: adapters in the blocks' linear layers; a classifier's head is trained as well, since it is new.
+    - ``lora``: adapters in the blocks' linear layers (fused experts are none); a classifier's head is trained as well,
+      since it is new.
     - ``frozen``: nothing.
 
     Args:
         seed: of the adapters' weights, which depend on it and on their names alone.
 
     Raises:
-        ModelError: LoRA finds no linear layer with the wanted names.
+        ModelError: LoRA finds no linear layer with the wanted names, or the model knows no gradient checkpointing.
     """
     stage.model.requires_grad_(False)
     if tuning == "lora" and stage.part.blocks:
@@ -49,11 +50,23 @@ def tune(
         for name, parameter in module.named_parameters(recurse=False, prefix=path):
             if not chosen(name):
                 continue
+            if not stage.lent:
+                parameter.requires_grad_(True)  # mapped from a file, pages are copied when they are written
+                continue
             if id(parameter) not in copies:
                 copies[id(parameter)] = nn.Parameter(parameter.detach().clone())
             module._parameters[name.rpartition(".")[2]] = copies[id(parameter)]
     if gradient_checkpointing:
-        stage.model.gradient_checkpointing_enable({"use_reentrant": False})
+        _checkpoint(stage.model)
+
+
+def _checkpoint(model: Any) -> None:
+    name = "activation_checkpointing_enable"  # since transformers 5.2x; the older name warns there
+    enable = getattr(model, name, None) or model.gradient_checkpointing_enable
+    try:
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise ModelError(f"{type(model).__name__} knows no gradient checkpointing; switch it off") from error
 
 
 def _chooser(stage: Stage, tuning: str, embeddings: bool) -> Callable[[str], bool]:
@@ -97,12 +110,10 @@ def _embedding_names(stage: Stage) -> set[str]:
 
 
 def _inject(stage: Stage, config: LoraConfig, seed: int) -> None:
-    prefix = stage.anatomy.path + "."
-    linear = [
-        name
-        for name, module in stage.model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and name.startswith(prefix)
-    ]
+    # peft is shown the blocks, not the model: of a mixture of experts it would rewrite the targets, and otherwise for
+    # every party, by what other linear layers that party has.
+    blocks = stage.blocks
+    linear = [name for name, module in blocks.named_modules() if isinstance(module, nn.Linear | Conv1D)]
     wanted = config.targets
     if wanted != "all-linear":
         names = [wanted] if isinstance(wanted, str) else wanted
@@ -114,7 +125,7 @@ def _inject(stage: Stage, config: LoraConfig, seed: int) -> None:
             )
     if not linear:
         raise ModelError("LoRA found no linear layer in this party's blocks; use model.tuning = 'full'")
-    fan = isinstance(stage.model.get_submodule(linear[0]), Conv1D)
+    fan = isinstance(blocks.get_submodule(linear[0]), Conv1D)
     peft_config = PeftLoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
@@ -123,7 +134,7 @@ def _inject(stage: Stage, config: LoraConfig, seed: int) -> None:
         fan_in_fan_out=fan,
         bias="none",
     )
-    inject_adapter_in_model(peft_config, stage.model)
+    inject_adapter_in_model(peft_config, blocks)
     for name, parameter in stage.model.named_parameters():
         if "lora_A" in name:  # Hu et al. 2021: A is random (here as peft draws it), B is zero
             draw = torch.rand(parameter.shape, generator=named_generator(seed, name))

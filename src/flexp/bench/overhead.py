@@ -1,0 +1,113 @@
+"""``flexp bench split-overhead``: what splitting costs when nothing has to travel.
+
+Whole and split steps alternate in one process on equal batches, so that the ratio does not depend on how busy the
+machine is. Predicted: 1.00–1.02, since every block does the same work and a plan costs less than a millisecond.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+
+from flexp.client.model import SPLIT_MODELS
+from flexp.config import OptimizerConfig
+from flexp.evaluation.memory import Probe, random_batch
+from flexp.machine import machine
+from flexp.models.loading import ModelKind, load_stage
+from flexp.models.parts import Part, check_cut
+from flexp.models.stage import carve
+from flexp.models.tuning import tune
+from flexp.optim import Updater
+from flexp.server import Server
+
+
+def split_overhead(
+    model: str,
+    kind: str = "sequence-classification",
+    *,
+    cut: tuple[int, int | None] | None = None,
+    examples: int = 8,
+    length: int = 64,
+    pairs: int = 20,
+    tuning: str = "full",
+    dtype: str = "float32",
+) -> dict[str, Any]:
+    """Time ``pairs`` of steps (forward, backward, update), whole and split in turn.
+
+    Returns:
+        ``ratio``: the median of split ÷ whole over the pairs, with its quartiles and the seconds of either.
+    """
+    labels = None if kind == "causal-lm" else ["a", "b"]
+    source = load_stage(model, cast(ModelKind, kind), labels=labels, dtype=dtype, pad_token_id=0)
+    blocks = source.anatomy.blocks
+    where = check_cut(cut or (1, None), blocks)
+    batch = random_batch(Probe(model, kind, where, examples, length, labels, {}, {}), source.model.config)
+    optimizer = OptimizerConfig(clip=None)
+    whole_step = _whole(source, tuning, optimizer, batch)
+    split_step = _split(source, kind, where, tuning, optimizer, batch)
+    for _ in range(3):
+        whole_step()
+        split_step()
+    whole: list[float] = []
+    split: list[float] = []
+    for number in range(pairs):
+        # Every other pair starts with the split step: what comes second may find warmer caches.
+        for step, seconds in ((whole_step, whole), (split_step, split))[:: 1 if number % 2 else -1]:
+            began = time.perf_counter()
+            step()
+            seconds.append(time.perf_counter() - began)
+    ratios = [b / a for a, b in zip(whole, split, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return {
+        "bench": "split-overhead",
+        "model": model,
+        "cut": list(where),
+        "tuning": tuning,
+        "dtype": dtype,
+        "batch": [examples, length],
+        "pairs": pairs,
+        "ratio": middle,
+        "ratio_quartiles": [low, high],
+        "whole_seconds": statistics.median(whole),
+        "split_seconds": statistics.median(split),
+        "machine": machine(),
+    }
+
+
+def _whole(source: Any, tuning: Any, optimizer: OptimizerConfig, batch: dict[str, torch.Tensor]) -> Callable[[], None]:
+    stage = carve(source, Part.whole(source.anatomy.blocks))
+    tune(stage, tuning)
+    updater = Updater(stage.trainable(), optimizer)
+    stage.model.train()
+
+    def step() -> None:
+        stage.model(**batch).loss.backward()
+        updater.step()
+
+    return step
+
+
+def _split(
+    source: Any,
+    kind: str,
+    cut: tuple[int, int],
+    tuning: Any,
+    optimizer: OptimizerConfig,
+    batch: dict[str, torch.Tensor],
+) -> Callable[[], None]:
+    client, shared = carve(source, Part.client(cut, source.anatomy.blocks)), carve(source, Part.server(*cut))
+    tune(client, tuning)
+    tune(shared, tuning)
+    server = Server(shared, tuning=tuning, optimizer=optimizer)
+    model = SPLIT_MODELS[kind](client, cut, server.connect("bench"), tuning=tuning).train()
+    updater = Updater(client.trainable(), optimizer)
+
+    def step() -> None:
+        model(**batch).loss.backward()
+        updater.step()
+
+    return step

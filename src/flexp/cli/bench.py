@@ -1,0 +1,123 @@
+"""``flexp bench``: measurements of this machine, as ratios where something is compared."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(no_args_is_help=True, help="Measure what splitting costs and saves on this machine.")
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Model = Annotated[str, typer.Option(help="Folder, Hugging Face id, asset:NAME or arch:NAME.")]
+Kind = Annotated[str, typer.Option(help="causal-lm, sequence-classification or image-classification.")]
+Threads = Annotated[int, typer.Option(min=1, help="Threads that torch computes with.")]
+
+
+@app.command("split-overhead")
+def split_overhead(
+    model: Model = "asset:minilm-l6",
+    kind: Kind = "sequence-classification",
+    cut: Annotated[str | None, typer.Option(metavar="S:E", help="Default: 1:L.")] = None,
+    pairs: Annotated[int, typer.Option(min=4, help="Pairs of steps.")] = 20,
+    tuning: Annotated[str, typer.Option(help="full or lora.")] = "full",
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    examples: Annotated[int, typer.Option(min=1)] = 8,
+    length: Annotated[int, typer.Option(min=1)] = 64,
+    threads: Threads = 2,
+    as_json: Json = False,
+) -> None:
+    """Split step ÷ whole step, in one process."""
+    from flexp.bench.overhead import split_overhead as bench
+
+    result = bench(
+        _prepared(model, threads), kind, cut=_cut(cut), pairs=pairs, tuning=tuning, dtype=dtype,
+        examples=examples, length=length,
+    )  # fmt: skip
+    low, high = result["ratio_quartiles"]
+    _print(
+        result | {"model": model},
+        as_json,
+        [
+            ("split ÷ whole (median of pairs)", f"{result['ratio']:.3f}"),
+            ("quartiles", f"{low:.3f} – {high:.3f}"),
+            ("whole step", f"{1e3 * result['whole_seconds']:.1f} ms"),
+            ("split step", f"{1e3 * result['split_seconds']:.1f} ms"),
+        ],
+    )
+
+
+@app.command("stage-memory")
+def stage_memory(
+    hidden: Annotated[int, typer.Option(min=64, help="Width of the model that is measured.")] = 768,
+    vocabulary: Annotated[int, typer.Option(min=256, help="Its tokens; the client holds their embedding.")] = 2048,
+    as_json: Json = False,
+) -> None:
+    """Memory of a client with 2 + 1 of 24 blocks ÷ the whole model's: loading, and full tuning."""
+    from flexp.bench.stage_memory import stage_memory as bench
+
+    result = bench(hidden=hidden, vocabulary=vocabulary)
+    rows = [("model", f"{result['model']}, {result['model_bytes'] / 1e6:.0f} MB")]
+    for what, ratio in (("loaded", "load_ratio"), ("peak", "tuning_ratio")):
+        client, whole = result["client"][what] / 1e6, result["whole"][what] / 1e6
+        name = "loading" if what == "loaded" else "full tuning"
+        rows.append((f"{name}: client ÷ whole", f"{100 * result[ratio]:.1f} %  ({client:.0f} of {whole:.0f} MB)"))
+    _print(result, as_json, rows)
+
+
+@app.command("simulated-clients")
+def simulated_clients(
+    model: Model = "asset:minilm-l6",
+    kind: Kind = "sequence-classification",
+    most: Annotated[int, typer.Option(min=2, help="Clients at the end.")] = 100,
+    threads: Threads = 2,
+    as_json: Json = False,
+) -> None:
+    """Memory and time of 1 to 100 simulated LoRA clients that share one frozen model."""
+    from flexp.bench.simulated_clients import simulated_clients as bench
+
+    counts = (*(count for count in (1, 2, 5, 10, 20, 50) if count < most), most)
+    result = bench(_prepared(model, threads), kind, counts=counts)
+    rows = [
+        (
+            f"{row['clients']} clients",
+            f"{row['bytes'] / 1e6:.1f} MB, {1e3 * row['step_seconds']:.0f} ms a step",
+        )
+        for row in result["rows"]
+    ]
+    rows.append(("each further client", f"{result['bytes_per_client'] / 1e6:.2f} MB"))
+    rows.append(("its personal parameters", f"{result['personal_parameters']:.0f}"))
+    rows.append(("the whole model", f"{result['model_bytes'] / 1e6:.0f} MB"))
+    _print(result | {"model": model}, as_json, rows)
+
+
+def _prepared(model: str, threads: int) -> str:
+    import torch
+
+    from flexp.assets import resolve
+
+    torch.set_num_threads(threads)
+    return str(resolve(model))
+
+
+def _cut(text: str | None) -> tuple[int, int | None] | None:
+    from flexp.cli.verify import parse_cut
+
+    return None if text is None else parse_cut(text)
+
+
+def _print(result: dict[str, Any], as_json: bool, rows: list[tuple[str, str]]) -> None:
+    if as_json:
+        typer.echo(json.dumps(result))
+        return
+    table = Table(title=f"flexp bench {result['bench']}", title_justify="left")
+    table.add_column("what")
+    table.add_column("measured", justify="right")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+    facts = result["machine"]
+    typer.echo(f"{facts['processor']}, {facts['cores']} cores, {facts['threads']} threads")

@@ -1,0 +1,283 @@
+"""An unchanged transformers.Trainer trains a split model exactly as it trains the whole one."""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import Dataset
+
+import flexp
+from flexp.client.model import SplitModel
+from flexp.config import OptimizerConfig, ServerConfig
+from flexp.errors import ConfigError
+from flexp.links.messages import ForwardRequest
+from flexp.models.parts import Part
+from flexp.models.stage import Stage, carve
+from flexp.models.tuning import tune
+from tests.harness import KINDS, World, copied, shared_weights, world
+
+LR, STEPS = 1e-3, 6
+
+
+class Rows(Dataset[dict[str, Tensor]]):
+    """Padded rows with losses on unequal numbers of tokens."""
+
+    def __init__(self, here: World, count: int = 24) -> None:
+        self.batch = here.batch(batch=count, length=12, padding="right", seed=1)
+        generator = torch.Generator().manual_seed(3)
+        if self.batch["labels"].dim() == 2:
+            for row, skipped in enumerate(torch.randint(0, 8, (count,), generator=generator)):
+                self.batch["labels"][row, :skipped] = -100
+
+    def __len__(self) -> int:
+        return len(self.batch["labels"])
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {key: value[index] for key, value in self.batch.items()}
+
+
+def trainer(model: Any, here: World, folder: Path, **changes: Any) -> transformers.Trainer:
+    settings: dict[str, Any] = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 8,
+        "max_steps": STEPS,
+        "learning_rate": LR,
+        "lr_scheduler_type": "linear",
+        "max_grad_norm": 0.0,
+        "weight_decay": 0.0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 11,
+    }
+    args = transformers.TrainingArguments(**settings | changes)
+    made = transformers.Trainer(model=model, args=args, train_dataset=Rows(here), eval_dataset=Rows(here, 10))
+    made.remove_callback(transformers.PrinterCallback)
+    return made
+
+
+def losses(made: transformers.Trainer) -> list[float]:
+    return [entry["loss"] for entry in made.state.log_history if "loss" in entry]
+
+
+def federation(name: str, tuning: str = "full", **options: Any) -> World:
+    optimizer = OptimizerConfig(name="adamw", lr=LR, schedule="linear", clip=None)
+    return world(name, tuning=tuning, optimizer=optimizer, total_steps=STEPS, **options)
+
+
+def whole(here: World) -> tuple[Any, Stage]:
+    """The same model in one piece, with the same parameters trained."""
+    stage = carve(here.whole, Part.whole(here.whole.anatomy.blocks))
+    tune(stage, "full")
+    return stage.model, stage
+
+
+def all_trained(here: World, model: SplitModel) -> dict[str, Tensor]:
+    start, stop = model.cut
+    server = shared_weights(here.server).items()
+    used = {key: value for key, value in server if start <= (here.whole.block_of(key) or 0) < stop}
+    return copied(model.personal_state()) | used
+
+
+def assert_equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        assert torch.equal(value, right[name]), name
+
+
+@pytest.mark.parametrize("memory", ["keep", "recompute"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2"])
+def test_losses_weights_and_scores_are_those_of_the_whole_model(
+    tmp_path: Path, name: str, accumulation: int, memory: Any
+) -> None:
+    here = federation(name, config=ServerConfig(memory=memory))
+    split = here.client("a", (2, 3), accumulation=accumulation)
+    model, stage = whole(here)
+    both = [
+        trainer(each, here, tmp_path, gradient_accumulation_steps=accumulation, eval_strategy="steps", eval_steps=3)
+        for each in (split, model)
+    ]
+    before = [each.evaluate()["eval_loss"] for each in both]
+    for each in both:
+        each.train()
+    assert before[0] == before[1]
+    assert losses(both[0]) == losses(both[1])
+    assert len(losses(both[0])) == STEPS
+    scores = [[entry["eval_loss"] for entry in each.state.log_history if "eval_loss" in entry] for each in both]
+    assert scores[0] == scores[1]
+    assert scores[0][-1] < before[0]
+    assert_equal(all_trained(here, split), copied(stage.trainable()))
+    assert here.server.shared.version == STEPS
+    assert not here.server.shared._held
+
+
+def test_lora_under_a_trainer_equals_lora_on_the_whole_model(tmp_path: Path) -> None:
+    from tests.harness import LORA, party
+
+    here = federation("llama", tuning="lora")
+    split = here.client("a", (2, 3))
+    stage = carve(here.whole, Part.whole(4))
+    tune(stage, "lora", lora=LORA)
+    for part in (party(here.whole, Part.server(1, 4), "lora"), split.stage):
+        for name, value in part.trainable().items():
+            stage.model.get_parameter(name).data.copy_(value)
+    both = [trainer(each, here, tmp_path) for each in (split, stage.model)]
+    for each in both:
+        each.train()
+    assert losses(both[0]) == losses(both[1])
+    assert_equal(all_trained(here, split), copied(stage.trainable()))
+
+
+def test_the_trainer_counts_the_tokens_of_a_language_model_alike(tmp_path: Path) -> None:
+    """It looks at ``loss_type`` to know that the first token is never predicted."""
+    here = federation("llama")
+    split = trainer(here.client("a", (2, 3)), here, tmp_path)
+    model = trainer(whole(here)[0], here, tmp_path)
+    assert split._loss_shifts_labels == model._loss_shifts_labels
+    assert split.model_accepts_loss_kwargs == model.model_accepts_loss_kwargs
+    assert split.label_names == model.label_names
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_saving_and_predicting(tmp_path: Path, name: str) -> None:
+    """``save_model`` writes this client's own state; it brings another instance back to the same predictions."""
+    here = federation(name)
+    split = here.client("a", (2, 4))
+    made = trainer(split, here, tmp_path)
+    made.train()
+    made.save_model(str(tmp_path / "saved"))
+    predictions = made.predict(Rows(here, 10)).predictions
+    other = here.client("b", (2, 4))
+    assert not (trainer(other, here, tmp_path).predict(Rows(here, 10)).predictions == predictions).all()
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    assert not any(here.whole.block_of(key.removeprefix("model.")) in (2, 3) for key in saved)
+    other.load_state_dict(saved)  # strictly: tied parameters were written once, and nothing is missing
+    assert (trainer(other, here, tmp_path).predict(Rows(here, 10)).predictions == predictions).all()
+
+
+class SaveServer(transformers.TrainerCallback):
+    """Who runs both sides saves both: the server's state beside every checkpoint of the Trainer."""
+
+    def __init__(self, here: World) -> None:
+        self.here = here
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        save_file(copied(self.here.server.state()), folder / "server.safetensors")
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_resuming_equals_never_having_stopped(tmp_path: Path, name: str) -> None:
+    here = federation(name)
+    split = here.client("a", (2, 3))
+    made = trainer(split, here, tmp_path, save_strategy="steps", save_steps=3)
+    made.add_callback(SaveServer(here))
+    made.train()
+
+    again = federation(name)
+    resumed = again.client("a", (2, 3))
+    checkpoint = tmp_path / "checkpoint-3"
+    again.server.load(load_file(checkpoint / "server.safetensors"))
+    other = trainer(resumed, again, tmp_path)
+    other.train(resume_from_checkpoint=str(checkpoint))
+    assert losses(other) == losses(made)
+    assert_equal(all_trained(again, resumed), all_trained(here, split))
+
+
+def test_a_shorter_last_group_of_an_epoch_is_refused_not_silently_wrong(tmp_path: Path) -> None:
+    """Six batches in groups of four leave two, after which the Trainer steps and the server would not."""
+    here = federation("bert")
+    made = trainer(here.client("a", (2, 3), accumulation=4), here, tmp_path, gradient_accumulation_steps=4)
+    with pytest.raises(ConfigError, match=r"stepped after 2 of the accumulation = 4 exchanges"):
+        made.train()
+
+
+def test_exchanges_of_a_step_may_be_in_flight_together() -> None:
+    """Two forwards, then two backwards: no step has ended in between, and none is refused."""
+    here = federation("bert")
+    model = here.client("a", (2, 3), accumulation=2)
+    optimizer = torch.optim.AdamW(model.stage.trainable().values(), lr=LR, fused=True)
+    for step in range(3):
+        seen = [model(**here.batch(seed=half)).loss for half in range(2)]
+        for loss in seen:
+            (loss / 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert here.server.shared.version == step + 1
+
+
+def test_image_classifiers(tmp_path: Path) -> None:
+    here = federation("vit")
+    split = here.client("a", (2, 3))
+    model, stage = whole(here)
+    both = [trainer(each, here, tmp_path) for each in (split, model)]
+    for each in both:
+        each.train()
+    assert losses(both[0]) == losses(both[1])
+    assert_equal(all_trained(here, split), copied(stage.trainable()))
+    assert KINDS["vit"] == "image-classification"
+
+
+def test_the_public_names_are_there_and_cost_nothing_until_used() -> None:
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, flexp; assert 'torch' not in sys.modules and 'transformers' not in sys.modules; "
+        "assert set(flexp.__all__) <= set(dir(flexp)); assert not hasattr(flexp, 'nothing')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    assert flexp.SplitModelForCausalLM.kind == "causal-lm"
+    assert flexp.SplitModelForSequenceClassification.kind == "sequence-classification"
+    assert flexp.SplitModelForImageClassification.kind == "image-classification"
+    from flexp import Server
+
+    assert flexp.Server is Server
+
+
+@pytest.mark.parametrize(
+    ("name", "cls"), [("llama", "SplitModelForCausalLM"), ("vit", "SplitModelForImageClassification")]
+)
+def test_from_pretrained_on_both_sides(name: str, cls: str) -> None:
+    """The example of the docstrings, with a zoo model; what is not this party's is never there."""
+    server = flexp.Server.from_pretrained(f"arch:{name}", KINDS[name], base_depth=1, end=3)  # type: ignore[arg-type]
+    assert server.blocks == (1, 3)
+    model = getattr(flexp, cls).from_pretrained(f"arch:{name}", cut=(2, 3), link=server.connect("clinic-a"))
+    batch = world(name).batch()
+    loss = model.train()(**batch).loss
+    loss.backward()
+    assert math.isfinite(loss.item())
+    assert server.shared.version == 1
+    assert {model.stage.block_of(key) for key in model.personal_state()} == {0, 1, 3, None}
+    with pytest.raises(ConfigError, match="cut"):
+        getattr(flexp, cls).from_pretrained(f"arch:{name}", cut=(2, 9), link=server.connect("clinic-b"))
+
+
+def test_a_step_may_be_taken_by_hand() -> None:
+    """The same in ten plain lines of PyTorch: a split model is an nn.Module."""
+    here = federation("bert")
+    model = here.client("a", (2, 3))
+    optimizer = torch.optim.AdamW([value for value in model.parameters() if value.requires_grad], lr=LR)
+    seen = []
+    for _ in range(4):
+        output = model(**here.batch())
+        output.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.append(output.loss.item())
+    assert seen[-1] < seen[0]
+    assert here.server.shared.version == 4
+    assert ForwardRequest.__name__ not in model.state_dict()
+    logging.getLogger("flexp").debug("losses %s", seen)

@@ -1,0 +1,69 @@
+"""Bad configurations get one line that names key, value, what is allowed and the nearest name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flexp.errors import ConfigError
+from flexp.experiments.settings import all_keys, load
+
+MINIMAL = '[model]\nid = "m"\n[data]\nsource = "d"\n'
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "run.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_overrides_and_seed(tmp_path: Path) -> None:
+    path = written(tmp_path, MINIMAL)
+    run = load(path, ["train.rounds=7", "model.dtype=bfloat16", "data.clients.cuts=[[2, 5]]"], seed=3)
+    assert (run.train.rounds, run.model.dtype, run.data.clients.cuts, run.seed) == (7, "bfloat16", [(2, 5)], 3)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("train.runds=3", r"unknown key train.runds; did you mean 'rounds'\?"),
+        ("rounds=3", r"unknown key rounds; did you mean train.rounds\?"),
+        ("train.rounds=0", r"train.rounds = 0 is not allowed: expected greater than 0"),
+        ("train.rounds=many", r"train.rounds = 'many' is not allowed: expected a valid integer"),
+        ("method.align.kind=kll", r"method.align.kind = 'kll' is not allowed: .*'kl'.*did you mean 'kl'\?"),
+        ("train.micro_batch=99", r"train.micro_batch = 99 is larger than train.batch_size = 8"),
+        ("data.test_fraction=1.5", r"data.test_fraction = 1.5 is not allowed: expected less than or equal to 1"),
+        ("train.personal.lr=-1", r"train.personal.lr = -1 is not allowed: expected greater than 0"),
+        ("data.clients.cuts=[[-1, 2]]", r"data.clients.cuts = -1 is not allowed"),
+        ("train", r"expected key=value"),
+    ],
+)
+def test_one_line(tmp_path: Path, setting: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        load(written(tmp_path, MINIMAL), [setting])
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_key_and_a_broken_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="the key model is missing"):
+        load(written(tmp_path, '[data]\nsource = "d"\n'))
+    with pytest.raises(ConfigError, match="is not valid TOML"):
+        load(written(tmp_path, "rounds = = 3"))
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load(tmp_path / "none.toml")
+
+
+def test_shipped_configurations_are_valid() -> None:
+    root = Path(__file__).parents[2]
+    shipped = [*(root / "experiments").glob("*.toml"), root / "src/flexp/experiments/demo.toml"]
+    assert len(shipped) >= 3
+    for path in shipped:
+        load(path)
+
+
+def test_all_keys_are_named_in_full() -> None:
+    keys = list(all_keys())
+    assert "train.personal.lr" in keys
+    assert "model.lora.rank" in keys
+    assert len(keys) == len(set(keys))

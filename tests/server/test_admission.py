@@ -1,0 +1,280 @@
+"""What a server refuses, in one line each, and that a refusal leaves everything as it was."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from flexp.config import AlignConfig, ServerConfig
+from flexp.errors import ConfigError, LinkError
+from flexp.links.messages import BackwardRequest, ForwardRequest, PullRequest
+from tests.harness import World, equal, seeded, shared_weights, world
+
+HIDDEN = 32
+
+
+def forward(number: int = 1, *, train: bool = True, **changes: Any) -> ForwardRequest:
+    hidden_BTH = torch.randn(2, 5, HIDDEN, generator=seeded(number))
+    return replace(ForwardRequest(number, hidden_BTH, train=train), **changes)
+
+
+def backward(number: int = 1, **changes: Any) -> BackwardRequest:
+    return replace(BackwardRequest(number, torch.randn(2, 5, HIDDEN, generator=seeded(100 + number))), **changes)
+
+
+@contextmanager
+def refused(here: World, *words: str) -> Iterator[None]:
+    """A LinkError of one line with all ``words``; nothing changes and nothing is held because of it."""
+    shared = here.server.shared
+    before, held, stashed = shared_weights(here.server), dict(shared._held), dict(shared._stashed)
+    with pytest.raises(LinkError) as caught:
+        yield
+    message = str(caught.value)
+    assert "\n" not in message
+    assert all(word in message for word in words), message
+    assert equal(shared_weights(here.server), before)
+    assert (dict(shared._held), dict(shared._stashed)) == (held, stashed)
+
+
+def joined(**options: Any) -> World:
+    here = world(config=ServerConfig(**options))
+    here.join("a", (1, 4))
+    here.join("b", (2, 3))
+    return here
+
+
+def test_the_bound_on_what_is_in_flight_says_so_and_counts_all_clients() -> None:
+    here = joined(max_in_flight=2)
+    here.server.forward("a", forward(1))
+    here.server.forward("b", forward(1))
+    for client in ("a", "b"):
+        with refused(here, f"client {client}", "2 exchanges are in flight", "server.max_in_flight"):
+            here.server.forward(client, forward(2))
+    here.server.forward("a", forward(3, train=False))  # evaluation keeps nothing, so it is never refused
+    here.server.backward("b", backward(1))
+    here.server.forward("a", forward(2))
+
+
+def test_who_never_joined_is_unknown() -> None:
+    here = joined()
+    for call, request in (
+        (here.server.forward, forward()),
+        (here.server.backward, backward()),
+        (here.server.pull, PullRequest()),
+    ):
+        with refused(here, "client z has not joined"):
+            call("z", request)  # type: ignore[operator]
+    here.server.leave("z")  # as often as one likes
+    here.server.leave("a")
+    with refused(here, "client a has not joined"):
+        here.server.forward("a", forward())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"client": "b"}, ["names another client, b"]),
+        ({"fingerprint": "0" * 16}, ["another one than the server's", "same pretrained model"]),
+        ({"dtype": "torch.bfloat16"}, ["torch.bfloat16", "torch.float32", "model.dtype"]),
+        ({"cut": (0, 4)}, ["cut (0, 4)", "[1, 3)"]),
+        ({"cut": (1, 4)}, ["cut (1, 4)", "[1, 3)"]),
+        ({"cut": (2, 2)}, ["cut (2, 2)"]),
+        ({"cut": (3, 1)}, ["cut (3, 1)"]),
+        ({"align": AlignConfig(kind="weights"), "tuning": "lora"}, ["same tuning", "lora", "full"]),
+    ],
+)
+def test_joining_with_another_model_or_cut(changes: dict[str, Any], words: list[str]) -> None:
+    here = world(end=3)
+    with refused(here, "client a was refused", *words):
+        here.join("a", (2, 3), **changes)
+    with refused(here, "has not joined"):
+        here.server.forward("a", forward())
+
+
+def test_a_refused_change_of_the_cut_leaves_the_session_as_it_was() -> None:
+    here = joined()
+    here.server.forward("a", forward(1))
+    with refused(here, "cut (0, 9)"):
+        here.join("a", (0, 9))
+    here.server.backward("a", backward(1))
+
+
+def test_models_of_other_weights_names_or_labels_are_the_same_model_others_are_not() -> None:
+    here, other = world("bert"), world("gpt2", "sequence-classification")
+    with refused(other, "another one than the server's"):
+        other.join("a", (1, 4), fingerprint=here.card("a", (1, 4))["fingerprint"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"hidden_BTH": torch.zeros(2, 5, HIDDEN + 1)}, ["(2, 5, 33)", "(B, T, 32)"]),
+        ({"hidden_BTH": torch.zeros(5, HIDDEN)}, ["(5, 32)", "(B, T, 32)"]),
+        ({"hidden_BTH": torch.zeros(2, 5, HIDDEN, dtype=torch.float64)}, ["torch.float64", "torch.float32"]),
+        ({"hidden_BTH": torch.zeros(2, 5, HIDDEN, dtype=torch.bfloat16)}, ["torch.bfloat16", "torch.float32"]),
+        ({"mask_BT": torch.ones(2, 6)}, ["mask has shape (2, 6)", "(2, 5)"]),
+        ({"mask_BT": torch.ones(3, 5)}, ["mask has shape (3, 5)", "(2, 5)"]),
+        ({"mask_BT": torch.ones(2, 1, 5, 5)}, ["mask has shape (2, 1, 5, 5)"]),
+        ({"positions_BT": torch.ones(5)}, ["positions has shape (5,)"]),
+        ({"base_BTH": torch.zeros(2, 5, HIDDEN)}, ["came for alignment", "expected 0", "'off'"]),
+        ({"inner_BTH": (torch.zeros(2, 5, HIDDEN),)}, ["came for alignment", "expected 0"]),
+    ],
+)
+def test_forwards_that_do_not_fit(changes: dict[str, Any], words: list[str]) -> None:
+    here = joined()
+    with refused(here, "client b", *words):
+        here.server.forward("b", forward(**changes))
+    here.server.forward("b", forward())
+
+
+@pytest.mark.parametrize(
+    ("align", "base", "inner", "words"),
+    [
+        (AlignConfig(kind="kl"), (2, 5, HIDDEN), 1, ["2 activations", "expected 1"]),
+        (AlignConfig(kind="kl"), (2, 4, HIDDEN), 0, ["(2, 4, 32)", "(2, 5, 32)"]),
+        (AlignConfig(kind="kl", at="every-block"), (2, 5, HIDDEN), 0, ["1 activations", "expected 2", "2 aligned"]),
+        (AlignConfig(kind="kl", at="every-block"), None, 1, ["1 activations", "expected 2"]),
+        (AlignConfig(kind="weights"), (2, 5, HIDDEN), 0, ["expected 0", "'weights'"]),
+    ],
+)
+def test_alignment_that_was_not_agreed(align: AlignConfig, base: Any, inner: int, words: list[str]) -> None:
+    here = world()
+    here.join("a", (3, 4), align=align)
+    given = torch.zeros(base) if base else None
+    with refused(here, "client a", *words):
+        here.server.forward("a", forward(base_BTH=given, inner_BTH=(torch.zeros(2, 5, HIDDEN),) * inner))
+
+
+def test_an_aligned_activation_of_another_type() -> None:
+    here = world()
+    here.join("a", (2, 4), align=AlignConfig(kind="mse"))
+    with refused(here, "torch.float64", "torch.float32"):
+        here.server.forward("a", forward(base_BTH=torch.zeros(2, 5, HIDDEN, dtype=torch.float64)))
+
+
+def test_an_exchange_is_forwarded_once_and_backwarded_once() -> None:
+    here = joined()
+    with refused(here, "client a", "exchange 1 has no forward in flight", "none"):
+        here.server.backward("a", backward(1))
+    here.server.forward("a", forward(1))
+    with refused(here, "exchange 1 is in flight already"):
+        here.server.forward("a", forward(1))
+    with refused(here, "exchange 2 has no forward in flight", "[1]"):
+        here.server.backward("a", backward(2))
+    here.server.backward("a", backward(1))
+    with refused(here, "exchange 1 has no forward in flight"):
+        here.server.backward("a", backward(1))
+
+
+def test_nobody_can_answer_for_another() -> None:
+    here = joined()
+    here.server.forward("a", forward(1))
+    with refused(here, "client b", "exchange 1 has no forward in flight", "none"):
+        here.server.backward("b", backward(1))
+    here.server.forward("b", forward(1, hidden_BTH=torch.ones(2, 5, HIDDEN)))
+    assert not torch.equal(
+        here.server.backward("a", backward(1)).grad_BTH, here.server.backward("b", backward(1)).grad_BTH
+    )
+
+
+def test_evaluation_keeps_nothing_for_a_backward() -> None:
+    here = joined()
+    here.server.forward("a", forward(1, train=False))
+    assert not here.server.shared._held
+    with refused(here, "exchange 1 has no forward in flight"):
+        here.server.backward("a", backward(1))
+
+
+def test_a_model_in_evaluation_mode_says_so_when_it_is_trained() -> None:
+    here = world()
+    model = here.client("a", (2, 4)).eval()
+    with pytest.raises(LinkError, match=r"call model\.train"):
+        model(**here.batch()).loss.backward()
+
+
+@pytest.mark.parametrize("memory", ["keep", "recompute"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_gradients_that_are_not_finite(bad: float, memory: str) -> None:
+    here = joined(memory=memory)
+    here.server.forward("a", forward(1))
+    here.server.backward("a", backward(1, last=False))
+    here.server.forward("a", forward(2))
+    gradient = backward(2).grad_BTH.clone()
+    gradient[0, 0, 0] = bad
+    shared = here.server.shared
+    before = shared_weights(here.server)
+    with pytest.raises(LinkError, match=r"client a: the gradient of exchange 2 is not finite.*were not updated"):
+        here.server.backward("a", backward(2, grad_BTH=gradient))
+    assert equal(shared_weights(here.server), before)
+    assert not shared._held
+    assert shared.version == 0
+    # The whole step is void: the next one is as if it had never begun.
+    other = joined(memory=memory)
+    for server in (here.server, other.server):
+        server.forward("a", forward(3))
+        server.backward("a", backward(3))
+    assert equal(shared_weights(here.server), shared_weights(other.server))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"grad_BTH": torch.zeros(2, 4, HIDDEN)}, ["(2, 4, 32)", "(2, 5, 32)"]),
+        ({"grad_BTH": torch.zeros(2, 5, HIDDEN, dtype=torch.float64)}, ["torch.float64", "torch.float32"]),
+        ({"share": 0.0}, ["share = 0.0", "0 < share <= 1"]),
+        ({"share": 1.5}, ["share = 1.5"]),
+        ({"share": math.nan}, ["share = nan"]),
+        ({"weight": 0.0}, ["weight = 0.0"]),
+        ({"weight": -3.0}, ["weight = -3.0"]),
+        ({"weight": math.inf}, ["weight = inf"]),
+    ],
+)
+def test_backwards_that_do_not_fit_may_be_sent_again(changes: dict[str, Any], words: list[str]) -> None:
+    here = joined()
+    here.server.forward("a", forward(1))
+    with refused(here, "client a", *words):
+        here.server.backward("a", backward(1, **changes))
+    here.server.backward("a", backward(1))
+    assert here.server.shared.version == 1
+
+
+def test_the_client_is_told_through_its_link() -> None:
+    """Refusals arrive from futures, and a split model raises them in the user's own line."""
+    here = world(config=ServerConfig(max_in_flight=1))
+    a, b = here.client("a", (2, 4)), here.client("b", (3, 4))
+    waiting = a(**here.batch()).loss
+    future = b.link.forward(forward(99, hidden_BTH=torch.zeros(1, 2, HIDDEN)))
+    assert isinstance(future.exception(), LinkError)
+    with pytest.raises(LinkError, match="max_in_flight"):
+        b(**here.batch())
+    waiting.backward()
+    b(**here.batch()).loss.backward()
+
+
+def test_a_cut_outside_of_the_model_never_reaches_the_server() -> None:
+    here = world()
+    for cut in ((2, 9), (3, 3), (-1, 2)):
+        with pytest.raises((ConfigError, LinkError)):
+            here.client("a", cut)
+    assert not here.server._sessions
+
+
+def test_the_callers_modes_stay_outside() -> None:
+    """Mixed precision, inference mode or a backward around an in-process call change nothing on the server."""
+    plain, moded = joined(memory="recompute"), joined(memory="recompute")
+    expected = plain.server.forward("a", forward(1)).hidden_BTH
+    grad = plain.server.backward("a", backward(1)).grad_BTH
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(moded.server.forward("a", forward(1)).hidden_BTH, expected)
+    with torch.no_grad():
+        assert torch.equal(moded.server.backward("a", backward(1)).grad_BTH, grad)
+    assert equal(shared_weights(plain.server), shared_weights(moded.server))
+    with torch.inference_mode():
+        answer = moded.server.forward("a", forward(2, train=False)).hidden_BTH
+    assert torch.equal(answer, plain.server.forward("a", forward(2, train=False)).hidden_BTH)
