@@ -216,7 +216,8 @@ def test_the_server_holds_blocks_and_nothing_else(name: str, kind: str, tuning: 
     assert names
     assert {stage.block_of(key) for key in names} == {1, 2}
     for key, value in stage.model.named_buffers():  # rotary tables and positions: made from the configuration alone
-        assert stage.block_of(key) in (1, 2) or "inv_freq" in key or value.dtype == torch.long, key
+        made = "inv_freq" in key or value.dtype == torch.long or value.numel() == 0
+        assert stage.block_of(key) in (1, 2) or made, key
 
 
 def test_personal_weights_of_two_clients_stay_apart() -> None:
@@ -230,3 +231,17 @@ def test_personal_weights_of_two_clients_stay_apart() -> None:
     after = b.personal_state()
     assert all(torch.equal(value, before[key]) for key, value in after.items())
     assert any(not torch.equal(value, after[key]) for key, value in a.personal_state().items())
+
+
+@pytest.mark.parametrize(("base_depth", "reads"), [(0, True), (1, False)])
+def test_only_a_base_depth_of_zero_sends_what_the_embedding_alone_made(base_depth: int, reads: bool) -> None:
+    """The known limit: with s_min = 0, z_base is the embedded input, which the pretrained model's table reads back."""
+    here = world("llama", base_depth=base_depth)
+    link = RecordingLink(here.server.connect("a"))
+    model = here.client("a", (2, 4), AlignConfig(kind="kl"), link=link)
+    batch = here.batch()
+    model(**batch).loss.backward()
+    (request,) = link.sent(ForwardRequest)
+    table = here.whole.model.get_input_embeddings().weight
+    nearest = torch.cdist(request.base_BTH, table.expand(3, -1, -1)).argmin(-1)
+    assert torch.equal(nearest, batch["input_ids"]) == reads

@@ -145,9 +145,17 @@ def test_two_requests_in_every_order(name: str, memory: Any, optimizer: Any, tun
         pair.play(numbered(order))
 
 
-@pytest.mark.parametrize("memory", ["keep", "recompute"])
-@pytest.mark.parametrize("optimizer", [SGD, ADAMW], ids=["sgd", "adamw"])
-@pytest.mark.parametrize(("name", "tuning"), [("llama", "full"), ("bert", "lora")])
+@pytest.mark.parametrize(
+    ("name", "tuning", "optimizer", "memory"),
+    [
+        ("llama", "full", SGD, "keep"),
+        ("llama", "full", ADAMW, "keep"),
+        ("llama", "full", SGD, "recompute"),
+        ("llama", "full", ADAMW, "recompute"),
+        ("gpt2", "lora", ADAMW, "keep"),
+        ("gpt2", "lora", SGD, "recompute"),
+    ],
+)
 def test_three_requests_in_every_order(name: str, memory: Any, optimizer: Any, tuning: str) -> None:
     every = orders(3)
     assert len(every) == 90

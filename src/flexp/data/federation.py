@@ -8,6 +8,7 @@ from typing import Any
 
 from flexp.config import DataConfig
 from flexp.data.columns import as_text, check_present
+from flexp.data.grouping import check_apart, check_whole
 from flexp.data.labels import label_texts, sort_labels
 from flexp.data.partition import Facts, Partition, partition, partition_test
 from flexp.data.sources import Rows, read_rows
@@ -43,6 +44,11 @@ def load_federation(config: DataConfig, processor: Any, seed: int, max_positions
         test_source = _Source(config, config.test_source, None)
         tests = partition_test(made, source.facts, test_source.facts, config.clients, seed)
         notes += tests.notes
+    if source.facts.groups is not None:
+        check_whole(made.clients, source.facts.groups)
+        if tests is not None and test_source.facts.groups is not None:
+            check_whole(tests.clients, test_source.facts.groups)
+            check_apart(made.clients, source.facts.groups, tests.clients, test_source.facts.groups)
     splits = {name: _split(name, config, source, rows, test_source, tests, seed) for name, rows in made.clients.items()}
     names = _label_names(config, source, made, test_source, tests)
     task = make_task(config, processor, limit, names)
@@ -79,12 +85,14 @@ class _Source:
             self.rows.require(name, key)
         if by in ("column", "skew"):
             self.rows.require(config.clients.column, "data.clients.column")
+        if config.group is not None:
+            self.rows.require(config.group, "data.group")
         gaps = () if isinstance(config.choices, str) else config.choices  # rows may have fewer choices than columns
         for name in self.needed:
             if name not in gaps and name != config.image:
                 check_present(self.rows.values(name), name, self.rows.place)
         self.labels = self._labels() if config.task in LABELLED else None
-        self.facts = Facts(len(self.rows), self.labels, self._groups(), self._lengths())
+        self.facts = Facts(len(self.rows), self.labels, self._owners(), self._lengths(), self._groups())
 
     def encode(self, task: Task, indices: Sequence[int]) -> list[Example]:
         """The examples of the given rows."""
@@ -102,12 +110,17 @@ class _Source:
         name = self.config.label
         return label_texts(self.rows.values(name), self.rows.class_names(name), name, self.rows.place)
 
-    def _groups(self) -> list[str] | None:
+    def _owners(self) -> list[str] | None:
         if self.config.clients.by == "file":
             return [str(self.rows.part(index).group) for index in range(len(self.rows))]
         if self.config.clients.by not in ("column", "skew"):
             return None
-        name = self.config.clients.column
+        return self._texts(self.config.clients.column)
+
+    def _groups(self) -> list[str] | None:
+        return None if self.config.group is None else self._texts(self.config.group)
+
+    def _texts(self, name: str) -> list[str]:
         values = self.rows.values(name)
         check_present(values, name, self.rows.place)
         names = self.rows.class_names(name)
@@ -146,6 +159,7 @@ def _split(
         test_labels=None
         if test_rows is None or test_source.labels is None
         else [test_source.labels[r] for r in test_rows],
+        groups=None if source.facts.groups is None else [source.facts.groups[row] for row in rows],
     )
 
 

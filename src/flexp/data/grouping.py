@@ -7,19 +7,24 @@ document; groups are therefore dealt out whole, and the counts that were asked f
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 
 from flexp.errors import DataError
+
+T = TypeVar("T")
+ByRow: TypeAlias = Sequence[T] | Mapping[int, T]
+"""Something that is looked up by row number."""
 
 _NONE = 0.5  # stands for a wanted count of zero, which would weigh infinitely
 
 
 def deal(
     rows: Sequence[int],
-    groups: Sequence[str],
-    kinds: Sequence[Hashable],
+    groups: ByRow[str],
+    kinds: ByRow[Hashable],
     wanted: Sequence[Mapping[Hashable, float]],
     rng: np.random.Generator,
 ) -> list[list[int]]:
@@ -61,11 +66,9 @@ def deal(
     return [sorted(row for name in part for row in members[name]) for part in parts]
 
 
-def shares(
-    rows: Sequence[int], kinds: Sequence[Hashable], fractions: Sequence[float]
-) -> list[Mapping[Hashable, float]]:
-    """What :func:`deal` wants where every part is to have the same proportions: ``fractions`` of each kind."""
-    counts = Counter(kinds[row] for row in rows)
+def shares(kinds: Iterable[Hashable], fractions: Sequence[float]) -> list[dict[Hashable, float]]:
+    """What :func:`deal` is to aim at where all parts are alike: ``fractions`` of the rows of each kind."""
+    counts = Counter(kinds)
     return [{kind: fraction * count for kind, count in counts.items()} for fraction in fractions]
 
 
@@ -85,13 +88,19 @@ def check_whole(parts: Mapping[str, Sequence[int]], groups: Sequence[str]) -> No
                 )
 
 
-def check_apart(train: Mapping[str, Sequence[int]], groups: Sequence[str], test: Sequence[str]) -> None:
-    """Check that no group of the clients' ``train`` rows is among the groups ``test`` of a separate test source.
+def check_apart(
+    train: Mapping[str, Sequence[int]],
+    groups: Sequence[str],
+    test: Mapping[str, Sequence[int]],
+    test_groups: Sequence[str],
+) -> None:
+    """Check that no group has rows both in the clients' ``train`` and in their ``test`` from a separate source.
 
     Raises:
-        DataError: one is; the message names it and counts the others.
+        DataError: one has; the message names it and counts the others.
     """
-    both = {groups[row] for rows in train.values() for row in rows} & set(test)
+    tested = {test_groups[row] for rows in test.values() for row in rows}
+    both = tested & {groups[row] for rows in train.values() for row in rows}
     if both:
         more = f" and {len(both) - 1} more" if len(both) > 1 else ""
         raise DataError(

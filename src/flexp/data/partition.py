@@ -2,7 +2,7 @@
 
 IID, Dirichlet (Yurochkin et al., 2019, arXiv 1905.12022), pathological (Li et al., 2021, arXiv 2102.02079) and
 by size are those of ``flwr-datasets``; ``length`` deals out texts sorted by length; ``skew`` makes pairs of clients
-with opposite label proportions.
+with opposite label proportions. Where rows are grouped, whole groups are dealt out towards what would hold without.
 """
 
 from __future__ import annotations
@@ -10,12 +10,16 @@ from __future__ import annotations
 import os
 import re
 import warnings
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from flexp.config import ClientsConfig
 from flexp.data.columns import nearest
+from flexp.data.grouping import deal
 from flexp.data.labels import sort_labels
 from flexp.data.seeding import generator
 from flexp.data.split import stratified_order
@@ -39,19 +43,22 @@ class Facts:
 
     count: int
     labels: Sequence[str] | None = None
-    groups: Sequence[str] | None = None  # of the column or the file
+    owners: Sequence[str] | None = None  # of the column or the file
     lengths: Sequence[int] | None = None
+    groups: Sequence[str] | None = None  # rows of a group go to one client
 
 
 def partition(facts: Facts, config: ClientsConfig, seed: int) -> Partition:
     """Divide rows 0 ... ``facts.count`` - 1 among clients.
+
+    Groups stay whole, except where clients are natural and a group has rows of two: the data says so itself.
 
     Raises:
         ConfigError: the settings do not fit together, or the task has not what the partitioner needs.
         DataError: the data cannot be divided that way.
     """
     if config.by in NATURAL:
-        return _select(Partition(_grouped(facts)), config)
+        return _select(Partition(_owned(facts)), config)
     if config.by in BY_LABEL and facts.labels is None:
         raise ConfigError(
             f'data.clients.by = "{config.by}" divides by labels, but the task has none; use column, iid, size or length'
@@ -68,7 +75,11 @@ def partition(facts: Facts, config: ClientsConfig, seed: int) -> Partition:
         raise DataError(f"{facts.count} rows cannot be divided among {config.count} clients; lower data.clients.count")
     width = len(str(config.count))
     names = [f"client-{number:0{width}d}" for number in range(1, config.count + 1)]
-    owned, notes = _partitioned(facts, config, seed)
+    owned = _partitioned(facts, config, seed)
+    if facts.groups is not None:
+        owned = _regrouped(owned, facts, config, seed)
+    unused = facts.count - sum(map(len, owned))
+    notes = [f"{unused} of {facts.count} rows are not used: their labels fell to no client"] if unused else []
     return Partition(dict(zip(names, owned, strict=True)), notes)
 
 
@@ -97,14 +108,16 @@ def partition_test(train: Partition, facts: Facts, test: Facts, config: ClientsC
         bounds = [round(len(order) * sum(shares[: k + 1]) / sum(shares)) for k in range(len(shares))]
         for name, start, stop in zip(clients, [0, *bounds], bounds, strict=False):
             clients[name] += order[start:stop]
+    if test.groups is not None:
+        clients = dict(zip(clients, _regrouped(list(clients.values()), test, config, seed), strict=True))
     notes = [f"{left_out} test rows are not used: no client has their labels"] if left_out else []
     return Partition({name: sorted(rows) for name, rows in clients.items()}, notes)
 
 
-def _grouped(facts: Facts) -> dict[str, list[int]]:
-    assert facts.groups is not None
-    clients: dict[str, list[int]] = {name: [] for name in sort_labels(facts.groups)}
-    for row, group in enumerate(facts.groups):
+def _owned(facts: Facts) -> dict[str, list[int]]:
+    assert facts.owners is not None
+    clients: dict[str, list[int]] = {name: [] for name in sort_labels(facts.owners)}
+    for row, group in enumerate(facts.owners):
         clients[group].append(row)
     return clients
 
@@ -132,22 +145,23 @@ def _skewed(facts: Facts, skew: float, seed: int) -> Partition:
     first = set(names[: (len(names) + 1) // 2])
     clients: dict[str, list[int]] = {}
     notes = []
-    for group, rows in _grouped(facts).items():
+    for group, rows in _owned(facts).items():
         halves = [[r for r in rows if facts.labels[r] in first], [r for r in rows if facts.labels[r] not in first]]
         size = min(map(len, halves))
+        many = round(skew * size)
         if size == 0:
             raise DataError(
                 f'data.clients.by = "skew": {group!r} has {len(halves[0])} rows of the labels {_few(first)} and '
                 f"{len(halves[1])} of the others; both kinds are needed: leave it out with another data.clients.column"
             )
-        many = round(skew * size)
-        a: list[int] = []
-        b: list[int] = []
-        for half, (rows_of_half, to_a) in enumerate(zip(halves, (many, size - many), strict=True)):
-            labels = [facts.labels[row] for row in rows_of_half]
-            order = stratified_order(labels, generator(seed, "skew", group, half))[:size]
-            a += [rows_of_half[index] for index in order[:to_a]]
-            b += [rows_of_half[index] for index in order[to_a:]]
+        if facts.groups is not None:
+            a, b = _skewed_groups(halves, facts, skew, group, seed)
+            size = len(a)
+        else:
+            first_half, second_half = (
+                _drawn(half, size, facts.labels, generator(seed, "skew", group, k)) for k, half in enumerate(halves)
+            )
+            a, b = first_half[:many] + second_half[: size - many], first_half[many:] + second_half[size - many :]
         clients[f"{group}-a"], clients[f"{group}-b"] = sorted(a), sorted(b)
         if 2 * size < len(rows):
             notes.append(
@@ -156,7 +170,70 @@ def _skewed(facts: Facts, skew: float, seed: int) -> Partition:
     return Partition(clients, notes)
 
 
-def _partitioned(facts: Facts, config: ClientsConfig, seed: int) -> tuple[list[list[int]], list[str]]:
+def _skewed_groups(
+    halves: list[list[int]], facts: Facts, skew: float, owner: str, seed: int
+) -> tuple[list[int], list[int]]:
+    """The two clients of ``owner``: each has groups of its own, and as many of their rows as give the exact shares."""
+    labels, groups = facts.labels, facts.groups
+    assert labels is not None
+    assert groups is not None
+    counts = [Counter(labels[row] for row in half) for half in halves]
+    wanted: list[dict[Hashable, float]] = [
+        {label: share * count for share, half in zip(pair, counts, strict=True) for label, count in half.items()}
+        for pair in ((skew, 1 - skew), (1 - skew, skew))
+    ]
+    dealt = deal([*halves[0], *halves[1]], groups, labels, wanted, generator(seed, "skew-groups", owner))
+    first = set(counts[0])
+    owned = [[[r for r in part if (labels[r] in first) == low] for low in (True, False)] for part in dealt]
+    size = min(map(len, dealt))
+    while True:
+        many = round(skew * size)
+        sizes = [[many, size - many], [size - many, many]]
+        if all(len(rows) >= n for part, ns in zip(owned, sizes, strict=True) for rows, n in zip(part, ns, strict=True)):
+            break
+        size -= 1
+    if size == 0:
+        raise DataError(
+            f'data.clients.by = "skew": the data.group column ties the rows of {owner!r} together so that it cannot be '
+            "divided; leave it out with data.clients.names, or lower data.clients.skew"
+        )
+    made = [
+        [row for k, rows in enumerate(part) for row in _drawn(rows, ns[k], labels, generator(seed, "skew", name, k))]
+        for name, part, ns in zip((f"{owner}-a", f"{owner}-b"), owned, sizes, strict=True)
+    ]
+    return made[0], made[1]
+
+
+def _drawn(rows: list[int], count: int, labels: Sequence[str], rng: np.random.Generator) -> list[int]:
+    order = stratified_order([labels[row] for row in rows], rng)
+    return [rows[index] for index in order[:count]]
+
+
+def _regrouped(owned: list[list[int]], facts: Facts, config: ClientsConfig, seed: int) -> list[list[int]]:
+    """The rows of ``owned`` divided anew: whole groups, and nearly as many rows of every label for every client.
+
+    ``length`` aims at the very rows instead; ``pathological`` leaves out rows whose label is none of the client's.
+    """
+    assert facts.groups is not None
+    kinds: Sequence[Hashable] = [0] * facts.count if facts.labels is None else facts.labels
+    if config.by == "length":
+        owner = {row: client for client, rows in enumerate(owned) for row in rows}
+        kinds = [owner.get(row) for row in range(facts.count)]
+    wanted = [dict(Counter(kinds[row] for row in rows)) for rows in owned]
+    rng = generator(seed, "partition-groups", config.by)
+    made = deal([row for rows in owned for row in rows], facts.groups, kinds, wanted, rng)
+    if config.by == "pathological":
+        made = [[row for row in rows if kinds[row] in part] for rows, part in zip(made, wanted, strict=True)]
+    least = config.min_examples if config.by == "dirichlet" else 1
+    if any(len(rows) < min(least, len(before)) for rows, before in zip(made, owned, strict=True)):
+        raise DataError(
+            f'data.clients.by = "{config.by}" cannot divide whole groups (data.group) among {len(owned)} clients; '
+            "lower data.clients.count"
+        )
+    return made
+
+
+def _partitioned(facts: Facts, config: ClientsConfig, seed: int) -> list[list[int]]:
     """Row numbers per client by a partitioner of flwr-datasets, which sees row numbers and label numbers only."""
     os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
     import datasets
@@ -195,13 +272,10 @@ def _partitioned(facts: Facts, config: ClientsConfig, seed: int) -> tuple[list[l
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # said in the notes, or in the error
-                owned = [sorted(made.load_partition(k)["row"]) for k in range(count)]
+                return [sorted(made.load_partition(k)["row"]) for k in range(count)]
         except ValueError as error:
             reason = re.sub(r"\s+", " ", str(error)).split(". ")[0].strip(". ")
             continue
-        unused = facts.count - sum(map(len, owned))
-        note = f"{unused} of {facts.count} rows are not used: their labels fell to no client"
-        return owned, [note] if unused else []
     mend = {
         "dirichlet": "raise data.clients.alpha, or lower min_examples or count",
         "pathological": "lower count or classes",

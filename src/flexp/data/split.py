@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from flexp.data.grouping import deal, shares
 from flexp.data.seeding import generator
 from flexp.errors import DataError
 
@@ -74,21 +75,18 @@ def split_client(
     Raises:
         DataError: no row is left to train on, or none to test with.
     """
-    if groups is not None:
-        return _checked(_split_groups(), ...)
+    kind = dict.fromkeys(rows, 0) if labels is None else dict(zip(rows, labels, strict=True))
+    group = None if groups is None else dict(zip(rows, groups, strict=True))
     if test_rows is None:
-        order = _ordered(rows, labels, seed, name, "test")
-        count = _share(len(rows), test_fraction)
-        test, left = order[:count], sorted(order[count:])
+        test, left = _divided(rows, kind, group, test_fraction, (seed, "test", name))
     else:
-        test, left = _ordered(test_rows, test_labels, seed, name, "test"), sorted(rows)
+        order = stratified_order(test_labels or [0] * len(test_rows), generator(seed, "test", name))
+        test, left = [test_rows[index] for index in order], sorted(rows)
     test = test[:test_examples]
-    by_row = None if labels is None else dict(zip(rows, labels, strict=True))
-    order = _ordered(left, None if by_row is None else [by_row[row] for row in left], seed, name, "train")
-    chosen = sorted(order[:train_examples])
-    order = _ordered(chosen, None if by_row is None else [by_row[row] for row in chosen], seed, name, "validation")
-    count = _share(len(chosen), validation_fraction)
-    split = Split(sorted(order[count:]), sorted(order[:count]), sorted(test))
+    chosen = _ordered(left, kind, (seed, "train", name), None if group is None else Counter(kind.values()))
+    chosen = sorted(chosen[:train_examples])
+    validation, train = _divided(chosen, kind, group, validation_fraction, (seed, "validation", name))
+    split = Split(train, sorted(validation), sorted(test))
     tested = test_rows is not None or test_fraction > 0
     if not split.train or (tested and not split.test) or (validation_fraction > 0 and not split.validation):
         raise DataError(
@@ -107,6 +105,31 @@ def _share(count: int, fraction: float) -> int:
     return share
 
 
-def _ordered(rows: Sequence[int], labels: Sequence[Hashable] | None, seed: int, name: str, purpose: str) -> list[int]:
-    order = stratified_order([0] * len(rows) if labels is None else labels, generator(seed, purpose, name))
+def _divided(
+    rows: Sequence[int],
+    kind: Mapping[int, Hashable],
+    group: Mapping[int, str] | None,
+    fraction: float,
+    purpose: tuple[int, str, str],
+) -> tuple[list[int], list[int]]:
+    """``fraction`` of ``rows`` in random order with every prefix stratified, and the others, ascending."""
+    if group is None:
+        order = _ordered(rows, kind, purpose)
+        count = _share(len(rows), fraction)
+        return order[:count], sorted(order[count:])
+    if fraction in (0.0, 1.0):
+        some, others = (list(rows), []) if fraction else ([], sorted(rows))
+    else:
+        wanted = shares([kind[row] for row in rows], (fraction, 1.0 - fraction))
+        some, others = deal(rows, group, kind, wanted, generator(*purpose, "groups"))
+    return _ordered(some, kind, purpose, Counter(kind.values())), others
+
+
+def _ordered(
+    rows: Sequence[int],
+    kind: Mapping[int, Hashable],
+    purpose: tuple[int, str, str],
+    like: Mapping[Hashable, int] | None = None,
+) -> list[int]:
+    order = stratified_order([kind[row] for row in rows], generator(*purpose), like)
     return [rows[index] for index in order]

@@ -101,7 +101,7 @@ def refuse_by_design(name: str, config: Any) -> None:
     for key, why in _NOT_SPLIT.items():
         if getattr(text, key, None):
             raise ModelError(
-                f"{name} cannot be split: its config.{key} is {getattr(text, key)}, and {why}; set config.{key} to 0"
+                f"{name} cannot be split: its config.{key} is {getattr(text, key)}, and {why}; switch it off there"
             )
 
 

@@ -85,16 +85,20 @@ def load_stage(
                 attn_implementation=attention if original._supports_sdpa else "eager",
                 use_safetensors=True,  # nothing is ever unpickled
                 output_loading_info=True,
-                ignore_mismatched_sizes=labels is not None,
+                ignore_mismatched_sizes=True,  # told below, by name
             )
         except ModelError:
             raise
         except Exception as error:
-            raise ModelError(f"{name}: the model cannot be loaded ({_first_line(error)})") from error
+            raise ModelError(
+                f"{name}: the model cannot be loaded ({_first_line(error)}); expected intact safetensors files: fetch "
+                "it again, or save it anew with save_pretrained"
+            ) from error
     model.__class__ = original
-    missing = set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
-    _refuse_incomplete(name, model, kind, missing)
-    _initialise(model, missing, seed)
+    missing, resized = set(info["missing_keys"]), {key for key, *_ in info["mismatched_keys"]}
+    replaceable = set() if kind == "causal-lm" else missing | (resized if labels is not None else set())
+    _refuse_incomplete(name, model, missing | resized, replaceable)
+    _initialise(model, missing | resized, seed)
     anatomy = dissect(model)
     if part is not None and not part.blocks <= set(range(anatomy.blocks)):
         raise ModelError(f"{name} has {anatomy.blocks} blocks, so there is no block {max(part.blocks)}")
@@ -155,14 +159,20 @@ def _pruned(original: Any, part: Part) -> Any:
         if not part.ends:
             forget_ties(self)
 
-    names = {"__init__": __init__, "__module__": original.__module__, "__qualname__": original.__qualname__}
+    def _init_weights(self: Any, module: nn.Module) -> None:
+        # Some containers initialise what they hold by name, where stubs are now; rotary tables are made here too.
+        if part.ends or [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+            original._init_weights(self, module)
+
+    names = {"__init__": __init__, "_init_weights": _init_weights}
+    names |= {"__module__": original.__module__, "__qualname__": original.__qualname__}
     return type(original.__name__, (original,), names)
 
 
-def _refuse_incomplete(name: str, model: Any, kind: ModelKind, missing: set[str]) -> None:
-    """A new classifier, and a pooler under it, may be missing from a checkpoint; nothing else may."""
+def _refuse_incomplete(name: str, model: Any, missing: set[str], replaceable: set[str]) -> None:
+    """A new classifier, and a pooler under it, may be made up; nothing else of a checkpoint may be missing."""
     base = model.base_model_prefix + "."
-    new = {key for key in missing if kind != "causal-lm" and (not key.startswith(base) or ".pooler." in key)}
+    new = {key for key in replaceable if not key.startswith(base) or ".pooler." in key}
     lost = sorted(missing - new) + [key for key, value in model.named_parameters() if value.is_meta]
     if lost:
         raise ModelError(

@@ -59,7 +59,7 @@ class _Planned(Exception):  # noqa: N818  (a signal, not an error)
 
 
 class _Mismatch(Exception):  # noqa: N818
-    """A block was not given the very tensor that the block before it gave back."""
+    """A block was called out of order, or not given the very tensor that the block before it gave back."""
 
 
 def record(model: Any, blocks: nn.ModuleList, inputs: Mapping[str, Any], tuples: bool | None) -> tuple[Tensor, Plan]:
@@ -78,7 +78,7 @@ def record(model: Any, blocks: nn.ModuleList, inputs: Mapping[str, Any], tuples:
     for attempt in (False, True) if tuples is None else (tuples,):
         calls: list[BlockCall] = []
         hiddens: list[Tensor] = []
-        recorders = [_recorder(calls, hiddens, attempt, len(blocks)) for _ in blocks]
+        recorders = [_recorder(calls, hiddens, attempt, index, len(blocks)) for index in range(len(blocks))]
         try:
             with shadowed(blocks, recorders):
                 model(**inputs)
@@ -144,12 +144,13 @@ def finish(model: Any, blocks: nn.ModuleList, hidden_BTH: Tensor, inputs: Mappin
 
 
 def _recorder(
-    calls: list[BlockCall], hiddens: list[Tensor], tuples: bool, blocks: int
+    calls: list[BlockCall], hiddens: list[Tensor], tuples: bool, index: int, blocks: int
 ) -> Callable[..., Tensor | tuple[Tensor]]:
     def record_call(*args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
         keyword = None if args else "hidden_states"
         hidden = args[0] if args else kwargs.pop("hidden_states", None)
-        if not isinstance(hidden, Tensor) or (hiddens and hidden is not hiddens[-1]):
+        in_order = index == len(calls) and (not hiddens or hidden is hiddens[-1])
+        if not isinstance(hidden, Tensor) or not in_order:
             raise _Mismatch
         hiddens.append(hidden)
         calls.append(BlockCall(args[1:], kwargs, keyword))

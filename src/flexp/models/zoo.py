@@ -155,7 +155,8 @@ def set_dropout(config: PreTrainedConfig, rate: float) -> None:
             if key == "layerdrop" or (key.endswith("jitter_noise") and isinstance(value, float)):
                 setattr(part, key, 0.0)
             elif "drop" in key and isinstance(value, int | float | None) and not isinstance(value, bool):
-                setattr(part, key, rate)  # None among them: it stands for another dropout's rate
+                # None among them: it stands for another dropout's rate. Some fields are declared as whole numbers.
+                setattr(part, key, int(rate) if isinstance(value, int) and rate == int(rate) else rate)
 
 
 def _config(spec: Spec, dropout: float) -> PreTrainedConfig:
