@@ -43,6 +43,7 @@ class ModelConfig(Section):
     train_embeddings: bool = False  # with full tuning: also the client's embeddings (and a head tied to them)
     gradient_checkpointing: bool = False  # on the client's own blocks
     base_depth: Annotated[int, Field(ge=0)] | None = None  # s_min; None: the smallest s of the clients
+    expose_embeddings: bool = False  # allow s = 0, where the server can read every token from what it receives
 
 
 class ClientsConfig(Section):
@@ -126,11 +127,96 @@ class AlignConfig(Section):
     pull: Fraction = 0.2  # μ of kind = "weights"
 
 
-class MethodConfig(Section):
-    """The method and its own settings."""
+class FedAvgFtConfig(Section):
+    """FedAvg, then local fine-tuning of the average."""
 
-    name: Literal["flexp-sfl", "local"] = "flexp-sfl"
+    finetune_steps: PositiveInt | None = None  # None: train.steps_per_round
+
+
+class FedProxConfig(Section):
+    """FedAvg with a proximal term (Li et al., 2020, arXiv 1812.06127)."""
+
+    mu: Annotated[float, Field(ge=0.0)] = 0.1  # μ; 0 is FedAvg
+
+
+class PFedMeConfig(Section):
+    """Personal models by Moreau envelopes (Dinh et al., 2020, arXiv 2006.08848)."""
+
+    lam: Rate = 15.0  # λ, the pull of a personal model towards the local one
+    inner_steps: PositiveInt = 5  # K, gradient evaluations of one approximate solve, all on one batch
+    eta: Rate | None = None  # η of the outer step; None: 1/λ, the classical step for a λ-smooth function
+    beta: Rate = 1.0  # β of the server's mixing
+
+
+class DittoConfig(Section):
+    """A personal model beside the average, tied to it (Li et al., 2021, arXiv 2012.04221)."""
+
+    lam: Annotated[float, Field(ge=0.0)] = 0.1  # λ; 0 is local training
+    personal_steps: PositiveInt | None = None  # a round; None: half of the budget, or all of it with budget = "paper"
+
+
+class FedPerConfig(Section):
+    """Which trained weights are personal (Arivazhagan et al., 2019, arXiv 1912.00818)."""
+
+    classifier: bool = True  # the head
+    last_blocks: Annotated[int, Field(ge=0)] = 0  # and that many of the last blocks
+
+
+class FedRepConfig(FedPerConfig):
+    """FedPer's parts, trained one after the other (Collins et al., 2021, arXiv 2102.07078)."""
+
+    head_steps: PositiveInt | None = None  # a round; None: half of the budget, or all of it with budget = "paper"
+
+
+class PerFedAvgConfig(Section):
+    """An average that one gradient step makes personal (Fallah et al., 2020, arXiv 2002.07948)."""
+
+    alpha: Annotated[float, Field(ge=0.0)] = 0.01  # α, the rate of the inner SGD step; 0 is FedAvg
+    variant: Literal["first-order", "hessian-free"] = "first-order"
+    delta: Rate = 1e-3  # δ of the finite difference, hessian-free only
+    adapt_steps: PositiveInt = 1  # inner steps that make a personal model out of the average
+
+
+class ApflConfig(Section):
+    """A mixture of a personal model and the average (Deng et al., 2020, arXiv 2003.13461)."""
+
+    alpha: Fraction = 0.5  # α at the start: 0 is FedAvg, 1 is local training
+    alpha_lr: Annotated[float, Field(ge=0.0)] = 0.1  # of α, which is adapted once a round; 0: fixed
+
+
+class MethodConfig(Section):
+    """The method and its own settings.
+
+    ``budget`` matters to methods that compute several gradients a step or train two models: with ``equal`` a client
+    spends ``train.steps_per_round`` gradient evaluations a round in all, as with every other method; with ``paper``
+    every step and every model has as many as its paper gives it, on top.
+    """
+
+    name: Literal[
+        "flexp-sfl",
+        "local",
+        "centralized",
+        "pretrained",
+        "fedavg",
+        "fedavg-ft",
+        "fedprox",
+        "pfedme",
+        "ditto",
+        "fedper",
+        "fedrep",
+        "per-fedavg",
+        "apfl",
+    ] = "flexp-sfl"
+    budget: Literal["equal", "paper"] = "equal"
     align: AlignConfig = AlignConfig()
+    fedavg_ft: FedAvgFtConfig = FedAvgFtConfig()
+    fedprox: FedProxConfig = FedProxConfig()
+    pfedme: PFedMeConfig = PFedMeConfig()
+    ditto: DittoConfig = DittoConfig()
+    fedper: FedPerConfig = FedPerConfig()
+    fedrep: FedRepConfig = FedRepConfig()
+    per_fedavg: PerFedAvgConfig = PerFedAvgConfig()
+    apfl: ApflConfig = ApflConfig()
 
 
 class ServerConfig(Section):

@@ -77,8 +77,7 @@ def reference(here: World, model: SplitModel, batch: dict[str, Tensor]) -> tuple
     return loss.item(), align.item(), gradients(dict(personal.model.named_parameters()))
 
 
-@pytest.mark.parametrize("memory", ["keep", "recompute"])
-@pytest.mark.parametrize("at", ["cut", "every-block"])
+@pytest.mark.parametrize(("at", "memory"), [("cut", "keep"), ("every-block", "recompute")])
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize(("kind", "temperature"), [("kl", 1.0), ("kl", 4.0), ("mse", 1.0), ("cosine", 1.0)])
 @pytest.mark.parametrize(("name", "padding"), [("llama", "left"), ("gpt2", "none"), ("bert", "right")])

@@ -213,3 +213,13 @@ def test_an_empty_client_is_named(home: Path) -> None:
 def test_a_cut_outside_of_the_model_is_named(home: Path) -> None:
     with pytest.raises(ConfigError, match=r"cuts of client north = \(2, 9\) does not fit a model of 4 blocks"):
         runner.run(config(home, data={"clients": {"cuts": [[2, 9]]}}), home / "out")
+
+
+def test_sending_embeddings_must_be_asked_for(home: Path) -> None:
+    data = {"clients": {"names": ["north"], "cuts": [[0, 3]]}}
+    with pytest.raises(ConfigError, match=r"the server can read every token.*s >= 1"):
+        runner.run(config(home, data=data), home / "out")
+    with pytest.raises(ConfigError, match="the server can read every token"):
+        runner.run(config(home, model={"base_depth": 0}), home / "out")
+    allowed = config(home, data=data, model={"expose_embeddings": True}, train={"rounds": 1})
+    assert runner.run(allowed, home / "out")["finished"]

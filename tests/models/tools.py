@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from flexp.client.model import SplitModel
 from flexp.config import OptimizerConfig, ServerConfig
@@ -18,7 +19,7 @@ from flexp.models.loading import DTYPES
 from flexp.models.parts import Part
 from flexp.models.stage import Stage, carve
 from flexp.models.tuning import tune
-from flexp.models.zoo import tiny_batch, tiny_model
+from flexp.models.zoo import tiny_model
 from flexp.server import Server
 
 SPLIT = [name for name, spec in ARCHITECTURES.items() if not spec.refused]
@@ -68,10 +69,6 @@ def client_of(server: Server, source: Stage, cut: tuple[int, int], name: str) ->
     return model.train()
 
 
-def batch_of(model: Any, **settings: Any) -> dict[str, Tensor]:
-    return tiny_batch(model, **settings)
-
-
 def tensors_of(model: Any) -> dict[str, Tensor]:
     """Every parameter and buffer by every name that it has."""
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
@@ -89,3 +86,21 @@ def save(name: str, folder: Path, **settings: Any) -> Path:
 
 def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def small(model_type: str, **options: Any) -> Any:
+    """A tiny text classifier or language model of an architecture that the zoo does not hold."""
+    sizes = {
+        "hidden_size": 32,
+        "embedding_size": 32,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+    }
+    config = AutoConfig.for_model(model_type, vocab_size=97, pad_token_id=0, **sizes, **options)
+    config.num_labels = 3
+    auto: Any = AutoModelForSequenceClassification
+    if type(config) not in auto._model_mapping:
+        auto = AutoModelForCausalLM
+    torch.manual_seed(0)
+    return auto.from_config(config).eval()

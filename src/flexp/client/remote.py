@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,8 +15,6 @@ from torch import Tensor
 from flexp.errors import LinkError
 from flexp.links.base import Link
 from flexp.links.messages import BackwardReply, BackwardRequest, ForwardReply, ForwardRequest
-
-Reply = TypeVar("Reply")
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,13 @@ class RemoteCall:
         self.answered = False  # whether the backward is through
         self._link = link
         self._micro = micro
-        self._forward: Future[ForwardReply] = link.forward(request)
+        with self._waiting():  # a link inside this process computes at once
+            self._forward: Future[ForwardReply] = link.forward(request)
 
     def forward(self) -> Tensor:
         """h, (B, T, H), once it is here."""
-        reply = self._wait(self._forward)
+        with self._waiting():
+            reply = self._forward.result()
         self.align = reply.align
         return reply.hidden_BTH
 
@@ -52,14 +54,17 @@ class RemoteCall:
             )
         weight = float(len(grad_BTH)) if self._micro.weight is None else self._micro.weight
         request = BackwardRequest(self.request.exchange, grad_BTH.detach(), self._micro.share, weight, self._micro.last)
-        reply = self._wait(self._link.backward(request))
+        with self._waiting():
+            reply = self._link.backward(request).result()
         self.answered = True
         return reply
 
-    def _wait(self, future: Future[Reply]) -> Reply:
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Time that is the server's or the link's, not this client's."""
         began = time.perf_counter()
         try:
-            return future.result()
+            yield
         finally:
             self._link.meter.of(self.request.train).waited_seconds += time.perf_counter() - began
 

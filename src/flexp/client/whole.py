@@ -20,7 +20,7 @@ class WholeModel:
         self.last_align: float | None = None
 
     def __call__(self, **batch: Any) -> Any:
-        return self.stage.model(**batch)
+        return self.stage.model(**batch, **self.stage.no_cache)
 
     def train(self, mode: bool = True) -> WholeModel:
         self.stage.model.train(mode)

@@ -53,6 +53,12 @@ def client_cuts(config: RunConfig, federation: Federation, blocks: int) -> dict[
         wanted = config.data.clients.cuts[index % len(config.data.clients.cuts)]
         cuts[client.name] = check_cut(wanted, blocks, where=f"data.clients.cuts of client {client.name}")
     base = config.model.base_depth
+    depths = [start for start, _ in cuts.values()] + ([] if base is None else [base])
+    if min(depths) == 0 and not config.model.expose_embeddings:
+        raise ConfigError(
+            "with a cut or a base depth of 0 the clients would send their embeddings as they are, from which the "
+            "server can read every token; use s >= 1, or set model.expose_embeddings = true if that is acceptable"
+        )
     if base is not None:
         for name, (start, _) in cuts.items():
             if start < base:

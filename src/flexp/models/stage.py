@@ -39,7 +39,7 @@ class Stage:
         parameters = inspect.signature(type(model).forward).parameters
         cached = getattr(model.config, "use_cache", None) is not None
         passed_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-        self._extra = {"use_cache": False} if "use_cache" in parameters or (cached and passed_on) else {}
+        self.no_cache = {"use_cache": False} if "use_cache" in parameters or (cached and passed_on) else {}
 
     @classmethod
     def whole(cls, model: nn.Module) -> Stage:
@@ -67,7 +67,7 @@ class Stage:
         for key in NEED_ALL_BLOCKS:
             if inputs.get(key):
                 raise ModelError(f"{key}=True was asked for, but a split model has its blocks in several places")
-        wanted = {key: value for key, value in inputs.items() if key not in NOT_FOR_BLOCKS} | self._extra
+        wanted = {key: value for key, value in inputs.items() if key not in NOT_FOR_BLOCKS} | self.no_cache
         hidden_BTH, plan = planning.record(self.model, self.blocks, wanted, self._tuples)
         self._tuples = plan.tuples
         if not self._probed:
@@ -141,7 +141,7 @@ class Stage:
         """Final norm, head and, with labels, loss: the model's own output object, from the last hidden state."""
         if not self.part.ends:
             raise ModelError("a stage without the ends of the model cannot compute its output")
-        return planning.finish(self.model, self.blocks, hidden_BTH, {**inputs, **self._extra}, plan.tuples)
+        return planning.finish(self.model, self.blocks, hidden_BTH, {**inputs, **self.no_cache}, plan.tuples)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that this party trains, by their full names in the model."""
