@@ -8,13 +8,20 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
 
 Task = Literal["classification", "causal-lm", "instruction", "multiple-choice", "image-classification"]
 Tuning = Literal["full", "lora"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Rate = Annotated[float, Field(gt=0.0)]
-Cut = tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)] | None]
+
+
+def _to_the_end(cut: Any) -> Any:
+    """``[s]`` is ``[s, None]``: TOML has no null."""
+    return (cut[0], None) if isinstance(cut, list | tuple) and len(cut) == 1 else cut
+
+
+Cut = Annotated[tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)] | None], BeforeValidator(_to_the_end)]
 
 
 class Section(BaseModel):
@@ -57,7 +64,7 @@ class ClientsConfig(Section):
     classes: PositiveInt = 2  # pathological: labels per client
     min_examples: PositiveInt = 2  # dirichlet: the smallest admissible client
     skew: Annotated[float, Field(ge=0.5, le=1.0)] = 0.75  # skew: share of the first half of the labels at VALUE-a
-    cuts: list[Cut] = [(1, None)]  # (s, e) per client, repeated when there are fewer than clients; e = None: L
+    cuts: list[Cut] = [(1, None)]  # (s, e) per client, repeated for more clients; [s] keeps no block in the tail: e = L
 
 
 class DataConfig(Section):

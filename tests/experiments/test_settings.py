@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from flexp.config import RunConfig
 from flexp.errors import ConfigError
 from flexp.experiments.settings import all_keys, load
 
@@ -21,6 +24,7 @@ def written(folder: Path, text: str) -> Path:
 def test_overrides_and_seed(tmp_path: Path) -> None:
     path = written(tmp_path, MINIMAL)
     run = load(path, ["train.rounds=7", "model.dtype=bfloat16", "data.clients.cuts=[[2, 5]]"], seed=3)
+    assert load(path, ["data.clients.cuts=[[2], [1, 4]]"]).data.clients.cuts == [(2, None), (1, 4)]
     assert (run.train.rounds, run.model.dtype, run.data.clients.cuts, run.seed) == (7, "bfloat16", [(2, 5)], 3)
 
 
@@ -67,3 +71,20 @@ def test_all_keys_are_named_in_full() -> None:
     assert "train.personal.lr" in keys
     assert "model.lora.rank" in keys
     assert len(keys) == len(set(keys))
+
+
+def test_every_key_is_documented_with_its_default() -> None:
+    page = (Path(__file__).parents[2] / "docs/configuration.md").read_text(encoding="utf-8")
+    rows = {line.split("`")[1]: line for line in page.splitlines() if line.startswith("| `")}
+    assert sorted(rows) == sorted(all_keys())
+    defaults = load_defaults()
+    for key, line in rows.items():
+        value = defaults
+        for part in key.split("."):
+            value = value[part]
+        shown = "**required**" if key in ("model.id", "data.source") else json.dumps(value).strip('"')
+        assert value is None or shown in line.replace('"', ""), line
+
+
+def load_defaults() -> Any:
+    return RunConfig.model_validate({"model": {"id": "m"}, "data": {"source": "d"}}).resolved()

@@ -54,9 +54,7 @@ def test_causal_lm(tmp_path: Path) -> None:
 
 
 def test_instruction(tmp_path: Path) -> None:
-    rows = [
-        {"prompt": f"what is w{k} ?", "answer": "the blue cat", "client": CLIENTS[k % 3]} for k in range(36)
-    ]
+    rows = [{"prompt": f"what is w{k} ?", "answer": "the blue cat", "client": CLIENTS[k % 3]} for k in range(36)]
     data = {"task": "instruction", "max_length": 48}
     run(tmp_path, llama(tmp_path), jsonl(tmp_path / "rows.jsonl", rows), data, method={"align": {"kind": "off"}})
 

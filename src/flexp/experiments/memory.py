@@ -12,6 +12,12 @@ from flexp.experiments.setup import model_folder
 from flexp.files import read_json, write_json
 from flexp.methods.base import World
 
+WHOLE_MODEL = {"local", "fedavg", "fedavg-ft", "fedprox", "fedper", "fedrep"}
+"""Methods whose clients train one whole model."""
+
+MEASURED = WHOLE_MODEL | {"flexp-sfl"}
+"""The others hold a second copy of the weights, or train nothing; nothing is reported rather than guessed."""
+
 
 class MemoryProbes:
     """Measures the peak memory of one client per distinct cut while the run trains."""
@@ -25,7 +31,7 @@ class MemoryProbes:
 
     def start(self) -> None:
         """Begin measuring what is not known yet."""
-        if self.world.config.evaluation.measure_memory:
+        if self.world.config.evaluation.measure_memory and self.world.config.method.name in MEASURED:
             self._thread = threading.Thread(target=self._measure, name="memory-probes", daemon=True)
             self._thread.start()
 
@@ -39,12 +45,14 @@ class MemoryProbes:
         self._stop.set()
 
     def peak(self, client: str) -> int | None:
-        """Peak bytes of a client above the bare interpreter; ``None`` if it could not be measured."""
+        """Peak bytes of a client above the bare interpreter; ``None`` if it was not, or could not be, measured."""
+        if self.world.config.method.name not in MEASURED:
+            return None
         peak: int | None = self.found.get(self._key(client), {}).get("peak")
         return peak
 
     def _key(self, client: str) -> str:
-        if self.world.config.method.name == "local":
+        if self.world.config.method.name in WHOLE_MODEL:
             return "whole"
         return f"{self.world.cuts[client][0]}:{self.world.cuts[client][1]}"
 

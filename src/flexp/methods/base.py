@@ -45,8 +45,10 @@ class Account:
     """What a client has spent so far; every figure was metered where it arose.
 
     Attributes:
+        personal_parameters: of its personal model, those that it shares with nobody.
         client_seconds: computing on the client, waiting not counted.
         server_seconds: computing on the server for this client.
+        gradient_evaluations: losses and gradients of one batch that it computed, or had computed.
     """
 
     personal_parameters: int
@@ -54,6 +56,7 @@ class Account:
     evaluation: Traffic
     client_seconds: float
     server_seconds: float
+    gradient_evaluations: int = 0
 
 
 class Method(Protocol):

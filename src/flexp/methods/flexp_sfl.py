@@ -59,6 +59,7 @@ class FlexpSfl:
             evaluation=meter.evaluation,
             client_seconds=trainer.seconds - meter.training.waited_seconds,
             server_seconds=meter.training.server_seconds,
+            gradient_evaluations=trainer.steps,
         )
 
     def server_facts(self) -> dict[str, float]:

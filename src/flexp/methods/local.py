@@ -46,7 +46,7 @@ class Local:
     def account(self, client: str) -> Account:
         trainer = self.clients[client]
         personal = sum(value.numel() for value in trainer.model.personal_state().values())
-        return Account(personal, Traffic(), Traffic(), trainer.seconds, 0.0)
+        return Account(personal, Traffic(), Traffic(), trainer.seconds, 0.0, trainer.steps)
 
     def server_facts(self) -> dict[str, float]:
         return {"parameters": 0, "trained_parameters": 0, "updates": 0, "compute_seconds": 0.0}

@@ -1,0 +1,84 @@
+"""Centralized: one whole model on everybody's training data in one place. What sharing the data itself would give.
+
+A bound for the score on everybody's data, not always for the personal one. Budget: as many gradient steps in a round
+as all clients together take, on batches of the same size from the pooled examples, with one optimiser that lasts.
+Every client's personal model is this model. It is trained by the server; that the data had to go there is not in the
+bytes. With one client it is local training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexp.client.trainer import Trainer
+from flexp.client.whole import WholeModel
+from flexp.data.types import ClientData
+from flexp.links.base import Traffic
+from flexp.methods.base import Account, Forward, OnStep, State, World
+from flexp.methods.parties import client_seed, own_stage
+from flexp.models.parts import Part
+from flexp.optim import Updater
+
+
+class Centralized:
+    """One model for all."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        clients = world.federation.clients
+        self.names = [data.name for data in clients]
+        pool = ClientData("+".join(self.names), list(chain.from_iterable(data.train for data in clients)), [], [])
+        stage = own_stage(world, Part.whole(world.source.anatomy.blocks))
+        config = world.config
+        updater = Updater(stage.trainable(), config.train.personal, world.total_steps * len(clients))
+        seed = client_seed(config.seed, pool.name)
+        self.model = WholeModel(stage)
+        self.trainer = Trainer(pool, world.federation.task, self.model, updater, config.train, seed=seed)
+
+    def train_round(self, number: int, on_step: OnStep) -> None:
+        for _ in range(self.world.config.train.steps_per_round):
+            for name in self.names:  # a client's share of the steps; the data are everybody's
+                step = self.trainer.step()
+                on_step(replace(step, client=name, number=(step.number - 1) // len(self.names) + 1))
+
+    def personal(self, client: str) -> Forward:
+        def forward(batch: Mapping[str, Tensor]) -> Any:
+            self.model.train(False)
+            with torch.no_grad():
+                return self.model(**batch)
+
+        return forward
+
+    def account(self, client: str) -> Account:
+        share = len(self.names)
+        return Account(
+            personal_parameters=0,
+            training=Traffic(),
+            evaluation=Traffic(),
+            client_seconds=0.0,
+            server_seconds=self.trainer.seconds / share,
+            gradient_evaluations=self.trainer.steps // share,
+        )
+
+    def server_facts(self) -> dict[str, float]:
+        return {
+            "parameters": sum(value.numel() for value in self.model.stage.model.parameters()),
+            "trained_parameters": sum(value.numel() for value in self.model.personal_state().values()),
+            "updates": self.trainer.steps,
+            "compute_seconds": self.trainer.seconds,
+        }
+
+    def state(self) -> State:
+        return {"server": self.trainer.state()}
+
+    def load(self, state: State) -> None:
+        self.trainer.load(state["server"])
+
+    def close(self) -> None:
+        pass

@@ -1,0 +1,49 @@
+"""FedAvg + local fine-tuning: the average, fine-tuned by every client for itself (a strong baseline; see Cheng,
+Chadha and Duchi, 2021, arXiv 2108.07313, and Collins et al., 2022, arXiv 2205.13692).
+
+After FedAvg a client takes F = ``method.fedavg_ft.finetune_steps`` steps (default: ``train.steps_per_round``) from
+the average with a fresh optimiser, and the result is its personal model. Scoring after any round fine-tunes that
+round's average in the same way and leaves no trace in the training.
+
+Budget: fine-tuning happens once, at the end. With ``budget = "equal"`` its F steps are taken from the averaging
+rounds, spread evenly, so that a client's steps in the whole run are FedAvg's to the last one; with ``"paper"`` they
+are on top.
+"""
+
+from __future__ import annotations
+
+from flexp.errors import ConfigError
+from flexp.methods.base import OnStep, World
+from flexp.methods.federated import Client, Federated, spread
+from flexp.methods.workbench import Weights
+
+
+class FedAvgFt(Federated):
+    """FedAvg whose clients fine-tune the average.
+
+    Raises:
+        ConfigError: fine-tuning takes more steps than the run has.
+    """
+
+    adapts = True
+
+    def __init__(self, world: World) -> None:
+        self.finetune_steps = world.config.method.fedavg_ft.finetune_steps or world.config.train.steps_per_round
+        if world.config.method.budget == "equal" and self.finetune_steps > world.total_steps:
+            raise ConfigError(
+                f"method.fedavg_ft.finetune_steps = {self.finetune_steps} is more than the run's {world.total_steps} "
+                "steps; use fewer, or method.budget = 'paper'"
+            )
+        super().__init__(world)
+
+    def evaluations(self) -> dict[str, int]:
+        return {"model": self.world.total_steps + (0 if self.equal_budget else self.finetune_steps)}
+
+    def turn(self, client: Client, received: Weights, number: int, on_step: OnStep) -> Weights:
+        steps = self.per_round
+        if self.equal_budget:
+            steps = spread(self.world.total_steps - self.finetune_steps, self.rounds, number)
+        return self.local_steps(client, received, steps, on_step)
+
+    def personal_weights(self, client: Client) -> Weights:
+        return self.adapt(client, self.finetune_steps)

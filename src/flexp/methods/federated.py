@@ -1,0 +1,302 @@
+"""What federated averaging and everything built on it have in common: download → local steps → upload → average.
+
+*Weights*: what ``model.tuning`` trains is what travels and what is averaged, weighted by training examples; every
+client takes part in every round. *Optimiser*: ``train.personal`` for all local steps, its schedule going on across
+rounds. Its state is fresh each round for weights that were averaged in between, since it belongs to weights that are
+gone, and lasts for personal ones. *Budget*: ``train.steps_per_round`` gradient evaluations of a client in a round, on
+FlexP-SFL's batches in their order (``method.budget``). *Bytes*: the sizes of the tensors that travel, each way, every
+round. The newest average, fetched for scoring alone, counts as evaluation. *Seconds*: a client's whole turn.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexp.client.trainer import Step
+from flexp.config import OptimizerConfig
+from flexp.data.types import ClientData
+from flexp.errors import ConfigError
+from flexp.links.base import Meter
+from flexp.methods.base import Account, Forward, OnStep, State, World
+from flexp.methods.parties import client_seed, own_stage
+from flexp.methods.workbench import Bench, Weights, Worker, optimizer_state, size
+from flexp.models.parts import Part
+
+
+@dataclass
+class Client:
+    """One client between its turns: plain tensors and counts.
+
+    Attributes:
+        share: of all training examples.
+        workers: its loops, one for every model that it trains.
+        kept: groups of tensors that never leave it.
+        version: of the average that it has.
+        adapted: gradient evaluations of its last adaptation for scoring (:meth:`Federated.adapt`).
+    """
+
+    name: str
+    share: float
+    workers: dict[str, Worker]
+    kept: dict[str, dict[str, Tensor]]
+    meter: Meter = field(default_factory=Meter)
+    version: int = 0
+    seconds: float = 0.0
+    adapted: int = 0
+    adapted_seconds: float = 0.0
+
+
+class Averaging:
+    """The server: the global weights, and the weighted mean of what comes in."""
+
+    def __init__(self, weights: Weights) -> None:
+        self.weights = weights
+        self.version = 0
+        self.seconds = 0.0
+        self._sum: Weights = {}
+
+    def receive(self, weights: Weights, share: float) -> None:
+        """Add a client's weights; the shares of a round sum to 1. In double precision, equals average to equals."""
+        began = time.perf_counter()
+        for name, value in weights.items():
+            part = value.double() * share
+            self._sum[name] = self._sum[name] + part if name in self._sum else part
+        self.seconds += time.perf_counter() - began
+
+    def finish(self, beta: float = 1.0) -> None:
+        """global ← (1 − β) global + β mean."""
+        began = time.perf_counter()
+        for name, mean in self._sum.items():
+            old = self.weights[name]
+            self.weights[name] = ((1.0 - beta) * old.double() + beta * mean).to(old.dtype)
+        self._sum = {}
+        self.version += 1
+        self.seconds += time.perf_counter() - began
+
+
+class Federated:
+    """Federated averaging; methods override what is different about them.
+
+    Attributes:
+        scored_with_average: whether personal models hold the newest average, which clients must then fetch.
+        adapts: whether a personal model is the average after local steps, all of it the client's own.
+        beta: of the server's mixing.
+    """
+
+    scored_with_average = True
+    adapts = False
+    beta = 1.0
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.per_round, self.rounds = world.config.train.steps_per_round, world.config.train.rounds
+        self.equal_budget = world.config.method.budget == "equal"
+        self.bench = Bench(own_stage(world, Part.whole(world.source.anatomy.blocks)))
+        self.shared = frozenset(name for name in self.bench.parameters if self.is_shared(name))
+        self.server = Averaging(self.bench.take(self.shared))
+        everything = sum(len(data.train) for data in world.federation.clients)
+        self.clients = {data.name: self._make_client(data, everything) for data in world.federation.clients}
+
+    # What methods override.
+
+    def is_shared(self, name: str) -> bool:
+        """Whether a trained parameter is averaged; all others are personal."""
+        return True
+
+    def evaluations(self) -> dict[str, int]:
+        """A client's models by name, and how many gradient evaluations each has in the whole run."""
+        return {"model": self.world.total_steps}
+
+    def own_models(self) -> dict[str, Weights]:
+        """What a client keeps to itself at the start: groups of weights, of which ``personal`` are scored."""
+        return {"personal": self.bench.take(self.bench.parameters.keys() - self.shared), "optimizer": {}}
+
+    def turn(self, client: Client, received: Weights, number: int, on_step: OnStep) -> Weights:
+        """A client's part of round ``number``: from the average that it received to what it sends."""
+        return self.local_steps(client, received, self.per_round, on_step)
+
+    def personal_weights(self, client: Client) -> Weights:
+        """The weights of a client's personal model."""
+        return {**self.server.weights, **client.kept["personal"]}
+
+    # What they share.
+
+    def local_steps(self, client: Client, received: Weights, steps: int, on_step: OnStep) -> Weights:
+        """Train the received weights and the client's own together; returns the shared ones."""
+        worker, own = client.workers["model"], client.kept["personal"].keys() - self.shared
+        self.bench.put({**received, **{name: client.kept["personal"][name] for name in own}})
+        with worker.optimiser(self.bench.parameters, client.kept["optimizer"]) as updater:
+            for _ in range(steps):
+                on_step(worker.step())
+            if own:
+                client.kept["optimizer"] = optimizer_state(updater, own)
+        if own:
+            client.kept["personal"] = self.bench.take(own)
+        return self.bench.take(self.shared)
+
+    def adapt(self, client: Client, steps: int, optimizer: OptimizerConfig | None = None) -> Weights:
+        """The average after ``steps`` more local steps, which move nothing that training goes on from.
+
+        Every time for the same round it takes the same batches and random numbers: the client's next ones. A device
+        does this once, when training is over, so only the last adaptation is on its account.
+        """
+        if not self.server.version:
+            return self.server.weights
+        began = time.perf_counter()
+        worker = client.workers["model"].fork()
+        self.bench.put(self.server.weights)
+        with (
+            torch.enable_grad(),
+            worker.optimiser(self.bench.parameters, config=optimizer),
+        ):  # whoever scores has it off
+            for _ in range(steps):
+                worker.step()
+        client.adapted, client.adapted_seconds = steps, time.perf_counter() - began
+        return self.bench.take()
+
+    def train_round(self, number: int, on_step: OnStep) -> None:
+        for client in self.clients.values():
+            received = self.server.weights
+            client.version = self.server.version
+            client.meter.training.bytes_down += size(received)
+            began, outside = time.perf_counter(), 0.0
+
+            def report(step: Step) -> None:
+                nonlocal outside
+                left = time.perf_counter()
+                on_step(step)
+                outside += time.perf_counter() - left
+
+            sent = self.turn(client, received, number, report)
+            client.seconds += time.perf_counter() - began - outside
+            client.meter.training.bytes_up += size(sent)
+            client.meter.training.exchanges += 1
+            self.server.receive(sent, client.share)
+        self.server.finish(self.beta)
+        self.bench.holds = None
+
+    def personal(self, client: str) -> Forward:
+        def forward(batch: Mapping[str, Tensor]) -> Any:
+            self._hold(self.clients[client])
+            self.bench.train(False)
+            with torch.no_grad():
+                return self.bench(**batch)
+
+        return forward
+
+    def account(self, client: str) -> Account:
+        found = self.clients[client]
+        own = self.server.weights if self.adapts else found.kept["personal"]
+        return Account(
+            personal_parameters=sum(value.numel() for value in own.values()),
+            training=found.meter.training,
+            evaluation=found.meter.evaluation,
+            client_seconds=found.seconds + found.adapted_seconds,
+            server_seconds=self.server.seconds / len(self.clients),
+            gradient_evaluations=sum(worker.steps for worker in found.workers.values()) + found.adapted,
+        )
+
+    def server_facts(self) -> dict[str, float]:
+        numbers = sum(value.numel() for value in self.server.weights.values())
+        return {
+            "parameters": numbers,
+            "trained_parameters": numbers,
+            "updates": self.server.version,
+            "compute_seconds": self.server.seconds,
+        }
+
+    def state(self) -> State:
+        server = {f"global/{name}": value for name, value in self.server.weights.items()}
+        server |= {"version": torch.tensor(self.server.version), "seconds": _float(self.server.seconds)}
+        return {"server": server} | {f"client-{name}": _client_state(client) for name, client in self.clients.items()}
+
+    def load(self, state: State) -> None:
+        server = state["server"]
+        self.server.weights = {name: server[f"global/{name}"].clone() for name in self.server.weights}
+        self.server.version, self.server.seconds = int(server["version"]), float(server["seconds"])
+        for name, client in self.clients.items():
+            _load_client(client, state[f"client-{name}"])
+        self.bench.holds = None
+
+    def close(self) -> None:
+        pass
+
+    def half_of_round(self, wanted: int | None, setting: str) -> tuple[int, int]:
+        """A round's gradient evaluations divided between two phases or models: (the second's, the first's).
+
+        ``wanted`` are the first's. With an equal budget they are taken out of the round's, half of them (the larger,
+        if odd) when nothing else is said; otherwise they come on top.
+
+        Raises:
+            ConfigError: nothing is left for the second.
+        """
+        if not self.equal_budget:
+            return self.per_round, wanted or self.per_round
+        first = wanted or self.per_round - self.per_round // 2
+        if first >= self.per_round:
+            raise ConfigError(
+                f"method.{setting}: {first} of train.steps_per_round = {self.per_round} leave no step for the averaged "
+                "weights; use more steps a round, or method.budget = 'paper'"
+            )
+        return self.per_round - first, first
+
+    def _hold(self, client: Client) -> None:
+        if self.bench.holds == client.name:
+            return
+        if self.scored_with_average and client.version < self.server.version:
+            client.meter.evaluation.bytes_down += size(self.server.weights)
+            client.meter.evaluation.exchanges += 1
+            client.version = self.server.version
+        self.bench.put(self.personal_weights(client), holds=client.name)
+
+    def _make_client(self, data: ClientData, everything: int) -> Client:
+        world, seed = self.world, client_seed(self.world.config.seed, data.name)
+        workers = {
+            name: Worker(data, world.federation.task, self.bench, world.config.train, seed=seed, total=total)
+            for name, total in self.evaluations().items()
+        }
+        return Client(data.name, len(data.train) / everything, workers, self.own_models())
+
+
+def spread(total: int, rounds: int, number: int) -> int:
+    """How many of ``total`` fall to round ``number`` (1, 2, …), as evenly as whole numbers can be."""
+    return number * total // rounds - (number - 1) * total // rounds
+
+
+def _float(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def _client_state(client: Client) -> dict[str, Tensor]:
+    flat = {"version": torch.tensor(client.version), "adapted": torch.tensor(client.adapted)}
+    flat |= {"seconds": _float(client.seconds), "adapted_seconds": _float(client.adapted_seconds)}
+    for group, tensors in client.kept.items():
+        flat |= {f"kept/{group}/{name}": value for name, value in tensors.items()}
+    for model, worker in client.workers.items():
+        flat |= {f"worker/{model}/{name}": value for name, value in worker.state().items()}
+    for kind, counts in client.meter.state().items():
+        flat |= {f"meter/{kind}/{name}": _float(value) for name, value in counts.items()}
+    return flat
+
+
+def _load_client(client: Client, state: Mapping[str, Tensor]) -> None:
+    def part(prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+    client.version, client.adapted = int(state["version"]), int(state["adapted"])
+    client.seconds, client.adapted_seconds = float(state["seconds"]), float(state["adapted_seconds"])
+    for group in client.kept:
+        client.kept[group] = {name: value.clone() for name, value in part(f"kept/{group}/").items()}
+    for model, worker in client.workers.items():
+        worker.load(part(f"worker/{model}/"))
+    counts = client.meter.state()
+    for kind, zeros in counts.items():
+        for name, zero in zeros.items():
+            zeros[name] = type(zero)(state[f"meter/{kind}/{name}"])
+    client.meter.load(counts)

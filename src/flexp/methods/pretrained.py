@@ -1,0 +1,46 @@
+"""Pretrained: no training. The model as it came, a new classifier being random: what every other method starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexp.client.whole import WholeModel
+from flexp.links.base import Traffic
+from flexp.methods.base import Account, Forward, OnStep, State, World
+
+
+class Pretrained:
+    """Every client's personal model is the model before training."""
+
+    def __init__(self, world: World) -> None:
+        self.model = WholeModel(world.source)
+
+    def train_round(self, number: int, on_step: OnStep) -> None:
+        pass
+
+    def personal(self, client: str) -> Forward:
+        def forward(batch: Mapping[str, Tensor]) -> Any:
+            self.model.train(False)
+            with torch.no_grad():
+                return self.model(**batch)
+
+        return forward
+
+    def account(self, client: str) -> Account:
+        return Account(0, Traffic(), Traffic(), 0.0, 0.0)
+
+    def server_facts(self) -> dict[str, float]:
+        return {"parameters": 0, "trained_parameters": 0, "updates": 0, "compute_seconds": 0.0}
+
+    def state(self) -> State:
+        return {"server": {"nothing": torch.zeros(1)}}  # a checkpoint's file wants a tensor
+
+    def load(self, state: State) -> None:
+        pass
+
+    def close(self) -> None:
+        pass

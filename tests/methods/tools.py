@@ -1,0 +1,128 @@
+"""Methods on tiny worlds: the tiny BERT of the runner's tests, and a quadratic whose every step can be done by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from flexp.config import RunConfig
+from flexp.data.types import ClientData, Federation
+from flexp.experiments.setup import build_world
+from flexp.methods import METHODS, World, federated
+
+from ..experiments.tiny import config
+
+ONE = {"clients": {"names": ["north"], "cuts": [[2, 3]]}}
+
+
+def make(home: Path, name: str, *, budget: str = "equal", **settings: Any) -> Any:
+    """A method on the tiny BERT with dropout; ``settings`` are tables, of which ``own`` is the method's."""
+    own = settings.pop("own", {})
+    return METHODS[name](build_world(config(home, method=_table(name, own, budget), **settings)))
+
+
+def _table(name: str, own: dict[str, Any], budget: str) -> dict[str, Any]:
+    return {"name": name, "budget": budget} | ({name.replace("-", "_"): own} if own else {})
+
+
+def trained(home: Path, name: str, *, rounds: int = 3, **settings: Any) -> Any:
+    """A method after ``rounds`` rounds, with its steps in ``steps``."""
+    train = settings.pop("train", {})
+    method = make(home, name, train={"rounds": rounds, **train}, **settings)
+    method.seen = []
+    for number in range(1, rounds + 1):
+        method.train_round(number, method.seen.append)
+    return method
+
+
+def equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    """The same names and the same numbers, bit for bit."""
+    return left.keys() == right.keys() and all(torch.equal(value, right[name]) for name, value in left.items())
+
+
+class Quadratic(nn.Module):
+    """f(θ) = ½ c (θ − a)², with c and a in the batch; ``bias`` is a second number, added to θ."""
+
+    base_model_prefix = "base"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.ParameterDict({"theta": nn.Parameter(torch.zeros(1, dtype=torch.float64))})
+        self.bias = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+
+    def forward(self, c: Tensor, a: Tensor, labels: Tensor | None = None) -> Any:
+        distance = self.base["theta"] + self.bias - a
+        return SimpleNamespace(loss=(0.5 * c * distance**2).mean(), logits=distance)
+
+
+class _Task:
+    model_kind = "sequence-classification"
+
+    def collate(self, examples: Any) -> dict[str, Tensor]:
+        batch = {key: torch.tensor([example[key] for example in examples], dtype=torch.float64) for key in "ca"}
+        return {**batch, "labels": torch.zeros(len(examples), dtype=torch.long)}
+
+
+class _Stage:
+    def __init__(self, bias: bool) -> None:
+        self.model = Quadratic()
+        self.model.bias.requires_grad_(bias)
+        self.anatomy = SimpleNamespace(blocks=1)
+        self.no_cache: dict[str, Any] = {}
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+
+    def block_of(self, name: str) -> None:
+        return None
+
+
+def by_hand(
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    own: dict[str, Any],
+    clients: dict[str, list[tuple[float, float]]],
+    *,
+    steps: int,
+    rounds: int = 1,
+    lr: float = 0.1,
+    bias: bool = False,
+    budget: str = "equal",
+) -> Any:
+    """A method on quadratics after its rounds: a client is a list of (c, a), one number is trained, by plain SGD."""
+    monkeypatch.setattr(federated, "own_stage", lambda world, part: _Stage(bias))
+    settings = RunConfig.model_validate(
+        {
+            "model": {"id": "none"},
+            "data": {"source": "none"},
+            "train": {
+                "rounds": rounds,
+                "steps_per_round": steps,
+                "batch_size": 1,
+                "personal": {"name": "sgd", "lr": lr, "clip": None},
+            },
+            "method": _table(name, own, budget),
+        }
+    )
+    data = [ClientData(key, [{"c": c, "a": a} for c, a in rows], [], []) for key, rows in clients.items()]
+    source: Any = SimpleNamespace(anatomy=SimpleNamespace(blocks=1))
+    task: Any = _Task()
+    method: Any = METHODS[name](World(settings, Federation(data, task), source, {}))
+    for number in range(1, rounds + 1):
+        method.train_round(number, lambda step: None)
+    return method
+
+
+def average(method: Any) -> float:
+    """θ of the server."""
+    return float(method.server.weights["base.theta"])
+
+
+def own(method: Any, client: str) -> float:
+    """θ of a client's personal model."""
+    return float(method.personal_weights(method.clients[client])["base.theta"])
