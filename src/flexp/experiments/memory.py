@@ -1,13 +1,15 @@
-"""A run's memory measurements: once for each distinct cut, in the background, kept with the run."""
+"""A run's memory measurements: once for each distinct cut, kept with the run."""
 
 from __future__ import annotations
 
-import threading
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from flexp.errors import FlexpError
-from flexp.evaluation.memory import Probe, measure
+from flexp.evaluation.memory import Measured, Probe, measure
 from flexp.experiments.setup import model_folder
 from flexp.files import read_json, write_json
 from flexp.methods.base import World
@@ -20,29 +22,34 @@ MEASURED = WHOLE_MODEL | {"flexp-sfl"}
 
 
 class MemoryProbes:
-    """Measures the peak memory of one client per distinct cut while the run trains."""
+    """Measures the peak memory of one client per distinct cut, once training no longer needs the processor.
+
+    (Two processes that compute at once on few cores slow each other down far more than twofold.)
+    """
 
     def __init__(self, world: World, out: Path) -> None:
         self.world = world
         self.path = out / "memory.json"
         self.found: dict[str, Any] = read_json(self.path) if self.path.exists() else {}
-        self._thread: threading.Thread | None = None
-        self._stop = threading.Event()
 
-    def start(self) -> None:
-        """Begin measuring what is not known yet."""
-        if self.world.config.evaluation.measure_memory and self.world.config.method.name in MEASURED:
-            self._thread = threading.Thread(target=self._measure, name="memory-probes", daemon=True)
-            self._thread.start()
-
-    def wait(self) -> None:
-        """Until all is measured."""
-        if self._thread is not None:
-            self._thread.join()
-
-    def stop(self) -> None:
-        """Begin no further measurement."""
-        self._stop.set()
+    def measure(self, say: Callable[[str], None]) -> None:
+        """Measure what is not known yet, one process a core; a failure is said and leaves the figure out."""
+        config = self.world.config
+        if not config.evaluation.measure_memory or config.method.name not in MEASURED:
+            return
+        missing = {key: probe for key, probe in self._probes().items() if "peak" not in self.found.get(key, {})}
+        if not missing:
+            return
+        say(f"measuring a client's peak memory, once for each of {len(missing)} cuts")
+        with ThreadPoolExecutor(max_workers=max(1, min(len(missing), os.cpu_count() or 1))) as pool:
+            for key, result in zip(missing, pool.map(_try, missing.values()), strict=True):
+                if isinstance(result, FlexpError):
+                    say(f"the memory of cut {key} is not known: {result}")
+                    continue
+                probe = missing[key]
+                facts = {"loaded": result.loaded, "peak": result.peak}
+                self.found[key] = {**facts, "examples": probe.examples, "length": probe.length}
+        write_json(self.path, self.found)
 
     def peak(self, client: str) -> int | None:
         """Peak bytes of a client above the bare interpreter; ``None`` if it was not, or could not be, measured."""
@@ -55,23 +62,6 @@ class MemoryProbes:
         if self.world.config.method.name in WHOLE_MODEL:
             return "whole"
         return f"{self.world.cuts[client][0]}:{self.world.cuts[client][1]}"
-
-    def _measure(self) -> None:
-        for key, probe in self._probes().items():
-            if self._stop.is_set() or key in self.found:
-                continue
-            try:
-                result = measure(probe)
-            except FlexpError as error:
-                self.found[key] = {"error": str(error)}
-                continue
-            self.found[key] = {
-                "loaded": result.loaded,
-                "peak": result.peak,
-                "examples": probe.examples,
-                "length": probe.length,
-            }
-            write_json(self.path, self.found)
 
     def _probes(self) -> dict[str, Probe]:
         """One probe per distinct cut, at the size of the largest exchange of any client with that cut."""
@@ -92,3 +82,10 @@ class MemoryProbes:
                 optimizer=config.train.personal.model_dump(mode="json"),
             )
         return probes
+
+
+def _try(probe: Probe) -> Measured | FlexpError:
+    try:
+        return measure(probe)
+    except FlexpError as error:
+        return error

@@ -87,14 +87,12 @@ class _Run:
                     progress.note(note)
                 if self.first_round > 1:
                     progress.note(f"resumed after round {self.first_round - 1}")
-                self.probes.start()
                 if self.first_round == 0:
                     self._evaluate(0)
                 for number in range(max(1, self.first_round), self.config.train.rounds + 1):
                     self._round(number)
-                self.probes.wait()
+                self.probes.measure(progress.note)
         finally:
-            self.probes.stop()
             self.method.close()
             self.log.close()
             if self.events is not None:
