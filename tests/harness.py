@@ -15,6 +15,7 @@ from flexp.client.model import OFF, SPLIT_MODELS, SplitModel
 from flexp.config import AlignConfig, LoraConfig, OptimizerConfig, ServerConfig
 from flexp.links.base import Link, Meter
 from flexp.links.messages import (
+    Abort,
     BackwardReply,
     BackwardRequest,
     ForwardReply,
@@ -86,12 +87,14 @@ class World:
         link: Link | None = None,
         tuning: str | None = None,
         accumulation: int = 1,
+        expose_embeddings: bool = False,
     ) -> SplitModel:
         tuning = tuning or self.tuning
         stage = party(self.whole, Part.client(cut, self.whole.anatomy.blocks), tuning)
         cls = SPLIT_MODELS[self.kind]
         link = link or self.server.connect(name)
-        model = cls(stage, cut, link, align=align, tuning=tuning, accumulation=accumulation)
+        options = {"accumulation": accumulation, "expose_embeddings": expose_embeddings}
+        model = cls(stage, cut, link, align=align, tuning=tuning, **options)  # type: ignore[arg-type]
         return model.train()
 
     def join(self, name: str, cut: tuple[int, int], /, **changes: Any) -> Welcome:
@@ -183,6 +186,10 @@ class RecordingLink:
 
     def pull(self, request: PullRequest) -> Future[PullReply]:
         return self._keep(request, self.inner.pull(request))
+
+    def abort(self, request: Abort) -> None:
+        self.messages.append(("up", request))
+        self.inner.abort(request)
 
     def close(self) -> None:
         self.inner.close()

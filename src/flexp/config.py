@@ -14,11 +14,14 @@ Task = Literal["classification", "causal-lm", "instruction", "multiple-choice", 
 Tuning = Literal["full", "lora"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Rate = Annotated[float, Field(gt=0.0)]
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 def _to_the_end(cut: Any) -> Any:
     """``[s]`` is ``[s, None]``: TOML has no null."""
-    return (cut[0], None) if isinstance(cut, list | tuple) and len(cut) == 1 else cut
+    if not isinstance(cut, list | tuple) or len(cut) not in (1, 2):
+        raise ValueError(f"{cut!r} is no cut: expected a list of cuts [s, e] or [s], for instance [[1, 4], [2]]")
+    return (cut[0], None) if len(cut) == 1 else cut
 
 
 Cut = Annotated[tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)] | None], BeforeValidator(_to_the_end)]
@@ -27,7 +30,7 @@ Cut = Annotated[tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)] |
 class Section(BaseModel):
     """A table of the file: immutable, and closed to keys that it does not name."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class LoraConfig(Section):
@@ -42,8 +45,9 @@ class LoraConfig(Section):
 class ModelConfig(Section):
     """The pretrained model and how it is tuned."""
 
-    id: str  # folder, Hugging Face id, asset:NAME, or arch:NAME (tiny, random weights)
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    # folder (beside the TOML file, or as given), Hugging Face id, asset:NAME, or arch:NAME (tiny, random weights)
+    id: str
+    dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 is for LoRA: full tuning in it loses small steps
     attention: Literal["sdpa", "eager"] = "sdpa"
     tuning: Tuning = "full"
     lora: LoraConfig = LoraConfig()
@@ -64,13 +68,14 @@ class ClientsConfig(Section):
     classes: PositiveInt = 2  # pathological: labels per client
     min_examples: PositiveInt = 2  # dirichlet: the smallest admissible client
     skew: Annotated[float, Field(ge=0.5, le=1.0)] = 0.75  # skew: share of the first half of the labels at VALUE-a
-    cuts: list[Cut] = [(1, None)]  # (s, e) per client, repeated for more clients; [s] keeps no block in the tail: e = L
+    # (s, e) per client, repeated for more clients; [s] keeps no block in the tail: e = L
+    cuts: Annotated[list[Cut], Field(min_length=1)] = [(1, None)]
 
 
 class DataConfig(Section):
     """Where the examples come from, which columns matter, and how they are divided."""
 
-    source: str  # file, folder, asset:NAME, or a datasets id
+    source: str  # file or folder (beside the TOML file, or as given), asset:NAME, or a datasets id
     task: Task = "classification"
     config: str | None = None  # the configuration of a datasets id
     split: str | None = None  # the split of a datasets id or asset that holds the examples (default: train)
@@ -88,7 +93,7 @@ class DataConfig(Section):
     long_texts: Literal["truncate", "error"] = "truncate"
     block_length: PositiveInt | None = None  # causal-lm: join texts and cut them in blocks of that many tokens
     test_fraction: Fraction = 0.3  # of every client's examples
-    validation_fraction: Fraction = 0.0  # of what is left for training
+    validation_fraction: Fraction = 0.0  # of what is left for training; scored too, and then `best` is picked on it
     train_examples: PositiveInt | None = None  # few-shot: private examples of a client
     test_examples: PositiveInt | None = None  # at most that many test examples of a client
     clients: ClientsConfig = ClientsConfig()
@@ -101,7 +106,7 @@ class OptimizerConfig(Section):
     name: Literal["adamw", "adam", "sgd"] = "adamw"
     lr: Rate = 1e-4
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     momentum: Fraction = 0.0  # sgd
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
@@ -232,7 +237,8 @@ class ServerConfig(Section):
     update: Literal["every", "mean"] = "every"
     mean_over: PositiveInt = 4  # with update = "mean": client steps in one update, weighted by tokens
     memory: Literal["keep", "recompute"] = "keep"
-    max_in_flight: PositiveInt = 8  # forwards whose backward has not come yet, over all clients
+    max_in_flight: PositiveInt = 8  # forwards of one client whose backward has not come yet
+    max_in_flight_total: PositiveInt = 64  # the same over all clients
     tuning: Literal["full", "lora", "frozen"] | None = None  # of the shared blocks; None: as model.tuning
 
 
@@ -248,7 +254,7 @@ class EvaluationConfig(Section):
 class OutputConfig(Section):
     """What a run leaves behind."""
 
-    checkpoint_every: PositiveInt = 1  # rounds
+    checkpoint_every: PositiveInt = 1  # rounds; the last two stay, and with validation data the best
     tensorboard: bool = True
     html: bool = True
 
@@ -258,7 +264,7 @@ class RunConfig(Section):
 
     name: str = "run"
     seed: int = 0
-    threads: PositiveInt | None = None  # torch threads; None: as many as cores
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None  # torch threads, 1 to 1024; None: as many as cores
     model: ModelConfig
     data: DataConfig
     train: TrainConfig = TrainConfig()
@@ -273,6 +279,10 @@ class RunConfig(Section):
             raise ValueError(
                 f"train.micro_batch = {self.train.micro_batch} is larger than "
                 f"train.batch_size = {self.train.batch_size}"
+            )
+        if self.model.tuning == "lora" and self.model.train_embeddings:
+            raise ValueError(
+                "model.train_embeddings = true needs model.tuning = 'full': LoRA trains adapters in the blocks only"
             )
         return self
 

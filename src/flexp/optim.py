@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flexp.config import OptimizerConfig
-from flexp.errors import StorageError
+from flexp.errors import StorageError, TrainingError
 
 
 class Updater:
@@ -38,11 +38,22 @@ class Updater:
 
         Returns:
             The global norm of the gradients before clipping.
+
+        Raises:
+            TrainingError: a gradient is not finite; nothing was applied, and the gradients are dropped.
         """
-        gradients = [value.grad for value in self.parameters.values() if value.grad is not None]
+        # Sorted, since a sum's last bits depend on its order, and a checkpoint may come back in another one.
+        parameters = [self.parameters[name] for name in sorted(self.parameters)]
+        gradients = [value.grad for value in parameters if value.grad is not None]
         norm = 0.0
         if self._optimizer is not None and gradients:
             norm = float(torch.nn.utils.get_total_norm(gradients))
+            if not math.isfinite(norm):
+                self.forget()
+                raise TrainingError(
+                    f"step {self.steps + 1}: a gradient is not finite, so nothing was applied; lower train.personal.lr "
+                    f"or train.shared.lr (now {self.lr:g}), or use model.dtype = 'float32'"
+                )
             if self.config.clip is not None and norm > self.config.clip:
                 torch._foreach_mul_(gradients, self.config.clip / (norm + 1e-6))
             for group in self._optimizer.param_groups:
@@ -51,6 +62,11 @@ class Updater:
             self._optimizer.zero_grad(set_to_none=True)
         self.steps += 1
         return norm
+
+    def forget(self) -> None:
+        """Drop the gradients that the parameters hold."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
 
     def replace(self, replacements: Mapping[str, nn.Parameter]) -> None:
         """Go on with other parameter objects in the place of those of the same names, keeping their state."""

@@ -1,36 +1,119 @@
-"""One stream of random numbers per party, so that dropout does not depend on who else computes in this process."""
+"""One stream of random numbers per party, so that dropout does not depend on who else computes in this process.
+
+torch draws dropout from one generator per device, which all threads share. So a party takes a *turn* at it: its own
+state is put in, and the generator's is back when the turn is over. One party has a turn at a time; while it waits for
+another (a client for its server) its turn rests.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+CPU = torch.device("cpu")
+
+
+def derived_seed(seed: int, *purpose: str) -> int:
+    """A seed for one purpose, independent of every other's: a hash of ``seed`` and the words."""
+    words = "\0".join([str(seed), *purpose])
+    return int.from_bytes(hashlib.sha256(words.encode()).digest()[:8], "big") >> 1
+
 
 class RandomStream:
-    """A state of torch's generator that belongs to one party."""
+    """A state of torch's generators that belongs to one party.
 
-    def __init__(self, seed: int) -> None:
-        self.state: Tensor = torch.Generator().manual_seed(seed).get_state()
+    Args:
+        device: where the party computes; the state is that of the CPU and, on a GPU, that of its generator as well.
+    """
+
+    def __init__(self, seed: int, device: torch.device = CPU) -> None:
+        self.device = device
+        states = [torch.Generator(where).manual_seed(seed).get_state() for where in _generators(device)]
+        self.state: Tensor = torch.cat(states)
 
     @contextmanager
     def active(self) -> Iterator[None]:
         """Draw from this stream inside the ``with`` block, and go on from there the next time."""
-        with drawing_from(self.state):
+        with drawing_from(self.state, self.device) as turn:
             try:
                 yield
             finally:
-                self.state = torch.get_rng_state()
+                self.state = turn.state()
+
+
+class Turn:
+    """A party's turn at the generators of ``device``."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.running = False
+
+    def begin(self, state: Tensor) -> None:
+        _lock.acquire()
+        self._outer = self.state()
+        self._put(state)
+        self.running = True
+
+    def end(self) -> Tensor:
+        """Put the generators back; gives where the party has got to."""
+        state = self.state()
+        self._put(self._outer)
+        self.running = False
+        _lock.release()  # perhaps in another thread than the one that began: autograd has one for each GPU
+        return state
+
+    def state(self) -> Tensor:
+        """Where the generators are."""
+        gpu = [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []
+        return torch.cat([torch.get_rng_state(), *gpu])
+
+    def _put(self, state: Tensor) -> None:
+        own = len(torch.get_rng_state())
+        torch.set_rng_state(state[:own])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state[own:], self.device)
+
+
+_lock = threading.Lock()
+_thread = threading.local()
+
+
+def current_turn() -> Turn | None:
+    """The turn that this thread's computation is part of."""
+    return getattr(_thread, "turn", None)
 
 
 @contextmanager
-def drawing_from(state: Tensor) -> Iterator[None]:
+def drawing_from(state: Tensor, device: torch.device = CPU) -> Iterator[Turn]:
     """Draw from a copy of ``state`` inside the ``with`` block; the generator's own state is restored after it."""
-    outer = torch.get_rng_state()
-    torch.set_rng_state(state)
+    outer, turn = current_turn(), Turn(device)
+    with resting(outer):
+        turn.begin(state)
+        _thread.turn = turn
+        try:
+            yield turn
+        finally:
+            _thread.turn = outer
+            turn.end()
+
+
+@contextmanager
+def resting(turn: Turn | None) -> Iterator[None]:
+    """Inside the ``with`` block others may have their turn, in this thread or another; then ``turn`` goes on."""
+    if turn is None or not turn.running:
+        yield
+        return
+    state = turn.end()
     try:
         yield
     finally:
-        torch.set_rng_state(outer)
+        turn.begin(state)
+
+
+def _generators(device: torch.device) -> list[torch.device]:
+    return [CPU, device] if device.type == "cuda" else [CPU]

@@ -12,6 +12,7 @@ import pytest
 
 from flexp import __version__
 from flexp.cli.main import main
+from flexp.cli.run import _fresh
 
 from ..experiments.tiny import bert_folder, content
 
@@ -66,6 +67,13 @@ def test_run_then_report_then_resume(
     assert (tmp_path / "out/report.html").exists()
     call("run", "--resume", "out")
     assert json.loads((tmp_path / "out/summary.json").read_text(encoding="utf-8"))["scores"] == summary["scores"]
+
+
+def test_a_run_may_be_called_anything() -> None:
+    for name, start in (("../a b", "a-b-2"), ("[red]x[/]", "red-x-2"), ("//", "run-2")):
+        folder = _fresh(name)
+        assert folder.parent == Path("runs")
+        assert folder.name.startswith(start)
 
 
 @pytest.mark.parametrize(

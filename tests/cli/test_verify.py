@@ -94,6 +94,12 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(
     assert reason in capsys.readouterr().err
 
 
+def test_one_token_predicts_nothing() -> None:
+    done = flexp("arch:llama", "--length", "1")
+    assert done.exit_code == 2
+    assert "--length" in done.stderr
+
+
 def test_cuts_are_read() -> None:
     assert [parse_cut(text) for text in ("0:4", "2:", " 1 : 3 ")] == [(0, 4), (2, None), (1, 3)]
     for text in ("", ":", "3", ":3", "a:b", "-1:3", "1:2:3"):

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flexp.client.model import SplitModel
+from flexp.client.steps import Piece
 from flexp.config import AlignConfig, OptimizerConfig, ServerConfig
 from flexp.links.messages import BackwardReply, ForwardReply, ForwardRequest, PullReply, PullRequest
 from flexp.models.stage import Stage
@@ -157,7 +158,7 @@ def test_base_goes_up_only_when_alignment_is_due(every: int) -> None:
     for number in range(6):
         model.train()
         for half in range(2):  # two micro-batches of one step are alike
-            with model.part_of_step(0.5, 1.0, last=half == 1):
+            with model.part_of_step(Piece(half + 1, 2, 0.5, 0.5)):
                 model(**here.batch(seed=number)).loss.backward()
             due.append(model.last_align is not None)
         with torch.no_grad():
@@ -248,7 +249,7 @@ def test_pulled_weights_are_copies() -> None:
     here = world("llama")
     model = here.client("a", (2, 4))
     before = shared_weights(here.server)
-    for value in model.link.pull(PullRequest()).result().weights.values():
+    for value in model.link.pull(PullRequest(1, 2)).result().weights.values():
         value.zero_()
     assert equal(shared_weights(here.server), before)
 

@@ -251,7 +251,7 @@ def test_the_public_names_are_there_and_cost_nothing_until_used() -> None:
 )
 def test_from_pretrained_on_both_sides(name: str, cls: str) -> None:
     """The example of the docstrings, with a zoo model; what is not this party's is never there."""
-    server = flexp.Server.from_pretrained(f"arch:{name}", KINDS[name], base_depth=1, end=3)  # type: ignore[arg-type]
+    server = flexp.Server.from_pretrained(f"arch:{name}", KINDS[name], end=3)  # type: ignore[arg-type]
     assert server.blocks == (1, 3)
     model = getattr(flexp, cls).from_pretrained(f"arch:{name}", cut=(2, 3), link=server.connect("clinic-a"))
     batch = world(name).batch()

@@ -97,6 +97,12 @@ def test_what_is_not_utf8_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_bytes('{"a": "ä"}\n'.encode("latin-1"))
     with pytest.raises(DataError, match="is not UTF-8 text"):
         read_rows(str(tmp_path / "x.jsonl"))
+    (tmp_path / "x.csv").write_bytes("a,b\nx,1\nä,2\n".encode("latin-1"))
+    with pytest.raises(DataError, match=r"x.csv, row 2: the column 'a' is not UTF-8 text; save the file as UTF-8"):
+        read_rows(str(tmp_path / "x.csv"))
+    (tmp_path / "x.csv").write_bytes("ä,b\nx,1\n".encode("latin-1"))
+    with pytest.raises(DataError, match=r"x.csv: is not UTF-8 text"):
+        read_rows(str(tmp_path / "x.csv"))
 
 
 def test_missing_sources_and_wrong_kinds(tmp_path: Path) -> None:

@@ -114,6 +114,15 @@ def test_instruction_has_loss_on_the_answer_only() -> None:
     assert labels[:8] == [-100] * 8
 
 
+def test_an_example_without_a_token_to_learn_is_refused() -> None:
+    row = {"prompt": "what is it ?", "answer": "a dog", PLACE: "x.csv, row 3"}
+    with pytest.raises(DataError, match=r"x.csv, row 3: no token of the answer is left to predict; raise data.max_len"):
+        task("instruction", template="{prompt}", max_length=1).encode([row])
+    question = {"prompt": "what is it ?", "choices": ["red", "blue"], "label": 0, PLACE: "x.csv, row 4"}
+    with pytest.raises(DataError, match=r"x.csv, row 4: no token of the answer is left to predict"):
+        task("multiple-choice", max_length=1).encode([question])
+
+
 def test_a_long_prompt_loses_its_beginning_not_the_answer() -> None:
     made = task("instruction", template="{prompt}", max_length=5)
     example = made.encode([{"prompt": "what is it ? now", "answer": "a dog"}])[0]

@@ -15,12 +15,17 @@ import pytest
 import torch
 
 from flexp.config import RunConfig
-from flexp.errors import ConfigError, DataError, StorageError, TrainingError
+from flexp.errors import ConfigError, DataError, FlexpError, StorageError, TrainingError
 from flexp.experiments import checkpoints, runner
+from flexp.experiments.setup import build_world
 from flexp.methods.flexp_sfl import FlexpSfl
+from flexp.models.zoo import tiny_model
 from flexp.report.metrics import read
 
+from ..data.tools import jsonl, labelled, tokenizer
 from .tiny import CLIENTS, config, content
+
+VALIDATION_EXAMPLES = 3  # a quarter of 12
 
 SETTINGS: list[dict[str, Any]] = [
     {},
@@ -28,6 +33,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"server": {"update": "mean", "mean_over": 4, "memory": "recompute"}, "train": {"micro_batch": 3}},
     {"method": {"align": {"kind": "weights", "every": 2}}, "train": {"turn": "round"}},
     {"method": {"name": "local"}},
+    {"data": {"validation_fraction": 0.25, "train_examples": 16}},
 ]
 
 
@@ -48,7 +54,7 @@ def same(left: Path, right: Path) -> None:
                 assert torch.equal(value, two[party][name]), (party, name)
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=["full", "lora", "mean", "weights", "local"])
+@pytest.mark.parametrize("settings", SETTINGS, ids=["full", "lora", "mean", "weights", "local", "validation"])
 def test_resumed_equals_undisturbed(home: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     run = config(home, **settings)
     whole = runner.run(run, home / "undisturbed")
@@ -78,6 +84,19 @@ def test_resumed_equals_undisturbed(home: Path, settings: dict[str, Any], monkey
     assert steps == [
         (r["client"], r["step"], r["loss"]) for r in read(home / "undisturbed/metrics.jsonl") if r["kind"] == "step"
     ]
+
+
+def test_a_model_whose_blocks_give_tuples_resumes_alike(home: Path) -> None:
+    """A resumed run makes its first plan in training, where looking for tuples must not draw dropout twice."""
+    model: Any = tiny_model("gpt_neo", dropout=0.2)
+    model.save_pretrained(home / "neo")
+    tokenizer().save_pretrained(home / "neo")
+    run = config(home, model={"id": str(home / "neo")}, data={"task": "causal-lm"})
+    runner.run(run, home / "whole")
+    runner.run(run.model_copy(update={"train": run.train.model_copy(update={"rounds": 1})}), home / "out")
+    (home / "out/config.json").write_text(json.dumps(run.resolved()), encoding="utf-8")
+    runner.resume(home / "out")
+    same(home / "whole", home / "out")
 
 
 def test_killed_at_any_moment_resumes_to_equal_weights(home: Path) -> None:
@@ -144,8 +163,6 @@ def test_equal_seeds_give_equal_runs_and_other_seeds_others(home: Path) -> None:
 
 
 def test_simulated_clients_share_what_is_frozen(home: Path) -> None:
-    from flexp.experiments.setup import build_world
-
     world = build_world(config(home, model={"tuning": "lora"}))
     method = FlexpSfl(world)
     frozen = {name: value.data_ptr() for name, value in world.source.model.named_parameters()}
@@ -167,12 +184,82 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(home: Path) 
     runner.run(config(home), home / "out")
     place = checkpoints.latest(home / "out/checkpoints")
     assert place is not None
-    file = place / "server.safetensors"
+    file = place / "000-server.safetensors"
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(bytes(data))
-    with pytest.raises(StorageError, match=r"server.safetensors is not what was saved.*delete the folder round-00003"):
+    with pytest.raises(StorageError, match=r"000-server.safetensors is not what was saved.*delete .* round-00003"):
         runner.resume(home / "out")
+
+
+def test_an_empty_index_of_a_checkpoint_is_mended_alike(home: Path) -> None:
+    runner.run(config(home), home / "out")
+    (home / "out/checkpoints/round-00003/checkpoint.json").write_text("")
+    with pytest.raises(StorageError, match=r"checkpoint.json is not what was saved; delete the folder round-00003"):
+        runner.resume(home / "out")
+
+
+NAMES = ("a/x", "../a", "[red]a[/]", "n" * 300, "a.x", "A.x")
+
+
+def test_clients_may_be_called_what_no_file_can_be_called(home: Path) -> None:
+    jsonl(home / "odd.jsonl", labelled(90, NAMES))
+    run = config(home, data={"source": str(home / "odd.jsonl")}, output={"tensorboard": True, "html": True})
+    runner.run(run, home / "whole")
+    runner.run(run.model_copy(update={"train": run.train.model_copy(update={"rounds": 1})}), home / "out")
+    (home / "out/config.json").write_text(json.dumps(run.resolved()), encoding="utf-8")
+    summary = runner.resume(home / "out")
+    assert {client["name"] for client in summary["clients"]} == set(NAMES)
+    assert set(final(home / "out")) == {"server", *(f"client-{name}" for name in NAMES)}
+    same(home / "whole", home / "out")
+    assert {path.name for path in home.iterdir()} == {"model", "rows.jsonl", "odd.jsonl", "whole", "out"}
+
+
+def test_what_cannot_be_built_leaves_no_folder(home: Path) -> None:
+    with pytest.raises(FlexpError, match="no linear layer of that name"):
+        runner.run(config(home, model={"tuning": "lora", "lora": {"targets": "foo"}}), home / "out")
+    assert not (home / "out").exists()
+
+
+def test_the_best_round_on_validation_data_is_kept(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate, calls = runner.evaluate, 0
+    rounds = [0.1, 0.2, 0.9, 0.3, 0.4, 0.5]  # accuracy on validation data before training, after round 1, ...
+
+    def scored(forward: Any, task: Any, examples: Any, size: int, extras: bool = True) -> Any:
+        nonlocal calls
+        scores = evaluate(forward, task, examples, size, extras=extras)
+        if len(examples) == VALIDATION_EXAMPLES:
+            scores["accuracy"] = rounds[calls // len(CLIENTS)]
+            calls += 1
+        return scores
+
+    run = config(home, data={"validation_fraction": 0.25}, train={"rounds": 5}, output={"html": True})
+    monkeypatch.setattr(runner, "evaluate", scored)
+    summary = runner.run(run, home / "out")
+    assert summary["scores"]["picked_on"] == "validation"
+    assert summary["scores"]["best"]["round"] == 2
+    kept = sorted(path.name for path in (home / "out/checkpoints").iterdir())
+    assert kept == ["round-00002", "round-00004", "round-00005"]
+    records = [record for record in read(home / "out/metrics.jsonl") if record["kind"] == "eval"]
+    assert all(record["validation"]["n"] == VALIDATION_EXAMPLES for record in records)
+    assert "The best round on validation data was round 2" in (home / "out/report.html").read_text(encoding="utf-8")
+
+
+def test_full_tuning_in_bfloat16_is_warned_of(home: Path) -> None:
+    def notes(**model: Any) -> str:
+        return " ".join(build_world(config(home, model=model)).federation.notes)
+
+    assert "bfloat16 loses the steps that are small" in notes(dtype="bfloat16")
+    assert "bfloat16" not in notes(dtype="bfloat16", tuning="lora") + notes()
+
+
+def test_halves_of_checkpoints_go_when_a_run_is_resumed(home: Path) -> None:
+    runner.run(config(home), home / "out")
+    half = home / "out/checkpoints/.round-00004.0123abcd.part"
+    half.mkdir()
+    (half / "000-server.safetensors").write_bytes(b"half")
+    runner.resume(home / "out")
+    assert not half.exists()
 
 
 def test_a_full_disk_while_saving_loses_nothing(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

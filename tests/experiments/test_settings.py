@@ -41,12 +41,41 @@ def test_overrides_and_seed(tmp_path: Path) -> None:
         ("train.personal.lr=-1", r"train.personal.lr = -1 is not allowed: expected greater than 0"),
         ("data.clients.cuts=[[-1, 2]]", r"data.clients.cuts = -1 is not allowed"),
         ("train", r"expected key=value"),
+        ("data.clients.cuts=[1, 4]", r"data.clients.cuts: 1 is no cut: expected a list of cuts \[s, e\] or \[s\]"),
+        ("data.clients.cuts=[[1, 4, 5]]", r"data.clients.cuts: \[1, 4, 5\] is no cut"),
+        ("data.clients.cuts=[]", r"data.clients.cuts = \[\] is not allowed: expected 1 or more entries"),
+        ("train.personal.betas=[1.5, 0.9]", r"train.personal.betas = 1.5 is not allowed: expected less than 1"),
+        ("train.personal.lr=inf", r"train.personal.lr = inf is not allowed: expected a finite number"),
+        ("method.align.weight=inf", r"method.align.weight = inf is not allowed: expected a finite number"),
+        ("threads=100000", r"threads = 100000 is not allowed: expected less than or equal to 1024"),
     ],
 )
 def test_one_line(tmp_path: Path, setting: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as error:
         load(written(tmp_path, MINIMAL), [setting])
     assert "\n" not in str(error.value)
+
+
+def test_embeddings_are_not_trained_beside_adapters(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model.train_embeddings = true needs model.tuning = 'full'"):
+        load(written(tmp_path, MINIMAL), ["model.tuning=lora", "model.train_embeddings=true"])
+
+
+def test_paths_are_those_beside_the_file_and_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("beside", "here"):
+        (tmp_path / folder / "data").mkdir(parents=True)
+        (tmp_path / folder / "rows.csv").touch()
+    (tmp_path / "here/only").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    path = written(tmp_path / "beside", '[model]\nid = "only"\n[data]\nsource = "data#dev"\ntest_source = "rows.csv"\n')
+    beside, here = tmp_path / "beside", tmp_path / "here"
+    run = load(Path("../beside") / path.name)
+    assert run.data.source == f"{beside / 'data'}#dev"
+    assert run.data.test_source == str(beside / "rows.csv")
+    assert run.model.id == str(here / "only")
+    typed = load(path, ["data.source=rows.csv", "model.id=asset:data", "data.test_source=some/set"])
+    assert (typed.data.source, typed.model.id) == (str(here / "rows.csv"), "asset:data")
+    assert typed.data.test_source == "some/set"
 
 
 def test_a_missing_key_and_a_broken_file(tmp_path: Path) -> None:

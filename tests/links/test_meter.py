@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from flexp.config import AlignConfig
 from flexp.links.base import Link, Meter, connected
 from flexp.links.inprocess import InProcessLink
-from flexp.links.messages import PullReply, size, tensors
+from flexp.links.messages import PullReply, PullRequest, size, tensors
 from tests.harness import RecordingLink, world
 
 B, T, H = 3, 10, 32
@@ -68,6 +69,22 @@ def test_evaluation_is_counted_apart() -> None:
     model(**batch).loss.backward()
     assert evaluation.exchanges == 2
     assert training.bytes_up == 3 * FLOATS + B * T
+
+
+def test_waiting_for_pulled_weights_is_waiting() -> None:
+    here = world("llama")
+    model = here.client("a", (3, 4), AlignConfig(kind="weights"))
+    pull = model.link.pull
+
+    def slow(request: PullRequest) -> Any:
+        time.sleep(0.05)
+        return pull(request)
+
+    model.link.pull = slow  # type: ignore[method-assign]
+    model(**here.batch()).loss.backward()
+    before = model.link.meter.training.waited_seconds
+    model.after_step()
+    assert model.link.meter.training.waited_seconds - before >= 0.05
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])

@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from flexp.client.model import SplitModel
+from flexp.client.steps import Piece
 from flexp.config import AlignConfig
+from flexp.errors import ConfigError
 from flexp.links.messages import (
+    Abort,
     BackwardReply,
     BackwardRequest,
     ForwardReply,
@@ -27,16 +30,17 @@ from tests.harness import RecordingLink, World, copied, disturb, world
 
 # The whole vocabulary of the protocol: a new field must be argued for here.
 VOCABULARY = {
-    Join: {"client", "fingerprint", "cut", "dtype", "tuning", "align"},
+    Join: {"client", "fingerprint", "cut", "dtype", "tuning", "align", "lora", "weights"},
     Welcome: {"base_depth", "blocks", "hidden"},
     ForwardRequest: {"exchange", "hidden_BTH", "mask_BT", "positions_BT", "base_BTH", "inner_BTH", "train"},
     ForwardReply: {"hidden_BTH", "align"},
-    BackwardRequest: {"exchange", "grad_BTH", "share", "weight", "last"},
+    BackwardRequest: {"exchange", "grad_BTH", "step", "exchanges", "tokens", "weight"},
     BackwardReply: {"grad_BTH", "inner_BTH"},
-    PullRequest: set(),
+    Abort: set(),
+    PullRequest: {"start", "stop"},
     PullReply: {"weights"},
 }
-UP = {Join, ForwardRequest, BackwardRequest, PullRequest}
+UP = {Join, ForwardRequest, BackwardRequest, Abort, PullRequest}
 ACTIVATIONS = {"hidden_BTH", "base_BTH", "inner_BTH", "grad_BTH"}
 WINDOW = 4  # values in a row that no two unrelated tensors share
 
@@ -71,7 +75,7 @@ def run(here: World, align: AlignConfig, cut: tuple[int, int], padding: str) -> 
         for half in range(2):
             batch = here.batch(seed=2 * step + half, padding=padding, batch=5)
             batches.append(batch)
-            with model.part_of_step(0.5, 1.0, last=half == 1):
+            with model.part_of_step(Piece(half + 1, 2, 0.5, 0.5)):
                 (model(**batch).loss * 0.5).backward()
         weights.append({name: value.grad.clone() for name, value in personal.items() if value.grad is not None})
         optimizer.step()
@@ -156,6 +160,31 @@ def test_nothing_private_goes_up(name: str, kind: str, padding: str, tuning: str
     assert model.last_align is None or align.kind in ("kl", "mse", "cosine")
 
 
+@pytest.mark.parametrize(
+    ("cut", "base_depth", "align", "words"),
+    [
+        ((0, 4), 0, AlignConfig(kind="off"), r"cut = \(0, …\)"),
+        ((2, 4), 0, AlignConfig(kind="kl"), "base depth of 0"),
+        ((2, 4), 0, AlignConfig(kind="mse", at="every-block"), "base depth of 0"),
+    ],
+)
+def test_bare_embeddings_go_up_only_if_one_says_so(
+    cut: tuple[int, int], base_depth: int, align: AlignConfig, words: str
+) -> None:
+    here = world(base_depth=base_depth)
+    with pytest.raises(ConfigError, match=words + r".*read every token.*expose_embeddings=True"):
+        here.client("a", cut, align)
+    here.client("a", cut, align, expose_embeddings=True)(**here.batch()).loss.backward()
+
+
+@pytest.mark.parametrize("align", [AlignConfig(kind="off"), AlignConfig(kind="weights"), AlignConfig(weight=0.0)])
+def test_a_base_depth_of_0_alone_exposes_nothing(align: AlignConfig) -> None:
+    here = world(base_depth=0)
+    link = RecordingLink(here.server.connect("a"))
+    here.client("a", (2, 4), align, link=link)(**here.batch()).loss.backward()
+    assert all(request.base_BTH is None for request in link.sent(ForwardRequest))
+
+
 def test_the_windows_would_find_a_leak() -> None:
     """The proof above is worth something: it finds rows, columns and slices that are smuggled into an activation."""
     here = world("bert")
@@ -238,7 +267,7 @@ def test_only_a_base_depth_of_zero_sends_what_the_embedding_alone_made(base_dept
     """The known limit: with s_min = 0, z_base is the embedded input, which the pretrained model's table reads back."""
     here = world("llama", base_depth=base_depth)
     link = RecordingLink(here.server.connect("a"))
-    model = here.client("a", (2, 4), AlignConfig(kind="kl"), link=link)
+    model = here.client("a", (2, 4), AlignConfig(kind="kl"), link=link, expose_embeddings=reads)
     batch = here.batch()
     model(**batch).loss.backward()
     (request,) = link.sent(ForwardRequest)

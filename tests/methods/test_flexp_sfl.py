@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexp.config import TrainConfig
+from flexp.errors import TrainingError
 from flexp.experiments.setup import build_world
 from flexp.methods import METHODS
 from flexp.methods.turns import turns
@@ -20,6 +21,7 @@ from ..experiments.tiny import bert_folder, config
 
 ONE = {"clients": {"names": ["north"], "cuts": [[2, 3]]}}
 PLAIN = {"clip": None}
+SGD = {"name": "sgd", "lr": 0.1}
 
 
 def trained(home: Path, **settings: Any) -> Any:
@@ -70,6 +72,63 @@ def test_alignment_changes_the_personal_blocks_alone(tmp_path: Path) -> None:
     moved = {name for name, value in personal.items() if not torch.equal(value, aligned[name])}
     assert moved
     assert all(".layer.0." in name or ".layer.1." in name for name in moved)
+
+
+def test_a_trainers_step_that_failed_may_be_tried_again(tmp_path: Path) -> None:
+    """With two micro-batches, of which the second fails: the next try is as if the first had never been."""
+    bert_folder(tmp_path / "model")
+    results = []
+    for fails in (False, True):
+        method: Any = METHODS["flexp-sfl"](build_world(config(tmp_path, data=ONE, train={"micro_batch": 2})))
+        trainer = method.clients["north"]
+        if fails:
+            check, calls = trainer._check, []
+
+            def failing(loss: torch.Tensor, check: Any = check, calls: list[int] = calls) -> None:
+                calls.append(1)
+                check(loss if len(calls) != 2 else loss * float("nan"))
+
+            trainer._check = failing
+            with pytest.raises(TrainingError, match="the loss is nan"):
+                trainer.step()
+            assert method.server.shared.version == trainer.steps == 0
+        trainer.step()
+        results.append({**trainer.model.personal_state(), **method.server.shared.updater.parameters})
+    assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
+
+
+def test_the_mean_rule_loses_no_step_of_a_run(tmp_path: Path) -> None:
+    """3 rounds × 2 steps with mean_over = 4: one update of four steps, and at the end one of the last two."""
+    bert_folder(tmp_path / "model")
+    server = {"update": "mean", "mean_over": 4}
+    method: Any = METHODS["flexp-sfl"](build_world(config(tmp_path, data=ONE, server=server)))
+    for number, updates in ((1, 0), (2, 1), (3, 2)):
+        method.train_round(number, lambda step: None)
+        assert method.server_facts()["updates"] == updates
+    assert method.server.shared._waiting == 0
+
+
+def test_micro_batches_change_memory_not_results(tmp_path: Path) -> None:
+    """With alignment and rows of unequal length: each exchange's alignment counts by its unmasked tokens."""
+    bert_folder(tmp_path / "model")
+    found = []
+    for micro_batch in (4, 1):
+        train = {"micro_batch": micro_batch, "personal": PLAIN | SGD, "shared": PLAIN | SGD}
+        align = {"align": {"kind": "mse", "weight": 5.0}}
+        world = build_world(config(tmp_path, data=ONE, train=train, method=align, model={"base_depth": 1}))
+        method: Any = METHODS["flexp-sfl"](world)
+        with torch.no_grad():
+            for value in method.server.shared.updater.parameters.values():
+                value.mul_(1.1)
+        steps: list[Any] = []
+        method.train_round(1, steps.append)
+        found.append((steps, method.clients["north"].model.personal_state()))
+    (steps, whole), (small_steps, small) = found
+    assert steps[0].align > 1e-4
+    for step, other in zip(steps, small_steps, strict=True):
+        assert (step.loss, step.align) == pytest.approx((other.loss, other.align), rel=1e-5)
+    for name, value in whole.items():
+        torch.testing.assert_close(small[name], value, rtol=1e-5, atol=1e-7)
 
 
 @given(

@@ -14,7 +14,7 @@ from flexp.models.parts import Part
 from flexp.models.stage import Stage, carve
 from flexp.models.tuning import tune
 from flexp.models.zoo import tiny_batch, tiny_model
-from tests.models.tools import client_of, equal, parties
+from tests.models.tools import TEXT, client_of, equal, parties
 
 
 def train(split: Any, batch: dict[str, Tensor], steps: int = 2) -> dict[str, Tensor]:
@@ -120,3 +120,21 @@ def test_the_first_plan_draws_what_every_plan_draws() -> None:
         stage.plan(batch)
         states.append(torch.get_rng_state())
     assert torch.equal(*states)
+
+
+@pytest.mark.parametrize("name", [name for name in TEXT if tiny_model(name).get_output_embeddings() is not None])
+def test_finding_out_whether_blocks_give_tuples_draws_nothing(name: str) -> None:
+    """A run that is resumed plans its first batch in training, an undisturbed one planned in evaluation long before."""
+    model: Any = tiny_model(name, dropout=0.2)
+    batch = tiny_batch(model)
+    results = []
+    for settled in (False, True):
+        stage = Stage.whole(copy.deepcopy(model).eval())
+        if settled:
+            stage.plan(batch)
+        stage.model.train()
+        torch.manual_seed(0)
+        hidden, plan = stage.plan(batch)
+        results.append((stage.run(hidden, plan, 0, stage.anatomy.blocks), torch.get_rng_state()))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertModel
+from transformers import AutoConfig, BertConfig, BertLMHeadModel, BertModel
 
 from flexp.errors import ModelError
 from flexp.models.architectures import ARCHITECTURES
@@ -243,6 +243,48 @@ def test_no_head_of_a_language_model_is_made_up(tmp_path: Path) -> None:
     model.model.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"lm_head\.weight"):
         load_stage(tmp_path, "causal-lm", Part.client(CUT, 4))
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "electra", "bert-generation", "xlm"])
+def test_a_model_that_sees_what_comes_next_is_no_language_model(model_type: str, tmp_path: Path) -> None:
+    """Transformers makes a causal model of every BERT, whose earlier logits follow the later tokens."""
+    AutoConfig.for_model(model_type).save_pretrained(tmp_path)
+    for part in (None, Part.client((1, 2), 4)):
+        with pytest.raises(ModelError, match=r"attends in both directions.*use a decoder"):
+            load_stage(tmp_path, "causal-lm", part)
+
+
+@pytest.mark.parametrize("setting", ["is_causal", "use_bidirectional_attention"])
+def test_a_decoder_made_bidirectional_is_no_language_model(setting: str, tmp_path: Path) -> None:
+    save("llama", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, setting: setting != "is_causal"}))
+    with pytest.raises(ModelError, match="attends in both directions"):
+        load_stage(tmp_path, "causal-lm")
+
+
+def test_a_bert_that_is_a_decoder_is_one(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "vocab_size": 9}
+    BertLMHeadModel(BertConfig(is_decoder=True, **sizes)).save_pretrained(tmp_path)
+    model = load_stage(tmp_path, "causal-lm").model.eval()
+    one, other = torch.tensor([[1, 2, 3, 4]]), torch.tensor([[1, 2, 3, 8]])
+    assert torch.equal(model(one).logits[:, :3], model(other).logits[:, :3])
+
+
+def test_what_the_checkpoint_was_trained_for_does_not_choose_the_loss(tmp_path: Path) -> None:
+    save("bert", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "problem_type": "multi_label_classification"}))
+    stage = load_stage(tmp_path, "sequence-classification", labels=LABELS)
+    batch = tiny_batch(stage.model)
+    output = stage.model(**batch)
+    assert torch.equal(output.loss, torch.nn.functional.cross_entropy(output.logits, batch["labels"]))
+
+
+def test_a_broken_configuration_is_not_a_missing_model(tmp_path: Path) -> None:
+    broken_config(save("llama", tmp_path / "model"))
+    with pytest.raises(ModelError, match=r"its config\.json cannot be used"):
+        load_config(str(tmp_path / "model"))
 
 
 def test_mistakes_are_named(tmp_path: Path) -> None:

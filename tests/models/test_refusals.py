@@ -167,8 +167,13 @@ def test_outputs_of_all_blocks_are_refused(key: str) -> None:
 
 
 def test_a_batch_that_does_not_fit_is_no_endless_riddle() -> None:
-    with pytest.raises(ModelError, match=r"or the batch does not fit it.*index out of range"):
+    with pytest.raises(ModelError, match=r"the batch does not fit this GPT2LMHeadModel.*index out of range"):
         whole_of("gpt2").plan({"input_ids": torch.full((1, 4), 1000)})
+
+
+def test_an_image_of_another_size_is_named() -> None:
+    with pytest.raises(ModelError, match=r"the batch does not fit.*\(24\*24\).*images of the size that its config"):
+        whole_of("vit").plan({"pixel_values": torch.zeros(1, 3, 24, 24)})
 
 
 def test_carving_what_is_not_there_is_refused() -> None:

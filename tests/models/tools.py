@@ -65,7 +65,7 @@ def parties(
 def client_of(server: Server, source: Stage, cut: tuple[int, int], name: str) -> SplitModel:
     stage = carve(source, Part.client(cut, source.anatomy.blocks))
     tune(stage, "full", embeddings=True)
-    model = SplitModel(stage, cut, server.connect(name))
+    model = SplitModel(stage, cut, server.connect(name), expose_embeddings=True)
     return model.train()
 
 

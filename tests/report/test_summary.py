@@ -54,6 +54,24 @@ def build(diary: list[Record], **changes: Any) -> dict[str, Any]:
     return build_summary(**{**arguments, **changes})
 
 
+def test_the_best_round_is_picked_on_validation_data_where_there_is_any() -> None:
+    scores = {1: (0.5, 0.7), 2: (0.9, 0.8), 3: (0.8, 0.6)}  # (validation, test)
+    diary = [
+        {**evaluation(round, client, test, 0.1), "validation": {"accuracy": validation, "loss": 1.0, "n": 3}}
+        for round, (validation, test) in {0: (1.0, 1.0), **scores, 4: (0.2, 0.95)}.items()
+        for client in ("a", "b")
+    ]
+    made = build(diary)
+    assert made["scores"]["picked_on"] == "validation"
+    assert made["scores"]["best"]["round"] == 2
+    assert made["scores"]["best"]["validation_mean"] == pytest.approx(0.9)
+    assert made["scores"]["best"]["personal_mean"] == pytest.approx(0.8)
+    assert made["clients"][0]["last"] == {"personal": 0.95, "global": 0.1, "validation": 0.2}
+    del diary[1]["validation"]  # a client without: what all can be compared on is test data
+    assert build(diary)["scores"]["picked_on"] == "test"
+    assert build(diary)["scores"]["best"]["round"] == 4
+
+
 def test_means_worst_before_last_and_best() -> None:
     scores = build(DIARY)["scores"]
     assert scores["before"] == pytest.approx(

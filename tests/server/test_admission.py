@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from flexp.config import AlignConfig, ServerConfig
+from flexp.client.model import SplitModelForCausalLM
+from flexp.config import AlignConfig, LoraConfig, ServerConfig
 from flexp.errors import ConfigError, LinkError
-from flexp.links.messages import BackwardRequest, ForwardRequest, PullRequest
+from flexp.links.messages import Abort, BackwardRequest, ForwardRequest, PullRequest
+from flexp.models.fingerprint import weights_fingerprint
+from flexp.models.zoo import tiny_model
+from flexp.server import Server
 from tests.harness import World, equal, seeded, shared_weights, world
 
 HIDDEN = 32
@@ -49,16 +54,62 @@ def joined(**options: Any) -> World:
     return here
 
 
-def test_the_bound_on_what_is_in_flight_says_so_and_counts_all_clients() -> None:
-    here = joined(max_in_flight=2)
+def test_the_bounds_on_what_is_in_flight_say_so() -> None:
+    here = joined(max_in_flight=2, max_in_flight_total=3)
     here.server.forward("a", forward(1))
-    here.server.forward("b", forward(1))
-    for client in ("a", "b"):
-        with refused(here, f"client {client}", "2 exchanges are in flight", "server.max_in_flight"):
-            here.server.forward(client, forward(2))
+    here.server.forward("a", forward(2))
+    with refused(here, "client a", "2 exchanges are in flight", "server.max_in_flight", "model.abort()"):
+        here.server.forward("a", forward(3))
+    here.server.forward("b", forward(1))  # what a has left lying about is a's own trouble
+    with refused(here, "client b", "3 exchanges of all clients", "server.max_in_flight_total"):
+        here.server.forward("b", forward(2))
     here.server.forward("a", forward(3, train=False))  # evaluation keeps nothing, so it is never refused
     here.server.backward("b", backward(1))
+    here.server.forward("b", forward(2))
+    here.server.abort("a", Abort())
+    here.server.forward("a", forward(1))
+    here.server.forward("b", forward(3))
+    with refused(here, "client z has not joined"):
+        here.server.abort("z", Abort())
+
+
+def test_a_step_says_how_many_exchanges_it_has_and_unfinished_ones_are_bounded() -> None:
+    here = joined(max_in_flight=2)
+    here.server.forward("a", forward(1))
+    here.server.backward("a", backward(1, step=1, exchanges=3))
     here.server.forward("a", forward(2))
+    with refused(here, "client a: step 1 has 2 exchanges now", "expected 3"):
+        here.server.backward("a", backward(2, step=1, exchanges=2))
+    here.server.backward("a", backward(2, step=2, exchanges=2))
+    here.server.forward("a", forward(3))
+    with refused(here, "client a: 2 steps are unfinished", "model.abort()"):
+        here.server.backward("a", backward(3, step=3, exchanges=2))
+    here.server.backward("a", backward(3, step=2, exchanges=2))
+    assert here.server.shared.version == 1
+
+
+@pytest.mark.parametrize("order", [(1, 2, 3, 4), (2, 1, 4, 3), (3, 1, 2, 4), (4, 3, 2, 1)])
+def test_exchanges_of_a_step_may_arrive_in_any_order(order: tuple[int, ...]) -> None:
+    """Steps of exchanges {1, 2} and {3, 4}: each is one update by its own exchanges, when the last of them is there."""
+
+    def run(arrivals: tuple[int, ...]) -> tuple[list[int], list[dict[str, torch.Tensor]]]:
+        here, seen = joined(), []
+        here.server.shared.add = lambda gradients, _: seen.append(dict(gradients)) or True  # type: ignore[method-assign]
+        for number in (1, 2, 3, 4):
+            here.server.forward("a", forward(number))
+        counts = []
+        for number in arrivals:
+            here.server.backward("a", backward(number, step=(number + 1) // 2, exchanges=2))
+            counts.append(len(seen))
+        return counts, seen
+
+    counts, steps = run(order)
+    _, expected = run((1, 2, 3, 4))
+    halves = [(number + 1) // 2 for number in order]
+    assert counts == [sum(halves[:k].count(step) == 2 for step in (1, 2)) for k in (1, 2, 3, 4)]
+    if counts != [0, 1, 1, 2] or halves[0] == 2:
+        steps.sort(key=lambda step: not equal(step, expected[0]))
+    assert all(equal(left, right) for left, right in zip(steps, expected, strict=True))
 
 
 def test_who_never_joined_is_unknown() -> None:
@@ -66,7 +117,7 @@ def test_who_never_joined_is_unknown() -> None:
     for call, request in (
         (here.server.forward, forward()),
         (here.server.backward, backward()),
-        (here.server.pull, PullRequest()),
+        (here.server.pull, PullRequest(1, 2)),
     ):
         with refused(here, "client z has not joined"):
             call("z", request)  # type: ignore[operator]
@@ -81,6 +132,7 @@ def test_who_never_joined_is_unknown() -> None:
     [
         ({"client": "b"}, ["names another client, b"]),
         ({"fingerprint": "0" * 16}, ["another one than the server's", "same pretrained model"]),
+        ({"weights": "0" * 16}, ["pretrained weights", "00)", "unknown"]),
         ({"dtype": "torch.bfloat16"}, ["torch.bfloat16", "torch.float32", "model.dtype"]),
         ({"cut": (0, 4)}, ["cut (0, 4)", "[1, 3)"]),
         ({"cut": (1, 4)}, ["cut (1, 4)", "[1, 3)"]),
@@ -95,6 +147,35 @@ def test_joining_with_another_model_or_cut(changes: dict[str, Any], words: list[
         here.join("a", (2, 3), **changes)
     with refused(here, "has not joined"):
         here.server.forward("a", forward())
+
+
+def test_two_models_of_one_configuration_and_other_weights_are_told_apart(tmp_path: Path) -> None:
+    """The ends, and the number of files, do not matter; every block does, and so does a file that changed."""
+    one = tiny_model("llama", seed=0)
+    one.save_pretrained(tmp_path / "one")
+    tiny_model("llama", seed=1).save_pretrained(tmp_path / "two")
+    with torch.no_grad():
+        one.get_input_embeddings().weight.add_(1.0)
+    one.save_pretrained(tmp_path / "ends", max_shard_size="20KB")
+    assert len(list((tmp_path / "ends").glob("*.safetensors"))) > 1
+    with torch.no_grad():
+        one.get_parameter("model.layers.2.mlp.up_proj.weight")[-1, -1] += 1.0
+    one.save_pretrained(tmp_path / "block")
+    server = Server.from_pretrained(tmp_path / "one")
+    for name, same in (("one", True), ("two", False), ("ends", True), ("block", False)):
+        with nullcontext() if same else pytest.raises(LinkError, match="client a was refused: its pretrained weights"):
+            SplitModelForCausalLM.from_pretrained(tmp_path / name, cut=(1, 3), link=server.connect("a"))
+    assert weights_fingerprint("arch:llama") is None
+
+
+def test_adapters_are_agreed_upon() -> None:
+    server = Server.from_pretrained("arch:llama", tuning="lora", lora=LoraConfig(rank=2))
+    options: dict[str, Any] = {"cut": (1, 3), "link": server.connect("a"), "tuning": "lora"}
+    with pytest.raises(LinkError, match=r"LoRA settings \(.*rank=4.*rank=2.*same model\.lora"):
+        SplitModelForCausalLM.from_pretrained("arch:llama", lora=LoraConfig(rank=4), **options)
+    SplitModelForCausalLM.from_pretrained("arch:llama", lora=LoraConfig(rank=2), **options)
+    options["tuning"] = "full"  # who has no adapters has none to agree upon
+    SplitModelForCausalLM.from_pretrained("arch:llama", **options)
 
 
 def test_a_refused_change_of_the_cut_leaves_the_session_as_it_was() -> None:
@@ -119,6 +200,7 @@ def test_models_of_other_weights_names_or_labels_are_the_same_model_others_are_n
         ({"hidden_BTH": torch.zeros(2, 5, HIDDEN, dtype=torch.float64)}, ["torch.float64", "torch.float32"]),
         ({"hidden_BTH": torch.zeros(2, 5, HIDDEN, dtype=torch.bfloat16)}, ["torch.bfloat16", "torch.float32"]),
         ({"mask_BT": torch.ones(2, 6)}, ["mask has shape (2, 6)", "(2, 5)"]),
+        ({"mask_BT": torch.ones(1, 5)}, ["mask has shape (1, 5)", "(2, 5)"]),
         ({"mask_BT": torch.ones(3, 5)}, ["mask has shape (3, 5)", "(2, 5)"]),
         ({"mask_BT": torch.ones(2, 1, 5, 5)}, ["mask has shape (2, 1, 5, 5)"]),
         ({"positions_BT": torch.ones(5)}, ["positions has shape (5,)"]),
@@ -131,6 +213,16 @@ def test_forwards_that_do_not_fit(changes: dict[str, Any], words: list[str]) -> 
     with refused(here, "client b", *words):
         here.server.forward("b", forward(**changes))
     here.server.forward("b", forward())
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 2), (1, 4), (3, 4), (2, 2), (2, 1)])
+def test_only_the_weights_of_ones_aligned_blocks_are_handed_out(start: int, stop: int) -> None:
+    here = world()
+    here.join("a", (3, 4))
+    with refused(here, f"client a: the weights of blocks [{start}, {stop})", "[1, 3)"):
+        here.server.pull("a", PullRequest(start, stop))
+    weights = here.server.pull("a", PullRequest(2, 3)).weights
+    assert {here.whole.block_of(name) for name in weights} == {2}
 
 
 @pytest.mark.parametrize(
@@ -203,14 +295,14 @@ def test_a_model_in_evaluation_mode_says_so_when_it_is_trained() -> None:
 def test_gradients_that_are_not_finite(bad: float, memory: str) -> None:
     here = joined(memory=memory)
     here.server.forward("a", forward(1))
-    here.server.backward("a", backward(1, last=False))
+    here.server.backward("a", backward(1, step=1, exchanges=2))
     here.server.forward("a", forward(2))
     gradient = backward(2).grad_BTH.clone()
     gradient[0, 0, 0] = bad
     shared = here.server.shared
     before = shared_weights(here.server)
     with pytest.raises(LinkError, match=r"client a: the gradient of exchange 2 is not finite.*were not updated"):
-        here.server.backward("a", backward(2, grad_BTH=gradient))
+        here.server.backward("a", backward(2, grad_BTH=gradient, step=1, exchanges=2))
     assert equal(shared_weights(here.server), before)
     assert not shared._held
     assert shared.version == 0
@@ -227,9 +319,10 @@ def test_gradients_that_are_not_finite(bad: float, memory: str) -> None:
     [
         ({"grad_BTH": torch.zeros(2, 4, HIDDEN)}, ["(2, 4, 32)", "(2, 5, 32)"]),
         ({"grad_BTH": torch.zeros(2, 5, HIDDEN, dtype=torch.float64)}, ["torch.float64", "torch.float32"]),
-        ({"share": 0.0}, ["share = 0.0", "0 < share <= 1"]),
-        ({"share": 1.5}, ["share = 1.5"]),
-        ({"share": math.nan}, ["share = nan"]),
+        ({"tokens": 0.0}, ["tokens = 0.0", "0 < tokens <= 1"]),
+        ({"tokens": 1.5}, ["tokens = 1.5"]),
+        ({"tokens": math.nan}, ["tokens = nan"]),
+        ({"exchanges": 0}, ["has 0 exchanges", "at least 1"]),
         ({"weight": 0.0}, ["weight = 0.0"]),
         ({"weight": -3.0}, ["weight = -3.0"]),
         ({"weight": math.inf}, ["weight = inf"]),
@@ -246,12 +339,12 @@ def test_backwards_that_do_not_fit_may_be_sent_again(changes: dict[str, Any], wo
 
 def test_the_client_is_told_through_its_link() -> None:
     """Refusals arrive from futures, and a split model raises them in the user's own line."""
-    here = world(config=ServerConfig(max_in_flight=1))
+    here = world(config=ServerConfig(max_in_flight_total=1))
     a, b = here.client("a", (2, 4)), here.client("b", (3, 4))
     waiting = a(**here.batch()).loss
     future = b.link.forward(forward(99, hidden_BTH=torch.zeros(1, 2, HIDDEN)))
     assert isinstance(future.exception(), LinkError)
-    with pytest.raises(LinkError, match="max_in_flight"):
+    with pytest.raises(LinkError, match="max_in_flight_total"):
         b(**here.batch())
     waiting.backward()
     b(**here.batch()).loss.backward()

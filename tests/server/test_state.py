@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flexp.client.model import SplitModel
+from flexp.client.steps import Piece
 from flexp.config import AlignConfig, OptimizerConfig, ServerConfig
 from flexp.errors import LinkError, ModelError, StorageError
 from flexp.optim import Updater
@@ -65,6 +66,7 @@ class Federation:
 
     def everything(self) -> dict[str, Tensor]:
         flat = {f"server/{key}": value for key, value in copied(self.here.server.state()).items()}
+        del flat["server/compute_seconds"]
         for client, (model, updater, _) in self.clients.items():
             flat |= {f"{client}/{key}": value for key, value in copied(model.personal_state()).items()}
             flat |= {f"{client}-optimizer/{key}": value for key, value in copied(updater.state()).items()}
@@ -142,6 +144,13 @@ def test_who_leaves_and_comes_back_draws_on(tmp_path: Path) -> None:
     assert torch.equal(state()["random/a"], before)
 
 
+def test_the_seconds_are_counted_on() -> None:
+    here, other = world("llama"), world("llama")
+    here.client("a", (2, 4))(**here.batch()).loss.backward()
+    other.server.load(here.server.state())
+    assert other.server.compute_seconds == here.server.compute_seconds > 0
+
+
 def test_the_middle_of_a_step_is_no_time_to_save_or_to_load() -> None:
     here = world("llama")
     model = here.client("a", (2, 4))
@@ -153,11 +162,11 @@ def test_the_middle_of_a_step_is_no_time_to_save_or_to_load() -> None:
     with pytest.raises(LinkError, match="in the middle of a step of a"):
         here.server.state()
     loss.backward()
-    with model.part_of_step(0.5, 1.0, last=False):
+    with model.part_of_step(Piece(1, 2, 0.5, 0.5)):
         model(**here.batch()).loss.backward()
     with pytest.raises(LinkError, match="in the middle of a step of a"):
         here.server.state()
-    with model.part_of_step(0.5, 1.0, last=True):
+    with model.part_of_step(Piece(2, 2, 0.5, 0.5)):
         model(**here.batch()).loss.backward()
     here.server.load(state)
     assert here.server.shared.version == 0

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flexp.client.trainer import loss_items
+from flexp.client.steps import Piece, loss_items, unmasked_tokens
 from flexp.config import AlignConfig, OptimizerConfig, ServerConfig
+from flexp.errors import TrainingError
 from flexp.models.parts import Part
 from flexp.optim import Updater
 from flexp.server.shared import SharedBlocks
@@ -120,6 +121,37 @@ def test_mean_over_clients_keeps_the_learning_rate_of_one() -> None:
         torch.testing.assert_close(many.updater.parameters[name], value, rtol=1e-6, atol=1e-6)
 
 
+def test_what_is_left_at_the_end_is_flushed_once() -> None:
+    """Six steps with mean_over = 4: an update of four, and at the end one of the mean of two."""
+    here = world()
+    optimizer = OptimizerConfig(name="sgd", lr=0.1, clip=None)
+    shared = blocks(here, ServerConfig(update="mean", mean_over=4), optimizer)
+    start = copied(shared.updater.parameters)
+    grads = [drawn(shared, {1, 2, 3}, seed) for seed in range(6)]
+    for grad in grads:
+        shared.add(copied(grad), 2.0)
+    assert shared.version == 1
+    assert shared.flush()
+    assert not shared.flush()
+    assert shared.version == 2
+    for name, value in shared.updater.parameters.items():
+        moved = sum(grad[name] for grad in grads[:4]) / 4 + sum(grad[name] for grad in grads[4:]) / 2
+        torch.testing.assert_close(value.detach(), start[name] - 0.1 * moved, rtol=1e-5, atol=1e-6)
+
+
+def test_sums_of_half_precision_gradients_are_in_full_precision() -> None:
+    """300 equal gradients have their own value as mean; a bf16 sum of ones stops at 256."""
+    here = world(dtype=torch.bfloat16)
+    optimizer = OptimizerConfig(name="sgd", lr=1.0, clip=None)
+    shared = blocks(here, ServerConfig(update="mean", mean_over=300), optimizer)
+    start = copied(shared.updater.parameters)
+    for _ in range(300):
+        shared.add({name: torch.ones_like(value) for name, value in start.items()}, 1.0)
+    for name, value in shared.updater.parameters.items():
+        assert value.dtype == torch.bfloat16
+        assert torch.equal(value.detach(), start[name] - 1.0)
+
+
 def test_schedule_of_mean_counts_updates() -> None:
     optimizer = OptimizerConfig(lr=1.0, schedule="linear")
     here = world(optimizer=optimizer, config=ServerConfig(update="mean", mean_over=4), total_steps=10)
@@ -141,6 +173,35 @@ def test_clipping_is_torchs(clip: float) -> None:
     for name, value in shared.updater.parameters.items():
         torch.testing.assert_close(value, weights[name], rtol=1e-6, atol=1e-7)
     assert norm > 1.0
+
+
+def test_clipping_does_not_depend_on_the_order_of_the_parameters() -> None:
+    """Those of a checkpoint come back sorted by name."""
+    grads = {f"w{index}": torch.randn(50, generator=torch.Generator().manual_seed(index)) for index in range(40)}
+    results = []
+    for names in (list(grads), list(grads)[::-1]):
+        parameters = {name: torch.nn.Parameter(torch.zeros(50)) for name in names}
+        for name, value in parameters.items():
+            value.grad = grads[name].clone()
+        updater = Updater(parameters, OptimizerConfig(name="sgd", lr=1.0, clip=0.1))
+        results.append((updater.step(), copied(parameters)))
+    assert results[0][0] == results[1][0]
+    assert equal(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_is_not_applied(bad: float, clip: float | None) -> None:
+    """Even where the loss was finite; and what is thrown away does not come back in the next step."""
+    parameters = {name: torch.nn.Parameter(torch.ones(3)) for name in "ab"}
+    updater = Updater(parameters, OptimizerConfig(lr=0.1, clip=clip))
+    parameters["a"].grad, parameters["b"].grad = torch.ones(3), torch.tensor([1.0, bad, 1.0])
+    with pytest.raises(TrainingError, match=r"step 1: a gradient is not finite, so nothing was applied.*0\.1"):
+        updater.step()
+    assert all(torch.equal(value.detach(), torch.ones(3)) for value in parameters.values())
+    assert all(value.grad is None for value in parameters.values())
+    assert updater.steps == 0
+    assert list(updater.state()) == ["steps"]
 
 
 @pytest.mark.parametrize("warmup", [0, 3])
@@ -179,20 +240,18 @@ def test_micro_batches_are_one_big_batch(name: str, sizes: list[int], align: Any
     def run(parts: list[int]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
         optimizer = OptimizerConfig(name="sgd", lr=0.1, clip=None)
         here = world(name, optimizer=optimizer)
-        # Alignment is a mean over unmasked tokens, the loss one over items: they weigh micro-batches alike where every
-        # token has a loss, so with alignment nothing is padded here and labels are whole.
         model = here.client("a", (3, 4), AlignConfig(kind=align, weight=0.5))
         disturb(here.server.shared.updater.parameters)
-        batch = here.batch(batch=4, padding="none" if align == "kl" else "right", seed=2)
-        if KINDS[name] == "causal-lm" and align == "off":
+        batch = here.batch(batch=4, padding="right", seed=2)
+        if KINDS[name] == "causal-lm":
             batch["labels"][0, :6] = -100
         micro = split_rows(batch, parts)
         counts = [loss_items(part["labels"]) for part in micro]
-        if KINDS[name] == "causal-lm" and len(parts) > 1 and align == "off":
+        if KINDS[name] == "causal-lm" and len(parts) > 1:
             assert len({count / size for count, size in zip(counts, parts, strict=True)}) > 1
         for index, (part, count) in enumerate(zip(micro, counts, strict=True)):
-            share = count / sum(counts)
-            with model.part_of_step(share, count, last=index == len(micro) - 1):
+            share, tokens = count / sum(counts), unmasked_tokens(part) / unmasked_tokens(batch)
+            with model.part_of_step(Piece(index + 1, len(micro), share, tokens, count)):
                 (model(**part).loss * share).backward()
             assert here.server.shared.version == int(index == len(micro) - 1)
         personal = model.stage.trainable()
@@ -209,10 +268,19 @@ def test_micro_batches_are_one_big_batch(name: str, sizes: list[int], align: Any
 def test_mean_weighs_a_step_by_the_items_of_all_its_micro_batches() -> None:
     here = world(config=ServerConfig(update="mean", mean_over=2))
     model = here.client("a", (2, 4))
-    for weight, last in ((3.0, False), (5.0, True)):
-        with model.part_of_step(0.5, weight, last):
+    for number, weight in ((1, 3.0), (2, 5.0)):
+        with model.part_of_step(Piece(number, 2, 0.5, 0.5, weight)):
             model(**here.batch()).loss.backward()
     assert set(here.server.shared._weights.values()) == {8.0}
+
+
+def test_a_loop_of_ones_own_is_weighed_by_the_items_of_its_labels() -> None:
+    """Tokens with a loss, not examples: rows with long answers count for more in the mean."""
+    here = world(config=ServerConfig(update="mean", mean_over=2))
+    model, batch = here.client("a", (2, 4)), here.batch(batch=3, length=10)
+    batch["labels"][:, :6] = -100
+    model(**batch).loss.backward()
+    assert set(here.server.shared._weights.values()) == {12.0}  # 3 rows × 4 predicted tokens
 
 
 def test_frozen_shared_blocks_pass_gradients_and_never_move() -> None:

@@ -103,7 +103,7 @@ def _split(
     tune(client, tuning)
     tune(shared, tuning)
     server = Server(shared, tuning=tuning, optimizer=optimizer)
-    model = SPLIT_MODELS[kind](client, cut, server.connect("bench"), tuning=tuning).train()
+    model = SPLIT_MODELS[kind](client, cut, server.connect("bench"), tuning=tuning, expose_embeddings=True).train()
     updater = Updater(client.trainable(), optimizer)
 
     def step() -> None:

@@ -59,7 +59,7 @@ def simulated_clients(
         stage = carve(source, Part.client(cut, blocks))
         tune(stage, "lora", lora=lora)
         link = server.connect(f"client-{len(clients)}")
-        split = SPLIT_MODELS[kind](stage, cut, link, tuning="lora").train()
+        split = SPLIT_MODELS[kind](stage, cut, link, tuning="lora", expose_embeddings=True).train()
         clients.append((split, Updater(stage.trainable(), optimizer)))
 
     def step(split: Any, updater: Updater) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -73,6 +74,7 @@ def _run(config: RunConfig, out: Path | None) -> None:
 
 
 def _fresh(name: str) -> Path:
+    name = re.sub(r"[^\w.-]+", "-", name).strip(".-")[:80] or "run"
     return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
@@ -83,7 +85,7 @@ def _show(summary: dict[str, Any], folder: Path) -> None:
 
     console = Console()
     console.print(client_table(summary))
-    console.print(f"Saved in {folder}; personal models in {folder / 'checkpoints'}", soft_wrap=True)
+    console.print(f"Saved in {folder}; personal models in {folder / 'checkpoints'}", soft_wrap=True, markup=False)
     page = folder / "report.html"
     if page.exists():
         console.print(f"Report: {page.resolve().as_uri()}", soft_wrap=True)

@@ -71,9 +71,9 @@ def verify(
     memory: Annotated[Memory, typer.Option(help="What the server does with its activations.")] = Memory.keep,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Checkpoint the client's blocks.")] = False,
     batch: Annotated[int, typer.Option(min=1, help="Examples of a step.")] = 3,
-    length: Annotated[int, typer.Option(min=1, help="Tokens of an example.")] = 10,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of an example.")] = 10,
     seed: Annotated[int, typer.Option(help="Of the batches, and of weights that no checkpoint holds.")] = 0,
-    threads: Annotated[int | None, typer.Option(min=1, help="Torch's threads.", show_default=False)] = None,
+    threads: Annotated[int | None, typer.Option(min=1, max=1024, help="Torch's threads.", show_default=False)] = None,
     list_: Annotated[
         bool, typer.Option("--list", help="List the architectures, also those refused, and stop.")
     ] = False,

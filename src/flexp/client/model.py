@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from flexp.client.remote import Micro, RemoteCall, RemoteMiddle
-from flexp.client.tied import save_ties_once
+from flexp.client.personal import PersonalModel
+from flexp.client.remote import RemoteCall, RemoteMiddle, waiting
+from flexp.client.steps import Piece, Steps, items_of
 from flexp.config import AlignConfig, LoraConfig
-from flexp.errors import ConfigError, ModelError
+from flexp.errors import ConfigError, LinkError
 from flexp.links.base import Link
-from flexp.links.messages import ForwardRequest, Join, PullRequest
+from flexp.links.messages import Abort, ForwardRequest, Join, PullRequest
 from flexp.models.fingerprint import fingerprint
 from flexp.models.loading import ModelKind, load_config, load_stage
 from flexp.models.parts import Part, check_cut
 from flexp.models.plan import Plan
 from flexp.models.stage import Stage
 from flexp.models.tuning import tune
+from flexp.rng import current_turn
 
 OFF = AlignConfig(kind="off")
 
@@ -39,7 +40,7 @@ class Sent:
     plan: Plan
 
 
-class SplitModel(nn.Module):
+class SplitModel(PersonalModel):
     """The client's stage with the server in its middle.
 
     ``forward`` takes what the Hugging Face model takes and gives what it gives; ``loss.backward()`` trains the personal
@@ -51,9 +52,14 @@ class SplitModel(nn.Module):
         link: to the server, which is joined at once.
         align: the alignment, whose gradient the server computes.
         tuning: how ``stage`` was tuned.
+        lora: with what adapters; the server's must be the same.
         accumulation: exchanges that make up one step, for loops that know nothing of FlexP (a Trainer with gradient
-            accumulation, whose epochs must be a multiple of it); FlexP's own loop says it for each exchange instead,
-            with :meth:`part_of_step`.
+            accumulation, whose epochs must be a multiple of it); others say it with :meth:`part_of_step`.
+        expose_embeddings: whether bare embeddings may go up, from which the server can read every token.
+
+    Raises:
+        ConfigError: bare embeddings would go up.
+        LinkError: the server refuses this client.
     """
 
     kind: ClassVar[ModelKind]
@@ -66,23 +72,19 @@ class SplitModel(nn.Module):
         *,
         align: AlignConfig = OFF,
         tuning: str = "full",
+        lora: LoraConfig | None = None,
         accumulation: int = 1,
+        expose_embeddings: bool = False,
     ) -> None:
-        super().__init__()
-        self.stage = stage
-        self.model: Any = stage.model
+        super().__init__(stage)
         self.link = link
         self.align = align
         self.tuning = tuning
-        self.accumulation = accumulation
+        self.lora = lora
         self.last_align: float | None = None
-        self.steps = 0
-        self._micro: Micro | None = None
+        self.steps = Steps(accumulation)
         self._exchange = 0
-        self._in_step = 0
-        self._previous: RemoteCall | None = None
-        save_ties_once(self)
-        self._join(cut)
+        self._join(cut, expose_embeddings)
 
     @classmethod
     def from_pretrained(
@@ -100,6 +102,7 @@ class SplitModel(nn.Module):
         dtype: str = "float32",
         attention: str = "sdpa",
         accumulation: int = 1,
+        expose_embeddings: bool = False,
         seed: int = 0,
     ) -> Self:
         """Load only this client's part of a pretrained model and join the server.
@@ -111,20 +114,13 @@ class SplitModel(nn.Module):
 
         Raises:
             ModelError: the model cannot be loaded or split.
-            ConfigError: the cut does not fit the model.
+            ConfigError: the cut does not fit, or bare embeddings would go up.
             LinkError: the server refuses this client.
         """
         blocks = int(load_config(str(model_id)).get_text_config().num_hidden_layers)
         whole_cut = check_cut(cut, blocks)
-        stage = load_stage(
-            model_id,
-            cls.kind,
-            Part.client(whole_cut, blocks),
-            labels=labels,
-            dtype=dtype,
-            attention=attention,
-            seed=seed,
-        )
+        part = Part.client(whole_cut, blocks)
+        stage = load_stage(model_id, cls.kind, part, labels=labels, dtype=dtype, attention=attention, seed=seed)
         tune(
             stage,
             tuning,  # type: ignore[arg-type]
@@ -133,32 +129,16 @@ class SplitModel(nn.Module):
             gradient_checkpointing=gradient_checkpointing,
             seed=seed,
         )
-        return cls(stage, whole_cut, link, align=align, tuning=tuning, accumulation=accumulation)
-
-    @property
-    def config(self) -> Any:
-        """The Hugging Face configuration of the whole model."""
-        return self.model.config
-
-    @property
-    def device(self) -> torch.device:
-        """Where the personal parameters are."""
-        device: torch.device = self.model.device
-        return device
-
-    @property
-    def accepts_loss_kwargs(self) -> bool:
-        """Whether the loss divides by ``num_items_in_batch``, which transformers' Trainer asks."""
-        declared = getattr(self.model, "accepts_loss_kwargs", None)
-        if declared is not None:
-            return bool(declared)
-        parameters = inspect.signature(self.model.forward).parameters.values()
-        return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-
-    @property
-    def loss_type(self) -> str | None:
-        """The name of the model's loss, by which transformers' Trainer knows how to count its items."""
-        return getattr(self.model, "loss_type", None)
+        return cls(
+            stage,
+            whole_cut,
+            link,
+            align=align,
+            tuning=tuning,
+            lora=lora or LoraConfig(),
+            accumulation=accumulation,
+            expose_embeddings=expose_embeddings,
+        )
 
     def forward(
         self,
@@ -185,6 +165,8 @@ class SplitModel(nn.Module):
     def head(self, inputs: Mapping[str, Any]) -> Sent:
         """Run embeddings and blocks [0, s) and send the activation: z_base = head[0, s_min), z = head[s_min, s)."""
         train = self.training and torch.is_grad_enabled()
+        if train:
+            self.steps.refuse_half_steps(self.stage.trainable().values())
         start, base_depth = self.cut[0], self.base_depth
         align_now = train and self._align_due()
         embedded_BTH, plan = self.stage.plan(inputs)
@@ -196,8 +178,9 @@ class SplitModel(nn.Module):
                 inner_BTH.append(z_BTH)
         if train and not z_BTH.requires_grad:
             z_BTH = z_BTH.detach().requires_grad_()  # the server's blocks need a backward even if nothing here does
+        self._exchange += 1
         request = ForwardRequest(
-            exchange=self._next_exchange(),
+            exchange=self._exchange,
             hidden_BTH=z_BTH.detach(),
             mask_BT=inputs.get("attention_mask"),
             positions_BT=inputs.get("position_ids"),
@@ -205,9 +188,9 @@ class SplitModel(nn.Module):
             inner_BTH=tuple(value.detach() for value in inner_BTH),
             train=train,
         )
-        call = RemoteCall(self.link, request, self._count_micro(train))
-        if train and self.accumulation > 1:
-            self._previous = call
+        call = RemoteCall(self.link, request, self.steps.place(items_of(inputs)) if train else None)
+        if train:
+            self.steps.remember(call)
         return Sent(call, z_BTH, tuple(inner_BTH), inputs, plan)
 
     def tail(self, sent: Sent) -> Any:
@@ -218,48 +201,43 @@ class SplitModel(nn.Module):
         return self.stage.finish(hidden_BTH, sent.inputs, sent.plan)
 
     @contextmanager
-    def part_of_step(self, share: float, weight: float, last: bool) -> Iterator[None]:
-        """Say what the exchanges inside the ``with`` block count in their step."""
-        self._micro = Micro(share, weight, last)
+    def part_of_step(self, piece: Piece) -> Iterator[None]:
+        """Say which piece of a step the exchange inside the ``with`` block is; if it fails, the step is given up."""
+        self.steps.piece = piece
         try:
             yield
+            self.steps.done += int(piece.last)
+        except BaseException:
+            with suppress(LinkError):  # the first failure is the one to tell
+                self.abort()
+            raise
         finally:
-            self._micro = None
+            self.steps.piece = None
+
+    def abort(self) -> None:
+        """Give up the forwards that wait for a backward and the step that is not complete, on the server as well.
+
+        The gradients that such a step has left in the personal parameters are the caller's to drop.
+        """
+        self.steps.abandon()
+        self.link.abort(Abort())
 
     def after_step(self) -> None:
         """Once the optimiser has stepped: pull the aligned blocks towards the server's, if the alignment says so.
 
         θ_k ← θ_k + μ·(θ_server − θ_k) for the personal copies of blocks [s_min, s), every n-th step.
         """
-        due = self.align.kind == "weights" and self.steps % self.align.every == 0
-        if not due or self.cut[0] <= self.base_depth:
+        if self.align.kind != "weights" or self.steps.done % self.align.every or self.cut[0] <= self.base_depth:
             return
-        shared = self.link.pull(PullRequest()).result().weights
+        with waiting(self.link, current_turn()):
+            shared = self.link.pull(PullRequest(self.base_depth, self.cut[0])).result().weights
         personal = self.stage.trainable()
         with torch.no_grad():
             for name, value in shared.items():
                 if name in personal:
                     personal[name].lerp_(value.to(personal[name]), self.align.pull)
 
-    def personal_state(self) -> dict[str, Tensor]:
-        """All that is this client's own: what it trains, by name. It never leaves the client."""
-        return {name: value.detach() for name, value in self.stage.trainable().items()}
-
-    def load_personal_state(self, state: Mapping[str, Tensor]) -> None:
-        """Restore :meth:`personal_state`.
-
-        Raises:
-            ModelError: the state is of another cut or another tuning.
-        """
-        own = self.stage.trainable()
-        if own.keys() != state.keys():
-            odd = sorted(own.keys() ^ state.keys())[0]
-            raise ModelError(f"the saved personal state does not fit this cut and tuning: {odd} is on one side only")
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(state[name])
-
-    def _join(self, cut: tuple[int, int]) -> None:
+    def _join(self, cut: tuple[int, int], expose_embeddings: bool) -> None:
         check_cut(cut, self.stage.anatomy.blocks)
         self.cut = cut
         welcome = self.link.join(
@@ -270,42 +248,26 @@ class SplitModel(nn.Module):
                 dtype=str(self.model.dtype),
                 tuning=self.tuning,
                 align=self.align,
+                lora=self.lora,
+                weights=self.stage.weights,
             )
         )
         self.base_depth = welcome.base_depth
         if cut[0] < self.base_depth:
             raise ConfigError(f"cut = {cut} starts below the server's base depth s_min = {self.base_depth}")
+        what = "cut = (0, …)" if cut[0] == 0 else "alignment from a base depth of 0"
+        if not expose_embeddings and (cut[0] == 0 or (self.base_depth == 0 and self._aligns())):
+            raise ConfigError(
+                f"{what} would send the bare embeddings, from which the server can read every token; keep a block "
+                "below what is sent (s and s_min of at least 1), or say expose_embeddings=True"
+            )
+
+    def _aligns(self) -> bool:
+        """Whether z_base goes up when alignment is due."""
+        return self.align.kind not in ("off", "weights") and self.align.weight > 0 and self.cut[0] > self.base_depth
 
     def _align_due(self) -> bool:
-        wanted = self.align.kind not in ("off", "weights") and self.align.weight > 0
-        return wanted and self.cut[0] > self.base_depth and self.steps % self.align.every == 0
-
-    def _next_exchange(self) -> int:
-        self._exchange += 1
-        return self._exchange
-
-    def _count_micro(self, train: bool) -> Micro:
-        micro = self._micro
-        if micro is None:
-            if train and self.accumulation > 1:
-                self._refuse_half_steps()
-            last = self._in_step + 1 == self.accumulation
-            micro = Micro(share=1.0 / self.accumulation, last=last)
-        if train:
-            self._in_step = 0 if micro.last else self._in_step + 1
-            self.steps += int(micro.last)
-        return micro
-
-    def _refuse_half_steps(self) -> None:
-        """Gradients that were there and are gone show that the optimiser stepped: a fused one leaves no other sign."""
-        personal = self.stage.trainable().values()
-        answered = self._previous is not None and self._previous.answered
-        if self._in_step and answered and personal and all(parameter.grad is None for parameter in personal):
-            raise ConfigError(
-                f"the optimiser stepped after {self._in_step} of the accumulation = {self.accumulation} exchanges that "
-                "the server was told to expect in a step; drop the last, shorter group of an epoch "
-                "(examples = a multiple of batch size × accumulation), or use part_of_step"
-            )
+        return self._aligns() and self.steps.done % self.align.every == 0
 
 
 class SplitModelForCausalLM(SplitModel):

@@ -5,36 +5,29 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from flexp.client.steps import Place
 from flexp.errors import LinkError
 from flexp.links.base import Link
 from flexp.links.messages import BackwardReply, BackwardRequest, ForwardReply, ForwardRequest
-
-
-@dataclass(frozen=True)
-class Micro:
-    """What one exchange counts in its step: see :class:`flexp.links.messages.BackwardRequest`."""
-
-    share: float = 1.0
-    weight: float | None = None  # None: the number of examples
-    last: bool = True
+from flexp.rng import Turn, current_turn, resting
 
 
 class RemoteCall:
     """One exchange: sent when it is made, waited for when its result is needed."""
 
-    def __init__(self, link: Link, request: ForwardRequest, micro: Micro) -> None:
+    def __init__(self, link: Link, request: ForwardRequest, place: Place | None) -> None:
         self.request = request
         self.align: float | None = None
         self.answered = False  # whether the backward is through
         self._link = link
-        self._micro = micro
+        self._place = place
+        self._turn = current_turn()  # autograd may run the backward in a thread of its own
         with self._waiting():  # a link inside this process computes at once
             self._forward: Future[ForwardReply] = link.forward(request)
 
@@ -47,26 +40,33 @@ class RemoteCall:
 
     def backward(self, grad_BTH: Tensor) -> BackwardReply:
         """Send ∂task/∂h and wait for the gradients at what was sent up."""
-        if not self.request.train:
+        place = self._place
+        if place is None:
             raise LinkError(
                 "this forward ran in evaluation mode, so the server kept nothing for a backward: "
                 "call model.train() before the forward"
             )
-        weight = float(len(grad_BTH)) if self._micro.weight is None else self._micro.weight
-        request = BackwardRequest(self.request.exchange, grad_BTH.detach(), self._micro.share, weight, self._micro.last)
+        request = BackwardRequest(
+            self.request.exchange, grad_BTH.detach(), place.step, place.exchanges, place.tokens, place.weight
+        )
         with self._waiting():
             reply = self._link.backward(request).result()
         self.answered = True
         return reply
 
-    @contextmanager
-    def _waiting(self) -> Iterator[None]:
-        """Time that is the server's or the link's, not this client's."""
-        began = time.perf_counter()
-        try:
+    def _waiting(self) -> AbstractContextManager[None]:
+        return waiting(self._link, self._turn, train=self.request.train)
+
+
+@contextmanager
+def waiting(link: Link, turn: Turn | None, *, train: bool = True) -> Iterator[None]:
+    """Inside the ``with`` block time is the server's or the link's, not this client's, and so are random numbers."""
+    began = time.perf_counter()
+    try:
+        with resting(turn):
             yield
-        finally:
-            self._link.meter.of(self.request.train).waited_seconds += time.perf_counter() - began
+    finally:
+        link.meter.of(train).waited_seconds += time.perf_counter() - began
 
 
 class RemoteMiddle(torch.autograd.Function):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -12,12 +12,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from flexp.client.steps import Piece, loss_items, unmasked_tokens
 from flexp.config import TrainConfig
 from flexp.data.ordering import BatchOrder
 from flexp.data.types import Batch, ClientData, Task
 from flexp.errors import DataError, TrainingError
 from flexp.optim import Updater
-from flexp.rng import RandomStream
+from flexp.rng import RandomStream, derived_seed
 
 
 class Trainable(Protocol):
@@ -25,9 +26,12 @@ class Trainable(Protocol):
 
     last_align: float | None
 
+    @property
+    def device(self) -> torch.device: ...
+
     def __call__(self, **batch: Any) -> Any: ...
     def train(self, mode: bool = True) -> Any: ...
-    def part_of_step(self, share: float, weight: float, last: bool) -> AbstractContextManager[None]: ...
+    def part_of_step(self, piece: Piece) -> AbstractContextManager[None]: ...
     def after_step(self) -> None: ...
     def personal_state(self) -> dict[str, Tensor]: ...
     def load_personal_state(self, state: Mapping[str, Tensor]) -> None: ...
@@ -76,33 +80,33 @@ class Trainer:
         self.seconds = 0.0
         self._micro_batch = config.micro_batch or config.batch_size
         self._order = BatchOrder(len(data.train), config.batch_size, seed)
-        self._random = RandomStream(seed)
+        self._random = RandomStream(derived_seed(seed, "client"), model.device)
 
     def step(self) -> Step:
         """One optimiser step on the next batch.
 
         Raises:
-            TrainingError: the loss is not a number.
+            TrainingError: the loss or a gradient is not finite.
         """
         began = time.perf_counter()
         lr, loss, align = self.updater.lr, 0.0, 0.0
         self.model.train(True)
+        self.updater.forget()  # what a failed step may have left
 
         with self._random.active():
-            micro_batches = list(self._micro_batches())
-            items = sum(count for _, count in micro_batches)
-            for number, (batch, count) in enumerate(micro_batches, start=1):
-                share = count / items  # the step's loss is the mean over all of its items
-                with self.model.part_of_step(share, count, last=number == len(micro_batches)):
+            pieces = self._pieces()
+            for piece, batch in pieces:
+                with self.model.part_of_step(piece):
                     output = self.model(**batch)  # head → server → tail → loss
                     self._check(output.loss)
-                    (output.loss * share).backward()  # tail ← server ← head; the server trains its blocks
-                loss += output.loss.item() * share
-                align += (self.model.last_align or 0.0) * share
+                    (output.loss * piece.share).backward()  # tail ← server ← head; the server trains its blocks
+                loss += output.loss.item() * piece.share
+                align += (self.model.last_align or 0.0) * piece.tokens
             norm = self.updater.step()  # the personal parameters
             self.model.after_step()  # alignment in weight space, if asked for
 
         self.steps += 1
+        items = int(sum(piece.weight for piece, _ in pieces))
         seconds = time.perf_counter() - began
         self.seconds += seconds
         aligned = align if self.model.last_align is not None else None
@@ -127,21 +131,23 @@ class Trainer:
         self._random.state = state["random"]
         self.steps, self.seconds = int(state["steps"]), float(state["seconds"])
 
-    def _micro_batches(self) -> Iterator[tuple[Batch, int]]:
-        """The step's examples in exchanges, each with its number of items; those without any item are left out."""
-        indices = self._order.indices(self.steps)
-        found = False
-        for start in range(0, len(indices), self._micro_batch):
-            batch = self.task.collate([self.data.train[index] for index in indices[start : start + self._micro_batch]])
-            count = loss_items(batch["labels"])
-            if count:
-                found = True
-                yield batch, count
-        if not found:
+    def _pieces(self) -> list[tuple[Piece, Batch]]:
+        """The step's examples in exchanges, and what each counts; those without any item of the loss are left out."""
+        indices, size = self._order.indices(self.steps), self._micro_batch
+        groups = [indices[start : start + size] for start in range(0, len(indices), size)]
+        collated = [self.task.collate([self.data.train[index] for index in group]) for group in groups]
+        batches = [batch for batch in collated if loss_items(batch["labels"])]
+        if not batches:
             raise DataError(
                 f"client {self.name}, step {self.steps + 1}: no token of the batch has a loss; "
                 "raise data.max_length, so that answers are not cut off"
             )
+        items = [loss_items(batch["labels"]) for batch in batches]
+        tokens = [unmasked_tokens(batch) for batch in batches]
+        return [
+            (Piece(number, len(batches), count / sum(items), part / sum(tokens), count), batch)
+            for number, (batch, count, part) in enumerate(zip(batches, items, tokens, strict=True), start=1)
+        ]
 
     def _check(self, loss: Tensor) -> None:
         if not math.isfinite(loss.item()):
@@ -149,13 +155,3 @@ class Trainer:
                 f"client {self.name}, step {self.steps + 1}: the loss is {loss.item()}; lower train.personal.lr "
                 f"(now {self.updater.config.lr:g}) or train.shared.lr, set their clip, or use model.dtype = 'float32'"
             )
-
-
-def loss_items(labels: Tensor) -> int:
-    """How many items a model's loss is a mean of: classified examples, or predicted tokens.
-
-    Labels of classes are (B,); labels of tokens are (B, T), −100 where there is no loss, and are shifted by one.
-    """
-    if labels.dim() == 1:
-        return int((labels != -100).sum())
-    return int((labels[:, 1:] != -100).sum())

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexp.client.steps import Piece
 from flexp.models.stage import Stage
 
 
@@ -19,6 +20,12 @@ class WholeModel:
         self.stage = stage
         self.last_align: float | None = None
 
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        first: Tensor = next(iter(self.stage.model.parameters()))
+        return first.device
+
     def __call__(self, **batch: Any) -> Any:
         return self.stage.model(**batch, **self.stage.no_cache)
 
@@ -27,7 +34,7 @@ class WholeModel:
         return self
 
     @contextmanager
-    def part_of_step(self, share: float, weight: float, last: bool) -> Iterator[None]:
+    def part_of_step(self, piece: Piece) -> Iterator[None]:
         yield
 
     def after_step(self) -> None:

@@ -66,7 +66,19 @@ def _csv(path: Path) -> Table:
         if path.stat().st_size == 0:
             raise DataError(f"{path}: is empty; its first line must name the columns") from error
         raise DataError(f"{path}: is not a well-formed table ({_first_line(error)})") from error
+    for name, column in zip(data.column_names, data.columns, strict=True):
+        if pa.types.is_binary(column.type):  # what Arrow makes of text that it cannot decode
+            row = next((number for number, value in enumerate(column.to_pylist(), start=1) if not _is_utf8(value)), 1)
+            raise DataError(f"{path}, row {row}: the column {name!r} is not UTF-8 text; save the file as UTF-8")
     return Table(data)
+
+
+def _is_utf8(value: bytes | None) -> bool:
+    try:
+        (value or b"").decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _parquet(path: Path) -> Table:

@@ -24,7 +24,8 @@ class Probe:
     """What to measure. ``cut`` = ``None`` is a client that holds the whole model.
 
     ``examples`` and ``length`` are those of the largest exchange (images: ``length`` is not used), ``tuning`` and the
-    like as in the run.
+    like as in the run. ``align`` is the run's alignment (``None``: off) and ``base_depth`` its s_min (``None``: s):
+    with alignment a client also keeps what it sends from there, and holds the weights that it pulls.
     """
 
     model: str
@@ -36,6 +37,8 @@ class Probe:
     model_config: dict[str, Any]
     optimizer: dict[str, Any]
     steps: int = 3
+    align: dict[str, Any] | None = None
+    base_depth: int | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,10 @@ def measure(probe: Probe, timeout: float = 600.0) -> Measured:
 
 
 class EchoLink:
-    """Answers at once with what it was sent, so that only the client's own work is measured."""
+    """Answers at once with what it was sent, so that only the client's own work is measured.
+
+    What it gives back is new memory each time, of the size that a server's answer has.
+    """
 
     client = "probe"
 
@@ -84,6 +90,8 @@ class EchoLink:
 
         self.meter = Meter()
         self._welcome = Welcome(base_depth, blocks, hidden)
+        self._inner: dict[int, tuple[Any, ...]] = {}
+        self.shared: dict[str, Any] = {}  # the parameters that a pull answers with, by name
 
     def join(self, request: Any) -> Any:
         return self._welcome
@@ -91,17 +99,22 @@ class EchoLink:
     def forward(self, request: Any) -> Future[Any]:
         from flexp.links.messages import ForwardReply
 
-        return _done(ForwardReply(request.hidden_BTH.clone()))
+        self._inner[request.exchange] = request.inner_BTH
+        return _done(ForwardReply(request.hidden_BTH.clone(), None if request.base_BTH is None else 0.0))
 
     def backward(self, request: Any) -> Future[Any]:
         from flexp.links.messages import BackwardReply
 
-        return _done(BackwardReply(request.grad_BTH.clone()))
+        inner = tuple(value.clone() for value in self._inner.pop(request.exchange, ()))
+        return _done(BackwardReply(request.grad_BTH.clone(), inner))
 
     def pull(self, request: Any) -> Future[Any]:
         from flexp.links.messages import PullReply
 
-        return _done(PullReply())
+        return _done(PullReply({name: value.detach().clone() for name, value in self.shared.items()}))
+
+    def abort(self, request: Any) -> None:
+        pass
 
     def close(self) -> None:
         pass
@@ -117,8 +130,6 @@ def _run(probe: Probe) -> Measured:
     """In the process of its own: load, train, read the kernel's figures."""
     import torch
 
-    from flexp.client.model import SPLIT_MODELS
-    from flexp.client.whole import WholeModel
     from flexp.config import ModelConfig, OptimizerConfig
     from flexp.models.loading import load_stage
     from flexp.models.parts import Part
@@ -155,19 +166,33 @@ def _run(probe: Probe) -> Measured:
     for value in stage.model.parameters():  # weights are mapped from their file: read them once, so that they count
         value.detach().sum()
     loaded = _resident("VmHWM") - before
-    model: Any
-    if probe.cut is None:
-        model = WholeModel(stage)
-    else:
-        link = EchoLink(stage.anatomy.blocks, stage.anatomy.hidden, probe.cut[0])
-        model = SPLIT_MODELS[probe.kind](stage, probe.cut, link, tuning=config.tuning)
+    model = client_model(probe, stage)
     updater = Updater(stage.trainable(), OptimizerConfig(**probe.optimizer))
     batch = random_batch(probe, stage.model.config)
     model.train(True)
     for _ in range(probe.steps):
         model(**batch).loss.backward()
         updater.step()
+        model.after_step()
     return Measured(loaded=max(0, loaded), peak=max(0, _resident("VmHWM") - before))
+
+
+def client_model(probe: Probe, stage: Any) -> Any:
+    """What the client of ``probe`` trains, of its tuned ``stage``: a whole model, or a split one on an echo."""
+    from flexp.client.model import OFF, SPLIT_MODELS
+    from flexp.client.whole import WholeModel
+    from flexp.config import AlignConfig
+
+    if probe.cut is None:
+        return WholeModel(stage)
+    start = probe.cut[0]
+    base = start if probe.base_depth is None else probe.base_depth
+    link = EchoLink(stage.anatomy.blocks, stage.anatomy.hidden, base)
+    aligned = range(base, start)
+    link.shared = {name: value for name, value in stage.trainable().items() if stage.block_of(name) in aligned}
+    align = OFF if probe.align is None else AlignConfig(**probe.align)
+    tuning = str(probe.model_config.get("tuning", "full"))
+    return SPLIT_MODELS[probe.kind](stage, probe.cut, link, align=align, tuning=tuning, expose_embeddings=True)
 
 
 def random_batch(probe: Probe, config: Any) -> dict[str, Any]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -17,39 +18,44 @@ from flexp.files import read_json, replacing, sha256, write_json
 KEEP = 2
 """How many checkpoints a run keeps: the last one, and one to fall back on."""
 
+INDEX = "checkpoint.json"
+"""Names the party of each file: clients may be called what no file can be called."""
+
 State = dict[str, dict[str, Tensor]]
 
 
-def save(folder: Path, number: int, state: Mapping[str, Mapping[str, Tensor]]) -> Path:
+def save(folder: Path, number: int, state: Mapping[str, Mapping[str, Tensor]], best: int | None = None) -> Path:
     """Write the state of every party after round ``number``; earlier checkpoints beyond :data:`KEEP` go.
 
     A checkpoint is there whole or not at all: it is written beside its place and renamed.
 
+    Args:
+        best: a round whose checkpoint stays, however old it is.
+
     Raises:
         StorageError: the disk is full or cannot be written; earlier checkpoints are untouched.
     """
-    place = folder / f"round-{number:05d}"
+    place = _place(folder, number)
     with replacing(place) as part:
         part.mkdir()
-        hashes = {}
-        for party, tensors in state.items():
-            file = part / f"{party}.safetensors"
+        parties = {}
+        for index, (party, tensors) in enumerate(state.items()):
+            file = part / f"{index:03d}-{_slug(party)}.safetensors"
             try:
                 save_file({name: value.detach().contiguous() for name, value in tensors.items()}, file)
             except SafetensorError as error:
-                raise OSError(
-                    getattr(error, "errno", None) or 28 if "space" in str(error) else 5, str(error)
-                ) from error
-            hashes[party] = sha256(file)
-        write_json(part / "checkpoint.json", {"schema": 1, "round": number, "sha256": hashes})
-    for old in sorted(folder.glob("round-*"))[:-KEEP]:
+                raise _os_error(error) from error
+            parties[party] = {"file": file.name, "sha256": sha256(file)}
+        write_json(part / INDEX, {"schema": 1, "round": number, "parties": parties})
+    spare = {place, *sorted(folder.glob("round-*"))[-KEEP:]} | ({_place(folder, best)} if best is not None else set())
+    for old in set(folder.glob("round-*")) - spare:
         shutil.rmtree(old, ignore_errors=True)
     return place
 
 
 def latest(folder: Path) -> Path | None:
     """The folder of the last complete checkpoint; ``None`` without any."""
-    found = sorted(path for path in folder.glob("round-*") if (path / "checkpoint.json").exists())
+    found = sorted(path for path in folder.glob("round-*") if (path / INDEX).exists())
     return found[-1] if found else None
 
 
@@ -59,14 +65,38 @@ def load(place: Path) -> tuple[int, State]:
     Raises:
         StorageError: a file is missing or is not what was saved.
     """
-    facts: dict[str, Any] = read_json(place / "checkpoint.json")
+    mend = f"delete the folder {place.name} to go on from the checkpoint before it"
+    try:
+        facts = read_json(place / INDEX)
+        number = int(facts["round"])
+        parties = {party: (place / entry["file"], entry["sha256"]) for party, entry in facts["parties"].items()}
+    except (StorageError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise StorageError(f"{place / INDEX} is not what was saved; {mend}") from error
     state: State = {}
-    for party, expected in facts["sha256"].items():
-        file = place / f"{party}.safetensors"
+    for party, (file, expected) in parties.items():
         if not file.exists() or sha256(file) != expected:
             problem = "is missing" if not file.exists() else "is not what was saved (its SHA-256 differs)"
-            raise StorageError(
-                f"{file} {problem}; delete the folder {place.name} to go on from the checkpoint before it"
-            )
+            raise StorageError(f"{file} {problem}; {mend}")
         state[party] = load_file(file)
-    return int(facts["round"]), state
+    return number, state
+
+
+def clear_halves(folder: Path) -> None:
+    """Remove what a killed process left of a checkpoint that it was writing."""
+    for half in folder.glob(".round-*.part"):
+        shutil.rmtree(half, ignore_errors=True)
+
+
+def _place(folder: Path, number: int) -> Path:
+    return folder / f"round-{number:05d}"
+
+
+def _slug(party: str) -> str:
+    """What of a name any file system takes; the index before it tells equal ones apart."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", party).strip("-")[:40] or "party"
+
+
+def _os_error(error: SafetensorError) -> OSError:
+    """safetensors tells a full disk, as everything else, in words only."""
+    full = "No space left" in str(error)
+    return OSError(errno.ENOSPC if full else errno.EIO, str(error))

@@ -66,6 +66,8 @@ class MemoryProbes:
     def _probes(self) -> dict[str, Probe]:
         """One probe per distinct cut, at the size of the largest exchange of any client with that cut."""
         config, task = self.world.config, self.world.federation.task
+        smallest = min(start for start, _ in self.world.cuts.values())
+        base_depth = smallest if config.model.base_depth is None else config.model.base_depth
         probes: dict[str, Probe] = {}
         for client in self.world.federation.clients:
             key = self._key(client.name)
@@ -80,6 +82,8 @@ class MemoryProbes:
                 labels=task.label_names,
                 model_config=config.model.model_dump(mode="json"),
                 optimizer=config.train.personal.model_dump(mode="json"),
+                align=None if key == "whole" else config.method.align.model_dump(mode="json"),
+                base_depth=None if key == "whole" else base_depth,
             )
         return probes
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -24,7 +25,15 @@ from flexp.methods import METHODS, Method, World
 from flexp.report import write_report
 from flexp.report.metrics import MetricsLog, read
 from flexp.report.progress import Progress
-from flexp.report.summary import aggregate, build_summary
+from flexp.report.summary import (
+    VALIDATION,
+    Scores,
+    aggregate,
+    best_round,
+    build_summary,
+    picked_on,
+    scores_by_round,
+)
 from flexp.report.tensorboard import EventWriter
 
 Summary = dict[str, Any]
@@ -37,13 +46,14 @@ def run(config: RunConfig, out: Path, *, progress: Callable[..., Progress] = Pro
         ConfigError: ``out`` holds a run already.
         FlexpError: what is wrong with configuration, model, data or disk.
     """
-    if (out / "config.json").exists():
+    if (out / "config.json").exists() or checkpoints.latest(out / "checkpoints") is not None:
         raise ConfigError(
             f"{out} holds a run already; continue it with flexp run --resume {out}, or choose another --out"
         )
     world = build_world(config)
+    method = METHODS[config.method.name](world)  # whatever cannot be built leaves no folder behind
     write_json(out / "config.json", config.resolved())
-    return _Run(world, out, progress).go()
+    return _Run(world, method, out, progress).go()
 
 
 def resume(out: Path, *, progress: Callable[..., Progress] = Progress) -> Summary:
@@ -55,19 +65,21 @@ def resume(out: Path, *, progress: Callable[..., Progress] = Progress) -> Summar
     if not (out / "config.json").exists():
         raise StorageError(f"{out} holds no run to resume: it has no config.json")
     config = validate(read_json(out / "config.json"), str(out / "config.json"))
-    return _Run(build_world(config), out, progress).go()
+    world = build_world(config)
+    return _Run(world, METHODS[config.method.name](world), out, progress).go()
 
 
 class _Run:
-    def __init__(self, world: World, out: Path, progress: Callable[..., Progress]) -> None:
+    def __init__(self, world: World, method: Method, out: Path, progress: Callable[..., Progress]) -> None:
         self.world, self.config, self.out = world, world.config, out
-        self.method: Method = METHODS[self.config.method.name](world)
+        self.method = method
         self.names = [client.name for client in world.federation.clients]
         self.everybody = _sample(world.federation.test, self.config.evaluation.global_examples, self.config.seed)
         self.first_round = self._restore()
         self.log = MetricsLog(out / "metrics.jsonl")
         self.log.truncate_after(self.first_round - 1)
         kept = read(self.log.path)
+        self.scored = scores_by_round(kept, self.names, world.federation.task.metric)
         self.events = EventWriter(out / "events", kept or None) if self.config.output.tensorboard else None
         self.seconds_before = max((float(r["seconds"]) for r in kept if r["kind"] == "round"), default=0.0)
         self.began = time.perf_counter()
@@ -118,8 +130,11 @@ class _Run:
                 "bytes_down": sum(account.training.bytes_down for account in accounts),
             }
         )
-        if last or number % self.config.output.checkpoint_every == 0:
-            checkpoints.save(self.out / "checkpoints", number, self.method.state())
+        best = None
+        if picked_on(self.scored) == VALIDATION:  # a round picked on test data is nothing to go back to
+            best = best_round(self.scored, self.world.federation.task.higher_is_better)
+        if last or number == best or number % self.config.output.checkpoint_every == 0:
+            checkpoints.save(self.out / "checkpoints", number, self.method.state(), best)
 
     def _on_step(self, number: int, step: Step) -> None:
         facts = asdict(step)
@@ -130,15 +145,21 @@ class _Run:
 
     def _evaluate(self, number: int) -> None:
         task, size = self.world.federation.task, self.config.evaluation.batch_size
-        scores: dict[str, dict[str, float | None]] = {}
+        scores: Scores = {}
         extras = number in (0, self.config.train.rounds)  # scores that need forward passes of their own
         for client in self.world.federation.clients:
             forward = self.method.personal(client.name)
             personal = evaluate(forward, task, client.test, size, extras=extras)
             everybody = evaluate(forward, task, self.everybody, size, extras=extras)
-            record = {"round": number, "client": client.name, "personal": personal, "global": everybody}
-            self._write({"kind": "eval", **record})
-            scores[client.name] = {"personal": personal[task.metric], "global": everybody[task.metric]}
+            sides = {"personal": personal, "global": everybody}
+            if client.validation:
+                sides[VALIDATION] = evaluate(forward, task, client.validation, size, extras=False)
+            self._write({"kind": "eval", "round": number, "client": client.name, **sides})
+            scores[client.name] = {side: values[task.metric] for side, values in sides.items()}
+        self.scored[number] = {
+            name: {side: value if value is not None and math.isfinite(value) else None for side, value in own.items()}
+            for name, own in scores.items()
+        }
         self.progress.round(number, aggregate(scores, task.higher_is_better))
 
     def _write(self, record: Mapping[str, Any]) -> None:
@@ -148,6 +169,7 @@ class _Run:
 
     def _restore(self) -> int:
         """Load the last checkpoint; the round to go on with, 0 being the scores before training."""
+        checkpoints.clear_halves(self.out / "checkpoints")
         place = checkpoints.latest(self.out / "checkpoints")
         if place is None:
             return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -18,6 +18,9 @@ from flexp.errors import ConfigError
 def load(path: Path, overrides: Iterable[str] = (), seed: int | None = None) -> RunConfig:
     """Read a ``CONFIG.toml``, apply ``key=value`` overrides such as ``train.rounds=3``, and validate it.
 
+    Files and folders that it names beside itself are found from anywhere, and from then on by their absolute paths;
+    those of overrides, as all that is typed in a shell, from the working directory.
+
     Raises:
         ConfigError: the file cannot be read, or a key is unknown, of the wrong type or impossible.
     """
@@ -27,11 +30,33 @@ def load(path: Path, overrides: Iterable[str] = (), seed: int | None = None) -> 
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); expected a TOML file") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: is not valid TOML: {error}") from error
+    _locate(content, [path.parent, Path()])
     for override in overrides:
         _override(content, override)
+    _locate(content, [Path()])
     if seed is not None:
         content["seed"] = seed
     return validate(content, str(path))
+
+
+PLACES = (("model", "id"), ("data", "source"), ("data", "test_source"))
+"""Keys that may name a file or a folder."""
+
+
+def _locate(content: dict[str, Any], folders: Sequence[Path]) -> None:
+    """Make the paths of :data:`PLACES` absolute, where there is such a file or folder; leave other names alone."""
+    for table, key in PLACES:
+        keys = content.get(table)
+        value = keys.get(key) if isinstance(keys, dict) else None
+        if not isinstance(keys, dict) or not isinstance(value, str) or not value.strip():
+            continue
+        for name, split in ((value, ""), value.rpartition("#")[::2]):
+            found = [folder / Path(name).expanduser() for folder in folders if name]
+            place = next((place for place in found if place.exists()), None)
+            if place is not None:
+                whole = place.parent.resolve() / place.name  # a link's own name stays: it may have the suffix
+                keys[key] = f"{whole}{'#' if split else ''}{split}"
+                break
 
 
 def validate(content: Mapping[str, Any], where: str) -> RunConfig:
@@ -82,6 +107,8 @@ def _explain(problem: Mapping[str, Any]) -> str:
         return f"{key + ': ' if key else ''}{problem['ctx']['error']}"
     value = problem["input"]
     message = problem["msg"].removeprefix("Input should be ")
+    if problem["type"] == "too_short":
+        message = f"{problem['ctx']['min_length']} or more entries"
     near_value = ""
     if problem["type"] == "literal_error" and isinstance(value, str):
         allowed = [str(item) for item in _allowed(fields)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ def build_world(config: RunConfig) -> World:
     model_config = load_config(model_id)
     processor = load_processor(model_id, config)
     federation = load_federation(config.data, processor, config.seed, _positions(model_config))
+    federation = replace(federation, notes=[*federation.notes, *_precision_notes(config)])
     source = load_stage(
         model_id,
         federation.task.model_kind,
@@ -98,6 +100,17 @@ def _positions(model_config: Any) -> int | None:
     # RoBERTa counts positions from its padding index on.
     offset = 2 if getattr(text, "model_type", "") in ("roberta", "xlm-roberta", "camembert") else 0
     return None if positions is None else int(positions) - offset
+
+
+def _precision_notes(config: RunConfig) -> list[str]:
+    """bfloat16 has 8 significant bits: next to a weight of 0.02, a step of 1e-5 rounds to nothing."""
+    full = "full" in (config.model.tuning, config.server.tuning)
+    if config.model.dtype != "bfloat16" or not full:
+        return []
+    return [
+        "full tuning in bfloat16 loses the steps that are small beside their weights (at a rate of 1e-5, nearly all): "
+        'use model.dtype = "float32", or LoRA, whose adapters are float32'
+    ]
 
 
 def model_folder(config: RunConfig) -> str:

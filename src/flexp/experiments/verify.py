@@ -150,7 +150,7 @@ def compare(setup: Setup, whole: Stage, client: Stage, server_stage: Stage) -> O
     server = Server(server_stage, tuning=setup.tuning, config=ServerConfig(memory=setup.memory), optimizer=OPTIMIZER)
     server.shared = witness = _Witness(server_stage, server.config, OPTIMIZER)
     with LINKS[setup.link](server, "verify") as link, quietly():
-        split = SPLIT_MODELS[cast(str, setup.task)](client, cut, link, tuning=setup.tuning)
+        split = SPLIT_MODELS[cast(str, setup.task)](client, cut, link, tuning=setup.tuning, expose_embeddings=True)
         return _train_both(setup, whole.model, split, witness)
 
 

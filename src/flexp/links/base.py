@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Protocol, runtime_checkable
 
 from flexp.links.messages import (
+    Abort,
     BackwardReply,
     BackwardRequest,
     ForwardReply,
@@ -85,6 +86,10 @@ class Link(Protocol):
 
     def pull(self, request: PullRequest) -> Future[PullReply]:
         """The shared weights of the aligned blocks."""
+        ...
+
+    def abort(self, request: Abort) -> None:
+        """Give up what is in flight and every unfinished step; their exchanges have no backward any more."""
         ...
 
     def close(self) -> None:

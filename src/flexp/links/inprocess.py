@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeVar
 
 from flexp.links.base import Meter, Traffic
 from flexp.links.messages import (
+    Abort,
     BackwardReply,
     BackwardRequest,
     ForwardReply,
@@ -31,6 +32,7 @@ class Service(Protocol):
     def forward(self, client: str, request: ForwardRequest) -> ForwardReply: ...
     def backward(self, client: str, request: BackwardRequest) -> BackwardReply: ...
     def pull(self, client: str, request: PullRequest) -> PullReply: ...
+    def abort(self, client: str, request: Abort) -> None: ...
     def leave(self, client: str) -> None: ...
 
 
@@ -57,6 +59,9 @@ class InProcessLink:
 
     def pull(self, request: PullRequest) -> Future[PullReply]:
         return self._call(self._service.pull, request, self.meter.training)
+
+    def abort(self, request: Abort) -> None:
+        self._service.abort(self._client, request)
 
     def close(self) -> None:
         self._service.leave(self._client)

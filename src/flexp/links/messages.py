@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from flexp.config import AlignConfig
+from flexp.config import AlignConfig, LoraConfig
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,8 @@ class Join:
         cut: (s, e); the server runs blocks [s, e) for this client.
         align: the alignment whose gradient the server is to compute.
         tuning: how the client trains its blocks; the `weights` alignment needs it to be the server's.
+        lora: with what adapters, if it says so; they must be the server's if that has any.
+        weights: which pretrained weights it has (:func:`flexp.models.fingerprint.weights_fingerprint`), if it knows.
     """
 
     client: str
@@ -31,6 +33,8 @@ class Join:
     dtype: str
     tuning: str
     align: AlignConfig
+    lora: LoraConfig | None = None
+    weights: str | None = None
 
 
 @dataclass(frozen=True)
@@ -79,16 +83,18 @@ class BackwardRequest:
 
     Attributes:
         grad_BTH: ∂task/∂h, scaled by what this exchange counts in its step.
-        share: what this exchange counts in its step, 0 < share ≤ 1: micro-batches share one.
+        step: numbers this client's steps. One is complete when all of its exchanges have arrived, in whatever order.
+        exchanges: how many exchanges the step has: micro-batches share one.
+        tokens: this exchange's share of the step's unmasked tokens, 0 < tokens ≤ 1, which its alignment counts.
         weight: how many items (tokens, examples) of the loss this exchange stands for.
-        last: whether the client's step is complete with this exchange.
     """
 
     exchange: int
     grad_BTH: Tensor
-    share: float = 1.0
+    step: int = 0
+    exchanges: int = 1
+    tokens: float = 1.0
     weight: float = 1.0
-    last: bool = True
 
 
 @dataclass(frozen=True)
@@ -100,8 +106,16 @@ class BackwardReply:
 
 
 @dataclass(frozen=True)
+class Abort:
+    """Give up all that this client has in flight, and what its unfinished steps have gathered."""
+
+
+@dataclass(frozen=True)
 class PullRequest:
-    """Ask for the shared weights of the aligned blocks [s_min, s), for alignment in weight space."""
+    """Ask for the shared weights of blocks [start, stop), which lie in [s_min, s), for alignment in weight space."""
+
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True)

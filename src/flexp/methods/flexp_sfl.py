@@ -39,6 +39,8 @@ class FlexpSfl:
         config = self.world.config
         for name in turns(list(self.clients), config.train, config.seed, number):
             on_step(self.clients[name].step())
+        if number == config.train.rounds:
+            self.server.flush()  # update = "mean" may have steps left that are fewer than mean_over
 
     def personal(self, client: str) -> Forward:
         model = self._model(client)
@@ -86,7 +88,7 @@ class FlexpSfl:
             own = state[f"client-{name}"]
             trainer.load(own)
             model = self._model(name)
-            model.steps = trainer.steps
+            model.steps.done = trainer.steps
             meter = model.link.meter.state()
             for kind, part in meter.items():
                 for key, zero in part.items():
@@ -114,6 +116,7 @@ class FlexpSfl:
         return Server(
             stage,
             tuning=tuning,
+            lora=config.model.lora,
             config=config.server,
             optimizer=config.train.shared,
             total_steps=world.total_steps * len(world.cuts),
@@ -125,6 +128,12 @@ class FlexpSfl:
         cut = world.cuts[name]
         stage = own_stage(world, Part.client(cut, world.source.anatomy.blocks))
         model = SPLIT_MODELS[world.federation.task.model_kind](
-            stage, cut, self.server.connect(name), align=config.method.align, tuning=config.model.tuning
+            stage,
+            cut,
+            self.server.connect(name),
+            align=config.method.align,
+            tuning=config.model.tuning,
+            lora=config.model.lora,
+            expose_embeddings=config.model.expose_embeddings,
         )
         return make_trainer(world, name, model, stage)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from flexp.client.steps import Piece
 from flexp.client.trainer import Step, Trainer
 from flexp.client.whole import WholeModel
 from flexp.config import OptimizerConfig, TrainConfig
@@ -81,9 +82,9 @@ class Bench(WholeModel):
                 parameter.requires_grad_(True)
 
     @contextmanager
-    def part_of_step(self, share: float, weight: float, last: bool) -> Iterator[None]:
+    def part_of_step(self, piece: Piece) -> Iterator[None]:
         yield
-        if last and self._before_update is not None:
+        if piece.last and self._before_update is not None:
             self._before_update()
 
 

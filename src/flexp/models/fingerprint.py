@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 _IGNORED = {
@@ -11,9 +14,44 @@ _IGNORED = {
     "num_labels", "problem_type", "use_cache", "_attn_implementation", "attn_implementation", "return_dict",
     "tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id",
 }  # fmt: skip
+_SAMPLE = 1024  # bytes, at the start, in the middle and at the end of a tensor
 
 
 def fingerprint(config: Any) -> str:
     """A hash of all that a model's configuration says of its blocks: 16 hexadecimal digits."""
     facts = {key: value for key, value in config.to_dict().items() if key not in _IGNORED}
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def weights_fingerprint(folder: str | Path) -> str | None:
+    """A hash of the blocks' weights in a folder of safetensors files: 16 hexadecimal digits.
+
+    Names, types, shapes and some bytes of every tensor, so it costs little whatever the model's size; not how tensors
+    are spread over files, nor the ends of the model, which are no business of a server. ``None``: there are no files.
+    """
+    files = sorted(Path(folder).glob("*.safetensors")) if Path(folder).is_dir() else []
+    found: dict[str, str] = {}
+    for file in files:
+        facts = file.stat()
+        found |= _tensors(file, facts.st_size, facts.st_mtime_ns)
+    return hashlib.sha256(json.dumps(sorted(found.items())).encode()).hexdigest()[:16] if found else None
+
+
+@lru_cache(maxsize=256)
+def _tensors(file: Path, size: int, changed: int) -> dict[str, str]:
+    """The hash of each block tensor in a file, by its name from the list of blocks on, whatever prefix it has."""
+    found: dict[str, str] = {}
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+        for name, entry in header.items():
+            in_block = re.search(r"[^.]+\.\d+\..*", name)
+            if in_block is None or name == "__metadata__":
+                continue
+            digest = hashlib.sha256(json.dumps([entry["dtype"], entry["shape"]]).encode())
+            start, stop = entry["data_offsets"]
+            for place in (start, (start + stop) // 2, max(start, stop - _SAMPLE)):
+                stream.seek(8 + length + place)
+                digest.update(stream.read(min(_SAMPLE, stop - place)))
+            found[in_block.group()] = digest.hexdigest()
+    return found

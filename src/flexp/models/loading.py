@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from flexp.errors import ModelError
 from flexp.models.anatomy import dissect, refuse_by_design
+from flexp.models.fingerprint import weights_fingerprint
 from flexp.models.parts import Part, prune
 from flexp.models.stage import Stage, carve, forget_ties
 
@@ -63,7 +64,10 @@ def load_stage(
         return whole if part is None else carve(whole, part)
     config = load_config(name)
     refuse_by_design(f"{name} ({config.model_type})", config)
+    if kind == "causal-lm" and (part is None or part.ends):  # a server without the ends may serve classifiers
+        _refuse_bidirectional(name, config)
     if labels is not None:
+        config.problem_type = "single_label_classification"  # what the checkpoint was trained for does not matter here
         config.num_labels = len(labels)
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: index for index, label in enumerate(labels)}
@@ -103,7 +107,9 @@ def load_stage(
     if part is not None and not part.blocks <= set(range(anatomy.blocks)):
         raise ModelError(f"{name} has {anatomy.blocks} blocks, so there is no block {max(part.blocks)}")
     model.requires_grad_(False)
-    return Stage(model, anatomy, part or Part.whole(anatomy.blocks))
+    stage = Stage(model, anatomy, part or Part.whole(anatomy.blocks))
+    stage.weights = weights_fingerprint(name)
+    return stage
 
 
 def load_config(name: str) -> Any:
@@ -120,6 +126,11 @@ def load_config(name: str) -> Any:
         with quietly():
             return transformers.AutoConfig.from_pretrained(name)
     except Exception as error:
+        if (Path(name) / "config.json").is_file():
+            raise ModelError(
+                f"{name}: its config.json cannot be used ({_first_line(error)}); fetch the model again, or save it "
+                "anew with save_pretrained"
+            ) from error
         raise ModelError(
             f"model {name!r} was not found: expected a local folder with a config.json, a Hugging Face id that can be "
             f"reached, asset:NAME or arch:NAME ({_first_line(error)})"
@@ -148,6 +159,26 @@ def _class_for(config: Any, kind: ModelKind, name: str) -> Any:
         )
     cls = mapping[type(config)]
     return cls[0] if isinstance(cls, tuple) else cls
+
+
+def _refuse_bidirectional(name: str, config: Any) -> None:
+    """A language model whose tokens see those after them learns to copy: its loss falls to nothing, and says nothing.
+
+    Transformers makes one of every BERT-like checkpoint, with no more than a warning.
+    """
+    text: Any = config.get_text_config()
+    like_bert = type(config) in transformers.AutoModelForMaskedLM._model_mapping or text.model_type == "bert-generation"
+    sees_all = (
+        (like_bert and getattr(text, "is_decoder", None) is False)
+        or getattr(text, "causal", None) is False  # XLM, FlauBERT
+        or getattr(text, "is_causal", None) is False
+        or getattr(text, "use_bidirectional_attention", None) in (True, "all")
+    )
+    if sees_all:
+        raise ModelError(
+            f"{name}: this {text.model_type} model attends in both directions, so it would see the tokens that it is "
+            "to predict; use a decoder (GPT-2, Llama, Qwen, ...), or train a classifier (data.task)"
+        )
 
 
 def _pruned(original: Any, part: Part) -> Any:

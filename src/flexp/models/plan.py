@@ -75,7 +75,10 @@ def record(model: Any, blocks: nn.ModuleList, inputs: Mapping[str, Any], tuples:
         ModelError: the model changes the hidden state between its blocks, calls them in another order, or hands
             them tensors that need gradients.
     """
+    generator = _generator_state(inputs) if tuples is None else None
     for attempt in (False, True) if tuples is None else (tuples,):
+        if generator is not None and attempt:  # the first try drew dropout too, which must not be noticed
+            _set_random_state(*generator)
         calls: list[BlockCall] = []
         hiddens: list[Tensor] = []
         recorders = [_recorder(calls, hiddens, attempt, index, len(blocks)) for index in range(len(blocks))]
@@ -94,9 +97,15 @@ def record(model: Any, blocks: nn.ModuleList, inputs: Mapping[str, Any], tuples:
                 raise
             if not attempt and len(calls) == 1:
                 continue  # the model could not take a bare tensor from its first block
+            if not calls:
+                raise ModelError(
+                    f"the batch does not fit this {type(model).__name__}, whose own code failed before its first block "
+                    f"({type(error).__name__}: {_one_line(error)}); expected tokens below its vocabulary's size, no "
+                    "more of them than it has positions, and images of the size that its config.json names"
+                ) from error
             raise ModelError(
                 f"{type(model).__name__} cannot be split, or the batch does not fit it: its own code failed when its "
-                f"blocks were stepped over ({type(error).__name__}: {error}); use an architecture that "
+                f"blocks were stepped over ({type(error).__name__}: {_one_line(error)}); use an architecture that "
                 "`flexp verify --list` names"
             ) from error
     raise ModelError(
@@ -188,6 +197,16 @@ def same(one: Any, other: Any) -> bool:
 
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _generator_state(inputs: Mapping[str, Any]) -> tuple[tuple[Tensor, Tensor | None], torch.device] | None:
+    """The state of the generators that embedding ``inputs`` draws from, and their device."""
+    device = next((value.device for value in inputs.values() if isinstance(value, Tensor)), None)
+    return None if device is None else (_random_state(device), device)
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:

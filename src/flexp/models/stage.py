@@ -34,6 +34,7 @@ class Stage:
         self.anatomy = anatomy
         self.part = part
         self.lent = False  # whether the tensors belong to another stage as well
+        self.weights: str | None = None  # which pretrained weights these are, where that is known
         self._tuples: bool | None = None
         self._probed = not part.ends  # without the ends there is nothing to find out
         parameters = inspect.signature(type(model).forward).parameters
@@ -171,6 +172,7 @@ def carve(source: Stage, part: Part) -> Stage:
     stage = Stage(model, source.anatomy, part)
     stage._tuples = source._tuples
     stage.lent = True
+    stage.weights = source.weights
     stage._probed = source._probed or not part.ends
     return stage
 

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from flexp.config import LoraConfig
-from flexp.errors import ModelError
+from flexp.errors import ConfigError, ModelError
 from flexp.models.loading import named_generator
 from flexp.models.stage import Stage
 
@@ -39,8 +39,11 @@ def tune(
         seed: of the adapters' weights, which depend on it and on their names alone.
 
     Raises:
+        ConfigError: ``embeddings`` without full tuning.
         ModelError: LoRA finds no linear layer with the wanted names, or the model knows no gradient checkpointing.
     """
+    if embeddings and tuning != "full":
+        raise ConfigError(f"train_embeddings needs full tuning: {tuning} leaves the embeddings as they are")
     stage.model.requires_grad_(False)
     if tuning == "lora" and stage.part.blocks:
         _inject(stage, lora or LoraConfig(), seed)

@@ -241,7 +241,12 @@ def _notes(summary: Mapping[str, Any]) -> str:
         "Means count every client the same, whatever its number of examples.",
     ]
     if best.get("round") is not None and best["personal_mean"] is not None:
-        if best["personal_mean"] == last["personal_mean"]:
+        if scores.get("picked_on") == "validation":
+            notes.append(
+                f"The best round on validation data was round {best['round']}: {both(best)} on test data (last round: "
+                f"{both(last)}). Its checkpoint is kept."
+            )
+        elif best["personal_mean"] == last["personal_mean"]:
             notes.append("The last round was also the best one on own test data.")
         else:
             notes.append(

@@ -95,14 +95,14 @@ class Progress:
         losses = [average.value for average in self._loss.values()]
         if losses:
             parts.append(f"loss {sum(losses) / len(losses):.3f}")
-        for key, label in (("personal", "own test data"), ("global", "everybody's")):
+        for key, label in (("personal", "own test data"), ("global", "everybody's"), ("validation", "validation")):
             mean, worst = scores.get(f"{key}_mean"), scores.get(f"{key}_worst")
             if mean is not None:
                 text = f"{label} {formats.score(mean, self.metric)}"
                 if worst is not None:
                     text += f" (worst {formats.score(worst, self.metric)})"
                 parts.append(text)
-        known = {"personal_mean", "personal_worst", "global_mean", "global_worst"}
+        known = {f"{side}_{over}" for side in ("personal", "global", "validation") for over in ("mean", "worst")}
         parts += [
             f"{key} {formats.number(value)}" for key, value in scores.items() if key not in known and value is not None
         ]

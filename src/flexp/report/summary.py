@@ -6,10 +6,11 @@
   (perplexities are averaged arithmetically); **worst** is the lowest accuracy or the highest perplexity of
   any client.
 * **before** is round 0, **last** the latest round in which every client was scored. *Last is the headline.*
-* **best** is the round with the best mean personal score after training began; ties go to the earlier
-  round. One round for all clients, so that its means belong together. It is **picked by looking at test
-  data** and therefore optimistic: quote it only beside *last*, and never compare one method's best with
-  another's last.
+* **best** is one round for all clients, so that its means belong together; ties go to the earlier round.
+  With validation data (``data.validation_fraction``) it is the trained round with the best mean score on
+  each client's own: an honest way to stop early. Without, it is the one with the best mean personal score,
+  **picked by looking at test data** and therefore optimistic: quote it only beside *last*, and never
+  compare one method's best with another's last. ``scores.picked_on`` says which it was.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from flexp.report.metrics import Record
 
 SCHEMA = 1
 SIDES = ("personal", "global")
+VALIDATION = "validation"
 
 Scores = dict[str, dict[str, float | None]]
-"""Client name → ``{"personal": score, "global": score}``."""
+"""Client name → ``{"personal": score, "global": score}``, and ``validation`` where there is such data."""
 
 
 def scores_by_round(records: Iterable[Record], clients: Sequence[str], metric: str) -> dict[int, Scores]:
@@ -35,19 +37,22 @@ def scores_by_round(records: Iterable[Record], clients: Sequence[str], metric: s
     rounds: dict[int, Scores] = {}
     for record in records:
         if record.get("kind") == "eval" and record["client"] in clients:
-            found = {side: (record.get(side) or {}).get(metric) for side in SIDES}
+            sides = (*SIDES, VALIDATION) if VALIDATION in record else SIDES
+            found = {side: (record.get(side) or {}).get(metric) for side in sides}
             rounds.setdefault(int(record["round"]), {})[record["client"]] = found
     return {number: rounds[number] for number in sorted(rounds) if len(rounds[number]) == len(set(clients))}
 
 
 def aggregate(scores: Scores, higher_is_better: bool) -> dict[str, float | None]:
-    """Mean and worst over clients: ``personal_mean``, ``personal_worst``, ``global_mean``, ``global_worst``.
+    """Mean and worst over clients: ``personal_mean``, ``personal_worst``, ``global_mean``, ``global_worst``, and
+    ``validation_mean``, ``validation_worst`` where every client has validation data.
 
     A value is None when any client's score is missing or was not a number: a mean without the failed client
     would flatter.
     """
     result: dict[str, float | None] = {}
-    for side in SIDES:
+    validated = bool(scores) and all(VALIDATION in score for score in scores.values())
+    for side in (*SIDES, VALIDATION) if validated else SIDES:
         values = [score[side] for score in scores.values()]
         present = [value for value in values if value is not None]
         complete = bool(values) and len(present) == len(values)
@@ -57,14 +62,23 @@ def aggregate(scores: Scores, higher_is_better: bool) -> dict[str, float | None]
 
 
 def best_round(rounds: Mapping[int, Scores], higher_is_better: bool) -> int | None:
-    """The trained round with the best mean personal score, the earliest of equals; 0 if there is no other."""
-    means = {number: aggregate(scores, higher_is_better)["personal_mean"] for number, scores in rounds.items()}
+    """The trained round with the best mean score on validation data, if there is any, else on the clients' own test
+    data; the earliest of equals, and 0 if there is no other.
+    """
+    key = "validation_mean" if picked_on(rounds) == VALIDATION else "personal_mean"
+    means = {number: aggregate(scores, higher_is_better)[key] for number, scores in rounds.items()}
     candidates = {number: mean for number, mean in means.items() if mean is not None}
     trained = {number: mean for number, mean in candidates.items() if number > 0} or candidates
     if not trained:
         return None
     sign = -1.0 if higher_is_better else 1.0
     return min(trained, key=lambda number: (sign * trained[number], number))
+
+
+def picked_on(rounds: Mapping[int, Scores]) -> str:
+    """Which data the best round is chosen on: ``validation`` if every client was scored there, else ``test``."""
+    scores = [score for clients in rounds.values() for score in clients.values()]
+    return VALIDATION if scores and all(VALIDATION in score for score in scores) else "test"
 
 
 def build_summary(
@@ -130,6 +144,7 @@ def build_summary(
             "before": aggregate(at("before"), higher_is_better),
             "last": aggregate(at("last"), higher_is_better),
             "best": {"round": best, **aggregate(at("best"), higher_is_better)},
+            "picked_on": picked_on(by_round),
         },
         "server": dict(server),
         "totals": dict(totals),

@@ -108,7 +108,7 @@ class EventWriter:
         if round != self._round:
             self._flush_scores()
             self._round = round
-        for side in ("personal", "global"):
+        for side in ("personal", "global", "validation"):
             scores = {f"{side}/{key}": value for key, value in (record.get(side) or {}).items() if key != "n"}
             self._add(client, scores, self._steps.get(client, 0))
             for tag, value in scores.items():

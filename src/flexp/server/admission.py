@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from flexp.config import LoraConfig
 from flexp.errors import LinkError
-from flexp.links.messages import BackwardRequest, ForwardRequest, Join
+from flexp.links.messages import BackwardRequest, ForwardRequest, Join, PullRequest
 from flexp.models.fingerprint import fingerprint
 from flexp.models.stage import Stage
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from flexp.server.session import Pending, Session
 
 
-def check_join(client: str, request: Join, stage: Stage, tuning: str) -> None:
+def check_join(client: str, request: Join, stage: Stage, tuning: str, lora: LoraConfig | None) -> None:
     """Refuse a client whose model or cut does not go with the blocks of ``stage``, tuned as ``tuning``.
 
     Raises:
@@ -29,6 +30,13 @@ def check_join(client: str, request: Join, stage: Stage, tuning: str) -> None:
         problem = f"its message names another client, {request.client}"
     elif request.fingerprint != fingerprint(stage.model.config):
         problem = "its model is another one than the server's; load the same pretrained model on both sides"
+    elif request.weights != stage.weights:
+        problem = (
+            f"its pretrained weights ({request.weights or 'unknown'}) are not the server's "
+            f"({stage.weights or 'unknown'}); load the same pretrained model on both sides"
+        )
+    elif request.tuning == tuning == "lora" and request.lora != lora:
+        problem = f"its LoRA settings ({request.lora}) are not the server's ({lora}); set the same model.lora"
     elif request.dtype != str(stage.model.dtype):
         problem = f"it computes in {request.dtype}, the server in {stage.model.dtype}; set the same model.dtype"
     elif not start <= cut_start < cut_stop <= stop:
@@ -42,7 +50,7 @@ def check_join(client: str, request: Join, stage: Stage, tuning: str) -> None:
         raise LinkError(f"client {client} was refused: {problem}")
 
 
-def check_forward(session: Session, request: ForwardRequest, stage: Stage, in_flight: int, most: int) -> None:
+def check_forward(session: Session, request: ForwardRequest, stage: Stage, in_flight: int) -> None:
     """Refuse a forward that does not fit the model, what was agreed on joining, or the bound on what is in flight.
 
     Raises:
@@ -55,16 +63,28 @@ def check_forward(session: Session, request: ForwardRequest, stage: Stage, in_fl
             f"expected (B, T, {stage.anatomy.hidden}) {stage.model.dtype}"
         )
     shape = tuple(hidden.shape[:2])
-    for name, value in (("mask", request.mask_BT), ("positions", request.positions_BT)):
-        if value is not None and tuple(value.shape) not in (shape, (1, shape[1])):
+    one_row = (1, shape[1])  # models broadcast positions; a mask says of every token whether it counts
+    for name, value, fits in (
+        ("mask", request.mask_BT, {shape}),
+        ("positions", request.positions_BT, {shape, one_row}),
+    ):
+        if value is not None and tuple(value.shape) not in fits:
             raise LinkError(f"client {client}: the {name} has shape {tuple(value.shape)}, expected {shape}")
     _check_aligned(session, request, min(stage.part.blocks))
     if request.exchange in session.pending:
         raise LinkError(f"client {client}: exchange {request.exchange} is in flight already")
-    if request.train and in_flight >= most:
+    if not request.train:
+        return
+    own, config = len(session.pending), session.config
+    if own >= config.max_in_flight:
         raise LinkError(
-            f"client {client}: {in_flight} exchanges are in flight, the most that server.max_in_flight allows; "
-            "send a backward first, or raise the bound"
+            f"client {client}: {own} exchanges are in flight, the most that server.max_in_flight allows; "
+            "send a backward first, give them up with model.abort(), or raise the bound"
+        )
+    if in_flight >= config.max_in_flight_total:
+        raise LinkError(
+            f"client {client}: {in_flight} exchanges of all clients are in flight, the most that "
+            "server.max_in_flight_total allows; try again when some are through, or raise the bound"
         )
 
 
@@ -86,12 +106,37 @@ def check_backward(session: Session, request: BackwardRequest) -> Pending:
         raise LinkError(
             f"client {client}: the gradient is {_facts(given)}, expected {_facts(expected)} as the activation"
         )
-    if not (0 < request.share <= 1 and 0 < request.weight < math.inf):
+    if not (0 < request.tokens <= 1 and 0 < request.weight < math.inf):
         raise LinkError(
-            f"client {client}: exchange {request.exchange} counts share = {request.share} and weight = "
-            f"{request.weight}, expected 0 < share <= 1 and a positive, finite weight"
+            f"client {client}: exchange {request.exchange} counts tokens = {request.tokens} and weight = "
+            f"{request.weight}, expected 0 < tokens <= 1 and a positive, finite weight"
+        )
+    step = session.gathered.get(request.step)
+    if request.exchanges < 1 or (step is not None and step.exchanges != request.exchanges):
+        raise LinkError(
+            f"client {client}: step {request.step} has {request.exchanges} exchanges now, "
+            f"expected {step.exchanges if step else 'at least 1'} as before"
+        )
+    if step is None and len(session.gathered) >= session.config.max_in_flight:
+        raise LinkError(
+            f"client {client}: {len(session.gathered)} steps are unfinished, the most that server.max_in_flight "
+            "allows; send their other exchanges first, or give them up with model.abort()"
         )
     return pending
+
+
+def check_pull(session: Session, request: PullRequest, base_depth: int) -> None:
+    """Refuse to hand out weights of other blocks than this client's aligned ones.
+
+    Raises:
+        LinkError: see above.
+    """
+    stop = session.join.cut[0]
+    if not base_depth <= request.start < request.stop <= stop:
+        raise LinkError(
+            f"client {session.join.client}: the weights of blocks [{request.start}, {request.stop}) were asked for, "
+            f"expected some of its aligned blocks [{base_depth}, {stop})"
+        )
 
 
 def _check_aligned(session: Session, request: ForwardRequest, base_depth: int) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from flexp.config import LoraConfig, OptimizerConfig, ServerConfig
 from flexp.errors import LinkError
 from flexp.links.inprocess import InProcessLink
 from flexp.links.messages import (
+    Abort,
     BackwardReply,
     BackwardRequest,
     ForwardReply,
@@ -30,8 +30,8 @@ from flexp.models.loading import ModelKind, load_stage
 from flexp.models.parts import Part, check_cut
 from flexp.models.stage import Stage
 from flexp.models.tuning import tune
-from flexp.rng import RandomStream
-from flexp.server.admission import check_backward, check_forward, check_join
+from flexp.rng import RandomStream, derived_seed
+from flexp.server.admission import check_backward, check_forward, check_join, check_pull
 from flexp.server.session import Session
 from flexp.server.shared import SharedBlocks
 
@@ -41,6 +41,7 @@ class Server:
 
     Args:
         stage: blocks [s_min, e_max), tuned already.
+        lora: the adapters of ``stage``, which clients that say theirs must have too.
         total_steps: client steps in all, for schedules of the shared learning rate.
         seed: of the clients' dropout on this side.
     """
@@ -50,6 +51,7 @@ class Server:
         stage: Stage,
         *,
         tuning: str = "full",
+        lora: LoraConfig | None = None,
         config: ServerConfig | None = None,
         optimizer: OptimizerConfig | None = None,
         total_steps: int | None = None,
@@ -57,6 +59,7 @@ class Server:
     ) -> None:
         self.config = config or ServerConfig()
         self.tuning = tuning
+        self.lora = lora
         self.shared = SharedBlocks(stage, self.config, optimizer or OptimizerConfig(), total_steps)
         self.compute_seconds = 0.0
         self._seed = seed
@@ -70,7 +73,7 @@ class Server:
         model_id: str | Path,
         kind: ModelKind = "causal-lm",
         *,
-        base_depth: int = 0,
+        base_depth: int = 1,
         end: int | None = None,
         tuning: str = "full",
         lora: LoraConfig | None = None,
@@ -81,8 +84,10 @@ class Server:
     ) -> Server:
         """Load blocks [``base_depth``, ``end``) of a pretrained model, and nothing else of it.
 
+        A base depth of 0 is for clients that agree to send their bare embeddings, from which tokens can be read.
+
         Example:
-            >>> server = flexp.Server.from_pretrained("path/to/model", "sequence-classification", base_depth=1)
+            >>> server = flexp.Server.from_pretrained("path/to/model", "sequence-classification")
             >>> link = server.connect("clinic-a")
 
         Raises:
@@ -95,13 +100,18 @@ class Server:
         start, stop = check_cut((base_depth, end), blocks, where="server blocks (base_depth, end)")
         stage = load_stage(model_id, kind, Part.server(start, stop), dtype=dtype, attention=attention, seed=seed)
         tune(stage, tuning, lora=lora, seed=seed)  # type: ignore[arg-type]
-        return cls(stage, tuning=tuning, seed=seed, **options)
+        return cls(stage, tuning=tuning, lora=lora or LoraConfig(), seed=seed, **options)
 
     @property
     def blocks(self) -> tuple[int, int]:
         """(s_min, e_max): the shared blocks are [s_min, e_max)."""
         owned = self.shared.stage.part.blocks
         return min(owned), max(owned) + 1
+
+    @property
+    def _device(self) -> torch.device:
+        device: torch.device = self.shared.stage.model.device
+        return device
 
     def connect(self, client: str) -> InProcessLink:
         """A link for ``client`` inside this process."""
@@ -114,12 +124,12 @@ class Server:
             LinkError: the client's model or cut does not go with this server.
         """
         with self._lock:
-            check_join(client, request, self.shared.stage, self.tuning)
+            check_join(client, request, self.shared.stage, self.tuning, self.lora)
             earlier = self._sessions.pop(client, None)
             if earlier is not None:
                 earlier.drop()
             if client not in self._random:
-                self._random[client] = RandomStream(self._seed ^ zlib.crc32(client.encode()))
+                self._random[client] = RandomStream(derived_seed(self._seed, "server", client), self._device)
             random = self._random[client]
             steps = earlier.steps if earlier else 0
             self._sessions[client] = Session(request, self.shared, self.config, random, steps=steps)
@@ -135,8 +145,9 @@ class Server:
         with self._lock, self._computing():
             session = self._session(client)
             in_flight = sum(len(other.pending) for other in self._sessions.values())
-            check_forward(session, request, self.shared.stage, in_flight, self.config.max_in_flight)
-            return session.forward(request)
+            check_forward(session, request, self.shared.stage, in_flight)
+            with session.random.active():
+                return session.forward(request)
 
     def backward(self, client: str, request: BackwardRequest) -> BackwardReply:
         """Blocks [s, e) backward for one client, and the update that follows.
@@ -147,19 +158,35 @@ class Server:
         with self._lock, self._computing():
             session = self._session(client)
             check_backward(session, request)
-            return session.backward(request)
+            with session.random.active():
+                return session.backward(request)
 
     def pull(self, client: str, request: PullRequest) -> PullReply:
-        """The shared weights of the client's aligned blocks [s_min, s)."""
+        """The shared weights of some of the client's aligned blocks [s_min, s).
+
+        Raises:
+            LinkError: the client never joined, or asks for other blocks.
+        """
         with self._lock:
-            session = self._session(client)
-            stage = self.shared.stage
-            weights = {
-                name: value.detach().clone()
-                for name, value in self.shared.updater.parameters.items()
-                if (stage.block_of(name) or 0) < session.join.cut[0]
-            }
-            return PullReply(weights)
+            check_pull(self._session(client), request, self.blocks[0])
+            wanted = range(request.start, request.stop)
+            parameters = self.shared.updater.parameters.items()
+            block_of = self.shared.stage.block_of
+            return PullReply({name: value.detach().clone() for name, value in parameters if block_of(name) in wanted})
+
+    def abort(self, client: str, request: Abort) -> None:
+        """Forget what a client has in flight and what its unfinished steps have gathered.
+
+        Raises:
+            LinkError: the client never joined.
+        """
+        with self._lock:
+            self._session(client).drop()
+
+    def flush(self) -> None:
+        """At the end of a run: update the shared blocks with the steps that ``update = "mean"`` has gathered so far."""
+        with self._lock, self._computing():
+            self.shared.flush()
 
     def leave(self, client: str) -> None:
         """Close a client's session and drop what it has in flight."""
@@ -179,7 +206,8 @@ class Server:
         with self._lock:
             self._refuse_busy("saved")
             flat = {f"shared/{name}": value for name, value in self.shared.state().items()}
-            return flat | {f"random/{name}": random.state for name, random in self._random.items()}
+            flat |= {f"random/{name}": random.state for name, random in self._random.items()}
+            return flat | {"compute_seconds": torch.tensor(self.compute_seconds, dtype=torch.float64)}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Go on from :meth:`state`, whether clients joined already or will.
@@ -195,11 +223,12 @@ class Server:
                 kind, _, name = key.partition("/")
                 parts.setdefault(kind, {})[name] = value
             self.shared.load(parts["shared"])
+            self.compute_seconds = float(state["compute_seconds"])
             for name, value in parts["random"].items():
-                self._random.setdefault(name, RandomStream(0)).state = value
+                self._random.setdefault(name, RandomStream(0, self._device)).state = value
 
     def _refuse_busy(self, what: str) -> None:
-        busy = [name for name, session in self._sessions.items() if session.pending or session.step]
+        busy = [name for name, session in self._sessions.items() if session.pending or session.gathered]
         if busy:
             raise LinkError(f"the server cannot be {what} in the middle of a step of {', '.join(busy)}")
 
@@ -216,9 +245,8 @@ class Server:
         with mixed precision switched on.
         """
         began = time.perf_counter()
-        device: str = self.shared.stage.model.device.type
         try:
-            with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
+            with torch.inference_mode(False), torch.enable_grad(), torch.autocast(self._device.type, enabled=False):
                 yield
         finally:
             self.compute_seconds += time.perf_counter() - began

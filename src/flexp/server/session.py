@@ -32,16 +32,33 @@ class Pending:
 
 
 @dataclass
+class Gathered:
+    """A client's step of which some exchanges have arrived: the sum of their gradients, and of their items."""
+
+    exchanges: int
+    arrived: int = 0
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    weight: float = 0.0
+
+    def take(self, gradients: dict[str, Tensor], weight: float) -> bool:
+        """Add an exchange's gradients; gives whether the step is complete."""
+        for name, value in gradients.items():
+            self.gradients[name] = self.gradients[name] + value if name in self.gradients else value
+        self.weight += weight
+        self.arrived += 1
+        return self.arrived == self.exchanges
+
+
+@dataclass
 class Session:
-    """What the server knows of one client."""
+    """What the server knows of one client. ``random`` is active while it computes."""
 
     join: Join
     shared: SharedBlocks
     config: ServerConfig
     random: RandomStream
     pending: dict[int, Pending] = field(default_factory=dict)
-    step: dict[str, Tensor] = field(default_factory=dict)
-    step_weight: float = 0.0
+    gathered: dict[int, Gathered] = field(default_factory=dict)
     steps: int = 0
 
     @property
@@ -61,7 +78,7 @@ class Session:
         keep_graph = self.config.memory == "keep"
         z_BTH = request.hidden_BTH.detach().requires_grad_(keep_graph)
         generator = self.random.state
-        with self.random.active(), torch.set_grad_enabled(keep_graph):
+        with torch.set_grad_enabled(keep_graph):
             h_BTH = stage.run(z_BTH, plan, start, stop)
         value, align_BTH = self._align(request)
         self.pending[request.exchange] = Pending(
@@ -88,17 +105,14 @@ class Session:
         task_BTH = gradients[0]
         trained = {name: value for name, value in zip(reached, gradients[1:], strict=True) if value is not None}
         self._refuse_nan(request.exchange, task_BTH, trained)
-        for name, value in trained.items():
-            self.step[name] = self.step[name] + value if name in self.step else value
-        self.step_weight += request.weight
-        if request.last:
-            step, weight = self.step, self.step_weight
-            self.step, self.step_weight = {}, 0.0
-            self.shared.add(step, weight)
+        step = self.gathered.setdefault(request.step, Gathered(request.exchanges))
+        if step.take(trained, request.weight):
+            del self.gathered[request.step]
+            self.shared.add(step.gradients, step.weight)
             self.steps += 1
 
-        # Micro-batches share one step, so each carries its share of the alignment gradient too.
-        scaled = [value * (self.align.weight * request.share) for value in pending.align_BTH]
+        # Micro-batches share one step. Each has a mean over its own tokens, so it counts by its share of the step's.
+        scaled = [value * (self.align.weight * request.tokens) for value in pending.align_BTH]
         if not scaled:
             return BackwardReply(task_BTH)
         *inner, at_cut = scaled
@@ -107,11 +121,11 @@ class Session:
         )
 
     def drop(self) -> None:
-        """Forget what is in flight."""
+        """Forget what is in flight, and every unfinished step."""
         for pending in self.pending.values():
             self.shared.release(pending.version)
         self.pending.clear()
-        self.step, self.step_weight = {}, 0.0
+        self.gathered.clear()
 
     def _graph(self, pending: Pending) -> tuple[Tensor, Tensor]:
         if pending.output_BTH is not None:
@@ -120,7 +134,7 @@ class Session:
         plan = stage.plan_without_inputs(request.hidden_BTH, request.mask_BT, request.positions_BT)
         stage.model.train(True)
         z_BTH = pending.input_BTH.requires_grad_()
-        with drawing_from(pending.generator):
+        with drawing_from(pending.generator, self.random.device):
             return z_BTH, stage.run(z_BTH, plan, *self.join.cut)
 
     def _align(self, request: ForwardRequest) -> tuple[float | None, list[Tensor]]:
@@ -155,7 +169,7 @@ class Session:
     def _refuse_nan(self, exchange: int, task_BTH: Tensor, trained: dict[str, Tensor]) -> None:
         # One norm over all of them reads every gradient once; it is finite only if they all are.
         if not torch.isfinite(torch.nn.utils.get_total_norm([task_BTH, *trained.values()])):
-            self.step, self.step_weight = {}, 0.0  # what the step has gathered so far is void as well
+            self.drop()  # the rest of the step, gathered already or still to come, is void as well
             raise LinkError(
                 f"client {self.join.client}: the gradient of exchange {exchange} is not finite, so the shared blocks "
                 "were not updated; lower train.personal.lr or train.shared.lr, or use float32"

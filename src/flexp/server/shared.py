@@ -28,7 +28,7 @@ class SharedBlocks:
     - ``every``: each completed client step is one optimiser step.
     - ``mean``: ``mean_over`` completed client steps are one optimiser step with, for every parameter, the mean of the
       gradients of those client steps that reached it, weighted by their items. A sum would make the learning rate grow
-      with the number of clients.
+      with the number of clients. What is left at the end of a run, :meth:`flush` applies.
 
     A parameter that no gradient reached is left as it is, weight decay included.
     """
@@ -96,13 +96,25 @@ class SharedBlocks:
             if name in self._sums:
                 self._sums[name].add_(gradient, alpha=weight)
             else:
-                self._sums[name] = gradient * weight
+                fine = torch.promote_types(gradient.dtype, torch.float32)  # many small gradients would be lost in bf16
+                self._sums[name] = gradient.to(fine) * weight
             self._weights[name] = self._weights.get(name, 0.0) + weight
         self._waiting += 1
         if self._waiting < self._config.mean_over:
             return False
-        self._apply({name: total / self._weights[name] for name, total in self._sums.items()})
+        return self.flush()
+
+    def flush(self) -> bool:
+        """Update the weights with what the ``mean`` rule has gathered, however few steps that is.
+
+        Returns:
+            Whether there was anything.
+        """
+        if not self._waiting:
+            return False
+        means = {name: total / self._weights[name] for name, total in self._sums.items()}
         self._sums, self._weights, self._waiting = {}, {}, 0
+        self._apply({name: mean.to(self.updater.parameters[name].dtype) for name, mean in means.items()})
         return True
 
     def state(self) -> dict[str, Tensor]:

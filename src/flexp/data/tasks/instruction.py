@@ -27,5 +27,5 @@ class Instruction(TextTask):
             ids, start = continuation(self.tokenizer, prompt, answer)
             ids = with_end(self.tokenizer, ids)
             ids, start, cut = fit_end(self.tokenizer, ids, start, self.limit, place(row))
-            examples.append(answer_example(ids, range(start, len(ids)), cut))
+            examples.append(answer_example(ids, range(start, len(ids)), cut, place(row)))
         return examples

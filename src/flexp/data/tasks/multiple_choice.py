@@ -63,7 +63,7 @@ class MultipleChoice(TextTask):
             ids = prompt_ids(self.tokenizer, self._prompt(row, self.template, listed)) + self._before
             ids = [*ids, self.letter_ids[answer]]
             ids, start, cut = fit_end(self.tokenizer, ids, len(ids) - 1, self.limit, place(row))
-            example = answer_example(ids, [start], cut)
+            example = answer_example(ids, [start], cut, place(row))
             bare = "\n".join(line for line in self.template.split("\n") if line.strip() != "{choices}")
             example |= {"answer": answer, "options": options, "question": self._prompt(row, bare, "")}
             examples.append(example)

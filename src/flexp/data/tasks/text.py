@@ -130,9 +130,15 @@ def fit_end(tokenizer: Any, ids: list[int], start: int, limit: Limit, place: str
     return (head + ids[start:])[: limit.tokens], len(head), cut
 
 
-def answer_example(ids: list[int], labelled: Sequence[int], cut: int = 0) -> Example:
-    """A causal example with loss at the positions ``labelled`` only; the first token never has any."""
-    wanted = {position for position in labelled if position > 0}
+def answer_example(ids: list[int], labelled: Sequence[int], cut: int = 0, place: str | None = None) -> Example:
+    """A causal example with loss at the positions ``labelled`` only; the first token never has any.
+
+    Raises:
+        DataError: nothing is left to learn; only with the ``place`` that the message is to name.
+    """
+    wanted = {position for position in labelled if 0 < position < len(ids)}
+    if place is not None and not wanted:
+        raise DataError(f"{place}: no token of the answer is left to predict; raise data.max_length, or fill it in")
     labels = [token if index in wanted else IGNORED for index, token in enumerate(ids)]
     example: Example = {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
     if cut:
