@@ -58,7 +58,7 @@ def test_run_then_report_then_resume(
         return capsys.readouterr().out
 
     shown = call("run", str(path), "--set", "train.rounds=2", "--out", "out", "--seed", "5")
-    for word in ("north", "south", "west", "(1, 4)", "(3, 4)", "Report: file://", "personal models in"):
+    for word in ("north", "south", "west", "(1, 4)", "(3, 4)", "Report: file://", "personal weights in"):
         assert word in shown
     summary = json.loads((tmp_path / "out/summary.json").read_text(encoding="utf-8"))
     assert (summary["seed"], summary["rounds"], summary["finished"]) == (5, 2, True)

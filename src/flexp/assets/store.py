@@ -21,7 +21,7 @@ import filelock
 
 from flexp._version import __version__
 from flexp.assets.download import check, download
-from flexp.assets.registry import Asset, find
+from flexp.assets.registry import ASSETS, Asset, find
 from flexp.assets.unpack import unpack
 from flexp.errors import AssetError, StorageError
 from flexp.files import read_json, replacing, sha256, write_json
@@ -48,6 +48,8 @@ def resolve(reference: str) -> str | Path:
         AssetError: no such asset, or it can be neither found nor fetched.
     """
     if not reference.startswith(PREFIX):
+        if reference in ASSETS and not Path(reference).exists():
+            raise AssetError(f"there is no {reference!r} here; did you mean {PREFIX}{reference}?")
         return reference
     return fetch(reference.removeprefix(PREFIX))
 

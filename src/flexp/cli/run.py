@@ -27,20 +27,19 @@ def run(
     resume: Annotated[Path | None, typer.Option(metavar="DIR", help="Continue the run in DIR.")] = None,
 ) -> None:
     """Train a simulated federation; every client ends with its own model."""
-    from flexp.experiments import runner, settings as reading  # noqa: I001
+    from flexp.experiments.settings import load
 
     if resume is not None:
         if config is not None or settings or seed is not None or out is not None:
             raise ConfigError(
                 "--resume continues a run as it was configured: leave out CONFIG, --set, --seed and --out"
             )
-        _show(runner.resume(resume), resume)
+        _go(resume)
         return
     if config is None:
         raise ConfigError("say which run: flexp run CONFIG.toml, or flexp run --resume DIR")
-    loaded = reading.load(config, settings or (), seed)
-    folder = out or _fresh(loaded.name)
-    _show(runner.run(loaded, folder), folder)
+    loaded = load(config, settings or (), seed)
+    _go(out or _fresh(loaded.name), loaded)
 
 
 def demo(
@@ -50,13 +49,11 @@ def demo(
     """A first success: eight clients with different cuts fine-tune a sentence encoder on their own texts."""
     from importlib.resources import as_file, files
 
-    from flexp.experiments import runner
-    from flexp.experiments import settings as reading
+    from flexp.experiments.settings import load
 
     with as_file(files("flexp.experiments") / "demo.toml") as path:
-        loaded = reading.load(path, seed=seed)
-    folder = out or _fresh(loaded.name)
-    _show(runner.run(loaded, folder), folder)
+        loaded = load(path, seed=seed)
+    _go(out or _fresh(loaded.name), loaded)
 
 
 def report(folder: Annotated[Path, typer.Argument(help="The folder of a run.")]) -> None:
@@ -66,11 +63,17 @@ def report(folder: Annotated[Path, typer.Argument(help="The folder of a run.")])
     typer.echo(f"Report: {write_report(folder)}")
 
 
-def _run(config: RunConfig, out: Path | None) -> None:
+def _go(folder: Path, config: RunConfig | None = None) -> None:
+    """Start ``config`` in ``folder``, or resume what is there, and show the result."""
     from flexp.experiments import runner  # slow to import: only once the configuration is known to be right
 
-    folder = out or _fresh(config.name)
-    _show(runner.run(config, folder), folder)
+    try:
+        summary = runner.resume(folder) if config is None else runner.run(config, folder)
+    except KeyboardInterrupt:
+        if (folder / "config.json").exists():
+            typer.echo(f"go on after the last finished round with: flexp run --resume {folder}", err=True)
+        raise
+    _show(summary, folder)
 
 
 def _fresh(name: str) -> Path:
@@ -84,8 +87,11 @@ def _show(summary: dict[str, Any], folder: Path) -> None:
     from flexp.report.tables import client_table
 
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)  # a log or a pipe need not be narrow
     console.print(client_table(summary))
-    console.print(f"Saved in {folder}; personal models in {folder / 'checkpoints'}", soft_wrap=True, markup=False)
+    where = folder / "checkpoints"
+    console.print(f"Saved in {folder}; every client's personal weights in {where}", soft_wrap=True, markup=False)
     page = folder / "report.html"
     if page.exists():
         console.print(f"Report: {page.resolve().as_uri()}", soft_wrap=True)

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from flexp.assets import resolve
 from flexp.client.personal import PersonalModel
 from flexp.client.remote import RemoteCall, RemoteMiddle, waiting
 from flexp.client.steps import Piece, Steps, items_of
@@ -117,6 +118,7 @@ class SplitModel(PersonalModel):
             ConfigError: the cut does not fit, or bare embeddings would go up.
             LinkError: the server refuses this client.
         """
+        model_id = resolve(str(model_id))
         blocks = int(load_config(str(model_id)).get_text_config().num_hidden_layers)
         whole_cut = check_cut(cut, blocks)
         part = Part.client(whole_cut, blocks)

@@ -209,6 +209,7 @@ class _Run:
             model={
                 "id": self.config.model.id,
                 "kind": task.model_kind,
+                "labels": task.label_names,
                 "blocks": anatomy.blocks,
                 "hidden": anatomy.hidden,
                 "parameters": sum(value.numel() for value in model.parameters()),

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexp.assets import resolve
 from flexp.config import LoraConfig, OptimizerConfig, ServerConfig
 from flexp.errors import LinkError
 from flexp.links.inprocess import InProcessLink
@@ -96,6 +97,7 @@ class Server:
         """
         from flexp.models.loading import load_config
 
+        model_id = resolve(str(model_id))
         blocks = int(load_config(str(model_id)).get_text_config().num_hidden_layers)
         start, stop = check_cut((base_depth, end), blocks, where="server blocks (base_depth, end)")
         stage = load_stage(model_id, kind, Part.server(start, stop), dtype=dtype, attention=attention, seed=seed)
