@@ -10,9 +10,6 @@ from torch import nn
 
 from flexp.errors import ModelError
 
-Kind = str  # "causal-lm", "sequence-classification" or "image-classification"
-
-
 _NOT_SPLIT = {
     "layerdrop": "blocks that are left out at random differ between client and server",
     "output_router_logits": "the loss on the load of experts needs all blocks in one place",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -182,7 +182,3 @@ def forget_ties(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "all_tied_weights_keys"):
             vars(module)["all_tied_weights_keys"] = {}
-
-
-Loader = Callable[[Part], Stage]
-"""Gives a party its stage, be it from disk or out of a model in memory."""
