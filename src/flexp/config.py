@@ -97,7 +97,8 @@ class DataConfig(Section):
     train_examples: PositiveInt | None = None  # few-shot: private examples of a client
     test_examples: PositiveInt | None = None  # at most that many test examples of a client
     clients: ClientsConfig = ClientsConfig()
-    seed: int | None = None  # None: the run's seed
+    seed: int | None = None  # of who owns what and of the test examples; None: the run's seed
+    private_seed: int | None = None  # of the draw of a client's private examples; None: the same
 
 
 class OptimizerConfig(Section):

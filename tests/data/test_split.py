@@ -98,3 +98,13 @@ def test_clients_are_split_independently() -> None:
     assert test_rows("a", 0) == test_rows("a", 0)
     assert test_rows("a", 0) != test_rows("b", 0)
     assert test_rows("a", 0) != test_rows("a", 1)
+
+
+def test_private_seed_changes_what_is_trained_on_and_nothing_else() -> None:
+    rows, labels = list(range(200)), [index % 3 for index in range(200)]
+    settings: dict = {"test_fraction": 0.3, "validation_fraction": 0.25, "train_examples": 24, "test_examples": None}
+    splits = [split_client("a", rows, labels, seed=5, private_seed=own, **settings) for own in (None, 5, 6, 7)]
+    assert splits[0] == splits[1]
+    assert splits[1].test == splits[2].test == splits[3].test
+    assert splits[1].train != splits[2].train != splits[3].train
+    assert not {*splits[2].train, *splits[2].validation, *splits[3].train} & set(splits[1].test)

@@ -155,6 +155,7 @@ def _split(
         train_examples=config.train_examples,
         test_examples=config.test_examples,
         seed=seed,
+        private_seed=config.private_seed,
         test_rows=test_rows,
         test_labels=None
         if test_rows is None or test_source.labels is None

@@ -55,6 +55,7 @@ def split_client(
     train_examples: int | None,
     test_examples: int | None,
     seed: int,
+    private_seed: int | None = None,
     test_rows: Sequence[int] | None = None,
     test_labels: Sequence[Hashable] | None = None,
     groups: Sequence[str] | None = None,
@@ -67,6 +68,8 @@ def split_client(
     subset: a client with ``train_examples`` = 32 has 32 labelled examples in all.
 
     Args:
+        private_seed: of the draw of private examples (and the validation rows among them); ``None``: ``seed``. With
+            ``seed`` fixed, runs with different ones share their test rows, and no run trains on another's test rows.
         test_rows: rows of another source for testing; then all of ``rows`` are for training.
         test_labels: their labels, parallel.
         groups: parallel to ``rows``; rows of an equal group are on the same side. Whole groups are dealt out, so that
@@ -75,6 +78,7 @@ def split_client(
     Raises:
         DataError: no row is left to train on, or none to test with.
     """
+    private_seed = seed if private_seed is None else private_seed
     kind = dict.fromkeys(rows, 0) if labels is None else dict(zip(rows, labels, strict=True))
     group = None if groups is None else dict(zip(rows, groups, strict=True))
     if test_rows is None:
@@ -83,9 +87,9 @@ def split_client(
         order = stratified_order(test_labels or [0] * len(test_rows), generator(seed, "test", name))
         test, left = [test_rows[index] for index in order], sorted(rows)
     test = test[:test_examples]
-    chosen = _ordered(left, kind, (seed, "train", name), None if group is None else Counter(kind.values()))
+    chosen = _ordered(left, kind, (private_seed, "train", name), None if group is None else Counter(kind.values()))
     chosen = sorted(chosen[:train_examples])
-    validation, train = _divided(chosen, kind, group, validation_fraction, (seed, "validation", name))
+    validation, train = _divided(chosen, kind, group, validation_fraction, (private_seed, "validation", name))
     split = Split(train, sorted(validation), sorted(test))
     tested = test_rows is not None or test_fraction > 0
     if not split.train or (tested and not split.test) or (validation_fraction > 0 and not split.validation):

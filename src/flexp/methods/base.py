@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flexp.client.trainer import Step
 from flexp.config import RunConfig
-from flexp.data.types import Federation
+from flexp.data.types import ClientData, Federation
 from flexp.links.base import Traffic
 from flexp.models.stage import Stage
 
@@ -27,12 +27,20 @@ class World:
     Attributes:
         source: the whole pretrained model, frozen. All parties are carved out of it and share its tensors.
         cuts: (s, e) of each client, by name.
+        absent: clients whose device cannot hold what the method trains there. They take no part in training and are
+            scored with what they have all the same: the average, where there is one, else the pretrained model.
     """
 
     config: RunConfig
     federation: Federation
     source: Stage
     cuts: dict[str, tuple[int, int]]
+    absent: frozenset[str] = frozenset()
+
+    @property
+    def participants(self) -> list[ClientData]:
+        """The clients that train, in their order."""
+        return [client for client in self.federation.clients if client.name not in self.absent]
 
     @property
     def total_steps(self) -> int:
