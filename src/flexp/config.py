@@ -48,6 +48,8 @@ class ModelConfig(Section):
     # folder (beside the TOML file, or as given), Hugging Face id, asset:NAME, or arch:NAME (tiny, random weights)
     id: str
     dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 is for LoRA: full tuning in it loses small steps
+    # mixed precision: weights, optimiser and what crosses stay in dtype, matrix products are computed in bfloat16
+    autocast: Literal["off", "bfloat16"] = "off"
     attention: Literal["sdpa", "eager"] = "sdpa"
     tuning: Tuning = "full"
     lora: LoraConfig = LoraConfig()

@@ -67,6 +67,7 @@ def verify(
     ] = None,
     link: Annotated[str, typer.Option(help="How the client reaches the server.")] = "in-process",
     dtype: Annotated[Dtype, typer.Option(help="Type of weights and activations.")] = Dtype.float32,
+    autocast: Annotated[bool, typer.Option("--autocast", help="Compute matrix products in bfloat16.")] = False,
     attention: Annotated[Attention, typer.Option(help="Models without SDPA run eager anyway.")] = Attention.sdpa,
     memory: Annotated[Memory, typer.Option(help="What the server does with its activations.")] = Memory.keep,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Checkpoint the client's blocks.")] = False,
@@ -106,6 +107,7 @@ def verify(
         steps=steps,
         link=link,
         dtype=dtype.value,
+        autocast="bfloat16" if autocast else "off",
         attention=attention.value,
         memory=memory.value,
         checkpointing=checkpointing,
@@ -196,7 +198,8 @@ def _print_one(outcome: Outcome) -> None:
 def _settings(setup: Setup) -> str:
     """What was done, in a few lines."""
     return (
-        f"{setup.tuning} tuning in {setup.dtype}, {setup.steps} steps of AdamW without clipping, dropout set to 0,\n"
+        f"{setup.tuning} tuning in {setup.dtype} (autocast: {setup.autocast}), {setup.steps} steps of AdamW without "
+        "clipping, dropout set to 0,\n"
         f"random inputs ({setup.batch} examples of {setup.length} tokens, padding: {setup.padding}; images unpadded),\n"
         f"server memory: {setup.memory}, checkpointing: {'on' if setup.checkpointing else 'off'}, link: {setup.link}"
     )

@@ -27,7 +27,8 @@ class WholeModel:
         return first.device
 
     def __call__(self, **batch: Any) -> Any:
-        return self.stage.model(**batch, **self.stage.no_cache)
+        with self.stage.computing():
+            return self.stage.model(**batch, **self.stage.no_cache)
 
     def train(self, mode: bool = True) -> WholeModel:
         self.stage.model.train(mode)

@@ -154,6 +154,7 @@ def _run(probe: Probe) -> Measured:
         labels=probe.labels,
         dtype=config.dtype,
         attention=config.attention,
+        autocast=config.autocast,
         pad_token_id=0,
     )
     tune(

@@ -38,6 +38,7 @@ def build_world(config: RunConfig) -> World:
         labels=federation.task.label_names,
         dtype=config.model.dtype,
         attention=config.model.attention,
+        autocast=config.model.autocast,
         pad_token_id=None if federation.task.model_kind == "image-classification" else pad_id(processor),
         seed=config.seed,
     )
@@ -109,7 +110,7 @@ def _precision_notes(config: RunConfig) -> list[str]:
         return []
     return [
         "full tuning in bfloat16 loses the steps that are small beside their weights (at a rate of 1e-5, nearly all): "
-        'use model.dtype = "float32", or LoRA, whose adapters are float32'
+        'use model.dtype = "float32" (as fast with model.autocast = "bfloat16"), or LoRA, with float32 adapters'
     ]
 
 

@@ -64,6 +64,7 @@ class Setup:
     steps: int = 3
     link: str = "in-process"
     dtype: str = "float32"
+    autocast: str = "off"
     attention: str = "sdpa"
     memory: Literal["keep", "recompute"] = "keep"
     checkpointing: bool = False
@@ -125,6 +126,7 @@ def verify(setup: Setup) -> Outcome:
 
     def load(part: Part | None) -> Stage:
         options = {"dtype": setup.dtype, "attention": setup.attention, "dropout": 0.0, "seed": setup.seed}
+        options["autocast"] = setup.autocast
         return load_stage(name, kind, part, pad_token_id=0, **options)  # type: ignore[arg-type]
 
     whole = load(None)
@@ -175,7 +177,9 @@ def _train_both(setup: Setup, reference: Any, split: SplitModel, witness: _Witne
         batch = tiny_batch(
             reference, padding=setup.padding, batch=setup.batch, length=setup.length, seed=setup.seed + step
         )
-        expected, got = reference(**batch), split(**batch)
+        with split.stage.computing():
+            expected = reference(**batch)
+        got = split(**batch)
         logits = max(logits, difference(expected.logits, got.logits))
         losses = max(losses, difference(expected.loss, got.loss))
         expected.loss.backward()

@@ -43,6 +43,7 @@ def load_stage(
     attention: str = "sdpa",
     pad_token_id: int | None = None,
     dropout: float | None = None,
+    autocast: str = "off",
     seed: int = 0,
 ) -> Stage:
     """Load the ``part`` of a pretrained model that a party owns (``None``: all of it).
@@ -53,6 +54,7 @@ def load_stage(
         labels: the names of the classes, for classifiers.
         attention: an architecture that knows no SDPA (Gemma 2, GPT-Neo, GPT-J, BLOOM) runs eager whatever this says.
         dropout: the rate of every dropout; ``None``: as the model's configuration says.
+        autocast: a type to compute matrix products in, or ``off``: that of the weights (``dtype``).
         seed: of those weights that the checkpoint does not hold, such as a new classifier; equal for every part.
 
     Raises:
@@ -61,6 +63,7 @@ def load_stage(
     name = str(model_id)
     if name.startswith("arch:"):
         whole = _from_zoo(name.removeprefix("arch:"), kind, labels, dtype, attention, dropout or 0.0, seed)
+        whole.autocast = DTYPES.get(autocast)
         return whole if part is None else carve(whole, part)
     config = load_config(name)
     refuse_by_design(f"{name} ({config.model_type})", config)
@@ -108,6 +111,7 @@ def load_stage(
         raise ModelError(f"{name} has {anatomy.blocks} blocks, so there is no block {max(part.blocks)}")
     model.requires_grad_(False)
     stage = Stage(model, anatomy, part or Part.whole(anatomy.blocks))
+    stage.autocast = DTYPES.get(autocast)
     stage.weights = weights_fingerprint(name)
     return stage
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ class Stage:
         self.model = model
         self.anatomy = anatomy
         self.part = part
+        self.autocast: torch.dtype | None = None  # what matrix products compute in, if not in the weights' type
         self.lent = False  # whether the tensors belong to another stage as well
         self.weights: str | None = None  # which pretrained weights these are, where that is known
         self._tuples: bool | None = None
@@ -69,7 +71,8 @@ class Stage:
             if inputs.get(key):
                 raise ModelError(f"{key}=True was asked for, but a split model has its blocks in several places")
         wanted = {key: value for key, value in inputs.items() if key not in NOT_FOR_BLOCKS} | self.no_cache
-        hidden_BTH, plan = planning.record(self.model, self.blocks, wanted, self._tuples)
+        with self.computing():
+            hidden_BTH, plan = planning.record(self.model, self.blocks, wanted, self._tuples)
         self._tuples = plan.tuples
         if not self._probed:
             self._probe(hidden_BTH, plan, inputs)
@@ -136,13 +139,24 @@ class Stage:
 
     def run(self, hidden_BTH: Tensor, plan: Plan, start: int, stop: int) -> Tensor:
         """Run blocks [start, stop) on a hidden state (B, T, H)."""
-        return plan.replay(self.blocks, hidden_BTH, start, stop)
+        if self.autocast is not None and hidden_BTH.is_leaf and hidden_BTH.requires_grad:
+            # A leaf's cast is kept and shared by all that read it, whose gradients would then be summed in bfloat16.
+            hidden_BTH = hidden_BTH.view_as(hidden_BTH)
+        with self.computing():
+            return plan.replay(self.blocks, hidden_BTH, start, stop)
 
     def finish(self, hidden_BTH: Tensor, inputs: Mapping[str, Any], plan: Plan) -> Any:
         """Final norm, head and, with labels, loss: the model's own output object, from the last hidden state."""
         if not self.part.ends:
             raise ModelError("a stage without the ends of the model cannot compute its output")
-        return planning.finish(self.model, self.blocks, hidden_BTH, {**inputs, **self.no_cache}, plan.tuples)
+        with self.computing():
+            return planning.finish(self.model, self.blocks, hidden_BTH, {**inputs, **self.no_cache}, plan.tuples)
+
+    def computing(self) -> AbstractContextManager[None]:
+        """What the model computes in inside the ``with`` block: mixed precision, if :attr:`autocast` says so."""
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(self.model.device.type, dtype=self.autocast)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that this party trains, by their full names in the model."""
@@ -172,6 +186,7 @@ def carve(source: Stage, part: Part) -> Stage:
     stage = Stage(model, source.anatomy, part)
     stage._tuples = source._tuples
     stage.lent = True
+    stage.autocast = source.autocast
     stage.weights = source.weights
     stage._probed = source._probed or not part.ends
     return stage
