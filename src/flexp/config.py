@@ -67,6 +67,7 @@ class ClientsConfig(Section):
     names: list[str] | None = None  # only these clients (column, file and skew), in this order
     count: PositiveInt | None = None  # how many clients (partitioners)
     alpha: Rate = 0.5  # dirichlet: concentration (smaller is more skewed)
+    over: str | None = None  # dirichlet, pathological: divide by this column (a domain, say) instead of the label
     classes: PositiveInt = 2  # pathological: labels per client
     min_examples: PositiveInt = 2  # dirichlet: the smallest admissible client
     skew: Annotated[float, Field(ge=0.5, le=1.0)] = 0.75  # skew: share of the first half of the labels at VALUE-a

@@ -158,3 +158,26 @@ def test_a_separate_test_source_of_natural_clients() -> None:
     tests = partition_test(made, Facts(2, None, ["x", "y"]), Facts(3, None, ["y", "z", "x"]), config, 0)
     assert tests.clients == {"x": [2], "y": [0]}
     assert tests.notes == ["test rows of z are not used: no such client"]
+
+
+def test_dirichlet_over_a_column_mixes_its_values_and_not_the_labels() -> None:
+    rows = 1200
+    domains = [f"domain-{row % 4}" for row in range(rows)]
+    labels = [f"label-{row % 3}" for row in range(rows)]
+    facts = Facts(rows, labels, kinds=domains)
+    config = ClientsConfig(by="dirichlet", over="domain", count=4, alpha=0.05, min_examples=150)  # a third is a third
+    made = partition(facts, config, 0)
+    shares = [max(Counter(domains[row] for row in owned).values()) / len(owned) for owned in made.clients.values()]
+    spread = [max(Counter(labels[row] for row in owned).values()) / len(owned) for owned in made.clients.values()]
+    assert sum(shares) / 4 > 0.7  # nearly one domain each
+    assert max(spread) < 0.45  # while labels stay near a third
+    test = Facts(400, [f"label-{row % 3}" for row in range(400)], kinds=[f"domain-{row % 4}" for row in range(400)])
+    given = partition_test(made, facts, test, config, 0)
+    for name, owned in given.clients.items():
+        seen = {domains[row] for row in made.clients[name]}
+        assert {f"domain-{row % 4}" for row in owned} <= seen
+
+
+def test_over_is_refused_where_nothing_divides_by_it() -> None:
+    with pytest.raises(ConfigError, match="over is for"):
+        partition(Facts(10, ["a"] * 10, kinds=["x"] * 10), ClientsConfig(by="iid", over="domain", count=2), 0)

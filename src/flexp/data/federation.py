@@ -85,14 +85,16 @@ class _Source:
             self.rows.require(name, key)
         if by in ("column", "skew"):
             self.rows.require(config.clients.column, "data.clients.column")
-        if config.group is not None:
-            self.rows.require(config.group, "data.group")
+        for name, key in ((config.group, "data.group"), (config.clients.over, "data.clients.over")):
+            if name is not None:
+                self.rows.require(name, key)
         gaps = () if isinstance(config.choices, str) else config.choices  # rows may have fewer choices than columns
         for name in self.needed:
             if name not in gaps and name != config.image:
                 check_present(self.rows.values(name), name, self.rows.place)
         self.labels = self._labels() if config.task in LABELLED else None
-        self.facts = Facts(len(self.rows), self.labels, self._owners(), self._lengths(), self._groups())
+        kinds = None if config.clients.over is None else self._texts(config.clients.over)
+        self.facts = Facts(len(self.rows), self.labels, self._owners(), self._lengths(), self._groups(), kinds)
 
     def encode(self, task: Task, indices: Sequence[int]) -> list[Example]:
         """The examples of the given rows."""

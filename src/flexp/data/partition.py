@@ -46,6 +46,7 @@ class Facts:
     owners: Sequence[str] | None = None  # of the column or the file
     lengths: Sequence[int] | None = None
     groups: Sequence[str] | None = None  # rows of a group go to one client
+    kinds: Sequence[str] | None = None  # what dirichlet and pathological divide by, if not the labels
 
 
 def partition(facts: Facts, config: ClientsConfig, seed: int) -> Partition:
@@ -59,9 +60,14 @@ def partition(facts: Facts, config: ClientsConfig, seed: int) -> Partition:
     """
     if config.by in NATURAL:
         return _select(Partition(_owned(facts)), config)
-    if config.by in BY_LABEL and facts.labels is None:
+    if config.over is not None and config.by not in ("dirichlet", "pathological"):
         raise ConfigError(
-            f'data.clients.by = "{config.by}" divides by labels, but the task has none; use column, iid, size or length'
+            f'data.clients.over is for by = "dirichlet" or "pathological", not for "{config.by}"; remove it'
+        )
+    if config.by in BY_LABEL and facts.labels is None and facts.kinds is None:
+        raise ConfigError(
+            f'data.clients.by = "{config.by}" divides by labels, but the task has none; name a column with '
+            "data.clients.over, or use column, iid, size or length"
         )
     if config.by == "skew":
         return _select(_skewed(facts, config.skew, seed), config)
@@ -87,15 +93,15 @@ def partition_test(train: Partition, facts: Facts, test: Facts, config: ClientsC
     """Divide the rows of a separate test source among the clients of ``train``, so that each is tested on its own kind.
 
     Natural clients, ``length`` and ``skew`` apply the same rule again; for the others every label's test rows are
-    dealt out in proportion to the clients' training rows of that label.
+    dealt out in proportion to the clients' training rows of that label (or of that value of ``over``).
     """
     if config.by in (*NATURAL, "length", "skew"):
         again = partition(test, config.model_copy(update={"names": None}), seed)
         strangers = [name for name in again.clients if name not in train.clients]
         notes = [f"test rows of {', '.join(strangers)} are not used: no such client"] if strangers else []
         return Partition({name: again.clients.get(name, []) for name in train.clients}, again.notes + notes)
-    labels: Sequence[Hashable] = facts.labels if facts.labels is not None else [0] * facts.count
-    test_labels: Sequence[Hashable] = test.labels if test.labels is not None else [0] * test.count
+    labels: Sequence[Hashable] = facts.kinds or facts.labels or [0] * facts.count
+    test_labels: Sequence[Hashable] = test.kinds or test.labels or [0] * test.count
     clients: dict[str, list[int]] = {name: [] for name in train.clients}
     left_out = 0
     for label in sorted(set(test_labels), key=str):
@@ -215,7 +221,7 @@ def _regrouped(owned: list[list[int]], facts: Facts, config: ClientsConfig, seed
     ``length`` aims at the very rows instead; ``pathological`` leaves out rows whose label is none of the client's.
     """
     assert facts.groups is not None
-    kinds: Sequence[Hashable] = [0] * facts.count if facts.labels is None else facts.labels
+    kinds: Sequence[Hashable] = facts.kinds or facts.labels or [0] * facts.count
     if config.by == "length":
         owner = {row: client for client, rows in enumerate(owned) for row in rows}
         kinds = [owner.get(row) for row in range(facts.count)]
@@ -248,9 +254,10 @@ def _partitioned(facts: Facts, config: ClientsConfig, seed: int) -> list[list[in
             raise ConfigError('data.clients.by = "length" needs texts, but the task has none; use another partitioner')
         order.sort(key=lambda row: lengths[row])  # stable: equal lengths stay in random order
     columns: dict[str, Any] = {"row": order}
-    if facts.labels is not None:
-        number = {label: index for index, label in enumerate(sort_labels(facts.labels))}
-        columns["label"] = [number[facts.labels[row]] for row in order]
+    kinds = facts.kinds if facts.kinds is not None else facts.labels
+    if kinds is not None:
+        number = {kind: index for index, kind in enumerate(sort_labels(kinds))}
+        columns["kind"] = [number[kinds[row]] for row in order]
     dataset = datasets.Dataset.from_dict(columns)
     reason = ""
     for attempt in range(20):  # a draw may be impossible where the next one is not
@@ -258,11 +265,11 @@ def _partitioned(facts: Facts, config: ClientsConfig, seed: int) -> list[list[in
         made: Any
         if config.by == "dirichlet":
             made = flwr.DirichletPartitioner(
-                count, "label", config.alpha, min_partition_size=config.min_examples, seed=draw
+                count, "kind", config.alpha, min_partition_size=config.min_examples, seed=draw
             )
         elif config.by == "pathological":
             made = flwr.PathologicalPartitioner(
-                count, "label", config.classes, class_assignment_mode="first-deterministic", seed=draw
+                count, "kind", config.classes, class_assignment_mode="first-deterministic", seed=draw
             )
         elif config.by == "size":
             made = flwr.LinearPartitioner(count)
