@@ -1,4 +1,4 @@
-"""CLINC150 (Larson et al., EMNLP 2019, CC BY 3.0) as rows that FlexP reads: one query a row, with its intent and domain.
+"""CLINC150 (Larson et al., EMNLP 2019, CC BY 3.0) as rows that FlexP reads: a query, its intent and domain.
 
     python experiments/clinc150.py FOLDER
 
