@@ -1,7 +1,7 @@
 """The statistics of a comparison, as pure functions of numbers.
 
 A score is first averaged over a run's clients, then over the seeds: the seeds are the sample, so an interval says how
-much of a difference is luck of partition, order and initialisation. A missing value (``None``) is never counted as zero.
+much of a difference is luck of partition, order and initialisation. A missing value (``None``) never counts as zero.
 """
 
 from __future__ import annotations
