@@ -1,13 +1,14 @@
 """The statistics of a comparison, as pure functions of numbers.
 
 A score is first averaged over a run's clients, then over the seeds: the seeds are the sample, so an interval says how
-much of a difference is luck of partition, order and initialisation. A missing value (``None``) never counts as zero.
+much of a difference is luck of partition, order and initialisation. What has a missing value (``None``: a client or a
+seed whose score is not a number) has no mean: one without the failed ones would flatter.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 CONFIDENCE = 0.95
@@ -36,9 +37,9 @@ class Interval:
 
 
 def interval(values: Iterable[float | None], confidence: float = CONFIDENCE) -> Interval | None:
-    """The mean of ``values`` with Student's t interval on n − 1 degrees of freedom; ``None`` without any value.
+    """The mean of ``values`` with Student's t interval on n − 1 degrees of freedom.
 
-    Missing values are left out, and ``n`` says how many are left.
+    ``None`` without any value, or when one is missing.
     """
     present = _present(values)
     if not present:
@@ -63,24 +64,26 @@ def paired(
     """
     sign = 1.0 if higher_is_better else -1.0
     both = [(reference[seed], other[seed]) for seed in sorted(reference.keys() & other.keys())]
-    return interval(sign * (mine - theirs) for mine, theirs in both if mine is not None and theirs is not None)
+    return interval(None if mine is None or theirs is None else sign * (mine - theirs) for mine, theirs in both)
 
 
 def mean(values: Iterable[float | None]) -> float | None:
     """The mean over clients; ``None`` when there are none, or when one client's value is missing."""
-    given = list(values)
-    present = _present(given)
-    return math.fsum(present) / len(present) if present and len(present) == len(given) else None
+    present = _present(values)
+    return math.fsum(present) / len(present) if present else None
 
 
-def worst_decile(scores: Sequence[float | None], higher_is_better: bool) -> float | None:
+def worst_decile(scores: Iterable[float | None], higher_is_better: bool) -> float | None:
     """The mean of the worst 10 % of clients: ⌊n / 10⌋ of them, at least one. ``None`` when a score is missing."""
     present = _present(scores)
-    if not present or len(present) != len(scores):
+    if not present:
         return None
     ordered = sorted(present, reverse=not higher_is_better)
     return mean(ordered[: max(1, len(ordered) // 10)])
 
 
 def _present(values: Iterable[float | None]) -> list[float]:
-    return [float(value) for value in values if value is not None and math.isfinite(value)]
+    """All of ``values``, or none when one is missing or not finite."""
+    given = list(values)
+    present = [float(value) for value in given if value is not None and math.isfinite(value)]
+    return present if len(present) == len(given) else []

@@ -90,20 +90,19 @@ def reached(run: Run, axis: Axis, budget: float, clock: bool) -> Reached | None:
         cost = spent(entry, axis, clock)
         if cost is None:
             return None
-        if cost <= budget:
+        if cost <= budget * (1 + 1e-9):  # sums of floats differ in their last digits
             best = max(best, int(entry["round"]))
     return Reached(best, mean(side_scores(run, "personal", best)))
 
 
-def view(comparison: Mapping[str, Any], name: str, axis: Axis) -> dict[int, Reached]:
-    """By seed, where the method ``name`` stood at the reference's budget on ``axis``."""
+def view(comparison: Mapping[str, Any], name: str, axis: Axis, limit: float | None = None) -> dict[int, Reached]:
+    """By seed, where the method ``name`` stood at ``limit`` (bytes or seconds; default: the reference's) on ``axis``."""
     if axis == "examples":
         return {
             seed: Reached(last_round(run), mean(side_scores(run, "personal")))
             for seed, run in runs(comparison, name).items()
         }
-    clock, limits = has_clock(comparison), budgets(comparison, axis)
-    found = {
-        seed: reached(run, axis, limits[seed], clock) for seed, run in runs(comparison, name).items() if seed in limits
-    }
+    clock, mine = has_clock(comparison), runs(comparison, name)
+    limits = budgets(comparison, axis) if limit is None else dict.fromkeys(mine, limit)
+    found = {seed: reached(run, axis, limits[seed], clock) for seed, run in mine.items() if seed in limits}
     return {seed: place for seed, place in found.items() if place is not None}

@@ -21,6 +21,29 @@ def change(before: float | None, after: float | None, metric: str) -> str:
     return text.replace("-", "−") if text.strip("+-0.") else "±0"
 
 
+def interval(mean: float | None, half: float | None, metric: str, note: str = "") -> str:
+    """A mean and half its interval with equal decimals: ``83.9 ± 1.2 %``, ``24.2 ± 0.3``; ``note`` in brackets."""
+    if mean is None:
+        return MISSING
+    decimals = 1 if is_fraction(metric) else _decimals(mean)
+    scale, unit = (100, " %") if is_fraction(metric) else (1, "")
+    spread = "" if half is None else f" ± {scale * half:,.{decimals}f}"
+    return f"{scale * mean:,.{decimals}f}{spread}{unit}" + (f" ({note})" if note else "")
+
+
+def difference(mean: float | None, half: float | None, metric: str, note: str = "") -> str:
+    """A signed difference and half its interval, accuracies in points: ``+4.1 ± 1.0``; ``note`` in brackets."""
+    if mean is None:
+        return MISSING
+    decimals = 1 if is_fraction(metric) else max(2, _decimals(half or 0.0) if half and half < 0.0995 else 2)
+    scale = 100 if is_fraction(metric) else 1
+    text = f"{scale * mean:+,.{decimals}f}".replace("-", "−")
+    if not text.strip("+−0.,"):
+        text = "±0" if half is None else text[1:]
+    spread = "" if half is None else f" ± {scale * half:,.{decimals}f}"
+    return f"{text}{spread}" + (f" ({note})" if note else "")
+
+
 def pair(before: float | None, after: float | None, metric: str) -> str:
     """``63.2 → 83.9 %``; the unit is written once."""
     if before is None:
