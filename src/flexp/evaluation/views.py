@@ -96,7 +96,7 @@ def reached(run: Run, axis: Axis, budget: float, clock: bool) -> Reached | None:
 
 
 def view(comparison: Mapping[str, Any], name: str, axis: Axis, limit: float | None = None) -> dict[int, Reached]:
-    """By seed, where the method ``name`` stood at ``limit`` (bytes or seconds; default: the reference's) on ``axis``."""
+    """By seed, where the method ``name`` stood at ``limit`` (bytes or seconds; default: what the reference spent)."""
     if axis == "examples":
         return {
             seed: Reached(last_round(run), mean(side_scores(run, "personal")))

@@ -25,8 +25,8 @@ def interval(mean: float | None, half: float | None, metric: str, note: str = ""
     """A mean and half its interval with equal decimals: ``83.9 ± 1.2 %``, ``24.2 ± 0.3``; ``note`` in brackets."""
     if mean is None:
         return MISSING
-    decimals = 1 if is_fraction(metric) else _decimals(mean)
     scale, unit = (100, " %") if is_fraction(metric) else (1, "")
+    decimals = 1 if is_fraction(metric) else _enough(_decimals(mean), half)
     spread = "" if half is None else f" ± {scale * half:,.{decimals}f}"
     return f"{scale * mean:,.{decimals}f}{spread}{unit}" + (f" ({note})" if note else "")
 
@@ -35,13 +35,12 @@ def difference(mean: float | None, half: float | None, metric: str, note: str = 
     """A signed difference and half its interval, accuracies in points: ``+4.1 ± 1.0``; ``note`` in brackets."""
     if mean is None:
         return MISSING
-    decimals = 1 if is_fraction(metric) else max(2, _decimals(half or 0.0) if half and half < 0.0995 else 2)
     scale = 100 if is_fraction(metric) else 1
-    text = f"{scale * mean:+,.{decimals}f}".replace("-", "−")
-    if not text.strip("+−0.,"):
-        text = "±0" if half is None else text[1:]
+    decimals = 1 if is_fraction(metric) else _enough(_decimals(max(abs(mean), half or 0.0)), half)
+    size = f"{abs(scale * mean):,.{decimals}f}"
+    sign = "" if not size.strip("0.") else "−" if mean < 0 else "+"
     spread = "" if half is None else f" ± {scale * half:,.{decimals}f}"
-    return f"{text}{spread}" + (f" ({note})" if note else "")
+    return f"{sign}{size}{spread}" + (f" ({note})" if note else "")
 
 
 def pair(before: float | None, after: float | None, metric: str) -> str:
@@ -114,3 +113,10 @@ def _decimals(value: float) -> int:
     if magnitude >= 9.995:
         return 1
     return 2 if magnitude >= 0.0995 else 4
+
+
+def _enough(decimals: int, half: float | None) -> int:
+    """More decimals, four at most, where half an interval would else be written as zero."""
+    while half and decimals < 4 and not f"{half:.{decimals}f}".strip("0."):
+        decimals += 1
+    return decimals

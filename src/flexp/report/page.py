@@ -6,7 +6,7 @@ Text is escaped here or by whoever calls; the page's content security policy for
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from typing import Any
@@ -72,17 +72,21 @@ def cards(made: Iterable[str]) -> str:
     return f'<div class="cards">\n{"".join(made)}</div>\n'
 
 
-def table(headers: Sequence[str], rows: Iterable[tuple[Sequence[str], str]]) -> str:
+def table(headers: Sequence[str], rows: Iterable[tuple[Sequence[str], str]], words: Collection[int] = ()) -> str:
     """A table that scrolls sideways where it is too wide.
 
     Args:
         headers: text.
         rows: the cells as HTML, the first one names the row; and the row's class, or nothing.
+        words: columns that hold words, not numbers: they start at the left and may be broken.
     """
-    titles = "".join(f'<th scope="col">{escape(title)}</th>' for title in headers)
+    styles = [' class="words"' if index and index in words else "" for index in range(len(headers))]
+    titles = "".join(
+        f'<th scope="col"{style}>{escape(title)}</th>' for title, style in zip(headers, styles, strict=True)
+    )
     lines = []
     for cells, style in rows:
-        others = "".join(f"<td>{cell}</td>" for cell in cells[1:])
+        others = "".join(f"<td{style}>{cell}</td>" for cell, style in zip(cells[1:], styles[1:], strict=True))
         kind = f' class="{style}"' if style else ""
         lines.append(f'<tr{kind}><th scope="row">{cells[0]}</th>{others}</tr>\n')
     return (

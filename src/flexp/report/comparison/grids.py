@@ -85,8 +85,12 @@ def marked(result: Result) -> str:
 
 
 def dropped_lines(found: list[Result]) -> list[str]:
-    """One sentence for each method that some devices cannot hold."""
-    return [f"{result.name}: {result.dropped}." for result in found if result.dropped.most]
+    """Which methods some devices cannot hold: one sentence for those that lose as many clients."""
+    methods: dict[str, list[str]] = {}
+    for result in found:
+        if result.dropped.most:
+            methods.setdefault(str(result.dropped), []).append(result.name)
+    return [f"{', '.join(names)}: {dropped}." for dropped, names in methods.items()]
 
 
 def reading(comparison: Mapping[str, Any]) -> str:
@@ -177,8 +181,8 @@ def _view(comparison: Mapping[str, Any], axis: views.Axis) -> Grid | None:
     clock = views.has_clock(comparison)
     shown = formats.size(middle) if axis == "bytes" else formats.seconds(middle)
     measure = {
-        "bytes": "sent and received by a client, mean over clients",
-        "time": "on the virtual clock" if clock else "of computing by a client, mean over clients",
+        "bytes": "sent and received, mean over clients and seeds",
+        "time": "on the virtual clock, mean over seeds" if clock else "of computing, mean over clients and seeds",
     }[axis]
     rows = [
         [
@@ -191,7 +195,7 @@ def _view(comparison: Mapping[str, Any], axis: views.Axis) -> Grid | None:
     ]
     caption = (
         f"Own test data after the last evaluated round within what {comparison['reference']} spent: {shown} {measure} "
-        "(mean over seeds; each seed has its own budget). Round 0 is before training."
+        "(each seed has its own budget). Round 0 is before training."
     )
     headers = ["Method", f"{metric.capitalize()}, own data", "After round", _difference_header(comparison)]
     bold = frozenset(index for index, standing in enumerate(found) if standing.is_reference)
@@ -219,8 +223,9 @@ def _settings(comparison: Mapping[str, Any]) -> Grid:
     caption = "What each method ran with: chosen on validation data where it was tuned, else as given."
     tuning = comparison.get("tuning") or {}
     if tuning.get("measure"):
-        seeds = ", ".join(str(seed) for seed in tuning.get("seeds") or [])
-        caption += f" Chosen by: {tuning['measure']}" + (f" (seeds {seeds})." if seeds else ".")
+        seeds = list(tuning.get("seeds") or [])
+        which = f" (seed{'' if len(seeds) == 1 else 's'} {', '.join(str(seed) for seed in seeds)})" if seeds else ""
+        caption += f" Chosen by: {tuning['measure']}{which}."
     return Grid("settings", "Settings", caption, headers, rows, frozenset(bold), frozenset({0, 1, 2}))
 
 

@@ -29,7 +29,7 @@ _LATEX = {
     "|": r"\textbar{}",
     '"': r"\textquotedbl{}",
     "`": r"\textasciigrave{}",
-    "'": r"\textquotesingle{}",
+    "'": "{'}",
     "±": r"$\pm$",
     "−": r"$-$",
     "–": "--",
@@ -136,4 +136,10 @@ def _plain(text: str) -> str:
 
 def _tex(text: str) -> str:
     """``text`` so that LaTeX shows it as it is, on one line."""
-    return "".join(_LATEX.get(sign, sign) for sign in " ".join(text.split()) if sign.isprintable())
+    shown, before = [], ""
+    for sign in " ".join(text.split()):
+        if sign.isprintable():
+            shown.append("{}-" if sign == before == "-" else _LATEX.get(sign, sign))  # "--" would be a dash
+            before = sign
+    # The end of a table line, two backslashes, would take a star or a bracket for its own.
+    return "{}" + "".join(shown) if shown and shown[0] in ("*", "[") else "".join(shown)
