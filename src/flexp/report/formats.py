@@ -22,11 +22,14 @@ def change(before: float | None, after: float | None, metric: str) -> str:
 
 
 def interval(mean: float | None, half: float | None, metric: str, note: str = "") -> str:
-    """A mean and half its interval with equal decimals: ``83.9 ± 1.2 %``, ``24.2 ± 0.3``; ``note`` in brackets."""
+    """A mean and half its interval with equal decimals: ``83.9 ± 1.2 %``, ``24.2 ± 0.3``; ``note`` in brackets.
+
+    A loss has three decimals at least.
+    """
     if mean is None:
         return MISSING
     scale, unit = (100, " %") if is_fraction(metric) else (1, "")
-    decimals = 1 if is_fraction(metric) else _enough(_decimals(mean), half)
+    decimals = 1 if is_fraction(metric) else _enough(max(_decimals(mean), 3 if metric == "loss" else 0), half)
     spread = "" if half is None else f" ± {scale * half:,.{decimals}f}"
     return f"{scale * mean:,.{decimals}f}{spread}{unit}" + (f" ({note})" if note else "")
 

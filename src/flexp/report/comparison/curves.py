@@ -38,7 +38,7 @@ def learning(comparison: Mapping[str, Any], side: str) -> Plot | None:
     figure.update_layout(legend={"traceorder": "reversed"})
     caption = f"On {SIDE_NAME[side]}: mean over clients and seeds."
     if any(point.half is not None for name in bands for point in curves[name].values()):
-        caption += f" Band: 95 % interval over seeds{'' if len(bands) == len(curves) else ' of the reference'}."
+        caption += f" Band: 95 % interval{'' if len(bands) == len(curves) else ' of the reference'} over seeds."
     caption += " Click a name to hide a method, twice to see it alone."
     return Plot(f"learning-{side}", f"Learning curves, {SIDE_NAME[side]}", caption, figure)
 
@@ -88,7 +88,7 @@ def against_cost(comparison: Mapping[str, Any], axis: views.Axis) -> Plot | None
     else:
         title = "Virtual time (s)" if clock else "Computing per client (s)"
         what = "virtual time" if clock else "seconds that a client computed, mean over clients and seeds"
-    figure.update_xaxes(title=title, **(_log_ticks(least, largest / factor) if wide else {"rangemode": "tozero"}))
+    figure.update_xaxes(title=title, **(_log_ticks(least, largest / factor) if wide else _from_zero(largest / factor)))
     figure.update_yaxes(title=score_title(metric), **score_axis(metric, shown))
     figure.update_layout(legend={"traceorder": "reversed"})
     caption = f"Own test data after each evaluated round, against {what}." + (" Logarithmic." if wide else "")
@@ -104,29 +104,31 @@ def against_memory(comparison: Mapping[str, Any]) -> Plot | None:
     largest = max(result.memory or 0.0 for result in found)
     factor, unit = byte_unit(largest)
     figure = blank(height=HEIGHT)
-    points, ends = [], list[float]()
+    points = []
     for result in found:
         if result.personal is None or result.memory is None:
             continue
         score, style = result.personal, look[result.name]
         points.append((result.name + (" †" if result.dropped.most else ""), result.memory / factor, score.mean))
-        ends += _ends(score)
         figure.add_scatter(
             x=[result.memory / factor],
             y=[score.mean],
-            error_y={"array": [score.half or 0.0], "thickness": 1.2, "width": 3},
             name=literal(result.name),
             mode="markers",
             marker=style.marker(11),
             showlegend=False,
             hovertemplate=f"%{{fullData.name}}<br>%{{x:.4g}} {unit}: {_shown(score, metric)}<extra></extra>",
         )
-    margin = 0.08 * (max(ends) - min(ends)) or abs(max(ends)) * 0.1 or 1.0
-    label_points(figure, points, min(ends) - margin, max(ends) + margin)
+    heights = [height for _, _, height in points]
+    margin = 0.1 * (max(heights) - min(heights)) or 0.1 * abs(heights[0]) or 1.0
+    label_points(figure, points, min(heights) - margin, max(heights) + margin)
     figure.update_xaxes(title=f"Peak memory of a client ({unit})", range=[0, 1.06 * largest / factor])
     ticks = {"tickformat": ".0%"} if formats.is_fraction(metric) else {}
     figure.update_yaxes(title=score_title(metric), **ticks)
-    caption = "Own test data after the last round; bars: 95 % interval over seeds. Memory: the highest of any client."
+    caption = "Own test data after the last round, mean over clients and seeds. Memory: the highest of any client."
+    unknown = [result.name for result in results(comparison) if result.memory is None]
+    if unknown:
+        caption += f" Not measured: {', '.join(unknown)}."
     if any(result.dropped.most for result in found):
         caption += " † Some clients' devices cannot hold this method."
     return Plot("against-memory", "Score against memory", caption, figure)
@@ -182,6 +184,11 @@ def _ends(point: Interval) -> tuple[float, ...]:
 def _shown(point: Interval, metric: str) -> str:
     note = f"n = {point.n}" if point.half is None else ""
     return formats.interval(point.mean, point.half, metric, note)
+
+
+def _from_zero(most: float) -> dict[str, Any]:
+    """With room beside zero, where the curves of methods that cost nothing stand."""
+    return {"range": [-0.025 * most, 1.04 * most]}
 
 
 def _log_ticks(least: float, most: float) -> dict[str, Any]:

@@ -95,20 +95,20 @@ def _cards(comparison: Mapping[str, Any], found: list[Result]) -> list[str]:
     label = f"{metric.capitalize()}, own test data"
     made = [page.card(reference.name, score(reference.personal, metric, seeds), label)]
     if best is not None:
-        made.append(page.card(f"Best other: {best.name}", score(best.personal, metric, seeds), label))
-        value = difference(best.difference, metric, seeds)
-        unit = "points, " if formats.is_fraction(metric) else ""
+        ahead = difference(best.difference, metric, seeds)
+        unit = " points" if formats.is_fraction(metric) else ""
         sure = best.difference is not None and best.difference.excludes_zero
-        verdict = "the interval excludes zero" if sure else "zero is within reach of chance"
-        made.append(page.card(f"{reference.name} better than {best.name} by", value, f"{unit}paired; {verdict}"))
+        detail = f"{reference.name} better by {ahead}{unit}, paired" + ("" if sure else "; may be chance")
+        made.append(page.card(f"Best other: {best.name}", score(best.personal, metric, seeds), detail))
     for title, values in (
         ("Peak memory on a client", [result.memory for result in (reference, *others)]),
         ("Sent and received by a client", [_traffic(result) for result in (reference, *others)]),
     ):
-        own, known = values[0], [value for value in values[1:] if value is not None]
-        if own is not None:
-            among = f"; others {formats.size(min(known))} to {formats.size(max(known))}" if known else ""
-            made.append(page.card(title, formats.size(own), f"{reference.name}{among}"))
+        if values[0] is not None:
+            known = sorted({value for value in values[1:] if value is not None})
+            ends = dict.fromkeys(formats.size(value) for value in (known[:1] + known[-1:]))
+            detail = reference.name + (f"; others {' to '.join(ends)}" if ends else "")
+            made.append(page.card(title, formats.size(values[0]), detail))
     return made
 
 
