@@ -255,7 +255,8 @@ class EvaluationConfig(Section):
 class OutputConfig(Section):
     """What a run leaves behind."""
 
-    checkpoint_every: PositiveInt = 1  # rounds; the last two stay, and with validation data the best
+    # rounds; the last two stay, and with validation data the best; 0: none at all, so that nothing can be resumed
+    checkpoint_every: Annotated[int, Field(ge=0)] = 1
     tensorboard: bool = True
     html: bool = True
 

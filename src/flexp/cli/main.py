@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from flexp import __version__
-from flexp.cli import assets, bench, run, verify
+from flexp.cli import assets, bench, compare, run, verify
 from flexp.errors import USER_ERROR, FlexpError
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app = typer.Typer(
 )
 app.command("demo")(run.demo)
 app.command("run")(run.run)
+app.command("compare")(compare.compare)
 app.command("report")(run.report)
 app.command("verify")(verify.verify)
 app.add_typer(assets.app, name="assets")

@@ -133,7 +133,8 @@ class _Run:
         best = None
         if picked_on(self.scored) == VALIDATION:  # a round picked on test data is nothing to go back to
             best = best_round(self.scored, self.world.federation.task.higher_is_better)
-        if last or number == best or number % self.config.output.checkpoint_every == 0:
+        every = self.config.output.checkpoint_every
+        if every and (last or number == best or number % every == 0):
             checkpoints.save(self.out / "checkpoints", number, self.method.state(), best)
 
     def _on_step(self, number: int, step: Step) -> None:
@@ -147,10 +148,13 @@ class _Run:
         task, size = self.world.federation.task, self.config.evaluation.batch_size
         scores: Scores = {}
         extras = number in (0, self.config.train.rounds)  # scores that need forward passes of their own
+        alike = getattr(self.method, "same_for_all", False)
+        everybody: dict[str, float] | None = None
         for client in self.world.federation.clients:
             forward = self.method.personal(client.name)
             personal = evaluate(forward, task, client.test, size, extras=extras)
-            everybody = evaluate(forward, task, self.everybody, size, extras=extras)
+            if everybody is None or not alike:
+                everybody = evaluate(forward, task, self.everybody, size, extras=extras)
             sides = {"personal": personal, "global": everybody}
             if client.validation:
                 sides[VALIDATION] = evaluate(forward, task, client.validation, size, extras=False)

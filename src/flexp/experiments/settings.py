@@ -19,25 +19,38 @@ def load(path: Path, overrides: Iterable[str] = (), seed: int | None = None) -> 
     """Read a ``CONFIG.toml``, apply ``key=value`` overrides such as ``train.rounds=3``, and validate it.
 
     Files and folders that it names beside itself are found from anywhere, and from then on by their absolute paths;
-    those of overrides, as all that is typed in a shell, from the working directory.
+    those of overrides, as all that is typed in a shell, from the working directory. Tables of :data:`OTHERS` are left
+    to the commands that they are for.
 
     Raises:
         ConfigError: the file cannot be read, or a key is unknown, of the wrong type or impossible.
     """
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); expected a TOML file") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: is not valid TOML: {error}") from error
+    content = {table: keys for table, keys in read(path).items() if table not in OTHERS}
     _locate(content, [path.parent, Path()])
-    for override in overrides:
-        _override(content, override)
+    for text in overrides:
+        override(content, text)
     _locate(content, [Path()])
     if seed is not None:
         content["seed"] = seed
     return validate(content, str(path))
 
+
+def read(path: Path) -> dict[str, Any]:
+    """The content of a TOML file, not validated.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); expected a TOML file") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: is not valid TOML: {error}") from error
+
+
+OTHERS: frozenset[str] = frozenset({"compare"})
+"""Tables of a ``CONFIG.toml`` that are not a run's: ``[compare]`` is read by :mod:`flexp.comparison.config`."""
 
 PLACES = (("model", "id"), ("data", "source"), ("data", "test_source"))
 """Keys that may name a file or a folder."""
@@ -71,10 +84,15 @@ def validate(content: Mapping[str, Any], where: str) -> RunConfig:
         raise ConfigError(f"{where}: {_explain(error.errors()[0])}") from error
 
 
-def _override(content: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
+def override(content: dict[str, Any], setting: str) -> None:
+    """Put the value of one ``key=value`` into ``content``, in place.
+
+    Raises:
+        ConfigError: it has another form, or a part of the key is no table.
+    """
+    key, equals, text = setting.partition("=")
     if not equals or not key.strip():
-        raise ConfigError(f"--set {override}: expected key=value, for instance --set train.rounds=3")
+        raise ConfigError(f"--set {setting}: expected key=value, for instance --set train.rounds=3")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -84,7 +102,7 @@ def _override(content: dict[str, Any], override: str) -> None:
     for name in tables:
         table = table.setdefault(name, {})
         if not isinstance(table, dict):
-            raise ConfigError(f"--set {override}: {name} is a value, not a table of keys")
+            raise ConfigError(f"--set {setting}: {name} is a value, not a table of keys")
     table[leaf] = value
 
 

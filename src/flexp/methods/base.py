@@ -68,7 +68,11 @@ class Account:
 
 
 class Method(Protocol):
-    """A way to give every client its own model."""
+    """A way to give every client its own model.
+
+    Where that is one and the same model for all, the class says ``same_for_all = True``, and everybody's test data are
+    scored once.
+    """
 
     def train_round(self, number: int, on_step: OnStep) -> None:
         """Let every client have its turn of ``train.steps_per_round`` steps. Rounds count from 1."""

@@ -29,6 +29,8 @@ from flexp.optim import Updater
 class Centralized:
     """One model for all."""
 
+    same_for_all = True
+
     def __init__(self, world: World) -> None:
         self.world = world
         clients = world.federation.clients

@@ -14,3 +14,5 @@ from flexp.methods.federated import Federated
 
 class FedAvg(Federated):
     """One global model; the common mechanics as they are."""
+
+    same_for_all = True

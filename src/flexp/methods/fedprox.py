@@ -16,6 +16,8 @@ from flexp.methods.workbench import Weights
 class FedProx(Federated):
     """FedAvg whose clients do not go far."""
 
+    same_for_all = True
+
     def turn(self, client: Client, received: Weights, number: int, on_step: OnStep) -> Weights:
         with self.bench.before_update(self.bench.pulled(received, self.world.config.method.fedprox.mu)):
             return super().turn(client, received, number, on_step)

@@ -16,6 +16,8 @@ from flexp.methods.base import Account, Forward, OnStep, State, World
 class Pretrained:
     """Every client's personal model is the model before training."""
 
+    same_for_all = True
+
     def __init__(self, world: World) -> None:
         self.model = WholeModel(world.source)
 

@@ -1,0 +1,150 @@
+"""``flexp compare``."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flexp.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from flexp.comparison.config import Comparison
+
+INCOMPLETE = 1
+"""Exit code of a comparison from which runs are missing."""
+
+
+def compare(
+    config: Annotated[Path | None, typer.Argument(help="A run's configuration, with a [compare] table or not.")] = None,
+    methods: Annotated[str | None, typer.Option(help="What to compare: methods or variants, with commas.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="How many seeds, or which: 5, or 3,4,7.")] = None,
+    trials: Annotated[int | None, typer.Option(help="Settings to try for each method.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at the same time.")] = max(1, min(2, os.cpu_count() or 1)),
+    out: Annotated[Path | None, typer.Option("--out", help="Folder; default: comparisons/NAME.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. train.rounds=3.")
+    ] = None,
+    no_tune: Annotated[bool, typer.Option("--no-tune", help="Run all with the configuration's own settings.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the runs.")] = False,
+    report_only: Annotated[bool, typer.Option("--report-only", help="Only make the report of --out anew.")] = False,
+) -> None:
+    """Tune and run several methods on the same clients, batches and budget. Again with the same --out, it goes on."""
+    from flexp.comparison.config import load
+
+    if report_only:
+        from flexp.comparison import collect
+
+        if out is None:
+            raise ConfigError("say which comparison: flexp compare --report-only --out DIR")
+        _show(collect.load(out), out)
+        return
+    if config is None:
+        raise ConfigError("say what to compare: flexp compare CONFIG.toml")
+    changes: dict[str, Any] = {"trials": trials, "tune": False if no_tune else None}
+    changes["methods"] = None if methods is None else [name.strip() for name in methods.split(",") if name.strip()]
+    changes["seeds"] = None if seeds is None else _numbers(seeds)
+    wanted = load(config, settings or (), {key: value for key, value in changes.items() if value is not None})
+    folder = out or Path("comparisons") / (re.sub(r"[^\w.-]+", "-", wanted.base.name).strip(".-")[:80] or "comparison")
+    if dry_run:
+        _list(wanted, folder)
+    else:
+        _go(wanted, folder, jobs)
+
+
+def _go(wanted: Comparison, folder: Path, jobs: int) -> None:
+    from flexp.comparison.compare import compare as do
+    from flexp.comparison.progress import Display
+
+    try:
+        with Display(wanted.base.name) as display:
+            outcome = do(wanted, folder, jobs, display)
+    except KeyboardInterrupt:
+        typer.echo(f"go on with the same command and --out {folder}; finished runs are kept", err=True)
+        raise
+    _show(outcome.comparison, folder)
+    if outcome.failures:
+        typer.secho(f"flexp: the comparison is incomplete; {len(outcome.failures)} missing:", fg="red", err=True)
+        for line in outcome.failures:
+            typer.secho(f"  {line}", fg="red", err=True)
+        raise typer.Exit(INCOMPLETE)
+
+
+def _list(wanted: Comparison, folder: Path) -> None:
+    from flexp.comparison.cells import is_done
+    from flexp.comparison.compare import plan
+
+    count = 0
+    for track in plan(wanted):
+        for cell in [*track.tuning, *track.final]:
+            shown = ", ".join(f"{key} = {value}" for key, value in cell.settings.items())
+            state = "done" if is_done(cell, folder) else "to do"
+            typer.echo(f"{state:6} {cell.folder}  {cell.purpose}  {cell.name}  {shown}")
+            count += 1
+        if track.chosen is None:
+            for seed in wanted.seeds:
+                typer.echo(f"later  cells/{track.entry.name}/final-seed-{seed}-…  with the best of its trials")
+                count += 1
+    typer.echo(f"{count} runs in {folder}")
+
+
+def _numbers(text: str) -> int | list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--seeds {text}: expected a number of seeds, or seeds with commas") from None
+    return numbers if "," in text else numbers[0]
+
+
+def _show(comparison: dict[str, Any], folder: Path) -> None:
+    """The table, and the report where there is a room for it."""
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)  # a log or a pipe need not be narrow
+    try:
+        from flexp.report import comparison as report  # type: ignore[attr-defined,unused-ignore]
+    except ImportError:
+        _fallback(comparison, console)
+    else:
+        console.print(report.terminal_table(comparison))
+        for path in report.write_all(comparison, folder):
+            console.print(f"{path}", soft_wrap=True, markup=False)
+    console.print(f"Saved in {folder}", soft_wrap=True, markup=False)
+
+
+def _fallback(comparison: dict[str, Any], console: Console) -> None:
+    """A plain table until flexp.report.comparison is there; then this goes."""
+    from rich.table import Table
+
+    from flexp.comparison.statistics import last_means, mean_ci, paired
+
+    metric, higher = comparison["metric"], comparison["higher_is_better"]
+    table = Table(title=f"{comparison['name']}: {metric} at the last round, mean ± 95 % over seeds")
+    for title in (
+        "method",
+        "own test data",
+        "worst decile",
+        "everybody's",
+        f"{comparison['reference']} − it",
+        "settings",
+    ):
+        table.add_column(title)
+    reference = next((m for m in comparison["methods"] if m["name"] == comparison["reference"]), None)
+    for method in comparison["methods"]:
+        cells = []
+        for what in ("personal", "worst_decile", "global"):
+            mean, half = mean_ci(list(last_means(method, what, higher).values()))
+            cells.append("–" if mean is None else f"{mean:.4f}" + ("" if half is None else f" ± {half:.4f}"))
+        mean, half = paired(reference, method, "personal", higher) if reference else (None, None)
+        own = reference is not None and method["name"] == reference["name"]
+        cells.append("" if own or mean is None else f"{mean:+.4f}" + ("" if half is None else f" ± {half:.4f}"))
+        chosen = ", ".join(f"{key.removeprefix('train.')}={value}" for key, value in method["settings"].items())
+        table.add_row(method["name"], *cells, chosen)
+    console.print(table)

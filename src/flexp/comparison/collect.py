@@ -1,0 +1,163 @@
+"""From the folders of all cells to ``comparison.json`` (schema 1; docs/compare.md says what is in it)."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flexp.comparison.cells import Cell, is_done, validation
+from flexp.comparison.config import Comparison, Entry
+from flexp.comparison.grid import Settings
+from flexp.errors import StorageError
+from flexp.files import read_json, write_json
+from flexp.report.metrics import Record, read
+
+SCHEMA = 1
+FILE = "comparison.json"
+MEASURE = "mean validation score at the last round"
+
+Result = tuple[Entry, list[Settings], list[Cell], Settings | None, list[Cell]]
+"""An entry, what was tried, the tuning cells, what was chosen (None: nothing yet), the final cells."""
+
+
+def gather(comparison: Comparison, out: Path, results: Sequence[Result]) -> dict[str, Any]:
+    """The content of ``comparison.json``: whatever is finished."""
+    methods, first = [], None
+    for entry, tried, tuning, chosen, final in results:
+        runs = [run for cell in final if (run := _run(cell, out)) is not None]
+        _share_memory(runs)
+        trials = [{"settings": settings, "validation": _validation(tuning, n, out)} for n, settings in enumerate(tried)]
+        methods.append(
+            {"name": entry.name, "method": entry.method, "settings": chosen or {}, "trials": trials, "runs": runs}
+        )
+        if first is None and runs:
+            first = read_json(out / runs[0]["folder"] / "summary.json")
+    summary: Mapping[str, Any] = first or {}
+    model = summary.get("model", {})
+    keys = ("id", "kind", "parameters", "blocks", "hidden", "tuning", "dtype")
+    return {
+        "schema": SCHEMA,
+        "name": comparison.base.name,
+        "metric": summary.get("metric"),
+        "higher_is_better": summary.get("higher_is_better"),
+        "seeds": comparison.seeds,
+        "reference": comparison.reference,
+        "model": {key: model.get(key) for key in keys},
+        "machine": summary.get("machine", {}),
+        "versions": summary.get("versions", {}),
+        "config": comparison.base.resolved(),
+        "tuning": {
+            "seeds": comparison.tune_seeds if comparison.config.tune else [],
+            "trials_per_method": comparison.config.trials if comparison.config.tune else 0,
+            "measure": MEASURE,
+        },
+        "methods": methods,
+    }
+
+
+def write(content: dict[str, Any], out: Path) -> Path:
+    """Write ``comparison.json`` in ``out``."""
+    write_json(out / FILE, content)
+    return out / FILE
+
+
+def load(out: Path) -> dict[str, Any]:
+    """Read ``comparison.json`` of ``out``.
+
+    Raises:
+        StorageError: there is none, or it is another version's.
+    """
+    if not (out / FILE).is_file():
+        raise StorageError(f"{out}: has no {FILE}; expected the folder of a comparison (flexp compare --out)")
+    content = read_json(out / FILE)
+    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+        raise StorageError(f"{out / FILE}: is not of schema {SCHEMA}; run flexp compare again")
+    return content
+
+
+def trial_score(cells: Sequence[Cell], out: Path) -> tuple[float, float, bool] | None:
+    """A trial's score and loss on validation data, mean over its seeds, and whether a higher score is better.
+
+    ``None`` if it could not be finished with any one of them.
+    """
+    found = []
+    for cell in cells:
+        result = validation(cell, out) if is_done(cell, out) else None
+        if result is None:
+            return None
+        found.append(result)
+    higher = bool(read_json(out / cells[0].folder / "summary.json")["higher_is_better"])
+    return statistics.fmean(score for score, _ in found), statistics.fmean(loss for _, loss in found), higher
+
+
+def _validation(tuning: Sequence[Cell], number: int, out: Path) -> float | None:
+    found = trial_score([cell for cell in tuning if cell.trial == number], out)
+    return None if found is None else found[0]
+
+
+def _run(cell: Cell, out: Path) -> dict[str, Any] | None:
+    """One entry of ``runs``; None if the cell is not finished."""
+    if not is_done(cell, out):
+        return None
+    folder = out / cell.folder
+    summary, records = read_json(folder / "summary.json"), read(folder / "metrics.jsonl")
+    metric, number = summary["metric"], len(summary["clients"])
+    before = [record for record in records if record["kind"] == "eval" and record["round"] == 0]
+    return {
+        "seed": cell.seed,
+        "folder": cell.folder.as_posix(),
+        "before": {side: {r["client"]: r[side][metric] for r in before} for side in ("personal", "global")},
+        "dropped": list(summary.get("dropped") or []),
+        "rounds": _rounds(records, metric, number),
+        "best_round": summary["scores"]["best"]["round"],
+        "picked_on": summary["scores"]["picked_on"],
+        "clients": [_client(client) for client in summary["clients"]],
+    }
+
+
+def _rounds(records: Sequence[Record], metric: str, clients: int) -> list[dict[str, Any]]:
+    """The evaluated rounds; what the diary sums over clients becomes a mean."""
+    totals = {int(record["round"]): record for record in records if record["kind"] == "round"}
+    rounds: dict[int, dict[str, Any]] = {}
+    for record in records:
+        number = int(record["round"])
+        if record["kind"] != "eval" or number not in totals:
+            continue
+        total = totals[number]
+        found = rounds.setdefault(
+            number,
+            {
+                "round": number,
+                **{key: {} for key in ("personal", "global", "personal_loss", "global_loss")},
+                "bytes_up": total["bytes_up"] / clients,
+                "bytes_down": total["bytes_down"] / clients,
+                "client_seconds": None if total.get("client_seconds") is None else total["client_seconds"] / clients,
+                "virtual_seconds": total.get("virtual_seconds"),
+            },
+        )
+        for side in ("personal", "global"):
+            found[side][record["client"]] = record[side][metric]
+            found[f"{side}_loss"][record["client"]] = record[side]["loss"]
+    return [rounds[number] for number in sorted(rounds)]
+
+
+def _client(client: Mapping[str, Any]) -> dict[str, Any]:
+    keys = ("name", "cut", "device", "train_examples", "peak_memory_bytes", "bytes_up", "bytes_down")
+    later = ("client_seconds", "client_flops", "server_flops", "personal_parameters")
+    return {key: client.get(key) for key in (*keys, *later)}
+
+
+def _share_memory(runs: Sequence[dict[str, Any]]) -> None:
+    """Peak memory is measured with one seed of a method, and holds for the others: same cuts, same sizes."""
+    known = {
+        client["name"]: client["peak_memory_bytes"]
+        for run in runs
+        for client in run["clients"]
+        if client["peak_memory_bytes"] is not None
+    }
+    for run in runs:
+        for client in run["clients"]:
+            if client["peak_memory_bytes"] is None:
+                client["peak_memory_bytes"] = known.get(client["name"])

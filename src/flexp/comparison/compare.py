@@ -1,0 +1,180 @@
+"""A whole comparison: tune every method, run it with every seed, gather. Called again, it goes on where it was."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flexp.comparison import collect
+from flexp.comparison.cells import Cell, final_cell, is_done, tuning_cell
+from flexp.comparison.config import Comparison, Entry
+from flexp.comparison.grid import Settings, trials, untried
+from flexp.comparison.workers import Pool
+from flexp.errors import ConfigError
+from flexp.files import write_json
+
+
+@dataclass
+class Track:
+    """One entry's way through the comparison."""
+
+    entry: Entry
+    tried: list[Settings]
+    tuning: list[Cell]
+    chosen: Settings | None = None
+    final: list[Cell] = field(default_factory=list)
+
+
+@dataclass
+class Outcome:
+    """What a comparison came to: the content of ``comparison.json``, and what is missing from it, one line each."""
+
+    comparison: dict[str, Any]
+    failures: list[str]
+    done: int  # cells that this call did
+    kept: int  # cells that were there already
+
+
+class Watcher:
+    """Is told what happens; see :class:`flexp.comparison.progress.Display` for one that shows it."""
+
+    def plan(self, cells: int, cost: float, kept: int) -> None:
+        """So many cells are to be done, ``kept`` are there already."""
+
+    def began(self, cell: Cell) -> None:
+        """A worker has it."""
+
+    def ended(self, cell: Cell, problem: str | None) -> None:
+        """It is done, or not, for that reason."""
+
+    def chose(self, entry: Entry, settings: Settings) -> None:
+        """Tuning of ``entry`` is over."""
+
+
+def plan(comparison: Comparison) -> list[Track]:
+    """Every entry's tuning cells, and the final cells of those that are not tuned; checks all configurations.
+
+    Raises:
+        ConfigError: a grid or a setting is not possible.
+    """
+    tracks = []
+    for entry in comparison.entries:
+        tried = trials(comparison, entry)
+        tuning = [
+            tuning_cell(comparison, entry, number, settings, seed)
+            for number, settings in enumerate(tried)
+            for seed in comparison.tune_seeds
+        ]
+        track = Track(entry, tried, tuning)
+        if not tried:
+            _choose(comparison, track, untried(comparison, entry))
+        tracks.append(track)
+    return tracks
+
+
+def compare(comparison: Comparison, out: Path, jobs: int, watcher: Watcher | None = None) -> Outcome:
+    """Do in ``out`` whatever is not done there yet, and write ``comparison.json``.
+
+    A cell that fails is noted and the others go on.
+
+    Raises:
+        ConfigError: the configuration is impossible, or ``out`` holds something else.
+    """
+    watcher = watcher or Watcher()
+    tracks = plan(comparison)
+    if (out / "config.json").exists():
+        raise ConfigError(f"{out} holds a run: choose another --out for the comparison")
+    write_json(out / "plan.json", {"base": comparison.base.resolved(), "compare": comparison.config.model_dump()})
+    state = _State(comparison, out, watcher, tracks)
+    with Pool(jobs, out) as pool:
+        while state.waiting or pool.busy:
+            while state.waiting and pool.free:
+                cell = state.next()
+                watcher.began(cell)
+                pool.give(cell)
+            for cell, problem in pool.take():
+                state.ended(cell, problem)
+    content = collect.gather(comparison, out, [(t.entry, t.tried, t.tuning, t.chosen, t.final) for t in tracks])
+    collect.write(content, out)
+    return Outcome(content, state.failures, state.done, state.kept)
+
+
+class _State:
+    """What is waiting, and what follows from what has ended."""
+
+    def __init__(self, comparison: Comparison, out: Path, watcher: Watcher, tracks: list[Track]) -> None:
+        self.comparison, self.out, self.watcher = comparison, out, watcher
+        self.waiting: list[Cell] = []
+        self.failures: list[str] = []
+        self.done = self.kept = 0
+        self._tracks = {track.entry.name: track for track in tracks}
+        self._open: dict[str, set[Path]] = {}
+        for track in tracks:
+            cells = track.tuning or track.final
+            self._open[track.entry.name] = {cell.folder for cell in track.tuning if not self._queue(cell)}
+            if not track.tuning:
+                for cell in cells:
+                    self._queue(cell)
+            else:
+                self._tuned(track)
+        seeds = len(comparison.seeds)
+        later = [
+            cell.cost for track in tracks if track.chosen is None for cell in track.tuning[:1] for _ in range(seeds)
+        ]
+        waiting = [cell.cost for cell in self.waiting]
+        watcher.plan(len(waiting) + len(later), sum(waiting) + sum(later), self.kept)
+
+    def next(self) -> Cell:
+        """Tuning first, as more waits for it; then the longest."""
+        cell = min(self.waiting, key=lambda cell: (cell.purpose != "tune", -cell.cost))
+        self.waiting.remove(cell)
+        return cell
+
+    def ended(self, cell: Cell, problem: str | None) -> None:
+        self.watcher.ended(cell, problem)
+        if problem is None:
+            self.done += 1
+        else:
+            self.failures.append(f"{cell.name}: {problem}")
+        track = self._tracks[cell.entry]
+        if cell.purpose == "tune":
+            self._open[cell.entry].discard(cell.folder)
+            self._tuned(track)
+
+    def _queue(self, cell: Cell) -> bool:
+        """Whether it is done already; else it waits."""
+        done = is_done(cell, self.out)
+        if done:
+            self.kept += 1
+        else:
+            self.waiting.append(cell)
+        return done
+
+    def _tuned(self, track: Track) -> None:
+        if self._open[track.entry.name] or track.chosen is not None:
+            return
+        best = choose(self.out, track)
+        if best is None:
+            self.failures.append(f"{track.entry.name}: no trial could be finished, so that it is left out")
+            return
+        _choose(self.comparison, track, best)
+        self.watcher.chose(track.entry, best)
+        for cell in track.final:
+            self._queue(cell)
+
+
+def choose(out: Path, track: Track) -> Settings | None:
+    """The trial with the best validation score, by loss among equals, the earliest of the still equal ones."""
+    ranked = []
+    for number, settings in enumerate(track.tried):
+        found = collect.trial_score([cell for cell in track.tuning if cell.trial == number], out)
+        if found is not None:
+            score, loss, higher = found
+            ranked.append((-score if higher else score, loss, number, settings))
+    return min(ranked, key=lambda item: item[:3])[3] if ranked else None
+
+
+def _choose(comparison: Comparison, track: Track, settings: Settings) -> None:
+    track.chosen = settings
+    track.final = [final_cell(comparison, track.entry, settings, seed) for seed in comparison.seeds]

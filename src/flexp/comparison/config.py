@@ -1,0 +1,174 @@
+"""The ``[compare]`` table of a ``CONFIG.toml``: what is compared, over which seeds, and how it is tuned."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import Field, PositiveInt, ValidationError, field_validator
+
+from flexp.config import MethodConfig, Rate, RunConfig, Section
+from flexp.errors import ConfigError
+from flexp.experiments import settings
+
+HEADLINE = ["flexp-sfl", "local", "fedavg", "fedavg-ft", "pfedme", "ditto"]
+"""What is compared when nothing is said."""
+
+Grid = dict[str, list[Any]]
+"""Configuration key → the values to try."""
+
+NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
+
+
+class VariantConfig(Section):
+    """A method with settings of its own, under a name of its own."""
+
+    method: str | None = None  # None: the variant's name is the method's
+    set: dict[str, Any] = Field(default_factory=dict)  # fixed: not tuned
+    grid: Grid | None = None  # None: that of the method
+
+
+class CompareConfig(Section):
+    """What ``flexp compare`` compares. Its options of the same names go before these keys."""
+
+    methods: list[str] = Field(default_factory=lambda: list(HEADLINE), min_length=1)  # of METHODS or of variants
+    seeds: PositiveInt | list[int] = 5  # so many from the run's seed on, or these
+    trials: PositiveInt = 6  # of each method
+    tune: bool = True  # False: every method with the configuration's own settings
+    tune_seeds: PositiveInt = 1  # so many of the first seeds
+    validation_fraction: float = Field(0.25, gt=0.0, lt=1.0)  # of private examples, in tuning, unless data has its own
+    lrs: list[Rate] | None = None  # learning rates to try; None: factors around train.personal.lr
+    reference: str | None = None  # None: flexp-sfl if it is compared, else the first
+    variants: dict[str, VariantConfig] = Field(default_factory=dict)
+    grids: dict[str, Grid] = Field(default_factory=dict)  # method → its grid, in place of the default one
+
+    @field_validator("seeds")
+    @classmethod
+    def _some(cls, seeds: int | list[int]) -> int | list[int]:
+        if isinstance(seeds, list) and (not seeds or len(set(seeds)) < len(seeds)):
+            raise ValueError("seeds must be different, and one at least")
+        return seeds
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One thing that is compared: ``name`` labels it, ``method`` is its key in METHODS."""
+
+    name: str
+    method: str
+    fixed: dict[str, Any]
+    grid: Grid | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A comparison as it was asked for: everything that must be known before any model is loaded."""
+
+    base: RunConfig
+    config: CompareConfig
+    entries: list[Entry]
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds of the final runs."""
+        wanted = self.config.seeds
+        return wanted if isinstance(wanted, list) else [self.base.seed + index for index in range(wanted)]
+
+    @property
+    def tune_seeds(self) -> list[int]:
+        """The seeds of the tuning runs."""
+        return self.seeds[: self.config.tune_seeds]
+
+    @property
+    def reference(self) -> str:
+        """Whose paired difference to every other is shown."""
+        names = [entry.name for entry in self.entries]
+        return self.config.reference or ("flexp-sfl" if "flexp-sfl" in names else names[0])
+
+
+def load(path: Path, overrides: Iterable[str] = (), changes: Mapping[str, Any] | None = None) -> Comparison:
+    """Read a ``CONFIG.toml`` with its ``[compare]`` table, if it has one.
+
+    Args:
+        overrides: ``key=value``, of the run, or of the table as ``compare.key=value``.
+        changes: keys of the table that go before it.
+
+    Raises:
+        ConfigError: what is unknown, of the wrong type or impossible.
+    """
+    overrides = list(overrides)
+    own = [text for text in overrides if text.strip().startswith("compare.")]
+    base = settings.load(path, [text for text in overrides if text not in own])
+    content: dict[str, Any] = {"compare": settings.read(path).get("compare", {})}
+    for text in own:
+        settings.override(content, text)
+    table = content["compare"]
+    if not isinstance(table, dict):
+        raise ConfigError(f"{path}: compare = {table!r} is not allowed: expected a table [compare]")
+    try:
+        config = CompareConfig.model_validate({**table, **(changes or {})})
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {_explain(error.errors()[0])}") from error
+    return make(base, config)
+
+
+def make(base: RunConfig, config: CompareConfig) -> Comparison:
+    """Find what the names of ``config.methods`` mean.
+
+    Raises:
+        ConfigError: a name is unknown or doubled, or the reference is not compared.
+    """
+    for name in config.variants:
+        if not NAME.fullmatch(name):
+            raise ConfigError(f"compare.variants.{name!r}: a variant's name is letters, digits and . _ + - only")
+    names = config.methods
+    doubled = next((name for name in names if names.count(name) > 1), None)
+    if doubled is not None:
+        raise ConfigError(f"compare.methods names {doubled!r} twice")
+    entries = [_entry(name, config) for name in names]
+    if config.reference is not None and config.reference not in names:
+        raise ConfigError(
+            f"compare.reference = {config.reference!r} is not compared: expected one of {', '.join(names)}"
+        )
+    for method in config.grids:
+        _known(method, methods(), "compare.grids")
+    return Comparison(base, config, entries)
+
+
+def methods() -> list[str]:
+    """The names of all methods, known without importing any."""
+    return list(get_args(MethodConfig.model_fields["name"].annotation))
+
+
+def _entry(name: str, config: CompareConfig) -> Entry:
+    variant = config.variants.get(name)
+    if variant is None:
+        _known(name, [*methods(), *config.variants], "compare.methods")
+        return Entry(name, name, {}, config.grids.get(name))
+    method = variant.method or name
+    _known(method, methods(), f"compare.variants.{name}.method")
+    return Entry(name, method, dict(variant.set), config.grids.get(method) if variant.grid is None else variant.grid)
+
+
+def _known(name: str, known: list[str], where: str) -> None:
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+        did = f"did you mean {near[0]!r}? " if near else ""
+        raise ConfigError(f"{where}: there is no {name!r}; {did}known: {', '.join(known)}")
+
+
+def _explain(problem: Mapping[str, Any]) -> str:
+    place = [str(part) for part in problem["loc"] if part not in ("int", "list[int]", "constrained-int")]
+    key = ".".join(["compare", *place])
+    if problem["type"] == "extra_forbidden":
+        known = list((VariantConfig if len(place) > 1 else CompareConfig).model_fields)
+        near = difflib.get_close_matches(place[-1], known, n=1, cutoff=0.5)
+        did = f"did you mean {near[0]!r}? " if near else ""
+        return f"unknown key {key}; {did}known here: {', '.join(known)}"
+    if problem["type"] == "value_error":
+        return f"{key}: {problem['ctx']['error']}"
+    return f"{key} = {problem['input']!r} is not allowed: expected {problem['msg'].removeprefix('Input should be ')}"
