@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import plotly.graph_objects as go
@@ -18,6 +19,16 @@ DASHES = ("solid", "dash", "dot", "dashdot")
 SIDE_COLOUR = {"personal": BLUE, "global": VERMILION}
 SIDE_NAME = {"personal": "own test data", "global": "everybody's test data"}
 GRID = "rgba(128,128,128,0.22)"
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure with what is written above and below it."""
+
+    key: str
+    title: str
+    caption: str
+    figure: Any
 
 
 def bars(clients: Sequence[Any], parts: Sequence[tuple[str, str, list[float]]], unit: str, mode: str) -> Any:

@@ -21,6 +21,31 @@ def change(before: float | None, after: float | None, metric: str) -> str:
     return text.replace("-", "−") if text.strip("+-0.") else "±0"
 
 
+def interval(mean: float | None, half: float | None, metric: str, note: str = "") -> str:
+    """A mean and half its interval with equal decimals: ``83.9 ± 1.2 %``, ``24.2 ± 0.3``; ``note`` in brackets.
+
+    A loss has three decimals at least.
+    """
+    if mean is None:
+        return MISSING
+    scale, unit = (100, " %") if is_fraction(metric) else (1, "")
+    decimals = 1 if is_fraction(metric) else _enough(max(_decimals(mean), 3 if metric == "loss" else 0), half)
+    spread = "" if half is None else f" ± {scale * half:,.{decimals}f}"
+    return f"{scale * mean:,.{decimals}f}{spread}{unit}" + (f" ({note})" if note else "")
+
+
+def difference(mean: float | None, half: float | None, metric: str, note: str = "") -> str:
+    """A signed difference and half its interval, accuracies in points: ``+4.1 ± 1.0``; ``note`` in brackets."""
+    if mean is None:
+        return MISSING
+    scale = 100 if is_fraction(metric) else 1
+    decimals = 1 if is_fraction(metric) else _enough(_decimals(max(abs(mean), half or 0.0)), half)
+    size = f"{abs(scale * mean):,.{decimals}f}"
+    sign = "" if not size.strip("0.") else "−" if mean < 0 else "+"
+    spread = "" if half is None else f" ± {scale * half:,.{decimals}f}"
+    return f"{sign}{size}{spread}" + (f" ({note})" if note else "")
+
+
 def pair(before: float | None, after: float | None, metric: str) -> str:
     """``63.2 → 83.9 %``; the unit is written once."""
     if before is None:
@@ -91,3 +116,10 @@ def _decimals(value: float) -> int:
     if magnitude >= 9.995:
         return 1
     return 2 if magnitude >= 0.0995 else 4
+
+
+def _enough(decimals: int, half: float | None) -> int:
+    """More decimals, four at most, where half an interval would else be written as zero."""
+    while half and decimals < 4 and not f"{half:.{decimals}f}".strip("0."):
+        decimals += 1
+    return decimals

@@ -2,39 +2,23 @@
 anywhere.
 
 The page is a pure function of the run folder: equal folders give equal pages. Whatever comes from the run
-(names, configuration, versions) is escaped, and the page's content security policy forbids it to reach any
-host.
+(names, configuration, versions) is escaped (``page.py``).
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import plotly.io as pio
-from plotly.offline import get_plotlyjs
-
 from flexp.errors import StorageError
 from flexp.files import read_json, write_text
-from flexp.report import formats, metrics, plots, tables
+from flexp.report import formats, metrics, page, plots, tables
 from flexp.report.metrics import Record
 from flexp.report.summary import SCHEMA
 
 FILE = "report.html"
-POLICY = "; ".join(
-    (
-        "default-src 'none'",
-        "script-src 'unsafe-inline'",
-        "style-src 'unsafe-inline'",
-        "img-src data: blob:",
-        "base-uri 'none'",
-        "form-action 'none'",
-    )
-)
 NARROW = ("traffic", "time")
 """Plots that share a row on a wide screen."""
 
@@ -62,43 +46,31 @@ def write_report(run_dir: Path) -> Path:
     records = metrics.read(diary) if diary.is_file() else []
     resolved = read_json(config) if config.is_file() else None
     try:
-        page = render(summary, records, resolved)
+        text = render(summary, records, resolved)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise StorageError(
             f"{run_dir}: summary.json or metrics.jsonl is not as FlexP writes it "
             f"({type(error).__name__}: {error}); restore them, or run again"
         ) from error
     target = run_dir / FILE
-    write_text(target, page)
+    write_text(target, text)
     return target
 
 
 def render(summary: Mapping[str, Any], records: Sequence[Record], config: Any | None) -> str:
     """The whole page as text, about 5 MB of which nearly all is plotly.js."""
-    name = escape(str(summary["name"]))
     body = "".join(
         (
             _head(summary),
             _cards(summary),
             _table(summary),
-            _plots(plots.all_plots(summary, records)),
+            page.plots(plots.all_plots(summary, records), NARROW),
             _notes(summary),
-            _machine(summary),
-            _config(config),
+            page.machine(summary["machine"], summary["versions"]),
+            page.config(config),
         )
     )
-    version = escape(str(summary["versions"].get("flexp", "")))
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="referrer" content="no-referrer">\n'
-        f"<title>{name} · FlexP report</title>\n<style>\n{_asset('page.css')}</style>\n"
-        f"<script>{get_plotlyjs()}</script>\n</head>\n<body>\n<main>\n{body}"
-        f"<footer>Written by FlexP {version} from the run folder alone. "
-        "This page loads nothing from any other place.</footer>\n"
-        "</main>\n</body>\n</html>\n"
-    )
+    return page.document(str(summary["name"]), body, "the run folder", str(summary["versions"].get("flexp", "")))
 
 
 def _head(summary: Mapping[str, Any]) -> str:
@@ -114,13 +86,9 @@ def _head(summary: Mapping[str, Any]) -> str:
     warning = ""
     if not summary["finished"]:
         warning = (
-            '<p class="warning"><strong>This run is not finished.</strong> '
-            "The page shows what was recorded until its last evaluation.</p>\n"
+            "<strong>This run is not finished.</strong> The page shows what was recorded until its last evaluation."
         )
-    return (
-        f'<header>\n<p class="kicker">FlexP report</p>\n<h1>{escape(str(summary["name"]))}</h1>\n'
-        f'<p class="facts">{escape(" · ".join(facts))}</p>\n{warning}</header>\n'
-    )
+    return page.head(str(summary["name"]), facts, warning)
 
 
 def _cards(summary: Mapping[str, Any]) -> str:
@@ -134,20 +102,20 @@ def _cards(summary: Mapping[str, Any]) -> str:
     sent, received = totals.get("bytes_up"), totals.get("bytes_down")
     if sent or received:
         detail = f"{formats.size(sent)} up, {formats.size(received)} down, all clients"
-        cards.append(_card("Traffic of training", formats.size((sent or 0) + (received or 0)), detail))
+        cards.append(page.card("Traffic of training", formats.size((sent or 0) + (received or 0)), detail))
     largest = max((client["personal_parameters"] for client in summary["clients"]), default=0)
     share = 100 * largest / summary["model"]["parameters"] if summary["model"]["parameters"] else 0
     detail = f"of {formats.count(summary['model']['parameters'])} ({share:.2g} %), largest client"
-    cards.append(_card("Personal parameters", formats.count(largest), detail))
+    cards.append(page.card("Personal parameters", formats.count(largest), detail))
     memory = [client["peak_memory_bytes"] for client in summary["clients"] if client.get("peak_memory_bytes")]
     if memory:
         detail = "highest of any client; lowest " + formats.size(min(memory))
-        cards.append(_card("Peak memory on a client", formats.size(max(memory)), detail))
+        cards.append(page.card("Peak memory on a client", formats.size(max(memory)), detail))
     if totals.get("seconds") is not None:
         updates = summary["server"].get("updates")
         detail = "whole run" if updates is None else f"whole run, {formats.count(updates)} server updates"
-        cards.append(_card("Time", formats.seconds(totals["seconds"]), detail))
-    return f'<div class="cards">\n{"".join(cards)}</div>\n'
+        cards.append(page.card("Time", formats.seconds(totals["seconds"]), detail))
+    return page.cards(cards)
 
 
 def _score_card(
@@ -155,42 +123,28 @@ def _score_card(
 ) -> str:
     metric = str(summary["metric"])
     if before[key] is None:
-        return _card(label, formats.score(last[key], metric), "after the last round")
+        return page.card(label, formats.score(last[key], metric), "after the last round")
     points = " points" if formats.is_fraction(metric) else ""
     difference = formats.change(before[key], last[key], metric)
     detail = f"{difference}{points}, from {formats.score(before[key], metric)} before training"
-    return _card(label, formats.score(last[key], metric), detail)
-
-
-def _card(label: str, value: str, detail: str) -> str:
-    return (
-        f'<div class="card"><div class="label">{escape(label)}</div><div class="value">{escape(value)}</div>'
-        f'<div class="detail">{escape(detail)}</div></div>\n'
-    )
+    return page.card(label, formats.score(last[key], metric), detail)
 
 
 def _table(summary: Mapping[str, Any]) -> str:
     metric, higher = str(summary["metric"]), bool(summary["higher_is_better"])
-    head = "".join(f'<th scope="col">{escape(title)}</th>' for title in tables.headers(metric))
     lines = []
     for row in tables.rows(summary):
         cells = [escape(cell) for cell in row.cells(metric)]
         for place, scores in ((3, row.personal), (4, row.everybody)):
             cells[place] += _delta(scores, metric, higher)
-        first, others = cells[0], "".join(f"<td>{cell}</td>" for cell in cells[1:])
-        lines.append(f'<tr{_TOTAL if row.total else ""}><th scope="row">{first}</th>{others}</tr>\n')
+        lines.append((cells, "total" if row.total else ""))
     unit = "in points" if formats.is_fraction(metric) else "of the score"
     worst = "lowest" if higher else "highest"
-    return (
-        "<section>\n<h2>Clients</h2>\n"
-        f'<p class="caption">{escape(metric.capitalize())} before → after training (change {unit}). '
-        f"Worst: the {worst} score, the fewest examples and the highest cost of any client.</p>\n"
-        f'<div class="scroll"><table>\n<thead><tr>{head}</tr></thead>\n'
-        f"<tbody>\n{''.join(lines)}</tbody>\n</table></div>\n</section>\n"
+    caption = (
+        f"{metric.capitalize()} before → after training (change {unit}). "
+        f"Worst: the {worst} score, the fewest examples and the highest cost of any client."
     )
-
-
-_TOTAL = ' class="total"'
+    return page.section("Clients", caption, page.table(tables.headers(metric), lines))
 
 
 def _delta(scores: tables.Pair, metric: str, higher: bool) -> str:
@@ -200,31 +154,6 @@ def _delta(scores: tables.Pair, metric: str, higher: bool) -> str:
     text = formats.change(before, after, metric)
     kind = "same" if text == "±0" else "up" if (after > before) == higher else "down"
     return f'<span class="delta {kind}">{escape(text)}</span>'
-
-
-def _plots(made: Iterable[plots.Plot]) -> str:
-    parts = []
-    for plot in made:
-        figure = pio.to_html(
-            plot.figure,
-            include_plotlyjs=False,
-            full_html=False,
-            div_id=f"plot-{plot.key}",
-            default_width="100%",
-            default_height=f"{plot.figure.layout.height}px",
-            config={
-                "responsive": True,
-                "displaylogo": False,
-                "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"],
-                "toImageButtonOptions": {"format": "svg", "filename": f"flexp-{plot.key}"},
-            },
-        )
-        wide = "" if plot.key in NARROW else " wide"
-        parts.append(
-            f'<section class="plot{wide}">\n<h2>{escape(plot.title)}</h2>\n'
-            f'<p class="caption">{escape(plot.caption)}</p>\n{figure}\n</section>\n'
-        )
-    return f'<div class="grid">\n{"".join(parts)}</div>\n'
 
 
 def _notes(summary: Mapping[str, Any]) -> str:
@@ -267,38 +196,4 @@ def _notes(summary: Mapping[str, Any]) -> str:
         )
     if all(client.get("peak_memory_bytes") is None for client in summary["clients"]):
         notes.append("Peak memory was not measured.")
-    items = "".join(f"<li>{escape(note)}</li>\n" for note in notes)
-    return f'<section>\n<h2>Notes</h2>\n<ul class="notes">\n{items}</ul>\n</section>\n'
-
-
-def _machine(summary: Mapping[str, Any]) -> str:
-    facts = {**_flat(summary["machine"]), **_flat(summary["versions"])}
-    if not facts:
-        return ""
-    items = "".join(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>\n" for key, value in facts.items())
-    return f"<section>\n<h2>Machine and versions</h2>\n<dl>\n{items}</dl>\n</section>\n"
-
-
-def _flat(facts: Mapping[str, Any]) -> dict[str, str]:
-    return {
-        str(key).replace("_", " "): formats.size(value)
-        if str(key).endswith("_bytes") and isinstance(value, int | float)
-        else value
-        if isinstance(value, str)
-        else json.dumps(value, ensure_ascii=False)
-        for key, value in facts.items()
-        if value is not None
-    }
-
-
-def _config(config: Any | None) -> str:
-    if config is None:
-        return ""
-    text = escape(json.dumps(config, indent=2, ensure_ascii=False))
-    return (
-        f"<section>\n<details>\n<summary>Resolved configuration</summary>\n<pre>{text}</pre>\n</details>\n</section>\n"
-    )
-
-
-def _asset(name: str) -> str:
-    return (files("flexp.report") / name).read_text(encoding="utf-8")
+    return page.notes(notes)

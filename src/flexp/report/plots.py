@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from flexp.report import formats
@@ -21,6 +20,7 @@ from flexp.report.figures import (
     PURPLE,
     SIDE_COLOUR,
     SIDE_NAME,
+    Plot,
     bars,
     blank,
     byte_unit,
@@ -38,16 +38,6 @@ from flexp.report.summary import SIDES, scores_by_round
 MOST_POINTS = 1500
 """Points drawn of one client's training curve; longer curves are thinned evenly."""
 SMOOTHING = 0.9
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A figure with what is written above and below it."""
-
-    key: str
-    title: str
-    caption: str
-    figure: Any
 
 
 def all_plots(summary: Mapping[str, Any], records: Sequence[Record]) -> list[Plot]:
