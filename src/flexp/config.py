@@ -109,6 +109,7 @@ class OptimizerConfig(Section):
 
     name: Literal["adamw", "adam", "sgd"] = "adamw"
     lr: Rate = 1e-4
+    new_lr: Rate | None = None  # of weights that no checkpoint holds, such as a new classifier; None: lr
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     momentum: Fraction = 0.0  # sgd

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -17,20 +17,25 @@ class Updater:
 
     Args:
         total_steps: when a schedule reaches zero; needed for ``linear`` and ``cosine``.
+        new: names of the parameters whose rate is ``config.new_lr``, if that is set.
     """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], config: OptimizerConfig, total_steps: int | None = None
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        config: OptimizerConfig,
+        total_steps: int | None = None,
+        new: Collection[str] = (),
     ) -> None:
         self.parameters = dict(parameters)
         self.config = config
         self.total_steps = total_steps
         self.steps = 0
-        self._optimizer = _make(list(self.parameters.values()), config) if self.parameters else None
+        self._optimizer = _make(self.parameters, config, new) if self.parameters else None
 
     @property
     def lr(self) -> float:
-        """The learning rate of the next step."""
+        """The learning rate of the next step (of new weights: ``new_lr``, on the same schedule)."""
         return self.config.lr * schedule(self.config, self.steps, self.total_steps)
 
     def step(self) -> float:
@@ -56,8 +61,9 @@ class Updater:
                 )
             if self.config.clip is not None and norm > self.config.clip:
                 torch._foreach_mul_(gradients, self.config.clip / (norm + 1e-6))
+            factor = schedule(self.config, self.steps, self.total_steps)
             for group in self._optimizer.param_groups:
-                group["lr"] = self.lr
+                group["lr"] = group["peak"] * factor
             self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)
         self.steps += 1
@@ -122,8 +128,17 @@ def schedule(config: OptimizerConfig, step: int, total_steps: int | None) -> flo
     return 0.5 * (1.0 + math.cos(math.pi * min(1.0, (step - config.warmup_steps) / span)))
 
 
-def _make(parameters: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+def _make(
+    parameters: Mapping[str, nn.Parameter], config: OptimizerConfig, new: Collection[str]
+) -> torch.optim.Optimizer:
+    fresh = [name for name in parameters if name in new and config.new_lr is not None]
+    others = [name for name in parameters if name not in fresh]
+    groups = [
+        {"params": [parameters[name] for name in names], "peak": rate, "lr": rate}
+        for names, rate in ((others, config.lr), (fresh, config.new_lr))
+        if names
+    ]
     if config.name == "sgd":
-        return torch.optim.SGD(parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+        return torch.optim.SGD(groups, momentum=config.momentum, weight_decay=config.weight_decay)
     cls = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
-    return cls(parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
+    return cls(groups, betas=config.betas, weight_decay=config.weight_decay, fused=True)

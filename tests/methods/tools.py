@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -74,6 +75,8 @@ class _Stage:
         self.model.bias.requires_grad_(bias)
         self.anatomy = SimpleNamespace(blocks=1)
         self.no_cache: dict[str, Any] = {}
+        self.new: frozenset[str] = frozenset()
+        self.computing = nullcontext
 
     def trainable(self) -> dict[str, nn.Parameter]:
         return {name: value for name, value in self.model.named_parameters() if value.requires_grad}

@@ -38,7 +38,7 @@ class Centralized:
         pool = ClientData("+".join(self.names), list(chain.from_iterable(data.train for data in clients)), [], [])
         stage = own_stage(world, Part.whole(world.source.anatomy.blocks))
         config = world.config
-        updater = Updater(stage.trainable(), config.train.personal, world.total_steps * len(clients))
+        updater = Updater(stage.trainable(), config.train.personal, world.total_steps * len(clients), stage.new)
         seed = client_seed(config.seed, pool.name)
         self.model = WholeModel(stage)
         self.trainer = Trainer(pool, world.federation.task, self.model, updater, config.train, seed=seed)

@@ -31,7 +31,7 @@ def make_trainer(world: World, name: str, model: Trainable, stage: Stage) -> Tra
     """The loop of one client; data, batches, steps and optimiser are the same for every method."""
     data = next(data for data in world.federation.clients if data.name == name)
     config = world.config
-    updater = Updater(stage.trainable(), config.train.personal, world.total_steps)
+    updater = Updater(stage.trainable(), config.train.personal, world.total_steps, stage.new)
     return Trainer(data, world.federation.task, model, updater, config.train, seed=client_seed(config.seed, name))
 
 

@@ -136,7 +136,7 @@ class Worker(Trainer):
         Args:
             state: of those parameters whose optimiser state outlives a round (:func:`optimizer_state`).
         """
-        self.updater = Updater(parameters, config or self.config.personal, self.total)
+        self.updater = Updater(parameters, config or self.config.personal, self.total, self.bench.stage.new)
         if state:
             self.updater.load({"steps": torch.tensor(self.steps), **state})
         try:

@@ -112,6 +112,7 @@ def load_stage(
     model.requires_grad_(False)
     stage = Stage(model, anatomy, part or Part.whole(anatomy.blocks))
     stage.autocast = DTYPES.get(autocast)
+    stage.new = frozenset(missing | resized)
     stage.weights = weights_fingerprint(name)
     return stage
 

@@ -35,6 +35,7 @@ class Stage:
         self.anatomy = anatomy
         self.part = part
         self.autocast: torch.dtype | None = None  # what matrix products compute in, if not in the weights' type
+        self.new: frozenset[str] = frozenset()  # names of weights that no checkpoint holds, such as a new classifier
         self.lent = False  # whether the tensors belong to another stage as well
         self.weights: str | None = None  # which pretrained weights these are, where that is known
         self._tuples: bool | None = None
@@ -187,6 +188,7 @@ def carve(source: Stage, part: Part) -> Stage:
     stage._tuples = source._tuples
     stage.lent = True
     stage.autocast = source.autocast
+    stage.new = source.new
     stage.weights = source.weights
     stage._probed = source._probed or not part.ends
     return stage
