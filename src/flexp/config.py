@@ -201,6 +201,32 @@ class ApflConfig(Section):
     alpha_lr: Annotated[float, Field(ge=0.0)] = 0.1  # of α, which is adapted once a round; 0: fixed
 
 
+class SplitFedConfig(Section):
+    """The one cut of an L-shaped split, the same for all clients (Thapa et al., 2022, arXiv 2004.12088)."""
+
+    cut: Annotated[int, Field(ge=0)] | None = None  # s; None: the smallest s of the clients
+
+
+class SplitLoraConfig(SplitFedConfig):
+    """The same with adapters on both sides (Lin et al., 2024, arXiv 2407.00952)."""
+
+    average_every: PositiveInt = 1  # rounds between two averages of the clients' adapters
+
+
+class SplitFtConfig(Section):
+    """Adapters of a lower rank next to the cut (after SplitFT, arXiv 2604.26388)."""
+
+    cut_rank: PositiveInt | None = None  # of the client's blocks next to the cut; None: half of model.lora.rank
+
+
+class HetLoraConfig(Section):
+    """Averaged adapters of unequal ranks (Cho et al., 2024, arXiv 2401.06432)."""
+
+    # of the clients in their order, repeated for more; None: model.lora.rank for all
+    ranks: Annotated[list[PositiveInt], Field(min_length=1)] | None = None
+    weighting: Literal["examples", "sparsity"] = "examples"  # sparsity: by the norm of B·A
+
+
 class MethodConfig(Section):
     """The method and its own settings.
 
@@ -223,6 +249,12 @@ class MethodConfig(Section):
         "fedrep",
         "per-fedavg",
         "apfl",
+        "splitfed-v1",
+        "splitfed-v2",
+        "splitlora",
+        "split-fedavg",
+        "splitft",
+        "hetlora",
     ] = "flexp-sfl"
     budget: Literal["equal", "paper"] = "equal"
     align: AlignConfig = AlignConfig()
@@ -234,6 +266,10 @@ class MethodConfig(Section):
     fedrep: FedRepConfig = FedRepConfig()
     per_fedavg: PerFedAvgConfig = PerFedAvgConfig()
     apfl: ApflConfig = ApflConfig()
+    splitfed: SplitFedConfig = SplitFedConfig()
+    splitlora: SplitLoraConfig = SplitLoraConfig()
+    splitft: SplitFtConfig = SplitFtConfig()
+    hetlora: HetLoraConfig = HetLoraConfig()
 
 
 class ServerConfig(Section):

@@ -135,6 +135,51 @@ def test_fedper_trains_both_together(monkeypatch: pytest.MonkeyPatch) -> None:
     assert average(method) == pytest.approx(0.2 + 0.5 * (0.07 + 0.25), rel=1e-12)
 
 
+def test_splitfed_v1_averages_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """θ and b have one gradient, θ + b − a: north 0.1, 0.18; south 0.3, 0.54; each on both sides."""
+    method = by_hand(monkeypatch, "splitfed-v1", {}, TWO, steps=2, bias=True)
+    both = method.server.weights
+    assert float(both["base.theta"]) == pytest.approx(0.25 * 0.18 + 0.75 * 0.54, rel=1e-12)
+    assert float(both["bias"]) == pytest.approx(0.25 * 0.18 + 0.75 * 0.54, rel=1e-12)
+
+
+def test_splitfed_v2_trains_the_server_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    method = by_hand(monkeypatch, "splitfed-v2", {}, TWO, steps=2, rounds=4, bias=True)
+    targets, shares, common, bias = {"north": 1.0, "south": 3.0}, {"north": 0.25, "south": 0.75}, 0.0, 0.0
+    orders = [[client.name for client in method.order(number)] for number in (1, 2, 3, 4)]
+    assert {tuple(order) for order in orders} == {("north", "south"), ("south", "north")}
+    for order in orders:
+        own = dict.fromkeys(targets, common)
+        for name in order:
+            for _ in range(2):
+                slope = own[name] + bias - targets[name]
+                own[name], bias = own[name] - 0.1 * slope, bias - 0.1 * slope
+        common = sum(shares[name] * value for name, value in own.items())
+    assert average(method) == pytest.approx(common, rel=1e-12)
+    assert method.bench.parameters["bias"].item() == pytest.approx(bias, rel=1e-12)
+    assert method.server_facts()["updates"] == 4 * 2 * 2
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_splitlora_steps_together(monkeypatch: pytest.MonkeyPatch, every: int) -> None:
+    """The server's step is that of the mean loss of both batches, a client's that of its own."""
+    method = by_hand(monkeypatch, "splitlora", {"average_every": every}, TWO, steps=2, rounds=3, bias=True)
+    targets, shares, bias = {"north": 1.0, "south": 3.0}, {"north": 0.25, "south": 0.75}, 0.0
+    kept, common = dict.fromkeys(targets, 0.0), 0.0
+    for number in (1, 2, 3):
+        for _ in range(2):
+            slopes = {name: kept[name] + bias - target for name, target in targets.items()}
+            kept = {name: kept[name] - 0.1 * slope for name, slope in slopes.items()}
+            bias -= 0.1 * sum(slopes.values()) / 2
+        if number % every == 0:
+            common = sum(shares[name] * value for name, value in kept.items())
+            kept = dict.fromkeys(kept, common)
+    assert {name: own(method, name) for name in kept} == pytest.approx(kept, rel=1e-12)
+    assert average(method) == pytest.approx(common, rel=1e-12)
+    assert method.bench.parameters["bias"].item() == pytest.approx(bias, rel=1e-12)
+    assert method.server_facts()["updates"] == 6
+
+
 def test_steps_are_spread_evenly() -> None:
     for total in range(12):
         for rounds in range(1, 7):

@@ -11,17 +11,20 @@ import pytest
 import torch
 from torch import Tensor
 
+from flexp.client.model import SplitModel
 from flexp.client.whole import WholeModel
 from flexp.errors import ConfigError
 from flexp.experiments import checkpoints
 from flexp.methods import METHODS
+from flexp.methods.split_bench import SplitBench
 
 from ..experiments.tiny import CLIENTS
-from .tools import ONE, equal, make, trained
+from .tools import ADAPTERS, ONE, equal, make, trained
 
 TUNING = pytest.mark.parametrize("tuning", ["full", "lora"])
 FEDERATED = ["fedavg", "fedavg-ft", "fedprox", "pfedme", "ditto", "fedper", "fedrep", "per-fedavg", "apfl"]
-BASELINES = ["centralized", "pretrained", *FEDERATED]
+SPLIT = ["splitfed-v1", "splitfed-v2", "splitlora", "split-fedavg", "splitft"]
+BASELINES = ["centralized", "pretrained", *FEDERATED, "hetlora", *SPLIT]
 SCHEDULED = {"personal": {"schedule": "cosine", "warmup_steps": 2, "weight_decay": 0.1}}
 
 
@@ -146,14 +149,15 @@ def test_every_client_spends_the_budget_to_the_last_gradient(
 ) -> None:
     """Three rounds of four gradient evaluations of four examples for each of three clients, whatever the method."""
     evaluated: list[int] = []
-    call = WholeModel.__call__
+    calls: list[tuple[Any, str]] = [(WholeModel, "__call__"), (SplitBench, "__call__"), (SplitModel, "forward")]
+    for kind, name_of_call in calls:
 
-    def counted(self: WholeModel, **batch: Any) -> Any:
-        if self.stage.model.training:
-            evaluated.append(len(batch["labels"]))
-        return call(self, **batch)
+        def counted(self: Any, call: Any = getattr(kind, name_of_call), **batch: Any) -> Any:
+            if self.stage.model.training:
+                evaluated.append(len(batch["labels"]))
+            return call(self, **batch)
 
-    monkeypatch.setattr(WholeModel, "__call__", counted)
+        monkeypatch.setattr(kind, name_of_call, counted)
     own = {"adapt_steps": 2} if name == "per-fedavg" else {}  # so that nothing remains
     method = trained(home, name, own=own, train={"steps_per_round": 4})
     task = method.world.federation.task if name != "pretrained" else None
@@ -167,7 +171,7 @@ def test_every_client_spends_the_budget_to_the_last_gradient(
     expected = 0 if name == "pretrained" else 12
     assert {method.account(client).gradient_evaluations for client in CLIENTS} == {expected}
     assert evaluated == [4] * (expected * len(CLIENTS))
-    if name in FEDERATED and name not in ("fedavg-ft", "per-fedavg"):
+    if name in (*FEDERATED, "hetlora", *SPLIT) and name not in ("fedavg-ft", "per-fedavg"):
         assert Counter(step.client for step in method.seen) == dict.fromkeys(CLIENTS, 12)
 
 
@@ -208,7 +212,11 @@ def test_batches_are_those_of_local_training(home: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(
-    ("name", "tuning"), [*((name, "full") for name in BASELINES), ("fedavg", "lora"), ("fedper", "lora")]
+    ("name", "tuning"),
+    [
+        *((name, "lora" if name in ADAPTERS else "full") for name in BASELINES),
+        *((name, "lora") for name in ("fedavg", "fedper", "splitfed-v2", "split-fedavg")),
+    ],
 )
 def test_resumed_equals_undisturbed_and_scoring_disturbs_nothing(
     home: Path, tmp_path: Path, name: str, tuning: str
@@ -305,6 +313,13 @@ def test_no_optimiser_outlives_its_turn(home: Path) -> None:
         ("fedprox", {"own": {"mu": -1.0}}, r"method.fedprox.mu"),
         ("apfl", {"own": {"alpha": 1.5}}, r"method.apfl.alpha"),
         ("pfedme", {"own": {"lambda": 1.5}}, r"lambda"),
+        ("splitlora", {"model": {"tuning": "full"}}, r"splitlora .* needs model.tuning = 'lora'"),
+        ("splitft", {"model": {"tuning": "full"}}, r"splitft .* needs model.tuning = 'lora'"),
+        ("hetlora", {"model": {"tuning": "full"}}, r"hetlora .* needs model.tuning = 'lora'"),
+        ("splitft", {"own": {"cut_rank": 9}}, r"cut_rank = 9 is larger than model.lora.rank = 8"),
+        ("splitfed-v1", {"own": {"cut": 4}}, r"splitfed-v1: cut = \(4, 4\) does not fit a model of 4 blocks"),
+        ("splitfed-v2", {"own": {"cut": 0}}, r"splitfed-v2: with a cut of 0 .*expose_embeddings"),
+        ("hetlora", {"own": {"ranks": []}}, r"method.hetlora.ranks"),
     ],
 )
 def test_impossible_settings_are_named(home: Path, name: str, settings: dict[str, Any], message: str) -> None:

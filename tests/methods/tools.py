@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,17 +19,28 @@ from flexp.methods import METHODS, World, federated
 
 from ..experiments.tiny import config
 
+ADAPTERS = {"splitlora", "splitft", "hetlora"}
+"""Methods that need ``model.tuning = "lora"``."""
+
 ONE = {"clients": {"names": ["north"], "cuts": [[2, 3]]}}
 
 
 def make(home: Path, name: str, *, budget: str = "equal", **settings: Any) -> Any:
-    """A method on the tiny BERT with dropout; ``settings`` are tables, of which ``own`` is the method's."""
-    own = settings.pop("own", {})
-    return METHODS[name](build_world(config(home, method=_table(name, own, budget), **settings)))
+    """A method on the tiny BERT with dropout; ``settings`` are tables, of which ``own`` is the method's.
+
+    ``absent`` are the clients that take no part, ``align`` is the table of the alignment.
+    """
+    own, absent = settings.pop("own", {}), settings.pop("absent", ())
+    table = _table(name, own, budget) | ({"align": settings.pop("align")} if "align" in settings else {})
+    if name in ADAPTERS:
+        settings["model"] = {"tuning": "lora", **settings.get("model", {})}
+    world = build_world(config(home, method=table, **settings))
+    return METHODS[name](replace(world, absent=frozenset(absent)))
 
 
 def _table(name: str, own: dict[str, Any], budget: str) -> dict[str, Any]:
-    return {"name": name, "budget": budget} | ({name.replace("-", "_"): own} if own else {})
+    table = "splitfed" if name.startswith("splitfed-") else name.replace("-", "_")
+    return {"name": name, "budget": budget} | ({table: own} if own else {})
 
 
 def trained(home: Path, name: str, *, rounds: int = 3, **settings: Any) -> Any:
@@ -73,7 +85,7 @@ class _Stage:
     def __init__(self, bias: bool) -> None:
         self.model = Quadratic()
         self.model.bias.requires_grad_(bias)
-        self.anatomy = SimpleNamespace(blocks=1)
+        self.anatomy = SimpleNamespace(blocks=2, path="base")
         self.no_cache: dict[str, Any] = {}
         self.new: frozenset[str] = frozenset()
         self.computing = nullcontext
@@ -81,8 +93,20 @@ class _Stage:
     def trainable(self) -> dict[str, nn.Parameter]:
         return {name: value for name, value in self.model.named_parameters() if value.requires_grad}
 
-    def block_of(self, name: str) -> None:
-        return None
+    def block_of(self, name: str) -> int | None:
+        return 0 if name == "base.theta" else None
+
+    # Split after block 0: θ is the client's, the bias the server's.
+
+    def plan(self, inputs: dict[str, Tensor]) -> tuple[Tensor, None]:
+        return torch.zeros(len(inputs["c"]), 1, 1, dtype=torch.float64), None
+
+    def run(self, hidden_BTH: Tensor, plan: None, start: int, stop: int) -> Tensor:
+        return hidden_BTH + self.model.base["theta"] if start == 0 else hidden_BTH
+
+    def finish(self, hidden_BTH: Tensor, inputs: dict[str, Tensor], plan: None) -> Any:
+        distance = hidden_BTH.flatten() + self.model.bias - inputs["a"]
+        return SimpleNamespace(loss=(0.5 * inputs["c"] * distance**2).mean(), logits=distance)
 
 
 def by_hand(
@@ -101,21 +125,22 @@ def by_hand(
     monkeypatch.setattr(federated, "own_stage", lambda world, part: _Stage(bias))
     settings = RunConfig.model_validate(
         {
-            "model": {"id": "none"},
+            "model": {"id": "none", "tuning": "lora" if name in ADAPTERS else "full"},
             "data": {"source": "none"},
             "train": {
                 "rounds": rounds,
                 "steps_per_round": steps,
                 "batch_size": 1,
                 "personal": {"name": "sgd", "lr": lr, "clip": None},
+                "shared": {"name": "sgd", "lr": lr, "clip": None},
             },
             "method": _table(name, own, budget),
         }
     )
     data = [ClientData(key, [{"c": c, "a": a} for c, a in rows], [], []) for key, rows in clients.items()]
-    source: Any = SimpleNamespace(anatomy=SimpleNamespace(blocks=1))
+    source: Any = SimpleNamespace(anatomy=SimpleNamespace(blocks=2))
     task: Any = _Task()
-    method: Any = METHODS[name](World(settings, Federation(data, task), source, {}))
+    method: Any = METHODS[name](World(settings, Federation(data, task), source, dict.fromkeys(clients, (1, 2))))
     for number in range(1, rounds + 1):
         method.train_round(number, lambda step: None)
     return method

@@ -14,10 +14,16 @@ from flexp.methods.fedper import FedPer
 from flexp.methods.fedprox import FedProx
 from flexp.methods.fedrep import FedRep
 from flexp.methods.flexp_sfl import FlexpSfl
+from flexp.methods.hetlora import HetLora
 from flexp.methods.local import Local
 from flexp.methods.per_fedavg import PerFedAvg
 from flexp.methods.pfedme import PFedMe
 from flexp.methods.pretrained import Pretrained
+from flexp.methods.split_fedavg import SplitFedAvg
+from flexp.methods.splitfed_v1 import SplitFedV1
+from flexp.methods.splitfed_v2 import SplitFedV2
+from flexp.methods.splitft import SplitFt
+from flexp.methods.splitlora import SplitLora
 
 METHODS: dict[str, Callable[[World], Method]] = {
     "flexp-sfl": FlexpSfl,
@@ -33,6 +39,12 @@ METHODS: dict[str, Callable[[World], Method]] = {
     "fedrep": FedRep,
     "per-fedavg": PerFedAvg,
     "apfl": Apfl,
+    "splitfed-v1": SplitFedV1,
+    "splitfed-v2": SplitFedV2,
+    "splitlora": SplitLora,
+    "split-fedavg": SplitFedAvg,
+    "splitft": SplitFt,
+    "hetlora": HetLora,
 }
 
 __all__ = ["METHODS", "Account", "FlexpSfl", "Local", "Method", "World"]

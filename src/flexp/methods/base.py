@@ -43,6 +43,11 @@ class World:
         return [client for client in self.federation.clients if client.name not in self.absent]
 
     @property
+    def participant_names(self) -> list[str]:
+        """Their names."""
+        return [client.name for client in self.participants]
+
+    @property
     def total_steps(self) -> int:
         """Optimiser steps of one client in the whole run."""
         return self.config.train.rounds * self.config.train.steps_per_round

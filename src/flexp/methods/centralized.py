@@ -1,7 +1,7 @@
-"""Centralized: one whole model on everybody's training data in one place. What sharing the data itself would give.
+"""Centralized: one whole model on all participants' training data in one place: what sharing the data would give.
 
 A bound for the score on everybody's data, not always for the personal one. Budget: as many gradient steps in a round
-as all clients together take, on batches of the same size from the pooled examples, with one optimiser that lasts.
+as all participants together take, on batches of the same size from the pooled examples, with one optimiser that lasts.
 Every client's personal model is this model. It is trained by the server; that the data had to go there is not in the
 bytes. With one client it is local training.
 """
@@ -33,7 +33,7 @@ class Centralized:
 
     def __init__(self, world: World) -> None:
         self.world = world
-        clients = world.federation.clients
+        clients = world.participants
         self.names = [data.name for data in clients]
         pool = ClientData("+".join(self.names), list(chain.from_iterable(data.train for data in clients)), [], [])
         stage = own_stage(world, Part.whole(world.source.anatomy.blocks))
@@ -58,6 +58,8 @@ class Centralized:
         return forward
 
     def account(self, client: str) -> Account:
+        if client in self.world.absent:
+            return Account(0, Traffic(), Traffic(), 0.0, 0.0)
         share = len(self.names)
         return Account(
             personal_parameters=0,

@@ -1,11 +1,12 @@
 """What federated averaging and everything built on it have in common: download → local steps → upload → average.
 
 *Weights*: what ``model.tuning`` trains is what travels and what is averaged, weighted by training examples; every
-client takes part in every round. *Optimiser*: ``train.personal`` for all local steps, its schedule going on across
-rounds. Its state is fresh each round for weights that were averaged in between, since it belongs to weights that are
-gone, and lasts for personal ones. *Budget*: ``train.steps_per_round`` gradient evaluations of a client in a round, on
-FlexP-SFL's batches in their order (``method.budget``). *Bytes*: the sizes of the tensors that travel, each way, every
-round. The newest average, fetched for scoring alone, counts as evaluation. *Seconds*: a client's whole turn.
+participant takes part in every round, and absent clients are scored with the average. *Optimiser*:
+``train.personal`` for all local steps, its schedule going on across rounds. Its state is fresh each round for weights
+that were averaged in between, since it belongs to weights that are gone, and lasts for personal ones. *Budget*:
+``train.steps_per_round`` gradient evaluations of a client in a round, on FlexP-SFL's batches in their order
+(``method.budget``). *Bytes*: the sizes of the tensors that travel, each way, every round. The newest average, fetched
+for scoring alone, counts as evaluation. *Seconds*: a client's whole turn.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ from flexp.data.types import ClientData
 from flexp.errors import ConfigError
 from flexp.links.base import Meter
 from flexp.methods.base import Account, Forward, OnStep, State, World
+from flexp.methods.client_state import client_state, exact, load_client
 from flexp.methods.parties import client_seed, own_stage
 from flexp.methods.workbench import Bench, Weights, Worker, optimizer_state, size
 from flexp.models.parts import Part
+from flexp.models.stage import Stage
 
 
 @dataclass
@@ -34,7 +37,7 @@ class Client:
     """One client between its turns: plain tensors and counts.
 
     Attributes:
-        share: of all training examples.
+        share: of all participants' training examples; 0 of an absent client.
         workers: its loops, one for every model that it trains.
         kept: groups of tensors that never leave it.
         version: of the average that it has.
@@ -97,17 +100,38 @@ class Federated:
         self.world = world
         self.per_round, self.rounds = world.config.train.steps_per_round, world.config.train.rounds
         self.equal_budget = world.config.method.budget == "equal"
-        self.bench = Bench(own_stage(world, Part.whole(world.source.anatomy.blocks)))
+        self.bench = self.make_bench(own_stage(self.world, Part.whole(world.source.anatomy.blocks)))
         self.shared = frozenset(name for name in self.bench.parameters if self.is_shared(name))
-        self.server = Averaging(self.bench.take(self.shared))
-        everything = sum(len(data.train) for data in world.federation.clients)
+        self.server = self.make_server(self.bench.take(self.shared))
+        everything = sum(len(data.train) for data in world.participants)
         self.clients = {data.name: self._make_client(data, everything) for data in world.federation.clients}
+        self.participants = [self.clients[data.name] for data in world.participants]
 
     # What methods override.
+
+    def make_bench(self, stage: Stage) -> Bench:
+        """The modules that all clients train."""
+        return Bench(stage)
+
+    def make_server(self, weights: Weights) -> Averaging:
+        """The server, whose average begins as ``weights``."""
+        return Averaging(weights)
+
+    def received_by(self, client: Client) -> Weights:
+        """What of the average a client gets."""
+        return self.server.weights
+
+    def bytes_of(self, client: Client, weights: Weights) -> int:
+        """What averaged weights cost on the way between a client and the server."""
+        return size(weights)
 
     def is_shared(self, name: str) -> bool:
         """Whether a trained parameter is averaged; all others are personal."""
         return True
+
+    def order(self, number: int) -> list[Client]:
+        """Who trains in round ``number``, one after the other."""
+        return self.participants
 
     def evaluations(self) -> dict[str, int]:
         """A client's models by name, and how many gradient evaluations each has in the whole run."""
@@ -161,10 +185,10 @@ class Federated:
         return self.bench.take()
 
     def train_round(self, number: int, on_step: OnStep) -> None:
-        for client in self.clients.values():
-            received = self.server.weights
+        for client in self.order(number):
+            received = self.received_by(client)
             client.version = self.server.version
-            client.meter.training.bytes_down += size(received)
+            client.meter.training.bytes_down += self.bytes_of(client, received)
             began, outside = time.perf_counter(), 0.0
 
             def report(step: Step) -> None:
@@ -175,7 +199,7 @@ class Federated:
 
             sent = self.turn(client, received, number, report)
             client.seconds += time.perf_counter() - began - outside
-            client.meter.training.bytes_up += size(sent)
+            client.meter.training.bytes_up += self.bytes_of(client, sent)
             client.meter.training.exchanges += 1
             self.server.receive(sent, client.share)
         self.server.finish(self.beta)
@@ -193,12 +217,14 @@ class Federated:
     def account(self, client: str) -> Account:
         found = self.clients[client]
         own = self.server.weights if self.adapts else found.kept["personal"]
+        if client in self.world.absent:
+            own = {name: value for name, value in found.kept["personal"].items() if name not in self.server.weights}
         return Account(
             personal_parameters=sum(value.numel() for value in own.values()),
             training=found.meter.training,
             evaluation=found.meter.evaluation,
             client_seconds=found.seconds + found.adapted_seconds,
-            server_seconds=self.server.seconds / len(self.clients),
+            server_seconds=0.0 if client in self.world.absent else self.server.seconds / len(self.participants),
             gradient_evaluations=sum(worker.steps for worker in found.workers.values()) + found.adapted,
         )
 
@@ -213,15 +239,15 @@ class Federated:
 
     def state(self) -> State:
         server = {f"global/{name}": value for name, value in self.server.weights.items()}
-        server |= {"version": torch.tensor(self.server.version), "seconds": _float(self.server.seconds)}
-        return {"server": server} | {f"client-{name}": _client_state(client) for name, client in self.clients.items()}
+        server |= {"version": torch.tensor(self.server.version), "seconds": exact(self.server.seconds)}
+        return {"server": server} | {f"client-{name}": client_state(client) for name, client in self.clients.items()}
 
     def load(self, state: State) -> None:
         server = state["server"]
         self.server.weights = {name: server[f"global/{name}"].clone() for name in self.server.weights}
         self.server.version, self.server.seconds = int(server["version"]), float(server["seconds"])
         for name, client in self.clients.items():
-            _load_client(client, state[f"client-{name}"])
+            load_client(client, state[f"client-{name}"])
         self.bench.holds = None
 
     def close(self) -> None:
@@ -249,11 +275,13 @@ class Federated:
     def _hold(self, client: Client) -> None:
         if self.bench.holds == client.name:
             return
-        if self.scored_with_average and client.version < self.server.version:
-            client.meter.evaluation.bytes_down += size(self.server.weights)
+        absent = client.name in self.world.absent
+        if (self.scored_with_average or absent) and client.version < self.server.version:
+            client.meter.evaluation.bytes_down += self.bytes_of(client, self.received_by(client))
             client.meter.evaluation.exchanges += 1
             client.version = self.server.version
-        self.bench.put(self.personal_weights(client), holds=client.name)
+        weights = {**client.kept["personal"], **self.received_by(client)} if absent else self.personal_weights(client)
+        self.bench.put(weights, holds=client.name)
 
     def _make_client(self, data: ClientData, everything: int) -> Client:
         world, seed = self.world, client_seed(self.world.config.seed, data.name)
@@ -261,42 +289,10 @@ class Federated:
             name: Worker(data, world.federation.task, self.bench, world.config.train, seed=seed, total=total)
             for name, total in self.evaluations().items()
         }
-        return Client(data.name, len(data.train) / everything, workers, self.own_models())
+        share = 0.0 if data.name in world.absent else len(data.train) / everything
+        return Client(data.name, share, workers, self.own_models())
 
 
 def spread(total: int, rounds: int, number: int) -> int:
     """How many of ``total`` fall to round ``number`` (1, 2, …), as evenly as whole numbers can be."""
     return number * total // rounds - (number - 1) * total // rounds
-
-
-def _float(value: float) -> Tensor:
-    return torch.tensor(value, dtype=torch.float64)
-
-
-def _client_state(client: Client) -> dict[str, Tensor]:
-    flat = {"version": torch.tensor(client.version), "adapted": torch.tensor(client.adapted)}
-    flat |= {"seconds": _float(client.seconds), "adapted_seconds": _float(client.adapted_seconds)}
-    for group, tensors in client.kept.items():
-        flat |= {f"kept/{group}/{name}": value for name, value in tensors.items()}
-    for model, worker in client.workers.items():
-        flat |= {f"worker/{model}/{name}": value for name, value in worker.state().items()}
-    for kind, counts in client.meter.state().items():
-        flat |= {f"meter/{kind}/{name}": _float(value) for name, value in counts.items()}
-    return flat
-
-
-def _load_client(client: Client, state: Mapping[str, Tensor]) -> None:
-    def part(prefix: str) -> dict[str, Tensor]:
-        return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-
-    client.version, client.adapted = int(state["version"]), int(state["adapted"])
-    client.seconds, client.adapted_seconds = float(state["seconds"]), float(state["adapted_seconds"])
-    for group in client.kept:
-        client.kept[group] = {name: value.clone() for name, value in part(f"kept/{group}/").items()}
-    for model, worker in client.workers.items():
-        worker.load(part(f"worker/{model}/"))
-    counts = client.meter.state()
-    for kind, zeros in counts.items():
-        for name, zero in zeros.items():
-            zeros[name] = type(zero)(state[f"meter/{kind}/{name}"])
-    client.meter.load(counts)

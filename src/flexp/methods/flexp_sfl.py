@@ -19,7 +19,7 @@ from flexp.methods.base import Account, Forward, OnStep, State, World
 from flexp.methods.parties import make_trainer, own_stage
 from flexp.methods.turns import turns
 from flexp.models.parts import Part
-from flexp.models.stage import carve
+from flexp.models.stage import Stage, carve
 from flexp.models.tuning import tune
 from flexp.server import Server
 
@@ -37,7 +37,7 @@ class FlexpSfl:
 
     def train_round(self, number: int, on_step: OnStep) -> None:
         config = self.world.config
-        for name in turns(list(self.clients), config.train, config.seed, number):
+        for name in turns(self.world.participant_names, config.train, config.seed, number):
             on_step(self.clients[name].step())
         if number == config.train.rounds:
             self.server.flush()  # update = "mean" may have steps left that are fewer than mean_over
@@ -119,14 +119,17 @@ class FlexpSfl:
             lora=config.model.lora,
             config=config.server,
             optimizer=config.train.shared,
-            total_steps=world.total_steps * len(world.cuts),
+            total_steps=world.total_steps * len(world.participants),
             seed=config.seed,
         )
+
+    def _make_stage(self, cut: tuple[int, int]) -> Stage:
+        return own_stage(self.world, Part.client(cut, self.world.source.anatomy.blocks))
 
     def _make_client(self, name: str) -> Trainer:
         world, config = self.world, self.world.config
         cut = world.cuts[name]
-        stage = own_stage(world, Part.client(cut, world.source.anatomy.blocks))
+        stage = self._make_stage(cut)
         model = SPLIT_MODELS[world.federation.task.model_kind](
             stage,
             cut,

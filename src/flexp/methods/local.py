@@ -30,7 +30,7 @@ class Local:
 
     def train_round(self, number: int, on_step: OnStep) -> None:
         config = self.world.config
-        for name in turns(list(self.clients), config.train, config.seed, number):
+        for name in turns(self.world.participant_names, config.train, config.seed, number):
             on_step(self.clients[name].step())
 
     def personal(self, client: str) -> Forward:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 from flexp.client.trainer import Trainable, Trainer
 from flexp.methods.base import World
@@ -12,8 +15,12 @@ from flexp.models.tuning import tune
 from flexp.optim import Updater
 
 
-def own_stage(world: World, part: Part) -> Stage:
-    """A client's stage: shares what is frozen with everybody, has its own copy of what it trains."""
+def own_stage(world: World, part: Part, ranks: Mapping[int, int] | None = None) -> Stage:
+    """A client's stage: shares what is frozen with everybody, has its own copy of what it trains.
+
+    Args:
+        ranks: of the adapters in some blocks (:func:`flexp.models.tuning.tune`).
+    """
     model = world.config.model
     stage = carve(world.source, part)
     tune(
@@ -23,6 +30,7 @@ def own_stage(world: World, part: Part) -> Stage:
         embeddings=model.train_embeddings,
         gradient_checkpointing=model.gradient_checkpointing,
         seed=world.config.seed,
+        ranks=ranks,
     )
     return stage
 
@@ -33,6 +41,12 @@ def make_trainer(world: World, name: str, model: Trainable, stage: Stage) -> Tra
     config = world.config
     updater = Updater(stage.trainable(), config.train.personal, world.total_steps, stage.new)
     return Trainer(data, world.federation.task, model, updater, config.train, seed=client_seed(config.seed, name))
+
+
+def with_model(world: World, **changes: Any) -> World:
+    """The same world with other settings in the table ``model``."""
+    model = world.config.model.model_copy(update=changes)
+    return replace(world, config=world.config.model_copy(update={"model": model}))
 
 
 def client_seed(seed: int, name: str) -> int:

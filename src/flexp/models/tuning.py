@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -26,6 +27,7 @@ def tune(
     embeddings: bool = False,
     gradient_checkpointing: bool = False,
     seed: int = 0,
+    ranks: Mapping[int, int] | None = None,
 ) -> None:
     """Make ``stage`` ready for training, in place. What it trains becomes its own: copied if another stage lent it.
 
@@ -37,6 +39,9 @@ def tune(
 
     Args:
         seed: of the adapters' weights, which depend on it and on their names alone.
+        ranks: of the adapters in some blocks, by the blocks' indices, where they are not ``lora.rank``. The scaling
+            stays alpha / ``lora.rank``, so that an adapter padded with zeros to the full rank is the same function;
+            and the first rows of A are those that the full rank would have.
 
     Raises:
         ConfigError: ``embeddings`` without full tuning.
@@ -46,7 +51,7 @@ def tune(
         raise ConfigError(f"train_embeddings needs full tuning: {tuning} leaves the embeddings as they are")
     stage.model.requires_grad_(False)
     if tuning == "lora" and stage.part.blocks:
-        _inject(stage, lora or LoraConfig(), seed)
+        _inject(stage, lora or LoraConfig(), seed, ranks or {})
     chosen = _chooser(stage, tuning, embeddings)
     copies: dict[int, nn.Parameter] = {}  # tied parameters stay tied
     for path, module in stage.model.named_modules():
@@ -75,7 +80,7 @@ def _checkpoint(model: Any) -> None:
 def _chooser(stage: Stage, tuning: str, embeddings: bool) -> Callable[[str], bool]:
     """Which parameters, by name, this party trains."""
     model, prefix = stage.model, stage.anatomy.path + "."
-    embedding = _embedding_names(stage)
+    embedding = embedding_names(stage)
 
     def full(name: str) -> bool:
         if name.startswith(prefix):
@@ -97,7 +102,7 @@ def _is_language_model(model: Any) -> bool:
     return model.get_output_embeddings() is not None
 
 
-def _embedding_names(stage: Stage) -> set[str]:
+def embedding_names(stage: Stage) -> set[str]:
     """The names of all parameters that come before the blocks, and of those tied to them.
 
     What comes before the blocks is told by calling order in the model's code, which cannot be seen from outside; what
@@ -112,7 +117,7 @@ def _embedding_names(stage: Stage) -> set[str]:
     return {name for name, parameter in stage.model.named_parameters(remove_duplicate=False) if id(parameter) in found}
 
 
-def _inject(stage: Stage, config: LoraConfig, seed: int) -> None:
+def _inject(stage: Stage, config: LoraConfig, seed: int, ranks: Mapping[int, int]) -> None:
     # peft is shown the blocks, not the model: of a mixture of experts it would rewrite the targets, and otherwise for
     # every party, by what other linear layers that party has.
     blocks = stage.blocks
@@ -129,9 +134,12 @@ def _inject(stage: Stage, config: LoraConfig, seed: int) -> None:
     if not linear:
         raise ModelError("LoRA found no linear layer in this party's blocks; use model.tuning = 'full'")
     fan = isinstance(blocks.get_submodule(linear[0]), Conv1D)
+    own = {f"^{re.escape(name)}": ranks[block] for name in linear if (block := int(name.partition(".")[0])) in ranks}
     peft_config = PeftLoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
+        rank_pattern=own,
+        alpha_pattern={name: config.alpha * rank / config.rank for name, rank in own.items()},
         lora_dropout=config.dropout,
         target_modules=linear,
         fan_in_fan_out=fan,

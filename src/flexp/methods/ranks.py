@@ -1,0 +1,53 @@
+"""Averages of weights that not everybody has, or not everybody at the same rank.
+
+A client with a LoRA adapter of rank r holds the first r rows of A and columns of B of the full one. Padded with zeros
+they are the same function, B·A, provided that the scaling is one number for all ranks: here alpha / the largest rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from flexp.methods.workbench import Weights
+
+
+def fit(value: Tensor, shape: Sequence[int]) -> Tensor:
+    """The first entries of ``value`` along every dimension, and zeros where ``shape`` asks for more."""
+    if value.shape == tuple(shape):
+        return value
+    fitted = value.new_zeros(tuple(shape))
+    common = tuple(slice(min(have, want)) for have, want in zip(value.shape, shape, strict=True))
+    fitted[common] = value[common]
+    return fitted
+
+
+def of_rank(name: str, value: Tensor, rank: int) -> Tensor:
+    """What a client of ``rank`` holds of a parameter: of an adapter's A (r, in) and B (out, r) its part, else all."""
+    if "lora_A" in name:
+        return value[:rank]
+    return value[:, :rank] if "lora_B" in name else value
+
+
+def average(parts: Mapping[str, Weights], examples: Mapping[str, int]) -> Weights:
+    """For every name the mean over those who have it, weighted by their examples.
+
+    Shapes may differ: what is smaller is padded with zeros to the largest. In double precision, so that equals average
+    to equals.
+
+    Args:
+        parts: the weights of each client, by its name.
+        examples: how many each client has.
+    """
+    means: Weights = {}
+    for name in sorted({name for weights in parts.values() for name in weights}):
+        held = {client: weights[name] for client, weights in parts.items() if name in weights}
+        shape = [max(sizes) for sizes in zip(*(value.shape for value in held.values()), strict=True)]
+        everything = sum(examples[client] for client in held)
+        mean = torch.zeros(shape, dtype=torch.float64)
+        for client, value in held.items():
+            mean += fit(value.double(), shape) * (examples[client] / everything)
+        means[name] = mean.to(next(iter(held.values())).dtype)
+    return means

@@ -1,0 +1,125 @@
+"""SplitLoRA: split learning of LoRA adapters on both sides (Lin et al., 2024, arXiv 2407.00952).
+
+L-shaped: clients have embeddings and blocks [0, s), the server has the rest, the head and the labels
+(:mod:`flexp.methods.two_sided`; s is ``method.splitlora.cut``). Adapters are trained on both sides, and a head that is
+new. All clients step together: the server joins their batches in one, so that its gradient is that of the mean loss of
+all of them, and takes one step; every client gets the gradient of the mean loss of its own batch, so that its step is
+not the smaller the more take part. After every I = ``method.splitlora.average_every`` rounds
+
+    clients' adapters ← Σ n_k/n · adapters_k
+
+and they begin anew with fresh optimisers; in between, adapters and optimisers are a client's own. The server's
+optimiser lasts. The batches are computed one after the other here, which gives the same gradients (to rounding, where
+joining them would have padded some).
+
+The personal model is the client's adapters, averaged or not, under the server's side. With one client and one round it
+is local training with LoRA. Budget: exact; the server takes as many steps as one client. Bytes: activations, masks and
+labels up, gradients down in every step; the client's adapters both ways for every average.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+
+from torch import nn
+
+from flexp.errors import ConfigError
+from flexp.methods.base import OnStep, World
+from flexp.methods.federated import Client
+from flexp.methods.two_sided import TwoSided
+from flexp.methods.workbench import Weights, optimizer_state
+
+Own = dict[str, nn.Parameter]
+
+
+class SplitLora(TwoSided):
+    """All clients' batches are one step of the server.
+
+    Raises:
+        ConfigError: nothing is adapted.
+    """
+
+    together = True
+
+    def __init__(self, world: World) -> None:
+        if world.config.model.tuning != "lora":
+            raise ConfigError("method splitlora trains LoRA adapters on both sides: it needs model.tuning = 'lora'")
+        self.every = world.config.method.splitlora.average_every
+        super().__init__(world)
+
+    def wanted_cut(self, world: World) -> int | None:
+        return world.config.method.splitlora.cut
+
+    def own_models(self) -> dict[str, Weights]:
+        return {"personal": self.bench.take(self.shared), "optimizer": {}}
+
+    def personal_weights(self, client: Client) -> Weights:
+        return client.kept["personal"]
+
+    def train_round(self, number: int, on_step: OnStep) -> None:
+        if (number - 1) % self.every == 0:
+            for client in self.participants:
+                client.version = self.server.version
+                client.meter.training.bytes_down += self.bytes_of(client, self.server.weights)
+        with ExitStack() as stack:
+            sides: list[tuple[Client, Own]] = []
+            for client in self.participants:
+                own = {name: nn.Parameter(value.clone()) for name, value in client.kept["personal"].items()}
+                stack.enter_context(client.workers["model"].optimiser(own, client.kept["optimizer"]))
+                sides.append((client, own))
+            for _ in range(self.per_round):
+                self._step_together(sides, on_step)
+            for client, own in sides:
+                client.kept["personal"] = {name: value.detach() for name, value in own.items()}
+                client.kept["optimizer"] = optimizer_state(client.workers["model"].updater, own)
+        if number % self.every == 0:
+            self._average()
+        self.bench.holds = None
+
+    def _step_together(self, sides: list[tuple[Client, Own]], on_step: OnStep) -> None:
+        gradients: list[tuple[Weights, int]] = []
+        for client, own in sides:
+            self.bench.meter = client.meter
+            self.bench.put(own)
+            found: Weights = {}
+
+            def hand_over(own: Own = own, found: Weights = found) -> None:
+                for name, parameter in self.bench.parameters.items():
+                    gradient, parameter.grad = parameter.grad, None
+                    if name in own:
+                        own[name].grad = gradient
+                    elif gradient is not None:
+                        found[name] = gradient
+
+            with self.bench.before_update(hand_over):
+                step = client.workers["model"].step()
+            client.seconds += step.seconds
+            gradients.append((found, step.items))
+            on_step(step)
+        began = time.perf_counter()
+        for name, value in _mean(gradients).items():
+            self.bench.parameters[name].grad = value
+        self.lasting.step()
+        self.updates += 1
+        self.server.seconds += time.perf_counter() - began
+
+    def _average(self) -> None:
+        for client in self.participants:
+            client.meter.training.bytes_up += self.bytes_of(client, client.kept["personal"])
+            client.meter.training.exchanges += 1
+            self.server.receive(client.kept["personal"], client.share)
+        self.server.finish()
+        for client in self.participants:
+            client.kept["personal"], client.kept["optimizer"] = dict(self.server.weights), {}
+
+
+def _mean(gradients: list[tuple[Weights, int]]) -> Weights:
+    """The gradient of the mean loss over all items of all batches."""
+    everything = sum(items for _, items in gradients)
+    means: Weights = {}
+    for found, items in gradients:
+        for name, value in found.items():
+            part = value * (items / everything)
+            means[name] = means[name] + part if name in means else part
+    return means
