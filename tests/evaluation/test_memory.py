@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from flexp.config import AlignConfig, ModelConfig, OptimizerConfig
-from flexp.evaluation.memory import Probe, client_model, measure, random_batch
+from flexp.evaluation.echo import client_model, random_batch
+from flexp.evaluation.memory import Probe, measure
 from flexp.models.parts import Part
 from flexp.models.stage import Stage, carve
 from flexp.models.tuning import tune

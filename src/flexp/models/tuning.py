@@ -75,7 +75,7 @@ def _checkpoint(model: Any) -> None:
 def _chooser(stage: Stage, tuning: str, embeddings: bool) -> Callable[[str], bool]:
     """Which parameters, by name, this party trains."""
     model, prefix = stage.model, stage.anatomy.path + "."
-    embedding = _embedding_names(stage)
+    embedding = embedding_names(stage)
 
     def full(name: str) -> bool:
         if name.startswith(prefix):
@@ -97,7 +97,7 @@ def _is_language_model(model: Any) -> bool:
     return model.get_output_embeddings() is not None
 
 
-def _embedding_names(stage: Stage) -> set[str]:
+def embedding_names(stage: Stage) -> set[str]:
     """The names of all parameters that come before the blocks, and of those tied to them.
 
     What comes before the blocks is told by calling order in the model's code, which cannot be seen from outside; what
