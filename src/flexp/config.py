@@ -301,6 +301,29 @@ class OutputConfig(Section):
     html: bool = True
 
 
+class DeviceClassConfig(Section):
+    """A device class of one's own (all figures are needed), or a ready one with some other figures."""
+
+    base: str | None = None  # the ready class whose figures stand where nothing is said; None: that of the same name
+    memory_bytes: PositiveInt | None = None  # what training may use
+    flops: Rate | None = None  # floating-point operations a second that training sustains
+    uplink_bps: Rate | None = None  # bits a second
+    downlink_bps: Rate | None = None
+    latency_s: Annotated[float, Field(ge=0.0)] | None = None  # of a message, one way
+    mean_on_s: Rate | None = None  # on average a device is there so long, …
+    mean_off_s: Rate | None = None  # … and then away so long; None: always there
+
+
+class DevicesConfig(Section):
+    """What the clients run on: who can take part in a method, and how long it would take (a virtual clock)."""
+
+    # the class of each client, repeated for more clients
+    assign: Annotated[list[str], Field(min_length=1)]
+    server: str = "server"  # the class of the server
+    server_slots: PositiveInt = 1  # requests that the server works on at once, each at its full speed
+    classes: dict[str, DeviceClassConfig] = {}  # beside phone, raspberry-pi, jetson, laptop, workstation, server
+
+
 class RunConfig(Section):
     """A whole run."""
 
@@ -314,6 +337,7 @@ class RunConfig(Section):
     server: ServerConfig = ServerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     output: OutputConfig = OutputConfig()
+    devices: DevicesConfig | None = None  # None: nobody is short of memory, and no virtual clock
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:

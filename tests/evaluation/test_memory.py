@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from flexp.config import AlignConfig, ModelConfig, OptimizerConfig
-from flexp.evaluation.memory import Probe, client_model, measure, random_batch
+from flexp.evaluation import memory
+from flexp.evaluation.echo import client_model, random_batch, without_tail
+from flexp.evaluation.memory import Measured, Probe, measure, measure_once
+from flexp.models.loading import load_stage
 from flexp.models.parts import Part
 from flexp.models.stage import Stage, carve
 from flexp.models.tuning import tune
@@ -82,3 +89,91 @@ def test_pulled_weights_have_their_size() -> None:
 def test_a_process_of_its_own_measures_an_aligned_client() -> None:
     found = measure(probe(align=AlignConfig(kind="weights").model_dump(mode="json"), base_depth=1))
     assert found.peak >= found.loaded >= 0
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A BERT whose trained weights (50 MB) dwarf whatever else a process holds."""
+    folder = tmp_path_factory.mktemp("memory") / "model"
+    config: Any = tiny_model("bert").config
+    config.update({"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 4})
+    transformers.BertForSequenceClassification(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def peak(model: str) -> int:
+    """Of a client that holds all of it."""
+    return measure(probe(model=model, cut=None)).peak
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("weights", "optimizers"), [(3, 0), (0, 1)])
+def test_extra_copies_and_optimisers_are_really_held(model: str, peak: int, weights: int, optimizers: int) -> None:
+    """A weight copy is as large as what is trained, a second AdamW twice that; the peak rises by just as much."""
+    trained = 4 * sum(value.numel() for value in tuned(model).trainable().values())
+    assert trained > 40e6
+    more = measure(probe(model=model, cut=None, extra_weights=weights, extra_optimizers=optimizers)).peak
+    assert more - peak == pytest.approx((weights + 2 * optimizers) * trained, rel=0.08)
+
+
+@pytest.mark.slow
+def test_a_client_without_a_tail_holds_its_first_blocks_only(model: str, peak: int) -> None:
+    start = measure(probe(model=model, cut=(1, 4), tail=False)).peak
+    assert 0.1 * peak < start < 0.5 * peak  # one block of four
+
+
+def tuned(model: str) -> Stage:
+    stage = load_stage(model, "sequence-classification")
+    tune(stage, "full")
+    return stage
+
+
+def test_the_start_of_a_model_trains_what_is_below_the_cut() -> None:
+    what = probe(cut=(2, 4), tail=False)
+    stage = carve(Stage.whole(tiny_model("bert")), Part.client((2, 4), 4))
+    tune(stage, "full")
+    kept = list(without_tail(stage))
+    assert {stage.block_of(name) for name in stage.trainable()} == {0, 1}
+    assert {id(value) for value in stage.trainable().values()} < {id(value) for value in kept}
+    model = client_model(what, stage).train()
+    model(**random_batch(what, stage.model.config)).loss.backward()
+    assert all(value.grad is not None for value in stage.trainable().values())
+
+
+def test_equal_probes_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[Probe] = []
+
+    def fake(what: Probe, timeout: float) -> Measured:
+        measured.append(what)
+        return Measured(loaded=len(measured), peak=10)
+
+    monkeypatch.setattr(memory, "measure", fake)
+    cache = tmp_path / "cache"
+    first = measure_once(probe(), cache)
+    assert measure_once(probe(), cache) == first == Measured(loaded=1, peak=10)
+    assert measure_once(probe(examples=3), cache) == Measured(loaded=2, peak=10)
+    assert measure_once(probe(extra_weights=1), cache) == Measured(loaded=3, peak=10)
+    assert len(measured) == 3
+    assert measure_once(probe(), None) == Measured(loaded=4, peak=10)
+
+
+def test_two_processes_share_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever comes second waits for the first one's result."""
+    running = most = 0
+
+    def slow(what: Probe, timeout: float) -> Measured:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        time.sleep(0.2)
+        running -= 1
+        return Measured(1, 2)
+
+    monkeypatch.setattr(memory, "measure", slow)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: measure_once(probe(), tmp_path), range(4)))
+    assert found == [Measured(1, 2)] * 4
+    assert most == 1
+    assert len(list(tmp_path.glob("*.json"))) == 1
+    assert not list(tmp_path.glob("*.part"))

@@ -47,6 +47,7 @@ def test_overrides_and_seed(tmp_path: Path) -> None:
         ("train.personal.betas=[1.5, 0.9]", r"train.personal.betas = 1.5 is not allowed: expected less than 1"),
         ("train.personal.lr=inf", r"train.personal.lr = inf is not allowed: expected a finite number"),
         ("method.align.weight=inf", r"method.align.weight = inf is not allowed: expected a finite number"),
+        ("devices.assign=[]", r"devices.assign = \[\] is not allowed: expected 1 or more entries"),
         ("threads=100000", r"threads = 100000 is not allowed: expected less than or equal to 1024"),
     ],
 )
@@ -54,6 +55,18 @@ def test_one_line(tmp_path: Path, setting: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as error:
         load(written(tmp_path, MINIMAL), [setting])
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("memory_bytes=0", r"devices.classes.phone.memory_bytes = 0 is not allowed: expected greater than 0"),
+        ("memry=1", r"unknown key devices.classes.phone.memry; did you mean 'memory_bytes'\?"),
+    ],
+)
+def test_one_line_for_names_of_ones_own(tmp_path: Path, setting: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(written(tmp_path, MINIMAL + '[devices]\nassign = ["phone"]\n'), [f"devices.classes.phone.{setting}"])
 
 
 def test_embeddings_are_not_trained_beside_adapters(tmp_path: Path) -> None:
@@ -111,9 +124,12 @@ def test_every_key_is_documented_with_its_default() -> None:
         value = defaults
         for part in key.split("."):
             value = value[part]
-        shown = "**required**" if key in ("model.id", "data.source") else json.dumps(value).strip('"')
+        required = ("model.id", "data.source", "devices.assign")
+        shown = "**required**" if key in required else json.dumps(value).strip('"')
         assert value is None or shown in line.replace('"', ""), line
 
 
 def load_defaults() -> Any:
-    return RunConfig.model_validate({"model": {"id": "m"}, "data": {"source": "d"}}).resolved()
+    """With a table of devices, which stands for none in other runs."""
+    devices = {"assign": ["phone"], "classes": {"NAME": {}}}
+    return RunConfig.model_validate({"model": {"id": "m"}, "data": {"source": "d"}, "devices": devices}).resolved()

@@ -15,7 +15,8 @@ import torch
 
 from flexp.client.model import SPLIT_MODELS
 from flexp.config import OptimizerConfig
-from flexp.evaluation.memory import Probe, random_batch
+from flexp.evaluation.echo import random_batch
+from flexp.evaluation.memory import Probe
 from flexp.machine import machine
 from flexp.models.loading import ModelKind, load_stage
 from flexp.models.parts import Part, check_cut

@@ -7,16 +7,21 @@ and its libraries take before any model is loaded.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Mapping
-from concurrent.futures import Future
 from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from flexp.errors import FlexpError
+from flexp.files import read_json, storage_error, write_json
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,10 @@ class Probe:
 
     ``examples`` and ``length`` are those of the largest exchange (images: ``length`` is not used), ``tuning`` and the
     like as in the run. ``align`` is the run's alignment (``None``: off) and ``base_depth`` its s_min (``None``: s):
-    with alignment a client also keeps what it sends from there, and holds the weights that it pulls.
+    with alignment a client also keeps what it sends from there, and holds the weights that it pulls. Without a ``tail``
+    the client has nothing behind s: the server computes the loss, too. ``extra_weights`` are further copies of what it
+    trains, ``extra_optimizers`` further states of the optimiser, that it holds all the while
+    (:mod:`flexp.devices.holds`).
     """
 
     model: str
@@ -39,6 +47,9 @@ class Probe:
     steps: int = 3
     align: dict[str, Any] | None = None
     base_depth: int | None = None
+    tail: bool = True
+    extra_weights: int = 0
+    extra_optimizers: int = 0
 
 
 @dataclass(frozen=True)
@@ -76,54 +87,36 @@ def measure(probe: Probe, timeout: float = 600.0) -> Measured:
     return Measured(**json.loads(done.stdout.strip().splitlines()[-1]))
 
 
-class EchoLink:
-    """Answers at once with what it was sent, so that only the client's own work is measured.
+def measure_once(probe: Probe, cache: Path | None, timeout: float = 600.0) -> Measured:
+    """:func:`measure`, or what ``cache``, a folder that many runs may share at once, has of an equal probe.
 
-    What it gives back is new memory each time, of the size that a server's answer has.
+    Equal are probes of the same settings, model files and versions. Whoever comes while another process measures the
+    same waits for its result.
+
+    Raises:
+        FlexpError: see :func:`measure`.
+        StorageError: the folder cannot be written.
     """
-
-    client = "probe"
-
-    def __init__(self, blocks: int, hidden: int, base_depth: int) -> None:
-        from flexp.links.base import Meter
-        from flexp.links.messages import Welcome
-
-        self.meter = Meter()
-        self._welcome = Welcome(base_depth, blocks, hidden)
-        self._inner: dict[int, tuple[Any, ...]] = {}
-        self.shared: dict[str, Any] = {}  # the parameters that a pull answers with, by name
-
-    def join(self, request: Any) -> Any:
-        return self._welcome
-
-    def forward(self, request: Any) -> Future[Any]:
-        from flexp.links.messages import ForwardReply
-
-        self._inner[request.exchange] = request.inner_BTH
-        return _done(ForwardReply(request.hidden_BTH.clone(), None if request.base_BTH is None else 0.0))
-
-    def backward(self, request: Any) -> Future[Any]:
-        from flexp.links.messages import BackwardReply
-
-        inner = tuple(value.clone() for value in self._inner.pop(request.exchange, ()))
-        return _done(BackwardReply(request.grad_BTH.clone(), inner))
-
-    def pull(self, request: Any) -> Future[Any]:
-        from flexp.links.messages import PullReply
-
-        return _done(PullReply({name: value.detach().clone() for name, value in self.shared.items()}))
-
-    def abort(self, request: Any) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
+    if cache is None:
+        return measure(probe, timeout)
+    path = cache / f"{_key(probe)}.json"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_error(cache, error) from error
+    with FileLock(path.with_suffix(".lock")):
+        if path.exists():
+            return Measured(**read_json(path)["measured"])
+        measured = measure(probe, timeout)
+        write_json(path, {"measured": asdict(measured), "probe": asdict(probe)})
+        return measured
 
 
-def _done(value: Any) -> Future[Any]:
-    future: Future[Any] = Future()
-    future.set_result(value)
-    return future
+def _key(probe: Probe) -> str:
+    folder = Path(probe.model)
+    files = sorted((item.name, item.stat().st_size) for item in folder.iterdir()) if folder.is_dir() else []
+    known = [metadata.version(name) for name in ("torch", "transformers")]
+    return hashlib.sha256(json.dumps([asdict(probe), files, known], sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _run(probe: Probe) -> Measured:
@@ -131,7 +124,8 @@ def _run(probe: Probe) -> Measured:
     import torch
 
     from flexp.config import ModelConfig, OptimizerConfig
-    from flexp.models.loading import load_stage
+    from flexp.evaluation import echo
+    from flexp.models.loading import load_config, load_stage
     from flexp.models.parts import Part
     from flexp.models.tuning import tune
     from flexp.optim import Updater
@@ -143,10 +137,8 @@ def _run(probe: Probe) -> Measured:
     _reset_peak()
     part = None
     if probe.cut is not None:
-        from flexp.models.loading import load_config
-
         blocks = int(load_config(probe.model).get_text_config().num_hidden_layers)
-        part = Part.client(probe.cut, blocks)
+        part = Part.client(probe.cut if probe.tail else (probe.cut[0], blocks), blocks)
     stage = load_stage(
         probe.model,
         probe.kind,  # type: ignore[arg-type]
@@ -164,51 +156,25 @@ def _run(probe: Probe) -> Measured:
         embeddings=config.train_embeddings,
         gradient_checkpointing=config.gradient_checkpointing,
     )
-    for value in stage.model.parameters():  # weights are mapped from their file: read them once, so that they count
+    own = stage.model.parameters() if probe.tail else echo.without_tail(stage)
+    for value in own:  # weights are mapped from their file: read them once, so that they count
         value.detach().sum()
     loaded = _resident("VmHWM") - before
-    model = client_model(probe, stage)
+    extra: list[Any] = [
+        [value.detach().clone() for value in stage.trainable().values()] for _ in range(probe.extra_weights)
+    ]
+    model = echo.client_model(probe, stage)
     updater = Updater(stage.trainable(), OptimizerConfig(**probe.optimizer))
-    batch = random_batch(probe, stage.model.config)
+    batch = echo.random_batch(probe, stage.model.config)
     model.train(True)
-    for _ in range(probe.steps):
+    for step in range(probe.steps):
         model(**batch).loss.backward()
         updater.step()
         model.after_step()
+        if step == 0:  # the first step makes the optimiser's state; the others have theirs by then as well
+            state = updater.state().values()
+            extra += [[value.clone() for value in state] for _ in range(probe.extra_optimizers)]
     return Measured(loaded=max(0, loaded), peak=max(0, _resident("VmHWM") - before))
-
-
-def client_model(probe: Probe, stage: Any) -> Any:
-    """What the client of ``probe`` trains, of its tuned ``stage``: a whole model, or a split one on an echo."""
-    from flexp.client.model import OFF, SPLIT_MODELS
-    from flexp.client.whole import WholeModel
-    from flexp.config import AlignConfig
-
-    if probe.cut is None:
-        return WholeModel(stage)
-    start = probe.cut[0]
-    base = start if probe.base_depth is None else probe.base_depth
-    link = EchoLink(stage.anatomy.blocks, stage.anatomy.hidden, base)
-    aligned = range(base, start)
-    link.shared = {name: value for name, value in stage.trainable().items() if stage.block_of(name) in aligned}
-    align = OFF if probe.align is None else AlignConfig(**probe.align)
-    tuning = str(probe.model_config.get("tuning", "full"))
-    return SPLIT_MODELS[probe.kind](stage, probe.cut, link, align=align, tuning=tuning, expose_embeddings=True)
-
-
-def random_batch(probe: Probe, config: Any) -> dict[str, Any]:
-    """A batch of random inputs and labels of the size that ``probe`` names."""
-    import torch
-
-    generator = torch.Generator().manual_seed(0)
-    if probe.kind == "image-classification":
-        size = getattr(config, "image_size", 224)
-        pixels = torch.randn(probe.examples, getattr(config, "num_channels", 3), size, size, generator=generator)
-        return {"pixel_values": pixels, "labels": torch.zeros(probe.examples, dtype=torch.long)}
-    shape = (probe.examples, probe.length)
-    ids = torch.randint(1, config.get_text_config().vocab_size, shape, generator=generator)
-    labels = torch.zeros(probe.examples, dtype=torch.long) if probe.kind == "sequence-classification" else ids
-    return {"input_ids": ids, "attention_mask": torch.ones(shape, dtype=torch.long), "labels": labels}
 
 
 def _warm_up() -> None:

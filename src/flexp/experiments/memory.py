@@ -8,66 +8,72 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from flexp.devices.holds import holds
 from flexp.errors import FlexpError
-from flexp.evaluation.memory import Measured, Probe, measure
+from flexp.evaluation.memory import Measured, Probe, measure_once
 from flexp.experiments.setup import model_folder
 from flexp.files import read_json, write_json
 from flexp.methods.base import World
 
-WHOLE_MODEL = {"local", "fedavg", "fedavg-ft", "fedprox", "fedper", "fedrep"}
-"""Methods whose clients train one whole model."""
-
-MEASURED = WHOLE_MODEL | {"flexp-sfl"}
-"""The others hold a second copy of the weights, or train nothing; nothing is reported rather than guessed."""
-
 
 class MemoryProbes:
-    """Measures the peak memory of one client per distinct cut, once training no longer needs the processor.
+    """Measures the peak memory of one client per distinct cut, while nothing trains.
 
     (Two processes that compute at once on few cores slow each other down far more than twofold.)
+
+    Args:
+        out: the run's folder, where :meth:`save` puts what was found.
+        cache: a folder that runs share, so that each distinct probe is measured once for all of them.
     """
 
-    def __init__(self, world: World, out: Path) -> None:
+    def __init__(self, world: World, out: Path, cache: Path | None = None) -> None:
         self.world = world
         self.path = out / "memory.json"
+        self.cache = cache
+        self.holds = holds(world.config.method)
         self.found: dict[str, Any] = read_json(self.path) if self.path.exists() else {}
 
     def measure(self, say: Callable[[str], None]) -> None:
         """Measure what is not known yet, one process a core; a failure is said and leaves the figure out."""
         config = self.world.config
-        if not config.evaluation.measure_memory or config.method.name not in MEASURED:
+        wanted = config.evaluation.measure_memory or config.devices is not None
+        if not wanted or self.holds.part is None:
             return
         missing = {key: probe for key, probe in self._probes().items() if "peak" not in self.found.get(key, {})}
         if not missing:
             return
         say(f"measuring a client's peak memory, once for each of {len(missing)} cuts")
         with ThreadPoolExecutor(max_workers=max(1, min(len(missing), os.cpu_count() or 1))) as pool:
-            for key, result in zip(missing, pool.map(_try, missing.values()), strict=True):
+            for key, result in zip(missing, pool.map(self._try, missing.values()), strict=True):
                 if isinstance(result, FlexpError):
                     say(f"the memory of cut {key} is not known: {result}")
                     continue
                 probe = missing[key]
                 facts = {"loaded": result.loaded, "peak": result.peak}
                 self.found[key] = {**facts, "examples": probe.examples, "length": probe.length}
-        write_json(self.path, self.found)
+
+    def save(self) -> None:
+        """Write down what was found, so that a resumed run need not measure again."""
+        if self.found:
+            write_json(self.path, self.found)
 
     def peak(self, client: str) -> int | None:
         """Peak bytes of a client above the bare interpreter; ``None`` if it was not, or could not be, measured."""
-        if self.world.config.method.name not in MEASURED:
+        if self.holds.part is None:
             return None
         peak: int | None = self.found.get(self._key(client), {}).get("peak")
         return peak
 
     def _key(self, client: str) -> str:
-        if self.world.config.method.name in WHOLE_MODEL:
-            return "whole"
-        return f"{self.world.cuts[client][0]}:{self.world.cuts[client][1]}"
+        start, stop = self.world.cuts[client]
+        return {"whole": "whole", "ends": f"{start}:{stop}", "start": f"{start}"}[self.holds.part or "whole"]
 
     def _probes(self) -> dict[str, Probe]:
         """One probe per distinct cut, at the size of the largest exchange of any client with that cut."""
         config, task = self.world.config, self.world.federation.task
         smallest = min(start for start, _ in self.world.cuts.values())
         base_depth = smallest if config.model.base_depth is None else config.model.base_depth
+        aligned = config.method.name == "flexp-sfl"
         probes: dict[str, Probe] = {}
         for client in self.world.federation.clients:
             key = self._key(client.name)
@@ -82,14 +88,16 @@ class MemoryProbes:
                 labels=task.label_names,
                 model_config=config.model.model_dump(mode="json"),
                 optimizer=config.train.personal.model_dump(mode="json"),
-                align=None if key == "whole" else config.method.align.model_dump(mode="json"),
-                base_depth=None if key == "whole" else base_depth,
+                align=config.method.align.model_dump(mode="json") if aligned else None,
+                base_depth=base_depth if aligned else None,
+                tail=self.holds.part != "start",
+                extra_weights=self.holds.weights,
+                extra_optimizers=self.holds.optimizers,
             )
         return probes
 
-
-def _try(probe: Probe) -> Measured | FlexpError:
-    try:
-        return measure(probe)
-    except FlexpError as error:
-        return error
+    def _try(self, probe: Probe) -> Measured | FlexpError:
+        try:
+            return measure_once(probe, self.cache)
+        except FlexpError as error:
+            return error

@@ -16,6 +16,7 @@ from flexp.data.types import Example
 from flexp.errors import ConfigError, StorageError
 from flexp.evaluation.scores import evaluate
 from flexp.experiments import checkpoints
+from flexp.experiments.devices import Dropped, client_facts, place
 from flexp.experiments.memory import MemoryProbes
 from flexp.experiments.settings import validate
 from flexp.experiments.setup import build_world
@@ -39,11 +40,20 @@ from flexp.report.tensorboard import EventWriter
 Summary = dict[str, Any]
 
 
-def run(config: RunConfig, out: Path, *, progress: Callable[..., Progress] = Progress) -> Summary:
+def run(
+    config: RunConfig,
+    out: Path,
+    *,
+    progress: Callable[..., Progress] = Progress,
+    memory_cache: Path | None = None,
+) -> Summary:
     """Start a run in the folder ``out``.
 
+    Args:
+        memory_cache: a folder that runs share for their measurements of memory, so that equal ones are made once.
+
     Raises:
-        ConfigError: ``out`` holds a run already.
+        ConfigError: ``out`` holds a run already, or no client's device can hold what the method trains.
         FlexpError: what is wrong with configuration, model, data or disk.
     """
     if (out / "config.json").exists() or checkpoints.latest(out / "checkpoints") is not None:
@@ -51,12 +61,15 @@ def run(config: RunConfig, out: Path, *, progress: Callable[..., Progress] = Pro
             f"{out} holds a run already; continue it with flexp run --resume {out}, or choose another --out"
         )
     world = build_world(config)
+    probes = MemoryProbes(world, out, memory_cache)
+    world, dropped = place(world, probes)
     method = METHODS[config.method.name](world)  # whatever cannot be built leaves no folder behind
     write_json(out / "config.json", config.resolved())
-    return _Run(world, method, out, progress).go()
+    probes.save()
+    return _Run(world, method, probes, dropped, out, progress).go()
 
 
-def resume(out: Path, *, progress: Callable[..., Progress] = Progress) -> Summary:
+def resume(out: Path, *, progress: Callable[..., Progress] = Progress, memory_cache: Path | None = None) -> Summary:
     """Go on with a run that was stopped, from its last checkpoint; its final weights are those of an undisturbed run.
 
     Raises:
@@ -66,13 +79,23 @@ def resume(out: Path, *, progress: Callable[..., Progress] = Progress) -> Summar
         raise StorageError(f"{out} holds no run to resume: it has no config.json")
     config = validate(read_json(out / "config.json"), str(out / "config.json"))
     world = build_world(config)
-    return _Run(world, METHODS[config.method.name](world), out, progress).go()
+    probes = MemoryProbes(world, out, memory_cache)
+    world, dropped = place(world, probes)
+    return _Run(world, METHODS[config.method.name](world), probes, dropped, out, progress).go()
 
 
 class _Run:
-    def __init__(self, world: World, method: Method, out: Path, progress: Callable[..., Progress]) -> None:
+    def __init__(
+        self,
+        world: World,
+        method: Method,
+        probes: MemoryProbes,
+        dropped: list[Dropped],
+        out: Path,
+        progress: Callable[..., Progress],
+    ) -> None:
         self.world, self.config, self.out = world, world.config, out
-        self.method = method
+        self.method, self.probes, self.dropped = method, probes, dropped
         self.names = [client.name for client in world.federation.clients]
         self.everybody = _sample(world.federation.test, self.config.evaluation.global_examples, self.config.seed)
         self.first_round = self._restore()
@@ -83,8 +106,7 @@ class _Run:
         self.events = EventWriter(out / "events", kept or None) if self.config.output.tensorboard else None
         self.seconds_before = max((float(r["seconds"]) for r in kept if r["kind"] == "round"), default=0.0)
         self.began = time.perf_counter()
-        self.probes = MemoryProbes(world, out)
-        per_round = self.config.train.steps_per_round * len(self.names)
+        per_round = self.config.train.steps_per_round * len(world.participants)
         self.progress = progress(
             self.config.train.rounds * per_round,
             self.config.name,
@@ -104,6 +126,7 @@ class _Run:
                 for number in range(max(1, self.first_round), self.config.train.rounds + 1):
                     self._round(number)
                 self.probes.measure(progress.note)
+                self.probes.save()
         finally:
             self.method.close()
             self.log.close()
@@ -121,6 +144,7 @@ class _Run:
         if last or number % self.config.evaluation.every == 0:
             self._evaluate(number)
         accounts = [self.method.account(name) for name in self.names]
+        spent = {data.name: self.method.account(data.name).client_seconds for data in self.world.participants}
         self._write(
             {
                 "kind": "round",
@@ -128,6 +152,8 @@ class _Run:
                 "seconds": self.seconds_before + time.perf_counter() - self.began,
                 "bytes_up": sum(account.training.bytes_up for account in accounts),
                 "bytes_down": sum(account.training.bytes_down for account in accounts),
+                "client_seconds": sum(spent.values()) / len(spent),  # of a participant's device, on average
+                "seconds_by_client": spent,
             }
         )
         best = None
@@ -202,37 +228,43 @@ class _Run:
             }
             for data in world.federation.clients
         ]
+        facts, virtual = client_facts(world, self.method, records)
+        clients = [{**client, **facts.get(str(client["name"]), {})} for client in clients]
         evaluation = [account.evaluation for account in accounts.values()]
-        return build_summary(
-            name=self.config.name,
-            method=self.config.method.name,
-            seed=self.config.seed,
-            finished=done == self.config.train.rounds,
-            metric=task.metric,
-            higher_is_better=task.higher_is_better,
-            model={
-                "id": self.config.model.id,
-                "kind": task.model_kind,
-                "labels": task.label_names,
-                "blocks": anatomy.blocks,
-                "hidden": anatomy.hidden,
-                "parameters": sum(value.numel() for value in model.parameters()),
-                "tuning": self.config.model.tuning,
-                "dtype": self.config.model.dtype,
-            },
-            clients=clients,
-            records=records,
-            server=self.method.server_facts(),
-            totals={
-                "bytes_up": sum(client["bytes_up"] for client in clients),
-                "bytes_down": sum(client["bytes_down"] for client in clients),
-                "seconds": max((float(r["seconds"]) for r in records if r["kind"] == "round"), default=0.0),
-                "eval_bytes_up": sum(account.bytes_up for account in evaluation),
-                "eval_bytes_down": sum(account.bytes_down for account in evaluation),
-            },
-            machine=machine(),
-            versions=versions(),
-            rounds=done,
+        devices = {} if self.config.devices is None else {"dropped": self.dropped, "virtual": virtual}
+        return (
+            build_summary(
+                name=self.config.name,
+                method=self.config.method.name,
+                seed=self.config.seed,
+                finished=done == self.config.train.rounds,
+                metric=task.metric,
+                higher_is_better=task.higher_is_better,
+                model={
+                    "id": self.config.model.id,
+                    "kind": task.model_kind,
+                    "labels": task.label_names,
+                    "blocks": anatomy.blocks,
+                    "hidden": anatomy.hidden,
+                    "parameters": sum(value.numel() for value in model.parameters()),
+                    "tuning": self.config.model.tuning,
+                    "dtype": self.config.model.dtype,
+                },
+                clients=clients,
+                records=records,
+                server=self.method.server_facts(),
+                totals={
+                    "bytes_up": sum(client["bytes_up"] for client in clients),
+                    "bytes_down": sum(client["bytes_down"] for client in clients),
+                    "seconds": max((float(r["seconds"]) for r in records if r["kind"] == "round"), default=0.0),
+                    "eval_bytes_up": sum(account.bytes_up for account in evaluation),
+                    "eval_bytes_down": sum(account.bytes_down for account in evaluation),
+                },
+                machine=machine(),
+                versions=versions(),
+                rounds=done,
+            )
+            | devices
         )
 
 

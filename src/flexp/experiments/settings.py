@@ -137,21 +137,36 @@ def _explain(problem: Mapping[str, Any]) -> str:
 
 def _visible(fields: list[str]) -> Iterator[str]:
     """Without the names that pydantic gives to the branches of a union."""
-    section: Any = RunConfig
+    section: type[BaseModel] | None = RunConfig
+    named = False
     for name in fields:
-        if isinstance(section, type) and issubclass(section, BaseModel):
+        if named:  # of a table whose keys are the user's own names
+            named = False
             yield name
-            section = section.model_fields[name].annotation if name in section.model_fields else None
+        elif section is not None:
+            yield name
+            field = section.model_fields.get(name)
+            section, named = (None, False) if field is None else _inside(field.annotation)
 
 
 def _section(fields: Iterable[str]) -> type[BaseModel]:
     section: type[BaseModel] = RunConfig
-    for name in fields:
-        annotation = section.model_fields[name].annotation
-        assert isinstance(annotation, type)
-        assert issubclass(annotation, BaseModel)
-        section = annotation
+    names = iter(fields)
+    for name in names:
+        found, named = _inside(section.model_fields[name].annotation)
+        assert found is not None
+        section = found
+        if named:
+            next(names, None)
     return section
+
+
+def _inside(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
+    """The section that a key holds, if it is one (or none); and whether it is a table of such sections by name."""
+    for branch in (annotation, *get_args(annotation)):
+        if isinstance(branch, type) and issubclass(branch, BaseModel):
+            return branch, get_origin(annotation) is dict
+    return None, False
 
 
 def _allowed(fields: list[str]) -> list[Any]:
@@ -169,9 +184,10 @@ def _literals(annotation: Any) -> Iterator[Any]:
 
 
 def all_keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
-    """The full names of all keys of the schema."""
+    """The full names of all keys of the schema; ``NAME`` stands for a name that is the user's own."""
     for name, field in section.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from all_keys(field.annotation, f"{prefix}{name}.")
+        inner, named = _inside(field.annotation)
+        if inner is not None:
+            yield from all_keys(inner, f"{prefix}{name}.NAME." if named else f"{prefix}{name}.")
         else:
             yield prefix + name

@@ -1,0 +1,163 @@
+"""A run on devices: who can hold what the method trains, and what the whole run would have taken there."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any, TypedDict
+
+from flexp.devices.clock import ONE_AT_A_TIME, SCHEDULES, ClientWork, simulate
+from flexp.devices.cost import Costs, ExchangeCost
+from flexp.devices.profiles import assign, profile
+from flexp.errors import ConfigError
+from flexp.experiments.memory import MemoryProbes
+from flexp.methods.base import Account, Method, World
+from flexp.methods.fedrep import FedRep
+from flexp.report.formats import size as shown
+from flexp.report.metrics import Record
+
+
+class Dropped(TypedDict):
+    """A client that cannot take part, and the bytes that tell why."""
+
+    name: str
+    device: str
+    needed_bytes: int
+    available_bytes: int
+
+
+def place(world: World, probes: MemoryProbes) -> tuple[World, list[Dropped]]:
+    """Measure what clients need, and name those absent whose device has less; without ``[devices]`` nobody is.
+
+    A client whose peak could not be measured takes part, and a note says so.
+
+    Raises:
+        ConfigError: a device class is not known, or nobody would be left.
+    """
+    config = world.config
+    if config.devices is None:
+        return world, []
+    devices = assign(config.devices, [client.name for client in world.federation.clients])
+    profile(config.devices.server, config.devices.classes)
+    notes = list(world.federation.notes)
+    probes.measure(notes.append)
+    dropped: list[Dropped] = []
+    for name, device in devices.items():
+        needed = probes.peak(name)
+        if needed is not None and needed > device.memory_bytes:
+            facts: Dropped = {
+                "name": name,
+                "device": device.name,
+                "needed_bytes": needed,
+                "available_bytes": device.memory_bytes,
+            }
+            dropped.append(facts)
+            notes.append(f"{name} is left out of {config.method.name}: {_why(facts)}")
+    if len(dropped) == len(devices):
+        nearest = min(dropped, key=lambda facts: facts["needed_bytes"] - facts["available_bytes"])
+        raise ConfigError(
+            f"no client can take part in {config.method.name}: at best, {nearest['name']} {_why(nearest)}; raise "
+            "devices.classes.NAME.memory_bytes, cut shallower, use LoRA or smaller batches, or a method that splits"
+        )
+    absent = frozenset(facts["name"] for facts in dropped)
+    return replace(world, absent=absent, federation=replace(world.federation, notes=notes)), dropped
+
+
+def _why(facts: Dropped) -> str:
+    has, needs = shown(facts["available_bytes"]), shown(facts["needed_bytes"])
+    return f"needs {needs} to train, and its {facts['device']} has {has}"
+
+
+def client_facts(
+    world: World, method: Method, records: Sequence[Record]
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any] | None]:
+    """After training: each client's ``device``, ``client_flops`` and ``server_flops``; and the virtual clock's times.
+
+    Args:
+        records: the run's diary; every step in it is one gradient evaluation.
+
+    Returns:
+        Facts by client (none without ``[devices]``), and ``{"rounds": [seconds], "clients": {name: {account:
+        seconds}}}``; ``None`` where no client computes.
+    """
+    config = world.config.devices
+    if config is None:
+        return {}, None
+    devices = assign(config, [client.name for client in world.federation.clients])
+    facts: dict[str, dict[str, Any]] = {
+        name: {"device": device.name, "client_flops": 0.0, "server_flops": 0.0} for name, device in devices.items()
+    }
+    schedule = SCHEDULES.get(world.config.method.name)
+    rounds = max((int(record["round"]) for record in records if record["kind"] == "round"), default=0)
+    if schedule is None or not rounds:
+        return facts, None
+    taken = Counter((record["client"], int(record["round"])) for record in records if record["kind"] == "step")
+    costs, work = Costs(world), {}
+    for data in world.participants:
+        steps = [taken[data.name, number] for number in range(1, rounds + 1)]
+        cost, account = _cost(costs, method, data.name), method.account(data.name)
+        work[data.name] = own = client_work(cost, account, steps, schedule, _pull_every(world))
+        facts[data.name]["client_flops"] = cost.client_step * sum(steps) + own.final
+        facts[data.name]["server_flops"] = cost.server_step * sum(steps)
+    slots = 1 if world.config.method.name in ONE_AT_A_TIME else config.server_slots
+    server = profile(config.server, config.classes)
+    virtual = simulate(schedule, work, devices, server, slots=slots, seed=world.config.seed)
+    return facts, {"rounds": virtual.rounds, "clients": {k: asdict(time) for k, time in virtual.clients.items()}}
+
+
+def client_work(
+    cost: ExchangeCost, account: Account, steps: list[int], schedule: str, pull_every: int = 0
+) -> ClientWork:
+    """A client's work for the clock: operations as counted, bytes as metered in the whole run.
+
+    Metered bytes are spread evenly over rounds (weights) or exchanges (activations, in the proportions of the messages
+    of the counted one). Where a method sends both, the weights are those that the client trains.
+    """
+    rounds, total = len(steps), sum(steps)
+    up, down = float(account.training.bytes_up), float(account.training.bytes_down)
+    work = ClientWork(
+        steps,
+        before=cost.before,
+        between=cost.between,
+        after=cost.after,
+        server_forward=cost.server_forward,
+        server_backward=cost.server_backward,
+        exchanges=cost.exchanges,
+        combined=cost.combined,
+    )
+    if schedule == "synchronous":
+        extra = max(0, account.gradient_evaluations - total)  # the adaptation of a personal model, after the last round
+        return replace(work, weights_up=up / rounds, weights_down=down / rounds, final=extra * cost.client_step)
+    if schedule == "alone" or not total:
+        return work
+    if schedule == "split-sync":
+        work = replace(work, weights_up=float(cost.weights), weights_down=float(cost.weights))
+        up, down = max(0.0, up - cost.weights * rounds), max(0.0, down - cost.weights * rounds)
+    if pull_every and cost.pull_down:
+        work = replace(work, pull_every=pull_every, pull_down=float(cost.pull_down))
+        down = max(0.0, down - cost.pull_down * (total // pull_every))
+    up_each, down_each = up / total / cost.exchanges, down / total / cost.exchanges
+    up_known, down_known = cost.forward_up + cost.backward_up, cost.forward_down + cost.backward_down
+    return replace(
+        work,
+        forward_up=up_each * cost.forward_up / up_known,
+        backward_up=up_each * cost.backward_up / up_known,
+        forward_down=down_each * cost.forward_down / down_known,
+        backward_down=down_each * cost.backward_down / down_known,
+    )
+
+
+def _pull_every(world: World) -> int:
+    align = world.config.method.align
+    return align.every if world.config.method.name == "flexp-sfl" and align.kind == "weights" else 0
+
+
+def _cost(costs: Costs, method: Method, client: str) -> ExchangeCost:
+    """Of a client's mean step: FedRep's are of two kinds, each with a part of the model frozen."""
+    if not isinstance(method, FedRep):
+        return costs.of(client)
+    body = costs.of(client, method.shared)
+    head = costs.of(client, method.bench.parameters.keys() - method.shared)
+    share = method.head_steps / (method.head_steps + method.body_steps)
+    return replace(body, before=share * head.before + (1.0 - share) * body.before)
