@@ -85,9 +85,9 @@ class _Source:
             self.rows.require(name, key)
         if by in ("column", "skew"):
             self.rows.require(config.clients.column, "data.clients.column")
-        for name, key in ((config.group, "data.group"), (config.clients.over, "data.clients.over")):
-            if name is not None:
-                self.rows.require(name, key)
+        for column, key in ((config.group, "data.group"), (config.clients.over, "data.clients.over")):
+            if column is not None:
+                self.rows.require(column, key)
         gaps = () if isinstance(config.choices, str) else config.choices  # rows may have fewer choices than columns
         for name in self.needed:
             if name not in gaps and name != config.image:
