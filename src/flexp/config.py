@@ -131,6 +131,10 @@ class TrainConfig(Section):
     shared: OptimizerConfig = OptimizerConfig()
 
 
+TERMS = ("kl", "mse", "cosine")
+"""Kinds of alignment that are a term of the loss, whose gradient the server computes from z_base and z."""
+
+
 class AlignConfig(Section):
     """The term that keeps a personal layer useful on everybody's data (FlexP-SFL, arXiv 2508.10349)."""
 
@@ -139,9 +143,11 @@ class AlignConfig(Section):
     temperature: Rate = 1.0  # kl
     normalize: bool = False  # compare standardised hidden states
     at: Literal["cut", "every-block"] = "cut"
-    every: PositiveInt = 1  # align on every n-th step
+    every: PositiveInt = 1  # align (with kind = "weights": pull) on every n-th step
     combine: Literal["sum", "project"] = "sum"
     pull: Fraction = 0.2  # μ of kind = "weights"
+    # clients with deeper cuts train the server's copies of their aligned blocks, too (needs z_base, like kl)
+    teach: bool = False
 
 
 class FedAvgFtConfig(Section):

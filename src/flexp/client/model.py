@@ -15,7 +15,7 @@ from flexp.assets import resolve
 from flexp.client.personal import PersonalModel
 from flexp.client.remote import RemoteCall, RemoteMiddle, waiting
 from flexp.client.steps import Piece, Steps, items_of
-from flexp.config import AlignConfig, LoraConfig
+from flexp.config import TERMS, AlignConfig, LoraConfig
 from flexp.errors import ConfigError, LinkError
 from flexp.links.base import Link
 from flexp.links.messages import Abort, ForwardRequest, Join, PullRequest
@@ -266,10 +266,12 @@ class SplitModel(PersonalModel):
 
     def _aligns(self) -> bool:
         """Whether z_base goes up when alignment is due."""
-        return self.align.kind not in ("off", "weights") and self.align.weight > 0 and self.cut[0] > self.base_depth
+        if self.cut[0] <= self.base_depth:
+            return False
+        return self.align.teach or (self.align.kind in TERMS and self.align.weight > 0)
 
     def _align_due(self) -> bool:
-        return self._aligns() and self.steps.done % self.align.every == 0
+        return self._aligns() and (self.align.kind not in TERMS or self.steps.done % self.align.every == 0)
 
 
 class SplitModelForCausalLM(SplitModel):

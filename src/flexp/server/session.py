@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from flexp.config import AlignConfig, ServerConfig
+from flexp.config import TERMS, AlignConfig, ServerConfig
 from flexp.errors import LinkError
 from flexp.links.messages import BackwardReply, BackwardRequest, ForwardReply, ForwardRequest, Join
 from flexp.rng import RandomStream, drawing_from
@@ -93,17 +94,19 @@ class Session:
             parameters = self.shared.parameters_of(pending.version)
             with self.shared.installed(pending.version):
                 z_BTH, h_BTH = self._graph(pending)
-                reached = [name for name in parameters if self._runs(name)]
+                reached = [name for name in parameters if self._within(name, *self.join.cut)]
                 gradients = torch.autograd.grad(
                     h_BTH,
                     [z_BTH, *(parameters[name] for name in reached)],
                     request.grad_BTH,
                     allow_unused=True,
                 )
+                task_BTH = gradients[0]
+                taught = self._teach(pending.request, parameters, task_BTH)
         finally:
             self.shared.release(pending.version)
-        task_BTH = gradients[0]
         trained = {name: value for name, value in zip(reached, gradients[1:], strict=True) if value is not None}
+        trained |= taught
         self._refuse_nan(request.exchange, task_BTH, trained)
         step = self.gathered.setdefault(request.step, Gathered(request.exchanges))
         if step.take(trained, request.weight):
@@ -142,7 +145,7 @@ class Session:
 
         The shared blocks [s_min, s) run on z_base without gradients and without dropout: they are the teacher.
         """
-        if request.base_BTH is None:
+        if request.base_BTH is None or self.align.kind not in TERMS:
             return None, []
         stage, first = self.shared.stage, min(self.shared.stage.part.blocks)
         plan = stage.plan_without_inputs(request.base_BTH, request.mask_BT, request.positions_BT)
@@ -162,9 +165,28 @@ class Session:
         count = len(values)
         return sum(values) / count, [grad / count for grad in grads]
 
-    def _runs(self, name: str) -> bool:
+    def _teach(
+        self, request: ForwardRequest, parameters: Mapping[str, nn.Parameter], task_BTH: Tensor
+    ) -> dict[str, Tensor]:
+        """Gradients of the shared blocks [s_min, s), of which the client trains copies of its own, on its data.
+
+        The server's z' = server[s_min, s)(z_base) goes nowhere, so it has no gradient; ∂task/∂z at the client's z, which
+        is here, stands for it. Where the copies are equal it is exact. Without, shared blocks would learn only from
+        clients that cut below them.
+        """
+        if request.base_BTH is None or not self.align.teach:
+            return {}
+        stage, first = self.shared.stage, min(self.shared.stage.part.blocks)
+        plan = stage.plan_without_inputs(request.base_BTH, request.mask_BT, request.positions_BT)
+        names = [name for name in parameters if self._within(name, first, self.join.cut[0])]
+        stage.model.train(True)
+        own_BTH = stage.run(request.base_BTH, plan, first, self.join.cut[0])
+        gradients = torch.autograd.grad(own_BTH, [parameters[name] for name in names], task_BTH, allow_unused=True)
+        return {name: value for name, value in zip(names, gradients, strict=True) if value is not None}
+
+    def _within(self, name: str, start: int, stop: int) -> bool:
         block = self.shared.stage.block_of(name)
-        return block is not None and self.join.cut[0] <= block < self.join.cut[1]
+        return block is not None and start <= block < stop
 
     def _refuse_nan(self, exchange: int, task_BTH: Tensor, trained: dict[str, Tensor]) -> None:
         # One norm over all of them reads every gradient once; it is finite only if they all are.
