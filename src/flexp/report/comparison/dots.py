@@ -37,11 +37,12 @@ def differences(comparison: Mapping[str, Any]) -> Plot | None:
             hovertemplate=f"%{{fullData.name}}: {text}<extra></extra>",
         )
     unit = "points" if formats.is_fraction(metric) else metric
-    figure.update_xaxes(title=f"← other better · difference ({unit}) · {literal(reference)} better →")
+    figure.update_xaxes(title=f"Reference better by ({unit})")
     name_axis(figure, [result.name for result in found])
     caption = (
         "Own test data after the last round, paired by seed, with 95 % interval. "
-        "Filled: the interval excludes zero. Hollow: it does not, or there is one seed alone."
+        f"Right of zero: {reference} is better. Filled: the interval excludes zero. Hollow: it does not, or there is "
+        "one seed alone."
     )
     return Plot("differences", f"How much better is {reference}?", caption, figure)
 
@@ -78,6 +79,7 @@ def clients(comparison: Mapping[str, Any]) -> Plot | None:
         figure.add_hline(y=place - 0.5, line={"color": "rgba(128,128,128,0.22)", "width": 1})
     figure.update_xaxes(title=score_title(metric), **score_axis(metric, shown))
     name_axis(figure, names)
+    figure.update_layout(legend={"xref": "container"})  # the names of clients leave little room above the axis
     caption = "Own test data after the last round, mean over seeds; sorted by the reference, best on top."
     return Plot("clients", "Client by client", caption, figure)
 
