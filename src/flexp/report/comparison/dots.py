@@ -79,7 +79,6 @@ def clients(comparison: Mapping[str, Any]) -> Plot | None:
         figure.add_hline(y=place - 0.5, line={"color": "rgba(128,128,128,0.22)", "width": 1})
     figure.update_xaxes(title=score_title(metric), **score_axis(metric, shown))
     name_axis(figure, names)
-    figure.update_layout(legend={"xref": "container"})  # the names of clients leave little room above the axis
     caption = "Own test data after the last round, mean over seeds; sorted by the reference, best on top."
     return Plot("clients", "Client by client", caption, figure)
 
