@@ -40,6 +40,7 @@ def test_zero_is_excluded_on_either_side_but_not_at_the_edge() -> None:
     assert Interval(1.0, 0.9, 3).excludes_zero
     assert Interval(-1.0, 0.9, 3).excludes_zero
     assert not Interval(1.0, 1.0, 3).excludes_zero
+    assert not Interval(1e-17, 0.0, 3).excludes_zero  # rounding
 
 
 def test_pairs_share_their_luck() -> None:
