@@ -38,11 +38,11 @@ def compare(
     from flexp.comparison.config import load
 
     if report_only:
-        from flexp.comparison import collect
+        from flexp.comparison.compare import regather
 
         if out is None:
             raise ConfigError("say which comparison: flexp compare --report-only --out DIR")
-        _show(collect.load(out), out)
+        _show(regather(out), out)
         return
     if config is None:
         raise ConfigError("say what to compare: flexp compare CONFIG.toml")
@@ -121,30 +121,17 @@ def _show(comparison: dict[str, Any], folder: Path) -> None:
 
 def _fallback(comparison: dict[str, Any], console: Console) -> None:
     """A plain table until flexp.report.comparison is there; then this goes."""
+    from statistics import fmean
+
     from rich.table import Table
 
-    from flexp.comparison.statistics import last_means, mean_ci, paired
-
-    metric, higher = comparison["metric"], comparison["higher_is_better"]
-    table = Table(title=f"{comparison['name']}: {metric} at the last round, mean ± 95 % over seeds")
-    for title in (
-        "method",
-        "own test data",
-        "worst decile",
-        "everybody's",
-        f"{comparison['reference']} − it",
-        "settings",
-    ):
+    table = Table(title=f"{comparison['name']}: {comparison['metric']} at the last round, mean over clients and seeds")
+    for title in ("method", "seeds", "own test data", "everybody's", "settings"):
         table.add_column(title)
-    reference = next((m for m in comparison["methods"] if m["name"] == comparison["reference"]), None)
     for method in comparison["methods"]:
-        cells = []
-        for what in ("personal", "worst_decile", "global"):
-            mean, half = mean_ci(list(last_means(method, what, higher).values()))
-            cells.append("–" if mean is None else f"{mean:.4f}" + ("" if half is None else f" ± {half:.4f}"))
-        mean, half = paired(reference, method, "personal", higher) if reference else (None, None)
-        own = reference is not None and method["name"] == reference["name"]
-        cells.append("" if own or mean is None else f"{mean:+.4f}" + ("" if half is None else f" ± {half:.4f}"))
+        last = [run["rounds"][-1] for run in method["runs"] if run["rounds"]]
+        scores = {side: [value for at in last for value in at[side].values()] for side in ("personal", "global")}
+        shown = [f"{fmean(values):.4f}" if values and None not in values else "–" for values in scores.values()]
         chosen = ", ".join(f"{key.removeprefix('train.')}={value}" for key, value in method["settings"].items())
-        table.add_row(method["name"], *cells, chosen)
+        table.add_row(method["name"], str(len(last)), *shown, chosen)
     console.print(table)

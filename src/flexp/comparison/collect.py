@@ -10,7 +10,6 @@ from typing import Any
 from flexp.comparison.cells import Cell, is_done, validation
 from flexp.comparison.config import Comparison, Entry
 from flexp.comparison.grid import Settings
-from flexp.errors import StorageError
 from flexp.files import read_json, write_json
 from flexp.report.metrics import Record, read
 
@@ -61,20 +60,6 @@ def write(content: dict[str, Any], out: Path) -> Path:
     """Write ``comparison.json`` in ``out``."""
     write_json(out / FILE, content)
     return out / FILE
-
-
-def load(out: Path) -> dict[str, Any]:
-    """Read ``comparison.json`` of ``out``.
-
-    Raises:
-        StorageError: there is none, or it is another version's.
-    """
-    if not (out / FILE).is_file():
-        raise StorageError(f"{out}: has no {FILE}; expected the folder of a comparison (flexp compare --out)")
-    content = read_json(out / FILE)
-    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
-        raise StorageError(f"{out / FILE}: is not of schema {SCHEMA}; run flexp compare again")
-    return content
 
 
 def trial_score(cells: Sequence[Cell], out: Path) -> tuple[float, float, bool] | None:

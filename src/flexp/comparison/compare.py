@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from flexp.comparison import collect
 from flexp.comparison.cells import Cell, final_cell, is_done, tuning_cell
-from flexp.comparison.config import Comparison, Entry
+from flexp.comparison.config import CompareConfig, Comparison, Entry, make
 from flexp.comparison.grid import Settings, trials, untried
 from flexp.comparison.workers import Pool
-from flexp.errors import ConfigError
-from flexp.files import write_json
+from flexp.errors import ConfigError, StorageError
+from flexp.experiments.settings import validate
+from flexp.files import read_json, storage_error, write_json
+
+PLAN = "plan.json"
+"""What was asked for, with all defaults."""
 
 
 @dataclass
@@ -80,24 +88,44 @@ def compare(comparison: Comparison, out: Path, jobs: int, watcher: Watcher | Non
 
     Raises:
         ConfigError: the configuration is impossible, or ``out`` holds something else.
+        StorageError: another process is at work in ``out``.
     """
     watcher = watcher or Watcher()
     tracks = plan(comparison)
     if (out / "config.json").exists():
         raise ConfigError(f"{out} holds a run: choose another --out for the comparison")
-    write_json(out / "plan.json", {"base": comparison.base.resolved(), "compare": comparison.config.model_dump()})
-    state = _State(comparison, out, watcher, tracks)
-    with Pool(jobs, out) as pool:
-        while state.waiting or pool.busy:
-            while state.waiting and pool.free:
-                cell = state.next()
-                watcher.began(cell)
-                pool.give(cell)
-            for cell, problem in pool.take():
-                state.ended(cell, problem)
-    content = collect.gather(comparison, out, [(t.entry, t.tried, t.tuning, t.chosen, t.final) for t in tracks])
-    collect.write(content, out)
-    return Outcome(content, state.failures, state.done, state.kept)
+    with _alone(out):
+        write_json(out / PLAN, {"base": comparison.base.resolved(), "compare": comparison.config.model_dump()})
+        state = _State(comparison, out, watcher, tracks)
+        with Pool(jobs, out) as pool:
+            while state.waiting or pool.busy:
+                while state.waiting and pool.free:
+                    cell = state.next()
+                    watcher.began(cell)
+                    pool.give(cell)
+                for cell, problem in pool.take():
+                    state.ended(cell, problem)
+        return Outcome(_gather(comparison, out, tracks), state.failures, state.done, state.kept)
+
+
+def regather(out: Path) -> dict[str, Any]:
+    """Write ``comparison.json`` anew from the cells that are finished in ``out``, running none.
+
+    Raises:
+        StorageError: ``out`` holds no comparison.
+    """
+    if not (out / PLAN).is_file():
+        raise StorageError(f"{out}: has no {PLAN}; expected the folder of a comparison (flexp compare --out)")
+    content = read_json(out / PLAN)
+    base = validate(content["base"], str(out / PLAN))
+    comparison = make(base, CompareConfig.model_validate(content["compare"]))
+    tracks = plan(comparison)
+    for track in tracks:
+        if track.chosen is None and all(is_done(cell, out) for cell in track.tuning):
+            best = choose(out, track)
+            if best is not None:
+                _choose(comparison, track, best)
+    return _gather(comparison, out, tracks)
 
 
 class _State:
@@ -111,13 +139,12 @@ class _State:
         self._tracks = {track.entry.name: track for track in tracks}
         self._open: dict[str, set[Path]] = {}
         for track in tracks:
-            cells = track.tuning or track.final
             self._open[track.entry.name] = {cell.folder for cell in track.tuning if not self._queue(cell)}
-            if not track.tuning:
-                for cell in cells:
-                    self._queue(cell)
-            else:
+            if track.tuning:
                 self._tuned(track)
+            else:
+                for cell in track.final:
+                    self._queue(cell)
         seeds = len(comparison.seeds)
         later = [
             cell.cost for track in tracks if track.chosen is None for cell in track.tuning[:1] for _ in range(seeds)
@@ -173,6 +200,32 @@ def choose(out: Path, track: Track) -> Settings | None:
             score, loss, higher = found
             ranked.append((-score if higher else score, loss, number, settings))
     return min(ranked, key=lambda item: item[:3])[3] if ranked else None
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Two processes that do the same cells would spoil them."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_error(out, error) from error
+    lock = FileLock(out / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise StorageError(
+            f"{out}: another flexp compare is at work there; wait for it, or choose another --out"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _gather(comparison: Comparison, out: Path, tracks: list[Track]) -> dict[str, Any]:
+    content = collect.gather(comparison, out, [(t.entry, t.tried, t.tuning, t.chosen, t.final) for t in tracks])
+    collect.write(content, out)
+    return content
 
 
 def _choose(comparison: Comparison, track: Track, settings: Settings) -> None:

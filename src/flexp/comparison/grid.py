@@ -63,14 +63,14 @@ def trials(comparison: Comparison, entry: Entry) -> list[Settings]:
     There are ``compare.trials`` of them, or fewer if the entry fixes its learning rate itself.
 
     Raises:
-        ConfigError: a grid has more combinations than there are trials.
+        ConfigError: a grid of the user's has more combinations than there are trials.
     """
     if not comparison.config.tune or entry.method in UNTUNED:
         return []
     count, own = comparison.config.trials, _axes(comparison, entry)
     free = PERSONAL not in own and PERSONAL not in entry.fixed
     combinations = math.prod(len(values) for values in own.values())
-    if combinations > count:
+    if entry.grid is not None and combinations > count:
         raise ConfigError(
             f"the grid of {entry.name} has {combinations} combinations, more than compare.trials = {count}; "
             "name fewer values, or allow more trials"
@@ -129,7 +129,8 @@ def apply(base: RunConfig, settings: Mapping[str, Any], where: str) -> RunConfig
         *tables, leaf = key.split(".")
         table = content
         for name in tables:
-            table = table.setdefault(name, {})
+            table[name] = {} if table.get(name) is None else table[name]
+            table = table[name]
             if not isinstance(table, dict):
                 raise ConfigError(f"{where}: {key}: {name} is a value, not a table of keys")
         table[leaf] = value

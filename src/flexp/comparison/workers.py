@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -98,23 +99,27 @@ class Pool:
         here, there = context.Pipe()
         log = self.out / f"worker-{number + 1}.log"
         process = context.Process(target=_work, args=(there, self.out, self.threads, log), daemon=False)
-        with _environment(self.threads):
+        with _inherited(self.threads):
             process.start()
         there.close()
         return Worker(process, here)
 
 
 @contextlib.contextmanager
-def _environment(threads: int) -> Iterator[None]:
-    """What a child must find set before it loads torch."""
+def _inherited(threads: int) -> Iterator[None]:
+    """What a child must find set before it loads torch; and interruptions ignored: those are its parent's."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     wanted = dict.fromkeys(names, str(threads))
     wanted |= {"OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"}
     before = {name: os.environ.get(name) for name in wanted}
+    main = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
     os.environ.update(wanted)
     try:
         yield
     finally:
+        if main:
+            signal.signal(signal.SIGINT, handler)
         for name, value in before.items():
             if value is None:
                 del os.environ[name]
@@ -123,8 +128,7 @@ def _environment(threads: int) -> Iterator[None]:
 
 
 def _work(pipe: Connection, out: Path, threads: int, log: Path) -> None:
-    """A worker's life. An interruption is the parent's business, which ends it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """A worker's life."""
     with log.open("a", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

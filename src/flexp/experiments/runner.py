@@ -128,6 +128,7 @@ class _Run:
                 "seconds": self.seconds_before + time.perf_counter() - self.began,
                 "bytes_up": sum(account.training.bytes_up for account in accounts),
                 "bytes_down": sum(account.training.bytes_down for account in accounts),
+                "client_seconds": sum(account.client_seconds for account in accounts),
             }
         )
         best = None
@@ -148,7 +149,7 @@ class _Run:
         task, size = self.world.federation.task, self.config.evaluation.batch_size
         scores: Scores = {}
         extras = number in (0, self.config.train.rounds)  # scores that need forward passes of their own
-        alike = getattr(self.method, "same_for_all", False)
+        alike = number == 0 or getattr(self.method, "same_for_all", False)  # before training all have what came
         everybody: dict[str, float] | None = None
         for client in self.world.federation.clients:
             forward = self.method.personal(client.name)

@@ -1,0 +1,228 @@
+"""A comparison from its configuration to ``comparison.json``; and that it does nothing twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flexp.client.trainer import Trainer
+from flexp.comparison.cells import Cell, final_cell, is_done, tuning_cell
+from flexp.comparison.compare import compare, regather
+from flexp.config import RunConfig
+from flexp.errors import ConfigError, TrainingError
+from flexp.experiments import runner
+from flexp.experiments.setup import build_world
+from flexp.report.metrics import read
+
+from ..experiments.tiny import CLIENTS
+from .tools import comparison
+
+THREE = {"methods": ["flexp-sfl", "fedavg", "local"], "seeds": 2, "trials": 2}
+
+
+def test_equal_clients_batches_and_test_rows_for_all_methods(home: Path, ended: list[Cell]) -> None:
+    """The same private examples in the same batches; over seeds other private examples and the same test rows."""
+    wanted = comparison(home, THREE | {"tune": False})
+    worlds = {(e.name, s): build_world(final_cell(wanted, e, {}, s).config) for e in wanted.entries for s in (0, 1)}
+
+    def texts(name: str, seed: int, part: str) -> list[Any]:
+        clients = worlds[name, seed].federation.clients
+        return [[example["input_ids"] for example in getattr(client, part)] for client in clients]
+
+    for seed in (0, 1):
+        assert len({json.dumps(texts(e.name, seed, "train")) for e in wanted.entries}) == 1
+    assert texts("local", 0, "train") != texts("local", 1, "train")
+    assert texts("local", 0, "test") == texts("local", 1, "test")
+    assert [len(examples) for examples in texts("local", 0, "train")] == [12] * 3
+    tuning = build_world(tuning_cell(wanted, wanted.entries[0], 0, {}, 0).config).federation.clients
+    for client, everything in zip(tuning, texts("local", 0, "train"), strict=True):
+        parts = [example["input_ids"] for example in (*client.train, *client.validation)]
+        assert (len(client.train), len(client.validation)) == (9, 3)
+        assert sorted(parts) == sorted(everything)
+
+    seen: dict[str, list[Any]] = {}
+    step = Trainer.step
+
+    def recorded(self: Trainer) -> Any:
+        done = step(self)
+        seen.setdefault(name, []).append((done.client, done.number, done.items))
+        return done
+
+    taken: dict[str, dict[str, list[Any]]] = {}
+    collate = type(worlds["local", 0].federation.task).collate
+
+    def watched(self: Any, examples: Any) -> Any:
+        taken[name].setdefault("batches", []).append(sorted(example["input_ids"] for example in examples))
+        return collate(self, examples)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "step", recorded)
+        patch.setattr(type(worlds["local", 0].federation.task), "collate", watched)
+        for entry in wanted.entries:
+            name = entry.name
+            taken[name] = {}
+            from flexp.methods import METHODS
+
+            method = METHODS[entry.method](worlds[name, 0])
+            method.train_round(1, lambda step: None)
+            method.close()
+    batches = [sorted(map(json.dumps, found["batches"])) for found in taken.values()]
+    assert len(batches[0]) == 2 * len(CLIENTS)
+    assert batches[0] == batches[1] == batches[2]
+
+
+def test_tuning_picks_on_validation_and_finals_follow(home: Path, ended: list[Cell]) -> None:
+    outcome = compare(comparison(home, THREE), home / "out", 1)
+    assert (outcome.done, outcome.kept, outcome.failures) == (3 * 2 + 3 * 2, 0, [])
+    content = json.loads((home / "out/comparison.json").read_text(encoding="utf-8"))
+    assert content == outcome.comparison
+    assert (content["schema"], content["seeds"], content["reference"]) == (1, [0, 1], "flexp-sfl")
+    assert RunConfig.model_validate(content["config"]).train.rounds == 3
+    assert content["tuning"] == {
+        "seeds": [0],
+        "trials_per_method": 2,
+        "measure": "mean validation score at the last round",
+    }
+    for method in content["methods"]:
+        cells = [cell for cell in ended if cell.entry == method["name"]]
+        tuned, finals = cells[:2], cells[2:]
+        assert [cell.purpose for cell in cells] == ["tune"] * 2 + ["final"] * 2
+        # By hand: means over clients in the last round, from the diaries.
+        scored = []
+        for cell in sorted(tuned, key=lambda cell: cell.trial):
+            last = [r for r in read(home / "out" / cell.folder / "metrics.jsonl") if r["kind"] == "eval"][-3:]
+            assert [record["round"] for record in last] == [3] * 3
+            mean = {key: sum(r["validation"][key] for r in last) / 3 for key in ("accuracy", "loss")}
+            scored.append((-mean["accuracy"], mean["loss"], cell.trial))
+        assert [trial["validation"] for trial in method["trials"]] == pytest.approx([-score for score, _, _ in scored])
+        assert method["settings"] == method["trials"][min(scored)[2]]["settings"]
+        assert [cell.settings for cell in finals] == [method["settings"]] * 2
+        assert [cell.config.data.validation_fraction for cell in finals] == [0.0] * 2
+        assert [run["seed"] for run in method["runs"]] == [0, 1]
+
+
+def test_runs_hold_what_the_cells_do(home: Path, ended: list[Cell]) -> None:
+    changes = {"evaluation": {"every": 2, "measure_memory": True}}
+    content = compare(comparison(home, THREE | {"tune": False}, **changes), home / "out", 1).comparison
+    for method in content["methods"]:
+        assert method["trials"] == []
+        for run in method["runs"]:
+            folder = home / "out" / run["folder"]
+            summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+            assert not (folder / "checkpoints").exists()
+            assert [at["round"] for at in run["rounds"]] == [2, 3]
+            last = run["rounds"][-1]
+            for client in summary["clients"]:
+                for side in ("personal", "global"):
+                    assert run["before"][side][client["name"]] == client["before"][side]
+                    assert last[side][client["name"]] == client["last"][side]
+                    assert last[f"{side}_loss"][client["name"]] > 0
+            assert last["bytes_up"] == pytest.approx(summary["totals"]["bytes_up"] / 3)
+            seconds = [client["client_seconds"] for client in summary["clients"]]
+            assert last["client_seconds"] == pytest.approx(sum(seconds) / 3)
+            assert (last["virtual_seconds"], run["dropped"], run["picked_on"]) == (None, [], "test")
+            assert [client["name"] for client in run["clients"]] == sorted(CLIENTS)
+            assert all(client["train_examples"] == 12 for client in run["clients"])
+            # Measured with the first seed, told for all.
+            assert all(client["peak_memory_bytes"] > 1_000_000 for client in run["clients"])
+    measured = [cell for cell in ended if (home / "out" / cell.folder / "memory.json").exists()]
+    assert sorted((cell.entry, cell.seed) for cell in measured) == sorted((name, 0) for name in THREE["methods"])
+
+
+def test_nothing_is_done_twice_and_a_change_is_another_cell(home: Path, ended: list[Cell]) -> None:
+    wanted = comparison(home, THREE)
+    first = compare(wanted, home / "out", 1)
+    before = {path: path.stat().st_mtime_ns for path in (home / "out/cells").rglob("*")}
+    ended.clear()
+    again = compare(wanted, home / "out", 1)
+    assert (again.done, again.kept, ended) == (0, 12, [])
+    assert again.comparison == first.comparison
+    assert {path: path.stat().st_mtime_ns for path in (home / "out/cells").rglob("*")} == before
+
+    renamed = comparison(home, THREE, name="other", threads=2, output={"html": True})
+    assert compare(renamed, home / "out", 1).done == 0
+    more = compare(comparison(home, THREE | {"seeds": 3}), home / "out", 1)
+    assert sorted((cell.entry, cell.seed) for cell in ended) == sorted((name, 2) for name in THREE["methods"])
+    assert [len(method["runs"]) for method in more.comparison["methods"]] == [3, 3, 3]
+    ended.clear()
+    changed = compare(comparison(home, THREE, train={"batch_size": 3}), home / "out", 1)
+    assert (changed.done, changed.kept, len(ended)) == (12, 0, 12)
+    assert all(path.exists() for path in before)
+
+
+def test_a_stopped_cell_goes_on_and_ends_alike(home: Path, ended: list[Cell], monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = comparison(home, {"methods": ["fedavg"], "seeds": 1, "tune": False})
+    whole = compare(wanted, home / "whole", 1).comparison
+    evaluate = runner._Run._evaluate
+
+    def interrupted(self: Any, number: int) -> None:
+        if number == 3:
+            raise KeyboardInterrupt
+        evaluate(self, number)
+
+    monkeypatch.setattr(runner._Run, "_evaluate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compare(wanted, home / "out", 1)
+    monkeypatch.setattr(runner._Run, "_evaluate", evaluate)
+    (cell,) = {cell.folder: cell for cell in ended}.values()
+    assert not is_done(cell, home / "out")
+    assert regather(home / "out")["methods"][0]["runs"] == []
+    rounds: list[int] = []
+    train = runner._Run._round
+    monkeypatch.setattr(runner._Run, "_round", lambda self, number: (rounds.append(number), train(self, number))[1])
+    done = compare(wanted, home / "out", 1)
+    assert rounds == [3]
+    for here, there in zip(
+        done.comparison["methods"][0]["runs"][0]["rounds"], whole["methods"][0]["runs"][0]["rounds"], strict=True
+    ):
+        assert {**here, "client_seconds": 0} == {**there, "client_seconds": 0}
+
+
+def test_a_failing_cell_is_told_and_the_others_go_on(
+    home: Path, ended: list[Cell], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Divergence ends a trial, which then cannot be chosen; in a final run it is a run that is missing."""
+    train = runner._Run._round
+
+    def diverging(self: Any, number: int) -> None:
+        name, seed = self.config.method.name, self.config.seed
+        tuning = self.config.data.validation_fraction > 0
+        if name == "local" and (self.config.train.personal.lr > 1e-4 if tuning else seed == 1):
+            raise TrainingError("the loss is not a number")
+        train(self, number)
+
+    monkeypatch.setattr(runner._Run, "_round", diverging)
+    outcome = compare(comparison(home, THREE), home / "out", 1)
+    assert outcome.failures == ["local, seed 1: the loss is not a number"]
+    local = outcome.comparison["methods"][2]
+    assert [trial["validation"] is None for trial in local["trials"]] == [False, True]
+    assert local["settings"]["train.personal.lr"] == 1e-4
+    assert [run["seed"] for run in local["runs"]] == [0]
+    assert [len(method["runs"]) for method in outcome.comparison["methods"]] == [2, 2, 1]
+    ended.clear()
+    monkeypatch.setattr(runner._Run, "_round", train)
+    mended = compare(comparison(home, THREE), home / "out", 1)
+    assert [(cell.entry, cell.purpose, cell.seed) for cell in ended] == [("local", "final", 1)]
+    assert mended.failures == []
+
+
+def test_places_that_are_taken(home: Path, ended: list[Cell]) -> None:
+    wanted = comparison(home, {"methods": ["pretrained"], "seeds": 1})
+    runner.run(wanted.base, home / "run")
+    with pytest.raises(ConfigError, match="holds a run"):
+        compare(wanted, home / "run", 1)
+    outcome = compare(wanted, home / "out", 1)
+    folder = outcome.comparison["methods"][0]["runs"][0]["folder"]
+    assert re.fullmatch(r"cells/pretrained/final-seed-0-[0-9a-f]{10}", folder)
+    # Another version's defaults under the same name: the cell is not what is asked for, and is done anew.
+    path = home / "out" / folder / "config.json"
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    stored["evaluation"]["batch_size"] = 7
+    path.write_text(json.dumps(stored), encoding="utf-8")
+    os.utime(path)
+    assert compare(wanted, home / "out", 1).done == 1

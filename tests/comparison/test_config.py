@@ -1,0 +1,88 @@
+"""The ``[compare]`` table: what it means, what it refuses, and that a run does not mind it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flexp.comparison.config import HEADLINE, CompareConfig, load
+from flexp.errors import ConfigError
+from flexp.experiments import settings
+
+RUN = 'seed = 7\n[model]\nid = "m"\n[data]\nsource = "d"\n'
+TABLE = """[compare]
+methods = ["flexp-sfl", "fedavg", "plain"]
+seeds = 3
+trials = 4
+[compare.grids.fedavg]
+"train.personal.lr" = [1e-4, 2e-4, 3e-4, 4e-4]
+[compare.variants.plain]
+method = "flexp-sfl"
+set = { "method.align.kind" = "off" }
+grid = { "method.align.pull" = [0.1, 0.5] }
+"""
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "run.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_run_is_the_same_with_and_without_the_table(tmp_path: Path) -> None:
+    alone = settings.load(written(tmp_path, RUN))
+    assert settings.load(written(tmp_path, RUN + TABLE)) == alone
+    assert settings.load(written(tmp_path, RUN + "[compare]\nnonsense = 1\n")) == alone
+    with pytest.raises(ConfigError, match="unknown key compares"):
+        settings.load(written(tmp_path, RUN + "[compares]\n"))
+
+
+def test_what_the_table_means(tmp_path: Path) -> None:
+    wanted = load(written(tmp_path, RUN + TABLE), ["train.rounds=2", "compare.tune_seeds=2"], {"seeds": 4})
+    assert wanted.base.train.rounds == 2
+    assert (wanted.seeds, wanted.tune_seeds, wanted.config.trials) == ([7, 8, 9, 10], [7, 8], 4)
+    assert [(entry.name, entry.method) for entry in wanted.entries] == [
+        ("flexp-sfl", "flexp-sfl"),
+        ("fedavg", "fedavg"),
+        ("plain", "flexp-sfl"),
+    ]
+    assert wanted.entries[1].grid == {"train.personal.lr": [1e-4, 2e-4, 3e-4, 4e-4]}
+    assert wanted.entries[2].fixed == {"method.align.kind": "off"}
+    assert wanted.reference == "flexp-sfl"
+    assert load(written(tmp_path, RUN + TABLE), [], {"methods": ["fedavg", "plain"]}).reference == "fedavg"
+
+
+def test_nothing_said_compares_the_headline_methods(tmp_path: Path) -> None:
+    wanted = load(written(tmp_path, RUN), [], {"seeds": [3, 5]})
+    assert [entry.name for entry in wanted.entries] == HEADLINE
+    assert wanted.seeds == [3, 5]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("trails = 3", r"unknown key compare.trails; did you mean 'trials'\?"),
+        ("trials = 0", r"compare.trials = 0 is not allowed: expected greater than 0"),
+        ('methods = ["fedavgg"]', r"compare.methods: there is no 'fedavgg'; did you mean 'fedavg'\?"),
+        ('methods = ["local", "local"]', r"compare.methods names 'local' twice"),
+        ('methods = ["local"]\nreference = "fedavg"', r"compare.reference = 'fedavg' is not compared"),
+        ("seeds = [1, 1]", r"compare.seeds: seeds must be different"),
+        ("lrs = [-1.0]", r"compare.lrs.0 = -1.0 is not allowed: expected greater than 0"),
+        ("[compare.variants.x]\nmethd = 'local'", r"unknown key compare.variants.x.methd; did you mean 'method'\?"),
+        ("[compare.variants.'a/b']\nmethod = 'local'", r"compare.variants.'a/b': a variant's name is"),
+        ("[compare.grids.fedavgg]\na = [1]", r"compare.grids: there is no 'fedavgg'"),
+    ],
+)
+def test_one_line(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        load(written(tmp_path, f"{RUN}[compare]\n{text}\n"))
+    assert "\n" not in str(error.value)
+
+
+def test_every_key_is_documented() -> None:
+    page = (Path(__file__).parents[2] / "docs/compare.md").read_text(encoding="utf-8")
+    rows = [line.split("`")[1] for line in page.splitlines() if line.startswith("| `compare.")]
+    own = [name for name in CompareConfig.model_fields if name not in ("variants", "grids")]
+    variant = [f"variants.NAME.{key}" for key in ("method", "set", "grid")]
+    assert sorted(rows) == sorted(f"compare.{name}" for name in [*own, *variant, "grids.METHOD"])
