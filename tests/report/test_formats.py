@@ -57,3 +57,35 @@ def test_scores_and_changes() -> None:
     assert formats.change(912.0, 15.7, "perplexity") == "−896"
     assert formats.change(None, 15.7, "perplexity") == "–"
     assert formats.cut([1, 6]) == "(1, 6)"
+
+
+@pytest.mark.parametrize(
+    ("mean", "half", "metric", "note", "text"),
+    [
+        (0.8391, 0.0123, "accuracy", "", "83.9 ± 1.2 %"),
+        (0.8391, None, "accuracy", "n = 1", "83.9 % (n = 1)"),
+        (24.21, 0.31, "perplexity", "", "24.2 ± 0.3"),
+        (24.21, 0.031, "perplexity", "", "24.21 ± 0.03"),  # never ± 0.0
+        (0.354, 0.0004, "loss", "", "0.3540 ± 0.0004"),
+        (0.354, 0.02, "loss", "", "0.354 ± 0.020"),
+        (12431.0, 210.0, "perplexity", "n = 2", "12,431 ± 210 (n = 2)"),
+        (None, None, "accuracy", "n = 1", "–"),
+    ],
+)
+def test_intervals(mean: float | None, half: float | None, metric: str, note: str, text: str) -> None:
+    assert formats.interval(mean, half, metric, note) == text
+
+
+@pytest.mark.parametrize(
+    ("mean", "half", "metric", "text"),
+    [
+        (0.0412, 0.0103, "accuracy", "+4.1 ± 1.0"),
+        (-0.0412, None, "accuracy", "−4.1"),
+        (0.0001, 0.01, "accuracy", "0.0 ± 1.0"),
+        (-3.456, 0.21, "perplexity", "−3.46 ± 0.21"),
+        (0.576, 0.072, "perplexity", "+0.58 ± 0.07"),
+        (None, None, "accuracy", "–"),
+    ],
+)
+def test_differences(mean: float | None, half: float | None, metric: str, text: str) -> None:
+    assert formats.difference(mean, half, metric) == text

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 CONFIDENCE = 0.95
+ROUNDING = 1e-12
+"""Differences of equal scores are zero only up to rounding."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Interval:
     @property
     def excludes_zero(self) -> bool:
         """Whether the whole interval lies on one side of zero; never with one value alone."""
-        return self.half is not None and abs(self.mean) > self.half
+        return self.half is not None and abs(self.mean) - self.half > ROUNDING
 
 
 def interval(values: Iterable[float | None], confidence: float = CONFIDENCE) -> Interval | None:

@@ -50,7 +50,7 @@ def clients_csv(comparison: Mapping[str, Any]) -> str:
     keys = ("train_examples", "personal_parameters", "peak_memory_bytes", "bytes_up", "bytes_down", "client_seconds")
     for method in ordered(comparison):
         for run in method["runs"]:
-            before, last, best = run["before"], _round(run, views.last_round(run)), _round(run, int(run["best_round"]))
+            before, last, best = run["before"], _round(run, views.last_round(run)), _round(run, run["best_round"])
             for client in run["clients"]:
                 name, cut = client["name"], client.get("cut")
                 line: dict[str, Cell] = {
@@ -71,7 +71,7 @@ def clients_csv(comparison: Mapping[str, Any]) -> str:
     return _written(lines)
 
 
-def _round(run: Mapping[str, Any], round: int) -> Mapping[str, Any]:
+def _round(run: Mapping[str, Any], round: int | None) -> Mapping[str, Any]:
     for entry in run["rounds"]:
         if int(entry["round"]) == round:
             found: Mapping[str, Any] = entry

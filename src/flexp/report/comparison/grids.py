@@ -149,7 +149,7 @@ def _costs(comparison: Mapping[str, Any], found: list[Result]) -> Grid:
                 formats.seconds(result.client_seconds),
                 formats.size(result.memory),
                 *time,
-                str(result.dropped) or "all take part",
+                str(result.dropped).replace(" clients", "").replace(" client", "") or "all take part",
             ]
         )
     headers = ["Method", "Up per client", "Down per client", "Client compute", "Peak memory"]

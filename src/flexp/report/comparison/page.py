@@ -68,11 +68,14 @@ def all_plots(comparison: Mapping[str, Any]) -> list[Plot]:
 def _head(comparison: Mapping[str, Any], found: list[Result]) -> str:
     model, seeds = comparison["model"], comparison["seeds"]
     number = max((result.dropped.clients for result in found), default=0)
+    model_facts = []
+    if model.get("id") is not None:  # known as soon as one run is finished
+        size = f"{model['blocks']} blocks, {formats.count(model['parameters'])} parameters"
+        model_facts = [f"model {model['id']} ({size})", f"{model['tuning']} tuning in {model['dtype']}"]
     facts = [
         f"{len(found)} method{'' if len(found) == 1 else 's'}",
         f"reference {comparison['reference']}",
-        f"model {model['id']} ({model['blocks']} blocks, {formats.count(model['parameters'])} parameters)",
-        f"{model['tuning']} tuning in {model['dtype']}",
+        *model_facts,
         f"{number} client{'' if number == 1 else 's'}",
         f"seed{'' if len(seeds) == 1 else 's'} {', '.join(str(seed) for seed in seeds)}",
     ]

@@ -6,9 +6,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from flexp.errors import StorageError
 from flexp.evaluation import views
 from flexp.evaluation.statistics import Interval, interval, mean, paired, worst_decile
 from flexp.report import formats
+
+SCHEMA = 1
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,23 @@ class Standing:
     is_reference: bool
 
 
+def checked(comparison: Mapping[str, Any]) -> Mapping[str, Any]:
+    """``comparison`` if it is of this schema; while no run is finished, its metric is called *score*.
+
+    Raises:
+        StorageError: it is of another schema.
+    """
+    found = comparison.get("schema")
+    if found != SCHEMA:
+        raise StorageError(
+            f"comparison.json: has schema {found!r}, expected {SCHEMA}; "
+            "use the version of FlexP that wrote it, or compare again"
+        )
+    if comparison.get("metric") is None:
+        return {**comparison, "metric": "score", "higher_is_better": True}
+    return comparison
+
+
 def results(comparison: Mapping[str, Any]) -> list[Result]:
     """One result a method, the reference first, the others in the order of the comparison."""
     return [_result(comparison, method) for method in ordered(comparison)]
@@ -123,7 +143,8 @@ def _result(comparison: Mapping[str, Any], method: Mapping[str, Any]) -> Result:
         return interval(by_seed(method, score).values())
 
     def best(run: Mapping[str, Any]) -> float | None:
-        return mean(views.side_scores(run, "personal", int(run["best_round"])))
+        round = run["best_round"]
+        return None if round is None else mean(views.side_scores(run, "personal", int(round)))
 
     def client_mean(key: str) -> Interval | None:
         return over_seeds(lambda run: mean(client.get(key) for client in participants(run)))
@@ -150,7 +171,7 @@ def _result(comparison: Mapping[str, Any], method: Mapping[str, Any]) -> Result:
         everybody=over_seeds(lambda run: mean(views.side_scores(run, "global"))),
         loss=over_seeds(lambda run: mean(views.side_scores(run, "personal_loss"))),
         best=over_seeds(best),
-        best_rounds=_range(int(run["best_round"]) for run in runs),
+        best_rounds=_range(int(run["best_round"]) for run in runs if run["best_round"] is not None),
         picked_on_test=any(run.get("picked_on") == "test" for run in runs),
         difference=difference,
         bytes_up=_middle(traffic("bytes_up")),

@@ -11,8 +11,10 @@ from rich.text import Text
 
 from flexp.report import formats
 from flexp.report.comparison.grids import DROPPED, Grid, difference, dropped_lines, marked, score
-from flexp.report.comparison.results import results
+from flexp.report.comparison.results import checked, results
 
+MOST_ROWS = 40
+"""Of a table in LaTeX, so that it stays on one page."""
 _LATEX = {
     "\\": r"\textbackslash{}",
     "{": r"\{",
@@ -41,6 +43,7 @@ _LATEX = {
 
 def terminal_table(comparison: Mapping[str, Any]) -> Table:
     """The scores and the main costs, about 80 columns wide when names are short; units stand in the titles."""
+    comparison = checked(comparison)
     metric, seeds = str(comparison["metric"]), len(comparison["seeds"])
     found = results(comparison)
     clock = any(result.virtual_seconds is not None for result in found)
@@ -102,24 +105,28 @@ def markdown(name: str, grids: Iterable[Grid]) -> str:
 
 
 def latex(name: str, grids: Iterable[Grid]) -> str:
-    """All tables in LaTeX, one float each; a document that includes them needs ``booktabs`` and ``graphicx``."""
+    """All tables in LaTeX, a float for every 40 rows; a document that has them needs ``booktabs`` and ``graphicx``."""
     parts = ["% Needs \\usepackage[T1]{fontenc}, {textcomp}, {booktabs} and {graphicx}."]
     for grid in grids:
         columns = "".join("l" if index in grid.text else "r" for index in range(len(grid.headers)))
-        lines = [" & ".join(f"{_tex(title)}" for title in grid.headers) + r" \\"]
+        head = " & ".join(
+            _tex_title(title, "l" if index in grid.text else "r") for index, title in enumerate(grid.headers)
+        )
         body = []
         for index, row in enumerate(grid.rows):
             cells = [_tex(cell) for cell in row]
             body.append(" & ".join(rf"\textbf{{{cell}}}" if index in grid.bold and cell else cell for cell in cells))
-        parts.append(
-            "\\begin{table}\n\\centering\n"
-            f"\\caption{{{_tex(f'{name}: {grid.title}. {grid.caption}')}}}\n\\label{{tab:flexp-{grid.key}}}\n"
-            # Shrunk to the text's width only where it is wider.
-            "\\resizebox{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}{!}{%\n"
-            f"\\begin{{tabular}}{{@{{}}{columns}@{{}}}}\n\\toprule\n{lines[0]}\n\\midrule\n"
-            + "".join(f"{line} \\\\\n" for line in body)
-            + "\\bottomrule\n\\end{tabular}}\n\\end{table}\n"
-        )
+        for start in range(0, len(body), MOST_ROWS):
+            caption = f"{name}: {grid.title}. {grid.caption}" if not start else f"{name}: {grid.title}, continued."
+            lines = "".join(f"{line} \\\\\n" for line in body[start : start + MOST_ROWS])
+            parts.append(
+                f"\\begin{{table}}\n\\centering\n\\caption{{{_tex(caption)}}}\n"
+                f"\\label{{tab:flexp-{grid.key}{f'-{start}' if start else ''}}}\n"
+                # Shrunk to the text's width only where it is wider.
+                "\\resizebox{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}{!}{%\n"
+                f"\\begin{{tabular}}{{@{{}}{columns}@{{}}}}\n\\toprule\n{head} \\\\\n\\midrule\n{lines}"
+                "\\bottomrule\n\\end{tabular}}\n\\end{table}\n"
+            )
     return "\n".join(parts)
 
 
@@ -143,3 +150,13 @@ def _tex(text: str) -> str:
             before = sign
     # The end of a table line, two backslashes, would take a star or a bracket for its own.
     return "{}" + "".join(shown) if shown and shown[0] in ("*", "[") else "".join(shown)
+
+
+def _tex_title(text: str, side: str) -> str:
+    """A column's title on two lines where it is long, so that the column need not be wider than its numbers."""
+    words = text.split()
+    if len(text) <= 12 or len(words) < 2:
+        return _tex(text)
+    where = min(range(1, len(words)), key=lambda place: abs(len(" ".join(words[:place])) - len(text) / 2))
+    first, second = _tex(" ".join(words[:where])), _tex(" ".join(words[where:]))
+    return rf"\shortstack[{side}]{{{first}\\{second}}}"

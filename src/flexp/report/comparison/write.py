@@ -10,8 +10,8 @@ from flexp.errors import StorageError
 from flexp.files import write_text
 from flexp.report.comparison import csvs, page, texts
 from flexp.report.comparison.grids import grids
+from flexp.report.comparison.results import checked
 
-SCHEMA = 1
 TABLE_MD, TABLE_CSV, TABLE_TEX = "table.md", "table.csv", "table.tex"
 CLIENTS_CSV, PAGE = "clients.csv", "comparison.html"
 
@@ -29,12 +29,7 @@ def write_all(comparison: Mapping[str, Any], folder: Path) -> list[Path]:
         StorageError: ``comparison`` is not of that schema, or a file cannot be written. All is made before anything
             is written, so that files never disagree with one another because of a mistake in the data.
     """
-    found = comparison.get("schema")
-    if found != SCHEMA:
-        raise StorageError(
-            f"comparison.json: has schema {found!r}, expected {SCHEMA}; "
-            "use the version of FlexP that wrote it, or compare again"
-        )
+    comparison = checked(comparison)
     try:
         tables = grids(comparison)
         name = str(comparison["name"])
