@@ -25,6 +25,8 @@ from flexp.report.metrics import Record, read
 from flexp.report.summary import VALIDATION
 
 FOLDER = "cells"
+MEMORY = "memory"
+"""Measurements of clients' peak memory, shared by all cells."""
 DIVERGED = "diverged.json"
 """In the folder of a tuning cell whose training could not go on: a result too, and not tried again."""
 
@@ -81,11 +83,8 @@ def tuning_cell(comparison: Comparison, entry: Entry, trial: int, settings: Sett
 
 
 def final_cell(comparison: Comparison, entry: Entry, settings: Settings, seed: int) -> Cell:
-    """A run on all private examples. A client's peak memory is measured with the first seed only.
-
-    It needs not be measured for every method anew either: a cache shared by all cells would be handed to
-    ``runner.run`` in :func:`execute`.
-    """
+    """A run on all private examples. A client's peak memory is measured with the first seed only, and equal clients of
+    several methods once."""
     base = comparison.base
     changes: Settings = {
         "data.validation_fraction": 0.0,
@@ -131,9 +130,9 @@ def execute(cell: Cell, out: Path, threads: int) -> None:
         progress = partial(Progress, console=Console(file=log, width=120))
         try:
             if (folder / "config.json").exists():
-                runner.resume(folder, progress=progress)
+                runner.resume(folder, progress=progress, memory_cache=out / MEMORY)
             else:
-                runner.run(config, folder, progress=progress)
+                runner.run(config, folder, progress=progress, memory_cache=out / MEMORY)
         except TrainingError as error:
             if cell.purpose != "tune":
                 raise

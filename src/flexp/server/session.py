@@ -170,9 +170,9 @@ class Session:
     ) -> dict[str, Tensor]:
         """Gradients of the shared blocks [s_min, s), of which the client trains copies of its own, on its data.
 
-        The server's z' = server[s_min, s)(z_base) goes nowhere, so it has no gradient; ∂task/∂z at the client's z, which
-        is here, stands for it. Where the copies are equal it is exact. Without, shared blocks would learn only from
-        clients that cut below them.
+        The server's z' = server[s_min, s)(z_base) goes nowhere, so it has no gradient; ∂task/∂z at the client's z,
+        which is here, stands for it. Where the copies are equal it is exact. Without, shared blocks would learn only
+        from clients that cut below them.
         """
         if request.base_BTH is None or not self.align.teach:
             return {}
