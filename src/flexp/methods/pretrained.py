@@ -17,6 +17,7 @@ class Pretrained:
     """Every client's personal model is the model before training."""
 
     def __init__(self, world: World) -> None:
+        self.world = world
         self.model = WholeModel(world.source)
 
     def train_round(self, number: int, on_step: OnStep) -> None:
