@@ -50,6 +50,33 @@ def split_overhead(
     )
 
 
+@app.command("mixed-precision")
+def mixed_precision(
+    model: Model = "asset:minilm-l6",
+    kind: Kind = "sequence-classification",
+    pairs: Annotated[int, typer.Option(min=4, help="Pairs of steps.")] = 20,
+    examples: Annotated[int, typer.Option(min=1)] = 8,
+    length: Annotated[int, typer.Option(min=1)] = 32,
+    threads: Threads = 2,
+    as_json: Json = False,
+) -> None:
+    """A step with matrix products in bfloat16 ÷ one in float32."""
+    from flexp.bench.mixed_precision import mixed_precision as bench
+
+    result = bench(_prepared(model, threads), kind, pairs=pairs, examples=examples, length=length)
+    low, high = result["ratio_quartiles"]
+    _print(
+        result | {"model": model},
+        as_json,
+        [
+            ("mixed ÷ float32 (median of pairs)", f"{result['ratio']:.3f}"),
+            ("quartiles", f"{low:.3f} – {high:.3f}"),
+            ("float32 step", f"{1e3 * result['float32_seconds']:.1f} ms"),
+            ("mixed step", f"{1e3 * result['mixed_seconds']:.1f} ms"),
+        ],
+    )
+
+
 @app.command("stage-memory")
 def stage_memory(
     hidden: Annotated[int, typer.Option(min=64, help="Width of the model that is measured.")] = 768,
