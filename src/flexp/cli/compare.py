@@ -12,8 +12,6 @@ import typer
 from flexp.errors import ConfigError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from flexp.comparison.config import Comparison
 
 INCOMPLETE = 1
@@ -102,36 +100,15 @@ def _numbers(text: str) -> int | list[int]:
 
 
 def _show(comparison: dict[str, Any], folder: Path) -> None:
-    """The table, and the report where there is a room for it."""
+    """The table in the terminal, and every file of the report."""
     from rich.console import Console
+
+    from flexp.report import comparison as report
 
     console = Console()
     if not console.is_terminal:
         console = Console(width=140)  # a log or a pipe need not be narrow
-    try:
-        from flexp.report import comparison as report  # type: ignore[attr-defined,unused-ignore]
-    except ImportError:
-        _fallback(comparison, console)
-    else:
-        console.print(report.terminal_table(comparison))
-        for path in report.write_all(comparison, folder):
-            console.print(f"{path}", soft_wrap=True, markup=False)
+    console.print(report.terminal_table(comparison))
+    for path in report.write_all(comparison, folder):
+        console.print(f"{path}", soft_wrap=True, markup=False)
     console.print(f"Saved in {folder}", soft_wrap=True, markup=False)
-
-
-def _fallback(comparison: dict[str, Any], console: Console) -> None:
-    """A plain table until flexp.report.comparison is there; then this goes."""
-    from statistics import fmean
-
-    from rich.table import Table
-
-    table = Table(title=f"{comparison['name']}: {comparison['metric']} at the last round, mean over clients and seeds")
-    for title in ("method", "seeds", "own test data", "everybody's", "settings"):
-        table.add_column(title)
-    for method in comparison["methods"]:
-        last = [run["rounds"][-1] for run in method["runs"] if run["rounds"]]
-        scores = {side: [value for at in last for value in at[side].values()] for side in ("personal", "global")}
-        shown = [f"{fmean(values):.4f}" if values and None not in values else "–" for values in scores.values()]
-        chosen = ", ".join(f"{key.removeprefix('train.')}={value}" for key, value in method["settings"].items())
-        table.add_row(method["name"], str(len(last)), *shown, chosen)
-    console.print(table)
