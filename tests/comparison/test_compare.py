@@ -16,6 +16,7 @@ from flexp.comparison.compare import compare, regather
 from flexp.config import RunConfig
 from flexp.errors import ConfigError, TrainingError
 from flexp.experiments import runner
+from flexp.experiments.memory import MemoryProbes
 from flexp.experiments.setup import build_world
 from flexp.report.metrics import read
 
@@ -132,6 +133,31 @@ def test_runs_hold_what_the_cells_do(home: Path, ended: list[Cell]) -> None:
             assert all(client["peak_memory_bytes"] > 1_000_000 for client in run["clients"])
     measured = [cell for cell in ended if (home / "out" / cell.folder / "memory.json").exists()]
     assert sorted((cell.entry, cell.seed) for cell in measured) == sorted((name, 0) for name in THREE["methods"])
+
+
+def test_clients_whose_device_is_too_small_and_the_virtual_clock(
+    home: Path, ended: list[Cell], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who is dropped is named, what is spent is a mean over the others, and every round ends on the virtual clock."""
+    needs = {"fedavg": 5000, "flexp-sfl": 500}
+    monkeypatch.setattr(MemoryProbes, "measure", lambda self, say: None)
+    monkeypatch.setattr(MemoryProbes, "peak", lambda self, client: needs[self.world.config.method.name])
+    devices = {"assign": ["small", "phone"], "classes": {"small": {"base": "phone", "memory_bytes": 1000}}}
+    compared = {"methods": list(needs), "seeds": 1, "tune": False}
+    content = compare(comparison(home, compared, devices=devices), home / "out", 1).comparison
+    small = {"fedavg": [sorted(CLIENTS)[0], sorted(CLIENTS)[2]], "flexp-sfl": []}
+    for method in content["methods"]:
+        (run,) = method["runs"]
+        summary = json.loads((home / "out" / run["folder"] / "summary.json").read_text(encoding="utf-8"))
+        assert run["dropped"] == small[method["name"]]
+        assert [at["virtual_seconds"] for at in run["rounds"]] == summary["virtual"]["rounds"]
+        assert 0 < run["rounds"][0]["virtual_seconds"] < run["rounds"][-1]["virtual_seconds"]
+        taking_part = [client for client in run["clients"] if client["name"] not in run["dropped"]]
+        for key in ("bytes_up", "bytes_down", "client_seconds"):
+            mean = sum(client[key] for client in taking_part) / len(taking_part)
+            assert run["rounds"][-1][key] == pytest.approx(mean)
+        assert [client["device"] for client in run["clients"]] == ["small", "phone", "small"]
+        assert all(client["client_flops"] > 0 for client in taking_part)
 
 
 def test_nothing_is_done_twice_and_a_change_is_another_cell(home: Path, ended: list[Cell]) -> None:

@@ -100,15 +100,15 @@ def _numbers(text: str) -> int | list[int]:
 
 
 def _show(comparison: dict[str, Any], folder: Path) -> None:
-    """Print the table, write the report."""
+    """The table in the terminal, and every file of the report."""
     from rich.console import Console
 
-    from flexp.report.comparison import terminal_table, write_all
+    from flexp.report import comparison as report
 
     console = Console()
     if not console.is_terminal:
         console = Console(width=140)  # a log or a pipe need not be narrow
-    console.print(terminal_table(comparison))
-    for path in write_all(comparison, folder):
+    console.print(report.terminal_table(comparison))
+    for path in report.write_all(comparison, folder):
         console.print(f"{path}", soft_wrap=True, markup=False)
     console.print(f"Saved in {folder}", soft_wrap=True, markup=False)

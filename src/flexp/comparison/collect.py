@@ -88,27 +88,27 @@ def _run(cell: Cell, out: Path) -> dict[str, Any] | None:
         return None
     folder = out / cell.folder
     summary, records = read_json(folder / "summary.json"), read(folder / "metrics.jsonl")
-    metric = summary["metric"]
+    metric, dropped = summary["metric"], [client["name"] for client in summary.get("dropped") or []]
+    takes_part = len(summary["clients"]) - len(dropped)
+    ends = (summary.get("virtual") or {}).get("rounds")
     before = [record for record in records if record["kind"] == "eval" and record["round"] == 0]
     return {
         "seed": cell.seed,
         "folder": cell.folder.as_posix(),
         "before": {side: {r["client"]: r[side][metric] for r in before} for side in ("personal", "global")},
-        "dropped": [client["name"] for client in summary.get("dropped") or []],
-        "rounds": _rounds(records, metric, (summary.get("virtual") or {}).get("rounds")),
+        "dropped": dropped,
+        "rounds": _rounds(records, metric, takes_part, ends),
         "best_round": summary["scores"]["best"]["round"],
         "picked_on": summary["scores"]["picked_on"],
         "clients": [_client(client) for client in summary["clients"]],
     }
 
 
-def _rounds(records: Sequence[Record], metric: str, virtual: Sequence[float] | None) -> list[dict[str, Any]]:
-    """The evaluated rounds; what the diary sums over clients becomes a mean.
+def _rounds(records: Sequence[Record], metric: str, clients: int, ends: Sequence[float] | None) -> list[dict[str, Any]]:
+    """The evaluated rounds; what the diary sums over clients becomes a mean over the ``clients`` that take part.
 
-    Args:
-        virtual: when each round ended on the virtual clock, if there is one.
+    ``ends``: of every round, on the virtual clock.
     """
-    clients = len({record["client"] for record in records if record["kind"] == "eval"})
     totals = {int(record["round"]): record for record in records if record["kind"] == "round"}
     rounds: dict[int, dict[str, Any]] = {}
     for record in records:
@@ -124,7 +124,7 @@ def _rounds(records: Sequence[Record], metric: str, virtual: Sequence[float] | N
                 "bytes_up": total["bytes_up"] / clients,
                 "bytes_down": total["bytes_down"] / clients,
                 "client_seconds": total.get("client_seconds"),
-                "virtual_seconds": virtual[number - 1] if virtual else None,
+                "virtual_seconds": ends[number - 1] if ends else None,
             },
         )
         for side in ("personal", "global"):
