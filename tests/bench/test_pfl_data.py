@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
+from PIL import Image
 
+from flexp import assets
 from flexp.bench.pfl_data import divide, federation, read_pictures
 from flexp.errors import DataError
 
@@ -92,3 +97,15 @@ def test_what_is_not_there_or_not_whole_is_said(tmp_path: Path) -> None:
     place.write_bytes(place.read_bytes()[:-1])
     with pytest.raises(DataError, match="no file of 3-dimensional bytes"):
         read_pictures(str(folder))
+
+
+def test_an_asset_of_pictures_is_read_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = np.arange(784, dtype=np.uint8).reshape(28, 28)
+    content = io.BytesIO()
+    Image.fromarray(picture).save(content, format="PNG")
+    table = {"image": [{"bytes": content.getvalue(), "path": None}] * 2, "label": ["7", "0"]}
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "table.parquet")
+    monkeypatch.setattr(assets, "resolve", lambda reference: tmp_path / "table.parquet")
+    pictures = read_pictures("asset:digits")
+    assert (pictures.name, pictures.labels.tolist()) == ("asset:digits", [7, 0])
+    assert np.array_equal(pictures.pixels[1], picture)
