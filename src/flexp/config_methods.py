@@ -37,6 +37,11 @@ class AlignConfig(Section):
     # clients with deeper cuts train the server's copies of their aligned blocks, too (needs z_base, like kl)
     teach: bool = False
 
+    @property
+    def has_term(self) -> bool:
+        """Whether there is a term, whose gradient the server computes; with a weight of 0 there is none."""
+        return self.kind in TERMS and self.weight > 0
+
 
 class FedAvgFtConfig(Section):
     """FedAvg, then local fine-tuning of the average."""

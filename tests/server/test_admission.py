@@ -260,6 +260,8 @@ def test_an_exchange_is_forwarded_once_and_backwarded_once() -> None:
     with refused(here, "exchange 2 has no forward in flight", "[1]"):
         here.server.backward("a", backward(2))
     here.server.backward("a", backward(1))
+        (AlignConfig(kind="kl", weight=0.0), (2, 5, HIDDEN), 0, ["1 activations", "expected 0"]),
+        (AlignConfig(kind="off", at="every-block", teach=True), (2, 5, HIDDEN), 1, ["2 activations", "expected 1"]),
     with refused(here, "exchange 1 has no forward in flight"):
         here.server.backward("a", backward(1))
 

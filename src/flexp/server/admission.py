@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from flexp.config import TERMS, LoraConfig
+from flexp.config import LoraConfig
 from flexp.errors import LinkError
 from flexp.links.messages import BackwardRequest, ForwardRequest, Join, PullRequest
 from flexp.models.fingerprint import fingerprint
@@ -148,8 +148,8 @@ def _check_aligned(session: Session, request: ForwardRequest, base_depth: int) -
         if value.shape != hidden.shape or value.dtype != hidden.dtype:
             raise LinkError(f"client {client}: an aligned activation is {_facts(value)}, expected {_facts(hidden)}")
     depth = session.join.cut[0] - base_depth
-    inner = depth - 1 if session.align.at == "every-block" else 0
-    wanted = depth > 0 and (session.align.teach or session.align.kind in TERMS)
+    inner = depth - 1 if session.align.at == "every-block" and session.align.has_term else 0
+    wanted = depth > 0 and (session.align.teach or session.align.has_term)
     if not wanted or request.base_BTH is None or len(request.inner_BTH) != inner:
         raise LinkError(
             f"client {client}: {len(given)} activations came for alignment, expected {1 + inner if wanted else 0} "
