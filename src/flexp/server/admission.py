@@ -39,6 +39,11 @@ def check_join(client: str, request: Join, stage: Stage, tuning: str, lora: Lora
         problem = f"its LoRA settings ({request.lora}) are not the server's ({lora}); set the same model.lora"
     elif request.dtype != str(stage.model.dtype):
         problem = f"it computes in {request.dtype}, the server in {stage.model.dtype}; set the same model.dtype"
+    elif request.autocast != stage.autocast_name:
+        problem = (
+            f"it computes with autocast = {request.autocast}, the server with {stage.autocast_name}; set the same "
+            "model.autocast"
+        )
     elif not start <= cut_start < cut_stop <= stop:
         problem = f"its cut {request.cut} needs blocks that the server does not hold: it has [{start}, {stop})"
     elif request.align.kind == "weights" and request.tuning != tuning:
