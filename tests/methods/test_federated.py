@@ -212,16 +212,18 @@ def test_batches_are_those_of_local_training(home: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(
-    ("name", "tuning"),
+    ("name", "tuning", "new_lr"),
     [
-        *((name, "lora" if name in ADAPTERS else "full") for name in BASELINES),
-        *((name, "lora") for name in ("fedavg", "fedper", "splitfed-v2", "split-fedavg")),
+        *((name, "lora" if name in ADAPTERS else "full", None) for name in BASELINES),
+        *((name, "lora", None) for name in ("fedavg", "fedper", "splitfed-v2", "split-fedavg")),
+        *((name, "lora" if name in ADAPTERS else "full", 1e-2) for name in SPLIT),
     ],
 )
 def test_resumed_equals_undisturbed_and_scoring_disturbs_nothing(
-    home: Path, tmp_path: Path, name: str, tuning: str
+    home: Path, tmp_path: Path, name: str, tuning: str, new_lr: float | None
 ) -> None:
-    settings: dict[str, Any] = {"train": {"steps_per_round": 4, **SCHEDULED}, "model": {"tuning": tuning}}
+    personal = SCHEDULED["personal"] | ({"new_lr": new_lr} if new_lr else {})
+    settings: dict[str, Any] = {"train": {"steps_per_round": 4, "personal": personal}, "model": {"tuning": tuning}}
     whole = trained(home, name, rounds=3, **settings).state()
     settings["train"] = {**settings["train"], "rounds": 3}
     first, batch = make(home, name, **settings), None

@@ -98,13 +98,13 @@ class SplitFedAvg(FlexpSfl):
         means = average(parts, self.examples)
         self.version += 1
         self.averaging_seconds += time.perf_counter() - began
-        for trainer in self.clients.values():
-            own = trainer.updater.parameters
+        for client, trainer in self.clients.items():
+            own, new = trainer.updater.parameters, self._model(client).stage.new
             with torch.no_grad():
                 for name, parameter in own.items():
                     if name in means:
                         parameter.copy_(fit(means[name], parameter.shape))
-            trainer.updater = Updater(own, self.world.config.train.personal, self.world.total_steps)
+            trainer.updater = Updater(own, self.world.config.train.personal, self.world.total_steps, new)
             trainer.updater.steps = trainer.steps
 
 

@@ -5,9 +5,11 @@ clients send them with every batch. That is how these methods are defined; FlexP
 
 *Cut*: one for all, the smallest s of the clients' cuts, so that it fits every device, or as the method's ``cut`` says.
 *Optimisers*: ``train.personal`` on the client's side, ``train.shared`` on the server's, each with its own schedule and
-clipping. Whatever was averaged begins the next round with a fresh optimiser; what the server alone keeps has one that
-lasts. *Bytes*: what crosses at the cut (:mod:`flexp.methods.split_bench`), and the client's part down and up wherever
-it is averaged. Scoring sends activations up and logits down. *Seconds*: apart for the two sides.
+clipping; the head, where it is new, has ``train.shared.new_lr`` or, without, ``train.personal.new_lr``, since that is
+the rate of a new head wherever it is. Whatever was averaged begins the next round with a fresh optimiser; what the
+server alone keeps has one that lasts. *Bytes*: what crosses at the cut (:mod:`flexp.methods.split_bench`), and the
+client's part down and up wherever it is averaged. Scoring sends activations up and logits down. *Seconds*: apart for
+the two sides.
 """
 
 from __future__ import annotations
@@ -47,9 +49,9 @@ class TwoSided(Federated):
     def __init__(self, world: World) -> None:
         self.cut = one_cut(world, self.wanted_cut(world))
         super().__init__(world)
-        own = {name: value for name, value in self.bench.parameters.items() if name not in self.shared}
+        own = frozenset(self.bench.parameters.keys() - self.shared)
         self.server_steps = world.total_steps * (1 if self.together else len(world.participants))
-        self.lasting = Updater(own, world.config.train.shared, self.server_steps)
+        self.lasting = self.server_updater(own, self.server_steps)
         self.updates = 0
 
     def wanted_cut(self, world: World) -> int | None:
@@ -69,8 +71,15 @@ class TwoSided(Federated):
         return size({name: value for name, value in weights.items() if name in self.bench.client_side})
 
     def side(self, names: frozenset[str]) -> dict[str, nn.Parameter]:
-        """The parameters of one side of the bench, by name."""
+        """The parameters ``names`` of the bench, such as one side's, by name."""
         return {name: value for name, value in self.bench.parameters.items() if name in names}
+
+    def server_updater(self, names: frozenset[str], total: int) -> Updater:
+        """A new optimiser of the server's, for the parameters ``names``."""
+        config, personal = self.world.config.train.shared, self.world.config.train.personal
+        if config.new_lr is None:  # these methods' head is the server's; others' is the client's
+            config = config.model_copy(update={"new_lr": personal.new_lr})
+        return Updater(self.side(names), config, total, self.bench.stage.new)
 
     def split_steps(self, client: Client, server: Updater, on_step: OnStep) -> None:
         """A client's turn: each of its steps is one of ``server`` as well."""
