@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 import simpy
 
-from flexp.data.seeding import generator
+from flexp.devices.presence import Presence
 from flexp.devices.profiles import DeviceProfile
 
 Schedule = Literal["synchronous", "alone", "split-async", "split-sync"]
@@ -206,7 +206,7 @@ class _Client:
     done: int = 0
 
     def __post_init__(self) -> None:
-        self.presence = _Presence(self.device, self.seed, self.name)
+        self.presence = Presence(self.device, self.seed, self.name)
 
     def live(self) -> Process:
         simulation, work = self.simulation, self.work
@@ -299,34 +299,3 @@ class _Client:
         began = self.simulation.env.now
         yield event
         self.time.waiting += self.simulation.env.now - began
-
-
-class _Presence:
-    """When a device is there: alternating exponential periods, from a generator of the client's own."""
-
-    def __init__(self, device: DeviceProfile, seed: int, client: str) -> None:
-        self.on, self.off = device.mean_on_s or 0.0, device.mean_off_s or 0.0
-        if self.off:
-            self._random = generator(seed, "availability", client)
-            self.there = bool(self._random.random() < self.on / (self.on + self.off))
-            self.until = self._period()
-
-    def away(self, now: float, seconds: float) -> float:
-        """How long the device is away while ``seconds`` of work are done from ``now`` on, which never goes back."""
-        if not self.off:
-            return 0.0
-        away, time, left = 0.0, now, seconds
-        while True:
-            while self.until <= time:
-                self.there = not self.there
-                self.until += self._period()
-            if self.there and time + left <= self.until:
-                return away
-            if self.there:
-                left -= self.until - time
-            else:
-                away += self.until - time
-            time = self.until
-
-    def _period(self) -> float:
-        return float(self._random.exponential(self.on if self.there else self.off))
