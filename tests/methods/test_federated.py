@@ -3,13 +3,14 @@ budget, the bytes, and resuming."""
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flexp.client.model import SplitModel
 from flexp.client.whole import WholeModel
@@ -17,6 +18,7 @@ from flexp.errors import ConfigError
 from flexp.experiments import checkpoints
 from flexp.methods import METHODS
 from flexp.methods.split_bench import SplitBench
+from flexp.methods.workbench import Worker
 
 from ..experiments.tiny import CLIENTS
 from .tools import ADAPTERS, ONE, equal, make, trained
@@ -119,6 +121,23 @@ def test_apfl_at_its_ends(home: Path) -> None:
         assert equal(method.server.weights, plain.server.weights)
         assert equal(of(method, "south"), plain.server.weights) == (alpha == 0.0)
         assert equal(of(method, "south"), alone.clients["south"].model.personal_state()) == (alpha == 1.0)
+
+
+def test_apfl_holds_no_more_on_a_rounds_first_step(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors of one shape that live while a gradient is computed: as many when α moves as when it does not."""
+    shape, counts = (64, 32), list[int]()
+    step = Worker.step
+
+    def counted(self: Worker, **options: Any) -> Any:
+        gc.collect()
+        counts.append(sum(type(item) in (Tensor, nn.Parameter) and item.shape == shape for item in gc.get_objects()))
+        return step(self, **options)
+
+    monkeypatch.setattr(Worker, "step", counted)
+    sgd = {"name": "sgd", "lr": 0.1}
+    trained(home, "apfl", rounds=1, data=ONE, train={"steps_per_round": 8, "personal": sgd})
+    assert len(counts) == 8
+    assert len(set(counts[0::2])) == len(set(counts[1::2])) == 1
 
 
 def test_apfl_adapts_its_mixture(home: Path) -> None:

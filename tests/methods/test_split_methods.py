@@ -82,6 +82,18 @@ def test_one_client_without_optimiser_state_is_local_training_for_ever(plain: Pa
     assert equal(everything(trained(plain, name, **settings)), local)
 
 
+def test_resumed_with_a_new_classifiers_rate_is_undisturbed(plain: Path) -> None:
+    personal = {"new_lr": 1e-2}
+    settings: dict[str, Any] = {"train": {"personal": personal}}
+    whole, first = (trained(plain, "split-fedavg", rounds=rounds, **settings) for rounds in (3, 1))
+    second = make(plain, "split-fedavg", train={"rounds": 3, "personal": personal})
+    second.load(first.state())
+    for number in (2, 3):
+        second.train_round(number, lambda step: None)
+    for client in CLIENTS:
+        assert equal(everything(second, client), everything(whole, client))
+
+
 @pytest.mark.parametrize("tuning", ["full", "lora"])
 def test_splitfed_v1_is_fedavg(home: Path, tuning: str) -> None:
     settings: dict[str, Any] = {"model": {"tuning": tuning}, "train": OPEN}

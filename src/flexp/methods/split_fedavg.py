@@ -24,6 +24,7 @@ import torch
 
 from flexp.config import AlignConfig
 from flexp.methods.base import Account, Forward, OnStep, State, World
+from flexp.methods.cuts import method_cuts
 from flexp.methods.flexp_sfl import FlexpSfl
 from flexp.methods.ranks import average, fit
 from flexp.methods.workbench import size
@@ -42,8 +43,7 @@ class SplitFedAvg(FlexpSfl):
 
     def prepared(self, world: World) -> World:
         """The world with the cuts that this method uses."""
-        cut = min(start for start, _ in world.cuts.values()), max(stop for _, stop in world.cuts.values())
-        return replace(world, cuts=dict.fromkeys(world.cuts, cut))
+        return replace(world, cuts=method_cuts(world.config, world.cuts, world.source.anatomy.blocks))
 
     def train_round(self, number: int, on_step: OnStep) -> None:
         for name in self.examples:

@@ -20,12 +20,11 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from flexp.errors import ConfigError
 from flexp.methods.base import Account, OnStep, State, World
+from flexp.methods.cuts import method_cuts
 from flexp.methods.federated import Client, Federated
 from flexp.methods.split_bench import SplitBench
 from flexp.methods.workbench import Weights, size
-from flexp.models.parts import check_cut
 from flexp.models.stage import Stage
 from flexp.optim import Updater
 
@@ -47,16 +46,13 @@ class TwoSided(Federated):
     copies = 1
 
     def __init__(self, world: World) -> None:
-        self.cut = one_cut(world, self.wanted_cut(world))
+        cuts = method_cuts(world.config, world.cuts, world.source.anatomy.blocks)
+        self.cut = next(iter(cuts.values()))[0]
         super().__init__(world)
         own = frozenset(self.bench.parameters.keys() - self.shared)
         self.server_steps = world.total_steps * (1 if self.together else len(world.participants))
         self.lasting = self.server_updater(own, self.server_steps)
         self.updates = 0
-
-    def wanted_cut(self, world: World) -> int | None:
-        """s, if the configuration says it."""
-        return world.config.method.splitfed.cut
 
     def make_bench(self, stage: Stage) -> SplitBench:
         return SplitBench(stage, self.cut)
@@ -137,20 +133,3 @@ class TwoSided(Federated):
     def _hold(self, client: Client) -> None:
         self.bench.meter = client.meter
         super()._hold(client)
-
-
-def one_cut(world: World, wanted: int | None) -> int:
-    """One s for all clients: ``wanted``, else the smallest of theirs.
-
-    Raises:
-        ConfigError: it does not fit the model, or would send bare embeddings unasked.
-    """
-    method = world.config.method.name
-    start = min(cut[0] for cut in world.cuts.values()) if wanted is None else wanted
-    start, _ = check_cut((start, None), world.source.anatomy.blocks, where=f"method {method}: cut")
-    if start == 0 and not world.config.model.expose_embeddings:
-        raise ConfigError(
-            f"method {method}: with a cut of 0 the clients would send their embeddings as they are, from which the "
-            "server can read every token; use 1 or more, or set model.expose_embeddings = true if that is acceptable"
-        )
-    return start
