@@ -77,7 +77,7 @@ def test_stopped_then_gone_on_with_then_nothing_to_do(tmp_path: Path) -> None:
     while not list(finished.rglob("summary.json")) and time.monotonic() < deadline:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does: to the workers too
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=240)
     assert process.returncode == 130
     assert "go on with the same command and --out out" in said
     assert "Traceback" not in said

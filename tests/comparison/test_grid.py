@@ -45,11 +45,11 @@ def test_the_default_grids_by_hand() -> None:
     ]
     assert [(settings[PERSONAL], settings[SHARED]) for settings in tried["flexp-sfl"]] == [
         (5e-5, 5e-5),
-        (5e-5, 1.25e-5),
+        (5e-5, 2e-4),
         (1e-4, 1e-4),
-        (1e-4, 2.5e-5),
+        (1e-4, 4e-4),
         (2e-4, 2e-4),
-        (2e-4, 5e-5),
+        (2e-4, 8e-4),
     ]
     assert {settings["method.fedavg_ft.finetune_steps"] for settings in tried["fedavg-ft"]} == {6, 12}
     assert {settings["method.fedrep.head_steps"] for settings in tried["fedrep"]} == {3, 6}

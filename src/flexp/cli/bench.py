@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-app = typer.Typer(no_args_is_help=True, help="Measure what splitting costs and saves on this machine.")
+from flexp.errors import ConfigError
+
+app = typer.Typer(
+    no_args_is_help=True, help="Measure what splitting costs and saves on this machine, and check the baselines."
+)
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Model = Annotated[str, typer.Option(help="Folder, Hugging Face id, asset:NAME or arch:NAME.")]
@@ -46,6 +51,33 @@ def split_overhead(
             ("quartiles", f"{low:.3f} – {high:.3f}"),
             ("whole step", f"{1e3 * result['whole_seconds']:.1f} ms"),
             ("split step", f"{1e3 * result['split_seconds']:.1f} ms"),
+        ],
+    )
+
+
+@app.command("mixed-precision")
+def mixed_precision(
+    model: Model = "asset:minilm-l6",
+    kind: Kind = "sequence-classification",
+    pairs: Annotated[int, typer.Option(min=4, help="Pairs of steps.")] = 20,
+    examples: Annotated[int, typer.Option(min=1)] = 8,
+    length: Annotated[int, typer.Option(min=1)] = 32,
+    threads: Threads = 2,
+    as_json: Json = False,
+) -> None:
+    """A step with matrix products in bfloat16 ÷ one in float32."""
+    from flexp.bench.mixed_precision import mixed_precision as bench
+
+    result = bench(_prepared(model, threads), kind, pairs=pairs, examples=examples, length=length)
+    low, high = result["ratio_quartiles"]
+    _print(
+        result | {"model": model},
+        as_json,
+        [
+            ("mixed ÷ float32 (median of pairs)", f"{result['ratio']:.3f}"),
+            ("quartiles", f"{low:.3f} – {high:.3f}"),
+            ("float32 step", f"{1e3 * result['float32_seconds']:.1f} ms"),
+            ("mixed step", f"{1e3 * result['mixed_seconds']:.1f} ms"),
         ],
     )
 
@@ -92,6 +124,60 @@ def simulated_clients(
     rows.append(("its personal parameters", f"{result['personal_parameters']:.0f}"))
     rows.append(("the whole model", f"{result['model_bytes'] / 1e6:.0f} MB"))
     _print(result | {"model": model}, as_json, rows)
+
+
+@app.command("pfl")
+def pfl(
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder with the four files of Fashion-MNIST or MNIST, or asset:digits. Default: where Debian's "
+            "package dataset-fashion-mnist puts them."
+        ),
+    ] = None,
+    method: Annotated[list[str] | None, typer.Option(help="Again for each; default: all that can run.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Epochs of every client.")] = 10,
+    every: Annotated[int, typer.Option(min=1, help="Score after every so many rounds.")] = 1,
+    partition: Annotated[
+        str, typer.Option(help="dirichlet (0.1) or pathological (two labels a client).")
+    ] = "dirichlet",
+    seed: Annotated[int, typer.Option(help="Of initial weights and batches; the clients stay.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for scores and states; a run that is there already is gone on with.")
+    ] = None,
+    threads: Threads = 1,
+    as_json: Json = False,
+) -> None:
+    """The baselines on PFLlib's image task, beside the accuracy that it published."""
+    import torch
+
+    from flexp.bench.pfl import NAMES
+    from flexp.bench.pfl import pfl as bench
+
+    if partition not in ("dirichlet", "pathological"):
+        raise ConfigError(f"--partition {partition}: expected dirichlet or pathological")
+    torch.set_num_threads(threads)
+    result = bench(
+        data, method or NAMES, rounds=rounds, every=every, rule=cast(Any, partition), seed=seed, out=out,
+        say=None if as_json else lambda line: typer.echo(
+            f"{line['method']} round {line['round']}: {line['accuracy']:.2f} % ({line['seconds']:.0f} s)"
+        ),
+    )  # fmt: skip
+    if as_json:
+        typer.echo(json.dumps(result))
+        return
+    table = Table(title=f"flexp bench pfl: {result['data']}, {result['rule']}, accuracy in %", title_justify="left")
+    for column in ("method", "rounds", "best (round)", "last", "published: best of 2,000", "best − published"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for row in result["rows"]:
+        given, gap = row["published"], row["difference"]
+        table.add_row(
+            row["method"], str(row["rounds"]), f"{row['best']:.2f} ({row['best_round']})", f"{row['last']:.2f}",
+            "–" if given is None else f"{given[0]:.2f} ± {given[1]:.2f}", "–" if gap is None else f"{gap:+.2f}",
+        )  # fmt: skip
+    Console().print(table)
+    facts = result["machine"]
+    typer.echo(f"{facts['processor']}, {facts['cores']} cores, {facts['threads']} threads")
 
 
 def _prepared(model: str, threads: int) -> str:

@@ -39,7 +39,7 @@ def _steps(*shares: float) -> Callable[[RunConfig], list[int]]:
 
 
 AXES: dict[str, tuple[str, Sequence[Any] | Callable[[RunConfig], list[Any]]]] = {
-    "flexp-sfl": (RATIO, (1.0, 0.25)),
+    "flexp-sfl": (RATIO, (1.0, 4.0)),
     "splitfed-v1": (RATIO, (1.0, 0.25)),
     "splitfed-v2": (RATIO, (1.0, 0.25)),
     "splitlora": (RATIO, (1.0, 0.25)),

@@ -19,6 +19,7 @@ class Pretrained:
     same_for_all = True
 
     def __init__(self, world: World) -> None:
+        self.world = world
         self.model = WholeModel(world.source)
 
     def train_round(self, number: int, on_step: OnStep) -> None:
