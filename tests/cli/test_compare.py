@@ -46,6 +46,7 @@ def alive(group: int) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # a minute, but for a machine that is busy with other things
 def test_stopped_then_gone_on_with_then_nothing_to_do(tmp_path: Path) -> None:
     bert_folder(tmp_path / "model")
     path = toml(tmp_path)
@@ -73,7 +74,7 @@ def test_stopped_then_gone_on_with_then_nothing_to_do(tmp_path: Path) -> None:
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     finished = tmp_path / "out/cells"
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 900
     while not list(finished.rglob("summary.json")) and time.monotonic() < deadline:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does: to the workers too
@@ -100,7 +101,8 @@ def test_stopped_then_gone_on_with_then_nothing_to_do(tmp_path: Path) -> None:
     ]
 
     stamps = {place: place.stat().st_mtime_ns for place in finished.rglob("*")}
-    began = time.monotonic()
+    for log in (tmp_path / "out").glob("worker-*.log"):
+        log.unlink()
     again = call()
     assert again.returncode == 0
     assert "0 runs to do, 12 done before" in again.stdout
@@ -108,8 +110,7 @@ def test_stopped_then_gone_on_with_then_nothing_to_do(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out/comparison.json").read_text(encoding="utf-8")) == content
     for word in ("flexp-sfl", "fedavg", "alone", "Saved in out"):
         assert word in again.stdout
-    assert call("--dry-run").stdout.count("done ") >= 6
-    assert time.monotonic() - began < 60  # no worker was started, no model loaded
+    assert not list((tmp_path / "out").glob("worker-*.log"))  # no worker was started
 
 
 @pytest.mark.slow
