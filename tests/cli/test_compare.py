@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
+from typer.testing import CliRunner
 
+from flexp.cli.main import app
+from flexp.comparison import compare as comparing
 from flexp.comparison.compare import plan
 from flexp.comparison.config import load
-from flexp.comparison.workers import Pool
+from flexp.comparison.workers import Pool, Worker
+from flexp.evaluation import memory, views
+from flexp.evaluation.memory import Measured, Probe
+from flexp.report.comparison.results import results
 
+from ..comparison.tools import Inline
 from ..experiments.tiny import bert_folder
+from ..report.test_html import own_part
 from .test_commands import toml
 
 TABLE = """
@@ -111,6 +122,106 @@ def test_stopped_then_gone_on_with_then_nothing_to_do(tmp_path: Path) -> None:
     for word in ("flexp-sfl", "fedavg", "alone", "Saved in out"):
         assert word in again.stdout
     assert not list((tmp_path / "out").glob("worker-*.log"))  # no worker was started
+
+
+MB = 10**6
+DEVICES = {
+    "assign": ["phone", "laptop", "laptop"],
+    "classes": {"phone": {"memory_bytes": 100 * MB}, "laptop": {"memory_bytes": 300 * MB}},
+}
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[Probe]:
+    """Cells are done in this process, and memory is made up: 200 MB for every whole model, 20 for a block."""
+    probes: list[Probe] = []
+
+    def fake(probe: Probe, timeout: float) -> Measured:
+        probes.append(probe)
+        return Measured(1, 200 * MB * (1 + probe.extra_weights) if probe.cut is None else 20 * MB * probe.cut[0])
+
+    monkeypatch.setattr(memory, "measure", fake)
+    monkeypatch.setattr(comparing, "Pool", Inline)
+    return probes
+
+
+@pytest.mark.parametrize("options", [["--trials", "2"], ["--no-tune"]])
+def test_methods_that_some_or_no_devices_can_hold(tmp_path: Path, measured: list[Probe], options: list[str]) -> None:
+    """FedAvg (200 MB) loses the phone, pFedMe (400 MB) everybody: a result like the others, found out once."""
+    bert_folder(tmp_path / "model")
+    path, out = toml(tmp_path, devices=DEVICES, train={"rounds": 2, "steps_per_round": 1}), tmp_path / "out"
+    arguments = ["compare", str(path), "--methods", "flexp-sfl,fedavg,pfedme", "--seeds", "2", "--out", str(out)]
+    done = CliRunner().invoke(app, [*arguments, *options], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    content = json.loads((out / "comparison.json").read_text(encoding="utf-8"))
+    split, average, nobody = content["methods"]
+    clients = [client["name"] for client in split["runs"][0]["clients"]]
+    for method, dropped in ((split, []), (average, clients[:1]), (nobody, clients)):
+        assert [run["seed"] for run in method["runs"]] == [0, 1]
+        assert [run["dropped"] for run in method["runs"]] == [dropped] * 2
+    problem = "all 3 clients dropped: need 400 MB, have 300 MB"
+    assert [method["problem"] for method in content["methods"]] == [None, None, problem]
+    assert [run["rounds"] for run in nobody["runs"]] == [[], []]
+    assert [client["peak_memory_bytes"] for client in nobody["runs"][0]["clients"]] == [400 * MB] * 3
+    assert [client["available_bytes"] for client in average["runs"][0]["clients"]] == [100 * MB, None, None]
+    assert all(trial["validation"] is None for trial in nobody["trials"])
+    # What a participant spends is one number, whoever asks: per client, per round, at equal bytes.
+    found = {result.name: result for result in results(content)}
+    lost = found["fedavg"]
+    last = average["runs"][0]["rounds"][-1]
+    assert lost.bytes_up == pytest.approx(last["bytes_up"])
+    assert lost.virtual_seconds == pytest.approx(
+        sum(run["rounds"][-1]["virtual_seconds"] for run in average["runs"]) / 2
+    )
+    assert views.spent(last, "bytes", True) == pytest.approx((lost.bytes_up or 0) + (lost.bytes_down or 0))
+    assert [at.seeds for at in found.values()] == [2] * 3
+    assert found["pfedme"].personal is None
+    some = "1 of 3 clients dropped: need 200 MB, have 100 MB"
+    page = own_part(out / "comparison.html")
+    for shown in (done.output, page, (out / "table.md").read_text(encoding="utf-8")):
+        assert f"fedavg: {some}" in " ".join(shown.split())
+        assert f"pfedme: {problem}" in " ".join(shown.split())
+    assert "not finished" not in page
+    probes = len(measured)
+    assert {probe.cut for probe in measured} == {None, (1, 4), (3, 4)}
+    again = CliRunner().invoke(app, [*arguments, *options], catch_exceptions=False)
+    assert again.exit_code == 0
+    assert "0 runs to do" in again.output
+    assert len(measured) == probes
+    assert json.loads((out / "comparison.json").read_text(encoding="utf-8")) == content
+    only = CliRunner().invoke(app, ["compare", "--report-only", "--out", str(out)], catch_exceptions=False)
+    assert only.exit_code == 0
+    assert json.loads((out / "comparison.json").read_text(encoding="utf-8")) == content
+    # A larger phone and laptop are another configuration, in which all is done anew.
+    more = ["--set", f"devices.classes.laptop.memory_bytes={500 * MB}"]
+    mended = CliRunner().invoke(app, [*arguments, *options, *more], catch_exceptions=False)
+    assert mended.exit_code == 0
+    content = json.loads((out / "comparison.json").read_text(encoding="utf-8"))
+    assert [len(run["dropped"]) for run in content["methods"][2]["runs"]] == [1, 1]
+    assert content["methods"][2]["problem"] is None
+
+
+def test_a_worker_that_died_idle_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its pipe is broken when the next cell comes."""
+    path = toml(tmp_path)
+    (first,) = (track.final[0] for track in plan(load(path, [], {"methods": ["local"], "seeds": 1, "tune": False})))
+    ends: list[Any] = []
+
+    def start(self: Pool, number: int) -> Worker:
+        here, there = multiprocessing.Pipe()
+        ends.append(there)
+        process: Any = SimpleNamespace(join=lambda timeout=None: None, is_alive=lambda: False, terminate=lambda: None)
+        return Worker(process, here)
+
+    monkeypatch.setattr(Pool, "_start", start)
+    with Pool(1, tmp_path) as pool:
+        pool.give(first)
+        ends[0].send(None)
+        assert list(pool.take()) == [(first, None)]
+        ends[0].close()
+        pool.give(first)
+        assert (len(ends), len(pool.workers), pool.free) == (2, 1, 0)
+        assert ends[1].recv() == first
 
 
 @pytest.mark.slow

@@ -73,6 +73,18 @@ def test_all_and_list(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [value["exact"] for value in json.loads(flexp("--all", "--steps", "1", "--json").stdout)] == [True, True]
 
 
+def test_all_in_mixed_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flexp.experiments import verify
+
+    monkeypatch.setattr(verify, "ARCHITECTURES", {"gpt2": verify.ARCHITECTURES["gpt2"]})
+    done = flexp("--all", "--autocast", "--steps", "1")
+    assert done.exit_code == 0
+    assert "(autocast: bfloat16)" in done.stdout
+    assert done.stdout.count("exact") == 1
+    (value,) = json.loads(flexp("--all", "--autocast", "--steps", "1", "--json").stdout)
+    assert (value["autocast"], value["exact"], value["logits"], value["weights"]) == ("bfloat16", True, 0.0, 0.0)
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [

@@ -54,7 +54,27 @@ def test_synchronous_rounds_wait_for_the_straggler() -> None:
 
 def test_adapting_comes_after_the_last_round() -> None:
     found = run("synchronous", {"a": replace(WHOLE, final=50.0)}, {"a": DEVICE})
-    assert found.rounds == pytest.approx([14.0, 28.0 + 3.5 + 5.0])
+    assert found.clients["a"].finished == pytest.approx(28.0 + 3.5 + 5.0)
+    assert found.clients["a"].computing == pytest.approx(12.0 + 5.0)
+
+
+def test_every_round_is_scored_after_the_adaptation_that_its_scores_need() -> None:
+    """What a round is scored with is there only after a download of 3.5 s and 5 s of adapting, the slow one's 50."""
+    found = run("synchronous", {"a": replace(WHOLE, final=50.0)}, {"a": DEVICE})
+    assert found.rounds == pytest.approx([14.0 + 8.5, 28.0 + 8.5])
+    work = dict.fromkeys("ab", replace(WHOLE, final=50.0))
+    slow = run("synchronous", work, {"a": DEVICE, "b": SLOW})
+    assert slow.rounds == pytest.approx([68.0 + 53.5, 136.0 + 53.5])
+
+
+def test_adapting_may_be_away_too_and_moves_nothing() -> None:
+    work = {"a": replace(WHOLE, steps=[2] * 5, final=50.0)}
+    found = run("synchronous", work, {"a": COMING_AND_GOING}, seed=2)
+    plain = run("synchronous", {"a": replace(work["a"], final=0.0)}, {"a": COMING_AND_GOING}, seed=2)
+    late = [scored - end for scored, end in zip(found.rounds, plain.rounds, strict=True)]
+    assert min(late) >= 8.5 - 1e-9
+    assert max(late) > 9.0  # some of the periods away fall into it
+    assert found.rounds[-1] == pytest.approx(found.clients["a"].finished)
 
 
 def test_alone_nobody_waits() -> None:
@@ -113,6 +133,39 @@ def test_split_sync_shares_the_end_of_a_round() -> None:
     assert found.rounds == pytest.approx([slow_round, 2 * slow_round])
     assert found.clients["a"].finished == pytest.approx(2 * slow_round)
     assert found.clients["a"].waiting == pytest.approx(2 * (3 + 54))
+
+
+def test_one_client_at_a_time_takes_its_whole_turn() -> None:
+    """Both have their weights at 3.5; then two steps of one, and two of the other, whatever the slots."""
+    work = dict.fromkeys("ab", replace(SPLIT, steps=[2], weights_down=6, weights_up=4))
+    devices = dict.fromkeys("ab", DEVICE)
+    found = run("split-sync", work, devices, slots=2, one_at_a_time=True)
+    assert found.rounds == pytest.approx([3.5 + 4 * ALONE_STEP + 4.5])
+    # The server's 3 s a step are waiting as well; the first waits for the second's turn at the end of the round.
+    assert found.clients["a"].waiting == pytest.approx(2 * 3 + 2 * ALONE_STEP)
+    assert found.clients["b"].waiting == pytest.approx(2 * ALONE_STEP + 2 * 3)
+    together = run("split-sync", work, devices, slots=2)
+    assert together.rounds == pytest.approx([3.5 + 2 * ALONE_STEP + 4.5])
+
+
+def test_a_common_step_begins_when_all_are_there() -> None:
+    """Up at 1 + 2.5 and at 10 + 2.5; the server takes 3 s for each, down 1.5, and back 2 s or 20."""
+    work = dict.fromkeys("ab", replace(SPLIT, steps=[2], between=0.0, combined=True))
+    found = run("split-sync", work, {"a": DEVICE, "b": SLOW}, slots=2, together=True)
+    # Weights of nothing take 0.5 s each way.
+    slow_step = 10 + 2.5 + 3 + 1.5 + 20
+    assert found.rounds == pytest.approx([0.5 + 2 * slow_step + 0.5])
+    # The quick one waits at each step until the slow one has sent, also through the slow one's way back.
+    first, second = 12.5 - 3.5, slow_step + 12.5 - (12.5 + 3 + 1.5 + 2 + 3.5)
+    end = found.rounds[0] - (0.5 + slow_step + 12.5 + 3 + 1.5 + 2 + 0.5)
+    assert found.clients["a"].waiting == pytest.approx(first + second + 2 * 3 + end)
+
+
+def test_rare_averages_are_rare_messages() -> None:
+    work = {"a": replace(SPLIT, steps=[1] * 3, weights_down=6, weights_up=4, weights_every=2)}
+    found = run("split-sync", work, {"a": DEVICE})
+    one, two, three = 3.5 + ALONE_STEP, ALONE_STEP + 4.5, 3.5 + ALONE_STEP
+    assert found.rounds == pytest.approx([one, one + two, one + two + three])
 
 
 def test_the_slower_end_of_a_link_and_both_latencies_count() -> None:

@@ -138,3 +138,29 @@ def test_a_recomputing_server_computes_its_forward_twice(home: Path) -> None:
     again = costs(home, server={"memory": "recompute"}).of("north")
     assert again.server_backward == pytest.approx(keep.server_backward + keep.server_forward)
     assert replace(again, server_backward=keep.server_backward) == keep
+
+
+def test_adapters_cost_what_the_clients_rank_does(home: Path) -> None:
+    """Ranks 2 and 16 in turn: each client costs what it does where all have its rank."""
+    method = {"hetlora": {"ranks": [2, 16]}}
+    found = costs(home, "hetlora", model={"tuning": "lora"}, method=method)
+    for name, rank in (("north", 2), ("south", 16), ("west", 2)):
+        alone = costs(home, "fedavg", model={"tuning": "lora", "lora": {"rank": rank}}).of(name)
+        assert found.of(name) == alone
+
+
+def test_lower_ranks_beside_the_cut_cost_less(home: Path) -> None:
+    lora = {"tuning": "lora"}
+    full = costs(home, "splitft", model=lora, method={"splitft": {"cut_rank": 8}}).of("north")
+    half = costs(home, "splitft", model=lora, method={"splitft": {"cut_rank": 4}}).of("north")
+    assert full == costs(home, "flexp-sfl", model=lora).of("north")
+    # North has blocks 0 and 3, both next to its cut (1, 3): of all its adapters half, the classifier whole.
+    stage = own_stage(found_world(home, lora), Part.client((1, 3), 4))
+    adapters = sum(4 * value.numel() for name, value in stage.trainable().items() if "lora_" in name)
+    assert full.weights - half.weights == adapters // 2
+    assert half.client_step < full.client_step
+    assert half.server_step == full.server_step
+
+
+def found_world(home: Path, model: dict[str, Any]) -> Any:
+    return build_world(config(home, model=model))

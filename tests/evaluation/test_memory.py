@@ -158,6 +158,72 @@ def test_equal_probes_are_measured_once(tmp_path: Path, monkeypatch: pytest.Monk
     assert measure_once(probe(), None) == Measured(loaded=4, peak=10)
 
 
+def optimizer(**changes: Any) -> dict[str, Any]:
+    return OptimizerConfig(**changes).model_dump(mode="json")
+
+
+def align(**changes: Any) -> dict[str, Any]:
+    return AlignConfig(**changes).model_dump(mode="json")
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (
+            {"optimizer": optimizer(lr=1e-4)},
+            {"optimizer": optimizer(lr=0.1, new_lr=1.0, schedule="linear", warmup_steps=9)},
+        ),
+        (
+            {"base_depth": 1, "align": align(weight=0.25)},
+            {"base_depth": 1, "align": align(weight=1.0, temperature=2.0, normalize=True, combine="project")},
+        ),
+        ({"base_depth": 3, "align": align()}, {"base_depth": 3}),  # s = s_min: there is nothing to align
+        ({"base_depth": 1, "align": align(kind="off")}, {}),
+        ({"base_depth": 1, "align": align(weight=0.0)}, {}),
+        (
+            {"base_depth": 1, "align": align(kind="weights", pull=0.1)},
+            {"base_depth": 1, "align": align(kind="weights", pull=0.5)},
+        ),
+    ],
+)
+def test_what_no_memory_depends_on_is_measured_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one: dict[str, Any], other: dict[str, Any]
+) -> None:
+    measured: list[Probe] = []
+    monkeypatch.setattr(memory, "measure", lambda what, timeout: measured.append(what) or Measured(1, 2))
+    for changes in (one, other):
+        measure_once(probe(**changes), tmp_path)
+    assert len(measured) == 1
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"optimizer": optimizer()}, {"optimizer": optimizer(name="sgd")}),
+        ({"base_depth": 1, "align": align()}, {"base_depth": 1, "align": align(at="every-block")}),
+        ({"base_depth": 1, "align": align()}, {"base_depth": 2, "align": align()}),
+        ({"base_depth": 1, "align": align(kind="off")}, {"base_depth": 1, "align": align(kind="off", teach=True)}),
+        ({}, {"ranks": ((0, 4),)}),
+    ],
+)
+def test_what_memory_depends_on_is_measured_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one: dict[str, Any], other: dict[str, Any]
+) -> None:
+    measured: list[Probe] = []
+    monkeypatch.setattr(memory, "measure", lambda what, timeout: measured.append(what) or Measured(1, 2))
+    for changes in (one, other):
+        measure_once(probe(**changes), tmp_path)
+    assert len(measured) == 2
+    monkeypatch.setattr(memory, "VERSION", memory.VERSION + 1)
+    measure_once(probe(**one), tmp_path)
+    assert len(measured) == 3
+
+
+def test_a_plain_probe_still_runs() -> None:
+    what = memory.plain(probe(base_depth=1, align=align(), model="arch:bert"))
+    assert measure(what).peak >= 0
+
+
 def test_two_processes_share_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever comes second waits for the first one's result."""
     running = most = 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from flexp.errors import ConfigError
 from flexp.evaluation import memory
 from flexp.evaluation.memory import Measured, Probe
 from flexp.experiments import runner
-from flexp.experiments.devices import client_work
+from flexp.experiments.devices import NobodyFitsError, client_work
 from flexp.experiments.memory import MemoryProbes
 from flexp.experiments.setup import build_world
 from flexp.links.base import Traffic
@@ -97,6 +99,77 @@ def test_who_cuts_shallow_enough_takes_part(home: Path, measured: list[Probe], w
     assert virtual["clients"][NORTH]["transmitting"] > 0.0
 
 
+@pytest.mark.parametrize(
+    ("name", "own", "cut", "peak"),
+    [
+        ("split-fedavg", {}, [1, 4], 20),
+        ("splitfed-v1", {}, [1, 4], 20),
+        ("splitfed-v2", {"splitfed": {"cut": 2}}, [2, 4], 40),
+        ("splitlora", {"splitlora": {"cut": 2}}, [2, 4], 40),
+    ],
+)
+def test_a_method_with_one_cut_is_measured_at_it(
+    home: Path, measured: list[Probe], worlds: list[World], name: str, own: dict[str, Any], cut: list[int], peak: int
+) -> None:
+    """West is configured to cut at 3, 60 MB: more than its phone has; but not in a method that cuts at 1 or 2."""
+    devices = {**DEVICES, "classes": {"phone": {"memory_bytes": 50 * MB}}}
+    model = {"tuning": "lora"} if name == "splitlora" else {}
+    run = config(home, model=model, method={"name": name, **own}, devices=devices, train={"rounds": 1})
+    summary = runner.run(run, home / "out")
+    assert worlds[0].absent == frozenset()
+    assert [client["cut"] for client in summary["clients"]] == [cut] * 3
+    assert [client["peak_memory_bytes"] for client in summary["clients"]] == [peak * MB] * 3
+    assert [list(probe.cut or ()) for probe in measured] == [cut]
+    assert len({client["client_flops"] for client in summary["clients"]}) == 1
+
+
+def test_adapters_are_measured_at_the_clients_rank(home: Path, measured: list[Probe]) -> None:
+    world = build_world(
+        config(
+            home,
+            model={"tuning": "lora"},
+            method={"name": "hetlora", "hetlora": {"ranks": [2, 16]}},
+            evaluation={"measure_memory": True},
+        )
+    )
+    probes = MemoryProbes(world, home / "out")
+    probes.measure(lambda note: None)
+    assert [probe.model_config["lora"]["rank"] for probe in measured] == [2, 16]
+    assert list(probes.found) == ["whole, rank 2", "whole, rank 16"]
+    assert probes.peak(WEST) == probes.peak(NORTH) == 200 * MB
+    measured.clear()
+    split = {"name": "splitft", "splitft": {"cut_rank": 3}}
+    world = build_world(config(home, model={"tuning": "lora"}, method=split, evaluation={"measure_memory": True}))
+    MemoryProbes(world, home / "out").measure(lambda note: None)
+    # Cuts (1, 4), (2, 4) and (3, 4) of four blocks: nobody has a block at e.
+    assert [dict(probe.ranks) for probe in measured] == [{0: 3}, {1: 3}, {2: 3}]
+    assert {probe.model_config["lora"]["rank"] for probe in measured} == {8}
+
+
+@pytest.mark.parametrize(("threads", "most"), [(1, 1), (2, 2)])
+def test_no_more_probes_at_once_than_threads(
+    home: Path, monkeypatch: pytest.MonkeyPatch, threads: int, most: int
+) -> None:
+    """In a comparison each worker has its share of the cores, and the others measure as well."""
+    lock, seen, running = threading.Lock(), [], 0
+
+    def slow(probe: Probe, timeout: float) -> Measured:
+        nonlocal running
+        with lock:
+            running += 1
+            seen.append(running)
+        time.sleep(0.1)
+        with lock:
+            running -= 1
+        return Measured(1, 2)
+
+    monkeypatch.setattr(memory, "measure", slow)
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    world = build_world(config(home, threads=threads, evaluation={"measure_memory": True}))
+    MemoryProbes(world, home / "out").measure(lambda note: None)
+    assert (len(seen), max(seen)) == (3, most)
+
+
 def test_without_devices_nothing_is_said_of_them(home: Path, worlds: list[World]) -> None:
     summary = runner.run(config(home), home / "out")
     assert "virtual" not in summary
@@ -107,8 +180,11 @@ def test_without_devices_nothing_is_said_of_them(home: Path, worlds: list[World]
 
 def test_nobody_left_is_refused_before_anything_is_written(home: Path, measured: list[Probe]) -> None:
     devices = {**DEVICES, "assign": ["phone"]}
-    with pytest.raises(ConfigError, match=r"no client can take part in fedavg: .* needs 200 MB .* phone has 100 MB"):
+    with pytest.raises(
+        NobodyFitsError, match=r"no client can take part in fedavg: .* needs 200 MB .* has 100 MB"
+    ) as it:
         runner.run(config(home, method={"name": "fedavg"}, devices=devices), home / "out")
+    assert [client["name"] for client in it.value.dropped] == list(CLIENTS)
     assert not (home / "out").exists()
 
 
@@ -213,6 +289,8 @@ def test_metered_bytes_are_spread_over_the_clocks_messages() -> None:
     assert (both.forward_up, both.backward_down, both.weights_up) == (750.0, 250.0, 1000.0)
     pulled = client_work(replace(COST, pull_down=500), account(16_000, 10_000), [4, 4], "split-async", pull_every=2)
     assert (pulled.forward_down, pulled.pull_down, pulled.pull_every) == (250.0, 500.0, 2)
+    rare = client_work(COST, account(16_000 + 1000, 8_000 + 2000), [3, 3, 2], "split-sync", average_every=2)
+    assert (rare.forward_up, rare.backward_down, rare.weights_up, rare.weights_every) == (750.0, 250.0, 1000.0, 2)
     whole = client_work(COST, account(800, 600, evaluations=11), [4, 4], "synchronous")
     assert (whole.weights_up, whole.weights_down, whole.final) == (400.0, 300.0, 3 * 120.0)
 

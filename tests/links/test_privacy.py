@@ -30,7 +30,7 @@ from tests.harness import RecordingLink, World, copied, disturb, world
 
 # The whole vocabulary of the protocol: a new field must be argued for here.
 VOCABULARY = {
-    Join: {"client", "fingerprint", "cut", "dtype", "tuning", "align", "lora", "weights"},
+    Join: {"client", "fingerprint", "cut", "dtype", "autocast", "tuning", "align", "lora", "weights"},
     Welcome: {"base_depth", "blocks", "hidden"},
     ForwardRequest: {"exchange", "hidden_BTH", "mask_BT", "positions_BT", "base_BTH", "inner_BTH", "train"},
     ForwardReply: {"hidden_BTH", "align"},

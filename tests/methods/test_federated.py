@@ -3,13 +3,14 @@ budget, the bytes, and resuming."""
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flexp.client.model import SplitModel
 from flexp.client.whole import WholeModel
@@ -17,6 +18,7 @@ from flexp.errors import ConfigError
 from flexp.experiments import checkpoints
 from flexp.methods import METHODS
 from flexp.methods.split_bench import SplitBench
+from flexp.methods.workbench import Worker
 
 from ..experiments.tiny import CLIENTS
 from .tools import ADAPTERS, ONE, equal, make, trained
@@ -121,6 +123,23 @@ def test_apfl_at_its_ends(home: Path) -> None:
         assert equal(of(method, "south"), alone.clients["south"].model.personal_state()) == (alpha == 1.0)
 
 
+def test_apfl_holds_no_more_on_a_rounds_first_step(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors of one shape that live while a gradient is computed: as many when α moves as when it does not."""
+    shape, counts = (64, 32), list[int]()
+    step = Worker.step
+
+    def counted(self: Worker, **options: Any) -> Any:
+        gc.collect()
+        counts.append(sum(type(item) in (Tensor, nn.Parameter) and item.shape == shape for item in gc.get_objects()))
+        return step(self, **options)
+
+    monkeypatch.setattr(Worker, "step", counted)
+    sgd = {"name": "sgd", "lr": 0.1}
+    trained(home, "apfl", rounds=1, data=ONE, train={"steps_per_round": 8, "personal": sgd})
+    assert len(counts) == 8
+    assert len(set(counts[0::2])) == len(set(counts[1::2])) == 1
+
+
 def test_apfl_adapts_its_mixture(home: Path) -> None:
     method = trained(home, "apfl", own={"alpha_lr": 10.0}, train={"steps_per_round": 4})
     alphas = {float(client.kept["mixture"]["alpha"]) for client in method.clients.values()}
@@ -212,16 +231,18 @@ def test_batches_are_those_of_local_training(home: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(
-    ("name", "tuning"),
+    ("name", "tuning", "new_lr"),
     [
-        *((name, "lora" if name in ADAPTERS else "full") for name in BASELINES),
-        *((name, "lora") for name in ("fedavg", "fedper", "splitfed-v2", "split-fedavg")),
+        *((name, "lora" if name in ADAPTERS else "full", None) for name in BASELINES),
+        *((name, "lora", None) for name in ("fedavg", "fedper", "splitfed-v2", "split-fedavg")),
+        *((name, "lora" if name in ADAPTERS else "full", 1e-2) for name in SPLIT),
     ],
 )
 def test_resumed_equals_undisturbed_and_scoring_disturbs_nothing(
-    home: Path, tmp_path: Path, name: str, tuning: str
+    home: Path, tmp_path: Path, name: str, tuning: str, new_lr: float | None
 ) -> None:
-    settings: dict[str, Any] = {"train": {"steps_per_round": 4, **SCHEDULED}, "model": {"tuning": tuning}}
+    personal = SCHEDULED["personal"] | ({"new_lr": new_lr} if new_lr else {})
+    settings: dict[str, Any] = {"train": {"steps_per_round": 4, "personal": personal}, "model": {"tuning": tuning}}
     whole = trained(home, name, rounds=3, **settings).state()
     settings["train"] = {**settings["train"], "rounds": 3}
     first, batch = make(home, name, **settings), None

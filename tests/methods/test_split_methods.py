@@ -23,6 +23,7 @@ from .tools import ADAPTERS, ONE, equal, make, trained
 
 OPEN: dict[str, Any] = {"personal": {"clip": None}, "shared": {"clip": None}}
 SGD: dict[str, Any] = {side: {"name": "sgd", "lr": 0.1, "clip": None} for side in ("personal", "shared")}
+NEW: dict[str, Any] = {"personal": {"clip": None, "new_lr": 1e-2}, "shared": {"clip": None}}
 L_SHAPED = ["splitfed-v1", "splitfed-v2", "splitlora"]
 U_SHAPED = ["split-fedavg", "splitft"]
 
@@ -81,6 +82,18 @@ def test_one_client_without_optimiser_state_is_local_training_for_ever(plain: Pa
     assert equal(everything(trained(plain, name, **settings)), local)
 
 
+def test_resumed_with_a_new_classifiers_rate_is_undisturbed(plain: Path) -> None:
+    personal = {"new_lr": 1e-2}
+    settings: dict[str, Any] = {"train": {"personal": personal}}
+    whole, first = (trained(plain, "split-fedavg", rounds=rounds, **settings) for rounds in (3, 1))
+    second = make(plain, "split-fedavg", train={"rounds": 3, "personal": personal})
+    second.load(first.state())
+    for number in (2, 3):
+        second.train_round(number, lambda step: None)
+    for client in CLIENTS:
+        assert equal(everything(second, client), everything(whole, client))
+
+
 @pytest.mark.parametrize("tuning", ["full", "lora"])
 def test_splitfed_v1_is_fedavg(home: Path, tuning: str) -> None:
     settings: dict[str, Any] = {"model": {"tuning": tuning}, "train": OPEN}
@@ -89,6 +102,39 @@ def test_splitfed_v1_is_fedavg(home: Path, tuning: str) -> None:
         method = trained(home, "splitfed-v1", own={"cut": cut}, **settings)
         assert equal(method.server.weights, plain.server.weights)
         assert equal(everything(method, "west"), plain.server.weights)
+
+
+@pytest.mark.parametrize(
+    ("name", "tuning"),
+    [(name, "lora" if name in ADAPTERS else "full") for name in L_SHAPED + U_SHAPED],
+)
+def test_one_client_whose_head_has_a_rate_of_its_own_is_local_training(
+    home: Path, plain: Path, name: str, tuning: str
+) -> None:
+    """Whichever side has the head, and set for the personal side alone; several rounds, of plain SGD."""
+    folder = plain if name in U_SHAPED else home
+    train = {side: dict(table) for side, table in SGD.items()}
+    train["personal"]["new_lr"] = 1.0
+    settings: dict[str, Any] = {"rounds": 3, "data": ONE, "train": train, "model": {"tuning": tuning}}
+    method = trained(folder, name, own={"cut_rank": 8} if name == "splitft" else {}, **settings)
+    weights = everything(method)
+    local = trained(folder, "local", **settings).clients["north"].model.personal_state()
+    assert equal(weights, local)
+    del train["personal"]["new_lr"]
+    slow = trained(folder, "local", **settings).clients["north"].model.personal_state()
+    del settings["rounds"]
+    start = make(folder, "local", **settings).clients["north"].model.personal_state()
+    moved = [(one["classifier.weight"] - start["classifier.weight"]).norm().item() for one in (weights, slow)]
+    assert moved[0] > 3 * moved[1]
+
+
+def test_splitfed_v1_with_a_rate_of_the_head_is_fedavg(home: Path) -> None:
+    """The server's own rate for new weights counts first, then the clients'."""
+    expected = trained(home, "fedavg", train=NEW).server.weights
+    assert equal(trained(home, "splitfed-v1", train=NEW).server.weights, expected)
+    assert not equal(trained(home, "fedavg", train=OPEN).server.weights, expected)
+    own = {"personal": {**NEW["personal"], "new_lr": 1.0}, "shared": {**NEW["shared"], "new_lr": 1e-2}}
+    assert equal(trained(home, "splitfed-v1", train=own).server.weights, expected)
 
 
 def test_splitfed_v1_and_v2_with_one_client(home: Path) -> None:

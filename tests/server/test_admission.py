@@ -14,10 +14,11 @@ import torch
 
 from flexp.client.model import SplitModelForCausalLM
 from flexp.config import AlignConfig, LoraConfig, ServerConfig
-from flexp.errors import ConfigError, LinkError
+from flexp.errors import ConfigError, LinkError, ModelError
 from flexp.links.messages import Abort, BackwardRequest, ForwardRequest, PullRequest
 from flexp.models.fingerprint import weights_fingerprint
-from flexp.models.zoo import tiny_model
+from flexp.models.loading import load_stage
+from flexp.models.zoo import tiny_batch, tiny_model
 from flexp.server import Server
 from tests.harness import World, equal, seeded, shared_weights, world
 
@@ -134,6 +135,7 @@ def test_who_never_joined_is_unknown() -> None:
         ({"fingerprint": "0" * 16}, ["another one than the server's", "same pretrained model"]),
         ({"weights": "0" * 16}, ["pretrained weights", "00)", "unknown"]),
         ({"dtype": "torch.bfloat16"}, ["torch.bfloat16", "torch.float32", "model.dtype"]),
+        ({"autocast": "bfloat16"}, ["autocast = bfloat16", "the server with off", "model.autocast"]),
         ({"cut": (0, 4)}, ["cut (0, 4)", "[1, 3)"]),
         ({"cut": (1, 4)}, ["cut (1, 4)", "[1, 3)"]),
         ({"cut": (2, 2)}, ["cut (2, 2)"]),
@@ -176,6 +178,31 @@ def test_adapters_are_agreed_upon() -> None:
     SplitModelForCausalLM.from_pretrained("arch:llama", lora=LoraConfig(rank=2), **options)
     options["tuning"] = "full"  # who has no adapters has none to agree upon
     SplitModelForCausalLM.from_pretrained("arch:llama", **options)
+
+
+def test_mixed_precision_is_agreed_upon() -> None:
+    """Who says it on both sides has it on both; the activations that cross stay in float32."""
+    options: dict[str, Any] = {"cut": (1, 3), "seed": 0}
+    outputs = []
+    for here, there in (("off", "off"), ("bfloat16", "bfloat16"), ("off", "bfloat16"), ("bfloat16", "off")):
+        server = Server.from_pretrained("arch:llama", autocast=there)
+        options |= {"link": server.connect("a"), "autocast": here}
+        if here != there:
+            with pytest.raises(LinkError, match=f"autocast = {here}, the server with {there}; set the same model.auto"):
+                SplitModelForCausalLM.from_pretrained("arch:llama", **options)
+            continue
+        model = SplitModelForCausalLM.from_pretrained("arch:llama", **options).eval()
+        batch = tiny_batch(model.stage.model)
+        batch.pop("labels")
+        whole = load_stage("arch:llama", "causal-lm", autocast=here)
+        with torch.no_grad(), whole.computing():
+            expected = whole.model.eval()(**batch).logits
+        got = model(**batch).logits.detach()
+        assert torch.equal(got, expected)
+        outputs.append(got.float())
+    assert 1e-5 < (outputs[0] - outputs[1]).abs().max().item() < 0.1
+    with pytest.raises(ModelError, match=r"autocast = 'float16' is not allowed: expected 'off' or 'bfloat16'"):
+        Server.from_pretrained("arch:llama", autocast="float16")
 
 
 def test_a_refused_change_of_the_cut_leaves_the_session_as_it_was() -> None:
@@ -233,6 +260,8 @@ def test_only_the_weights_of_ones_aligned_blocks_are_handed_out(start: int, stop
         (AlignConfig(kind="kl", at="every-block"), (2, 5, HIDDEN), 0, ["1 activations", "expected 2", "2 aligned"]),
         (AlignConfig(kind="kl", at="every-block"), None, 1, ["1 activations", "expected 2"]),
         (AlignConfig(kind="weights"), (2, 5, HIDDEN), 0, ["expected 0", "'weights'"]),
+        (AlignConfig(kind="kl", weight=0.0), (2, 5, HIDDEN), 0, ["1 activations", "expected 0"]),
+        (AlignConfig(kind="off", at="every-block", teach=True), (2, 5, HIDDEN), 1, ["2 activations", "expected 1"]),
     ],
 )
 def test_alignment_that_was_not_agreed(align: AlignConfig, base: Any, inner: int, words: list[str]) -> None:

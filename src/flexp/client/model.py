@@ -15,7 +15,7 @@ from flexp.assets import resolve
 from flexp.client.personal import PersonalModel
 from flexp.client.remote import RemoteCall, RemoteMiddle, waiting
 from flexp.client.steps import Piece, Steps, items_of
-from flexp.config import TERMS, AlignConfig, LoraConfig
+from flexp.config import AlignConfig, LoraConfig
 from flexp.errors import ConfigError, LinkError
 from flexp.links.base import Link
 from flexp.links.messages import Abort, ForwardRequest, Join, PullRequest
@@ -101,12 +101,13 @@ class SplitModel(PersonalModel):
         gradient_checkpointing: bool = False,
         align: AlignConfig = OFF,
         dtype: str = "float32",
+        autocast: str = "off",
         attention: str = "sdpa",
         accumulation: int = 1,
         expose_embeddings: bool = False,
         seed: int = 0,
     ) -> Self:
-        """Load only this client's part of a pretrained model and join the server.
+        """Load only this client's part of a pretrained model and join the server, whose ``autocast`` is the same.
 
         Example:
             >>> model = flexp.SplitModelForSequenceClassification.from_pretrained(
@@ -122,7 +123,8 @@ class SplitModel(PersonalModel):
         blocks = int(load_config(str(model_id)).get_text_config().num_hidden_layers)
         whole_cut = check_cut(cut, blocks)
         part = Part.client(whole_cut, blocks)
-        stage = load_stage(model_id, cls.kind, part, labels=labels, dtype=dtype, attention=attention, seed=seed)
+        numbers: Any = {"dtype": dtype, "autocast": autocast, "attention": attention}
+        stage = load_stage(model_id, cls.kind, part, labels=labels, seed=seed, **numbers)
         tune(
             stage,
             tuning,  # type: ignore[arg-type]
@@ -171,12 +173,13 @@ class SplitModel(PersonalModel):
             self.steps.refuse_half_steps(self.stage.trainable().values())
         start, base_depth = self.cut[0], self.base_depth
         align_now = train and self._align_due()
+        inner = align_now and self.align.has_term and self.align.at == "every-block"  # teaching needs z_base alone
         embedded_BTH, plan = self.stage.plan(inputs)
         base_BTH = z_BTH = self.stage.run(embedded_BTH, plan, 0, min(base_depth, start))
         inner_BTH: list[Tensor] = []
         for index in range(base_depth, start):
             z_BTH = self.stage.run(z_BTH, plan, index, index + 1)
-            if align_now and self.align.at == "every-block" and index < start - 1:
+            if inner and index < start - 1:
                 inner_BTH.append(z_BTH)
         if train and not z_BTH.requires_grad:
             z_BTH = z_BTH.detach().requires_grad_()  # the server's blocks need a backward even if nothing here does
@@ -248,6 +251,7 @@ class SplitModel(PersonalModel):
                 fingerprint=fingerprint(self.model.config),
                 cut=cut,
                 dtype=str(self.model.dtype),
+                autocast=self.stage.autocast_name,
                 tuning=self.tuning,
                 align=self.align,
                 lora=self.lora,
@@ -265,13 +269,11 @@ class SplitModel(PersonalModel):
             )
 
     def _aligns(self) -> bool:
-        """Whether z_base goes up when alignment is due."""
-        if self.cut[0] <= self.base_depth:
-            return False
-        return self.align.teach or (self.align.kind in TERMS and self.align.weight > 0)
+        """Whether z_base goes up when it is due."""
+        return self.cut[0] > self.base_depth and (self.align.teach or self.align.has_term)
 
     def _align_due(self) -> bool:
-        return self._aligns() and (self.align.kind not in TERMS or self.steps.done % self.align.every == 0)
+        return self._aligns() and (not self.align.has_term or self.steps.done % self.align.every == 0)
 
 
 class SplitModelForCausalLM(SplitModel):

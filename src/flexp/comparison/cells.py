@@ -29,6 +29,8 @@ MEMORY = "memory"
 """Measurements of clients' peak memory, shared by all cells."""
 DIVERGED = "diverged.json"
 """In the folder of a tuning cell whose training could not go on: a result too, and not tried again."""
+DROPPED = "dropped.json"
+"""In the folder of a cell that no client's device can hold: a result as well."""
 
 WEIGHTS = {"pretrained": 0.1, "fedavg": 0.8, "fedprox": 0.8, "centralized": 0.8, "fedavg-ft": 1.3}
 """How long a method takes beside the others, only to begin with the longest."""
@@ -99,6 +101,8 @@ def is_done(cell: Cell, out: Path) -> bool:
     folder = out / cell.folder
     if cell.purpose == "tune" and (folder / DIVERGED).exists():
         return True
+    if dropped(cell, out):
+        return True
     if not (folder / "summary.json").exists():
         return False
     try:
@@ -112,6 +116,7 @@ def execute(cell: Cell, out: Path, threads: int) -> None:
 
     Raises:
         FlexpError: what is wrong with the configuration, model, data or disk, or, in a final run, training diverged.
+            That no client's device can hold the method is no error but a result.
     """
     from functools import partial
 
@@ -119,6 +124,7 @@ def execute(cell: Cell, out: Path, threads: int) -> None:
 
     from flexp.errors import TrainingError
     from flexp.experiments import checkpoints, runner
+    from flexp.experiments.devices import NobodyFitsError
     from flexp.report.progress import Progress
 
     folder = out / cell.folder
@@ -137,12 +143,17 @@ def execute(cell: Cell, out: Path, threads: int) -> None:
             if cell.purpose != "tune":
                 raise
             write_json(folder / DIVERGED, {"error": str(error)})
+        except NobodyFitsError as error:
+            write_json(folder / DROPPED, {"config": config.resolved(), "clients": error.dropped, "error": str(error)})
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # gigabytes, and nobody goes on from them
 
 
 def validation(cell: Cell, out: Path) -> tuple[float, float] | None:
-    """Mean over clients of score and loss on validation data after the last round; ``None`` if training diverged."""
-    if (out / cell.folder / DIVERGED).exists():
+    """Mean over clients of score and loss on validation data after the last round.
+
+    ``None`` if training diverged, or no client's device can hold the method.
+    """
+    if (out / cell.folder / DIVERGED).exists() or dropped(cell, out):
         return None
     summary = read_json(out / cell.folder / "summary.json")
     last = last_scores(read(out / cell.folder / "metrics.jsonl"))
@@ -151,6 +162,19 @@ def validation(cell: Cell, out: Path) -> tuple[float, float] | None:
     if any(value is None for value in [*scores, *losses]):
         return None
     return statistics.fmean(scores), statistics.fmean(losses)
+
+
+def dropped(cell: Cell, out: Path) -> list[dict[str, Any]]:
+    """All clients of a cell that no client's device can hold, with the bytes that tell why; else none."""
+    path = out / cell.folder / DROPPED
+    if not path.exists():
+        return []
+    try:
+        content = read_json(path)
+        clients: list[dict[str, Any]] = content["clients"]
+        return clients if _work(validate(content["config"], str(path))) == _work(cell.config) else []
+    except (FlexpError, KeyError, TypeError):
+        return []
 
 
 def last_scores(records: list[Record]) -> list[Record]:

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flexp.comparison.cells import Cell, is_done, validation
+from flexp.comparison.cells import Cell, dropped, is_done, validation
 from flexp.comparison.config import Comparison, Entry
 from flexp.comparison.grid import Settings
 from flexp.files import read_json, write_json
+from flexp.report.formats import size
 from flexp.report.metrics import Record, read
 
 SCHEMA = 1
@@ -26,13 +27,23 @@ def gather(comparison: Comparison, out: Path, results: Sequence[Result]) -> dict
     methods, first = [], None
     for entry, tried, tuning, chosen, final in results:
         runs = [run for cell in final if (run := _run(cell, out)) is not None]
+        if chosen is None and nobody_fits(tuning, out):  # no seed's clients would
+            runs = [_nobody(tuning[0], seed, out) for seed in comparison.seeds]
         _share_memory(runs)
         trials = [{"settings": settings, "validation": _validation(tuning, n, out)} for n, settings in enumerate(tried)]
         methods.append(
-            {"name": entry.name, "method": entry.method, "settings": chosen or {}, "trials": trials, "runs": runs}
+            {
+                "name": entry.name,
+                "method": entry.method,
+                "settings": chosen or {},
+                "trials": trials,
+                "problem": _problem(runs),
+                "runs": runs,
+            }
         )
-        if first is None and runs:
-            first = read_json(out / runs[0]["folder"] / "summary.json")
+        scored = [run for run in runs if run["rounds"] or run["before"]["personal"]]
+        if first is None and scored:
+            first = read_json(out / scored[0]["folder"] / "summary.json")
     summary: Mapping[str, Any] = first or {}
     model = summary.get("model", {})
     keys = ("id", "kind", "parameters", "blocks", "hidden", "tuning", "dtype")
@@ -77,6 +88,20 @@ def trial_score(cells: Sequence[Cell], out: Path) -> tuple[float, float, bool] |
     return statistics.fmean(score for score, _ in found), statistics.fmean(loss for _, loss in found), higher
 
 
+def nobody_fits(cells: Sequence[Cell], out: Path) -> bool:
+    """Whether there are cells, and no client's device can hold the method in any of them."""
+    return bool(cells) and all(dropped(cell, out) for cell in cells)
+
+
+def _problem(runs: Sequence[Mapping[str, Any]]) -> str | None:
+    """Why a method that is done has no scores: no client's device can hold it."""
+    if not runs or any(len(run["dropped"]) < len(run["clients"]) for run in runs):
+        return None
+    clients = [client for run in runs for client in run["clients"]]
+    need, have = (max(client[key] for client in clients) for key in ("peak_memory_bytes", "available_bytes"))
+    return f"all {len(runs[0]['clients'])} clients dropped: need {size(need)}, have {size(have)}"
+
+
 def _validation(tuning: Sequence[Cell], number: int, out: Path) -> float | None:
     found = trial_score([cell for cell in tuning if cell.trial == number], out)
     return None if found is None else found[0]
@@ -86,26 +111,52 @@ def _run(cell: Cell, out: Path) -> dict[str, Any] | None:
     """One entry of ``runs``; None if the cell is not finished."""
     if not is_done(cell, out):
         return None
+    if dropped(cell, out):
+        return _nobody(cell, cell.seed, out)
     folder = out / cell.folder
     summary, records = read_json(folder / "summary.json"), read(folder / "metrics.jsonl")
-    metric, dropped = summary["metric"], [client["name"] for client in summary.get("dropped") or []]
-    takes_part = len(summary["clients"]) - len(dropped)
+    metric, left_out = summary["metric"], {client["name"]: client for client in summary.get("dropped") or []}
+    takes_part = len(summary["clients"]) - len(left_out)
     ends = (summary.get("virtual") or {}).get("rounds")
     before = [record for record in records if record["kind"] == "eval" and record["round"] == 0]
     return {
         "seed": cell.seed,
         "folder": cell.folder.as_posix(),
         "before": {side: {r["client"]: r[side][metric] for r in before} for side in ("personal", "global")},
-        "dropped": dropped,
+        "dropped": list(left_out),
         "rounds": _rounds(records, metric, takes_part, ends),
         "best_round": summary["scores"]["best"]["round"],
         "picked_on": summary["scores"]["picked_on"],
-        "clients": [_client(client) for client in summary["clients"]],
+        "clients": [_client({**client, **_memory(left_out.get(client["name"]))}) for client in summary["clients"]],
     }
+
+
+def _nobody(cell: Cell, seed: int, out: Path) -> dict[str, Any]:
+    """A run that no client's device can hold: all are dropped, and nothing is scored."""
+    left_out = dropped(cell, out)
+    return {
+        "seed": seed,
+        "folder": cell.folder.as_posix(),
+        "before": {"personal": {}, "global": {}},
+        "dropped": [client["name"] for client in left_out],
+        "rounds": [],
+        "best_round": None,
+        "picked_on": None,
+        "clients": [_client({**client, **_memory(client)}) for client in left_out],
+    }
+
+
+def _memory(left_out: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a dropped client would need, and what its device has."""
+    if left_out is None:
+        return {}
+    return {"peak_memory_bytes": left_out["needed_bytes"], "available_bytes": left_out["available_bytes"]}
 
 
 def _rounds(records: Sequence[Record], metric: str, clients: int, ends: Sequence[float] | None) -> list[dict[str, Any]]:
     """The evaluated rounds; what the diary sums over clients becomes a mean over the ``clients`` that take part.
+
+    (Who does not take part adds nothing to the sums.)
 
     ``ends``: of every round, on the virtual clock.
     """
@@ -135,7 +186,7 @@ def _rounds(records: Sequence[Record], metric: str, clients: int, ends: Sequence
 
 def _client(client: Mapping[str, Any]) -> dict[str, Any]:
     keys = ("name", "cut", "device", "train_examples", "peak_memory_bytes", "bytes_up", "bytes_down")
-    later = ("client_seconds", "client_flops", "server_flops", "personal_parameters")
+    later = ("client_seconds", "client_flops", "server_flops", "personal_parameters", "available_bytes")
     return {key: client.get(key) for key in (*keys, *later)}
 
 

@@ -31,6 +31,7 @@ class Track:
     tried: list[Settings]
     tuning: list[Cell]
     chosen: Settings | None = None
+    nobody_fits: bool = False  # in no trial could a client's device hold the method: there is nothing to choose
     final: list[Cell] = field(default_factory=list)
 
 
@@ -147,7 +148,11 @@ class _State:
                     self._queue(cell)
         seeds = len(comparison.seeds)
         later = [
-            cell.cost for track in tracks if track.chosen is None for cell in track.tuning[:1] for _ in range(seeds)
+            cell.cost
+            for track in tracks
+            if track.chosen is None and not track.nobody_fits
+            for cell in track.tuning[:1]
+            for _ in range(seeds)
         ]
         waiting = [cell.cost for cell in self.waiting]
         watcher.plan(len(waiting) + len(later), sum(waiting) + sum(later), self.kept)
@@ -182,6 +187,9 @@ class _State:
         if self._open[track.entry.name] or track.chosen is not None:
             return
         best = choose(self.out, track)
+        track.nobody_fits = collect.nobody_fits(track.tuning, self.out)
+        if track.nobody_fits:
+            return
         if best is None:
             self.failures.append(f"{track.entry.name}: no trial could be finished, so that it is left out")
             return

@@ -68,11 +68,19 @@ class Pool:
         return any(worker.cell is not None for worker in self.workers)
 
     def give(self, cell: Cell) -> None:
-        """Have a free worker do ``cell``, a new one if there is none yet."""
-        worker = next((worker for worker in self.workers if worker.cell is None), None)
-        if worker is None:
-            worker = self._start(len(self.workers))
-            self.workers.append(worker)
+        """Have a free worker do ``cell``, a new one if there is none yet or it died while it was idle."""
+        for worker in [worker for worker in self.workers if worker.cell is None]:
+            try:
+                worker.pipe.send(cell)
+            except OSError:
+                worker.pipe.close()
+                worker.process.join()
+                self.workers.remove(worker)
+                continue
+            worker.cell = cell
+            return
+        worker = self._start(len(self.workers))
+        self.workers.append(worker)
         worker.cell = cell
         worker.pipe.send(cell)
 

@@ -8,6 +8,8 @@ attention is a resource that clients queue for, first come, first served. The sc
 - ``split-async``: every step is head → upload → queue and server → download → tail → upload of the gradient → queue and
   server → download → head backward. Nobody waits for anybody; a round is over when the last client has had its turn.
 - ``split-sync``: such steps between a download of weights and an upload of them, with the end of a round in common.
+  :data:`ONE_AT_A_TIME`: one client's steps of the round after another's. :data:`TOGETHER`: every step is one of all,
+  so that the server begins when the last client's activations are there.
 
 A message takes both ends' latencies, and its bits over the slower of the sender's uplink and the receiver's downlink.
 A client that is away rests: what it was doing goes on when it is back. The server is always there. Averaging,
@@ -16,13 +18,14 @@ optimiser steps and a server link that many fill at once cost nothing here.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import simpy
 
-from flexp.data.seeding import generator
+from flexp.devices.presence import Presence
 from flexp.devices.profiles import DeviceProfile
 
 Schedule = Literal["synchronous", "alone", "split-async", "split-sync"]
@@ -52,7 +55,10 @@ SCHEDULES: dict[str, Schedule | None] = {
 """How each method's clients and server take turns; ``None``: there is nothing to time."""
 
 ONE_AT_A_TIME = frozenset({"splitfed-v2"})
-"""Methods whose server takes one client's step after the other whatever it could do at once."""
+"""Methods whose server's side one client trains after the other: nobody steps before who came first is through."""
+
+TOGETHER = frozenset({"splitlora"})
+"""Methods whose server joins the batches of all clients in one step; these have equally many."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +77,9 @@ class ClientWork:
         combined: the labels go up with the forward, so that the server's forward and backward are one visit, and the
             gradient comes back as ``backward_down``; there is nothing ``between``.
         pull_down: bytes of the shared weights that the client fetches after every ``pull_every``-th step; 0: never.
-        weights_down, weights_up: bytes a round.
-        final: the client's operations after the last round, on weights that it downloads once more.
+        weights_down, weights_up: bytes of an average.
+        weights_every: rounds between two averages.
+        final: the client's operations when training is over, on weights that it downloads once more.
     """
 
     steps: Sequence[int]
@@ -91,6 +98,7 @@ class ClientWork:
     pull_every: int = 0
     weights_down: float = 0.0
     weights_up: float = 0.0
+    weights_every: int = 1
     final: float = 0.0
 
 
@@ -107,7 +115,13 @@ class ClientTime:
 
 @dataclass(frozen=True)
 class Virtual:
-    """``rounds``: the virtual second at which each round ended. ``clients``: by name."""
+    """What came out.
+
+    Attributes:
+        rounds: the virtual second at which what each round is scored with was there: its end, and with
+            :attr:`ClientWork.final` the adaptation that would follow if training ended there.
+        clients: by name.
+    """
 
     rounds: list[float]
     clients: dict[str, ClientTime]
@@ -120,16 +134,19 @@ def simulate(
     server: DeviceProfile,
     *,
     slots: int = 1,
+    one_at_a_time: bool = False,
+    together: bool = False,
     seed: int = 0,
 ) -> Virtual:
     """Let the clocks run. Equal arguments give equal times.
 
     Args:
         slots: requests that the server works on at once, each at its full speed.
+        one_at_a_time, together: see :data:`ONE_AT_A_TIME` and :data:`TOGETHER`.
         seed: of the periods in which devices are away.
     """
     rounds = len(next(iter(work.values())).steps)
-    simulation = _Simulation(schedule, rounds, len(work), server, slots)
+    simulation = _Simulation(schedule, rounds, len(work), server, slots, one_at_a_time, together)
     clients = [_Client(simulation, name, work[name], devices[name], seed) for name in work]
     for client in clients:
         simulation.env.process(client.live())
@@ -140,10 +157,22 @@ def simulate(
 class _Simulation:
     """What all clients share: the clock, the server's attention, and the ends of rounds."""
 
-    def __init__(self, schedule: Schedule, rounds: int, clients: int, server: DeviceProfile, slots: int) -> None:
+    def __init__(
+        self,
+        schedule: Schedule,
+        rounds: int,
+        clients: int,
+        server: DeviceProfile,
+        slots: int,
+        one_at_a_time: bool,
+        together: bool,
+    ) -> None:
         self.env = simpy.Environment()
         self.schedule, self.rounds, self.server = schedule, rounds, server
         self.attention = simpy.Resource(self.env, capacity=slots)
+        self.turn = simpy.Resource(self.env, capacity=1 if one_at_a_time else clients)
+        self.together, self._clients, self._arrived = together, clients, 0
+        self._all_there = self.env.event()
         self.ends = [0.0] * rounds
         self._missing = [clients] * rounds
         self._over = [self.env.event() for _ in range(rounds)]
@@ -155,6 +184,15 @@ class _Simulation:
         if not self._missing[number]:
             self._over[number].succeed()
         return self._over[number]
+
+    def join(self) -> Any:
+        """A client's part of a common step is there; gives the event that all are."""
+        there = self._all_there
+        self._arrived += 1
+        if self._arrived == self._clients:
+            self._arrived, self._all_there = 0, self.env.event()
+            there.succeed()
+        return there
 
 
 @dataclass
@@ -168,35 +206,48 @@ class _Client:
     done: int = 0
 
     def __post_init__(self) -> None:
-        self.presence = _Presence(self.device, self.seed, self.name)
+        self.presence = Presence(self.device, self.seed, self.name)
 
     def live(self) -> Process:
         simulation, work = self.simulation, self.work
         exchanges_weights = simulation.schedule in ("synchronous", "split-sync")
         for number in range(simulation.rounds):
-            if exchanges_weights:
+            if exchanges_weights and number % work.weights_every == 0:
                 yield from self.receive(work.weights_down)
-            for _ in range(work.steps[number]):
-                yield from self.step()
-            if exchanges_weights:
+            with simulation.turn.request() as turn:
+                yield from self.wait(turn)
+                for _ in range(work.steps[number]):
+                    yield from self.step()
+            if exchanges_weights and (number + 1) % work.weights_every == 0:
                 yield from self.send(work.weights_up)
             over = simulation.arrive(number)
             if exchanges_weights:
                 yield from self.wait(over)
+            if work.final and number + 1 < simulation.rounds:
+                simulation.ends[number] = max(simulation.ends[number], self.adapted())
         if work.final:
             yield from self.receive(work.weights_down)
             yield from self.compute(work.final)
             simulation.ends[-1] = max(simulation.ends[-1], simulation.env.now)
         self.time.finished = simulation.env.now
 
+    def adapted(self) -> float:
+        """When the adaptation would be done if training ended now; nothing moves."""
+        presence, now = copy.deepcopy(self.presence), self.simulation.env.now
+        for seconds in (self.download(self.work.weights_down), self.work.final / self.device.flops):
+            now += seconds + presence.away(now, seconds)
+        return float(now)
+
     def step(self) -> Process:
         work = self.work
         if self.simulation.schedule in ("synchronous", "alone"):
             yield from self.compute(work.before * work.exchanges)
             return
-        for _ in range(work.exchanges):
+        for exchange in range(work.exchanges):
             yield from self.compute(work.before)
             yield from self.send(work.forward_up)
+            if self.simulation.together and not exchange:
+                yield from self.wait(self.simulation.join())
             if work.combined:
                 yield from self.be_served(work.server_forward + work.server_backward)
             else:
@@ -220,8 +271,11 @@ class _Client:
         yield from self.busy(self.latency + 8 * size / rate, "transmitting")
 
     def receive(self, size: float) -> Process:
-        rate = min(self.device.downlink_bps, self.simulation.server.uplink_bps)
-        yield from self.busy(self.latency + 8 * size / rate, "transmitting")
+        yield from self.busy(self.download(size), "transmitting")
+
+    def download(self, size: float) -> float:
+        """Seconds of a message from the server."""
+        return self.latency + 8 * size / min(self.device.downlink_bps, self.simulation.server.uplink_bps)
 
     @property
     def latency(self) -> float:
@@ -245,34 +299,3 @@ class _Client:
         began = self.simulation.env.now
         yield event
         self.time.waiting += self.simulation.env.now - began
-
-
-class _Presence:
-    """When a device is there: alternating exponential periods, from a generator of the client's own."""
-
-    def __init__(self, device: DeviceProfile, seed: int, client: str) -> None:
-        self.on, self.off = device.mean_on_s or 0.0, device.mean_off_s or 0.0
-        if self.off:
-            self._random = generator(seed, "availability", client)
-            self.there = bool(self._random.random() < self.on / (self.on + self.off))
-            self.until = self._period()
-
-    def away(self, now: float, seconds: float) -> float:
-        """How long the device is away while ``seconds`` of work are done from ``now`` on, which never goes back."""
-        if not self.off:
-            return 0.0
-        away, time, left = 0.0, now, seconds
-        while True:
-            while self.until <= time:
-                self.there = not self.there
-                self.until += self._period()
-            if self.there and time + left <= self.until:
-                return away
-            if self.there:
-                left -= self.until - time
-            else:
-                away += self.until - time
-            time = self.until
-
-    def _period(self) -> float:
-        return float(self._random.exponential(self.on if self.there else self.off))

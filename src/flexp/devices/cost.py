@@ -27,7 +27,8 @@ from flexp.evaluation.echo import EchoLink, client_model, random_batch, without_
 from flexp.evaluation.memory import Probe
 from flexp.links.messages import size
 from flexp.methods.base import World
-from flexp.methods.parties import client_seed, own_stage
+from flexp.methods.client_ranks import adapters
+from flexp.methods.parties import client_seed, own_stage, with_model
 from flexp.models.parts import Part
 from flexp.models.stage import carve
 from flexp.models.tuning import tune
@@ -69,7 +70,7 @@ class ExchangeCost:
 
 
 class Costs:
-    """Counts once for each distinct cut and batch shape of a run's clients."""
+    """Counts once for each distinct cut, rank and batch shape of a run's clients."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -81,7 +82,8 @@ class Costs:
         """An exchange of ``client`` at its mean shape; ``only``: of a whole model of which just these weights train."""
         examples, length, exchanges = mean_shape(self.world, self._clients[client])
         cut = None if self.part == "whole" else self.world.cuts[client]
-        key = (cut, examples, length, None if only is None else frozenset(only))
+        own = adapters(self.world, client)
+        key = (cut, examples, length, own.lora.rank, None if only is None else frozenset(only))
         if key not in self._known:
             probe = Probe(
                 model="",
@@ -93,14 +95,15 @@ class Costs:
                 model_config={"tuning": self.world.config.model.tuning},
                 optimizer={},
                 tail=self.part != "start",
+                ranks=tuple(own.beside.items()),
             )
-            self._known[key] = self._count(probe, only)
+            self._known[key] = self._count(with_model(self.world, lora=own.lora), probe, only)
         return replace(self._known[key], exchanges=exchanges)
 
-    def _count(self, probe: Probe, only: Collection[str] | None) -> ExchangeCost:
+    def _count(self, world: World, probe: Probe, only: Collection[str] | None) -> ExchangeCost:
         if probe.cut is None:
-            return _whole(self.world, probe, only)
-        return _split(self.world, probe) if probe.tail else _start(self.world, probe)
+            return _whole(world, probe, only)
+        return _split(world, probe) if probe.tail else _start(world, probe)
 
 
 def mean_shape(world: World, client: ClientData) -> tuple[int, int, int]:
@@ -156,7 +159,7 @@ def _split(world: World, probe: Probe) -> ExchangeCost:
     assert probe.cut is not None
     base = base if aligned else probe.cut[0]
     align = config.method.align.model_dump(mode="json") if aligned else None
-    stage = own_stage(world, Part.client(probe.cut, world.source.anatomy.blocks))
+    stage = own_stage(world, Part.client(probe.cut, world.source.anatomy.blocks), dict(probe.ranks))
     model = client_model(replace(probe, align=align, base_depth=base), stage, _CountingLink).train(True)
     link: _CountingLink = model.link
     batch = random_batch(probe, stage.model.config)

@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,12 @@ from filelock import FileLock
 
 from flexp.errors import FlexpError
 from flexp.files import read_json, storage_error, write_json
+
+VERSION = 2
+"""Of what a probe does; measurements of another one are made anew."""
+
+RATES = ("lr", "new_lr", "schedule", "warmup_steps")
+"""What an optimiser is told that changes no byte of it."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,8 @@ class Probe:
     with alignment a client also keeps what it sends from there, and holds the weights that it pulls. Without a ``tail``
     the client has nothing behind s: the server computes the loss, too. ``extra_weights`` are further copies of what it
     trains, ``extra_optimizers`` further states of the optimiser, that it holds all the while
-    (:mod:`flexp.devices.holds`).
+    (:mod:`flexp.devices.holds`). ``ranks`` are those of the adapters in some blocks, (block, rank), where they are not
+    ``model_config``'s.
     """
 
     model: str
@@ -50,6 +57,7 @@ class Probe:
     tail: bool = True
     extra_weights: int = 0
     extra_optimizers: int = 0
+    ranks: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -90,13 +98,14 @@ def measure(probe: Probe, timeout: float = 600.0) -> Measured:
 def measure_once(probe: Probe, cache: Path | None, timeout: float = 600.0) -> Measured:
     """:func:`measure`, or what ``cache``, a folder that many runs may share at once, has of an equal probe.
 
-    Equal are probes of the same settings, model files and versions. Whoever comes while another process measures the
-    same waits for its result.
+    Equal are probes of the same settings, as far as they matter to memory, model files and versions. Whoever comes
+    while another process measures the same waits for its result.
 
     Raises:
         FlexpError: see :func:`measure`.
         StorageError: the folder cannot be written.
     """
+    probe = plain(probe)
     if cache is None:
         return measure(probe, timeout)
     path = cache / f"{_key(probe)}.json"
@@ -112,11 +121,35 @@ def measure_once(probe: Probe, cache: Path | None, timeout: float = 600.0) -> Me
         return measured
 
 
+def plain(probe: Probe) -> Probe:
+    """``probe`` without the settings that no memory depends on, such as learning rates: a grid's trials are one."""
+    optimizer = {key: value for key, value in probe.optimizer.items() if key not in RATES}
+    model = {key: value for key, value in probe.model_config.items() if key not in ("base_depth", "expose_embeddings")}
+    align = None
+    if probe.align is not None and probe.cut is not None and _base(probe) < probe.cut[0]:
+        kind, teach = probe.align["kind"], probe.align.get("teach")
+        sends = kind not in ("off", "weights") and probe.align.get("weight") != 0
+        if sends or teach or kind == "weights":
+            align = {key: value for key, value in probe.align.items() if key in ("kind", "at", "every", "teach")}
+    return replace(
+        probe,
+        optimizer=optimizer,
+        model_config=model,
+        align=align,
+        base_depth=None if align is None else probe.base_depth,
+    )
+
+
+def _base(probe: Probe) -> int:
+    assert probe.cut is not None
+    return probe.cut[0] if probe.base_depth is None else probe.base_depth
+
+
 def _key(probe: Probe) -> str:
     folder = Path(probe.model)
     files = sorted((item.name, item.stat().st_size) for item in folder.iterdir()) if folder.is_dir() else []
     known = [metadata.version(name) for name in ("torch", "transformers")]
-    return hashlib.sha256(json.dumps([asdict(probe), files, known], sort_keys=True).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps([VERSION, asdict(probe), files, known], sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _run(probe: Probe) -> Measured:
@@ -155,6 +188,7 @@ def _run(probe: Probe) -> Measured:
         lora=config.lora,
         embeddings=config.train_embeddings,
         gradient_checkpointing=config.gradient_checkpointing,
+        ranks=dict(probe.ranks),
     )
     own = stage.model.parameters() if probe.tail else echo.without_tail(stage)
     for value in own:  # weights are mapped from their file: read them once, so that they count

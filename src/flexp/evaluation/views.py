@@ -64,7 +64,10 @@ def has_clock(comparison: Mapping[str, Any]) -> bool:
 
 
 def spent(entry: Mapping[str, Any], axis: Axis, clock: bool) -> float | None:
-    """What training had cost at the end of a round: bytes (up and down, mean over clients), seconds, or rounds."""
+    """What training had cost at the end of a round: bytes (up and down), seconds, or rounds.
+
+    Bytes and measured seconds are means over the clients that take part.
+    """
     if axis == "examples":
         return float(entry["round"])
     keys = ("bytes_up", "bytes_down") if axis == "bytes" else ("virtual_seconds" if clock else "client_seconds",)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any, TypedDict
 
-from flexp.devices.clock import ONE_AT_A_TIME, SCHEDULES, ClientWork, simulate
+from flexp.devices.clock import ONE_AT_A_TIME, SCHEDULES, TOGETHER, ClientWork, simulate
 from flexp.devices.cost import Costs, ExchangeCost
 from flexp.devices.profiles import assign, profile
 from flexp.errors import ConfigError
@@ -27,13 +28,22 @@ class Dropped(TypedDict):
     available_bytes: int
 
 
+class NobodyFitsError(ConfigError):
+    """No client's device can hold what the method trains; ``dropped`` are all of them."""
+
+    def __init__(self, dropped: list[Dropped], message: str) -> None:
+        super().__init__(message)
+        self.dropped = dropped
+
+
 def place(world: World, probes: MemoryProbes) -> tuple[World, list[Dropped]]:
     """Measure what clients need, and name those absent whose device has less; without ``[devices]`` nobody is.
 
     A client whose peak could not be measured takes part, and a note says so.
 
     Raises:
-        ConfigError: a device class is not known, or nobody would be left.
+        NobodyFitsError: nobody would be left.
+        ConfigError: a device class is not known.
     """
     config = world.config
     if config.devices is None:
@@ -56,9 +66,10 @@ def place(world: World, probes: MemoryProbes) -> tuple[World, list[Dropped]]:
             notes.append(f"{name} is left out of {config.method.name}: {_why(facts)}")
     if len(dropped) == len(devices):
         nearest = min(dropped, key=lambda facts: facts["needed_bytes"] - facts["available_bytes"])
-        raise ConfigError(
+        raise NobodyFitsError(
+            dropped,
             f"no client can take part in {config.method.name}: at best, {nearest['name']} {_why(nearest)}; raise "
-            "devices.classes.NAME.memory_bytes, cut shallower, use LoRA or smaller batches, or a method that splits"
+            "devices.classes.NAME.memory_bytes, cut shallower, use LoRA or smaller batches, or a method that splits",
         )
     absent = frozenset(facts["name"] for facts in dropped)
     return replace(world, absent=absent, federation=replace(world.federation, notes=notes)), dropped
@@ -97,22 +108,38 @@ def client_facts(
     for data in world.participants:
         steps = [taken[data.name, number] for number in range(1, rounds + 1)]
         cost, account = _cost(costs, method, data.name), method.account(data.name)
-        work[data.name] = own = client_work(cost, account, steps, schedule, _pull_every(world))
+        work[data.name] = own = client_work(
+            cost, account, steps, schedule, pull_every=_pull_every(world), average_every=_average_every(world)
+        )
         facts[data.name]["client_flops"] = cost.client_step * sum(steps) + own.final
         facts[data.name]["server_flops"] = cost.server_step * sum(steps)
-    slots = 1 if world.config.method.name in ONE_AT_A_TIME else config.server_slots
-    server = profile(config.server, config.classes)
-    virtual = simulate(schedule, work, devices, server, slots=slots, seed=world.config.seed)
+    virtual = simulate(
+        schedule,
+        work,
+        devices,
+        profile(config.server, config.classes),
+        slots=config.server_slots,
+        one_at_a_time=world.config.method.name in ONE_AT_A_TIME,
+        together=world.config.method.name in TOGETHER,
+        seed=world.config.seed,
+    )
     return facts, {"rounds": virtual.rounds, "clients": {k: asdict(time) for k, time in virtual.clients.items()}}
 
 
 def client_work(
-    cost: ExchangeCost, account: Account, steps: list[int], schedule: str, pull_every: int = 0
+    cost: ExchangeCost,
+    account: Account,
+    steps: list[int],
+    schedule: str,
+    *,
+    pull_every: int = 0,
+    average_every: int = 1,
 ) -> ClientWork:
     """A client's work for the clock: operations as counted, bytes as metered in the whole run.
 
     Metered bytes are spread evenly over rounds (weights) or exchanges (activations, in the proportions of the messages
-    of the counted one). Where a method sends both, the weights are those that the client trains.
+    of the counted one). Where a method sends both, the weights are those that the client trains, down before and up
+    after every ``average_every`` rounds.
     """
     rounds, total = len(steps), sum(steps)
     up, down = float(account.training.bytes_up), float(account.training.bytes_down)
@@ -132,8 +159,10 @@ def client_work(
     if schedule == "alone" or not total:
         return work
     if schedule == "split-sync":
-        work = replace(work, weights_up=float(cost.weights), weights_down=float(cost.weights))
-        up, down = max(0.0, up - cost.weights * rounds), max(0.0, down - cost.weights * rounds)
+        weights = float(cost.weights)
+        work = replace(work, weights_up=weights, weights_down=weights, weights_every=average_every)
+        up = max(0.0, up - weights * (rounds // average_every))
+        down = max(0.0, down - weights * math.ceil(rounds / average_every))
     if pull_every and cost.pull_down:
         work = replace(work, pull_every=pull_every, pull_down=float(cost.pull_down))
         down = max(0.0, down - cost.pull_down * (total // pull_every))
@@ -151,6 +180,10 @@ def client_work(
 def _pull_every(world: World) -> int:
     align = world.config.method.align
     return align.every if world.config.method.name == "flexp-sfl" and align.kind == "weights" else 0
+
+
+def _average_every(world: World) -> int:
+    return world.config.method.splitlora.average_every if world.config.method.name == "splitlora" else 1
 
 
 def _cost(costs: Costs, method: Method, client: str) -> ExchangeCost:

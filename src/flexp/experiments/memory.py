@@ -1,4 +1,4 @@
-"""A run's memory measurements: once for each distinct cut, kept with the run."""
+"""A run's memory measurements: once for each distinct cut (and rank), kept with the run."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from flexp.evaluation.memory import Measured, Probe, measure_once
 from flexp.experiments.setup import model_folder
 from flexp.files import read_json, write_json
 from flexp.methods.base import World
+from flexp.methods.client_ranks import adapters
 
 
 class MemoryProbes:
-    """Measures the peak memory of one client per distinct cut, while nothing trains.
+    """Measures the peak memory of one client per distinct cut and rank, while nothing trains.
 
     (Two processes that compute at once on few cores slow each other down far more than twofold.)
 
@@ -34,7 +35,10 @@ class MemoryProbes:
         self.found: dict[str, Any] = read_json(self.path) if self.path.exists() else {}
 
     def measure(self, say: Callable[[str], None]) -> None:
-        """Measure what is not known yet, one process a core; a failure is said and leaves the figure out."""
+        """Measure what is not known yet, one process a core that the run may use (``threads``).
+
+        A failure is said and leaves the figure out.
+        """
         config = self.world.config
         wanted = config.evaluation.measure_memory or config.devices is not None
         if not wanted or self.holds.part is None:
@@ -43,7 +47,9 @@ class MemoryProbes:
         if not missing:
             return
         say(f"measuring a client's peak memory, once for each of {len(missing)} cuts")
-        with ThreadPoolExecutor(max_workers=max(1, min(len(missing), os.cpu_count() or 1))) as pool:
+        cores = os.cpu_count() or 1
+        most = min(len(missing), cores, config.threads or cores)  # in a comparison, others measure at the same time
+        with ThreadPoolExecutor(max_workers=most) as pool:
             for key, result in zip(missing, pool.map(self._try, missing.values()), strict=True):
                 if isinstance(result, FlexpError):
                     say(f"the memory of cut {key} is not known: {result}")
@@ -66,7 +72,9 @@ class MemoryProbes:
 
     def _key(self, client: str) -> str:
         start, stop = self.world.cuts[client]
-        return {"whole": "whole", "ends": f"{start}:{stop}", "start": f"{start}"}[self.holds.part or "whole"]
+        part = {"whole": "whole", "ends": f"{start}:{stop}", "start": f"{start}"}[self.holds.part or "whole"]
+        rank = adapters(self.world, client).lora.rank
+        return part if rank == self.world.config.model.lora.rank else f"{part}, rank {rank}"
 
     def _probes(self) -> dict[str, Probe]:
         """One probe per distinct cut, at the size of the largest exchange of any client with that cut."""
@@ -77,22 +85,24 @@ class MemoryProbes:
         probes: dict[str, Probe] = {}
         for client in self.world.federation.clients:
             key = self._key(client.name)
+            own = adapters(self.world, client.name)
             longest = max((len(example.get("input_ids", ())) for example in client.train), default=1)
             length = max(longest, probes[key].length if key in probes else 0)
             probes[key] = Probe(
                 model=model_folder(config),
                 kind=task.model_kind,
-                cut=None if key == "whole" else self.world.cuts[client.name],
+                cut=None if self.holds.part == "whole" else self.world.cuts[client.name],
                 examples=config.train.micro_batch or config.train.batch_size,
                 length=length,
                 labels=task.label_names,
-                model_config=config.model.model_dump(mode="json"),
+                model_config=config.model.model_copy(update={"lora": own.lora}).model_dump(mode="json"),
                 optimizer=config.train.personal.model_dump(mode="json"),
                 align=config.method.align.model_dump(mode="json") if aligned else None,
                 base_depth=base_depth if aligned else None,
                 tail=self.holds.part != "start",
                 extra_weights=self.holds.weights,
                 extra_optimizers=self.holds.optimizers,
+                ranks=tuple(own.beside.items()),
             )
         return probes
 

@@ -15,6 +15,7 @@ from flexp.data import load_federation, pad_id
 from flexp.data.types import Federation
 from flexp.errors import ConfigError, ModelError
 from flexp.methods.base import World
+from flexp.methods.cuts import method_cuts
 from flexp.models.loading import load_config, load_stage
 from flexp.models.parts import check_cut
 
@@ -42,7 +43,8 @@ def build_world(config: RunConfig) -> World:
         pad_token_id=None if federation.task.model_kind == "image-classification" else pad_id(processor),
         seed=config.seed,
     )
-    return World(config, federation, source, client_cuts(config, federation, source.anatomy.blocks))
+    cuts = client_cuts(config, federation, source.anatomy.blocks)
+    return World(config, federation, source, method_cuts(config, cuts, source.anatomy.blocks))
 
 
 def client_cuts(config: RunConfig, federation: Federation, blocks: int) -> dict[str, tuple[int, int]]:

@@ -24,6 +24,7 @@ class Join:
         align: the alignment whose gradient the server is to compute.
         tuning: how the client trains its blocks; the `weights` alignment needs it to be the server's.
         lora: with what adapters, if it says so; they must be the server's if that has any.
+        autocast: what it computes matrix products in, if not in ``dtype``; the server does the same.
         weights: which pretrained weights it has (:func:`flexp.models.fingerprint.weights_fingerprint`), if it knows.
     """
 
@@ -35,6 +36,7 @@ class Join:
     align: AlignConfig
     lora: LoraConfig | None = None
     weights: str | None = None
+    autocast: str = "off"
 
 
 @dataclass(frozen=True)

@@ -46,14 +46,13 @@ class Apfl(Federated):
         v = {name: nn.Parameter(value.clone()) for name, value in client.kept["personal"].items()}
         with common.optimiser(w), personal.optimiser(v, client.kept["optimizer"]) as updater:
             for step in range(spread(self.steps, self.rounds, number)):
-                mixed = mix(v, w, self._alpha(client))  # of both as they are before this step
-                difference = {name: (v[name] - w[name]).detach() for name in v} if step == 0 else None
+                # v first: its mixture and α's slope are of both as they are before this step, with no copy of either.
+                self.bench.put(mix(v, w, self._alpha(client)))
+                with self.bench.before_update(self._hand_over(v, client, w if step == 0 else None)):
+                    on_step(personal.step())
                 self.bench.put(w)
                 with self.bench.before_update(self._hand_over(w)):
                     on_step(common.step())
-                self.bench.put(mixed)
-                with self.bench.before_update(self._hand_over(v, client, difference)):
-                    on_step(personal.step())
             client.kept["optimizer"] = optimizer_state(updater, v)
         client.kept["personal"] = {name: value.detach() for name, value in v.items()}
         return {name: value.detach() for name, value in w.items()}
@@ -65,9 +64,17 @@ class Apfl(Federated):
         return float(client.kept["mixture"]["alpha"])
 
     def _hand_over(
-        self, to: Mapping[str, nn.Parameter], mixing: Client | None = None, difference: Weights | None = None
+        self,
+        to: Mapping[str, nn.Parameter],
+        mixing: Client | None = None,
+        common: Mapping[str, nn.Parameter] | None = None,
     ) -> Callable[[], None]:
-        """Give the bench's gradients to other parameters; for the mixture, by the chain rule, and to α as well."""
+        """Give the bench's gradients to other parameters; for the mixture, by the chain rule, and to α as well.
+
+        Args:
+            mixing: whose mixture the bench holds.
+            common: w, when α is to move.
+        """
 
         def act() -> None:
             gradients: Weights = {}
@@ -77,9 +84,10 @@ class Apfl(Federated):
             alpha = 1.0 if mixing is None else self._alpha(mixing)
             for name, value in gradients.items():
                 to[name].grad = value * alpha
-            if mixing is not None and difference is not None and self.settings.alpha_lr:
+            if mixing is not None and common is not None and self.settings.alpha_lr:
                 slope = sum(
-                    float((value.double() * difference[name].double()).sum()) for name, value in gradients.items()
+                    float((value.double() * (to[name] - common[name]).detach().double()).sum())
+                    for name, value in gradients.items()
                 )
                 moved = min(1.0, max(0.0, alpha - self.settings.alpha_lr * slope))
                 mixing.kept["mixture"]["alpha"] = torch.tensor(moved, dtype=torch.float64)

@@ -26,7 +26,7 @@ class World:
 
     Attributes:
         source: the whole pretrained model, frozen. All parties are carved out of it and share its tensors.
-        cuts: (s, e) of each client, by name.
+        cuts: (s, e) of each client, by name, as the method uses them (:mod:`flexp.methods.cuts`).
         absent: clients whose device cannot hold what the method trains there. They take no part in training and are
             scored with what they have all the same: the average, where there is one, else the pretrained model.
     """

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from flexp.errors import ConfigError
 from flexp.methods.base import World
+from flexp.methods.client_ranks import adapters
 from flexp.methods.federated import Averaging, Client, Federated
 from flexp.methods.parties import with_model
 from flexp.methods.ranks import fit, of_rank
@@ -39,8 +40,7 @@ class HetLora(Federated):
         config = world.config
         if config.model.tuning != "lora":
             raise ConfigError("method hetlora averages LoRA adapters: it needs model.tuning = 'lora'")
-        ranks = config.method.hetlora.ranks or [config.model.lora.rank]
-        self.ranks = {data.name: ranks[index % len(ranks)] for index, data in enumerate(world.federation.clients)}
+        self.ranks = {data.name: adapters(world, data.name).lora.rank for data in world.federation.clients}
         lora = config.model.lora.model_copy(update={"rank": max(self.ranks.values())})
         super().__init__(with_model(world, lora=lora))
 

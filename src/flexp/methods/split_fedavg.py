@@ -24,6 +24,7 @@ import torch
 
 from flexp.config import AlignConfig
 from flexp.methods.base import Account, Forward, OnStep, State, World
+from flexp.methods.cuts import method_cuts
 from flexp.methods.flexp_sfl import FlexpSfl
 from flexp.methods.ranks import average, fit
 from flexp.methods.workbench import size
@@ -42,8 +43,7 @@ class SplitFedAvg(FlexpSfl):
 
     def prepared(self, world: World) -> World:
         """The world with the cuts that this method uses."""
-        cut = min(start for start, _ in world.cuts.values()), max(stop for _, stop in world.cuts.values())
-        return replace(world, cuts=dict.fromkeys(world.cuts, cut))
+        return replace(world, cuts=method_cuts(world.config, world.cuts, world.source.anatomy.blocks))
 
     def train_round(self, number: int, on_step: OnStep) -> None:
         for name in self.examples:
@@ -98,13 +98,13 @@ class SplitFedAvg(FlexpSfl):
         means = average(parts, self.examples)
         self.version += 1
         self.averaging_seconds += time.perf_counter() - began
-        for trainer in self.clients.values():
-            own = trainer.updater.parameters
+        for client, trainer in self.clients.items():
+            own, new = trainer.updater.parameters, self._model(client).stage.new
             with torch.no_grad():
                 for name, parameter in own.items():
                     if name in means:
                         parameter.copy_(fit(means[name], parameter.shape))
-            trainer.updater = Updater(own, self.world.config.train.personal, self.world.total_steps)
+            trainer.updater = Updater(own, self.world.config.train.personal, self.world.total_steps, new)
             trainer.updater.steps = trainer.steps
 
 

@@ -17,7 +17,6 @@ from flexp.methods.base import OnStep, World
 from flexp.methods.federated import Client
 from flexp.methods.two_sided import TwoSided
 from flexp.methods.workbench import Weights
-from flexp.optim import Updater
 
 
 class SplitFedV1(TwoSided):
@@ -32,7 +31,7 @@ class SplitFedV1(TwoSided):
 
     def turn(self, client: Client, received: Weights, number: int, on_step: OnStep) -> Weights:
         self.bench.put(received)
-        server = Updater(self.side(self.bench.server_side), self.world.config.train.shared, self.world.total_steps)
+        server = self.server_updater(self.bench.server_side, self.world.total_steps)
         server.steps = client.workers["model"].steps
         self.split_steps(client, server, on_step)
         return self.bench.take()

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from flexp.errors import ConfigError
 from flexp.methods.base import World
+from flexp.methods.client_ranks import beside_cut, splitft_rank
 from flexp.methods.parties import own_stage
 from flexp.methods.split_fedavg import SplitFedAvg
 from flexp.models.parts import Part
@@ -33,10 +34,10 @@ class SplitFt(SplitFedAvg):
     """
 
     def prepared(self, world: World) -> World:
-        model, rank = world.config.model, world.config.method.splitft.cut_rank
+        model = world.config.model
         if model.tuning != "lora":
             raise ConfigError("method splitft trains LoRA adapters: it needs model.tuning = 'lora'")
-        self.cut_rank = max(1, model.lora.rank // 2) if rank is None else rank
+        self.cut_rank = splitft_rank(world.config.method, model.lora)
         if self.cut_rank > model.lora.rank:
             raise ConfigError(
                 f"method.splitft.cut_rank = {self.cut_rank} is larger than model.lora.rank = {model.lora.rank}; "
@@ -45,6 +46,5 @@ class SplitFt(SplitFedAvg):
         return world
 
     def _make_stage(self, cut: tuple[int, int]) -> Stage:
-        part = Part.client(cut, self.world.source.anatomy.blocks)
-        beside = {block: self.cut_rank for block in (cut[0] - 1, cut[1]) if block in part.blocks}
-        return own_stage(self.world, part, beside)
+        blocks = self.world.source.anatomy.blocks
+        return own_stage(self.world, Part.client(cut, blocks), beside_cut(cut, blocks, self.cut_rank))

@@ -48,9 +48,6 @@ class SplitLora(TwoSided):
         self.every = world.config.method.splitlora.average_every
         super().__init__(world)
 
-    def wanted_cut(self, world: World) -> int | None:
-        return world.config.method.splitlora.cut
-
     def own_models(self) -> dict[str, Weights]:
         return {"personal": self.bench.take(self.shared), "optimizer": {}}
 

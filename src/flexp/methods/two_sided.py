@@ -5,9 +5,11 @@ clients send them with every batch. That is how these methods are defined; FlexP
 
 *Cut*: one for all, the smallest s of the clients' cuts, so that it fits every device, or as the method's ``cut`` says.
 *Optimisers*: ``train.personal`` on the client's side, ``train.shared`` on the server's, each with its own schedule and
-clipping. Whatever was averaged begins the next round with a fresh optimiser; what the server alone keeps has one that
-lasts. *Bytes*: what crosses at the cut (:mod:`flexp.methods.split_bench`), and the client's part down and up wherever
-it is averaged. Scoring sends activations up and logits down. *Seconds*: apart for the two sides.
+clipping; the head, where it is new, has ``train.shared.new_lr`` or, without, ``train.personal.new_lr``, since that is
+the rate of a new head wherever it is. Whatever was averaged begins the next round with a fresh optimiser; what the
+server alone keeps has one that lasts. *Bytes*: what crosses at the cut (:mod:`flexp.methods.split_bench`), and the
+client's part down and up wherever it is averaged. Scoring sends activations up and logits down. *Seconds*: apart for
+the two sides.
 """
 
 from __future__ import annotations
@@ -18,12 +20,11 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from flexp.errors import ConfigError
 from flexp.methods.base import Account, OnStep, State, World
+from flexp.methods.cuts import method_cuts
 from flexp.methods.federated import Client, Federated
 from flexp.methods.split_bench import SplitBench
 from flexp.methods.workbench import Weights, size
-from flexp.models.parts import check_cut
 from flexp.models.stage import Stage
 from flexp.optim import Updater
 
@@ -45,16 +46,13 @@ class TwoSided(Federated):
     copies = 1
 
     def __init__(self, world: World) -> None:
-        self.cut = one_cut(world, self.wanted_cut(world))
+        cuts = method_cuts(world.config, world.cuts, world.source.anatomy.blocks)
+        self.cut = next(iter(cuts.values()))[0]
         super().__init__(world)
-        own = {name: value for name, value in self.bench.parameters.items() if name not in self.shared}
+        own = frozenset(self.bench.parameters.keys() - self.shared)
         self.server_steps = world.total_steps * (1 if self.together else len(world.participants))
-        self.lasting = Updater(own, world.config.train.shared, self.server_steps)
+        self.lasting = self.server_updater(own, self.server_steps)
         self.updates = 0
-
-    def wanted_cut(self, world: World) -> int | None:
-        """s, if the configuration says it."""
-        return world.config.method.splitfed.cut
 
     def make_bench(self, stage: Stage) -> SplitBench:
         return SplitBench(stage, self.cut)
@@ -69,8 +67,15 @@ class TwoSided(Federated):
         return size({name: value for name, value in weights.items() if name in self.bench.client_side})
 
     def side(self, names: frozenset[str]) -> dict[str, nn.Parameter]:
-        """The parameters of one side of the bench, by name."""
+        """The parameters ``names`` of the bench, such as one side's, by name."""
         return {name: value for name, value in self.bench.parameters.items() if name in names}
+
+    def server_updater(self, names: frozenset[str], total: int) -> Updater:
+        """A new optimiser of the server's, for the parameters ``names``."""
+        config, personal = self.world.config.train.shared, self.world.config.train.personal
+        if config.new_lr is None:  # these methods' head is the server's; others' is the client's
+            config = config.model_copy(update={"new_lr": personal.new_lr})
+        return Updater(self.side(names), config, total, self.bench.stage.new)
 
     def split_steps(self, client: Client, server: Updater, on_step: OnStep) -> None:
         """A client's turn: each of its steps is one of ``server`` as well."""
@@ -128,20 +133,3 @@ class TwoSided(Federated):
     def _hold(self, client: Client) -> None:
         self.bench.meter = client.meter
         super()._hold(client)
-
-
-def one_cut(world: World, wanted: int | None) -> int:
-    """One s for all clients: ``wanted``, else the smallest of theirs.
-
-    Raises:
-        ConfigError: it does not fit the model, or would send bare embeddings unasked.
-    """
-    method = world.config.method.name
-    start = min(cut[0] for cut in world.cuts.values()) if wanted is None else wanted
-    start, _ = check_cut((start, None), world.source.anatomy.blocks, where=f"method {method}: cut")
-    if start == 0 and not world.config.model.expose_embeddings:
-        raise ConfigError(
-            f"method {method}: with a cut of 0 the clients would send their embeddings as they are, from which the "
-            "server can read every token; use 1 or more, or set model.expose_embeddings = true if that is acceptable"
-        )
-    return start

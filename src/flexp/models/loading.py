@@ -31,6 +31,7 @@ AUTO: dict[str, Any] = {
     "image-classification": transformers.AutoModelForImageClassification,
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+AUTOCAST = {"off": None, "bfloat16": torch.bfloat16}
 
 
 def load_stage(
@@ -54,16 +55,18 @@ def load_stage(
         labels: the names of the classes, for classifiers.
         attention: an architecture that knows no SDPA (Gemma 2, GPT-Neo, GPT-J, BLOOM) runs eager whatever this says.
         dropout: the rate of every dropout; ``None``: as the model's configuration says.
-        autocast: a type to compute matrix products in, or ``off``: that of the weights (``dtype``).
+        autocast: ``bfloat16`` to compute matrix products in it, or ``off``: in the type of the weights (``dtype``).
         seed: of those weights that the checkpoint does not hold, such as a new classifier; equal for every part.
 
     Raises:
         ModelError: there is no such model, it is not of that kind, or it cannot be split exactly.
     """
+    if autocast not in AUTOCAST:
+        raise ModelError(f"autocast = {autocast!r} is not allowed: expected 'off' or 'bfloat16'")
     name = str(model_id)
     if name.startswith("arch:"):
         whole = _from_zoo(name.removeprefix("arch:"), kind, labels, dtype, attention, dropout or 0.0, seed)
-        whole.autocast = DTYPES.get(autocast)
+        whole.autocast = AUTOCAST[autocast]
         return whole if part is None else carve(whole, part)
     config = load_config(name)
     refuse_by_design(f"{name} ({config.model_type})", config)
@@ -111,7 +114,7 @@ def load_stage(
         raise ModelError(f"{name} has {anatomy.blocks} blocks, so there is no block {max(part.blocks)}")
     model.requires_grad_(False)
     stage = Stage(model, anatomy, part or Part.whole(anatomy.blocks))
-    stage.autocast = DTYPES.get(autocast)
+    stage.autocast = AUTOCAST[autocast]
     stage.new = frozenset(missing | resized)
     stage.weights = weights_fingerprint(name)
     return stage

@@ -62,6 +62,11 @@ class Stage:
         assert isinstance(blocks, nn.ModuleList)
         return blocks
 
+    @property
+    def autocast_name(self) -> str:
+        """What matrix products compute in, in the words of ``model.autocast``."""
+        return "off" if self.autocast is None else str(self.autocast).removeprefix("torch.")
+
     def plan(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Plan]:
         """Embed a batch: the hidden state (B, T, H) that enters block 0, and the plan of all blocks.
 

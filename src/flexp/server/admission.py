@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from flexp.config import TERMS, LoraConfig
+from flexp.config import LoraConfig
 from flexp.errors import LinkError
 from flexp.links.messages import BackwardRequest, ForwardRequest, Join, PullRequest
 from flexp.models.fingerprint import fingerprint
@@ -39,6 +39,11 @@ def check_join(client: str, request: Join, stage: Stage, tuning: str, lora: Lora
         problem = f"its LoRA settings ({request.lora}) are not the server's ({lora}); set the same model.lora"
     elif request.dtype != str(stage.model.dtype):
         problem = f"it computes in {request.dtype}, the server in {stage.model.dtype}; set the same model.dtype"
+    elif request.autocast != stage.autocast_name:
+        problem = (
+            f"it computes with autocast = {request.autocast}, the server with {stage.autocast_name}; set the same "
+            "model.autocast"
+        )
     elif not start <= cut_start < cut_stop <= stop:
         problem = f"its cut {request.cut} needs blocks that the server does not hold: it has [{start}, {stop})"
     elif request.align.kind == "weights" and request.tuning != tuning:
@@ -148,8 +153,8 @@ def _check_aligned(session: Session, request: ForwardRequest, base_depth: int) -
         if value.shape != hidden.shape or value.dtype != hidden.dtype:
             raise LinkError(f"client {client}: an aligned activation is {_facts(value)}, expected {_facts(hidden)}")
     depth = session.join.cut[0] - base_depth
-    inner = depth - 1 if session.align.at == "every-block" else 0
-    wanted = depth > 0 and (session.align.teach or session.align.kind in TERMS)
+    inner = depth - 1 if session.align.at == "every-block" and session.align.has_term else 0
+    wanted = depth > 0 and (session.align.teach or session.align.has_term)
     if not wanted or request.base_BTH is None or len(request.inner_BTH) != inner:
         raise LinkError(
             f"client {client}: {len(given)} activations came for alignment, expected {1 + inner if wanted else 0} "

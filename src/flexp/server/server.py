@@ -79,13 +79,15 @@ class Server:
         tuning: str = "full",
         lora: LoraConfig | None = None,
         dtype: str = "float32",
+        autocast: str = "off",
         attention: str = "sdpa",
         seed: int = 0,
         **options: Any,
     ) -> Server:
         """Load blocks [``base_depth``, ``end``) of a pretrained model, and nothing else of it.
 
-        A base depth of 0 is for clients that agree to send their bare embeddings, from which tokens can be read.
+        ``autocast`` is a type to compute matrix products in (``bfloat16``), which must be the clients'. A base depth
+        of 0 is for clients that agree to send their bare embeddings, from which tokens can be read.
 
         Example:
             >>> server = flexp.Server.from_pretrained("path/to/model", "sequence-classification")
@@ -100,7 +102,8 @@ class Server:
         model_id = resolve(str(model_id))
         blocks = int(load_config(str(model_id)).get_text_config().num_hidden_layers)
         start, stop = check_cut((base_depth, end), blocks, where="server blocks (base_depth, end)")
-        stage = load_stage(model_id, kind, Part.server(start, stop), dtype=dtype, attention=attention, seed=seed)
+        part = Part.server(start, stop)
+        stage = load_stage(model_id, kind, part, dtype=dtype, autocast=autocast, attention=attention, seed=seed)
         tune(stage, tuning, lora=lora, seed=seed)  # type: ignore[arg-type]
         return cls(stage, tuning=tuning, lora=lora or LoraConfig(), seed=seed, **options)
 

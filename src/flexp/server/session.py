@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from flexp.config import TERMS, AlignConfig, ServerConfig
+from flexp.config import AlignConfig, ServerConfig
 from flexp.errors import LinkError
 from flexp.links.messages import BackwardReply, BackwardRequest, ForwardReply, ForwardRequest, Join
 from flexp.rng import RandomStream, drawing_from
@@ -145,7 +145,7 @@ class Session:
 
         The shared blocks [s_min, s) run on z_base without gradients and without dropout: they are the teacher.
         """
-        if request.base_BTH is None or self.align.kind not in TERMS:
+        if request.base_BTH is None or not self.align.has_term:
             return None, []
         stage, first = self.shared.stage, min(self.shared.stage.part.blocks)
         plan = stage.plan_without_inputs(request.base_BTH, request.mask_BT, request.positions_BT)
@@ -177,8 +177,10 @@ class Session:
         if request.base_BTH is None or not self.align.teach:
             return {}
         stage, first = self.shared.stage, min(self.shared.stage.part.blocks)
-        plan = stage.plan_without_inputs(request.base_BTH, request.mask_BT, request.positions_BT)
         names = [name for name in parameters if self._within(name, first, self.join.cut[0])]
+        if not names:
+            return {}  # they are frozen
+        plan = stage.plan_without_inputs(request.base_BTH, request.mask_BT, request.positions_BT)
         stage.model.train(True)
         own_BTH = stage.run(request.base_BTH, plan, first, self.join.cut[0])
         gradients = torch.autograd.grad(own_BTH, [parameters[name] for name in names], task_BTH, allow_unused=True)

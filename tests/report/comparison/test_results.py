@@ -70,6 +70,8 @@ def test_dropped_clients_do_not_dilute_costs_and_say_what_they_need() -> None:
         (Dropped(0, 0, 8, None), ""),
         (Dropped(1, 1, 1, None), "1 of 1 client dropped"),
         (Dropped(2, 4, 8, 1.5e9), "2–4 of 8 clients dropped: need 1.50 GB"),
+        (Dropped(4, 4, 8, 4e8, 3e8), "4 of 8 clients dropped: need 400 MB, have 300 MB"),
+        (Dropped(8, 8, 8, 4e8, 3e8), "all 8 clients dropped: need 400 MB, have 300 MB"),
     ],
 )
 def test_how_dropped_clients_are_told(dropped: Dropped, text: str) -> None:
@@ -82,7 +84,7 @@ def test_when_all_are_dropped_costs_are_unknown_and_the_need_is_told() -> None:
         run["dropped"] = list(synthetic.NAMES)
     result = results(made)[2]
     assert result.memory is None
-    assert str(result.dropped) == "8 of 8 clients dropped: need 316 MB"
+    assert str(result.dropped) == "all 8 clients dropped: need 316 MB"
 
 
 def test_peak_memory_is_the_highest_of_any_client() -> None:

@@ -74,6 +74,35 @@ def test_missing_runs_are_named(tmp_path: Path) -> None:
     assert "Runs are missing of: fedavg-ft." in own_part(write_all(made, tmp_path)[-1])
 
 
+def test_a_method_that_no_device_can_hold_is_a_result(tmp_path: Path) -> None:
+    """Also when it is the reference."""
+    for which in (0, 2):
+        made = synthetic.comparison(devices=True, seeds=(0, 1))
+        for run in made["methods"][which]["runs"]:
+            run.update(rounds=[], best_round=None, picked_on=None, dropped=list(synthetic.NAMES))
+            run["before"] = {"personal": {}, "global": {}}
+            for client in run["clients"]:
+                client.update(peak_memory_bytes=400_000_000, available_bytes=300_000_000)
+        text = own_part(write_all(made, tmp_path)[-1])
+        assert "all 8 clients dropped: need 400 MB, have 300 MB" in text
+        assert "not finished" not in text
+        name = made["methods"][which]["name"]
+        rows = (
+            line
+            for line in (tmp_path / "table.md").read_text().splitlines()
+            if line.replace("*", "").startswith(f"| {name} †")
+        )
+        assert next(rows).count("–") >= 5  # no score of any kind
+
+
+def test_costs_are_said_to_be_those_of_participants(tmp_path: Path) -> None:
+    text = own_part(write_all(synthetic.comparison(devices=True), tmp_path)[-1])
+    assert "sent and received, mean over clients and seeds" not in text
+    assert text.count("sent and received, mean over the clients that take part and over seeds") == 2
+    assert "those that train compute on as many examples" not in text
+    assert "a client that takes part in a method&#x27;s training computes on as many examples" in text
+
+
 def test_a_run_without_a_best_round_or_any_round(tmp_path: Path) -> None:
     made = synthetic.comparison(seeds=(0,))
     made["methods"][7]["runs"][0].update(rounds=[], best_round=None)  # pretrained: never trains

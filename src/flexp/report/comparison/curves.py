@@ -9,7 +9,7 @@ from typing import Any
 from flexp.evaluation import views
 from flexp.evaluation.statistics import Interval, interval, mean
 from flexp.report import formats
-from flexp.report.comparison.results import ordered, results
+from flexp.report.comparison.results import TAKING_PART, ordered, results
 from flexp.report.comparison.styles import Style, label_points, styles, translucent
 from flexp.report.figures import SIDE_NAME, Plot, blank, byte_unit, literal, score_axis, score_title
 
@@ -84,10 +84,11 @@ def against_cost(comparison: Mapping[str, Any], axis: views.Axis) -> Plot | None
         _line(figure, label, x, points, look[name], f"%{{x:.4g}} {unit}", metric)
     shown = [value for _, points in paths.values() for point in points.values() for value in _ends(point)]
     if axis == "bytes":
-        title, what = f"Up and down per client ({unit})", "sent and received, mean over clients and seeds"
+        title, what = f"Up and down per client ({unit})", f"sent and received, mean over {TAKING_PART} and over seeds"
     else:
         title = "Virtual time (s)" if clock else "Computing per client (s)"
-        what = "virtual time" if clock else "seconds that a client computed, mean over clients and seeds"
+        computed = f"seconds that a client computed, mean over {TAKING_PART} and over seeds"
+        what = "virtual time" if clock else computed
     figure.update_xaxes(title=title, **(_log_ticks(least, largest / factor) if wide else _from_zero(largest / factor)))
     figure.update_yaxes(title=score_title(metric), **score_axis(metric, shown))
     figure.update_layout(legend={"traceorder": "reversed"})

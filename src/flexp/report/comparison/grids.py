@@ -10,6 +10,7 @@ from flexp.evaluation import views
 from flexp.evaluation.statistics import Interval
 from flexp.report import formats
 from flexp.report.comparison.results import (
+    TAKING_PART,
     Dropped,
     Result,
     Standing,
@@ -131,7 +132,8 @@ def _scores(comparison: Mapping[str, Any], found: list[Result]) -> Grid:
     if any(result.dropped.most for result in found):
         caption += (
             f" {DROPPED} Some clients' devices cannot hold this method: they take no part in its training and are "
-            "scored with what they have all the same. " + " ".join(dropped_lines(found))
+            "scored with what they have all the same; without any client there is no score. "
+            + " ".join(dropped_lines(found))
         )
     return Grid("scores", "Scores", caption, scores_headers(comparison), rows, _references(found))
 
@@ -155,11 +157,14 @@ def _costs(comparison: Mapping[str, Any], found: list[Result]) -> Grid:
     headers = ["Method", "Up per client", "Down per client", "Client compute", "Peak memory"]
     headers += ["Virtual time"] if clock else []
     caption = (
-        "Of the whole training, means over seeds and over the clients that take part; peak memory is the highest of "
+        f"Of the whole training, means over seeds and over {TAKING_PART}; peak memory is the highest of "
         "any of them. Client compute was measured on the machine that ran the comparison."
     )
     if clock:
-        caption += " Virtual time is when the last round would have ended on the clients' devices."
+        caption += (
+            " Virtual time is when the last round would have ended on the clients' devices, the adaptation of personal "
+            "models included."
+        )
     return Grid(
         "costs",
         "Costs",
@@ -181,8 +186,10 @@ def _view(comparison: Mapping[str, Any], axis: views.Axis) -> Grid | None:
     clock = views.has_clock(comparison)
     shown = formats.size(middle) if axis == "bytes" else formats.seconds(middle)
     measure = {
-        "bytes": "sent and received, mean over clients and seeds",
-        "time": "on the virtual clock, mean over seeds" if clock else "of computing, mean over clients and seeds",
+        "bytes": f"sent and received, mean over {TAKING_PART} and over seeds",
+        "time": "on the virtual clock, mean over seeds"
+        if clock
+        else f"of computing, mean over {TAKING_PART} and over seeds",
     }[axis]
     rows = [
         [

@@ -133,8 +133,8 @@ def _grid(grid: Grid) -> str:
 
 def _notes(comparison: Mapping[str, Any]) -> Iterable[str]:
     yield (
-        "All methods of one seed have the same clients, private examples and test data; those that train compute on as "
-        "many examples."
+        "All methods of one seed have the same clients, private examples and test data; a client that takes part in a "
+        "method's training computes on as many examples as in every other's."
     )
     yield (
         "Means count every client the same. Intervals are over seeds: they say nothing about other data sets, models "

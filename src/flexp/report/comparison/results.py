@@ -12,25 +12,30 @@ from flexp.evaluation.statistics import Interval, interval, mean, paired, worst_
 from flexp.report import formats
 
 SCHEMA = 1
+TAKING_PART = "the clients that take part"
+"""Over whom costs are means, in every table, figure and view: who is dropped spends nothing."""
 
 
 @dataclass(frozen=True)
 class Dropped:
-    """Clients whose device cannot hold what a method trains: how many (fewest and most of any seed), and the memory in
-    bytes that the largest of them would need (``None``: not known)."""
+    """Clients whose device cannot hold what a method trains: how many (fewest and most of any seed), and in bytes the
+    memory that the neediest of them would need and the largest of their devices has (``None``: not known)."""
 
     fewest: int
     most: int
     clients: int
     need: float | None
+    have: float | None = None
 
     def __str__(self) -> str:
-        """``4 of 8 clients dropped: need 316 MB``; empty when all take part."""
+        """``4 of 8 clients dropped: need 316 MB, have 268 MB``; empty when all take part."""
         if not self.most:
             return ""
         number = str(self.most) if self.fewest == self.most else f"{self.fewest}–{self.most}"
+        number = f"all {self.clients}" if self.fewest == self.clients > 1 else f"{number} of {self.clients}"
         need = "" if self.need is None else f": need {formats.size(self.need)}"
-        return f"{number} of {self.clients} client{'' if self.clients == 1 else 's'} dropped{need}"
+        have = "" if self.need is None or self.have is None else f", have {formats.size(self.have)}"
+        return f"{number} client{'' if self.clients == 1 else 's'} dropped{need}{have}"
 
 
 @dataclass(frozen=True)
@@ -196,18 +201,15 @@ def participants(run: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _dropped(runs: Iterable[Mapping[str, Any]]) -> Dropped:
-    counts, clients, needs = [0], 0, list[float]()
     given = list(runs)
-    if given:
-        counts = [len(run["dropped"]) for run in given]
-        clients = max(len(run["clients"]) for run in given)
-    for run in given:
-        needs += [
-            client["peak_memory_bytes"]
-            for client in run["clients"]
-            if client["name"] in run["dropped"] and client.get("peak_memory_bytes") is not None
-        ]
-    return Dropped(min(counts), max(counts), clients, max(needs, default=None))
+    counts = [len(run["dropped"]) for run in given] or [0]
+    clients = max((len(run["clients"]) for run in given), default=0)
+    left_out = [client for run in given for client in run["clients"] if client["name"] in run["dropped"]]
+
+    def largest(key: str) -> float | None:
+        return max((client[key] for client in left_out if client.get(key) is not None), default=None)
+
+    return Dropped(min(counts), max(counts), clients, largest("peak_memory_bytes"), largest("available_bytes"))
 
 
 def _range(values: Iterable[int]) -> tuple[int, int] | None:

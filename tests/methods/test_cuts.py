@@ -1,0 +1,41 @@
+"""Where methods cut: one cut for all where the method has one, and resolving it twice changes nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flexp.errors import ConfigError
+from flexp.methods.cuts import method_cuts
+
+from ..experiments.tiny import CLIENTS, config
+
+OWN = {"north": (1, 3), "south": (2, 4), "west": (3, 4)}
+
+
+@pytest.mark.parametrize(
+    ("name", "own", "expected"),
+    [
+        ("flexp-sfl", {}, list(OWN.values())),
+        ("splitft", {}, list(OWN.values())),
+        ("fedavg", {}, list(OWN.values())),
+        ("split-fedavg", {}, [(1, 4)] * 3),
+        ("splitfed-v1", {}, [(1, 4)] * 3),
+        ("splitfed-v2", {"splitfed": {"cut": 3}}, [(3, 4)] * 3),
+        ("splitlora", {"splitlora": {"cut": 2}, "splitfed": {"cut": 3}}, [(2, 4)] * 3),
+    ],
+)
+def test_cuts_by_method(home: Path, name: str, own: dict[str, Any], expected: list[tuple[int, int]]) -> None:
+    run = config(home, method={"name": name, **own})
+    found = method_cuts(run, OWN, 4)
+    assert found == dict(zip(CLIENTS, expected, strict=True))
+    assert method_cuts(run, found, 4) == found
+
+
+def test_a_cut_of_the_methods_own_is_checked(home: Path) -> None:
+    with pytest.raises(ConfigError, match="with a cut of 0 the clients would send their embeddings"):
+        method_cuts(config(home, method={"name": "splitfed-v1", "splitfed": {"cut": 0}}), OWN, 4)
+    with pytest.raises(ConfigError, match="method splitlora: cut"):
+        method_cuts(config(home, method={"name": "splitlora", "splitlora": {"cut": 4}}), OWN, 4)
