@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 from typer.testing import CliRunner
 
@@ -44,7 +46,18 @@ def called(folder: Path, *options: str) -> list[str]:
     return [sys.executable, "-m", "flexp.cli.main", "compare", str(folder / "run.toml"), "--out", "out", *options]
 
 
+def alive(group: int) -> list[str]:
+    """The processes of a group that have not ended."""
+    found = []
+    for process in psutil.process_iter(["status", "cmdline"]):
+        with contextlib.suppress(ProcessLookupError):
+            if os.getpgid(process.pid) == group and process.info["status"] != psutil.STATUS_ZOMBIE:
+                found.append(" ".join(process.info["cmdline"] or []))
+    return found
+
+
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # a minute, but for a machine that is busy with other things
 def test_stopped_then_gone_on_with_then_nothing_to_do(tmp_path: Path) -> None:
     bert_folder(tmp_path / "model")
     path = toml(tmp_path)
@@ -69,9 +82,10 @@ def test_stopped_then_gone_on_with_then_nothing_to_do(tmp_path: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     finished = tmp_path / "out/cells"
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 900
     while not list(finished.rglob("summary.json")) and time.monotonic() < deadline:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does: to the workers too
@@ -79,8 +93,10 @@ def test_stopped_then_gone_on_with_then_nothing_to_do(tmp_path: Path) -> None:
     assert process.returncode == 130
     assert "go on with the same command and --out out" in said
     assert "Traceback" not in said
-    with pytest.raises(ProcessLookupError):
-        os.killpg(process.pid, 0)  # nobody is left
+    deadline = time.monotonic() + 20
+    while alive(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert alive(process.pid) == []
     kept = len(list(finished.rglob("summary.json")))
     assert 1 <= kept < 12
     assert not (tmp_path / "out/comparison.json").exists()
@@ -96,7 +112,8 @@ def test_stopped_then_gone_on_with_then_nothing_to_do(tmp_path: Path) -> None:
     ]
 
     stamps = {place: place.stat().st_mtime_ns for place in finished.rglob("*")}
-    began = time.monotonic()
+    for log in (tmp_path / "out").glob("worker-*.log"):
+        log.unlink()
     again = call()
     assert again.returncode == 0
     assert "0 runs to do, 12 done before" in again.stdout
@@ -104,8 +121,7 @@ def test_stopped_then_gone_on_with_then_nothing_to_do(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out/comparison.json").read_text(encoding="utf-8")) == content
     for word in ("flexp-sfl", "fedavg", "alone", "Saved in out"):
         assert word in again.stdout
-    assert call("--dry-run").stdout.count("done ") >= 6
-    assert time.monotonic() - began < 60  # no worker was started, no model loaded
+    assert not list((tmp_path / "out").glob("worker-*.log"))  # no worker was started
 
 
 MB = 10**6

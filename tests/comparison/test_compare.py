@@ -109,7 +109,8 @@ def test_tuning_picks_on_validation_and_finals_follow(home: Path, ended: list[Ce
 
 def test_runs_hold_what_the_cells_do(home: Path, ended: list[Cell]) -> None:
     changes = {"evaluation": {"every": 2, "measure_memory": True}}
-    content = compare(comparison(home, THREE | {"tune": False}, **changes), home / "out", 1).comparison
+    two = {"methods": ["fedavg", "local"], "seeds": 2, "tune": False}
+    content = compare(comparison(home, two, **changes), home / "out", 1).comparison
     for method in content["methods"]:
         assert method["trials"] == []
         for run in method["runs"]:
@@ -132,7 +133,7 @@ def test_runs_hold_what_the_cells_do(home: Path, ended: list[Cell]) -> None:
             # Measured with the first seed, told for all.
             assert all(client["peak_memory_bytes"] > 1_000_000 for client in run["clients"])
     measured = [cell for cell in ended if (home / "out" / cell.folder / "memory.json").exists()]
-    assert sorted((cell.entry, cell.seed) for cell in measured) == sorted((name, 0) for name in THREE["methods"])
+    assert sorted((cell.entry, cell.seed) for cell in measured) == [("fedavg", 0), ("local", 0)]
 
 
 def test_clients_whose_device_is_too_small_and_the_virtual_clock(
@@ -161,23 +162,24 @@ def test_clients_whose_device_is_too_small_and_the_virtual_clock(
 
 
 def test_nothing_is_done_twice_and_a_change_is_another_cell(home: Path, ended: list[Cell]) -> None:
-    wanted = comparison(home, THREE)
+    two = {"methods": ["fedavg", "local"], "seeds": 1, "trials": 2}
+    wanted = comparison(home, two)
     first = compare(wanted, home / "out", 1)
     before = {path: path.stat().st_mtime_ns for path in (home / "out/cells").rglob("*")}
     ended.clear()
     again = compare(wanted, home / "out", 1)
-    assert (again.done, again.kept, ended) == (0, 12, [])
+    assert (again.done, again.kept, ended) == (0, 6, [])
     assert again.comparison == first.comparison
     assert {path: path.stat().st_mtime_ns for path in (home / "out/cells").rglob("*")} == before
 
-    renamed = comparison(home, THREE, name="other", threads=2, output={"html": True})
+    renamed = comparison(home, two, name="other", threads=2, output={"html": True})
     assert compare(renamed, home / "out", 1).done == 0
-    more = compare(comparison(home, THREE | {"seeds": 3}), home / "out", 1)
-    assert sorted((cell.entry, cell.seed) for cell in ended) == sorted((name, 2) for name in THREE["methods"])
-    assert [len(method["runs"]) for method in more.comparison["methods"]] == [3, 3, 3]
+    more = compare(comparison(home, two | {"seeds": 2}), home / "out", 1)
+    assert sorted((cell.entry, cell.seed) for cell in ended) == [("fedavg", 1), ("local", 1)]
+    assert [len(method["runs"]) for method in more.comparison["methods"]] == [2, 2]
     ended.clear()
-    changed = compare(comparison(home, THREE, train={"batch_size": 3}), home / "out", 1)
-    assert (changed.done, changed.kept, len(ended)) == (12, 0, 12)
+    changed = compare(comparison(home, two, train={"batch_size": 3}), home / "out", 1)
+    assert (changed.done, changed.kept, len(ended)) == (6, 0, 6)
     assert all(path.exists() for path in before)
 
 
@@ -223,16 +225,16 @@ def test_a_failing_cell_is_told_and_the_others_go_on(
         train(self, number)
 
     monkeypatch.setattr(runner._Run, "_round", diverging)
-    outcome = compare(comparison(home, THREE), home / "out", 1)
+    outcome = compare(comparison(home, {"methods": ["local", "fedavg"], "seeds": 2, "trials": 2}), home / "out", 1)
     assert outcome.failures == ["local, seed 1: the loss is not a number"]
-    local = outcome.comparison["methods"][2]
+    local = outcome.comparison["methods"][0]
     assert [trial["validation"] is None for trial in local["trials"]] == [False, True]
     assert local["settings"]["train.personal.lr"] == 1e-4
     assert [run["seed"] for run in local["runs"]] == [0]
-    assert [len(method["runs"]) for method in outcome.comparison["methods"]] == [2, 2, 1]
+    assert [len(method["runs"]) for method in outcome.comparison["methods"]] == [1, 2]
     ended.clear()
     monkeypatch.setattr(runner._Run, "_round", train)
-    mended = compare(comparison(home, THREE), home / "out", 1)
+    mended = compare(comparison(home, {"methods": ["local", "fedavg"], "seeds": 2, "trials": 2}), home / "out", 1)
     assert [(cell.entry, cell.purpose, cell.seed) for cell in ended] == [("local", "final", 1)]
     assert mended.failures == []
 
