@@ -1,6 +1,7 @@
 """From a personal model's weights to the two files of a peft adapter over the base model.
 
-The files are written here and not by a ``PeftModel``, which of a mixture of experts would rewrite the targets.
+The files are written here and not by a ``PeftModel``, so that names and ranks stay those that were trained. Whether
+peft makes the same of them is tried before they are handed out: of a mixture of experts it would rewrite the targets.
 """
 
 from __future__ import annotations
@@ -9,16 +10,19 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from flexp.config import LoraConfig
 from flexp.data.types import ModelKind
-from flexp.errors import ConfigError
+from flexp.errors import ConfigError, ModelError
 from flexp.export.whole import adapted, plain
-from flexp.models.stage import Stage
+from flexp.models.parts import Part
+from flexp.models.stage import Stage, carve
 
 TASKS: dict[ModelKind, str | None] = {
     "causal-lm": "CAUSAL_LM",
@@ -41,6 +45,7 @@ def write_adapter(
 
     Raises:
         ConfigError: an adapter cannot hold what was trained.
+        ModelError: peft would make something else of it.
     """
     adapters, model = adapted(weights), source.model
     if not adapters:
@@ -78,6 +83,30 @@ def write_adapter(
     ).save_pretrained(folder)
     whole = {name: value.detach().clone().contiguous() for name, value in tensors.items()}
     save_file(whole, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    _try(folder, source, adapters, lora.alpha / lora.rank)
+
+
+def _try(folder: Path, source: Stage, adapters: Mapping[str, tuple[Tensor, Tensor]], scaling: float) -> None:
+    """Let peft load what was written over a copy of the base, and look at every adapter."""
+    problem = ""
+    try:
+        loaded = PeftModel.from_pretrained(carve(source, Part.whole(source.anatomy.blocks)).model, str(folder))
+        model = loaded.get_base_model()
+        found = {name.partition(".lora_")[0] for name, _ in model.named_parameters() if ".lora_" in name}
+        odd = sorted(found ^ adapters.keys())
+        for layer, (down, up) in {} if odd else adapters.items():
+            own = model.get_submodule(layer)
+            same = torch.equal(own.lora_A["default"].weight, down.to(own.lora_A["default"].weight.dtype))
+            same = same and torch.equal(own.lora_B["default"].weight, up.to(own.lora_B["default"].weight.dtype))
+            odd += [] if same and abs(own.scaling["default"] - scaling) < 1e-9 else [layer]
+        problem = f"{odd[0]} comes back differently" if odd else ""
+    except Exception as error:  # whatever peft says
+        problem = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if problem:
+        raise ModelError(
+            f"peft does not load this adapter of a {source.model.config.model_type} model as it was trained "
+            f"({problem}); use --merge for the whole model"
+        )
 
 
 def _module(source: Stage, name: str) -> str:
