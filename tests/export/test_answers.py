@@ -82,7 +82,7 @@ def test_what_cannot_be_answered(run: Path, tmp_path: Path) -> None:
         of_folder(exported, "north")
     with pytest.raises(StorageError, match="neither a run"):
         open_model(tmp_path, None)
-    with pytest.raises(ConfigError, match="expected a name that ends in .csv or .jsonl"):
+    with pytest.raises(ConfigError, match=r"expected a name that ends in \.csv or \.jsonl"):
         predict(of_folder(exported), "in.csv", tmp_path / "out.txt")
     source = tmp_path / "in.csv"
     source.write_text("words\nthe dog\n", encoding="utf-8")

@@ -76,6 +76,7 @@ def _processor(run: SavedRun) -> Any:
         return processor
     if run.world.federation.task.model_kind == "causal-lm":
         processor.padding_side = "left"  # generation goes on from the last token
+    processor.init_kwargs["padding_side"] = processor.padding_side  # else it is not saved
     if processor.pad_token is None:
         processor.pad_token = processor.eos_token  # what batches were padded with in training
     return processor
