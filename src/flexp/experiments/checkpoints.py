@@ -44,7 +44,7 @@ def save(folder: Path, number: int, state: Mapping[str, Mapping[str, Tensor]], b
             try:
                 save_file({name: value.detach().contiguous() for name, value in tensors.items()}, file)
             except SafetensorError as error:
-                raise _os_error(error) from error
+                raise os_error(error) from error
             parties[party] = {"file": file.name, "sha256": sha256(file)}
         write_json(part / INDEX, {"schema": 1, "round": number, "parties": parties})
     spare = {place, *sorted(folder.glob("round-*"))[-KEEP:]} | ({_place(folder, best)} if best is not None else set())
@@ -57,6 +57,12 @@ def latest(folder: Path) -> Path | None:
     """The folder of the last complete checkpoint; ``None`` without any."""
     found = sorted(path for path in folder.glob("round-*") if (path / INDEX).exists())
     return found[-1] if found else None
+
+
+def kept(folder: Path) -> dict[int, Path]:
+    """The complete checkpoints that are there, by their rounds, ascending."""
+    found = sorted(path for path in folder.glob("round-*") if (path / INDEX).exists())
+    return {int(path.name.removeprefix("round-")): path for path in found}
 
 
 def load(place: Path) -> tuple[int, State]:
@@ -96,7 +102,7 @@ def _slug(party: str) -> str:
     return re.sub(r"[^A-Za-z0-9]+", "-", party).strip("-")[:40] or "party"
 
 
-def _os_error(error: SafetensorError) -> OSError:
+def os_error(error: SafetensorError) -> OSError:
     """safetensors tells a full disk, as everything else, in words only."""
     full = "No space left" in str(error)
     return OSError(errno.ENOSPC if full else errno.EIO, str(error))

@@ -97,7 +97,7 @@ class _Run:
         self.world, self.config, self.out = world, world.config, out
         self.method, self.probes, self.dropped = method, probes, dropped
         self.names = [client.name for client in world.federation.clients]
-        self.everybody = _sample(world.federation.test, self.config.evaluation.global_examples, self.config.seed)
+        self.everybody = sample(world.federation.test, self.config.evaluation.global_examples, self.config.seed)
         self.first_round = self._restore()
         self.log = MetricsLog(out / "metrics.jsonl")
         self.log.truncate_after(self.first_round - 1)
@@ -268,7 +268,8 @@ class _Run:
         )
 
 
-def _sample(examples: list[Example], most: int | None, seed: int) -> list[Example]:
+def sample(examples: list[Example], most: int | None, seed: int) -> list[Example]:
+    """At most ``most`` of everybody's test examples (``evaluation.global_examples``), drawn from the run's seed."""
     if most is None or len(examples) <= most:
         return examples
     chosen = generator(seed, "everybody").choice(len(examples), most, replace=False)

@@ -31,7 +31,7 @@ def build_world(config: RunConfig) -> World:
     model_id = str(resolve(config.model.id))
     model_config = load_config(model_id)
     processor = load_processor(model_id, config)
-    federation = load_federation(config.data, processor, config.seed, _positions(model_config))
+    federation = load_federation(config.data, processor, config.seed, max_positions(model_config))
     federation = replace(federation, notes=[*federation.notes, *_precision_notes(config)])
     source = load_stage(
         model_id,
@@ -97,7 +97,8 @@ def load_processor(model_id: str, config: RunConfig) -> Any:
     return processor
 
 
-def _positions(model_config: Any) -> int | None:
+def max_positions(model_config: Any) -> int | None:
+    """The longest input of a model in tokens, if it has one."""
     text = model_config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
     # RoBERTa counts positions from its padding index on.

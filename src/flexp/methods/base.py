@@ -79,12 +79,25 @@ class Method(Protocol):
     scored once.
     """
 
+    @property
+    def world(self) -> World:
+        """What it was made from, with the settings that it uses itself."""
+
     def train_round(self, number: int, on_step: OnStep) -> None:
         """Let every client have its turn of ``train.steps_per_round`` steps. Rounds count from 1."""
         ...
 
     def personal(self, client: str) -> Forward:
         """The personal model of ``client``, for evaluation: takes a batch, gives an output with ``logits``."""
+        ...
+
+    def trained_weights(self, client: str) -> dict[str, Tensor]:
+        """What sets the personal model of ``client`` apart from the pretrained one.
+
+        Copies of all trained parameters that :meth:`personal` computes with, whoever holds them, by their full names in
+        the whole model. Adapters among them may have any rank; their scaling is alpha / rank of
+        ``world.config.model.lora``.
+        """
         ...
 
     def account(self, client: str) -> Account:

@@ -57,6 +57,9 @@ class Centralized:
 
         return forward
 
+    def trained_weights(self, client: str) -> dict[str, Tensor]:
+        return {name: value.clone() for name, value in self.model.personal_state().items()}
+
     def account(self, client: str) -> Account:
         if client in self.world.absent:
             return Account(0, Traffic(), Traffic(), 0.0, 0.0)

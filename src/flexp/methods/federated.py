@@ -214,6 +214,10 @@ class Federated:
 
         return forward
 
+    def trained_weights(self, client: str) -> Weights:
+        self._hold(self.clients[client])
+        return self.bench.take()
+
     def account(self, client: str) -> Account:
         found = self.clients[client]
         own = self.server.weights if self.adapts else found.kept["personal"]

@@ -52,6 +52,15 @@ class FlexpSfl:
 
         return forward
 
+    def trained_weights(self, client: str) -> dict[str, Tensor]:
+        shared, middle = self.server.shared, range(*self.world.cuts[client])
+        weights = {
+            name: value for name, value in shared.updater.parameters.items() if shared.stage.block_of(name) in middle
+        }
+        return {
+            name: value.detach().clone() for name, value in {**weights, **self._model(client).personal_state()}.items()
+        }
+
     def account(self, client: str) -> Account:
         trainer, meter = self.clients[client], self._model(client).link.meter
         personal = sum(value.numel() for value in self._model(client).personal_state().values())

@@ -43,6 +43,9 @@ class Local:
 
         return forward
 
+    def trained_weights(self, client: str) -> dict[str, Tensor]:
+        return {name: value.clone() for name, value in self.clients[client].model.personal_state().items()}
+
     def account(self, client: str) -> Account:
         trainer = self.clients[client]
         personal = sum(value.numel() for value in trainer.model.personal_state().values())

@@ -33,6 +33,9 @@ class Pretrained:
 
         return forward
 
+    def trained_weights(self, client: str) -> dict[str, Tensor]:
+        return {}
+
     def account(self, client: str) -> Account:
         return Account(0, Traffic(), Traffic(), 0.0, 0.0)
 

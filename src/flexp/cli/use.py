@@ -1,0 +1,121 @@
+"""``flexp export``, ``flexp evaluate`` and ``flexp predict``."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flexp.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Client = Annotated[
+    str | None, typer.Option("--client", metavar="NAME", help="Whose model; of a run with one client, its own.")
+]
+Round = Annotated[str, typer.Option("--round", metavar="N|best|last", help="Of a run: after which round.")]
+Batch = Annotated[int | None, typer.Option(min=1, help="Examples at once; default: as in the run.")]
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="The folder of a run.")],
+    out: Annotated[Path, typer.Option("--out", help="The new folder.")],
+    client: Client = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="The whole model, adapters merged into it (the default).")
+    ] = False,
+    adapter: Annotated[bool, typer.Option("--adapter", help="With LoRA: a peft adapter over the base model.")] = False,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as trained.")] = None,
+    number: Round = "last",
+) -> None:
+    """Write a client's personal model as a folder that transformers (or peft) loads."""
+    if merge and adapter:
+        raise ConfigError("--merge gives the whole model, --adapter only what was added to it: choose one")
+    from flexp.export.folder import export as write
+    from flexp.export.saved import open_run
+
+    facts = write(open_run(run, number), client, out, "adapter" if adapter else "whole", dtype)
+    what = "a peft adapter" if adapter else "a whole model"
+    typer.echo(f"{facts['client']!r} after round {facts['round']}: {what} ({facts['dtype']}) in {out}")
+
+
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="The folder of a run, or an exported one.")],
+    client: Client = None,
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="FILE", help="Score on this file of the run's task.")
+    ] = None,
+    run: Annotated[
+        Path | None, typer.Option("--run", help="Of an exported model: score on this run's test data.")
+    ] = None,
+    pretrained: Annotated[bool, typer.Option("--pretrained", help="Also the model before training.")] = False,
+    number: Round = "last",
+    batch_size: Batch = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Score a personal model on its client's own test data and on everybody's, or on a file."""
+    from flexp.export.answers import score, score_pretrained
+    from flexp.export.usable import open_model
+
+    opened = open_model(model, client, number, run)
+    scores = {"personal": score(opened, data, batch_size)}
+    if pretrained:
+        scores = {"pretrained": score_pretrained(opened, data, batch_size), **scores}
+    metric = opened.task.metric
+    if as_json:
+        facts = {"client": opened.client, "round": opened.round, "metric": metric, "scores": _finite(scores)}
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)  # a log or a pipe need not be narrow
+    console.print(_table(scores, metric, opened.client, opened.round))
+
+
+def predict(
+    model: Annotated[Path, typer.Argument(help="The folder of a run, or an exported one.")],
+    data: Annotated[str, typer.Option("--data", metavar="FILE", help="Rows of the run's task; labels are not needed.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where to: a .csv or a .jsonl.")],
+    client: Client = None,
+    number: Round = "last",
+    batch_size: Batch = None,
+) -> None:
+    """Let a classifier label a file: one line a row, with the probability of every label."""
+    from flexp.export.answers import predict as write
+    from flexp.export.usable import open_model
+
+    count = write(open_model(model, client, number), data, out, batch_size)
+    typer.echo(f"{count} rows labelled in {out}")
+
+
+def _table(scores: dict[str, dict[str, dict[str, float]]], metric: str, client: str, number: int) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    from flexp.report import formats
+
+    table = Table(
+        box=box.SIMPLE_HEAD, title=Text(f"{client} after round {number}"), title_justify="left", pad_edge=False
+    )
+    for name in ("Model", "Data"):
+        table.add_column(name)
+    for name in ("Examples", metric.capitalize(), "Loss"):
+        table.add_column(name, justify="right")
+    for which, by_set in scores.items():
+        for name, found in by_set.items():
+            figures = (formats.count(found["n"]), formats.score(found[metric], metric), formats.number(found["loss"]))
+            table.add_row(Text(which), Text(name), *figures)
+    return table
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,72 @@
+"""What an exported folder says of itself: ``flexp.json`` for FlexP, and what of it the card shows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from flexp._version import __version__
+from flexp.assets.registry import ASSETS, Asset
+from flexp.assets.store import PREFIX
+from flexp.data.types import ClientData
+from flexp.export.saved import SavedRun
+
+FILE = "flexp.json"
+SCHEMA = 1
+TASK_KEYS = (
+    "task", "text", "text_pair", "label", "image", "prompt", "answer", "choices", "template", "max_length",
+    "long_texts", "block_length",
+)  # fmt: skip
+"""Of ``[data]``, what turns rows into examples; where the run's data are is nobody else's business."""
+
+
+def gather(run: SavedRun, client: ClientData, form: str, dtype: str) -> dict[str, Any]:
+    """The facts of one personal model, JSON-ready.
+
+    Args:
+        form: ``whole`` or ``adapter``.
+        dtype: of the weights in the folder.
+    """
+    config, task = run.config, run.world.federation.task
+    data = config.data.model_dump(mode="json")
+    before = run.scored.get(0, {}).get(client.name)
+    return {
+        "schema": SCHEMA,
+        "flexp": __version__,
+        "form": form,
+        "client": client.name,
+        "run": config.name,
+        "seed": config.seed,
+        "method": config.method.name,
+        "round": run.round,
+        "rounds": config.train.rounds,
+        "picked_on": run.picked_on,
+        "cut": list(run.world.cuts[client.name]),
+        "absent": client.name in run.world.absent,
+        "kind": task.model_kind,
+        "tuning": config.model.tuning,
+        "lora": config.model.lora.model_dump(mode="json") if config.model.tuning == "lora" else None,
+        "dtype": dtype,
+        "autocast": config.model.autocast,
+        "attention": config.model.attention,
+        "labels": task.label_names,
+        "train_examples": len(client.train),
+        "test_examples": len(client.test),
+        "metric": task.metric,
+        "scores": {"before": before, "after": run.scored.get(run.round, {}).get(client.name)},
+        "data": {key: data[key] for key in TASK_KEYS},
+        "model": origin(config.model.id),
+        "source": origin(config.data.source),
+    }
+
+
+def origin(name: str) -> dict[str, str | None]:
+    """Name, address and licence of a model or of data, as far as the registry of assets knows them.
+
+    Of a local file or folder only its own name is told.
+    """
+    asset: Asset | None = ASSETS.get(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else None
+    if asset is not None:
+        return {"name": name, "address": asset.source, "licence": asset.licence}
+    shown = Path(name).name if Path(name).is_absolute() or Path(name).exists() else name
+    return {"name": shown or name, "address": None, "licence": None}

@@ -1,0 +1,141 @@
+"""Scores and predictions, as numbers and through the commands."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from flexp.cli.main import main
+from flexp.errors import ConfigError, DataError, StorageError
+from flexp.export.answers import predict, score, score_pretrained
+from flexp.export.folder import export
+from flexp.export.saved import open_run
+from flexp.export.usable import EVERYBODY, OWN, of_folder, open_model
+
+from ..data.tools import jsonl
+from .tools import train
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("answers")
+    place = train(folder, "bert", evaluation={"global_examples": 7, "measure_memory": False})
+    export(open_run(place), "south", folder / "out")
+    return place
+
+
+def diary(run: Path, number: int) -> dict[str, dict[str, float]]:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return next(r for r in records if r["kind"] == "eval" and r["round"] == number and r["client"] == "south")
+
+
+def test_scores_are_the_runs_own(run: Path) -> None:
+    model = open_model(run, "south")
+    assert score(model) == {OWN: diary(run, 1)["personal"], EVERYBODY: diary(run, 1)["global"]}
+    assert score_pretrained(model) == {OWN: diary(run, 0)["personal"], EVERYBODY: diary(run, 0)["global"]}
+    exported = open_model(run.parent / "out", None, run=run)
+    assert score(exported) == score(model)
+
+
+def test_a_file_with_labels(run: Path, tmp_path: Path) -> None:
+    rows = [{"text": f"the w{k} dog runs", "label": ("no", "yes")[k % 2]} for k in range(9)]
+    source = str(jsonl(tmp_path / "rows.jsonl", rows))
+    found = [score(open_model(place, "south"), source, batch_size=4) for place in (run, run.parent / "out")]
+    assert found[0] == found[1]
+    assert found[0][source]["n"] == 9
+    out = tmp_path / "out.jsonl"
+    assert predict(open_model(run, "south"), source, out) == 9
+    lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    right = sum(line["predicted"] == row["label"] for line, row in zip(lines, rows, strict=True))
+    assert right / 9 == found[0][source]["accuracy"]
+    jsonl(tmp_path / "rows.jsonl", [*rows, {"text": "the dog", "label": "maybe"}])
+    with pytest.raises(DataError, match=r"rows.jsonl, line 10: the label 'maybe' is none of .* no, yes"):
+        score(open_model(run, "south"), source)
+
+
+def test_predictions_keep_the_rows_order_and_need_no_labels(run: Path, tmp_path: Path) -> None:
+    texts = ["the", "the red dog sleeps now", "a cat", "the w3 dog w1 runs fast slowly now"]
+    source, out = tmp_path / "in.csv", tmp_path / "out.csv"
+    source.write_text("text\n" + "\n".join(texts) + "\n", encoding="utf-8")
+    model = of_folder(run.parent / "out")
+    predict(model, str(source), out, batch_size=2)
+    rows = list(csv.DictReader(out.open(encoding="utf-8")))
+    assert [row["row"] for row in rows] == ["1", "2", "3", "4"]
+    for text, row in zip(texts, rows, strict=True):
+        assert abs(float(row["no"]) + float(row["yes"]) - 1.0) < 1e-9
+        assert float(row["probability"]) == max(float(row["no"]), float(row["yes"])) == float(row[row["predicted"]])
+        source.write_text(f"text\n{text}\n", encoding="utf-8")
+        predict(model, str(source), tmp_path / "one.csv")
+        alone = next(csv.DictReader((tmp_path / "one.csv").open(encoding="utf-8")))
+        assert float(alone["yes"]) == pytest.approx(float(row["yes"]), abs=1e-6)
+
+
+def test_what_cannot_be_answered(run: Path, tmp_path: Path) -> None:
+    exported = run.parent / "out"
+    with pytest.raises(ConfigError, match="say --data FILE, or --run RUN"):
+        score(of_folder(exported))
+    with pytest.raises(ConfigError, match="holds the personal model of 'south', not of 'north'"):
+        of_folder(exported, "north")
+    with pytest.raises(StorageError, match="neither a run"):
+        open_model(tmp_path, None)
+    with pytest.raises(ConfigError, match=r"expected a name that ends in \.csv or \.jsonl"):
+        predict(of_folder(exported), "in.csv", tmp_path / "out.txt")
+    source = tmp_path / "in.csv"
+    source.write_text("words\nthe dog\n", encoding="utf-8")
+    with pytest.raises(DataError, match="there is no column 'text'"):
+        predict(of_folder(exported), str(source), tmp_path / "out.csv")
+    assert not (tmp_path / "out.csv").exists()
+
+
+def test_an_adapter_of_a_language_model(tmp_path: Path) -> None:
+    place = train(tmp_path, "gpt2", model={"id": str(tmp_path / "model"), "tuning": "lora"})
+    export(open_run(place), "north", tmp_path / "out", form="adapter")
+    model = of_folder(tmp_path / "out", run=place)
+    assert score(model) == score(open_model(place, "north"))
+    with pytest.raises(ConfigError, match="flexp predict is for classifiers; the task of this model is causal-lm"):
+        predict(model, "in.csv", tmp_path / "out.csv")
+
+
+def test_images(tmp_path: Path) -> None:
+    place = train(tmp_path, "vit")
+    client = open_run(place).world.federation.clients[0].name
+    export(open_run(place), client, tmp_path / "out")
+    images = str(tmp_path / "images")
+    found = score(of_folder(tmp_path / "out"), images)[images]
+    assert found == score(open_model(place, client), images)[images]
+    assert found["n"] == predict(of_folder(tmp_path / "out"), images, tmp_path / "out.csv") == 24
+
+
+def test_the_commands(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def call(*arguments: str, code: int = 0) -> str:
+        monkeypatch.setattr(sys, "argv", ["flexp", *arguments])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            main()
+        assert left.value.code == code
+        captured = capsys.readouterr()
+        return captured.err if code else captured.out
+
+    out, source = str(tmp_path / "out"), tmp_path / "in.csv"
+    assert "a whole model (float32)" in call("export", str(run), "--client", "south", "--out", out)
+    shown = call("evaluate", str(run), "--client", "south", "--pretrained")
+    for word in ("south after round 1", "pretrained", "personal", OWN, EVERYBODY, "Accuracy"):
+        assert word in shown
+    found = json.loads(call("evaluate", out, "--run", str(run), "--json"))
+    assert found["scores"]["personal"][OWN] == diary(run, 1)["personal"]
+    source.write_text("text\nthe dog\n", encoding="utf-8")
+    assert "1 rows labelled" in call("predict", out, "--data", str(source), "--out", str(tmp_path / "p.csv"))
+    for wrong in (
+        ["export", str(run), "--client", "south", "--out", out],
+        ["export", str(run), "--client", "nobody", "--out", str(tmp_path / "new")],
+        ["export", str(run), "--client", "south", "--out", str(tmp_path / "new"), "--merge", "--adapter"],
+        ["evaluate", out],
+    ):
+        assert call(*wrong, code=2).startswith("flexp: ")
+    assert not (tmp_path / "new").exists()
