@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from flexp import __version__
-from flexp.cli import assets, bench, compare, run, verify
+from flexp.cli import assets, bench, compare, run, server, verify
 from flexp.errors import USER_ERROR, FlexpError
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app.command("run")(run.run)
 app.command("compare")(compare.compare)
 app.command("report")(run.report)
 app.command("verify")(verify.verify)
+app.command("server")(server.server)
 app.add_typer(assets.app, name="assets")
 app.add_typer(bench.app, name="bench")
 

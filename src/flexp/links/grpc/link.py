@@ -21,6 +21,7 @@ from flexp.links.grpc.loop import METHOD, OPTIONS, SERVICE, background, read_fra
 from flexp.links.grpc.security import (
     CLIENT_KEY,
     TOKEN_KEY,
+    WELCOME_KEY,
     Address,
     channel_credentials,
     check_connecting,
@@ -262,7 +263,9 @@ def connect(
         try:
             stream = channel.stream_stream(f"/{SERVICE}/{METHOD}")(metadata=metadata)
             async with within(connect_timeout, f"no server answered at {target}"):
-                await stream.wait_for_connection()
+                if WELCOME_KEY not in dict(await stream.initial_metadata() or ()):
+                    await stream.read()  # raises what the server, or whoever answers there, says instead
+                    raise LinkError(f"what answers at {target} is no FlexP server")
         except BaseException as error:
             await channel.close()
             if isinstance(error, grpc.aio.AioRpcError):

@@ -17,6 +17,7 @@ from flexp.errors import ConfigError, StorageError
 SCHEMES = ("grpc", "grpcs")
 CLIENT_KEY = "flexp-client-bin"  # -bin: names need not be ASCII
 TOKEN_KEY = "flexp-token-bin"
+WELCOME_KEY = "flexp-protocol"  # the server's answer to a client that it lets in
 MOST_NAME = 200
 
 

@@ -20,6 +20,7 @@ from flexp.links.grpc.memory import Memory
 from flexp.links.grpc.security import (
     CLIENT_KEY,
     TOKEN_KEY,
+    WELCOME_KEY,
     Address,
     ServerTls,
     Tokens,
@@ -31,7 +32,7 @@ from flexp.links.inprocess import Service
 from flexp.links.messages import Join
 from flexp.links.rules import Limits
 from flexp.links.translate import error_frame, to_frame, to_message, welcome_frame
-from flexp.links.wire import Head, Kind
+from flexp.links.wire import VERSION, Head, Kind
 
 CPU = torch.device("cpu")
 Value = TypeVar("Value")
@@ -74,6 +75,11 @@ class Serving:
         credentials = None if tls is None else tls.credentials()
         self.address = wait_for(self._start(asked, credentials))
 
+    @property
+    def clients(self) -> list[str]:
+        """Who is connected."""
+        return sorted(self._clients)
+
     def at_rest(self, action: Callable[[], Value]) -> Value:
         """Run ``action`` between two requests, in the thread that computes."""
         return self._worker.submit(action).result()
@@ -84,8 +90,13 @@ class Serving:
 
     def stop(self, grace: float = 1.0) -> None:
         """Stop listening, give streams ``grace`` seconds to end, and drop what is in flight."""
-        wait_for(self._server.stop(grace))
-        self._worker.shutdown()  # once every client has left
+        wait_for(self._end(grace))
+        self._worker.shutdown()
+
+    async def _end(self, grace: float) -> None:
+        await self._server.stop(grace)
+        while self._clients:  # each hands its leaving to the worker
+            await asyncio.sleep(0.005)
 
     async def _start(self, asked: Address, credentials: grpc.ServerCredentials | None) -> Address:
         self._server = grpc.aio.server(options=OPTIONS)
@@ -105,10 +116,11 @@ class Serving:
         client = await self._admit(context)
         self._clients.add(client)
         try:
-            await context.send_initial_metadata(())
+            await context.send_initial_metadata(((WELCOME_KEY, str(VERSION)),))
             await Stream(client, context, self.limits, self._memory, self._compute).run()
         finally:
             self._clients.discard(client)
+            self.say(f"{client}: gone")
             self._worker.submit(self._leave, client)  # after all that it still has waiting there
 
     async def _admit(self, context: Any) -> str:
