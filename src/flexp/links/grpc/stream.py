@@ -54,14 +54,13 @@ class Stream:
     async def _read_all(self) -> None:
         try:
             while True:
-                before = self._held
                 frame = await read_frame(
                     self._read, grpc.aio.EOF, self._check, self._reserve, self._limits.frame_seconds
                 )
                 if frame is None:
                     break
                 answer = self._compute(self._client, frame)
-                await self._answers.put((answer, self._held - before))
+                await self._answers.put((answer, frame.head.payload))
                 if frame.head.kind == Kind.JOIN:
                     head, _ = await asyncio.shield(answer)
                     if head.kind == Kind.WELCOME:
