@@ -56,9 +56,10 @@ def link_overhead(
         for _ in range(3):
             near()
             far()
-        before, other = links[0].meter.training.bytes_up, sum(links[0].header_bytes)
+        traffic = links[0].meter.training
+        before, other = traffic.bytes_up + traffic.bytes_down, sum(links[0].header_bytes)
         far()
-        tensors = 2 * (links[0].meter.training.bytes_up - before)
+        tensors = traffic.bytes_up + traffic.bytes_down - before
         headers = sum(links[0].header_bytes) - other
         seconds: dict[str, list[float]] = {"near": [], "far": []}
         for number in range(pairs):
