@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         SplitModelForImageClassification,
         SplitModelForSequenceClassification,
     )
+    from flexp.links.grpc import connect, serve
     from flexp.server import Server
 
 _HOMES = {
@@ -20,6 +21,8 @@ _HOMES = {
     "SplitModelForCausalLM": "flexp.client.model",
     "SplitModelForImageClassification": "flexp.client.model",
     "SplitModelForSequenceClassification": "flexp.client.model",
+    "connect": "flexp.links.grpc",
+    "serve": "flexp.links.grpc",
 }
 
 __all__ = [
@@ -28,6 +31,8 @@ __all__ = [
     "SplitModelForImageClassification",
     "SplitModelForSequenceClassification",
     "__version__",
+    "connect",
+    "serve",
 ]
 
 

@@ -17,6 +17,7 @@ from flexp.client.model import SPLIT_MODELS
 from flexp.config import OptimizerConfig
 from flexp.evaluation.echo import random_batch
 from flexp.evaluation.memory import Probe
+from flexp.links.base import Link
 from flexp.machine import machine
 from flexp.models.loading import ModelKind, load_stage
 from flexp.models.parts import Part, check_cut
@@ -49,15 +50,15 @@ def split_overhead(
     batch = random_batch(Probe(model, kind, where, examples, length, labels, {}, {}), source.model.config)
     optimizer = OptimizerConfig(clip=None)
     whole_step = _whole(source, tuning, optimizer, batch)
-    split_step = _split(source, kind, where, tuning, optimizer, batch)
+    halves = split_step(source, kind, where, tuning, optimizer, batch, lambda server: server.connect("bench"))
     for _ in range(3):
         whole_step()
-        split_step()
+        halves()
     whole: list[float] = []
     split: list[float] = []
     for number in range(pairs):
         # Every other pair starts with the split step: what comes second may find warmer caches.
-        for step, seconds in ((whole_step, whole), (split_step, split))[:: 1 if number % 2 else -1]:
+        for step, seconds in ((whole_step, whole), (halves, split))[:: 1 if number % 2 else -1]:
             began = time.perf_counter()
             step()
             seconds.append(time.perf_counter() - began)
@@ -92,19 +93,21 @@ def _whole(source: Any, tuning: Any, optimizer: OptimizerConfig, batch: dict[str
     return step
 
 
-def _split(
+def split_step(
     source: Any,
     kind: str,
     cut: tuple[int, int],
     tuning: Any,
     optimizer: OptimizerConfig,
     batch: dict[str, torch.Tensor],
+    reach: Callable[[Server], Link],
 ) -> Callable[[], None]:
+    """One training step of a client and a server carved out of ``source``; ``reach`` makes the link between them."""
     client, shared = carve(source, Part.client(cut, source.anatomy.blocks)), carve(source, Part.server(*cut))
     tune(client, tuning)
     tune(shared, tuning)
     server = Server(shared, tuning=tuning, optimizer=optimizer)
-    model = SPLIT_MODELS[kind](client, cut, server.connect("bench"), tuning=tuning, expose_embeddings=True).train()
+    model = SPLIT_MODELS[kind](client, cut, reach(server), tuning=tuning, expose_embeddings=True).train()
     updater = Updater(client.trainable(), optimizer)
 
     def step() -> None:

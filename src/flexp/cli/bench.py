@@ -55,6 +55,40 @@ def split_overhead(
     )
 
 
+@app.command("link")
+def link(
+    model: Model = "asset:minilm-l6",
+    kind: Kind = "sequence-classification",
+    cut: Annotated[str | None, typer.Option(metavar="S:E", help="Default: 1:L.")] = None,
+    pairs: Annotated[int, typer.Option(min=4, help="Pairs of steps.")] = 12,
+    tuning: Annotated[str, typer.Option(help="full or lora.")] = "full",
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    examples: Annotated[int, typer.Option(min=1)] = 8,
+    length: Annotated[int, typer.Option(min=1)] = 32,
+    threads: Threads = 1,
+    as_json: Json = False,
+) -> None:
+    """A step over gRPC on this machine ÷ one inside the process."""
+    from flexp.bench.link import link_overhead as bench
+
+    result = bench(
+        _prepared(model, threads), kind, cut=_cut(cut), pairs=pairs, tuning=tuning, dtype=dtype,
+        examples=examples, length=length,
+    )  # fmt: skip
+    low, high = result["ratio_quartiles"]
+    _print(
+        result | {"model": model},
+        as_json,
+        [
+            ("gRPC ÷ in-process (median of pairs)", f"{result['ratio']:.3f}"),
+            ("quartiles", f"{low:.3f} – {high:.3f}"),
+            ("in-process step", f"{1e3 * result['in_process_seconds']:.1f} ms"),
+            ("gRPC step", f"{1e3 * result['grpc_seconds']:.1f} ms"),
+            ("bytes of a step", f"{result['tensor_bytes']} of tensors, {result['header_bytes']} besides"),
+        ],
+    )
+
+
 @app.command("mixed-precision")
 def mixed_precision(
     model: Model = "asset:minilm-l6",

@@ -17,7 +17,7 @@ from flexp.client.remote import RemoteCall, RemoteMiddle, waiting
 from flexp.client.steps import Piece, Steps, items_of
 from flexp.config import AlignConfig, LoraConfig
 from flexp.errors import ConfigError, LinkError
-from flexp.links.base import Link
+from flexp.links.base import Link, as_link
 from flexp.links.messages import Abort, ForwardRequest, Join, PullRequest
 from flexp.models.fingerprint import fingerprint
 from flexp.models.loading import ModelKind, load_config, load_stage
@@ -93,7 +93,7 @@ class SplitModel(PersonalModel):
         model_id: str | Path,
         *,
         cut: tuple[int, int | None],
-        link: Link,
+        link: Link | str,
         labels: Sequence[str] | None = None,
         tuning: str = "full",
         lora: LoraConfig | None = None,
@@ -108,6 +108,8 @@ class SplitModel(PersonalModel):
         seed: int = 0,
     ) -> Self:
         """Load only this client's part of a pretrained model and join the server, whose ``autocast`` is the same.
+
+        ``link`` may be a URL with the client's name.
 
         Example:
             >>> model = flexp.SplitModelForSequenceClassification.from_pretrained(
@@ -136,7 +138,7 @@ class SplitModel(PersonalModel):
         return cls(
             stage,
             whole_cut,
-            link,
+            as_link(link),
             align=align,
             tuning=tuning,
             lora=lora or LoraConfig(),

@@ -22,6 +22,7 @@ from flexp.client.model import SPLIT_MODELS, SplitModel
 from flexp.config import OptimizerConfig, ServerConfig
 from flexp.errors import ConfigError, FlexpError, ModelError
 from flexp.links.base import Link, connected
+from flexp.links.grpc import loopback
 from flexp.models.anatomy import refuse_by_design
 from flexp.models.loading import AUTO, ModelKind, load_config, load_stage, quietly
 from flexp.models.parts import Part, check_cut
@@ -35,6 +36,7 @@ from flexp.server.shared import SharedBlocks
 ARCH = "arch:"
 LINKS: dict[str, Callable[[Server, str], AbstractContextManager[Link]]] = {
     "in-process": lambda server, client: connected(server.connect(client)),
+    "grpc": loopback,
 }
 """How the client reaches the server, by name."""
 

@@ -104,3 +104,16 @@ def connected(link: Link) -> Iterator[Link]:
         yield link
     finally:
         link.close()
+
+
+def as_link(link: Link | str) -> Link:
+    """``link``, or what a URL with the client's name in it leads to: ``grpc://clinic-a@HOST:PORT``.
+
+    Raises:
+        ConfigError, LinkError: as :func:`flexp.connect`.
+    """
+    if not isinstance(link, str):
+        return link
+    from flexp.links.grpc import connect  # gRPC only for those who use it
+
+    return connect(link)

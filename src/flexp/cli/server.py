@@ -1,0 +1,80 @@
+"""``flexp server``: the shared blocks as a process of its own, for clients on a network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flexp.cli.verify import Dtype, Memory, Task
+from flexp.errors import ConfigError
+
+
+def server(
+    model: Annotated[str, typer.Option(help="Folder, Hugging Face id, asset:NAME or arch:NAME.")],
+    kind: Annotated[Task, typer.Option(help="What the model is for.")] = Task.causal_lm,
+    base_depth: Annotated[int, typer.Option(min=0, help="First block that the server holds, s_min.")] = 1,
+    end: Annotated[int | None, typer.Option(min=1, help="Behind its last block. Default: all.")] = None,
+    listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="Port 0: any that is free.")] = "127.0.0.1:7070",
+    cert: Annotated[Path | None, typer.Option(help="TLS: the server's certificate (PEM).")] = None,
+    key: Annotated[Path | None, typer.Option(help="TLS: the key of --cert (PEM).")] = None,
+    client_ca: Annotated[
+        Path | None, typer.Option(help="Mutual TLS: clients need certificates that this one signed (PEM).")
+    ] = None,
+    tokens: Annotated[
+        Path | None, typer.Option(help="Lines of a token's SHA-256 hash and its client's name; see docs/protocol.md.")
+    ] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Allow plaintext beyond this machine.")] = False,
+    state: Annotated[
+        Path | None, typer.Option(help="Go on from this file, if it is there, and save in it at the end.")
+    ] = None,
+    tuning: Annotated[str, typer.Option(help="full, lora or frozen.")] = "full",
+    rank: Annotated[int, typer.Option(min=1, help="LoRA: rank of the adapters.")] = 8,
+    alpha: Annotated[float, typer.Option(help="LoRA: scale of the adapters.")] = 16.0,
+    lr: Annotated[float, typer.Option(min=0.0, help="Learning rate of the shared blocks.")] = 1e-4,
+    dtype: Annotated[Dtype, typer.Option(help="Type of weights and activations.")] = Dtype.float32,
+    memory: Annotated[Memory, typer.Option(help="Keep activations, or compute them again.")] = Memory.keep,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Batch × length of an exchange, at most.")] = 32_768,
+    seed: Annotated[int, typer.Option(help="Of the clients' dropout on this side.")] = 0,
+    threads: Annotated[int | None, typer.Option(min=1, max=1024, help="Torch's threads.", show_default=False)] = None,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two lines of progress.")] = 30.0,
+) -> None:
+    """Serve the shared blocks to clients until Ctrl-C or SIGTERM; then save and stop."""
+    if (cert is None) != (key is None) or (client_ca is not None and cert is None):
+        raise ConfigError("TLS needs both --cert and --key; --client-ca comes on top of them")
+    if tuning not in ("full", "lora", "frozen"):
+        raise ConfigError(f"--tuning {tuning}: expected full, lora or frozen")
+    import torch
+
+    from flexp.config import LoraConfig, OptimizerConfig, ServerConfig
+    from flexp.experiments.deployment import run_server
+    from flexp.links.grpc import ServerTls, Tokens
+    from flexp.links.rules import Limits
+    from flexp.server import Server
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    made = Server.from_pretrained(
+        model,
+        kind.value,
+        base_depth=base_depth,
+        end=end,
+        tuning=tuning,
+        lora=LoraConfig(rank=rank, alpha=alpha),
+        dtype=dtype.value,
+        seed=seed,
+        config=ServerConfig(memory=memory.value),
+        optimizer=OptimizerConfig(lr=lr),
+    )
+    run_server(
+        made,
+        listen,
+        state=state,
+        say=lambda line: typer.echo(f"flexp server: {line}"),
+        every=every,
+        limits=Limits(max_tokens=max_tokens),
+        tls=None if cert is None or key is None else ServerTls(cert, key, client_ca),
+        tokens=None if tokens is None else Tokens.read(tokens),
+        insecure=insecure,
+    )

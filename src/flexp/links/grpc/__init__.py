@@ -1,0 +1,12 @@
+"""The link over a network: gRPC streams that carry the frames of :mod:`flexp.links.wire`."""
+
+import os
+
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # gRPC logs every stream that ends
+
+from flexp.links.grpc.link import GrpcLink, connect
+from flexp.links.grpc.loopback import loopback
+from flexp.links.grpc.security import ServerTls, Tokens
+from flexp.links.grpc.serving import Serving, serve
+
+__all__ = ["GrpcLink", "ServerTls", "Serving", "Tokens", "connect", "loopback", "serve"]

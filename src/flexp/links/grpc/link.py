@@ -1,0 +1,291 @@
+"""The client's side of a link over gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import torch
+
+from flexp.errors import ConfigError, LinkError
+from flexp.links.base import Meter, Traffic
+from flexp.links.frames import Frame, encode
+from flexp.links.grpc.loop import METHOD, OPTIONS, SERVICE, background, read_frame, wait_for, within
+from flexp.links.grpc.security import (
+    CLIENT_KEY,
+    TOKEN_KEY,
+    WELCOME_KEY,
+    Address,
+    channel_credentials,
+    check_connecting,
+    check_name,
+)
+from flexp.links.messages import (
+    Abort,
+    BackwardReply,
+    BackwardRequest,
+    ForwardReply,
+    ForwardRequest,
+    Join,
+    PullReply,
+    PullRequest,
+    Welcome,
+)
+from flexp.links.rules import Agreement, check_reply, check_request
+from flexp.links.translate import read_error, read_welcome, to_frame, to_message
+from flexp.links.wire import Head, Kind
+from flexp.rng import current_turn, resting
+
+CPU = torch.device("cpu")
+GOODBYE_SECONDS = 5.0
+
+
+@dataclass
+class _Call:
+    """A request that waits for its answer."""
+
+    head: Head
+    future: Future[Any]
+    traffic: Traffic | None
+    device: torch.device
+    timer: asyncio.TimerHandle | None = None
+
+
+class GrpcLink:
+    """One stream to a server; see :func:`connect`. A stream that broke stays broken: there is no reconnecting yet.
+
+    Attributes:
+        header_bytes: what crossed besides tensors, (up, down); the meter counts tensors.
+    """
+
+    def __init__(self, channel: Any, stream: Any, address: Address, client: str, timeout: float) -> None:
+        self.meter = Meter()
+        self.header_bytes = [0, 0]
+        self._channel, self._stream = channel, stream
+        self._address, self._client, self._timeout = address, client, timeout
+        self._agreement: Agreement | None = None
+        self._numbers = itertools.count(1)
+        self._calls: dict[int, _Call] = {}
+        self._broken: LinkError | None = None
+        self._outgoing: asyncio.Queue[list[bytes]] = asyncio.Queue()
+        self._tasks = [asyncio.ensure_future(self._send_all()), asyncio.ensure_future(self._receive_all())]
+
+    @property
+    def client(self) -> str:
+        return self._client
+
+    def join(self, request: Join) -> Welcome:
+        head = self._wait(self._call(request, None))
+        welcome, self._agreement = read_welcome(head.text, request)
+        return welcome
+
+    def forward(self, request: ForwardRequest) -> Future[ForwardReply]:
+        return self._call(request, self.meter.of(request.train))
+
+    def backward(self, request: BackwardRequest) -> Future[BackwardReply]:
+        return self._call(request, self.meter.training)
+
+    def pull(self, request: PullRequest) -> Future[PullReply]:
+        return self._call(request, self.meter.training)
+
+    def abort(self, request: Abort) -> None:
+        self._wait(self._call(request, None))
+
+    def close(self) -> None:
+        if self._broken is None:
+            with suppress(LinkError, TimeoutError):
+                self._wait(self._send(Frame(Head(Kind.LEAVE, next(self._numbers))), None), GOODBYE_SECONDS)
+        wait_for(self._shut(LinkError(f"client {self._client}: the link is closed")))
+
+    def _call(self, message: Any, traffic: Traffic | None) -> Future[Any]:
+        try:
+            frame = to_frame(message, next(self._numbers))
+            check_request(frame.head, self._agreement, self._client)
+        except LinkError as error:
+            return _failed(error)
+        return self._send(frame, traffic)
+
+    def _send(self, frame: Frame, traffic: Traffic | None) -> Future[Any]:
+        try:
+            messages = encode(frame)  # in the caller's thread, which may change its tensors afterwards
+        except LinkError as error:
+            return _failed(error)
+        size = frame.head.payload
+        if traffic is not None:
+            traffic.bytes_up += size
+        self.header_bytes[0] += sum(map(len, messages)) - size
+        device = frame.tensors[0].device if frame.tensors else CPU
+        call = _Call(frame.head, Future(), traffic, device)
+        background().call_soon_threadsafe(self._enqueue, call, messages)
+        return call.future
+
+    def _wait(self, future: Future[Any], seconds: float | None = None) -> Any:
+        with resting(current_turn()):  # the server may need a turn before it can answer
+            return future.result(seconds)
+
+    # What follows runs on the loop.
+
+    def _enqueue(self, call: _Call, messages: list[bytes]) -> None:
+        if self._broken is not None:
+            call.future.set_exception(self._broken)
+            return
+        self._calls[call.head.call] = call
+        call.timer = background().call_later(self._timeout, self._late, call.head)
+        self._outgoing.put_nowait(messages)
+
+    def _late(self, head: Head) -> None:
+        self._fail(f"no answer to {head.kind.name} within {self._timeout:g} s; the link is given up")
+
+    async def _send_all(self) -> None:
+        try:
+            while True:
+                for message in await self._outgoing.get():
+                    await self._stream.write(message)
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            pass  # the receiving side learns why
+
+    async def _receive_all(self) -> None:
+        try:
+            while True:
+                frame = await read_frame(self._stream.read, grpc.aio.EOF, self._check)
+                if frame is None:
+                    status = await self._stream.code()
+                    raise LinkError(await self._stream.details() or f"the server ended the stream ({status.name})")
+                self._answer(frame)
+        except grpc.aio.AioRpcError as error:
+            self._fail(_reason(error, self._address))
+        except LinkError as error:
+            self._fail(str(error))
+        except asyncio.CancelledError:
+            self._fail("the link is closed")
+            raise
+        except Exception as error:
+            self._fail(f"the link failed ({type(error).__name__}: {error})")
+            raise
+
+    def _check(self, head: Head) -> None:
+        if head.kind == Kind.ERROR and not head.call:
+            return
+        call = self._calls.get(head.call)
+        if call is None:
+            raise LinkError(f"the server answers request {head.call}, which does not wait for one")
+        check_reply(head, call.head, self._agreement)
+
+    def _answer(self, frame: Frame) -> None:
+        head = frame.head
+        self.header_bytes[1] += head.size
+        if not head.call:
+            raise read_error(head.text)
+        call = self._calls.pop(head.call)
+        if call.timer is not None:
+            call.timer.cancel()
+        if head.kind == Kind.ERROR:
+            call.future.set_exception(read_error(head.text))
+            return
+        if call.traffic is not None:
+            call.traffic.bytes_down += head.payload
+            call.traffic.exchanges += 1
+            call.traffic.server_seconds += head.seconds
+        call.future.set_result(to_message(frame, call.device) if call.traffic is not None else head)
+
+    def _fail(self, text: str) -> None:
+        if self._broken is None:
+            self._broken = LinkError(text)
+        calls, self._calls = list(self._calls.values()), {}
+        for call in calls:
+            if call.timer is not None:
+                call.timer.cancel()
+            call.future.set_exception(self._broken)
+        self._stream.cancel()
+
+    async def _shut(self, why: LinkError) -> None:
+        self._broken = self._broken or why
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._channel.close()
+
+
+def connect(
+    url: str,
+    client: str | None = None,
+    *,
+    token: str | None = None,
+    ca: str | Path | None = None,
+    certificate: str | Path | None = None,
+    key: str | Path | None = None,
+    insecure: bool = False,
+    timeout: float = 600.0,
+    connect_timeout: float = 20.0,
+) -> GrpcLink:
+    """A link to a server that another process runs.
+
+    Args:
+        url: ``grpc://HOST:PORT``, which is plaintext unless ``ca`` is given, or ``grpcs://HOST:PORT``, which is TLS.
+            The client's name may stand in it: ``grpc://clinic-a@HOST:PORT``.
+        token: this client's; ``None``: what the environment variable FLEXP_TOKEN holds, if anything.
+        ca: the certificate (PEM) that the server's is signed with; with ``grpcs://``, ``None`` means FLEXP_CA, or else
+            the authorities that gRPC knows.
+        certificate, key: this client's own, if the server asks for one.
+        insecure: allow plaintext to other machines.
+        timeout: seconds that an answer may take, after which the link is given up.
+
+    Raises:
+        ConfigError: the address is none, or plaintext would leave this machine.
+        LinkError: no server answers, or it refuses this client.
+    """
+    address = Address.of_url(url)
+    name = client or address.client
+    if name is None:
+        raise ConfigError("the link needs the client's name: client='clinic-a', or grpc://clinic-a@HOST:PORT")
+    check_name(name)
+    ca = ca or os.environ.get("FLEXP_CA") or None
+    token = token or os.environ.get("FLEXP_TOKEN") or None
+    secure = address.secure or ca is not None
+    check_connecting(address, secure, insecure=insecure)
+    paths = [None if path is None else Path(path) for path in (ca, certificate, key)]
+    credentials = channel_credentials(*paths) if secure else None
+    metadata = [(CLIENT_KEY, name.encode())] + ([(TOKEN_KEY, token.encode())] if token else [])
+
+    async def open_stream() -> GrpcLink:
+        target = str(address)
+        if credentials is None:
+            channel = grpc.aio.insecure_channel(target, OPTIONS)
+        else:
+            channel = grpc.aio.secure_channel(target, credentials, OPTIONS)
+        try:
+            stream = channel.stream_stream(f"/{SERVICE}/{METHOD}")(metadata=metadata)
+            async with within(connect_timeout, f"no server answered at {target}"):
+                if WELCOME_KEY not in dict(await stream.initial_metadata() or ()):
+                    await stream.read()  # raises what the server, or whoever answers there, says instead
+                    raise LinkError(f"what answers at {target} is no FlexP server")
+        except BaseException as error:
+            await channel.close()
+            if isinstance(error, grpc.aio.AioRpcError):
+                raise LinkError(_reason(error, address)) from error
+            raise
+        return GrpcLink(channel, stream, address, name, timeout)
+
+    return wait_for(open_stream())
+
+
+def _failed(error: LinkError) -> Future[Any]:
+    future: Future[Any] = Future()
+    future.set_exception(error)
+    return future
+
+
+def _reason(error: grpc.aio.AioRpcError, address: Address) -> str:
+    details = error.details() or "no reason given"
+    if error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.ALREADY_EXISTS, grpc.StatusCode.ABORTED):
+        return str(details)
+    if error.code() == grpc.StatusCode.UNAVAILABLE:
+        return f"the server at {address} cannot be reached, or has gone ({details})"
+    return f"the link to {address} failed ({error.code().name}: {details})"

@@ -1,0 +1,95 @@
+"""One asyncio loop in a thread of its own, for all gRPC streams of this process."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+from flexp.errors import LinkError
+from flexp.links.frames import Frame, Incoming
+from flexp.links.wire import CHUNK, Head
+from flexp.rng import current_turn, resting
+
+Value = TypeVar("Value")
+
+METHOD = "Exchange"
+SERVICE = "flexp.Link"
+
+OPTIONS: list[tuple[str, int]] = [
+    ("grpc.max_receive_message_length", CHUNK),
+    ("grpc.max_send_message_length", CHUNK),
+    ("grpc.max_metadata_size", 16 << 10),
+    ("grpc.keepalive_time_ms", 30_000),  # a side that vanished without a word is noticed within a minute
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.so_reuseport", 0),  # two servers on one port are a mistake
+]
+"""What both sides ask of gRPC; each uses what is meant for it."""
+
+_lock = threading.Lock()
+_loop: asyncio.AbstractEventLoop | None = None
+
+
+def background() -> asyncio.AbstractEventLoop:
+    """The loop, started when it is first asked for; it ends with the process."""
+    global _loop
+    with _lock:
+        if _loop is None:
+            _loop = asyncio.new_event_loop()
+            threading.Thread(target=_loop.run_forever, name="flexp-links", daemon=True).start()
+        return _loop
+
+
+def wait_for(work: Coroutine[Any, Any, Value]) -> Value:
+    """Run ``work`` on the loop and wait for it, in any other thread; the caller's random numbers rest meanwhile."""
+    with resting(current_turn()):
+        return asyncio.run_coroutine_threadsafe(work, background()).result()
+
+
+async def read_frame(
+    read: Callable[[], Awaitable[Any]],
+    end: object,
+    check: Callable[[Head], None],
+    reserve: Callable[[int], Awaitable[None]] | None = None,
+    seconds: float | None = None,
+) -> Frame | None:
+    """The next frame of a stream, or ``None`` at its end.
+
+    Args:
+        read: gives the next message, or ``end``.
+        check: refuses a head; called before anything is allocated.
+        reserve: waits for room for so many bytes.
+        seconds: the longest pause between two messages of one frame.
+
+    Raises:
+        LinkError: what arrives is no frame, or is refused, or ends in its middle.
+    """
+    message = await read()
+    if message is end:
+        return None
+    incoming = Incoming(message)
+    check(incoming.head)
+    if reserve is not None:
+        await reserve(incoming.head.payload)
+    incoming.allocate()
+    while not incoming.done:
+        async with within(seconds, "the rest of a frame did not arrive"):
+            message = await read()
+        if message is end:
+            raise LinkError("the stream ended in the middle of a frame")
+        incoming.add(message)
+    return incoming.frame()
+
+
+@asynccontextmanager
+async def within(seconds: float | None, what: str) -> AsyncIterator[None]:
+    """Raise a LinkError that says ``what`` if the ``with`` block takes longer than ``seconds``."""
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError as error:
+        raise LinkError(f"{what} within {seconds:g} s") from error

@@ -1,0 +1,208 @@
+"""Who may connect, and over what: addresses, TLS, tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import grpc
+
+from flexp.errors import ConfigError, StorageError
+
+SCHEMES = ("grpc", "grpcs")
+CLIENT_KEY = "flexp-client-bin"  # -bin: names need not be ASCII
+TOKEN_KEY = "flexp-token-bin"
+WELCOME_KEY = "flexp-protocol"  # the server's answer to a client that it lets in
+MOST_NAME = 200
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a server is, as ``grpc://[CLIENT@]HOST:PORT`` or ``grpcs://…`` says; ``secure``: TLS is asked for."""
+
+    host: str
+    port: int
+    client: str | None = None
+    secure: bool = False
+
+    @classmethod
+    def of_url(cls, url: str) -> Address:
+        """Read a URL.
+
+        Raises:
+            ConfigError: it is none of the above.
+        """
+        try:
+            parts = urlsplit(url)
+            host, port, user, password = parts.hostname, parts.port, parts.username, parts.password
+        except ValueError:
+            host = port = user = password = None
+        odd = parts.path not in ("", "/") or parts.query or parts.fragment or password if host else True
+        if odd or parts.scheme not in SCHEMES or host is None or not port:
+            raise ConfigError(
+                f"{_without_secrets(url)!r} is no address: expected grpc://HOST:PORT or grpcs://HOST:PORT"
+            )
+        return cls(host, port, unquote(user) if user else None, parts.scheme == "grpcs")
+
+    @classmethod
+    def of_text(cls, text: str) -> Address:
+        """Read ``HOST:PORT``; port 0 is any that is free.
+
+        Raises:
+            ConfigError: it is none.
+        """
+        match = re.fullmatch(r"(?:\[([0-9a-fA-F:.]+)\]|([^\[\]:/@\s]+)):(\d{1,5})", text)
+        if match is None or int(match[3]) > 65_535:
+            raise ConfigError(f"{text!r} is no address: expected HOST:PORT, for instance 127.0.0.1:7070 or [::1]:7070")
+        return cls(match[1] or match[2], int(match[3]))
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only this machine can reach it."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+
+@dataclass(frozen=True)
+class ServerTls:
+    """The server's certificate and key (PEM files); with ``client_ca`` clients need a certificate of its own."""
+
+    certificate: Path
+    key: Path
+    client_ca: Path | None = None
+
+    def credentials(self) -> grpc.ServerCredentials:
+        """For gRPC.
+
+        Raises:
+            StorageError: a file cannot be read.
+        """
+        pair = (_pem(self.key), _pem(self.certificate))
+        if self.client_ca is None:
+            return grpc.ssl_server_credentials([pair])
+        return grpc.ssl_server_credentials([pair], _pem(self.client_ca), require_client_auth=True)
+
+
+def channel_credentials(
+    ca: Path | None, certificate: Path | None = None, key: Path | None = None
+) -> grpc.ChannelCredentials:
+    """A client's side of TLS: whom it trusts (``None``: gRPC's own roots), and its certificate if the server wants one.
+
+    Raises:
+        StorageError: a file cannot be read.
+        ConfigError: a certificate came without its key, or the other way round.
+    """
+    if (certificate is None) != (key is None):
+        raise ConfigError("a client's certificate and its key go together: give both, or neither")
+    return grpc.ssl_channel_credentials(
+        root_certificates=None if ca is None else _pem(ca),
+        private_key=None if key is None else _pem(key),
+        certificate_chain=None if certificate is None else _pem(certificate),
+    )
+
+
+class Tokens:
+    """Which token each client has, as SHA-256 hashes: ``HASH NAME`` a line; # begins a comment.
+
+    Hashes suffice for tokens that are random and long, which guessing cannot find; they are not for passwords.
+    """
+
+    def __init__(self, hashes: dict[str, bytes]) -> None:
+        self._hashes = hashes
+
+    @classmethod
+    def read(cls, path: Path) -> Tokens:
+        """Read such a file.
+
+        Raises:
+            StorageError: it cannot be read.
+            ConfigError: a line is none, or a name comes twice.
+        """
+        try:
+            lines = Path(path).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise StorageError(f"{path}: the tokens cannot be read ({error})") from error
+        hashes: dict[str, bytes] = {}
+        for number, line in enumerate(lines, 1):
+            if not line.strip() or line.lstrip().startswith("#"):
+                continue
+            digest, _, name = line.strip().partition(" ")
+            name = name.strip()
+            if not re.fullmatch(r"[0-9a-fA-F]{64}", digest) or not name or name in hashes:
+                raise ConfigError(
+                    f"{path}, line {number}: expected a SHA-256 hash in hexadecimal, a space and a client's name, "
+                    "each name once"
+                )
+            hashes[name] = bytes.fromhex(digest)
+        return cls(hashes)
+
+    def accept(self, client: str, token: str) -> bool:
+        """Whether the token is this client's. Takes as long for a name that is unknown."""
+        given = hashlib.sha256(token.encode()).digest()
+        known = self._hashes.get(client)
+        same = hmac.compare_digest(given, known or hashlib.sha256(b"").digest())
+        return same and known is not None
+
+
+def check_listening(address: Address, tls: ServerTls | None, tokens: Tokens | None, *, insecure: bool) -> None:
+    """Refuse to listen beyond this machine in plaintext, unless asked for, or without tokens.
+
+    Raises:
+        ConfigError: see above.
+    """
+    if address.loopback:
+        return
+    if tls is None and not insecure:
+        raise ConfigError(
+            f"{address} can be reached from other machines, and plaintext shows them all activations: give "
+            "a certificate and its key, or say insecure (--insecure)"
+        )
+    if tokens is None:
+        raise ConfigError(f"{address} can be reached from other machines: give a file of tokens, one for each client")
+
+
+def check_connecting(address: Address, tls: bool, *, insecure: bool) -> None:
+    """Refuse to send activations in plaintext beyond this machine, unless asked for.
+
+    Raises:
+        ConfigError: see above.
+    """
+    if not tls and not insecure and not address.loopback:
+        raise ConfigError(
+            f"{address} is another machine, and plaintext shows activations and tokens to everybody on the way: "
+            "use grpcs://, give the server's ca=…, or say insecure=True"
+        )
+
+
+def check_name(client: str) -> str:
+    """A client's name, if it may be one.
+
+    Raises:
+        ConfigError: it is empty, long, or not printable.
+    """
+    if not client or not client.isprintable() or len(client.encode()) > MOST_NAME:
+        raise ConfigError(f"{client!r} is no name for a client: expected 1 to {MOST_NAME} bytes of printable text")
+    return client
+
+
+def _pem(path: Path) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise StorageError(f"{path}: the certificate or key cannot be read ({error.strerror or error})") from error
+
+
+def _without_secrets(url: str) -> str:
+    return re.sub(r"//[^@/]*@", "//…@", url)

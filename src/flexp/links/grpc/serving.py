@@ -1,0 +1,214 @@
+"""The server's side of links over gRPC: one stream a client, and one thread that computes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import grpc
+import torch
+
+from flexp.errors import ConfigError, LinkError
+from flexp.links.frames import Frame, encode
+from flexp.links.grpc.loop import METHOD, OPTIONS, SERVICE, wait_for
+from flexp.links.grpc.memory import Memory
+from flexp.links.grpc.security import (
+    CLIENT_KEY,
+    TOKEN_KEY,
+    WELCOME_KEY,
+    Address,
+    ServerTls,
+    Tokens,
+    check_listening,
+    check_name,
+)
+from flexp.links.grpc.stream import Answer, Stream
+from flexp.links.inprocess import Service
+from flexp.links.messages import Join
+from flexp.links.rules import Limits
+from flexp.links.translate import error_frame, to_frame, to_message, welcome_frame
+from flexp.links.wire import VERSION, Head, Kind
+
+CPU = torch.device("cpu")
+Value = TypeVar("Value")
+log = logging.getLogger("flexp.links")
+
+
+def _quiet(_: str) -> None:
+    pass
+
+
+class Serving:
+    """Lets clients on a network use a service; see :func:`serve`.
+
+    Attributes:
+        address: where it listens.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        listen: str = "127.0.0.1:0",
+        *,
+        limits: Limits | None = None,
+        tls: ServerTls | None = None,
+        tokens: Tokens | None = None,
+        insecure: bool = False,
+        device: torch.device = CPU,
+        say: Callable[[str], None] = _quiet,
+    ) -> None:
+        asked = Address.of_text(listen)
+        check_listening(asked, tls, tokens, insecure=insecure)
+        self.limits = limits or Limits()
+        self.say = say
+        self._service, self._device, self._tokens = service, device, tokens
+        self._clients: set[str] = set()
+        self._stopping = False
+        threads = torch.get_num_threads()
+        self._worker = ThreadPoolExecutor(1, "flexp-server", lambda: torch.set_num_threads(threads))
+        self._memory = Memory(self.limits.memory_bytes)
+        credentials = None if tls is None else tls.credentials()
+        self.address = wait_for(self._start(asked, credentials))
+
+    @property
+    def clients(self) -> list[str]:
+        """Who is connected."""
+        return sorted(self._clients)
+
+    def at_rest(self, action: Callable[[], Value]) -> Value:
+        """Run ``action`` between two requests, in the thread that computes."""
+        return self._worker.submit(action).result()
+
+    def refuse_more(self) -> None:
+        """Answer every further request with a refusal."""
+        self._stopping = True
+
+    def stop(self, grace: float = 1.0) -> None:
+        """Stop listening, give streams ``grace`` seconds to end, and drop what is in flight."""
+        wait_for(self._end(grace))
+        self._worker.shutdown()
+
+    async def _end(self, grace: float) -> None:
+        await self._server.stop(grace)
+        while self._clients:  # each hands its leaving to the worker
+            await asyncio.sleep(0.005)
+
+    async def _start(self, asked: Address, credentials: grpc.ServerCredentials | None) -> Address:
+        self._server = grpc.aio.server(options=OPTIONS)
+        method = grpc.stream_stream_rpc_method_handler(self._stream)
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {METHOD: method}),))
+        try:
+            if credentials is None:
+                port = self._server.add_insecure_port(str(asked))
+            else:
+                port = self._server.add_secure_port(str(asked), credentials)
+        except RuntimeError as error:
+            raise ConfigError(f"cannot listen at {asked}: is the port in use, or the certificate wrong?") from error
+        await self._server.start()
+        return Address(asked.host, port)
+
+    async def _stream(self, _: Any, context: Any) -> None:
+        client = await self._admit(context)
+        self._clients.add(client)
+        try:
+            await context.send_initial_metadata(((WELCOME_KEY, str(VERSION)),))
+            await Stream(client, context, self.limits, self._memory, self._compute).run()
+        finally:
+            self._clients.discard(client)
+            self.say(f"{client}: gone")
+            self._worker.submit(self._leave, client)  # after all that it still has waiting there
+
+    async def _admit(self, context: Any) -> str:
+        """The client's name, if it may come in; else the stream ends here."""
+        said = dict(context.invocation_metadata() or ())
+        try:
+            client = check_name(_text(said.get(CLIENT_KEY, b"")))
+        except (ConfigError, UnicodeDecodeError):
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "the client does not say a name that can be used")
+            raise
+        if self._tokens is not None:
+            try:
+                right = self._tokens.accept(client, _text(said.get(TOKEN_KEY, b"")))
+            except UnicodeDecodeError:
+                right = False
+            if not right:
+                self.say(f"{client}: refused, since its token is not the one on file")
+                await context.abort(grpc.StatusCode.UNAUTHENTICATED, "client and token do not go together")
+        if client in self._clients:
+            await context.abort(grpc.StatusCode.ALREADY_EXISTS, f"client {client} is connected already")
+        return client
+
+    def _compute(self, client: str, frame: Frame) -> asyncio.Future[Answer]:
+        """The answer to a request, computed and encoded in the one thread that does."""
+
+        def work() -> Answer:
+            answer = self._answer(client, frame)
+            try:
+                return answer.head, encode(answer)
+            except LinkError as error:
+                answer = error_frame(str(error), frame.head.call)
+                return answer.head, encode(answer)
+
+        return asyncio.get_running_loop().run_in_executor(self._worker, work)
+
+    def _answer(self, client: str, frame: Frame) -> Frame:
+        head, began = frame.head, time.perf_counter()
+        try:
+            if self._stopping and head.kind != Kind.LEAVE:
+                raise LinkError("the server is stopping; connect again when it is back")
+            if head.kind == Kind.LEAVE:
+                self._leave(client)
+                return Frame(Head(Kind.DONE, head.call))
+            message = to_message(frame, self._device)
+            if isinstance(message, Join):
+                welcome = self._service.join(client, message)
+                self.say(f"{client}: joined with cut {message.cut}")
+                return welcome_frame(welcome, self.limits, head.call)
+            if head.kind == Kind.ABORT:
+                self._service.abort(client, message)
+                return Frame(Head(Kind.DONE, head.call))
+            reply: Any = _METHODS[head.kind](self._service, client, message)
+            return to_frame(reply, head.call, time.perf_counter() - began)
+        except LinkError as error:
+            return error_frame(str(error), head.call)
+        except Exception as error:  # one client's request must not end the others' server
+            log.exception("the request %s of client %s failed", head.kind.name, client)
+            return error_frame(f"the server failed ({type(error).__name__}: {error})", head.call)
+
+    def _leave(self, client: str) -> None:
+        self._service.leave(client)
+
+
+_METHODS: dict[Kind, Callable[[Service, str, Any], Any]] = {
+    Kind.FORWARD: lambda service, client, message: service.forward(client, message),
+    Kind.BACKWARD: lambda service, client, message: service.backward(client, message),
+    Kind.PULL: lambda service, client, message: service.pull(client, message),
+}
+
+
+@contextmanager
+def serve(service: Service, listen: str = "127.0.0.1:0", **options: Any) -> Iterator[Serving]:
+    """Let clients on a network use ``service`` inside the ``with`` block.
+
+    Args:
+        listen: HOST:PORT. Beyond this machine it needs ``tls`` and ``tokens``; port 0 is any that is free.
+        options: of :class:`Serving`: ``limits``, ``tls``, ``tokens``, ``insecure``, ``device`` (where the service
+            computes) and ``say`` (told who comes and goes).
+
+    Raises:
+        ConfigError: it may not, or cannot, listen there.
+    """
+    serving = Serving(service, listen, **options)
+    try:
+        yield serving
+    finally:
+        serving.stop()
+
+
+def _text(value: bytes | str) -> str:
+    return value if isinstance(value, str) else value.decode("utf-8")

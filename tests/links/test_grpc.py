@@ -1,0 +1,263 @@
+"""The link over gRPC is the link inside the process: the same weights, bytes and refusals."""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flexp.client.steps import Piece
+from flexp.config import AlignConfig, ServerConfig
+from flexp.errors import LinkError
+from flexp.links.base import Link, connected
+from flexp.links.frames import encode
+from flexp.links.grpc import connect, loopback, serve
+from flexp.links.messages import BackwardRequest, ForwardRequest, PullRequest
+from flexp.links.rules import Limits
+from flexp.links.translate import to_frame
+from flexp.links.wire import CHUNK
+from flexp.rng import RandomStream
+from tests.harness import World, copied, equal, seeded, shared_weights, world
+
+from .grpc_tools import SOON, Certificates, eventually, make_certificates, send_raw, vanish
+
+CUTS = {"clinic-a": (2, 4), "Klinik Süd": (3, 4)}
+KL = AlignConfig(kind="kl", weight=0.3, at="every-block")
+WEIGHTS = AlignConfig(kind="weights", pull=0.3)
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    return make_certificates(tmp_path_factory.mktemp("certificates"))
+
+
+def train(links: dict[str, Link], here: World, align: AlignConfig) -> dict[str, Tensor]:
+    """Three steps of two clients in turns, with dropout, micro-batches and padding; all weights and meters."""
+    models = {name: here.client(name, cut, align, link=links[name]) for name, cut in CUTS.items()}
+    streams = {name: RandomStream(seed) for seed, name in enumerate(CUTS)}
+    for step in range(3):
+        for name, model in models.items():
+            personal = model.stage.trainable()
+            with streams[name].active():
+                for number in (1, 2):
+                    batch = here.batch(seed=2 * step + number, padding="right")
+                    with model.part_of_step(Piece(number, 2, 0.5, 0.5)):
+                        (model(**batch).loss * 0.5).backward()
+                with torch.no_grad():
+                    for value in personal.values():
+                        if value.grad is not None:
+                            value -= 0.01 * value.grad
+                            value.grad = None
+                model.after_step()
+        with torch.no_grad():
+            models["clinic-a"].eval()(**here.batch(seed=99))
+            models["clinic-a"].train()
+    found = {f"shared/{name}": value for name, value in shared_weights(here.server).items()}
+    for name, model in models.items():
+        found |= {f"{name}/{key}": value for key, value in copied(model.stage.trainable()).items()}
+    for name, link in links.items():
+        for account in (link.meter.training, link.meter.evaluation):
+            counts = [account.bytes_up, account.bytes_down, account.exchanges]
+            found[f"{name}/meter/{account is link.meter.training}"] = torch.tensor(counts)
+    return found
+
+
+@pytest.mark.parametrize("align", [KL, WEIGHTS], ids=["kl", "weights"])
+def test_every_link_gives_the_same_weights_and_bytes(align: AlignConfig, certificates: Certificates) -> None:
+    def fresh() -> World:
+        return world("bert", dropout=0.2, config=ServerConfig(update="mean", mean_over=2))
+
+    here = fresh()
+    expected = train({name: here.server.connect(name) for name in CUTS}, here, align)
+    assert int(expected["clinic-a/meter/True"][0]) > 0
+    for secure in (False, True):
+        here = fresh()
+        options: dict[str, Any] = {}
+        settings: dict[str, Any] = {"tls": certificates.tls(mutual=True)} if secure else {}
+        if secure:
+            options = {"ca": certificates.ca, "certificate": certificates.client[0], "key": certificates.client[1]}
+        with ExitStack() as stack:
+            serving = stack.enter_context(serve(here.server, **settings))
+            url = f"grpc{'s' if secure else ''}://{serving.address}"
+            links = {name: stack.enter_context(connected(connect(url, name, **options))) for name in CUTS}
+            got = train(links, here, align)
+        assert equal(got, expected)
+        assert not here.server._sessions  # closing is leaving
+
+
+def test_refusals_have_the_servers_words() -> None:
+    here = world("llama", config=ServerConfig(max_in_flight=1))
+    with loopback(here.server, "a") as link:
+        with pytest.raises(LinkError, match=r"client a has not joined: call link.join first"):
+            link.forward(ForwardRequest(1, torch.zeros(1, 2, 32))).result(SOON)
+        with pytest.raises(LinkError, match="client a was refused: its cut"):
+            here.client("a", (0, 4), link=link, expose_embeddings=True)
+        model = here.client("a", (2, 4), link=link)
+        for call, words in (
+            (
+                link.forward(ForwardRequest(1, torch.zeros(1, 2, 31))),
+                r"is \(1, 2, 31\) torch.float32, expected \(B, T, 32",
+            ),
+            (link.forward(ForwardRequest(1, torch.zeros(1, 2, 32).double())), "float64, expected"),
+            (link.forward(ForwardRequest(1, torch.zeros(1, 2, 32), 2 * torch.ones(1, 2))), "other values than 0 and 1"),
+            (link.backward(BackwardRequest(7, torch.zeros(1, 2, 32))), "exchange 7 has no forward in flight"),
+            (link.pull(PullRequest(0, 4)), r"the weights of blocks \[0, 4\) were asked for"),
+        ):
+            with pytest.raises(LinkError, match=words):
+                call.result(SOON)
+        before = shared_weights(here.server)
+        model(**here.batch())
+        with pytest.raises(LinkError, match=r"the most that server.max_in_flight allows"):
+            model(**here.batch())
+        model.abort()
+        loss = model(**here.batch()).loss
+        with pytest.raises(LinkError, match="not finite"):
+            (loss * float("nan")).backward()
+        assert equal(shared_weights(here.server), before)
+        model(**here.batch()).loss.backward()  # the stream has survived all of it
+        assert here.server.shared.version == 1
+
+
+def test_large_frames_and_several_exchanges_in_flight() -> None:
+    """Frames of many messages; answers find their requests, although all were sent before any was read."""
+    here = world("llama")
+    sizes = [(1, 3), (120, 200), (2, 5), (8, 2048)]  # up to 3 MB
+    assert 2 * CHUNK < 4 * 32 * 120 * 200
+    with loopback(here.server, "a") as link:
+        here.client("a", (2, 4), link=link)
+        sent = [torch.randn(*size, 32, generator=seeded(index)) for index, size in enumerate(sizes)]
+        answers = [link.forward(ForwardRequest(index, z, train=False)) for index, z in enumerate(sent)]
+        got = [answer.result(60).hidden_BTH for answer in answers]
+    near = here.server.connect("b")
+    here.client("b", (2, 4), link=near)
+    for z, h in zip(sent, got, strict=True):
+        assert torch.equal(near.forward(ForwardRequest(0, z)).result().hidden_BTH, h)
+
+
+def test_the_limit_on_tokens_holds_on_both_sides() -> None:
+    here = world("llama")
+    with serve(here.server, limits=Limits(max_tokens=10)) as serving:
+        link = connect(f"grpc://{serving.address}", "a")
+        here.client("a", (2, 4), link=link)
+        link.forward(ForwardRequest(1, torch.zeros(2, 5, 32))).result(SOON)
+        with pytest.raises(LinkError, match="2 × 6 tokens, the server takes at most 10"):
+            link.forward(ForwardRequest(2, torch.zeros(2, 6, 32))).result(SOON)
+        link.close()
+
+
+def test_who_vanishes_is_dropped_and_the_others_go_on() -> None:
+    here = world("llama")
+    with serve(here.server) as serving:
+        url = f"grpc://{serving.address}"
+        a, b = connect(url, "a"), connect(url, "b")
+        lost, other = here.client("a", (2, 4), link=a), here.client("b", (3, 4), link=b)
+        lost(**here.batch())
+        assert len(here.server._sessions["a"].pending) == 1
+        frame = encode(to_frame(ForwardRequest(2, torch.zeros(60, 200, 32)), 9))
+        half = send_raw(a, lambda _: frame[:1])  # the first of its two messages
+        vanish(a)
+        assert eventually(lambda: "a" not in here.server._sessions)
+        assert half.exception(SOON) is not None
+        assert not here.server.shared._held
+        other(**here.batch()).loss.backward()
+        assert here.server.shared.version == 1
+        again = connect(url, "a")  # and may come again
+        here.client("a", (2, 4), link=again)(**here.batch()).loss.backward()
+        assert here.server.shared.version == 2
+        again.close()
+        b.close()
+
+
+def test_one_stream_a_client() -> None:
+    here = world("llama")
+    with serve(here.server) as serving:
+        url = f"grpc://{serving.address}"
+        with connected(connect(url, "a")), pytest.raises(LinkError, match="client a is connected already"):
+            connect(url, "a")
+        assert eventually(lambda: not serving.clients)
+        connect(url, "a").close()
+
+
+def test_a_late_answer_gives_the_link_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = world("llama")
+    held = threading.Event()
+    with serve(here.server) as serving:
+        link = connect(f"grpc://{serving.address}", "a", timeout=0.3)
+        monkeypatch.setattr(here.server, "pull", lambda *_: held.wait(SOON))
+        here.client("a", (2, 4), link=link)
+        with pytest.raises(LinkError, match=r"no answer to PULL within 0.3 s"):
+            link.pull(PullRequest(1, 2)).result(SOON)
+        with pytest.raises(LinkError, match=r"no answer to PULL within 0.3 s"):
+            link.forward(ForwardRequest(1, torch.zeros(1, 2, 32))).result(SOON)
+        held.set()
+        link.close()
+
+
+def test_a_server_that_goes_is_told_in_one_line() -> None:
+    here = world("llama")
+    with serve(here.server) as serving:
+        address = serving.address
+        link = connect(f"grpc://{address}", "a")
+        here.client("a", (2, 4), link=link)
+        serving.refuse_more()
+        with pytest.raises(LinkError, match="the server is stopping"):
+            link.forward(ForwardRequest(1, torch.zeros(1, 2, 32))).result(SOON)
+    with pytest.raises(LinkError, match=r"cannot be reached, or has gone|ended the stream|Cancel"):
+        link.forward(ForwardRequest(1, torch.zeros(1, 2, 32))).result(SOON)
+    link.close()
+    link.close()
+    with pytest.raises(LinkError, match=f"the server at {address} cannot be reached"):
+        connect(f"grpc://{address}", "a")
+
+
+def test_a_fault_of_the_server_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = world("llama")
+
+    def broken(*_: Any) -> None:
+        raise ZeroDivisionError("a mistake")
+
+    with loopback(here.server, "a") as link:
+        model = here.client("a", (2, 4), link=link)
+        with monkeypatch.context() as patch:
+            patch.setattr(here.server, "forward", broken)
+            with pytest.raises(LinkError, match=r"the server failed \(ZeroDivisionError: a mistake\)"):
+                model(**here.batch())
+        model(**here.batch()).loss.backward()
+
+
+def test_waiting_at_the_server_lets_others_draw() -> None:
+    """A client that gives up inside its own turn must not hold the generator that the server needs to answer."""
+    here = world("bert", dropout=0.2)
+    with serve(here.server) as serving:
+        links = [connect(f"grpc://{serving.address}", name) for name in "ab"]
+        a, b = (here.client(link.client, (2, 4), link=link) for link in links)
+        answer: list[Any] = []
+        with RandomStream(0).active():
+            thread = threading.Thread(target=lambda: answer.append(b(**here.batch())))
+            thread.start()  # its forward waits at the server for this turn
+            time.sleep(0.1)
+            a.abort()
+        thread.join(SOON)
+        assert len(answer) == 1
+        for link in links:
+            link.close()
+
+
+def test_urls_where_links_are_taken(tmp_path: Path) -> None:
+    import flexp
+    from flexp.models.zoo import save_tiny
+
+    folder = save_tiny("llama", tmp_path)
+    server = flexp.Server.from_pretrained(folder, base_depth=1)
+    with flexp.serve(server) as serving:
+        url = f"grpc://clinic-a@{serving.address}"
+        model = flexp.SplitModelForCausalLM.from_pretrained(folder, cut=(2, 4), link=url)
+        assert model.link.client == "clinic-a"
+        assert serving.clients == ["clinic-a"]
+        model.link.close()

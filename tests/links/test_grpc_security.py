@@ -1,0 +1,149 @@
+"""Who may connect, and over what."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flexp.errors import ConfigError, LinkError, StorageError
+from flexp.links.base import connected
+from flexp.links.grpc import Tokens, connect, serve
+from flexp.links.grpc.security import Address, check_connecting, check_listening
+from tests.harness import world
+
+from .grpc_tools import Certificates, make_certificates
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    return make_certificates(tmp_path_factory.mktemp("certificates"))
+
+
+def token_file(folder: Path, **tokens: str) -> Path:
+    path = folder / "tokens"
+    lines = [f"{hashlib.sha256(token.encode()).hexdigest()} {name}" for name, token in tokens.items()]
+    path.write_text("# who may come\n\n" + "\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def test_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = world("llama")
+    tokens = Tokens.read(token_file(tmp_path, a="secret-a", b="secret-b"))
+    with serve(here.server, tokens=tokens) as serving:
+        url = f"grpc://{serving.address}"
+        refusals = set()
+        for name, token in (
+            ("a", "secret-b"),
+            ("a", None),
+            ("a", ""),
+            ("c", "secret-a"),
+            ("c", None),
+            ("a", "Secret-a"),
+        ):
+            with pytest.raises(LinkError) as refused:
+                connect(url, name, token=token)
+            refusals.add(str(refused.value))
+        assert refusals == {"client and token do not go together"}  # not even whether the name is known
+        assert not serving.clients
+        with connected(connect(url, "a", token="secret-a")) as link:
+            here.client("a", (2, 4), link=link)
+        monkeypatch.setenv("FLEXP_TOKEN", "secret-b")
+        connect(url, "b").close()
+
+
+def test_another_name_than_the_tokens_is_refused_at_joining(tmp_path: Path) -> None:
+    here = world("llama")
+    tokens = Tokens.read(token_file(tmp_path, a="secret-a"))
+    with serve(here.server, tokens=tokens) as serving:
+        link = connect(f"grpc://{serving.address}", "a", token="secret-a")
+        link._client = "b"  # what an honest client cannot do
+        with pytest.raises(LinkError, match="its message names another client, b"):
+            here.client("b", (2, 4), link=link)
+        link.close()
+
+
+@pytest.mark.parametrize("line", ["secret a", f"{'0' * 63} a", f"{'0' * 64}", f"{'0' * 64} b"])
+def test_odd_lines_of_tokens_are_refused(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "tokens"
+    path.write_text(f"{'1' * 64} b\n{line}\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="line 2: expected a SHA-256 hash"):
+        Tokens.read(path)
+    with pytest.raises(StorageError, match="cannot be read"):
+        Tokens.read(tmp_path / "none")
+
+
+def test_tls_refuses_strangers(certificates: Certificates) -> None:
+    here = world("llama")
+    one, two = certificates.client
+    with serve(here.server, tls=certificates.tls(mutual=True)) as serving:
+        url = f"grpcs://{serving.address}"
+        wrong: list[dict[str, Any]] = [
+            {"ca": certificates.stranger, "certificate": one, "key": two},  # a server that the client does not trust
+            {"ca": certificates.ca},  # a client without a certificate
+        ]
+        for options in wrong:
+            with pytest.raises(LinkError, match="cannot be reached"):
+                connect(url, "a", connect_timeout=10, **options)
+        with pytest.raises(LinkError, match="cannot be reached"):
+            connect(f"grpc://{serving.address}", "a", connect_timeout=10)  # plaintext to a port that speaks TLS
+        assert not serving.clients
+        connect(url, "a", ca=certificates.ca, certificate=one, key=two).close()
+    with pytest.raises(ConfigError, match="go together"):
+        connect(url, "a", ca=certificates.ca, certificate=one)
+    with pytest.raises(StorageError, match="cannot be read"):
+        connect(url, "a", ca="nowhere.pem")
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.0.2.1", "[::]", "example.org"])
+def test_beyond_this_machine_needs_tls_and_tokens(host: str, certificates: Certificates) -> None:
+    address, tokens, tls = Address.of_text(f"{host}:7070"), Tokens({}), certificates.tls()
+    for given, insecure in (((None, None), False), ((None, tokens), False), ((tls, None), False), ((None, None), True)):
+        with pytest.raises(ConfigError, match="can be reached from other machines"):
+            check_listening(address, *given, insecure=insecure)
+    check_listening(address, tls, tokens, insecure=False)
+    check_listening(address, None, tokens, insecure=True)
+    with pytest.raises(ConfigError, match="plaintext shows"):
+        check_connecting(address, False, insecure=False)
+    check_connecting(address, True, insecure=False)
+    check_connecting(address, False, insecure=True)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "localhost", "[::1]"])
+def test_this_machine_needs_neither(host: str) -> None:
+    address = Address.of_text(f"{host}:7070")
+    check_listening(address, None, None, insecure=False)
+    check_connecting(address, False, insecure=False)
+    assert str(address) == f"{host}:7070"
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["127.0.0.1:7070", "http://a@127.0.0.1:7070", "grpc://127.0.0.1", "grpc://:7070", "grpc://h:7070/path",
+     "grpc://a:password@h:7070", "grpc://h:99999", "grpc://h:7070?ca=x"],
+)  # fmt: skip
+def test_odd_urls_are_refused_without_showing_secrets(url: str) -> None:
+    with pytest.raises(ConfigError, match="is no address") as refused:
+        connect(url, "a")
+    assert "password" not in str(refused.value)
+
+
+def test_clients_have_usable_names() -> None:
+    with pytest.raises(ConfigError, match="needs the client's name"):
+        connect("grpc://127.0.0.1:1")
+    for name in ("\n", "a\x00", "x" * 201):
+        with pytest.raises(ConfigError, match="is no name for a client"):
+            connect("grpc://127.0.0.1:1", name)
+    assert Address.of_url("grpcs://Klinik%20S%C3%BCd@[::1]:7070") == Address("::1", 7070, "Klinik Süd", True)
+
+
+def test_a_port_in_use_is_told() -> None:
+    here = world("llama")
+    with (
+        serve(here.server) as serving,
+        pytest.raises(ConfigError, match="cannot listen"),
+        serve(here.server, str(serving.address)),
+    ):
+        pass
