@@ -7,12 +7,11 @@ Predicted: 1.02–1.10 at H = 384, since the four messages of a step are small b
 
 from __future__ import annotations
 
-import statistics
-import time
 from contextlib import ExitStack
 from typing import Any, cast
 
 from flexp.bench.overhead import split_step
+from flexp.bench.paired import paired
 from flexp.config import OptimizerConfig
 from flexp.evaluation.echo import random_batch
 from flexp.evaluation.memory import Probe
@@ -53,23 +52,13 @@ def link_overhead(
             return links[0]
 
         far = split_step(source, kind, where, tuning, optimizer, batch, reach)
-        for _ in range(3):
-            near()
-            far()
+        far()  # the first step makes what later ones find
         traffic = links[0].meter.training
         before, other = traffic.bytes_up + traffic.bytes_down, sum(links[0].header_bytes)
         far()
         tensors = traffic.bytes_up + traffic.bytes_down - before
         headers = sum(links[0].header_bytes) - other
-        seconds: dict[str, list[float]] = {"near": [], "far": []}
-        for number in range(pairs):
-            # Every other pair starts with the far step: what comes second may find warmer caches.
-            for name, step in (("near", near), ("far", far))[:: 1 if number % 2 else -1]:
-                began = time.perf_counter()
-                step()
-                seconds[name].append(time.perf_counter() - began)
-    ratios = [far / near for near, far in zip(seconds["near"], seconds["far"], strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4)
+        timed = paired(near, far, pairs)
     return {
         "bench": "link",
         "model": model,
@@ -79,10 +68,10 @@ def link_overhead(
         "dtype": dtype,
         "batch": [examples, length],
         "pairs": pairs,
-        "ratio": middle,
-        "ratio_quartiles": [low, high],
-        "in_process_seconds": statistics.median(seconds["near"]),
-        "grpc_seconds": statistics.median(seconds["far"]),
+        "ratio": timed.ratio,
+        "ratio_quartiles": timed.quartiles,
+        "in_process_seconds": timed.first,
+        "grpc_seconds": timed.second,
         "tensor_bytes": tensors,
         "header_bytes": headers,
         "machine": machine(),

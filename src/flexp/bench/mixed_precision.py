@@ -7,11 +7,10 @@ the weights anew, and dropout, norms and the optimiser stay as they are); more t
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any, cast
 
+from flexp.bench.paired import paired
 from flexp.client.whole import WholeModel
 from flexp.config import OptimizerConfig
 from flexp.evaluation.echo import random_batch
@@ -41,24 +40,16 @@ def mixed_precision(
     source = load_stage(model, cast(ModelKind, kind), labels=labels, pad_token_id=0)
     batch = random_batch(Probe(model, kind, None, examples, length, labels, {}, {}), source.model.config)
     plain, mixed = (_step(source, autocast, batch) for autocast in ("off", "bfloat16"))
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for number in range(pairs + 3):
-        for step, found in ((plain, seconds[0]), (mixed, seconds[1]))[:: 1 if number % 2 else -1]:
-            began = time.perf_counter()
-            step()
-            if number >= 3:  # the first ones warm up
-                found.append(time.perf_counter() - began)
-    ratios = [b / a for a, b in zip(*seconds, strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4)
+    timed = paired(plain, mixed, pairs)
     return {
         "bench": "mixed-precision",
         "model": model,
         "batch": [examples, length],
         "pairs": pairs,
-        "ratio": middle,
-        "ratio_quartiles": [low, high],
-        "float32_seconds": statistics.median(seconds[0]),
-        "mixed_seconds": statistics.median(seconds[1]),
+        "ratio": timed.ratio,
+        "ratio_quartiles": timed.quartiles,
+        "float32_seconds": timed.first,
+        "mixed_seconds": timed.second,
         "machine": machine(),
     }
 

@@ -6,13 +6,12 @@ machine is. Predicted: 1.00–1.02, since every block does the same work and a p
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 
+from flexp.bench.paired import paired
 from flexp.client.model import SPLIT_MODELS
 from flexp.config import OptimizerConfig
 from flexp.evaluation.echo import random_batch
@@ -51,19 +50,7 @@ def split_overhead(
     optimizer = OptimizerConfig(clip=None)
     whole_step = _whole(source, tuning, optimizer, batch)
     halves = split_step(source, kind, where, tuning, optimizer, batch, lambda server: server.connect("bench"))
-    for _ in range(3):
-        whole_step()
-        halves()
-    whole: list[float] = []
-    split: list[float] = []
-    for number in range(pairs):
-        # Every other pair starts with the split step: what comes second may find warmer caches.
-        for step, seconds in ((whole_step, whole), (halves, split))[:: 1 if number % 2 else -1]:
-            began = time.perf_counter()
-            step()
-            seconds.append(time.perf_counter() - began)
-    ratios = [b / a for a, b in zip(whole, split, strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4)
+    timed = paired(whole_step, halves, pairs)
     return {
         "bench": "split-overhead",
         "model": model,
@@ -72,10 +59,10 @@ def split_overhead(
         "dtype": dtype,
         "batch": [examples, length],
         "pairs": pairs,
-        "ratio": middle,
-        "ratio_quartiles": [low, high],
-        "whole_seconds": statistics.median(whole),
-        "split_seconds": statistics.median(split),
+        "ratio": timed.ratio,
+        "ratio_quartiles": timed.quartiles,
+        "whole_seconds": timed.first,
+        "split_seconds": timed.second,
         "machine": machine(),
     }
 
