@@ -190,6 +190,7 @@ class ServerConfig(Section):
     max_in_flight: PositiveInt = 8  # forwards of one client whose backward has not come yet
     max_in_flight_total: PositiveInt = 64  # the same over all clients
     tuning: Literal["full", "lora", "frozen"] | None = None  # of the shared blocks; None: as model.tuning
+    keep_answers_bytes: PositiveInt = 256 << 20  # of each client's last steps, for when it goes back to a snapshot
 
 
 class EvaluationConfig(Section):

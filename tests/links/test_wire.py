@@ -127,7 +127,7 @@ def test_a_frame_byte_by_byte() -> None:
     """The example of docs/protocol.md."""
     (message,) = encode(to_frame(ForwardRequest(5, torch.ones(1, 2, 1), torch.tensor([[1, 0]]), train=True), 2))
     head = (
-        b"FLXP" + bytes([1, 3]) + struct.pack("<HQdI", 2, 2, 0.0, 0) + struct.pack("<qB", 5, 1)
+        b"FLXP" + bytes([1, 3]) + struct.pack("<HQdI", 2, 2, 0.0, 0) + struct.pack("<qBq", 5, 1, 0)
         + bytes([10, 1, 3]) + b"hidden_BTH" + struct.pack("<3I", 1, 2, 1)
         + bytes([7, 0x85, 2]) + b"mask_BT" + struct.pack("<2I", 1, 2)
     )  # fmt: skip
@@ -192,7 +192,7 @@ def test_unknown_kinds_are_refused(kind: int) -> None:
 @given(st.sampled_from(sorted(set(Kind) - {Kind.FORWARD, Kind.BACKWARD})))
 def test_other_kinds_have_no_tensors_and_come_from_the_right_side(kind: Kind) -> None:
     fields = (describe("hidden_BTH", draw(B, T, H)),)
-    numbers = {Kind.FORWARD_REPLY: (0, 0.0), Kind.PULL: (1, 2)}.get(kind, ())
+    numbers = {Kind.FORWARD_REPLY: (0, 0.0), Kind.PULL: (1, 2, 0)}.get(kind, ())
     head = Head(kind, 1, 0.0, numbers, "", fields)
     with pytest.raises(LinkError, match=r"expected none|does not come from a client"):
         receive([head_bytes(head) + bytes(head.payload)])
@@ -235,7 +235,7 @@ def agreed(fields: tuple[Field, ...]) -> bool:
 
 @given(st.lists(FIELDS | st.just(HIDDEN), max_size=4).map(tuple))
 def test_shapes_and_types_that_were_not_agreed_are_refused_before_memory_is_taken(fields: tuple[Field, ...]) -> None:
-    head = Head(Kind.FORWARD, 1, 0.0, (1, 1), "", fields)
+    head = Head(Kind.FORWARD, 1, 0.0, (1, 1, 0), "", fields)
     if agreed(fields):
         check_request(head, AGREED, "a")
         return
@@ -245,7 +245,7 @@ def test_shapes_and_types_that_were_not_agreed_are_refused_before_memory_is_take
 
 def test_a_huge_shape_takes_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(frames.torch, "empty", lambda *_, **__: pytest.fail("memory was taken"))
-    head = Head(Kind.FORWARD, 1, 0.0, (1, 1), "", (Field("hidden_BTH", torch.float32, (2**31, 2**31, H)),))
+    head = Head(Kind.FORWARD, 1, 0.0, (1, 1, 0), "", (Field("hidden_BTH", torch.float32, (2**31, 2**31, H)),))
     with pytest.raises(LinkError, match="tokens, the server takes at most 64"):
         receive([(head_bytes(head) + bytes(CHUNK))[:CHUNK]])
 

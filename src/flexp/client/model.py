@@ -57,6 +57,7 @@ class SplitModel(PersonalModel):
         accumulation: exchanges that make up one step, for loops that know nothing of FlexP (a Trainer with gradient
             accumulation, whose epochs must be a multiple of it); others say it with :meth:`part_of_step`.
         expose_embeddings: whether bare embeddings may go up, from which the server can read every token.
+        numbering: of an earlier life of this client, whose steps it goes on with; ``None``: it begins anew.
 
     Raises:
         ConfigError: bare embeddings would go up.
@@ -76,6 +77,7 @@ class SplitModel(PersonalModel):
         lora: LoraConfig | None = None,
         accumulation: int = 1,
         expose_embeddings: bool = False,
+        numbering: int | None = None,
     ) -> None:
         super().__init__(stage)
         self.link = link
@@ -84,7 +86,8 @@ class SplitModel(PersonalModel):
         self.lora = lora
         self.last_align: float | None = None
         self.steps = Steps(accumulation)
-        self._exchange = 0
+        if numbering is not None:
+            self.steps.numbering = numbering
         self._join(cut, expose_embeddings)
 
     @classmethod
@@ -185,17 +188,18 @@ class SplitModel(PersonalModel):
                 inner_BTH.append(z_BTH)
         if train and not z_BTH.requires_grad:
             z_BTH = z_BTH.detach().requires_grad_()  # the server's blocks need a backward even if nothing here does
-        self._exchange += 1
+        place = self.steps.place(items_of(inputs)) if train else None
         request = ForwardRequest(
-            exchange=self._exchange,
+            exchange=0 if place is None else place.exchange,
             hidden_BTH=z_BTH.detach(),
             mask_BT=inputs.get("attention_mask"),
             positions_BT=inputs.get("position_ids"),
             base_BTH=base_BTH.detach() if align_now else None,
             inner_BTH=tuple(value.detach() for value in inner_BTH),
             train=train,
+            step=0 if place is None else place.step,
         )
-        call = RemoteCall(self.link, request, self.steps.place(items_of(inputs)) if train else None)
+        call = RemoteCall(self.link, request, place)
         if train:
             self.steps.remember(call)
         return Sent(call, z_BTH, tuple(inner_BTH), inputs, plan)
@@ -237,16 +241,21 @@ class SplitModel(PersonalModel):
         if self.align.kind != "weights" or self.steps.done % self.align.every or self.cut[0] <= self.base_depth:
             return
         with waiting(self.link, current_turn()):
-            shared = self.link.pull(PullRequest(self.base_depth, self.cut[0])).result().weights
+            shared = self.link.pull(PullRequest(self.base_depth, self.cut[0], self.steps.done)).result().weights
         personal = self.stage.trainable()
         with torch.no_grad():
             for name, value in shared.items():
                 if name in personal:
                     personal[name].lerp_(value.to(personal[name]), self.align.pull)
 
+    def rejoin(self) -> None:
+        """Join again, after the server came back; the steps go on."""
+        self.steps.abandon()
+        self._join(self.cut, self._expose_embeddings)
+
     def _join(self, cut: tuple[int, int], expose_embeddings: bool) -> None:
         check_cut(cut, self.stage.anatomy.blocks)
-        self.cut = cut
+        self.cut, self._expose_embeddings = cut, expose_embeddings
         welcome = self.link.join(
             Join(
                 client=self.link.client,
@@ -258,6 +267,7 @@ class SplitModel(PersonalModel):
                 align=self.align,
                 lora=self.lora,
                 weights=self.stage.weights,
+                numbering=self.steps.numbering,
             )
         )
         self.base_depth = welcome.base_depth

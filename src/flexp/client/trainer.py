@@ -93,7 +93,7 @@ class Trainer:
         self.model.train(True)
         self.updater.forget()  # what a failed step may have left
 
-        with self._random.active():
+        with self._random.undone_on_failure(), self._random.active():
             pieces = self._pieces()
             for piece, batch in pieces:
                 with self.model.part_of_step(piece):
@@ -103,9 +103,9 @@ class Trainer:
                 loss += output.loss.item() * piece.share
                 align += (self.model.last_align or 0.0) * piece.tokens
             norm = self.updater.step()  # the personal parameters
+            self.steps += 1
             self.model.after_step()  # alignment in weight space, if asked for
 
-        self.steps += 1
         items = int(sum(piece.weight for piece, _ in pieces))
         seconds = time.perf_counter() - began
         self.seconds += seconds

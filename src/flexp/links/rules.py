@@ -11,7 +11,7 @@ import torch
 from flexp.errors import LinkError
 from flexp.links.wire import Field, Head, Kind
 
-REQUESTS = {Kind.JOIN, Kind.FORWARD, Kind.BACKWARD, Kind.PULL, Kind.ABORT, Kind.LEAVE}
+REQUESTS = {Kind.JOIN, Kind.FORWARD, Kind.BACKWARD, Kind.PULL, Kind.ABORT, Kind.LEAVE, Kind.READY}
 ANSWERS = {
     Kind.JOIN: Kind.WELCOME,
     Kind.FORWARD: Kind.FORWARD_REPLY,
@@ -19,8 +19,9 @@ ANSWERS = {
     Kind.PULL: Kind.PULL_REPLY,
     Kind.ABORT: Kind.DONE,
     Kind.LEAVE: Kind.DONE,
+    Kind.READY: Kind.ORDER,
 }
-_TEXTS = {Kind.JOIN, Kind.WELCOME, Kind.ERROR}
+_TEXTS = {Kind.JOIN, Kind.WELCOME, Kind.ERROR, Kind.READY, Kind.ORDER}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import from_json, to_json
 from torch import Tensor
 
-from flexp.errors import LinkError
+from flexp.errors import LinkError, LinkLostError
 from flexp.links.frames import Frame, describe
 from flexp.links.messages import (
     Abort,
@@ -47,12 +47,12 @@ def to_frame(message: Any, call: int, seconds: float = 0.0) -> Frame:
                 ("base_BTH", message.base_BTH),
                 *(("inner_BTH", value) for value in message.inner_BTH),
             ]
-            return _frame(Kind.FORWARD, call, seconds, (message.exchange, int(message.train)), named)
+            return _frame(Kind.FORWARD, call, seconds, (message.exchange, int(message.train), message.step), named)
         case BackwardRequest():
             place = (message.exchange, message.step, message.exchanges, message.tokens, message.weight)
             return _frame(Kind.BACKWARD, call, seconds, place, [("grad_BTH", message.grad_BTH)])
         case PullRequest():
-            return _frame(Kind.PULL, call, seconds, (message.start, message.stop))
+            return _frame(Kind.PULL, call, seconds, (message.start, message.stop, message.step))
         case ForwardReply():
             numbers = (int(message.align is not None), message.align or 0.0)
             return _frame(Kind.FORWARD_REPLY, call, seconds, numbers, [("hidden_BTH", message.hidden_BTH)])
@@ -79,10 +79,10 @@ def to_message(frame: Frame, device: torch.device) -> Any:
     inner = tuple(value for name, value in tensors if name == "inner_BTH")
     match head.kind:
         case Kind.FORWARD:
-            exchange, train = head.numbers
+            exchange, train, step = head.numbers
             return ForwardRequest(
                 exchange, one["hidden_BTH"], one.get("mask_BT"), one.get("positions_BT"), one.get("base_BTH"),
-                inner, bool(train),
+                inner, bool(train), step,
             )  # fmt: skip
         case Kind.BACKWARD:
             exchange, step, exchanges, tokens, weight = head.numbers
@@ -134,18 +134,19 @@ def agree(join: Join, welcome: Welcome, limits: Limits) -> Agreement:
     return Agreement(_DTYPES[join.dtype], welcome.hidden, welcome.blocks, limits.max_tokens, limits.frame_bytes)
 
 
-def error_frame(text: str, call: int = 0) -> Frame:
-    """A refusal of one request, or (``call`` = 0) of the whole stream."""
-    return Frame(Head(Kind.ERROR, call, text=to_json({"error": text[:4000]}).decode()))
+def error_frame(error: Exception | str, call: int = 0) -> Frame:
+    """A refusal of one request, or (``call`` = 0) of the whole stream; it says if trying again may help."""
+    said = {"error": str(error)[:4000]} | ({"again": True} if isinstance(error, LinkLostError) else {})
+    return Frame(Head(Kind.ERROR, call, text=to_json(said).decode()))
 
 
 def read_error(text: str) -> LinkError:
     """The refusal that :func:`error_frame` carries, with the words of the other side."""
     try:
-        said = from_json(text)["error"]
-    except (ValueError, TypeError, KeyError):
-        said = "the other side refused, and gives no readable reason"
-    return LinkError(str(said))
+        said = from_json(text)
+        return (LinkLostError if said.get("again") is True else LinkError)(str(said["error"]))
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return LinkError("the other side refused, and gives no readable reason")
 
 
 def _frame(kind: Kind, call: int, seconds: float, numbers: tuple[Any, ...], named: Named = ()) -> Frame:

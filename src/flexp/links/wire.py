@@ -40,6 +40,8 @@ class Kind(IntEnum):
     LEAVE = 10
     DONE = 11
     ERROR = 12
+    READY = 13
+    ORDER = 14
 
 
 DTYPES: dict[int, torch.dtype] = {
@@ -59,10 +61,10 @@ _PACKED = 0x80  # set in a type's code: entries are 0 or 1 and cross as one byte
 _HEAD = struct.Struct("<4sBBHQdI")
 # The numbers of each kind: see translate.py.
 _NUMBERS = {
-    Kind.FORWARD: struct.Struct("<qB"),
+    Kind.FORWARD: struct.Struct("<qBq"),
     Kind.FORWARD_REPLY: struct.Struct("<Bd"),
     Kind.BACKWARD: struct.Struct("<qqqdd"),
-    Kind.PULL: struct.Struct("<qq"),
+    Kind.PULL: struct.Struct("<qqq"),
 }
 _NONE = struct.Struct("<")
 
@@ -90,7 +92,7 @@ class Head:
         call: numbers a client's requests; an answer repeats its request's. 0: about the stream as a whole.
         seconds: that the server computed, in its answers.
         numbers: the message's scalars, in the order that the kind prescribes.
-        text: JSON, for joining and errors.
+        text: JSON, for joining, orders and errors.
         size: bytes of the head itself.
     """
 

@@ -14,7 +14,7 @@ from typing import Any
 import grpc
 import torch
 
-from flexp.errors import ConfigError, LinkError
+from flexp.errors import ConfigError, LinkError, LinkLostError
 from flexp.links.base import Meter, Traffic
 from flexp.links.frames import Frame, encode
 from flexp.links.grpc.loop import METHOD, OPTIONS, SERVICE, background, read_frame, wait_for, within
@@ -38,6 +38,7 @@ from flexp.links.messages import (
     PullRequest,
     Welcome,
 )
+from flexp.links.orders import Order, Ready, read_order, to_text
 from flexp.links.rules import Agreement, check_reply, check_request
 from flexp.links.translate import read_error, read_welcome, to_frame, to_message
 from flexp.links.wire import Head, Kind
@@ -95,6 +96,10 @@ class GrpcLink:
     def pull(self, request: PullRequest) -> Future[PullReply]:
         return self._call(request, self.meter.training)
 
+    def ready(self, ready: Ready) -> Future[Order]:
+        """Ask a server that conducts a run what to do next; the answer takes as long as others take."""
+        return self._send(Frame(Head(Kind.READY, next(self._numbers), text=to_text(ready))), None)
+
     def abort(self, request: Abort) -> None:
         self._wait(self._call(request, None))
 
@@ -137,7 +142,8 @@ class GrpcLink:
             call.future.set_exception(self._broken)
             return
         self._calls[call.head.call] = call
-        call.timer = background().call_later(self._timeout, self._late, call.head)
+        if call.head.kind != Kind.READY:
+            call.timer = background().call_later(self._timeout, self._late, call.head)
         self._outgoing.put_nowait(messages)
 
     def _late(self, head: Head) -> None:
@@ -193,11 +199,14 @@ class GrpcLink:
             call.traffic.bytes_down += head.payload
             call.traffic.exchanges += 1
             call.traffic.server_seconds += head.seconds
-        call.future.set_result(to_message(frame, call.device) if call.traffic is not None else head)
+        if head.kind == Kind.ORDER:
+            call.future.set_result(read_order(head.text))
+        else:
+            call.future.set_result(to_message(frame, call.device) if call.traffic is not None else head)
 
     def _fail(self, text: str) -> None:
         if self._broken is None:
-            self._broken = LinkError(text)
+            self._broken = LinkLostError(text)
         calls, self._calls = list(self._calls.values()), {}
         for call in calls:
             if call.timer is not None:
@@ -269,7 +278,8 @@ def connect(
         except BaseException as error:
             await channel.close()
             if isinstance(error, grpc.aio.AioRpcError):
-                raise LinkError(_reason(error, address)) from error
+                lost = error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.ALREADY_EXISTS)
+                raise (LinkLostError if lost else LinkError)(_reason(error, address)) from error
             raise
         return GrpcLink(channel, stream, address, name, timeout)
 
