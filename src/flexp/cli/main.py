@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from flexp import __version__
-from flexp.cli import assets, bench, client, compare, fleet, run, server, use, verify
+from flexp.cli import assets, bench, client, compare, fleet, run, server, status, use, verify
 from flexp.errors import USER_ERROR, FlexpError
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ app.command("verify")(verify.verify)
 app.command("server")(server.server)
 app.command("client")(client.client)
 app.command("fleet")(fleet.fleet)
+app.command("status")(status.status)
 app.add_typer(assets.app, name="assets")
 app.add_typer(bench.app, name="bench")
 

@@ -54,6 +54,9 @@ def server(
     max_tokens: Annotated[int, typer.Option(min=1, help="Batch × length of an exchange, at most.")] = 32_768,
     seed: Annotated[int, typer.Option(help="Of the clients' dropout on this side.")] = 0,
     threads: Annotated[int | None, typer.Option(min=1, max=1024, help="Torch's threads.", show_default=False)] = None,
+    metrics: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Where to answer /metrics, /healthz and /readyz over HTTP.")
+    ] = None,
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between two lines of progress.")] = 30.0,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="With --config: override a key.")
@@ -78,6 +81,7 @@ def server(
     options: dict[str, Any] = {
         "say": say,
         "every": every,
+        "metrics": metrics,
         "limits": Limits(max_tokens=max_tokens),
         "tls": None if cert is None or key is None else ServerTls(cert, key, client_ca),
         "tokens": None if tokens is None else Tokens.read(tokens),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -153,8 +154,7 @@ def run_client(
     facts = _known(snapshots, place, state)
     total = config.train.rounds * config.train.steps_per_round
     with Progress(total, place.data.name, metric=place.federation.task.metric, console=console) as diary:
-        link = _first(reach, deployment.patience, diary.note)
-        trainer, model = make_client(config, place, link, facts.get("numbering"))
+        trainer, model = _joined(config, place, reach, facts.get("numbering"), deployment.patience, diary.note)
         log = MetricsLog(state / "metrics.jsonl")
         worker = Worker(
             config,
@@ -197,14 +197,19 @@ def _known(snapshots: Snapshots, place: Place, state: Path) -> dict[str, Any]:
     return facts
 
 
-def _first(reach: Callable[[], Link], patience: float, note: Callable[[str], None]) -> Link:
-    """The first link; the server may be started after its clients."""
-    import time
-
+def _joined(
+    config: RunConfig,
+    place: Place,
+    reach: Callable[[], Link],
+    numbering: int | None,
+    patience: float,
+    note: Callable[[str], None],
+) -> tuple[Trainer, SplitModel]:
+    """The client, joined; the server may be started after its clients."""
     end, told = time.monotonic() + patience, False
     while True:
         try:
-            return reach()
+            return make_client(config, place, reach(), numbering)
         except LinkLostError as error:
             if time.monotonic() > end:
                 raise LinkError(f"{error}; gave up after {patience:g} s") from error

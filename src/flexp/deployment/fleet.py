@@ -92,7 +92,7 @@ class Fleet:
         start = min(cut[0] for cut in self.cuts.values()) if depth is None else depth
         end = max(cut[1] for cut in self.cuts.values())
         self.server.arguments = [
-            "server", "--config", str(self._file), "--state", str(self.out / "server" / "snapshots"),
+            "server", "--config", str(self._file), "--state", str(self.out / "server"),
             "--base-depth", str(start), "--end", str(end), "--listen", self.address or listen, "--every", "5",
         ]  # fmt: skip
         before = self.server.log.stat().st_size if self.server.log.exists() else 0

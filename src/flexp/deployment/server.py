@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from flexp.deployment import config as deployment_config
 from flexp.deployment.conductors import Desk, run_name
 from flexp.deployment.config import DeploymentConfig
 from flexp.deployment.deterministic import Deterministic
+from flexp.deployment.facts import Observed, Teller
 from flexp.deployment.free import Free
 from flexp.deployment.schedule import schedule
 from flexp.deployment.snapshots import Snapshots
@@ -100,6 +101,7 @@ def run_server(
     grace: float = 10.0,
     stop: threading.Event | None = None,
     conductor: Free | Deterministic | None = None,
+    metrics: str | None = None,
     **options: Any,
 ) -> None:
     """Serve until SIGINT or SIGTERM, or until a conducted run is over; then let steps end, save, and leave.
@@ -111,6 +113,7 @@ def run_server(
         grace: seconds that unfinished steps get; what is unfinished then is dropped, without effect on the weights.
         stop: stops the server as a signal does; with it, signals are left alone.
         conductor: conducts a run, and keeps snapshots of its own.
+        metrics: HOST:PORT for /metrics, /healthz and /readyz.
         options: of :class:`flexp.links.grpc.Serving`.
 
     Raises:
@@ -120,7 +123,13 @@ def run_server(
     if state is not None and state.exists():
         load(server, state)
         say(f"going on from {state}: {server.shared.version} updates of the shared blocks so far")
-    with _signals(stop) as stopped, serve(server, listen, say=say, conductor=conductor, **options) as serving:
+    teller = Teller(server, None if conductor is None else conductor.desk)
+    options |= {"say": say, "conductor": conductor, "facts": teller.facts}
+    with _signals(stop) as stopped, serve(server, listen, **options) as serving, ExitStack() as stack:
+        if metrics is not None:
+            observed = Observed(metrics, lambda: teller.facts(serving), lambda: not stopped.is_set())
+            stack.callback(observed.close)
+            say(f"metrics at http://{observed.address}/metrics")
         say(f"serving blocks [{server.blocks[0]}, {server.blocks[1]}) at {serving.address}")
         _wait(server, serving, conductor, stopped, say, every)
         over = conductor is not None and conductor.finished

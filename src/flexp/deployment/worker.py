@@ -22,6 +22,7 @@ from flexp.evaluation.scores import evaluate
 from flexp.links.base import Link
 from flexp.links.orders import Order, Ready
 from flexp.report.metrics import MetricsLog
+from flexp.rng import RandomStream
 
 Say = Callable[[str], None]
 
@@ -168,7 +169,8 @@ class Worker:
                 return model(**batch)
 
         size = self.config.evaluation.batch_size
-        self.scores = evaluate(forward, self.task, self.data.test, size, extras=extras)
+        with RandomStream(0, model.device).active():  # a model's forward moves the generator, which others draw from
+            self.scores = evaluate(forward, self.task, self.data.test, size, extras=extras)
         self.log.write({"kind": "eval", "round": number, "client": self.data.name, "personal": self.scores})
         value = self.scores[self.task.metric]
         self.diary.note(f"{self.data.name}: round {number}, {self.task.metric} {value:.4g} on its own test data")

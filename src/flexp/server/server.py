@@ -220,6 +220,24 @@ class Server:
             if session is not None:
                 session.drop()
 
+    def counts(self) -> dict[str, float]:
+        """``updates``, ``compute_seconds``, forwards ``in_flight`` and ``versions`` of the weights that are held."""
+        with self._lock:
+            in_flight = sum(len(session.pending) for session in self._sessions.values())
+            held = 1 + len(self.shared.stashed)
+            return {
+                "updates": self.shared.version,
+                "compute_seconds": self.compute_seconds,
+                "in_flight": in_flight,
+                "versions": held,
+            }
+
+    def cut_of(self, client: str) -> tuple[int, int] | None:
+        """The cut of a client that has joined and not left."""
+        with self._lock:
+            session = self._sessions.get(client)
+            return None if session is None else session.join.cut
+
     def keep_answers_after(self, client: str, step: int) -> None:
         """A client has saved its state after ``step``: keep the answers of its later steps, and drop the others."""
         with self._lock:

@@ -27,6 +27,7 @@ from flexp.links.grpc.security import (
     check_listening,
     check_name,
 )
+from flexp.links.grpc.status import STATUS, status_handler
 from flexp.links.grpc.stream import Answer, Stream
 from flexp.links.inprocess import Service
 from flexp.links.messages import Join
@@ -73,13 +74,14 @@ class Serving:
         device: torch.device = CPU,
         say: Callable[[str], None] = _quiet,
         conductor: Conductor | None = None,
+        facts: Callable[[Serving], dict[str, Any]] | None = None,
     ) -> None:
         asked = Address.of_text(listen)
         check_listening(asked, tls, tokens, insecure=insecure)
         self.limits = limits or Limits()
         self.say = say
         self._service, self._device, self._tokens = service, device, tokens
-        self._conductor = conductor
+        self._conductor, self._facts = conductor, facts
         self._clients: set[str] = set()
         self._stopping = False
         threads = torch.get_num_threads()
@@ -114,7 +116,11 @@ class Serving:
     async def _start(self, asked: Address, credentials: grpc.ServerCredentials | None) -> Address:
         self._server = grpc.aio.server(options=OPTIONS)
         method = grpc.stream_stream_rpc_method_handler(self._stream)
-        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {METHOD: method}),))
+        methods = {METHOD: method}
+        facts = self._facts
+        if facts is not None:
+            methods[STATUS] = status_handler(lambda: facts(self), self._tokens)
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
         try:
             if credentials is None:
                 port = self._server.add_insecure_port(str(asked))
@@ -230,7 +236,8 @@ def serve(service: Service, listen: str = "127.0.0.1:0", **options: Any) -> Iter
     Args:
         listen: HOST:PORT. Beyond this machine it needs ``tls`` and ``tokens``; port 0 is any that is free.
         options: of :class:`Serving`: ``limits``, ``tls``, ``tokens``, ``insecure``, ``device`` (where the service
-            computes), ``say`` (told who comes and goes) and ``conductor``.
+            computes), ``say`` (told who comes and goes), ``conductor`` and ``facts`` (what it says of itself when
+            asked)
 
     Raises:
         ConfigError: it may not, or cannot, listen there.
