@@ -15,7 +15,7 @@ from flexp.assets import resolve
 from flexp.client.personal import PersonalModel
 from flexp.client.remote import RemoteCall, RemoteMiddle, waiting
 from flexp.client.steps import Piece, Steps, items_of
-from flexp.config import AlignConfig, LoraConfig
+from flexp.config import AlignConfig, CodecConfig, LoraConfig
 from flexp.errors import ConfigError, LinkError
 from flexp.links.base import Link, as_link
 from flexp.links.messages import Abort, ForwardRequest, Join, PullRequest
@@ -57,6 +57,8 @@ class SplitModel(PersonalModel):
         accumulation: exchanges that make up one step, for loops that know nothing of FlexP (a Trainer with gradient
             accumulation, whose epochs must be a multiple of it); others say it with :meth:`part_of_step`.
         expose_embeddings: whether bare embeddings may go up, from which the server can read every token.
+        codec: in what form tensors cross; ``None``: as they are inside one process, bfloat16 over a network, or what
+            :func:`flexp.connect` was told.
 
     Raises:
         ConfigError: bare embeddings would go up.
@@ -76,6 +78,7 @@ class SplitModel(PersonalModel):
         lora: LoraConfig | None = None,
         accumulation: int = 1,
         expose_embeddings: bool = False,
+        codec: CodecConfig | None = None,
     ) -> None:
         super().__init__(stage)
         self.link = link
@@ -84,6 +87,7 @@ class SplitModel(PersonalModel):
         self.lora = lora
         self.last_align: float | None = None
         self.steps = Steps(accumulation)
+        self.codec = codec
         self._exchange = 0
         self._join(cut, expose_embeddings)
 
@@ -105,6 +109,7 @@ class SplitModel(PersonalModel):
         attention: str = "sdpa",
         accumulation: int = 1,
         expose_embeddings: bool = False,
+        codec: CodecConfig | None = None,
         seed: int = 0,
     ) -> Self:
         """Load only this client's part of a pretrained model and join the server, whose ``autocast`` is the same.
@@ -144,6 +149,7 @@ class SplitModel(PersonalModel):
             lora=lora or LoraConfig(),
             accumulation=accumulation,
             expose_embeddings=expose_embeddings,
+            codec=codec,
         )
 
     def forward(
@@ -258,6 +264,7 @@ class SplitModel(PersonalModel):
                 align=self.align,
                 lora=self.lora,
                 weights=self.stage.weights,
+                codec=self.codec,
             )
         )
         self.base_depth = welcome.base_depth

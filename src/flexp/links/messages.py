@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from flexp.config import AlignConfig, LoraConfig
+from flexp.config import AlignConfig, CodecConfig, LoraConfig
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Join:
         lora: with what adapters, if it says so; they must be the server's if that has any.
         autocast: what it computes matrix products in, if not in ``dtype``; the server does the same.
         weights: which pretrained weights it has (:func:`flexp.models.fingerprint.weights_fingerprint`), if it knows.
+        codec: in what form tensors are to cross, both ways; ``None``: as the link does by itself.
     """
 
     client: str
@@ -37,15 +38,17 @@ class Join:
     lora: LoraConfig | None = None
     weights: str | None = None
     autocast: str = "off"
+    codec: CodecConfig | None = None
 
 
 @dataclass(frozen=True)
 class Welcome:
-    """The server's answer: the base depth s_min that its shared blocks start at."""
+    """The server's answer: the base depth s_min that its shared blocks start at, and what it lets be in flight."""
 
     base_depth: int
     blocks: int
     hidden: int
+    max_in_flight: int = 1
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,7 @@ def tensors(message: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def size(message: Any) -> int:
-    """The bytes of a message's tensors, as they cross."""
+    """The bytes of a message's tensors, as they cross without a codec (:meth:`flexp.links.coding.Coding.size`)."""
     total = 0
     for name, value in tensors(message):
         # A mask of zeros and ones crosses as one byte an entry, whatever type the model wants it in.

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from flexp.client.model import SPLIT_MODELS, SplitModel
 from flexp.client.trainer import Trainer
+from flexp.links.coding import load_residuals, save_residuals
+from flexp.links.inprocess import InProcessLink
 from flexp.methods.base import Account, Forward, OnStep, State, World
 from flexp.methods.parties import make_trainer, own_stage
 from flexp.methods.turns import turns
@@ -88,7 +90,8 @@ class FlexpSfl:
             meter = self._model(name).link.meter.state()
             flat = {f"meter/{kind}/{key}": value for kind, part in meter.items() for key, value in part.items()}
             counts = {key: torch.tensor(value, dtype=torch.float64) for key, value in flat.items()}
-            state[f"client-{name}"] = trainer.state() | counts
+            owed = save_residuals(self._link(name).residuals, "residuals/")
+            state[f"client-{name}"] = trainer.state() | counts | owed
         return state
 
     def load(self, state: State) -> None:
@@ -103,6 +106,9 @@ class FlexpSfl:
                 for key, zero in part.items():
                     part[key] = type(zero)(own[f"meter/{kind}/{key}"])
             model.link.meter.load(meter)
+            prefix = "residuals/"
+            owed = {key.removeprefix(prefix): value for key, value in own.items() if key.startswith(prefix)}
+            load_residuals(self._link(name).residuals, owed)
 
     def close(self) -> None:
         for name in self.clients:
@@ -112,6 +118,11 @@ class FlexpSfl:
         model = self.clients[client].model
         assert isinstance(model, SplitModel)
         return model
+
+    def _link(self, client: str) -> InProcessLink:
+        link = self._model(client).link
+        assert isinstance(link, InProcessLink)
+        return link
 
     def _make_server(self) -> Server:
         world, config = self.world, self.world.config
@@ -147,5 +158,6 @@ class FlexpSfl:
             tuning=config.model.tuning,
             lora=config.model.lora,
             expose_embeddings=config.model.expose_embeddings,
+            codec=config.link.codec,
         )
         return make_trainer(world, name, model, stage)

@@ -15,6 +15,7 @@ from torch import Tensor
 from flexp.assets import resolve
 from flexp.config import LoraConfig, OptimizerConfig, ServerConfig
 from flexp.errors import LinkError
+from flexp.links.coding import load_residuals, save_residuals
 from flexp.links.inprocess import InProcessLink
 from flexp.links.messages import (
     Abort,
@@ -66,6 +67,7 @@ class Server:
         self._seed = seed
         self._sessions: dict[str, Session] = {}
         self._random: dict[str, RandomStream] = {}  # outlives sessions: who comes back goes on
+        self._residuals: dict[str, dict[str, Tensor]] = {}  # of error feedback; the same
         self._lock = threading.RLock()
 
     @classmethod
@@ -129,7 +131,7 @@ class Server:
             LinkError: the client's model or cut does not go with this server.
         """
         with self._lock:
-            check_join(client, request, self.shared.stage, self.tuning, self.lora)
+            check_join(client, request, self.shared.stage, self.tuning, self.lora, self.config.codecs)
             earlier = self._sessions.pop(client, None)
             if earlier is not None:
                 earlier.drop()
@@ -139,7 +141,7 @@ class Server:
             steps = earlier.steps if earlier else 0
             self._sessions[client] = Session(request, self.shared, self.config, random, steps=steps)
             anatomy = self.shared.stage.anatomy
-            return Welcome(self.blocks[0], anatomy.blocks, anatomy.hidden)
+            return Welcome(self.blocks[0], anatomy.blocks, anatomy.hidden, self.config.max_in_flight)
 
     def forward(self, client: str, request: ForwardRequest) -> ForwardReply:
         """Blocks [s, e) forward for one client.
@@ -200,6 +202,10 @@ class Server:
             if session is not None:
                 session.drop()
 
+    def residuals(self, client: str) -> dict[str, Tensor]:
+        """Of error feedback in what a client is sent: see :class:`flexp.links.coding.Coding`, which writes in it."""
+        return self._residuals.setdefault(client, {})
+
     def state(self) -> dict[str, Tensor]:
         """Everything that :meth:`load` needs to go on bit for bit.
 
@@ -212,6 +218,8 @@ class Server:
             self._refuse_busy("saved")
             flat = {f"shared/{name}": value for name, value in self.shared.state().items()}
             flat |= {f"random/{name}": random.state for name, random in self._random.items()}
+            for name, residuals in self._residuals.items():
+                flat |= save_residuals(residuals, f"residuals/{name}/")
             return flat | {"compute_seconds": torch.tensor(self.compute_seconds, dtype=torch.float64)}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
@@ -223,7 +231,7 @@ class Server:
         """
         with self._lock:
             self._refuse_busy("restored")
-            parts: dict[str, dict[str, Tensor]] = {"shared": {}, "random": {}}
+            parts: dict[str, dict[str, Tensor]] = {"shared": {}, "random": {}, "residuals": {}}
             for key, value in state.items():
                 kind, _, name = key.partition("/")
                 parts.setdefault(kind, {})[name] = value
@@ -231,6 +239,12 @@ class Server:
             self.compute_seconds = float(state["compute_seconds"])
             for name, value in parts["random"].items():
                 self._random.setdefault(name, RandomStream(0, self._device)).state = value
+            owed: dict[str, dict[str, Tensor]] = {name: {} for name in self._residuals}
+            for entry, value in parts["residuals"].items():
+                name, _, key = entry.rpartition("/")
+                owed.setdefault(name, {})[key] = value
+            for name, residuals in owed.items():
+                load_residuals(self.residuals(name), residuals)
 
     def _refuse_busy(self, what: str) -> None:
         busy = [name for name, session in self._sessions.items() if session.pending or session.gathered]
