@@ -206,9 +206,15 @@ class SplitModel(PersonalModel):
             self.steps.remember(call)
         return Sent(call, z_BTH, tuple(inner_BTH), inputs, plan)
 
-    def tail(self, sent: Sent) -> Any:
-        """Wait for h, run blocks [e, L), final norm, head and loss."""
-        h_BTH = RemoteMiddle.apply(sent.call, sent.z_BTH, *sent.inner_BTH)  # type: ignore[no-untyped-call]
+    def tail(self, sent: Sent, *, apart: bool = False) -> Any:
+        """Wait for h, run blocks [e, L), final norm, head and loss.
+
+        ``apart``: the loss's backward then ends with sending ∂task/∂h, and the head has one of its own
+        (:mod:`flexp.client.overlap`).
+        """
+        sent.call.apart = apart
+        ends = (sent.z_BTH.detach().requires_grad_(),) if apart else (sent.z_BTH, *sent.inner_BTH)
+        h_BTH = RemoteMiddle.apply(sent.call, *ends)  # type: ignore[no-untyped-call]
         self.last_align = sent.call.align
         hidden_BTH = self.stage.run(h_BTH, sent.plan, self.cut[1], self.stage.anatomy.blocks)
         return self.stage.finish(hidden_BTH, sent.inputs, sent.plan)
@@ -216,16 +222,14 @@ class SplitModel(PersonalModel):
     @contextmanager
     def part_of_step(self, piece: Piece) -> Iterator[None]:
         """Say which piece of a step the exchange inside the ``with`` block is; if it fails, the step is given up."""
-        self.steps.piece = piece
         try:
-            yield
+            with self.steps.during(piece):
+                yield
             self.steps.done += int(piece.last)
         except BaseException:
             with suppress(LinkError):  # the first failure is the one to tell
                 self.abort()
             raise
-        finally:
-            self.steps.piece = None
 
     def abort(self) -> None:
         """Give up the forwards that wait for a backward and the step that is not complete, on the server as well.
@@ -268,6 +272,7 @@ class SplitModel(PersonalModel):
             )
         )
         self.base_depth = welcome.base_depth
+        self.max_in_flight = welcome.max_in_flight
         if cut[0] < self.base_depth:
             raise ConfigError(f"cut = {cut} starts below the server's base depth s_min = {self.base_depth}")
         what = "cut = (0, …)" if cut[0] == 0 else "alignment from a base depth of 0"
