@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
+from flexp.config_link import CodecConfig, CodecName, LinkConfig
 from flexp.config_methods import (
     TERMS,
     AlignConfig,
@@ -37,6 +38,8 @@ __all__ = [
     "ApflConfig",
     "Beta",
     "ClientsConfig",
+    "CodecConfig",
+    "CodecName",
     "Cut",
     "DataConfig",
     "DeviceClassConfig",
@@ -49,6 +52,7 @@ __all__ = [
     "FedRepConfig",
     "Fraction",
     "HetLoraConfig",
+    "LinkConfig",
     "LoraConfig",
     "MethodConfig",
     "ModelConfig",
@@ -174,7 +178,8 @@ class TrainConfig(Section):
     rounds: PositiveInt = 5
     steps_per_round: PositiveInt = 10  # optimiser steps of a client in its turn
     batch_size: PositiveInt = 8  # examples of a step
-    micro_batch: PositiveInt | None = None  # examples of one exchange; None: the whole batch
+    micro_batch: PositiveInt | None = None  # examples of one exchange; None: the batch divided by in_flight
+    in_flight: PositiveInt = 1  # exchanges of a step that are under way at once: the next one's head does not wait
     order: Literal["round-robin", "random"] = "round-robin"
     turn: Literal["round", "step"] = "step"  # clients take turns after every step, or after a whole round
     personal: OptimizerConfig = OptimizerConfig()
@@ -191,6 +196,7 @@ class ServerConfig(Section):
     max_in_flight_total: PositiveInt = 64  # the same over all clients
     tuning: Literal["full", "lora", "frozen"] | None = None  # of the shared blocks; None: as model.tuning
     keep_answers_bytes: PositiveInt = 256 << 20  # of each client's last steps, for when it goes back to a snapshot
+    codecs: list[CodecName] | None = None  # that clients may ask for; None: all
 
 
 class EvaluationConfig(Section):
@@ -246,6 +252,7 @@ class RunConfig(Section):
     train: TrainConfig = TrainConfig()
     method: MethodConfig = MethodConfig()
     server: ServerConfig = ServerConfig()
+    link: LinkConfig = LinkConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     output: OutputConfig = OutputConfig()
     devices: DevicesConfig | None = None  # None: nobody is short of memory, and no virtual clock
@@ -256,6 +263,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"train.micro_batch = {self.train.micro_batch} is larger than "
                 f"train.batch_size = {self.train.batch_size}"
+            )
+        if self.train.in_flight > self.server.max_in_flight:
+            raise ValueError(
+                f"train.in_flight = {self.train.in_flight} is more than "
+                f"server.max_in_flight = {self.server.max_in_flight}"
             )
         if self.model.tuning == "lora" and self.model.train_embeddings:
             raise ValueError(

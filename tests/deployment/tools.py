@@ -78,7 +78,14 @@ class Client:
                 place = find_place(config, name, None)
                 console = Console(quiet=True)
                 self.over = run_client(
-                    config, deployment, lambda: reach(name), place, state, console=console, stop=self.stop
+                    config,
+                    deployment,
+                    lambda: reach(name),
+                    place,
+                    state,
+                    codec=config.link.codec,
+                    console=console,
+                    stop=self.stop,
                 )
             except BaseException as error:
                 self.error = error

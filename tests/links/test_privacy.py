@@ -30,8 +30,20 @@ from tests.harness import RecordingLink, World, copied, disturb, world
 
 # The whole vocabulary of the protocol: a new field must be argued for here.
 VOCABULARY = {
-    Join: {"client", "fingerprint", "cut", "dtype", "autocast", "tuning", "align", "lora", "weights", "numbering"},
-    Welcome: {"base_depth", "blocks", "hidden"},
+    Join: {
+        "client",
+        "fingerprint",
+        "cut",
+        "dtype",
+        "autocast",
+        "tuning",
+        "align",
+        "lora",
+        "weights",
+        "numbering",
+        "codec",
+    },
+    Welcome: {"base_depth", "blocks", "hidden", "max_in_flight"},
     ForwardRequest: {"exchange", "hidden_BTH", "mask_BT", "positions_BT", "base_BTH", "inner_BTH", "train", "step"},
     ForwardReply: {"hidden_BTH", "align"},
     BackwardRequest: {"exchange", "grad_BTH", "step", "exchanges", "tokens", "weight"},

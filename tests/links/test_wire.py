@@ -103,7 +103,7 @@ def test_replies_come_out_as_they_went_in(dtype: torch.dtype) -> None:
         (PullRequest(1, 2), PullReply({"b.weight": draw(3, 4, dtype=dtype), "a.bias": draw(2), "scalar": draw(1)[0]})),
     ):
         incoming = Incoming(encode(to_frame(reply, 9, 0.25))[0])
-        check_reply(incoming.head, to_frame(request, 9).head, AGREED)
+        check_reply(incoming.head, to_frame(request, 9).head, replace(AGREED, dtype=dtype))
         incoming.allocate()
         assert incoming.done
         got = to_message(incoming.frame(), CPU)
@@ -317,7 +317,7 @@ def test_bad_frames_on_a_live_stream_leave_the_weights_alone() -> None:
     ended = []
     with serve(here.server, limits=Limits(max_tokens=64)) as serving:
         url = f"grpc://{serving.address}"
-        other = connect(url, "b")
+        other = connect(url, "b", codec="off")
         honest = here.client("b", (3, 4), link=other)
 
         @given(BAD_FRAMES)
@@ -325,7 +325,7 @@ def test_bad_frames_on_a_live_stream_leave_the_weights_alone() -> None:
         def try_one(messages: list[bytes]) -> None:
             while "a" in serving.clients:
                 pass
-            link = connect(url, "a")
+            link = connect(url, "a", codec="off")
             model = here.client("a", (2, 4), link=link)
             send_raw(link, lambda number: encode(to_frame(Abort(), number))).result(SOON)  # what is right is taken
             model(**here.batch())  # exchange 1 waits for its backward

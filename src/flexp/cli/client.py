@@ -36,7 +36,7 @@ def client(
 ) -> None:
     """Take part in the run that a server conducts, with this device's private data; go on where it was stopped."""
     from flexp.cli.verify import parse_cut
-    from flexp.experiments.settings import load
+    from flexp.experiments.settings import load, read
 
     overrides = list(settings or ())
     if data is not None:
@@ -58,5 +58,6 @@ def client(
         return connect(url, place.data.name, token=token, ca=ca, certificate=cert, key=key, insecure=insecure)
 
     folder = state or Path("clients") / place.data.name
-    if not run_client(loaded, load_deployment(config), reach, place, folder):
+    codec = loaded.link.codec if "link" in read(config) else None  # who says nothing gets the network's default
+    if not run_client(loaded, load_deployment(config), reach, place, folder, codec=codec):
         typer.echo("go on with the same command")

@@ -9,6 +9,10 @@ from torch import Tensor
 
 from flexp.client.model import SplitModel
 from flexp.client.trainer import Trainer
+from flexp.links.base import Link
+from flexp.links.coding import load_residuals, save_residuals
+
+OWED = "residuals/"
 
 
 def party_state(trainer: Trainer) -> dict[str, Tensor]:
@@ -16,7 +20,7 @@ def party_state(trainer: Trainer) -> dict[str, Tensor]:
     meter = _model(trainer).link.meter.state()
     flat = {f"meter/{kind}/{key}": value for kind, part in meter.items() for key, value in part.items()}
     counts = {key: torch.tensor(value, dtype=torch.float64) for key, value in flat.items()}
-    return trainer.state() | counts
+    return trainer.state() | counts | save_residuals(residuals_of(_model(trainer).link), OWED)
 
 
 def load_party(trainer: Trainer, state: Mapping[str, Tensor]) -> None:
@@ -33,6 +37,13 @@ def load_party(trainer: Trainer, state: Mapping[str, Tensor]) -> None:
         for key, zero in part.items():
             part[key] = type(zero)(state[f"meter/{kind}/{key}"])
     model.link.meter.load(meter)
+    owed = {key.removeprefix(OWED): value for key, value in state.items() if key.startswith(OWED)}
+    load_residuals(residuals_of(model.link), owed)
+
+
+def residuals_of(link: Link) -> dict[str, Tensor]:
+    """What error feedback still owes the server, where a link has such a thing."""
+    return getattr(link, "residuals", {})
 
 
 def _model(trainer: Trainer) -> SplitModel:

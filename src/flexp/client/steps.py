@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -79,6 +80,15 @@ class Steps:
         self._number = 0  # of the step, on the link: the same again when a step is tried again
         self._begun = 0  # exchanges of an unfinished step
         self._previous: Answerable | None = None
+
+    @contextmanager
+    def during(self, piece: Piece) -> Iterator[None]:
+        """The exchange that goes up inside the ``with`` block is that piece of a step."""
+        self.piece = piece
+        try:
+            yield
+        finally:
+            self.piece = None
 
     def place(self, weight: float) -> Place:
         """Where the exchange that goes up now belongs; ``weight`` is its loss items, if the loop does not say."""

@@ -17,7 +17,7 @@ from rich.console import Console
 from flexp.assets import resolve
 from flexp.client.model import SPLIT_MODELS, SplitModel
 from flexp.client.trainer import Trainer
-from flexp.config import RunConfig
+from flexp.config import CodecConfig, RunConfig
 from flexp.data import load_federation, pad_id
 from flexp.data.types import ClientData, Federation
 from flexp.deployment.config import DeploymentConfig
@@ -88,7 +88,9 @@ def _federation(config: RunConfig, model_id: str, processor: Any) -> tuple[Feder
     return federation, int(model_config.get_text_config().num_hidden_layers)
 
 
-def make_client(config: RunConfig, place: Place, link: Link, numbering: int | None) -> tuple[Trainer, SplitModel]:
+def make_client(
+    config: RunConfig, place: Place, link: Link, numbering: int | None = None, codec: CodecConfig | None = None
+) -> tuple[Trainer, SplitModel]:
     """The client that a simulation of ``config`` would have, loaded by itself and joined over ``link``.
 
     Raises:
@@ -124,6 +126,7 @@ def make_client(config: RunConfig, place: Place, link: Link, numbering: int | No
         lora=model.lora,
         expose_embeddings=model.expose_embeddings,
         numbering=numbering,
+        codec=codec,
     )
     total = config.train.rounds * config.train.steps_per_round
     updater = Updater(stage.trainable(), config.train.personal, total, stage.new)
@@ -137,11 +140,15 @@ def run_client(
     place: Place,
     state: Path,
     *,
+    codec: CodecConfig | None = None,
     console: Console | None = None,
     stop: threading.Event | None = None,
 ) -> bool:
     """Take part in the run that the server conducts, going on from ``state`` if there is something; gives whether the
     run is over (or else was stopped, by a signal or by ``stop``).
+
+    Args:
+        codec: in what form tensors cross; ``None``: as the link does by itself (bfloat16 over a network).
 
     Raises:
         LinkError: the server refuses, or cannot be reached.
@@ -154,7 +161,7 @@ def run_client(
     facts = _known(snapshots, place, state)
     total = config.train.rounds * config.train.steps_per_round
     with Progress(total, place.data.name, metric=place.federation.task.metric, console=console) as diary:
-        trainer, model = _joined(config, place, reach, facts.get("numbering"), deployment.patience, diary.note)
+        trainer, model = _joined(config, place, reach, facts.get("numbering"), codec, deployment.patience, diary.note)
         log = MetricsLog(state / "metrics.jsonl")
         worker = Worker(
             config,
@@ -202,6 +209,7 @@ def _joined(
     place: Place,
     reach: Callable[[], Link],
     numbering: int | None,
+    codec: CodecConfig | None,
     patience: float,
     note: Callable[[str], None],
 ) -> tuple[Trainer, SplitModel]:
@@ -209,7 +217,7 @@ def _joined(
     end, told = time.monotonic() + patience, False
     while True:
         try:
-            return make_client(config, place, reach(), numbering)
+            return make_client(config, place, reach(), numbering, codec)
         except LinkLostError as error:
             if time.monotonic() > end:
                 raise LinkError(f"{error}; gave up after {patience:g} s") from error

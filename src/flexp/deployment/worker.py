@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from flexp.client.model import SplitModel
-from flexp.client.state import load_party, party_state
+from flexp.client.state import load_party, party_state, residuals_of
 from flexp.client.trainer import Trainer
 from flexp.config import RunConfig
 from flexp.data.types import ClientData, Task
@@ -20,6 +20,7 @@ from flexp.deployment.snapshots import Snapshots
 from flexp.errors import LinkError, LinkLostError, StorageError
 from flexp.evaluation.scores import evaluate
 from flexp.links.base import Link
+from flexp.links.coding import load_residuals
 from flexp.links.orders import Order, Ready
 from flexp.report.metrics import MetricsLog
 from flexp.rng import RandomStream
@@ -224,6 +225,7 @@ class Worker:
 
     def _keeping_the_meter(self, link: Link) -> Link:
         link.meter = self.model.link.meter
+        load_residuals(residuals_of(link), residuals_of(self.model.link))
         return link
 
     def _told(self) -> dict[str, float]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from flexp.config import AlignConfig, LoraConfig
+from flexp.config import AlignConfig, CodecConfig, LoraConfig
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Join:
         weights: which pretrained weights it has (:func:`flexp.models.fingerprint.weights_fingerprint`), if it knows.
         numbering: which run of this client its step numbers belong to, 1 to 2⁶³ − 1; 0: it numbers none. Joining again
             with the same one goes on with the same steps.
+        codec: in what form tensors are to cross, both ways; ``None``: as the link does by itself.
     """
 
     client: str
@@ -40,15 +41,17 @@ class Join:
     weights: str | None = None
     autocast: str = "off"
     numbering: int = 0
+    codec: CodecConfig | None = None
 
 
 @dataclass(frozen=True)
 class Welcome:
-    """The server's answer: the base depth s_min that its shared blocks start at."""
+    """The server's answer: the base depth s_min that its shared blocks start at, and what it lets be in flight."""
 
     base_depth: int
     blocks: int
     hidden: int
+    max_in_flight: int = 1
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,7 @@ def tensors(message: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def size(message: Any) -> int:
-    """The bytes of a message's tensors, as they cross."""
+    """The bytes of a message's tensors, as they cross without a codec (:meth:`flexp.links.coding.Coding.size`)."""
     total = 0
     for name, value in tensors(message):
         # A mask of zeros and ones crosses as one byte an entry, whatever type the model wants it in.

@@ -53,6 +53,8 @@ DTYPES: dict[int, torch.dtype] = {
     6: torch.int32,
     7: torch.uint8,
     8: torch.bool,
+    9: torch.int8,
+    10: torch.float8_e4m3fn,
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 _PACKED = 0x80  # set in a type's code: entries are 0 or 1 and cross as one byte each

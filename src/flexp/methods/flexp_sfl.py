@@ -135,5 +135,6 @@ class FlexpSfl:
             tuning=config.model.tuning,
             lora=config.model.lora,
             expose_embeddings=config.model.expose_embeddings,
+            codec=config.link.codec,
         )
         return make_trainer(world, name, model, stage)

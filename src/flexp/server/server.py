@@ -15,6 +15,7 @@ from torch import Tensor
 from flexp.assets import resolve
 from flexp.config import LoraConfig, OptimizerConfig, ServerConfig
 from flexp.errors import LinkError
+from flexp.links.coding import load_residuals, save_residuals
 from flexp.links.inprocess import InProcessLink
 from flexp.links.messages import (
     Abort,
@@ -71,6 +72,7 @@ class Server:
         self._sessions: dict[str, Session] = {}
         self._random: dict[str, RandomStream] = {}  # outlives sessions: who comes back goes on
         self.progress: dict[str, Progress] = {}  # likewise
+        self._residuals: dict[str, dict[str, Tensor]] = {}  # of error feedback; the same
         self._lock = threading.RLock()
 
     @classmethod
@@ -134,7 +136,7 @@ class Server:
             LinkError: the client's model or cut does not go with this server.
         """
         with self._lock:
-            check_join(client, request, self.shared.stage, self.tuning, self.lora)
+            check_join(client, request, self.shared.stage, self.tuning, self.lora, self.config.codecs)
             earlier = self._sessions.pop(client, None)
             if earlier is not None:
                 earlier.drop()
@@ -143,7 +145,7 @@ class Server:
             progress = self._progress_of(client, request.numbering)
             self._sessions[client] = Session(request, self.shared, self.config, self._random[client], progress)
             anatomy = self.shared.stage.anatomy
-            return Welcome(self.blocks[0], anatomy.blocks, anatomy.hidden)
+            return Welcome(self.blocks[0], anatomy.blocks, anatomy.hidden, self.config.max_in_flight)
 
     def forward(self, client: str, request: ForwardRequest) -> ForwardReply:
         """Blocks [s, e) forward for one client.
@@ -246,6 +248,10 @@ class Server:
                 progress.kept_from = step
                 progress.forget(step)
 
+    def residuals(self, client: str) -> dict[str, Tensor]:
+        """Of error feedback in what a client is sent: see :class:`flexp.links.coding.Coding`, which writes in it."""
+        return self._residuals.setdefault(client, {})
+
     def state(self, *, unfinished: bool = False) -> dict[str, Tensor]:
         """Everything that :meth:`load` needs to go on bit for bit.
 
@@ -267,6 +273,8 @@ class Server:
                 flat[f"random/{name}"] = random.state if state is None else state
             if self.remembers:
                 flat |= {f"progress/{name}": value for name, value in states(self.progress).items()}
+            for name, residuals in self._residuals.items():
+                flat |= save_residuals(residuals, f"residuals/{name}/")
             return flat | {"compute_seconds": torch.tensor(self.compute_seconds, dtype=torch.float64)}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
@@ -278,7 +286,7 @@ class Server:
         """
         with self._lock:
             self._refuse_busy("restored")
-            parts: dict[str, dict[str, Tensor]] = {"shared": {}, "random": {}, "progress": {}}
+            parts: dict[str, dict[str, Tensor]] = {"shared": {}, "random": {}, "progress": {}, "residuals": {}}
             for key, value in state.items():
                 kind, _, name = key.partition("/")
                 parts.setdefault(kind, {})[name] = value
@@ -289,6 +297,12 @@ class Server:
             self.progress = {name: Progress.restored(value) for name, value in parts["progress"].items()}
             for name, session in self._sessions.items():
                 session.progress = self._progress_of(name, session.join.numbering)
+            owed: dict[str, dict[str, Tensor]] = {name: {} for name in self._residuals}
+            for entry, value in parts["residuals"].items():
+                name, _, key = entry.rpartition("/")
+                owed.setdefault(name, {})[key] = value
+            for name, residuals in owed.items():
+                load_residuals(self.residuals(name), residuals)
 
     def _progress_of(self, client: str, numbering: int) -> Progress:
         """What is known of these steps of a client; nothing, if they are another run's."""

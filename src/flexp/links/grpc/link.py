@@ -7,15 +7,18 @@ import itertools
 import os
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import grpc
 import torch
+from torch import Tensor
 
+from flexp.config import CodecConfig, CodecName
 from flexp.errors import ConfigError, LinkError, LinkLostError
 from flexp.links.base import Meter, Traffic
+from flexp.links.coding import Coding
 from flexp.links.frames import Frame, encode
 from flexp.links.grpc.loop import METHOD, OPTIONS, SERVICE, background, read_frame, wait_for, within
 from flexp.links.grpc.security import (
@@ -64,11 +67,16 @@ class GrpcLink:
 
     Attributes:
         header_bytes: what crossed besides tensors, (up, down); the meter counts tensors.
+        codec: what whoever joins without a codec gets.
+        residuals: of error feedback (:class:`flexp.links.coding.Coding`), to be saved and given back.
     """
 
     def __init__(self, channel: Any, stream: Any, address: Address, client: str, timeout: float) -> None:
         self.meter = Meter()
         self.header_bytes = [0, 0]
+        self.codec = CodecConfig.all("bf16")
+        self.residuals: dict[str, Tensor] = {}
+        self._coding: Coding | None = None
         self._channel, self._stream = channel, stream
         self._address, self._client, self._timeout = address, client, timeout
         self._agreement: Agreement | None = None
@@ -83,8 +91,10 @@ class GrpcLink:
         return self._client
 
     def join(self, request: Join) -> Welcome:
+        request = request if request.codec is not None else replace(request, codec=self.codec)
         head = self._wait(self._call(request, None))
         welcome, self._agreement = read_welcome(head.text, request)
+        self._coding = Coding(request.codec, self._agreement.dtype, welcome.hidden, self.residuals)
         return welcome
 
     def forward(self, request: ForwardRequest) -> Future[ForwardReply]:
@@ -111,7 +121,7 @@ class GrpcLink:
 
     def _call(self, message: Any, traffic: Traffic | None) -> Future[Any]:
         try:
-            frame = to_frame(message, next(self._numbers))
+            frame = to_frame(message, next(self._numbers), coding=self._coding)
             check_request(frame.head, self._agreement, self._client)
         except LinkError as error:
             return _failed(error)
@@ -202,7 +212,8 @@ class GrpcLink:
         if head.kind == Kind.ORDER:
             call.future.set_result(read_order(head.text))
         else:
-            call.future.set_result(to_message(frame, call.device) if call.traffic is not None else head)
+            answer = head if call.traffic is None else to_message(frame, call.device, self._coding)
+            call.future.set_result(answer)
 
     def _fail(self, text: str) -> None:
         if self._broken is None:
@@ -231,6 +242,7 @@ def connect(
     certificate: str | Path | None = None,
     key: str | Path | None = None,
     insecure: bool = False,
+    codec: CodecConfig | CodecName = "bf16",
     timeout: float = 600.0,
     connect_timeout: float = 20.0,
 ) -> GrpcLink:
@@ -244,6 +256,8 @@ def connect(
             the authorities that gRPC knows.
         certificate, key: this client's own, if the server asks for one.
         insecure: allow plaintext to other machines.
+        codec: in what form tensors cross, for models that do not say it themselves. The default halves the bytes of
+            float32; ``"off"`` gives what the link inside one process gives, bit for bit.
         timeout: seconds that an answer may take, after which the link is given up.
 
     Raises:
@@ -283,7 +297,9 @@ def connect(
             raise
         return GrpcLink(channel, stream, address, name, timeout)
 
-    return wait_for(open_stream())
+    link = wait_for(open_stream())
+    link.codec = codec if isinstance(codec, CodecConfig) else CodecConfig.all(codec)
+    return link
 
 
 def _failed(error: LinkError) -> Future[Any]:

@@ -14,6 +14,7 @@ import grpc
 import torch
 
 from flexp.errors import ConfigError, FlexpError, LinkError, LinkLostError
+from flexp.links.coding import Coding
 from flexp.links.frames import Frame, encode
 from flexp.links.grpc.loop import METHOD, OPTIONS, SERVICE, wait_for
 from flexp.links.grpc.memory import Memory
@@ -33,7 +34,7 @@ from flexp.links.inprocess import Service
 from flexp.links.messages import Join
 from flexp.links.orders import Order, Ready, read_ready, to_text
 from flexp.links.rules import Limits
-from flexp.links.translate import error_frame, to_frame, to_message, welcome_frame
+from flexp.links.translate import dtype_of, error_frame, to_frame, to_message, welcome_frame
 from flexp.links.wire import VERSION, Head, Kind
 
 CPU = torch.device("cpu")
@@ -83,6 +84,7 @@ class Serving:
         self._service, self._device, self._tokens = service, device, tokens
         self._conductor, self._facts = conductor, facts
         self._clients: set[str] = set()
+        self._codings: dict[str, Coding] = {}  # of clients that joined; used in the thread that computes
         self._stopping = False
         threads = torch.get_num_threads()
         self._worker = ThreadPoolExecutor(1, "flexp-server", lambda: torch.set_num_threads(threads))
@@ -200,16 +202,19 @@ class Serving:
             if head.kind == Kind.LEAVE:
                 self._leave(client)
                 return Frame(Head(Kind.DONE, head.call))
-            message = to_message(frame, self._device)
+            coding = self._codings.get(client)
+            message = to_message(frame, self._device, coding)
             if isinstance(message, Join):
                 welcome = self._service.join(client, message)
+                kept = self._service.residuals(client)
+                self._codings[client] = Coding(message.codec, dtype_of(message), welcome.hidden, kept)
                 self.say(f"{client}: joined with cut {message.cut}")
                 return welcome_frame(welcome, self.limits, head.call)
             if head.kind == Kind.ABORT:
                 self._service.abort(client, message)
                 return Frame(Head(Kind.DONE, head.call))
             reply: Any = _METHODS[head.kind](self._service, client, message)
-            return to_frame(reply, head.call, time.perf_counter() - began)
+            return to_frame(reply, head.call, time.perf_counter() - began, coding)
         except LinkError as error:
             return error_frame(error, head.call)
         except Exception as error:  # one client's request must not end the others' server
@@ -220,6 +225,7 @@ class Serving:
         self._service.leave(client)
         if self._conductor is not None:
             self._conductor.gone(client)
+        self._codings.pop(client, None)
 
 
 _METHODS: dict[Kind, Callable[[Service, str, Any], Any]] = {
