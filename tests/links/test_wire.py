@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexp.config import AlignConfig, LoraConfig
-from flexp.errors import LinkError
+from flexp.errors import LinkError, LinkLostError
 from flexp.links import frames
 from flexp.links.frames import Frame, Incoming, describe, encode
 from flexp.links.grpc import connect, serve
@@ -126,12 +127,25 @@ def test_the_welcome_says_the_limits() -> None:
 def test_a_frame_byte_by_byte() -> None:
     """The example of docs/protocol.md."""
     (message,) = encode(to_frame(ForwardRequest(5, torch.ones(1, 2, 1), torch.tensor([[1, 0]]), train=True), 2))
+    tensors = struct.pack("<2f", 1.0, 1.0) + bytes([1, 0])
     head = (
-        b"FLXP" + bytes([1, 3]) + struct.pack("<HQdI", 2, 2, 0.0, 0) + struct.pack("<qBq", 5, 1, 0)
-        + bytes([10, 1, 3]) + b"hidden_BTH" + struct.pack("<3I", 1, 2, 1)
+        b"FLXP" + bytes([2, 3]) + struct.pack("<HQdII", 2, 2, 0.0, 0, zlib.crc32(tensors))
+        + struct.pack("<qBq", 5, 1, 0) + bytes([10, 1, 3]) + b"hidden_BTH" + struct.pack("<3I", 1, 2, 1)
         + bytes([7, 0x85, 2]) + b"mask_BT" + struct.pack("<2I", 1, 2)
     )  # fmt: skip
-    assert message == head + struct.pack("<2f", 1.0, 1.0) + bytes([1, 0])
+    assert message == head + struct.pack("<I", zlib.crc32(head)) + tensors
+
+
+def test_what_was_damaged_on_its_way_is_told_from_what_is_refused() -> None:
+    whole = encode(
+        to_frame(ForwardRequest(5, draw(2, 3, H), torch.ones(2, 3, dtype=torch.long), train=True, step=1), 2)
+    )[0]
+    size = parse(whole).size
+    for place in (5, 9, 30, size - 6, size, len(whole) - 1):
+        broken = bytearray(whole)
+        broken[place] ^= 1
+        with pytest.raises(LinkLostError if place >= 9 else LinkError):
+            receive([bytes(broken)])
 
 
 @given(st.integers(1, 3 * CHUNK // 4), st.integers(1, 5000))

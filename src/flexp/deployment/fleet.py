@@ -81,6 +81,7 @@ class Fleet:
         self.server = Party("server", [], out / "server" / "log.txt")
         self.clients = {name: Party(name, [], out / "clients" / name / "log.txt") for name in cuts}
         self.address = ""
+        self.way = ""  # how clients reach the server, if not at its address
 
     def start_server(self, listen: str = "127.0.0.1:0") -> None:
         """Start the server and wait until it listens; it keeps its port when it is started again.
@@ -112,7 +113,7 @@ class Fleet:
         """Start one client, or start it again."""
         party = self.clients[name]
         party.arguments = [
-            "client", "--config", str(self._file), "--server", self.address, "--name", name,
+            "client", "--config", str(self._file), "--server", self.way or self.address, "--name", name,
             "--state", str(self.out / "clients" / name),
         ]  # fmt: skip
         party.start(self.environment)

@@ -173,12 +173,13 @@ class GrpcLink:
                 frame = await read_frame(self._stream.read, grpc.aio.EOF, self._check)
                 if frame is None:
                     status = await self._stream.code()
-                    raise LinkError(await self._stream.details() or f"the server ended the stream ({status.name})")
+                    raise LinkLostError(await self._stream.details() or f"the server ended the stream ({status.name})")
                 self._answer(frame)
         except grpc.aio.AioRpcError as error:
-            self._fail(_reason(error, self._address))
+            refused = error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
+            self._fail(_reason(error, self._address), LinkError if refused else LinkLostError)
         except LinkError as error:
-            self._fail(str(error))
+            self._fail(str(error), type(error))
         except asyncio.CancelledError:
             self._fail("the link is closed")
             raise
@@ -215,9 +216,9 @@ class GrpcLink:
             answer = head if call.traffic is None else to_message(frame, call.device, self._coding)
             call.future.set_result(answer)
 
-    def _fail(self, text: str) -> None:
+    def _fail(self, text: str, kind: type[LinkError] = LinkLostError) -> None:
         if self._broken is None:
-            self._broken = LinkLostError(text)
+            self._broken = kind(text)
         calls, self._calls = list(self._calls.values()), {}
         for call in calls:
             if call.timer is not None:
