@@ -25,6 +25,8 @@ Threads = Annotated[int, typer.Option(min=1, help="Threads that torch computes w
 app.command("codec")(bench_links.codec)
 app.command("slow-link")(bench_links.slow_link)
 app.command("chaos")(bench_server.chaos)
+app.command("soak")(bench_server.soak)
+app.command("server-scaling")(bench_server.server_scaling)
 
 
 @app.command("split-overhead")

@@ -1,4 +1,4 @@
-"""``flexp bench chaos``: what a server and its clients stand."""
+"""``flexp bench chaos``, ``soak`` and ``server-scaling``: what a server and its clients stand."""
 
 from __future__ import annotations
 
@@ -45,3 +45,69 @@ def chaos(
         )
     if result["different"]:
         raise FlexpError(f"the weights are not those of the undisturbed run: {', '.join(result['different'][:3])}, …")
+
+
+def soak(
+    minutes: Annotated[float, typer.Option(min=0.05, help="How long.")] = 30.0,
+    clients: Annotated[int, typer.Option(min=1, help="That come and go.")] = 6,
+    as_json: Json = False,
+) -> None:
+    """A server for a long time, with clients that come, leave and vanish; does its memory stay flat?"""
+    from flexp.bench.soak import soak as bench
+
+    with tempfile.TemporaryDirectory() as folder:
+        result = bench(
+            Path(folder),
+            minutes=minutes,
+            clients=clients,
+            say=lambda line: typer.echo(f"flexp bench soak: {line}", err=True),
+        )
+    if as_json:
+        typer.echo(json.dumps(result))
+        return
+    typer.echo(
+        f"{result['sessions']} sessions, {result['steps']} steps, {result['vanished']} vanished in the middle of a step"
+    )
+    typer.echo(
+        f"server's memory: {result['second_quarter_bytes'] / 1e6:.1f} MB in the second quarter, "
+        f"{result['last_quarter_bytes'] / 1e6:.1f} MB in the last: {100 * result['growth']:+.1f} %"
+    )
+
+
+def server_scaling(
+    model: Annotated[str, typer.Option(help="Folder, Hugging Face id, asset:NAME or arch:NAME.")] = "asset:minilm-l6",
+    kind: Annotated[str, typer.Option(help="causal-lm or sequence-classification.")] = "sequence-classification",
+    counts: Annotated[str, typer.Option(help="How many clients, with commas.")] = "1,2,4,8,16",
+    seconds: Annotated[float, typer.Option(min=0.5, help="For each.")] = 10.0,
+    examples: Annotated[int, typer.Option(min=1)] = 8,
+    length: Annotated[int, typer.Option(min=1)] = 32,
+    threads: Annotated[int, typer.Option(min=1, help="Threads that torch computes with.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Tokens a second, latency and memory of one server with 1 to 16 clients, against in-process clients in turn."""
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from flexp.assets import resolve
+    from flexp.bench.scaling import server_scaling as bench
+
+    torch.set_num_threads(threads)
+    result = bench(
+        str(resolve(model)), kind, counts=[int(count) for count in counts.split(",")], seconds=seconds,
+        examples=examples, length=length,
+        say=lambda row: None if as_json else typer.echo(f"{row['clients']} clients: {row['ratio']:.3f}", err=True),
+    )  # fmt: skip
+    if as_json:
+        typer.echo(json.dumps(result))
+        return
+    table = Table(title=f"flexp bench server-scaling: {model}", title_justify="left")
+    for column in ("clients", "tokens/s", "in process", "ratio", "p50 ms", "p90 ms", "p99 ms", "memory MB", "versions"):
+        table.add_column(column, justify="right")
+    for row in result["rows"]:
+        table.add_row(
+            str(row["clients"]), f"{row['tokens_per_second']:.0f}", f"{row['in_process_tokens_per_second']:.0f}",
+            f"{row['ratio']:.2f}", *(f"{1e3 * row[key]:.0f}" for key in ("p50_seconds", "p90_seconds", "p99_seconds")),
+            f"{row['memory_bytes'] / 1e6:.0f}", str(row["peak_versions"]),
+        )  # fmt: skip
+    Console().print(table)

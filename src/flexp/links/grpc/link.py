@@ -225,6 +225,7 @@ class GrpcLink:
                 call.timer.cancel()
             call.future.set_exception(self._broken)
         self._stream.cancel()
+        self._tasks[0].cancel()  # nothing is sent any more
 
     async def _shut(self, why: LinkError) -> None:
         self._broken = self._broken or why
