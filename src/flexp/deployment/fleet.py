@@ -71,13 +71,14 @@ class Fleet:
         save_every: int,
         restarts: int = 3,
         threads: int = 1,
+        answer_seconds: float = 120.0,
         say: Say = print,
     ) -> None:
         self.config, self.cuts, self.out, self.say = config, cuts, out, say
         self.restarts = restarts
         self.environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
         self._file = out / "fleet.toml"
-        self._write_config(schedule, save_every)
+        self._write_config(schedule, save_every, answer_seconds)
         self.server = Party("server", [], out / "server" / "log.txt")
         self.clients = {name: Party(name, [], out / "clients" / name / "log.txt") for name in cuts}
         self.address = ""
@@ -194,10 +195,11 @@ class Fleet:
             self.say(f"step {steps}/{total}")
         return max(told, tenth)
 
-    def _write_config(self, schedule: str, save_every: int) -> None:
+    def _write_config(self, schedule: str, save_every: int, answer_seconds: float) -> None:
         """The run's configuration with the table ``[deployment]``, as TOML, for all processes."""
         content = self.config.resolved()
-        content["deployment"] = {"schedule": schedule, "clients": list(self.cuts), "save_every": save_every}
+        table = {"schedule": schedule, "clients": list(self.cuts), "save_every": save_every}
+        content["deployment"] = {**table, "answer_seconds": answer_seconds}
         self.out.mkdir(parents=True, exist_ok=True)
         write_json(self.out / "config.json", self.config.resolved())
         self._file.write_text(to_toml(content), encoding="utf-8")

@@ -107,7 +107,10 @@ class GrpcLink:
         return self._call(request, self.meter.training)
 
     def ready(self, ready: Ready) -> Future[Order]:
-        """Ask a server that conducts a run what to do next; the answer takes as long as others take."""
+        """Ask a server that conducts a run what to do next; the answer takes as long as others take.
+
+        Where that is too long the link is given up, as for any answer: it may have been lost. Ask again.
+        """
         return self._send(Frame(Head(Kind.READY, next(self._numbers), text=to_text(ready))), None)
 
     def abort(self, request: Abort) -> None:
@@ -152,8 +155,7 @@ class GrpcLink:
             call.future.set_exception(self._broken)
             return
         self._calls[call.head.call] = call
-        if call.head.kind != Kind.READY:
-            call.timer = background().call_later(self._timeout, self._late, call.head)
+        call.timer = background().call_later(self._timeout, self._late, call.head)
         self._outgoing.put_nowait(messages)
 
     def _late(self, head: Head) -> None:
