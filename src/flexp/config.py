@@ -190,6 +190,11 @@ class ServerConfig(Section):
     max_in_flight: PositiveInt = 8  # forwards of one client whose backward has not come yet
     max_in_flight_total: PositiveInt = 64  # the same over all clients
     tuning: Literal["full", "lora", "frozen"] | None = None  # of the shared blocks; None: as model.tuning
+    max_generations: PositiveInt = 8  # answers of one client under way, each with a cache of keys and values
+    max_generations_total: PositiveInt = 64  # the same over all clients
+    max_cached_tokens: PositiveInt = 65_536  # batch × length in the caches of one client
+    max_cached_bytes: PositiveInt = 4 * 2**30  # the caches of all clients
+    generation_seconds: Rate = 600.0  # a cache that long unused is forgotten
 
 
 class EvaluationConfig(Section):

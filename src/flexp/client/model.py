@@ -229,6 +229,17 @@ class SplitModel(PersonalModel):
         self.steps.abandon()
         self.link.abort(Abort())
 
+    def rejoin(self, link: Link) -> None:
+        """Go on over another link, of the same client to the same server; the old one is closed.
+
+        Raises:
+            LinkError: the server refuses this client.
+        """
+        with suppress(LinkError):
+            self.link.close()
+        self.link = link
+        self._join(self.cut, expose_embeddings=True)  # what may go up was settled on joining first
+
     def after_step(self) -> None:
         """Once the optimiser has stepped: pull the aligned blocks towards the server's, if the alignment says so.
 

@@ -11,7 +11,10 @@ import torch
 from flexp.errors import LinkError
 from flexp.links.wire import Field, Head, Kind
 
-REQUESTS = {Kind.JOIN, Kind.FORWARD, Kind.BACKWARD, Kind.PULL, Kind.ABORT, Kind.LEAVE}
+REQUESTS = {Kind.JOIN, Kind.FORWARD, Kind.BACKWARD, Kind.PULL, Kind.ABORT, Kind.LEAVE} | {
+    Kind.EXTEND,
+    Kind.END_GENERATION,
+}
 ANSWERS = {
     Kind.JOIN: Kind.WELCOME,
     Kind.FORWARD: Kind.FORWARD_REPLY,
@@ -19,6 +22,8 @@ ANSWERS = {
     Kind.PULL: Kind.PULL_REPLY,
     Kind.ABORT: Kind.DONE,
     Kind.LEAVE: Kind.DONE,
+    Kind.EXTEND: Kind.EXTEND_REPLY,
+    Kind.END_GENERATION: Kind.DONE,
 }
 _TEXTS = {Kind.JOIN, Kind.WELCOME, Kind.ERROR}
 
@@ -69,11 +74,13 @@ def check_request(head: Head, agreement: Agreement | None, client: str) -> None:
         raise LinkError(f"client {client}: a {head.kind.name} frame has a text, expected none")
     if agreement is None and head.kind not in (Kind.JOIN, Kind.LEAVE):
         raise LinkError(f"client {client} has not joined: call link.join first")
-    if agreement is None or head.kind not in (Kind.FORWARD, Kind.BACKWARD):
+    if agreement is None or head.kind not in (Kind.FORWARD, Kind.BACKWARD, Kind.EXTEND):
         _no_tensors(head, client)
         return
     if head.kind == Kind.FORWARD:
         _names(head, client, "hidden_BTH", optional=("mask_BT", "positions_BT", "base_BTH", "inner_BTH"))
+    elif head.kind == Kind.EXTEND:
+        _names(head, client, "hidden_BTH", optional=("mask_BT", "positions_BT", "rows_B"))
     else:
         _names(head, client, "grad_BTH")
     _check_activations(head, agreement, client)
@@ -98,7 +105,7 @@ def check_reply(head: Head, asked: Head, agreement: Agreement | None) -> None:
     given = [(item.dtype, item.shape, item.packed) for item in head.fields]
     wanted = {(item.dtype, item.shape, False) for item in sent}
     names = [item.name for item in head.fields]
-    first = {Kind.FORWARD_REPLY: ["hidden_BTH"], Kind.BACKWARD_REPLY: ["grad_BTH"]}.get(head.kind, [])
+    first = {Kind.BACKWARD_REPLY: ["grad_BTH"]}.get(head.kind, ["hidden_BTH"] if sent else [])
     inner = names[len(first) :]
     most = agreement.blocks if agreement and head.kind == Kind.BACKWARD_REPLY else 0
     fits = names[: len(first)] == first and set(inner) <= {"inner_BTH"} and len(inner) <= most
@@ -127,6 +134,8 @@ def _check_activations(head: Head, agreement: Agreement, client: str) -> None:
             fits = item.packed and item.shape == shape[:2]
         elif item.name == "positions_BT":
             fits = item.shape in rows and item.dtype == torch.int64 and not item.packed
+        elif item.name == "rows_B":
+            fits = item.shape == shape[:1] and item.dtype == torch.int64 and not item.packed
         else:
             fits = item.shape == shape and item.dtype == main.dtype and not item.packed
         if not fits:

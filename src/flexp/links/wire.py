@@ -40,6 +40,9 @@ class Kind(IntEnum):
     LEAVE = 10
     DONE = 11
     ERROR = 12
+    EXTEND = 13
+    EXTEND_REPLY = 14
+    END_GENERATION = 15
 
 
 DTYPES: dict[int, torch.dtype] = {
@@ -63,6 +66,8 @@ _NUMBERS = {
     Kind.FORWARD_REPLY: struct.Struct("<Bd"),
     Kind.BACKWARD: struct.Struct("<qqqdd"),
     Kind.PULL: struct.Struct("<qq"),
+    Kind.EXTEND: struct.Struct("<qq"),
+    Kind.END_GENERATION: struct.Struct("<q"),
 }
 _NONE = struct.Struct("<")
 

@@ -13,6 +13,7 @@ from flexp.errors import LinkError
 from flexp.links.messages import BackwardReply, BackwardRequest, ForwardReply, ForwardRequest, Join
 from flexp.rng import RandomStream, drawing_from
 from flexp.server.alignment import alignment, combine
+from flexp.server.generations import Generations
 from flexp.server.shared import SharedBlocks
 
 
@@ -61,6 +62,7 @@ class Session:
     pending: dict[int, Pending] = field(default_factory=dict)
     gathered: dict[int, Gathered] = field(default_factory=dict)
     steps: int = 0
+    generations: Generations = field(default_factory=Generations)
 
     @property
     def align(self) -> AlignConfig:
