@@ -106,6 +106,11 @@ class SplitGenerator:
         """The client's part of the Hugging Face model."""
         return self.split.model
 
+    @property
+    def device(self) -> torch.device:
+        """Where the client's part computes."""
+        return self.split.device
+
     def generate(self, *inputs: Any, **options: Any) -> Any:
         """transformers' ``generate``, with all of its options but those that need every block in one place.
 
