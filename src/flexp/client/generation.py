@@ -26,8 +26,8 @@ from flexp.models.plan import shadowed
 from flexp.models.stage import NEED_ALL_BLOCKS
 from flexp.rng import current_turn
 
-PAUSES = (0.0, 0.5, 2.0, 5.0)
-"""Seconds to wait before each attempt to reach a server again."""
+PAUSES = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
+"""Seconds to wait before each attempt to reach a server again: a minute in all, in which one can start anew."""
 
 _numbers = itertools.count(1)
 
