@@ -197,6 +197,11 @@ class ServerConfig(Section):
     tuning: Literal["full", "lora", "frozen"] | None = None  # of the shared blocks; None: as model.tuning
     keep_answers_bytes: PositiveInt = 256 << 20  # of each client's last steps, for when it goes back to a snapshot
     codecs: list[CodecName] | None = None  # that clients may ask for; None: all
+    max_generations: PositiveInt = 8  # answers of one client under way, each with a cache of keys and values
+    max_generations_total: PositiveInt = 64  # the same over all clients
+    max_cached_tokens: PositiveInt = 65_536  # batch × length in the caches of one client
+    max_cached_bytes: PositiveInt = 4 * 2**30  # the caches of all clients
+    generation_seconds: Rate = 600.0  # a cache that long unused is forgotten
 
 
 class EvaluationConfig(Section):

@@ -22,6 +22,9 @@ from flexp.links.messages import (
     Abort,
     BackwardReply,
     BackwardRequest,
+    EndGeneration,
+    ExtendReply,
+    ExtendRequest,
     ForwardReply,
     ForwardRequest,
     Join,
@@ -84,6 +87,16 @@ FORWARD = ForwardRequest(
         BackwardRequest(3, draw(B, T, H).mT.contiguous().mT, 2**40, 3, 1 / 3, 1e-300),
         PullRequest(1, 3),
         Abort(),
+        ExtendRequest(
+            4,
+            9,
+            draw(B, T, H),
+            torch.ones(B, T, dtype=torch.int64),
+            torch.arange(T)[None],
+            torch.ones(B, dtype=torch.int64),
+        ),
+        ExtendRequest(4, 0, draw(B, T, H)),
+        EndGeneration(4),
     ],
     ids=lambda message: type(message).__name__,
 )
@@ -100,6 +113,7 @@ def test_replies_come_out_as_they_went_in(dtype: torch.dtype) -> None:
     for request, reply in (
         (ForwardRequest(1, z), ForwardReply(z + 1, None)),
         (ForwardRequest(1, z), ForwardReply(z + 1, 0.1)),
+        (ExtendRequest(1, 2, z), ExtendReply(z + 1)),
         (BackwardRequest(1, z), BackwardReply(z, (z, -z))),
         (PullRequest(1, 2), PullReply({"b.weight": draw(3, 4, dtype=dtype), "a.bias": draw(2), "scalar": draw(1)[0]})),
     ):
@@ -203,10 +217,10 @@ def test_unknown_kinds_are_refused(kind: int) -> None:
         receive([WHOLE[:5] + bytes([kind]) + WHOLE[6:]])
 
 
-@given(st.sampled_from(sorted(set(Kind) - {Kind.FORWARD, Kind.BACKWARD})))
+@given(st.sampled_from(sorted(set(Kind) - {Kind.FORWARD, Kind.BACKWARD, Kind.EXTEND})))
 def test_other_kinds_have_no_tensors_and_come_from_the_right_side(kind: Kind) -> None:
     fields = (describe("hidden_BTH", draw(B, T, H)),)
-    numbers = {Kind.FORWARD_REPLY: (0, 0.0), Kind.PULL: (1, 2, 0)}.get(kind, ())
+    numbers = {Kind.FORWARD_REPLY: (0, 0.0), Kind.PULL: (1, 2, 0), Kind.END_GENERATION: (1,)}.get(kind, ())
     head = Head(kind, 1, 0.0, numbers, "", fields)
     with pytest.raises(LinkError, match=r"expected none|does not come from a client"):
         receive([head_bytes(head) + bytes(head.payload)])
@@ -310,7 +324,7 @@ def test_joining_texts_have_no_further_keys() -> None:
 BAD_FRAMES = st.one_of(
     st.integers(0, len(WHOLE) - 1).map(lambda length: [WHOLE[:length]]),
     st.binary(min_size=1, max_size=50).map(lambda more: [WHOLE + more]),
-    st.sampled_from([0, 13, 99, 255, Kind.WELCOME, Kind.ERROR]).map(
+    st.sampled_from([0, 99, 255, Kind.WELCOME, Kind.ERROR]).map(
         lambda kind: [WHOLE[:5] + bytes([kind]) + WHOLE[6:]]
     ),
     st.sampled_from(list(DTYPES.values())[1:]).map(

@@ -87,6 +87,22 @@ def load(place: Path) -> tuple[int, State]:
     return number, state
 
 
+def load_party(place: Path, party: str) -> dict[str, Tensor]:
+    """Read one party's file of a checkpoint; the others' need not be there.
+
+    Raises:
+        StorageError: it is missing or is not what was saved.
+    """
+    try:
+        entry = read_json(place / INDEX)["parties"][party]
+        file, expected = place / entry["file"], entry["sha256"]
+    except (StorageError, KeyError, TypeError) as error:
+        raise StorageError(f"{place / INDEX} knows no {party}") from error
+    if not file.exists() or sha256(file) != expected:
+        raise StorageError(f"{file} is missing, or is not what was saved (its SHA-256 differs)")
+    return dict(load_file(file))
+
+
 def clear_halves(folder: Path) -> None:
     """Remove what a killed process left of a checkpoint that it was writing."""
     for half in folder.glob(".round-*.part"):

@@ -35,6 +35,7 @@ class Usable:
         round: of the run, after which it was so.
         sets: examples by what they are: :data:`OWN` and :data:`EVERYBODY` where a run is known.
         pretrained: the model before training, where a run is known.
+        model: of an exported folder, the model itself.
     """
 
     client: str
@@ -45,6 +46,7 @@ class Usable:
     batch_size: int
     sets: dict[str, list[Example]] = field(default_factory=dict)
     pretrained: Forward | None = None
+    model: Any = None
 
 
 def of_run(folder: Path, client: str | None, which: str = LAST) -> Usable:
@@ -101,7 +103,7 @@ def of_folder(folder: Path, client: str | None = None, run: Path | None = None) 
         settings = run_config(run)
         world, size = build_world(settings), settings.evaluation.batch_size
         sets = _sets(world, client_of(world, owner).name)
-    return Usable(owner, number, _answering(model), task, data, size, sets)
+    return Usable(owner, number, _answering(model), task, data, size, sets, model=model)
 
 
 def open_model(place: Path, client: str | None, which: str = LAST, run: Path | None = None) -> Usable:

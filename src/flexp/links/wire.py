@@ -42,8 +42,11 @@ class Kind(IntEnum):
     LEAVE = 10
     DONE = 11
     ERROR = 12
-    READY = 13
-    ORDER = 14
+    EXTEND = 13
+    EXTEND_REPLY = 14
+    END_GENERATION = 15
+    READY = 16
+    ORDER = 17
 
 
 DTYPES: dict[int, torch.dtype] = {
@@ -70,6 +73,8 @@ _NUMBERS = {
     Kind.FORWARD_REPLY: struct.Struct("<Bd"),
     Kind.BACKWARD: struct.Struct("<qqqdd"),
     Kind.PULL: struct.Struct("<qqq"),
+    Kind.EXTEND: struct.Struct("<qq"),
+    Kind.END_GENERATION: struct.Struct("<q"),
 }
 _NONE = struct.Struct("<")
 

@@ -13,6 +13,7 @@ from flexp.errors import LinkError
 from flexp.links.messages import BackwardReply, BackwardRequest, ForwardReply, ForwardRequest, Join
 from flexp.rng import RandomStream, drawing_from
 from flexp.server.alignment import alignment, combine
+from flexp.server.generations import Generations
 from flexp.server.progress import Progress
 from flexp.server.shared import SharedBlocks
 
@@ -63,6 +64,7 @@ class Session:
     pending: dict[int, Pending] = field(default_factory=dict)
     gathered: dict[int, Gathered] = field(default_factory=dict)
     boundary: Tensor | None = None  # the random generator's state when the step under way began
+    generations: Generations = field(default_factory=Generations)
 
     @property
     def align(self) -> AlignConfig:

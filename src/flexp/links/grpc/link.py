@@ -34,6 +34,9 @@ from flexp.links.messages import (
     Abort,
     BackwardReply,
     BackwardRequest,
+    EndGeneration,
+    ExtendReply,
+    ExtendRequest,
     ForwardReply,
     ForwardRequest,
     Join,
@@ -114,6 +117,12 @@ class GrpcLink:
         return self._send(Frame(Head(Kind.READY, next(self._numbers), text=to_text(ready))), None)
 
     def abort(self, request: Abort) -> None:
+        self._wait(self._call(request, None))
+
+    def extend(self, request: ExtendRequest) -> Future[ExtendReply]:
+        return self._call(request, self.meter.evaluation)
+
+    def end_generation(self, request: EndGeneration) -> None:
         self._wait(self._call(request, None))
 
     def close(self) -> None:
