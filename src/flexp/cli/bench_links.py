@@ -53,14 +53,14 @@ def codec(
         typer.echo(json.dumps(result))
         return
     table = Table(title=f"flexp bench codec: {model}, {steps} steps", title_justify="left")
-    names = ("codec", "bytes a step", "÷ first", "encode ms", "decode ms", "loss", "change", "accuracy")
+    names = ("codec", "kB/step", "÷ first", "enc. ms", "dec. ms", "loss", "change", "acc. %")
     for column in names:
-        table.add_column(column, justify="left" if column == "codec" else "right")
+        table.add_column(column, justify="left" if column == "codec" else "right", no_wrap=True)
     for row in result["rows"]:
         table.add_row(
-            row["codec"], f"{row['bytes']:,.0f}", f"{row['ratio']:.3f}", f"{row['encode_ms']:.2f}",
+            row["codec"], f"{row['bytes'] / 1e3:.1f}", f"{row['ratio']:.3f}", f"{row['encode_ms']:.2f}",
             f"{row['decode_ms']:.2f}", f"{row['loss']:.4f}", f"{row['loss_change']:+.4f}",
-            f"{100 * row['accuracy']:.1f} %",
+            f"{100 * row['accuracy']:.1f}",
         )  # fmt: skip
     Console().print(table)
     _machine(result)
