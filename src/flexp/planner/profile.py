@@ -31,10 +31,12 @@ Role = Literal["client", "server"]
 
 
 class PieceSeconds(Section):
-    """Seconds of one piece of the model (a block, the embeddings, the head with its loss), forward and backward."""
+    """Seconds of one piece of the model (a block, the embeddings, the head with its loss), and its operations."""
 
     forward: Seconds
     backward: Seconds
+    forward_flops: Seconds = 0.0
+    backward_flops: Seconds = 0.0
 
 
 class ShapeSeconds(Section):
