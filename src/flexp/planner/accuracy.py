@@ -27,10 +27,10 @@ from flexp.files import read_json, write_json
 from flexp.planner.choice import Choice
 
 PRIOR = 0.06
-"""Of the prior: lost when the whole model is personal. Of MiniLM's six blocks, s = 3 instead of s = 1 cost 2.2 points of
-personal accuracy on scarce data (docs/results.md, experiment 1: 88.0 against 85.8); that is 0.066 for all of them."""
+"""Of the prior: lost when the whole model is personal. On scarce data, s = 3 instead of s = 1 of MiniLM's six blocks
+cost 2.2 points of personal accuracy (docs/results.md, experiment 1: 88.0 against 85.8); that is 0.066 for all six."""
 CODEC_LOSS: dict[str, float] = {"int4": 0.004}
-"""Measured as validation loss after 500 steps, for the codecs where it was not zero; taken as a fraction of accuracy."""
+"""Of codecs that are not free: measured as validation loss after 500 steps, taken as a fraction of accuracy."""
 RANK_LOSS, RANK_ENOUGH = 0.005, 16
 """Assumed: each halving of the adapters' rank below 16 costs half a point."""
 SPLIT_METHODS = ("flexp-sfl", "split-fedavg", "splitft")
@@ -118,8 +118,8 @@ def prior() -> AccuracyCurve:
         CurvePoint(share=1.0, loss=PRIOR, low=0.0, high=2 * PRIOR),
     ]
     note = (
-        f"a prior, not a measurement: on scarce data {100 * PRIOR:.0f} points are lost when all blocks are personal, in "
-        "proportion for fewer; pilot runs with several cuts measure it (flexp plan --pilots)"
+        f"a prior, not a measurement: {100 * PRIOR:.0f} points are lost when all blocks are personal, as on scarce "
+        "data, and in proportion for fewer; pilot runs with several cuts measure it (flexp plan --pilots)"
     )
     return AccuracyCurve(source="prior", note=note, points=ends)
 
@@ -183,7 +183,6 @@ def fit(pilots: Iterable[Pilot], model: str = "", score: str = "accuracy", resam
     if paired and {pilot.share for own in paired.values() for pilot in own} == set(shares):
         seen, how = paired, f"{len(paired)} clients at several cuts each, compared with themselves"
     else:
-        seen = {f"{level}": own for level, own in seen.items()}
         paired, how = {}, f"{len(seen)} clients at one cut each: differences between clients are in it"
     curve = _losses(list(seen.values()), shares, own_level=bool(paired))
     levels = list(seen.values())

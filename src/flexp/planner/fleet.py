@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -51,11 +51,11 @@ class Choices(Section):
     """
 
     starts: list[Annotated[int, Field(ge=0)]] | None = None
-    tails: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0, 1]
+    tails: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = Field(default=[0, 1])
     micro_batches: list[PositiveInt] | None = None
-    checkpointing: Annotated[list[bool], Field(min_length=1)] = [False, True]
+    checkpointing: Annotated[list[bool], Field(min_length=1)] = Field(default=[False, True])
     ranks: Annotated[list[PositiveInt], Field(min_length=1)] | None = None
-    codecs: Annotated[list[str], Field(min_length=1)] = ["none"]
+    codecs: Annotated[list[str], Field(min_length=1)] = Field(default=["none"])
 
     @model_validator(mode="after")
     def _known(self) -> Choices:
@@ -84,7 +84,7 @@ class TaskShape(Section):
     tuning: Tuning = "full"
     rank: PositiveInt = 8
     train_embeddings: bool = False
-    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "adam", "sgd", "sgd-plain"] = "adamw"
     aligned: bool = True
 
 
@@ -168,9 +168,9 @@ class Fleet:
     devices: tuple[Device, ...]
     server: Profile
     slots: int = 1
-    task: TaskShape = TaskShape()
-    choices: Choices = Choices()
-    weights: Weights = Weights()
+    task: TaskShape = field(default_factory=TaskShape)
+    choices: Choices = field(default_factory=Choices)
+    weights: Weights = field(default_factory=Weights)
 
 
 def read_fleet(path: Path) -> Fleet:

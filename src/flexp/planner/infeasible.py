@@ -9,6 +9,8 @@ from flexp.errors import ConfigError
 from flexp.planner.choice import Choice
 from flexp.planner.fleet import Device, TaskShape
 from flexp.planner.options import Option, in_time
+from flexp.planner.problem import Problem
+from flexp.planner.solve import solve
 from flexp.report.formats import seconds as duration
 from flexp.report.formats import size as shown
 
@@ -114,11 +116,33 @@ def _changes(task: TaskShape, choice: Choice) -> Iterator[Change]:
     for rank in dict.fromkeys(ranks):
         yield Change(lora, replace(both, rank=rank), f'LoRA of rank {rank} (task.tuning = "lora", task.rank = {rank})')
     half = lora.model_copy(update={"dtype": "bfloat16"})
-    least = min([rank for rank in (1, choice.rank or task.rank)])
-    for rank in dict.fromkeys([choice.rank or task.rank, least]):
+    for rank in dict.fromkeys([choice.rank or task.rank, 1]):
         words = f'LoRA of rank {rank} in bfloat16 (task.dtype = "bfloat16")'
         if task.dtype != "bfloat16":
             yield Change(half, replace(both, rank=rank), words)
         for length in lengths if text else ():
             shorter = half.model_copy(update={"length": length})
             yield Change(shorter, replace(both, rank=rank), f"{words} on texts of {length} tokens")
+
+
+def server_lacks(problem: Problem, name: str) -> InfeasibleError:
+    """Why no plan of ``problem``, in which every device has options, keeps what clients share."""
+    if solve(replace(problem, server_memory=2**62)) is not None:
+        least = problem.measure(_each(problem, lambda option: option.choice.cut[1] - option.choice.cut[0]))
+        return InfeasibleError(
+            (),
+            f"{name}: its server has {shown(problem.server_memory)}, which no plan keeps to; with the deepest cuts it "
+            f"needs {shown(least.server_memory_bytes)}; give it more, or allow smaller micro-batches or deeper cuts",
+        )
+    busy = problem.measure(_each(problem, lambda option: option.prediction.server_seconds)).server_seconds
+    deadline = min(group.deadline_s for group in problem.groups if group.deadline_s is not None)
+    return InfeasibleError(
+        (),
+        f"{name}: its server needs at least {duration(busy / problem.slots)} for a step of everybody, later than the "
+        f"earliest deadline of {duration(deadline)}; give it more slots or speed, or later deadlines",
+    )
+
+
+def _each(problem: Problem, key: Callable[[Option], float]) -> list[dict[int, int]]:
+    """Everybody takes the option with the least ``key``."""
+    return [{group.options.index(min(group.options, key=key)): len(group.clients)} for group in problem.groups]

@@ -1,24 +1,19 @@
-"""From a fleet to a plan: every client's choice, what it comes to, and the JSON that ``flexp run`` takes."""
+"""From a fleet to a plan: every client's choice, and what it comes to."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
 
-from flexp.errors import ConfigError
 from flexp.planner.accuracy import AccuracyCurve, prior
 from flexp.planner.choice import Choice, Prediction
 from flexp.planner.fleet import Device, Fleet, TaskShape
-from flexp.planner.infeasible import InfeasibleError, Lack, device_lacks
+from flexp.planner.infeasible import InfeasibleError, Lack, device_lacks, server_lacks
 from flexp.planner.options import Option, fits, grid, options_of, prune
 from flexp.planner.problem import Counts, Group, Measures, Problem, scales
 from flexp.planner.profile import Profile
 from flexp.planner.solve import Solution, solve
-from flexp.report.formats import seconds as duration
-from flexp.report.formats import size as shown
-
-VERSION = 1
 
 
 class Costs(Protocol):
@@ -112,7 +107,7 @@ def make_plan(fleet: Fleet, costs: Costs, curve: AccuracyCurve | None = None, *,
     solved = [(setting, solve(setting.problem)) for setting in found]
     possible = [(setting, solution) for setting, solution in solved if solution is not None]
     if not possible:
-        raise _server_lacks(fleet, found)
+        raise server_lacks(found[0].problem, fleet.name)
     setting, solution = min(possible, key=lambda item: item[1].measures.objective)
     return Plan(
         fleet,
@@ -174,38 +169,3 @@ def _kinds(fleet: Fleet, choices: list[Choice], costs: Costs, curve: AccuracyCur
         Kind(tuple(devices), tuple(options_of(devices[0], choices, costs.predict, losses.__getitem__)))
         for devices in alike.values()
     )
-
-
-def _server_lacks(fleet: Fleet, found: list[Setting]) -> InfeasibleError:
-    problem = found[0].problem
-    deepest = [
-        {
-            min(range(len(g.options)), key=lambda i: g.options[i].choice.cut[1] - g.options[i].choice.cut[0]): len(
-                g.clients
-            )
-        }
-        for g in problem.groups
-    ]
-    least = problem.measure(deepest)
-    if least.server_memory_bytes > problem.server_memory:
-        what = (
-            f"its server has {shown(problem.server_memory)}, and even with the deepest cuts needs about "
-            f"{shown(least.server_memory_bytes)}; give it more memory, or choose smaller micro-batches"
-        )
-    else:
-        lightest = [
-            {min(range(len(g.options)), key=lambda i: g.options[i].prediction.server_seconds): len(g.clients)}
-            for g in problem.groups
-        ]
-        busy = problem.measure(lightest).server_seconds / problem.slots
-        least_deadline = (
-            min(g.deadline_s for g in problem.groups if g.deadline_s is not None)
-            if any(g.deadline_s is not None for g in problem.groups)
-            else None
-        )
-        limit = "" if least_deadline is None else f" (the earliest deadline is {duration(least_deadline)})"
-        what = (
-            f"its server needs at least {duration(busy)} for a step of everybody{limit}, or has too little memory for "
-            "the cuts that would spare it; give it more slots or memory, or later deadlines"
-        )
-    return InfeasibleError((), f"{fleet.name}: {what}")

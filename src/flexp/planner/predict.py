@@ -84,9 +84,7 @@ def server_memory(cost: ModelCost, choice: Choice) -> int:
     return _walk(shape.message_bytes + shape.mask_bytes, [], 0, list(shape.blocks[start:stop]), False)
 
 
-def _walk(
-    held: int, below: Sequence[PieceCost], crossed: int, above: Sequence[PieceCost], gathered: bool
-) -> int:
+def _walk(held: int, below: Sequence[PieceCost], crossed: int, above: Sequence[PieceCost], gathered: bool) -> int:
     """The most bytes at any moment of a forward through ``below``, a link, and ``above``, and of the way back."""
     live = peak = held
     for pieces, more in ((below, crossed), (above, 0)):

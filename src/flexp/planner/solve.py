@@ -70,7 +70,7 @@ def _assigned(problem: Problem, counts: list[dict[int, int]]) -> Iterator[tuple[
 
 
 class _Program:
-    """The rows and columns. Memory is in shares of the server's, seconds in those of the scale, so that all are near 1."""
+    """The rows and columns. Memory is in shares of the server's, seconds in those of the scale: all are near 1."""
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem

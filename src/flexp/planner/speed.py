@@ -63,7 +63,10 @@ class Speed:
             return [(head.forward_flops + head.backward_flops) / self.profile.flops]
         longer = self.cost.length / self.measured.length
         embed = self._at([shape.embed for shape in self.measured.shapes])
-        return [longer * (embed.forward + embed.backward), *scaled(self._at([s.head for s in self.measured.shapes]), head)]
+        return [
+            longer * (embed.forward + embed.backward),
+            *scaled(self._at([s.head for s in self.measured.shapes]), head),
+        ]
 
     def _exchange(self) -> float:
         return 0.0 if self.measured is None else self.measured.exchange
@@ -86,7 +89,8 @@ def fitting(measured: Iterable[ModelSeconds], cost: ModelCost, choice: Choice) -
     same = [
         item
         for item in measured
-        if (item.model, item.kind, item.dtype, item.autocast) == (cost.fingerprint, cost.kind, cost.dtype, cost.autocast)
+        if (item.model, item.kind, item.dtype, item.autocast)
+        == (cost.fingerprint, cost.kind, cost.dtype, cost.autocast)
     ]
     return min(same, key=distance, default=None)
 
