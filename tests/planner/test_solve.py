@@ -90,7 +90,7 @@ def test_pruning_leaves_only_what_nothing_beats() -> None:
     made = FakeCosts()
     (setting,) = problems(fleet([{"name": "one"}]), made, prior(), pruned=False)
     kept = prune(setting.problem.groups[0].options, server_memory=False)
-    # Everything fits a laptop: checkpointing and small exchanges only cost. (2, 4) equals (1, 3), and (3, 4) equals (2, 3).
+    # Everything fits: checkpointing and small exchanges only cost. (2, 4) equals (1, 3), and (3, 4) equals (2, 3).
     found = [(option.choice.cut, option.choice.checkpointing, option.choice.micro_batch) for option in kept]
     assert found == [((1, 3), False, 8), ((1, 4), False, 8), ((2, 3), False, 8)]
     for option in kept:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -173,24 +172,13 @@ class Fleet:
     weights: Weights = field(default_factory=Weights)
 
 
-def read_fleet(path: Path) -> Fleet:
-    """Read a ``fleet.toml``; profiles that it names are found beside it.
+def parse_fleet(content: Mapping[str, Any], where: str, folder: Path = Path()) -> Fleet:
+    """A fleet from TOML's values; profiles that it names are found in ``folder``.
 
     Raises:
-        ConfigError: it cannot be read, a key is unknown or impossible, a name is given twice, a class is not known.
+        ConfigError: a key is unknown or impossible, a name is given twice, a class is not known.
         StorageError: a profile's file is missing.
     """
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); expected a fleet's TOML file") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: is not valid TOML: {error}") from error
-    return parse_fleet(content, str(path), path.parent)
-
-
-def parse_fleet(content: Mapping[str, Any], where: str, folder: Path = Path()) -> Fleet:
-    """A fleet from TOML's values; see :func:`read_fleet`."""
     try:
         config = FleetConfig.model_validate(content)
     except ValidationError as error:
