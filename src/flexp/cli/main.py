@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from flexp import __version__
-from flexp.cli import assets, bench, compare, run, server, state, use, verify
+from flexp.cli import assets, bench, compare, join, run, server, state, use, verify
 from flexp.errors import USER_ERROR, FlexpError
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app.command("report")(run.report)
 app.command("export")(use.export)
 app.command("evaluate")(use.evaluate)
 app.command("predict")(use.predict)
+app.command("join")(join.join)
 app.command("verify")(verify.verify)
 app.command("server")(server.server)
 app.add_typer(state.app, name="state")

@@ -116,7 +116,8 @@ def _read(place: Path, file: Path, expected: str) -> dict[str, Tensor]:
     if not file.exists() or sha256(file) != expected:
         problem = "is missing" if not file.exists() else "is not what was saved (its SHA-256 differs)"
         raise StorageError(f"{file} {problem}; {_mend(place)}")
-    return load_file(file)
+    tensors: dict[str, Tensor] = load_file(file)
+    return tensors
 
 
 def _write(file: Path, tensors: Mapping[str, Tensor]) -> str:

@@ -11,9 +11,9 @@ from flexp.data.types import ClientData
 from flexp.errors import ConfigError, StorageError
 from flexp.experiments import checkpoints
 from flexp.experiments.devices import place
+from flexp.experiments.joined import world_of
 from flexp.experiments.memory import MemoryProbes
 from flexp.experiments.settings import validate
-from flexp.experiments.setup import build_world
 from flexp.files import read_json
 from flexp.methods import METHODS, Method, World
 from flexp.report.metrics import read
@@ -111,7 +111,7 @@ def look_into(folder: Path, which: str = LAST) -> Opened:
     if not found:
         why = "output.checkpoint_every = 0 keeps none" if not config.output.checkpoint_every else "it stopped too early"
         raise StorageError(f"{folder} has no checkpoint ({why}), so its personal models are not there; run it again")
-    world = build_world(config)
+    world = world_of(folder, config)
     names = [client.name for client in world.federation.clients]
     task = world.federation.task
     scored = scores_by_round(read(folder / "metrics.jsonl"), names, task.metric)

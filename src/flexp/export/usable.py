@@ -16,8 +16,9 @@ from flexp.config import DataConfig, ModelConfig, RunConfig
 from flexp.data.tasks import limit_of, make_task
 from flexp.data.types import Example, Forward, Task
 from flexp.errors import ConfigError, FlexpError, ModelError, StorageError
+from flexp.experiments.joined import world_of
 from flexp.experiments.runner import sample
-from flexp.experiments.setup import build_world, load_processor, max_positions
+from flexp.experiments.setup import load_processor, max_positions
 from flexp.export.facts import FILE, SCHEMA
 from flexp.export.saved import LAST, client_of, is_run, open_run, run_config
 from flexp.files import read_json
@@ -99,7 +100,7 @@ def of_folder(folder: Path, client: str | None = None, run: Path | None = None) 
     sets, size = {}, config.evaluation.batch_size
     if run is not None:
         settings = run_config(run)
-        world, size = build_world(settings), settings.evaluation.batch_size
+        world, size = world_of(run, settings), settings.evaluation.batch_size
         sets = _sets(world, client_of(world, owner).name)
     return Usable(owner, number, _answering(model), task, data, size, sets)
 
