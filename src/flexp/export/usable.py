@@ -36,6 +36,7 @@ class Usable:
         round: of the run, after which it was so.
         sets: examples by what they are: :data:`OWN` and :data:`EVERYBODY` where a run is known.
         pretrained: the model before training, where a run is known.
+        positions: the longest input in tokens, where there is a limit.
     """
 
     client: str
@@ -46,6 +47,7 @@ class Usable:
     batch_size: int
     sets: dict[str, list[Example]] = field(default_factory=dict)
     pretrained: Forward | None = None
+    positions: int | None = None
 
 
 def of_run(folder: Path, client: str | None, which: str = LAST) -> Usable:
@@ -65,6 +67,7 @@ def of_run(folder: Path, client: str | None, which: str = LAST) -> Usable:
         batch_size=config.evaluation.batch_size,
         sets=_sets(run.world, data.name),
         pretrained=_answering(WholeModel(run.world.source)),
+        positions=max_positions(run.world.source.model.config),
     )
 
 
@@ -102,7 +105,8 @@ def of_folder(folder: Path, client: str | None = None, run: Path | None = None) 
         settings = run_config(run)
         world, size = world_of(run, settings), settings.evaluation.batch_size
         sets = _sets(world, client_of(world, owner).name)
-    return Usable(owner, number, _answering(model), task, data, size, sets)
+    positions = max_positions(model.config)
+    return Usable(owner, number, _answering(model), task, data, size, sets, positions=positions)
 
 
 def open_model(place: Path, client: str | None, which: str = LAST, run: Path | None = None) -> Usable:
