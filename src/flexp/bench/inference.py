@@ -63,8 +63,9 @@ def inference(
         round_trip: seconds of the slow network, there and back.
 
     Returns:
-        ``ratio``: the median of split ÷ whole tokens a second over the pairs, with its quartiles, and the tokens a
-        second of all three.
+        ``ratio``: the median of split ÷ whole tokens a second over the pairs, with its quartiles; ``cpu_ratio``: whole
+        ÷ split seconds of processor time, which other processes do not disturb as much, and which leaves out what
+        waking threads takes; and the tokens a second of all three.
     """
     source = _random(hidden, blocks, vocabulary) if model is None else load_stage(model, "causal-lm", dtype=dtype)
     total = source.anatomy.blocks
@@ -83,12 +84,18 @@ def inference(
         writer = SplitGenerator(split)
         source.model.eval()
         same = torch.equal(source.model.generate(ids, use_cache=True, **options), writer.generate(ids, **options))
+        cpu = {"whole": 0.0, "split": 0.0}
+
+        def write(which: str) -> None:
+            began = time.process_time()
+            if which == "whole":
+                source.model.generate(ids, use_cache=True, **options)
+            else:
+                writer.generate(ids, **options)
+            cpu[which] += time.process_time() - began
+
         # seconds of split ÷ whole; the speeds' ratio is its inverse
-        timed = paired(
-            lambda: source.model.generate(ids, use_cache=True, **options),
-            lambda: writer.generate(ids, **options),
-            pairs,
-        )
+        timed = paired(lambda: write("whole"), lambda: write("split"), pairs)
         meter = link.meter.evaluation
         before = meter.bytes_up + meter.bytes_down
         split.link = Delayed(link, round_trip)
@@ -109,6 +116,7 @@ def inference(
         "rebuilt": writer.rebuilt,
         "ratio": 1 / timed.ratio,
         "ratio_quartiles": [1 / timed.quartiles[1], 1 / timed.quartiles[0]],
+        "cpu_ratio": cpu["whole"] / cpu["split"],
         "whole_tokens_per_second": tokens / timed.first,
         "split_tokens_per_second": tokens / timed.second,
         "round_trip_seconds": round_trip,

@@ -130,6 +130,7 @@ def inference(
         [
             ("split ÷ whole, tokens a second (median of pairs)", f"{result['ratio']:.3f}"),
             ("quartiles", f"{low:.3f} – {high:.3f}"),
+            ("processor time, whole ÷ split", f"{result['cpu_ratio']:.3f}"),
             ("whole model", f"{result['whole_tokens_per_second']:.1f} tokens a second"),
             ("split, loopback", f"{result['split_tokens_per_second']:.1f} tokens a second"),
             (f"split, round trip {round_trip:g} ms", f"{result['slow_tokens_per_second']:.1f} tokens a second"),

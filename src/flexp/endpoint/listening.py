@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ipaddress
+import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from flexp.errors import ConfigError
 from flexp.writing.writer import Writer
@@ -72,5 +74,17 @@ def run(
             say("this is plain HTTP: what is asked and answered can be read on the way, unless a proxy adds TLS")
         app = make_app(writer, api_key, chat_tokens, loopback=is_loopback(host))
         config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False)
-        uvicorn.Server(config).run(sockets=[listening])
+        with _quiet_signals():
+            uvicorn.Server(config).run(sockets=[listening])
     say("stopped")
+
+
+@contextmanager
+def _quiet_signals() -> Iterator[None]:
+    """uvicorn stops on SIGINT and SIGTERM, and then raises them once more: that one must not end us before our time."""
+    earlier = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)

@@ -52,7 +52,8 @@ class Generations:
         """Run the new tokens through blocks [s, e); (B, T, H)."""
         answer = self.answers.pop(request.generation, None)  # if this fails in its middle, the answer is lost
         batch, new = request.hidden_BTH.shape[:2]
-        stage.model.train(False)
+        if stage.model.training:  # telling every module takes as long as a small block
+            stage.model.train(False)
         with torch.no_grad():
             if answer is None or not request.past:
                 answer = Answer(PartCache(stage.model, frozenset(range(*cut))), batch, request.mask_BT)
