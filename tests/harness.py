@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flexp.client.model import OFF, SPLIT_MODELS, SplitModel
-from flexp.config import AlignConfig, LoraConfig, OptimizerConfig, ServerConfig
+from flexp.config import AlignConfig, CodecConfig, LoraConfig, OptimizerConfig, ServerConfig
 from flexp.links.base import Link, Meter
 from flexp.links.messages import (
     Abort,
@@ -91,12 +91,13 @@ class World:
         tuning: str | None = None,
         accumulation: int = 1,
         expose_embeddings: bool = False,
+        codec: CodecConfig | None = None,
     ) -> SplitModel:
         tuning = tuning or self.tuning
         stage = party(self.whole, Part.client(cut, self.whole.anatomy.blocks), tuning)
         cls = SPLIT_MODELS[self.kind]
         link = link or self.server.connect(name)
-        options = {"accumulation": accumulation, "expose_embeddings": expose_embeddings}
+        options = {"accumulation": accumulation, "expose_embeddings": expose_embeddings, "codec": codec}
         model = cls(stage, cut, link, align=align, tuning=tuning, **options)  # type: ignore[arg-type]
         return model.train()
 

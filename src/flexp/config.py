@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
+from flexp.config_link import CodecConfig, CodecName, LinkConfig
 from flexp.config_methods import (
     TERMS,
     AlignConfig,
@@ -37,6 +38,8 @@ __all__ = [
     "ApflConfig",
     "Beta",
     "ClientsConfig",
+    "CodecConfig",
+    "CodecName",
     "Cut",
     "DataConfig",
     "DeviceClassConfig",
@@ -49,6 +52,7 @@ __all__ = [
     "FedRepConfig",
     "Fraction",
     "HetLoraConfig",
+    "LinkConfig",
     "LoraConfig",
     "MethodConfig",
     "ModelConfig",
@@ -121,8 +125,19 @@ class ClientsConfig(Section):
     classes: PositiveInt = 2  # pathological: labels per client
     min_examples: PositiveInt = 2  # dirichlet: the smallest admissible client
     skew: Annotated[float, Field(ge=0.5, le=1.0)] = 0.75  # skew: share of the first half of the labels at VALUE-a
-    # (s, e) per client, repeated for more clients; [s] keeps no block in the tail: e = L
-    cuts: list[Cut] = Field(default=[(1, None)], min_length=1)
+    # (s, e) per client, repeated for more clients; [s] keeps no block in the tail: e = L; "auto": planned
+    cuts: Literal["auto"] | Annotated[list[Cut], Field(min_length=1)] = Field(default=[(1, None)])
+    plan: str | None = None  # what flexp plan --out wrote, instead of cuts
+    # examples of one exchange per client, repeated for more clients; None: train.micro_batch for all
+    micro_batches: Annotated[list[PositiveInt], Field(min_length=1)] | None = None
+    # the same of model.gradient_checkpointing
+    checkpointing: Annotated[list[bool], Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _one_source_of_cuts(self) -> ClientsConfig:
+        if self.plan is not None and "cuts" in self.model_fields_set:
+            raise ValueError("data.clients.plan says the cuts already: leave out data.clients.cuts")
+        return self
 
 
 class DataConfig(Section):
@@ -174,7 +189,8 @@ class TrainConfig(Section):
     rounds: PositiveInt = 5
     steps_per_round: PositiveInt = 10  # optimiser steps of a client in its turn
     batch_size: PositiveInt = 8  # examples of a step
-    micro_batch: PositiveInt | None = None  # examples of one exchange; None: the whole batch
+    micro_batch: PositiveInt | None = None  # examples of one exchange; None: the batch divided by in_flight
+    in_flight: PositiveInt = 1  # exchanges of a step that are under way at once: the next one's head does not wait
     order: Literal["round-robin", "random"] = "round-robin"
     turn: Literal["round", "step"] = "step"  # clients take turns after every step, or after a whole round
     personal: OptimizerConfig = OptimizerConfig()
@@ -190,6 +206,8 @@ class ServerConfig(Section):
     max_in_flight: PositiveInt = 8  # forwards of one client whose backward has not come yet
     max_in_flight_total: PositiveInt = 64  # the same over all clients
     tuning: Literal["full", "lora", "frozen"] | None = None  # of the shared blocks; None: as model.tuning
+    keep_answers_bytes: PositiveInt = 256 << 20  # of each client's last steps, for when it goes back to a snapshot
+    codecs: list[CodecName] | None = None  # that clients may ask for; None: all
     max_generations: PositiveInt = 8  # answers of one client under way, each with a cache of keys and values
     max_generations_total: PositiveInt = 64  # the same over all clients
     max_cached_tokens: PositiveInt = 65_536  # batch × length in the caches of one client
@@ -250,6 +268,7 @@ class RunConfig(Section):
     train: TrainConfig = TrainConfig()
     method: MethodConfig = MethodConfig()
     server: ServerConfig = ServerConfig()
+    link: LinkConfig = LinkConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     output: OutputConfig = OutputConfig()
     devices: DevicesConfig | None = None  # None: nobody is short of memory, and no virtual clock
@@ -260,6 +279,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"train.micro_batch = {self.train.micro_batch} is larger than "
                 f"train.batch_size = {self.train.batch_size}"
+            )
+        if self.train.in_flight > self.server.max_in_flight:
+            raise ValueError(
+                f"train.in_flight = {self.train.in_flight} is more than "
+                f"server.max_in_flight = {self.server.max_in_flight}"
             )
         if self.model.tuning == "lora" and self.model.train_embeddings:
             raise ValueError(

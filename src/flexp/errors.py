@@ -34,6 +34,10 @@ class LinkError(FlexpError):
     """The other side of a link refused or failed."""
 
 
+class LinkLostError(LinkError):
+    """The other side cannot be reached, or has forgotten this client: connecting and joining again may help."""
+
+
 class StorageError(FlexpError):
     """A file could not be written, or what was saved is damaged."""
 

@@ -45,6 +45,16 @@ class RandomStream:
             finally:
                 self.state = turn.state()
 
+    @contextmanager
+    def undone_on_failure(self) -> Iterator[None]:
+        """Around :meth:`active`: if the ``with`` block fails, what was drawn is drawn again the next time."""
+        before = self.state
+        try:
+            yield
+        except BaseException:
+            self.state = before
+            raise
+
 
 class Turn:
     """A party's turn at the generators of ``device``."""

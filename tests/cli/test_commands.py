@@ -12,7 +12,7 @@ import pytest
 
 from flexp import __version__
 from flexp.cli.main import main
-from flexp.cli.run import _fresh
+from flexp.cli.run import fresh
 
 from ..experiments.tiny import bert_folder, content
 
@@ -71,7 +71,7 @@ def test_run_then_report_then_resume(
 
 def test_a_run_may_be_called_anything() -> None:
     for name, start in (("../a b", "a-b-2"), ("[red]x[/]", "red-x-2"), ("//", "run-2")):
-        folder = _fresh(name)
+        folder = fresh(name)
         assert folder.parent == Path("runs")
         assert folder.name.startswith(start)
 

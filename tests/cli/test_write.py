@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from flexp.experiments.deployment import load
 
 from flexp.cli.main import main
 from flexp.experiments.checkpoints import kept
-from flexp.experiments.deployment import load
 from flexp.links.grpc import serve
 from flexp.server import Server
 

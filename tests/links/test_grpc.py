@@ -85,7 +85,7 @@ def test_every_link_gives_the_same_weights_and_bytes(align: AlignConfig, certifi
         with ExitStack() as stack:
             serving = stack.enter_context(serve(here.server, **settings))
             url = f"grpc{'s' if secure else ''}://{serving.address}"
-            links = {name: stack.enter_context(connected(connect(url, name, **options))) for name in CUTS}
+            links = {name: stack.enter_context(connected(connect(url, name, codec="off", **options))) for name in CUTS}
             got = train(links, here, align)
         assert equal(got, expected)
         assert not here.server._sessions  # closing is leaving
@@ -155,7 +155,7 @@ def test_who_vanishes_is_dropped_and_the_others_go_on() -> None:
     here = world("llama")
     with serve(here.server) as serving:
         url = f"grpc://{serving.address}"
-        a, b = connect(url, "a"), connect(url, "b")
+        a, b = connect(url, "a", codec="off"), connect(url, "b")
         lost, other = here.client("a", (2, 4), link=a), here.client("b", (3, 4), link=b)
         lost(**here.batch())
         assert len(here.server._sessions["a"].pending) == 1

@@ -33,7 +33,7 @@ def test_frames_wait_for_memory_and_all_are_answered(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(Memory, "reserve", watched)
     here = world("llama")
     with serve(here.server, limits=Limits(memory_bytes=FRAME + 10, unanswered=2)) as serving:
-        links = [connect(f"grpc://{serving.address}", name) for name in "ab"]
+        links = [connect(f"grpc://{serving.address}", name, codec="off") for name in "ab"]
         for link in links:
             here.client(link.client, (2, 4), link=link)
         answers: list[Future[Any]] = [
@@ -53,7 +53,7 @@ def test_frames_wait_for_memory_and_all_are_answered(monkeypatch: pytest.MonkeyP
 def test_a_frame_beyond_all_memory_is_refused() -> None:
     here = world("llama")
     with serve(here.server, limits=Limits(memory_bytes=FRAME - 1)) as serving:
-        link = connect(f"grpc://{serving.address}", "a")
+        link = connect(f"grpc://{serving.address}", "a", codec="off")
         here.client("a", (2, 4), link=link)
         with pytest.raises(LinkError, match="more than the server's memory in flight"):
             link.forward(ForwardRequest(1, torch.zeros(8, 100, 32))).result(SOON)
@@ -63,7 +63,7 @@ def test_a_frame_beyond_all_memory_is_refused() -> None:
 def test_memory_of_a_frame_that_never_ends_is_given_back() -> None:
     here = world("llama")
     with serve(here.server, limits=Limits(frame_seconds=0.3)) as serving:
-        link = connect(f"grpc://{serving.address}", "a")
+        link = connect(f"grpc://{serving.address}", "a", codec="off")
         here.client("a", (2, 4), link=link)
         frame = encode(to_frame(ForwardRequest(1, torch.zeros(60, 200, 32)), 9))
         lost = send_raw(link, lambda _: frame[:1])
@@ -75,7 +75,7 @@ def test_memory_of_a_frame_that_never_ends_is_given_back() -> None:
 def test_who_connects_and_says_nothing_is_let_go() -> None:
     here = world("llama")
     with serve(here.server, limits=Limits(join_seconds=0.2)) as serving:
-        link = connect(f"grpc://{serving.address}", "a")
+        link = connect(f"grpc://{serving.address}", "a", codec="off")
         assert eventually(lambda: not serving.clients)
         with pytest.raises(LinkError, match=r"client a connected, but did not join within 0\.2 s"):
             here.client("a", (2, 4), link=link)

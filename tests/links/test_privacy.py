@@ -30,14 +30,26 @@ from tests.harness import RecordingLink, World, copied, disturb, world
 
 # The whole vocabulary of the protocol: a new field must be argued for here.
 VOCABULARY = {
-    Join: {"client", "fingerprint", "cut", "dtype", "autocast", "tuning", "align", "lora", "weights"},
-    Welcome: {"base_depth", "blocks", "hidden"},
-    ForwardRequest: {"exchange", "hidden_BTH", "mask_BT", "positions_BT", "base_BTH", "inner_BTH", "train"},
+    Join: {
+        "client",
+        "fingerprint",
+        "cut",
+        "dtype",
+        "autocast",
+        "tuning",
+        "align",
+        "lora",
+        "weights",
+        "numbering",
+        "codec",
+    },
+    Welcome: {"base_depth", "blocks", "hidden", "max_in_flight"},
+    ForwardRequest: {"exchange", "hidden_BTH", "mask_BT", "positions_BT", "base_BTH", "inner_BTH", "train", "step"},
     ForwardReply: {"hidden_BTH", "align"},
     BackwardRequest: {"exchange", "grad_BTH", "step", "exchanges", "tokens", "weight"},
     BackwardReply: {"grad_BTH", "inner_BTH"},
     Abort: set(),
-    PullRequest: {"start", "stop"},
+    PullRequest: {"start", "stop", "step"},
     PullReply: {"weights"},
 }
 UP = {Join, ForwardRequest, BackwardRequest, Abort, PullRequest}

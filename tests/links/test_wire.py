@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexp.config import AlignConfig, LoraConfig
-from flexp.errors import LinkError
+from flexp.errors import LinkError, LinkLostError
 from flexp.links import frames
 from flexp.links.frames import Frame, Incoming, describe, encode
 from flexp.links.grpc import connect, serve
@@ -117,7 +118,7 @@ def test_replies_come_out_as_they_went_in(dtype: torch.dtype) -> None:
         (PullRequest(1, 2), PullReply({"b.weight": draw(3, 4, dtype=dtype), "a.bias": draw(2), "scalar": draw(1)[0]})),
     ):
         incoming = Incoming(encode(to_frame(reply, 9, 0.25))[0])
-        check_reply(incoming.head, to_frame(request, 9).head, AGREED)
+        check_reply(incoming.head, to_frame(request, 9).head, replace(AGREED, dtype=dtype))
         incoming.allocate()
         assert incoming.done
         got = to_message(incoming.frame(), CPU)
@@ -140,12 +141,25 @@ def test_the_welcome_says_the_limits() -> None:
 def test_a_frame_byte_by_byte() -> None:
     """The example of docs/protocol.md."""
     (message,) = encode(to_frame(ForwardRequest(5, torch.ones(1, 2, 1), torch.tensor([[1, 0]]), train=True), 2))
+    tensors = struct.pack("<2f", 1.0, 1.0) + bytes([1, 0])
     head = (
-        b"FLXP" + bytes([1, 3]) + struct.pack("<HQdI", 2, 2, 0.0, 0) + struct.pack("<qB", 5, 1)
-        + bytes([10, 1, 3]) + b"hidden_BTH" + struct.pack("<3I", 1, 2, 1)
+        b"FLXP" + bytes([2, 3]) + struct.pack("<HQdII", 2, 2, 0.0, 0, zlib.crc32(tensors))
+        + struct.pack("<qBq", 5, 1, 0) + bytes([10, 1, 3]) + b"hidden_BTH" + struct.pack("<3I", 1, 2, 1)
         + bytes([7, 0x85, 2]) + b"mask_BT" + struct.pack("<2I", 1, 2)
     )  # fmt: skip
-    assert message == head + struct.pack("<2f", 1.0, 1.0) + bytes([1, 0])
+    assert message == head + struct.pack("<I", zlib.crc32(head)) + tensors
+
+
+def test_what_was_damaged_on_its_way_is_told_from_what_is_refused() -> None:
+    whole = encode(
+        to_frame(ForwardRequest(5, draw(2, 3, H), torch.ones(2, 3, dtype=torch.long), train=True, step=1), 2)
+    )[0]
+    size = parse(whole).size
+    for place in (5, 9, 30, size - 6, size, len(whole) - 1):
+        broken = bytearray(whole)
+        broken[place] ^= 1
+        with pytest.raises(LinkLostError if place >= 9 else LinkError):
+            receive([bytes(broken)])
 
 
 @given(st.integers(1, 3 * CHUNK // 4), st.integers(1, 5000))
@@ -206,7 +220,7 @@ def test_unknown_kinds_are_refused(kind: int) -> None:
 @given(st.sampled_from(sorted(set(Kind) - {Kind.FORWARD, Kind.BACKWARD, Kind.EXTEND})))
 def test_other_kinds_have_no_tensors_and_come_from_the_right_side(kind: Kind) -> None:
     fields = (describe("hidden_BTH", draw(B, T, H)),)
-    numbers = {Kind.FORWARD_REPLY: (0, 0.0), Kind.PULL: (1, 2), Kind.END_GENERATION: (1,)}.get(kind, ())
+    numbers = {Kind.FORWARD_REPLY: (0, 0.0), Kind.PULL: (1, 2, 0), Kind.END_GENERATION: (1,)}.get(kind, ())
     head = Head(kind, 1, 0.0, numbers, "", fields)
     with pytest.raises(LinkError, match=r"expected none|does not come from a client"):
         receive([head_bytes(head) + bytes(head.payload)])
@@ -249,7 +263,7 @@ def agreed(fields: tuple[Field, ...]) -> bool:
 
 @given(st.lists(FIELDS | st.just(HIDDEN), max_size=4).map(tuple))
 def test_shapes_and_types_that_were_not_agreed_are_refused_before_memory_is_taken(fields: tuple[Field, ...]) -> None:
-    head = Head(Kind.FORWARD, 1, 0.0, (1, 1), "", fields)
+    head = Head(Kind.FORWARD, 1, 0.0, (1, 1, 0), "", fields)
     if agreed(fields):
         check_request(head, AGREED, "a")
         return
@@ -259,7 +273,7 @@ def test_shapes_and_types_that_were_not_agreed_are_refused_before_memory_is_take
 
 def test_a_huge_shape_takes_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(frames.torch, "empty", lambda *_, **__: pytest.fail("memory was taken"))
-    head = Head(Kind.FORWARD, 1, 0.0, (1, 1), "", (Field("hidden_BTH", torch.float32, (2**31, 2**31, H)),))
+    head = Head(Kind.FORWARD, 1, 0.0, (1, 1, 0), "", (Field("hidden_BTH", torch.float32, (2**31, 2**31, H)),))
     with pytest.raises(LinkError, match="tokens, the server takes at most 64"):
         receive([(head_bytes(head) + bytes(CHUNK))[:CHUNK]])
 
@@ -331,7 +345,7 @@ def test_bad_frames_on_a_live_stream_leave_the_weights_alone() -> None:
     ended = []
     with serve(here.server, limits=Limits(max_tokens=64)) as serving:
         url = f"grpc://{serving.address}"
-        other = connect(url, "b")
+        other = connect(url, "b", codec="off")
         honest = here.client("b", (3, 4), link=other)
 
         @given(BAD_FRAMES)
@@ -339,7 +353,7 @@ def test_bad_frames_on_a_live_stream_leave_the_weights_alone() -> None:
         def try_one(messages: list[bytes]) -> None:
             while "a" in serving.clients:
                 pass
-            link = connect(url, "a")
+            link = connect(url, "a", codec="off")
             model = here.client("a", (2, 4), link=link)
             send_raw(link, lambda number: encode(to_frame(Abort(), number))).result(SOON)  # what is right is taken
             model(**here.batch())  # exchange 1 waits for its backward

@@ -38,14 +38,14 @@ def backward(number: int = 1, **changes: Any) -> BackwardRequest:
 def refused(here: World, *words: str) -> Iterator[None]:
     """A LinkError of one line with all ``words``; nothing changes and nothing is held because of it."""
     shared = here.server.shared
-    before, held, stashed = shared_weights(here.server), dict(shared._held), dict(shared._stashed)
+    before, held, stashed = shared_weights(here.server), dict(shared._held), dict(shared.stashed)
     with pytest.raises(LinkError) as caught:
         yield
     message = str(caught.value)
     assert "\n" not in message
     assert all(word in message for word in words), message
     assert equal(shared_weights(here.server), before)
-    assert (dict(shared._held), dict(shared._stashed)) == (held, stashed)
+    assert (dict(shared._held), dict(shared.stashed)) == (held, stashed)
 
 
 def joined(**options: Any) -> World:

@@ -119,11 +119,11 @@ class Pair:
                 assert equal(self.applied[-1], grads)
                 assert {self.here.whole.block_of(key) for key in grads} == set(range(*CUTS[client]))
             most = max(most, len(outputs))
-            assert len(shared._stashed) <= len(outputs)
+            assert len(shared.stashed) <= len(outputs)
             assert equal(shared_weights(server), copied(self.reference.weights))
         assert shared.version == len(self.applied)
         if not outputs:
-            assert not shared._stashed
+            assert not shared.stashed
             assert not shared._held
         assert shared.peak_versions <= most + 1
         return most
@@ -206,10 +206,10 @@ def test_leaving_frees_what_was_in_flight() -> None:
         if client == "b":
             here.server.backward(client, BackwardRequest(number, grad_BTH))
     shared = here.server.shared
-    assert len(shared._stashed) == 1  # of the version that a's forward ran with
+    assert len(shared.stashed) == 1  # of the version that a's forward ran with
     here.server.leave("a")
     here.server.leave("c")
-    assert not shared._stashed
+    assert not shared.stashed
     assert not shared._held
 
 

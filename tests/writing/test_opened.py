@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from flexp.experiments.deployment import load
 
 from flexp.errors import ConfigError, StorageError
 from flexp.experiments import checkpoints
-from flexp.experiments.deployment import load
 from flexp.export.folder import export
 from flexp.export.saved import open_run
 from flexp.links.grpc import connect, serve

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from flexp.cli import bench_links, bench_server
 from flexp.errors import ConfigError
 
 app = typer.Typer(
@@ -20,6 +21,12 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Model = Annotated[str, typer.Option(help="Folder, Hugging Face id, asset:NAME or arch:NAME.")]
 Kind = Annotated[str, typer.Option(help="causal-lm, sequence-classification or image-classification.")]
 Threads = Annotated[int, typer.Option(min=1, help="Threads that torch computes with.")]
+
+app.command("codec")(bench_links.codec)
+app.command("slow-link")(bench_links.slow_link)
+app.command("chaos")(bench_server.chaos)
+app.command("soak")(bench_server.soak)
+app.command("server-scaling")(bench_server.server_scaling)
 
 
 @app.command("split-overhead")

@@ -39,7 +39,7 @@ def run(
     if config is None:
         raise ConfigError("say which run: flexp run CONFIG.toml, or flexp run --resume DIR")
     loaded = load(config, settings or (), seed)
-    _go(out or _fresh(loaded.name), loaded)
+    _go(out or fresh(loaded.name), loaded)
 
 
 def demo(
@@ -53,7 +53,7 @@ def demo(
 
     with as_file(files("flexp.experiments") / "demo.toml") as path:
         loaded = load(path, seed=seed)
-    _go(out or _fresh(loaded.name), loaded)
+    _go(out or fresh(loaded.name), loaded)
 
 
 def report(folder: Annotated[Path, typer.Argument(help="The folder of a run.")]) -> None:
@@ -76,7 +76,7 @@ def _go(folder: Path, config: RunConfig | None = None) -> None:
     _show(summary, folder)
 
 
-def _fresh(name: str) -> Path:
+def fresh(name: str) -> Path:
     name = re.sub(r"[^\w.-]+", "-", name).strip(".-")[:80] or "run"
     return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from flexp.cli.verify import Dtype, Memory, Task
 from flexp.errors import ConfigError
 
+if TYPE_CHECKING:
+    from flexp.models.loading import ModelKind
+
 
 def server(
-    model: Annotated[str, typer.Option(help="Folder, Hugging Face id, asset:NAME or arch:NAME.")],
+    model: Annotated[str | None, typer.Option(help="Folder, Hugging Face id, asset:NAME or arch:NAME.")] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="Conduct a run: its configuration ([data] may be missing); instead of the options on models."
+        ),
+    ] = None,
+    clients: Annotated[
+        str | None, typer.Option(metavar="A,B", help="Who takes part in the run; default: deployment.clients.")
+    ] = None,
+    schedule: Annotated[str | None, typer.Option(help="free or deterministic; default: deployment.schedule.")] = None,
     kind: Annotated[Task, typer.Option(help="What the model is for.")] = Task.causal_lm,
     base_depth: Annotated[int, typer.Option(min=0, help="First block that the server holds, s_min.")] = 1,
     end: Annotated[int | None, typer.Option(min=1, help="Behind its last block. Default: all.")] = None,
@@ -27,7 +40,10 @@ def server(
     ] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Allow plaintext beyond this machine.")] = False,
     state: Annotated[
-        Path | None, typer.Option(help="Go on from this file, if it is there, and save in it at the end.")
+        Path | None,
+        typer.Option(
+            help="Go on from this file, if it is there, and save in it; with --config: a folder of snapshots."
+        ),
     ] = None,
     tuning: Annotated[str, typer.Option(help="full, lora or frozen.")] = "full",
     rank: Annotated[int, typer.Option(min=1, help="LoRA: rank of the adapters.")] = 8,
@@ -38,21 +54,52 @@ def server(
     max_tokens: Annotated[int, typer.Option(min=1, help="Batch × length of an exchange, at most.")] = 32_768,
     seed: Annotated[int, typer.Option(help="Of the clients' dropout on this side.")] = 0,
     threads: Annotated[int | None, typer.Option(min=1, max=1024, help="Torch's threads.", show_default=False)] = None,
+    metrics: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Where to answer /metrics, /healthz and /readyz over HTTP.")
+    ] = None,
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between two lines of progress.")] = 30.0,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="With --config: override a key.")
+    ] = None,
 ) -> None:
-    """Serve the shared blocks to clients until Ctrl-C or SIGTERM; then save and stop."""
+    """Serve the shared blocks to clients until Ctrl-C or SIGTERM, or conduct a run to its end; then save and stop."""
+    if (model is None) == (config is None):
+        raise ConfigError("say what to serve: --model MODEL, or --config CONFIG.toml to conduct a run")
     if (cert is None) != (key is None) or (client_ca is not None and cert is None):
         raise ConfigError("TLS needs both --cert and --key; --client-ca comes on top of them")
     if tuning not in ("full", "lora", "frozen"):
         raise ConfigError(f"--tuning {tuning}: expected full, lora or frozen")
     import torch
 
-    from flexp.config import LoraConfig, OptimizerConfig, ServerConfig
-    from flexp.experiments.deployment import run_server
+    from flexp.deployment.server import run_server
     from flexp.links.grpc import ServerTls, Tokens
     from flexp.links.rules import Limits
+
+    def say(line: str) -> None:
+        typer.echo(f"flexp server: {line}")
+
+    options: dict[str, Any] = {
+        "say": say,
+        "every": every,
+        "metrics": metrics,
+        "limits": Limits(max_tokens=max_tokens),
+        "tls": None if cert is None or key is None else ServerTls(cert, key, client_ca),
+        "tokens": None if tokens is None else Tokens.read(tokens),
+        "insecure": insecure,
+    }
+    if config is not None:
+        from flexp.deployment.server import make_conductor, make_server, read_config
+
+        loaded, deployment = read_config(config, settings or (), clients, schedule)
+        torch.set_num_threads(threads or loaded.threads or torch.get_num_threads())
+        made = make_server(loaded, base_depth, end, _kind(loaded.data.task), deployment.clients)
+        run_server(made, listen, conductor=make_conductor(made, loaded, deployment, state, say), **options)
+        return
+
+    from flexp.config import LoraConfig, OptimizerConfig, ServerConfig
     from flexp.server import Server
 
+    assert model is not None
     if threads is not None:
         torch.set_num_threads(threads)
     made = Server.from_pretrained(
@@ -67,14 +114,12 @@ def server(
         config=ServerConfig(memory=memory.value),
         optimizer=OptimizerConfig(lr=lr),
     )
-    run_server(
-        made,
-        listen,
-        state=state,
-        say=lambda line: typer.echo(f"flexp server: {line}"),
-        every=every,
-        limits=Limits(max_tokens=max_tokens),
-        tls=None if cert is None or key is None else ServerTls(cert, key, client_ca),
-        tokens=None if tokens is None else Tokens.read(tokens),
-        insecure=insecure,
-    )
+    run_server(made, listen, state=state, **options)
+
+
+def _kind(task: str) -> ModelKind:
+    kinds: dict[str, ModelKind] = {
+        "classification": "sequence-classification",
+        "image-classification": "image-classification",
+    }
+    return kinds.get(task, "causal-lm")

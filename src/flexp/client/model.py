@@ -15,7 +15,7 @@ from flexp.assets import resolve
 from flexp.client.personal import PersonalModel
 from flexp.client.remote import RemoteCall, RemoteMiddle, waiting
 from flexp.client.steps import Piece, Steps, items_of
-from flexp.config import AlignConfig, LoraConfig
+from flexp.config import AlignConfig, CodecConfig, LoraConfig
 from flexp.errors import ConfigError, LinkError
 from flexp.links.base import Link, as_link
 from flexp.links.messages import Abort, ForwardRequest, Join, PullRequest
@@ -57,6 +57,9 @@ class SplitModel(PersonalModel):
         accumulation: exchanges that make up one step, for loops that know nothing of FlexP (a Trainer with gradient
             accumulation, whose epochs must be a multiple of it); others say it with :meth:`part_of_step`.
         expose_embeddings: whether bare embeddings may go up, from which the server can read every token.
+        numbering: of an earlier life of this client, whose steps it goes on with; ``None``: it begins anew.
+        codec: in what form tensors cross; ``None``: as they are inside one process, bfloat16 over a network, or what
+            :func:`flexp.connect` was told.
 
     Raises:
         ConfigError: bare embeddings would go up.
@@ -76,6 +79,8 @@ class SplitModel(PersonalModel):
         lora: LoraConfig | None = None,
         accumulation: int = 1,
         expose_embeddings: bool = False,
+        numbering: int | None = None,
+        codec: CodecConfig | None = None,
     ) -> None:
         super().__init__(stage)
         self.link = link
@@ -84,7 +89,9 @@ class SplitModel(PersonalModel):
         self.lora = lora
         self.last_align: float | None = None
         self.steps = Steps(accumulation)
-        self._exchange = 0
+        if numbering is not None:
+            self.steps.numbering = numbering
+        self.codec = codec
         self._join(cut, expose_embeddings)
 
     @classmethod
@@ -105,6 +112,7 @@ class SplitModel(PersonalModel):
         attention: str = "sdpa",
         accumulation: int = 1,
         expose_embeddings: bool = False,
+        codec: CodecConfig | None = None,
         seed: int = 0,
     ) -> Self:
         """Load only this client's part of a pretrained model and join the server, whose ``autocast`` is the same.
@@ -144,6 +152,7 @@ class SplitModel(PersonalModel):
             lora=lora or LoraConfig(),
             accumulation=accumulation,
             expose_embeddings=expose_embeddings,
+            codec=codec,
         )
 
     def forward(
@@ -185,24 +194,31 @@ class SplitModel(PersonalModel):
                 inner_BTH.append(z_BTH)
         if train and not z_BTH.requires_grad:
             z_BTH = z_BTH.detach().requires_grad_()  # the server's blocks need a backward even if nothing here does
-        self._exchange += 1
+        place = self.steps.place(items_of(inputs)) if train else None
         request = ForwardRequest(
-            exchange=self._exchange,
+            exchange=0 if place is None else place.exchange,
             hidden_BTH=z_BTH.detach(),
             mask_BT=inputs.get("attention_mask"),
             positions_BT=inputs.get("position_ids"),
             base_BTH=base_BTH.detach() if align_now else None,
             inner_BTH=tuple(value.detach() for value in inner_BTH),
             train=train,
+            step=0 if place is None else place.step,
         )
-        call = RemoteCall(self.link, request, self.steps.place(items_of(inputs)) if train else None)
+        call = RemoteCall(self.link, request, place)
         if train:
             self.steps.remember(call)
         return Sent(call, z_BTH, tuple(inner_BTH), inputs, plan)
 
-    def tail(self, sent: Sent) -> Any:
-        """Wait for h, run blocks [e, L), final norm, head and loss."""
-        h_BTH = RemoteMiddle.apply(sent.call, sent.z_BTH, *sent.inner_BTH)  # type: ignore[no-untyped-call]
+    def tail(self, sent: Sent, *, apart: bool = False) -> Any:
+        """Wait for h, run blocks [e, L), final norm, head and loss.
+
+        ``apart``: the loss's backward then ends with sending ∂task/∂h, and the head has one of its own
+        (:mod:`flexp.client.overlap`).
+        """
+        sent.call.apart = apart
+        ends = (sent.z_BTH.detach().requires_grad_(),) if apart else (sent.z_BTH, *sent.inner_BTH)
+        h_BTH = RemoteMiddle.apply(sent.call, *ends)  # type: ignore[no-untyped-call]
         self.last_align = sent.call.align
         hidden_BTH = self.stage.run(h_BTH, sent.plan, self.cut[1], self.stage.anatomy.blocks)
         return self.stage.finish(hidden_BTH, sent.inputs, sent.plan)
@@ -210,16 +226,14 @@ class SplitModel(PersonalModel):
     @contextmanager
     def part_of_step(self, piece: Piece) -> Iterator[None]:
         """Say which piece of a step the exchange inside the ``with`` block is; if it fails, the step is given up."""
-        self.steps.piece = piece
         try:
-            yield
+            with self.steps.during(piece):
+                yield
             self.steps.done += int(piece.last)
         except BaseException:
             with suppress(LinkError):  # the first failure is the one to tell
                 self.abort()
             raise
-        finally:
-            self.steps.piece = None
 
     def abort(self) -> None:
         """Give up the forwards that wait for a backward and the step that is not complete, on the server as well.
@@ -229,16 +243,19 @@ class SplitModel(PersonalModel):
         self.steps.abandon()
         self.link.abort(Abort())
 
-    def rejoin(self, link: Link) -> None:
-        """Go on over another link, of the same client to the same server; the old one is closed.
+    def rejoin(self, link: Link | None = None) -> None:
+        """Join again, after the link was lost or the server came back: over ``link``, if it is another one, of the same
+        client to the same server; the old one is closed. The steps go on.
 
         Raises:
             LinkError: the server refuses this client.
         """
-        with suppress(LinkError):
-            self.link.close()
-        self.link = link
-        self._join(self.cut, expose_embeddings=True)  # what may go up was settled on joining first
+        if link is not None:
+            with suppress(LinkError):
+                self.link.close()
+            self.link = link
+        self.steps.abandon()
+        self._join(self.cut, self._expose_embeddings)
 
     def after_step(self) -> None:
         """Once the optimiser has stepped: pull the aligned blocks towards the server's, if the alignment says so.
@@ -248,7 +265,7 @@ class SplitModel(PersonalModel):
         if self.align.kind != "weights" or self.steps.done % self.align.every or self.cut[0] <= self.base_depth:
             return
         with waiting(self.link, current_turn()):
-            shared = self.link.pull(PullRequest(self.base_depth, self.cut[0])).result().weights
+            shared = self.link.pull(PullRequest(self.base_depth, self.cut[0], self.steps.done)).result().weights
         personal = self.stage.trainable()
         with torch.no_grad():
             for name, value in shared.items():
@@ -257,7 +274,7 @@ class SplitModel(PersonalModel):
 
     def _join(self, cut: tuple[int, int], expose_embeddings: bool) -> None:
         check_cut(cut, self.stage.anatomy.blocks)
-        self.cut = cut
+        self.cut, self._expose_embeddings = cut, expose_embeddings
         welcome = self.link.join(
             Join(
                 client=self.link.client,
@@ -269,9 +286,12 @@ class SplitModel(PersonalModel):
                 align=self.align,
                 lora=self.lora,
                 weights=self.stage.weights,
+                numbering=self.steps.numbering,
+                codec=self.codec,
             )
         )
         self.base_depth = welcome.base_depth
+        self.max_in_flight = welcome.max_in_flight
         if cut[0] < self.base_depth:
             raise ConfigError(f"cut = {cut} starts below the server's base depth s_min = {self.base_depth}")
         what = "cut = (0, …)" if cut[0] == 0 else "alignment from a base depth of 0"

@@ -25,6 +25,8 @@ class RemoteCall:
         self.request = request
         self.align: float | None = None
         self.answered = False  # whether the backward is through
+        self.apart = False  # whether the backward through the tail ends with sending: see flexp.client.overlap
+        self._backward: Future[BackwardReply] | None = None
         self._link = link
         self._place = place
         self._turn = current_turn()  # autograd may run the backward in a thread of its own
@@ -40,6 +42,11 @@ class RemoteCall:
 
     def backward(self, grad_BTH: Tensor) -> BackwardReply:
         """Send ∂task/∂h and wait for the gradients at what was sent up."""
+        self.send(grad_BTH)
+        return self.reply()
+
+    def send(self, grad_BTH: Tensor) -> None:
+        """Send ∂task/∂h."""
         place = self._place
         if place is None:
             raise LinkError(
@@ -50,9 +57,25 @@ class RemoteCall:
             self.request.exchange, grad_BTH.detach(), place.step, place.exchanges, place.tokens, place.weight
         )
         with self._waiting():
-            reply = self._link.backward(request).result()
+            self._backward = self._link.backward(request)
+
+    def reply(self) -> BackwardReply:
+        """The gradients at what was sent up, once they are here."""
+        assert self._backward is not None
+        with self._waiting():
+            reply = self._backward.result()
         self.answered = True
         return reply
+
+    @property
+    def answer(self) -> Future[Any]:
+        """What is waited for: h, or once ∂task/∂h is sent, the gradients."""
+        return self._backward or self._forward
+
+    @property
+    def here(self) -> bool:
+        """Whether that has come."""
+        return self.answer.done()
 
     def _waiting(self) -> AbstractContextManager[None]:
         return waiting(self._link, self._turn, train=self.request.train)
@@ -84,6 +107,9 @@ class RemoteMiddle(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_BTH: Tensor) -> tuple[Tensor | None, ...]:
         call: RemoteCall = ctx.call
+        if call.apart:
+            call.send(grad_BTH)
+            return (None, None)
         reply = call.backward(grad_BTH)
         inner = reply.inner_BTH or (None,) * len(call.request.inner_BTH)
         return (None, reply.grad_BTH, *inner)

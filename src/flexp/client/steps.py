@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import secrets
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -35,12 +37,21 @@ class Piece:
 
 @dataclass(frozen=True)
 class Place:
-    """The same as the server is told: see :class:`flexp.links.messages.BackwardRequest`."""
+    """The same as the server is told: see :class:`flexp.links.messages.BackwardRequest`.
+
+    ``number`` is the exchange's in its step, from 1.
+    """
 
     step: int
+    number: int
     exchanges: int
     tokens: float
     weight: float
+
+    @property
+    def exchange(self) -> int:
+        """The exchange's own number: the same whenever it is sent."""
+        return self.step << 16 | self.number
 
 
 class Answerable(Protocol):
@@ -56,29 +67,39 @@ class Steps:
         accumulation: exchanges in a step, for loops that do not say so themselves.
 
     Attributes:
+        numbering: tells these steps from those of another run of the same client; goes on with them.
         done: complete steps.
         piece: what the loop said of the exchange that comes next.
     """
 
     def __init__(self, accumulation: int = 1) -> None:
         self.accumulation = accumulation
+        self.numbering = secrets.randbits(62) + 1
         self.done = 0
         self.piece: Piece | None = None
-        self._number = 0  # of the step, on the link; never used twice
+        self._number = 0  # of the step, on the link: the same again when a step is tried again
         self._begun = 0  # exchanges of an unfinished step
         self._previous: Answerable | None = None
 
+    @contextmanager
+    def during(self, piece: Piece) -> Iterator[None]:
+        """The exchange that goes up inside the ``with`` block is that piece of a step."""
+        self.piece = piece
+        try:
+            yield
+        finally:
+            self.piece = None
+
     def place(self, weight: float) -> Place:
         """Where the exchange that goes up now belongs; ``weight`` is its loss items, if the loop does not say."""
-        piece = self.piece
-        if piece is None:
-            even = 1.0 / self.accumulation  # whoever does not say more has exchanges of equal size
-            piece = Piece(self._begun + 1, self.accumulation, even, even, weight)
-            self.done += int(piece.last)
+        even = 1.0 / self.accumulation  # whoever does not say more has exchanges of equal size
+        piece = self.piece or Piece(self._begun + 1, self.accumulation, even, even, weight)
         if piece.number == 1:
-            self._number += 1
+            self._number = self.done + 1
+        if self.piece is None:
+            self.done += int(piece.last)
         self._begun = 0 if piece.last else piece.number
-        return Place(self._number, piece.of, piece.tokens, piece.weight)
+        return Place(self._number, piece.number, piece.of, piece.tokens, piece.weight)
 
     def abandon(self) -> None:
         """Begin a new step with the next exchange."""

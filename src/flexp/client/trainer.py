@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from flexp.client.overlap import Done, Splittable, overlapped
 from flexp.client.steps import Piece, loss_items, unmasked_tokens
 from flexp.config import TrainConfig
 from flexp.data.ordering import BatchOrder
@@ -78,7 +79,8 @@ class Trainer:
         self.data, self.task, self.model, self.updater = data, task, model, updater
         self.steps = 0
         self.seconds = 0.0
-        self._micro_batch = config.micro_batch or config.batch_size
+        self._in_flight = config.in_flight
+        self._micro_batch = config.micro_batch or -(-config.batch_size // config.in_flight)
         self._order = BatchOrder(len(data.train), config.batch_size, seed)
         self._random = RandomStream(derived_seed(seed, "client"), model.device)
 
@@ -93,24 +95,31 @@ class Trainer:
         self.model.train(True)
         self.updater.forget()  # what a failed step may have left
 
-        with self._random.active():
+        with self._random.undone_on_failure(), self._random.active():
             pieces = self._pieces()
-            for piece, batch in pieces:
-                with self.model.part_of_step(piece):
-                    output = self.model(**batch)  # head → server → tail → loss
-                    self._check(output.loss)
-                    (output.loss * piece.share).backward()  # tail ← server ← head; the server trains its blocks
-                loss += output.loss.item() * piece.share
-                align += (self.model.last_align or 0.0) * piece.tokens
+            for done in self._exchanges(pieces):  # forward and backward, here and on the server
+                loss += done.loss * done.piece.share
+                align += (done.align or 0.0) * done.piece.tokens
             norm = self.updater.step()  # the personal parameters
-            self.model.after_step()  # alignment in weight space, if asked for
-
         self.steps += 1
+        self.model.after_step()  # alignment in weight space, if asked for
+
         items = int(sum(piece.weight for piece, _ in pieces))
         seconds = time.perf_counter() - began
         self.seconds += seconds
         aligned = align if self.model.last_align is not None else None
         return Step(self.name, self.steps, loss, aligned, items, lr, norm, seconds)
+
+    def _exchanges(self, pieces: list[tuple[Piece, Batch]]) -> Iterator[Done]:
+        if self._in_flight > 1 and isinstance(self.model, Splittable):
+            yield from overlapped(self.model, pieces, self._in_flight, self._check)
+            return
+        for piece, batch in pieces:
+            with self.model.part_of_step(piece):
+                output = self.model(**batch)  # head → server → tail → loss
+                self._check(output.loss)
+                (output.loss * piece.share).backward()  # tail ← server ← head; the server trains its blocks
+            yield Done(piece, output.loss.item(), self.model.last_align)
 
     def state(self) -> dict[str, Tensor]:
         """Everything that :meth:`load` needs to go on bit for bit, as flat named tensors."""

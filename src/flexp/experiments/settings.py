@@ -49,8 +49,9 @@ def read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: is not valid TOML: {error}") from error
 
 
-OTHERS: frozenset[str] = frozenset({"compare"})
-"""Tables of a ``CONFIG.toml`` that are not a run's: ``[compare]`` is read by :mod:`flexp.comparison.config`."""
+OTHERS: frozenset[str] = frozenset({"compare", "deployment"})
+"""Tables of a ``CONFIG.toml`` that are not a run's: :mod:`flexp.comparison.config` and
+:mod:`flexp.deployment.config` read them."""
 
 PLACES = (("model", "id"), ("data", "source"), ("data", "test_source"))
 """Keys that may name a file or a folder."""

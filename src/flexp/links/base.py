@@ -120,11 +120,17 @@ def connected(link: Link) -> Iterator[Link]:
 def as_link(link: Link | str) -> Link:
     """``link``, or what a URL with the client's name in it leads to: ``grpc://clinic-a@HOST:PORT``.
 
+    A query makes the network in between slower than it is (:mod:`flexp.links.emulated_url`).
+
     Raises:
         ConfigError, LinkError: as :func:`flexp.connect`.
     """
     if not isinstance(link, str):
         return link
-    from flexp.links.grpc import connect  # gRPC only for those who use it
+    from flexp.links.emulated import EmulatedLink  # these only for those who use them
+    from flexp.links.emulated_url import split_url
+    from flexp.links.grpc import connect
 
-    return connect(link)
+    address, network = split_url(link)
+    far: Link = connect(address)
+    return far if network is None else EmulatedLink(far, network)

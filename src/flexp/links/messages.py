@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from flexp.config import AlignConfig, LoraConfig
+from flexp.config import AlignConfig, CodecConfig, LoraConfig
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,9 @@ class Join:
         lora: with what adapters, if it says so; they must be the server's if that has any.
         autocast: what it computes matrix products in, if not in ``dtype``; the server does the same.
         weights: which pretrained weights it has (:func:`flexp.models.fingerprint.weights_fingerprint`), if it knows.
+        numbering: which run of this client its step numbers belong to, 1 to 2⁶³ − 1; 0: it numbers none. Joining again
+            with the same one goes on with the same steps.
+        codec: in what form tensors are to cross, both ways; ``None``: as the link does by itself.
     """
 
     client: str
@@ -37,15 +40,18 @@ class Join:
     lora: LoraConfig | None = None
     weights: str | None = None
     autocast: str = "off"
+    numbering: int = 0
+    codec: CodecConfig | None = None
 
 
 @dataclass(frozen=True)
 class Welcome:
-    """The server's answer: the base depth s_min that its shared blocks start at."""
+    """The server's answer: the base depth s_min that its shared blocks start at, and what it lets be in flight."""
 
     base_depth: int
     blocks: int
     hidden: int
+    max_in_flight: int = 1
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,7 @@ class ForwardRequest:
         base_BTH: z_base, when alignment is due on this exchange.
         inner_BTH: with alignment at every block, the activations after blocks s_min … s−2, in order.
         train: whether a backward will follow.
+        step: of the client's steps the one that it belongs to, as in its backward; 0: not numbered.
     """
 
     exchange: int
@@ -69,6 +76,7 @@ class ForwardRequest:
     base_BTH: Tensor | None = None
     inner_BTH: tuple[Tensor, ...] = ()
     train: bool = False
+    step: int = 0
 
 
 @dataclass(frozen=True)
@@ -85,7 +93,8 @@ class BackwardRequest:
 
     Attributes:
         grad_BTH: ∂task/∂h, scaled by what this exchange counts in its step.
-        step: numbers this client's steps. One is complete when all of its exchanges have arrived, in whatever order.
+        step: numbers this client's steps from 1; one that was applied already is answered, and not applied again. 0:
+            not numbered. A step is complete when all of its exchanges have arrived, in whatever order.
         exchanges: how many exchanges the step has: micro-batches share one.
         tokens: this exchange's share of the step's unmasked tokens, 0 < tokens ≤ 1, which its alignment counts.
         weight: how many items (tokens, examples) of the loss this exchange stands for.
@@ -114,10 +123,14 @@ class Abort:
 
 @dataclass(frozen=True)
 class PullRequest:
-    """Ask for the shared weights of blocks [start, stop), which lie in [s_min, s), for alignment in weight space."""
+    """Ask for the shared weights of blocks [start, stop), which lie in [s_min, s), for alignment in weight space.
+
+    ``step`` is the client's step that it ends; 0: not numbered.
+    """
 
     start: int
     stop: int
+    step: int = 0
 
 
 @dataclass(frozen=True)
@@ -175,7 +188,7 @@ def tensors(message: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def size(message: Any) -> int:
-    """The bytes of a message's tensors, as they cross."""
+    """The bytes of a message's tensors, as they cross without a codec (:meth:`flexp.links.coding.Coding.size`)."""
     total = 0
     for name, value in tensors(message):
         # A mask of zeros and ones crosses as one byte an entry, whatever type the model wants it in.

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
+from flexp.config import CodecConfig
 from flexp.errors import LinkError
+from flexp.links.codecs import SCALE, codec_of
+from flexp.links.coding import codec_name
 from flexp.links.wire import Field, Head, Kind
 
 REQUESTS = {Kind.JOIN, Kind.FORWARD, Kind.BACKWARD, Kind.PULL, Kind.ABORT, Kind.LEAVE} | {
     Kind.EXTEND,
     Kind.END_GENERATION,
+    Kind.READY,
 }
 ANSWERS = {
     Kind.JOIN: Kind.WELCOME,
@@ -22,10 +26,11 @@ ANSWERS = {
     Kind.PULL: Kind.PULL_REPLY,
     Kind.ABORT: Kind.DONE,
     Kind.LEAVE: Kind.DONE,
+    Kind.READY: Kind.ORDER,
     Kind.EXTEND: Kind.EXTEND_REPLY,
     Kind.END_GENERATION: Kind.DONE,
 }
-_TEXTS = {Kind.JOIN, Kind.WELCOME, Kind.ERROR}
+_TEXTS = {Kind.JOIN, Kind.WELCOME, Kind.ERROR, Kind.READY, Kind.ORDER}
 
 
 @dataclass(frozen=True)
@@ -51,13 +56,23 @@ class Limits:
 
 @dataclass(frozen=True)
 class Agreement:
-    """What was agreed on joining: every activation is (B, T, ``hidden``) of ``dtype`` with B·T ≤ ``max_tokens``."""
+    """What was agreed on joining: every activation is (B, T, ``hidden``) of ``dtype`` with B·T ≤ ``max_tokens``.
+
+    ``codec`` says as what it crosses.
+    """
 
     dtype: torch.dtype
     hidden: int
     blocks: int
     max_tokens: int
     frame_bytes: int
+    codec: CodecConfig = field(default_factory=CodecConfig)
+
+    def layout(self, kind: Kind, name: str, rows: tuple[int, ...]) -> list[Field]:
+        """The fields, payload and scales, of an activation or gradient of (B, T) = ``rows``."""
+        codec = codec_of(codec_name(self.codec, kind, name) or "off", self.dtype)
+        parts = codec.layout((*rows, self.hidden))
+        return [Field(part, *what) for part, what in zip((name, name + SCALE), parts, strict=False)]
 
 
 def check_request(head: Head, agreement: Agreement | None, client: str) -> None:
@@ -101,45 +116,52 @@ def check_reply(head: Head, asked: Head, agreement: Agreement | None) -> None:
     if head.kind == Kind.PULL_REPLY:
         _check_weights(head, agreement)
         return
-    sent = [item for item in asked.fields if item.name in ("hidden_BTH", "grad_BTH")]
-    given = [(item.dtype, item.shape, item.packed) for item in head.fields]
-    wanted = {(item.dtype, item.shape, False) for item in sent}
-    names = [item.name for item in head.fields]
-    first = {Kind.BACKWARD_REPLY: ["grad_BTH"]}.get(head.kind, ["hidden_BTH"] if sent else [])
-    inner = names[len(first) :]
-    most = agreement.blocks if agreement and head.kind == Kind.BACKWARD_REPLY else 0
-    fits = names[: len(first)] == first and set(inner) <= {"inner_BTH"} and len(inner) <= most
-    if not fits or not set(given) <= wanted:
+    sent = next((item for item in asked.fields if item.name in ("hidden_BTH", "grad_BTH")), None)
+    wanted: list[Field] = []
+    if sent is not None and agreement is not None:
+        wanted = agreement.layout(head.kind, sent.name, sent.shape[:2])
+        inner = agreement.layout(head.kind, "inner_BTH", sent.shape[:2])
+        count, odd = divmod(len(head.fields) - len(wanted), len(inner))
+        most = agreement.blocks if head.kind == Kind.BACKWARD_REPLY else 0
+        wanted += inner * count if not odd and 0 < count <= most else []
+    if list(head.fields) != wanted:
         raise LinkError(
-            f"the server answers {asked.kind.name} of {_facts(sent)} with {_facts(head.fields)}, expected the same size"
+            f"the server answers {asked.kind.name} of {_facts([sent] if sent else [])} with {_facts(head.fields)}, "
+            "expected the same size, as the codecs have it"
         )
 
 
 def _check_activations(head: Head, agreement: Agreement, client: str) -> None:
+    """Every activation and gradient must be of the size of the first, in the form that its codec has it."""
     main = next(item for item in head.fields if item.name in ("hidden_BTH", "grad_BTH"))
     what = "activation" if main.name == "hidden_BTH" else "gradient"
-    shape = main.shape
-    if len(shape) != 3 or shape[2] != agreement.hidden or main.dtype != agreement.dtype or main.packed:
+    rows = main.shape[:2]
+    payload, *_ = agreement.layout(head.kind, main.name, rows)
+    if len(main.shape) != 3 or main != payload:
+        expected = ", ".join(["B", "T", *map(str, payload.shape[2:])])
+        raise LinkError(f"client {client}: the {what} is {_fact(main)}, expected ({expected}) {payload.dtype}")
+    if rows[0] * rows[1] > agreement.max_tokens:
         raise LinkError(
-            f"client {client}: the {what} is {_fact(main)}, expected (B, T, {agreement.hidden}) {agreement.dtype}"
-        )
-    if shape[0] * shape[1] > agreement.max_tokens:
-        raise LinkError(
-            f"client {client}: the {what} has {shape[0]} × {shape[1]} tokens, the server takes at most "
+            f"client {client}: the {what} has {rows[0]} × {rows[1]} tokens, the server takes at most "
             f"{agreement.max_tokens}; use smaller (micro-)batches or shorter texts"
         )
-    rows = {shape[:2], (1, shape[1])}
+    due: list[Field] = []  # the scales that must come next
     for item in head.fields:
-        if item.name == "mask_BT":
-            fits = item.packed and item.shape == shape[:2]
+        if due:
+            fits = item == due.pop(0)
+        elif item.name == "mask_BT":
+            fits = item.packed and item.shape == rows
         elif item.name == "positions_BT":
-            fits = item.shape in rows and item.dtype == torch.int64 and not item.packed
+            fits = item.shape in {rows, (1, rows[1])} and item.dtype == torch.int64 and not item.packed
         elif item.name == "rows_B":
-            fits = item.shape == shape[:1] and item.dtype == torch.int64 and not item.packed
+            fits = item.shape == rows[:1] and item.dtype == torch.int64 and not item.packed
         else:
-            fits = item.shape == shape and item.dtype == main.dtype and not item.packed
+            first, *due = agreement.layout(head.kind, item.name, rows)
+            fits = item == first and not item.name.endswith(SCALE)
         if not fits:
             raise LinkError(f"client {client}: {item.name} is {_fact(item)}, which does not go with {_fact(main)}")
+    if due:
+        raise LinkError(f"client {client}: the {head.kind.name} frame ends where {due[0].name} should be")
     if head.payload > agreement.frame_bytes:
         raise LinkError(
             f"client {client}: the frame has {head.payload} bytes, the server takes at most {agreement.frame_bytes}; "
@@ -159,7 +181,7 @@ def _check_weights(head: Head, agreement: Agreement | None) -> None:
 
 
 def _names(head: Head, client: str, needed: str, optional: Collection[str] = ()) -> None:
-    counts = Counter(item.name for item in head.fields)
+    counts = Counter(item.name for item in head.fields if not item.name.endswith(SCALE))  # the codec says about these
     odd = [name for name in counts if name != needed and name not in optional]
     twice = [name for name, count in counts.items() if count > 1 and name != "inner_BTH"]
     if odd or twice or not counts[needed]:

@@ -11,7 +11,9 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import from_json, to_json
 from torch import Tensor
 
-from flexp.errors import LinkError
+from flexp.config import CodecConfig
+from flexp.errors import LinkError, LinkLostError
+from flexp.links.coding import Coding
 from flexp.links.frames import Frame, describe
 from flexp.links.messages import (
     Abort,
@@ -35,8 +37,10 @@ _DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.
 Named = Sequence[tuple[str, Tensor | None]]
 
 
-def to_frame(message: Any, call: int, seconds: float = 0.0) -> Frame:
+def to_frame(message: Any, call: int, seconds: float = 0.0, coding: Coding | None = None) -> Frame:
     """The frame that carries a message, except :class:`Welcome`, which :func:`welcome_frame` makes.
+
+    With error feedback ``coding`` remembers what it coded: a frame that is sent twice is made once.
 
     Raises:
         LinkError: the message holds what cannot cross.
@@ -50,18 +54,19 @@ def to_frame(message: Any, call: int, seconds: float = 0.0) -> Frame:
                 ("base_BTH", message.base_BTH),
                 *(("inner_BTH", value) for value in message.inner_BTH),
             ]
-            return _frame(Kind.FORWARD, call, seconds, (message.exchange, int(message.train)), named)
+            forward = (message.exchange, int(message.train), message.step)
+            return _frame(Kind.FORWARD, call, seconds, forward, named, coding)
         case BackwardRequest():
             place = (message.exchange, message.step, message.exchanges, message.tokens, message.weight)
-            return _frame(Kind.BACKWARD, call, seconds, place, [("grad_BTH", message.grad_BTH)])
+            return _frame(Kind.BACKWARD, call, seconds, place, [("grad_BTH", message.grad_BTH)], coding)
         case PullRequest():
-            return _frame(Kind.PULL, call, seconds, (message.start, message.stop))
+            return _frame(Kind.PULL, call, seconds, (message.start, message.stop, message.step))
         case ForwardReply():
             numbers = (int(message.align is not None), message.align or 0.0)
-            return _frame(Kind.FORWARD_REPLY, call, seconds, numbers, [("hidden_BTH", message.hidden_BTH)])
+            return _frame(Kind.FORWARD_REPLY, call, seconds, numbers, [("hidden_BTH", message.hidden_BTH)], coding)
         case BackwardReply():
             named = [("grad_BTH", message.grad_BTH), *(("inner_BTH", value) for value in message.inner_BTH)]
-            return _frame(Kind.BACKWARD_REPLY, call, seconds, (), named)
+            return _frame(Kind.BACKWARD_REPLY, call, seconds, (), named, coding)
         case PullReply():
             return _frame(Kind.PULL_REPLY, call, seconds, (), list(message.weights.items()))
         case Abort():
@@ -83,21 +88,23 @@ def to_frame(message: Any, call: int, seconds: float = 0.0) -> Frame:
     raise TypeError(f"{type(message).__name__} does not cross a link")
 
 
-def to_message(frame: Frame, device: torch.device) -> Any:
+def to_message(frame: Frame, device: torch.device, coding: Coding | None = None) -> Any:
     """The message that a frame carries, with its tensors on ``device``; rules.py has accepted its head already.
 
     Raises:
         LinkError: a number or a text means nothing.
     """
     head, tensors = frame.head, [(name, value.to(device)) for name, value in frame.named()]
+    if coding is not None:
+        tensors = list(coding.decode(head.kind, tensors))
     one = dict(tensors)
     inner = tuple(value for name, value in tensors if name == "inner_BTH")
     match head.kind:
         case Kind.FORWARD:
-            exchange, train = head.numbers
+            exchange, train, step = head.numbers
             return ForwardRequest(
                 exchange, one["hidden_BTH"], one.get("mask_BT"), one.get("positions_BT"), one.get("base_BTH"),
-                inner, bool(train),
+                inner, bool(train), step,
             )  # fmt: skip
         case Kind.BACKWARD:
             exchange, step, exchanges, tokens, weight = head.numbers
@@ -153,27 +160,40 @@ def read_welcome(text: str, join: Join) -> tuple[Welcome, Agreement]:
 
 def agree(join: Join, welcome: Welcome, limits: Limits) -> Agreement:
     """What holds for all frames after a client was let in."""
+    return Agreement(
+        dtype_of(join), welcome.hidden, welcome.blocks, limits.max_tokens, limits.frame_bytes,
+        join.codec or CodecConfig(),
+    )  # fmt: skip
+
+
+def dtype_of(join: Join) -> torch.dtype:
+    """The type that a client's model computes in."""
     if join.dtype not in _DTYPES:
         raise LinkError(f"activations of {join.dtype} cannot cross; expected one of {', '.join(_DTYPES)}")
-    return Agreement(_DTYPES[join.dtype], welcome.hidden, welcome.blocks, limits.max_tokens, limits.frame_bytes)
+    return _DTYPES[join.dtype]
 
 
-def error_frame(text: str, call: int = 0) -> Frame:
-    """A refusal of one request, or (``call`` = 0) of the whole stream."""
-    return Frame(Head(Kind.ERROR, call, text=to_json({"error": text[:4000]}).decode()))
+def error_frame(error: Exception | str, call: int = 0) -> Frame:
+    """A refusal of one request, or (``call`` = 0) of the whole stream; it says if trying again may help."""
+    said = {"error": str(error)[:4000]} | ({"again": True} if isinstance(error, LinkLostError) else {})
+    return Frame(Head(Kind.ERROR, call, text=to_json(said).decode()))
 
 
 def read_error(text: str) -> LinkError:
     """The refusal that :func:`error_frame` carries, with the words of the other side."""
     try:
-        said = from_json(text)["error"]
-    except (ValueError, TypeError, KeyError):
-        said = "the other side refused, and gives no readable reason"
-    return LinkError(str(said))
+        said = from_json(text)
+        return (LinkLostError if said.get("again") is True else LinkError)(str(said["error"]))
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return LinkError("the other side refused, and gives no readable reason")
 
 
-def _frame(kind: Kind, call: int, seconds: float, numbers: tuple[Any, ...], named: Named = ()) -> Frame:
+def _frame(
+    kind: Kind, call: int, seconds: float, numbers: tuple[Any, ...], named: Named = (), coding: Coding | None = None
+) -> Frame:
     present = [(name, value) for name, value in named if value is not None]
+    if coding is not None:
+        present = list(coding.encode(kind, present))
     head = Head(kind, call, seconds, numbers, fields=tuple(describe(name, value) for name, value in present))
     return Frame(head, tuple(value for _, value in present))
 

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from flexp.client.model import SPLIT_MODELS, SplitModel
+from flexp.client.state import load_party, party_state
 from flexp.client.trainer import Trainer
+from flexp.links.base import Link
 from flexp.methods.base import Account, Forward, OnStep, State, World
 from flexp.methods.parties import make_trainer, own_stage
 from flexp.methods.turns import turns
@@ -41,6 +43,10 @@ class FlexpSfl:
             on_step(self.clients[name].step())
         if number == config.train.rounds:
             self.server.flush()  # update = "mean" may have steps left that are fewer than mean_over
+
+    def connect(self, name: str) -> Link:
+        """The link of a client."""
+        return self.server.connect(name)
 
     def personal(self, client: str) -> Forward:
         model = self._model(client)
@@ -84,25 +90,12 @@ class FlexpSfl:
 
     def state(self) -> State:
         state = {"server": self.server.state()}
-        for name, trainer in self.clients.items():
-            meter = self._model(name).link.meter.state()
-            flat = {f"meter/{kind}/{key}": value for kind, part in meter.items() for key, value in part.items()}
-            counts = {key: torch.tensor(value, dtype=torch.float64) for key, value in flat.items()}
-            state[f"client-{name}"] = trainer.state() | counts
-        return state
+        return state | {f"client-{name}": party_state(trainer) for name, trainer in self.clients.items()}
 
     def load(self, state: State) -> None:
         self.server.load(state["server"])
         for name, trainer in self.clients.items():
-            own = state[f"client-{name}"]
-            trainer.load(own)
-            model = self._model(name)
-            model.steps.done = trainer.steps
-            meter = model.link.meter.state()
-            for kind, part in meter.items():
-                for key, zero in part.items():
-                    part[key] = type(zero)(own[f"meter/{kind}/{key}"])
-            model.link.meter.load(meter)
+            load_party(trainer, state[f"client-{name}"])
 
     def close(self) -> None:
         for name in self.clients:
@@ -142,10 +135,11 @@ class FlexpSfl:
         model = SPLIT_MODELS[world.federation.task.model_kind](
             stage,
             cut,
-            self.server.connect(name),
+            self.connect(name),
             align=config.method.align,
             tuning=config.model.tuning,
             lora=config.model.lora,
             expose_embeddings=config.model.expose_embeddings,
+            codec=config.link.codec,
         )
         return make_trainer(world, name, model, stage)

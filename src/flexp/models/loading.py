@@ -23,6 +23,7 @@ from flexp.models.anatomy import dissect, refuse_by_design
 from flexp.models.fingerprint import weights_fingerprint
 from flexp.models.parts import Part, prune
 from flexp.models.stage import Stage, carve, forget_ties
+from flexp.rng import RandomStream
 
 ModelKind = Literal["causal-lm", "sequence-classification", "image-classification"]
 AUTO: dict[str, Any] = {
@@ -86,7 +87,7 @@ def load_stage(
     config.output_hidden_states = config.output_attentions = False  # some checkpoints ask for them; no split can
     original = _class_for(config, kind, name)
     cls = original if part is None else _pruned(original, part)
-    with quietly(), torch.random.fork_rng(devices=[]):
+    with RandomStream(seed).active(), quietly():  # one at a time: transformers loads by way of global settings
         try:
             model, info = cls.from_pretrained(
                 name,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from flexp.config import LoraConfig
+from flexp.config import CodecConfig, LoraConfig
 from flexp.errors import LinkError
 from flexp.links.messages import BackwardRequest, ForwardRequest, Join, PullRequest
 from flexp.models.fingerprint import fingerprint
@@ -17,8 +18,17 @@ if TYPE_CHECKING:
     from flexp.server.session import Pending, Session
 
 
-def check_join(client: str, request: Join, stage: Stage, tuning: str, lora: LoraConfig | None) -> None:
+def check_join(
+    client: str,
+    request: Join,
+    stage: Stage,
+    tuning: str,
+    lora: LoraConfig | None,
+    codecs: Collection[str] | None = None,
+) -> None:
     """Refuse a client whose model or cut does not go with the blocks of ``stage``, tuned as ``tuning``.
+
+    ``codecs`` are those that it may ask for; ``None``: any.
 
     Raises:
         LinkError: see above.
@@ -26,6 +36,7 @@ def check_join(client: str, request: Join, stage: Stage, tuning: str, lora: Lora
     start, stop = min(stage.part.blocks), max(stage.part.blocks) + 1
     cut_start, cut_stop = request.cut
     problem = None
+    odd = [name for name in (request.codec or CodecConfig()).names() if codecs is not None and name not in codecs]
     if request.client != client:
         problem = f"its message names another client, {request.client}"
     elif request.fingerprint != fingerprint(stage.model.config):
@@ -51,6 +62,8 @@ def check_join(client: str, request: Join, stage: Stage, tuning: str, lora: Lora
             f"alignment in weight space needs the same tuning on both sides: the client's is {request.tuning}, "
             f"the server's {tuning}"
         )
+    elif odd:
+        problem = f"it asks for the codec {odd[0]}, the server has {', '.join(codecs or ())}; set another link.codec"
     if problem:
         raise LinkError(f"client {client} was refused: {problem}")
 

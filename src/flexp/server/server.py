@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from flexp.assets import resolve
 from flexp.config import LoraConfig, OptimizerConfig, ServerConfig
 from flexp.errors import LinkError
+from flexp.links.coding import load_residuals, save_residuals
 from flexp.links.inprocess import InProcessLink
 from flexp.links.messages import (
     Abort,
@@ -37,6 +38,7 @@ from flexp.models.tuning import tune
 from flexp.rng import RandomStream, derived_seed
 from flexp.server.admission import check_backward, check_forward, check_join, check_pull
 from flexp.server.generations import check_extend, drop_unused
+from flexp.server.progress import Key, Progress, states
 from flexp.server.session import Session
 from flexp.server.shared import SharedBlocks
 
@@ -49,6 +51,7 @@ class Server:
         lora: the adapters of ``stage``, which clients that say theirs must have too.
         total_steps: client steps in all, for schedules of the shared learning rate.
         seed: of the clients' dropout on this side.
+        remembers: keep the answers of clients' last steps, for clients that may go back to a snapshot.
     """
 
     def __init__(
@@ -61,15 +64,19 @@ class Server:
         optimizer: OptimizerConfig | None = None,
         total_steps: int | None = None,
         seed: int = 0,
+        remembers: bool = False,
     ) -> None:
         self.config = config or ServerConfig()
         self.tuning = tuning
         self.lora = lora
         self.shared = SharedBlocks(stage, self.config, optimizer or OptimizerConfig(), total_steps)
         self.compute_seconds = 0.0
+        self.remembers = remembers
         self._seed = seed
         self._sessions: dict[str, Session] = {}
         self._random: dict[str, RandomStream] = {}  # outlives sessions: who comes back goes on
+        self.progress: dict[str, Progress] = {}  # likewise
+        self._residuals: dict[str, dict[str, Tensor]] = {}  # of error feedback; the same
         self._lock = threading.RLock()
 
     @classmethod
@@ -133,17 +140,16 @@ class Server:
             LinkError: the client's model or cut does not go with this server.
         """
         with self._lock:
-            check_join(client, request, self.shared.stage, self.tuning, self.lora)
+            check_join(client, request, self.shared.stage, self.tuning, self.lora, self.config.codecs)
             earlier = self._sessions.pop(client, None)
             if earlier is not None:
                 earlier.drop()
             if client not in self._random:
                 self._random[client] = RandomStream(derived_seed(self._seed, "server", client), self._device)
-            random = self._random[client]
-            steps = earlier.steps if earlier else 0
-            self._sessions[client] = Session(request, self.shared, self.config, random, steps=steps)
+            progress = self._progress_of(client, request.numbering)
+            self._sessions[client] = Session(request, self.shared, self.config, self._random[client], progress)
             anatomy = self.shared.stage.anatomy
-            return Welcome(self.blocks[0], anatomy.blocks, anatomy.hidden)
+            return Welcome(self.blocks[0], anatomy.blocks, anatomy.hidden, self.config.max_in_flight)
 
     def forward(self, client: str, request: ForwardRequest) -> ForwardReply:
         """Blocks [s, e) forward for one client.
@@ -152,11 +158,16 @@ class Server:
             LinkError: the client never joined, the message does not fit what was agreed, or too much is in flight.
         """
         with self._lock, self._computing():
-            session = self._session(client)
+            session, key = self._session(client), ("forward", request.exchange)
+            known = session.progress.answer(request.step, key) if request.train else None
+            if known is not None and session.progress.applied(request.step):
+                return cast(ForwardReply, known)
             in_flight = sum(len(other.pending) for other in self._sessions.values())
             check_forward(session, request, self.shared.stage, in_flight)
             with session.random.active():
-                return session.forward(request)
+                reply = session.forward(request)
+            self._remember(session, request.step, key, reply)
+            return reply
 
     def backward(self, client: str, request: BackwardRequest) -> BackwardReply:
         """Blocks [s, e) backward for one client, and the update that follows.
@@ -165,10 +176,15 @@ class Server:
             LinkError: no forward of that client and number is in flight, or the gradient is not finite.
         """
         with self._lock, self._computing():
-            session = self._session(client)
+            session, key = self._session(client), ("backward", request.exchange)
+            known = session.progress.answer(request.step, key)
+            if known is not None and request.exchange not in session.pending:
+                return cast(BackwardReply, known)
             check_backward(session, request)
             with session.random.active():
-                return session.backward(request)
+                reply = session.backward(request)
+            self._remember(session, request.step, key, reply)
+            return reply
 
     def pull(self, client: str, request: PullRequest) -> PullReply:
         """The shared weights of some of the client's aligned blocks [s_min, s).
@@ -177,11 +193,17 @@ class Server:
             LinkError: the client never joined, or asks for other blocks.
         """
         with self._lock:
-            check_pull(self._session(client), request, self.blocks[0])
+            session, key = self._session(client), ("pull", request.start)
+            check_pull(session, request, self.blocks[0])
+            known = session.progress.answer(request.step, key)
+            if known is not None:
+                return cast(PullReply, known)
             wanted = range(request.start, request.stop)
             parameters = self.shared.updater.parameters.items()
             block_of = self.shared.stage.block_of
-            return PullReply({name: value.detach().clone() for name, value in parameters if block_of(name) in wanted})
+            reply = PullReply({name: value.detach().clone() for name, value in parameters if block_of(name) in wanted})
+            self._remember(session, request.step, key, reply)
+            return reply
 
     def abort(self, client: str, request: Abort) -> None:
         """Forget what a client has in flight and what its unfinished steps have gathered.
@@ -225,18 +247,59 @@ class Server:
             if session is not None:
                 session.drop()
 
-    def state(self) -> dict[str, Tensor]:
+    def counts(self) -> dict[str, float]:
+        """``updates``, ``compute_seconds``, forwards ``in_flight`` and ``versions`` of the weights that are held."""
+        with self._lock:
+            in_flight = sum(len(session.pending) for session in self._sessions.values())
+            held = 1 + len(self.shared.stashed)
+            return {
+                "updates": self.shared.version,
+                "compute_seconds": self.compute_seconds,
+                "in_flight": in_flight,
+                "versions": held,
+            }
+
+    def cut_of(self, client: str) -> tuple[int, int] | None:
+        """The cut of a client that has joined and not left."""
+        with self._lock:
+            session = self._sessions.get(client)
+            return None if session is None else session.join.cut
+
+    def keep_answers_after(self, client: str, step: int) -> None:
+        """A client has saved its state after ``step``: keep the answers of its later steps, and drop the others."""
+        with self._lock:
+            progress = self.progress.get(client)
+            if progress is not None:
+                progress.kept_from = step
+                progress.forget(step)
+
+    def residuals(self, client: str) -> dict[str, Tensor]:
+        """Of error feedback in what a client is sent: see :class:`flexp.links.coding.Coding`, which writes in it."""
+        return self._residuals.setdefault(client, {})
+
+    def state(self, *, unfinished: bool = False) -> dict[str, Tensor]:
         """Everything that :meth:`load` needs to go on bit for bit.
 
         These are the live tensors: write them, or copy them, before the next step.
+
+        Args:
+            unfinished: take the state in the middle of clients' steps as well; they are not part of it.
 
         Raises:
             LinkError: exchanges are in flight, whose clients would wait for ever.
         """
         with self._lock:
-            self._refuse_busy("saved")
+            if not unfinished:
+                self._refuse_busy("saved")
             flat = {f"shared/{name}": value for name, value in self.shared.state().items()}
-            flat |= {f"random/{name}": random.state for name, random in self._random.items()}
+            begun = {name: session.boundary for name, session in self._sessions.items() if session.busy}
+            for name, random in self._random.items():
+                state = begun.get(name)
+                flat[f"random/{name}"] = random.state if state is None else state
+            if self.remembers:
+                flat |= {f"progress/{name}": value for name, value in states(self.progress).items()}
+            for name, residuals in self._residuals.items():
+                flat |= save_residuals(residuals, f"residuals/{name}/")
             return flat | {"compute_seconds": torch.tensor(self.compute_seconds, dtype=torch.float64)}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
@@ -248,7 +311,7 @@ class Server:
         """
         with self._lock:
             self._refuse_busy("restored")
-            parts: dict[str, dict[str, Tensor]] = {"shared": {}, "random": {}}
+            parts: dict[str, dict[str, Tensor]] = {"shared": {}, "random": {}, "progress": {}, "residuals": {}}
             for key, value in state.items():
                 kind, _, name = key.partition("/")
                 parts.setdefault(kind, {})[name] = value
@@ -256,9 +319,29 @@ class Server:
             self.compute_seconds = float(state["compute_seconds"])
             for name, value in parts["random"].items():
                 self._random.setdefault(name, RandomStream(0, self._device)).state = value
+            self.progress = {name: Progress.restored(value) for name, value in parts["progress"].items()}
+            for name, session in self._sessions.items():
+                session.progress = self._progress_of(name, session.join.numbering)
+            owed: dict[str, dict[str, Tensor]] = {name: {} for name in self._residuals}
+            for entry, value in parts["residuals"].items():
+                name, _, key = entry.rpartition("/")
+                owed.setdefault(name, {})[key] = value
+            for name, residuals in owed.items():
+                load_residuals(self.residuals(name), residuals)
+
+    def _progress_of(self, client: str, numbering: int) -> Progress:
+        """What is known of these steps of a client; nothing, if they are another run's."""
+        progress = self.progress.get(client)
+        if progress is None or not progress.goes_on(numbering):
+            progress = self.progress[client] = Progress(numbering)
+        return progress
+
+    def _remember(self, session: Session, step: int, key: Key, reply: Any) -> None:
+        if self.remembers:
+            session.progress.remember(step, key, reply, self.config.keep_answers_bytes)
 
     def _refuse_busy(self, what: str) -> None:
-        busy = [name for name, session in self._sessions.items() if session.pending or session.gathered]
+        busy = [name for name, session in self._sessions.items() if session.busy]
         if busy:
             raise LinkError(f"the server cannot be {what} in the middle of a step of {', '.join(busy)}")
 

@@ -14,6 +14,7 @@ from flexp.links.messages import BackwardReply, BackwardRequest, ForwardReply, F
 from flexp.rng import RandomStream, drawing_from
 from flexp.server.alignment import alignment, combine
 from flexp.server.generations import Generations
+from flexp.server.progress import Progress
 from flexp.server.shared import SharedBlocks
 
 
@@ -59,14 +60,20 @@ class Session:
     shared: SharedBlocks
     config: ServerConfig
     random: RandomStream
+    progress: Progress
     pending: dict[int, Pending] = field(default_factory=dict)
     gathered: dict[int, Gathered] = field(default_factory=dict)
-    steps: int = 0
+    boundary: Tensor | None = None  # the random generator's state when the step under way began
     generations: Generations = field(default_factory=Generations)
 
     @property
     def align(self) -> AlignConfig:
         return self.join.align
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step is under way."""
+        return bool(self.pending or self.gathered)
 
     def forward(self, request: ForwardRequest) -> ForwardReply:
         """Run blocks [s, e); keep what the backward will need, with the weights that it belongs to."""
@@ -78,6 +85,8 @@ class Session:
             with torch.no_grad():
                 return ForwardReply(stage.run(request.hidden_BTH, plan, start, stop))
 
+        if not self.busy:
+            self.boundary = self.random.state
         keep_graph = self.config.memory == "keep"
         z_BTH = request.hidden_BTH.detach().requires_grad_(keep_graph)
         generator = self.random.state
@@ -113,8 +122,9 @@ class Session:
         step = self.gathered.setdefault(request.step, Gathered(request.exchanges))
         if step.take(trained, request.weight):
             del self.gathered[request.step]
-            self.shared.add(step.gradients, step.weight)
-            self.steps += 1
+            if not self.progress.applied(request.step):
+                self.shared.add(step.gradients, step.weight)
+                self.progress.apply(request.step)
 
         # Micro-batches share one step. Each has a mean over its own tokens, so it counts by its share of the step's.
         scaled = [value * (self.align.weight * request.tokens) for value in pending.align_BTH]
@@ -126,7 +136,10 @@ class Session:
         )
 
     def drop(self) -> None:
-        """Forget what is in flight, and every unfinished step."""
+        """Forget what is in flight, and every unfinished step: whoever tries one again draws the same dropout."""
+        if self.boundary is not None and self.busy:
+            self.random.state = self.boundary
+        self.progress.give_up(self.progress.unapplied())
         for pending in self.pending.values():
             self.shared.release(pending.version)
         self.pending.clear()

@@ -47,7 +47,7 @@ class SharedBlocks:
             total_steps = -(-total_steps // config.mean_over)
         self.updater = Updater(stage.trainable(), optimizer, total_steps)
         self._held: Counter[int] = Counter()
-        self._stashed: dict[int, dict[str, nn.Parameter]] = {}
+        self.stashed: dict[int, dict[str, nn.Parameter]] = {}
         self._sums: dict[str, Tensor] = {}
         self._weights: dict[str, float] = {}
         self._waiting = 0
@@ -63,11 +63,11 @@ class SharedBlocks:
         self._held[version] -= 1
         if self._held[version] <= 0:
             del self._held[version]
-            self._stashed.pop(version, None)
+            self.stashed.pop(version, None)
 
     def parameters_of(self, version: int) -> dict[str, nn.Parameter]:
         """The trained parameters of a version that is current or held."""
-        return self.updater.parameters if version == self.version else self._stashed[version]
+        return self.updater.parameters if version == self.version else self.stashed[version]
 
     @contextmanager
     def installed(self, version: int) -> Iterator[None]:
@@ -75,7 +75,7 @@ class SharedBlocks:
         if version == self.version:
             yield
             return
-        self._install(self._stashed[version])
+        self._install(self.stashed[version])
         try:
             yield
         finally:
@@ -164,11 +164,11 @@ class SharedBlocks:
 
     def _stash_current(self) -> None:
         """Leave the current parameters to the requests that hold them, and go on with copies."""
-        self._stashed[self.version] = dict(self.updater.parameters)
+        self.stashed[self.version] = dict(self.updater.parameters)
         copies = {name: nn.Parameter(value.detach().clone()) for name, value in self.updater.parameters.items()}
         self.updater.replace(copies)
         self._install(copies)
-        self.peak_versions = max(self.peak_versions, len(self._stashed) + 1)
+        self.peak_versions = max(self.peak_versions, len(self.stashed) + 1)
 
     def _install(self, parameters: Mapping[str, nn.Parameter]) -> None:
         for name, parameter in parameters.items():

@@ -7,15 +7,18 @@ import itertools
 import os
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import grpc
 import torch
+from torch import Tensor
 
-from flexp.errors import ConfigError, LinkError
+from flexp.config import CodecConfig, CodecName
+from flexp.errors import ConfigError, LinkError, LinkLostError
 from flexp.links.base import Meter, Traffic
+from flexp.links.coding import Coding
 from flexp.links.frames import Frame, encode
 from flexp.links.grpc.loop import METHOD, OPTIONS, SERVICE, background, read_frame, wait_for, within
 from flexp.links.grpc.security import (
@@ -41,6 +44,7 @@ from flexp.links.messages import (
     PullRequest,
     Welcome,
 )
+from flexp.links.orders import Order, Ready, read_order, to_text
 from flexp.links.rules import Agreement, check_reply, check_request
 from flexp.links.translate import read_error, read_welcome, to_frame, to_message
 from flexp.links.wire import Head, Kind
@@ -66,11 +70,16 @@ class GrpcLink:
 
     Attributes:
         header_bytes: what crossed besides tensors, (up, down); the meter counts tensors.
+        codec: what whoever joins without a codec gets.
+        residuals: of error feedback (:class:`flexp.links.coding.Coding`), to be saved and given back.
     """
 
     def __init__(self, channel: Any, stream: Any, address: Address, client: str, timeout: float) -> None:
         self.meter = Meter()
         self.header_bytes = [0, 0]
+        self.codec = CodecConfig.all("bf16")
+        self.residuals: dict[str, Tensor] = {}
+        self._coding: Coding | None = None
         self._channel, self._stream = channel, stream
         self._address, self._client, self._timeout = address, client, timeout
         self._agreement: Agreement | None = None
@@ -85,8 +94,10 @@ class GrpcLink:
         return self._client
 
     def join(self, request: Join) -> Welcome:
+        request = request if request.codec is not None else replace(request, codec=self.codec)
         head = self._wait(self._call(request, None))
         welcome, self._agreement = read_welcome(head.text, request)
+        self._coding = Coding(request.codec, self._agreement.dtype, welcome.hidden, self.residuals)
         return welcome
 
     def forward(self, request: ForwardRequest) -> Future[ForwardReply]:
@@ -97,6 +108,13 @@ class GrpcLink:
 
     def pull(self, request: PullRequest) -> Future[PullReply]:
         return self._call(request, self.meter.training)
+
+    def ready(self, ready: Ready) -> Future[Order]:
+        """Ask a server that conducts a run what to do next; the answer takes as long as others take.
+
+        Where that is too long the link is given up, as for any answer: it may have been lost. Ask again.
+        """
+        return self._send(Frame(Head(Kind.READY, next(self._numbers), text=to_text(ready))), None)
 
     def abort(self, request: Abort) -> None:
         self._wait(self._call(request, None))
@@ -115,7 +133,7 @@ class GrpcLink:
 
     def _call(self, message: Any, traffic: Traffic | None) -> Future[Any]:
         try:
-            frame = to_frame(message, next(self._numbers))
+            frame = to_frame(message, next(self._numbers), coding=self._coding)
             check_request(frame.head, self._agreement, self._client)
         except LinkError as error:
             return _failed(error)
@@ -166,12 +184,13 @@ class GrpcLink:
                 frame = await read_frame(self._stream.read, grpc.aio.EOF, self._check)
                 if frame is None:
                     status = await self._stream.code()
-                    raise LinkError(await self._stream.details() or f"the server ended the stream ({status.name})")
+                    raise LinkLostError(await self._stream.details() or f"the server ended the stream ({status.name})")
                 self._answer(frame)
         except grpc.aio.AioRpcError as error:
-            self._fail(_reason(error, self._address))
+            refused = error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
+            self._fail(_reason(error, self._address), LinkError if refused else LinkLostError)
         except LinkError as error:
-            self._fail(str(error))
+            self._fail(str(error), type(error))
         except asyncio.CancelledError:
             self._fail("the link is closed")
             raise
@@ -202,17 +221,22 @@ class GrpcLink:
             call.traffic.bytes_down += head.payload
             call.traffic.exchanges += 1
             call.traffic.server_seconds += head.seconds
-        call.future.set_result(to_message(frame, call.device) if call.traffic is not None else head)
+        if head.kind == Kind.ORDER:
+            call.future.set_result(read_order(head.text))
+        else:
+            answer = head if call.traffic is None else to_message(frame, call.device, self._coding)
+            call.future.set_result(answer)
 
-    def _fail(self, text: str) -> None:
+    def _fail(self, text: str, kind: type[LinkError] = LinkLostError) -> None:
         if self._broken is None:
-            self._broken = LinkError(text)
+            self._broken = kind(text)
         calls, self._calls = list(self._calls.values()), {}
         for call in calls:
             if call.timer is not None:
                 call.timer.cancel()
             call.future.set_exception(self._broken)
         self._stream.cancel()
+        self._tasks[0].cancel()  # nothing is sent any more
 
     async def _shut(self, why: LinkError) -> None:
         self._broken = self._broken or why
@@ -231,6 +255,7 @@ def connect(
     certificate: str | Path | None = None,
     key: str | Path | None = None,
     insecure: bool = False,
+    codec: CodecConfig | CodecName = "bf16",
     timeout: float = 600.0,
     connect_timeout: float = 20.0,
 ) -> GrpcLink:
@@ -244,6 +269,8 @@ def connect(
             the authorities that gRPC knows.
         certificate, key: this client's own, if the server asks for one.
         insecure: allow plaintext to other machines.
+        codec: in what form tensors cross, for models that do not say it themselves. The default halves the bytes of
+            float32; ``"off"`` gives what the link inside one process gives, bit for bit.
         timeout: seconds that an answer may take, after which the link is given up.
 
     Raises:
@@ -278,11 +305,14 @@ def connect(
         except BaseException as error:
             await channel.close()
             if isinstance(error, grpc.aio.AioRpcError):
-                raise LinkError(_reason(error, address)) from error
+                lost = error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.ALREADY_EXISTS)
+                raise (LinkLostError if lost else LinkError)(_reason(error, address)) from error
             raise
         return GrpcLink(channel, stream, address, name, timeout)
 
-    return wait_for(open_stream())
+    link = wait_for(open_stream())
+    link.codec = codec if isinstance(codec, CodecConfig) else CodecConfig.all(codec)
+    return link
 
 
 def _failed(error: LinkError) -> Future[Any]:

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
-from flexp.errors import LinkError
+from flexp.errors import LinkError, LinkLostError
 from flexp.links.frames import Frame, Incoming
 from flexp.links.wire import CHUNK, Head
 from flexp.rng import current_turn, resting
@@ -71,7 +71,10 @@ async def read_frame(
     message = await read()
     if message is end:
         return None
-    incoming = Incoming(message)
+    try:
+        incoming = Incoming(message)
+    except LinkError as error:  # nothing else comes from a side that was let in, unless it was damaged on its way
+        raise LinkLostError(str(error)) from error
     check(incoming.head)
     if reserve is not None:
         await reserve(incoming.head.payload)
@@ -87,9 +90,9 @@ async def read_frame(
 
 @asynccontextmanager
 async def within(seconds: float | None, what: str) -> AsyncIterator[None]:
-    """Raise a LinkError that says ``what`` if the ``with`` block takes longer than ``seconds``."""
+    """Raise a LinkLostError that says ``what`` if the ``with`` block takes longer than ``seconds``."""
     try:
         async with asyncio.timeout(seconds):
             yield
     except TimeoutError as error:
-        raise LinkError(f"{what} within {seconds:g} s") from error
+        raise LinkLostError(f"{what} within {seconds:g} s") from error

@@ -6,14 +6,15 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import grpc
 import torch
 
-from flexp.errors import ConfigError, LinkError
+from flexp.errors import ConfigError, FlexpError, LinkError, LinkLostError
+from flexp.links.coding import Coding
 from flexp.links.frames import Frame, encode
 from flexp.links.grpc.loop import METHOD, OPTIONS, SERVICE, wait_for
 from flexp.links.grpc.memory import Memory
@@ -27,16 +28,28 @@ from flexp.links.grpc.security import (
     check_listening,
     check_name,
 )
+from flexp.links.grpc.status import STATUS, status_handler
 from flexp.links.grpc.stream import Answer, Stream
 from flexp.links.inprocess import Service
 from flexp.links.messages import Join
+from flexp.links.orders import Order, Ready, read_ready, to_text
 from flexp.links.rules import Limits
-from flexp.links.translate import error_frame, to_frame, to_message, welcome_frame
+from flexp.links.translate import dtype_of, error_frame, to_frame, to_message, welcome_frame
 from flexp.links.wire import VERSION, Head, Kind
 
 CPU = torch.device("cpu")
 Value = TypeVar("Value")
 log = logging.getLogger("flexp.links")
+
+
+STOPPING = "the server is stopping; connect again when it is back"
+
+
+class Conductor(Protocol):
+    """Tells clients what to do next; called in the thread that computes, between two requests."""
+
+    def ready(self, client: str, ready: Ready) -> Future[Order]: ...
+    def gone(self, client: str) -> None: ...
 
 
 def _quiet(_: str) -> None:
@@ -61,13 +74,17 @@ class Serving:
         insecure: bool = False,
         device: torch.device = CPU,
         say: Callable[[str], None] = _quiet,
+        conductor: Conductor | None = None,
+        facts: Callable[[Serving], dict[str, Any]] | None = None,
     ) -> None:
         asked = Address.of_text(listen)
         check_listening(asked, tls, tokens, insecure=insecure)
         self.limits = limits or Limits()
         self.say = say
         self._service, self._device, self._tokens = service, device, tokens
+        self._conductor, self._facts = conductor, facts
         self._clients: set[str] = set()
+        self._codings: dict[str, Coding] = {}  # of clients that joined; used in the thread that computes
         self._stopping = False
         threads = torch.get_num_threads()
         self._worker = ThreadPoolExecutor(1, "flexp-server", lambda: torch.set_num_threads(threads))
@@ -101,7 +118,11 @@ class Serving:
     async def _start(self, asked: Address, credentials: grpc.ServerCredentials | None) -> Address:
         self._server = grpc.aio.server(options=OPTIONS)
         method = grpc.stream_stream_rpc_method_handler(self._stream)
-        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {METHOD: method}),))
+        methods = {METHOD: method}
+        facts = self._facts
+        if facts is not None:
+            methods[STATUS] = status_handler(lambda: facts(self), self._tokens)
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
         try:
             if credentials is None:
                 port = self._server.add_insecure_port(str(asked))
@@ -145,28 +166,48 @@ class Serving:
 
     def _compute(self, client: str, frame: Frame) -> asyncio.Future[Answer]:
         """The answer to a request, computed and encoded in the one thread that does."""
+        if frame.head.kind == Kind.READY:
+            return asyncio.ensure_future(self._order(client, frame.head))
 
         def work() -> Answer:
             answer = self._answer(client, frame)
             try:
                 return answer.head, encode(answer)
             except LinkError as error:
-                answer = error_frame(str(error), frame.head.call)
+                answer = error_frame(error, frame.head.call)
                 return answer.head, encode(answer)
 
         return asyncio.get_running_loop().run_in_executor(self._worker, work)
+
+    async def _order(self, client: str, head: Head) -> Answer:
+        """What the client is to do next, once that is known; meanwhile nothing is computed for it."""
+        loop = asyncio.get_running_loop()
+        try:
+            if self._conductor is None or self._stopping:
+                raise LinkLostError(STOPPING) if self._stopping else LinkError("this server conducts no run")
+            ready = read_ready(head.text)
+            order = await asyncio.wrap_future(
+                await loop.run_in_executor(self._worker, self._conductor.ready, client, ready)
+            )
+            answer = Frame(Head(Kind.ORDER, head.call, text=to_text(order)))
+        except FlexpError as error:
+            answer = error_frame(error, head.call)
+        return answer.head, encode(answer)
 
     def _answer(self, client: str, frame: Frame) -> Frame:
         head, began = frame.head, time.perf_counter()
         try:
             if self._stopping and head.kind != Kind.LEAVE:
-                raise LinkError("the server is stopping; connect again when it is back")
+                raise LinkLostError(STOPPING)
             if head.kind == Kind.LEAVE:
                 self._leave(client)
                 return Frame(Head(Kind.DONE, head.call))
-            message = to_message(frame, self._device)
+            coding = self._codings.get(client)
+            message = to_message(frame, self._device, coding)
             if isinstance(message, Join):
                 welcome = self._service.join(client, message)
+                kept = self._service.residuals(client)
+                self._codings[client] = Coding(message.codec, dtype_of(message), welcome.hidden, kept)
                 self.say(f"{client}: joined with cut {message.cut}")
                 return welcome_frame(welcome, self.limits, head.call)
             if head.kind == Kind.ABORT:
@@ -176,15 +217,18 @@ class Serving:
                 self._service.end_generation(client, message)
                 return Frame(Head(Kind.DONE, head.call))
             reply: Any = _METHODS[head.kind](self._service, client, message)
-            return to_frame(reply, head.call, time.perf_counter() - began)
+            return to_frame(reply, head.call, time.perf_counter() - began, coding)
         except LinkError as error:
-            return error_frame(str(error), head.call)
+            return error_frame(error, head.call)
         except Exception as error:  # one client's request must not end the others' server
             log.exception("the request %s of client %s failed", head.kind.name, client)
             return error_frame(f"the server failed ({type(error).__name__}: {error})", head.call)
 
     def _leave(self, client: str) -> None:
         self._service.leave(client)
+        if self._conductor is not None:
+            self._conductor.gone(client)
+        self._codings.pop(client, None)
 
 
 _METHODS: dict[Kind, Callable[[Service, str, Any], Any]] = {
@@ -202,7 +246,8 @@ def serve(service: Service, listen: str = "127.0.0.1:0", **options: Any) -> Iter
     Args:
         listen: HOST:PORT. Beyond this machine it needs ``tls`` and ``tokens``; port 0 is any that is free.
         options: of :class:`Serving`: ``limits``, ``tls``, ``tokens``, ``insecure``, ``device`` (where the service
-            computes) and ``say`` (told who comes and goes).
+            computes), ``say`` (told who comes and goes), ``conductor`` and ``facts`` (what it says of itself when
+            asked)
 
     Raises:
         ConfigError: it may not, or cannot, listen there.

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 import flexp
+from flexp.deployment.server import load, run_server, save
 from flexp.errors import StorageError
-from flexp.experiments.deployment import load, run_server, save
 from flexp.links.grpc import connect
 from flexp.models.zoo import save_tiny
 from flexp.rng import RandomStream

@@ -1,0 +1,74 @@
+"""``flexp client``: one client as a process of its own, on the device that has the data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flexp.errors import ConfigError
+
+
+def client(
+    config: Annotated[Path, typer.Option(help="A run's configuration, as for flexp run; the server's must agree.")],
+    server: Annotated[str, typer.Option(metavar="HOST:PORT", help="Of flexp server; grpcs://HOST:PORT means TLS.")],
+    name: Annotated[str | None, typer.Option(help="Which client of the data this is; with --data: its name.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="This client's own file: all of its rows are its data.", show_default=False)
+    ] = None,
+    cut: Annotated[str | None, typer.Option(metavar="S:E", help="Its cut; default: as the configuration says.")] = None,
+    state: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where it saves, and goes on from; default: clients/NAME.")
+    ] = None,
+    token: Annotated[
+        str | None, typer.Option(envvar="FLEXP_TOKEN", help="Its token, if the server asks for one.", show_envvar=True)
+    ] = None,
+    ca: Annotated[
+        Path | None, typer.Option(help="TLS: the certificate (PEM) that the server's is signed with.")
+    ] = None,
+    cert: Annotated[Path | None, typer.Option(help="Mutual TLS: this client's certificate (PEM).")] = None,
+    key: Annotated[Path | None, typer.Option(help="Mutual TLS: the key of --cert (PEM).")] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Allow plaintext beyond this machine.")] = False,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. threads=1.")
+    ] = None,
+) -> None:
+    """Take part in the run that a server conducts, with this device's private data; go on where it was stopped."""
+    from flexp.cli.verify import parse_cut
+    from flexp.experiments.settings import load, read
+
+    overrides = list(settings or ())
+    if data is not None:
+        if name is None:
+            raise ConfigError("--data needs --name, what the client is called")
+        overrides += [f"data.source={data.resolve()}", "data.clients.by=iid", "data.clients.count=1"]
+    loaded = load(config, overrides)
+    wanted = None if cut is None else parse_cut(cut)
+
+    from flexp.deployment.client import find_place, run_client
+    from flexp.deployment.config import load as load_deployment
+    from flexp.links.base import Link
+    from flexp.links.grpc import connect
+
+    place = find_place(loaded, name, wanted)
+    url = server if "://" in server else f"grpc://{server}"
+
+    deployment = load_deployment(config)
+
+    def reach() -> Link:
+        return connect(
+            url,
+            place.data.name,
+            token=token,
+            ca=ca,
+            certificate=cert,
+            key=key,
+            insecure=insecure,
+            timeout=deployment.answer_seconds,
+        )
+
+    folder = state or Path("clients") / place.data.name
+    codec = loaded.link.codec if "link" in read(config) else None  # who says nothing gets the network's default
+    if not run_client(loaded, deployment, reach, place, folder, codec=codec):
+        typer.echo("go on with the same command")

@@ -1,0 +1,50 @@
+"""``flexp fleet``: a server and its clients as processes of this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def fleet(
+    config: Annotated[Path, typer.Argument(help="A run's configuration, as for flexp run.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Folder of the fleet; default: runs/NAME-DATE.")] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="free or deterministic; default: deployment.schedule, or deterministic.")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Torch threads of each process.")] = 1,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. train.rounds=3.")
+    ] = None,
+) -> None:
+    """Run a configuration as one server process and a process for each client, and go on if --out holds such a run."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from flexp.cli.run import fresh
+    from flexp.deployment.client import cuts_of
+    from flexp.deployment.fleet import Fleet
+    from flexp.experiments import settings as files
+
+    loaded = files.load(config, settings or ())
+    table = files.read(config).get("deployment", {})
+    made = Fleet(
+        loaded,
+        cuts_of(loaded),
+        out or fresh(loaded.name),
+        schedule=schedule or table.get("schedule", "deterministic"),
+        save_every=table.get("save_every", 10),
+        threads=threads,
+        say=lambda line: typer.echo(f"flexp fleet: {line}"),
+    )
+    made.run()
+    shown = Table("client", "cut", "steps", "before", "after")
+    for row in made.results():
+        before, after = (
+            (row[when] or {}).get("accuracy", (row[when] or {}).get("perplexity")) for when in ("first", "last")
+        )
+        shown.add_row(row["name"], str(row["cut"]), str(row["steps"]), f"{before:.4g}", f"{after:.4g}")
+    Console().print(shown)
+    typer.echo(f"Saved in {made.out}")

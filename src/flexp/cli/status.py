@@ -1,0 +1,56 @@
+"""``flexp status``: how a server and its clients are doing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def status(
+    server: Annotated[str, typer.Argument(metavar="HOST:PORT", help="Of flexp server; grpcs://HOST:PORT means TLS.")],
+    token: Annotated[
+        str | None, typer.Option(envvar="FLEXP_TOKEN", help="The operator's, if the server has tokens.")
+    ] = None,
+    ca: Annotated[
+        Path | None, typer.Option(help="TLS: the certificate (PEM) that the server's is signed with.")
+    ] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Allow plaintext beyond this machine.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="All facts as JSON.")] = False,
+) -> None:
+    """Show a server's clients: their cuts, steps, losses, scores and bytes."""
+    from pydantic_core import to_json
+
+    from flexp.links.grpc.status import ask_status
+    from flexp.report import formats
+
+    facts = ask_status(server if "://" in server else f"grpc://{server}", token=token, ca=ca, insecure=insecure)
+    if json:
+        typer.echo(to_json(facts, indent=2).decode())
+        return
+
+    from rich.console import Console
+    from rich.table import Table
+
+    start, stop = facts["blocks"]
+    typer.echo(
+        f"FlexP {facts['version']}, blocks [{start}, {stop}), {facts['tuning']} tuning, "
+        f"{facts['updates']} updates, {facts['in_flight']} exchanges in flight, {facts['versions']} versions held, "
+        f"up for {formats.seconds(facts['seconds'])}"
+    )
+    if facts["run"] is not None:
+        newest = facts["snapshots"][-1] if facts["snapshots"] else "none yet"
+        typer.echo(f"run {facts['run']}, newest snapshot: {newest}")
+    table = Table("client", "here", "cut", "steps", "applied", "loss", "score", "up", "down")
+    for name, own in facts["clients"].items():
+        table.add_row(
+            name,
+            "yes" if own["connected"] else "no",
+            str(own["cut"] or "–"),
+            str(own.get("steps", "–")),
+            str(own["applied_steps"]),
+            *(f"{own[key]:.4g}" if own.get(key) is not None else "–" for key in ("loss", "score")),
+            *(formats.size(own[key]) if own.get(key) is not None else "–" for key in ("bytes_up", "bytes_down")),
+        )
+    Console(width=None if Console().is_terminal else 120).print(table)

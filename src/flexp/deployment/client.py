@@ -1,0 +1,256 @@
+"""From a configuration to a client that works: its data, its stage, its link and its place for what it saves."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from flexp.assets import resolve
+from flexp.client.model import SPLIT_MODELS, SplitModel
+from flexp.client.trainer import Trainer
+from flexp.config import CodecConfig, RunConfig
+from flexp.data import load_federation, pad_id
+from flexp.data.types import ClientData, Federation
+from flexp.deployment.config import DeploymentConfig
+from flexp.deployment.snapshots import Snapshots
+from flexp.deployment.worker import Worker
+from flexp.errors import ConfigError, DataError, LinkError, LinkLostError
+from flexp.experiments.setup import client_cuts, load_processor, max_positions
+from flexp.files import write_json
+from flexp.links.base import Link
+from flexp.methods.parties import client_seed
+from flexp.models.loading import load_config, load_stage
+from flexp.models.parts import Part, check_cut
+from flexp.models.tuning import tune
+from flexp.optim import Updater
+from flexp.report.metrics import MetricsLog, write_records
+from flexp.report.metrics import read as read_log
+from flexp.report.progress import Progress
+
+
+@dataclass(frozen=True)
+class Place:
+    """What this machine has of the run: one client's examples, and its cut."""
+
+    data: ClientData
+    federation: Federation
+    model_id: str
+    cut: tuple[int, int]
+    blocks: int
+    pad: int | None
+
+
+def find_place(config: RunConfig, name: str | None, cut: tuple[int, int | None] | None) -> Place:
+    """Read the data, and take the part that is the client's.
+
+    With a single client in the data (``flexp client --data``) all of it is, whatever its name.
+
+    Raises:
+        FlexpError: what is wrong with data or model; or there is no such client.
+    """
+    model_id = str(resolve(config.model.id))
+    processor = load_processor(model_id, config)
+    federation, blocks = _federation(config, model_id, processor)
+    cuts = client_cuts(config, federation, blocks)
+    names = [client.name for client in federation.clients]
+    if len(names) > 1 and name not in names:
+        raise DataError(f"the data have no client {name}; expected one of {', '.join(names)} (--name)")
+    own = federation.clients[names.index(name) if name in names else 0]
+    chosen = cuts[own.name] if cut is None else check_cut(cut, blocks, where="--cut")
+    own = replace(own, name=name or own.name)
+    image = federation.task.model_kind == "image-classification"
+    return Place(own, federation, model_id, chosen, blocks, None if image else pad_id(processor))
+
+
+def cuts_of(config: RunConfig) -> dict[str, tuple[int, int]]:
+    """The cut of each client of the run, by name.
+
+    Raises:
+        FlexpError: what is wrong with data, model or cuts.
+    """
+    model_id = str(resolve(config.model.id))
+    return client_cuts(config, *_federation(config, model_id, load_processor(model_id, config)))
+
+
+def _federation(config: RunConfig, model_id: str, processor: Any) -> tuple[Federation, int]:
+    """All clients' data, and the model's number of blocks."""
+    model_config = load_config(model_id)
+    federation = load_federation(config.data, processor, config.seed, max_positions(model_config))
+    return federation, int(model_config.get_text_config().num_hidden_layers)
+
+
+def make_client(
+    config: RunConfig, place: Place, link: Link, numbering: int | None = None, codec: CodecConfig | None = None
+) -> tuple[Trainer, SplitModel]:
+    """The client that a simulation of ``config`` would have, loaded by itself and joined over ``link``.
+
+    Raises:
+        ModelError: the model cannot be loaded or split.
+        LinkError: the server refuses.
+    """
+    model, task, name = config.model, place.federation.task, place.data.name
+    stage = load_stage(
+        place.model_id,
+        task.model_kind,
+        Part.client(place.cut, place.blocks),
+        labels=task.label_names,
+        dtype=model.dtype,
+        attention=model.attention,
+        autocast=model.autocast,
+        pad_token_id=place.pad,
+        seed=config.seed,
+    )
+    tune(
+        stage,
+        model.tuning,
+        lora=model.lora,
+        embeddings=model.train_embeddings,
+        gradient_checkpointing=model.gradient_checkpointing,
+        seed=config.seed,
+    )
+    split = SPLIT_MODELS[task.model_kind](
+        stage,
+        place.cut,
+        link,
+        align=config.method.align,
+        tuning=model.tuning,
+        lora=model.lora,
+        expose_embeddings=model.expose_embeddings,
+        numbering=numbering,
+        codec=codec,
+    )
+    total = config.train.rounds * config.train.steps_per_round
+    updater = Updater(stage.trainable(), config.train.personal, total, stage.new)
+    return Trainer(place.data, task, split, updater, config.train, seed=client_seed(config.seed, name)), split
+
+
+def run_client(
+    config: RunConfig,
+    deployment: DeploymentConfig,
+    reach: Callable[[], Link],
+    place: Place,
+    state: Path,
+    *,
+    codec: CodecConfig | None = None,
+    console: Console | None = None,
+    stop: threading.Event | None = None,
+) -> bool:
+    """Take part in the run that the server conducts, going on from ``state`` if there is something; gives whether the
+    run is over (or else was stopped, by a signal or by ``stop``).
+
+    Args:
+        codec: in what form tensors cross; ``None``: as the link does by itself (bfloat16 over a network).
+
+    Raises:
+        LinkError: the server refuses, or cannot be reached.
+        ConfigError: ``state`` belongs to another client or cut.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    state.mkdir(parents=True, exist_ok=True)
+    snapshots = Snapshots(state / "snapshots", deployment.keep)
+    facts = _known(snapshots, place, state)
+    total = config.train.rounds * config.train.steps_per_round
+    with Progress(total, place.data.name, metric=place.federation.task.metric, console=console) as diary:
+        trainer, model = _joined(config, place, reach, facts.get("numbering"), codec, deployment.patience, diary.note)
+        log = MetricsLog(state / "metrics.jsonl")
+        worker = Worker(
+            config,
+            place.data,
+            place.federation.task,
+            trainer,
+            model,
+            reach,
+            snapshots=snapshots,
+            log=log,
+            diary=diary,
+            run=str(facts.get("run", "")),
+            patience=deployment.patience,
+        )
+        write_json(state / "config.json", config.resolved())
+        try:
+            with _signals(worker.stop, stop):
+                over = worker.work()
+        finally:
+            log.close()
+            _once_each(state / "metrics.jsonl")
+            model.link.close()
+        newest = max(snapshots.numbers(), default=None)
+        diary.note(f"{place.data.name}: {'the run is over' if over else 'stopped'} after {trainer.steps} steps; "
+                   f"snapshot {newest} is in {snapshots.folder}")  # fmt: skip
+    return over
+
+
+def _known(snapshots: Snapshots, place: Place, state: Path) -> dict[str, Any]:
+    """What the newest snapshot that is whole says of the client; nothing, if there is none."""
+    newest = snapshots.newest_whole()
+    if newest is None:
+        return {}
+    _, facts = snapshots.load(newest)
+    if facts["client"] != place.data.name or facts["cut"] != list(place.cut):
+        raise ConfigError(
+            f"{state} holds snapshots of {facts['client']} with cut {tuple(facts['cut'])}, not of {place.data.name} "
+            f"with cut {place.cut}; give another --state"
+        )
+    return facts
+
+
+def _joined(
+    config: RunConfig,
+    place: Place,
+    reach: Callable[[], Link],
+    numbering: int | None,
+    codec: CodecConfig | None,
+    patience: float,
+    note: Callable[[str], None],
+) -> tuple[Trainer, SplitModel]:
+    """The client, joined; the server may be started after its clients."""
+    end, told = time.monotonic() + patience, False
+    while True:
+        try:
+            return make_client(config, place, reach(), numbering, codec)
+        except LinkLostError as error:
+            if time.monotonic() > end:
+                raise LinkError(f"{error}; gave up after {patience:g} s") from error
+            if not told:
+                note(f"{error}; waiting for it")
+                told = True
+            time.sleep(0.5)
+
+
+def _once_each(path: Path) -> None:
+    """A step or score that was done again after going back stands in the diary once, as it was the last time."""
+    records = read_log(path)
+    last = {(record["kind"], record.get("step", record["round"])): record for record in records}
+    if len(last) < len(records):
+        write_records(path, list(last.values()))
+
+
+@contextmanager
+def _signals(worker_stop: threading.Event, stop: threading.Event | None) -> Iterator[None]:
+    if stop is not None:  # whoever embeds a client has signals of its own
+
+        def pass_on() -> None:
+            stop.wait()
+            worker_stop.set()
+
+        threading.Thread(target=pass_on, daemon=True).start()
+        yield
+        return
+    earlier = {
+        number: signal.signal(number, lambda *_: worker_stop.set()) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)

@@ -1,0 +1,62 @@
+"""Asking a server how it is: one call beside the streams, answered with JSON and without any tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+from pydantic_core import from_json, to_json
+
+from flexp.errors import LinkError
+from flexp.links.grpc.loop import SERVICE, wait_for, within
+from flexp.links.grpc.security import TOKEN_KEY, Address, Tokens, channel_credentials, check_connecting
+
+STATUS = "Status"
+OPERATOR = "operator"
+"""Whose token it takes to ask, on a server with tokens."""
+
+
+def status_handler(facts: Callable[[], dict[str, Any]], tokens: Tokens | None) -> grpc.RpcMethodHandler:
+    """The server's side: ``facts`` as JSON, for anybody on a server without tokens, else for the operator."""
+
+    async def answer(_: Any, context: Any) -> bytes:
+        said = dict(context.invocation_metadata() or ()).get(TOKEN_KEY, b"")
+        token = said.decode("utf-8", "replace") if isinstance(said, bytes) else said
+        if tokens is not None and not tokens.accept(OPERATOR, token):
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, f"this needs the token of {OPERATOR!r}")
+        return to_json(facts(), inf_nan_mode="null")
+
+    return grpc.unary_unary_rpc_method_handler(answer)
+
+
+def ask_status(
+    url: str, *, token: str | None = None, ca: Path | None = None, insecure: bool = False, timeout: float = 10.0
+) -> dict[str, Any]:
+    """What a server says of itself.
+
+    Raises:
+        ConfigError: the address is none, or plaintext would leave this machine.
+        LinkError: no server answers, or it does not answer to this token.
+    """
+    address = Address.of_url(url)
+    secure = address.secure or ca is not None
+    check_connecting(address, secure, insecure=insecure)
+    credentials = channel_credentials(ca, None, None) if secure else None
+
+    async def ask() -> bytes:
+        target = str(address)
+        made = (
+            grpc.aio.insecure_channel(target) if credentials is None else grpc.aio.secure_channel(target, credentials)
+        )
+        async with made as channel, within(timeout, f"no server answered at {target}"):
+            metadata = [(TOKEN_KEY, token.encode())] if token else []
+            try:
+                answer: bytes = await channel.unary_unary(f"/{SERVICE}/{STATUS}")(b"", metadata=metadata)
+            except grpc.aio.AioRpcError as error:
+                raise LinkError(f"{target}: {error.details() or error.code().name}") from error
+            return answer
+
+    facts: dict[str, Any] = from_json(wait_for(ask()))
+    return facts
