@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from flexp.experiments.deployment import load
 
 from flexp.cli.main import main
+from flexp.deployment.server import load
 from flexp.experiments.checkpoints import kept
 from flexp.links.grpc import serve
 from flexp.server import Server

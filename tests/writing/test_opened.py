@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from flexp.experiments.deployment import load
 
+from flexp.deployment.server import load
 from flexp.errors import ConfigError, StorageError
 from flexp.experiments import checkpoints
 from flexp.export.folder import export

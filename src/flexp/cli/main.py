@@ -9,7 +9,22 @@ from typing import Annotated
 import typer
 
 from flexp import __version__
-from flexp.cli import assets, bench, client, compare, fleet, plan, run, server, status, use, verify, write
+from flexp.cli import (
+    assets,
+    bench,
+    client,
+    compare,
+    fleet,
+    join,
+    plan,
+    run,
+    server,
+    state,
+    status,
+    use,
+    verify,
+    write,
+)
 from flexp.errors import USER_ERROR, FlexpError
 
 app = typer.Typer(
@@ -34,6 +49,8 @@ app.command("server")(server.server)
 app.command("client")(client.client)
 app.command("fleet")(fleet.fleet)
 app.command("status")(status.status)
+app.command("join")(join.join)
+app.add_typer(state.app, name="state")
 app.add_typer(assets.app, name="assets")
 app.add_typer(bench.app, name="bench")
 

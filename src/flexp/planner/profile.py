@@ -86,7 +86,7 @@ class Profile(Section):
         watts: drawn while computing, ``link_watts`` while transmitting: assumptions.
     """
 
-    version: Literal[1] = VERSION
+    version: Literal[1] = 1
     name: str
     role: Role = "client"
     memory_bytes: PositiveInt

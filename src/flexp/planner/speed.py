@@ -13,8 +13,8 @@ class Speed:
     """How fast ``profile`` is with ``choice``.
 
     Measured seconds are linear in the examples between the measured sizes; where length, rank or tuning are not those
-    that were measured, they are scaled by the operations. A model that was not measured takes operations ÷ FLOP/s, as on
-    the virtual clock.
+    that were measured, they are scaled by the operations. A model that was not measured takes operations ÷ FLOP/s, as
+    on the virtual clock.
     """
 
     def __init__(self, cost: ModelCost, profile: Profile, choice: Choice) -> None:

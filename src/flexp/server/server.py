@@ -240,6 +240,16 @@ class Server:
         with self._lock, self._computing():
             self.shared.flush()
 
+    def freeze(self) -> None:
+        """From now on serve the shared blocks as they are, without training them.
+
+        Raises:
+            LinkError: exchanges are in flight, which would train them.
+        """
+        with self._lock:
+            self._refuse_busy("frozen")
+            self.shared.freeze()
+
     def leave(self, client: str) -> None:
         """Close a client's session and drop what it has in flight."""
         with self._lock:

@@ -88,6 +88,8 @@ def _of_server(
         there = ", ".join(map(str, found)) or "none"
         raise StorageError(f"{place} has no checkpoint of round {which}; it has those of round {there}")
     state = checkpoints.load_party(found[number], f"client-{name}")
+    if state is None:
+        raise StorageError(f"{found[number]} has no state of client {name}")
     model_id = str(resolve(config.model.id))
     tokenizer = load_processor(model_id, config)
 
