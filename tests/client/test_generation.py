@@ -13,7 +13,7 @@ from flexp.client import generation
 from flexp.client.generation import SplitGenerator
 from flexp.client.model import SplitModel, SplitModelForCausalLM
 from flexp.config import ServerConfig
-from flexp.errors import ConfigError, LinkError, ModelError
+from flexp.errors import ConfigError, LinkError, LinkLostError, ModelError
 from flexp.links.base import Link
 from flexp.links.grpc import connect, serve
 from flexp.links.messages import ExtendReply, ExtendRequest
@@ -145,7 +145,7 @@ class Forgetful(RecordingLink):
 
     def _refuse(self) -> None:
         if self.broken:
-            raise LinkError("the link is broken")
+            raise LinkLostError("the link is broken")
 
 
 @pytest.mark.parametrize("options", [{}, WAYS["beams"]], ids=["greedy", "beams"])
@@ -211,8 +211,31 @@ def test_a_stream_that_breaks_in_the_middle_of_an_answer() -> None:
 def test_a_link_that_stays_broken_says_so() -> None:
     pair = Pair()
     link = Forgetful(pair.server.connect("a"), pair.server, at=(3,), breaks=True)
-    with pytest.raises(LinkError, match="the link is broken"):
+    with pytest.raises(LinkLostError, match="the link is broken"):
         pair.answers(SplitGenerator(pair.split(link)))
+
+
+def test_a_server_that_stays_away_and_one_that_refuses_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(generation.time, "sleep", pauses.append)
+    pair = Pair()
+
+    def broken() -> Link:
+        return Forgetful(pair.server.connect("a"), pair.server, at=(3,), breaks=True)
+
+    def away() -> Link:
+        raise LinkLostError("nobody is there")
+
+    with pytest.raises(LinkLostError, match="nobody is there"):
+        pair.answers(SplitGenerator(pair.split(broken()), away))
+    assert tuple(pauses) == generation.PAUSES
+
+    def refused() -> Link:
+        raise LinkError("the token is wrong")
+
+    with pytest.raises(LinkError, match="the token is wrong"):
+        pair.answers(SplitGenerator(pair.split(broken()), refused))
+    assert len(pauses) == len(generation.PAUSES) + 1
 
 
 def test_a_refusal_is_told_and_not_asked_again() -> None:
