@@ -16,7 +16,7 @@ from flexp.config import ServerConfig
 from flexp.errors import ConfigError, LinkError, LinkLostError, ModelError
 from flexp.links.base import Link
 from flexp.links.grpc import connect, serve
-from flexp.links.messages import ExtendReply, ExtendRequest
+from flexp.links.messages import ExtendReply, ExtendRequest, tensors
 from flexp.models.architectures import ARCHITECTURES
 from flexp.models.parts import Part
 from flexp.models.stage import Stage, carve
@@ -111,6 +111,20 @@ def test_only_new_tokens_cross() -> None:
         *((9 + k, (3, 1, 32)) for k in range(9)),
     ]
     assert all(request.mask_BT.shape == request.hidden_BTH.shape[:2] for request in sent)
+
+
+def test_no_token_crosses() -> None:
+    """Nothing that goes up is a token, or an embedding of one, or tells what was chosen."""
+    pair = Pair()
+    link = RecordingLink(pair.server.connect("a"))
+    ids = pair.batch()["input_ids"][:1, 3:]
+    answer = SplitGenerator(pair.split(link)).generate(ids, **GREEDY)[0]
+    embedded_TH = pair.whole.get_input_embeddings()(answer)
+    up = [(name, value) for way, message in link.messages if way == "up" for name, value in tensors(message)]
+    assert {name for name, _ in up} == {"hidden_BTH", "positions_BT"}
+    assert torch.equal(torch.cat([value[0] for name, value in up if name == "positions_BT"]), torch.arange(15))
+    seen_TH = torch.cat([value[0] for name, value in up if name == "hidden_BTH"])
+    assert float((seen_TH - embedded_TH[:15]).abs().amax(-1).min()) > 0.1
 
 
 def test_over_a_network() -> None:
