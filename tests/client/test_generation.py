@@ -13,10 +13,10 @@ from flexp.client import generation
 from flexp.client.generation import SplitGenerator
 from flexp.client.model import SplitModel, SplitModelForCausalLM
 from flexp.config import ServerConfig
-from flexp.errors import ConfigError, LinkError, ModelError
+from flexp.errors import ConfigError, LinkError, LinkLostError, ModelError
 from flexp.links.base import Link
 from flexp.links.grpc import connect, serve
-from flexp.links.messages import ExtendReply, ExtendRequest
+from flexp.links.messages import ExtendReply, ExtendRequest, tensors
 from flexp.models.architectures import ARCHITECTURES
 from flexp.models.parts import Part
 from flexp.models.stage import Stage, carve
@@ -113,6 +113,20 @@ def test_only_new_tokens_cross() -> None:
     assert all(request.mask_BT.shape == request.hidden_BTH.shape[:2] for request in sent)
 
 
+def test_no_token_crosses() -> None:
+    """Nothing that goes up is a token, or an embedding of one, or tells what was chosen."""
+    pair = Pair()
+    link = RecordingLink(pair.server.connect("a"))
+    ids = pair.batch()["input_ids"][:1, 3:]
+    answer = SplitGenerator(pair.split(link)).generate(ids, **GREEDY)[0]
+    embedded_TH = pair.whole.get_input_embeddings()(answer)
+    up = [(name, value) for way, message in link.messages if way == "up" for name, value in tensors(message)]
+    assert {name for name, _ in up} == {"hidden_BTH", "positions_BT"}
+    assert torch.equal(torch.cat([value[0] for name, value in up if name == "positions_BT"]), torch.arange(15))
+    seen_TH = torch.cat([value[0] for name, value in up if name == "hidden_BTH"])
+    assert float((seen_TH - embedded_TH[:15]).abs().amax(-1).min()) > 0.1
+
+
 def test_over_a_network() -> None:
     pair = Pair("qwen3")
     with serve(pair.server) as serving:
@@ -145,7 +159,7 @@ class Forgetful(RecordingLink):
 
     def _refuse(self) -> None:
         if self.broken:
-            raise LinkError("the link is broken")
+            raise LinkLostError("the link is broken")
 
 
 @pytest.mark.parametrize("options", [{}, WAYS["beams"]], ids=["greedy", "beams"])
@@ -211,8 +225,31 @@ def test_a_stream_that_breaks_in_the_middle_of_an_answer() -> None:
 def test_a_link_that_stays_broken_says_so() -> None:
     pair = Pair()
     link = Forgetful(pair.server.connect("a"), pair.server, at=(3,), breaks=True)
-    with pytest.raises(LinkError, match="the link is broken"):
+    with pytest.raises(LinkLostError, match="the link is broken"):
         pair.answers(SplitGenerator(pair.split(link)))
+
+
+def test_a_server_that_stays_away_and_one_that_refuses_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(generation.time, "sleep", pauses.append)
+    pair = Pair()
+
+    def broken() -> Link:
+        return Forgetful(pair.server.connect("a"), pair.server, at=(3,), breaks=True)
+
+    def away() -> Link:
+        raise LinkLostError("nobody is there")
+
+    with pytest.raises(LinkLostError, match="nobody is there"):
+        pair.answers(SplitGenerator(pair.split(broken()), away))
+    assert tuple(pauses) == generation.PAUSES
+
+    def refused() -> Link:
+        raise LinkError("the token is wrong")
+
+    with pytest.raises(LinkError, match="the token is wrong"):
+        pair.answers(SplitGenerator(pair.split(broken()), refused))
+    assert len(pauses) == len(generation.PAUSES) + 1
 
 
 def test_a_refusal_is_told_and_not_asked_again() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flexp.client.model import SplitModel
 from flexp.client.remote import waiting
-from flexp.errors import ConfigError, LinkError, ModelError
+from flexp.errors import ConfigError, LinkError, LinkLostError, ModelError
 from flexp.links.base import Link
 from flexp.links.messages import EndGeneration, ExtendRequest
 from flexp.models.caching import PartCache, check_cached
@@ -201,28 +201,25 @@ class SplitGenerator:
 
     def _rebuild(self, cache: SplitCache, why: LinkError) -> Tensor:
         """Send the whole answer to a server that has lost it, over a new link if the old one is broken."""
-        try:
-            hidden_BTH = self._ask(cache.everything())
-            self.rebuilt += 1
-            return hidden_BTH
-        except LinkError as error:
-            if self.reconnect is None or self._alive():
-                raise why from error
+        if not isinstance(why, LinkLostError):
+            try:
+                return self._ask_anew(cache)
+            except LinkLostError as error:
+                why = error
+            except LinkError as error:
+                raise why from error  # what is refused whole and in part is refused for the first reason
+        if self.reconnect is None:
+            raise why
         for seconds in PAUSES:
             time.sleep(seconds)
             try:
                 self.split.rejoin(self.reconnect())
-                hidden_BTH = self._ask(cache.everything())
-                self.rebuilt += 1
-                return hidden_BTH
-            except LinkError as error:
+                return self._ask_anew(cache)
+            except LinkLostError as error:
                 why = error
         raise why
 
-    def _alive(self) -> bool:
-        """Whether the server answers at all: what it refused then, it will refuse again."""
-        try:
-            self.split.link.end_generation(EndGeneration(0))
-        except LinkError:
-            return False
-        return True
+    def _ask_anew(self, cache: SplitCache) -> Tensor:
+        hidden_BTH = self._ask(cache.everything())
+        self.rebuilt += 1
+        return hidden_BTH
