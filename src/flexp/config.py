@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
+from flexp.config_guard import GuardConfig
 from flexp.config_link import CodecConfig, CodecName, LinkConfig
 from flexp.config_methods import (
     TERMS,
@@ -51,6 +52,7 @@ __all__ = [
     "FedProxConfig",
     "FedRepConfig",
     "Fraction",
+    "GuardConfig",
     "HetLoraConfig",
     "LinkConfig",
     "LoraConfig",
@@ -197,6 +199,7 @@ class ServerConfig(Section):
     tuning: Literal["full", "lora", "frozen"] | None = None  # of the shared blocks; None: as model.tuning
     keep_answers_bytes: PositiveInt = 256 << 20  # of each client's last steps, for when it goes back to a snapshot
     codecs: list[CodecName] | None = None  # that clients may ask for; None: all
+    guard: GuardConfig = GuardConfig()
 
 
 class EvaluationConfig(Section):

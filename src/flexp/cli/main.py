@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from flexp import __version__
-from flexp.cli import assets, bench, client, compare, fleet, run, server, status, use, verify
+from flexp.cli import assets, bench, client, compare, fleet, readmit, run, server, status, token, use, verify
 from flexp.errors import USER_ERROR, FlexpError
 
 app = typer.Typer(
@@ -30,6 +30,8 @@ app.command("server")(server.server)
 app.command("client")(client.client)
 app.command("fleet")(fleet.fleet)
 app.command("status")(status.status)
+app.command("readmit")(readmit.readmit)
+app.add_typer(token.app, name="token")
 app.add_typer(assets.app, name="assets")
 app.add_typer(bench.app, name="bench")
 
