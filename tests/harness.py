@@ -18,6 +18,9 @@ from flexp.links.messages import (
     Abort,
     BackwardReply,
     BackwardRequest,
+    EndGeneration,
+    ExtendReply,
+    ExtendRequest,
     ForwardReply,
     ForwardRequest,
     Join,
@@ -191,6 +194,13 @@ class RecordingLink:
     def abort(self, request: Abort) -> None:
         self.messages.append(("up", request))
         self.inner.abort(request)
+
+    def extend(self, request: ExtendRequest) -> Future[ExtendReply]:
+        return self._keep(request, self.inner.extend(request))
+
+    def end_generation(self, request: EndGeneration) -> None:
+        self.messages.append(("up", request))
+        self.inner.end_generation(request)
 
     def close(self) -> None:
         self.inner.close()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from flexp._version import __version__
 
 if TYPE_CHECKING:
+    from flexp.client.generation import SplitGenerator
     from flexp.client.model import (
         SplitModelForCausalLM,
         SplitModelForImageClassification,
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Server": "flexp.server",
+    "SplitGenerator": "flexp.client.generation",
     "SplitModelForCausalLM": "flexp.client.model",
     "SplitModelForImageClassification": "flexp.client.model",
     "SplitModelForSequenceClassification": "flexp.client.model",
@@ -27,6 +29,7 @@ _HOMES = {
 
 __all__ = [
     "Server",
+    "SplitGenerator",
     "SplitModelForCausalLM",
     "SplitModelForImageClassification",
     "SplitModelForSequenceClassification",

@@ -127,8 +127,19 @@ class ClientsConfig(Section):
     classes: PositiveInt = 2  # pathological: labels per client
     min_examples: PositiveInt = 2  # dirichlet: the smallest admissible client
     skew: Annotated[float, Field(ge=0.5, le=1.0)] = 0.75  # skew: share of the first half of the labels at VALUE-a
-    # (s, e) per client, repeated for more clients; [s] keeps no block in the tail: e = L
-    cuts: list[Cut] = Field(default=[(1, None)], min_length=1)
+    # (s, e) per client, repeated for more clients; [s] keeps no block in the tail: e = L; "auto": planned
+    cuts: Literal["auto"] | Annotated[list[Cut], Field(min_length=1)] = Field(default=[(1, None)])
+    plan: str | None = None  # what flexp plan --out wrote, instead of cuts
+    # examples of one exchange per client, repeated for more clients; None: train.micro_batch for all
+    micro_batches: Annotated[list[PositiveInt], Field(min_length=1)] | None = None
+    # the same of model.gradient_checkpointing
+    checkpointing: Annotated[list[bool], Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _one_source_of_cuts(self) -> ClientsConfig:
+        if self.plan is not None and "cuts" in self.model_fields_set:
+            raise ValueError("data.clients.plan says the cuts already: leave out data.clients.cuts")
+        return self
 
 
 class DataConfig(Section):
@@ -199,6 +210,11 @@ class ServerConfig(Section):
     tuning: Literal["full", "lora", "frozen"] | None = None  # of the shared blocks; None: as model.tuning
     keep_answers_bytes: PositiveInt = 256 << 20  # of each client's last steps, for when it goes back to a snapshot
     codecs: list[CodecName] | None = None  # that clients may ask for; None: all
+    max_generations: PositiveInt = 8  # answers of one client under way, each with a cache of keys and values
+    max_generations_total: PositiveInt = 64  # the same over all clients
+    max_cached_tokens: PositiveInt = 65_536  # batch × length in the caches of one client
+    max_cached_bytes: PositiveInt = 4 * 2**30  # the caches of all clients
+    generation_seconds: Rate = 600.0  # a cache that long unused is forgotten
     guard: GuardConfig = GuardConfig()
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import flexp
 from flexp.config import AlignConfig, CodecConfig, OptimizerConfig
 from flexp.errors import ConfigError, LinkError
-from flexp.links.base import Link, as_link, connected
+from flexp.links.base import Link, Meter, as_link, connected
 from flexp.links.emulated import EmulatedLink, Line, Network
 from flexp.links.emulated_url import split_url
 from flexp.links.grpc import connect, serve
@@ -93,7 +93,7 @@ def test_weights_and_meters_do_not_depend_on_the_network(codec: CodecConfig | No
 class _Slow:
     """A server whose answers come when the test says so."""
 
-    client = "a"
+    client, meter = "a", Meter()
 
     def __init__(self) -> None:
         self.asked: list[int] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexp.config import AlignConfig, LoraConfig
-from flexp.errors import LinkError
+from flexp.errors import LinkError, LinkLostError
 from flexp.links import frames
 from flexp.links.frames import Frame, Incoming, describe, encode
 from flexp.links.grpc import connect, serve
@@ -21,6 +22,9 @@ from flexp.links.messages import (
     Abort,
     BackwardReply,
     BackwardRequest,
+    EndGeneration,
+    ExtendReply,
+    ExtendRequest,
     ForwardReply,
     ForwardRequest,
     Join,
@@ -83,6 +87,16 @@ FORWARD = ForwardRequest(
         BackwardRequest(3, draw(B, T, H).mT.contiguous().mT, 2**40, 3, 1 / 3, 1e-300),
         PullRequest(1, 3),
         Abort(),
+        ExtendRequest(
+            4,
+            9,
+            draw(B, T, H),
+            torch.ones(B, T, dtype=torch.int64),
+            torch.arange(T)[None],
+            torch.ones(B, dtype=torch.int64),
+        ),
+        ExtendRequest(4, 0, draw(B, T, H)),
+        EndGeneration(4),
     ],
     ids=lambda message: type(message).__name__,
 )
@@ -99,6 +113,7 @@ def test_replies_come_out_as_they_went_in(dtype: torch.dtype) -> None:
     for request, reply in (
         (ForwardRequest(1, z), ForwardReply(z + 1, None)),
         (ForwardRequest(1, z), ForwardReply(z + 1, 0.1)),
+        (ExtendRequest(1, 2, z), ExtendReply(z + 1)),
         (BackwardRequest(1, z), BackwardReply(z, (z, -z))),
         (PullRequest(1, 2), PullReply({"b.weight": draw(3, 4, dtype=dtype), "a.bias": draw(2), "scalar": draw(1)[0]})),
     ):
@@ -126,12 +141,25 @@ def test_the_welcome_says_the_limits() -> None:
 def test_a_frame_byte_by_byte() -> None:
     """The example of docs/protocol.md."""
     (message,) = encode(to_frame(ForwardRequest(5, torch.ones(1, 2, 1), torch.tensor([[1, 0]]), train=True), 2))
+    tensors = struct.pack("<2f", 1.0, 1.0) + bytes([1, 0])
     head = (
-        b"FLXP" + bytes([1, 3]) + struct.pack("<HQdI", 2, 2, 0.0, 0) + struct.pack("<qBq", 5, 1, 0)
-        + bytes([10, 1, 3]) + b"hidden_BTH" + struct.pack("<3I", 1, 2, 1)
+        b"FLXP" + bytes([2, 3]) + struct.pack("<HQdII", 2, 2, 0.0, 0, zlib.crc32(tensors))
+        + struct.pack("<qBq", 5, 1, 0) + bytes([10, 1, 3]) + b"hidden_BTH" + struct.pack("<3I", 1, 2, 1)
         + bytes([7, 0x85, 2]) + b"mask_BT" + struct.pack("<2I", 1, 2)
     )  # fmt: skip
-    assert message == head + struct.pack("<2f", 1.0, 1.0) + bytes([1, 0])
+    assert message == head + struct.pack("<I", zlib.crc32(head)) + tensors
+
+
+def test_what_was_damaged_on_its_way_is_told_from_what_is_refused() -> None:
+    whole = encode(
+        to_frame(ForwardRequest(5, draw(2, 3, H), torch.ones(2, 3, dtype=torch.long), train=True, step=1), 2)
+    )[0]
+    size = parse(whole).size
+    for place in (5, 9, 30, size - 6, size, len(whole) - 1):
+        broken = bytearray(whole)
+        broken[place] ^= 1
+        with pytest.raises(LinkLostError if place >= 9 else LinkError):
+            receive([bytes(broken)])
 
 
 @given(st.integers(1, 3 * CHUNK // 4), st.integers(1, 5000))
@@ -189,10 +217,10 @@ def test_unknown_kinds_are_refused(kind: int) -> None:
         receive([WHOLE[:5] + bytes([kind]) + WHOLE[6:]])
 
 
-@given(st.sampled_from(sorted(set(Kind) - {Kind.FORWARD, Kind.BACKWARD})))
+@given(st.sampled_from(sorted(set(Kind) - {Kind.FORWARD, Kind.BACKWARD, Kind.EXTEND})))
 def test_other_kinds_have_no_tensors_and_come_from_the_right_side(kind: Kind) -> None:
     fields = (describe("hidden_BTH", draw(B, T, H)),)
-    numbers = {Kind.FORWARD_REPLY: (0, 0.0), Kind.PULL: (1, 2, 0)}.get(kind, ())
+    numbers = {Kind.FORWARD_REPLY: (0, 0.0), Kind.PULL: (1, 2, 0), Kind.END_GENERATION: (1,)}.get(kind, ())
     head = Head(kind, 1, 0.0, numbers, "", fields)
     with pytest.raises(LinkError, match=r"expected none|does not come from a client"):
         receive([head_bytes(head) + bytes(head.payload)])
@@ -296,7 +324,7 @@ def test_joining_texts_have_no_further_keys() -> None:
 BAD_FRAMES = st.one_of(
     st.integers(0, len(WHOLE) - 1).map(lambda length: [WHOLE[:length]]),
     st.binary(min_size=1, max_size=50).map(lambda more: [WHOLE + more]),
-    st.sampled_from([0, 13, 99, 255, Kind.WELCOME, Kind.ERROR]).map(
+    st.sampled_from([0, 99, 255, Kind.WELCOME, Kind.ERROR]).map(
         lambda kind: [WHOLE[:5] + bytes([kind]) + WHOLE[6:]]
     ),
     st.sampled_from(list(DTYPES.values())[1:]).map(

@@ -146,3 +146,23 @@ def test_every_client_has_its_steps(clients: list[str], steps: int, order: Any, 
     block = len(clients) if turn == "step" else steps
     for start in range(0, len(found), block):
         assert len(set(found[start : start + block])) == (len(clients) if turn == "step" else 1)
+
+
+def test_error_feedback_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    """What both sides owe each other is part of the state: a run that is resumed equals one that went on."""
+    bert_folder(tmp_path / "model")
+    codec = {"codec": {"activation": "int4", "gradient": "int4", "error_feedback": True}}
+    world = build_world(config(tmp_path, link=codec, train={"in_flight": 2}))
+    one, other = (METHODS["flexp-sfl"](world) for _ in range(2))
+    one.train_round(1, lambda step: None)
+    state = {party: {name: value.clone() for name, value in flat.items()} for party, flat in one.state().items()}
+    owed = [name for flat in state.values() for name in flat if "residuals/" in name]
+    assert len(owed) == 2 * 3  # of three clients, each way
+    other.load(state)
+    results = []
+    for method in (one, other):
+        method.train_round(2, lambda step: None)
+        results.append(method.state())
+    for party, flat in results[0].items():
+        same = [name for name in flat if not name.endswith("seconds")]
+        assert all(torch.equal(flat[name], results[1][party][name]) for name in same)

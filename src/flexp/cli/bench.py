@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from flexp.cli import bench_links, bench_server
 from flexp.errors import ConfigError
 
 app = typer.Typer(
@@ -20,6 +21,12 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Model = Annotated[str, typer.Option(help="Folder, Hugging Face id, asset:NAME or arch:NAME.")]
 Kind = Annotated[str, typer.Option(help="causal-lm, sequence-classification or image-classification.")]
 Threads = Annotated[int, typer.Option(min=1, help="Threads that torch computes with.")]
+
+app.command("codec")(bench_links.codec)
+app.command("slow-link")(bench_links.slow_link)
+app.command("chaos")(bench_server.chaos)
+app.command("soak")(bench_server.soak)
+app.command("server-scaling")(bench_server.server_scaling)
 
 
 @app.command("split-overhead")
@@ -85,6 +92,49 @@ def link(
             ("in-process step", f"{1e3 * result['in_process_seconds']:.1f} ms"),
             ("gRPC step", f"{1e3 * result['grpc_seconds']:.1f} ms"),
             ("bytes of a step", f"{result['tensor_bytes']} of tensors, {result['header_bytes']} besides"),
+        ],
+    )
+
+
+@app.command("inference")
+def inference(
+    model: Annotated[
+        str | None, typer.Option(help="Default: a Llama of random weights, as the next three say.")
+    ] = None,
+    hidden: Annotated[int, typer.Option(min=64, help="Width; a multiple of 64.")] = 512,
+    blocks: Annotated[int, typer.Option(min=3)] = 8,
+    vocabulary: Annotated[int, typer.Option(min=256)] = 8192,
+    cut: Annotated[str | None, typer.Option(metavar="S:E", help="Default: 1:L-1.")] = None,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens to go on from.")] = 32,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer.")] = 64,
+    pairs: Annotated[int, typer.Option(min=4, help="Pairs of answers.")] = 8,
+    round_trip: Annotated[float, typer.Option(min=0.0, help="Of the slow network, in milliseconds.")] = 50.0,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    threads: Threads = 1,
+    as_json: Json = False,
+) -> None:
+    """Tokens a second of a split model ÷ those of the whole one; and on a slow network."""
+    import torch
+
+    from flexp.bench.inference import inference as bench
+
+    torch.set_num_threads(threads)
+    result = bench(
+        None if model is None else _prepared(model, threads), hidden=hidden, blocks=blocks, vocabulary=vocabulary,
+        cut=_cut(cut), prompt=prompt, tokens=tokens, pairs=pairs, round_trip=round_trip / 1e3, dtype=dtype,
+    )  # fmt: skip
+    low, high = result["ratio_quartiles"]
+    _print(
+        result if model is None else result | {"model": model},
+        as_json,
+        [
+            ("split ÷ whole, tokens a second (median of pairs)", f"{result['ratio']:.3f}"),
+            ("quartiles", f"{low:.3f} – {high:.3f}"),
+            ("processor time, whole ÷ split", f"{result['cpu_ratio']:.3f}"),
+            ("whole model", f"{result['whole_tokens_per_second']:.1f} tokens a second"),
+            ("split, loopback", f"{result['split_tokens_per_second']:.1f} tokens a second"),
+            (f"split, round trip {round_trip:g} ms", f"{result['slow_tokens_per_second']:.1f} tokens a second"),
+            ("the same tokens", "yes" if result["same_tokens"] else "NO"),
         ],
     )
 

@@ -54,10 +54,21 @@ def client(
     place = find_place(loaded, name, wanted)
     url = server if "://" in server else f"grpc://{server}"
 
+    deployment = load_deployment(config)
+
     def reach() -> Link:
-        return connect(url, place.data.name, token=token, ca=ca, certificate=cert, key=key, insecure=insecure)
+        return connect(
+            url,
+            place.data.name,
+            token=token,
+            ca=ca,
+            certificate=cert,
+            key=key,
+            insecure=insecure,
+            timeout=deployment.answer_seconds,
+        )
 
     folder = state or Path("clients") / place.data.name
     codec = loaded.link.codec if "link" in read(config) else None  # who says nothing gets the network's default
-    if not run_client(loaded, load_deployment(config), reach, place, folder, codec=codec):
+    if not run_client(loaded, deployment, reach, place, folder, codec=codec):
         typer.echo("go on with the same command")

@@ -9,7 +9,24 @@ from typing import Annotated
 import typer
 
 from flexp import __version__
-from flexp.cli import assets, bench, client, compare, fleet, readmit, run, server, status, token, use, verify
+from flexp.cli import (
+    assets,
+    bench,
+    client,
+    compare,
+    fleet,
+    join,
+    plan,
+    readmit,
+    run,
+    server,
+    state,
+    status,
+    token,
+    use,
+    verify,
+    write,
+)
 from flexp.errors import USER_ERROR, FlexpError
 
 app = typer.Typer(
@@ -25,6 +42,10 @@ app.command("report")(run.report)
 app.command("export")(use.export)
 app.command("evaluate")(use.evaluate)
 app.command("predict")(use.predict)
+app.command("generate")(write.generate)
+app.command("chat")(write.chat)
+app.command("serve")(write.serve)
+app.command("plan")(plan.plan)
 app.command("verify")(verify.verify)
 app.command("server")(server.server)
 app.command("client")(client.client)
@@ -32,6 +53,8 @@ app.command("fleet")(fleet.fleet)
 app.command("status")(status.status)
 app.command("readmit")(readmit.readmit)
 app.add_typer(token.app, name="token")
+app.command("join")(join.join)
+app.add_typer(state.app, name="state")
 app.add_typer(assets.app, name="assets")
 app.add_typer(bench.app, name="bench")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,8 @@ from flexp.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from flexp.export.usable import Usable
 
 Client = Annotated[
     str | None, typer.Option("--client", metavar="NAME", help="Whose model; of a run with one client, its own.")
@@ -55,6 +58,16 @@ def evaluate(
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Also the model before training.")] = False,
     number: Round = "last",
     batch_size: Batch = None,
+    harness: Annotated[
+        str | None,
+        typer.Option("--harness", metavar="TASKS", help="Of a language model: tasks of lm-eval, joined by commas."),
+    ] = None,
+    tasks_dir: Annotated[
+        Path | None, typer.Option("--tasks-dir", metavar="DIR", help="With --harness: your own tasks (YAML files).")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="With --harness: only so many examples of each task.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Score a personal model on its client's own test data and on everybody's, or on a file."""
@@ -62,6 +75,11 @@ def evaluate(
     from flexp.export.usable import open_model
 
     opened = open_model(model, client, number, run)
+    if harness is not None:
+        _harness(opened, harness, tasks_dir, limit, batch_size, pretrained, as_json)
+        return
+    if tasks_dir is not None or limit is not None:
+        raise ConfigError("--tasks-dir and --limit go with --harness TASKS: say which tasks")
     scores = {"personal": score(opened, data, batch_size)}
     if pretrained:
         scores = {"pretrained": score_pretrained(opened, data, batch_size), **scores}
@@ -113,6 +131,38 @@ def _table(scores: dict[str, dict[str, dict[str, float]]], metric: str, client: 
             figures = (formats.count(found["n"]), formats.score(found[metric], metric), formats.number(found["loss"]))
             table.add_row(Text(which), Text(name), *figures)
     return table
+
+
+def _harness(
+    opened: Usable,
+    tasks: str,
+    folder: Path | None,
+    limit: int | None,
+    batch_size: int | None,
+    pretrained: bool,
+    as_json: bool,
+) -> None:
+    try:
+        from flexp.export.harness import run_harness
+    except ImportError as error:
+        raise ConfigError(f"--harness needs lm-eval ({error}): pip install 'flexp[lm-eval]'") from error
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    models = {"personal": opened}
+    if pretrained:
+        if opened.pretrained is None:
+            raise ConfigError("--pretrained needs the run: an exported folder does not hold the pretrained model")
+        models = {"pretrained": replace(opened, forward=opened.pretrained), **models}
+    found = {
+        which: run_harness(model, names, folder, limit=limit, batch_size=batch_size) for which, model in models.items()
+    }
+    if as_json:
+        facts = {"client": opened.client, "round": opened.round, "harness": _finite(found)}
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    for which, results in found.items():
+        for task, scores in results.items():
+            for metric, value in scores.items():
+                typer.echo(f"{which:<11} {task:<24} {metric:<32} {value:.4f}")
 
 
 def _finite(value: Any) -> Any:

@@ -243,6 +243,20 @@ class SplitModel(PersonalModel):
         self.steps.abandon()
         self.link.abort(Abort())
 
+    def rejoin(self, link: Link | None = None) -> None:
+        """Join again, after the link was lost or the server came back: over ``link``, if it is another one, of the same
+        client to the same server; the old one is closed. The steps go on.
+
+        Raises:
+            LinkError: the server refuses this client.
+        """
+        if link is not None:
+            with suppress(LinkError):
+                self.link.close()
+            self.link = link
+        self.steps.abandon()
+        self._join(self.cut, self._expose_embeddings)
+
     def after_step(self) -> None:
         """Once the optimiser has stepped: pull the aligned blocks towards the server's, if the alignment says so.
 
@@ -257,11 +271,6 @@ class SplitModel(PersonalModel):
             for name, value in shared.items():
                 if name in personal:
                     personal[name].lerp_(value.to(personal[name]), self.align.pull)
-
-    def rejoin(self) -> None:
-        """Join again, after the server came back; the steps go on."""
-        self.steps.abandon()
-        self._join(self.cut, self._expose_embeddings)
 
     def _join(self, cut: tuple[int, int], expose_embeddings: bool) -> None:
         check_cut(cut, self.stage.anatomy.blocks)

@@ -101,8 +101,8 @@ class Trainer:
                 loss += done.loss * done.piece.share
                 align += (done.align or 0.0) * done.piece.tokens
             norm = self.updater.step()  # the personal parameters
-            self.steps += 1
-            self.model.after_step()  # alignment in weight space, if asked for
+        self.steps += 1
+        self.model.after_step()  # alignment in weight space, if asked for
 
         items = int(sum(piece.weight for piece, _ in pieces))
         seconds = time.perf_counter() - began

@@ -18,7 +18,9 @@ from flexp.data.types import ClientData, Example, Federation, Task
 from flexp.errors import DataError
 
 
-def load_federation(config: DataConfig, processor: Any, seed: int, max_positions: int | None) -> Federation:
+def load_federation(
+    config: DataConfig, processor: Any, seed: int, max_positions: int | None, labels: Sequence[str] | None = None
+) -> Federation:
     """Read, check, divide and encode the data of all clients.
 
     Equal arguments give equal examples. The test examples do not depend on ``train_examples``.
@@ -27,6 +29,7 @@ def load_federation(config: DataConfig, processor: Any, seed: int, max_positions
         config: the run's ``data`` section; its own seed goes before ``seed``.
         processor: the model's tokenizer, or its image processor.
         max_positions: the longest input of the model in tokens, if it has one.
+        labels: a classifier's classes, where it was trained already; the data may have fewer, but no others.
 
     Raises:
         ConfigError: settings that do not fit together.
@@ -50,7 +53,10 @@ def load_federation(config: DataConfig, processor: Any, seed: int, max_positions
             check_whole(tests.clients, test_source.facts.groups)
             check_apart(made.clients, source.facts.groups, tests.clients, test_source.facts.groups)
     splits = {name: _split(name, config, source, rows, test_source, tests, seed) for name, rows in made.clients.items()}
-    names = _label_names(config, source, made, test_source, tests)
+    if labels is None:
+        names = _label_names(config, source, made, test_source, tests)
+    else:
+        names = _known_labels(labels, config, [(source, made), *([] if tests is None else [(test_source, tests)])])
     task = make_task(config, processor, limit, names)
     clients = []
     for name, split in splits.items():
@@ -186,6 +192,20 @@ def _label_names(
             "a classifier needs two at least: check data.label"
         )
     return sort_labels(found)
+
+
+def _known_labels(labels: Sequence[str], config: DataConfig, parts: list[tuple[_Source, Partition]]) -> list[str]:
+    if config.task not in ("classification", "image-classification"):
+        return []
+    for source, made in parts:
+        assert source.labels is not None
+        for row in (row for rows in made.clients.values() for row in rows):
+            if source.labels[row] not in labels:
+                raise DataError(
+                    f"{source.rows.place(row)}: the label {source.labels[row][:40]!r} is none of those that the model "
+                    f"knows: {', '.join(labels[:16])}"
+                )
+    return list(labels)
 
 
 def _check(client: ClientData, config: DataConfig) -> None:

@@ -71,8 +71,8 @@ class Deterministic:
         if item.what == "step" and item.client == client:
             self._next()
         elif item.what in ("evaluate", "save"):
-            if item.what == "save":
-                self.desk.server.keep_answers_after(client, self.steps_of(client, self.place))
+            if item.what == "save":  # if it could: a full disk leaves it with what it saved before
+                self.desk.server.keep_answers_after(client, self.desk.members[client].ready.saved)
             self._done.add(client)
 
     def _next(self) -> None:

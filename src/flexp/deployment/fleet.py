@@ -71,16 +71,18 @@ class Fleet:
         save_every: int,
         restarts: int = 3,
         threads: int = 1,
+        answer_seconds: float = 120.0,
         say: Say = print,
     ) -> None:
         self.config, self.cuts, self.out, self.say = config, cuts, out, say
         self.restarts = restarts
         self.environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
         self._file = out / "fleet.toml"
-        self._write_config(schedule, save_every)
+        self._write_config(schedule, save_every, answer_seconds)
         self.server = Party("server", [], out / "server" / "log.txt")
         self.clients = {name: Party(name, [], out / "clients" / name / "log.txt") for name in cuts}
         self.address = ""
+        self.way = ""  # how clients reach the server, if not at its address
 
     def start_server(self, listen: str = "127.0.0.1:0") -> None:
         """Start the server and wait until it listens; it keeps its port when it is started again.
@@ -112,7 +114,7 @@ class Fleet:
         """Start one client, or start it again."""
         party = self.clients[name]
         party.arguments = [
-            "client", "--config", str(self._file), "--server", self.address, "--name", name,
+            "client", "--config", str(self._file), "--server", self.way or self.address, "--name", name,
             "--state", str(self.out / "clients" / name),
         ]  # fmt: skip
         party.start(self.environment)
@@ -193,10 +195,11 @@ class Fleet:
             self.say(f"step {steps}/{total}")
         return max(told, tenth)
 
-    def _write_config(self, schedule: str, save_every: int) -> None:
+    def _write_config(self, schedule: str, save_every: int, answer_seconds: float) -> None:
         """The run's configuration with the table ``[deployment]``, as TOML, for all processes."""
         content = self.config.resolved()
-        content["deployment"] = {"schedule": schedule, "clients": list(self.cuts), "save_every": save_every}
+        table = {"schedule": schedule, "clients": list(self.cuts), "save_every": save_every}
+        content["deployment"] = {**table, "answer_seconds": answer_seconds}
         self.out.mkdir(parents=True, exist_ok=True)
         write_json(self.out / "config.json", self.config.resolved())
         self._file.write_text(to_toml(content), encoding="utf-8")

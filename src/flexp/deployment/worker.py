@@ -207,9 +207,8 @@ class Worker:
         while True:
             try:
                 with suppress(LinkError):
-                    self._link.close()
-                self.model.link = self._keeping_the_meter(self.reach())
-                self.model.rejoin()
+                    self._link.close()  # first: a client has one stream at a time
+                self.model.rejoin(self._keeping_the_meter(self.reach()))
                 if self._pull_due:
                     self.model.after_step()
                     self._pull_due = False

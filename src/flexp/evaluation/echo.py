@@ -15,7 +15,7 @@ from flexp.client.whole import WholeModel
 from flexp.config import AlignConfig
 from flexp.evaluation.memory import Probe
 from flexp.links.base import Meter
-from flexp.links.messages import BackwardReply, ForwardReply, PullReply, Welcome
+from flexp.links.messages import BackwardReply, ExtendReply, ForwardReply, PullReply, Welcome
 from flexp.models.stage import Stage
 from flexp.models.tuning import embedding_names
 
@@ -49,6 +49,12 @@ class EchoLink:
         return _done(PullReply({name: value.detach().clone() for name, value in self.shared.items()}))
 
     def abort(self, request: Any) -> None:
+        pass
+
+    def extend(self, request: Any) -> Future[Any]:
+        return _done(ExtendReply(request.hidden_BTH.clone()))
+
+    def end_generation(self, request: Any) -> None:
         pass
 
     def close(self) -> None:

@@ -41,11 +41,7 @@ def save(folder: Path, number: int, state: Mapping[str, Mapping[str, Tensor]], b
         parties = {}
         for index, (party, tensors) in enumerate(state.items()):
             file = part / f"{index:03d}-{_slug(party)}.safetensors"
-            try:
-                save_file({name: value.detach().contiguous() for name, value in tensors.items()}, file)
-            except SafetensorError as error:
-                raise os_error(error) from error
-            parties[party] = {"file": file.name, "sha256": sha256(file)}
+            parties[party] = {"file": file.name, "sha256": _write(file, tensors)}
         write_json(part / INDEX, {"schema": 1, "round": number, "parties": parties})
     spare = {place, *sorted(folder.glob("round-*"))[-KEEP:]} | ({_place(folder, best)} if best is not None else set())
     for old in set(folder.glob("round-*")) - spare:
@@ -71,20 +67,70 @@ def load(place: Path) -> tuple[int, State]:
     Raises:
         StorageError: a file is missing or is not what was saved.
     """
-    mend = f"delete the folder {place.name} to go on from the checkpoint before it"
+    number, parties = _index(place)
+    return number, {party: _read(place, file, expected) for party, (file, expected) in parties.items()}
+
+
+def load_party(place: Path, party: str) -> dict[str, Tensor] | None:
+    """Read the state of one party; ``None``: the checkpoint has none.
+
+    Raises:
+        StorageError: its file is missing or is not what was saved.
+    """
+    _, parties = _index(place)
+    return _read(place, *parties[party]) if party in parties else None
+
+
+def replace_party(place: Path, party: str, tensors: Mapping[str, Tensor]) -> None:
+    """Put another state in the place of a party's, whose file need not be there; all other files stay as they are.
+
+    Raises:
+        StorageError: the checkpoint has no such party, lacks other files, or the disk is full; then it is untouched.
+    """
+    number, parties = _index(place)
+    if party not in parties:
+        raise StorageError(f"{place / INDEX} names no {party}; it has {', '.join(sorted(parties))}")
+    with replacing(place) as part:
+        part.mkdir()
+        entries = {}
+        for name, (file, expected) in parties.items():
+            if name == party:
+                expected = _write(part / file.name, tensors)
+            else:
+                shutil.copyfile(file, part / file.name)
+            entries[name] = {"file": file.name, "sha256": expected}
+        write_json(part / INDEX, {"schema": 1, "round": number, "parties": entries})
+
+
+def _index(place: Path) -> tuple[int, dict[str, tuple[Path, str]]]:
+    """The round of a checkpoint, and every party's file with its hash."""
     try:
         facts = read_json(place / INDEX)
         number = int(facts["round"])
-        parties = {party: (place / entry["file"], entry["sha256"]) for party, entry in facts["parties"].items()}
+        return number, {party: (place / entry["file"], entry["sha256"]) for party, entry in facts["parties"].items()}
     except (StorageError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise StorageError(f"{place / INDEX} is not what was saved; {mend}") from error
-    state: State = {}
-    for party, (file, expected) in parties.items():
-        if not file.exists() or sha256(file) != expected:
-            problem = "is missing" if not file.exists() else "is not what was saved (its SHA-256 differs)"
-            raise StorageError(f"{file} {problem}; {mend}")
-        state[party] = load_file(file)
-    return number, state
+        raise StorageError(f"{place / INDEX} is not what was saved; {_mend(place)}") from error
+
+
+def _read(place: Path, file: Path, expected: str) -> dict[str, Tensor]:
+    if not file.exists() or sha256(file) != expected:
+        problem = "is missing" if not file.exists() else "is not what was saved (its SHA-256 differs)"
+        raise StorageError(f"{file} {problem}; {_mend(place)}")
+    tensors: dict[str, Tensor] = load_file(file)
+    return tensors
+
+
+def _write(file: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write one party's tensors; the file's hash."""
+    try:
+        save_file({name: value.detach().contiguous() for name, value in tensors.items()}, file)
+    except SafetensorError as error:
+        raise os_error(error) from error
+    return sha256(file)
+
+
+def _mend(place: Path) -> str:
+    return f"delete the folder {place.name} to go on from the checkpoint before it"
 
 
 def clear_halves(folder: Path) -> None:

@@ -17,6 +17,7 @@ from flexp.errors import ConfigError, StorageError
 from flexp.evaluation.scores import evaluate
 from flexp.experiments import checkpoints
 from flexp.experiments.devices import Dropped, client_facts, place
+from flexp.experiments.joined import is_joined
 from flexp.experiments.memory import MemoryProbes
 from flexp.experiments.settings import validate
 from flexp.experiments.setup import build_world
@@ -56,10 +57,7 @@ def run(
         ConfigError: ``out`` holds a run already, or no client's device can hold what the method trains.
         FlexpError: what is wrong with configuration, model, data or disk.
     """
-    if (out / "config.json").exists() or checkpoints.latest(out / "checkpoints") is not None:
-        raise ConfigError(
-            f"{out} holds a run already; continue it with flexp run --resume {out}, or choose another --out"
-        )
+    refuse_taken(out)
     world = build_world(config)
     probes = MemoryProbes(world, out, memory_cache)
     world, dropped = place(world, probes)
@@ -67,6 +65,30 @@ def run(
     write_json(out / "config.json", config.resolved())
     probes.save()
     return _Run(world, method, probes, dropped, out, progress).go()
+
+
+def train(world: World, method: Method, out: Path, *, progress: Callable[..., Progress] = Progress) -> Summary:
+    """Start a run in the folder ``out`` with a method that was made already, perhaps with other weights than usual.
+
+    Raises:
+        ConfigError: ``out`` holds a run already.
+        FlexpError: what is wrong with the data or the disk.
+    """
+    refuse_taken(out)
+    write_json(out / "config.json", world.config.resolved())
+    return _Run(world, method, MemoryProbes(world, out), [], out, progress).go()
+
+
+def refuse_taken(out: Path) -> None:
+    """See that ``out`` holds no run.
+
+    Raises:
+        ConfigError: it does.
+    """
+    if (out / "config.json").exists() or checkpoints.latest(out / "checkpoints") is not None:
+        raise ConfigError(
+            f"{out} holds a run already; continue it with flexp run --resume {out}, or choose another --out"
+        )
 
 
 def resume(out: Path, *, progress: Callable[..., Progress] = Progress, memory_cache: Path | None = None) -> Summary:
@@ -77,6 +99,8 @@ def resume(out: Path, *, progress: Callable[..., Progress] = Progress, memory_ca
     """
     if not (out / "config.json").exists():
         raise StorageError(f"{out} holds no run to resume: it has no config.json")
+    if is_joined(out):
+        raise ConfigError(f"{out} is of a client that joined a run, which is not resumed; run flexp join again")
     config = validate(read_json(out / "config.json"), str(out / "config.json"))
     world = build_world(config)
     probes = MemoryProbes(world, out, memory_cache)

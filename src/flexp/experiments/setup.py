@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 import transformers
 
 from flexp.assets import resolve
-from flexp.config import RunConfig
+from flexp.config import DataConfig, RunConfig
 from flexp.data import load_federation, pad_id
 from flexp.data.types import Federation
 from flexp.errors import ConfigError, ModelError
@@ -19,9 +20,14 @@ from flexp.methods.cuts import method_cuts
 from flexp.models.loading import load_config, load_stage
 from flexp.models.parts import check_cut
 
+Federate = Callable[[DataConfig, Any, int, int | None], Federation]
 
-def build_world(config: RunConfig) -> World:
+
+def build_world(config: RunConfig, federate: Federate = load_federation) -> World:
     """Obtain model and data, divide the data among clients, and give every client its cut.
+
+    Args:
+        federate: what makes the clients out of ``config.data``, the processor, the seed and the longest input.
 
     Raises:
         FlexpError: what is wrong with the model, the data or the configuration.
@@ -31,7 +37,7 @@ def build_world(config: RunConfig) -> World:
     model_id = str(resolve(config.model.id))
     model_config = load_config(model_id)
     processor = load_processor(model_id, config)
-    federation = load_federation(config.data, processor, config.seed, max_positions(model_config))
+    federation = federate(config.data, processor, config.seed, max_positions(model_config))
     federation = replace(federation, notes=[*federation.notes, *_precision_notes(config)])
     source = load_stage(
         model_id,
@@ -54,6 +60,8 @@ def client_cuts(config: RunConfig, federation: Federation, blocks: int) -> dict[
         ConfigError: a cut does not fit the model, or starts below the base depth.
     """
     cuts = {}
+    if config.data.clients.cuts == "auto":
+        raise ConfigError('data.clients.cuts = "auto" is not resolved; run flexp plan and give its cuts')
     for index, client in enumerate(federation.clients):
         wanted = config.data.clients.cuts[index % len(config.data.clients.cuts)]
         cuts[client.name] = check_cut(wanted, blocks, where=f"data.clients.cuts of client {client.name}")

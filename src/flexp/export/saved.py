@@ -11,9 +11,9 @@ from flexp.data.types import ClientData
 from flexp.errors import ConfigError, StorageError
 from flexp.experiments import checkpoints
 from flexp.experiments.devices import place
+from flexp.experiments.joined import world_of
 from flexp.experiments.memory import MemoryProbes
 from flexp.experiments.settings import validate
-from flexp.experiments.setup import build_world
 from flexp.files import read_json
 from flexp.methods import METHODS, Method, World
 from flexp.report.metrics import read
@@ -84,14 +84,26 @@ def run_config(folder: Path) -> RunConfig:
     return validate(read_json(folder / "config.json"), str(folder / "config.json"))
 
 
-def open_run(folder: Path, which: str = LAST) -> SavedRun:
-    """Rebuild a run from its configuration and load a checkpoint, as a resumption would.
+@dataclass(frozen=True)
+class Opened:
+    """A run's configuration, what it starts from, and one of its checkpoints, which was not read yet."""
+
+    folder: Path
+    config: RunConfig
+    world: World
+    scored: dict[int, Scores]
+    number: int
+    place: Path
+
+
+def look_into(folder: Path, which: str = LAST) -> Opened:
+    """Rebuild what a run starts from, and find a checkpoint.
 
     Args:
         which: ``last``, ``best`` (on validation data, where there is some, else on test data), or a round's number.
 
     Raises:
-        StorageError: ``folder`` holds no run, or the checkpoint is not there or does not fit.
+        StorageError: ``folder`` holds no run, or the checkpoint is not there.
         FlexpError: model or data are not what they were.
     """
     config = run_config(folder)
@@ -99,7 +111,7 @@ def open_run(folder: Path, which: str = LAST) -> SavedRun:
     if not found:
         why = "output.checkpoint_every = 0 keeps none" if not config.output.checkpoint_every else "it stopped too early"
         raise StorageError(f"{folder} has no checkpoint ({why}), so its personal models are not there; run it again")
-    world = build_world(config)
+    world = world_of(folder, config)
     names = [client.name for client in world.federation.clients]
     task = world.federation.task
     scored = scores_by_round(read(folder / "metrics.jsonl"), names, task.metric)
@@ -110,17 +122,31 @@ def open_run(folder: Path, which: str = LAST) -> SavedRun:
             f"{folder} has no checkpoint of round {number}; it has those of round {there} (a run keeps its last two, "
             "and with data.validation_fraction the best)"
         )
-    _, state = checkpoints.load(found[number])
     world, _ = place(world, MemoryProbes(world, folder))
-    method = METHODS[config.method.name](world)
+    return Opened(folder, config, world, scored, number, found[number])
+
+
+def open_run(folder: Path, which: str = LAST) -> SavedRun:
+    """Rebuild a run from its configuration and load a checkpoint, as a resumption would.
+
+    Args:
+        which: see :func:`look_into`.
+
+    Raises:
+        StorageError: ``folder`` holds no run, or the checkpoint is not there or does not fit.
+        FlexpError: model or data are not what they were.
+    """
+    opened = look_into(folder, which)
+    _, state = checkpoints.load(opened.place)
+    method = METHODS[opened.config.method.name](opened.world)
     odd = sorted(method.state().keys() ^ state.keys())
     if odd:
         raise StorageError(
-            f"{found[number]}: {odd[0]} is in the checkpoint or in the data, not in both; the clients must be those of "
+            f"{opened.place}: {odd[0]} is in the checkpoint or in the data, not in both; the clients must be those of "
             "the run: put data.source back as it was"
         )
     method.load(state)
-    return SavedRun(folder, config, world, method, number, scored)
+    return SavedRun(folder, opened.config, opened.world, method, opened.number, opened.scored)
 
 
 def _round(which: str, last: int, best: int | None) -> int:

@@ -16,8 +16,9 @@ from flexp.config import DataConfig, ModelConfig, RunConfig
 from flexp.data.tasks import limit_of, make_task
 from flexp.data.types import Example, Forward, Task
 from flexp.errors import ConfigError, FlexpError, ModelError, StorageError
+from flexp.experiments.joined import world_of
 from flexp.experiments.runner import sample
-from flexp.experiments.setup import build_world, load_processor, max_positions
+from flexp.experiments.setup import load_processor, max_positions
 from flexp.export.facts import FILE, SCHEMA
 from flexp.export.saved import LAST, client_of, is_run, open_run, run_config
 from flexp.files import read_json
@@ -35,6 +36,8 @@ class Usable:
         round: of the run, after which it was so.
         sets: examples by what they are: :data:`OWN` and :data:`EVERYBODY` where a run is known.
         pretrained: the model before training, where a run is known.
+        model: of an exported folder, the model itself.
+        positions: the longest input in tokens, where there is a limit.
     """
 
     client: str
@@ -45,6 +48,8 @@ class Usable:
     batch_size: int
     sets: dict[str, list[Example]] = field(default_factory=dict)
     pretrained: Forward | None = None
+    model: Any = None
+    positions: int | None = None
 
 
 def of_run(folder: Path, client: str | None, which: str = LAST) -> Usable:
@@ -64,6 +69,7 @@ def of_run(folder: Path, client: str | None, which: str = LAST) -> Usable:
         batch_size=config.evaluation.batch_size,
         sets=_sets(run.world, data.name),
         pretrained=_answering(WholeModel(run.world.source)),
+        positions=max_positions(run.world.source.model.config),
     )
 
 
@@ -99,9 +105,10 @@ def of_folder(folder: Path, client: str | None = None, run: Path | None = None) 
     sets, size = {}, config.evaluation.batch_size
     if run is not None:
         settings = run_config(run)
-        world, size = build_world(settings), settings.evaluation.batch_size
+        world, size = world_of(run, settings), settings.evaluation.batch_size
         sets = _sets(world, client_of(world, owner).name)
-    return Usable(owner, number, _answering(model), task, data, size, sets)
+    positions = max_positions(model.config)
+    return Usable(owner, number, _answering(model), task, data, size, sets, model=model, positions=positions)
 
 
 def open_model(place: Path, client: str | None, which: str = LAST, run: Path | None = None) -> Usable:

@@ -16,6 +16,9 @@ from flexp.links.messages import (
     Abort,
     BackwardReply,
     BackwardRequest,
+    EndGeneration,
+    ExtendReply,
+    ExtendRequest,
     ForwardReply,
     ForwardRequest,
     Join,
@@ -92,8 +95,16 @@ class Link(Protocol):
         """Give up what is in flight and every unfinished step; their exchanges have no backward any more."""
         ...
 
+    def extend(self, request: ExtendRequest) -> Future[ExtendReply]:
+        """Blocks [s, e) on the next tokens of an answer."""
+        ...
+
+    def end_generation(self, request: EndGeneration) -> None:
+        """Let the server forget the cache of an answer; nothing happens where there is none."""
+        ...
+
     def close(self) -> None:
-        """Leave; what is in flight is dropped."""
+        """Leave; what is in flight is dropped, caches are."""
         ...
 
 

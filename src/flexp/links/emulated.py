@@ -21,13 +21,16 @@ from typing import Any
 
 from torch import Tensor
 
-from flexp.errors import LinkError
+from flexp.errors import LinkError, LinkLostError
 from flexp.links.base import Link, Meter
 from flexp.links.coding import Coding
 from flexp.links.messages import (
     Abort,
     BackwardReply,
     BackwardRequest,
+    EndGeneration,
+    ExtendReply,
+    ExtendRequest,
     ForwardReply,
     ForwardRequest,
     Join,
@@ -121,6 +124,12 @@ class EmulatedLink:
     def pull(self, request: PullRequest) -> Future[PullReply]:
         return self._send(lambda: self.inner.pull(request), request)
 
+    def extend(self, request: ExtendRequest) -> Future[ExtendReply]:
+        return self._send(lambda: self.inner.extend(request), request)
+
+    def end_generation(self, request: EndGeneration) -> None:
+        self._wait(self._send(lambda: _done(self.inner.end_generation, request), None))
+
     def abort(self, request: Abort) -> None:
         self._wait(self._send(lambda: _done(self.inner.abort, request), None))
 
@@ -143,7 +152,7 @@ class EmulatedLink:
         future: Future[Any] = Future()
         with self._lock:
             if self._broken is not None:
-                future.set_exception(LinkError(f"client {self.client}: {self._broken}"))
+                future.set_exception(self._error(self._broken))
                 return future
             self._open.add(future)
             self._travel(self._up, message, future, lambda: self._server.submit(self._arrived, call, future))
@@ -184,7 +193,10 @@ class EmulatedLink:
             self._server.submit(self.inner.close)  # after what it computes at this moment
             waiting, self._open = self._open, set()
             for future in waiting:
-                future.set_exception(LinkError(f"client {self.client}: {why}"))
+                future.set_exception(self._error(why))
+
+    def _error(self, why: str) -> LinkError:
+        return (LinkLostError if why == LOST else LinkError)(f"client {self.client}: {why}")
 
     def _wait(self, future: Future[Any]) -> Any:
         with resting(current_turn()):

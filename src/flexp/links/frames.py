@@ -7,15 +7,16 @@ into the tensors that will be used. Nothing is unpickled or evaluated.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from flexp.errors import LinkError
-from flexp.links.wire import CHUNK, CODES, Field, Head, head_bytes, parse
+from flexp.errors import LinkError, LinkLostError
+from flexp.links.wire import CHUNK, CODES, DAMAGED, Field, Head, head_bytes, parse
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,11 @@ def encode(frame: Frame) -> list[bytes]:
     Raises:
         LinkError: a name, a number or a text has no place in a frame, or a mask is not made of zeros and ones.
     """
-    pieces: list[bytes | memoryview] = [head_bytes(frame.head)]
-    for item, value in zip(frame.head.fields, frame.tensors, strict=True):
-        pieces.append(_bytes_of(item, value))
-    return list(_chunks(pieces))
+    content = [_bytes_of(item, value) for item, value in zip(frame.head.fields, frame.tensors, strict=True)]
+    check = 0
+    for piece in content:
+        check = zlib.crc32(piece, check)
+    return list(_chunks([head_bytes(replace(frame.head, check=check)), *content]))
 
 
 class Incoming:
@@ -66,6 +68,7 @@ class Incoming:
         self.head = parse(message)
         self._first = memoryview(message)[self.head.size :]
         self._left = self.head.size + self.head.payload
+        self._check = 0
         self._expect(len(message))
         self._tensors: list[Tensor] = []
         self._spaces: list[memoryview] = []
@@ -89,7 +92,13 @@ class Incoming:
         self._fill(memoryview(message))
 
     def frame(self) -> Frame:
-        """The frame, once it is done."""
+        """The frame, once it is done.
+
+        Raises:
+            LinkLostError: its tensors were damaged on their way.
+        """
+        if self._check != self.head.check:
+            raise LinkLostError(DAMAGED)
         return Frame(self.head, tuple(map(_restored, self.head.fields, self._tensors)))
 
     def _expect(self, size: int) -> None:
@@ -99,6 +108,7 @@ class Incoming:
         self._left -= size
 
     def _fill(self, content: memoryview) -> None:
+        self._check = zlib.crc32(content, self._check)
         while len(content):
             space = self._spaces[0]
             count = min(len(space), len(content))

@@ -16,6 +16,9 @@ from flexp.links.messages import (
     Abort,
     BackwardReply,
     BackwardRequest,
+    EndGeneration,
+    ExtendReply,
+    ExtendRequest,
     ForwardReply,
     ForwardRequest,
     Join,
@@ -45,6 +48,8 @@ class Service(Protocol):
     def backward(self, client: str, request: BackwardRequest) -> BackwardReply: ...
     def pull(self, client: str, request: PullRequest) -> PullReply: ...
     def abort(self, client: str, request: Abort) -> None: ...
+    def extend(self, client: str, request: ExtendRequest) -> ExtendReply: ...
+    def end_generation(self, client: str, request: EndGeneration) -> None: ...
     def leave(self, client: str) -> None: ...
 
     def aside(self, client: str) -> str | None:
@@ -95,6 +100,12 @@ class InProcessLink:
 
     def abort(self, request: Abort) -> None:
         self._service.abort(self._client, request)
+
+    def extend(self, request: ExtendRequest) -> Future[ExtendReply]:
+        return self._call(self._service.extend, request, self.meter.evaluation)
+
+    def end_generation(self, request: EndGeneration) -> None:
+        self._service.end_generation(self._client, request)
 
     def close(self) -> None:
         self._service.leave(self._client)

@@ -140,6 +140,41 @@ class PullReply:
     weights: dict[str, Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class ExtendRequest:
+    """Run blocks [s, e) on the next tokens of an answer, with the keys and values of those before.
+
+    Attributes:
+        generation: numbers this client's answers; the server keeps a cache for each.
+        past: how many tokens came before, which must be what the server holds; 0 begins anew.
+        hidden_BTH: the activations of the new tokens alone.
+        mask_BT: of the new tokens alone; an answer that begins with a mask has one all the way.
+        positions_BT: explicit positions of the new tokens, if the model takes any.
+        rows_B: which row of the cache each row goes on from, where that is not the same one (beam search).
+    """
+
+    generation: int
+    past: int
+    hidden_BTH: Tensor
+    mask_BT: Tensor | None = None
+    positions_BT: Tensor | None = None
+    rows_B: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ExtendReply:
+    """``hidden_BTH``: what comes out of block e−1, for the new tokens."""
+
+    hidden_BTH: Tensor
+
+
+@dataclass(frozen=True)
+class EndGeneration:
+    """An answer is complete, or given up: the server forgets its cache, if it has one."""
+
+    generation: int
+
+
 def tensors(message: Any) -> Iterator[tuple[str, Tensor]]:
     """Every tensor in a message, with the name of its field."""
     for item in fields(message):

@@ -15,7 +15,11 @@ from flexp.links.codecs import SCALE, codec_of
 from flexp.links.coding import codec_name
 from flexp.links.wire import Field, Head, Kind
 
-REQUESTS = {Kind.JOIN, Kind.FORWARD, Kind.BACKWARD, Kind.PULL, Kind.ABORT, Kind.LEAVE, Kind.READY}
+REQUESTS = {Kind.JOIN, Kind.FORWARD, Kind.BACKWARD, Kind.PULL, Kind.ABORT, Kind.LEAVE} | {
+    Kind.EXTEND,
+    Kind.END_GENERATION,
+    Kind.READY,
+}
 ANSWERS = {
     Kind.JOIN: Kind.WELCOME,
     Kind.FORWARD: Kind.FORWARD_REPLY,
@@ -24,6 +28,8 @@ ANSWERS = {
     Kind.ABORT: Kind.DONE,
     Kind.LEAVE: Kind.DONE,
     Kind.READY: Kind.ORDER,
+    Kind.EXTEND: Kind.EXTEND_REPLY,
+    Kind.END_GENERATION: Kind.DONE,
 }
 _TEXTS = {Kind.JOIN, Kind.WELCOME, Kind.ERROR, Kind.READY, Kind.ORDER}
 
@@ -90,11 +96,13 @@ def check_request(head: Head, agreement: Agreement | None, client: str) -> None:
         raise LinkError(f"client {client}: a {head.kind.name} frame has a text, expected none")
     if agreement is None and head.kind not in (Kind.JOIN, Kind.LEAVE):
         raise LinkError(f"client {client} has not joined: call link.join first")
-    if agreement is None or head.kind not in (Kind.FORWARD, Kind.BACKWARD):
+    if agreement is None or head.kind not in (Kind.FORWARD, Kind.BACKWARD, Kind.EXTEND):
         _no_tensors(head, client)
         return
     if head.kind == Kind.FORWARD:
         _names(head, client, "hidden_BTH", optional=("mask_BT", "positions_BT", "base_BTH", "inner_BTH"))
+    elif head.kind == Kind.EXTEND:
+        _names(head, client, "hidden_BTH", optional=("mask_BT", "positions_BT", "rows_B"))
     else:
         _names(head, client, "grad_BTH")
     _check_activations(head, agreement, client)
@@ -152,6 +160,8 @@ def _check_activations(head: Head, agreement: Agreement, client: str) -> None:
             fits = item.packed and item.shape == rows
         elif item.name == "positions_BT":
             fits = item.shape in {rows, (1, rows[1])} and item.dtype == torch.int64 and not item.packed
+        elif item.name == "rows_B":
+            fits = item.shape == rows[:1] and item.dtype == torch.int64 and not item.packed
         else:
             first, *due = agreement.layout(head.kind, item.name, rows)
             fits = item == first and not item.name.endswith(SCALE)

@@ -19,6 +19,9 @@ from flexp.links.messages import (
     Abort,
     BackwardReply,
     BackwardRequest,
+    EndGeneration,
+    ExtendReply,
+    ExtendRequest,
     ForwardReply,
     ForwardRequest,
     Join,
@@ -68,6 +71,18 @@ def to_frame(message: Any, call: int, seconds: float = 0.0, coding: Coding | Non
             return _frame(Kind.PULL_REPLY, call, seconds, (), list(message.weights.items()))
         case Abort():
             return Frame(Head(Kind.ABORT, call))
+        case ExtendRequest():
+            named = [
+                ("hidden_BTH", message.hidden_BTH),
+                ("mask_BT", message.mask_BT),
+                ("positions_BT", message.positions_BT),
+                ("rows_B", message.rows_B),
+            ]
+            return _frame(Kind.EXTEND, call, seconds, (message.generation, message.past), named)
+        case ExtendReply():
+            return _frame(Kind.EXTEND_REPLY, call, seconds, (), [("hidden_BTH", message.hidden_BTH)])
+        case EndGeneration():
+            return Frame(Head(Kind.END_GENERATION, call, numbers=(message.generation,)))
         case Join():
             return Frame(Head(Kind.JOIN, call, text=to_json(message, inf_nan_mode="null").decode()))
     raise TypeError(f"{type(message).__name__} does not cross a link")
@@ -105,6 +120,15 @@ def to_message(frame: Frame, device: torch.device, coding: Coding | None = None)
             return PullReply(one)
         case Kind.ABORT:
             return Abort()
+        case Kind.EXTEND:
+            generation, past = head.numbers
+            return ExtendRequest(
+                generation, past, one["hidden_BTH"], one.get("mask_BT"), one.get("positions_BT"), one.get("rows_B")
+            )
+        case Kind.EXTEND_REPLY:
+            return ExtendReply(one["hidden_BTH"])
+        case Kind.END_GENERATION:
+            return EndGeneration(*head.numbers)
         case Kind.JOIN:
             return _join(head.text)
     raise TypeError(f"{head.kind.name} carries no message")

@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import math
 import struct
+import zlib
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
 import torch
 
-from flexp.errors import LinkError
+from flexp.errors import LinkError, LinkLostError
 
 MAGIC = b"FLXP"
-VERSION = 1
+VERSION = 2
 CHUNK = 1 << 20
 MOST_TEXT = 1 << 16
 MOST_FIELDS = 2048
 MOST_NAME = 200
 MOST_DIMENSIONS = 8
+DAMAGED = "a frame was damaged on its way: its checksum differs"
 
 
 class Kind(IntEnum):
@@ -40,8 +42,11 @@ class Kind(IntEnum):
     LEAVE = 10
     DONE = 11
     ERROR = 12
-    READY = 13
-    ORDER = 14
+    EXTEND = 13
+    EXTEND_REPLY = 14
+    END_GENERATION = 15
+    READY = 16
+    ORDER = 17
 
 
 DTYPES: dict[int, torch.dtype] = {
@@ -59,14 +64,17 @@ DTYPES: dict[int, torch.dtype] = {
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 _PACKED = 0x80  # set in a type's code: entries are 0 or 1 and cross as one byte each
 
-# magic, version, kind, number of fields, call, seconds of computing, bytes of text
-_HEAD = struct.Struct("<4sBBHQdI")
+# magic, version, kind, number of fields, call, seconds of computing, bytes of text, CRC-32 of the tensors' bytes
+_HEAD = struct.Struct("<4sBBHQdII")
+_CHECK = struct.Struct("<I")  # CRC-32 of the head before it
 # The numbers of each kind: see translate.py.
 _NUMBERS = {
     Kind.FORWARD: struct.Struct("<qBq"),
     Kind.FORWARD_REPLY: struct.Struct("<Bd"),
     Kind.BACKWARD: struct.Struct("<qqqdd"),
     Kind.PULL: struct.Struct("<qqq"),
+    Kind.EXTEND: struct.Struct("<qq"),
+    Kind.END_GENERATION: struct.Struct("<q"),
 }
 _NONE = struct.Struct("<")
 
@@ -96,6 +104,7 @@ class Head:
         numbers: the message's scalars, in the order that the kind prescribes.
         text: JSON, for joining, orders and errors.
         size: bytes of the head itself.
+        check: CRC-32 of the tensors' bytes, one after the other.
     """
 
     kind: Kind
@@ -105,6 +114,7 @@ class Head:
     text: str = ""
     fields: tuple[Field, ...] = ()
     size: int = 0
+    check: int = 0
 
     @property
     def payload(self) -> int:
@@ -116,10 +126,11 @@ def parse(message: bytes) -> Head:
     """The head at the beginning of a frame's first message. Nothing is allocated but what it says.
 
     Raises:
+        LinkLostError: it was damaged on its way.
         LinkError: it is no head of this version, or is cut short, or goes beyond a limit.
     """
     reader = _Reader(message)
-    magic, version, kind, count, call, seconds, text = reader.take(_HEAD)
+    magic, version, kind, count, call, seconds, text, check = reader.take(_HEAD)
     if magic != MAGIC:
         raise LinkError(f"a frame begins with {magic!r}, expected {MAGIC!r}: the other side speaks another protocol")
     if version != VERSION:
@@ -136,7 +147,10 @@ def parse(message: bytes) -> Head:
     numbers = reader.take(_NUMBERS.get(Kind(kind), _NONE))
     words = reader.text(text)
     fields = tuple(reader.field() for _ in range(count))
-    return Head(Kind(kind), call, seconds, numbers, words, fields, reader.at)
+    end = reader.at
+    if reader.take(_CHECK) != (zlib.crc32(message[:end]),):
+        raise LinkLostError(DAMAGED)
+    return Head(Kind(kind), call, seconds, numbers, words, fields, reader.at, check)
 
 
 class _Reader:
@@ -192,8 +206,9 @@ def head_bytes(head: Head) -> bytes:
         )
     try:
         numbers = _NUMBERS.get(head.kind, _NONE).pack(*head.numbers)
-        start = _HEAD.pack(MAGIC, VERSION, head.kind, len(head.fields), head.call, head.seconds, len(text))
-        return b"".join([start, numbers, text, *map(_field_bytes, head.fields)])
+        start = _HEAD.pack(MAGIC, VERSION, head.kind, len(head.fields), head.call, head.seconds, len(text), head.check)
+        content = b"".join([start, numbers, text, *map(_field_bytes, head.fields)])
+        return content + _CHECK.pack(zlib.crc32(content))
     except struct.error as error:
         raise LinkError(f"a number is too large to cross ({error})") from error
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from flexp.client.model import SPLIT_MODELS, SplitModel
 from flexp.client.state import load_party, party_state
 from flexp.client.trainer import Trainer
+from flexp.links.base import Link
 from flexp.methods.base import Account, Forward, OnStep, State, World
 from flexp.methods.parties import make_trainer, own_stage
 from flexp.methods.turns import turns
@@ -42,6 +43,10 @@ class FlexpSfl:
             on_step(self.clients[name].step())
         if number == config.train.rounds:
             self.server.flush()  # update = "mean" may have steps left that are fewer than mean_over
+
+    def connect(self, name: str) -> Link:
+        """The link of a client."""
+        return self.server.connect(name)
 
     def personal(self, client: str) -> Forward:
         model = self._model(client)
@@ -130,7 +135,7 @@ class FlexpSfl:
         model = SPLIT_MODELS[world.federation.task.model_kind](
             stage,
             cut,
-            self.server.connect(name),
+            self.connect(name),
             align=config.method.align,
             tuning=config.model.tuning,
             lora=config.model.lora,

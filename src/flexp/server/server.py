@@ -21,6 +21,9 @@ from flexp.links.messages import (
     Abort,
     BackwardReply,
     BackwardRequest,
+    EndGeneration,
+    ExtendReply,
+    ExtendRequest,
     ForwardReply,
     ForwardRequest,
     Join,
@@ -35,6 +38,7 @@ from flexp.models.tuning import tune
 from flexp.rng import RandomStream, derived_seed
 from flexp.server.admission import check_backward, check_forward, check_join, check_pull
 from flexp.server.bounds import Bounds, check_finite
+from flexp.server.generations import check_extend, drop_unused
 from flexp.server.guard import Guard
 from flexp.server.progress import Key, Progress, states
 from flexp.server.session import Session
@@ -218,10 +222,41 @@ class Server:
         with self._lock:
             self._session(client).drop()
 
+    def extend(self, client: str, request: ExtendRequest) -> ExtendReply:
+        """Blocks [s, e) on the next tokens of an answer, whose cache is kept here.
+
+        Raises:
+            LinkError: the client never joined, the server holds another length of the answer, or caches are full.
+        """
+        with self._lock, self._computing(), self.guard.request(client):
+            session = self._session(client)
+            drop_unused(self._sessions.values(), self.config.generation_seconds)
+            check_extend(session, request, self.shared.stage, self._sessions.values())
+            return ExtendReply(session.generations.extend(request, self.shared.stage, session.join.cut))
+
+    def end_generation(self, client: str, request: EndGeneration) -> None:
+        """Forget the cache of an answer.
+
+        Raises:
+            LinkError: the client never joined.
+        """
+        with self._lock:
+            self._session(client).generations.end(request.generation)
+
     def flush(self) -> None:
         """At the end of a run: update the shared blocks with the steps that ``update = "mean"`` has gathered so far."""
         with self._lock, self._computing():
             self.shared.flush()
+
+    def freeze(self) -> None:
+        """From now on serve the shared blocks as they are, without training them.
+
+        Raises:
+            LinkError: exchanges are in flight, which would train them.
+        """
+        with self._lock:
+            self._refuse_busy("frozen")
+            self.shared.freeze()
 
     def leave(self, client: str) -> None:
         """Close a client's session and drop what it has in flight."""

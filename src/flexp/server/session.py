@@ -14,6 +14,7 @@ from flexp.links.messages import BackwardReply, BackwardRequest, ForwardReply, F
 from flexp.rng import RandomStream, drawing_from
 from flexp.server.alignment import alignment, combine
 from flexp.server.bounds import Bounds
+from flexp.server.generations import Generations
 from flexp.server.progress import Progress
 from flexp.server.shared import SharedBlocks
 
@@ -65,6 +66,7 @@ class Session:
     gathered: dict[int, Gathered] = field(default_factory=dict)
     boundary: Tensor | None = None  # the random generator's state when the step under way began
     bounds: Bounds = field(default_factory=Bounds)
+    generations: Generations = field(default_factory=Generations)
 
     @property
     def align(self) -> AlignConfig:

@@ -42,6 +42,7 @@ class SharedBlocks:
     ) -> None:
         self.stage = stage
         self.version = 0
+        self.frozen = False
         self._config = config
         if total_steps is not None and config.update == "mean":
             total_steps = -(-total_steps // config.mean_over)
@@ -65,8 +66,16 @@ class SharedBlocks:
             del self._held[version]
             self.stashed.pop(version, None)
 
+    def freeze(self) -> None:
+        """From now on leave the weights as they are; clients still get their gradients. Nothing may be in flight."""
+        self.frozen = True
+        for parameter in self.updater.parameters.values():
+            parameter.requires_grad_(False)
+
     def parameters_of(self, version: int) -> dict[str, nn.Parameter]:
-        """The trained parameters of a version that is current or held."""
+        """The trained parameters of a version that is current or held; none, if they are frozen."""
+        if self.frozen:
+            return {}
         return self.updater.parameters if version == self.version else self.stashed[version]
 
     @contextmanager
@@ -87,7 +96,7 @@ class SharedBlocks:
         Returns:
             Whether the weights were updated.
         """
-        if not self.updater.parameters:
+        if self.frozen or not self.updater.parameters:
             return False
         if self._config.update == "every":
             self._apply(gradients)

@@ -34,6 +34,9 @@ from flexp.links.messages import (
     Abort,
     BackwardReply,
     BackwardRequest,
+    EndGeneration,
+    ExtendReply,
+    ExtendRequest,
     ForwardReply,
     ForwardRequest,
     Join,
@@ -107,10 +110,19 @@ class GrpcLink:
         return self._call(request, self.meter.training)
 
     def ready(self, ready: Ready) -> Future[Order]:
-        """Ask a server that conducts a run what to do next; the answer takes as long as others take."""
+        """Ask a server that conducts a run what to do next; the answer takes as long as others take.
+
+        Where that is too long the link is given up, as for any answer: it may have been lost. Ask again.
+        """
         return self._send(Frame(Head(Kind.READY, next(self._numbers), text=to_text(ready))), None)
 
     def abort(self, request: Abort) -> None:
+        self._wait(self._call(request, None))
+
+    def extend(self, request: ExtendRequest) -> Future[ExtendReply]:
+        return self._call(request, self.meter.evaluation)
+
+    def end_generation(self, request: EndGeneration) -> None:
         self._wait(self._call(request, None))
 
     def close(self) -> None:
@@ -152,8 +164,7 @@ class GrpcLink:
             call.future.set_exception(self._broken)
             return
         self._calls[call.head.call] = call
-        if call.head.kind != Kind.READY:
-            call.timer = background().call_later(self._timeout, self._late, call.head)
+        call.timer = background().call_later(self._timeout, self._late, call.head)
         self._outgoing.put_nowait(messages)
 
     def _late(self, head: Head) -> None:
@@ -173,12 +184,13 @@ class GrpcLink:
                 frame = await read_frame(self._stream.read, grpc.aio.EOF, self._check)
                 if frame is None:
                     status = await self._stream.code()
-                    raise LinkError(await self._stream.details() or f"the server ended the stream ({status.name})")
+                    raise LinkLostError(await self._stream.details() or f"the server ended the stream ({status.name})")
                 self._answer(frame)
         except grpc.aio.AioRpcError as error:
-            self._fail(_reason(error, self._address))
+            refused = error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
+            self._fail(_reason(error, self._address), LinkError if refused else LinkLostError)
         except LinkError as error:
-            self._fail(str(error))
+            self._fail(str(error), type(error))
         except asyncio.CancelledError:
             self._fail("the link is closed")
             raise
@@ -215,15 +227,16 @@ class GrpcLink:
             answer = head if call.traffic is None else to_message(frame, call.device, self._coding)
             call.future.set_result(answer)
 
-    def _fail(self, text: str) -> None:
+    def _fail(self, text: str, kind: type[LinkError] = LinkLostError) -> None:
         if self._broken is None:
-            self._broken = LinkLostError(text)
+            self._broken = kind(text)
         calls, self._calls = list(self._calls.values()), {}
         for call in calls:
             if call.timer is not None:
                 call.timer.cancel()
             call.future.set_exception(self._broken)
         self._stream.cancel()
+        self._tasks[0].cancel()  # nothing is sent any more
 
     async def _shut(self, why: LinkError) -> None:
         self._broken = self._broken or why

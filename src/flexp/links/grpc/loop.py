@@ -71,7 +71,10 @@ async def read_frame(
     message = await read()
     if message is end:
         return None
-    incoming = Incoming(message)
+    try:
+        incoming = Incoming(message)
+    except LinkError as error:  # nothing else comes from a side that was let in, unless it was damaged on its way
+        raise LinkLostError(str(error)) from error
     check(incoming.head)
     if reserve is not None:
         await reserve(incoming.head.payload)

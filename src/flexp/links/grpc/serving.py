@@ -197,6 +197,9 @@ class Serving:
             if head.kind == Kind.ABORT:
                 self._service.abort(client, message)
                 return Frame(Head(Kind.DONE, head.call))
+            if head.kind == Kind.END_GENERATION:
+                self._service.end_generation(client, message)
+                return Frame(Head(Kind.DONE, head.call))
             reply: Any = _METHODS[head.kind](self._service, client, message)
             return to_frame(reply, head.call, time.perf_counter() - began, coding)
         except LinkError as error:
@@ -216,6 +219,7 @@ _METHODS: dict[Kind, Callable[[Service, str, Any], Any]] = {
     Kind.FORWARD: lambda service, client, message: service.forward(client, message),
     Kind.BACKWARD: lambda service, client, message: service.backward(client, message),
     Kind.PULL: lambda service, client, message: service.pull(client, message),
+    Kind.EXTEND: lambda service, client, message: service.extend(client, message),
 }
 
 

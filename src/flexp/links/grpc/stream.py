@@ -84,7 +84,7 @@ class Stream:
                     break
         except LinkError as error:  # whoever breaks the protocol has what came before answered, and this
             last: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-            refusal = error_frame(str(error))
+            refusal = error_frame(error)
             last.set_result((refusal.head, encode(refusal)))
             await self._answers.put((last, 0))
         await self._answers.put(None)

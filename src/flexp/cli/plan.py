@@ -1,0 +1,119 @@
+"""``flexp plan``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flexp.errors import ConfigError
+
+
+def plan(
+    model: Annotated[str, typer.Argument(help="Folder, Hugging Face id, asset:NAME or arch:NAME.")],
+    devices: Annotated[Path, typer.Option("--devices", metavar="FLEET.toml", help="The fleet (docs/planner.md).")],
+    out: Annotated[Path | None, typer.Option(help="Write the plan as JSON, for data.clients.plan.")] = None,
+    pareto: Annotated[bool, typer.Option("--pareto", help="Also the front of time, accuracy and bytes.")] = False,
+    plot: Annotated[Path | None, typer.Option(metavar="PAGE.html", help="Write a page with figures.")] = None,
+    pilots: Annotated[
+        list[Path] | None,
+        typer.Option("--pilots", metavar="DIR", help="Fit the accuracy curve to finished runs; again for each."),
+    ] = None,
+    curve: Annotated[
+        Path | None, typer.Option(metavar="CURVE.json", help="Use this accuracy curve; with --pilots: write it.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override the fleet, e.g. task.length=64.")
+    ] = None,
+) -> None:
+    """Choose every device's cut, micro-batch and more for a model; nothing is trained or loaded."""
+    from flexp.experiments.planned import load_fleet
+    from flexp.planner.accuracy import AccuracyCurve, fit, prior, read_pilots
+    from flexp.planner.document import document
+    from flexp.planner.model import ModelCosts
+    from flexp.planner.pareto import front
+    from flexp.planner.plan import make_plan
+
+    fleet = load_fleet(devices, settings or ())
+    known = prior()
+    if pilots:
+        scores, name, score = read_pilots(pilots)
+        known = fit(scores, name, score)
+        if curve is not None:
+            known.write(curve)
+    elif curve is not None:
+        known = AccuracyCurve.read(curve)
+    costs = ModelCosts(model, fleet.task, fleet.choices, fleet.server)
+    if known.model and known.model != costs.name:
+        raise ConfigError(f"the accuracy curve is of {known.model}, not of {costs.name}; run pilots of this model")
+    made = make_plan(fleet, costs, known)
+    content = document(made, front(made) if pareto else ())
+    show(content)
+    if out is not None:
+        from flexp.files import write_json
+
+        write_json(out, content)
+        typer.echo(f"Plan: {out} (flexp run CONFIG.toml --set data.clients.plan={out})")
+    if plot is not None:
+        from flexp.files import write_text
+        from flexp.report.planning import render
+
+        write_text(plot, render(content))
+        typer.echo(f"Page: {plot}")
+
+
+def show(content: dict[str, Any]) -> None:
+    """Print a plan's table, with a row for clients that are alike."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from flexp.report import formats
+    from flexp.report.planning import alike
+
+    console = Console()
+    totals, accuracy = content["totals"], content["accuracy"]
+    table = Table(title=f"flexp plan: {content['model']} on {content['fleet']}", title_justify="left")
+    for column in ("client", "cut", "exchange", "memory", "step", "device + link + server", "up / down"):
+        table.add_column(column, justify="left" if column == "client" else "right")
+    rows = alike(content)
+    for row in rows:
+        found = row["predicted"]
+        parts = " + ".join(formats.seconds(found[f"{part}_seconds"]) for part in ("client", "link", "server"))
+        extra = [
+            *(["checkpointing"] if row["checkpointing"] else []),
+            *([f"rank {row['rank']}"] if row["rank"] else []),
+            *([row["codec"]] if row["codec"] != "none" else []),
+        ]
+        table.add_row(
+            row["label"], formats.cut(row["cut"]), ", ".join([f"{row['micro_batch']} × {row['accumulation']}", *extra]),
+            f"{formats.size(found['memory_bytes'])} of {formats.size(row['memory_available_bytes'])}",
+            formats.seconds(found["step_seconds"]), parts,
+            f"{formats.size(found['bytes_up'])} / {formats.size(found['bytes_down'])}",
+        )  # fmt: skip
+    console.print(table)
+    for row in rows:
+        why = row["why_not"]
+        typer.echo(f"{row['label']} holds {row['holds']}.")
+        typer.echo(f"    Not deeper: {why['deeper']}. Not shallower: {why['shallower']}.")
+    typer.echo(
+        f"Everybody's step: {formats.seconds(totals['round_seconds'])}, of which the server works "
+        f"{formats.seconds(totals['server_seconds'])} and holds {formats.size(totals['server_memory_bytes'])} of "
+        f"{formats.size(content['server']['memory_bytes'])}."
+    )
+    typer.echo(f"Expected loss of personal accuracy: {100 * totals['loss']:.1f} points, by {accuracy['note']}.")
+    if content["pareto"]:
+        front = Table(title="Pareto front", title_justify="left")
+        for column in ("round", "loss (points)", "bytes of a step", "cuts"):
+            front.add_column(column, justify="left" if column == "cuts" else "right")
+        for point in content["pareto"]:
+            taken = point["totals"]
+            cuts: dict[str, int] = {}
+            for client in point["clients"]:
+                text = formats.cut(client["cut"]) + ("" if client["codec"] == "none" else f" {client['codec']}")
+                cuts[text] = cuts.get(text, 0) + 1
+            front.add_row(
+                formats.seconds(taken["round_seconds"]), f"{100 * taken['loss']:.2f}", formats.size(taken["bytes"]),
+                ", ".join(f"{count} × {text}" for text, count in sorted(cuts.items())),
+            )  # fmt: skip
+        console.print(front)

@@ -1,0 +1,1 @@
+"""A local HTTP endpoint in front of a personal model, as the OpenAI API has it."""

@@ -1,0 +1,221 @@
+"""One client's personal parts as one file: weights, optimiser, counters, and what they belong to.
+
+The file is safetensors, its facts are JSON in its metadata, with a SHA-256 over both; with a passphrase it is sealed
+(:mod:`flexp.export.sealed`). It goes back only where it came from or into a run that is made alike: any other model,
+cut, tuning or method is refused by name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from flexp._version import __version__
+from flexp.errors import ConfigError, StorageError
+from flexp.experiments import checkpoints
+from flexp.export.facts import origin
+from flexp.export.saved import LAST, Opened, client_of, look_into
+from flexp.export.sealed import is_sealed, seal, unseal
+from flexp.files import replacing
+from flexp.methods import METHODS
+from flexp.models.fingerprint import fingerprint
+
+SCHEMA = 1
+KIND = "flexp personal state"
+
+MUST_MATCH = {
+    "fingerprint": "configuration of the model",
+    "weights": "pretrained model (its weights differ)",
+    "model_kind": "head",
+    "labels": "set of labels",
+    "method": "method.name",
+    "cut": "cut",
+    "tuning": "model.tuning",
+    "lora": "model.lora",
+    "train_embeddings": "model.train_embeddings",
+    "dtype": "model.dtype",
+    "optimizer": "train.personal.name",
+}
+"""Facts in which a file and the run that it goes into must agree, and what each is called."""
+
+
+@dataclass(frozen=True)
+class Backup:
+    """What a file holds.
+
+    Attributes:
+        tensors: the client's state, as its method names it; with FlexP-SFL ``personal/NAME`` are the weights.
+    """
+
+    facts: dict[str, Any]
+    tensors: dict[str, Tensor]
+    encrypted: bool
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The personal weights by their names in the whole model."""
+        prefix = "personal/"
+        return {name.removeprefix(prefix): value for name, value in self.tensors.items() if name.startswith(prefix)}
+
+
+def back_up(
+    folder: Path, client: str | None, out: Path, passphrase: str | None = None, which: str = LAST
+) -> dict[str, Any]:
+    """Write the personal parts of ``client`` in the run ``folder`` to the new file ``out``.
+
+    Args:
+        passphrase: encrypt with it.
+        which: after which round (:func:`flexp.export.saved.open_run`).
+
+    Returns:
+        The facts that the file has.
+
+    Raises:
+        ConfigError: ``out`` is there already, or the method keeps nothing of a client's own.
+        StorageError: the run's checkpoint is not there or damaged, or the disk cannot be written.
+    """
+    if out.exists():
+        raise ConfigError(f"{out} exists already; choose another --out, or remove it first")
+    opened = look_into(folder, which)
+    name = client_of(opened.world, client).name
+    tensors = checkpoints.load_party(opened.place, _party(name))
+    if tensors is None:
+        raise ConfigError(f"the method {opened.config.method.name} keeps nothing that is {name!r}'s own")
+    facts = facts_of(opened, name) | {"steps": int(tensors["steps"]) if "steps" in tensors else None}
+    write(out, tensors, facts, passphrase)
+    return facts
+
+
+def restore(file: Path, folder: Path, client: str | None = None, passphrase: str | None = None) -> dict[str, Any]:
+    """Put a file's content into the last checkpoint of the run ``folder``; ``flexp run --resume`` goes on from there.
+
+    The client's part of the checkpoint may be damaged or missing; the other parts stay as they are, byte for byte.
+
+    Args:
+        client: into whose place; the file's own client without.
+
+    Returns:
+        The file's facts, with ``into``: the round of the checkpoint.
+
+    Raises:
+        ConfigError: the run is of another model, cut, tuning or method, or has no such client.
+        StorageError: the file or the run is damaged; the run is untouched.
+    """
+    found = read(file, passphrase)
+    opened = look_into(folder, LAST)
+    name = client_of(opened.world, client or str(found.facts["client"])).name
+    there = facts_of(opened, name)
+    for key, called in MUST_MATCH.items():
+        if found.facts.get(key) != there[key]:
+            raise ConfigError(
+                f"{file}: was saved with another {called} than {folder} has "
+                f"({_short(found.facts.get(key))}, not {_short(there[key])}); restore it into the run that it is of"
+            )
+    _check_shapes(found.tensors, METHODS[opened.config.method.name](opened.world).state().get(_party(name), {}), file)
+    checkpoints.replace_party(opened.place, _party(name), found.tensors)
+    return found.facts | {"client": name, "into": opened.number}
+
+
+def facts_of(opened: Opened, client: str) -> dict[str, Any]:
+    """What the personal parts of ``client`` belong to, JSON-ready."""
+    config, source = opened.config, opened.world.source
+    return {
+        "kind": KIND,
+        "schema": SCHEMA,
+        "flexp": __version__,
+        "client": client,
+        "run": config.name,
+        "seed": config.seed,
+        "round": opened.number,
+        "model": origin(config.model.id),
+        "fingerprint": fingerprint(source.model.config),
+        "weights": source.weights,
+        "model_kind": opened.world.federation.task.model_kind,
+        "labels": opened.world.federation.task.label_names,
+        "method": config.method.name,
+        "cut": list(opened.world.cuts[client]),
+        "tuning": config.model.tuning,
+        "lora": config.model.lora.model_dump(mode="json") if config.model.tuning == "lora" else None,
+        "train_embeddings": config.model.train_embeddings,
+        "dtype": config.model.dtype,
+        "optimizer": config.train.personal.name,
+    }
+
+
+def write(out: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], passphrase: str | None = None) -> None:
+    """Write tensors and JSON-ready facts as one file, there whole or not at all.
+
+    Raises:
+        ConfigError: the passphrase is empty.
+        StorageError: the disk is full or cannot be written.
+    """
+    flat = {name: value.detach().contiguous() for name, value in tensors.items()}
+    text = json.dumps(facts, sort_keys=True)
+    content = save(flat, metadata={"format": "pt", "flexp": text, "sha256": _digest(flat, text)})
+    if passphrase is not None:
+        seal(out, content, passphrase)
+        return
+    with replacing(out) as part:
+        part.write_bytes(content)
+
+
+def read(file: Path, passphrase: str | None = None) -> Backup:
+    """Read a file that :func:`write` made.
+
+    Raises:
+        ConfigError: it is encrypted, and there is no passphrase.
+        StorageError: the passphrase is wrong, or the file is damaged or something else.
+    """
+    encrypted = is_sealed(file)
+    if encrypted and passphrase is None:
+        raise ConfigError(f"{file} is encrypted: say where its passphrase is with --passphrase-env VARIABLE")
+    content = unseal(file, passphrase or "") if encrypted else file.read_bytes()
+    try:
+        tensors = load(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+        text, digest = header["flexp"], header["sha256"]
+        facts = json.loads(text)
+        known = facts["kind"] == KIND
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise StorageError(f"{file} is not what flexp state backup wrote, or damaged; use another copy") from error
+    if not known or facts["schema"] != SCHEMA:
+        raise StorageError(f"{file} is of another version of FlexP; expected schema {SCHEMA} of a {KIND}")
+    if _digest(tensors, text) != digest:
+        raise StorageError(f"{file} is damaged: its content is not what was saved (its SHA-256 differs)")
+    return Backup(facts, tensors, encrypted)
+
+
+def _party(client: str) -> str:
+    return f"client-{client}"
+
+
+def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        value = tensors[name]
+        digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
+        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _check_shapes(saved: Mapping[str, Tensor], fresh: Mapping[str, Tensor], file: Path) -> None:
+    """A client that has not trained yet has the same entries but for the optimiser's memory."""
+    for name, value in fresh.items():
+        other = saved.get(name)
+        if other is None or (other.shape, other.dtype) != (value.shape, value.dtype):
+            what = "is not in the file" if other is None else f"is {tuple(other.shape)}, not {tuple(value.shape)}"
+            raise StorageError(f"{file}: does not fit this run's client: {name} {what}")
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

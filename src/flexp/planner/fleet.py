@@ -1,0 +1,221 @@
+"""What is planned for: a ``fleet.toml`` with devices, their server, what they train, and what counts how much."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PositiveInt, ValidationError, model_validator
+
+from flexp.config import DeviceClassConfig, DevicesConfig, Rate, Section, Tuning
+from flexp.errors import ConfigError
+from flexp.planner.choice import CODECS
+from flexp.planner.profile import Profile
+
+Share = Annotated[float, Field(ge=0.0)]
+
+FIGURES = ("memory_bytes", "flops", "uplink_bps", "downlink_bps", "latency_s")
+"""What a fleet may say otherwise than a class or a profile."""
+
+
+class Weights(Section):
+    """What counts how much; every figure but accuracy is divided by its mean over the clients' fastest choices.
+
+    Attributes:
+        round: seconds until everybody has made a step: the slowest client, or the server's work for all of them.
+        time: seconds of a client's step, mean over clients.
+        energy: the energy proxy, bytes: those of both directions; means over clients.
+        accuracy: of one percentage point of expected personal accuracy, mean over clients.
+    """
+
+    round: Share = 1.0
+    time: Share = 0.25
+    energy: Share = 0.05
+    bytes: Share = 0.1
+    accuracy: Share = 0.25
+
+
+class Choices(Section):
+    """What may be chosen; every combination is looked at.
+
+    Attributes:
+        starts: of s; ``None``: 1 to L − 1.
+        tails: blocks that a client keeps behind the server's, L − e.
+        micro_batches: examples of an exchange; those that do not divide the step are left out. ``None``: the step's
+            divisors.
+        ranks: of LoRA adapters, one for the whole fleet, since the server's adapters have it, too; ``None``: the task's
+            own tuning.
+    """
+
+    starts: list[Annotated[int, Field(ge=0)]] | None = None
+    tails: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = Field(default=[0, 1])
+    micro_batches: list[PositiveInt] | None = None
+    checkpointing: Annotated[list[bool], Field(min_length=1)] = Field(default=[False, True])
+    ranks: Annotated[list[PositiveInt], Field(min_length=1)] | None = None
+    codecs: Annotated[list[str], Field(min_length=1)] = Field(default=["none"])
+
+    @model_validator(mode="after")
+    def _known(self) -> Choices:
+        for codec in self.codecs:
+            if codec not in CODECS:
+                raise ValueError(f"codecs: {codec!r} is not known; expected some of {', '.join(CODECS)}")
+        return self
+
+
+class TaskShape(Section):
+    """What is trained, as far as it costs.
+
+    Attributes:
+        length: tokens of the longest example.
+        batch_size: examples of a client's step.
+        aligned: whether clients that cut deeper than the shallowest one also send what alignment needs.
+    """
+
+    kind: Literal["causal-lm", "sequence-classification", "image-classification"] = "sequence-classification"
+    length: PositiveInt = 128
+    labels: PositiveInt = 2
+    batch_size: PositiveInt = 8
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    autocast: Literal["off", "bfloat16"] = "off"
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    tuning: Tuning = "full"
+    rank: PositiveInt = 8
+    train_embeddings: bool = False
+    optimizer: Literal["adamw", "adam", "sgd", "sgd-plain"] = "adamw"
+    aligned: bool = True
+
+
+class Placed(Section):
+    """A ready class, one of ``[classes]`` or a profile's file, and what is otherwise here."""
+
+    device_class: str | None = Field(default=None, alias="class")
+    profile: str | None = None
+    memory_bytes: PositiveInt | None = None
+    flops: Rate | None = None
+    uplink_bps: Rate | None = None
+    downlink_bps: Rate | None = None
+    latency_s: Annotated[float, Field(ge=0.0)] | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Placed:
+        if (self.device_class is None) == (self.profile is None):
+            raise ValueError("expected either class = NAME or profile = FILE")
+        return self
+
+    def resolve(self, name: str, folder: Path, classes: Mapping[str, DeviceClassConfig]) -> Profile:
+        """The profile, called ``name``.
+
+        Raises:
+            ConfigError, StorageError: there is no such class or profile.
+        """
+        if self.profile is not None:
+            found = Profile.read(folder / Path(self.profile).expanduser())
+        else:
+            assert self.device_class is not None
+            found = Profile.from_class(self.device_class, classes)
+        other = {key: getattr(self, key) for key in FIGURES if getattr(self, key) is not None}
+        return found.model_copy(update={**other, "name": name})
+
+
+class FleetDevice(Placed):
+    """One device, or ``count`` equal ones; ``deadline_s``: a step must not take longer."""
+
+    name: str
+    count: PositiveInt = 1
+    deadline_s: Rate | None = None
+
+
+class FleetServer(Placed):
+    """The server; ``slots``: requests that it works on at once, each at its full speed."""
+
+    slots: PositiveInt = 1
+
+
+class FleetConfig(Section):
+    """A whole ``fleet.toml``."""
+
+    name: str = "fleet"
+    task: TaskShape = TaskShape()
+    choices: Choices = Choices()
+    weights: Weights = Weights()
+    server: FleetServer = FleetServer.model_validate({"class": "server"})
+    devices: Annotated[list[FleetDevice], Field(min_length=1)]
+    classes: dict[str, DeviceClassConfig] = Field(default={})
+
+
+@dataclass(frozen=True)
+class Device:
+    """One client's device; ``name`` is the client's."""
+
+    name: str
+    profile: Profile
+    deadline_s: float | None = None
+
+    @property
+    def kind(self) -> tuple[str, float | None]:
+        """Equal for devices that need not be told apart."""
+        return self.profile.model_copy(update={"name": ""}).model_dump_json(), self.deadline_s
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """A fleet whose profiles have been looked up."""
+
+    name: str
+    devices: tuple[Device, ...]
+    server: Profile
+    slots: int = 1
+    task: TaskShape = field(default_factory=TaskShape)
+    choices: Choices = field(default_factory=Choices)
+    weights: Weights = field(default_factory=Weights)
+
+
+def parse_fleet(content: Mapping[str, Any], where: str, folder: Path = Path()) -> Fleet:
+    """A fleet from TOML's values; profiles that it names are found in ``folder``.
+
+    Raises:
+        ConfigError: a key is unknown or impossible, a name is given twice, a class is not known.
+        StorageError: a profile's file is missing.
+    """
+    try:
+        config = FleetConfig.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"])) or "fleet"
+        if first["type"] == "extra_forbidden":
+            raise ConfigError(f"{where}: unknown key {key}; docs/planner.md lists the keys of a fleet") from error
+        raise ConfigError(f"{where}: {key}: {first['msg'].removeprefix('Value error, ')}") from error
+    devices: list[Device] = []
+    for entry in config.devices:
+        profile = entry.resolve(entry.device_class or entry.name, folder, config.classes)
+        names = [entry.name] if entry.count == 1 else [f"{entry.name}-{number + 1}" for number in range(entry.count)]
+        devices += [Device(name, profile, entry.deadline_s) for name in names]
+    seen: set[str] = set()
+    for device in devices:
+        if device.name in seen:
+            raise ConfigError(f"{where}: two devices are called {device.name}; give each its own name")
+        seen.add(device.name)
+    server = config.server.resolve("server", folder, config.classes)
+    return Fleet(config.name, tuple(devices), server, config.server.slots, config.task, config.choices, config.weights)
+
+
+def of_run(
+    config: DevicesConfig | None, names: list[str], task: TaskShape, choices: Choices, machine: Profile | None = None
+) -> Fleet:
+    """The fleet of a run's clients: the classes of ``[devices]``, or without any ``machine`` for everybody.
+
+    Raises:
+        ConfigError: a class is not known.
+    """
+    if config is None:
+        if machine is None:
+            raise ConfigError("neither [devices] nor a profile says what the clients run on")
+        server = Profile.from_class("server")
+        return Fleet("run", tuple(Device(name, machine) for name in names), server, task=task, choices=choices)
+    assign = config.assign
+    profiles = {name: Profile.from_class(name, config.classes) for name in dict.fromkeys(assign)}
+    devices = tuple(Device(name, profiles[assign[i % len(assign)]]) for i, name in enumerate(names))
+    server = Profile.from_class(config.server, config.classes, role="server")
+    return Fleet("run", devices, server, config.server_slots, task, choices)

@@ -1,0 +1,107 @@
+"""What a step of a client takes: peak memory, time, bytes and an energy proxy, from a model's cost and a profile."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from flexp.models.parts import check_cut
+from flexp.planner.choice import CODECS, Choice, Prediction
+from flexp.planner.model_cost import STATE, ModelCost, PieceCost, ShapeCost
+from flexp.planner.profile import Profile
+from flexp.planner.speed import Speed
+
+OVERHEAD = 24 * 2**20
+"""Bytes that are no tensor, where they were not measured: a model's code, what libraries and the allocator keep."""
+
+
+def predict(
+    cost: ModelCost, profile: Profile, choice: Choice, server: Profile, *, base_depth: int | None = None
+) -> Prediction:
+    """Predict one step of a client.
+
+    Args:
+        cost: of the model, at the length of the client's largest exchange.
+        profile: of the client's device.
+        server: of the server; its links reach from the network to it.
+        base_depth: s_min, when alignment sends z_base up as well; ``None``: nothing is aligned.
+
+    Raises:
+        ConfigError: the cut does not fit the model.
+    """
+    start, stop = check_cut(choice.cut, cost.blocks)
+    shape = cost.at(choice.micro_batch, choice.rank)
+    base = base_depth is not None and base_depth < start
+    sent = shape.message_bytes * CODECS[choice.codec]
+    up = choice.accumulation * round((3 if base else 2) * sent + shape.mask_bytes)
+    down = choice.accumulation * round(2 * sent)
+    here, there = Speed(cost, profile, choice), Speed(cost, server, choice)
+    client, middle = here.client(start, stop), there.server(start, stop)
+    if base and base_depth is not None:
+        middle += there.forward(base_depth, start)
+    link = 4 * choice.accumulation * (profile.latency_s + server.latency_s)
+    link += 8 * up / min(profile.uplink_bps, server.downlink_bps)
+    link += 8 * down / min(profile.downlink_bps, server.uplink_bps)
+    return Prediction(
+        memory_bytes=memory(cost, choice, overhead_bytes=here.overhead_bytes, base=base),
+        step_seconds=client + middle + link,
+        client_seconds=client,
+        server_seconds=middle,
+        link_seconds=link,
+        energy_joules=profile.watts * client + profile.link_watts * link,
+        bytes_up=up,
+        bytes_down=down,
+        server_memory_bytes=server_memory(cost, choice),
+    )
+
+
+def memory(cost: ModelCost, choice: Choice, *, overhead_bytes: int | None = None, base: bool = False) -> int:
+    """The client's peak in bytes above the bare interpreter, once the optimiser has its state.
+
+    It depends on no device but for ``overhead_bytes`` (``None``: :data:`OVERHEAD`); ``base``: z_base is sent as well.
+
+    Raises:
+        ConfigError: the cut does not fit the model.
+    """
+    start, stop = check_cut(choice.cut, cost.blocks)
+    shape = cost.at(choice.micro_batch, choice.rank, choice.checkpointing)
+    head = _from_the_bottom(cost, shape)[:start]
+    tail = list(shape.blocks[stop:])
+    own = [*head, *tail, shape.head]
+    trained = sum(piece.trained_bytes for piece in own)
+    held = sum(piece.weight_bytes for piece in own) + STATE[cost.optimizer] * trained
+    gathered = choice.accumulation > 1  # then gradients of the exchanges before are there all the time
+    held += shape.input_bytes + (trained if gathered else 0)
+    # What crossed: h is memory of its own, and so is z_base where it is not z.
+    crossed = shape.message_bytes * (2 if base else 1)
+    peak = _walk(held, [shape.embed, *head], crossed, [*tail, shape.head], gathered)
+    return peak + (OVERHEAD if overhead_bytes is None else overhead_bytes)
+
+
+def server_memory(cost: ModelCost, choice: Choice) -> int:
+    """What a server that keeps its activations holds for a client besides weights: most during the backward."""
+    start, stop = check_cut(choice.cut, cost.blocks)
+    shape = cost.at(choice.micro_batch, choice.rank)
+    return _walk(shape.message_bytes + shape.mask_bytes, [], 0, list(shape.blocks[start:stop]), False)
+
+
+def _walk(held: int, below: Sequence[PieceCost], crossed: int, above: Sequence[PieceCost], gathered: bool) -> int:
+    """The most bytes at any moment of a forward through ``below``, a link, and ``above``, and of the way back."""
+    live = peak = held
+    for pieces, more in ((below, crossed), (above, 0)):
+        for piece in pieces:
+            live += piece.kept_bytes
+            peak = max(peak, live + piece.forward_extra)
+        live += more
+        peak = max(peak, live)
+    for pieces, more in ((above, crossed), (below, 0)):
+        for piece in reversed(pieces):
+            peak = max(peak, live + piece.backward_extra)
+            live -= piece.released_bytes + (piece.trained_bytes if gathered else 0)
+        peak = max(peak, live + more)  # the answer to the gradient is memory of its own as well
+        live -= more
+    return peak
+
+
+def _from_the_bottom(cost: ModelCost, shape: ShapeCost) -> list[PieceCost]:
+    """All blocks as a client's head has them: nothing is trained below the first, unless the embeddings are."""
+    return list(shape.blocks) if cost.train_embeddings else [shape.first, *shape.blocks[1:]]

@@ -1,0 +1,150 @@
+"""A step is applied once, however often and in whatever pieces it is sent."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from flexp.errors import LinkError
+from flexp.links.messages import BackwardRequest, ForwardRequest, PullRequest
+from flexp.server.progress import WINDOW, Progress
+from tests.harness import World, equal, seeded, shared_weights, world
+
+MINE, OTHERS = 77, 78
+
+
+def joined(numbering: int = MINE, **options: Any) -> World:
+    here = world("bert", dropout=0.2, remembers=True, **options)
+    here.join("a", (2, 4), numbering=numbering)
+    return here
+
+
+def request(step: int, piece: int = 1) -> ForwardRequest:
+    hidden = torch.randn(2, 5, 32, generator=seeded(step))
+    return ForwardRequest(step << 16 | piece, hidden, train=True, step=step)
+
+
+def gradient(step: int, piece: int = 1, of: int = 1) -> BackwardRequest:
+    grad = 1e-2 * torch.randn(2, 5, 32, generator=seeded(100 + step))
+    return BackwardRequest(step << 16 | piece, grad, step, of)
+
+
+def do(here: World, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    h = here.server.forward("a", request(step)).hidden_BTH
+    return h, here.server.backward("a", gradient(step)).grad_BTH
+
+
+def test_a_step_that_comes_again_is_answered_and_not_applied() -> None:
+    here, other = joined(), joined()
+    first = do(here, 1)
+    after = shared_weights(here.server)
+    again = do(here, 1)
+    assert all(torch.equal(left, right) for left, right in zip(first, again, strict=True))
+    assert equal(after, shared_weights(here.server))
+    do(other, 1)
+    for side in (here, other):  # and what comes after it is as if it had come once, dropout and all
+        do(side, 2)
+    assert equal(shared_weights(here.server), shared_weights(other.server))
+    assert here.server.shared.version == 2
+
+
+def test_a_backward_whose_answer_was_lost() -> None:
+    here = joined()
+    here.server.forward("a", request(1))
+    first = here.server.backward("a", gradient(1)).grad_BTH
+    assert torch.equal(here.server.backward("a", gradient(1)).grad_BTH, first)
+    assert here.server.shared.version == 1
+
+
+@pytest.mark.parametrize("when", ["after the forward", "after half of the step"])
+def test_a_step_that_is_given_up_is_done_again_as_the_first_time(when: str) -> None:
+    here, other = joined(), joined()
+    halves = 2 if when == "after half of the step" else 1
+    for side in (here, other):
+        do(side, 1)
+    here.server.forward("a", request(2))
+    if halves == 2:
+        here.server.backward("a", gradient(2, of=2))
+    here.server.leave("a")  # the connection broke
+    here.join("a", (2, 4), numbering=MINE)
+    for side in (here, other):
+        for piece in range(1, halves + 1):
+            side.server.forward("a", request(2, piece))
+            side.server.backward("a", gradient(2, piece, halves))
+    assert equal(shared_weights(here.server), shared_weights(other.server))
+
+
+def test_another_numbering_begins_anew() -> None:
+    here = joined()
+    do(here, 1)
+    here.join("a", (2, 4), numbering=OTHERS)
+    do(here, 1)
+    assert here.server.shared.version == 2
+    here.join("a", (2, 4), numbering=0)
+    for _ in range(2):
+        here.server.forward("a", replace(request(0), exchange=5))
+        here.server.backward("a", replace(gradient(0), exchange=5))
+    assert here.server.shared.version == 4
+
+
+def test_the_state_knows_what_was_applied() -> None:
+    here, other = joined(), joined()
+    for step in (1, 2):
+        do(here, step)
+    other.server.load({name: value.clone() for name, value in here.server.state().items()})
+    other.join("a", (2, 4), numbering=MINE)
+    other.server.forward("a", request(2))  # the answer is not part of the state, so it is computed, without effect
+    other.server.backward("a", gradient(2))
+    assert equal(shared_weights(here.server), shared_weights(other.server))
+    assert other.server.shared.version == 2
+
+
+def test_answers_are_kept_from_the_last_snapshot_on() -> None:
+    here = joined()
+    here.server.keep_answers_after("a", 0)
+    for step in (1, 2, 3):
+        do(here, step)
+    progress = here.server.progress["a"]
+    assert all(progress.answer(step, ("forward", step << 16 | 1)) is not None for step in (1, 2, 3))
+    here.server.keep_answers_after("a", 2)
+    assert progress.answer(2, ("forward", 2 << 16 | 1)) is None
+    assert progress.answer(3, ("forward", 3 << 16 | 1)) is not None
+
+
+def test_pulled_weights_are_those_of_the_first_time() -> None:
+    here = joined()
+    do(here, 1)
+    first = here.server.pull("a", PullRequest(1, 2, 1)).weights
+    here.server.join("b", replace(here.server._sessions["a"].join, client="b", cut=(1, 4), numbering=5))
+    hidden = torch.randn(2, 5, 32, generator=seeded(9))
+    here.server.forward("b", ForwardRequest(1 << 16 | 1, hidden, train=True, step=1))
+    here.server.backward("b", gradient(1))
+    assert equal(here.server.pull("a", PullRequest(1, 2, 1)).weights, first)
+    assert not equal(here.server.pull("a", PullRequest(1, 2, 2)).weights, first)
+
+
+def test_a_saved_server_in_the_middle_of_a_step() -> None:
+    here, other = joined(), joined()
+    do(here, 1)
+    here.server.forward("a", request(2))
+    with pytest.raises(LinkError, match="in the middle of a step of a"):
+        here.server.state()
+    other.server.load({name: value.clone() for name, value in here.server.state(unfinished=True).items()})
+    other.join("a", (2, 4), numbering=MINE)
+    here.server.backward("a", gradient(2))
+    do(other, 2)
+    assert equal(shared_weights(here.server), shared_weights(other.server))
+
+
+def test_steps_in_any_order_within_the_window() -> None:
+    progress = Progress(MINE)
+    for step in (3, 1, 2 * WINDOW):
+        assert not progress.applied(step)
+        progress.apply(step)
+    assert progress.applied(3)  # far behind: whatever it was, it is over
+    assert not progress.applied(2 * WINDOW - 1)
+    back = Progress.restored(progress.state())
+    assert (back.numbering, back.newest, back.applied(2 * WINDOW), back.applied(0)) == (MINE, 2 * WINDOW, True, False)
