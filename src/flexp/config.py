@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
+from flexp.config_guard import GuardConfig
 from flexp.config_link import CodecConfig, CodecName, LinkConfig
 from flexp.config_methods import (
     TERMS,
@@ -51,6 +52,7 @@ __all__ = [
     "FedProxConfig",
     "FedRepConfig",
     "Fraction",
+    "GuardConfig",
     "HetLoraConfig",
     "LinkConfig",
     "LoraConfig",
@@ -213,6 +215,7 @@ class ServerConfig(Section):
     max_cached_tokens: PositiveInt = 65_536  # batch × length in the caches of one client
     max_cached_bytes: PositiveInt = 4 * 2**30  # the caches of all clients
     generation_seconds: Rate = 600.0  # a cache that long unused is forgotten
+    guard: GuardConfig = GuardConfig()
 
 
 class EvaluationConfig(Section):

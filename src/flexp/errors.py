@@ -38,6 +38,10 @@ class LinkLostError(LinkError):
     """The other side cannot be reached, or has forgotten this client: connecting and joining again may help."""
 
 
+class BadValuesError(LinkError):
+    """What a client sent is not finite, or beyond the server's bounds; nothing was done with it."""
+
+
 class StorageError(FlexpError):
     """A file could not be written, or what was saved is damaged."""
 

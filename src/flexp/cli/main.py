@@ -17,10 +17,12 @@ from flexp.cli import (
     fleet,
     join,
     plan,
+    readmit,
     run,
     server,
     state,
     status,
+    token,
     use,
     verify,
     write,
@@ -49,6 +51,8 @@ app.command("server")(server.server)
 app.command("client")(client.client)
 app.command("fleet")(fleet.fleet)
 app.command("status")(status.status)
+app.command("readmit")(readmit.readmit)
+app.add_typer(token.app, name="token")
 app.command("join")(join.join)
 app.add_typer(state.app, name="state")
 app.add_typer(assets.app, name="assets")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -36,7 +37,16 @@ def server(
         Path | None, typer.Option(help="Mutual TLS: clients need certificates that this one signed (PEM).")
     ] = None,
     tokens: Annotated[
-        Path | None, typer.Option(help="Lines of a token's SHA-256 hash and its client's name; see docs/protocol.md.")
+        Path | None, typer.Option(help="What flexp token keeps: a hash and a name for each client.")
+    ] = None,
+    allow: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Again for each client that may come. Default: all.")
+    ] = None,
+    max_requests: Annotated[
+        float, typer.Option(min=0.1, help="Of a client in a second; who sends faster is read more slowly.")
+    ] = 1000.0,
+    max_rate: Annotated[
+        float | None, typer.Option(min=0.001, help="MB of tensors that a client may send in a second.")
     ] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Allow plaintext beyond this machine.")] = False,
     state: Annotated[
@@ -82,9 +92,14 @@ def server(
         "say": say,
         "every": every,
         "metrics": metrics,
-        "limits": Limits(max_tokens=max_tokens),
+        "limits": Limits(
+            max_tokens=max_tokens,
+            requests_per_second=max_requests,
+            bytes_per_second=math.inf if max_rate is None else 1e6 * max_rate,
+        ),
         "tls": None if cert is None or key is None else ServerTls(cert, key, client_ca),
         "tokens": None if tokens is None else Tokens.read(tokens),
+        "allow": allow,
         "insecure": insecure,
     }
     if config is not None:

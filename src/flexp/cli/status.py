@@ -46,7 +46,7 @@ def status(
     for name, own in facts["clients"].items():
         table.add_row(
             name,
-            "yes" if own["connected"] else "no",
+            "aside" if own["aside"] else "yes" if own["connected"] else "no",
             str(own["cut"] or "–"),
             str(own.get("steps", "–")),
             str(own["applied_steps"]),

@@ -30,6 +30,8 @@ _OF_CLIENTS = {
     "bytes_down": "Bytes of tensors that it has received in training.",
     "compute_seconds": "Seconds that it has computed.",
     "waited_seconds": "Seconds that it has waited for the server or the network.",
+    "bad_requests": "Of its requests those that were refused for their values.",
+    "aside": "1 while it is put aside.",
     "connected": "1 while it is connected.",
 }
 _OF_SERVER = {
@@ -37,7 +39,10 @@ _OF_SERVER = {
     "compute_seconds": "Seconds that the server has computed.",
     "in_flight": "Forwards whose backward has not come yet.",
     "versions": "Versions of the shared weights that are held.",
+    "bad_requests": "Requests refused for their values.",
+    "clients_aside": "Clients that are put aside.",
 }
+_COUNTERS = ("updates", "compute_seconds", "bad_requests")
 
 
 class Teller:
@@ -55,7 +60,7 @@ class Teller:
         """The server's, and those of every client that is or was here, by name."""
         connected = set(serving.clients)
         members = {} if self._desk is None else dict(self._desk.members)
-        names = sorted(connected | members.keys() | self._server.progress.keys())
+        names = sorted(connected | members.keys() | self._server.progress.keys() | self._server.guard.all_aside.keys())
         return {
             "version": __version__,
             "blocks": list(self._server.blocks),
@@ -74,6 +79,8 @@ class Teller:
         return {
             "connected": connected,
             "cut": self._server.cut_of(name),
+            "bad_requests": self._server.guard.bad(name),
+            "aside": self._server.aside(name) is not None,
             "applied_steps": 0 if progress is None else progress.newest,
             **said,
         }
@@ -86,7 +93,7 @@ class _Metrics(Collector):
     def collect(self) -> Iterator[Metric]:
         facts = self._facts()
         for name, text in _OF_SERVER.items():
-            family = CounterMetricFamily if name in ("updates", "compute_seconds") else GaugeMetricFamily
+            family = CounterMetricFamily if name in _COUNTERS else GaugeMetricFamily
             yield family(f"flexp_server_{name}", text, value=float(facts[name]))
         for name, text in _OF_CLIENTS.items():
             metric = GaugeMetricFamily(f"flexp_client_{name}", text, labels=["client"])

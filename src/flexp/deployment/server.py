@@ -123,6 +123,7 @@ def run_server(
     if state is not None and state.exists():
         load(server, state)
         say(f"going on from {state}: {server.shared.version} updates of the shared blocks so far")
+    server.guard.say = say
     teller = Teller(server, None if conductor is None else conductor.desk)
     options |= {"say": say, "conductor": conductor, "facts": teller.facts}
     with _signals(stop) as stopped, serve(server, listen, **options) as serving, ExitStack() as stack:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -44,6 +45,9 @@ class Limits:
         unanswered: requests of a client that wait for their answer; more wait outside.
         frame_seconds: between two messages of one frame, and for a client to take an answer.
         join_seconds: for a client to join after it has connected.
+        requests_per_second: of a client; one that sends faster is read more slowly.
+        bytes_per_second: likewise, of tensors.
+        burst_seconds: what so many seconds allow may come at once.
     """
 
     max_tokens: int = 32_768
@@ -52,6 +56,9 @@ class Limits:
     unanswered: int = 16
     frame_seconds: float = 60.0
     join_seconds: float = 30.0
+    requests_per_second: float = 1000.0
+    bytes_per_second: float = math.inf
+    burst_seconds: float = 2.0
 
 
 @dataclass(frozen=True)

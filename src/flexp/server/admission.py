@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
@@ -39,6 +38,8 @@ def check_join(
     odd = [name for name in (request.codec or CodecConfig()).names() if codecs is not None and name not in codecs]
     if request.client != client:
         problem = f"its message names another client, {request.client}"
+    elif not 0 <= request.numbering < 1 << 63:
+        problem = f"it numbers its steps in the run {request.numbering}, expected 0 to 2**63 - 1"
     elif request.fingerprint != fingerprint(stage.model.config):
         problem = "its model is another one than the server's; load the same pretrained model on both sides"
     elif request.weights != stage.weights:
@@ -124,10 +125,11 @@ def check_backward(session: Session, request: BackwardRequest) -> Pending:
         raise LinkError(
             f"client {client}: the gradient is {_facts(given)}, expected {_facts(expected)} as the activation"
         )
-    if not (0 < request.tokens <= 1 and 0 < request.weight < math.inf):
+    most = given.shape[0] * given.shape[1]  # items are tokens or examples; more would outweigh the other clients'
+    if not (0 < request.tokens <= 1 and 0 < request.weight <= most):
         raise LinkError(
             f"client {client}: exchange {request.exchange} counts tokens = {request.tokens} and weight = "
-            f"{request.weight}, expected 0 < tokens <= 1 and a positive, finite weight"
+            f"{request.weight}, expected 0 < tokens <= 1 and 0 < weight <= {most}, its tokens"
         )
     step = session.gathered.get(request.step)
     if request.exchanges < 1 or (step is not None and step.exchanges != request.exchanges):

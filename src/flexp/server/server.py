@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -37,7 +37,9 @@ from flexp.models.stage import Stage
 from flexp.models.tuning import tune
 from flexp.rng import RandomStream, derived_seed
 from flexp.server.admission import check_backward, check_forward, check_join, check_pull
+from flexp.server.bounds import Bounds, check_finite
 from flexp.server.generations import check_extend, drop_unused
+from flexp.server.guard import Guard
 from flexp.server.progress import Key, Progress, states
 from flexp.server.session import Session
 from flexp.server.shared import SharedBlocks
@@ -71,6 +73,7 @@ class Server:
         self.lora = lora
         self.shared = SharedBlocks(stage, self.config, optimizer or OptimizerConfig(), total_steps)
         self.compute_seconds = 0.0
+        self.bounds, self.guard = Bounds(self.config.guard), Guard(self.config.guard)
         self.remembers = remembers
         self._seed = seed
         self._sessions: dict[str, Session] = {}
@@ -78,6 +81,7 @@ class Server:
         self.progress: dict[str, Progress] = {}  # likewise
         self._residuals: dict[str, dict[str, Tensor]] = {}  # of error feedback; the same
         self._lock = threading.RLock()
+        self.guard.listeners.append(lambda client, _: self.leave(client))
 
     @classmethod
     def from_pretrained(
@@ -139,7 +143,7 @@ class Server:
         Raises:
             LinkError: the client's model or cut does not go with this server.
         """
-        with self._lock:
+        with self._lock, self.guard.request(client):
             check_join(client, request, self.shared.stage, self.tuning, self.lora, self.config.codecs)
             earlier = self._sessions.pop(client, None)
             if earlier is not None:
@@ -147,7 +151,9 @@ class Server:
             if client not in self._random:
                 self._random[client] = RandomStream(derived_seed(self._seed, "server", client), self._device)
             progress = self._progress_of(client, request.numbering)
-            self._sessions[client] = Session(request, self.shared, self.config, self._random[client], progress)
+            self._sessions[client] = Session(
+                request, self.shared, self.config, self._random[client], progress, bounds=self.bounds
+            )
             anatomy = self.shared.stage.anatomy
             return Welcome(self.blocks[0], anatomy.blocks, anatomy.hidden, self.config.max_in_flight)
 
@@ -157,13 +163,15 @@ class Server:
         Raises:
             LinkError: the client never joined, the message does not fit what was agreed, or too much is in flight.
         """
-        with self._lock, self._computing():
+        with self._lock, self._computing(), self.guard.request(client):
             session, key = self._session(client), ("forward", request.exchange)
             known = session.progress.answer(request.step, key) if request.train else None
             if known is not None and session.progress.applied(request.step):
                 return cast(ForwardReply, known)
             in_flight = sum(len(other.pending) for other in self._sessions.values())
             check_forward(session, request, self.shared.stage, in_flight)
+            if request.train:  # without training nothing but its own answer comes of it
+                check_finite(client, f"an activation of exchange {request.exchange}", _activations(request))
             with session.random.active():
                 reply = session.forward(request)
             self._remember(session, request.step, key, reply)
@@ -175,7 +183,7 @@ class Server:
         Raises:
             LinkError: no forward of that client and number is in flight, or the gradient is not finite.
         """
-        with self._lock, self._computing():
+        with self._lock, self._computing(), self.guard.request(client):
             session, key = self._session(client), ("backward", request.exchange)
             known = session.progress.answer(request.step, key)
             if known is not None and request.exchange not in session.pending:
@@ -192,7 +200,7 @@ class Server:
         Raises:
             LinkError: the client never joined, or asks for other blocks.
         """
-        with self._lock:
+        with self._lock, self.guard.request(client):
             session, key = self._session(client), ("pull", request.start)
             check_pull(session, request, self.blocks[0])
             known = session.progress.answer(request.step, key)
@@ -220,7 +228,7 @@ class Server:
         Raises:
             LinkError: the client never joined, the server holds another length of the answer, or caches are full.
         """
-        with self._lock, self._computing():
+        with self._lock, self._computing(), self.guard.request(client):
             session = self._session(client)
             drop_unused(self._sessions.values(), self.config.generation_seconds)
             check_extend(session, request, self.shared.stage, self._sessions.values())
@@ -258,7 +266,10 @@ class Server:
                 session.drop()
 
     def counts(self) -> dict[str, float]:
-        """``updates``, ``compute_seconds``, forwards ``in_flight`` and ``versions`` of the weights that are held."""
+        """``updates``, ``compute_seconds``, forwards ``in_flight`` and ``versions`` of the weights that are held.
+
+        And ``bad_requests``, which were refused for their values, and how many ``clients_aside`` there are.
+        """
         with self._lock:
             in_flight = sum(len(session.pending) for session in self._sessions.values())
             held = 1 + len(self.shared.stashed)
@@ -267,7 +278,22 @@ class Server:
                 "compute_seconds": self.compute_seconds,
                 "in_flight": in_flight,
                 "versions": held,
+                "bad_requests": self.guard.bad(),
+                "clients_aside": len(self.guard.all_aside),
             }
+
+    def aside(self, client: str) -> str | None:
+        """Why the requests of a client are refused that was put aside; ``None``: it was not."""
+        return self.guard.aside(client)  # without the lock, for a link must not wait for what is computed
+
+    def readmit(self, client: str) -> bool:
+        """Let a client in again that was put aside; gives whether it was."""
+        return self.guard.readmit(client)
+
+    @property
+    def aside_listeners(self) -> list[Callable[[str, str], None]]:
+        """Told the name of each client that is put aside, and why."""
+        return self.guard.listeners
 
     def cut_of(self, client: str) -> tuple[int, int] | None:
         """The cut of a client that has joined and not left."""
@@ -308,6 +334,7 @@ class Server:
                 flat[f"random/{name}"] = random.state if state is None else state
             if self.remembers:
                 flat |= {f"progress/{name}": value for name, value in states(self.progress).items()}
+            flat |= {f"guard/{name}": value for name, value in (self.bounds.state() | self.guard.state()).items()}
             for name, residuals in self._residuals.items():
                 flat |= save_residuals(residuals, f"residuals/{name}/")
             return flat | {"compute_seconds": torch.tensor(self.compute_seconds, dtype=torch.float64)}
@@ -321,11 +348,14 @@ class Server:
         """
         with self._lock:
             self._refuse_busy("restored")
-            parts: dict[str, dict[str, Tensor]] = {"shared": {}, "random": {}, "progress": {}, "residuals": {}}
+            kinds = ("shared", "random", "progress", "residuals", "guard")
+            parts: dict[str, dict[str, Tensor]] = {kind: {} for kind in kinds}
             for key, value in state.items():
                 kind, _, name = key.partition("/")
                 parts.setdefault(kind, {})[name] = value
             self.shared.load(parts["shared"])
+            self.bounds.load(parts["guard"])
+            self.guard.load(parts["guard"])
             self.compute_seconds = float(state["compute_seconds"])
             for name, value in parts["random"].items():
                 self._random.setdefault(name, RandomStream(0, self._device)).state = value
@@ -373,3 +403,7 @@ class Server:
                 yield
         finally:
             self.compute_seconds += time.perf_counter() - began
+
+
+def _activations(request: ForwardRequest) -> list[Tensor]:
+    return [value for value in (request.hidden_BTH, request.base_BTH, *request.inner_BTH) if value is not None]

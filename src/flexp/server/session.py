@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from flexp.config import AlignConfig, ServerConfig
-from flexp.errors import LinkError
+from flexp.errors import BadValuesError
 from flexp.links.messages import BackwardReply, BackwardRequest, ForwardReply, ForwardRequest, Join
 from flexp.rng import RandomStream, drawing_from
 from flexp.server.alignment import alignment, combine
+from flexp.server.bounds import Bounds
 from flexp.server.generations import Generations
 from flexp.server.progress import Progress
 from flexp.server.shared import SharedBlocks
@@ -64,6 +65,7 @@ class Session:
     pending: dict[int, Pending] = field(default_factory=dict)
     gathered: dict[int, Gathered] = field(default_factory=dict)
     boundary: Tensor | None = None  # the random generator's state when the step under way began
+    bounds: Bounds = field(default_factory=Bounds)
     generations: Generations = field(default_factory=Generations)
 
     @property
@@ -123,7 +125,7 @@ class Session:
         if step.take(trained, request.weight):
             del self.gathered[request.step]
             if not self.progress.applied(request.step):
-                self.shared.add(step.gradients, step.weight)
+                self.shared.add(self._judged(request.step, step.gradients), step.weight)
                 self.progress.apply(request.step)
 
         # Micro-batches share one step. Each has a mean over its own tokens, so it counts by its share of the step's.
@@ -209,7 +211,14 @@ class Session:
         # One norm over all of them reads every gradient once; it is finite only if they all are.
         if not torch.isfinite(torch.nn.utils.get_total_norm([task_BTH, *trained.values()])):
             self.drop()  # the rest of the step, gathered already or still to come, is void as well
-            raise LinkError(
+            raise BadValuesError(
                 f"client {self.join.client}: the gradient of exchange {exchange} is not finite, so the shared blocks "
                 "were not updated; lower train.personal.lr or train.shared.lr, or use float32"
             )
+
+    def _judged(self, step: int, gradients: dict[str, Tensor]) -> Mapping[str, Tensor]:
+        try:
+            return self.bounds.judge(self.join.client, step, gradients)
+        except BadValuesError:
+            self.drop()
+            raise

@@ -6,7 +6,8 @@ os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # gRPC logs every stream that 
 
 from flexp.links.grpc.link import GrpcLink, connect
 from flexp.links.grpc.loopback import loopback
-from flexp.links.grpc.security import ServerTls, Tokens
+from flexp.links.grpc.security import ServerTls
 from flexp.links.grpc.serving import Serving, serve
+from flexp.links.grpc.tokens import Tokens
 
 __all__ = ["GrpcLink", "ServerTls", "Serving", "Tokens", "connect", "loopback", "serve"]

@@ -1,9 +1,7 @@
-"""Who may connect, and over what: addresses, TLS, tokens."""
+"""Who may connect, and over what: addresses and TLS. Tokens are in tokens.py."""
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import ipaddress
 import re
 from dataclasses import dataclass
@@ -13,12 +11,14 @@ from urllib.parse import unquote, urlsplit
 import grpc
 
 from flexp.errors import ConfigError, StorageError
+from flexp.links.grpc.tokens import Tokens, check_name
+
+__all__ = ["Address", "ServerTls", "Tokens", "channel_credentials", "check_connecting", "check_listening", "check_name"]
 
 SCHEMES = ("grpc", "grpcs")
 CLIENT_KEY = "flexp-client-bin"  # -bin: names need not be ASCII
 TOKEN_KEY = "flexp-token-bin"
 WELCOME_KEY = "flexp-protocol"  # the server's answer to a client that it lets in
-MOST_NAME = 200
 
 
 @dataclass(frozen=True)
@@ -113,49 +113,6 @@ def channel_credentials(
     )
 
 
-class Tokens:
-    """Which token each client has, as SHA-256 hashes: ``HASH NAME`` a line; # begins a comment.
-
-    Hashes suffice for tokens that are random and long, which guessing cannot find; they are not for passwords.
-    """
-
-    def __init__(self, hashes: dict[str, bytes]) -> None:
-        self._hashes = hashes
-
-    @classmethod
-    def read(cls, path: Path) -> Tokens:
-        """Read such a file.
-
-        Raises:
-            StorageError: it cannot be read.
-            ConfigError: a line is none, or a name comes twice.
-        """
-        try:
-            lines = Path(path).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise StorageError(f"{path}: the tokens cannot be read ({error})") from error
-        hashes: dict[str, bytes] = {}
-        for number, line in enumerate(lines, 1):
-            if not line.strip() or line.lstrip().startswith("#"):
-                continue
-            digest, _, name = line.strip().partition(" ")
-            name = name.strip()
-            if not re.fullmatch(r"[0-9a-fA-F]{64}", digest) or not name or name in hashes:
-                raise ConfigError(
-                    f"{path}, line {number}: expected a SHA-256 hash in hexadecimal, a space and a client's name, "
-                    "each name once"
-                )
-            hashes[name] = bytes.fromhex(digest)
-        return cls(hashes)
-
-    def accept(self, client: str, token: str) -> bool:
-        """Whether the token is this client's. Takes as long for a name that is unknown."""
-        given = hashlib.sha256(token.encode()).digest()
-        known = self._hashes.get(client)
-        same = hmac.compare_digest(given, known or hashlib.sha256(b"").digest())
-        return same and known is not None
-
-
 def check_listening(address: Address, tls: ServerTls | None, tokens: Tokens | None, *, insecure: bool) -> None:
     """Refuse to listen beyond this machine in plaintext, unless asked for, or without tokens.
 
@@ -184,17 +141,6 @@ def check_connecting(address: Address, tls: bool, *, insecure: bool) -> None:
             f"{address} is another machine, and plaintext shows activations and tokens to everybody on the way: "
             "use grpcs://, give the server's ca=…, or say insecure=True"
         )
-
-
-def check_name(client: str) -> str:
-    """A client's name, if it may be one.
-
-    Raises:
-        ConfigError: it is empty, long, or not printable.
-    """
-    if not client or not client.isprintable() or len(client.encode()) > MOST_NAME:
-        raise ConfigError(f"{client!r} is no name for a client: expected 1 to {MOST_NAME} bytes of printable text")
-    return client
 
 
 def _pem(path: Path) -> bytes:

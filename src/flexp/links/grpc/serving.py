@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
@@ -16,20 +16,14 @@ import torch
 from flexp.errors import ConfigError, FlexpError, LinkError, LinkLostError
 from flexp.links.coding import Coding
 from flexp.links.frames import Frame, encode
+from flexp.links.grpc.gate import Gate
 from flexp.links.grpc.loop import METHOD, OPTIONS, SERVICE, wait_for
 from flexp.links.grpc.memory import Memory
-from flexp.links.grpc.security import (
-    CLIENT_KEY,
-    TOKEN_KEY,
-    WELCOME_KEY,
-    Address,
-    ServerTls,
-    Tokens,
-    check_listening,
-    check_name,
-)
-from flexp.links.grpc.status import STATUS, status_handler
+from flexp.links.grpc.operator import operator_handlers
+from flexp.links.grpc.rate import Rates
+from flexp.links.grpc.security import WELCOME_KEY, Address, ServerTls, check_listening
 from flexp.links.grpc.stream import Answer, Stream
+from flexp.links.grpc.tokens import Tokens
 from flexp.links.inprocess import Service
 from flexp.links.messages import Join
 from flexp.links.orders import Order, Ready, read_ready, to_text
@@ -71,6 +65,7 @@ class Serving:
         limits: Limits | None = None,
         tls: ServerTls | None = None,
         tokens: Tokens | None = None,
+        allow: Collection[str] | None = None,
         insecure: bool = False,
         device: torch.device = CPU,
         say: Callable[[str], None] = _quiet,
@@ -83,7 +78,8 @@ class Serving:
         self.say = say
         self._service, self._device, self._tokens = service, device, tokens
         self._conductor, self._facts = conductor, facts
-        self._clients: set[str] = set()
+        self._gate = Gate(tokens, allow, service.aside, say)
+        self._rates = Rates(self.limits)
         self._codings: dict[str, Coding] = {}  # of clients that joined; used in the thread that computes
         self._stopping = False
         threads = torch.get_num_threads()
@@ -95,7 +91,7 @@ class Serving:
     @property
     def clients(self) -> list[str]:
         """Who is connected."""
-        return sorted(self._clients)
+        return sorted(self._gate.inside)
 
     def at_rest(self, action: Callable[[], Value]) -> Value:
         """Run ``action`` between two requests, in the thread that computes."""
@@ -111,17 +107,18 @@ class Serving:
         self._worker.shutdown()
 
     async def _end(self, grace: float) -> None:
+        self._watching.cancel()
+        self._service.aside_listeners.remove(self._put_aside)
         await self._server.stop(grace)
-        while self._clients:  # each hands its leaving to the worker
+        while self._gate.inside:  # each hands its leaving to the worker
             await asyncio.sleep(0.005)
 
     async def _start(self, asked: Address, credentials: grpc.ServerCredentials | None) -> Address:
         self._server = grpc.aio.server(options=OPTIONS)
         method = grpc.stream_stream_rpc_method_handler(self._stream)
         methods = {METHOD: method}
-        facts = self._facts
-        if facts is not None:
-            methods[STATUS] = status_handler(lambda: facts(self), self._tokens)
+        facts = None if self._facts is None else lambda told=self._facts: told(self)
+        methods |= operator_handlers(facts, self._service.readmit, self._tokens)
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
         try:
             if credentials is None:
@@ -131,38 +128,25 @@ class Serving:
         except RuntimeError as error:
             raise ConfigError(f"cannot listen at {asked}: is the port in use, or the certificate wrong?") from error
         await self._server.start()
+        self._loop = asyncio.get_running_loop()
+        self._watching = asyncio.ensure_future(self._gate.watch())
+        self._service.aside_listeners.append(self._put_aside)
         return Address(asked.host, port)
 
     async def _stream(self, _: Any, context: Any) -> None:
-        client = await self._admit(context)
-        self._clients.add(client)
+        client = await self._gate.admit(context)
+        stream = Stream(client, context, self.limits, self._memory, self._compute, self._rates)
+        self._gate.enter(client, stream)
         try:
             await context.send_initial_metadata(((WELCOME_KEY, str(VERSION)),))
-            await Stream(client, context, self.limits, self._memory, self._compute).run()
+            await stream.run()
         finally:
-            self._clients.discard(client)
+            self._gate.leave(client)
             self.say(f"{client}: gone")
             self._worker.submit(self._leave, client)  # after all that it still has waiting there
 
-    async def _admit(self, context: Any) -> str:
-        """The client's name, if it may come in; else the stream ends here."""
-        said = dict(context.invocation_metadata() or ())
-        try:
-            client = check_name(_text(said.get(CLIENT_KEY, b"")))
-        except (ConfigError, UnicodeDecodeError):
-            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "the client does not say a name that can be used")
-            raise
-        if self._tokens is not None:
-            try:
-                right = self._tokens.accept(client, _text(said.get(TOKEN_KEY, b"")))
-            except UnicodeDecodeError:
-                right = False
-            if not right:
-                self.say(f"{client}: refused, since its token is not the one on file")
-                await context.abort(grpc.StatusCode.UNAUTHENTICATED, "client and token do not go together")
-        if client in self._clients:
-            await context.abort(grpc.StatusCode.ALREADY_EXISTS, f"client {client} is connected already")
-        return client
+    def _put_aside(self, client: str, why: str) -> None:
+        self._loop.call_soon_threadsafe(self._gate.put_aside, client, why)
 
     def _compute(self, client: str, frame: Frame) -> asyncio.Future[Answer]:
         """The answer to a request, computed and encoded in the one thread that does."""
@@ -245,9 +229,9 @@ def serve(service: Service, listen: str = "127.0.0.1:0", **options: Any) -> Iter
 
     Args:
         listen: HOST:PORT. Beyond this machine it needs ``tls`` and ``tokens``; port 0 is any that is free.
-        options: of :class:`Serving`: ``limits``, ``tls``, ``tokens``, ``insecure``, ``device`` (where the service
-            computes), ``say`` (told who comes and goes), ``conductor`` and ``facts`` (what it says of itself when
-            asked)
+        options: of :class:`Serving`: ``limits``, ``tls``, ``tokens``, ``allow`` (the names that may come),
+            ``insecure``, ``device`` (where the service computes), ``say`` (told who comes and goes), ``conductor`` and
+            ``facts`` (what it says of itself when asked)
 
     Raises:
         ConfigError: it may not, or cannot, listen there.
@@ -257,7 +241,3 @@ def serve(service: Service, listen: str = "127.0.0.1:0", **options: Any) -> Iter
         yield serving
     finally:
         serving.stop()
-
-
-def _text(value: bytes | str) -> str:
-    return value if isinstance(value, str) else value.decode("utf-8")

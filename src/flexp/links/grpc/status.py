@@ -22,19 +22,43 @@ def status_handler(facts: Callable[[], dict[str, Any]], tokens: Tokens | None) -
     """The server's side: ``facts`` as JSON, for anybody on a server without tokens, else for the operator."""
 
     async def answer(_: Any, context: Any) -> bytes:
-        said = dict(context.invocation_metadata() or ()).get(TOKEN_KEY, b"")
-        token = said.decode("utf-8", "replace") if isinstance(said, bytes) else said
-        if tokens is not None and not tokens.accept(OPERATOR, token):
-            await context.abort(grpc.StatusCode.UNAUTHENTICATED, f"this needs the token of {OPERATOR!r}")
+        await check_operator(context, tokens)
         return to_json(facts(), inf_nan_mode="null")
 
     return grpc.unary_unary_rpc_method_handler(answer)
+
+
+async def check_operator(context: Any, tokens: Tokens | None) -> None:
+    """End a call that has not the operator's token, where there are tokens."""
+    said = dict(context.invocation_metadata() or ()).get(TOKEN_KEY, b"")
+    token = said.decode("utf-8", "replace") if isinstance(said, bytes) else said
+    if tokens is not None and not tokens.accept(OPERATOR, token):
+        await context.abort(grpc.StatusCode.UNAUTHENTICATED, f"this needs the token of {OPERATOR!r}")
 
 
 def ask_status(
     url: str, *, token: str | None = None, ca: Path | None = None, insecure: bool = False, timeout: float = 10.0
 ) -> dict[str, Any]:
     """What a server says of itself.
+
+    Raises:
+        ConfigError, LinkError: as :func:`ask`.
+    """
+    facts: dict[str, Any] = from_json(ask(url, STATUS, b"", token=token, ca=ca, insecure=insecure, timeout=timeout))
+    return facts
+
+
+def ask(
+    url: str,
+    method: str,
+    request: bytes,
+    *,
+    token: str | None = None,
+    ca: Path | None = None,
+    insecure: bool = False,
+    timeout: float = 10.0,
+) -> bytes:
+    """Call a method of a server, with the operator's token if it has any.
 
     Raises:
         ConfigError: the address is none, or plaintext would leave this machine.
@@ -45,7 +69,7 @@ def ask_status(
     check_connecting(address, secure, insecure=insecure)
     credentials = channel_credentials(ca, None, None) if secure else None
 
-    async def ask() -> bytes:
+    async def call() -> bytes:
         target = str(address)
         made = (
             grpc.aio.insecure_channel(target) if credentials is None else grpc.aio.secure_channel(target, credentials)
@@ -53,10 +77,9 @@ def ask_status(
         async with made as channel, within(timeout, f"no server answered at {target}"):
             metadata = [(TOKEN_KEY, token.encode())] if token else []
             try:
-                answer: bytes = await channel.unary_unary(f"/{SERVICE}/{STATUS}")(b"", metadata=metadata)
+                answer: bytes = await channel.unary_unary(f"/{SERVICE}/{method}")(request, metadata=metadata)
             except grpc.aio.AioRpcError as error:
                 raise LinkError(f"{target}: {error.details() or error.code().name}") from error
             return answer
 
-    facts: dict[str, Any] = from_json(wait_for(ask()))
-    return facts
+    return wait_for(call())

@@ -13,6 +13,7 @@ from flexp.errors import LinkError
 from flexp.links.frames import Frame, encode
 from flexp.links.grpc.loop import read_frame, within
 from flexp.links.grpc.memory import Memory
+from flexp.links.grpc.rate import Rates
 from flexp.links.rules import Agreement, Limits, check_request
 from flexp.links.translate import error_frame, read_welcome, to_message
 from flexp.links.wire import Head, Kind
@@ -26,11 +27,17 @@ class Stream:
 
     Args:
         compute: puts a request in the queue of the thread that computes; gives its answer, encoded.
+        rates: how fast clients may send.
     """
 
-    def __init__(self, client: str, context: Any, limits: Limits, memory: Memory, compute: Compute) -> None:
+    def __init__(
+        self, client: str, context: Any, limits: Limits, memory: Memory, compute: Compute, rates: Rates | None = None
+    ) -> None:
         self._client, self._context, self._limits = client, context, limits
         self._memory, self._compute = memory, compute
+        self._rates = rates or Rates(limits)
+        self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._last: LinkError | None = None
         self._agreement: Agreement | None = None
         self._held = 0  # bytes of memory
         self._answers: asyncio.Queue[tuple[asyncio.Future[Answer], int] | None] = asyncio.Queue(limits.unanswered)
@@ -39,8 +46,9 @@ class Stream:
         """Serve until the client leaves or vanishes, or breaks the protocol, which ends its stream."""
         tasks = {asyncio.ensure_future(self._read_all()), asyncio.ensure_future(self._write_all())}
         try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-            failed = next((task.exception() for task in done if task.exception()), None)
+            waiting: set[asyncio.Future[Any]] = {asyncio.gather(*tasks), self._ended}
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            failed = next((future.exception() for future in done if future.exception()), None)
             if isinstance(failed, LinkError):
                 await self._context.abort(grpc.StatusCode.ABORTED, str(failed))
             if failed is not None:
@@ -52,6 +60,13 @@ class Stream:
                 await asyncio.gather(*tasks, return_exceptions=True)
             finally:  # gRPC cancels the stream of a client that has gone, here as well
                 self._memory.release(self._held)
+
+    def end(self, why: LinkError, *, answered: bool = False) -> None:
+        """End the stream: at once, or (``answered``) when all that was asked so far has its answer; on the loop."""
+        if answered:
+            self._last = why
+        elif not self._ended.done():
+            self._ended.set_exception(why)
 
     async def _read_all(self) -> None:
         try:
@@ -85,6 +100,8 @@ class Stream:
                     await self._context.write(message)
             self._held -= held
             self._memory.release(held)
+            if self._last is not None and self._answers.empty():
+                raise self._last
 
     async def _read(self) -> Any:
         if self._agreement is not None:
@@ -96,5 +113,8 @@ class Stream:
         check_request(head, self._agreement, self._client)
 
     async def _reserve(self, size: int) -> None:
+        wait = self._rates.take(self._client, size)
+        if wait > 0:
+            await asyncio.sleep(wait)  # reading on later holds the sender back
         await self._memory.reserve(size)
         self._held += size

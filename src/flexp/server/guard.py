@@ -1,0 +1,129 @@
+"""Clients that keep sending what cannot be used are put aside, and the operator is told."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from flexp.config import GuardConfig
+from flexp.errors import BadValuesError, LinkError
+
+FOREVER = float("inf")
+log = logging.getLogger("flexp.server")
+
+
+@dataclass
+class Record:
+    """What is known of one client: its requests, and which of them were bad.
+
+    Attributes:
+        bad: how many were refused for their values, in all.
+        until: when it may come again, in seconds since 1970; 0: it is not put aside.
+    """
+
+    requests: int = 0
+    bad: int = 0
+    until: float = 0.0
+    strikes: deque[int] = field(default_factory=deque)
+
+
+class Guard:
+    """Counts bad requests, by client. Requests come under the server's lock; the rest may be asked from any thread.
+
+    Attributes:
+        say: told when a client is put aside.
+        listeners: told its name and why, besides: the server forgets its session, a link ends its stream.
+    """
+
+    def __init__(self, config: GuardConfig | None = None, clock: Callable[[], float] = time.time) -> None:
+        self.config = config or GuardConfig()
+        self.say: Callable[[str], None] = log.warning
+        self.listeners: list[Callable[[str, str], None]] = []
+        self._clock = clock
+        self._records: dict[str, Record] = {}
+
+    @contextmanager
+    def request(self, client: str) -> Iterator[None]:
+        """Count a request of ``client`` in the ``with`` block, and what it is refused for.
+
+        Raises:
+            LinkError: the client is put aside.
+        """
+        why = self.aside(client)
+        if why is not None:
+            raise LinkError(why)
+        record = self._records.setdefault(client, Record())
+        record.requests += 1
+        try:
+            yield
+        except BadValuesError:
+            self._strike(client, record)
+            raise
+
+    def aside(self, client: str) -> str | None:
+        """Why a client's requests are refused, if it is put aside; afterwards it begins with a clean record."""
+        record = self._records.get(client)
+        if record is None or not record.until:
+            return None
+        left = record.until - self._clock()
+        if left <= 0:
+            self.readmit(client)
+            return None
+        when = "until the operator lets it in again" if left == FOREVER else f"for another {max(1, round(left))} s"
+        return (
+            f"client {client} is put aside {when}: it sent {self.config.strikes} activations or gradients that cannot "
+            "be used; lower its learning rate or use float32, and ask the server's operator (flexp readmit)"
+        )
+
+    def readmit(self, client: str) -> bool:
+        """Let a client in again that was put aside; gives whether it was."""
+        record = self._records.get(client)
+        if record is None or not record.until:
+            return False
+        record.until = 0.0
+        record.strikes.clear()
+        return True
+
+    @property
+    def all_aside(self) -> dict[str, float]:
+        """Who is put aside, and until when, in seconds since 1970."""
+        return {name: record.until for name, record in list(self._records.items()) if self.aside(name) is not None}
+
+    def bad(self, client: str | None = None) -> int:
+        """How many requests were refused for their values: of one client, or of all."""
+        records = list(self._records.values()) if client is None else [self._records.get(client, Record())]
+        return sum(record.bad for record in records)
+
+    def state(self) -> dict[str, Tensor]:
+        """Who is put aside; strikes of the others are forgotten."""
+        return {f"aside/{name}": torch.tensor(until, dtype=torch.float64) for name, until in self.all_aside.items()}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from :meth:`state`."""
+        self._records.clear()
+        for key, value in state.items():
+            kind, _, name = key.partition("/")
+            if kind == "aside":
+                self._records[name] = Record(until=float(value))
+
+    def _strike(self, client: str, record: Record) -> None:
+        record.bad += 1
+        record.strikes.append(record.requests)
+        while record.strikes[0] <= record.requests - self.config.within:
+            record.strikes.popleft()
+        if len(record.strikes) < self.config.strikes:
+            return
+        seconds = self.config.aside_seconds
+        record.until = FOREVER if seconds is None else self._clock() + seconds
+        why = self.aside(client)
+        assert why is not None
+        self.say(why)
+        for listener in self.listeners:
+            listener(client, why)
