@@ -23,7 +23,7 @@ demo: $(VENV)/.stamp-run
 	$(BIN)/flexp demo
 
 test: $(VENV)/.stamp-dev
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile
 
 check: $(VENV)/.stamp-dev
 	$(BIN)/ruff format --check .

@@ -112,11 +112,11 @@ class _Watching(RecordingLink):
     def forward(self, request: ForwardRequest) -> Any:
         self.open += 1
         self.most = max(self.most, self.open)
-        self.order.append(f"forward {request.exchange}")
+        self.order.append(f"forward {request.exchange & 0xFFFF}")
         return self.inner.forward(request)
 
     def backward(self, request: BackwardRequest) -> Any:
-        self.order.append(f"backward {request.exchange}")
+        self.order.append(f"backward {request.exchange & 0xFFFF}")
         future = self.inner.backward(request)
         future.add_done_callback(lambda _: setattr(self, "open", self.open - 1))
         return future

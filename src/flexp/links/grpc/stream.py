@@ -48,8 +48,10 @@ class Stream:
         finally:
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            self._memory.release(self._held)
+            try:
+                await asyncio.gather(*tasks, return_exceptions=True)
+            finally:  # gRPC cancels the stream of a client that has gone, here as well
+                self._memory.release(self._held)
 
     async def _read_all(self) -> None:
         try:
