@@ -9,7 +9,6 @@ round trip costs one to two milliseconds and the masks are made twice.
 from __future__ import annotations
 
 import time
-from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -18,29 +17,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from flexp.bench.paired import paired
 from flexp.client.generation import SplitGenerator
 from flexp.client.model import SplitModelForCausalLM
-from flexp.links.base import Link
+from flexp.links.base import connected
+from flexp.links.emulated import EmulatedLink, Network
 from flexp.links.grpc import loopback
-from flexp.links.messages import ExtendReply, ExtendRequest
 from flexp.machine import machine
 from flexp.models.loading import load_stage
 from flexp.models.parts import Part, check_cut
 from flexp.models.stage import Stage, carve
 from flexp.models.tuning import tune
 from flexp.server import Server
-
-
-class Delayed:
-    """A link whose answers come a round trip later."""
-
-    def __init__(self, inner: Link, round_trip: float) -> None:
-        self._inner, self._round_trip = inner, round_trip
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-    def extend(self, request: ExtendRequest) -> Future[ExtendReply]:
-        time.sleep(self._round_trip)
-        return self._inner.extend(request)
 
 
 def inference(
@@ -96,13 +81,13 @@ def inference(
 
         # seconds of split ÷ whole; the speeds' ratio is its inverse
         timed = paired(lambda: write("whole"), lambda: write("split"), pairs)
-        meter = link.meter.evaluation
-        before = meter.bytes_up + meter.bytes_down
-        split.link = Delayed(link, round_trip)
+    far = EmulatedLink(server.connect("far away"), Network(latency_s=round_trip / 2))
+    with connected(far):
+        split.rejoin(far)
         began = time.perf_counter()
         writer.generate(ids, **options)
         slow = time.perf_counter() - began
-        sent = meter.bytes_up + meter.bytes_down - before
+        sent = far.meter.evaluation.bytes_up + far.meter.evaluation.bytes_down
     return {
         "bench": "inference",
         "model": model or f"random Llama, {blocks} blocks, vocabulary {vocabulary}",
