@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from flexp import __version__
-from flexp.cli import assets, bench, compare, run, server, use, verify
+from flexp.cli import assets, bench, compare, profile, run, server, use, verify
 from flexp.errors import USER_ERROR, FlexpError
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app.command("evaluate")(use.evaluate)
 app.command("predict")(use.predict)
 app.command("verify")(verify.verify)
 app.command("server")(server.server)
+app.command("profile")(profile.profile)
 app.add_typer(assets.app, name="assets")
 app.add_typer(bench.app, name="bench")
 

@@ -179,9 +179,7 @@ class ModelCost:
             for name, value in stage.model.named_buffers()
             if stage.block_of(name) is None
         )
-        of_kind = {
-            index: _piece(blocks[number], stage.blocks[index]) for number, index in enumerate(self._chosen)
-        }
+        of_kind = {index: _piece(blocks[number], stage.blocks[index]) for number, index in enumerate(self._chosen)}
         own = [value for _, value, _ in outside]
         trained = [value for _, value, is_trained in outside if is_trained]
         ends = PieceCost(
@@ -266,6 +264,4 @@ def model_cost(
     Raises:
         ModelError: there is no such model, or it cannot be split.
     """
-    return ModelCost(
-        str(resolve(model)), kind, length, labels, dtype, autocast, attention, train_embeddings, optimizer
-    )
+    return ModelCost(str(resolve(model)), kind, length, labels, dtype, autocast, attention, train_embeddings, optimizer)
