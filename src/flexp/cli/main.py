@@ -17,6 +17,7 @@ from flexp.cli import (
     fleet,
     join,
     plan,
+    profile,
     readmit,
     run,
     server,
@@ -55,6 +56,7 @@ app.command("readmit")(readmit.readmit)
 app.add_typer(token.app, name="token")
 app.command("join")(join.join)
 app.add_typer(state.app, name="state")
+app.command("profile")(profile.profile)
 app.add_typer(assets.app, name="assets")
 app.add_typer(bench.app, name="bench")
 

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
+class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Inside the ``with`` block: every storage that an operation makes counts from then until nobody holds it.
 
     Views count nothing of their own. What a kernel allocates for itself while it runs is not seen.
