@@ -1,0 +1,140 @@
+"""What a machine lets a process use: memory under every limit that holds, and cores."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from flexp.errors import FlexpError
+
+UNLIMITED = 2**60
+"""A cgroup of version 1 without a limit names a number of this size."""
+
+
+@dataclass(frozen=True)
+class Limit:
+    """How many bytes ``name`` still allows this process, above what it has already; swap is never counted."""
+
+    name: str
+    free_bytes: int
+
+
+def memory_limits(root: Path = Path("/"), rlimits: Mapping[str, int] | None = None) -> list[Limit]:
+    """All limits that are known, the tightest first.
+
+    - *available memory*: what the kernel can give without swapping.
+    - *cgroup*: the limits of this process's control group and of every one above it, versions 1 and 2, less what is
+      used there, without the page cache, which is given back when it is needed.
+    - *RLIMIT_AS*, *RLIMIT_DATA*, *RLIMIT_RSS*: this process's own, less what it has. (Linux enforces the first two.)
+
+    Args:
+        root: where ``proc`` and ``sys`` are; another one for tests.
+        rlimits: soft limits in bytes by name; ``None``: this process's.
+
+    Raises:
+        FlexpError: nothing tells how much memory there is.
+    """
+    found = [*_available(root), *_cgroup2(root), *_cgroup1(root), *_rlimits(root, rlimits)]
+    if not found:
+        raise FlexpError(
+            "this machine does not tell its free memory: expected /proc/meminfo; say it with --memory, or start from "
+            "a device class with --class"
+        )
+    return sorted(found, key=lambda limit: limit.free_bytes)
+
+
+def cores() -> int:
+    """The cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _available(root: Path) -> Iterator[Limit]:
+    found = _table(root / "proc/meminfo").get("MemAvailable")
+    if found is not None:
+        yield Limit("available memory", found * 1024)
+        return
+    if root == Path("/"):  # no Linux: psutil knows
+        import psutil
+
+        yield Limit("available memory", int(psutil.virtual_memory().available))
+
+
+def _cgroup2(root: Path) -> Iterator[Limit]:
+    path = next((line[3:] for line in _lines(root / "proc/self/cgroup") if line.startswith("0::")), None)
+    if path is None:
+        return
+    for folder in _upwards(root / "sys/fs/cgroup", path):
+        limit, used = _number(folder / "memory.max"), _number(folder / "memory.current")
+        if limit is not None and used is not None:
+            stat = _table(folder / "memory.stat")
+            cache = stat.get("inactive_file", 0) + stat.get("active_file", 0)
+            yield Limit(f"cgroup {folder.name or '/'} (memory.max)", max(0, limit - max(0, used - cache)))
+
+
+def _cgroup1(root: Path) -> Iterator[Limit]:
+    for line in _lines(root / "proc/self/cgroup"):
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if "memory" not in controllers.split(","):
+            continue
+        for folder in _upwards(root / "sys/fs/cgroup/memory", path):
+            limit, used = _number(folder / "memory.limit_in_bytes"), _number(folder / "memory.usage_in_bytes")
+            if limit is not None and used is not None and limit < UNLIMITED:
+                stat = _table(folder / "memory.stat")
+                cache = stat.get("total_inactive_file", 0) + stat.get("total_active_file", 0)
+                yield Limit(f"cgroup {folder.name} (memory.limit_in_bytes)", max(0, limit - max(0, used - cache)))
+
+
+def _upwards(mount: Path, path: str) -> Iterator[Path]:
+    """The control group's folder and those above it. In a container the path may be the host's: then the mount alone."""
+    folder = mount / path.strip("/")
+    while folder != mount and mount in folder.parents:
+        if folder.is_dir():
+            yield folder
+        folder = folder.parent
+    if mount.is_dir():
+        yield mount
+
+
+def _rlimits(root: Path, rlimits: Mapping[str, int] | None) -> Iterator[Limit]:
+    status = _table(root / "proc/self/status")
+    for name, key in (("RLIMIT_AS", "VmSize"), ("RLIMIT_DATA", "VmData"), ("RLIMIT_RSS", "VmRSS")):
+        limit = _soft(name) if rlimits is None else rlimits.get(name)
+        if limit is not None and key in status:
+            yield Limit(name, max(0, limit - 1024 * status[key]))
+
+
+def _soft(name: str) -> int | None:
+    try:
+        import resource
+    except ImportError:  # no Unix
+        return None
+    soft = resource.getrlimit(getattr(resource, name))[0]
+    return None if soft == resource.RLIM_INFINITY else soft
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return []
+
+
+def _number(path: Path) -> int | None:
+    """What a file holds; ``None`` if it is not there or says ``max``."""
+    text = "".join(_lines(path)).strip()
+    return int(text) if text.isdecimal() else None
+
+
+def _table(path: Path) -> dict[str, int]:
+    """Lines of a name and a number, whatever unit follows."""
+    found = {}
+    for line in _lines(path):
+        words = line.replace(":", " ").split()
+        if len(words) >= 2 and words[1].isdecimal():
+            found[words[0]] = int(words[1])
+    return found
