@@ -129,17 +129,11 @@ class ClientsConfig(Section):
     skew: Annotated[float, Field(ge=0.5, le=1.0)] = 0.75  # skew: share of the first half of the labels at VALUE-a
     # (s, e) per client, repeated for more clients; [s] keeps no block in the tail: e = L; "auto": planned
     cuts: Literal["auto"] | Annotated[list[Cut], Field(min_length=1)] = Field(default=[(1, None)])
-    plan: str | None = None  # what flexp plan --out wrote, instead of cuts
+    plan: str | None = None  # a file that flexp plan --out wrote; then cuts are not read
     # examples of one exchange per client, repeated for more clients; None: train.micro_batch for all
     micro_batches: Annotated[list[PositiveInt], Field(min_length=1)] | None = None
     # the same of model.gradient_checkpointing
     checkpointing: Annotated[list[bool], Field(min_length=1)] | None = None
-
-    @model_validator(mode="after")
-    def _one_source_of_cuts(self) -> ClientsConfig:
-        if self.plan is not None and "cuts" in self.model_fields_set:
-            raise ValueError("data.clients.plan says the cuts already: leave out data.clients.cuts")
-        return self
 
 
 class DataConfig(Section):

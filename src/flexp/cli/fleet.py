@@ -24,11 +24,11 @@ def fleet(
     from rich.table import Table
 
     from flexp.cli.run import fresh
-    from flexp.deployment.client import cuts_of
+    from flexp.deployment.client import cuts_of, settled
     from flexp.deployment.fleet import Fleet
     from flexp.experiments import settings as files
 
-    loaded = files.load(config, settings or ())
+    loaded = settled(files.load(config, settings or ()), lambda line: typer.echo(f"flexp fleet: {line}"))
     table = files.read(config).get("deployment", {})
     made = Fleet(
         loaded,

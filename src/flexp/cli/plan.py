@@ -74,12 +74,11 @@ def show(content: dict[str, Any]) -> None:
     console = Console()
     totals, accuracy = content["totals"], content["accuracy"]
     table = Table(title=f"flexp plan: {content['model']} on {content['fleet']}", title_justify="left")
-    for column in ("client", "cut", "exchange", "memory", "step", "device + link + server", "up / down"):
+    for column in ("client", "cut", "exchange", "memory", "has", "step", "up", "down"):
         table.add_column(column, justify="left" if column == "client" else "right")
     rows = alike(content)
     for row in rows:
         found = row["predicted"]
-        parts = " + ".join(formats.seconds(found[f"{part}_seconds"]) for part in ("client", "link", "server"))
         extra = [
             *(["checkpointing"] if row["checkpointing"] else []),
             *([f"rank {row['rank']}"] if row["rank"] else []),
@@ -87,14 +86,14 @@ def show(content: dict[str, Any]) -> None:
         ]
         table.add_row(
             row["label"], formats.cut(row["cut"]), ", ".join([f"{row['micro_batch']} × {row['accumulation']}", *extra]),
-            f"{formats.size(found['memory_bytes'])} of {formats.size(row['memory_available_bytes'])}",
-            formats.seconds(found["step_seconds"]), parts,
-            f"{formats.size(found['bytes_up'])} / {formats.size(found['bytes_down'])}",
+            formats.size(found["memory_bytes"]), formats.size(row["memory_available_bytes"]),
+            formats.seconds(found["step_seconds"]), formats.size(found["bytes_up"]), formats.size(found["bytes_down"]),
         )  # fmt: skip
     console.print(table)
     for row in rows:
-        why = row["why_not"]
-        typer.echo(f"{row['label']} holds {row['holds']}.")
+        why, found = row["why_not"], row["predicted"]
+        parts = [f"{formats.seconds(found[f'{part}_seconds'])} {part}" for part in ("client", "link", "server")]
+        typer.echo(f"{row['label']} holds {row['holds']}; a step is {', '.join(parts)}.")
         typer.echo(f"    Not deeper: {why['deeper']}. Not shallower: {why['shallower']}.")
     typer.echo(
         f"Everybody's step: {formats.seconds(totals['round_seconds'])}, of which the server works "

@@ -24,10 +24,11 @@ from flexp.deployment.config import DeploymentConfig
 from flexp.deployment.snapshots import Snapshots
 from flexp.deployment.worker import Worker
 from flexp.errors import ConfigError, DataError, LinkError, LinkLostError
+from flexp.experiments.planned import with_cuts
 from flexp.experiments.setup import client_cuts, load_processor, max_positions
 from flexp.files import write_json
 from flexp.links.base import Link
-from flexp.methods.parties import client_seed
+from flexp.methods.parties import client_seed, own_config
 from flexp.models.loading import load_config, load_stage
 from flexp.models.parts import Part, check_cut
 from flexp.models.tuning import tune
@@ -39,7 +40,7 @@ from flexp.report.progress import Progress
 
 @dataclass(frozen=True)
 class Place:
-    """What this machine has of the run: one client's examples, and its cut."""
+    """What this machine has of the run: one client's examples, its cut, and the configuration as this client has it."""
 
     data: ClientData
     federation: Federation
@@ -47,6 +48,7 @@ class Place:
     cut: tuple[int, int]
     blocks: int
     pad: int | None
+    config: RunConfig
 
 
 def find_place(config: RunConfig, name: str | None, cut: tuple[int, int | None] | None) -> Place:
@@ -60,25 +62,44 @@ def find_place(config: RunConfig, name: str | None, cut: tuple[int, int | None] 
     model_id = str(resolve(config.model.id))
     processor = load_processor(model_id, config)
     federation, blocks = _federation(config, model_id, processor)
-    cuts = client_cuts(config, federation, blocks)
+    if cut is None:
+        config, _, _ = with_cuts(config, federation, blocks)
+    cuts = client_cuts(config, federation, blocks) if cut is None else {}
     names = [client.name for client in federation.clients]
     if len(names) > 1 and name not in names:
         raise DataError(f"the data have no client {name}; expected one of {', '.join(names)} (--name)")
-    own = federation.clients[names.index(name) if name in names else 0]
+    index = names.index(name) if name in names else 0
+    own = federation.clients[index]
     chosen = cuts[own.name] if cut is None else check_cut(cut, blocks, where="--cut")
     own = replace(own, name=name or own.name)
     image = federation.task.model_kind == "image-classification"
-    return Place(own, federation, model_id, chosen, blocks, None if image else pad_id(processor))
+    pad = None if image else pad_id(processor)
+    return Place(own, federation, model_id, chosen, blocks, pad, own_config(config, index))
 
 
 def cuts_of(config: RunConfig) -> dict[str, tuple[int, int]]:
-    """The cut of each client of the run, by name.
+    """The cut of each client of the run, by name, its cuts being :func:`settled`.
 
     Raises:
         FlexpError: what is wrong with data, model or cuts.
     """
     model_id = str(resolve(config.model.id))
     return client_cuts(config, *_federation(config, model_id, load_processor(model_id, config)))
+
+
+def settled(config: RunConfig, say: Callable[[str], None]) -> RunConfig:
+    """``config`` with planned cuts written out, so that all processes of a run have the same.
+
+    Raises:
+        FlexpError: what is wrong with data, model or plan.
+    """
+    if config.data.clients.plan is None and config.data.clients.cuts != "auto":
+        return config
+    model_id = str(resolve(config.model.id))
+    found, notes, _ = with_cuts(config, *_federation(config, model_id, load_processor(model_id, config)))
+    for note in notes:
+        say(note)
+    return found
 
 
 def _federation(config: RunConfig, model_id: str, processor: Any) -> tuple[Federation, int]:
@@ -97,7 +118,7 @@ def make_client(
         ModelError: the model cannot be loaded or split.
         LinkError: the server refuses.
     """
-    model, task, name = config.model, place.federation.task, place.data.name
+    model, task, name = place.config.model, place.federation.task, place.data.name
     stage = load_stage(
         place.model_id,
         task.model_kind,
@@ -130,7 +151,7 @@ def make_client(
     )
     total = config.train.rounds * config.train.steps_per_round
     updater = Updater(stage.trainable(), config.train.personal, total, stage.new)
-    return Trainer(place.data, task, split, updater, config.train, seed=client_seed(config.seed, name)), split
+    return Trainer(place.data, task, split, updater, place.config.train, seed=client_seed(config.seed, name)), split
 
 
 def run_client(

@@ -28,7 +28,7 @@ from flexp.evaluation.memory import Probe
 from flexp.links.messages import size
 from flexp.methods.base import World
 from flexp.methods.client_ranks import adapters
-from flexp.methods.parties import client_seed, own_stage, with_model
+from flexp.methods.parties import client_seed, own_stage, own_world, with_model
 from flexp.models.parts import Part
 from flexp.models.stage import carve
 from flexp.models.tuning import tune
@@ -80,10 +80,12 @@ class Costs:
 
     def of(self, client: str, only: Collection[str] | None = None) -> ExchangeCost:
         """An exchange of ``client`` at its mean shape; ``only``: of a whole model of which just these weights train."""
-        examples, length, exchanges = mean_shape(self.world, self._clients[client])
+        world = own_world(self.world, client) if self.part == "ends" else self.world
+        examples, length, exchanges = mean_shape(world, self._clients[client])
         cut = None if self.part == "whole" else self.world.cuts[client]
         own = adapters(self.world, client)
-        key = (cut, examples, length, own.lora.rank, None if only is None else frozenset(only))
+        again = world.config.model.gradient_checkpointing
+        key = (cut, examples, length, own.lora.rank, again, None if only is None else frozenset(only))
         if key not in self._known:
             probe = Probe(
                 model="",
@@ -97,7 +99,7 @@ class Costs:
                 tail=self.part != "start",
                 ranks=tuple(own.beside.items()),
             )
-            self._known[key] = self._count(with_model(self.world, lora=own.lora), probe, only)
+            self._known[key] = self._count(with_model(world, lora=own.lora), probe, only)
         return replace(self._known[key], exchanges=exchanges)
 
     def _count(self, world: World, probe: Probe, only: Collection[str] | None) -> ExchangeCost:

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from flexp.config import RunConfig
 from flexp.devices.holds import holds
 from flexp.errors import FlexpError
 from flexp.evaluation.memory import Measured, Probe, measure_once
@@ -15,6 +16,7 @@ from flexp.experiments.setup import model_folder
 from flexp.files import read_json, write_json
 from flexp.methods.base import World
 from flexp.methods.client_ranks import adapters
+from flexp.methods.parties import own_world
 
 
 class MemoryProbes:
@@ -74,17 +76,29 @@ class MemoryProbes:
         start, stop = self.world.cuts[client]
         part = {"whole": "whole", "ends": f"{start}:{stop}", "start": f"{start}"}[self.holds.part or "whole"]
         rank = adapters(self.world, client).lora.rank
-        return part if rank == self.world.config.model.lora.rank else f"{part}, rank {rank}"
+        whole, own = self.world.config, self._config(client)
+        micro, checkpointing = own.train.micro_batch, own.model.gradient_checkpointing
+        words = [
+            *([] if rank == whole.model.lora.rank else [f"rank {rank}"]),
+            *([] if micro == whole.train.micro_batch else [f"exchanges of {micro}"]),
+            *([] if checkpointing == whole.model.gradient_checkpointing else [f"checkpointing {checkpointing}"]),
+        ]
+        return ", ".join([part, *words])
+
+    def _config(self, client: str) -> RunConfig:
+        """The client's own, where the method's clients have one."""
+        return own_world(self.world, client).config if self.holds.part == "ends" else self.world.config
 
     def _probes(self) -> dict[str, Probe]:
         """One probe per distinct cut, at the size of the largest exchange of any client with that cut."""
-        config, task = self.world.config, self.world.federation.task
+        world_config, task = self.world.config, self.world.federation.task
         smallest = min(start for start, _ in self.world.cuts.values())
-        base_depth = smallest if config.model.base_depth is None else config.model.base_depth
-        aligned = config.method.name == "flexp-sfl"
+        depth = world_config.model.base_depth
+        base_depth = smallest if depth is None else depth
+        aligned = world_config.method.name == "flexp-sfl"
         probes: dict[str, Probe] = {}
         for client in self.world.federation.clients:
-            key = self._key(client.name)
+            key, config = self._key(client.name), self._config(client.name)
             own = adapters(self.world, client.name)
             longest = max((len(example.get("input_ids", ())) for example in client.train), default=1)
             length = max(longest, probes[key].length if key in probes else 0)

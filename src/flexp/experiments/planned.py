@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
+from flexp.assets import resolve
+from flexp.config import RunConfig
+from flexp.data.types import Federation
+from flexp.errors import ConfigError
 from flexp.experiments.settings import override, read
-from flexp.planner.fleet import Fleet, parse_fleet
+from flexp.files import read_json
+from flexp.planner.choice import CODECS, Choice
+from flexp.planner.device import memory_limits
+from flexp.planner.document import PlannedClient, SavedPlan, document, read_plan
+from flexp.planner.fleet import Choices, Fleet, TaskShape, of_run, parse_fleet
+from flexp.planner.model import ModelCosts
+from flexp.planner.plan import make_plan
+from flexp.planner.profile import Profile
+from flexp.report.formats import cut
 
 
 def load_fleet(path: Path, overrides: Iterable[str] = ()) -> Fleet:
@@ -19,3 +32,141 @@ def load_fleet(path: Path, overrides: Iterable[str] = ()) -> Fleet:
     for text in overrides:
         override(content, text)
     return parse_fleet(content, str(path), path.parent)
+
+
+PER_CLIENT = ("flexp-sfl", "split-fedavg", "splitft")
+"""Methods whose clients may have exchanges and checkpointing of their own."""
+
+
+def with_cuts(config: RunConfig, federation: Federation, blocks: int) -> tuple[RunConfig, list[str], Any]:
+    """The configuration with its cuts written out; unchanged where they are.
+
+    Returns:
+        It, what to tell the user in a line, and the ``plan.json`` that it follows (``None``: nothing was planned).
+
+    Raises:
+        InfeasibleError: a device lacks something.
+        ConfigError: the plan's file is about another model or other clients.
+    """
+    clients, names = config.data.clients, [client.name for client in federation.clients]
+    if clients.plan is not None:
+        path = Path(clients.plan)
+        saved = read_plan(path)
+        chosen = _of_file(config, saved, names, blocks, path)
+        return _written(config, chosen), [f"cuts of {path.name}: {_told(names, chosen)}"], read_json(path)
+    if clients.cuts != "auto":
+        return config, [], None
+    fleet = auto_fleet(config, federation)
+    made = make_plan(fleet, ModelCosts(str(resolve(config.model.id)), fleet.task, fleet.choices, fleet.server))
+    content = document(made)
+    choices = [made.choice(name) for name in names]
+    where = "the classes of [devices]" if config.devices is not None else f"{fleet.devices[0].profile.memory_from}"
+    return _written(config, choices), [f"cuts planned from {where}: {_told(names, choices)}"], content
+
+
+def auto_fleet(config: RunConfig, federation: Federation) -> Fleet:
+    """What ``cuts = "auto"`` plans for: the run's clients on the classes of ``[devices]``, or all on this machine."""
+    task, model, method = federation.task, config.model, config.method
+    longest = max(
+        (len(example.get("input_ids", ())) for client in federation.clients for example in client.train), default=1
+    )
+    codec = config.link.codec.activation
+    shape = TaskShape(
+        kind=task.model_kind,
+        length=max(1, longest),
+        labels=len(task.label_names or ("", "")),
+        batch_size=config.train.batch_size,
+        dtype=model.dtype,
+        autocast=model.autocast,
+        attention=model.attention,
+        tuning=model.tuning,
+        rank=model.lora.rank,
+        train_embeddings=model.train_embeddings,
+        optimizer=config.train.personal.name,
+        aligned=method.name == "flexp-sfl" and (method.align.has_term or method.align.teach),
+    )
+    micro = config.train.micro_batch
+    if micro is None and (method.name not in PER_CLIENT or config.train.in_flight > 1):
+        micro = config.train.batch_size  # several under way hold together what one of them all would
+    again = [True] if model.gradient_checkpointing else [False, True] if method.name in PER_CLIENT else [False]
+    choices = Choices(
+        starts=None if model.base_depth is None else list(range(max(1, model.base_depth), 10_000)),
+        micro_batches=None if micro is None else [micro],
+        checkpointing=again,
+        codecs=[codec if codec in CODECS else "none"],
+    )
+    return of_run(config.devices, [client.name for client in federation.clients], shape, choices, this_machine)
+
+
+def this_machine() -> Profile:
+    """What this process may use, with the speed and the network of a laptop, which were not measured."""
+    tightest = memory_limits()[0]
+    laptop = Profile.from_class("laptop")
+    return laptop.model_copy(
+        update={
+            "name": "this machine",
+            "memory_bytes": max(1, tightest.free_bytes),
+            "memory_from": f"this machine's memory ({tightest.name})",
+        }
+    )
+
+
+def _of_file(config: RunConfig, saved: SavedPlan, names: Sequence[str], blocks: int, path: Path) -> list[PlannedClient]:
+    """Each client's part of the plan: by its name, or in order and repeated where the plan knows none of them."""
+    if saved.blocks != blocks:
+        raise ConfigError(
+            f"{path} plans {saved.model} with {saved.blocks} blocks, and {config.model.id} has {blocks}; plan this one"
+        )
+    known = {client.name: client for client in saved.clients}
+    missing = [name for name in names if name not in known]
+    if missing and len(missing) < len(names):
+        raise ConfigError(
+            f"{path} plans some of the clients but not {', '.join(missing)}; name all of them in the fleet, or none"
+        )
+    chosen = [saved.clients[i % len(saved.clients)] if missing else known[name] for i, name in enumerate(names)]
+    rank = config.model.lora.rank if config.model.tuning == "lora" else None
+    for client in chosen:
+        if client.rank != rank:
+            wanted = "full tuning" if client.rank is None else f"LoRA of rank {client.rank}"
+            raise ConfigError(f"{path} plans {wanted}; set model.tuning and model.lora.rank accordingly")
+        if client.micro_batch * client.accumulation != config.train.batch_size:
+            raise ConfigError(
+                f"{path} plans steps of {client.micro_batch * client.accumulation} examples; set train.batch_size to "
+                "that, or plan with task.batch_size"
+            )
+        if _form(client.codec) != _form(config.link.codec.activation):
+            raise ConfigError(f"{path} plans the codec {client.codec}; set link.codec.activation and .gradient to it")
+    return chosen
+
+
+def _form(codec: str) -> str:
+    return "off" if codec in ("none", "fp32") else {"int8": "int8-channel"}.get(codec, codec)
+
+
+def _written(config: RunConfig, chosen: Sequence[PlannedClient | Choice]) -> RunConfig:
+    """``config`` with the choices as keys, so that whoever reads it plans nothing any more."""
+    update: dict[str, Any] = {"cuts": [tuple(choice.cut) for choice in chosen], "plan": None}
+    if config.method.name in PER_CLIENT and config.train.in_flight == 1:
+        update["micro_batches"] = [choice.micro_batch for choice in chosen]
+        update["checkpointing"] = [choice.checkpointing for choice in chosen]
+    clients = config.data.clients.model_copy(update=update)
+    return config.model_copy(update={"data": config.data.model_copy(update={"clients": clients})})
+
+
+def _told(names: Sequence[str], chosen: Sequence[PlannedClient | Choice], most: int = 8) -> str:
+    """Who got what, each choice once: ``(1, 6) for north, south, (3, 6) (4 at a time) for west``."""
+    who: dict[str, list[str]] = {}
+    for name, choice in zip(names, chosen, strict=True):
+        who.setdefault(f"{cut(choice.cut)}{_extra(choice)}", []).append(name)
+    if len(who) == 1:
+        return f"{next(iter(who))} for everybody"
+    return ", ".join(
+        f"{words} for {', '.join(own[:most])}{f' and {len(own) - most} more' if len(own) > most else ''}"
+        for words, own in who.items()
+    )
+
+
+def _extra(choice: PlannedClient | Choice) -> str:
+    extra = [f"{choice.micro_batch} at a time"] if choice.accumulation > 1 else []
+    extra += ["checkpointing"] if choice.checkpointing else []
+    return f" ({', '.join(extra)})" if extra else ""

@@ -62,7 +62,9 @@ def run(
     probes = MemoryProbes(world, out, memory_cache)
     world, dropped = place(world, probes)
     method = METHODS[config.method.name](world)  # whatever cannot be built leaves no folder behind
-    write_json(out / "config.json", config.resolved())
+    write_json(out / "config.json", world.config.resolved())  # with the cuts that were planned, for whoever resumes
+    if world.plan is not None:
+        write_json(out / "plan.json", world.plan)
     probes.save()
     return _Run(world, method, probes, dropped, out, progress).go()
 

@@ -53,14 +53,16 @@ OTHERS: frozenset[str] = frozenset({"compare", "deployment"})
 """Tables of a ``CONFIG.toml`` that are not a run's: :mod:`flexp.comparison.config` and
 :mod:`flexp.deployment.config` read them."""
 
-PLACES = (("model", "id"), ("data", "source"), ("data", "test_source"))
+PLACES = (("model", "id"), ("data", "source"), ("data", "test_source"), ("data.clients", "plan"))
 """Keys that may name a file or a folder."""
 
 
 def _locate(content: dict[str, Any], folders: Sequence[Path]) -> None:
     """Make the paths of :data:`PLACES` absolute, where there is such a file or folder; leave other names alone."""
     for table, key in PLACES:
-        keys = content.get(table)
+        keys: Any = content
+        for name in table.split("."):
+            keys = keys.get(name) if isinstance(keys, dict) else None
         value = keys.get(key) if isinstance(keys, dict) else None
         if not isinstance(keys, dict) or not isinstance(value, str) or not value.strip():
             continue

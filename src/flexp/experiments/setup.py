@@ -15,6 +15,7 @@ from flexp.config import DataConfig, RunConfig
 from flexp.data import load_federation, pad_id
 from flexp.data.types import Federation
 from flexp.errors import ConfigError, ModelError
+from flexp.experiments.planned import with_cuts
 from flexp.methods.base import World
 from flexp.methods.cuts import method_cuts
 from flexp.models.loading import load_config, load_stage
@@ -49,21 +50,22 @@ def build_world(config: RunConfig, federate: Federate = load_federation) -> Worl
         pad_token_id=None if federation.task.model_kind == "image-classification" else pad_id(processor),
         seed=config.seed,
     )
+    config, notes, plan = with_cuts(config, federation, source.anatomy.blocks)
+    federation = replace(federation, notes=[*federation.notes, *notes])
     cuts = client_cuts(config, federation, source.anatomy.blocks)
-    return World(config, federation, source, method_cuts(config, cuts, source.anatomy.blocks))
+    return World(config, federation, source, method_cuts(config, cuts, source.anatomy.blocks), plan=plan)
 
 
 def client_cuts(config: RunConfig, federation: Federation, blocks: int) -> dict[str, tuple[int, int]]:
-    """The cut of each client: ``data.clients.cuts`` in order, repeated when there are more clients.
+    """The cut of each client: ``data.clients.cuts``, a list, in order, repeated when there are more clients.
 
     Raises:
         ConfigError: a cut does not fit the model, or starts below the base depth.
     """
-    cuts = {}
-    if config.data.clients.cuts == "auto":
-        raise ConfigError('data.clients.cuts = "auto" is not resolved; run flexp plan and give its cuts')
+    cuts, given = {}, config.data.clients.cuts
+    assert given != "auto", "with_cuts comes first"
     for index, client in enumerate(federation.clients):
-        wanted = config.data.clients.cuts[index % len(config.data.clients.cuts)]
+        wanted = given[index % len(given)]
         cuts[client.name] = check_cut(wanted, blocks, where=f"data.clients.cuts of client {client.name}")
     base = config.model.base_depth
     depths = [start for start, _ in cuts.values()] + ([] if base is None else [base])

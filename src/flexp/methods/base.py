@@ -29,6 +29,7 @@ class World:
         cuts: (s, e) of each client, by name, as the method uses them (:mod:`flexp.methods.cuts`).
         absent: clients whose device cannot hold what the method trains there. They take no part in training and are
             scored with what they have all the same: the average, where there is one, else the pretrained model.
+        plan: what the cuts were planned by (``plan.json``), where they were not written down.
     """
 
     config: RunConfig
@@ -36,6 +37,7 @@ class World:
     source: Stage
     cuts: dict[str, tuple[int, int]]
     absent: frozenset[str] = frozenset()
+    plan: Mapping[str, Any] | None = None
 
     @property
     def participants(self) -> list[ClientData]:

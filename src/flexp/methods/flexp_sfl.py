@@ -18,7 +18,7 @@ from flexp.client.state import load_party, party_state
 from flexp.client.trainer import Trainer
 from flexp.links.base import Link
 from flexp.methods.base import Account, Forward, OnStep, State, World
-from flexp.methods.parties import make_trainer, own_stage
+from flexp.methods.parties import make_trainer, own_stage, own_world
 from flexp.methods.turns import turns
 from flexp.models.parts import Part
 from flexp.models.stage import Stage, carve
@@ -125,13 +125,13 @@ class FlexpSfl:
             seed=config.seed,
         )
 
-    def _make_stage(self, cut: tuple[int, int]) -> Stage:
-        return own_stage(self.world, Part.client(cut, self.world.source.anatomy.blocks))
+    def _make_stage(self, world: World, cut: tuple[int, int]) -> Stage:
+        return own_stage(world, Part.client(cut, self.world.source.anatomy.blocks))
 
     def _make_client(self, name: str) -> Trainer:
-        world, config = self.world, self.world.config
-        cut = world.cuts[name]
-        stage = self._make_stage(cut)
+        world = own_world(self.world, name)
+        config, cut = world.config, world.cuts[name]
+        stage = self._make_stage(world, cut)
         model = SPLIT_MODELS[world.federation.task.model_kind](
             stage,
             cut,

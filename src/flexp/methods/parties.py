@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from flexp.client.trainer import Trainable, Trainer
+from flexp.config import RunConfig
 from flexp.methods.base import World
 from flexp.models.parts import Part
 from flexp.models.stage import Stage, carve
@@ -41,6 +42,24 @@ def make_trainer(world: World, name: str, model: Trainable, stage: Stage) -> Tra
     config = world.config
     updater = Updater(stage.trainable(), config.train.personal, world.total_steps, stage.new)
     return Trainer(data, world.federation.task, model, updater, config.train, seed=client_seed(config.seed, name))
+
+
+def own_config(config: RunConfig, index: int) -> RunConfig:
+    """The configuration with the exchange's size and the checkpointing of the client at ``index``."""
+    clients, train, model = config.data.clients, config.train, config.model
+    if clients.micro_batches is not None:
+        size = clients.micro_batches[index % len(clients.micro_batches)]
+        train = train.model_copy(update={"micro_batch": min(size, train.batch_size)})
+    if clients.checkpointing is not None:
+        on = clients.checkpointing[index % len(clients.checkpointing)]
+        model = model.model_copy(update={"gradient_checkpointing": on})
+    return config.model_copy(update={"train": train, "model": model})
+
+
+def own_world(world: World, client: str) -> World:
+    """The world as ``client`` sees it: with its own configuration (:func:`own_config`)."""
+    names = [data.name for data in world.federation.clients]
+    return replace(world, config=own_config(world.config, names.index(client)))
 
 
 def with_model(world: World, **changes: Any) -> World:

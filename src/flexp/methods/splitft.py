@@ -45,6 +45,6 @@ class SplitFt(SplitFedAvg):
             )
         return world
 
-    def _make_stage(self, cut: tuple[int, int]) -> Stage:
-        blocks = self.world.source.anatomy.blocks
-        return own_stage(self.world, Part.client(cut, blocks), beside_cut(cut, blocks, self.cut_rank))
+    def _make_stage(self, world: World, cut: tuple[int, int]) -> Stage:
+        blocks = world.source.anatomy.blocks
+        return own_stage(world, Part.client(cut, blocks), beside_cut(cut, blocks, self.cut_rank))

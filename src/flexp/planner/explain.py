@@ -71,7 +71,10 @@ class Reasons:
         fitting = [option for option in there if fits_memory(option, device)]
         if not fitting:
             least = min(option.prediction.memory_bytes for option in there)
-            return f"{what} would need {shown(least)} of its {shown(device.profile.memory_bytes)}"
+            return (
+                f"{what} would need {shown(least)} and {100 * device.margin:.0f} % to spare, of its "
+                f"{shown(device.profile.memory_bytes)}"
+            )
         timely = [option for option in fitting if in_time(option, device)]
         if not timely:
             least_s = min(option.prediction.step_seconds for option in fitting)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,6 +15,9 @@ from flexp.planner.choice import CODECS
 from flexp.planner.profile import Profile
 
 Share = Annotated[float, Field(ge=0.0)]
+
+MARGIN = 0.15
+"""Predicted memory is within 15 % of what is measured, so that much is left free on devices and server."""
 
 FIGURES = ("memory_bytes", "flops", "uplink_bps", "downlink_bps", "latency_s")
 """What a fleet may say otherwise than a class or a profile."""
@@ -137,6 +140,7 @@ class FleetConfig(Section):
     """A whole ``fleet.toml``."""
 
     name: str = "fleet"
+    margin: Share = MARGIN  # of memory, over what is predicted
     task: TaskShape = TaskShape()
     choices: Choices = Choices()
     weights: Weights = Weights()
@@ -147,11 +151,17 @@ class FleetConfig(Section):
 
 @dataclass(frozen=True)
 class Device:
-    """One client's device; ``name`` is the client's."""
+    """One client's device; ``name`` is the client's, ``margin`` the share over its prediction that must be free."""
 
     name: str
     profile: Profile
     deadline_s: float | None = None
+    margin: float = MARGIN
+
+    @property
+    def usable_bytes(self) -> int:
+        """The most that may be predicted."""
+        return int(self.profile.memory_bytes / (1.0 + self.margin))
 
     @property
     def kind(self) -> tuple[str, float | None]:
@@ -170,6 +180,7 @@ class Fleet:
     task: TaskShape = field(default_factory=TaskShape)
     choices: Choices = field(default_factory=Choices)
     weights: Weights = field(default_factory=Weights)
+    margin: float = MARGIN
 
 
 def parse_fleet(content: Mapping[str, Any], where: str, folder: Path = Path()) -> Fleet:
@@ -191,7 +202,7 @@ def parse_fleet(content: Mapping[str, Any], where: str, folder: Path = Path()) -
     for entry in config.devices:
         profile = entry.resolve(entry.device_class or entry.name, folder, config.classes)
         names = [entry.name] if entry.count == 1 else [f"{entry.name}-{number + 1}" for number in range(entry.count)]
-        devices += [Device(name, profile, entry.deadline_s) for name in names]
+        devices += [Device(name, profile, entry.deadline_s, config.margin) for name in names]
     seen: set[str] = set()
     for device in devices:
         if device.name in seen:
@@ -202,7 +213,11 @@ def parse_fleet(content: Mapping[str, Any], where: str, folder: Path = Path()) -
 
 
 def of_run(
-    config: DevicesConfig | None, names: list[str], task: TaskShape, choices: Choices, machine: Profile | None = None
+    config: DevicesConfig | None,
+    names: Sequence[str],
+    task: TaskShape,
+    choices: Choices,
+    machine: Callable[[], Profile],
 ) -> Fleet:
     """The fleet of a run's clients: the classes of ``[devices]``, or without any ``machine`` for everybody.
 
@@ -210,12 +225,11 @@ def of_run(
         ConfigError: a class is not known.
     """
     if config is None:
-        if machine is None:
-            raise ConfigError("neither [devices] nor a profile says what the clients run on")
+        here = machine()
         server = Profile.from_class("server")
-        return Fleet("run", tuple(Device(name, machine) for name in names), server, task=task, choices=choices)
+        return Fleet("this run", tuple(Device(name, here) for name in names), server, task=task, choices=choices)
     assign = config.assign
     profiles = {name: Profile.from_class(name, config.classes) for name in dict.fromkeys(assign)}
     devices = tuple(Device(name, profiles[assign[i % len(assign)]]) for i, name in enumerate(names))
     server = Profile.from_class(config.server, config.classes, role="server")
-    return Fleet("run", devices, server, config.server_slots, task, choices)
+    return Fleet("this run", devices, server, config.server_slots, task, choices)

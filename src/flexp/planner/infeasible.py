@@ -42,7 +42,7 @@ class Lack:
         names = self.devices[0] if len(self.devices) == 1 else f"{self.devices[0]} and {len(self.devices) - 1} like it"
         if self.what == "memory":
             return (
-                f"{names}: needs {shown(self.needed)} at the least, has {shown(self.available)} "
+                f"{names}: needs {shown(self.needed)} at the least, may use {shown(self.available)} "
                 f"({shown(self.needed - self.available)} short); {self.change}"
             )
         return (
@@ -62,7 +62,7 @@ class InfeasibleError(ConfigError):
 def device_lacks(devices: Sequence[Device], options: Sequence[Option], task: TaskShape, memory: Memory) -> Lack:
     """Why none of ``options`` fits these equal ``devices``."""
     device, names = devices[0], tuple(item.name for item in devices)
-    available = device.profile.memory_bytes
+    available = device.usable_bytes
     least = min(options, key=lambda option: option.prediction.memory_bytes)
     if least.prediction.memory_bytes > available:
         change = _smallest(task, least.choice, available, memory)

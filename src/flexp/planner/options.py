@@ -72,8 +72,8 @@ def fits(option: Option, device: Device) -> bool:
 
 
 def fits_memory(option: Option, device: Device) -> bool:
-    """Whether the peak is within the device's memory."""
-    return option.prediction.memory_bytes <= device.profile.memory_bytes
+    """Whether the peak is within the device's memory, with its margin."""
+    return option.prediction.memory_bytes <= device.usable_bytes
 
 
 def in_time(option: Option, device: Device) -> bool:

@@ -147,7 +147,14 @@ def settings(fleet: Fleet, costs: Costs, curve: AccuracyCurve, *, pruned: bool =
             Group(kind.names, options, kind.devices[0].deadline_s) for kind, options in zip(kinds, fitting, strict=True)
         )
         unit = unit or scales(groups)
-        problem = Problem(groups, fleet.server.memory_bytes, costs.block_bytes(rank), fleet.weights, unit, fleet.slots)
+        problem = Problem(
+            groups,
+            int(fleet.server.memory_bytes / (1.0 + fleet.margin)),
+            costs.block_bytes(rank),
+            fleet.weights,
+            unit,
+            fleet.slots,
+        )
         if pruned:
             tight = problem.memory_may_run_short
             groups = tuple(replace(group, options=tuple(prune(group.options, tight))) for group in groups)
