@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from flexp.cli import bench_links, bench_server
+from flexp.cli import bench_links, bench_plan, bench_server
 from flexp.errors import ConfigError
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ Threads = Annotated[int, typer.Option(min=1, help="Threads that torch computes w
 app.command("codec")(bench_links.codec)
 app.command("slow-link")(bench_links.slow_link)
 app.command("chaos")(bench_server.chaos)
+app.command("plan")(bench_plan.plan)
 
 
 @app.command("split-overhead")
