@@ -13,7 +13,7 @@ import torch
 
 from flexp.bench.paired import paired
 from flexp.client.model import SPLIT_MODELS
-from flexp.config import OptimizerConfig
+from flexp.config import LoraConfig, OptimizerConfig
 from flexp.evaluation.echo import random_batch
 from flexp.evaluation.memory import Probe
 from flexp.links.base import Link
@@ -88,11 +88,14 @@ def split_step(
     optimizer: OptimizerConfig,
     batch: dict[str, torch.Tensor],
     reach: Callable[[Server], Link],
+    *,
+    lora: LoraConfig | None = None,
+    gradient_checkpointing: bool = False,
 ) -> Callable[[], None]:
     """One training step of a client and a server carved out of ``source``; ``reach`` makes the link between them."""
     client, shared = carve(source, Part.client(cut, source.anatomy.blocks)), carve(source, Part.server(*cut))
-    tune(client, tuning)
-    tune(shared, tuning)
+    tune(client, tuning, lora=lora, gradient_checkpointing=gradient_checkpointing)
+    tune(shared, tuning, lora=lora)
     server = Server(shared, tuning=tuning, optimizer=optimizer)
     model = SPLIT_MODELS[kind](client, cut, reach(server), tuning=tuning, expose_embeddings=True).train()
     updater = Updater(client.trainable(), optimizer)

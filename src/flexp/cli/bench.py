@@ -140,6 +140,49 @@ def stage_memory(
     _print(result, as_json, rows)
 
 
+@app.command("predict")
+def predict(
+    model: Annotated[list[str] | None, typer.Option(help="bert, llama or gpt2; again for each. Default: all.")] = None,
+    examples: Annotated[int, typer.Option(min=1)] = 8,
+    length: Annotated[int, typer.Option(min=2)] = 64,
+    tuning: Annotated[str, typer.Option(help="full or lora.")] = "full",
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Checkpoint the client's blocks.")] = False,
+    threads: Threads = 1,
+    as_json: Json = False,
+) -> None:
+    """Predicted against measured: a client's peak memory and a step's time, for five cuts of three architectures."""
+    import torch
+
+    from flexp.bench.predictions import MODELS, error
+    from flexp.bench.predictions import predictions as bench
+
+    for name in model or ():
+        if name not in MODELS:
+            raise ConfigError(f"--model {name}: expected one of {', '.join(MODELS)}")
+    torch.set_num_threads(threads)
+    result = bench(
+        models=model or tuple(MODELS), examples=examples, length=length, tuning=tuning, checkpointing=checkpointing,
+        say=None if as_json else typer.echo,
+    )  # fmt: skip
+    if as_json:
+        typer.echo(json.dumps(result))
+        return
+    table = Table(title="flexp bench predict: predicted, measured (error)", title_justify="left")
+    for column in ("model", "cut", "peak memory, MB", "client's step, ms", "client + server, ms"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for row in result["rows"]:
+        cells = [
+            f"{unit * row[key][0]:.0f}, {unit * row[key][1]:.0f} ({100 * error(row[key]):+.1f} %)"
+            for key, unit in (("memory_bytes", 1e-6), ("client_seconds", 1e3), ("seconds", 1e3))
+        ]
+        table.add_row(row["model"], f"{row['cut'][0]}:{row['cut'][1]}/{row['blocks']}", *cells)
+    Console().print(table)
+    worst = ", ".join(f"{100 * result['worst'][key]:.1f} %" for key in ("memory_bytes", "client_seconds", "seconds"))
+    typer.echo(f"largest errors: {worst}")
+    facts = result["machine"]
+    typer.echo(f"{facts['processor']}, {facts['cores']} cores, {facts['threads']} threads")
+
+
 @app.command("simulated-clients")
 def simulated_clients(
     model: Model = "asset:minilm-l6",

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from flexp import __version__
-from flexp.cli import assets, bench, client, compare, fleet, plan, run, server, status, use, verify
+from flexp.cli import assets, bench, compare, profile, run, server, use, verify
 from flexp.errors import USER_ERROR, FlexpError
 
 app = typer.Typer(
@@ -28,9 +28,7 @@ app.command("predict")(use.predict)
 app.command("plan")(plan.plan)
 app.command("verify")(verify.verify)
 app.command("server")(server.server)
-app.command("client")(client.client)
-app.command("fleet")(fleet.fleet)
-app.command("status")(status.status)
+app.command("profile")(profile.profile)
 app.add_typer(assets.app, name="assets")
 app.add_typer(bench.app, name="bench")
 

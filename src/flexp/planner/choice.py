@@ -6,8 +6,18 @@ from dataclasses import dataclass
 
 from flexp.errors import ConfigError
 
-CODECS: dict[str, float] = {"none": 1.0, "bf16": 0.5, "int8": 0.25, "fp8": 0.25, "int4": 0.16}
-"""Bytes of an activation on the wire ÷ those of float32, by the codec's name."""
+CODECS: dict[str, float] = {
+    "none": 1.0,
+    "off": 1.0,
+    "bf16": 0.5,
+    "fp16": 0.5,
+    "int8": 0.25,
+    "int8-channel": 0.25,
+    "int8-row": 0.25,
+    "fp8": 0.25,
+    "int4": 0.16,
+}
+"""Bytes of an activation on the wire ÷ those of float32, by the codec's name; ``none`` and ``off``: as it is."""
 
 
 @dataclass(frozen=True)

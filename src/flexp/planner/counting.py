@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flexp.devices.cost import counting
+from flexp.models.stage import Stage
 from flexp.planner.ledger import Ledger
 from flexp.planner.skeleton import Skeleton
 
@@ -78,7 +79,7 @@ def _run(
                 notes.append((*ledger.mark(), operations()))
 
             note()
-            loss = _forward(skeleton, chosen, batch, below, note)
+            loss = noted_forward(stage, chosen, batch, note, below=below)
             note()
             torch.autograd.backward(loss)
             del loss
@@ -90,10 +91,14 @@ def _run(
     return notes
 
 
-def _forward(
-    skeleton: Skeleton, chosen: list[int], batch: dict[str, Tensor], below: bool, note: Callable[..., None]
+def noted_forward(
+    stage: Stage, chosen: list[int], batch: Mapping[str, Tensor], note: Callable[..., None], *, below: bool
 ) -> Tensor:
-    stage = skeleton.stage
+    """The loss of a batch through the ``chosen`` blocks alone.
+
+    ``note`` is called once embeddings, each block and the head are through, but for the last, and again in the backward
+    once the head, each block and, where they are trained, the embeddings are.
+    """
     hidden_BTH, plan = stage.plan(batch)
     if below and not hidden_BTH.requires_grad:
         hidden_BTH = hidden_BTH.detach().requires_grad_()

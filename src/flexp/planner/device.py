@@ -90,7 +90,7 @@ def _cgroup1(root: Path) -> Iterator[Limit]:
 
 
 def _upwards(mount: Path, path: str) -> Iterator[Path]:
-    """The control group's folder and those above it. In a container the path may be the host's: then the mount alone."""
+    """The control group's folder and those above it; in a container, whose path may be the host's, the mount alone."""
     folder = mount / path.strip("/")
     while folder != mount and mount in folder.parents:
         if folder.is_dir():

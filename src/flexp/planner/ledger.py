@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class Ledger(TorchDispatchMode):
+class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Inside the ``with`` block: every storage that an operation makes counts from then until nobody holds it.
 
     Views count nothing of their own. What a kernel allocates for itself while it runs is not seen.
@@ -25,7 +25,7 @@ class Ledger(TorchDispatchMode):
     """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
         # A storage's address may be given again after it is freed; its entry goes with it.
         self._sizes: dict[int, int] = {}

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from flexp.models.loading import DTYPES
 from flexp.models.parts import check_cut
 from flexp.planner.choice import CODECS, Choice, Prediction
 from flexp.planner.model_cost import STATE, ModelCost, PieceCost, ShapeCost
 from flexp.planner.profile import Profile
 from flexp.planner.speed import Speed
 
-OVERHEAD = 24 * 2**20
+OVERHEAD = 20 * 2**20
 """Bytes that are no tensor, where they were not measured: a model's code, what libraries and the allocator keep."""
+ADAPTERS = 6 * 2**20
+"""The same of the code that only LoRA needs; :data:`CHECKPOINTING`: only checkpointing."""
+CHECKPOINTING = 7 * 2**20
 
 
 def predict(
@@ -31,7 +35,9 @@ def predict(
     start, stop = check_cut(choice.cut, cost.blocks)
     shape = cost.at(choice.micro_batch, choice.rank)
     base = base_depth is not None and base_depth < start
-    sent = shape.message_bytes * CODECS[choice.codec]
+    sent = float(shape.message_bytes)
+    if choice.codec not in ("none", "off"):
+        sent *= CODECS[choice.codec] * 4 / DTYPES[cost.dtype].itemsize
     up = choice.accumulation * round((3 if base else 2) * sent + shape.mask_bytes)
     down = choice.accumulation * round(2 * sent)
     here, there = Speed(cost, profile, choice), Speed(cost, server, choice)
@@ -74,7 +80,13 @@ def memory(cost: ModelCost, choice: Choice, *, overhead_bytes: int | None = None
     # What crossed: h is memory of its own, and so is z_base where it is not z.
     crossed = shape.message_bytes * (2 if base else 1)
     peak = _walk(held, [shape.embed, *head], crossed, [*tail, shape.head], gathered)
-    return peak + (OVERHEAD if overhead_bytes is None else overhead_bytes)
+    return peak + overhead(choice.rank, choice.checkpointing, overhead_bytes)
+
+
+def overhead(rank: int | None, checkpointing: bool, measured: int | None = None) -> int:
+    """Bytes that are no tensor; ``measured``: on the device, with full tuning and without checkpointing."""
+    base = OVERHEAD if measured is None else measured
+    return base + (0 if rank is None else ADAPTERS) + (CHECKPOINTING if checkpointing else 0)
 
 
 def server_memory(cost: ModelCost, choice: Choice) -> int:

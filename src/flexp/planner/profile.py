@@ -56,7 +56,6 @@ class ModelSeconds(Section):
         rank: of the adapters; ``None``: full tuning.
         shapes: one or two batch sizes; between and beyond them seconds are taken to be linear in the examples.
         update: seconds of the optimiser for each trained parameter.
-        exchange: seconds of an exchange besides its pieces: making the plan, handing over.
         overhead_bytes: peak memory that is no tensor (code, libraries' buffers), above the bare interpreter.
     """
 
@@ -69,7 +68,6 @@ class ModelSeconds(Section):
     length: PositiveInt
     shapes: Annotated[list[ShapeSeconds], Field(min_length=1)]
     update: Seconds = 0.0
-    exchange: Seconds = 0.0
     overhead_bytes: Annotated[int, Field(ge=0)] | None = None
 
 
@@ -86,7 +84,7 @@ class Profile(Section):
         watts: drawn while computing, ``link_watts`` while transmitting: assumptions.
     """
 
-    version: Literal[1] = VERSION
+    version: Literal[1] = 1
     name: str
     role: Role = "client"
     memory_bytes: PositiveInt

@@ -13,8 +13,8 @@ class Speed:
     """How fast ``profile`` is with ``choice``.
 
     Measured seconds are linear in the examples between the measured sizes; where length, rank or tuning are not those
-    that were measured, they are scaled by the operations. A model that was not measured takes operations ÷ FLOP/s, as on
-    the virtual clock.
+    that were measured, they are scaled by the operations. A model that was not measured takes operations ÷ FLOP/s, as
+    on the virtual clock.
     """
 
     def __init__(self, cost: ModelCost, profile: Profile, choice: Choice) -> None:
@@ -31,14 +31,15 @@ class Speed:
         """Seconds of a client's step: its pieces in every exchange, and its optimiser."""
         shape, blocks = self.shape, range(self.cost.blocks)
         own = [*blocks[:start], *blocks[stop:]]
-        seconds = sum(self._ends()) + self._exchange()
+        seconds = sum(self._ends())
         seconds += sum(self._block(index, first=index == 0) for index in own)
         trained = shape.head.trained + sum(shape.blocks[index].trained for index in own)
         return self.choice.accumulation * seconds + self._update(trained)
 
     def server(self, start: int, stop: int) -> float:
         """Seconds of a server's work for a step of such a client, which keeps its activations."""
-        seconds = sum(self._block(index, own=False) for index in range(start, stop)) + self._exchange()
+        seconds = sum(self._block(index, own=False) for index in range(start, stop))
+        seconds += 0.0 if self.measured is None else self._longer(self.measured, "embed")  # making its plan
         trained = sum(piece.trained for piece in self.shape.blocks[start:stop])
         return self.choice.accumulation * seconds + self._update(trained)
 
@@ -61,15 +62,13 @@ class Speed:
         head = self.shape.head
         if self.measured is None:
             return [(head.forward_flops + head.backward_flops) / self.profile.flops]
-        longer = self.cost.length / self.measured.length
-        embed = self._at([shape.embed for shape in self.measured.shapes])
-        return [
-            longer * (embed.forward + embed.backward),
-            *scaled(self._at([s.head for s in self.measured.shapes]), head),
-        ]
+        measured_head = self._at([shape.head for shape in self.measured.shapes])
+        return [self._longer(self.measured, "embed"), *scaled(measured_head, head)]
 
-    def _exchange(self) -> float:
-        return 0.0 if self.measured is None else self.measured.exchange
+    def _longer(self, measured: ModelSeconds, name: str) -> float:
+        """Seconds of a piece without operations, which grow with the length."""
+        piece = self._at([getattr(shape, name) for shape in measured.shapes])
+        return self.cost.length / measured.length * (piece.forward + piece.backward)
 
     def _update(self, trained: int) -> float:
         return 0.0 if self.measured is None else self.measured.update * trained
