@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from flexp.cli import bench_links, bench_server
+from flexp.cli import bench_links, bench_plan, bench_server
 from flexp.errors import ConfigError
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app.command("slow-link")(bench_links.slow_link)
 app.command("chaos")(bench_server.chaos)
 app.command("soak")(bench_server.soak)
 app.command("server-scaling")(bench_server.server_scaling)
+app.command("plan")(bench_plan.plan)
 
 
 @app.command("split-overhead")

@@ -84,7 +84,10 @@ def validate(content: Mapping[str, Any], where: str) -> RunConfig:
     try:
         return RunConfig.model_validate(content)
     except ValidationError as error:
-        raise ConfigError(f"{where}: {_explain(error.errors()[0])}") from error
+        problems = error.errors()
+        # Where a word or something else would do, and something else is wrong, what is wrong with that is to be told.
+        words = [item["type"] == "literal_error" and not isinstance(item["input"], str) for item in problems]
+        raise ConfigError(f"{where}: {_explain(problems[words.index(False) if False in words else 0])}") from error
 
 
 def override(content: dict[str, Any], setting: str) -> None:
