@@ -254,6 +254,42 @@ def simulated_clients(
     _print(result | {"model": model}, as_json, rows)
 
 
+@app.command("fuzz")
+def fuzz(
+    frames: Annotated[int, typer.Option(min=100, help="How many inputs.")] = 1_000_000,
+    engine: Annotated[
+        str | None,
+        typer.Option(help="coverage (needs pip install atheris) or blind. Default: the first that is there."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=1, help="Of the changes.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Bad frames and bad handshakes for a tiny server: no crash, no growth of memory, no effect on the weights."""
+    from flexp.bench.fuzz import fuzz as bench
+
+    result = bench(frames, engine=engine, seed=seed)
+    counts = result["counts"]
+    _print(
+        result,
+        as_json,
+        [
+            ("engine", result["engine"] + (f", {result['branches']} branches" if result["branches"] else "")),
+            ("inputs", f"{result['frames']} in {result['seconds']:.0f} s ({result['cpu_seconds']:.0f} s of CPU)"),
+            ("refused as frames", str(counts.get("refused", 0))),
+            ("denied with a reason", str(counts.get("denied", 0))),
+            ("answered", str(counts.get("answered", 0))),
+            ("handshakes", str(counts.get("handshake", 0))),
+            ("growth of memory after a quarter", f"{result['growth'] / 1e6:+.1f} MB"),
+            ("weights", "unchanged" if result["weights_unchanged"] else "CHANGED"),
+            ("findings", str(counts.get("findings", 0))),
+        ],
+    )
+    for what, data in result["findings"].items():
+        typer.echo(f"{what}: {data}", err=True)
+    if result["findings"] or not result["weights_unchanged"]:
+        raise typer.Exit(1)
+
+
 @app.command("pfl")
 def pfl(
     data: Annotated[
