@@ -3,6 +3,7 @@
 #   make demo     install what running needs, then run the demonstration
 #   make test     install everything, run the tests
 #   make check    formatting, lint, types
+#   make docs     the documentation as a site, in build/site
 #   make venv     only make the environment (.venv) for development
 #   make clean    remove the environment and what tools left behind
 #
@@ -14,7 +15,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format venv clean
+.PHONY: help demo test check format docs venv clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,/^Another/p'
@@ -33,6 +34,10 @@ check: $(VENV)/.stamp-dev
 format: $(VENV)/.stamp-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(VENV)/.stamp-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "Open build/site/index.html (or, to search as well: $(BIN)/python -m http.server --directory build/site)"
 
 venv: $(VENV)/.stamp-dev
 
@@ -55,4 +60,9 @@ $(VENV)/.stamp-run: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.stamp-dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing FlexP, what it needs and the tools of development into $(VENV) (a few minutes the first time) ..."
 	$(INSTALL) -e '.[dev]'
+	@touch $(VENV)/.stamp-run $@
+
+$(VENV)/.stamp-docs: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing FlexP and the tools of its documentation into $(VENV) (a few minutes the first time) ..."
+	$(INSTALL) -e '.[docs]'
 	@touch $(VENV)/.stamp-run $@

@@ -267,7 +267,8 @@ def connect(
         token: this client's; ``None``: what the environment variable FLEXP_TOKEN holds, if anything.
         ca: the certificate (PEM) that the server's is signed with; with ``grpcs://``, ``None`` means FLEXP_CA, or else
             the authorities that gRPC knows.
-        certificate, key: this client's own, if the server asks for one.
+        certificate: this client's own (PEM), if the server asks for one.
+        key: that certificate's.
         insecure: allow plaintext to other machines.
         codec: in what form tensors cross, for models that do not say it themselves. The default halves the bytes of
             float32; ``"off"`` gives what the link inside one process gives, bit for bit.
