@@ -201,7 +201,7 @@ class ModelCost:
             blocks=tuple(of_kind[index] for index in self.kinds),
             head=ends,
             message_bytes=hidden.numel() * hidden.element_size(),
-            input_bytes=inputs + 8 * mask,
+            input_bytes=inputs,
             mask_bytes=mask,
         )
 

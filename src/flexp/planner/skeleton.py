@@ -118,7 +118,10 @@ class Skeleton:
         model.train()
 
     def batch(self, kind: str, examples: int, length: int) -> dict[str, Tensor]:
-        """Inputs and labels; must be made inside :attr:`mode`."""
+        """Inputs and labels; must be made inside :attr:`mode`.
+
+        Texts are padded, as those of real batches mostly are: then models hand their blocks a mask, which costs memory.
+        """
         config = self.stage.model.config
         classes = torch.zeros(examples, dtype=torch.long)
         if kind == "image-classification":
@@ -126,7 +129,11 @@ class Skeleton:
             height, width = (size, size) if isinstance(size, int) else size
             return {"pixel_values": torch.zeros(examples, channels, height, width), "labels": classes}
         ids = torch.ones(examples, length, dtype=torch.long)
-        return {"input_ids": ids, "labels": classes if kind == "sequence-classification" else ids.clone()}
+        mask = torch.ones(examples, length, dtype=torch.long)
+        if self.real:  # without content nobody can see that there is no padding
+            mask[:, -1] = 0
+        labels = classes if kind == "sequence-classification" else ids.clone()
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
 def _filled(value: Tensor) -> Tensor:

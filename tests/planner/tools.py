@@ -1,0 +1,45 @@
+"""Small models on disk, and profiles and costs to predict with."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+from flexp.models.architectures import ARCHITECTURES
+from flexp.planner.model_cost import ModelCost, model_cost
+from flexp.planner.profile import ModelSeconds, PieceSeconds, Profile, ShapeSeconds
+
+
+@lru_cache
+def cost_of(name: str, **settings: Any) -> ModelCost:
+    """Of a tiny model, at 10 tokens."""
+    return model_cost(f"arch:{name}", ARCHITECTURES[name].task, **{"length": 10, "labels": 3, **settings})
+
+
+def plain_profile(**changes: Any) -> Profile:
+    """A device with round figures that was not measured."""
+    figures: dict[str, Any] = {
+        "name": "d", "memory_bytes": 10**9, "flops": 1e9, "uplink_bps": 1e6, "downlink_bps": 4e6, "latency_s": 0.01,
+    }  # fmt: skip
+    return Profile(**{**figures, **changes})
+
+
+def seconds(forward: float, backward: float, flops: tuple[float, float] = (0.0, 0.0)) -> PieceSeconds:
+    return PieceSeconds(forward=forward, backward=backward, forward_flops=flops[0], backward_flops=flops[1])
+
+
+def measured(cost: ModelCost, **changes: Any) -> ModelSeconds:
+    """A block takes 1 + 2 s for each example (its operations as counted), the ends nothing."""
+
+    def shape(examples: int) -> ShapeSeconds:
+        blocks = [
+            seconds(1.0 * examples, 2.0 * examples, (piece.forward_flops, piece.backward_flops))
+            for piece in cost.at(examples).blocks
+        ]
+        return ShapeSeconds(examples=examples, embed=seconds(0, 0), blocks=blocks, head=seconds(0, 0))
+
+    figures: dict[str, Any] = {
+        "model": cost.fingerprint, "kind": cost.kind, "dtype": cost.dtype, "length": cost.length,
+        "shapes": [shape(2), shape(4)],
+    }  # fmt: skip
+    return ModelSeconds(**{**figures, **changes})
