@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import Future
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from flexp.errors import LinkError
 from flexp.links.base import Link, connected
 from flexp.links.frames import encode
 from flexp.links.grpc import connect, loopback, serve
+from flexp.links.grpc.link import _Call
+from flexp.links.grpc.loop import background
 from flexp.links.messages import BackwardRequest, ForwardRequest, PullRequest
 from flexp.links.rules import Limits
 from flexp.links.translate import to_frame
@@ -261,3 +264,34 @@ def test_urls_where_links_are_taken(tmp_path: Path) -> None:
         assert model.link.client == "clinic-a"
         assert serving.clients == ["clinic-a"]
         model.link.close()
+
+
+def test_frames_that_come_twice_or_too_late_are_computed_once_or_never() -> None:
+    here = world("llama")
+    counted: list[int] = []
+    forward = here.server.forward
+
+    def counting(client: str, request: ForwardRequest) -> Any:
+        counted.append(request.exchange)
+        return forward(client, request)
+
+    here.server.forward = counting  # type: ignore[method-assign]
+    with serve(here.server) as serving:
+        link = connect(f"grpc://{serving.address}", "a", codec="off")
+        here.client("a", (2, 4), link=link)
+        z = torch.randn(1, 3, 32)
+
+        def send(exchange: int, *, before: list[bytes] = [], twice: bool = False) -> Future[Any]:  # noqa: B006
+            frame = to_frame(ForwardRequest(exchange, z), next(link._numbers))
+            call = _Call(frame.head, Future(), link.meter.evaluation, torch.device("cpu"))
+            messages = [*before, *encode(frame) * (2 if twice else 1)]
+            background().call_soon_threadsafe(link._enqueue, call, messages)
+            return call.future
+
+        assert send(1, twice=True).result(SOON).hidden_BTH.shape == z.shape
+        late = next(link._numbers)
+        assert send(2).result(SOON).hidden_BTH.shape == z.shape  # the second copy harmed nothing
+        assert send(4, before=encode(to_frame(ForwardRequest(3, z), late))).result(SOON).hidden_BTH.shape == z.shape
+        assert counted == [1, 2, 4]
+        assert serving._memory.used == 0
+        link.close()

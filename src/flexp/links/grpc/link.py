@@ -202,16 +202,19 @@ class GrpcLink:
         if head.kind == Kind.ERROR and not head.call:
             return
         call = self._calls.get(head.call)
-        if call is None:
-            raise LinkError(f"the server answers request {head.call}, which does not wait for one")
-        check_reply(head, call.head, self._agreement)
+        if call is not None:
+            check_reply(head, call.head, self._agreement)
+        elif head.payload > (0 if self._agreement is None else self._agreement.frame_bytes):
+            raise LinkError(f"the server sends {head.payload} bytes that nobody asked for")
 
     def _answer(self, frame: Frame) -> None:
         head = frame.head
         self.header_bytes[1] += head.size
         if not head.call:
             raise read_error(head.text)
-        call = self._calls.pop(head.call)
+        call = self._calls.pop(head.call, None)
+        if call is None:
+            return  # an answer that came twice
         if call.timer is not None:
             call.timer.cancel()
         if head.kind == Kind.ERROR:

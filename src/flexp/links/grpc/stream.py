@@ -40,6 +40,7 @@ class Stream:
         self._last: LinkError | None = None
         self._agreement: Agreement | None = None
         self._held = 0  # bytes of memory
+        self._newest = 0  # the highest number of a request so far
         self._answers: asyncio.Queue[tuple[asyncio.Future[Answer], int] | None] = asyncio.Queue(limits.unanswered)
 
     async def run(self) -> None:
@@ -76,6 +77,11 @@ class Stream:
                 )
                 if frame is None:
                     break
+                if frame.head.call <= self._newest:  # it came twice, or after one that was sent later: never computed
+                    self._held -= frame.head.payload
+                    self._memory.release(frame.head.payload)
+                    continue
+                self._newest = frame.head.call
                 answer = self._compute(self._client, frame)
                 await self._answers.put((answer, frame.head.payload))
                 if frame.head.kind == Kind.JOIN:
