@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar
 
 from flexp.errors import LinkError, LinkLostError
@@ -71,10 +71,8 @@ async def read_frame(
     message = await read()
     if message is end:
         return None
-    try:
+    with _damaged():
         incoming = Incoming(message)
-    except LinkError as error:  # nothing else comes from a side that was let in, unless it was damaged on its way
-        raise LinkLostError(str(error)) from error
     check(incoming.head)
     if reserve is not None:
         await reserve(incoming.head.payload)
@@ -84,8 +82,18 @@ async def read_frame(
             message = await read()
         if message is end:
             raise LinkError("the stream ended in the middle of a frame")
-        incoming.add(message)
+        with _damaged():
+            incoming.add(message)
     return incoming.frame()
+
+
+@contextmanager
+def _damaged() -> Iterator[None]:
+    """What is no frame was damaged on its way: nothing else comes from a side that was let in. Trying again may help."""
+    try:
+        yield
+    except LinkError as error:
+        raise LinkLostError(str(error)) from error
 
 
 @asynccontextmanager
