@@ -89,7 +89,7 @@ async def read_frame(
 
 @contextmanager
 def _damaged() -> Iterator[None]:
-    """What is no frame was damaged on its way: nothing else comes from a side that was let in. Trying again may help."""
+    """What is no frame was damaged on its way, as nothing else comes from who was let in: trying again may help."""
     try:
         yield
     except LinkError as error:
