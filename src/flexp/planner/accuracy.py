@@ -222,9 +222,11 @@ def _losses(levels: Sequence[Sequence[Pilot]], shares: Sequence[float], own_leve
         for _ in range(100 if own_level else 1):  # alternating least squares of a convex problem
             residual = score - level[who]
             means = np.bincount(where, residual, minlength=len(shares)) / weights
-            curve = isotonic_regression(means, weights=weights, increasing=increasing).x
+            before, curve = curve, isotonic_regression(means, weights=weights, increasing=increasing).x
             if own_level:
                 level = np.bincount(who, score - curve[where]) / np.bincount(who)
+            if np.abs(curve - before).max() < 1e-9:
+                break
         error = float(((score - level[who] - curve[where]) ** 2).sum())
         if best is None or error < best[0] - 1e-12:
             best = (error, curve)

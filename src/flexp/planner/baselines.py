@@ -1,58 +1,51 @@
-"""What a plan is compared with: cuts by memory alone, and one cut for everybody."""
+"""What a plan is compared with: cuts by memory alone, and one cut for everybody.
+
+Only the cuts are given: micro-batches, checkpointing and codecs are then chosen as well as they can be, as in the plan
+itself, so that what the comparison shows is due to the cuts.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-from flexp.planner.explain import personal
 from flexp.planner.options import Option, fits
 from flexp.planner.plan import Plan
-from flexp.planner.problem import Group, Problem
-from flexp.planner.solve import Solution
+from flexp.planner.solve import Solution, solve
+
+Cut = tuple[int, int]
 
 
-def memory_only(plan: Plan) -> Solution:
-    """Every client keeps as many blocks as fit its device (and its deadline); the rest as a run has it by default."""
-    chosen = [
-        _deepest([o for o in kind.options if fits(o, kind.devices[0])], plan.blocks) for kind in plan.setting.kinds
-    ]
-    return _measured(plan, chosen)
+def memory_only(plan: Plan) -> Solution | None:
+    """Every client keeps as many blocks as fit its device (and its deadline); ``None``: then the server cannot."""
+    return _solved(plan, [_deepest(own, plan.blocks) for own in _fitting(plan)])
 
 
 def static(plan: Plan) -> Solution | None:
-    """All clients have one cut, the deepest that fits every device; ``None``: none fits all of them."""
-    kinds = plan.setting.kinds
-    common = set.intersection(*({o.choice.cut for o in kind.options if fits(o, kind.devices[0])} for kind in kinds))
+    """All clients have one cut, the deepest that fits every device; ``None``: none does, or then the server cannot."""
+    common = set.intersection(*({option.choice.cut for option in own} for own in _fitting(plan)))
     if not common:
         return None
-    cut = max(common, key=lambda cut: (cut[0] + plan.blocks - cut[1], cut))
-    chosen = [
-        _deepest([o for o in kind.options if fits(o, kind.devices[0]) and o.choice.cut == cut], plan.blocks)
-        for kind in kinds
-    ]
-    return _measured(plan, chosen)
+    cut = max(common, key=lambda cut: _depth(cut, plan.blocks))
+    return _solved(plan, [cut] * len(plan.setting.kinds))
 
 
-def _deepest(options: Sequence[Option], blocks: int) -> Option:
-    """Most blocks; of equals the deepest s, then no checkpointing and the largest exchange, then the fewest bytes."""
-    return max(
-        options,
-        key=lambda option: (
-            personal(option, blocks),
-            option.choice.cut,
-            not option.choice.checkpointing,
-            option.choice.micro_batch,
-            -option.bytes,
-        ),
-    )
+def _fitting(plan: Plan) -> list[list[Option]]:
+    return [[option for option in kind.options if fits(option, kind.devices[0])] for kind in plan.setting.kinds]
 
 
-def _measured(plan: Plan, chosen: Sequence[Option]) -> Solution:
+def _deepest(options: Sequence[Option], blocks: int) -> Cut:
+    return max((option.choice.cut for option in options), key=lambda cut: _depth(cut, blocks))
+
+
+def _depth(cut: Cut, blocks: int) -> tuple[int, Cut]:
+    """Most blocks of one's own; of equals the deepest s."""
+    return cut[0] + blocks - cut[1], cut
+
+
+def _solved(plan: Plan, cuts: Sequence[Cut]) -> Solution | None:
     groups = tuple(
-        Group(kind.names, (option,), kind.devices[0].deadline_s)
-        for kind, option in zip(plan.setting.kinds, chosen, strict=True)
+        replace(group, options=tuple(option for option in own if option.choice.cut == cut))
+        for group, own, cut in zip(plan.setting.problem.groups, _fitting(plan), cuts, strict=True)
     )
-    old = plan.setting.problem
-    problem = Problem(groups, old.server_memory, old.block_bytes, old.weights, old.scales, old.slots)
-    options = {name: option for kind, option in zip(plan.setting.kinds, chosen, strict=True) for name in kind.names}
-    return Solution(options, problem.measure([{0: len(group.clients)} for group in groups]))
+    return solve(replace(plan.setting.problem, groups=groups))

@@ -209,7 +209,16 @@ def parse_fleet(content: Mapping[str, Any], where: str, folder: Path = Path()) -
             raise ConfigError(f"{where}: two devices are called {device.name}; give each its own name")
         seen.add(device.name)
     server = config.server.resolve("server", folder, config.classes)
-    return Fleet(config.name, tuple(devices), server, config.server.slots, config.task, config.choices, config.weights)
+    return Fleet(
+        config.name,
+        tuple(devices),
+        server,
+        config.server.slots,
+        config.task,
+        config.choices,
+        config.weights,
+        config.margin,
+    )
 
 
 def of_run(

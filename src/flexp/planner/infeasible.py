@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from flexp.errors import ConfigError
 from flexp.planner.choice import Choice
@@ -128,7 +129,7 @@ def _changes(task: TaskShape, choice: Choice) -> Iterator[Change]:
 def server_lacks(problem: Problem, name: str) -> InfeasibleError:
     """Why no plan of ``problem``, in which every device has options, keeps what clients share."""
     if solve(replace(problem, server_memory=2**62)) is not None:
-        least = problem.measure(_each(problem, lambda option: option.choice.cut[1] - option.choice.cut[0]))
+        least = problem.measure(_each(problem, _left_to_the_server))
         return InfeasibleError(
             (),
             f"{name}: its server has {shown(problem.server_memory)}, which no plan keeps to; with the deepest cuts it "
@@ -143,6 +144,10 @@ def server_lacks(problem: Problem, name: str) -> InfeasibleError:
     )
 
 
-def _each(problem: Problem, key: Callable[[Option], float]) -> list[dict[int, int]]:
+def _left_to_the_server(option: Option) -> tuple[int, int]:
+    return option.choice.cut[1] - option.choice.cut[0], option.prediction.server_memory_bytes
+
+
+def _each(problem: Problem, key: Callable[[Option], Any]) -> list[dict[int, int]]:
     """Everybody takes the option with the least ``key``."""
     return [{group.options.index(min(group.options, key=key)): len(group.clients)} for group in problem.groups]
