@@ -68,7 +68,10 @@ def run_harness(
         quiet.setLevel(level)
     assert found is not None
     results: dict[str, Any] = found["results"]
-    return {name: {key: value for key, value in own.items() if _is_score(value)} for name, own in results.items()}
+    return {
+        name: {key: value for key, value in own.items() if "," in key and _is_score(value)}
+        for name, own in results.items()
+    }
 
 
 def _is_score(value: Any) -> bool:
