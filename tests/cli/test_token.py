@@ -1,0 +1,75 @@
+"""``flexp token`` and ``flexp readmit`` as they are typed."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from flexp.cli.main import main
+from flexp.config import GuardConfig, ServerConfig
+from flexp.errors import BadValuesError
+from flexp.links.grpc import serve
+from tests.harness import world
+
+
+class Typed:
+    """Runs ``flexp …`` and gives its exit code and what it printed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self._monkeypatch, self._capsys = monkeypatch, capsys
+
+    def __call__(self, *arguments: str) -> tuple[int, str, str]:
+        self._monkeypatch.setattr(sys, "argv", ["flexp", *arguments])
+        with pytest.raises(SystemExit) as left:
+            main()
+        shown = self._capsys.readouterr()
+        return int(left.value.code or 0), shown.out, shown.err
+
+
+@pytest.fixture
+def flexp(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Typed:
+    monkeypatch.delenv("FLEXP_TOKEN", raising=False)
+    return Typed(monkeypatch, capsys)
+
+
+def test_issue_list_check_revoke(flexp: Typed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = ("--file", str(tmp_path / "tokens"))
+    code, out, err = flexp("token", "issue", "clinic a", *file, "--days", "30")
+    token = out.strip()
+    assert code == 0
+    assert re.fullmatch("[0-9a-f]{64}", token)
+    assert "stored nowhere" in err
+    assert token not in err
+    flexp("token", "issue", "b", *file)
+    monkeypatch.setenv("FLEXP_TOKEN", token)
+    assert flexp("token", "check", "clinic a", *file)[:2] == (0, "a valid token of clinic a\n")
+    code, _, err = flexp("token", "check", "b", *file)
+    assert code == 2
+    assert "this is no valid token of b" in err
+    code, _, err = flexp("token", "issue", "b", *file)
+    assert code == 2
+    assert "say --again" in err
+    assert flexp("token", "revoke", "clinic a", *file)[0] == 0
+    assert flexp("token", "check", "clinic a", *file)[0] == 2
+    code, out, _ = flexp("token", "list", *file)
+    lines = out.splitlines()
+    assert re.fullmatch(r"revoked  clinic a  issued \S+Z  expires \S+Z  revoked \S+Z", lines[0])
+    assert re.fullmatch(r"valid    b  issued \S+Z", lines[1])
+    code, _, err = flexp("token", "list", "--file", str(tmp_path / "none"))
+    assert code == 2
+    assert "cannot be read" in err
+
+
+def test_readmit(flexp: Typed) -> None:
+    here = world("llama", config=ServerConfig(guard=GuardConfig(strikes=1)))
+    with pytest.raises(BadValuesError), here.server.guard.request("a"):
+        raise BadValuesError("bad")
+    with serve(here.server) as serving:
+        assert flexp("readmit", str(serving.address), "a")[:2] == (0, "a may join again\n")
+        code, _, err = flexp("readmit", str(serving.address), "a")
+    assert code == 2
+    assert "has not put a aside" in err
+    assert here.server.aside("a") is None
