@@ -51,6 +51,18 @@ def test_a_step_that_comes_again_is_answered_and_not_applied() -> None:
     assert here.server.shared.version == 2
 
 
+def test_what_comes_again_must_be_of_the_same_size() -> None:
+    """Found by fuzzing: the answer of another size was sent, which no client takes."""
+    here = joined()
+    do(here, 1)
+    with pytest.raises(
+        LinkError, match=r"step 1 was applied with \(2, 5, 32\) torch.float32 and comes again with \(1, "
+    ):
+        here.server.backward("a", replace(gradient(1), grad_BTH=torch.zeros(1, 5, 32)))
+    with pytest.raises(LinkError, match="comes again with"):
+        here.server.forward("a", replace(request(1), hidden_BTH=torch.zeros(2, 4, 32)))
+
+
 def test_a_backward_whose_answer_was_lost() -> None:
     here = joined()
     here.server.forward("a", request(1))

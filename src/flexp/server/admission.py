@@ -145,6 +145,19 @@ def check_backward(session: Session, request: BackwardRequest) -> Pending:
     return pending
 
 
+def check_again(client: str, step: int, given: Tensor, answered: Tensor) -> None:
+    """Refuse to answer a step that was applied already, where what is sent now is of another size than it was then.
+
+    Raises:
+        LinkError: see above.
+    """
+    if given.shape != answered.shape or given.dtype != answered.dtype:
+        raise LinkError(
+            f"client {client}: step {step} was applied with {_facts(answered)} and comes again with {_facts(given)}; "
+            "use another numbering for another run"
+        )
+
+
 def check_pull(session: Session, request: PullRequest, base_depth: int) -> None:
     """Refuse to hand out weights of other blocks than this client's aligned ones.
 

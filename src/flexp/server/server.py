@@ -36,7 +36,7 @@ from flexp.models.parts import Part, check_cut
 from flexp.models.stage import Stage
 from flexp.models.tuning import tune
 from flexp.rng import RandomStream, derived_seed
-from flexp.server.admission import check_backward, check_forward, check_join, check_pull
+from flexp.server.admission import check_again, check_backward, check_forward, check_join, check_pull
 from flexp.server.bounds import Bounds, check_finite
 from flexp.server.generations import check_extend, drop_unused
 from flexp.server.guard import Guard
@@ -167,6 +167,7 @@ class Server:
             session, key = self._session(client), ("forward", request.exchange)
             known = session.progress.answer(request.step, key) if request.train else None
             if known is not None and session.progress.applied(request.step):
+                check_again(client, request.step, request.hidden_BTH, known.hidden_BTH)
                 return cast(ForwardReply, known)
             in_flight = sum(len(other.pending) for other in self._sessions.values())
             check_forward(session, request, self.shared.stage, in_flight)
@@ -187,6 +188,7 @@ class Server:
             session, key = self._session(client), ("backward", request.exchange)
             known = session.progress.answer(request.step, key)
             if known is not None and request.exchange not in session.pending:
+                check_again(client, request.step, request.grad_BTH, known.grad_BTH)
                 return cast(BackwardReply, known)
             check_backward(session, request)
             with session.random.active():
@@ -201,7 +203,7 @@ class Server:
             LinkError: the client never joined, or asks for other blocks.
         """
         with self._lock, self.guard.request(client):
-            session, key = self._session(client), ("pull", request.start)
+            session, key = self._session(client), ("pull", request.start << 16 | request.stop)
             check_pull(session, request, self.blocks[0])
             known = session.progress.answer(request.step, key)
             if known is not None:
