@@ -13,6 +13,7 @@ from flexp.config import RunConfig
 from flexp.deployment.client import cuts_of
 from flexp.deployment.config import DeploymentConfig
 from flexp.deployment.fleet import Fleet
+from flexp.errors import ConfigError
 from flexp.experiments import runner
 from flexp.links.base import Link
 from flexp.links.grpc import connect
@@ -21,7 +22,7 @@ from tests.experiments import tiny
 from tests.harness import equal
 from tests.links.grpc_tools import make_certificates
 
-from .tools import Client, Server, fleet, parties, plain, simulated, without_meters
+from .tools import Client, Server, fleet, newest, parties, plain, simulated, without_meters
 
 NAMES = list(tiny.CLIENTS)
 FIXED = DeploymentConfig(schedule="deterministic", clients=NAMES, save_every=1)
@@ -139,6 +140,34 @@ def test_nobody_waits_in_a_free_run(folder: Path, tmp_path: Path) -> None:
     for name in NAMES:
         steps = [r["step"] for r in read(out / "clients" / name / "metrics.jsonl") if r["kind"] == "step"]
         assert sorted(steps) == list(range(1, 21))
+
+
+def test_a_cut_changes_between_sessions(folder: Path, tmp_path: Path) -> None:
+    """What a client keeps is as it was, what is new to it is the server's; the others do not notice."""
+    config = configured(folder, steps=10)
+    free = DeploymentConfig(schedule="free", clients=NAMES, save_every=2)
+    out = tmp_path / "fleet"
+    server = Server(config, free, out / "server")
+    clients = {name: Client(config, free, name, plain(server), out / "clients" / name) for name in NAMES}
+    _until(lambda: server.server.shared.version >= 9)
+    clients["south"].stop.set()
+    clients["south"].join()
+    before = newest(out / "clients/south/snapshots")
+    stopped = int(before["steps"])
+    assert stopped < 20
+    again = Client(config, free, "south", plain(server), out / "clients/south", cut=(3, None))
+    for client in (again, clients["north"], clients["west"]):
+        client.join()
+        assert client.over
+    server.end()
+    after = newest(out / "clients/south/snapshots")
+    assert int(after["steps"]) == 20
+    names = {key for key in after if key.startswith("personal/")}
+    assert {key for key in before if key.startswith("personal/")} < names
+    assert {key.split(".layer.")[1][0] for key in names if ".layer." in key} == {"0", "1", "2"}
+    assert server.server.shared.version == 3 * 20
+    with pytest.raises(ConfigError, match="in a free run only"):
+        Client(config, FIXED, "south", plain(server), out / "clients/south", cut=(1, 4)).join()
 
 
 def test_processes_that_are_killed(folder: Path, tmp_path: Path) -> None:

@@ -68,6 +68,7 @@ class Client:
         name: str,
         reach: Callable[[str], Link],
         state: Path,
+        cut: tuple[int, int | None] | None = None,
     ) -> None:
         self.stop = threading.Event()
         self.error: BaseException | None = None
@@ -75,7 +76,7 @@ class Client:
 
         def work() -> None:
             try:
-                place = find_place(config, name, None)
+                place = find_place(config, name, cut)
                 console = Console(quiet=True)
                 self.over = run_client(
                     config,

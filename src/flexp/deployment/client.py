@@ -16,6 +16,7 @@ from rich.console import Console
 
 from flexp.assets import resolve
 from flexp.client.model import SPLIT_MODELS, SplitModel
+from flexp.client.state import move_party
 from flexp.client.trainer import Trainer
 from flexp.config import CodecConfig, RunConfig
 from flexp.data import load_federation, pad_id
@@ -179,10 +180,15 @@ def run_client(
         torch.set_num_threads(config.threads)
     state.mkdir(parents=True, exist_ok=True)
     snapshots = Snapshots(state / "snapshots", deployment.keep)
-    facts = _known(snapshots, place, state)
+    facts = _known(snapshots, place, state, may_move=deployment.schedule == "free")
     total = config.train.rounds * config.train.steps_per_round
     with Progress(total, place.data.name, metric=place.federation.task.metric, console=console) as diary:
         trainer, model = _joined(config, place, reach, facts.get("numbering"), codec, deployment.patience, diary.note)
+        if facts and facts["cut"] != list(place.cut):
+            new = move_party(trainer, snapshots.load(int(facts["number"]))[0])
+            diary.note(
+                f"{place.data.name}: from cut {tuple(facts['cut'])} to {place.cut}, {len(new)} parameters are new"
+            )
         log = MetricsLog(state / "metrics.jsonl")
         worker = Worker(
             config,
@@ -211,16 +217,17 @@ def run_client(
     return over
 
 
-def _known(snapshots: Snapshots, place: Place, state: Path) -> dict[str, Any]:
+def _known(snapshots: Snapshots, place: Place, state: Path, *, may_move: bool) -> dict[str, Any]:
     """What the newest snapshot that is whole says of the client; nothing, if there is none."""
     newest = snapshots.newest_whole()
     if newest is None:
         return {}
     _, facts = snapshots.load(newest)
-    if facts["client"] != place.data.name or facts["cut"] != list(place.cut):
+    if facts["client"] != place.data.name or (facts["cut"] != list(place.cut) and not may_move):
         raise ConfigError(
             f"{state} holds snapshots of {facts['client']} with cut {tuple(facts['cut'])}, not of {place.data.name} "
             f"with cut {place.cut}; give another --state"
+            + ("" if may_move else " (a cut may change between sessions in a free run only)")
         )
     return facts
 

@@ -77,7 +77,7 @@ class Worker:
         self.scores: dict[str, float] = {}
         self._run, self._patience = run, patience
         self._facts: dict[str, float] = {}
-        self._saved_steps = 0
+        self._saved_steps = trainer.steps  # of a client that has moved to another cut, what it moved with
         self._place = 0
         self._pull_due = False
 
