@@ -158,7 +158,7 @@ def test_a_numbering_that_no_state_could_hold_is_refused() -> None:
         with pytest.raises(LinkError, match=r"expected 0 to 2\*\*63 - 1"):
             here.join("a", (1, 4), numbering=numbering)
     here.join("a", (1, 4), numbering=(1 << 63) - 1)
-    assert here.server.progress["a"].state()[0] == (1 << 63) - 1
+    assert here.server.regulars["a"].progress.state()[0] == (1 << 63) - 1
 
 
 def strike(here: World, client: str, number: int) -> None:

@@ -60,7 +60,7 @@ class Teller:
         """The server's, and those of every client that is or was here, by name."""
         connected = set(serving.clients)
         members = {} if self._desk is None else dict(self._desk.members)
-        names = sorted(connected | members.keys() | self._server.progress.keys() | self._server.guard.all_aside.keys())
+        names = sorted(connected | members.keys() | self._server.regulars.keys() | self._server.guard.all_aside.keys())
         return {
             "version": __version__,
             "blocks": list(self._server.blocks),
@@ -73,7 +73,7 @@ class Teller:
         }
 
     def _client(self, name: str, connected: bool, members: dict[str, Any]) -> Facts:
-        progress = self._server.progress.get(name)
+        regular = self._server.regulars.get(name)
         member = members.get(name)
         said = {} if member is None else {**member.ready.facts, "steps": member.ready.steps}
         return {
@@ -81,7 +81,7 @@ class Teller:
             "cut": self._server.cut_of(name),
             "bad_requests": self._server.guard.bad(name),
             "aside": self._server.aside(name) is not None,
-            "applied_steps": 0 if progress is None else progress.newest,
+            "applied_steps": 0 if regular is None else regular.progress.newest,
             **said,
         }
 

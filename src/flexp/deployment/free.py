@@ -113,8 +113,7 @@ class Free:
 
     def _compare(self, client: str, ready: Ready) -> None:
         """Say what was lost, on either side."""
-        progress = self.desk.server.progress.get(client)
-        here = 0 if progress is None else progress.newest
+        here = self.desk.server.regulars[client].progress.newest
         if ready.steps > here:
             self.desk.say(
                 f"{client} has done {ready.steps} steps, of which the shared blocks have the first {here}: the other "

@@ -6,7 +6,6 @@ it got the first time and is never applied twice.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,8 +94,3 @@ class Progress:
 
     def _drop(self, step: int) -> None:
         self._bytes -= sum(size(reply) for reply in self._answers.pop(step).values())
-
-
-def states(all_progress: Mapping[str, Progress]) -> dict[str, Tensor]:
-    """The state of every client's progress, by name."""
-    return {name: progress.state() for name, progress in all_progress.items()}

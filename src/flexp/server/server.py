@@ -14,8 +14,6 @@ from torch import Tensor
 
 from flexp.assets import resolve
 from flexp.config import LoraConfig, OptimizerConfig, ServerConfig
-from flexp.errors import LinkError
-from flexp.links.coding import load_residuals, save_residuals
 from flexp.links.inprocess import InProcessLink
 from flexp.links.messages import (
     Abort,
@@ -35,13 +33,14 @@ from flexp.models.loading import ModelKind, load_stage
 from flexp.models.parts import Part, check_cut
 from flexp.models.stage import Stage
 from flexp.models.tuning import tune
-from flexp.rng import RandomStream, derived_seed
 from flexp.server.admission import check_again, check_backward, check_forward, check_join, check_pull
 from flexp.server.bounds import Bounds, check_finite
 from flexp.server.generations import check_extend, drop_unused
 from flexp.server.guard import Guard
-from flexp.server.progress import Key, Progress, states
+from flexp.server.progress import Key
+from flexp.server.regulars import Regulars
 from flexp.server.session import Session
+from flexp.server.sessions import Sessions
 from flexp.server.shared import SharedBlocks
 
 
@@ -75,11 +74,8 @@ class Server:
         self.compute_seconds = 0.0
         self.bounds, self.guard = Bounds(self.config.guard), Guard(self.config.guard)
         self.remembers = remembers
-        self._seed = seed
-        self._sessions: dict[str, Session] = {}
-        self._random: dict[str, RandomStream] = {}  # outlives sessions: who comes back goes on
-        self.progress: dict[str, Progress] = {}  # likewise
-        self._residuals: dict[str, dict[str, Tensor]] = {}  # of error feedback; the same
+        self.regulars = Regulars(seed, self._device)
+        self._sessions = Sessions()
         self._lock = threading.RLock()
         self.guard.listeners.append(lambda client, _: self.leave(client))
 
@@ -145,14 +141,11 @@ class Server:
         """
         with self._lock, self.guard.request(client):
             check_join(client, request, self.shared.stage, self.tuning, self.lora, self.config.codecs)
-            earlier = self._sessions.pop(client, None)
-            if earlier is not None:
-                earlier.drop()
-            if client not in self._random:
-                self._random[client] = RandomStream(derived_seed(self._seed, "server", client), self._device)
-            progress = self._progress_of(client, request.numbering)
+            self._sessions.end(client)
+            regular = self.regulars[client]
+            progress = regular.numbered(request.numbering)
             self._sessions[client] = Session(
-                request, self.shared, self.config, self._random[client], progress, bounds=self.bounds
+                request, self.shared, self.config, regular.random, progress, bounds=self.bounds
             )
             anatomy = self.shared.stage.anatomy
             return Welcome(self.blocks[0], anatomy.blocks, anatomy.hidden, self.config.max_in_flight)
@@ -164,13 +157,12 @@ class Server:
             LinkError: the client never joined, the message does not fit what was agreed, or too much is in flight.
         """
         with self._lock, self._computing(), self.guard.request(client):
-            session, key = self._session(client), ("forward", request.exchange)
+            session, key = self._sessions[client], ("forward", request.exchange)
             known = session.progress.answer(request.step, key) if request.train else None
             if known is not None and session.progress.applied(request.step):
                 check_again(client, request.step, request.hidden_BTH, known.hidden_BTH)
                 return cast(ForwardReply, known)
-            in_flight = sum(len(other.pending) for other in self._sessions.values())
-            check_forward(session, request, self.shared.stage, in_flight)
+            check_forward(session, request, self.shared.stage, self._sessions.in_flight)
             if request.train:  # without training nothing but its own answer comes of it
                 check_finite(client, f"an activation of exchange {request.exchange}", _activations(request))
             with session.random.active():
@@ -185,7 +177,7 @@ class Server:
             LinkError: no forward of that client and number is in flight, or the gradient is not finite.
         """
         with self._lock, self._computing(), self.guard.request(client):
-            session, key = self._session(client), ("backward", request.exchange)
+            session, key = self._sessions[client], ("backward", request.exchange)
             known = session.progress.answer(request.step, key)
             if known is not None and request.exchange not in session.pending:
                 check_again(client, request.step, request.grad_BTH, known.grad_BTH)
@@ -203,7 +195,7 @@ class Server:
             LinkError: the client never joined, or asks for other blocks.
         """
         with self._lock, self.guard.request(client):
-            session, key = self._session(client), ("pull", request.start << 16 | request.stop)
+            session, key = self._sessions[client], ("pull", request.start << 16 | request.stop)
             check_pull(session, request, self.blocks[0])
             known = session.progress.answer(request.step, key)
             if known is not None:
@@ -222,7 +214,7 @@ class Server:
             LinkError: the client never joined.
         """
         with self._lock:
-            self._session(client).drop()
+            self._sessions[client].drop()
 
     def extend(self, client: str, request: ExtendRequest) -> ExtendReply:
         """Blocks [s, e) on the next tokens of an answer, whose cache is kept here.
@@ -231,7 +223,7 @@ class Server:
             LinkError: the client never joined, the server holds another length of the answer, or caches are full.
         """
         with self._lock, self._computing(), self.guard.request(client):
-            session = self._session(client)
+            session = self._sessions[client]
             drop_unused(self._sessions.values(), self.config.generation_seconds)
             check_extend(session, request, self.shared.stage, self._sessions.values())
             return ExtendReply(session.generations.extend(request, self.shared.stage, session.join.cut))
@@ -243,7 +235,7 @@ class Server:
             LinkError: the client never joined.
         """
         with self._lock:
-            self._session(client).generations.end(request.generation)
+            self._sessions[client].generations.end(request.generation)
 
     def flush(self) -> None:
         """At the end of a run: update the shared blocks with the steps that ``update = "mean"`` has gathered so far."""
@@ -257,15 +249,13 @@ class Server:
             LinkError: exchanges are in flight, which would train them.
         """
         with self._lock:
-            self._refuse_busy("frozen")
+            self._sessions.refuse_busy("frozen")
             self.shared.freeze()
 
     def leave(self, client: str) -> None:
         """Close a client's session and drop what it has in flight."""
         with self._lock:
-            session = self._sessions.pop(client, None)
-            if session is not None:
-                session.drop()
+            self._sessions.end(client)
 
     def counts(self) -> dict[str, float]:
         """``updates``, ``compute_seconds``, forwards ``in_flight`` and ``versions`` of the weights that are held.
@@ -273,13 +263,11 @@ class Server:
         And ``bad_requests``, which were refused for their values, and how many ``clients_aside`` there are.
         """
         with self._lock:
-            in_flight = sum(len(session.pending) for session in self._sessions.values())
-            held = 1 + len(self.shared.stashed)
             return {
                 "updates": self.shared.version,
                 "compute_seconds": self.compute_seconds,
-                "in_flight": in_flight,
-                "versions": held,
+                "in_flight": self._sessions.in_flight,
+                "versions": 1 + len(self.shared.stashed),
                 "bad_requests": self.guard.bad(),
                 "clients_aside": len(self.guard.all_aside),
             }
@@ -306,14 +294,13 @@ class Server:
     def keep_answers_after(self, client: str, step: int) -> None:
         """A client has saved its state after ``step``: keep the answers of its later steps, and drop the others."""
         with self._lock:
-            progress = self.progress.get(client)
-            if progress is not None:
-                progress.kept_from = step
-                progress.forget(step)
+            progress = self.regulars[client].progress
+            progress.kept_from = step
+            progress.forget(step)
 
     def residuals(self, client: str) -> dict[str, Tensor]:
         """Of error feedback in what a client is sent: see :class:`flexp.links.coding.Coding`, which writes in it."""
-        return self._residuals.setdefault(client, {})
+        return self.regulars[client].residuals
 
     def state(self, *, unfinished: bool = False) -> dict[str, Tensor]:
         """Everything that :meth:`load` needs to go on bit for bit.
@@ -328,17 +315,10 @@ class Server:
         """
         with self._lock:
             if not unfinished:
-                self._refuse_busy("saved")
+                self._sessions.refuse_busy("saved")
             flat = {f"shared/{name}": value for name, value in self.shared.state().items()}
-            begun = {name: session.boundary for name, session in self._sessions.items() if session.busy}
-            for name, random in self._random.items():
-                state = begun.get(name)
-                flat[f"random/{name}"] = random.state if state is None else state
-            if self.remembers:
-                flat |= {f"progress/{name}": value for name, value in states(self.progress).items()}
+            flat |= self.regulars.state(self._sessions.begun(), progress=self.remembers)
             flat |= {f"guard/{name}": value for name, value in (self.bounds.state() | self.guard.state()).items()}
-            for name, residuals in self._residuals.items():
-                flat |= save_residuals(residuals, f"residuals/{name}/")
             return flat | {"compute_seconds": torch.tensor(self.compute_seconds, dtype=torch.float64)}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
@@ -349,48 +329,18 @@ class Server:
             StorageError: the state belongs to other blocks or another tuning.
         """
         with self._lock:
-            self._refuse_busy("restored")
-            kinds = ("shared", "random", "progress", "residuals", "guard")
-            parts: dict[str, dict[str, Tensor]] = {kind: {} for kind in kinds}
-            for key, value in state.items():
-                kind, _, name = key.partition("/")
-                parts.setdefault(kind, {})[name] = value
-            self.shared.load(parts["shared"])
-            self.bounds.load(parts["guard"])
-            self.guard.load(parts["guard"])
+            self._sessions.refuse_busy("restored")
+            self.shared.load(_under("shared/", state))
+            self.bounds.load(_under("guard/", state))
+            self.guard.load(_under("guard/", state))
             self.compute_seconds = float(state["compute_seconds"])
-            for name, value in parts["random"].items():
-                self._random.setdefault(name, RandomStream(0, self._device)).state = value
-            self.progress = {name: Progress.restored(value) for name, value in parts["progress"].items()}
+            self.regulars.load(state)
             for name, session in self._sessions.items():
-                session.progress = self._progress_of(name, session.join.numbering)
-            owed: dict[str, dict[str, Tensor]] = {name: {} for name in self._residuals}
-            for entry, value in parts["residuals"].items():
-                name, _, key = entry.rpartition("/")
-                owed.setdefault(name, {})[key] = value
-            for name, residuals in owed.items():
-                load_residuals(self.residuals(name), residuals)
-
-    def _progress_of(self, client: str, numbering: int) -> Progress:
-        """What is known of these steps of a client; nothing, if they are another run's."""
-        progress = self.progress.get(client)
-        if progress is None or not progress.goes_on(numbering):
-            progress = self.progress[client] = Progress(numbering)
-        return progress
+                session.progress = self.regulars[name].numbered(session.join.numbering)
 
     def _remember(self, session: Session, step: int, key: Key, reply: Any) -> None:
         if self.remembers:
             session.progress.remember(step, key, reply, self.config.keep_answers_bytes)
-
-    def _refuse_busy(self, what: str) -> None:
-        busy = [name for name, session in self._sessions.items() if session.busy]
-        if busy:
-            raise LinkError(f"the server cannot be {what} in the middle of a step of {', '.join(busy)}")
-
-    def _session(self, client: str) -> Session:
-        if client not in self._sessions:
-            raise LinkError(f"client {client} has not joined: call link.join first")
-        return self._sessions[client]
 
     @contextmanager
     def _computing(self) -> Iterator[None]:
@@ -405,6 +355,10 @@ class Server:
                 yield
         finally:
             self.compute_seconds += time.perf_counter() - began
+
+
+def _under(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def _activations(request: ForwardRequest) -> list[Tensor]:

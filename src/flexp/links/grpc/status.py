@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ def status_handler(facts: Callable[[], dict[str, Any]], tokens: Tokens | None) -
 
     async def answer(_: Any, context: Any) -> bytes:
         await check_operator(context, tokens)
-        return to_json(facts(), inf_nan_mode="null")
+        found = await asyncio.to_thread(facts)  # it waits for what is computed, which no stream need do
+        return to_json(found, inf_nan_mode="null")
 
     return grpc.unary_unary_rpc_method_handler(answer)
 
