@@ -34,7 +34,7 @@ def test_a_damaged_one_is_put_aside(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1] + b"\x07")
     with pytest.raises(StorageError, match="SHA-256 differs"):
         here.load(2)
-    assert here.newest_whole() == 1
+    assert (here.newest_whole() or {})["number"] == 1
     assert here.numbers() == [1]
     assert (tmp_path / "snapshot-00000002.damaged").exists()
 

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from torch import Tensor
 
+from flexp.bench.chaos import METERS
 from flexp.config import RunConfig
 from flexp.deployment.client import cuts_of, find_place, run_client
 from flexp.deployment.config import DeploymentConfig
@@ -18,8 +19,6 @@ from flexp.deployment.snapshots import Snapshots
 from flexp.experiments import checkpoints
 from flexp.links.base import Link
 from flexp.links.grpc import connect
-
-METERS = ("meter/", "seconds", "compute_seconds", "progress/")
 
 
 class Server:

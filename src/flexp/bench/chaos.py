@@ -12,11 +12,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from flexp.bench.faults import BadNetwork
@@ -32,11 +34,6 @@ METERS = ("meter/", "seconds", "compute_seconds", "progress/")
 FULL_DISK_SECONDS = 1.0
 
 Say = Callable[[str], None]
-
-
-class _Quiet(Progress):
-    def _print(self, text: str) -> None:
-        pass
 
 
 def chaos(
@@ -64,7 +61,7 @@ def chaos(
     """
     config = tiny_run(folder, rounds=2, steps_per_round=steps // 2, seed=seed)
     torch.set_num_threads(1)
-    runner.run(config, folder / "simulation", progress=_Quiet)
+    runner.run(config, folder / "simulation", progress=partial(Progress, console=Console(quiet=True)))
     fleet = Fleet(
         config, cuts_of(config), folder / "fleet", schedule="deterministic", save_every=10, restarts=10**9,
         answer_seconds=10.0,  # a bit turned in HTTP/2's own frames may make an answer vanish

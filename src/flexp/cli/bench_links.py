@@ -1,4 +1,4 @@
-"""``flexp bench codec`` and ``flexp bench slow-link``: what the form and the pace of what crosses come to."""
+"""``flexp bench link``, ``inference``, ``codec`` and ``slow-link``: what it costs that something crosses."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from flexp.cli.bench_common import Json, Kind, Model, Threads, cut_of, machine_line, prepared, show
 from flexp.errors import ConfigError
 
 Data = Annotated[str, typer.Option(help="Texts with labels: a file or asset:NAME.")]
@@ -18,8 +19,81 @@ Batch = Annotated[int, typer.Option(min=1, help="Examples of a step.")]
 Length = Annotated[int, typer.Option(min=4, help="Tokens of a text, at most.")]
 Tests = Annotated[int, typer.Option(min=1, help="Test examples.")]
 Tuning = Annotated[str, typer.Option(help="full or lora.")]
-Threads = Annotated[int, typer.Option(min=1, help="Threads that torch computes with.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+def link(
+    model: Model = "asset:minilm-l6",
+    kind: Kind = "sequence-classification",
+    cut: Annotated[str | None, typer.Option(metavar="S:E", help="Default: 1:L.")] = None,
+    pairs: Annotated[int, typer.Option(min=4, help="Pairs of steps.")] = 12,
+    tuning: Annotated[str, typer.Option(help="full or lora.")] = "full",
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    examples: Annotated[int, typer.Option(min=1)] = 8,
+    length: Annotated[int, typer.Option(min=1)] = 32,
+    threads: Threads = 1,
+    as_json: Json = False,
+) -> None:
+    """A step over gRPC on this machine ÷ one inside the process."""
+    from flexp.bench.link import link_overhead as bench
+
+    result = bench(
+        prepared(model, threads), kind, cut=cut_of(cut), pairs=pairs, tuning=tuning, dtype=dtype,
+        examples=examples, length=length,
+    )  # fmt: skip
+    low, high = result["ratio_quartiles"]
+    show(
+        result | {"model": model},
+        as_json,
+        [
+            ("gRPC ÷ in-process (median of pairs)", f"{result['ratio']:.3f}"),
+            ("quartiles", f"{low:.3f} – {high:.3f}"),
+            ("in-process step", f"{1e3 * result['in_process_seconds']:.1f} ms"),
+            ("gRPC step", f"{1e3 * result['grpc_seconds']:.1f} ms"),
+            ("bytes of a step", f"{result['tensor_bytes']} of tensors, {result['header_bytes']} besides"),
+        ],
+    )
+
+
+def inference(
+    model: Annotated[
+        str | None, typer.Option(help="Default: a Llama of random weights, as the next three say.")
+    ] = None,
+    hidden: Annotated[int, typer.Option(min=64, help="Width; a multiple of 64.")] = 512,
+    blocks: Annotated[int, typer.Option(min=3)] = 8,
+    vocabulary: Annotated[int, typer.Option(min=256)] = 8192,
+    cut: Annotated[str | None, typer.Option(metavar="S:E", help="Default: 1:L-1.")] = None,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens to go on from.")] = 32,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer.")] = 64,
+    pairs: Annotated[int, typer.Option(min=4, help="Pairs of answers.")] = 8,
+    round_trip: Annotated[float, typer.Option(min=0.0, help="Of the slow network, in milliseconds.")] = 50.0,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    threads: Threads = 1,
+    as_json: Json = False,
+) -> None:
+    """Tokens a second of a split model ÷ those of the whole one; and on a slow network."""
+    import torch
+
+    from flexp.bench.inference import inference as bench
+
+    torch.set_num_threads(threads)
+    result = bench(
+        None if model is None else prepared(model, threads), hidden=hidden, blocks=blocks, vocabulary=vocabulary,
+        cut=cut_of(cut), prompt=prompt, tokens=tokens, pairs=pairs, round_trip=round_trip / 1e3, dtype=dtype,
+    )  # fmt: skip
+    low, high = result["ratio_quartiles"]
+    show(
+        result if model is None else result | {"model": model},
+        as_json,
+        [
+            ("split ÷ whole, tokens a second (median of pairs)", f"{result['ratio']:.3f}"),
+            ("quartiles", f"{low:.3f} – {high:.3f}"),
+            ("processor time, whole ÷ split", f"{result['cpu_ratio']:.3f}"),
+            ("whole model", f"{result['whole_tokens_per_second']:.1f} tokens a second"),
+            ("split, loopback", f"{result['split_tokens_per_second']:.1f} tokens a second"),
+            (f"split, round trip {round_trip:g} ms", f"{result['slow_tokens_per_second']:.1f} tokens a second"),
+            ("the same tokens", "yes" if result["same_tokens"] else "NO"),
+        ],
+    )
 
 
 def codec(
@@ -63,7 +137,7 @@ def codec(
             f"{100 * row['accuracy']:.1f}",
         )  # fmt: skip
     Console().print(table)
-    _machine(result)
+    machine_line(result)
 
 
 def slow_link(
@@ -120,7 +194,7 @@ def slow_link(
     ):
         table.add_row(*row)
     Console().print(table)
-    _machine(result)
+    machine_line(result)
 
 
 def _check(name: str) -> Any:
@@ -129,8 +203,3 @@ def _check(name: str) -> Any:
     if name not in get_args(CodecName):
         raise ConfigError(f"--codec {name}: expected {', '.join(get_args(CodecName))}")
     return name
-
-
-def _machine(result: dict[str, Any]) -> None:
-    facts = result["machine"]
-    typer.echo(f"{facts['processor']}, {facts['cores']} cores, {facts['threads']} threads")

@@ -1,4 +1,4 @@
-"""``flexp bench plan``."""
+"""``flexp bench plan`` and ``predict``: what plans are worth, and the predictions behind them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from flexp.cli.bench_common import Json, Threads, machine_line
+from flexp.errors import ConfigError
 
 
 def plan(
@@ -18,7 +21,7 @@ def plan(
         Path | None, typer.Option(metavar="CURVE.json", help="An accuracy curve; default: the prior.")
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps of every client on the virtual clock.")] = 20,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Optimised plans beside the deepest cuts that fit, and beside one cut for everybody."""
     from rich.console import Console
@@ -53,3 +56,47 @@ def plan(
     slowest = max(row["plan_seconds"] for row in result["rows"])
     source = result["rows"][0]["accuracy"]
     typer.echo(f"Losses are expected points of accuracy ({source}); planned in at most {slowest:.1f} s.")
+
+
+def predict(
+    model: Annotated[list[str] | None, typer.Option(help="bert, llama or gpt2; again for each. Default: all.")] = None,
+    examples: Annotated[int, typer.Option(min=1)] = 8,
+    length: Annotated[int, typer.Option(min=2)] = 64,
+    tuning: Annotated[str, typer.Option(help="full or lora.")] = "full",
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Checkpoint the client's blocks.")] = False,
+    threads: Threads = 1,
+    as_json: Json = False,
+) -> None:
+    """Predicted against measured: a client's peak memory and a step's time, for five cuts of three architectures."""
+    import torch
+
+    from flexp.bench.predictions import MODELS, error
+    from flexp.bench.predictions import predictions as bench
+
+    for name in model or ():
+        if name not in MODELS:
+            raise ConfigError(f"--model {name}: expected one of {', '.join(MODELS)}")
+    torch.set_num_threads(threads)
+    result = bench(
+        models=model or tuple(MODELS), examples=examples, length=length, tuning=tuning, checkpointing=checkpointing,
+        say=None if as_json else typer.echo,
+    )  # fmt: skip
+    if as_json:
+        typer.echo(json.dumps(result))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="flexp bench predict: predicted, measured (error)", title_justify="left")
+    for column in ("model", "cut", "peak memory, MB", "client's step, ms", "client + server, ms"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for row in result["rows"]:
+        cells = [
+            f"{unit * row[key][0]:.0f}, {unit * row[key][1]:.0f} ({100 * error(row[key]):+.1f} %)"
+            for key, unit in (("memory_bytes", 1e-6), ("client_seconds", 1e3), ("seconds", 1e3))
+        ]
+        table.add_row(row["model"], f"{row['cut'][0]}:{row['cut'][1]}/{row['blocks']}", *cells)
+    Console().print(table)
+    worst = ", ".join(f"{100 * result['worst'][key]:.1f} %" for key in ("memory_bytes", "client_seconds", "seconds"))
+    typer.echo(f"largest errors: {worst}")
+    machine_line(result)

@@ -1,4 +1,4 @@
-"""``flexp bench chaos``, ``soak`` and ``server-scaling``: what a server and its clients stand."""
+"""``flexp bench chaos``, ``soak``, ``server-scaling`` and ``fuzz``: what a server and its clients stand."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from typing import Annotated
 
 import typer
 
+from flexp.cli.bench_common import Json, show
 from flexp.errors import FlexpError
-
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
 def chaos(
@@ -111,3 +110,38 @@ def server_scaling(
             f"{row['memory_bytes'] / 1e6:.0f}", str(row["peak_versions"]),
         )  # fmt: skip
     Console().print(table)
+
+
+def fuzz(
+    frames: Annotated[int, typer.Option(min=100, help="How many inputs.")] = 1_000_000,
+    engine: Annotated[
+        str | None,
+        typer.Option(help="coverage (needs pip install atheris) or blind. Default: the first that is there."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=1, help="Of the changes.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Bad frames and bad handshakes for a tiny server: no crash, no growth of memory, no effect on the weights."""
+    from flexp.bench.fuzz import fuzz as bench
+
+    result = bench(frames, engine=engine, seed=seed)
+    counts = result["counts"]
+    show(
+        result,
+        as_json,
+        [
+            ("engine", result["engine"] + (f", {result['branches']} branches" if result["branches"] else "")),
+            ("inputs", f"{result['frames']} in {result['seconds']:.0f} s ({result['cpu_seconds']:.0f} s of CPU)"),
+            ("refused as frames", str(counts.get("refused", 0))),
+            ("denied with a reason", str(counts.get("denied", 0))),
+            ("answered", str(counts.get("answered", 0))),
+            ("handshakes", str(counts.get("handshake", 0))),
+            ("growth of memory after a quarter", f"{result['growth'] / 1e6:+.1f} MB"),
+            ("weights", "unchanged" if result["weights_unchanged"] else "CHANGED"),
+            ("findings", str(counts.get("findings", 0))),
+        ],
+    )
+    for what, data in result["findings"].items():
+        typer.echo(f"{what}: {data}", err=True)
+    if result["findings"] or not result["weights_unchanged"]:
+        raise typer.Exit(1)

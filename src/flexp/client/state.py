@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from flexp.client.model import SplitModel
@@ -18,10 +17,8 @@ OWED = "residuals/"
 
 def party_state(trainer: Trainer) -> dict[str, Tensor]:
     """Everything that :func:`load_party` needs to go on bit for bit."""
-    meter = _model(trainer).link.meter.state()
-    flat = {f"meter/{kind}/{key}": value for kind, part in meter.items() for key, value in part.items()}
-    counts = {key: torch.tensor(value, dtype=torch.float64) for key, value in flat.items()}
-    return trainer.state() | counts | save_residuals(residuals_of(_model(trainer).link), OWED)
+    link = _model(trainer).link
+    return trainer.state() | link.meter.tensors() | save_residuals(residuals_of(link), OWED)
 
 
 def load_party(trainer: Trainer, state: Mapping[str, Tensor]) -> None:
@@ -33,11 +30,7 @@ def load_party(trainer: Trainer, state: Mapping[str, Tensor]) -> None:
     model = _model(trainer)
     trainer.load(state)
     model.steps.done = trainer.steps
-    meter = model.link.meter.state()
-    for kind, part in meter.items():
-        for key, zero in part.items():
-            part[key] = type(zero)(state[f"meter/{kind}/{key}"])
-    model.link.meter.load(meter)
+    model.link.meter.load_tensors(state)
     owed = {key.removeprefix(OWED): value for key, value in state.items() if key.startswith(OWED)}
     load_residuals(residuals_of(model.link), owed)
 

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from flexp.assets import resolve
-from flexp.client.model import SPLIT_MODELS, SplitModel
+from flexp.client.model import SplitModel
 from flexp.client.state import move_party
 from flexp.client.trainer import Trainer
 from flexp.config import CodecConfig, RunConfig
@@ -29,11 +29,9 @@ from flexp.experiments.planned import with_cuts
 from flexp.experiments.setup import client_cuts, load_processor, max_positions
 from flexp.files import write_json
 from flexp.links.base import Link
-from flexp.methods.parties import client_seed, own_config
+from flexp.methods.parties import own_config, own_trainer, split_model, tune_own
 from flexp.models.loading import load_config, load_stage
 from flexp.models.parts import Part, check_cut
-from flexp.models.tuning import tune
-from flexp.optim import Updater
 from flexp.report.metrics import MetricsLog, write_records
 from flexp.report.metrics import read as read_log
 from flexp.report.progress import Progress
@@ -119,7 +117,7 @@ def make_client(
         ModelError: the model cannot be loaded or split.
         LinkError: the server refuses.
     """
-    model, task, name = place.config.model, place.federation.task, place.data.name
+    model, task = place.config.model, place.federation.task
     stage = load_stage(
         place.model_id,
         task.model_kind,
@@ -131,28 +129,9 @@ def make_client(
         pad_token_id=place.pad,
         seed=config.seed,
     )
-    tune(
-        stage,
-        model.tuning,
-        lora=model.lora,
-        embeddings=model.train_embeddings,
-        gradient_checkpointing=model.gradient_checkpointing,
-        seed=config.seed,
-    )
-    split = SPLIT_MODELS[task.model_kind](
-        stage,
-        place.cut,
-        link,
-        align=config.method.align,
-        tuning=model.tuning,
-        lora=model.lora,
-        expose_embeddings=model.expose_embeddings,
-        numbering=numbering,
-        codec=codec,
-    )
-    total = config.train.rounds * config.train.steps_per_round
-    updater = Updater(stage.trainable(), config.train.personal, total, stage.new)
-    return Trainer(place.data, task, split, updater, place.config.train, seed=client_seed(config.seed, name)), split
+    tune_own(stage, place.config)
+    split = split_model(config, stage, place.cut, link, task.model_kind, codec=codec, numbering=numbering)
+    return own_trainer(place.config, place.data, task, split, stage), split
 
 
 def run_client(
@@ -219,10 +198,9 @@ def run_client(
 
 def _known(snapshots: Snapshots, place: Place, state: Path, *, may_move: bool) -> dict[str, Any]:
     """What the newest snapshot that is whole says of the client; nothing, if there is none."""
-    newest = snapshots.newest_whole()
-    if newest is None:
+    facts = snapshots.newest_whole()
+    if facts is None:
         return {}
-    _, facts = snapshots.load(newest)
     if facts["client"] != place.data.name or (facts["cut"] != list(place.cut) and not may_move):
         raise ConfigError(
             f"{state} holds snapshots of {facts['client']} with cut {tuple(facts['cut'])}, not of {place.data.name} "

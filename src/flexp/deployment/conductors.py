@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-
-import torch
 
 from flexp.deployment.snapshots import Snapshots
 from flexp.errors import LinkError, StorageError
@@ -87,13 +86,5 @@ class Desk:
 
 def run_name(snapshots: Snapshots | None) -> str:
     """The name of the run that the newest snapshot belongs to, or a new one."""
-    number = None if snapshots is None else snapshots.newest_whole()
-    if snapshots is None or number is None:
-        return f"{int(torch.randint(2**31, (), generator=_fresh())):08x}"
-    return str(snapshots.load(number)[1]["run"])
-
-
-def _fresh() -> torch.Generator:
-    generator = torch.Generator()
-    generator.seed()
-    return generator
+    facts = None if snapshots is None else snapshots.newest_whole()
+    return secrets.token_hex(4) if facts is None else str(facts["run"])

@@ -68,12 +68,14 @@ class Snapshots:
         except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise StorageError(f"{place} is damaged ({error}); delete it to go on from an earlier snapshot") from error
 
-    def newest_whole(self) -> int | None:
-        """The newest whose content is what was saved; damaged ones are put aside under another name."""
+    def newest_whole(self) -> dict[str, Any] | None:
+        """The facts, ``number`` among them, of the newest whose content is what was saved.
+
+        Damaged ones are put aside under another name.
+        """
         for number in reversed(self.numbers()):
             try:
-                self.load(number)
-                return number
+                return self.load(number)[1]
             except StorageError:
                 self._place(number).rename(self._place(number).with_suffix(".damaged"))
         return None

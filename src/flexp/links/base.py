@@ -6,11 +6,14 @@ of one client may be in flight.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
 
 from flexp.links.messages import (
     Abort,
@@ -58,6 +61,22 @@ class Meter:
         """Continue from :meth:`state`."""
         self.training = Traffic(**state["training"])  # type: ignore[arg-type]
         self.evaluation = Traffic(**state["evaluation"])  # type: ignore[arg-type]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All counts as a checkpoint holds them, flat and exact."""
+        return {
+            f"meter/{kind}/{name}": torch.tensor(value, dtype=torch.float64)
+            for kind, counts in self.state().items()
+            for name, value in counts.items()
+        }
+
+    def load_tensors(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from :meth:`tensors`, which may stand among others."""
+        found = self.state()
+        for kind, counts in found.items():
+            for name, zero in counts.items():
+                counts[name] = type(zero)(state[f"meter/{kind}/{name}"])
+        self.load(found)
 
 
 @runtime_checkable

@@ -25,9 +25,7 @@ def client_state(client: Client) -> dict[str, Tensor]:
         flat |= {f"kept/{group}/{name}": value for name, value in tensors.items()}
     for model, worker in client.workers.items():
         flat |= {f"worker/{model}/{name}": value for name, value in worker.state().items()}
-    for kind, counts in client.meter.state().items():
-        flat |= {f"meter/{kind}/{name}": exact(value) for name, value in counts.items()}
-    return flat
+    return flat | client.meter.tensors()
 
 
 def load_client(client: Client, state: Mapping[str, Tensor]) -> None:
@@ -42,8 +40,4 @@ def load_client(client: Client, state: Mapping[str, Tensor]) -> None:
         client.kept[group] = {name: value.clone() for name, value in part(f"kept/{group}/").items()}
     for model, worker in client.workers.items():
         worker.load(part(f"worker/{model}/"))
-    counts = client.meter.state()
-    for kind, zeros in counts.items():
-        for name, zero in zeros.items():
-            zeros[name] = type(zero)(state[f"meter/{kind}/{name}"])
-    client.meter.load(counts)
+    client.meter.load_tensors(state)

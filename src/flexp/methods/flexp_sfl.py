@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexp.client.model import SPLIT_MODELS, SplitModel
+from flexp.client.model import SplitModel
 from flexp.client.state import load_party, party_state
 from flexp.client.trainer import Trainer
 from flexp.links.base import Link
 from flexp.methods.base import Account, Forward, OnStep, State, World
-from flexp.methods.parties import make_trainer, own_stage, own_world
+from flexp.methods.parties import make_trainer, own_stage, own_world, split_model
 from flexp.methods.turns import turns
 from flexp.models.parts import Part
 from flexp.models.stage import Stage, carve
@@ -132,14 +132,6 @@ class FlexpSfl:
         world = own_world(self.world, name)
         config, cut = world.config, world.cuts[name]
         stage = self._make_stage(world, cut)
-        model = SPLIT_MODELS[world.federation.task.model_kind](
-            stage,
-            cut,
-            self.connect(name),
-            align=config.method.align,
-            tuning=config.model.tuning,
-            lora=config.model.lora,
-            expose_embeddings=config.model.expose_embeddings,
-            codec=config.link.codec,
-        )
+        kind = world.federation.task.model_kind
+        model = split_model(config, stage, cut, self.connect(name), kind, codec=config.link.codec)
         return make_trainer(world, name, model, stage)

@@ -7,9 +7,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from flexp.client.model import SPLIT_MODELS, SplitModel
 from flexp.client.trainer import Trainable, Trainer
-from flexp.config import RunConfig
+from flexp.config import CodecConfig, RunConfig
+from flexp.data.types import ClientData, Task
+from flexp.links.base import Link
 from flexp.methods.base import World
+from flexp.models.loading import ModelKind
 from flexp.models.parts import Part
 from flexp.models.stage import Stage, carve
 from flexp.models.tuning import tune
@@ -22,26 +26,64 @@ def own_stage(world: World, part: Part, ranks: Mapping[int, int] | None = None) 
     Args:
         ranks: of the adapters in some blocks (:func:`flexp.models.tuning.tune`).
     """
-    model = world.config.model
     stage = carve(world.source, part)
+    tune_own(stage, world.config, ranks)
+    return stage
+
+
+def tune_own(stage: Stage, config: RunConfig, ranks: Mapping[int, int] | None = None) -> None:
+    """Make a client's stage ready for training, as the configuration says."""
+    model = config.model
     tune(
         stage,
         model.tuning,
         lora=model.lora,
         embeddings=model.train_embeddings,
         gradient_checkpointing=model.gradient_checkpointing,
-        seed=world.config.seed,
+        seed=config.seed,
         ranks=ranks,
     )
-    return stage
+
+
+def split_model(
+    config: RunConfig,
+    stage: Stage,
+    cut: tuple[int, int],
+    link: Link,
+    kind: ModelKind,
+    *,
+    codec: CodecConfig | None,
+    numbering: int | None = None,
+) -> SplitModel:
+    """A client's split model of FlexP-SFL, joined over ``link``.
+
+    Raises:
+        LinkError: the server refuses.
+    """
+    return SPLIT_MODELS[kind](
+        stage,
+        cut,
+        link,
+        align=config.method.align,
+        tuning=config.model.tuning,
+        lora=config.model.lora,
+        expose_embeddings=config.model.expose_embeddings,
+        numbering=numbering,
+        codec=codec,
+    )
 
 
 def make_trainer(world: World, name: str, model: Trainable, stage: Stage) -> Trainer:
     """The loop of one client; data, batches, steps and optimiser are the same for every method."""
     data = next(data for data in world.federation.clients if data.name == name)
-    config = world.config
-    updater = Updater(stage.trainable(), config.train.personal, world.total_steps, stage.new)
-    return Trainer(data, world.federation.task, model, updater, config.train, seed=client_seed(config.seed, name))
+    return own_trainer(world.config, data, world.federation.task, model, stage)
+
+
+def own_trainer(config: RunConfig, data: ClientData, task: Task, model: Trainable, stage: Stage) -> Trainer:
+    """The same for a client that has nobody else's data."""
+    total = config.train.rounds * config.train.steps_per_round
+    updater = Updater(stage.trainable(), config.train.personal, total, stage.new)
+    return Trainer(data, task, model, updater, config.train, seed=client_seed(config.seed, data.name))
 
 
 def own_config(config: RunConfig, index: int) -> RunConfig:

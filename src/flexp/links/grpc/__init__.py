@@ -4,7 +4,8 @@ import os
 
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # gRPC logs every stream that ends
 
-from flexp.links.grpc.link import GrpcLink, connect
+from flexp.links.grpc.connecting import connect
+from flexp.links.grpc.link import GrpcLink
 from flexp.links.grpc.loopback import loopback
 from flexp.links.grpc.security import ServerTls
 from flexp.links.grpc.serving import Serving, serve

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from flexp.links.base import Link, connected
-from flexp.links.grpc.link import connect
+from flexp.links.grpc.connecting import connect
 from flexp.links.grpc.serving import serve
 from flexp.links.inprocess import Service
 

@@ -1,0 +1,92 @@
+"""Opening a link over gRPC: address, TLS, token, and the server's first word."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import grpc
+
+from flexp.config import CodecConfig, CodecName
+from flexp.errors import ConfigError, LinkError, LinkLostError
+from flexp.links.grpc.link import GrpcLink, reason
+from flexp.links.grpc.loop import METHOD, OPTIONS, SERVICE, wait_for, within
+from flexp.links.grpc.security import (
+    CLIENT_KEY,
+    TOKEN_KEY,
+    WELCOME_KEY,
+    Address,
+    channel_credentials,
+    check_connecting,
+    check_name,
+)
+
+
+def connect(
+    url: str,
+    client: str | None = None,
+    *,
+    token: str | None = None,
+    ca: str | Path | None = None,
+    certificate: str | Path | None = None,
+    key: str | Path | None = None,
+    insecure: bool = False,
+    codec: CodecConfig | CodecName = "bf16",
+    timeout: float = 600.0,
+    connect_timeout: float = 20.0,
+) -> GrpcLink:
+    """A link to a server that another process runs.
+
+    Args:
+        url: ``grpc://HOST:PORT``, which is plaintext unless ``ca`` is given, or ``grpcs://HOST:PORT``, which is TLS.
+            The client's name may stand in it: ``grpc://clinic-a@HOST:PORT``.
+        token: this client's; ``None``: what the environment variable FLEXP_TOKEN holds, if anything.
+        ca: the certificate (PEM) that the server's is signed with; with ``grpcs://``, ``None`` means FLEXP_CA, or else
+            the authorities that gRPC knows.
+        certificate: this client's own (PEM), if the server asks for one.
+        key: that certificate's.
+        insecure: allow plaintext to other machines.
+        codec: in what form tensors cross, for models that do not say it themselves. The default halves the bytes of
+            float32; ``"off"`` gives what the link inside one process gives, bit for bit.
+        timeout: seconds that an answer may take, after which the link is given up.
+
+    Raises:
+        ConfigError: the address is none, or plaintext would leave this machine.
+        LinkError: no server answers, or it refuses this client.
+    """
+    address = Address.of_url(url)
+    name = client or address.client
+    if name is None:
+        raise ConfigError("the link needs the client's name: client='clinic-a', or grpc://clinic-a@HOST:PORT")
+    check_name(name)
+    ca = ca or os.environ.get("FLEXP_CA") or None
+    token = token or os.environ.get("FLEXP_TOKEN") or None
+    secure = address.secure or ca is not None
+    check_connecting(address, secure, insecure=insecure)
+    paths = [None if path is None else Path(path) for path in (ca, certificate, key)]
+    credentials = channel_credentials(*paths) if secure else None
+    metadata = [(CLIENT_KEY, name.encode())] + ([(TOKEN_KEY, token.encode())] if token else [])
+
+    async def open_stream() -> GrpcLink:
+        target = str(address)
+        if credentials is None:
+            channel = grpc.aio.insecure_channel(target, OPTIONS)
+        else:
+            channel = grpc.aio.secure_channel(target, credentials, OPTIONS)
+        try:
+            stream = channel.stream_stream(f"/{SERVICE}/{METHOD}")(metadata=metadata)
+            async with within(connect_timeout, f"no server answered at {target}"):
+                if WELCOME_KEY not in dict(await stream.initial_metadata() or ()):
+                    await stream.read()  # raises what the server, or whoever answers there, says instead
+                    raise LinkError(f"what answers at {target} is no FlexP server")
+        except BaseException as error:
+            await channel.close()
+            if isinstance(error, grpc.aio.AioRpcError):
+                lost = error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.ALREADY_EXISTS)
+                raise (LinkLostError if lost else LinkError)(reason(error, address)) from error
+            raise
+        return GrpcLink(channel, stream, address, name, timeout)
+
+    link = wait_for(open_stream())
+    link.codec = codec if isinstance(codec, CodecConfig) else CodecConfig.all(codec)
+    return link
