@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flexp.client.steps import Piece
 from flexp.config import AlignConfig, ServerConfig
-from flexp.errors import LinkError
+from flexp.errors import LinkError, LinkLostError
 from flexp.links.base import Link, connected
 from flexp.links.frames import encode
 from flexp.links.grpc import connect, loopback, serve
@@ -291,7 +291,9 @@ def test_frames_that_come_twice_or_too_late_are_computed_once_or_never() -> None
         assert send(1, twice=True).result(SOON).hidden_BTH.shape == z.shape
         late = next(link._numbers)
         assert send(2).result(SOON).hidden_BTH.shape == z.shape  # the second copy harmed nothing
-        assert send(4, before=encode(to_frame(ForwardRequest(3, z), late))).result(SOON).hidden_BTH.shape == z.shape
-        assert counted == [1, 2, 4]
-        assert serving._memory.used == 0
+        lost = send(4, before=encode(to_frame(ForwardRequest(3, z), late)))
+        with pytest.raises(LinkLostError, match="came after one that was sent later"):  # told at once, to be done again
+            lost.result(SOON)
+        assert counted == [1, 2]
         link.close()
+        assert eventually(lambda: serving._memory.used == 0)

@@ -22,6 +22,7 @@ from rich.console import Console
 from torch import Tensor
 
 from flexp.bench.faults import BadNetwork
+from flexp.bench.relay import Relay
 from flexp.bench.tiny_run import tiny_run
 from flexp.deployment.client import cuts_of
 from flexp.deployment.fleet import Fleet, Party
@@ -44,6 +45,10 @@ def chaos(
     full_disks: int,
     steps: int,
     rate: float,
+    relayed: int = 0,
+    relay_rate: float = 0.01,
+    dropout: float = 0.0,
+    in_flight: int = 2,
     seed: int = 0,
     limit: float = 3600.0,
     say: Say = print,
@@ -54,12 +59,17 @@ def chaos(
         folder: new or empty.
         steps: of each client.
         rate: of faults on the network, for each piece of up to 16 KiB.
+        relayed: of the faults, how many are frames that come twice, late or after the next one.
+        relay_rate: of these, for each frame either way.
+        dropout: of the model. With several exchanges in flight the order in which a client draws depends on time, so
+            only without dropout is a run with ``in_flight`` above 1 the same each time.
+        in_flight: exchanges of a step under way at once; with one, no frame can come before an earlier one.
         limit: seconds for the fleet.
 
     Raises:
         FlexpError: the fleet did not come to its end in time, or somebody fell for another reason.
     """
-    config = tiny_run(folder, rounds=2, steps_per_round=steps // 2, seed=seed)
+    config = tiny_run(folder, rounds=2, steps_per_round=steps // 2, dropout=dropout, in_flight=in_flight, seed=seed)
     torch.set_num_threads(1)
     runner.run(config, folder / "simulation", progress=partial(Progress, console=Console(quiet=True)))
     fleet = Fleet(
@@ -69,7 +79,8 @@ def chaos(
     )  # fmt: skip
     began = time.monotonic()
     fleet.start_server()
-    network = BadNetwork(fleet.address, rate=rate, most=faults - kills - full_disks, seed=seed)
+    relay = Relay(fleet.address, rate=relay_rate, most=relayed, seed=seed)
+    network = BadNetwork(relay.address, rate=rate, most=faults - kills - full_disks - relayed, seed=seed)
     fleet.way = network.address
     for name in fleet.clients:
         fleet.start_client(name)
@@ -81,15 +92,16 @@ def chaos(
                 raise FlexpError(f"the fleet was not through after {limit:g} s; its logs are in {fleet.out}")
             time.sleep(0.1)
             hand.act()
-            done = network.faults.total() + hand.faults.total()
+            done = network.faults.total() + relay.faults.total() + hand.faults.total()
             if done // 50 > told:
                 told = done // 50
                 say(f"{done} faults, {sum(row['steps'] for row in fleet.results())} steps")
     finally:
         fleet.stop(5.0)
         network.close()
+        relay.close()
     different = _differences(folder / "simulation", folder / "fleet", list(fleet.clients))
-    counts = dict(network.faults + hand.faults)
+    counts = dict(network.faults + relay.faults + hand.faults)
     return {
         "faults": sum(counts.values()),
         "by_kind": counts,

@@ -19,7 +19,9 @@ CUTS = [[1, 4], [2, None], [3, 4]]
 WORDS = [f"word{number}" for number in range(40)]
 
 
-def tiny_run(folder: Path, *, rounds: int, steps_per_round: int, dropout: float = 0.1, seed: int = 0) -> RunConfig:
+def tiny_run(
+    folder: Path, *, rounds: int, steps_per_round: int, dropout: float = 0.1, in_flight: int = 1, seed: int = 0
+) -> RunConfig:
     """Write model, tokenizer and data into ``folder``; give a configuration that uses them."""
     model = folder / "model"
     save_tiny("bert", model)
@@ -39,7 +41,13 @@ def tiny_run(folder: Path, *, rounds: int, steps_per_round: int, dropout: float 
         "threads": 1,
         "model": {"id": str(model)},
         "data": {"source": str(rows), "max_length": 16, "train_examples": 16, "clients": {"cuts": CUTS}},
-        "train": {"rounds": rounds, "steps_per_round": steps_per_round, "batch_size": 4, "order": "random"},
+        "train": {
+            "rounds": rounds,
+            "steps_per_round": steps_per_round,
+            "batch_size": 4,
+            "order": "random",
+            "in_flight": in_flight,
+        },
         "method": {"align": {"kind": "weights", "pull": 0.3, "every": 3, "teach": True}},
         "evaluation": {"measure_memory": False},
         "output": {"tensorboard": False, "html": False},

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from flexp.cli.bench_common import Json, show
-from flexp.errors import FlexpError
+from flexp.errors import ConfigError, FlexpError
 
 
 def chaos(
@@ -19,6 +19,14 @@ def chaos(
     full_disks: Annotated[int, typer.Option(min=0, help="Of these: disks that are full for a second.")] = 5,
     steps: Annotated[int, typer.Option(min=20, help="Of each of the three clients.")] = 2000,
     rate: Annotated[float, typer.Option(min=0.0, max=1.0, help="Of faults on the network, for each piece.")] = 0.02,
+    relayed: Annotated[
+        int, typer.Option(min=0, help="Of the faults: frames that come twice, late, or after the next one.")
+    ] = 120,
+    relay_rate: Annotated[float, typer.Option(min=0.0, max=1.0, help="Of these, for each frame.")] = 0.01,
+    dropout: Annotated[float, typer.Option(min=0.0, max=0.9, help="Of the model; needs --in-flight 1.")] = 0.0,
+    in_flight: Annotated[
+        int, typer.Option(min=1, max=4, help="Exchanges under way at once; 1: frames keep their order.")
+    ] = 2,
     seed: Annotated[int, typer.Option(help="Of all that goes wrong.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Keep everything there; default: a temporary folder.")] = None,
     as_json: Json = False,
@@ -29,10 +37,14 @@ def chaos(
     def say(line: str) -> None:
         typer.echo(f"flexp bench chaos: {line}", err=True)
 
+    if dropout and in_flight > 1:
+        raise ConfigError("--dropout needs --in-flight 1: with more, what a client draws depends on time")
+    if relayed + kills + full_disks > faults:
+        raise ConfigError(f"--relayed, --kills and --full-disks are more than --faults {faults}")
     with tempfile.TemporaryDirectory() as spare:
         result = bench(
-            out or Path(spare), faults=faults, kills=kills, full_disks=full_disks, steps=steps, rate=rate, seed=seed,
-            say=say,
+            out or Path(spare), faults=faults, kills=kills, full_disks=full_disks, steps=steps, rate=rate,
+            relayed=relayed, relay_rate=relay_rate, dropout=dropout, in_flight=in_flight, seed=seed, say=say,
         )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(result))

@@ -13,6 +13,7 @@ from flexp.errors import LinkError
 from flexp.links.frames import Frame, encode
 from flexp.links.grpc.loop import read_frame, within
 from flexp.links.grpc.memory import Memory
+from flexp.links.grpc.order import Order
 from flexp.links.grpc.rate import Rates
 from flexp.links.rules import Agreement, Limits, check_request
 from flexp.links.translate import error_frame, read_welcome, to_message
@@ -40,7 +41,7 @@ class Stream:
         self._last: LinkError | None = None
         self._agreement: Agreement | None = None
         self._held = 0  # bytes of memory
-        self._newest = 0  # the highest number of a request so far
+        self._order = Order()
         self._answers: asyncio.Queue[tuple[asyncio.Future[Answer], int] | None] = asyncio.Queue(limits.unanswered)
 
     async def run(self) -> None:
@@ -77,11 +78,10 @@ class Stream:
                 )
                 if frame is None:
                     break
-                if frame.head.call <= self._newest:  # it came twice, or after one that was sent later: never computed
+                if not self._order.new(frame.head.call):
                     self._held -= frame.head.payload
                     self._memory.release(frame.head.payload)
                     continue
-                self._newest = frame.head.call
                 answer = self._compute(self._client, frame)
                 await self._answers.put((answer, frame.head.payload))
                 if frame.head.kind == Kind.JOIN:
