@@ -86,6 +86,25 @@ class Updater:
                 self._optimizer.state[new] = self._optimizer.state.pop(old)
             self.parameters[name] = new
 
+    def change(self, parameters: Mapping[str, nn.Parameter], new: Collection[str] = ()) -> None:
+        """Go on with other parameters: those of the same name and object keep their state, others begin without any.
+
+        Args:
+            new: as for the constructor.
+        """
+        kept = {} if self._optimizer is None else dict(self._optimizer.state)
+        self.parameters = dict(parameters)
+        self._optimizer = _make(self.parameters, self.config, new) if self.parameters else None
+        if self._optimizer is not None:
+            self._optimizer.state.update({value: kept[value] for value in self.parameters.values() if value in kept})
+
+    def adopt(self, state: Mapping[str, Tensor]) -> None:
+        """Give some parameters the state that they had before, as :meth:`state` names it; without the steps."""
+        assert self._optimizer is not None
+        for entry, value in state.items():
+            key, _, name = entry.partition("/")
+            self._optimizer.state[self.parameters[name]][key] = value.clone()
+
     def state(self) -> dict[str, Tensor]:
         """Everything that :meth:`load` needs to go on bit for bit, as flat named tensors."""
         flat = {"steps": torch.tensor(self.steps)}

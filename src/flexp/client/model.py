@@ -88,11 +88,13 @@ class SplitModel(PersonalModel):
         self.tuning = tuning
         self.lora = lora
         self.last_align: float | None = None
+        self.cut: tuple[int, int] = cut
         self.steps = Steps(accumulation)
         if numbering is not None:
             self.steps.numbering = numbering
         self.codec = codec
-        self._join(cut, expose_embeddings)
+        self._expose_embeddings = expose_embeddings
+        self._join(cut)
 
     @classmethod
     def from_pretrained(
@@ -243,19 +245,27 @@ class SplitModel(PersonalModel):
         self.steps.abandon()
         self.link.abort(Abort())
 
-    def rejoin(self, link: Link | None = None) -> None:
+    def rejoin(self, link: Link | None = None, *, cut: tuple[int, int] | None = None) -> None:
         """Join again, after the link was lost or the server came back: over ``link``, if it is another one, of the same
         client to the same server; the old one is closed. The steps go on.
 
+        Args:
+            cut: another one from now on; the stage must be made to fit it (:mod:`flexp.client.recut`).
+
         Raises:
-            LinkError: the server refuses this client.
+            LinkError: the server refuses this client, or that cut.
         """
         if link is not None:
             with suppress(LinkError):
                 self.link.close()
             self.link = link
         self.steps.abandon()
-        self._join(self.cut, self._expose_embeddings)
+        before = self.cut
+        try:
+            self._join(cut or before)
+        except (LinkError, ConfigError):
+            self.cut = before
+            raise
 
     def after_step(self) -> None:
         """Once the optimiser has stepped: pull the aligned blocks towards the server's, if the alignment says so.
@@ -272,9 +282,9 @@ class SplitModel(PersonalModel):
                 if name in personal:
                     personal[name].lerp_(value.to(personal[name]), self.align.pull)
 
-    def _join(self, cut: tuple[int, int], expose_embeddings: bool) -> None:
+    def _join(self, cut: tuple[int, int]) -> None:
         check_cut(cut, self.stage.anatomy.blocks)
-        self.cut, self._expose_embeddings = cut, expose_embeddings
+        self.cut = cut
         welcome = self.link.join(
             Join(
                 client=self.link.client,
@@ -295,7 +305,7 @@ class SplitModel(PersonalModel):
         if cut[0] < self.base_depth:
             raise ConfigError(f"cut = {cut} starts below the server's base depth s_min = {self.base_depth}")
         what = "cut = (0, …)" if cut[0] == 0 else "alignment from a base depth of 0"
-        if not expose_embeddings and (cut[0] == 0 or (self.base_depth == 0 and self._aligns())):
+        if not self._expose_embeddings and (cut[0] == 0 or (self.base_depth == 0 and self._aligns())):
             raise ConfigError(
                 f"{what} would send the bare embeddings, from which the server can read every token; keep a block "
                 "below what is sent (s and s_min of at least 1), or say expose_embeddings=True"

@@ -59,6 +59,9 @@ class Trainer:
         updater: over the personal parameters.
         seed: of the order of the examples and of dropout.
 
+    Attributes:
+        micro_batch: examples of one exchange; may be changed between two steps.
+
     Raises:
         DataError: the client has no training examples.
     """
@@ -80,7 +83,7 @@ class Trainer:
         self.steps = 0
         self.seconds = 0.0
         self._in_flight = config.in_flight
-        self._micro_batch = config.micro_batch or -(-config.batch_size // config.in_flight)
+        self.micro_batch = config.micro_batch or -(-config.batch_size // config.in_flight)
         self._order = BatchOrder(len(data.train), config.batch_size, seed)
         self._random = RandomStream(derived_seed(seed, "client"), model.device)
 
@@ -126,6 +129,7 @@ class Trainer:
         flat = {f"personal/{name}": value for name, value in self.model.personal_state().items()}
         flat |= {f"optimizer/{name}": value for name, value in self.updater.state().items()}
         flat["random"] = self._random.state
+        flat["micro_batch"] = torch.tensor(self.micro_batch)
         flat["seconds"] = torch.tensor(self.seconds, dtype=torch.float64)
         return flat | {"steps": torch.tensor(self.steps)}
 
@@ -138,11 +142,12 @@ class Trainer:
         self.model.load_personal_state(part("personal/"))
         self.updater.load(part("optimizer/"))
         self._random.state = state["random"]
+        self.micro_batch = int(state.get("micro_batch", self.micro_batch))
         self.steps, self.seconds = int(state["steps"]), float(state["seconds"])
 
     def _pieces(self) -> list[tuple[Piece, Batch]]:
         """The step's examples in exchanges, and what each counts; those without any item of the loss are left out."""
-        indices, size = self._order.indices(self.steps), self._micro_batch
+        indices, size = self._order.indices(self.steps), self.micro_batch
         groups = [indices[start : start + size] for start in range(0, len(indices), size)]
         collated = [self.task.collate([self.data.train[index] for index in group]) for group in groups]
         batches = [batch for batch in collated if loss_items(batch["labels"])]

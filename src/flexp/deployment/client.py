@@ -16,7 +16,7 @@ from rich.console import Console
 
 from flexp.assets import resolve
 from flexp.client.model import SplitModel
-from flexp.client.state import move_party
+from flexp.client.recut import ParkedOnDisk, move_party
 from flexp.client.trainer import Trainer
 from flexp.config import CodecConfig, RunConfig
 from flexp.data import load_federation, pad_id
@@ -164,7 +164,8 @@ def run_client(
     with Progress(total, place.data.name, metric=place.federation.task.metric, console=console) as diary:
         trainer, model = _joined(config, place, reach, facts.get("numbering"), codec, deployment.patience, diary.note)
         if facts and facts["cut"] != list(place.cut):
-            new = move_party(trainer, snapshots.load(int(facts["number"]))[0])
+            parking = ParkedOnDisk(state / "parked")
+            new = move_party(trainer, snapshots.load(int(facts["number"]))[0], parking)
             diary.note(
                 f"{place.data.name}: from cut {tuple(facts['cut'])} to {place.cut}, {len(new)} parameters are new"
             )

@@ -123,7 +123,8 @@ class Abort:
 
 @dataclass(frozen=True)
 class PullRequest:
-    """Ask for the shared weights of blocks [start, stop), which lie in [s_min, s), for alignment in weight space.
+    """Ask for the shared weights of blocks [start, stop) that the client holds as well: some of [s_min, s), for
+    alignment in weight space and for blocks that are new to it, or of [e, e_max).
 
     ``step`` is the client's step that it ends; 0: not numbered.
     """

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from flexp.client.model import SplitModel
-from flexp.client.state import load_party, party_state
+from flexp.client.recut import Blocks, Move, ParkedInMemory, fit, recut
+from flexp.client.state import cut_in, load_party, party_state
 from flexp.client.trainer import Trainer
 from flexp.links.base import Link
 from flexp.methods.base import Account, Forward, OnStep, State, World
@@ -35,14 +36,32 @@ class FlexpSfl:
     def __init__(self, world: World) -> None:
         self.world = world
         self.server = self._make_server()
+        self.gone: set[str] = set()  # clients whose device cannot go on
+        self.parking = {data.name: ParkedInMemory() for data in world.federation.clients}
         self.clients = {data.name: self._make_client(data.name) for data in world.federation.clients}
 
     def train_round(self, number: int, on_step: OnStep) -> None:
         config = self.world.config
-        for name in turns(self.world.participant_names, config.train, config.seed, number):
+        there = [name for name in self.world.participant_names if name not in self.gone]
+        for name in turns(there, config.train, config.seed, number):
             on_step(self.clients[name].step())
         if number == config.train.rounds:
             self.server.flush()  # update = "mean" may have steps left that are fewer than mean_over
+
+    def recut(self, client: str, cut: tuple[int, int], micro_batch: int | None = None) -> Move:
+        """Move a client's cut between two rounds, and change the size of its exchanges.
+
+        Raises:
+            ConfigError, LinkError: the cut does not fit the model or the server.
+        """
+        trainer = self.clients[client]
+        trainer.micro_batch = micro_batch or trainer.micro_batch
+        return recut(trainer, cut, self._blocks(client), self.parking[client])
+
+    def cut_of(self, client: str) -> tuple[int, int]:
+        """Where a client cuts now."""
+        cut: tuple[int, int] = self._model(client).cut
+        return cut
 
     def connect(self, name: str) -> Link:
         """The link of a client."""
@@ -59,7 +78,7 @@ class FlexpSfl:
         return forward
 
     def trained_weights(self, client: str) -> dict[str, Tensor]:
-        shared, middle = self.server.shared, range(*self.world.cuts[client])
+        shared, middle = self.server.shared, range(*self.cut_of(client))
         weights = {
             name: value for name, value in shared.updater.parameters.items() if shared.stage.block_of(name) in middle
         }
@@ -90,12 +109,19 @@ class FlexpSfl:
 
     def state(self) -> State:
         state = {"server": self.server.state()}
-        return state | {f"client-{name}": party_state(trainer) for name, trainer in self.clients.items()}
+        for name, trainer in self.clients.items():
+            gone = {"gone": torch.ones(())} if name in self.gone else {}
+            state[f"client-{name}"] = party_state(trainer) | self.parking[name].state() | gone
+        return state
 
     def load(self, state: State) -> None:
         self.server.load(state["server"])
         for name, trainer in self.clients.items():
-            load_party(trainer, state[f"client-{name}"])
+            own = state[f"client-{name}"]
+            fit(trainer, cut_in(own) or self.cut_of(name), self._blocks(name))
+            load_party(trainer, own)
+            self.parking[name].load(own)
+        self.gone = {name for name in self.clients if "gone" in state[f"client-{name}"]}
 
     def close(self) -> None:
         for name in self.clients:
@@ -124,6 +150,10 @@ class FlexpSfl:
             total_steps=world.total_steps * len(world.participants),
             seed=config.seed,
         )
+
+    def _blocks(self, client: str) -> Blocks:
+        world = own_world(self.world, client)
+        return lambda part: own_stage(world, part)
 
     def _make_stage(self, world: World, cut: tuple[int, int]) -> Stage:
         return own_stage(world, Part.client(cut, self.world.source.anatomy.blocks))

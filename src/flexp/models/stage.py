@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -167,6 +167,18 @@ class Stage:
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that this party trains, by their full names in the model."""
         return {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+
+    def take(self, other: Stage) -> None:
+        """Own, from now on, the blocks of ``other``, a stage of the same model, which must not be used any more."""
+        mine, theirs = self.blocks, other.blocks
+        for index in other.part.blocks:
+            mine[index] = theirs[index]
+        self.part = Part(self.part.blocks | other.part.blocks, self.part.ends)
+
+    def give_up(self, blocks: Iterable[int]) -> None:
+        """Let go of some of its blocks."""
+        self.part = Part(self.part.blocks - frozenset(blocks), self.part.ends)
+        prune(self.model, self.anatomy, self.part)
 
     def block_of(self, name: str) -> int | None:
         """The index of the block that a parameter belongs to; ``None`` for the ends."""

@@ -158,17 +158,20 @@ def check_again(client: str, step: int, given: Tensor, answered: Tensor) -> None
         )
 
 
-def check_pull(session: Session, request: PullRequest, base_depth: int) -> None:
-    """Refuse to hand out weights of other blocks than this client's aligned ones.
+def check_pull(session: Session, request: PullRequest, shared: tuple[int, int]) -> None:
+    """Refuse to hand out weights of blocks that this client does not hold a copy of itself.
+
+    Args:
+        shared: (s_min, e_max).
 
     Raises:
         LinkError: see above.
     """
-    stop = session.join.cut[0]
-    if not base_depth <= request.start < request.stop <= stop:
+    (start, stop), (low, high) = session.join.cut, shared
+    if not (low <= request.start < request.stop <= start or stop <= request.start < request.stop <= high):
         raise LinkError(
             f"client {session.join.client}: the weights of blocks [{request.start}, {request.stop}) were asked for, "
-            f"expected some of its aligned blocks [{base_depth}, {stop})"
+            f"expected some of its aligned blocks [{low}, {start}) or of the shared ones [{stop}, {high}) in its tail"
         )
 
 

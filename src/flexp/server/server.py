@@ -189,14 +189,14 @@ class Server:
             return reply
 
     def pull(self, client: str, request: PullRequest) -> PullReply:
-        """The shared weights of some of the client's aligned blocks [s_min, s).
+        """The shared weights of some of the client's aligned blocks [s_min, s), or of those in its tail, [e, e_max).
 
         Raises:
             LinkError: the client never joined, or asks for other blocks.
         """
         with self._lock, self.guard.request(client):
             session, key = self._sessions[client], ("pull", request.start << 16 | request.stop)
-            check_pull(session, request, self.blocks[0])
+            check_pull(session, request, self.blocks)
             known = session.progress.answer(request.step, key)
             if known is not None:
                 return cast(PullReply, known)

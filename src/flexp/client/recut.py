@@ -1,0 +1,250 @@
+"""Moving a client's cut between two steps of its training, without its loop, its step count or its link ending.
+
+- A block that comes to the client starts from its own parked copy, if it had the block before; else from the server's
+  current shared weights (Algorithm 1 of the paper starts from pretrained ones; training has gone on since).
+- A block that goes to the server ends the client's personal copy, which is parked with its optimiser's state.
+- Optimiser state: what stays keeps it, what comes back has what was parked, what is new begins without any. The
+  schedule's step count is the client's and goes on.
+
+Everything that may fail comes first (fetching, joining with the new cut, pulling); only then is anything changed. If it
+fails, the client has its old cut, and joins with it again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from flexp.client.model import SplitModel
+from flexp.client.state import load_party
+from flexp.client.trainer import Trainer
+from flexp.errors import ConfigError, LinkError, StorageError
+from flexp.files import replacing
+from flexp.links.messages import PullRequest
+from flexp.models.parts import Part, check_cut
+from flexp.models.stage import Stage
+
+Blocks = Callable[[Part], Stage]
+"""Gives pretrained blocks, tuned as this client's own are."""
+
+PERSONAL, OPTIMIZER, PARKED = "personal/", "optimizer/", "parked/"
+
+
+class Parking(Protocol):
+    """Keeps what a client had of blocks that went to the server: weights and optimiser state by their names."""
+
+    def put(self, block: int, tensors: Mapping[str, Tensor]) -> None: ...
+    def get(self, block: int) -> dict[str, Tensor] | None: ...
+
+
+class ParkedInMemory:
+    """For simulations; the content is part of a checkpoint."""
+
+    def __init__(self) -> None:
+        self.blocks: dict[int, dict[str, Tensor]] = {}
+
+    def put(self, block: int, tensors: Mapping[str, Tensor]) -> None:
+        self.blocks[block] = {name: value.detach().clone() for name, value in tensors.items()}
+
+    def get(self, block: int) -> dict[str, Tensor] | None:
+        return self.blocks.get(block)
+
+    def state(self) -> dict[str, Tensor]:
+        """All of it, as flat named tensors."""
+        items = self.blocks.items()
+        return {f"{PARKED}{block}/{name}": value for block, own in items for name, value in own.items()}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from :meth:`state`."""
+        self.blocks = {}
+        for key, value in state.items():
+            if key.startswith(PARKED):
+                block, _, name = key.removeprefix(PARKED).partition("/")
+                self.blocks.setdefault(int(block), {})[name] = value
+
+
+class ParkedOnDisk:
+    """A file for each block: what the client gives up it does so for want of memory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def put(self, block: int, tensors: Mapping[str, Tensor]) -> None:
+        """Write it beside its place and rename.
+
+        Raises:
+            StorageError: the disk is full or cannot be written.
+        """
+        with replacing(self._path(block)) as part:
+            try:
+                save_file({name: value.detach().contiguous() for name, value in tensors.items()}, part)
+            except SafetensorError as error:
+                raise StorageError(f"{self._path(block)}: cannot be written ({error})") from error
+
+    def get(self, block: int) -> dict[str, Tensor] | None:
+        """What was put there; ``None``: nothing, or it is damaged."""
+        try:
+            return dict(load_file(self._path(block)))
+        except (OSError, SafetensorError):
+            return None
+
+    def _path(self, block: int) -> Path:
+        return self.folder / f"block-{block}.safetensors"
+
+
+@dataclass(frozen=True)
+class Move:
+    """What a move was: the blocks that came (of these those ``restored`` from parking) and those that went."""
+
+    before: tuple[int, int]
+    after: tuple[int, int]
+    came: tuple[int, ...]
+    restored: tuple[int, ...]
+    went: tuple[int, ...]
+    seconds: float
+
+
+def recut(trainer: Trainer, cut: tuple[int, int], blocks: Blocks, parking: Parking) -> Move:
+    """Move the client to another cut; to be called between two steps.
+
+    Raises:
+        ConfigError: the cut does not fit the model or the server.
+        LinkError: the server refuses, or the link was lost: the client has its old cut (after a lost link: rejoin).
+        StorageError: what goes to the server could not be parked; nothing has changed.
+    """
+    began, model = time.perf_counter(), _model(trainer)
+    before, stage = model.cut, model.stage
+    cut = check_cut(cut, stage.anatomy.blocks)
+    wanted = Part.client(cut, stage.anatomy.blocks)
+    came, went = sorted(wanted.blocks - stage.part.blocks), sorted(stage.part.blocks - wanted.blocks)
+    if cut == before:
+        return Move(before, cut, (), (), (), 0.0)
+    for block in went:
+        parking.put(block, _of_block(trainer, block))
+    parked = {block: own for block in came if (own := parking.get(block)) is not None}
+    fresh = blocks(Part(frozenset(came), ends=False)) if came else None
+    try:
+        model.rejoin(cut=cut)
+        shared = _pulled(model, [block for block in came if block not in parked])
+    except (LinkError, ConfigError):
+        with suppress(LinkError):  # lost: whoever makes a new link joins with the old cut
+            model.rejoin(cut=before)
+        model.cut = before
+        raise
+    _reshape(trainer, fresh, went)
+    _fill(trainer, shared)
+    for own in parked.values():
+        _fill(trainer, _under(PERSONAL, own))
+        trainer.updater.adopt(_under(OPTIMIZER, own))
+    return Move(before, cut, tuple(came), tuple(sorted(parked)), tuple(went), time.perf_counter() - began)
+
+
+def fit(trainer: Trainer, cut: tuple[int, int], blocks: Blocks) -> None:
+    """Give the client the parameters of another cut, whose values are to be loaded next.
+
+    Raises:
+        LinkError: the server refuses.
+    """
+    model = _model(trainer)
+    if cut == model.cut:
+        return
+    stage, wanted = model.stage, Part.client(cut, model.stage.anatomy.blocks)
+    came = wanted.blocks - stage.part.blocks
+    fresh = blocks(Part(came, ends=False)) if came else None
+    model.rejoin(cut=cut)
+    _reshape(trainer, fresh, stage.part.blocks - wanted.blocks)
+
+
+def move_party(trainer: Trainer, state: Mapping[str, Tensor], parking: Parking) -> list[str]:
+    """Go on from what :func:`flexp.client.state.party_state` gave with another cut than the client has now.
+
+    The same rules hold as for :func:`recut`, whose way is not open where the earlier cut would not fit any more.
+
+    Returns:
+        The names of the parameters that are new to the client.
+
+    Raises:
+        LinkError: the server does not give its weights.
+        StorageError: what goes to the server could not be parked.
+    """
+    model, stage = _model(trainer), _model(trainer).stage
+    own = stage.trainable()
+    by_block: dict[int | None, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        name = _name(key)
+        if name is not None:
+            by_block.setdefault(stage.block_of(name), {})[key] = value
+    for block, tensors in by_block.items():
+        if block is not None and block not in stage.part.blocks:
+            parking.put(block, tensors)
+    merged = {key: value for key, value in state.items() if (name := _name(key)) is None or name in own}
+    pulled: list[int] = []
+    for block in sorted(stage.part.blocks - by_block.keys()):
+        parked = parking.get(block)
+        if parked is None:
+            pulled.append(block)
+        else:
+            merged |= parked
+    new = [name for name in own if PERSONAL + name not in merged]
+    shared = _pulled(model, pulled)
+    merged |= {PERSONAL + name: shared.get(name, own[name].detach()) for name in new}
+    load_party(trainer, merged)
+    return new
+
+
+def _name(key: str) -> str | None:
+    """The parameter that an entry of a client's state belongs to."""
+    if key.startswith(PERSONAL):
+        return key.removeprefix(PERSONAL)
+    return key.removeprefix(OPTIMIZER).partition("/")[2] or None if key.startswith(OPTIMIZER) else None
+
+
+def _reshape(trainer: Trainer, fresh: Stage | None, went: Iterable[int]) -> None:
+    stage = _model(trainer).stage
+    if fresh is not None:
+        stage.take(fresh)
+    stage.give_up(went)
+    trainer.updater.change(stage.trainable(), stage.new)
+
+
+def _of_block(trainer: Trainer, block: int) -> dict[str, Tensor]:
+    stage = _model(trainer).stage
+    own = {name: value for name, value in stage.trainable().items() if stage.block_of(name) == block}
+    state = trainer.updater.state().items()
+    kept = {f"{OPTIMIZER}{entry}": value for entry, value in state if entry.partition("/")[2] in own}
+    return kept | {f"{PERSONAL}{name}": value for name, value in own.items()}
+
+
+def _pulled(model: SplitModel, blocks: Iterable[int]) -> dict[str, Tensor]:
+    """The shared weights of blocks that the server holds, one block at a time."""
+    weights: dict[str, Tensor] = {}
+    for block in blocks:
+        if block >= model.base_depth:
+            weights |= model.link.pull(PullRequest(block, block + 1)).result().weights
+    return weights
+
+
+def _fill(trainer: Trainer, weights: Mapping[str, Tensor]) -> None:
+    own = _model(trainer).stage.trainable()
+    with torch.no_grad():
+        for name, value in weights.items():
+            if name in own:  # the server may train what this client leaves alone
+                own[name].copy_(value)
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _model(trainer: Trainer) -> SplitModel:
+    assert isinstance(trainer.model, SplitModel)
+    return trainer.model
