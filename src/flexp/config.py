@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
+from flexp.config_devices import DeviceChange, DeviceClassConfig, DevicesConfig, RecutConfig
 from flexp.config_guard import GuardConfig
 from flexp.config_link import CodecConfig, CodecName, LinkConfig
 from flexp.config_methods import (
@@ -43,6 +44,7 @@ __all__ = [
     "CodecName",
     "Cut",
     "DataConfig",
+    "DeviceChange",
     "DeviceClassConfig",
     "DevicesConfig",
     "DittoConfig",
@@ -63,6 +65,7 @@ __all__ = [
     "PFedMeConfig",
     "PerFedAvgConfig",
     "Rate",
+    "RecutConfig",
     "RunConfig",
     "Section",
     "ServerConfig",
@@ -230,30 +233,6 @@ class OutputConfig(Section):
     html: bool = True
 
 
-class DeviceClassConfig(Section):
-    """A device class of one's own (all figures are needed), or a ready one with some other figures."""
-
-    base: str | None = None  # the ready class whose figures stand where nothing is said; None: that of the same name
-    memory_bytes: PositiveInt | None = None  # what training may use
-    flops: Rate | None = None  # floating-point operations a second that training sustains
-    uplink_bps: Rate | None = None  # bits a second
-    downlink_bps: Rate | None = None
-    latency_s: Annotated[float, Field(ge=0.0)] | None = None  # of a message, one way
-    mean_on_s: Rate | None = None  # on average a device is there so long, …
-    mean_off_s: Rate | None = None  # … and then away so long; None: always there
-
-
-class DevicesConfig(Section):
-    """What the clients run on: who can take part in a method, and how long it would take (a virtual clock)."""
-
-    # the class of each client, repeated for more clients
-    assign: Annotated[list[str], Field(min_length=1)]
-    server: str = "server"  # the class of the server
-    server_slots: PositiveInt = 1  # requests that the server works on at once, each at its full speed
-    # beside phone, raspberry-pi, jetson, laptop, workstation, server
-    classes: dict[str, DeviceClassConfig] = Field(default={})
-
-
 class RunConfig(Section):
     """A whole run."""
 
@@ -269,6 +248,7 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     output: OutputConfig = OutputConfig()
     devices: DevicesConfig | None = None  # None: nobody is short of memory, and no virtual clock
+    recut: RecutConfig = RecutConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
@@ -282,6 +262,10 @@ class RunConfig(Section):
                 f"train.in_flight = {self.train.in_flight} is more than "
                 f"server.max_in_flight = {self.server.max_in_flight}"
             )
+        changes = () if self.devices is None else self.devices.changes
+        if self.method.name != "flexp-sfl" and (self.recut.on or changes):
+            what = "recut.on" if self.recut.on else "devices.changes"
+            raise ValueError(f'{what} is for method.name = "flexp-sfl" only: it alone moves cuts while it trains')
         if self.model.tuning == "lora" and self.model.train_embeddings:
             raise ValueError(
                 "model.train_embeddings = true needs model.tuning = 'full': LoRA trains adapters in the blocks only"

@@ -123,13 +123,13 @@ def test_every_key_is_documented_with_its_default() -> None:
     for key, line in rows.items():
         value = defaults
         for part in key.split("."):
-            value = value[part]
-        required = ("model.id", "data.source", "devices.assign")
+            value = (value[0] if isinstance(value, list) else value)[part]
+        required = ("model.id", "data.source", "devices.assign", "devices.changes.before_round", "devices.changes.to")
         shown = "**required**" if key in required else json.dumps(value).strip('"')
         assert value is None or shown in line.replace('"', ""), line
 
 
 def load_defaults() -> Any:
     """With a table of devices, which stands for none in other runs."""
-    devices = {"assign": ["phone"], "classes": {"NAME": {}}}
+    devices = {"assign": ["phone"], "classes": {"NAME": {}}, "changes": [{"before_round": 2, "to": "phone"}]}
     return RunConfig.model_validate({"model": {"id": "m"}, "data": {"source": "d"}, "devices": devices}).resolved()

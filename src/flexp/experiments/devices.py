@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any, TypedDict
 
-from flexp.devices.clock import ONE_AT_A_TIME, SCHEDULES, TOGETHER, ClientWork, simulate
+from flexp.devices.clock import SCHEDULES, ClientWork
 from flexp.devices.cost import Costs, ExchangeCost
 from flexp.devices.profiles import assign, profile
 from flexp.errors import ConfigError
 from flexp.experiments.memory import MemoryProbes
+from flexp.experiments.phases import Phase, VirtualTime, phases
 from flexp.methods.base import Account, Method, World
 from flexp.methods.fedrep import FedRep
 from flexp.report.formats import size as shown
@@ -104,31 +105,29 @@ def client_facts(
     if schedule is None or not rounds:
         return facts, None
     taken = Counter((record["client"], int(record["round"])) for record in records if record["kind"] == "step")
-    costs, work = Costs(world), {}
-    for data in world.participants:
-        steps = [taken[data.name, number] for number in range(1, rounds + 1)]
-        cost, account = _cost(costs, method, data.name), method.account(data.name)
-        work[data.name] = own = client_work(
-            cost, account, steps, schedule, pull_every=_pull_every(world), average_every=_average_every(world)
-        )
-        facts[data.name]["client_flops"] = cost.client_step * sum(steps) + own.final
-        facts[data.name]["server_flops"] = cost.server_step * sum(steps)
-    virtual = simulate(
-        schedule,
-        work,
-        devices,
-        profile(config.server, config.classes),
-        slots=config.server_slots,
-        one_at_a_time=world.config.method.name in ONE_AT_A_TIME,
-        together=world.config.method.name in TOGETHER,
-        seed=world.config.seed,
-    )
-    return facts, {"rounds": virtual.rounds, "clients": {k: asdict(time) for k, time in virtual.clients.items()}}
+    costs: dict[Any, Costs] = {}
+    clock = VirtualTime(world, schedule)
+    for phase in phases(world, records, rounds):
+        now = _in_phase(world, phase)
+        counted = costs.setdefault(phase.key, Costs(now))
+        work = {}
+        for name in phase.there:
+            steps = [taken[name, number] for number in phase.rounds]
+            # Metered bytes are of the whole run: where anything changed in it, the counted exchange's are taken.
+            account = method.account(name) if phase.only else None
+            cost = _cost(counted, method, name)
+            work[name] = own = client_work(
+                cost, account, steps, schedule, pull_every=_pull_every(world), average_every=_average_every(world)
+            )
+            facts[name]["client_flops"] += cost.client_step * sum(steps) + own.final
+            facts[name]["server_flops"] += cost.server_step * sum(steps)
+        clock.go_on(phase, work)
+    return facts, clock.facts()
 
 
 def client_work(
     cost: ExchangeCost,
-    account: Account,
+    account: Account | None,
     steps: list[int],
     schedule: str,
     *,
@@ -139,10 +138,18 @@ def client_work(
 
     Metered bytes are spread evenly over rounds (weights) or exchanges (activations, in the proportions of the messages
     of the counted one). Where a method sends both, the weights are those that the client trains, down before and up
-    after every ``average_every`` rounds.
+    after every ``average_every`` rounds. Without an ``account`` they are those of the counted exchange.
     """
     rounds, total = len(steps), sum(steps)
-    up, down = float(account.training.bytes_up), float(account.training.bytes_down)
+    if account is None:
+        per_step = total * cost.exchanges
+        up, down = (
+            float(per_step * (cost.forward_up + cost.backward_up)),
+            float(per_step * (cost.forward_down + cost.backward_down)),
+        )
+        down += cost.pull_down * (total // pull_every) if pull_every else 0
+    else:
+        up, down = float(account.training.bytes_up), float(account.training.bytes_down)
     work = ClientWork(
         steps,
         before=cost.before,
@@ -154,7 +161,9 @@ def client_work(
         combined=cost.combined,
     )
     if schedule == "synchronous":
-        extra = max(0, account.gradient_evaluations - total)  # the adaptation of a personal model, after the last round
+        extra = max(
+            0, (total if account is None else account.gradient_evaluations) - total
+        )  # the adaptation of a personal model, after the last round
         return replace(work, weights_up=up / rounds, weights_down=down / rounds, final=extra * cost.client_step)
     if schedule == "alone" or not total:
         return work
@@ -175,6 +184,18 @@ def client_work(
         forward_down=down_each * cost.forward_down / down_known,
         backward_down=down_each * cost.backward_down / down_known,
     )
+
+
+def _in_phase(world: World, phase: Phase) -> World:
+    """The world with the cuts and exchanges of a phase."""
+    if phase.only:
+        return world
+    sizes = list(phase.micro_batches.values())
+    clients = world.config.data.clients
+    if None not in sizes:
+        clients = clients.model_copy(update={"micro_batches": sizes})
+    config = world.config.model_copy(update={"data": world.config.data.model_copy(update={"clients": clients})})
+    return replace(world, config=config, cuts=dict(phase.cuts))
 
 
 def _pull_every(world: World) -> int:

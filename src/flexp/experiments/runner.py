@@ -19,6 +19,7 @@ from flexp.experiments import checkpoints
 from flexp.experiments.devices import Dropped, client_facts, place
 from flexp.experiments.joined import is_joined
 from flexp.experiments.memory import MemoryProbes
+from flexp.experiments.recutting import Recutting, check_changes, cuts_by_round, told
 from flexp.experiments.settings import validate
 from flexp.experiments.setup import build_world
 from flexp.files import read_json, write_json
@@ -59,6 +60,7 @@ def run(
     """
     refuse_taken(out)
     world = build_world(config)
+    check_changes(world)
     probes = MemoryProbes(world, out, memory_cache)
     world, dropped = place(world, probes)
     method = METHODS[config.method.name](world)  # whatever cannot be built leaves no folder behind
@@ -125,6 +127,7 @@ class _Run:
         self.names = [client.name for client in world.federation.clients]
         self.everybody = sample(world.federation.test, self.config.evaluation.global_examples, self.config.seed)
         self.first_round = self._restore()
+        self.recutting = Recutting(world, method)
         self.log = MetricsLog(out / "metrics.jsonl")
         self.log.truncate_after(self.first_round - 1)
         kept = read(self.log.path)
@@ -165,6 +168,9 @@ class _Run:
         return summary
 
     def _round(self, number: int) -> None:
+        for record in self.recutting.before_round(number):
+            self._write(record)
+            self.progress.note(told(record))
         self.method.train_round(number, lambda step: self._on_step(number, step))
         last = number == self.config.train.rounds
         if last or number % self.config.evaluation.every == 0:
@@ -239,10 +245,11 @@ class _Run:
         model, anatomy = world.source.model, world.source.anatomy
         accounts = {name: self.method.account(name) for name in self.names}
         done = max((int(r["round"]) for r in records if r["kind"] == "round"), default=0)
+        cuts = world.cuts if not done else {k: v["cut"] for k, v in cuts_by_round(world, records, done)[-1].items()}
         clients = [
             {
                 "name": data.name,
-                "cut": list(world.cuts[data.name]),
+                "cut": list(cuts[data.name]),
                 "train_examples": len(data.train),
                 "test_examples": len(data.test),
                 "personal_parameters": accounts[data.name].personal_parameters,

@@ -134,10 +134,11 @@ class FlexpSfl:
 
     def _make_server(self) -> Server:
         world, config = self.world, self.world.config
-        start = config.model.base_depth
-        if start is None:
-            start = min(cut[0] for cut in world.cuts.values())
-        stop = max(cut[1] for cut in world.cuts.values())
+        start, stop = config.model.base_depth, world.source.anatomy.blocks
+        if start is None:  # cuts that may move may become as shallow as any
+            start = 1 if config.recut.on else min(cut[0] for cut in world.cuts.values())
+        if not config.recut.on:
+            stop = max(cut[1] for cut in world.cuts.values())
         stage = carve(world.source, Part.server(start, stop))
         tuning = config.server.tuning or config.model.tuning
         tune(stage, tuning, lora=config.model.lora, seed=config.seed)
