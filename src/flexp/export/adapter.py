@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from flexp.config import LoraConfig
 from flexp.data.types import ModelKind
 from flexp.errors import ConfigError, ModelError
-from flexp.export.whole import adapted, plain
+from flexp.export.whole import adapted, let_go, plain
 from flexp.models.stage import Stage, carve
 
 TASKS: dict[ModelKind, str | None] = {
@@ -112,6 +112,7 @@ def _try(folder: Path, source: Stage, adapters: Mapping[str, tuple[Tensor, Tenso
             same = same and torch.equal(own.lora_B["default"].weight, up.to(own.lora_B["default"].weight.dtype))
             odd += [] if same and abs(own.scaling["default"] - scaling) < 1e-9 else [layer]
         problem = f"{odd[0]} comes back differently" if odd else ""
+        let_go(model)
     except Exception as error:  # whatever peft says
         problem = (str(error).strip() or type(error).__name__).splitlines()[0]
     if problem:

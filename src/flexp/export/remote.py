@@ -6,7 +6,6 @@ the folder is one block or the ends of the model, written before the next is beg
 
 from __future__ import annotations
 
-import gc
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -22,7 +21,7 @@ from flexp.export.client_folder import ClientFolder, Taken
 from flexp.export.facts import of_client
 from flexp.export.fetching import ChangedError, Fetched, check_names
 from flexp.export.folder import DTYPES, Form, check_target, ready, writing
-from flexp.export.whole import fill
+from flexp.export.whole import fill, let_go
 from flexp.files import write_json
 from flexp.links.base import Link, connected
 from flexp.models.parts import Part
@@ -84,7 +83,7 @@ class _Export:
         fetched = Fetched(link, self.opened, self.taken, stage)
         shards = _Shards(folder, self.blocks + 1)
         shards.write(0, self._filled(stage, self._own(stage, None)), settings=True)
-        del stage
+        let_go(stage.model)
         for index in range(self.blocks):
             if index not in self.shared:
                 self._block(shards, index, None)
@@ -104,6 +103,7 @@ class _Export:
             weights = fetched.block(index)
             check_names(weights, stage.model, index)
         shards.write(index + 1, self._filled(stage, weights))
+        let_go(stage.model)
 
     def _own(self, stage: Stage, block: int | None) -> dict[str, Tensor]:
         return self.taken.personal(lambda name: stage.block_of(name) == block)
@@ -127,10 +127,11 @@ class _Export:
 
     def _parts(self) -> Iterator[Stage]:
         for index in range(self.blocks):
-            yield self._stage(Part(frozenset([index]), ends=True))
+            stage = self._stage(Part(frozenset([index]), ends=True))
+            yield stage
+            let_go(stage.model)
 
     def _stage(self, part: Part) -> Stage:
-        gc.collect()  # models hold themselves: what is left of the last one goes before the next comes
         return self.opened.stage(part, self.processor)
 
     def _filled(self, stage: Stage, weights: Mapping[str, Tensor]) -> Any:

@@ -59,6 +59,13 @@ def fill(model: Any, weights: Mapping[str, Tensor], scaling: float, dtype: torch
     return model.eval()
 
 
+def let_go(model: nn.Module) -> None:
+    """Models hold themselves and would stay until Python looks for such rings: take their tensors out at once."""
+    for module in model.modules():
+        module._parameters.clear()
+        module._buffers.clear()
+
+
 def _install(model: nn.Module, new: Mapping[str, Tensor]) -> None:
     """Put tensors in the place of parameters, under every name that a tied one has."""
     places: dict[int, list[tuple[nn.Module, str]]] = {}
