@@ -14,7 +14,7 @@ from flexp.links.messages import FetchRequest, Join
 from flexp.models.fingerprint import fingerprint
 from flexp.models.stage import Stage
 
-MOST = 64 << 20
+MOST = 16 << 20
 """Bytes of tensors in one answer."""
 
 

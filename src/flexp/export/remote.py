@@ -1,7 +1,7 @@
 """Exporting the personal model of a client that is not on the server's machine.
 
-The client has its own parts and the pretrained model; the shared blocks come from the server, one at a time. A shard of
-the folder is one block or the ends of the model, written before the next is begun: no more than one is ever in memory.
+The client has its own parts and the pretrained model; the shared blocks come from the server, one at a time. One block,
+or the ends of the model, is written before the next is begun: the tensors of no more than one are ever in memory.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from flexp.models.stage import Stage
 TRIES = 3
 """How often all shared blocks are fetched when they are updated meanwhile."""
 INDEX = "model.safetensors.index.json"
+FILE_BYTES = 256 << 20
+"""Of one file, at most; a larger tensor has one of its own. Writing takes as much memory again."""
 
 
 def export_remote(
@@ -81,7 +83,7 @@ class _Export:
         """The ends, then every block, each a shard; and their index."""
         stage = self._stage(Part(frozenset(), ends=True))
         fetched = Fetched(link, self.opened, self.taken, stage)
-        shards = _Shards(folder, self.blocks + 1)
+        shards = _Shards(folder)
         shards.write(0, self._filled(stage, self._own(stage, None)), settings=True)
         let_go(stage.model)
         for index in range(self.blocks):
@@ -145,32 +147,37 @@ class _Export:
 class _Shards:
     """Files of one model, as transformers names and indexes them."""
 
-    def __init__(self, folder: Path, count: int) -> None:
-        self.folder, self.count = folder, count
-        self._files: dict[str, dict[str, int]] = {}  # by shard, the bytes of its tensors
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._parts: dict[int, Path] = {}
 
     def write(self, number: int, model: Any, settings: bool = False) -> None:
-        """Save what is there of ``model`` as a shard, under the names that transformers gives; once more, if need be.
+        """Save what is there of ``model``, under the names that transformers gives; once more, if need be.
 
         Args:
             settings: and the model's configuration with it.
         """
-        place = self.folder / "shard"
-        model.save_pretrained(place, max_shard_size="100000GB")
-        name = f"model-{number + 1:05d}-of-{self.count:05d}.safetensors"
-        (place / "model.safetensors").replace(self.folder / name)
-        if settings:
-            for file in place.iterdir():
+        place = self._parts[number] = self.folder / f"part-{number}"
+        shutil.rmtree(place, ignore_errors=True)
+        model.save_pretrained(place, max_shard_size=FILE_BYTES)
+        for file in place.glob("*.json"):
+            if settings and not file.name.endswith(".index.json"):
                 file.replace(self.folder / file.name)
-        shutil.rmtree(place)
-        with safe_open(self.folder / name, framework="pt") as file:
-            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-            self._files[name] = {key: _bytes(value) for key, value in slices.items()}
 
     def finish(self) -> None:
-        """Write the index."""
-        places = {key: name for name, sizes in sorted(self._files.items()) for key in sizes}
-        size = sum(sum(sizes.values()) for sizes in self._files.values())
+        """Give all files their names, and write their index."""
+        files = [file for _, place in sorted(self._parts.items()) for file in sorted(place.glob("*.safetensors"))]
+        places: dict[str, str] = {}
+        size = 0
+        for number, old in enumerate(files, start=1):
+            name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+            with safe_open(old, framework="pt") as file:
+                slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+                places |= dict.fromkeys(slices, name)
+                size += sum(map(_bytes, slices.values()))
+            old.replace(self.folder / name)
+        for place in self._parts.values():
+            shutil.rmtree(place)
         write_json(self.folder / INDEX, {"metadata": {"total_size": size}, "weight_map": places})
 
 

@@ -163,7 +163,8 @@ def open_model(
     """What ``place`` is: a run, what ``flexp client`` leaves, or an exported folder.
 
     Args:
-        connect, own_data: of a client's folder (:func:`of_client`).
+        connect: of a client's folder: see :func:`of_client`.
+        own_data: likewise.
 
     Raises:
         FlexpError: it is none of them; see :func:`of_run`, :func:`of_client` and :func:`of_folder`.
