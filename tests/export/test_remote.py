@@ -90,8 +90,9 @@ def test_lora(tmp_path: Path, arch: str, model: dict[str, Any]) -> None:
     assert torch.equal(answer(PeftModel.from_pretrained(base, tmp_path / "adapter"), here.batch()), expected)
 
 
-def test_it_equals_what_a_run_exports(tmp_path: Path) -> None:
+def test_it_equals_what_a_run_exports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensor for tensor, the shards are the file that ``save_pretrained`` writes of the whole model."""
+    monkeypatch.setattr(exporting, "FILE_BYTES", 4096)
     with remote(tmp_path, "llama") as here:
         export(here.state, None, tmp_path / "out", dtype="bfloat16", connect=here.reach)
         taken = here.opened.taken()
@@ -100,8 +101,13 @@ def test_it_equals_what_a_run_exports(tmp_path: Path) -> None:
     whole.save_pretrained(tmp_path / "whole")
     expected = load_file(tmp_path / "whole/model.safetensors")
     found: dict[str, torch.Tensor] = {}
-    for file in (tmp_path / "out").glob("*.safetensors"):
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 5  # a block has several files
+    for file in files:
         found |= load_file(file)
+    assert not list((tmp_path / "out").glob("part-*"))
+    loaded = answer(load("llama", tmp_path / "out"), here.batch())
+    assert torch.equal(loaded, answer(load("llama", tmp_path / "whole"), here.batch()))
     assert found.keys() == expected.keys()
     assert all(torch.equal(value, expected[name]) for name, value in found.items())
 
