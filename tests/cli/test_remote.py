@@ -42,6 +42,19 @@ def test_export_evaluate_predict(here: Remote, tmp_path: Path, shell: Shell) -> 
         assert message in line
 
 
+def test_generate_and_a_server_that_does_not_give(tmp_path: Path, shell: Shell) -> None:
+    more = ("--prompt", "the w3 dog", "--max-new-tokens", "5", "--temperature", "0")
+    with remote(tmp_path, "llama") as here:
+        at = ("--server", here.url)
+        shell("export", str(here.state), *at, "--out", str(tmp_path / "out"))
+        here.server.allow_export = False  # its middle is used all the same
+        split, facts = shell("generate", str(here.state), *at, *more)
+        refused = shell("export", str(here.state), *at, "--out", str(tmp_path / "x"), code=2)[1]
+    assert "split at (1, 3), its middle on a server: 5 tokens" in facts
+    assert shell("generate", str(tmp_path / "out"), *more)[0] == split
+    assert "its operator allows it with --allow-export" in refused
+
+
 def test_back_up_and_restore(here: Remote, tmp_path: Path, shell: Shell) -> None:
     state, file = str(here.state), str(tmp_path / "north.safetensors")
     assert "not encrypted" in shell("state", "backup", state, "--out", file)[0]

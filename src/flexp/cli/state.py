@@ -32,7 +32,10 @@ def backup(
     client: Name = None,
     encrypt: Annotated[bool, typer.Option("--encrypt", help="Encrypt it with a passphrase that is asked for.")] = False,
     variable: Variable = None,
-    number: Annotated[str, typer.Option("--round", metavar="N|best|last", help="After which round.")] = "last",
+    number: Annotated[
+        str,
+        typer.Option("--round", metavar="N|best|last", help="Of a run: after which round; of a client: a snapshot."),
+    ] = "last",
 ) -> None:
     """Write the personal parts of a client to one file, encrypted if a passphrase is given."""
     from flexp.export.backup import back_up
