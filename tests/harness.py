@@ -21,6 +21,8 @@ from flexp.links.messages import (
     EndGeneration,
     ExtendReply,
     ExtendRequest,
+    FetchReply,
+    FetchRequest,
     ForwardReply,
     ForwardRequest,
     Join,
@@ -190,6 +192,9 @@ class RecordingLink:
 
     def pull(self, request: PullRequest) -> Future[PullReply]:
         return self._keep(request, self.inner.pull(request))
+
+    def fetch(self, request: FetchRequest) -> Future[FetchReply]:
+        return self._keep(request, self.inner.fetch(request))
 
     def abort(self, request: Abort) -> None:
         self.messages.append(("up", request))

@@ -24,6 +24,12 @@ CUTS = [[1, 3], [2, None]]
 
 def train(folder: Path, arch: str, clients: tuple[str, ...] = CLIENTS, **tables: Any) -> Path:
     """A finished run in ``folder`` on a tiny model: a classifier of texts or images where it is one, else a decoder."""
+    runner.run(validate(content_of(folder, arch, clients, **tables), "test"), folder / "run")
+    return folder / "run"
+
+
+def content_of(folder: Path, arch: str, clients: tuple[str, ...] = CLIENTS, **tables: Any) -> dict[str, Any]:
+    """The configuration of such a run, its model and its data being in ``folder``."""
     model = save_tiny(arch, folder / "model")
     data: dict[str, Any] = {"max_length": 16, "clients": {"cuts": CUTS}}
     if arch == "vit":
@@ -54,8 +60,7 @@ def train(folder: Path, arch: str, clients: tuple[str, ...] = CLIENTS, **tables:
     }
     for table, keys in tables.items():
         content[table] = {**content.get(table, {}), **keys}
-    runner.run(validate(content, "test"), folder / "run")
-    return folder / "run"
+    return content
 
 
 def batch_of(run: SavedRun, client: str) -> dict[str, Tensor]:

@@ -18,6 +18,8 @@ from flexp.links.messages import (
     Abort,
     BackwardReply,
     BackwardRequest,
+    FetchReply,
+    FetchRequest,
     ForwardReply,
     ForwardRequest,
     Join,
@@ -51,8 +53,10 @@ VOCABULARY = {
     Abort: set(),
     PullRequest: {"start", "stop", "step"},
     PullReply: {"weights"},
+    FetchRequest: {"block", "first", "most"},
+    FetchReply: {"version", "total", "weights"},
 }
-UP = {Join, ForwardRequest, BackwardRequest, Abort, PullRequest}
+UP = {Join, ForwardRequest, BackwardRequest, Abort, PullRequest, FetchRequest}
 ACTIVATIONS = {"hidden_BTH", "base_BTH", "inner_BTH", "grad_BTH"}
 WINDOW = 4  # values in a row that no two unrelated tensors share
 

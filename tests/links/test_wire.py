@@ -25,6 +25,8 @@ from flexp.links.messages import (
     EndGeneration,
     ExtendReply,
     ExtendRequest,
+    FetchReply,
+    FetchRequest,
     ForwardReply,
     ForwardRequest,
     Join,
@@ -86,6 +88,7 @@ FORWARD = ForwardRequest(
         ForwardRequest(4, draw(1, 1, H), torch.ones(1, 1, dtype=torch.bool)),
         BackwardRequest(3, draw(B, T, H).mT.contiguous().mT, 2**40, 3, 1 / 3, 1e-300),
         PullRequest(1, 3),
+        FetchRequest(2, 3, 2**40),
         Abort(),
         ExtendRequest(
             4,
@@ -116,6 +119,8 @@ def test_replies_come_out_as_they_went_in(dtype: torch.dtype) -> None:
         (ExtendRequest(1, 2, z), ExtendReply(z + 1)),
         (BackwardRequest(1, z), BackwardReply(z, (z, -z))),
         (PullRequest(1, 2), PullReply({"b.weight": draw(3, 4, dtype=dtype), "a.bias": draw(2), "scalar": draw(1)[0]})),
+        (FetchRequest(2), FetchReply(2**40, 3, {"b.weight": draw(3, 4, dtype=dtype), "scalar": draw(1)[0]})),
+        (FetchRequest(2), FetchReply(0, 0)),
     ):
         incoming = Incoming(encode(to_frame(reply, 9, 0.25))[0])
         check_reply(incoming.head, to_frame(request, 9).head, replace(AGREED, dtype=dtype))
@@ -220,7 +225,8 @@ def test_unknown_kinds_are_refused(kind: int) -> None:
 @given(st.sampled_from(sorted(set(Kind) - {Kind.FORWARD, Kind.BACKWARD, Kind.EXTEND})))
 def test_other_kinds_have_no_tensors_and_come_from_the_right_side(kind: Kind) -> None:
     fields = (describe("hidden_BTH", draw(B, T, H)),)
-    numbers = {Kind.FORWARD_REPLY: (0, 0.0), Kind.PULL: (1, 2, 0), Kind.END_GENERATION: (1,)}.get(kind, ())
+    known = {Kind.FORWARD_REPLY: (0, 0.0), Kind.PULL: (1, 2, 0), Kind.END_GENERATION: (1,)}
+    numbers = {**known, Kind.FETCH: (1, 0, 9), Kind.FETCH_REPLY: (0, 1)}.get(kind, ())
     head = Head(kind, 1, 0.0, numbers, "", fields)
     with pytest.raises(LinkError, match=r"expected none|does not come from a client"):
         receive([head_bytes(head) + bytes(head.payload)])

@@ -15,7 +15,7 @@ import torch
 from flexp.client.model import SplitModelForCausalLM
 from flexp.config import AlignConfig, LoraConfig, ServerConfig
 from flexp.errors import ConfigError, LinkError, ModelError
-from flexp.links.messages import Abort, BackwardRequest, ForwardRequest, PullRequest
+from flexp.links.messages import Abort, BackwardRequest, FetchRequest, ForwardRequest, PullRequest
 from flexp.models.fingerprint import weights_fingerprint
 from flexp.models.loading import load_stage
 from flexp.models.zoo import tiny_batch, tiny_model
@@ -119,6 +119,7 @@ def test_who_never_joined_is_unknown() -> None:
         (here.server.forward, forward()),
         (here.server.backward, backward()),
         (here.server.pull, PullRequest(1, 2)),
+        (here.server.fetch, FetchRequest(1)),
     ):
         with refused(here, "client z has not joined"):
             call("z", request)  # type: ignore[operator]

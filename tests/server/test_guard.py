@@ -11,7 +11,7 @@ import torch
 
 from flexp.config import AlignConfig, GuardConfig, ServerConfig
 from flexp.errors import BadValuesError, LinkError
-from flexp.links.messages import Abort, BackwardRequest, ForwardRequest, PullRequest
+from flexp.links.messages import Abort, BackwardRequest, FetchRequest, ForwardRequest, PullRequest
 from flexp.server.bounds import Bounds
 from flexp.server.guard import Guard
 from tests.harness import World, equal, seeded, shared_weights, world
@@ -191,6 +191,7 @@ def test_who_keeps_sending_bad_values_is_put_aside_and_the_operator_told() -> No
         lambda: forward(here, "a", 2),
         lambda: backward(here, "a", 1),
         lambda: here.server.pull("a", PullRequest(1, 2)),
+        lambda: here.server.fetch("a", FetchRequest(1)),
     ):
         with pytest.raises(LinkError, match="client a is put aside for another 60 s"):
             call()

@@ -49,6 +49,12 @@ def server(
         float | None, typer.Option(min=0.001, help="MB of tensors that a client may send in a second.")
     ] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Allow plaintext beyond this machine.")] = False,
+    allow_export: Annotated[
+        bool,
+        typer.Option(
+            "--allow-export", help="Clients may fetch the trained shared blocks of their models; also after the run."
+        ),
+    ] = False,
     state: Annotated[
         Path | None,
         typer.Option(
@@ -108,7 +114,8 @@ def server(
         loaded, deployment = read_config(config, settings or (), clients, schedule)
         torch.set_num_threads(threads or loaded.threads or torch.get_num_threads())
         made = make_server(loaded, base_depth, end, _kind(loaded.data.task), deployment.clients)
-        run_server(made, listen, conductor=make_conductor(made, loaded, deployment, state, say), **options)
+        conductor = make_conductor(made, loaded, deployment, state, say)
+        run_server(made, listen, conductor=conductor, allow_export=allow_export or deployment.allow_export, **options)
         return
 
     from flexp.config import LoraConfig, OptimizerConfig, ServerConfig
@@ -129,7 +136,7 @@ def server(
         config=ServerConfig(memory=memory.value),
         optimizer=OptimizerConfig(lr=lr),
     )
-    run_server(made, listen, state=state, **options)
+    run_server(made, listen, state=state, allow_export=allow_export, **options)
 
 
 def _kind(task: str) -> ModelKind:

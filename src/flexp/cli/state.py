@@ -27,12 +27,15 @@ Name = Annotated[str | None, typer.Option("--client", metavar="NAME", help="Whos
 
 @app.command()
 def backup(
-    run: Annotated[Path, typer.Argument(help="The folder of a run.")],
+    run: Annotated[Path, typer.Argument(help="The folder of a run, or what flexp client left.")],
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The new file, a .safetensors.")],
     client: Name = None,
     encrypt: Annotated[bool, typer.Option("--encrypt", help="Encrypt it with a passphrase that is asked for.")] = False,
     variable: Variable = None,
-    number: Annotated[str, typer.Option("--round", metavar="N|best|last", help="After which round.")] = "last",
+    number: Annotated[
+        str,
+        typer.Option("--round", metavar="N|best|last", help="Of a run: after which round; of a client: a snapshot."),
+    ] = "last",
 ) -> None:
     """Write the personal parts of a client to one file, encrypted if a passphrase is given."""
     from flexp.export.backup import back_up
@@ -46,16 +49,21 @@ def backup(
 @app.command()
 def restore(
     file: File,
-    into: Annotated[Path, typer.Option("--into", metavar="RUN", help="The folder of the run.")],
+    into: Annotated[Path, typer.Option("--into", metavar="RUN", help="The folder of the run, or of the client.")],
     client: Annotated[
         str | None, typer.Option("--client", metavar="NAME", help="Into whose place; default: the file's own client.")
     ] = None,
     variable: Variable = None,
 ) -> None:
     """Put a client's personal parts back into the last checkpoint of a run that is made alike."""
+    from flexp.deployment.folder import is_client
     from flexp.export.backup import restore as put
 
     facts = put(file, into, client, _key(file, variable))
+    if "snapshot" in facts and is_client(into):
+        typer.echo(f"{facts['client']!r} is back in {into}, as snapshot {facts['into']} after {facts['steps']} steps")
+        typer.echo("go on with the same flexp client command")
+        return
     typer.echo(f"{facts['client']!r} is back in {into}, after round {facts['into']}")
     if facts["into"] != facts["round"]:
         typer.echo(f"note: the file is from after round {facts['round']}: this client goes on from its older state")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flexp.cli.reaching import Ca, Cert, Insecure, Key, Server, Token, reaching
 from flexp.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -20,12 +21,14 @@ if TYPE_CHECKING:
 Client = Annotated[
     str | None, typer.Option("--client", metavar="NAME", help="Whose model; of a run with one client, its own.")
 ]
-Round = Annotated[str, typer.Option("--round", metavar="N|best|last", help="Of a run: after which round.")]
+Round = Annotated[
+    str, typer.Option("--round", metavar="N|best|last", help="Of a run: after which round; of a client: a snapshot.")
+]
 Batch = Annotated[int | None, typer.Option(min=1, help="Examples at once; default: as in the run.")]
 
 
 def export(
-    run: Annotated[Path, typer.Argument(help="The folder of a run.")],
+    run: Annotated[Path, typer.Argument(help="The folder of a run, or what flexp client left, with --server.")],
     out: Annotated[Path, typer.Option("--out", help="The new folder.")],
     client: Client = None,
     merge: Annotated[
@@ -34,20 +37,26 @@ def export(
     adapter: Annotated[bool, typer.Option("--adapter", help="With LoRA: a peft adapter over the base model.")] = False,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as trained.")] = None,
     number: Round = "last",
+    server: Server = None,
+    token: Token = None,
+    ca: Ca = None,
+    cert: Cert = None,
+    key: Key = None,
+    insecure: Insecure = False,
 ) -> None:
     """Write a client's personal model as a folder that transformers (or peft) loads."""
     if merge and adapter:
         raise ConfigError("--merge gives the whole model, --adapter only what was added to it: choose one")
-    from flexp.export.folder import export as write
-    from flexp.export.saved import open_run
+    from flexp.export.places import export as write
 
-    facts = write(open_run(run, number), client, out, "adapter" if adapter else "whole", dtype)
+    connect = reaching(server, token, ca, cert, key, insecure)
+    facts = write(run, client, out, "adapter" if adapter else "whole", dtype, number, connect)
     what = "a peft adapter" if adapter else "a whole model"
     typer.echo(f"{facts['client']!r} after round {facts['round']}: {what} ({facts['dtype']}) in {out}")
 
 
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="The folder of a run, or an exported one.")],
+    model: Annotated[Path, typer.Argument(help="The folder of a run, an exported one, or what flexp client left.")],
     client: Client = None,
     data: Annotated[
         str | None, typer.Option("--data", metavar="FILE", help="Score on this file of the run's task.")
@@ -69,20 +78,30 @@ def evaluate(
         int | None, typer.Option(min=1, help="With --harness: only so many examples of each task.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    server: Server = None,
+    token: Token = None,
+    ca: Ca = None,
+    cert: Cert = None,
+    key: Key = None,
+    insecure: Insecure = False,
 ) -> None:
     """Score a personal model on its client's own test data and on everybody's, or on a file."""
     from flexp.export.answers import score, score_pretrained
     from flexp.export.usable import open_model
 
-    opened = open_model(model, client, number, run)
-    if harness is not None:
-        _harness(opened, harness, tasks_dir, limit, batch_size, pretrained, as_json)
-        return
-    if tasks_dir is not None or limit is not None:
-        raise ConfigError("--tasks-dir and --limit go with --harness TASKS: say which tasks")
-    scores = {"personal": score(opened, data, batch_size)}
-    if pretrained:
-        scores = {"pretrained": score_pretrained(opened, data, batch_size), **scores}
+    connect = reaching(server, token, ca, cert, key, insecure)
+    opened = open_model(model, client, number, run, connect, own_data=data is None and harness is None)
+    try:
+        if harness is not None:
+            _harness(opened, harness, tasks_dir, limit, batch_size, pretrained, as_json)
+            return
+        if tasks_dir is not None or limit is not None:
+            raise ConfigError("--tasks-dir and --limit go with --harness TASKS: say which tasks")
+        scores = {"personal": score(opened, data, batch_size)}
+        if pretrained:
+            scores = {"pretrained": score_pretrained(opened, data, batch_size), **scores}
+    finally:
+        opened.close()
     metric = opened.task.metric
     if as_json:
         facts = {"client": opened.client, "round": opened.round, "metric": metric, "scores": _finite(scores)}
@@ -97,18 +116,29 @@ def evaluate(
 
 
 def predict(
-    model: Annotated[Path, typer.Argument(help="The folder of a run, or an exported one.")],
+    model: Annotated[Path, typer.Argument(help="The folder of a run, an exported one, or what flexp client left.")],
     data: Annotated[str, typer.Option("--data", metavar="FILE", help="Rows of the run's task; labels are not needed.")],
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where to: a .csv or a .jsonl.")],
     client: Client = None,
     number: Round = "last",
     batch_size: Batch = None,
+    server: Server = None,
+    token: Token = None,
+    ca: Ca = None,
+    cert: Cert = None,
+    key: Key = None,
+    insecure: Insecure = False,
 ) -> None:
     """Let a classifier label a file: one line a row, with the probability of every label."""
     from flexp.export.answers import predict as write
     from flexp.export.usable import open_model
 
-    count = write(open_model(model, client, number), data, out, batch_size)
+    connect = reaching(server, token, ca, cert, key, insecure)
+    opened = open_model(model, client, number, connect=connect, own_data=False)
+    try:
+        count = write(opened, data, out, batch_size)
+    finally:
+        opened.close()
     typer.echo(f"{count} rows labelled in {out}")
 
 

@@ -9,23 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flexp.cli.reaching import Ca, Cert, Insecure, Key, Server, Token, reaching
 from flexp.cli.use import Client, Round
 from flexp.errors import FlexpError
 
 if TYPE_CHECKING:
     from flexp.writing.writer import Wishes, Writer, Written
 
-Model = Annotated[Path, typer.Argument(help="The folder of a run, or an exported one.")]
-Server = Annotated[
-    str | None,
-    typer.Option(
-        "--server",
-        metavar="grpc://HOST:PORT",
-        help="Of a run: a running flexp server has the middle; only the client's own part is loaded.",
-    ),
-]
-Ca = Annotated[Path | None, typer.Option("--ca", help="TLS: the certificate that the server's is signed with (PEM).")]
-Insecure = Annotated[bool, typer.Option("--insecure", help="Allow plaintext to other machines.")]
+Model = Annotated[Path, typer.Argument(help="The folder of a run, an exported one, or what flexp client left.")]
 MaxTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Of an answer.")]
 Temperature = Annotated[
     float | None, typer.Option(min=0.0, help="0: always the likeliest token. Default: as the model's own settings say.")
@@ -51,7 +42,10 @@ def generate(
     seed: Seed = None,
     number: Round = "last",
     server: Server = None,
+    token: Token = None,
     ca: Ca = None,
+    cert: Cert = None,
+    key: Key = None,
     insecure: Insecure = False,
     threads: Threads = None,
 ) -> None:
@@ -59,7 +53,7 @@ def generate(
     wishes = _wishes(max_new_tokens, temperature, top_p, top_k, repetition_penalty, stop, seed)
     wishes.options()  # a mistake is told before a model is loaded
     text = sys.stdin.read() if prompt == "-" else prompt
-    writer = _open(model, client, number, server, ca, insecure, threads)
+    writer = _open(model, client, number, reaching(server, token, ca, cert, key, insecure), threads)
     try:
         found = writer.write(writer.ids_of(text), wishes, _show)
         typer.echo()
@@ -81,14 +75,17 @@ def chat(
     seed: Seed = None,
     number: Round = "last",
     server: Server = None,
+    token: Token = None,
     ca: Ca = None,
+    cert: Cert = None,
+    key: Key = None,
     insecure: Insecure = False,
     threads: Threads = None,
 ) -> None:
     """Talk with a personal language model; /reset forgets what was said, /quit (or Ctrl-D) ends."""
     wishes = _wishes(max_new_tokens, temperature, top_p, top_k, repetition_penalty, stop, seed)
     wishes.options()
-    writer = _open(model, client, number, server, ca, insecure, threads)
+    writer = _open(model, client, number, reaching(server, token, ca, cert, key, insecure), threads)
     begin: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
     said = list(begin)
     try:
@@ -126,7 +123,10 @@ def serve(
     ] = 512,
     number: Round = "last",
     server: Server = None,
+    token: Token = None,
     ca: Ca = None,
+    cert: Cert = None,
+    key: Key = None,
     insecure: Insecure = False,
     threads: Threads = None,
 ) -> None:
@@ -134,7 +134,7 @@ def serve(
     from flexp.endpoint.listening import check_listening, run
 
     check_listening(host, api_key)
-    writer = _open(model, client, number, server, ca, insecure, threads)
+    writer = _open(model, client, number, reaching(server, token, ca, cert, key, insecure), threads)
     try:
         run(writer, host, port, api_key, max_new_tokens, lambda line: typer.echo(f"flexp serve: {line}"))
     finally:
@@ -142,13 +142,7 @@ def serve(
 
 
 def _open(
-    model: Path,
-    client: str | None,
-    number: str,
-    server: str | None,
-    ca: Path | None,
-    insecure: bool,
-    threads: int | None,
+    model: Path, client: str | None, number: str, connect: Callable[[str], Any] | None, threads: int | None
 ) -> Writer:
     import torch
 
@@ -156,13 +150,6 @@ def _open(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    connect: Callable[[str], Any] | None = None
-    if server is not None:
-        from flexp.links.grpc import connect as reach
-
-        def connect(name: str) -> Any:
-            return reach(server, name, ca=ca, insecure=insecure)
-
     return open_writer(model, client, number, connect)
 
 

@@ -22,6 +22,7 @@ from flexp.config import CodecConfig, RunConfig
 from flexp.data import load_federation, pad_id
 from flexp.data.types import ClientData, Federation
 from flexp.deployment.config import DeploymentConfig
+from flexp.deployment.folder import write_facts
 from flexp.deployment.snapshots import Snapshots
 from flexp.deployment.worker import Worker
 from flexp.errors import ConfigError, DataError, LinkError, LinkLostError
@@ -184,6 +185,7 @@ def run_client(
             patience=deployment.patience,
         )
         write_json(state / "config.json", config.resolved())
+        write_facts(state, place.data, place.federation, place.cut)
         try:
             with _signals(worker.stop, stop):
                 over = worker.work()

@@ -102,6 +102,7 @@ def run_server(
     stop: threading.Event | None = None,
     conductor: Free | Deterministic | None = None,
     metrics: str | None = None,
+    allow_export: bool = False,
     **options: Any,
 ) -> None:
     """Serve until SIGINT or SIGTERM, or until a conducted run is over; then let steps end, save, and leave.
@@ -114,6 +115,8 @@ def run_server(
         stop: stops the server as a signal does; with it, signals are left alone.
         conductor: conducts a run, and keeps snapshots of its own.
         metrics: HOST:PORT for /metrics, /healthz and /readyz.
+        allow_export: give clients the trained weights of their shared blocks; the server then stays when a conducted
+            run is over.
         options: of :class:`flexp.links.grpc.Serving`.
 
     Raises:
@@ -126,6 +129,9 @@ def run_server(
     server.guard.say = say
     teller = Teller(server, None if conductor is None else conductor.desk)
     options |= {"say": say, "conductor": conductor, "facts": teller.facts}
+    server.allow_export = server.allow_export or allow_export
+    if allow_export and conductor is not None and conductor.desk.numbers and not server.shared.version:
+        conductor.desk.restore(max(conductor.desk.numbers))  # clients may fetch before all have come to go on
     with _signals(stop) as stopped, serve(server, listen, **options) as serving, ExitStack() as stack:
         if metrics is not None:
             observed = Observed(metrics, lambda: teller.facts(serving), lambda: not stopped.is_set())
@@ -155,10 +161,14 @@ def _wait(
     every: float,
 ) -> None:
     """Until a signal, or until the run is over and everybody has left; now and then, a line of progress."""
-    told, since = None, time.monotonic()
+    told, since, stays = None, time.monotonic(), False
     while not stopped.wait(min(every, 0.2)):
         if conductor is not None and conductor.finished and not serving.clients:
-            return
+            if not server.allow_export:
+                return
+            if not stays:
+                say("the run is over; staying for clients that export or use their models, until Ctrl-C")
+            stays = True
         now = (server.shared.version, serving.clients)
         if now != told and time.monotonic() - since >= every:
             told, since = now, time.monotonic()

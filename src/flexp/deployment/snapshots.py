@@ -24,11 +24,12 @@ class Snapshots:
 
     Args:
         keep: how many stay, the newest first.
+        tidy: remove what a killed process left half written; not where one may be writing.
     """
 
-    def __init__(self, folder: Path, keep: int = 3) -> None:
+    def __init__(self, folder: Path, keep: int = 3, *, tidy: bool = True) -> None:
         self.folder, self.keep = folder, keep
-        for half in folder.glob(".snapshot-*"):
+        for half in folder.glob(".snapshot-*") if tidy else ():
             shutil.rmtree(half, ignore_errors=True)
 
     def numbers(self) -> list[int]:
@@ -58,13 +59,23 @@ class Snapshots:
         Raises:
             StorageError: it is not what was saved.
         """
+        file, facts = self.checked(number)
+        with safe_open(file, framework="pt") as opened:
+            return {name: opened.get_tensor(name).clone() for name in opened.keys()}, facts  # noqa: SIM118
+
+    def checked(self, number: int) -> tuple[Path, dict[str, Any]]:
+        """The safetensors file and the facts of one of :meth:`numbers`, for who reads tensor by tensor.
+
+        Raises:
+            StorageError: it is not what was saved.
+        """
         place = self._place(number)
         try:
-            facts = read_json(place / FACTS)
+            facts: dict[str, Any] = read_json(place / FACTS)
             if sha256(place / STATE) != facts["sha256"]:
                 raise StorageError(f"{place / STATE} is not what was saved (its SHA-256 differs)")
-            with safe_open(place / STATE, framework="pt") as file:
-                return {name: file.get_tensor(name).clone() for name in file.keys()}, facts  # noqa: SIM118
+            with safe_open(place / STATE, framework="pt"):
+                return place / STATE, facts
         except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise StorageError(f"{place} is damaged ({error}); delete it to go on from an earlier snapshot") from error
 
@@ -77,8 +88,15 @@ class Snapshots:
             try:
                 return self.load(number)[1]
             except StorageError:
-                self._place(number).rename(self._place(number).with_suffix(".damaged"))
+                self.put_aside(number, "damaged")
         return None
+
+    def put_aside(self, number: int, why: str = "aside") -> None:
+        """Give a snapshot another name, under which nobody goes on from it."""
+        place = self._place(number)
+        aside = place.with_suffix(f".{why}")
+        shutil.rmtree(aside, ignore_errors=True)
+        place.rename(aside)
 
     def _place(self, number: int) -> Path:
         return self.folder / f"snapshot-{number:08d}"

@@ -15,7 +15,7 @@ from flexp.client.whole import WholeModel
 from flexp.config import AlignConfig
 from flexp.evaluation.memory import Probe
 from flexp.links.base import Meter
-from flexp.links.messages import BackwardReply, ExtendReply, ForwardReply, PullReply, Welcome
+from flexp.links.messages import BackwardReply, ExtendReply, FetchReply, ForwardReply, PullReply, Welcome
 from flexp.models.stage import Stage
 from flexp.models.tuning import embedding_names
 
@@ -56,6 +56,9 @@ class EchoLink:
 
     def end_generation(self, request: Any) -> None:
         pass
+
+    def fetch(self, request: Any) -> Future[Any]:
+        return _done(FetchReply(0, 0))
 
     def close(self) -> None:
         pass

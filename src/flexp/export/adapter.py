@@ -7,7 +7,7 @@ peft makes the same of them is tried before they are handed out: of a mixture of
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -20,8 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from flexp.config import LoraConfig
 from flexp.data.types import ModelKind
 from flexp.errors import ConfigError, ModelError
-from flexp.export.whole import adapted, plain
-from flexp.models.parts import Part
+from flexp.export.whole import adapted, let_go, plain
 from flexp.models.stage import Stage, carve
 
 TASKS: dict[ModelKind, str | None] = {
@@ -33,7 +32,13 @@ PREFIX = "base_model.model."
 
 
 def write_adapter(
-    folder: Path, source: Stage, weights: Mapping[str, Tensor], lora: LoraConfig, kind: ModelKind, base: str
+    folder: Path,
+    source: Stage,
+    weights: Mapping[str, Tensor],
+    lora: LoraConfig,
+    kind: ModelKind,
+    base: str,
+    tried_on: Iterable[Stage] | None = None,
 ) -> None:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors`` into ``folder``.
 
@@ -41,7 +46,10 @@ def write_adapter(
     from the run's seed), go with it whole.
 
     Args:
+        source: the pretrained model; or its ends and some block with an adapter.
         base: where the pretrained model is, as the adapter's configuration names it.
+        tried_on: parts of the model, ends and all adapted blocks among them, over which peft is to load it; without,
+            ``source``.
 
     Raises:
         ConfigError: an adapter cannot hold what was trained.
@@ -67,7 +75,9 @@ def write_adapter(
         for name, value in model.get_submodule(path).state_dict(prefix=f"{path}.").items():
             tensors[PREFIX + name] = other.get(name, value)
     ranks = {layer: len(down) for layer, (down, _) in adapters.items() if len(down) != lora.rank}
-    first: nn.Module = model.get_submodule(next(iter(adapters)))
+    first: nn.Module = model.get_submodule(
+        next(layer for layer in adapters if source.block_of(layer) in source.part.blocks)
+    )
     PeftLoraConfig(
         task_type=TASKS[kind],
         base_model_name_or_path=base,
@@ -83,14 +93,16 @@ def write_adapter(
     ).save_pretrained(folder)
     whole = {name: value.detach().clone().contiguous() for name, value in tensors.items()}
     save_file(whole, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    _try(folder, source, adapters, lora.alpha / lora.rank)
+    for stage in tried_on or [source]:
+        own = {layer: pair for layer, pair in adapters.items() if source.block_of(layer) in stage.part.blocks}
+        _try(folder, stage, own, lora.alpha / lora.rank)
 
 
 def _try(folder: Path, source: Stage, adapters: Mapping[str, tuple[Tensor, Tensor]], scaling: float) -> None:
     """Let peft load what was written over a copy of the base, and look at every adapter."""
     problem = ""
     try:
-        loaded = PeftModel.from_pretrained(carve(source, Part.whole(source.anatomy.blocks)).model, str(folder))
+        loaded = PeftModel.from_pretrained(carve(source, source.part).model, str(folder))
         model = loaded.get_base_model()
         found = {name.partition(".lora_")[0] for name, _ in model.named_parameters() if ".lora_" in name}
         odd = sorted(found ^ adapters.keys())
@@ -100,6 +112,7 @@ def _try(folder: Path, source: Stage, adapters: Mapping[str, tuple[Tensor, Tenso
             same = same and torch.equal(own.lora_B["default"].weight, up.to(own.lora_B["default"].weight.dtype))
             odd += [] if same and abs(own.scaling["default"] - scaling) < 1e-9 else [layer]
         problem = f"{odd[0]} comes back differently" if odd else ""
+        let_go(model)
     except Exception as error:  # whatever peft says
         problem = (str(error).strip() or type(error).__name__).splitlines()[0]
     if problem:

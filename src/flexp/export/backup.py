@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +18,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from flexp._version import __version__
 from flexp.errors import ConfigError, StorageError
-from flexp.experiments import checkpoints
-from flexp.export.facts import origin
-from flexp.export.saved import LAST, Opened, client_of, look_into
+from flexp.export.homes import KIND, SCHEMA, Backup, home_of
+from flexp.export.saved import LAST
 from flexp.export.sealed import is_sealed, seal, unseal
 from flexp.files import replacing
-from flexp.methods import METHODS
-from flexp.models.fingerprint import fingerprint
-
-SCHEMA = 1
-KIND = "flexp personal state"
 
 MUST_MATCH = {
     "fingerprint": "configuration of the model",
@@ -48,29 +40,10 @@ MUST_MATCH = {
 """Facts in which a file and the run that it goes into must agree, and what each is called."""
 
 
-@dataclass(frozen=True)
-class Backup:
-    """What a file holds.
-
-    Attributes:
-        tensors: the client's state, as its method names it; with FlexP-SFL ``personal/NAME`` are the weights.
-    """
-
-    facts: dict[str, Any]
-    tensors: dict[str, Tensor]
-    encrypted: bool
-
-    @property
-    def weights(self) -> dict[str, Tensor]:
-        """The personal weights by their names in the whole model."""
-        prefix = "personal/"
-        return {name.removeprefix(prefix): value for name, value in self.tensors.items() if name.startswith(prefix)}
-
-
 def back_up(
     folder: Path, client: str | None, out: Path, passphrase: str | None = None, which: str = LAST
 ) -> dict[str, Any]:
-    """Write the personal parts of ``client`` in the run ``folder`` to the new file ``out``.
+    """Write the personal parts of ``client`` in ``folder``, a run or a client's own, to the new file ``out``.
 
     Args:
         passphrase: encrypt with it.
@@ -85,12 +58,9 @@ def back_up(
     """
     if out.exists():
         raise ConfigError(f"{out} exists already; choose another --out, or remove it first")
-    opened = look_into(folder, which)
-    name = client_of(opened.world, client).name
-    tensors = checkpoints.load_party(opened.place, _party(name))
-    if tensors is None:
-        raise ConfigError(f"the method {opened.config.method.name} keeps nothing that is {name!r}'s own")
-    facts = facts_of(opened, name) | {"steps": int(tensors["steps"]) if "steps" in tensors else None}
+    home = home_of(folder, client, which)
+    tensors = home.tensors()
+    facts = home.facts | {"steps": int(tensors["steps"]) if "steps" in tensors else None}
     write(out, tensors, facts, passphrase)
     return facts
 
@@ -98,57 +68,31 @@ def back_up(
 def restore(file: Path, folder: Path, client: str | None = None, passphrase: str | None = None) -> dict[str, Any]:
     """Put a file's content into the last checkpoint of the run ``folder``; ``flexp run --resume`` goes on from there.
 
-    The client's part of the checkpoint may be damaged or missing; the other parts stay as they are, byte for byte.
+    The client's part of the checkpoint may be damaged or missing; the other parts stay as they are, byte for byte. In
+    what ``flexp client`` left it becomes the newest snapshot, from which the client goes on; later ones are put aside.
 
     Args:
         client: into whose place; the file's own client without.
 
     Returns:
-        The file's facts, with ``into``: the round of the checkpoint.
+        The file's facts, with ``into``: the round of the checkpoint, or the number of the snapshot.
 
     Raises:
         ConfigError: the run is of another model, cut, tuning or method, or has no such client.
         StorageError: the file or the run is damaged; the run is untouched.
     """
     found = read(file, passphrase)
-    opened = look_into(folder, LAST)
-    name = client_of(opened.world, client or str(found.facts["client"])).name
-    there = facts_of(opened, name)
+    home = home_of(folder, client or str(found.facts["client"]), LAST, into=True)
+    there = home.facts
     for key, called in MUST_MATCH.items():
         if found.facts.get(key) != there[key]:
             raise ConfigError(
                 f"{file}: was saved with another {called} than {folder} has "
                 f"({_short(found.facts.get(key))}, not {_short(there[key])}); restore it into the run that it is of"
             )
-    _check_shapes(found.tensors, METHODS[opened.config.method.name](opened.world).state().get(_party(name), {}), file)
-    checkpoints.replace_party(opened.place, _party(name), found.tensors)
-    return found.facts | {"client": name, "into": opened.number}
-
-
-def facts_of(opened: Opened, client: str) -> dict[str, Any]:
-    """What the personal parts of ``client`` belong to, JSON-ready."""
-    config, source = opened.config, opened.world.source
-    return {
-        "kind": KIND,
-        "schema": SCHEMA,
-        "flexp": __version__,
-        "client": client,
-        "run": config.name,
-        "seed": config.seed,
-        "round": opened.number,
-        "model": origin(config.model.id),
-        "fingerprint": fingerprint(source.model.config),
-        "weights": source.weights,
-        "model_kind": opened.world.federation.task.model_kind,
-        "labels": opened.world.federation.task.label_names,
-        "method": config.method.name,
-        "cut": list(opened.world.cuts[client]),
-        "tuning": config.model.tuning,
-        "lora": config.model.lora.model_dump(mode="json") if config.model.tuning == "lora" else None,
-        "train_embeddings": config.model.train_embeddings,
-        "dtype": config.model.dtype,
-        "optimizer": config.train.personal.name,
-    }
+    _check_shapes(found.tensors, home.fresh(), file)
+    number = home.put(found)
+    return found.facts | {"client": there["client"], "into": number}
 
 
 def write(out: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], passphrase: str | None = None) -> None:
@@ -192,10 +136,6 @@ def read(file: Path, passphrase: str | None = None) -> Backup:
     if _digest(tensors, text) != digest:
         raise StorageError(f"{file} is damaged: its content is not what was saved (its SHA-256 differs)")
     return Backup(facts, tensors, encrypted)
-
-
-def _party(client: str) -> str:
-    return f"client-{client}"
 
 
 def _digest(tensors: Mapping[str, Tensor], text: str) -> str:

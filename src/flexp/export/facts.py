@@ -8,7 +8,9 @@ from typing import Any
 from flexp._version import __version__
 from flexp.assets.registry import ASSETS, Asset
 from flexp.assets.store import PREFIX
+from flexp.config import RunConfig
 from flexp.data.types import ClientData
+from flexp.export.client_folder import ClientFolder, Taken
 from flexp.export.saved import SavedRun
 
 FILE = "flexp.json"
@@ -27,33 +29,63 @@ def gather(run: SavedRun, client: ClientData, form: str, dtype: str) -> dict[str
         form: ``whole`` or ``adapter``.
         dtype: of the weights in the folder.
     """
-    config, task = run.config, run.world.federation.task
+    task = run.world.federation.task
+    return {
+        **described(run.config, form, dtype, task.model_kind, task.label_names),
+        "client": client.name,
+        "round": run.round,
+        "picked_on": run.picked_on,
+        "cut": list(run.world.cuts[client.name]),
+        "absent": client.name in run.world.absent,
+        "train_examples": len(client.train),
+        "test_examples": len(client.test),
+        "metric": task.metric,
+        "scores": {
+            "before": run.scored.get(0, {}).get(client.name),
+            "after": run.scored.get(run.round, {}).get(client.name),
+        },
+    }
+
+
+def of_client(opened: ClientFolder, taken: Taken, form: str, dtype: str) -> dict[str, Any]:
+    """The same of a client that took part over a network; a round is so many of its own steps."""
+    known, size = opened.facts, opened.config.train.steps_per_round
+    scores = {int(record["round"]): record["personal"].get(known["metric"]) for record in opened.records()}
+    number, rest = divmod(taken.steps, size)
+    before, after = ({"personal": value} if value is not None else None for value in map(scores.get, (0, number)))
+    return {
+        **described(opened.config, form, dtype, opened.kind, opened.labels),
+        "client": opened.client,
+        "round": number,
+        "steps": taken.steps,
+        "picked_on": None,
+        "cut": list(taken.cut),
+        "absent": False,
+        "train_examples": known["train_examples"],
+        "test_examples": known["test_examples"],
+        "metric": known["metric"],
+        "scores": {"before": before, "after": None if rest else after},
+    }
+
+
+def described(config: RunConfig, form: str, dtype: str, kind: str, labels: list[str] | None) -> dict[str, Any]:
+    """What the configuration says of a personal model."""
     data = config.data.model_dump(mode="json")
-    before = run.scored.get(0, {}).get(client.name)
     return {
         "schema": SCHEMA,
         "flexp": __version__,
         "form": form,
-        "client": client.name,
         "run": config.name,
         "seed": config.seed,
         "method": config.method.name,
-        "round": run.round,
         "rounds": config.train.rounds,
-        "picked_on": run.picked_on,
-        "cut": list(run.world.cuts[client.name]),
-        "absent": client.name in run.world.absent,
-        "kind": task.model_kind,
+        "kind": kind,
         "tuning": config.model.tuning,
         "lora": config.model.lora.model_dump(mode="json") if config.model.tuning == "lora" else None,
         "dtype": dtype,
         "autocast": config.model.autocast,
         "attention": config.model.attention,
-        "labels": task.label_names,
-        "train_examples": len(client.train),
-        "test_examples": len(client.test),
-        "metric": task.metric,
-        "scores": {"before": before, "after": run.scored.get(run.round, {}).get(client.name)},
+        "labels": labels,
         "data": {key: data[key] for key in TASK_KEYS},
         "model": origin(config.model.id),
         "source": origin(config.data.source),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
 
+from flexp.data.types import ModelKind
 from flexp.errors import ConfigError, ModelError
 from flexp.experiments.checkpoints import os_error
 from flexp.experiments.setup import load_processor, model_folder
@@ -40,41 +43,61 @@ def export(
         StorageError: the disk is full or cannot be written; nothing is left in ``out``.
     """
     data = run.client(client)
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} exists already; choose another --out, or remove it first")
+    check_target(out, dtype)
     source, kind = run.world.source, run.world.federation.task.model_kind
     lora, weights = run.method.world.config.model.lora, run.method.trained_weights(data.name)
     wanted = None if dtype is None else DTYPES[dtype]
     facts = gather(run, data, form, dtype or run.config.model.dtype)
-    processor = _processor(run)
+    processor = ready(load_processor(model_folder(run.config), run.config), kind)
+    with writing(out, run.config.model.id, processor, facts) as part:
+        if form == "adapter":
+            cast = {name: value if wanted is None else value.to(wanted) for name, value in weights.items()}
+            write_adapter(part, source, cast, lora, kind, model_folder(run.config))
+            source.model.config.save_pretrained(part)
+        else:
+            merged(source, weights, lora.alpha / lora.rank, wanted).save_pretrained(part)
+    return facts
+
+
+def check_target(out: Path, dtype: str | None) -> None:
+    """Refuse a folder that is taken and a type that there is not.
+
+    Raises:
+        ConfigError: see above.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} exists already; choose another --out, or remove it first")
+
+
+@contextmanager
+def writing(out: Path, model_id: str, processor: Any, facts: Mapping[str, Any]) -> Iterator[Path]:
+    """A folder beside ``out`` to write a model in; with processor, facts and card it becomes ``out`` at the end.
+
+    Raises:
+        ModelError: transformers does not save this model.
+        StorageError: the disk is full or cannot be written; nothing is left in ``out``.
+    """
     with replacing(out) as part, quietly():
         part.mkdir()
         try:
-            if form == "adapter":
-                cast = {name: value if wanted is None else value.to(wanted) for name, value in weights.items()}
-                write_adapter(part, source, cast, lora, kind, model_folder(run.config))
-                source.model.config.save_pretrained(part)
-            else:
-                merged(source, weights, lora.alpha / lora.rank, wanted).save_pretrained(part)
+            yield part
             processor.save_pretrained(part)
         except SafetensorError as error:
             raise storage_error(out, os_error(error)) from error
         except ValueError as error:  # transformers refuses to save some settings that it loads
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ModelError(f"{run.config.model.id}: transformers does not save this model ({first})") from error
+            raise ModelError(f"{model_id}: transformers does not save this model ({first})") from error
         write_json(part / FILE, facts)
         write_text(part / "README.md", card(facts))
-    return facts
 
 
-def _processor(run: SavedRun) -> Any:
-    """The tokenizer or image processor, ready for batches of what the model is for."""
-    processor = load_processor(model_folder(run.config), run.config)
-    if run.world.federation.task.model_kind == "image-classification":
+def ready(processor: Any, kind: ModelKind) -> Any:
+    """A tokenizer or image processor, ready for batches of what the model is for."""
+    if kind == "image-classification":
         return processor
-    if run.world.federation.task.model_kind == "causal-lm":
+    if kind == "causal-lm":
         processor.padding_side = "left"  # generation goes on from the last token
     processor.init_kwargs["padding_side"] = processor.padding_side  # else it is not saved
     if processor.pad_token is None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from flexp.config import RunConfig
 from flexp.data.columns import nearest
 from flexp.data.types import ClientData
+from flexp.deployment.folder import is_client
 from flexp.errors import ConfigError, StorageError
 from flexp.experiments import checkpoints
 from flexp.experiments.devices import place
@@ -67,8 +68,8 @@ def client_of(world: World, name: str | None) -> ClientData:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether ``folder`` is that of a run; an exported model has a ``config.json``, too."""
-    return (folder / "metrics.jsonl").is_file() and (folder / "config.json").is_file()
+    """Whether ``folder`` is that of a run; an exported model and a client's folder have a ``config.json``, too."""
+    return (folder / "metrics.jsonl").is_file() and (folder / "config.json").is_file() and not is_client(folder)
 
 
 def run_config(folder: Path) -> RunConfig:
@@ -77,6 +78,11 @@ def run_config(folder: Path) -> RunConfig:
     Raises:
         StorageError: there is none.
     """
+    if is_client(folder):
+        raise StorageError(
+            f"{folder} holds one client's part of a run on several machines, and this needs all of a run; with "
+            "--server URL it can be exported and used"
+        )
     if not is_run(folder):
         raise StorageError(
             f"{folder} holds no run: expected its config.json and metrics.jsonl, as flexp run leaves them"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,17 @@ from flexp.client.whole import WholeModel
 from flexp.config import DataConfig, ModelConfig, RunConfig
 from flexp.data.tasks import limit_of, make_task
 from flexp.data.types import Example, Forward, Task
+from flexp.deployment.client import find_place
+from flexp.deployment.folder import is_client
 from flexp.errors import ConfigError, FlexpError, ModelError, StorageError
 from flexp.experiments.joined import world_of
 from flexp.experiments.runner import sample
 from flexp.experiments.setup import load_processor, max_positions
+from flexp.export.client_folder import middle, open_client
 from flexp.export.facts import FILE, SCHEMA
 from flexp.export.saved import LAST, client_of, is_run, open_run, run_config
 from flexp.files import read_json
+from flexp.links.base import Link
 from flexp.methods.base import World
 from flexp.models.loading import AUTO, quietly
 
@@ -38,6 +42,7 @@ class Usable:
         pretrained: the model before training, where a run is known.
         model: of an exported folder, the model itself.
         positions: the longest input in tokens, where there is a limit.
+        close: lets go of a link.
     """
 
     client: str
@@ -50,6 +55,7 @@ class Usable:
     pretrained: Forward | None = None
     model: Any = None
     positions: int | None = None
+    close: Callable[[], None] = lambda: None
 
 
 def of_run(folder: Path, client: str | None, which: str = LAST) -> Usable:
@@ -111,12 +117,64 @@ def of_folder(folder: Path, client: str | None = None, run: Path | None = None) 
     return Usable(owner, number, _answering(model), task, data, size, sets, model=model, positions=positions)
 
 
-def open_model(place: Path, client: str | None, which: str = LAST, run: Path | None = None) -> Usable:
-    """What ``place`` is: a run, or an exported folder.
+def of_client(
+    folder: Path, client: str | None, connect: Callable[[str], Link] | None, which: str = LAST, own_data: bool = True
+) -> Usable:
+    """The personal model of what ``flexp client`` left, its middle on a running server.
+
+    Args:
+        connect: gives a link of the client that is named.
+        which: a snapshot (:meth:`flexp.export.client_folder.ClientFolder.taken`).
+        own_data: read the client's data, to score the model on its test examples.
 
     Raises:
-        FlexpError: it is neither; see :func:`of_run` and :func:`of_folder`.
+        ConfigError: there is no ``connect``, or the folder is another client's.
+        FlexpError: see :mod:`flexp.export.client_folder`; or the data are not what they were.
     """
+    opened = open_client(folder, client)
+    reach = middle(folder, connect)
+    taken, config = opened.taken(which), opened.config
+    sets = {OWN: find_place(config, opened.client, taken.cut).data.test} if own_data else {}
+    split = opened.split(taken, reach(opened.client))
+    positions = max_positions(split.config)
+    task = make_task(config.data, opened.processor(), limit_of(config.data, positions), opened.labels or [])
+    number, size = taken.steps // config.train.steps_per_round, config.evaluation.batch_size
+    return Usable(
+        opened.client,
+        number,
+        _answering(split),
+        task,
+        config.data,
+        size,
+        {name: examples for name, examples in sets.items() if examples},
+        positions=positions,
+        close=lambda: split.link.close(),
+    )
+
+
+def open_model(
+    place: Path,
+    client: str | None,
+    which: str = LAST,
+    run: Path | None = None,
+    connect: Callable[[str], Link] | None = None,
+    own_data: bool = True,
+) -> Usable:
+    """What ``place`` is: a run, what ``flexp client`` leaves, or an exported folder.
+
+    Args:
+        connect: of a client's folder: see :func:`of_client`.
+        own_data: likewise.
+
+    Raises:
+        FlexpError: it is none of them; see :func:`of_run`, :func:`of_client` and :func:`of_folder`.
+    """
+    if is_client(place):
+        if run is not None:
+            raise ConfigError(f"{place} is what a client left: leave out --run")
+        return of_client(place, client, connect, which, own_data)
+    if connect is not None:
+        raise ConfigError(f"{place} holds all of its models: leave out --server")
     if not is_run(place):
         return of_folder(place, client, run)
     if run is not None:

@@ -37,7 +37,15 @@ def merged(source: Stage, weights: Mapping[str, Tensor], scaling: float, dtype: 
         scaling: of the adapters, alpha / rank.
         dtype: of all weights; ``None``: as they are.
     """
-    model = carve(source, Part.whole(source.anatomy.blocks)).model
+    own = {name: value.detach().clone() for name, value in weights.items()}
+    return fill(carve(source, Part.whole(source.anatomy.blocks)).model, own, scaling, dtype)
+
+
+def fill(model: Any, weights: Mapping[str, Tensor], scaling: float, dtype: torch.dtype | None = None) -> Any:
+    """The same in place, in a model of which all or only a part is there.
+
+    What was trained in full is not copied, but becomes the model's own; the old tensors stay as they are.
+    """
     new = {name: value.to(model.get_parameter(name).dtype) for name, value in plain(weights).items()}
     for layer, (down, up) in adapted(weights).items():
         module, name = model.get_submodule(layer), f"{layer}.weight"
@@ -51,6 +59,13 @@ def merged(source: Stage, weights: Mapping[str, Tensor], scaling: float, dtype: 
     return model.eval()
 
 
+def let_go(model: nn.Module) -> None:
+    """Models hold themselves and would stay until Python looks for such rings: take their tensors out at once."""
+    for module in model.modules():
+        module._parameters.clear()
+        module._buffers.clear()
+
+
 def _install(model: nn.Module, new: Mapping[str, Tensor]) -> None:
     """Put tensors in the place of parameters, under every name that a tied one has."""
     places: dict[int, list[tuple[nn.Module, str]]] = {}
@@ -59,6 +74,6 @@ def _install(model: nn.Module, new: Mapping[str, Tensor]) -> None:
             if parameter is not None:
                 places.setdefault(id(parameter), []).append((module, leaf))
     for name, old in [(name, model.get_parameter(name)) for name in new]:
-        fresh = nn.Parameter(new[name].detach().clone(), requires_grad=False)
+        fresh = nn.Parameter(new[name].detach(), requires_grad=False)
         for module, leaf in places[id(old)]:
             module._parameters[leaf] = fresh

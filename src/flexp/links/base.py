@@ -22,6 +22,8 @@ from flexp.links.messages import (
     EndGeneration,
     ExtendReply,
     ExtendRequest,
+    FetchReply,
+    FetchRequest,
     ForwardReply,
     ForwardRequest,
     Join,
@@ -120,6 +122,10 @@ class Link(Protocol):
 
     def end_generation(self, request: EndGeneration) -> None:
         """Let the server forget the cache of an answer; nothing happens where there is none."""
+        ...
+
+    def fetch(self, request: FetchRequest) -> Future[FetchReply]:
+        """The trained shared weights of one of the blocks [s, e), if the operator gives them."""
         ...
 
     def close(self) -> None:

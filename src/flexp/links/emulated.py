@@ -31,6 +31,8 @@ from flexp.links.messages import (
     EndGeneration,
     ExtendReply,
     ExtendRequest,
+    FetchReply,
+    FetchRequest,
     ForwardReply,
     ForwardRequest,
     Join,
@@ -129,6 +131,9 @@ class EmulatedLink:
 
     def end_generation(self, request: EndGeneration) -> None:
         self._wait(self._send(lambda: _done(self.inner.end_generation, request), None))
+
+    def fetch(self, request: FetchRequest) -> Future[FetchReply]:
+        return self._send(lambda: self.inner.fetch(request), request)
 
     def abort(self, request: Abort) -> None:
         self._wait(self._send(lambda: _done(self.inner.abort, request), None))

@@ -19,6 +19,8 @@ from flexp.links.messages import (
     EndGeneration,
     ExtendReply,
     ExtendRequest,
+    FetchReply,
+    FetchRequest,
     ForwardReply,
     ForwardRequest,
     Join,
@@ -50,6 +52,7 @@ class Service(Protocol):
     def abort(self, client: str, request: Abort) -> None: ...
     def extend(self, client: str, request: ExtendRequest) -> ExtendReply: ...
     def end_generation(self, client: str, request: EndGeneration) -> None: ...
+    def fetch(self, client: str, request: FetchRequest) -> FetchReply: ...
     def leave(self, client: str) -> None: ...
 
     def aside(self, client: str) -> str | None:
@@ -106,6 +109,9 @@ class InProcessLink:
 
     def end_generation(self, request: EndGeneration) -> None:
         self._service.end_generation(self._client, request)
+
+    def fetch(self, request: FetchRequest) -> Future[FetchReply]:
+        return self._call(self._service.fetch, request, self.meter.evaluation)
 
     def close(self) -> None:
         self._service.leave(self._client)

@@ -142,6 +142,36 @@ class PullReply:
 
 
 @dataclass(frozen=True)
+class FetchRequest:
+    """Ask for the trained shared weights of one of the blocks [s, e) that the server runs for this client.
+
+    Attributes:
+        block: its index in the model.
+        first: of the block's trained tensors, in the order of their names, the first to send: a large block comes in
+            several answers.
+        most: bytes of tensors that one answer may have; a single tensor that is larger comes alone.
+    """
+
+    block: int
+    first: int = 0
+    most: int = 64 << 20
+
+
+@dataclass(frozen=True)
+class FetchReply:
+    """Trained shared parameters of one block, by their names in the model.
+
+    Attributes:
+        version: how many updates the shared blocks have had; parts of one model must have the same.
+        total: how many trained tensors the block has; ``weights`` holds some of them.
+    """
+
+    version: int
+    total: int
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class ExtendRequest:
     """Run blocks [s, e) on the next tokens of an answer, with the keys and values of those before.
 

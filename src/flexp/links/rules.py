@@ -19,6 +19,7 @@ REQUESTS = {Kind.JOIN, Kind.FORWARD, Kind.BACKWARD, Kind.PULL, Kind.ABORT, Kind.
     Kind.EXTEND,
     Kind.END_GENERATION,
     Kind.READY,
+    Kind.FETCH,
 }
 ANSWERS = {
     Kind.JOIN: Kind.WELCOME,
@@ -30,6 +31,7 @@ ANSWERS = {
     Kind.READY: Kind.ORDER,
     Kind.EXTEND: Kind.EXTEND_REPLY,
     Kind.END_GENERATION: Kind.DONE,
+    Kind.FETCH: Kind.FETCH_REPLY,
 }
 _TEXTS = {Kind.JOIN, Kind.WELCOME, Kind.ERROR, Kind.READY, Kind.ORDER}
 
@@ -120,7 +122,7 @@ def check_reply(head: Head, asked: Head, agreement: Agreement | None) -> None:
     expected = ANSWERS[asked.kind]
     if head.kind != expected:
         raise LinkError(f"the server answers {asked.kind.name} with {head.kind.name}, expected {expected.name}")
-    if head.kind == Kind.PULL_REPLY:
+    if head.kind in (Kind.PULL_REPLY, Kind.FETCH_REPLY):
         _check_weights(head, agreement)
         return
     sent = next((item for item in asked.fields if item.name in ("hidden_BTH", "grad_BTH")), None)

@@ -22,6 +22,8 @@ from flexp.links.messages import (
     EndGeneration,
     ExtendReply,
     ExtendRequest,
+    FetchReply,
+    FetchRequest,
     ForwardReply,
     ForwardRequest,
     Join,
@@ -69,6 +71,11 @@ def to_frame(message: Any, call: int, seconds: float = 0.0, coding: Coding | Non
             return _frame(Kind.BACKWARD_REPLY, call, seconds, (), named, coding)
         case PullReply():
             return _frame(Kind.PULL_REPLY, call, seconds, (), list(message.weights.items()))
+        case FetchRequest():
+            return _frame(Kind.FETCH, call, seconds, (message.block, message.first, message.most))
+        case FetchReply():
+            numbers = (message.version, message.total)
+            return _frame(Kind.FETCH_REPLY, call, seconds, numbers, list(message.weights.items()))
         case Abort():
             return Frame(Head(Kind.ABORT, call))
         case ExtendRequest():
@@ -118,6 +125,11 @@ def to_message(frame: Frame, device: torch.device, coding: Coding | None = None)
             return BackwardReply(one["grad_BTH"], inner)
         case Kind.PULL_REPLY:
             return PullReply(one)
+        case Kind.FETCH:
+            return FetchRequest(*head.numbers)
+        case Kind.FETCH_REPLY:
+            version, total = head.numbers
+            return FetchReply(version, total, one)
         case Kind.ABORT:
             return Abort()
         case Kind.EXTEND:

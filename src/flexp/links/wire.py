@@ -47,6 +47,8 @@ class Kind(IntEnum):
     END_GENERATION = 15
     READY = 16
     ORDER = 17
+    FETCH = 18
+    FETCH_REPLY = 19
 
 
 DTYPES: dict[int, torch.dtype] = {
@@ -75,6 +77,8 @@ _NUMBERS = {
     Kind.PULL: struct.Struct("<qqq"),
     Kind.EXTEND: struct.Struct("<qq"),
     Kind.END_GENERATION: struct.Struct("<q"),
+    Kind.FETCH: struct.Struct("<qqq"),
+    Kind.FETCH_REPLY: struct.Struct("<qq"),
 }
 _NONE = struct.Struct("<")
 

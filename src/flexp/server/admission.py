@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flexp.config import CodecConfig, LoraConfig
 from flexp.errors import LinkError
-from flexp.links.messages import BackwardRequest, ForwardRequest, Join, PullRequest
+from flexp.links.messages import BackwardRequest, FetchRequest, ForwardRequest, Join, PullRequest
 from flexp.models.fingerprint import fingerprint
 from flexp.models.stage import Stage
 
@@ -172,6 +172,25 @@ def check_pull(session: Session, request: PullRequest, shared: tuple[int, int]) 
         raise LinkError(
             f"client {session.join.client}: the weights of blocks [{request.start}, {request.stop}) were asked for, "
             f"expected some of its aligned blocks [{low}, {start}) or of the shared ones [{stop}, {high}) in its tail"
+        )
+
+
+def check_fetch(session: Session, request: FetchRequest, allowed: bool) -> None:
+    """Refuse to give a shared block to a client whose model does not run through it, or where nobody is given any.
+
+    Raises:
+        LinkError: see above.
+    """
+    client, (start, stop) = session.join.client, session.join.cut
+    if not allowed:
+        raise LinkError(
+            f"client {client}: this server gives no shared blocks away; its operator allows it with --allow-export "
+            "(deployment.allow_export = true)"
+        )
+    if not start <= request.block < stop or request.first < 0 or request.most < 1:
+        raise LinkError(
+            f"client {client}: block {request.block} from tensor {request.first} on, {request.most} bytes at most, was "
+            f"asked for; expected one of its blocks [{start}, {stop}) here, a tensor from 0 on and at least one byte"
         )
 
 

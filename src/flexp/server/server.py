@@ -22,6 +22,8 @@ from flexp.links.messages import (
     EndGeneration,
     ExtendReply,
     ExtendRequest,
+    FetchReply,
+    FetchRequest,
     ForwardReply,
     ForwardRequest,
     Join,
@@ -33,8 +35,9 @@ from flexp.models.loading import ModelKind, load_stage
 from flexp.models.parts import Part, check_cut
 from flexp.models.stage import Stage
 from flexp.models.tuning import tune
-from flexp.server.admission import check_again, check_backward, check_forward, check_join, check_pull
+from flexp.server.admission import check_again, check_backward, check_fetch, check_forward, check_join, check_pull
 from flexp.server.bounds import Bounds, check_finite
+from flexp.server.fetching import give
 from flexp.server.generations import check_extend, drop_unused
 from flexp.server.guard import Guard
 from flexp.server.progress import Key
@@ -53,6 +56,7 @@ class Server:
         total_steps: client steps in all, for schedules of the shared learning rate.
         seed: of the clients' dropout on this side.
         remembers: keep the answers of clients' last steps, for clients that may go back to a snapshot.
+        allow_export: give a client the trained weights of the blocks that it has computed here, if it asks.
     """
 
     def __init__(
@@ -66,6 +70,7 @@ class Server:
         total_steps: int | None = None,
         seed: int = 0,
         remembers: bool = False,
+        allow_export: bool = False,
     ) -> None:
         self.config = config or ServerConfig()
         self.tuning = tuning
@@ -73,7 +78,7 @@ class Server:
         self.shared = SharedBlocks(stage, self.config, optimizer or OptimizerConfig(), total_steps)
         self.compute_seconds = 0.0
         self.bounds, self.guard = Bounds(self.config.guard), Guard(self.config.guard)
-        self.remembers = remembers
+        self.remembers, self.allow_export = remembers, allow_export
         self.regulars = Regulars(seed, self._device)
         self._sessions = Sessions()
         self._lock = threading.RLock()
@@ -206,6 +211,16 @@ class Server:
             reply = PullReply({name: value.detach().clone() for name, value in parameters if block_of(name) in wanted})
             self._remember(session, request.step, key, reply)
             return reply
+
+    def fetch(self, client: str, request: FetchRequest) -> FetchReply:
+        """The trained shared weights of one of the blocks [s, e), as they are between two updates.
+
+        Raises:
+            LinkError: the client never joined, asks for another block, or the operator does not give them.
+        """
+        with self._lock, self.guard.request(client):
+            check_fetch(self._sessions[client], request, self.allow_export)
+            return give(self.shared, request)
 
     def abort(self, client: str, request: Abort) -> None:
         """Forget what a client has in flight and what its unfinished steps have gathered.

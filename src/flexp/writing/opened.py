@@ -8,13 +8,15 @@ from typing import Any
 
 from flexp.assets import resolve
 from flexp.client.generation import SplitGenerator
-from flexp.client.model import SplitModelForCausalLM
+from flexp.client.model import SplitModel, SplitModelForCausalLM
 from flexp.config import RunConfig
 from flexp.data.tasks.instruction import TEMPLATE
 from flexp.data.templates import fields
+from flexp.deployment.folder import is_client
 from flexp.errors import ConfigError, StorageError
 from flexp.experiments import checkpoints
 from flexp.experiments.setup import load_processor, model_folder
+from flexp.export.client_folder import ClientFolder, middle, open_client
 from flexp.export.saved import LAST, is_run, open_run, run_config
 from flexp.export.usable import of_folder
 from flexp.export.whole import merged
@@ -29,16 +31,18 @@ WRITING = ("causal-lm", "instruction", "multiple-choice")
 def open_writer(
     place: Path, client: str | None = None, which: str = LAST, connect: Callable[[str], Link] | None = None
 ) -> Writer:
-    """The personal model in ``place``, a run or an exported folder, ready to write.
+    """The personal model in ``place``, a run, what ``flexp client`` leaves or an exported folder, ready to write.
 
     Args:
-        which: of a run: after which round.
+        which: of a run: after which round; of a client's folder: a snapshot.
         connect: gives a link of the client that is named to a running server, for the blocks that are not the client's
-            own; of a run only. It is called again when a link breaks.
+            own; of a run or a client's folder only. It is called again when a link breaks.
 
     Raises:
         FlexpError: there is no such model, or it writes no text.
     """
+    if is_client(place):
+        return _of_client(open_client(place, client), middle(place, connect), which)
     if not is_run(place):
         if connect is not None:
             raise ConfigError(f"{place} holds a whole model: leave out --server, or name the run")
@@ -47,6 +51,31 @@ def open_writer(
     if config.data.task not in WRITING:
         raise ConfigError(f"the models of {place} write no text: their task is {config.data.task}; use flexp predict")
     return _of_run(place, client, which) if connect is None else _of_server(place, config, client, which, connect)
+
+
+def _of_client(opened: ClientFolder, connect: Callable[[str], Link], which: str) -> Writer:
+    if opened.config.data.task not in WRITING:
+        raise ConfigError(
+            f"the model of {opened.folder} writes no text: its task is {opened.config.data.task}; use flexp predict"
+        )
+
+    def reach() -> Link:
+        return connect(opened.client)
+
+    taken, tokenizer = opened.taken(which), opened.processor()
+    return _split_writer(opened.client, opened.split(taken, reach()), reach, tokenizer, opened.config)
+
+
+def _split_writer(name: str, split: SplitModel, reach: Callable[[], Link], tokenizer: Any, config: RunConfig) -> Writer:
+    return Writer(
+        name,
+        tokenizer,
+        SplitGenerator(split, reach),
+        split.config,
+        prompt=_prompt(config.data),
+        about=f"split at {split.cut}, its middle on a server",
+        close=lambda: split.link.close(),
+    )
 
 
 def _of_folder(place: Path, client: str | None) -> Writer:
@@ -112,15 +141,7 @@ def _of_server(
     prefix = "personal/"
     own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     split.load_personal_state(own)
-    return Writer(
-        name,
-        tokenizer,
-        SplitGenerator(split, reach),
-        split.config,
-        prompt=_prompt(config.data),
-        about=f"split at {split.cut}, its middle on a server",
-        close=lambda: split.link.close(),
-    )
+    return _split_writer(name, split, reach, tokenizer, config)
 
 
 def _cut_of(place: Path, client: str | None) -> tuple[str, tuple[int, int]]:

@@ -29,6 +29,8 @@ from flexp.links.messages import (
     EndGeneration,
     ExtendReply,
     ExtendRequest,
+    FetchReply,
+    FetchRequest,
     ForwardReply,
     ForwardRequest,
     Join,
@@ -116,6 +118,9 @@ class GrpcLink:
 
     def end_generation(self, request: EndGeneration) -> None:
         self._wait(self._call(request, None))
+
+    def fetch(self, request: FetchRequest) -> Future[FetchReply]:
+        return self._call(request, self.meter.evaluation)
 
     def close(self) -> None:
         if self._broken is None:

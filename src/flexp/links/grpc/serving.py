@@ -201,7 +201,13 @@ class Serving:
                 self._service.end_generation(client, message)
                 return Frame(Head(Kind.DONE, head.call))
             reply: Any = _METHODS[head.kind](self._service, client, message)
-            return to_frame(reply, head.call, time.perf_counter() - began, coding)
+            answer = to_frame(reply, head.call, time.perf_counter() - began, coding)
+            if answer.head.payload > self.limits.frame_bytes:  # the client would have to refuse it, and end the stream
+                raise LinkError(
+                    f"the answer to {head.kind.name} has {answer.head.payload} bytes, and a frame holds at most "
+                    f"{self.limits.frame_bytes}"
+                )
+            return answer
         except LinkError as error:
             return error_frame(error, head.call)
         except Exception as error:  # one client's request must not end the others' server
@@ -220,6 +226,7 @@ _METHODS: dict[Kind, Callable[[Service, str, Any], Any]] = {
     Kind.BACKWARD: lambda service, client, message: service.backward(client, message),
     Kind.PULL: lambda service, client, message: service.pull(client, message),
     Kind.EXTEND: lambda service, client, message: service.extend(client, message),
+    Kind.FETCH: lambda service, client, message: service.fetch(client, message),
 }
 
 

@@ -1,0 +1,91 @@
+"""A client of a network and a server, without the network's run: what each has after some steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flexp.client.state import party_state
+from flexp.config import RunConfig
+from flexp.deployment.client import Place, find_place, make_client
+from flexp.deployment.folder import write_facts
+from flexp.deployment.server import make_server
+from flexp.deployment.snapshots import Snapshots
+from flexp.experiments.settings import validate
+from flexp.export.client_folder import ClientFolder, open_client
+from flexp.files import write_json
+from flexp.links.base import Link
+from flexp.links.grpc import connect, serve
+from flexp.report.metrics import MetricsLog
+from flexp.server import Server
+
+from .tools import content_of
+
+STEPS = 3
+
+
+class Remote:
+    """A served server and its client's folder, trained for :data:`STEPS` steps."""
+
+    def __init__(self, folder: Path, server: Server, config: RunConfig, place: Place, address: str) -> None:
+        self.folder, self.server, self.config, self.place, self.address = folder, server, config, place, address
+        self.state = folder / "client"
+
+    @property
+    def opened(self) -> ClientFolder:
+        return open_client(self.state)
+
+    @property
+    def url(self) -> str:
+        return f"grpc://{self.address}"
+
+    def reach(self, name: str) -> Link:
+        return connect(self.url, name, codec="off")
+
+    def batch(self) -> dict[str, torch.Tensor]:
+        examples = self.place.data.test or self.place.data.train
+        batch = self.place.federation.task.collate(examples[:6])
+        return {key: value for key, value in batch.items() if key != "labels"}
+
+    def expected(self) -> torch.Tensor:
+        """Logits of the personal model, its middle over the link."""
+        taken = self.opened.taken()
+        model = self.opened.split(taken, self.reach(self.opened.client)).eval()
+        with torch.no_grad():
+            logits: torch.Tensor = model(**self.batch()).logits
+        model.link.close()
+        return logits.float()
+
+
+@contextmanager
+def remote(folder: Path, arch: str, cut: tuple[int, int | None] = (1, 3), **tables: Any) -> Iterator[Remote]:
+    """One client trains over loopback gRPC, saves and leaves; the server goes on."""
+    config = validate(content_of(folder, arch, **tables), "test")
+    place = find_place(config, "client-1" if arch == "vit" else "north", cut)
+    name = place.data.name
+    server = make_server(config, 1, None, place.federation.task.model_kind, [name])
+    server.allow_export = True
+    with serve(server) as serving:
+        state = folder / "client"
+        trainer, model = make_client(config, place, connect(f"grpc://{serving.address}", name))
+        log = MetricsLog(state / "metrics.jsonl")
+        for _ in range(STEPS):
+            trainer.step()
+        log.write({"kind": "eval", "round": 1, "client": name, "personal": {place.federation.task.metric: 0.5}})
+        log.close()
+        save(state, trainer, model, place, config)
+        model.link.close()
+        yield Remote(folder, server, config, place, str(serving.address))
+
+
+def save(state: Path, trainer: Any, model: Any, place: Place, config: RunConfig, number: int = 4) -> None:
+    """As ``flexp client`` does."""
+    numbering = model.steps.numbering
+    facts = {"run": "r", "client": place.data.name, "numbering": numbering, "steps": trainer.steps}
+    Snapshots(state / "snapshots").save(number, party_state(trainer), {**facts, "cut": list(model.cut)})
+    write_json(state / "config.json", config.resolved())
+    write_facts(state, place.data, place.federation, place.cut)

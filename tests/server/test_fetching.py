@@ -1,0 +1,52 @@
+"""What a server gives of its shared blocks: nothing unless it may, then just what was trained."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flexp.errors import LinkError
+from flexp.links.messages import FetchRequest
+from tests.harness import copied, equal, world
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora", "frozen"])
+def test_exactly_what_was_trained(tuning: str) -> None:
+    here = world("llama", tuning=tuning, allow_export=True)
+    here.join("a", (2, 4), lora=here.server.lora)
+    shared = here.server.shared
+    for block in (2, 3):
+        own = {name: value for name, value in shared.updater.parameters.items() if shared.stage.block_of(name) == block}
+        reply = here.server.fetch("a", FetchRequest(block))
+        assert (reply.version, reply.total) == (0, len(own))
+        assert equal(reply.weights, copied(own))
+        assert bool(own) == (tuning != "frozen")
+        assert all("lora_" in name for name in own) or tuning == "full"
+
+
+def test_copies_that_no_update_changes() -> None:
+    """Taken while another client's forward is in flight, and compared after the update that follows."""
+    here = world("llama", allow_export=True)
+    model = here.client("b", (1, 4))
+    here.join("a", (1, 4))
+    loss = model(**here.batch()).loss
+    before = here.server.fetch("a", FetchRequest(2))
+    kept = copied(before.weights)
+    loss.backward()
+    assert equal(before.weights, kept)
+    after = here.server.fetch("a", FetchRequest(2))
+    assert (before.version, after.version) == (0, 1)
+    assert not any(torch.equal(value, kept[name]) for name, value in after.weights.items())
+
+
+def test_only_with_permission_and_only_the_clients_blocks() -> None:
+    here = world("llama")
+    here.join("a", (2, 3))
+    with pytest.raises(LinkError, match=r"client a: this server gives no shared blocks away; .* --allow-export"):
+        here.server.fetch("a", FetchRequest(2))
+    here.server.allow_export = True
+    here.server.fetch("a", FetchRequest(2))
+    for block in (-1, 0, 1, 3, 4):
+        with pytest.raises(LinkError, match=rf"client a: block {block} .* expected one of its blocks \[2, 3\)"):
+            here.server.fetch("a", FetchRequest(block))
+    assert not here.server.fetch("a", FetchRequest(2, 10**6)).weights
