@@ -36,6 +36,7 @@ class Server:
         self.stop, self._listening = threading.Event(), threading.Event()
         cuts = cuts_of(config)
         start, end = min(cut[0] for cut in cuts.values()), max(cut[1] for cut in cuts.values())
+        start = config.model.base_depth or start
         server = make_server(config, start, end, "sequence-classification", deployment.clients)
         self.server = server
         self.conductor = make_conductor(server, config, deployment, state, self._say)

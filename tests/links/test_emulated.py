@@ -138,7 +138,7 @@ def test_a_lost_connection_fails_what_is_under_way_and_the_server_forgets_it() -
             loss.backward()
         with pytest.raises(LinkError, match="lost the connection"):
             model(**here.batch())
-        model._join((2, 4), False)  # a client that comes again begins anew
+        model._join((2, 4))  # a client that comes again begins anew
         assert not here.server._sessions["a"].pending
         assert equal(shared_weights(here.server), before)
         model(**here.batch()).loss.backward()

@@ -23,6 +23,7 @@ from flexp.data import load_federation, pad_id
 from flexp.data.types import ClientData, Federation
 from flexp.deployment.config import DeploymentConfig
 from flexp.deployment.folder import write_facts
+from flexp.deployment.moving import make_mover
 from flexp.deployment.snapshots import Snapshots
 from flexp.deployment.worker import Worker
 from flexp.errors import ConfigError, DataError, LinkError, LinkLostError
@@ -33,6 +34,7 @@ from flexp.links.base import Link
 from flexp.methods.parties import own_config, own_trainer, split_model, tune_own
 from flexp.models.loading import load_config, load_stage
 from flexp.models.parts import Part, check_cut
+from flexp.models.stage import Stage
 from flexp.report.metrics import MetricsLog, write_records
 from flexp.report.metrics import read as read_log
 from flexp.report.progress import Progress
@@ -118,11 +120,23 @@ def make_client(
         ModelError: the model cannot be loaded or split.
         LinkError: the server refuses.
     """
+    task = place.federation.task
+    stage = load_own(config, place, Part.client(place.cut, place.blocks))
+    split = split_model(config, stage, place.cut, link, task.model_kind, codec=codec, numbering=numbering)
+    return own_trainer(place.config, place.data, task, split, stage), split
+
+
+def load_own(config: RunConfig, place: Place, part: Part) -> Stage:
+    """A part of the pretrained model, tuned as this client's.
+
+    Raises:
+        ModelError: the model cannot be loaded or split.
+    """
     model, task = place.config.model, place.federation.task
     stage = load_stage(
         place.model_id,
         task.model_kind,
-        Part.client(place.cut, place.blocks),
+        part,
         labels=task.label_names,
         dtype=model.dtype,
         attention=model.attention,
@@ -131,8 +145,7 @@ def make_client(
         seed=config.seed,
     )
     tune_own(stage, place.config)
-    split = split_model(config, stage, place.cut, link, task.model_kind, codec=codec, numbering=numbering)
-    return own_trainer(place.config, place.data, task, split, stage), split
+    return stage
 
 
 def run_client(
@@ -160,16 +173,23 @@ def run_client(
         torch.set_num_threads(config.threads)
     state.mkdir(parents=True, exist_ok=True)
     snapshots = Snapshots(state / "snapshots", deployment.keep)
-    facts = _known(snapshots, place, state, may_move=deployment.schedule == "free")
+    may_move = deployment.schedule == "free"
+    facts = _known(snapshots, place, state, may_move=may_move)
+    recuts, parking = config.recut.on and may_move, ParkedOnDisk(state / "parked")
+    if recuts and facts:  # where it moved to
+        place = replace(place, cut=(int(facts["cut"][0]), int(facts["cut"][1])))
     total = config.train.rounds * config.train.steps_per_round
     with Progress(total, place.data.name, metric=place.federation.task.metric, console=console) as diary:
         trainer, model = _joined(config, place, reach, facts.get("numbering"), codec, deployment.patience, diary.note)
         if facts and facts["cut"] != list(place.cut):
-            parking = ParkedOnDisk(state / "parked")
             new = move_party(trainer, snapshots.load(int(facts["number"]))[0], parking)
             diary.note(
                 f"{place.data.name}: from cut {tuple(facts['cut'])} to {place.cut}, {len(new)} parameters are new"
             )
+
+        def blocks(part: Part) -> Stage:
+            return load_own(config, place, part)
+
         log = MetricsLog(state / "metrics.jsonl")
         worker = Worker(
             config,
@@ -183,6 +203,8 @@ def run_client(
             diary=diary,
             run=str(facts.get("run", "")),
             patience=deployment.patience,
+            blocks=blocks,
+            mover=make_mover(place.config, place.federation, trainer, blocks, parking) if recuts else None,
         )
         write_json(state / "config.json", config.resolved())
         write_facts(state, place.data, place.federation, place.cut)

@@ -92,10 +92,12 @@ class Fleet:
         """
         depth = self.config.model.base_depth
         start = min(cut[0] for cut in self.cuts.values()) if depth is None else depth
-        end = max(cut[1] for cut in self.cuts.values())
+        blocks = ["--base-depth", str(start), "--end", str(max(cut[1] for cut in self.cuts.values()))]
+        if self.config.recut.on:  # then cuts may become as shallow as any
+            blocks = [] if depth is None else ["--base-depth", str(depth)]
         self.server.arguments = [
-            "server", "--config", str(self._file), "--state", str(self.out / "server"),
-            "--base-depth", str(start), "--end", str(end), "--listen", self.address or listen, "--every", "5",
+            "server", "--config", str(self._file), "--state", str(self.out / "server"), *blocks,
+            "--listen", self.address or listen, "--every", "5",
         ]  # fmt: skip
         before = self.server.log.stat().st_size if self.server.log.exists() else 0
         self.server.start(self.environment)
@@ -183,7 +185,8 @@ class Fleet:
             records = read_log(path) if path.exists() else []
             scores = [record["personal"] for record in records if record["kind"] == "eval"]
             steps = [record for record in records if record["kind"] == "step"]
-            rows.append({"name": name, "cut": list(self.cuts[name]), "steps": len(steps),
+            cuts = [list(self.cuts[name]), *(record["cut"] for record in records if record["kind"] == "move")]
+            rows.append({"name": name, "cut": cuts[-1], "steps": len(steps),
                          "first": scores[0] if scores else None, "last": scores[-1] if scores else None})  # fmt: skip
         return rows
 

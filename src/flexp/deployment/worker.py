@@ -12,10 +12,12 @@ from typing import Any, Protocol
 import torch
 
 from flexp.client.model import SplitModel
-from flexp.client.state import load_party, party_state, residuals_of
+from flexp.client.recut import Blocks, fit
+from flexp.client.state import cut_in, load_party, party_state, residuals_of
 from flexp.client.trainer import Trainer
 from flexp.config import RunConfig
 from flexp.data.types import ClientData, Task
+from flexp.deployment.moving import Mover, in_words
 from flexp.deployment.snapshots import Snapshots
 from flexp.errors import LinkError, LinkLostError, StorageError
 from flexp.evaluation.scores import evaluate
@@ -50,6 +52,8 @@ class Worker:
         make: gives the model, joined over a new link, and its trainer; called once, for it lasts.
         reach: gives a new link after the old one was lost.
         patience: seconds that it tries to reach the server again before it gives up.
+        blocks: gives pretrained blocks, for snapshots that have another cut than the client has by then.
+        mover: moves the cut when the device changes.
 
     Attributes:
         stop: set it to let the client end after the step that it is in.
@@ -69,6 +73,8 @@ class Worker:
         diary: Diary,
         run: str = "",
         patience: float = 300.0,
+        blocks: Blocks | None = None,
+        mover: Mover | None = None,
     ) -> None:
         self.config, self.data, self.task = config, data, task
         self.trainer, self.model, self.reach = trainer, model, reach
@@ -76,6 +82,7 @@ class Worker:
         self.stop = threading.Event()
         self.scores: dict[str, float] = {}
         self._run, self._patience = run, patience
+        self._blocks, self._mover = blocks, mover
         self._facts: dict[str, float] = {}
         self._saved_steps = trainer.steps  # of a client that has moved to another cut, what it moved with
         self._place = 0
@@ -108,6 +115,7 @@ class Worker:
                 case "step":
                     for _ in range(order.count):
                         self._step()
+                        self._move_if_due()
                         if self.stop.is_set():
                             break
                 case "evaluate":
@@ -159,6 +167,17 @@ class Worker:
         )
         self.diary.step(step.client, step.loss, step.align)
 
+    def _move_if_due(self) -> None:
+        """Let the cut follow the device; a snapshot then keeps whoever goes back from doing steps with another cut."""
+        record = None if self._mover is None else self._mover.after_step()
+        if record is None:
+            return
+        number = (self.trainer.steps - 1) // self.config.train.steps_per_round + 1
+        self.log.write({**record, "round": number})
+        self.diary.note(in_words(record))
+        if record["kind"] == "move":
+            self._save(self._place)
+
     def _evaluate(self, number: int) -> None:
         if not self.data.test:
             return
@@ -192,6 +211,9 @@ class Worker:
 
     def _restore(self, number: int) -> None:
         state, facts = self.snapshots.load(number)
+        cut = cut_in(state)
+        if cut is not None and self._blocks is not None:
+            fit(self.trainer, cut, self._blocks)
         load_party(self.trainer, state)
         self._saved_steps = self.trainer.steps
         self._pull_due = False

@@ -8,7 +8,7 @@ from typing import Any
 from flexp.planner.choice import Choice, Prediction
 from flexp.planner.fleet import Choices, TaskShape
 from flexp.planner.model_cost import ModelCost, model_cost
-from flexp.planner.predict import memory, predict
+from flexp.planner.predict import memory, predict, resting
 from flexp.planner.profile import Profile
 
 
@@ -31,6 +31,10 @@ class ModelCosts:
     def predict(self, profile: Profile, choice: Choice) -> Prediction:
         """One step of a client on ``profile``."""
         return predict(self._cost(self.task), profile, choice, self.server, base_depth=self.base_depth)
+
+    def resting(self, choice: Choice) -> int:
+        """What a client holds between two steps."""
+        return resting(self._cost(self.task), choice)
 
     def block_bytes(self, rank: int | None) -> tuple[int, ...]:
         """Of each block on the server, with gradient and optimiser state."""

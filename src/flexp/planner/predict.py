@@ -72,15 +72,32 @@ def memory(cost: ModelCost, choice: Choice, *, overhead_bytes: int | None = None
     shape = cost.at(choice.micro_batch, choice.rank, choice.checkpointing)
     head = _from_the_bottom(cost, shape)[:start]
     tail = list(shape.blocks[stop:])
-    own = [*head, *tail, shape.head]
-    trained = sum(piece.trained_bytes for piece in own)
-    held = sum(piece.weight_bytes for piece in own) + STATE[cost.optimizer] * trained
+    held, trained = _own(cost, shape, head, tail)
     gathered = choice.accumulation > 1  # then gradients of the exchanges before are there all the time
     held += shape.input_bytes + (trained if gathered else 0)
     # What crossed: h is memory of its own, and so is z_base where it is not z.
     crossed = shape.message_bytes * (2 if base else 1)
     peak = _walk(held, [shape.embed, *head], crossed, [*tail, shape.head], gathered)
     return peak + overhead(choice.rank, choice.checkpointing, overhead_bytes)
+
+
+def resting(cost: ModelCost, choice: Choice, *, overhead_bytes: int | None = None) -> int:
+    """What the client holds between two steps: weights, optimiser state, and what is no tensor.
+
+    Raises:
+        ConfigError: the cut does not fit the model.
+    """
+    start, stop = check_cut(choice.cut, cost.blocks)
+    shape = cost.at(choice.micro_batch, choice.rank, choice.checkpointing)
+    held, _ = _own(cost, shape, _from_the_bottom(cost, shape)[:start], list(shape.blocks[stop:]))
+    return held + overhead(choice.rank, choice.checkpointing, overhead_bytes)
+
+
+def _own(cost: ModelCost, shape: ShapeCost, head: list[PieceCost], tail: list[PieceCost]) -> tuple[int, int]:
+    """Bytes of the client's weights with their optimiser's state, and of those weights that it trains."""
+    own = [*head, *tail, shape.head]
+    trained = sum(piece.trained_bytes for piece in own)
+    return sum(piece.weight_bytes for piece in own) + STATE[cost.optimizer] * trained, trained
 
 
 def overhead(rank: int | None, checkpointing: bool, measured: int | None = None) -> int:

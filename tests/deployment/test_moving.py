@@ -1,0 +1,148 @@
+"""A client whose device changes while it trains over a network: it moves its cut, and nothing is lost or done twice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flexp.bench.tiny_run import tiny_run
+from flexp.config import RecutConfig, RunConfig
+from flexp.deployment import moving
+from flexp.deployment.config import DeploymentConfig
+from flexp.deployment.moving import Mover, free_bytes, in_words
+from flexp.deployment.snapshots import Snapshots
+from flexp.errors import LinkError
+from flexp.planner.device import memory_limits
+from flexp.planner.watch import Situation
+from flexp.report.metrics import read
+
+from .tools import Client, Server, plain
+
+NAME = "west"
+DEPLOYMENT = DeploymentConfig(schedule="free", clients=[NAME], save_every=4, keep=50)
+BIG = 1 << 40
+
+
+def config(folder: Path, **recut: Any) -> RunConfig:
+    base = tiny_run(folder, rounds=2, steps_per_round=16, dropout=0.1)
+    clients = base.data.clients.model_copy(update={"names": [NAME], "cuts": [(3, 4)]})
+    rules = RecutConfig(on=True, **{"every": 1, "patience": 1, "pause": 4, **recut})
+    model = base.model.model_copy(update={"base_depth": 1})
+    data = base.data.model_copy(update={"clients": clients})
+    return base.model_copy(update={"data": data, "recut": rules, "model": model})
+
+
+@pytest.fixture
+def situations(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Situation]]:
+    """From which step on the device is in which situation."""
+    told: list[tuple[int, Situation]] = [(0, Situation(BIG))]
+    monkeypatch.setattr("flexp.planner.predict.OVERHEAD", 0)  # so that a tiny model's tensors count
+
+    def scripted(self: Mover) -> Situation:
+        return next(now for step, now in reversed(told) if step <= self.trainer.steps)
+
+    monkeypatch.setattr(Mover, "_situation", scripted)
+    return told
+
+
+def moves(state: Path) -> list[dict[str, Any]]:
+    return [record for record in read(state / "metrics.jsonl") if record["kind"] == "move"]
+
+
+def kept(cut: list[int]) -> int:
+    """Blocks of the client's own, of four."""
+    return cut[0] + 4 - cut[1]
+
+
+def peak_of(mover_config: RunConfig, cut: tuple[int, int], micro: int) -> int:
+    from flexp.deployment.client import find_place
+    from flexp.experiments.planned import auto_fleet
+    from flexp.experiments.setup import model_folder
+    from flexp.planner.choice import Choice
+    from flexp.planner.model import ModelCosts
+
+    fleet = auto_fleet(mover_config, find_place(mover_config, NAME, (3, 4)).federation)
+    costs = ModelCosts(model_folder(mover_config), fleet.task, fleet.choices, fleet.server)
+    return costs.predict(fleet.devices[0].profile, Choice(cut, micro, 4 // micro)).memory_bytes
+
+
+def test_it_sheds_when_memory_is_short_and_takes_back_what_it_gave_when_that_pays(
+    tmp_path: Path, situations: list[tuple[int, Situation]]
+) -> None:
+    settings = config(tmp_path, gain=0.05)
+    small = peak_of(settings, (1, 4), 1)
+    situations += [
+        (8, Situation(int(1.2 * small))),  # less than (3, 4) takes, whatever the exchange
+        (20, Situation(BIG, server=1e6)),  # memory is back, and the server has become slow
+    ]
+    situations[0] = (0, Situation(BIG, server=1e6))  # deep pays from the beginning
+    server = Server(settings, DEPLOYMENT, tmp_path / "server")
+    client = Client(settings, DEPLOYMENT, NAME, plain(server), tmp_path / "client")
+    client.join()
+    server.end()
+    found = moves(tmp_path / "client")
+    shed, last = next(record for record in found if record["why"] == "memory"), found[-1]
+    assert shed["step"] == 8
+    assert kept(shed["cut"]) < kept(shed["before"])
+    assert (last["why"], kept(last["cut"])) == ("gain", 3)
+    assert last["step"] >= 20
+    assert last["restored"]  # as it left them
+    assert all(in_words(record).startswith(NAME) for record in found)
+    steps = [record["step"] for record in read(tmp_path / "client" / "metrics.jsonl") if record["kind"] == "step"]
+    assert steps == list(range(1, 33))
+    assert server.server.regulars[NAME].progress.newest == 32  # each once
+
+
+def test_stopped_after_a_move_it_goes_on_with_the_cut_that_it_has(
+    tmp_path: Path, situations: list[tuple[int, Situation]]
+) -> None:
+    settings = config(tmp_path, gain=1.0)  # for want of memory only
+    situations.append((5, Situation(int(1.2 * peak_of(settings, (1, 4), 1)))))
+    server = Server(settings, DEPLOYMENT, tmp_path / "server")
+    client = Client(settings, DEPLOYMENT, NAME, plain(server), tmp_path / "client")
+    snapshots = Snapshots(tmp_path / "client" / "snapshots", 50)
+    while not (tmp_path / "client" / "metrics.jsonl").exists() or not moves(tmp_path / "client"):
+        assert client.thread.is_alive()
+    client.stop.set()
+    client.join()
+    moved = moves(tmp_path / "client")[0]["cut"]
+    facts = snapshots.newest_whole()
+    assert facts is not None
+    assert facts["cut"] == moved != [3, 4]
+    again = Client(settings, DEPLOYMENT, NAME, plain(server), tmp_path / "client")
+    again.join()
+    server.end()
+    assert again.over
+    steps = [record["step"] for record in read(tmp_path / "client" / "metrics.jsonl") if record["kind"] == "step"]
+    assert steps == list(range(1, 33))
+    assert len(moves(tmp_path / "client")) == 1  # it was not moved back to the configuration's cut and again
+
+
+def test_a_move_that_the_server_refuses_is_told_once_and_training_goes_on(
+    tmp_path: Path, situations: list[tuple[int, Situation]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config(tmp_path, gain=1.0)  # for want of memory only
+    small = int(1.2 * peak_of(settings, (1, 4), 1))
+    situations.append((5, Situation(small)))
+
+    def refused(*_: Any) -> Any:
+        raise LinkError("the server has other blocks now")
+
+    monkeypatch.setattr(moving, "recut", refused)
+    server = Server(settings, DEPLOYMENT, tmp_path / "server")
+    client = Client(settings, DEPLOYMENT, NAME, plain(server), tmp_path / "client")
+    client.join()
+    server.end()
+    assert client.over
+    told = [record for record in read(tmp_path / "client" / "metrics.jsonl") if record["kind"] == "refused move"]
+    assert 1 <= len(told) <= 4  # the other cuts, each once
+    assert len({tuple(record["cut"]) for record in told}) == len(told)
+    assert all("other blocks" in record["why"] for record in told)
+    assert all(record["cut"] == [3, 4] for record in moves(tmp_path / "client"))  # what is left is smaller exchanges
+
+
+def test_free_memory_is_what_the_limits_leave_and_what_the_allocator_keeps() -> None:
+    assert free_bytes() >= memory_limits()[0].free_bytes - (64 << 20)
+    assert moving._held_ready() >= 0
