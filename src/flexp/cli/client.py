@@ -52,6 +52,8 @@ def client(
     from flexp.links.grpc import connect
 
     place = find_place(loaded, name, wanted)
+    for note in place.federation.notes:
+        typer.echo(f"{place.data.name}: {note}")
     url = server if "://" in server else f"grpc://{server}"
 
     deployment = load_deployment(config)
