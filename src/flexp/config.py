@@ -136,6 +136,8 @@ class ClientsConfig(Section):
     micro_batches: Annotated[list[PositiveInt], Field(min_length=1)] | None = None
     # the same of model.gradient_checkpointing
     checkpointing: Annotated[list[bool], Field(min_length=1)] | None = None
+    # the same of link.codec.activation, .gradient and .aligned
+    codecs: Annotated[list[CodecName], Field(min_length=1)] | None = None
 
 
 class DataConfig(Section):

@@ -7,19 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from flexp.assets import resolve
 from flexp.config import RunConfig
 from flexp.data.types import Federation
 from flexp.errors import ConfigError
 from flexp.experiments.settings import override, read
 from flexp.files import read_json
-from flexp.planner.choice import CODECS, Choice
-from flexp.planner.device import training_memory
+from flexp.planner.choice import CODECS, Choice, form
 from flexp.planner.document import PlannedClient, SavedPlan, document, read_plan
 from flexp.planner.fleet import Choices, Device, Fleet, TaskShape, of_run, parse_fleet
 from flexp.planner.model import ModelCosts
+from flexp.planner.own import this_machine
 from flexp.planner.plan import Plan, make_plan
 from flexp.planner.profile import Profile
 from flexp.report.formats import cut, size
@@ -38,7 +36,7 @@ def load_fleet(path: Path, overrides: Iterable[str] = ()) -> Fleet:
 
 
 PER_CLIENT = ("flexp-sfl", "split-fedavg", "splitft")
-"""Methods whose clients may have exchanges and checkpointing of their own."""
+"""Methods whose clients may have exchanges, checkpointing and codecs of their own."""
 
 
 def with_cuts(config: RunConfig, federation: Federation, blocks: int) -> tuple[RunConfig, list[str], Any]:
@@ -134,19 +132,6 @@ def _task(config: RunConfig, federation: Federation) -> tuple[TaskShape, Choices
     return shape, choices
 
 
-def this_machine() -> Profile:
-    """What this process may use, with the speed and the network of a laptop, which were not measured."""
-    tightest = training_memory(torch.get_num_threads())
-    laptop = Profile.from_class("laptop")
-    return laptop.model_copy(
-        update={
-            "name": "this machine",
-            "memory_bytes": max(1, tightest.free_bytes),
-            "memory_from": f"this machine's memory ({tightest.name})",
-        }
-    )
-
-
 def _of_file(config: RunConfig, saved: SavedPlan, names: Sequence[str], blocks: int, path: Path) -> list[PlannedClient]:
     """Each client's part of the plan: by its name, or in order and repeated where the plan knows none of them."""
     if saved.blocks != blocks:
@@ -170,13 +155,9 @@ def _of_file(config: RunConfig, saved: SavedPlan, names: Sequence[str], blocks: 
                 f"{path} plans steps of {client.micro_batch * client.accumulation} examples; set train.batch_size to "
                 "that, or plan with task.batch_size"
             )
-        if _form(client.codec) != _form(config.link.codec.activation):
+        if config.method.name not in PER_CLIENT and form(client.codec) != form(config.link.codec.activation):
             raise ConfigError(f"{path} plans the codec {client.codec}; set link.codec.activation and .gradient to it")
     return chosen
-
-
-def _form(codec: str) -> str:
-    return "off" if codec in ("none", "fp32") else {"int8": "int8-channel"}.get(codec, codec)
 
 
 def _written(config: RunConfig, chosen: Sequence[PlannedClient | Choice]) -> RunConfig:
@@ -185,6 +166,9 @@ def _written(config: RunConfig, chosen: Sequence[PlannedClient | Choice]) -> Run
     if config.method.name in PER_CLIENT and config.train.in_flight == 1:
         update["micro_batches"] = [choice.micro_batch for choice in chosen]
         update["checkpointing"] = [choice.checkpointing for choice in chosen]
+    codecs = [form(choice.codec) for choice in chosen]
+    if config.method.name in PER_CLIENT and set(codecs) != {form(config.link.codec.activation)}:
+        update["codecs"] = codecs  # or else the run's own word stays, with all that it says of directions and kinds
     clients = config.data.clients.model_copy(update=update)
     return config.model_copy(update={"data": config.data.model_copy(update={"clients": clients})})
 
