@@ -133,10 +133,14 @@ class ClientsConfig(Section):
     # (s, e) per client, repeated for more clients; [s] keeps no block in the tail: e = L; "auto": planned
     cuts: Literal["auto"] | Annotated[list[Cut], Field(min_length=1)] = Field(default=[(1, None)])
     plan: str | None = None  # a file that flexp plan --out wrote; then cuts are not read
+    # files of flexp profile, per client, repeated for more clients, for cuts = "auto"; None: [devices], or this machine
+    profiles: Annotated[list[str], Field(min_length=1)] | None = None
     # examples of one exchange per client, repeated for more clients; None: train.micro_batch for all
     micro_batches: Annotated[list[PositiveInt], Field(min_length=1)] | None = None
     # the same of model.gradient_checkpointing
     checkpointing: Annotated[list[bool], Field(min_length=1)] | None = None
+    # the same of link.codec.activation, .gradient and .aligned
+    codecs: Annotated[list[CodecName], Field(min_length=1)] | None = None
 
 
 class DataConfig(Section):

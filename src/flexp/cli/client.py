@@ -52,6 +52,8 @@ def client(
     from flexp.links.grpc import connect
 
     place = find_place(loaded, name, wanted)
+    for note in place.federation.notes:
+        typer.echo(f"{place.data.name}: {note}")
     url = server if "://" in server else f"grpc://{server}"
 
     deployment = load_deployment(config)
@@ -69,6 +71,7 @@ def client(
         )
 
     folder = state or Path("clients") / place.data.name
-    codec = loaded.link.codec if "link" in read(config) else None  # who says nothing gets the network's default
+    said = "link" in read(config) or place.config.data.clients.codecs is not None
+    codec = place.config.link.codec if said else None  # who says nothing gets the network's default
     if not run_client(loaded, deployment, reach, place, folder, codec=codec):
         typer.echo("go on with the same command")

@@ -29,6 +29,7 @@ from flexp.cli import (
     write,
 )
 from flexp.errors import USER_ERROR, FlexpError
+from flexp.limits import out_of_memory, reserve_less
 
 app = typer.Typer(
     name="flexp",
@@ -80,6 +81,7 @@ def main() -> None:
     """Entry point: one line and exit code 2 for a user's mistake, a traceback only for ours."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    reserve_less()
     try:
         app()
     except FlexpError as error:
@@ -88,6 +90,12 @@ def main() -> None:
     except KeyboardInterrupt:
         typer.secho("flexp: stopped; what was saved is safe", fg="red", err=True)
         sys.exit(130)
+    except (MemoryError, RuntimeError, OSError) as error:
+        line = out_of_memory(error)
+        if line is None:
+            raise
+        typer.secho(f"flexp: {line}", fg="red", err=True)
+        sys.exit(USER_ERROR)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +27,7 @@ def plan(
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override the fleet, e.g. task.length=64.")
     ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON instead of a table.")] = False,
 ) -> None:
     """Choose every device's cut, micro-batch and more for a model; nothing is trained or loaded."""
     from flexp.experiments.planned import load_fleet
@@ -49,18 +51,37 @@ def plan(
         raise ConfigError(f"the accuracy curve is of {known.model}, not of {costs.name}; run pilots of this model")
     made = make_plan(fleet, costs, known)
     content = document(made, front(made) if pareto else ())
-    show(content)
+    if as_json:
+        typer.echo(json.dumps(content))
+    else:
+        show(content)
+        typer.echo(_taken_over(content))
     if out is not None:
         from flexp.files import write_json
 
         write_json(out, content)
+    if out is not None and not as_json:
         typer.echo(f"Plan: {out} (flexp run CONFIG.toml --set data.clients.plan={out})")
     if plot is not None:
         from flexp.files import write_text
         from flexp.report.planning import render
 
         write_text(plot, render(content))
-        typer.echo(f"Page: {plot}")
+        if not as_json:
+            typer.echo(f"Page: {plot}")
+
+
+def _taken_over(content: dict[str, Any]) -> str:
+    """What a run that follows the plan must be told besides, since both sides have to agree on it."""
+    first = content["clients"][0]
+    settings = [f"train.batch_size = {first['micro_batch'] * first['accumulation']}"]
+    if first["rank"]:
+        settings += ['model.tuning = "lora"', f"model.lora.rank = {first['rank']}"]
+    return (
+        "A run takes cuts, micro-batches, checkpointing and codecs from the plan for each client (other methods than "
+        f"flexp-sfl, split-fedavg and splitft, and train.in_flight above 1: the cuts); it must say "
+        f"{', '.join(settings)}."
+    )
 
 
 def show(content: dict[str, Any]) -> None:

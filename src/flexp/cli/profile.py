@@ -54,7 +54,7 @@ def profile(
     """Measure this machine: usable memory, seconds of the model's blocks forward and backward, and the network."""
     import torch
 
-    from flexp.planner.device import cores, memory_limits
+    from flexp.planner.device import cores, training_memory
     from flexp.planner.measure import flops_per_second, measure_model
     from flexp.planner.model_cost import model_cost
     from flexp.planner.profile import Profile
@@ -62,7 +62,7 @@ def profile(
     if threads is not None:
         torch.set_num_threads(threads)
     ready = Profile.from_class(like, role=side.value)
-    limit = None if memory is not None else memory_limits()[0]
+    limit = None if memory is not None else training_memory(torch.get_num_threads())
     cost = model_cost(
         model,
         kind.value,

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -101,7 +101,7 @@ class SplitModel(PersonalModel):
         cls,
         model_id: str | Path,
         *,
-        cut: tuple[int, int | None],
+        cut: tuple[int, int | None] | Literal["auto"],
         link: Link | str,
         labels: Sequence[str] | None = None,
         tuning: str = "full",
@@ -115,11 +115,14 @@ class SplitModel(PersonalModel):
         accumulation: int = 1,
         expose_embeddings: bool = False,
         codec: CodecConfig | None = None,
+        largest: tuple[int, int] = (8, 128),
         seed: int = 0,
     ) -> Self:
         """Load only this client's part of a pretrained model and join the server, whose ``autocast`` is the same.
 
-        ``link`` may be a URL with the client's name.
+        ``link`` may be a URL with the client's name. ``cut="auto"`` plans for the memory that this process may use, as
+        ``data.clients.cuts`` does, and logs what it chose; ``largest`` are the examples and tokens of the largest batch
+        that will come, for which there must be room.
 
         Example:
             >>> model = flexp.SplitModelForSequenceClassification.from_pretrained(
@@ -128,11 +131,18 @@ class SplitModel(PersonalModel):
 
         Raises:
             ModelError: the model cannot be loaded or split.
-            ConfigError: the cut does not fit, or bare embeddings would go up.
+            ConfigError: the cut does not fit, no cut fits this process's memory, or bare embeddings would go up.
             LinkError: the server refuses this client.
         """
         model_id = resolve(str(model_id))
         blocks = int(load_config(str(model_id)).get_text_config().num_hidden_layers)
+        if cut == "auto":
+            from flexp.planner.own import own_cut  # the one call upwards, for those who ask for it
+
+            shape: Any = {"dtype": dtype, "autocast": autocast, "attention": attention, "tuning": tuning}
+            shape |= {"labels": len(labels or ("", "")), "rank": (lora or LoraConfig()).rank}
+            shape |= {"train_embeddings": train_embeddings, "aligned": align.has_term or align.teach}
+            cut = own_cut(str(model_id), cls.kind, largest, gradient_checkpointing, **shape)
         whole_cut = check_cut(cut, blocks)
         part = Part.client(whole_cut, blocks)
         numbers: Any = {"dtype": dtype, "autocast": autocast, "attention": attention}

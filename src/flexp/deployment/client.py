@@ -65,7 +65,8 @@ def find_place(config: RunConfig, name: str | None, cut: tuple[int, int | None] 
     processor = load_processor(model_id, config)
     federation, blocks = _federation(config, model_id, processor)
     if cut is None:
-        config, _, _ = with_cuts(config, federation, blocks)
+        config, notes, _ = with_cuts(config, federation, blocks)
+        federation = replace(federation, notes=[*federation.notes, *notes])
     cuts = client_cuts(config, federation, blocks) if cut is None else {}
     names = [client.name for client in federation.clients]
     if len(names) > 1 and name not in names:

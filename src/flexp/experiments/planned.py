@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,14 @@ from flexp.data.types import Federation
 from flexp.errors import ConfigError
 from flexp.experiments.settings import override, read
 from flexp.files import read_json
-from flexp.planner.choice import CODECS, Choice
-from flexp.planner.device import memory_limits
+from flexp.planner.choice import CODECS, Choice, form
 from flexp.planner.document import PlannedClient, SavedPlan, document, read_plan
-from flexp.planner.fleet import Choices, Fleet, TaskShape, of_run, parse_fleet
+from flexp.planner.fleet import Choices, Device, Fleet, TaskShape, of_run, parse_fleet
 from flexp.planner.model import ModelCosts
-from flexp.planner.plan import make_plan
+from flexp.planner.own import this_machine
+from flexp.planner.plan import Plan, make_plan
 from flexp.planner.profile import Profile
-from flexp.report.formats import cut
+from flexp.report.formats import cut, size
 
 
 def load_fleet(path: Path, overrides: Iterable[str] = ()) -> Fleet:
@@ -35,7 +36,7 @@ def load_fleet(path: Path, overrides: Iterable[str] = ()) -> Fleet:
 
 
 PER_CLIENT = ("flexp-sfl", "split-fedavg", "splitft")
-"""Methods whose clients may have exchanges and checkpointing of their own."""
+"""Methods whose clients may have exchanges, checkpointing and codecs of their own."""
 
 
 def with_cuts(config: RunConfig, federation: Federation, blocks: int) -> tuple[RunConfig, list[str], Any]:
@@ -56,16 +57,49 @@ def with_cuts(config: RunConfig, federation: Federation, blocks: int) -> tuple[R
         return _written(config, chosen), [f"cuts of {path.name}: {_told(names, chosen)}"], read_json(path)
     if clients.cuts != "auto":
         return config, [], None
-    fleet = auto_fleet(config, federation)
-    made = make_plan(fleet, ModelCosts(str(resolve(config.model.id)), fleet.task, fleet.choices, fleet.server))
-    content = document(made)
-    choices = [made.choice(name) for name in names]
-    where = "the classes of [devices]" if config.devices is not None else f"{fleet.devices[0].profile.memory_from}"
-    return _written(config, choices), [f"cuts planned from {where}: {_told(names, choices)}"], content
+    made = auto_plan(config, federation)
+    chosen_now = [made.choice(name) for name in names]
+    if clients.profiles is not None:
+        where = "data.clients.profiles"
+    elif config.devices is not None:
+        where = "the classes of [devices]"
+    else:
+        here = made.fleet.devices[0].profile
+        where = f"{here.memory_from}, {size(here.memory_bytes)}; speed and network are a laptop's, not measured"
+    note = f"cuts planned from {where}: {_told(names, chosen_now)}"
+    return _written(config, chosen_now), [note], document(made)
 
 
-def auto_fleet(config: RunConfig, federation: Federation) -> Fleet:
-    """What ``cuts = "auto"`` plans for: the run's clients on the classes of ``[devices]``, or all on this machine."""
+def auto_plan(config: RunConfig, federation: Federation) -> Plan:
+    """What ``cuts = "auto"`` plans: for the run's clients on the devices of ``data.clients.profiles``, else of the
+    classes of ``[devices]``, else all on this machine.
+
+    Raises:
+        InfeasibleError: a device lacks something.
+        ConfigError: a profile is none, or of no client; a class is not known.
+    """
+    names = [client.name for client in federation.clients]
+    shape, choices = _task(config, federation)
+    server = of_run(config.devices, (), shape, choices, this_machine)
+    costs = ModelCosts(str(resolve(config.model.id)), shape, choices, server.server)
+    # Counting takes memory that stays: it is done before this machine's is measured.
+    costs.block_bytes(config.model.lora.rank if config.model.tuning == "lora" else None)
+    if config.data.clients.profiles is None:
+        return make_plan(of_run(config.devices, names, shape, choices, this_machine), costs)
+    found = [_client_profile(Path(name)) for name in config.data.clients.profiles]
+    devices = tuple(Device(name, found[i % len(found)]) for i, name in enumerate(names))
+    return make_plan(replace(server, devices=devices), costs)
+
+
+def _client_profile(path: Path) -> Profile:
+    found = Profile.read(path)
+    if found.role != "client":
+        raise ConfigError(f"data.clients.profiles: {path} is of a server; expected one of `flexp profile --as client`")
+    return found
+
+
+def _task(config: RunConfig, federation: Federation) -> tuple[TaskShape, Choices]:
+    """What the run trains, as far as it costs, and what may be chosen for it."""
     task, model, method = federation.task, config.model, config.method
     longest = max(
         (len(example.get("input_ids", ())) for client in federation.clients for example in client.train), default=1
@@ -95,20 +129,7 @@ def auto_fleet(config: RunConfig, federation: Federation) -> Fleet:
         checkpointing=again,
         codecs=[codec if codec in CODECS else "none"],
     )
-    return of_run(config.devices, [client.name for client in federation.clients], shape, choices, this_machine)
-
-
-def this_machine() -> Profile:
-    """What this process may use, with the speed and the network of a laptop, which were not measured."""
-    tightest = memory_limits()[0]
-    laptop = Profile.from_class("laptop")
-    return laptop.model_copy(
-        update={
-            "name": "this machine",
-            "memory_bytes": max(1, tightest.free_bytes),
-            "memory_from": f"this machine's memory ({tightest.name})",
-        }
-    )
+    return shape, choices
 
 
 def _of_file(config: RunConfig, saved: SavedPlan, names: Sequence[str], blocks: int, path: Path) -> list[PlannedClient]:
@@ -134,13 +155,9 @@ def _of_file(config: RunConfig, saved: SavedPlan, names: Sequence[str], blocks: 
                 f"{path} plans steps of {client.micro_batch * client.accumulation} examples; set train.batch_size to "
                 "that, or plan with task.batch_size"
             )
-        if _form(client.codec) != _form(config.link.codec.activation):
+        if config.method.name not in PER_CLIENT and form(client.codec) != form(config.link.codec.activation):
             raise ConfigError(f"{path} plans the codec {client.codec}; set link.codec.activation and .gradient to it")
     return chosen
-
-
-def _form(codec: str) -> str:
-    return "off" if codec in ("none", "fp32") else {"int8": "int8-channel"}.get(codec, codec)
 
 
 def _written(config: RunConfig, chosen: Sequence[PlannedClient | Choice]) -> RunConfig:
@@ -149,6 +166,9 @@ def _written(config: RunConfig, chosen: Sequence[PlannedClient | Choice]) -> Run
     if config.method.name in PER_CLIENT and config.train.in_flight == 1:
         update["micro_batches"] = [choice.micro_batch for choice in chosen]
         update["checkpointing"] = [choice.checkpointing for choice in chosen]
+    codecs = [form(choice.codec) for choice in chosen]
+    if config.method.name in PER_CLIENT and set(codecs) != {form(config.link.codec.activation)}:
+        update["codecs"] = codecs  # or else the run's own word stays, with all that it says of directions and kinds
     clients = config.data.clients.model_copy(update=update)
     return config.model_copy(update={"data": config.data.model_copy(update={"clients": clients})})
 

@@ -53,8 +53,14 @@ OTHERS: frozenset[str] = frozenset({"compare", "deployment"})
 """Tables of a ``CONFIG.toml`` that are not a run's: :mod:`flexp.comparison.config` and
 :mod:`flexp.deployment.config` read them."""
 
-PLACES = (("model", "id"), ("data", "source"), ("data", "test_source"), ("data.clients", "plan"))
-"""Keys that may name a file or a folder."""
+PLACES = (
+    ("model", "id"),
+    ("data", "source"),
+    ("data", "test_source"),
+    ("data.clients", "plan"),
+    ("data.clients", "profiles"),
+)
+"""Keys that may name a file or a folder, or a list of them."""
 
 
 def _locate(content: dict[str, Any], folders: Sequence[Path]) -> None:
@@ -64,15 +70,24 @@ def _locate(content: dict[str, Any], folders: Sequence[Path]) -> None:
         for name in table.split("."):
             keys = keys.get(name) if isinstance(keys, dict) else None
         value = keys.get(key) if isinstance(keys, dict) else None
-        if not isinstance(keys, dict) or not isinstance(value, str) or not value.strip():
+        if not isinstance(keys, dict):
             continue
-        for name, split in ((value, ""), value.rpartition("#")[::2]):
-            found = [folder / Path(name).expanduser() for folder in folders if name]
-            place = next((place for place in found if place.exists()), None)
-            if place is not None:
-                whole = place.parent.resolve() / place.name  # a link's own name stays: it may have the suffix
-                keys[key] = f"{whole}{'#' if split else ''}{split}"
-                break
+        if isinstance(value, list):
+            keys[key] = [_located(item, folders) for item in value]
+        elif value is not None:
+            keys[key] = _located(value, folders)
+
+
+def _located(value: Any, folders: Sequence[Path]) -> Any:
+    if not isinstance(value, str) or not value.strip():
+        return value
+    for name, split in ((value, ""), value.rpartition("#")[::2]):
+        found = [folder / Path(name).expanduser() for folder in folders if name]
+        place = next((place for place in found if place.exists()), None)
+        if place is not None:
+            whole = place.parent.resolve() / place.name  # a link's own name stays: it may have the suffix
+            return f"{whole}{'#' if split else ''}{split}"
+    return value
 
 
 def validate(content: Mapping[str, Any], where: str) -> RunConfig:

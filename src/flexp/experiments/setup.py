@@ -40,6 +40,9 @@ def build_world(config: RunConfig, federate: Federate = load_federation) -> Worl
     processor = load_processor(model_id, config)
     federation = federate(config.data, processor, config.seed, max_positions(model_config))
     federation = replace(federation, notes=[*federation.notes, *_precision_notes(config)])
+    blocks = int(getattr(model_config.get_text_config(), "num_hidden_layers", 0))
+    config, notes, plan = with_cuts(config, federation, blocks)  # before anything is loaded
+    federation = replace(federation, notes=[*federation.notes, *notes])
     source = load_stage(
         model_id,
         federation.task.model_kind,
@@ -50,8 +53,6 @@ def build_world(config: RunConfig, federate: Federate = load_federation) -> Worl
         pad_token_id=None if federation.task.model_kind == "image-classification" else pad_id(processor),
         seed=config.seed,
     )
-    config, notes, plan = with_cuts(config, federation, source.anatomy.blocks)
-    federation = replace(federation, notes=[*federation.notes, *notes])
     cuts = client_cuts(config, federation, source.anatomy.blocks)
     return World(config, federation, source, method_cuts(config, cuts, source.anatomy.blocks), plan=plan)
 

@@ -87,15 +87,19 @@ def own_trainer(config: RunConfig, data: ClientData, task: Task, model: Trainabl
 
 
 def own_config(config: RunConfig, index: int) -> RunConfig:
-    """The configuration with the exchange's size and the checkpointing of the client at ``index``."""
-    clients, train, model = config.data.clients, config.train, config.model
+    """The configuration with the exchange's size, the checkpointing and the codec of the client at ``index``."""
+    clients, train, model, link = config.data.clients, config.train, config.model, config.link
     if clients.micro_batches is not None:
         size = clients.micro_batches[index % len(clients.micro_batches)]
         train = train.model_copy(update={"micro_batch": min(size, train.batch_size)})
     if clients.checkpointing is not None:
         on = clients.checkpointing[index % len(clients.checkpointing)]
         model = model.model_copy(update={"gradient_checkpointing": on})
-    return config.model_copy(update={"train": train, "model": model})
+    if clients.codecs is not None:
+        name = clients.codecs[index % len(clients.codecs)]
+        both = {"activation": name, "gradient": name, "aligned": name, "activation_down": None, "gradient_down": None}
+        link = link.model_copy(update={"codec": link.codec.model_copy(update=both)})
+    return config.model_copy(update={"train": train, "model": model, "link": link})
 
 
 def own_world(world: World, client: str) -> World:

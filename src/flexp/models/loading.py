@@ -19,9 +19,11 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from flexp.errors import ModelError
+from flexp.limits import out_of_memory
 from flexp.models.anatomy import dissect, refuse_by_design
 from flexp.models.fingerprint import weights_fingerprint
 from flexp.models.parts import Part, prune
+from flexp.models.sparing import sparing
 from flexp.models.stage import Stage, carve, forget_ties
 from flexp.rng import RandomStream
 
@@ -87,7 +89,7 @@ def load_stage(
     config.output_hidden_states = config.output_attentions = False  # some checkpoints ask for them; no split can
     original = _class_for(config, kind, name)
     cls = original if part is None else _pruned(original, part)
-    with RandomStream(seed).active(), quietly():  # one at a time: transformers loads by way of global settings
+    with RandomStream(seed).active(), quietly(), sparing():  # one at a time: transformers loads by way of globals
         try:
             model, info = cls.from_pretrained(
                 name,
@@ -101,6 +103,9 @@ def load_stage(
         except ModelError:
             raise
         except Exception as error:
+            lacking = out_of_memory(error)
+            if lacking is not None:
+                raise ModelError(f"{name}: the model cannot be loaded: {lacking}") from error
             raise ModelError(
                 f"{name}: the model cannot be loaded ({_first_line(error)}); expected intact safetensors files: fetch "
                 "it again, or save it anew with save_pretrained"

@@ -20,6 +20,11 @@ CODECS: dict[str, float] = {
 """Bytes of an activation on the wire ÷ those of float32, by the codec's name; ``none`` and ``off``: as it is."""
 
 
+def form(codec: str) -> str:
+    """What a run's configuration calls ``codec``, a key of :data:`CODECS`."""
+    return "off" if codec in ("none", "fp32") else {"int8": "int8-channel"}.get(codec, codec)
+
+
 @dataclass(frozen=True)
 class Choice:
     """How one client trains.

@@ -8,9 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flexp.errors import FlexpError
+from flexp.limits import COUNTING, soft_limit
 
 UNLIMITED = 2**60
 """A cgroup of version 1 without a limit names a number of this size."""
+
+
+STACK = 2 * 2**20
+"""Of a thread, where ``RLIMIT_STACK`` is unlimited (x86-64)."""
+
+ARENA = 64 * 2**20
+"""Addresses that glibc keeps for a thread that allocates."""
+
+OTHER_THREADS = 4
+"""gRPC's two that keep time, the one that serves the link's loop, and autograd's."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +54,33 @@ def memory_limits(root: Path = Path("/"), rlimits: Mapping[str, int] | None = No
             "a device class with --class"
         )
     return sorted(found, key=lambda limit: limit.free_bytes)
+
+
+def training_memory(threads: int = 1) -> Limit:
+    """The limit that leaves this process least for training, and how much: see :func:`for_training`.
+
+    Raises:
+        FlexpError: see :func:`memory_limits`.
+    """
+    found = [Limit(limit.name, for_training(limit, threads)) for limit in memory_limits()]
+    return min(found, key=lambda limit: limit.free_bytes)
+
+
+def for_training(limit: Limit, threads: int = 1) -> int:
+    """What ``limit`` leaves for training in bytes, less what threads to come reserve where that counts.
+
+    A client over a network starts about eight threads on a small machine: gRPC's, one for each core from 4 to 16 and
+    some more, and autograd's. ``RLIMIT_DATA`` counts the stack of each, 8 MiB as a rule, whether it is used or not;
+    ``RLIMIT_AS`` also the addresses that the allocator keeps for each.
+
+    Args:
+        threads: torch's.
+    """
+    if limit.name not in COUNTING:
+        return limit.free_bytes
+    each = (soft_limit("RLIMIT_STACK") or STACK) + (ARENA if limit.name == "RLIMIT_AS" else 0)
+    coming = OTHER_THREADS + min(16, max(4, os.cpu_count() or 1)) + threads - 1
+    return max(0, limit.free_bytes - each * coming)
 
 
 def cores() -> int:
@@ -103,18 +141,9 @@ def _upwards(mount: Path, path: str) -> Iterator[Path]:
 def _rlimits(root: Path, rlimits: Mapping[str, int] | None) -> Iterator[Limit]:
     status = _table(root / "proc/self/status")
     for name, key in (("RLIMIT_AS", "VmSize"), ("RLIMIT_DATA", "VmData"), ("RLIMIT_RSS", "VmRSS")):
-        limit = _soft(name) if rlimits is None else rlimits.get(name)
+        limit = soft_limit(name) if rlimits is None else rlimits.get(name)
         if limit is not None and key in status:
             yield Limit(name, max(0, limit - 1024 * status[key]))
-
-
-def _soft(name: str) -> int | None:
-    try:
-        import resource
-    except ImportError:  # no Unix
-        return None
-    soft = resource.getrlimit(getattr(resource, name))[0]
-    return None if soft == resource.RLIM_INFINITY else soft
 
 
 def _lines(path: Path) -> list[str]:

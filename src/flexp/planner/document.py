@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 from flexp import __version__
 from flexp.errors import ConfigError
 from flexp.files import read_json
+from flexp.planner.choice import form
 from flexp.planner.explain import Reasons, holding
 from flexp.planner.pareto import Point
 from flexp.planner.plan import Plan
@@ -82,6 +83,7 @@ def document(plan: Plan, front: Sequence[Point] = ()) -> dict[str, Any]:
             "data.clients.cuts": [list(choice.cut) for choice in choices],
             "data.clients.micro_batches": [choice.micro_batch for choice in choices],
             "data.clients.checkpointing": [choice.checkpointing for choice in choices],
+            "data.clients.codecs": [form(choice.codec) for choice in choices],
         },
         "pareto": [
             {

@@ -30,20 +30,25 @@ class Change:
 
 @dataclass(frozen=True)
 class Lack:
-    """What is missing on some equal devices; ``needed`` and ``available`` in bytes or seconds, as ``what`` says."""
+    """What is missing on some equal devices; ``needed`` and ``available`` in bytes or seconds, as ``what`` says.
+
+    ``limit``: which limit of memory it is, where one was measured.
+    """
 
     devices: tuple[str, ...]
     what: str
     needed: float
     available: float
     change: str
+    limit: str = ""
 
     def words(self) -> str:
         """One line."""
         names = self.devices[0] if len(self.devices) == 1 else f"{self.devices[0]} and {len(self.devices) - 1} like it"
         if self.what == "memory":
+            of_limit = "" if self.limit in ("", "device class") else f" of {self.limit}"
             return (
-                f"{names}: needs {shown(self.needed)} at the least, may use {shown(self.available)} "
+                f"{names}: needs {shown(self.needed)} at the least, may use {shown(self.available)}{of_limit} "
                 f"({shown(self.needed - self.available)} short); {self.change}"
             )
         return (
@@ -67,7 +72,7 @@ def device_lacks(devices: Sequence[Device], options: Sequence[Option], task: Tas
     least = min(options, key=lambda option: option.prediction.memory_bytes)
     if least.prediction.memory_bytes > available:
         change = _smallest(task, least.choice, available, memory)
-        return Lack(names, "memory", least.prediction.memory_bytes, available, change)
+        return Lack(names, "memory", least.prediction.memory_bytes, available, change, device.profile.memory_from)
     fitting = [option for option in options if option.prediction.memory_bytes <= available]
     fastest = min(fitting, key=lambda option: option.prediction.step_seconds)
     assert device.deadline_s is not None

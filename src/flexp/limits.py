@@ -1,0 +1,52 @@
+"""Limits of this process's memory that count what is reserved, not only what is used; and how to reserve less.
+
+``RLIMIT_DATA`` and ``RLIMIT_AS`` count a file that is mapped to be read with every byte of it, a thread with its whole
+stack, and what an allocator keeps for later. A control group, and the kernel that runs short, count none of these.
+"""
+
+from __future__ import annotations
+
+import os
+
+COUNTING = ("RLIMIT_DATA", "RLIMIT_AS")
+
+_SIGNS = ("can't allocate memory", "cannot allocate memory", "not enough memory", "out of memory")
+
+
+def soft_limit(name: str) -> int | None:
+    """This process's soft limit ``name`` (``RLIMIT_…``) in bytes; ``None``: there is none."""
+    try:
+        import resource
+    except ImportError:  # no Unix
+        return None
+    soft = resource.getrlimit(getattr(resource, name))[0]
+    return None if soft == resource.RLIM_INFINITY else soft
+
+
+def reserves_count() -> bool:
+    """Whether one of :data:`COUNTING` holds for this process."""
+    return any(soft_limit(name) is not None for name in COUNTING)
+
+
+def reserve_less() -> None:
+    """Where reserves count, let Arrow allocate as the rest does; its own pool reserves up to 1 GiB when it is made.
+
+    Call it before anything imports Arrow.
+    """
+    if reserves_count():
+        os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """One line for a user where ``error`` means that memory ran out; ``None``: it means something else."""
+    text = str(error).lower()
+    if not isinstance(error, MemoryError) and not (
+        isinstance(error, RuntimeError | OSError) and any(sign in text for sign in _SIGNS)
+    ):
+        return None
+    found = [f"{name} = {soft / 2**20:.0f} MiB" for name in COUNTING if (soft := soft_limit(name)) is not None]
+    under = f" under {' and '.join(found)}" if found else ""
+    return (
+        f'memory ran out{under}; give it more, let FlexP choose what fits (data.clients.cuts = "auto"), or train less: '
+        "shallower cuts, smaller micro-batches, model.gradient_checkpointing, LoRA"
+    )

@@ -1,0 +1,99 @@
+"""``flexp plan`` and ``flexp bench plan`` as a user types them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from flexp.cli.main import main
+
+FLEET = """name = "office"
+[task]
+length = 16
+batch_size = 4
+[choices]
+codecs = ["none", "bf16"]
+[[devices]]
+name = "phone"
+class = "phone"
+count = 2
+[[devices]]
+name = "laptop"
+class = "laptop"
+"""
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Path:
+    path = tmp_path / "fleet.toml"
+    path.write_text(FLEET, encoding="utf-8")
+    return path
+
+
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["flexp", *arguments])
+    monkeypatch.setenv("COLUMNS", "200")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as left:
+        main()
+    shown = capsys.readouterr()
+    return int(left.value.code or 0), shown.out, shown.err
+
+
+def test_a_table_a_file_and_a_page(
+    fleet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, page = tmp_path / "plan.json", tmp_path / "plan.html"
+    code, shown, _ = call(
+        monkeypatch, capsys, "plan", "arch:bert", "--devices", str(fleet), "--out", str(out), "--plot", str(page),
+        "--pareto", "--set", "task.tuning=lora",
+    )  # fmt: skip
+    assert code == 0
+    for words in ("office", "phone-1", "laptop", "Not deeper", "Not shallower", "Pareto front", "prior"):
+        assert words in shown
+    # What a run does not take from the plan is told in one line.
+    line = next(line for line in shown.splitlines() if "it must say" in line)
+    assert line.endswith('it must say train.batch_size = 4, model.tuning = "lora", model.lora.rank = 8.')
+    content = json.loads(out.read_text(encoding="utf-8"))
+    assert [client["name"] for client in content["clients"]] == ["phone-1", "phone-2", "laptop"]
+    assert len(content["settings"]["data.clients.codecs"]) == 3
+    assert "office" in page.read_text(encoding="utf-8")
+    code, shown, _ = call(monkeypatch, capsys, "plan", "arch:bert", "--devices", str(fleet), "--json")
+    assert code == 0
+    assert json.loads(shown)["totals"]["round_seconds"] > 0
+
+
+def test_an_infeasible_fleet_is_told_who_lacks_what(
+    fleet: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    only = "starts = [1]\ntails = [0]\nmicro_batches = [4]\ncheckpointing = [false]\n"
+    fleet.write_text(FLEET.replace("[choices]\n", f"[choices]\n{only}"), encoding="utf-8")
+    _, shown, _ = call(monkeypatch, capsys, "plan", "arch:bert", "--devices", str(fleet), "--json")
+    needed = json.loads(shown)["clients"][0]["predicted"]["memory_bytes"]
+    small = f"memory_bytes = {int(1.15 * needed) - 2}"
+    text = fleet.read_text(encoding="utf-8").replace('"phone"\ncount', f'"phone"\n{small}\ncount')
+    fleet.write_text(text, encoding="utf-8")
+    code, shown, said = call(monkeypatch, capsys, "plan", "arch:bert", "--devices", str(fleet))
+    assert (code, shown) == (2, "")
+    assert said.startswith("flexp: office cannot train arch:bert: phone-1 and 1 like it: needs ")
+    assert "short); micro-batches of 2 (choices.micro_batches = [2]) would fit" in said
+    assert len(said.splitlines()) == 1
+    fleet.write_text(FLEET + "colour = 1\n", encoding="utf-8")
+    code, _, said = call(monkeypatch, capsys, "plan", "arch:bert", "--devices", str(fleet))
+    assert code == 2
+    assert "unknown key devices.2.colour" in said or "unknown key devices" in said
+
+
+def test_bench_plan(fleet: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    code, shown, _ = call(monkeypatch, capsys, "bench", "plan", str(fleet), "--model", "arch:bert", "--steps", "2")
+    assert code == 0
+    for words in ("office (3)", "optimised", "memory-only", "static"):
+        assert words in shown
+    code, shown, _ = call(
+        monkeypatch, capsys, "bench", "plan", str(fleet), "--model", "arch:bert", "--steps", "2", "--json"
+    )
+    ways = json.loads(shown)["rows"][0]["ways"]
+    assert ways["optimised"]["objective"] <= min(way["objective"] for way in ways.values()) + 1e-9

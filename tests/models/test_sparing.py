@@ -1,0 +1,69 @@
+"""Where a limit counts maps, a part is read tensor by tensor: the same numbers, and no map of the file stays."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from flexp import limits
+from flexp.errors import ModelError
+from flexp.limits import out_of_memory
+from flexp.models import loading, sparing
+from flexp.models.loading import load_stage
+from flexp.models.parts import Part
+from tests.models.tools import equal, save, tensors_of
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/maps tells what is mapped")
+
+
+def mapped(folder: Path) -> bool:
+    return str(folder) in Path("/proc/self/maps").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["bert", "llama-tied", "gpt2"])
+def test_the_same_numbers_without_a_map(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save(name, tmp_path)
+    kind = "sequence-classification" if name == "bert" else "causal-lm"
+    part = Part.client((1, 3), 4)
+    as_a_rule = load_stage(folder, kind, part)
+    assert mapped(folder)
+    wanted = {key: value.clone() for key, value in tensors_of(as_a_rule.model).items()}
+    del as_a_rule
+    monkeypatch.setattr(sparing, "reserves_count", lambda: True)
+    monkeypatch.delenv(sparing.ONE_THREAD, raising=False)
+    found = load_stage(folder, kind, part)
+    assert not mapped(folder)
+    assert equal(tensors_of(found.model), wanted)
+    assert sparing.ONE_THREAD not in sparing.os.environ
+    assert sparing.modeling_utils.safe_open is sparing.safetensors.safe_open
+
+
+def test_running_out_of_memory_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save("bert", tmp_path)
+    monkeypatch.setattr(limits, "soft_limit", lambda name: 750 * 2**20 if name == "RLIMIT_DATA" else None)
+    assert limits.reserves_count()
+
+    def full(*_: object, **__: object) -> None:
+        raise RuntimeError("unable to mmap 157 bytes from file <x>: Cannot allocate memory (12)")
+
+    monkeypatch.setattr(loading, "dissect", full)
+    with pytest.raises(ModelError, match="memory ran out under RLIMIT_DATA = 750 MiB; give it more") as told:
+        load_stage(folder, "sequence-classification", Part.client((1, 3), 4))
+    assert "\n" not in str(told.value)
+    assert out_of_memory(MemoryError()) is not None
+    assert out_of_memory(RuntimeError("shapes do not match")) is None
+    assert out_of_memory(ValueError("cannot allocate memory")) is None
+
+
+def test_arrow_is_told_to_reserve_nothing_where_it_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "ARROW_DEFAULT_MEMORY_POOL"
+    monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(limits, "soft_limit", lambda _: None)
+    limits.reserve_less()
+    assert name not in limits.os.environ
+    monkeypatch.setattr(limits, "soft_limit", lambda _: 2**30)
+    limits.reserve_less()
+    assert limits.os.environ[name] == "system"
+    monkeypatch.delenv(name)

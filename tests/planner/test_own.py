@@ -1,0 +1,52 @@
+"""A process's own cut, and what of a limit is left for training."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+import flexp
+from flexp.models.parts import Part
+from flexp.models.zoo import save_tiny
+from flexp.planner import own
+from flexp.planner.device import ARENA, OTHER_THREADS, Limit, for_training
+from flexp.planner.profile import Profile
+from flexp.server import Server
+
+MIB = 2**20
+
+
+def test_limits_that_count_reserves_leave_room_for_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flexp.planner.device.soft_limit", lambda name: 8 * MIB)
+    monkeypatch.setattr("flexp.planner.device.os.cpu_count", lambda: 2)
+    threads = OTHER_THREADS + 4
+    assert for_training(Limit("available memory", 1000 * MIB)) == 1000 * MIB
+    assert for_training(Limit("RLIMIT_DATA", 1000 * MIB)) == (1000 - 8 * threads) * MIB
+    assert for_training(Limit("RLIMIT_DATA", 1000 * MIB), threads=3) == (1000 - 8 * (threads + 2)) * MIB
+    assert for_training(Limit("RLIMIT_AS", 1000 * MIB)) == (1000 - 8 * threads) * MIB - threads * ARENA
+    assert for_training(Limit("RLIMIT_DATA", 5 * MIB)) == 0
+    monkeypatch.setattr("flexp.planner.device.os.cpu_count", lambda: 64)
+    assert for_training(Limit("RLIMIT_DATA", 1000 * MIB)) == (1000 - 8 * (OTHER_THREADS + 16)) * MIB
+
+
+def memory(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    found = Profile.from_class("laptop").model_copy(update={"memory_bytes": size, "memory_from": "a test"})
+    monkeypatch.setattr(own, "this_machine", lambda: found)
+
+
+def test_a_model_that_chooses_its_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = save_tiny("bert", tmp_path / "model")
+    server = Server.from_pretrained(folder, "sequence-classification", base_depth=1)
+    memory(monkeypatch, 2**30)
+    with caplog.at_level(logging.INFO, "flexp"):
+        model = flexp.SplitModelForSequenceClassification.from_pretrained(
+            folder, cut="auto", link=server.connect("a"), labels=["x", "y"], largest=(4, 16)
+        )
+    assert model.cut == own.own_cut(str(folder), "sequence-classification", (4, 16), aligned=False)
+    assert model.stage.part == Part.client(model.cut, 4)
+    assert f"cut ({model.cut[0]}, {model.cut[1]}) planned" in caplog.text
+    assert "that a test leaves" in caplog.text
