@@ -143,7 +143,7 @@ class Mover:
 def make_mover(config: RunConfig, federation: Federation, trainer: Trainer, blocks: Blocks, parking: Parking) -> Mover:
     """Watch this machine for a client of a run, whose ``config`` is its own.
 
-    Without a profile its speed is taken to be a laptop's at first; what is measured corrects that.
+    Its speed is what its profile says (``data.clients.profiles``), else a laptop's; what is measured corrects that.
 
     Raises:
         ModelError: the model's costs cannot be counted.
@@ -163,7 +163,8 @@ def make_mover(config: RunConfig, federation: Federation, trainer: Trainer, bloc
     costs = ModelCosts(model_folder(config), fleet.task, choices, fleet.server)
     known = list(dict.fromkeys([current, *grid(choices, total, batch, rank)]))
     curve = prior()
-    options = options_of(fleet.devices[0], known, costs.predict, lambda choice: curve.loss(choice, total))
+    device = next((device for device in fleet.devices if device.name == trainer.name), fleet.devices[0])
+    options = options_of(device, known, costs.predict, lambda choice: curve.loss(choice, total))
     steps = config.train.rounds * config.train.steps_per_round
     return Mover(trainer, Watch(options, current, config.recut), costs.resting, blocks, parking, steps)
 

@@ -71,24 +71,34 @@ def with_cuts(config: RunConfig, federation: Federation, blocks: int) -> tuple[R
 
 
 def auto_plan(config: RunConfig, federation: Federation) -> Plan:
-    """What ``cuts = "auto"`` plans: for the run's clients on the devices of ``data.clients.profiles``, else of the
-    classes of ``[devices]``, else all on this machine.
+    """What ``cuts = "auto"`` plans for the run's clients on the devices of :func:`auto_fleet`.
 
     Raises:
         InfeasibleError: a device lacks something.
+        ConfigError: see :func:`auto_fleet`.
+    """
+    shape, choices = _task(config, federation)
+    server = of_run(config.devices, (), shape, choices, this_machine).server
+    costs = ModelCosts(str(resolve(config.model.id)), shape, choices, server)
+    # Counting takes memory that stays: it is done before this machine's is measured.
+    costs.block_bytes(config.model.lora.rank if config.model.tuning == "lora" else None)
+    return make_plan(auto_fleet(config, federation), costs)
+
+
+def auto_fleet(config: RunConfig, federation: Federation) -> Fleet:
+    """The run's clients on the devices of ``data.clients.profiles``, else of the classes of ``[devices]``, else all on
+    this machine.
+
+    Raises:
         ConfigError: a profile is none, or of no client; a class is not known.
     """
     names = [client.name for client in federation.clients]
     shape, choices = _task(config, federation)
-    server = of_run(config.devices, (), shape, choices, this_machine)
-    costs = ModelCosts(str(resolve(config.model.id)), shape, choices, server.server)
-    # Counting takes memory that stays: it is done before this machine's is measured.
-    costs.block_bytes(config.model.lora.rank if config.model.tuning == "lora" else None)
     if config.data.clients.profiles is None:
-        return make_plan(of_run(config.devices, names, shape, choices, this_machine), costs)
+        return of_run(config.devices, names, shape, choices, this_machine)
     found = [_client_profile(Path(name)) for name in config.data.clients.profiles]
     devices = tuple(Device(name, found[i % len(found)]) for i, name in enumerate(names))
-    return make_plan(replace(server, devices=devices), costs)
+    return replace(of_run(config.devices, (), shape, choices, this_machine), devices=devices)
 
 
 def _client_profile(path: Path) -> Profile:
