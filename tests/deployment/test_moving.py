@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 
 from flexp.bench.tiny_run import tiny_run
+from flexp.client.trainer import Trainer
 from flexp.config import RecutConfig, RunConfig
 from flexp.deployment import moving
 from flexp.deployment.config import DeploymentConfig
 from flexp.deployment.moving import Mover, free_bytes, in_words
 from flexp.deployment.snapshots import Snapshots
-from flexp.errors import LinkError
+from flexp.errors import LinkError, TrainingError
 from flexp.planner.device import memory_limits
 from flexp.planner.watch import Situation
 from flexp.report.metrics import read
@@ -141,6 +142,54 @@ def test_a_move_that_the_server_refuses_is_told_once_and_training_goes_on(
     assert len({tuple(record["cut"]) for record in told}) == len(told)
     assert all("other blocks" in record["why"] for record in told)
     assert all(record["cut"] == [3, 4] for record in moves(tmp_path / "client"))  # what is left is smaller exchanges
+
+
+def test_a_step_that_runs_out_of_memory_is_done_again_with_less(
+    tmp_path: Path, situations: list[tuple[int, Situation]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config(tmp_path, gain=1.0)
+    assert situations
+    exchanges = Trainer._exchanges
+
+    def limited(self: Trainer, pieces: Any) -> Any:
+        done = exchanges(self, pieces)
+        if len(pieces) > 1:  # in the middle of the step
+            yield next(done)
+        if self.steps == 6 and (self.micro_batch > 1 or self.model.cut[0] > 1):  # type: ignore[attr-defined]
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+        yield from done
+
+    monkeypatch.setattr(Trainer, "_exchanges", limited)
+    server = Server(settings, DEPLOYMENT, tmp_path / "server")
+    client = Client(settings, DEPLOYMENT, NAME, plain(server), tmp_path / "client")
+    client.join()
+    server.end()
+    found = moves(tmp_path / "client")
+    assert {record["why"] for record in found} == {"memory"}
+    assert [record["micro_batch"] for record in found][-1] == 1
+    assert kept(found[-1]["cut"]) < 3
+    sizes = [(record["micro_batch"], -kept(record["cut"])) for record in found]
+    assert sizes[0][0] < 4  # first a smaller exchange
+    steps = [record["step"] for record in read(tmp_path / "client" / "metrics.jsonl") if record["kind"] == "step"]
+    assert steps == list(range(1, 33))
+    assert server.server.regulars[NAME].progress.newest == 32
+
+
+def test_memory_that_runs_out_with_nothing_left_to_give_up_ends_it_in_a_line(
+    tmp_path: Path, situations: list[tuple[int, Situation]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config(tmp_path, gain=1.0)
+    assert situations
+
+    def never(self: Trainer, pieces: Any) -> Any:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+
+    monkeypatch.setattr(Trainer, "_exchanges", never)
+    server = Server(settings, DEPLOYMENT, tmp_path / "server")
+    client = Client(settings, DEPLOYMENT, NAME, plain(server), tmp_path / "client")
+    with pytest.raises(TrainingError, match="step 1: memory ran out"):
+        client.join()
+    server.end()
 
 
 def test_free_memory_is_what_the_limits_leave_and_what_the_allocator_keeps() -> None:

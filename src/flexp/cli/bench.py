@@ -29,6 +29,7 @@ app.command("server-scaling")(bench_server.server_scaling)
 app.command("fuzz")(bench_server.fuzz)
 app.command("plan")(bench_plan.plan)
 app.command("predict")(bench_plan.predict)
+app.command("recut")(bench_plan.recut)
 
 
 @app.command("split-overhead")

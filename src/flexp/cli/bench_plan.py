@@ -1,4 +1,4 @@
-"""``flexp bench plan`` and ``predict``: what plans are worth, and the predictions behind them."""
+"""``flexp bench plan``, ``predict`` and ``recut``: what plans are worth, the predictions behind them, and moves."""
 
 from __future__ import annotations
 
@@ -99,4 +99,48 @@ def predict(
     Console().print(table)
     worst = ", ".join(f"{100 * result['worst'][key]:.1f} %" for key in ("memory_bytes", "client_seconds", "seconds"))
     typer.echo(f"largest errors: {worst}")
+    machine_line(result)
+
+
+def recut(
+    config: Annotated[Path, typer.Argument(help="A run's configuration; real data make the losses mean something.")],
+    client: Annotated[str | None, typer.Option(help="Which client of the data; of several it must be said.")] = None,
+    cuts: Annotated[str, typer.Option(metavar="S:E,…", help="One after another.")] = "1:6,4:6,1:6,4:6",
+    steps: Annotated[int, typer.Option(min=20, help="With each cut.")] = 20,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. threads=1.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """What moving a cut costs in the time of steps, and what it does to the loss, beside a twin that does not move."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from flexp.bench.recut import bench
+    from flexp.cli.verify import parse_cut
+    from flexp.experiments.settings import load
+
+    loaded = load(config, list(settings or ()))
+    result = bench(loaded, [parse_cut(cut) for cut in cuts.split(",")], client=client, steps=steps)
+    if as_json:
+        typer.echo(json.dumps(result))
+        return
+    title = f"flexp bench recut: {result['client']}, {result['steps']} steps with each cut"
+    table = Table(title=title, title_justify="left")
+    for column in ("move", "blocks", "s", "steps", "before", "after", "spread", "change", "twin", "jump"):
+        table.add_column(column, justify="left" if column in ("move", "blocks") else "right", no_wrap=True)
+    for row in result["rows"]:
+        blocks = f"+{len(row['came'])}" if row["came"] else f"-{len(row['went'])}"
+        table.add_row(
+            " > ".join(":".join(map(str, row[key])) for key in ("before", "after")),
+            f"{blocks} ({len(row['restored'])} back)" if row["restored"] else blocks,
+            *(f"{row[key]:.2f}" for key in ("seconds", "steps", "loss_before", "loss_after", "spread")),
+            *(f"{row[key]:+.2f}" for key in ("loss_change", "twin_change", "jump")),
+        )
+    Console().print(table)
+    typer.echo(
+        f"s, steps: a move's time. Losses before and after are means of {result['window']} steps, spread is theirs; "
+        f"jump is the change less the twin's. At the end {result['loss_end']:.3f}, the twin that stayed at "
+        f"its first cut {result['twin_loss_end']:.3f}"
+    )
     machine_line(result)

@@ -62,7 +62,7 @@ class Mover:
         self._first = trainer.steps + WARM_UP
 
     def after_step(self) -> Record | None:
-        """Between two steps: look, if it is time to, and move; gives what was done, for the diary.
+        """Between two steps: look, if it is time to or memory is short, and move; gives what was done, for the diary.
 
         Raises:
             LinkLostError: the link was lost while it moved; the client has its old cut.
@@ -71,13 +71,26 @@ class Mover:
         steps = self.trainer.steps
         if steps == self._first - WARM_UP + 1:  # the first step allocates
             self._restart()
-        if steps < self._first or steps - self._since < self.watch.rules.every:
+        if steps < self._first:
             return None
         self._notice()
+        due = steps - self._since >= self.watch.rules.every
+        if not due and not self.watch.short(self._memory()):
+            return None
         now = self._situation()
         decision = self.watch.look(now, steps, self._total - steps)
         self._restart()
         return None if decision is None else self._do(decision, now)
+
+    def after_failure(self) -> Record | None:
+        """A step ran out of memory: choose something smaller, to do it again; ``None``: there is nothing smaller.
+
+        Raises:
+            LinkError: see :meth:`after_step`.
+        """
+        self._notice()
+        decision = self.watch.less()
+        return None if decision is None else self._do(decision, Situation(self._memory()))
 
     def _do(self, decision: Decision, now: Situation) -> Record | None:
         before, choice = self.watch.current, decision.choice
@@ -120,11 +133,15 @@ class Mover:
             return max(measured, 0.0) / steps / seconds if seconds > TOO_SHORT else 1.0
 
         return Situation(
-            self._free() + self._resting(self.watch.current),
+            self._memory(),
             ratio(now.client - self._before.client, predicted.client_seconds),
             ratio(now.server - self._before.server, predicted.server_seconds),
             ratio(now.link - self._before.link, predicted.link_seconds),
         )
+
+    def _memory(self) -> int:
+        """Bytes for training in all, as predictions count: what is free, and what the client holds."""
+        return self._free() + self._resting(self.watch.current)
 
     def _restart(self) -> None:
         self._since, self._before = self.trainer.steps, self._spent()

@@ -14,17 +14,18 @@ import torch
 from flexp.client.model import SplitModel
 from flexp.client.recut import Blocks, fit
 from flexp.client.state import cut_in, load_party, party_state, residuals_of
-from flexp.client.trainer import Trainer
+from flexp.client.trainer import Step, Trainer
 from flexp.config import RunConfig
 from flexp.data.types import ClientData, Task
 from flexp.deployment.moving import Mover, in_words
 from flexp.deployment.snapshots import Snapshots
-from flexp.errors import LinkError, LinkLostError, StorageError
+from flexp.errors import LinkError, LinkLostError, StorageError, TrainingError
 from flexp.evaluation.scores import evaluate
+from flexp.limits import out_of_memory
 from flexp.links.base import Link
 from flexp.links.coding import load_residuals
 from flexp.links.orders import Order, Ready
-from flexp.report.metrics import MetricsLog
+from flexp.report.metrics import MetricsLog, Record
 from flexp.rng import RandomStream
 
 Say = Callable[[str], None]
@@ -143,12 +144,9 @@ class Worker:
                     return None
 
     def _step(self) -> None:
-        before = self.trainer.steps
-        try:
-            step = self.trainer.step()
-        except LinkLostError:
-            self._pull_due = self.trainer.steps > before  # all of the step is done but the pull at its end
-            raise
+        step = self._try()
+        while step is None:
+            step = self._try()
         self._facts = {"loss": step.loss, "lr": step.lr, "seconds": step.seconds}
         number = (step.number - 1) // self.config.train.steps_per_round + 1
         self.log.write(
@@ -167,11 +165,37 @@ class Worker:
         )
         self.diary.step(step.client, step.loss, step.align)
 
-    def _move_if_due(self) -> None:
-        """Let the cut follow the device; a snapshot then keeps whoever goes back from doing steps with another cut."""
-        record = None if self._mover is None else self._mover.after_step()
+    def _try(self) -> Step | None:
+        """A step; ``None``: memory ran out in it, and the client has given something up since.
+
+        Raises:
+            TrainingError: memory ran out, and there is nothing to give up.
+        """
+        before = self.trainer.steps
+        try:
+            return self.trainer.step()
+        except LinkLostError:
+            self._pull_due = self.trainer.steps > before  # all of the step is done but the pull at its end
+            raise
+        except (MemoryError, RuntimeError) as error:
+            why = out_of_memory(error)
+            if why is None or self._mover is None or self.model.steps.done > before:  # the server has applied it
+                raise
+        self.trainer.updater.forget()  # the step's tensors went with the exception, but for its gradients
+        record = self._mover.after_failure()
         if record is None:
-            return
+            raise TrainingError(f"{self.data.name}, step {before + 1}: {why}")
+        self._moved(record)
+        return None
+
+    def _move_if_due(self) -> None:
+        """Let the cut follow the device."""
+        record = None if self._mover is None else self._mover.after_step()
+        if record is not None:
+            self._moved(record)
+
+    def _moved(self, record: Record) -> None:
+        """Tell it, and save: whoever goes back must not do steps again with another cut than they were done with."""
         number = (self.trainer.steps - 1) // self.config.train.steps_per_round + 1
         self.log.write({**record, "round": number})
         self.diary.note(in_words(record))

@@ -89,6 +89,17 @@ class Watch:
             return None
         return Decision(best, "gain", gain)
 
+    def short(self, memory_bytes: int) -> bool:
+        """Whether what the device has would not fit into so much any more."""
+        return not any(option.choice == self.current and _leaves(option, Situation(memory_bytes), HOLD)
+                       for option in self.options)  # fmt: skip
+
+    def less(self) -> Decision | None:
+        """What to do when memory has run out, whatever was measured; ``None``: there is nothing smaller."""
+        mine = next(option for option in self.options if option.choice == self.current)
+        found = self.look(Situation(int(mine.prediction.memory_bytes / (1.0 + HOLD))), 0, 0)
+        return found if found is not None and found.choice != self.current else None
+
     def moved(self, choice: Choice, step: int) -> None:
         """The client has it now."""
         self.current, self._moved_at, self._better = choice, step, 0
