@@ -270,6 +270,11 @@ class RunConfig(Section):
         if self.method.name != "flexp-sfl" and (self.recut.on or changes):
             what = "recut.on" if self.recut.on else "devices.changes"
             raise ValueError(f'{what} is for method.name = "flexp-sfl" only: it alone moves cuts while it trains')
+        if self.recut.on and self.server.tuning not in (None, self.model.tuning):
+            raise ValueError(
+                f"recut.on needs the same tuning on both sides: model.tuning is {self.model.tuning}, server.tuning "
+                f"{self.server.tuning}, so a block that moves would lose what the server trained"
+            )
         if self.model.tuning == "lora" and self.model.train_embeddings:
             raise ValueError(
                 "model.train_embeddings = true needs model.tuning = 'full': LoRA trains adapters in the blocks only"

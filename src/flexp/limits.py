@@ -10,7 +10,10 @@ import os
 
 COUNTING = ("RLIMIT_DATA", "RLIMIT_AS")
 
-_SIGNS = ("can't allocate memory", "cannot allocate memory", "not enough memory", "out of memory")
+_SIGNS = (
+    "can't allocate memory", "cannot allocate memory", "not enough memory", "out of memory",
+    "could not create a primitive",  # oneDNN has no room for a kernel
+)  # fmt: skip
 
 
 def soft_limit(name: str) -> int | None:

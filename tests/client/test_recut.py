@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from flexp.client.model import SplitModel
-from flexp.client.recut import ParkedInMemory, ParkedOnDisk, fit, move_party, recut
+from flexp.client.recut import ParkedInMemory, fit, move_party, recut
 from flexp.client.state import cut_in, load_party, party_state
 from flexp.client.trainer import Trainer
 from flexp.config import OptimizerConfig, TrainConfig
 from flexp.data.types import ClientData
-from flexp.errors import ConfigError, LinkError, LinkLostError, StorageError
+from flexp.deployment.parked import ParkedOnDisk
+from flexp.errors import ConfigError, LinkError, LinkLostError, ModelError, StorageError
 from flexp.links.base import Link
 from flexp.links.grpc import loopback
-from flexp.links.messages import PullRequest
+from flexp.links.messages import FetchRequest
 from flexp.models.parts import Part
 from flexp.models.stage import Stage
 from flexp.optim import Updater
@@ -39,8 +42,14 @@ class Words:
         return {name: torch.stack([example[name] for example in examples]) for name in examples[0]}
 
 
-def client(here: World, cut: tuple[int, int], optimizer: OptimizerConfig, link: Link | None = None) -> Trainer:
-    model = here.client("a", cut, link=link)
+def client(
+    here: World,
+    cut: tuple[int, int],
+    optimizer: OptimizerConfig,
+    link: Link | None = None,
+    numbering: int | None = None,
+) -> Trainer:
+    model = here.client("a", cut, link=link, numbering=numbering)
     batch = here.batch(batch=12, length=6)
     examples = [{name: value[row] for name, value in batch.items()} for row in range(12)]
     updater = Updater(model.stage.trainable(), optimizer)
@@ -118,17 +127,17 @@ def test_a_move_that_the_server_refuses_or_that_the_link_breaks_leaves_everythin
     with pytest.raises(ConfigError, match="does not fit a model of 4 blocks"):
         recut(trainer, (1, 9), blocks_of(here), ParkedInMemory())
     model = model_of(trainer)
-    pull = model.link.pull
+    fetch = model.link.fetch
 
     def broken(_: Any) -> Any:
         raise LinkLostError("gone")
 
     recut(trainer, (2, 4), blocks_of(here), ParkedInMemory())  # (to have blocks to pull)
     recut(other, (2, 4), blocks_of(same), ParkedInMemory())
-    model.link.pull = broken  # type: ignore[method-assign]
+    model.link.fetch = broken  # type: ignore[method-assign]
     with pytest.raises(LinkLostError):
         recut(trainer, (3, 4), blocks_of(here), ParkedInMemory())
-    model.link.pull = pull  # type: ignore[method-assign]
+    model.link.fetch = fetch  # type: ignore[method-assign]
     assert model.cut == here.server.cut_of("a") == (2, 4)
     assert trainer.step().loss == other.step().loss
     assert equal(timeless(trainer) | shared_weights(here.server), timeless(other) | shared_weights(same.server))
@@ -157,7 +166,7 @@ def test_moves_over_grpc_are_those_in_process(tmp_path: Path) -> None:
         here = world("bert", optimizer=ADAMW, dropout=0.1)
         link = here.server.connect("a")
         with loopback(here.server, "a") if over_network else nullcontext(link) as way:
-            trainer, parking = client(here, (1, 4), ADAMW, link=way), ParkedOnDisk(tmp_path / str(over_network))
+            trainer, parking = client(here, (1, 4), ADAMW, link=way), ParkedOnDisk(tmp_path / str(over_network), 1)
             for cut in ((2, 4), (1, 4), (3, 4), (2, 3)):
                 trainer.step()
                 recut(trainer, cut, blocks_of(here), parking)
@@ -171,7 +180,7 @@ def test_a_client_goes_on_from_the_state_of_another_cut(tmp_path: Path) -> None:
     trainer = client(here, (3, 4), ADAMW)
     for _ in range(2):
         trainer.step()
-    state, parking = {k: v.clone() for k, v in party_state(trainer).items()}, ParkedOnDisk(tmp_path)
+    state, parking = {k: v.clone() for k, v in party_state(trainer).items()}, ParkedOnDisk(tmp_path, 1)
     assert cut_in(state) == (3, 4)
     shallower = client(here, (1, 3), ADAMW)
     new = move_party(shallower, state, parking)
@@ -189,12 +198,65 @@ def test_a_client_goes_on_from_the_state_of_another_cut(tmp_path: Path) -> None:
 
 def test_a_server_gives_no_weights_of_blocks_that_only_it_holds() -> None:
     here = world("llama")
-    trainer = client(here, (2, 3), ADAMW)
+    link = model_of(client(here, (2, 3), ADAMW)).link
+    assert link.fetch(FetchRequest(1)).result().weights
+    assert link.fetch(FetchRequest(3)).result().weights
+    with pytest.raises(LinkError, match="gives no shared blocks away"):
+        link.fetch(FetchRequest(2)).result()
+
+
+def test_what_is_parked_of_another_run_or_tuning_or_damaged_is_not_used(tmp_path: Path) -> None:
+    here, lora = world("llama", optimizer=ADAMW), world("llama", tuning="lora", optimizer=ADAMW)
+    other = client(lora, (2, 4), ADAMW)
+    other.step()
+    recut(other, (1, 4), blocks_of(lora), ParkedOnDisk(tmp_path, 1))
+    trainer = client(here, (1, 4), ADAMW)
+    done = recut(trainer, (2, 4), blocks_of(here), ParkedOnDisk(tmp_path, 1))  # the adapters of another tuning
+    assert (done.came, done.restored) == ((1,), ())
+    recut(trainer, (1, 4), blocks_of(here), ParkedOnDisk(tmp_path, 1))
+    assert ParkedOnDisk(tmp_path, 1).get(1)
+    assert ParkedOnDisk(tmp_path, 2).get(1) is None  # another run's
+    file = next(tmp_path.rglob("state.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert ParkedOnDisk(tmp_path, 1).get(1) is None
+
+
+def test_a_server_of_another_model_size_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = world("llama", optimizer=ADAMW)
+    trainer = client(here, (1, 4), ADAMW)
     link = model_of(trainer).link
-    assert link.pull(PullRequest(1, 2)).result().weights
-    assert link.pull(PullRequest(3, 4)).result().weights
-    with pytest.raises(LinkError, match="expected some of its aligned blocks"):
-        link.pull(PullRequest(2, 3)).result()
+    fetch = link.fetch
+
+    def odd(request: FetchRequest) -> Any:
+        reply = fetch(request).result()
+        answer: Future[Any] = Future()
+        answer.set_result(replace(reply, weights={name: value[:1] for name, value in reply.weights.items()}))
+        return answer
+
+    monkeypatch.setattr(link, "fetch", odd)
+    before = timeless(trainer)
+    with pytest.raises(ModelError, match="expected"):
+        recut(trainer, (2, 4), blocks_of(here), ParkedInMemory())
+    assert equal(timeless(trainer), before)
+    assert here.server.cut_of("a") == (1, 4)
+
+
+def test_a_step_that_comes_again_with_another_cut_is_computed_for_that_cut() -> None:
+    """What was answered to the cut before would be the activation and the gradient of other blocks."""
+    here, fresh = (world("llama", optimizer=SGD, remembers=True) for _ in range(2))
+    trainer, plain = client(here, (2, 4), SGD), client(fresh, (1, 4), SGD)
+    state = {k: v.clone() for k, v in party_state(trainer).items()}
+    trainer.step()
+    after = shared_weights(here.server)
+    back = client(here, (1, 4), SGD, numbering=model_of(trainer).steps.numbering)
+    move_party(back, state, ParkedInMemory())
+    fresh.server.shared.load(copied(here.server.shared.state()))  # which have that step already
+    again, wanted = back.step(), plain.step()
+    assert (again.number, again.loss) == (1, wanted.loss)
+    assert equal(shared_weights(here.server), after)  # not applied again
+    assert here.server.shared.version == 1
 
 
 def timeless(trainer: Trainer) -> dict[str, Tensor]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 
 import pytest
 
 from flexp.errors import FlexpError
+from flexp.planner import device
 from flexp.planner.device import Limit, cores, memory_limits
 
 MIB = 2**20
@@ -90,3 +92,17 @@ def test_this_process_and_a_machine_that_tells_nothing(tmp_path: Path) -> None:
     assert cores() >= 1
     with pytest.raises(FlexpError, match="--memory"):
         memory_limits(tmp_path, {})
+
+
+def test_free_memory_is_what_the_limits_leave_and_what_the_allocator_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "memory_limits", lambda: [Limit("a", 1000), Limit("b", 2000)])
+    monkeypatch.setattr(device, "held_ready", lambda: 50)
+    assert device.free_bytes() == 1050
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks glibc")
+def test_what_was_freed_and_kept_is_counted() -> None:
+    kept = [bytearray(64 << 10) for _ in range(200)]
+    full = device.held_ready()
+    del kept[::2]  # holes, which cannot be given back to the system
+    assert device.held_ready() - full > 50 * (64 << 10)

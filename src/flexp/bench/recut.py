@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 
-from flexp.client.recut import ParkedOnDisk, recut
+from flexp.client.recut import recut
 from flexp.client.trainer import Trainer
 from flexp.config import RunConfig
 from flexp.deployment.client import Place, find_place, load_own, make_client
+from flexp.deployment.parked import ParkedOnDisk
 from flexp.deployment.server import make_server
 from flexp.links.base import connected
 from flexp.links.grpc import connect, serve
@@ -68,7 +69,7 @@ def bench(config: RunConfig, cuts: Sequence[Cut], *, client: str | None = None, 
         moves = []
         for number, cut in enumerate(wanted):
             if number:
-                done = recut(moving.trainer, cut, lambda part: load_own(config, place, part), ParkedOnDisk(folder))
+                done = recut(moving.trainer, cut, lambda part: load_own(config, place, part), ParkedOnDisk(folder, 1))
                 moves.append((len(moving.losses), done))
             for _ in range(steps):
                 moving.step()

@@ -1,7 +1,7 @@
 """Moving a client's cut between two steps of its training, without its loop, its step count or its link ending.
 
 - A block that comes to the client starts from its own parked copy, if it had the block before; else from the server's
-  current shared weights (Algorithm 1 of the paper starts from pretrained ones; training has gone on since).
+  current shared weights.
 - A block that goes to the server ends the client's personal copy, which is parked with its optimiser's state.
 - Optimiser state: what stays keeps it, what comes back has what was parked, what is new begins without any. The
   schedule's step count is the client's and goes on.
@@ -16,20 +16,16 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from flexp.client.fetching import pieces
 from flexp.client.model import SplitModel
 from flexp.client.state import load_party
 from flexp.client.trainer import Trainer
-from flexp.errors import ConfigError, LinkError, StorageError
-from flexp.files import replacing
-from flexp.links.messages import PullRequest
+from flexp.errors import ConfigError, LinkError, ModelError
 from flexp.models.parts import Part, check_cut
 from flexp.models.stage import Stage
 
@@ -72,35 +68,6 @@ class ParkedInMemory:
                 self.blocks.setdefault(int(block), {})[name] = value
 
 
-class ParkedOnDisk:
-    """A file for each block: what the client gives up it does so for want of memory."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def put(self, block: int, tensors: Mapping[str, Tensor]) -> None:
-        """Write it beside its place and rename.
-
-        Raises:
-            StorageError: the disk is full or cannot be written.
-        """
-        with replacing(self._path(block)) as part:
-            try:
-                save_file({name: value.detach().contiguous() for name, value in tensors.items()}, part)
-            except SafetensorError as error:
-                raise StorageError(f"{self._path(block)}: cannot be written ({error})") from error
-
-    def get(self, block: int) -> dict[str, Tensor] | None:
-        """What was put there; ``None``: nothing, or it is damaged."""
-        try:
-            return dict(load_file(self._path(block)))
-        except (OSError, SafetensorError):
-            return None
-
-    def _path(self, block: int) -> Path:
-        return self.folder / f"block-{block}.safetensors"
-
-
 @dataclass(frozen=True)
 class Move:
     """What a move was: the blocks that came (of these those ``restored`` from parking) and those that went."""
@@ -119,6 +86,7 @@ def recut(trainer: Trainer, cut: tuple[int, int], blocks: Blocks, parking: Parki
     Raises:
         ConfigError: the cut does not fit the model or the server.
         LinkError: the server refuses, or the link was lost: the client has its old cut (after a lost link: rejoin).
+        ModelError: the server's blocks are not this model's; the client has its old cut.
         StorageError: what goes to the server could not be parked; nothing has changed.
     """
     began, model = time.perf_counter(), _model(trainer)
@@ -130,12 +98,13 @@ def recut(trainer: Trainer, cut: tuple[int, int], blocks: Blocks, parking: Parki
         return Move(before, cut, (), (), (), 0.0)
     for block in went:
         parking.put(block, _of_block(trainer, block))
-    parked = {block: own for block in came if (own := parking.get(block)) is not None}
     fresh = blocks(Part(frozenset(came), ends=False)) if came else None
+    wanted_shapes = {} if fresh is None else {name: value.shape for name, value in fresh.trainable().items()}
+    parked = {block: own for block in came if (own := _parked(parking, block, wanted_shapes, stage)) is not None}
     try:
         model.rejoin(cut=cut)
-        shared = _pulled(model, [block for block in came if block not in parked])
-    except (LinkError, ConfigError):
+        shared = _current(model, [block for block in came if block not in parked], wanted_shapes)
+    except (LinkError, ConfigError, ModelError):
         with suppress(LinkError):  # lost: whoever makes a new link joins with the old cut
             model.rejoin(cut=before)
         model.cut = before
@@ -187,15 +156,16 @@ def move_party(trainer: Trainer, state: Mapping[str, Tensor], parking: Parking) 
         if block is not None and block not in stage.part.blocks:
             parking.put(block, tensors)
     merged = {key: value for key, value in state.items() if (name := _name(key)) is None or name in own}
-    pulled: list[int] = []
+    shapes = {name: value.shape for name, value in own.items()}
+    missing: list[int] = []
     for block in sorted(stage.part.blocks - by_block.keys()):
-        parked = parking.get(block)
+        parked = _parked(parking, block, shapes, stage)
         if parked is None:
-            pulled.append(block)
+            missing.append(block)
         else:
             merged |= parked
     new = [name for name in own if PERSONAL + name not in merged]
-    shared = _pulled(model, pulled)
+    shared = _current(model, missing, shapes)
     merged |= {PERSONAL + name: shared.get(name, own[name].detach()) for name in new}
     load_party(trainer, merged)
     return new
@@ -224,21 +194,38 @@ def _of_block(trainer: Trainer, block: int) -> dict[str, Tensor]:
     return kept | {f"{PERSONAL}{name}": value for name, value in own.items()}
 
 
-def _pulled(model: SplitModel, blocks: Iterable[int]) -> dict[str, Tensor]:
-    """The shared weights of blocks that the server holds, one block at a time."""
+def _current(model: SplitModel, blocks: Iterable[int], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """The server's current shared weights of some blocks, as far as this client trains them.
+
+    Raises:
+        LinkError: the server does not give them.
+        ModelError: they are not of the ``shapes`` that they must have.
+    """
     weights: dict[str, Tensor] = {}
     for block in blocks:
         if block >= model.base_depth:
-            weights |= model.link.pull(PullRequest(block, block + 1)).result().weights
+            for piece in pieces(model.link, block):
+                weights |= {name: value for name, value in piece.weights.items() if name in shapes}
+    odd = [name for name, value in weights.items() if value.shape != shapes[name]]
+    if odd:
+        raise ModelError(f"the server's {odd[0]} is {tuple(weights[odd[0]].shape)}, expected {tuple(shapes[odd[0]])}")
     return weights
+
+
+def _parked(parking: Parking, block: int, shapes: Mapping[str, torch.Size], stage: Stage) -> dict[str, Tensor] | None:
+    """What is parked of a block, if it is all of what the client would train there."""
+    found = parking.get(block)
+    if found is None:
+        return None
+    had = {name: value.shape for name, value in _under(PERSONAL, found).items()}
+    return found if had == {name: shape for name, shape in shapes.items() if stage.block_of(name) == block} else None
 
 
 def _fill(trainer: Trainer, weights: Mapping[str, Tensor]) -> None:
     own = _model(trainer).stage.trainable()
     with torch.no_grad():
         for name, value in weights.items():
-            if name in own:  # the server may train what this client leaves alone
-                own[name].copy_(value)
+            own[name].copy_(value)
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from flexp.assets import resolve
 from flexp.client.model import SplitModel
-from flexp.client.recut import ParkedOnDisk, move_party
+from flexp.client.recut import move_party
 from flexp.client.trainer import Trainer
 from flexp.config import CodecConfig, RunConfig
 from flexp.data import load_federation, pad_id
@@ -24,6 +24,7 @@ from flexp.data.types import ClientData, Federation
 from flexp.deployment.config import DeploymentConfig
 from flexp.deployment.folder import write_facts
 from flexp.deployment.moving import make_mover
+from flexp.deployment.parked import ParkedOnDisk
 from flexp.deployment.snapshots import Snapshots
 from flexp.deployment.worker import Worker
 from flexp.errors import ConfigError, DataError, LinkError, LinkLostError
@@ -42,7 +43,11 @@ from flexp.report.progress import Progress
 
 @dataclass(frozen=True)
 class Place:
-    """What this machine has of the run: one client's examples, its cut, and the configuration as this client has it."""
+    """What this machine has of the run: one client's examples, its cut, and the configuration as this client has it.
+
+    Attributes:
+        cut_is_given: by the user, who then wants no other one.
+    """
 
     data: ClientData
     federation: Federation
@@ -51,6 +56,7 @@ class Place:
     blocks: int
     pad: int | None
     config: RunConfig
+    cut_is_given: bool = False
 
 
 def find_place(config: RunConfig, name: str | None, cut: tuple[int, int | None] | None) -> Place:
@@ -77,7 +83,7 @@ def find_place(config: RunConfig, name: str | None, cut: tuple[int, int | None] 
     own = replace(own, name=name or own.name)
     image = federation.task.model_kind == "image-classification"
     pad = None if image else pad_id(processor)
-    return Place(own, federation, model_id, chosen, blocks, pad, own_config(config, index))
+    return Place(own, federation, model_id, chosen, blocks, pad, own_config(config, index), cut is not None)
 
 
 def cuts_of(config: RunConfig) -> dict[str, tuple[int, int]]:
@@ -176,12 +182,13 @@ def run_client(
     snapshots = Snapshots(state / "snapshots", deployment.keep)
     may_move = deployment.schedule == "free"
     facts = _known(snapshots, place, state, may_move=may_move)
-    recuts, parking = config.recut.on and may_move, ParkedOnDisk(state / "parked")
-    if recuts and facts:  # where it moved to
+    recuts = config.recut.on and may_move
+    if recuts and facts and not place.cut_is_given:  # where it moved to
         place = replace(place, cut=(int(facts["cut"][0]), int(facts["cut"][1])))
     total = config.train.rounds * config.train.steps_per_round
     with Progress(total, place.data.name, metric=place.federation.task.metric, console=console) as diary:
         trainer, model = _joined(config, place, reach, facts.get("numbering"), codec, deployment.patience, diary.note)
+        parking = ParkedOnDisk(state / "parked", model.steps.numbering)
         if facts and facts["cut"] != list(place.cut):
             new = move_party(trainer, snapshots.load(int(facts["number"]))[0], parking)
             diary.note(
@@ -206,6 +213,7 @@ def run_client(
             patience=deployment.patience,
             blocks=blocks,
             mover=make_mover(place.config, place.federation, trainer, blocks, parking) if recuts else None,
+            tell_cut=lambda cut: write_facts(state, place.data, place.federation, cut),
         )
         write_json(state / "config.json", config.resolved())
         write_facts(state, place.data, place.federation, place.cut)

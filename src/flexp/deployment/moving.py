@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,12 +11,12 @@ from flexp.client.recut import Blocks, Parking, recut
 from flexp.client.trainer import Trainer
 from flexp.config import RunConfig
 from flexp.data.types import Federation
-from flexp.errors import ConfigError, LinkError, LinkLostError, StorageError
+from flexp.errors import FlexpError, LinkLostError, StorageError
 from flexp.experiments.planned import auto_fleet
 from flexp.experiments.setup import model_folder
 from flexp.planner.accuracy import prior
 from flexp.planner.choice import Choice
-from flexp.planner.device import memory_limits
+from flexp.planner.device import free_bytes
 from flexp.planner.model import ModelCosts
 from flexp.planner.options import Option, grid, options_of
 from flexp.planner.watch import TOO_SHORT, Decision, Situation, Watch
@@ -57,16 +56,19 @@ class Mover:
     ) -> None:
         self.trainer, self.watch, self.blocks, self.parking = trainer, watch, blocks, parking
         self._resting, self._total, self._free = resting, total_steps, free or free_bytes
-        self._since = trainer.steps
-        self._before = self._spent()
-        self._first = trainer.steps + WARM_UP
+        self.begin()
+
+    def begin(self) -> None:
+        """Measure anew, after a warm-up: the client has come, or gone back to a snapshot."""
+        self._notice()
+        self._first = self.trainer.steps + WARM_UP
+        self._restart()
 
     def after_step(self) -> Record | None:
         """Between two steps: look, if it is time to or memory is short, and move; gives what was done, for the diary.
 
         Raises:
             LinkLostError: the link was lost while it moved; the client has its old cut.
-            LinkError: the server refuses its old cut as well.
         """
         steps = self.trainer.steps
         if steps == self._first - WARM_UP + 1:  # the first step allocates
@@ -86,7 +88,7 @@ class Mover:
         """A step ran out of memory: choose something smaller, to do it again; ``None``: there is nothing smaller.
 
         Raises:
-            LinkError: see :meth:`after_step`.
+            LinkLostError: see :meth:`after_step`.
         """
         self._notice()
         decision = self.watch.less()
@@ -107,8 +109,9 @@ class Mover:
                 record["restored"] = list(recut(self.trainer, choice.cut, self.blocks, self.parking).restored)
             except LinkLostError:
                 raise
-            except (LinkError, ConfigError, StorageError) as error:
-                self.watch.refused(choice)
+            except FlexpError as error:
+                if not isinstance(error, StorageError):  # a full disk may have room again
+                    self.watch.refused(choice)
                 return {**record, "kind": "refused move", "why": str(error)}
         self.trainer.micro_batch = choice.micro_batch
         self.watch.moved(choice, self.trainer.steps)
@@ -200,24 +203,3 @@ def in_words(record: Record) -> str:
         what = f"{record['micro_batch']} examples at a time instead of {record['micro_batch_before']}"
     back = f", block {', '.join(map(str, record['restored']))} as before" if record["restored"] else ""
     return f"{name}, step {record['step']}: {what}{back} ({why}; {record['seconds']:.2f} s)"
-
-
-def free_bytes() -> int:
-    """What this process may still take: within the tightest limit, and what its allocator holds ready."""
-    return memory_limits()[0].free_bytes + _held_ready()
-
-
-class _Arena(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_size_t) for name in (
-        "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
-    )]  # fmt: skip
-
-
-def _held_ready() -> int:
-    """Bytes that were freed and that the C library keeps for the next allocation (glibc 2.33 and later; else 0)."""
-    try:
-        mallinfo2 = ctypes.CDLL(None).mallinfo2
-    except (OSError, AttributeError):
-        return 0
-    mallinfo2.restype = _Arena
-    return int(mallinfo2().fordblks)

@@ -54,7 +54,7 @@ class Worker:
         reach: gives a new link after the old one was lost.
         patience: seconds that it tries to reach the server again before it gives up.
         blocks: gives pretrained blocks, for snapshots that have another cut than the client has by then.
-        mover: moves the cut when the device changes.
+        mover: moves the cut when the device changes; ``tell_cut`` is told it.
 
     Attributes:
         stop: set it to let the client end after the step that it is in.
@@ -76,6 +76,7 @@ class Worker:
         patience: float = 300.0,
         blocks: Blocks | None = None,
         mover: Mover | None = None,
+        tell_cut: Callable[[tuple[int, int]], None] = lambda _: None,
     ) -> None:
         self.config, self.data, self.task = config, data, task
         self.trainer, self.model, self.reach = trainer, model, reach
@@ -83,7 +84,7 @@ class Worker:
         self.stop = threading.Event()
         self.scores: dict[str, float] = {}
         self._run, self._patience = run, patience
-        self._blocks, self._mover = blocks, mover
+        self._blocks, self._mover, self._tell_cut = blocks, mover, tell_cut
         self._facts: dict[str, float] = {}
         self._saved_steps = trainer.steps  # of a client that has moved to another cut, what it moved with
         self._place = 0
@@ -201,6 +202,7 @@ class Worker:
         self.diary.note(in_words(record))
         if record["kind"] == "move":
             self._save(self._place)
+            self._tell_cut(self.model.cut)
 
     def _evaluate(self, number: int) -> None:
         if not self.data.test:
@@ -241,6 +243,8 @@ class Worker:
         load_party(self.trainer, state)
         self._saved_steps = self.trainer.steps
         self._pull_due = False
+        if self._mover is not None:
+            self._mover.begin()
         self.diary.note(f"{self.data.name}: back to snapshot {number}, after {facts['steps']} steps")
 
     def _reconnect(self, why: LinkError) -> None:

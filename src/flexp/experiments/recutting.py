@@ -15,10 +15,10 @@ from flexp.experiments.setup import model_folder
 from flexp.methods.base import Method, World
 from flexp.methods.flexp_sfl import FlexpSfl
 from flexp.methods.parties import own_config
-from flexp.planner.choice import Choice
+from flexp.planner.choice import CODECS, Choice
 from flexp.planner.fleet import Choices, Fleet
 from flexp.planner.model import ModelCosts
-from flexp.planner.replan import replan
+from flexp.planner.replan import Replan, replan
 from flexp.report.formats import cut as shown
 from flexp.report.metrics import Record
 
@@ -30,7 +30,8 @@ class Recutting:
         config = world.config
         self.world, self.method = world, method
         self.names = [client.name for client in world.federation.clients]
-        self.active = config.recut.on or (config.devices is not None and bool(config.devices.changes))
+        devices = config.devices  # without any there is nothing to follow: all clients share this machine
+        self.active = devices is not None and (config.recut.on or bool(devices.changes))
 
     def before_round(self, number: int) -> list[Record]:
         """Move cuts, let clients go that their device cannot hold, and take them in again; gives what was done.
@@ -44,7 +45,15 @@ class Recutting:
         assert isinstance(method, FlexpSfl)
         fleet = self._fleet(number)
         current = {device.name: self._choice(method, device.name) for device in fleet.devices}
-        found = replan(fleet, self._costs, current, gain=rules.gain, move=rules.on)
+        found = Replan()
+        for kind in sorted(
+            {(choice.checkpointing, choice.codec) for choice in current.values()}
+        ):  # which no move changes
+            alike = {name: choice for name, choice in current.items() if (choice.checkpointing, choice.codec) == kind}
+            choices = fleet.choices.model_copy(update={"checkpointing": [kind[0]], "codecs": [kind[1]]})
+            devices = tuple(device for device in fleet.devices if device.name in alike)
+            own = replace(fleet, devices=devices, choices=choices)
+            found |= replan(own, self._costs, alike, gain=rules.gain, move=rules.on)
         records: list[Record] = []
         for name in self.names:
             if (name in found.lacking) != (name in method.gone):
@@ -52,12 +61,12 @@ class Recutting:
                 records.append({"kind": "presence", "round": number, "client": name, "there": name not in method.gone,
                                 "why": found.lacking.get(name, "its device can hold it again")})  # fmt: skip
         for name, choice in found.choices.items():
-            before, size = method.account(name).training.bytes_down, current[name].micro_batch
+            before, size = method.account(name).evaluation.bytes_down, current[name].micro_batch
             move = method.recut(name, choice.cut, choice.micro_batch)
-            pulled = method.account(name).training.bytes_down - before
+            fetched = method.account(name).evaluation.bytes_down - before
             records.append({"kind": "move", "round": number, "client": name, "before": list(move.before),
                             "cut": list(move.after), "micro_batch": choice.micro_batch, "micro_batch_before": size,
-                            "restored": list(move.restored), "bytes": pulled, "seconds": move.seconds,
+                            "restored": list(move.restored), "bytes": fetched, "seconds": move.seconds,
                             "gain": found.gain})  # fmt: skip
         return records
 
@@ -69,7 +78,7 @@ class Recutting:
 
     @cached_property
     def _choices(self) -> Choices:
-        """What may be chosen while training: cuts that the server has blocks for, and exchanges; no checkpointing."""
+        """What may be chosen while training: cuts that the server has blocks for, and exchanges."""
         assert isinstance(self.method, FlexpSfl)
         start, stop = self.method.server.blocks
         blocks, config = self.world.source.anatomy.blocks, self.world.config
@@ -77,7 +86,6 @@ class Recutting:
         return known.model_copy(update={
             "starts": [s for s in known.starts or range(1, blocks) if start <= s < stop],
             "tails": [tail for tail in known.tails if blocks - tail <= stop] or [blocks - stop],
-            "checkpointing": [config.model.gradient_checkpointing],
         })  # fmt: skip
 
     @cached_property
@@ -94,7 +102,7 @@ class Recutting:
             accumulation=-(-config.train.batch_size // size),
             checkpointing=own.model.gradient_checkpointing,
             rank=config.model.lora.rank if config.model.tuning == "lora" else None,
-            codec=self._choices.codecs[0],
+            codec=own.link.codec.activation if own.link.codec.activation in CODECS else self._choices.codecs[0],
         )
 
 

@@ -35,7 +35,7 @@ def gather(run: SavedRun, client: ClientData, form: str, dtype: str) -> dict[str
         "client": client.name,
         "round": run.round,
         "picked_on": run.picked_on,
-        "cut": list(run.world.cuts[client.name]),
+        "cut": list(run.cut(client.name)),
         "absent": client.name in run.world.absent,
         "train_examples": len(client.train),
         "test_examples": len(client.test),

@@ -6,16 +6,14 @@ from typing import Any
 
 from torch import Tensor
 
+from flexp.client.fetching import pieces
 from flexp.config import CodecConfig
 from flexp.errors import LinkError, ModelError
 from flexp.export.client_folder import ClientFolder, Taken
 from flexp.links.base import Link
-from flexp.links.messages import FetchRequest, Join
+from flexp.links.messages import Join
 from flexp.models.fingerprint import fingerprint
 from flexp.models.stage import Stage
-
-MOST = 16 << 20
-"""Bytes of tensors in one answer."""
 
 
 class ChangedError(LinkError):
@@ -64,19 +62,14 @@ class Fetched:
             LinkError: the server does not give them, or does not have what this client has trained with.
         """
         found: dict[str, Tensor] = {}
-        while True:
-            reply = self._link.fetch(FetchRequest(index, len(found), MOST)).result()
+        for reply in pieces(self._link, index):
             if self.version is None:
                 self.version = reply.version
             if reply.version != self.version:
                 raise ChangedError(f"the shared blocks went from version {self.version} to {reply.version}")
             self._check_trained(reply.version, reply.total)
-            new = {name: value for name, value in reply.weights.items() if name not in found}
-            if len(found) < reply.total and not new:
-                raise LinkError(f"the server gives {len(found)} of the {reply.total} weights of block {index}")
-            found |= new
-            if len(found) >= reply.total:
-                return found
+            found |= reply.weights
+        return found
 
     def _check_trained(self, version: int, total: int) -> None:
         server, steps = self._opened.config.server, self._taken.steps

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from flexp._version import __version__
+from flexp.client.state import cut_in
 from flexp.config import RunConfig
 from flexp.deployment.folder import is_client
-from flexp.errors import ConfigError
+from flexp.errors import ConfigError, StorageError
 from flexp.experiments import checkpoints
 from flexp.export.client_folder import PERSONAL, ClientFolder, Taken, open_client
 from flexp.export.facts import origin
@@ -93,8 +94,12 @@ class RunHome:
 
     def __init__(self, opened: Opened, client: str) -> None:
         self._opened, self._party, self._client = opened, f"client-{client}", client
-        world = opened.world
-        task, cut = world.federation.task, world.cuts[client]
+        world, task = opened.world, opened.world.federation.task
+        try:
+            cut = cut_in(checkpoints.load_party(opened.place, self._party) or {}) or world.cuts[client]
+        except StorageError:  # damaged: perhaps it is to be put back
+            cut = world.cuts[client]
+        self._world = replace(world, cuts={**world.cuts, client: cut})  # it may have moved in the middle of the run
         self.facts = _facts(opened.config, client, opened.number, cut, world.source, task.model_kind, task.label_names)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -108,7 +113,7 @@ class RunHome:
 
     def fresh(self) -> Mapping[str, Tensor]:
         """See :class:`Home`."""
-        return METHODS[self._opened.config.method.name](self._opened.world).state().get(self._party, {})
+        return METHODS[self._opened.config.method.name](self._world).state().get(self._party, {})
 
     def put(self, found: Backup) -> int:
         """See :class:`Home`."""

@@ -17,6 +17,7 @@ from flexp.experiments.memory import MemoryProbes
 from flexp.experiments.settings import validate
 from flexp.files import read_json
 from flexp.methods import METHODS, Method, World
+from flexp.methods.flexp_sfl import FlexpSfl
 from flexp.report.metrics import read
 from flexp.report.summary import Scores, best_round, picked_on, scores_by_round
 
@@ -44,6 +45,10 @@ class SavedRun:
         """The data that this round was the best on, where it was: ``validation``, else ``test``."""
         best = best_round(self.scored, self.world.federation.task.higher_is_better)
         return picked_on(self.scored) if best == self.round else None
+
+    def cut(self, client: str) -> tuple[int, int]:
+        """Where a client cut then; it may have moved since the run began."""
+        return self.method.cut_of(client) if isinstance(self.method, FlexpSfl) else self.world.cuts[client]
 
     def client(self, name: str | None) -> ClientData:
         """The data of the client ``name``; of the only one, if there is no other.

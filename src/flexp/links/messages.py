@@ -123,8 +123,7 @@ class Abort:
 
 @dataclass(frozen=True)
 class PullRequest:
-    """Ask for the shared weights of blocks [start, stop) that the client holds as well: some of [s_min, s), for
-    alignment in weight space and for blocks that are new to it, or of [e, e_max).
+    """Ask for the shared weights of blocks [start, stop), which lie in [s_min, s), for alignment in weight space.
 
     ``step`` is the client's step that it ends; 0: not numbered.
     """
@@ -143,7 +142,8 @@ class PullReply:
 
 @dataclass(frozen=True)
 class FetchRequest:
-    """Ask for the trained shared weights of one of the blocks [s, e) that the server runs for this client.
+    """Ask for the trained shared weights of one block: one that the client keeps a copy of itself (to begin with), or
+    with the operator's permission one of the blocks [s, e) that the server runs for it.
 
     Attributes:
         block: its index in the model.

@@ -55,8 +55,9 @@ class FlexpSfl:
             ConfigError, LinkError: the cut does not fit the model or the server.
         """
         trainer = self.clients[client]
+        done = recut(trainer, cut, self._blocks(client), self.parking[client])
         trainer.micro_batch = micro_batch or trainer.micro_batch
-        return recut(trainer, cut, self._blocks(client), self.parking[client])
+        return done
 
     def cut_of(self, client: str) -> tuple[int, int]:
         """Where a client cuts now."""

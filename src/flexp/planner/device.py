@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -167,3 +168,24 @@ def _table(path: Path) -> dict[str, int]:
         if len(words) >= 2 and words[1].isdecimal():
             found[words[0]] = int(words[1])
     return found
+
+
+def free_bytes() -> int:
+    """What this process may still take: within the tightest limit, and what its allocator holds ready."""
+    return memory_limits()[0].free_bytes + held_ready()
+
+
+class _Arena(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in (
+        "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
+    )]  # fmt: skip
+
+
+def held_ready() -> int:
+    """Bytes that were freed and that the C library keeps for the next allocation (glibc 2.33 and later; else 0)."""
+    try:
+        mallinfo2 = ctypes.CDLL(None).mallinfo2
+    except (OSError, AttributeError):
+        return 0
+    mallinfo2.restype = _Arena
+    return int(mallinfo2().fordblks)

@@ -28,6 +28,10 @@ class Replan:
     lacking: Mapping[str, str] = field(default_factory=dict)
     gain: float = 0.0
 
+    def __or__(self, other: Replan) -> Replan:
+        """Both; of the gains the larger."""
+        return Replan({**self.choices, **other.choices}, {**self.lacking, **other.lacking}, max(self.gain, other.gain))
+
 
 def replan(
     fleet: Fleet,

@@ -145,21 +145,28 @@ def check_backward(session: Session, request: BackwardRequest) -> Pending:
     return pending
 
 
-def check_again(client: str, step: int, given: Tensor, answered: Tensor) -> None:
-    """Refuse to answer a step that was applied already, where what is sent now is of another size than it was then.
+def alike(given: Tensor, answered: Tensor) -> bool:
+    """Whether what comes again is of the size that was answered; else (smaller exchanges since) it is computed anew."""
+    return given.shape == answered.shape and given.dtype == answered.dtype
+
+
+def check_pull(session: Session, request: PullRequest, base_depth: int) -> None:
+    """Refuse to hand out weights of other blocks than this client's aligned ones.
 
     Raises:
         LinkError: see above.
     """
-    if given.shape != answered.shape or given.dtype != answered.dtype:
+    stop = session.join.cut[0]
+    if not base_depth <= request.start < request.stop <= stop:
         raise LinkError(
-            f"client {client}: step {step} was applied with {_facts(answered)} and comes again with {_facts(given)}; "
-            "use another numbering for another run"
+            f"client {session.join.client}: the weights of blocks [{request.start}, {request.stop}) were asked for, "
+            f"expected some of its aligned blocks [{base_depth}, {stop})"
         )
 
 
-def check_pull(session: Session, request: PullRequest, shared: tuple[int, int]) -> None:
-    """Refuse to hand out weights of blocks that this client does not hold a copy of itself.
+def check_fetch(session: Session, request: FetchRequest, shared: tuple[int, int], allowed: bool) -> None:
+    """Refuse to give a shared block to a client unless it keeps a copy of its own, which may begin with it; of the
+    blocks that the server runs for it only where the operator gives them away.
 
     Args:
         shared: (s_min, e_max).
@@ -167,30 +174,16 @@ def check_pull(session: Session, request: PullRequest, shared: tuple[int, int]) 
     Raises:
         LinkError: see above.
     """
-    (start, stop), (low, high) = session.join.cut, shared
-    if not (low <= request.start < request.stop <= start or stop <= request.start < request.stop <= high):
-        raise LinkError(
-            f"client {session.join.client}: the weights of blocks [{request.start}, {request.stop}) were asked for, "
-            f"expected some of its aligned blocks [{low}, {start}) or of the shared ones [{stop}, {high}) in its tail"
-        )
-
-
-def check_fetch(session: Session, request: FetchRequest, allowed: bool) -> None:
-    """Refuse to give a shared block to a client whose model does not run through it, or where nobody is given any.
-
-    Raises:
-        LinkError: see above.
-    """
-    client, (start, stop) = session.join.client, session.join.cut
-    if not allowed:
+    client, (start, stop), (low, high) = session.join.client, session.join.cut, shared
+    if start <= request.block < stop and not allowed:
         raise LinkError(
             f"client {client}: this server gives no shared blocks away; its operator allows it with --allow-export "
             "(deployment.allow_export = true)"
         )
-    if not start <= request.block < stop or request.first < 0 or request.most < 1:
+    if not low <= request.block < high or request.first < 0 or request.most < 1:
         raise LinkError(
             f"client {client}: block {request.block} from tensor {request.first} on, {request.most} bytes at most, was "
-            f"asked for; expected one of its blocks [{start}, {stop}) here, a tensor from 0 on and at least one byte"
+            f"asked for; expected one of the shared blocks [{low}, {high}), a tensor from 0 on and at least one byte"
         )
 
 

@@ -8,9 +8,13 @@ from flexp.links.messages import FetchReply, FetchRequest
 from flexp.links.wire import MOST_FIELDS
 from flexp.server.shared import SharedBlocks
 
+MOST = 64 << 20
+"""Bytes of an answer, whatever is asked for; but for a tensor that is larger."""
+
 
 def give(shared: SharedBlocks, request: FetchRequest) -> FetchReply:
-    """Copies of a block's trained tensors from the first that is asked for, until ``request.most`` bytes are full.
+    """Copies of a block's trained tensors from the first that is asked for, until ``request.most`` bytes, or
+    :data:`MOST`, are full.
 
     A tensor that is larger than that comes alone, so that every answer brings the client further. What was not trained
     (the base weights under LoRA, frozen blocks) is not sent: the client has it.
@@ -23,7 +27,7 @@ def give(shared: SharedBlocks, request: FetchRequest) -> FetchReply:
     size = 0
     for name, value in trained[request.first :]:
         size += value.numel() * value.element_size()
-        if chosen and (size > request.most or len(chosen) == MOST_FIELDS):
+        if chosen and (size > min(request.most, MOST) or len(chosen) == MOST_FIELDS):
             break
         chosen[name] = value.detach().clone()
     return FetchReply(shared.version, len(trained), chosen)

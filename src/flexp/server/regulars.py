@@ -15,17 +15,25 @@ from flexp.server.progress import Progress
 
 @dataclass
 class Regular:
-    """One client: its dropout on this side, its steps, and what error feedback owes it."""
+    """One client: its dropout on this side, its steps, what error feedback owes it, and the cut it joined with last."""
 
     random: RandomStream
     progress: Progress = field(default_factory=Progress)
     residuals: dict[str, Tensor] = field(default_factory=dict)
+    cut: tuple[int, int] | None = None
 
     def numbered(self, numbering: int) -> Progress:
         """Its progress in the run whose steps it numbers so; if that is another run, it begins anew."""
         if not self.progress.goes_on(numbering):
             self.progress = Progress(numbering)
         return self.progress
+
+    def cuts(self, cut: tuple[int, int]) -> None:
+        """It joins with that cut. Answers to steps with another one would be wrong: a step that comes again is computed
+        again, and not applied again."""
+        if self.cut not in (None, cut):
+            self.progress.forget(self.progress.newest)
+        self.cut = cut
 
 
 class Regulars(dict[str, Regular]):

@@ -35,7 +35,7 @@ from flexp.models.loading import ModelKind, load_stage
 from flexp.models.parts import Part, check_cut
 from flexp.models.stage import Stage
 from flexp.models.tuning import tune
-from flexp.server.admission import check_again, check_backward, check_fetch, check_forward, check_join, check_pull
+from flexp.server.admission import alike, check_backward, check_fetch, check_forward, check_join, check_pull
 from flexp.server.bounds import Bounds, check_finite
 from flexp.server.fetching import give
 from flexp.server.generations import check_extend, drop_unused
@@ -149,6 +149,7 @@ class Server:
             self._sessions.end(client)
             regular = self.regulars[client]
             progress = regular.numbered(request.numbering)
+            regular.cuts(request.cut)
             self._sessions[client] = Session(
                 request, self.shared, self.config, regular.random, progress, bounds=self.bounds
             )
@@ -164,8 +165,8 @@ class Server:
         with self._lock, self._computing(), self.guard.request(client):
             session, key = self._sessions[client], ("forward", request.exchange)
             known = session.progress.answer(request.step, key) if request.train else None
-            if known is not None and session.progress.applied(request.step):
-                check_again(client, request.step, request.hidden_BTH, known.hidden_BTH)
+            applied = session.progress.applied(request.step)
+            if known is not None and applied and alike(request.hidden_BTH, known.hidden_BTH):
                 return cast(ForwardReply, known)
             check_forward(session, request, self.shared.stage, self._sessions.in_flight)
             if request.train:  # without training nothing but its own answer comes of it
@@ -184,8 +185,8 @@ class Server:
         with self._lock, self._computing(), self.guard.request(client):
             session, key = self._sessions[client], ("backward", request.exchange)
             known = session.progress.answer(request.step, key)
-            if known is not None and request.exchange not in session.pending:
-                check_again(client, request.step, request.grad_BTH, known.grad_BTH)
+            complete = request.exchange not in session.pending
+            if known is not None and complete and alike(request.grad_BTH, known.grad_BTH):
                 return cast(BackwardReply, known)
             check_backward(session, request)
             with session.random.active():
@@ -194,14 +195,14 @@ class Server:
             return reply
 
     def pull(self, client: str, request: PullRequest) -> PullReply:
-        """The shared weights of some of the client's aligned blocks [s_min, s), or of those in its tail, [e, e_max).
+        """The shared weights of some of the client's aligned blocks [s_min, s).
 
         Raises:
             LinkError: the client never joined, or asks for other blocks.
         """
         with self._lock, self.guard.request(client):
             session, key = self._sessions[client], ("pull", request.start << 16 | request.stop)
-            check_pull(session, request, self.blocks)
+            check_pull(session, request, self.blocks[0])
             known = session.progress.answer(request.step, key)
             if known is not None:
                 return cast(PullReply, known)
@@ -219,7 +220,7 @@ class Server:
             LinkError: the client never joined, asks for another block, or the operator does not give them.
         """
         with self._lock, self.guard.request(client):
-            check_fetch(self._sessions[client], request, self.allow_export)
+            check_fetch(self._sessions[client], request, self.blocks, self.allow_export)
             return give(self.shared, request)
 
     def abort(self, client: str, request: Abort) -> None:
