@@ -6,7 +6,12 @@ stack, and what an allocator keeps for later. A control group, and the kernel th
 
 from __future__ import annotations
 
+import ctypes
 import os
+from contextlib import suppress
+
+M_MMAP_THRESHOLD, LARGE = -3, 1 << 20
+"""glibc's name for what larger allocations (bytes) get a mapping of their own; set, it does not grow by itself."""
 
 COUNTING = ("RLIMIT_DATA", "RLIMIT_AS")
 
@@ -32,12 +37,16 @@ def reserves_count() -> bool:
 
 
 def reserve_less() -> None:
-    """Where reserves count, let Arrow allocate as the rest does; its own pool reserves up to 1 GiB when it is made.
+    """Where reserves count: let Arrow allocate as the rest does, whose own pool reserves up to 1 GiB when it is made; and
+    let the C library give large tensors back when they are freed, instead of keeping their place for later ones.
 
     Call it before anything imports Arrow.
     """
-    if reserves_count():
-        os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
+    if not reserves_count():
+        return
+    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
+    with suppress(OSError, AttributeError):  # no glibc
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE)
 
 
 def out_of_memory(error: BaseException) -> str | None:
