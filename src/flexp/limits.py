@@ -37,8 +37,8 @@ def reserves_count() -> bool:
 
 
 def reserve_less() -> None:
-    """Where reserves count: let Arrow allocate as the rest does, whose own pool reserves up to 1 GiB when it is made; and
-    let the C library give large tensors back when they are freed, instead of keeping their place for later ones.
+    """Where reserves count: let Arrow allocate as the rest does (its own pool reserves up to 1 GiB when made), and let
+    the C library give large tensors back when they are freed, instead of keeping their place for later ones.
 
     Call it before anything imports Arrow.
     """
