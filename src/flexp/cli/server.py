@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,7 +21,8 @@ def server(
     config: Annotated[
         Path | None,
         typer.Option(
-            help="Conduct a run: its configuration ([data] may be missing); instead of the options on models."
+            help="Conduct a run: its configuration ([data] may be missing), which says what options on models say; "
+            "only --model and --base-depth stand above it."
         ),
     ] = None,
     clients: Annotated[
@@ -28,7 +30,10 @@ def server(
     ] = None,
     schedule: Annotated[str | None, typer.Option(help="free or deterministic; default: deployment.schedule.")] = None,
     kind: Annotated[Task, typer.Option(help="What the model is for.")] = Task.causal_lm,
-    base_depth: Annotated[int, typer.Option(min=0, help="First block that the server holds, s_min.")] = 1,
+    base_depth: Annotated[
+        int | None,
+        typer.Option(min=0, help="First block that the server holds, s_min. Default: as --config says, or 1."),
+    ] = None,
     end: Annotated[int | None, typer.Option(min=1, help="Behind its last block. Default: all.")] = None,
     listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="Port 0: any that is free.")] = "127.0.0.1:7070",
     cert: Annotated[Path | None, typer.Option(help="TLS: the server's certificate (PEM).")] = None,
@@ -64,7 +69,7 @@ def server(
     tuning: Annotated[str, typer.Option(help="full, lora or frozen.")] = "full",
     rank: Annotated[int, typer.Option(min=1, help="LoRA: rank of the adapters.")] = 8,
     alpha: Annotated[float, typer.Option(help="LoRA: scale of the adapters.")] = 16.0,
-    lr: Annotated[float, typer.Option(min=0.0, help="Learning rate of the shared blocks.")] = 1e-4,
+    lr: Annotated[float, typer.Option(min=1e-12, help="Learning rate of the shared blocks.")] = 1e-4,
     dtype: Annotated[Dtype, typer.Option(help="Type of weights and activations.")] = Dtype.float32,
     memory: Annotated[Memory, typer.Option(help="Keep activations, or compute them again.")] = Memory.keep,
     max_tokens: Annotated[int, typer.Option(min=1, help="Batch × length of an exchange, at most.")] = 32_768,
@@ -79,7 +84,7 @@ def server(
     ] = None,
 ) -> None:
     """Serve the shared blocks to clients until Ctrl-C or SIGTERM, or conduct a run to its end; then save and stop."""
-    if (model is None) == (config is None):
+    if model is None and config is None:
         raise ConfigError("say what to serve: --model MODEL, or --config CONFIG.toml to conduct a run")
     if (cert is None) != (key is None) or (client_ca is not None and cert is None):
         raise ConfigError("TLS needs both --cert and --key; --client-ca comes on top of them")
@@ -111,9 +116,11 @@ def server(
     if config is not None:
         from flexp.deployment.server import make_conductor, make_server, read_config
 
-        loaded, deployment = read_config(config, settings or (), clients, schedule)
+        overrides = [*(settings or ()), *([] if model is None else [f"model.id={json.dumps(model)}"])]
+        loaded, deployment = read_config(config, overrides, clients, schedule)
         torch.set_num_threads(threads or loaded.threads or torch.get_num_threads())
-        made = make_server(loaded, base_depth, end, _kind(loaded.data.task), deployment.clients)
+        depth = base_depth if base_depth is not None else loaded.model.base_depth
+        made = make_server(loaded, 1 if depth is None else depth, end, _kind(loaded.data.task), deployment.clients)
         conductor = make_conductor(made, loaded, deployment, state, say)
         run_server(made, listen, conductor=conductor, allow_export=allow_export or deployment.allow_export, **options)
         return
@@ -127,7 +134,7 @@ def server(
     made = Server.from_pretrained(
         model,
         kind.value,
-        base_depth=base_depth,
+        base_depth=1 if base_depth is None else base_depth,
         end=end,
         tuning=tuning,
         lora=LoraConfig(rank=rank, alpha=alpha),
