@@ -20,7 +20,7 @@ def server(
     config: Annotated[
         Path | None,
         typer.Option(
-            help="Conduct a run: its configuration ([data] may be missing); instead of the options on models."
+            help="Conduct a run: its configuration (a table `data` is not needed); instead of the options on models."
         ),
     ] = None,
     clients: Annotated[
