@@ -81,13 +81,19 @@ def _name(parameter: Any) -> str:
     if parameter.param_type_name == "argument":
         return str(parameter.metavar or parameter.name.upper())
     name = max(parameter.opts, key=len)
-    return name if parameter.is_flag else f"{name} {_takes(parameter)}"
+    if parameter.is_flag:
+        return " / ".join([name, *parameter.secondary_opts])
+    return f"{name} {_takes(parameter)}"
 
 
 def _takes(parameter: Any) -> str:
     if parameter.metavar:
         return str(parameter.metavar)
-    annotation = getattr(getattr(parameter, "type_descriptor", None), "annotation", str)
+    descriptor = getattr(parameter, "type_descriptor", None)
+    choices = getattr(descriptor, "choices", None)
+    if choices:
+        return "|".join(str(getattr(choice, "value", choice)) for choice in choices)
+    annotation = getattr(descriptor, "annotation", str)
     for branch in get_args(annotation):  # of an optional one
         if get_origin(branch) is Literal or branch in (int, float, Path):
             annotation = branch

@@ -57,7 +57,7 @@ def test_issue_list_check_revoke(flexp: Typed, tmp_path: Path, monkeypatch: pyte
     code, out, _ = flexp("token", "list", *file)
     lines = out.splitlines()
     assert re.fullmatch(r"revoked  clinic a  issued \S+Z  expires \S+Z  revoked \S+Z", lines[0])
-    assert re.fullmatch(r"valid    b  issued \S+Z", lines[1])
+    assert re.fullmatch(r"valid    b         issued \S+Z", lines[1])
     code, _, err = flexp("token", "list", "--file", str(tmp_path / "none"))
     assert code == 2
     assert "cannot be read" in err

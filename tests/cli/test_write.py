@@ -76,13 +76,14 @@ def test_generate_and_chat(tmp_path: Path, shell: Shell) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["generate", "empty", "--prompt", "a"], "holds neither a run"),
+        (["generate", "empty", "--prompt", "a"], "there is no folder empty"),
         (["generate", "empty", "--prompt", "a", "--top-p", "1.5"], "top_p = 1.5 is not allowed"),
-        (["generate", "empty", "--prompt", "a", "--server", "grpc://x:1"], "leave out --server"),
-        (["chat", "empty"], "holds neither a run"),
+        (["generate", "empty", "--prompt", "a", "--server", "grpc://x:1"], "there is no folder empty"),
+        (["chat", "empty"], "there is no folder empty"),
+        (["chat", "."], "holds neither a run"),
         (["serve", "empty", "--host", "0.0.0.0"], "set an API key"),
         (["serve", "empty", "--api-key", "short"], "at least 16"),
-        (["serve", "empty"], "holds neither a run"),
+        (["serve", "empty"], "there is no folder empty"),
     ],
 )
 def test_a_mistake_is_one_line(

@@ -120,7 +120,7 @@ def test_what_a_plan_says_of_each_client_is_what_it_does(home: Path) -> None:
     assert list(world.cuts.values()) == [(1, 3), (2, 4), (1, 4)]
     method: Any = METHODS["flexp-sfl"](world)
     trainers = {name: method.clients[name] for name in CLIENTS}
-    assert [trainer._micro_batch for trainer in trainers.values()] == [1, 4, 4]
+    assert [trainer.micro_batch for trainer in trainers.values()] == [1, 4, 4]
     modules = [trainer.model.stage.model for trainer in trainers.values()]
     assert [model.is_activation_checkpointing for model in modules] == [False, True, False]
     codecs = [trainer.model.codec for trainer in trainers.values()]

@@ -72,8 +72,10 @@ def test_a_client_that_is_not_there(run: Path) -> None:
 
 
 def test_no_run(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match="holds no run"):
+    with pytest.raises(StorageError, match="there is no folder"):
         open_run(tmp_path / "nowhere")
+    with pytest.raises(StorageError, match="holds no run"):
+        open_run(tmp_path)
 
 
 def test_no_checkpoints(tmp_path: Path) -> None:

@@ -88,5 +88,7 @@ def test_what_cannot_write_says_so(tmp_path: Path) -> None:
         open_writer(tmp_path / "north")
     with pytest.raises(ConfigError, match="leave out --server"):
         open_writer(tmp_path / "north", connect=lambda name: pytest.fail("no link is needed"))
-    with pytest.raises(StorageError, match="holds neither a run"):
+    with pytest.raises(StorageError, match="there is no folder"):
         open_writer(tmp_path / "nothing")
+    with pytest.raises(StorageError, match="holds neither a run"):
+        open_writer(tmp_path)

@@ -19,7 +19,7 @@ INCOMPLETE = 1
 
 
 def compare(
-    config: Annotated[Path | None, typer.Argument(help="A run's configuration, with a [compare] table or not.")] = None,
+    config: Annotated[Path | None, typer.Argument(help="A run's configuration, with a table `compare` or not.")] = None,
     methods: Annotated[str | None, typer.Option(help="What to compare: methods or variants, with commas.")] = None,
     seeds: Annotated[str | None, typer.Option(help="How many seeds, or which: 5, or 3,4,7.")] = None,
     trials: Annotated[int | None, typer.Option(help="Settings to try for each method.")] = None,

@@ -21,8 +21,8 @@ def server(
     config: Annotated[
         Path | None,
         typer.Option(
-            help="Conduct a run: its configuration ([data] may be missing), which says what options on models say; "
-            "only --model and --base-depth stand above it."
+            help="Conduct a run: its configuration (a table `data` is not needed), which says what options on models "
+            "say; only --model and --base-depth stand above it."
         ),
     ] = None,
     clients: Annotated[

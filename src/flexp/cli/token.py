@@ -42,15 +42,16 @@ def list_(file: File = TOKENS) -> None:
 
     from flexp.links.grpc.tokens import read_tokens, time_text
 
-    now = datetime.now(UTC)
-    for item in read_tokens(file):
+    now, items = datetime.now(UTC), read_tokens(file)
+    width = max((len(item.client) for item in items), default=0)
+    for item in items:
         state = "valid" if item.valid(now) else "revoked" if item.revoked else "expired"
         times = [
             f"{name} {time_text(time)}"
             for name, time in (("issued", item.issued), ("expires", item.expires), ("revoked", item.revoked))
             if time is not None
         ]
-        typer.echo("  ".join([f"{state:7}", item.client, *times]))
+        typer.echo("  ".join([f"{state:7}", item.client.ljust(width), *times]))
 
 
 @app.command("revoke")

@@ -65,7 +65,9 @@ def verify(
     base_depth: Annotated[
         int | None, typer.Option(min=0, help="First block that the server holds. Default: S.", show_default=False)
     ] = None,
-    link: Annotated[str, typer.Option(help="How the client reaches the server.")] = "in-process",
+    link: Annotated[
+        str, typer.Option(metavar="in-process|grpc", help="How the client reaches the server.")
+    ] = "in-process",
     dtype: Annotated[Dtype, typer.Option(help="Type of weights and activations.")] = Dtype.float32,
     autocast: Annotated[bool, typer.Option("--autocast", help="Compute matrix products in bfloat16.")] = False,
     attention: Annotated[Attention, typer.Option(help="Models without SDPA run eager anyway.")] = Attention.sdpa,

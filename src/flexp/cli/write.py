@@ -24,7 +24,7 @@ Temperature = Annotated[
 TopP = Annotated[float | None, typer.Option("--top-p", help="Choose among the likeliest tokens with this share.")]
 TopK = Annotated[int | None, typer.Option("--top-k", min=1, help="Choose among so many tokens.")]
 Penalty = Annotated[float | None, typer.Option("--repetition-penalty", help="Above 1: less repetition.")]
-Stop = Annotated[list[str] | None, typer.Option("--stop", help="End before this text; may be given again.")]
+Stop = Annotated[list[str] | None, typer.Option("--stop", help="End before this text.")]
 Seed = Annotated[int | None, typer.Option(help="Of sampling; default: another each time.")]
 Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="Torch's threads.", show_default=False)]
 
@@ -130,7 +130,7 @@ def serve(
     insecure: Insecure = False,
     threads: Threads = None,
 ) -> None:
-    """Offer a personal language model to applications, as the OpenAI API does (needs flexp[serve])."""
+    """Offer a personal language model to applications, as the OpenAI API does (needs the extra `serve`)."""
     from flexp.endpoint.listening import check_listening, run
 
     check_listening(host, api_key)

@@ -172,7 +172,11 @@ def dropped(cell: Cell, out: Path) -> list[dict[str, Any]]:
     try:
         content = read_json(path)
         clients: list[dict[str, Any]] = content["clients"]
-        return clients if _work(validate(content["config"], str(path))) == _work(cell.config) else []
+        return (
+            clients
+            if _work(validate(content["config"], str(path)), cell.config) == _work(cell.config, cell.config)
+            else []
+        )
     except (FlexpError, KeyError, TypeError):
         return []
 
@@ -197,11 +201,16 @@ def _holds(cell: Cell, folder: Path) -> bool:
         found = validate(read_json(folder / "config.json"), str(folder))
     except FlexpError:
         return False
-    return _work(found) == _work(cell.config)
+    return _work(found, cell.config) == _work(cell.config, cell.config)
 
 
-def _work(config: RunConfig) -> dict[str, Any]:
-    return config.model_dump(mode="json", exclude={"name", "threads", "output"})
+def _work(config: RunConfig, asked: RunConfig) -> dict[str, Any]:
+    """What is computed; where a plan was ``asked`` for, a run's configuration says instead what it was planned."""
+    content = config.model_dump(mode="json", exclude={"name", "threads", "output"})
+    if asked.data.clients.cuts == "auto" or asked.data.clients.plan is not None:
+        for key in ("cuts", "plan", "micro_batches", "checkpointing", "codecs"):
+            del content["data"]["clients"][key]
+    return content
 
 
 def _cell(

@@ -48,7 +48,8 @@ class MemoryProbes:
         missing = {key: probe for key, probe in self._probes().items() if "peak" not in self.found.get(key, {})}
         if not missing:
             return
-        say(f"measuring a client's peak memory, once for each of {len(missing)} cuts")
+        each = f", once for each of {len(missing)} cuts" if len(missing) > 1 else ""
+        say(f"measuring a client's peak memory{each}")
         cores = os.cpu_count() or 1
         most = min(len(missing), cores, config.threads or cores)  # in a comparison, others measure at the same time
         with ThreadPoolExecutor(max_workers=most) as pool:

@@ -199,6 +199,8 @@ def open_client(folder: Path, client: str | None = None) -> ClientFolder:
         ConfigError: it is somebody else's.
     """
     if not is_client(folder):
+        if not folder.is_dir():
+            raise StorageError(f"there is no folder {folder}; expected what flexp client leaves")
         raise StorageError(f"{folder} is not what flexp client leaves: expected its client.json and snapshots")
     facts = read_facts(folder)
     if client not in (None, facts["client"]):

@@ -35,6 +35,6 @@ def export(
     """
     if is_client(place):
         return export_remote(open_client(place, client), middle(place, connect), out, form, dtype, which)
-    if connect is not None:
+    if connect is not None and place.is_dir():
         raise ConfigError(f"{place} has the server's blocks itself: leave out --server")
     return local.export(open_run(place, which), client, out, form, dtype)

@@ -88,6 +88,8 @@ def run_config(folder: Path) -> RunConfig:
             f"{folder} holds one client's part of a run on several machines, and this needs all of a run; with "
             "--server URL it can be exported and used"
         )
+    if not folder.is_dir():
+        raise StorageError(f"there is no folder {folder}; expected that of a run, as flexp run leaves it")
     if not is_run(folder):
         raise StorageError(
             f"{folder} holds no run: expected its config.json and metrics.jsonl, as flexp run leaves them"

@@ -91,6 +91,8 @@ def of_folder(folder: Path, client: str | None = None, run: Path | None = None) 
         ModelError: it cannot be loaded.
         ConfigError: it is somebody else's.
     """
+    if not folder.is_dir():
+        raise StorageError(f"there is no folder {folder}; expected that of a run, or what flexp export wrote")
     if not (folder / FILE).is_file():
         raise StorageError(f"{folder} holds neither a run (metrics.jsonl) nor what flexp export wrote ({FILE})")
     facts = read_json(folder / FILE)
@@ -173,7 +175,7 @@ def open_model(
         if run is not None:
             raise ConfigError(f"{place} is what a client left: leave out --run")
         return of_client(place, client, connect, which, own_data)
-    if connect is not None:
+    if connect is not None and place.is_dir():
         raise ConfigError(f"{place} holds all of its models: leave out --server")
     if not is_run(place):
         return of_folder(place, client, run)

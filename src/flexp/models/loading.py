@@ -191,7 +191,7 @@ def _refuse_bidirectional(name: str, config: Any) -> None:
     if sees_all:
         raise ModelError(
             f"{name}: this {text.model_type} model attends in both directions, so it would see the tokens that it is "
-            "to predict; use a decoder (GPT-2, Llama, Qwen, ...), or train a classifier (data.task)"
+            "to predict; use a decoder (GPT-2, Llama, Qwen, ...), or a classifier (data.task, --kind)"
         )
 
 

@@ -17,6 +17,7 @@ from flexp.errors import ConfigError, StorageError
 from flexp.experiments import checkpoints
 from flexp.experiments.setup import load_processor, model_folder
 from flexp.export.client_folder import ClientFolder, middle, open_client
+from flexp.export.facts import FILE
 from flexp.export.saved import LAST, is_run, open_run, run_config
 from flexp.export.usable import of_folder
 from flexp.export.whole import merged
@@ -44,7 +45,7 @@ def open_writer(
     if is_client(place):
         return _of_client(open_client(place, client), middle(place, connect), which)
     if not is_run(place):
-        if connect is not None:
+        if connect is not None and (place / FILE).is_file():
             raise ConfigError(f"{place} holds a whole model: leave out --server, or name the run")
         return _of_folder(place, client)
     config = run_config(place)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import re
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -252,10 +253,15 @@ def _failed(error: LinkError) -> Future[Any]:
     return future
 
 
+def last_part(details: str | None) -> str:
+    """Of what gRPC says about a failed connection, the part that a reader can use."""
+    return re.sub(r"^.*last error: (UNKNOWN|UNAVAILABLE): ", "", details or "no reason given")
+
+
 def reason(error: grpc.aio.AioRpcError, address: Address) -> str:
     details = error.details() or "no reason given"
     if error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.ALREADY_EXISTS, grpc.StatusCode.ABORTED):
         return str(details)
     if error.code() == grpc.StatusCode.UNAVAILABLE:
-        return f"the server at {address} cannot be reached, or has gone ({details})"
+        return f"the server at {address} cannot be reached, or has gone ({last_part(details)})"
     return f"the link to {address} failed ({error.code().name}: {details})"

@@ -11,6 +11,7 @@ import grpc
 from pydantic_core import from_json, to_json
 
 from flexp.errors import LinkError
+from flexp.links.grpc.link import last_part
 from flexp.links.grpc.loop import SERVICE, wait_for, within
 from flexp.links.grpc.security import TOKEN_KEY, Address, Tokens, channel_credentials, check_connecting
 
@@ -81,6 +82,10 @@ def ask(
             try:
                 answer: bytes = await channel.unary_unary(f"/{SERVICE}/{method}")(request, metadata=metadata)
             except grpc.aio.AioRpcError as error:
+                if error.code() == grpc.StatusCode.UNAVAILABLE:
+                    raise LinkError(
+                        f"no flexp server can be reached at {target} ({last_part(error.details())})"
+                    ) from error
                 raise LinkError(f"{target}: {error.details() or error.code().name}") from error
             return answer
 

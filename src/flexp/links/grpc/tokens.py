@@ -181,6 +181,10 @@ def time_text(time: datetime) -> str:
 def _lines(path: Path) -> list[str]:
     try:
         return Path(path).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError as error:
+        raise StorageError(
+            f"{path}: the tokens cannot be read: there is no such file (flexp token issue makes it)"
+        ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise StorageError(f"{path}: the tokens cannot be read ({error})") from error
 

@@ -1,0 +1,27 @@
+"""What ``flexp … --help`` and the reference of the commands say."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "docs/_hooks"))
+reference = importlib.import_module("reference")
+COMMANDS = list(reference.commands(reference.root()))
+
+
+def test_no_text_loses_its_brackets() -> None:
+    """The terminal's markup swallows ``[serve]`` and ``[data]``; ``[S, E)`` it leaves alone."""
+    told = [(path, command.help or "") for path, command in COMMANDS]
+    told += [(path, getattr(parameter, "help", "") or "") for path, command in COMMANDS for parameter in command.params]
+    assert len(told) > 300
+    assert [(path, text) for path, text in told if re.search(r"\[[a-z@#/][^\[]*\]", text)] == []
+
+
+def test_the_reference_names_choices_and_both_forms_of_a_switch() -> None:
+    page = reference.cli_reference()
+    assert "`--tuning full\\|lora`" in page
+    assert "`--link in-process\\|grpc`" in page
+    assert "`--probe / --no-probe`" in page
