@@ -14,7 +14,7 @@ from flexp.deployment import moving
 from flexp.deployment.config import DeploymentConfig
 from flexp.deployment.moving import Mover, in_words
 from flexp.deployment.snapshots import Snapshots
-from flexp.errors import LinkError, TrainingError
+from flexp.errors import LinkError, StorageError, TrainingError
 from flexp.planner.watch import Situation
 from flexp.report.metrics import read
 
@@ -189,3 +189,28 @@ def test_memory_that_runs_out_with_nothing_left_to_give_up_ends_it_in_a_line(
     with pytest.raises(TrainingError, match="step 1: memory ran out"):
         client.join()
     server.end()
+
+
+def test_a_full_disk_while_memory_runs_out_ends_it_instead_of_trying_for_ever(
+    tmp_path: Path, situations: list[tuple[int, Situation]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config(tmp_path, gain=1.0)
+    assert situations
+    asked: list[Any] = []
+
+    def full(trainer: Trainer, cut: tuple[int, int], *_: Any) -> Any:
+        asked.append(cut)
+        raise StorageError("the disk is full")
+
+    def never(self: Trainer, pieces: Any) -> Any:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+
+    monkeypatch.setattr(moving, "recut", full)
+    monkeypatch.setattr(Trainer, "_exchanges", never)
+    server = Server(settings, DEPLOYMENT, tmp_path / "server")
+    client = Client(settings, DEPLOYMENT, NAME, plain(server), tmp_path / "client")
+    with pytest.raises(TrainingError, match="step 1: memory ran out"):
+        client.join()
+    server.end()
+    assert asked
+    assert len(asked) == len(set(asked))  # each cut once

@@ -6,8 +6,8 @@
 - Optimiser state: what stays keeps it, what comes back has what was parked, what is new begins without any. The
   schedule's step count is the client's and goes on.
 
-Everything that may fail comes first (fetching, joining with the new cut, pulling); only then is anything changed. If it
-fails, the client has its old cut, and joins with it again.
+Everything that may fail comes first (parking, reading, joining with the new cut, fetching); only then is anything
+changed. If it fails, the client has its old cut, and joins with it again.
 """
 
 from __future__ import annotations

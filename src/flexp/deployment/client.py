@@ -19,7 +19,7 @@ from flexp.client.model import SplitModel
 from flexp.client.recut import move_party
 from flexp.client.trainer import Trainer
 from flexp.config import CodecConfig, RunConfig
-from flexp.data import load_federation, pad_id
+from flexp.data import load_federation
 from flexp.data.types import ClientData, Federation
 from flexp.deployment.config import DeploymentConfig
 from flexp.deployment.folder import write_facts
@@ -29,11 +29,11 @@ from flexp.deployment.snapshots import Snapshots
 from flexp.deployment.worker import Worker
 from flexp.errors import ConfigError, DataError, LinkError, LinkLostError
 from flexp.experiments.planned import with_cuts
-from flexp.experiments.setup import client_cuts, load_processor, max_positions
+from flexp.experiments.setup import client_cuts, load_part, load_processor, max_positions, own_pad
 from flexp.files import write_json
 from flexp.links.base import Link
 from flexp.methods.parties import own_config, own_trainer, split_model, tune_own
-from flexp.models.loading import load_config, load_stage
+from flexp.models.loading import load_config
 from flexp.models.parts import Part, check_cut
 from flexp.models.stage import Stage
 from flexp.report.metrics import MetricsLog, write_records
@@ -81,8 +81,7 @@ def find_place(config: RunConfig, name: str | None, cut: tuple[int, int | None] 
     own = federation.clients[index]
     chosen = cuts[own.name] if cut is None else check_cut(cut, blocks, where="--cut")
     own = replace(own, name=name or own.name)
-    image = federation.task.model_kind == "image-classification"
-    pad = None if image else pad_id(processor)
+    pad = own_pad(federation.task.model_kind, processor)
     return Place(own, federation, model_id, chosen, blocks, pad, own_config(config, index), cut is not None)
 
 
@@ -139,18 +138,8 @@ def load_own(config: RunConfig, place: Place, part: Part) -> Stage:
     Raises:
         ModelError: the model cannot be loaded or split.
     """
-    model, task = place.config.model, place.federation.task
-    stage = load_stage(
-        place.model_id,
-        task.model_kind,
-        part,
-        labels=task.label_names,
-        dtype=model.dtype,
-        attention=model.attention,
-        autocast=model.autocast,
-        pad_token_id=place.pad,
-        seed=config.seed,
-    )
+    task = place.federation.task
+    stage = load_part(config, place.model_id, task.model_kind, task.label_names, place.pad, part)
     tune_own(stage, place.config)
     return stage
 

@@ -41,7 +41,6 @@ class Mover:
     Args:
         resting: bytes that a client with a choice holds between two steps.
         blocks: gives pretrained blocks, tuned as this client's.
-        free: bytes that this process may still take.
     """
 
     def __init__(
@@ -52,10 +51,9 @@ class Mover:
         blocks: Blocks,
         parking: Parking,
         total_steps: int,
-        free: Callable[[], int] | None = None,
     ) -> None:
         self.trainer, self.watch, self.blocks, self.parking = trainer, watch, blocks, parking
-        self._resting, self._total, self._free = resting, total_steps, free or free_bytes
+        self._resting, self._total = resting, total_steps
         self.begin()
 
     def begin(self) -> None:
@@ -92,9 +90,14 @@ class Mover:
         """
         self._notice()
         decision = self.watch.less()
-        return None if decision is None else self._do(decision, Situation(self._memory()))
+        if decision is None:
+            return None
+        record = self._do(decision, Situation(self._memory()))
+        if record["kind"] == "refused move":  # whatever the reason, the step must not wait for it to go away
+            self.watch.refused(decision.choice)
+        return record
 
-    def _do(self, decision: Decision, now: Situation) -> Record | None:
+    def _do(self, decision: Decision, now: Situation) -> Record:
         before, choice = self.watch.current, decision.choice
         began = time.perf_counter()
         record: Record = {
@@ -144,7 +147,7 @@ class Mover:
 
     def _memory(self) -> int:
         """Bytes for training in all, as predictions count: what is free, and what the client holds."""
-        return self._free() + self._resting(self.watch.current)
+        return free_bytes() + self._resting(self.watch.current)
 
     def _restart(self) -> None:
         self._since, self._before = self.trainer.steps, self._spent()

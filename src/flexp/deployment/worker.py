@@ -50,7 +50,6 @@ class Worker:
     """One client's part of a run.
 
     Args:
-        make: gives the model, joined over a new link, and its trainer; called once, for it lasts.
         reach: gives a new link after the old one was lost.
         patience: seconds that it tries to reach the server again before it gives up.
         blocks: gives pretrained blocks, for snapshots that have another cut than the client has by then.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ from flexp.errors import ConfigError, ModelError
 from flexp.experiments.planned import with_cuts
 from flexp.methods.base import World
 from flexp.methods.cuts import method_cuts
-from flexp.models.loading import load_config, load_stage
-from flexp.models.parts import check_cut
+from flexp.models.loading import ModelKind, load_config, load_stage
+from flexp.models.parts import Part, check_cut
+from flexp.models.stage import Stage
 
 Federate = Callable[[DataConfig, Any, int, int | None], Federation]
 
@@ -43,18 +44,42 @@ def build_world(config: RunConfig, federate: Federate = load_federation) -> Worl
     blocks = int(getattr(model_config.get_text_config(), "num_hidden_layers", 0))
     config, notes, plan = with_cuts(config, federation, blocks)  # before anything is loaded
     federation = replace(federation, notes=[*federation.notes, *notes])
-    source = load_stage(
-        model_id,
-        federation.task.model_kind,
-        labels=federation.task.label_names,
-        dtype=config.model.dtype,
-        attention=config.model.attention,
-        autocast=config.model.autocast,
-        pad_token_id=None if federation.task.model_kind == "image-classification" else pad_id(processor),
-        seed=config.seed,
-    )
+    kind = federation.task.model_kind
+    source = load_part(config, model_id, kind, federation.task.label_names, own_pad(kind, processor))
     cuts = client_cuts(config, federation, source.anatomy.blocks)
     return World(config, federation, source, method_cuts(config, cuts, source.anatomy.blocks), plan=plan)
+
+
+def load_part(
+    config: RunConfig,
+    model_id: str,
+    kind: ModelKind,
+    labels: Sequence[str] | None,
+    pad: int | None,
+    part: Part | None = None,
+) -> Stage:
+    """A part of the pretrained model (``None``: all of it), as ``config`` wants it loaded, not tuned yet.
+
+    Raises:
+        ModelError: it cannot be loaded or split.
+    """
+    model = config.model
+    return load_stage(
+        model_id,
+        kind,
+        part,
+        labels=labels,
+        dtype=model.dtype,
+        attention=model.attention,
+        autocast=model.autocast,
+        pad_token_id=pad,
+        seed=config.seed,
+    )
+
+
+def own_pad(kind: ModelKind, processor: Any) -> int | None:
+    """The padding token that a text model is told; images have none."""
+    return None if kind == "image-classification" else pad_id(processor)
 
 
 def client_cuts(config: RunConfig, federation: Federation, blocks: int) -> dict[str, tuple[int, int]]:

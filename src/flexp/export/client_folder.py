@@ -15,18 +15,17 @@ from torch import Tensor
 
 from flexp.client.model import SplitModel
 from flexp.config import CodecConfig, RunConfig
-from flexp.data import pad_id
 from flexp.data.types import ModelKind
 from flexp.deployment.folder import is_client, read_facts
 from flexp.deployment.snapshots import Snapshots
 from flexp.errors import ConfigError, StorageError
 from flexp.experiments.settings import validate
-from flexp.experiments.setup import load_processor, model_folder
+from flexp.experiments.setup import load_part, load_processor, model_folder, own_pad
 from flexp.export.saved import LAST
 from flexp.files import read_json
 from flexp.links.base import Link
 from flexp.methods.parties import split_model, tune_own
-from flexp.models.loading import load_config, load_stage
+from flexp.models.loading import load_config
 from flexp.models.parts import Part
 from flexp.models.stage import Stage
 
@@ -145,21 +144,8 @@ class ClientFolder:
 
     def stage(self, part: Part, processor: Any = None) -> Stage:
         """A part of the pretrained model as the client itself would load it; nothing of it is trained."""
-        model, config = self.config.model, self.config
-        pad = None
-        if self.kind != "image-classification":
-            pad = pad_id(processor if processor is not None else self.processor())
-        return load_stage(
-            self.model_id,
-            self.kind,
-            part,
-            labels=self.labels,
-            dtype=model.dtype,
-            attention=model.attention,
-            autocast=model.autocast,
-            pad_token_id=pad,
-            seed=config.seed,
-        )
+        pad = own_pad(self.kind, processor if processor is not None else self.processor())
+        return load_part(self.config, self.model_id, self.kind, self.labels, pad, part)
 
     def own_stage(self, cut: tuple[int, int]) -> Stage:
         """All that the client has, tuned, without its training."""
