@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,27 @@ def versions() -> dict[str, str]:
     }
 
 
+def imitates_bfloat16(facts: Mapping[str, str] | None = None) -> bool:
+    """Whether this processor has no instructions for bfloat16, so that its matrix products take longer in it than in
+    float32 (2.8 times, measured on a Xeon with AVX-512 alone); ``False`` where that is not known.
+
+    Args:
+        facts: of one processor, as ``/proc/cpuinfo`` names them; ``None``: this machine's.
+    """
+    found = _facts() if facts is None else facts
+    flags = (found.get("flags") or found.get("Features") or "").split()  # x86 and ARM
+    return bool(flags) and not any(flag in flags for flag in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
 def _processor() -> str:
+    return _facts().get("model name") or platform.processor() or platform.machine()
+
+
+def _facts() -> dict[str, str]:
+    """What Linux says of the first processor; nothing elsewhere."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+        return {}
+    pairs = (line.partition(":") for line in text.partition("\n\n")[0].splitlines())
+    return {name.strip(): value.strip() for name, _, value in pairs}

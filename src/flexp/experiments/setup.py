@@ -16,6 +16,7 @@ from flexp.data import load_federation, pad_id
 from flexp.data.types import Federation
 from flexp.errors import ConfigError, ModelError
 from flexp.experiments.planned import with_cuts
+from flexp.machine import imitates_bfloat16
 from flexp.methods.base import World
 from flexp.methods.cuts import method_cuts
 from flexp.models.loading import ModelKind, load_config, load_stage
@@ -143,14 +144,20 @@ def max_positions(model_config: Any) -> int | None:
 
 
 def _precision_notes(config: RunConfig) -> list[str]:
-    """bfloat16 has 8 significant bits: next to a weight of 0.02, a step of 1e-5 rounds to nothing."""
-    full = "full" in (config.model.tuning, config.server.tuning)
-    if config.model.dtype != "bfloat16" or not full:
-        return []
-    return [
-        "full tuning in bfloat16 loses the steps that are small beside their weights (at a rate of 1e-5, nearly all): "
-        'use model.dtype = "float32" (as fast with model.autocast = "bfloat16"), or LoRA, with float32 adapters'
-    ]
+    notes = []
+    if config.model.dtype == "bfloat16" and "full" in (config.model.tuning, config.server.tuning):
+        # It has 8 significant bits: next to a weight of 0.02, a step of 1e-5 rounds to nothing.
+        notes.append(
+            "full tuning in bfloat16 loses the steps that are small beside their weights (at a rate of 1e-5, nearly "
+            'all): use model.dtype = "float32" (as fast with model.autocast = "bfloat16"), or LoRA, with float32 '
+            "adapters"
+        )
+    if config.model.autocast == "bfloat16" and imitates_bfloat16() and not torch.cuda.is_available():
+        notes.append(
+            "this processor has no instructions for bfloat16, so mixed precision is slower here than float32, not "
+            'faster: use model.autocast = "off"'
+        )
+    return notes
 
 
 def model_folder(config: RunConfig) -> str:

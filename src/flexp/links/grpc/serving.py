@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import time
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -37,6 +38,22 @@ log = logging.getLogger("flexp.links")
 
 
 STOPPING = "the server is stopping; connect again when it is back"
+
+
+def _see_free(asked: Address) -> None:
+    """Bind there and let go again: gRPC itself says why it cannot listen only in a log of its own.
+
+    Raises:
+        ConfigError: the port is taken, or there is no such host here.
+    """
+    try:
+        places = socket.getaddrinfo(asked.host, asked.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, kind, protocol, _, place in places:
+            with socket.socket(family, kind, protocol) as tried:
+                tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                tried.bind(place)
+    except OSError as error:
+        raise ConfigError(f"cannot listen at {asked} ({error.strerror or error}); give another HOST:PORT") from error
 
 
 class Conductor(Protocol):
@@ -120,13 +137,14 @@ class Serving:
         facts = None if self._facts is None else lambda told=self._facts: told(self)
         methods |= operator_handlers(facts, self._service.readmit, self._tokens)
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
+        _see_free(asked)
         try:
             if credentials is None:
                 port = self._server.add_insecure_port(str(asked))
             else:
                 port = self._server.add_secure_port(str(asked), credentials)
         except RuntimeError as error:
-            raise ConfigError(f"cannot listen at {asked}: is the port in use, or the certificate wrong?") from error
+            raise ConfigError(f"cannot listen at {asked}: is the certificate wrong, or its key another's?") from error
         await self._server.start()
         self._loop = asyncio.get_running_loop()
         self._watching = asyncio.ensure_future(self._gate.watch())
