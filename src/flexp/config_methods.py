@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Rate = Annotated[float, Field(gt=0.0)]
@@ -36,6 +36,15 @@ class AlignConfig(Section):
     pull: Fraction = 0.2  # μ of kind = "weights"
     # clients with deeper cuts train the server's copies of their aligned blocks, too (needs z_base, like kl)
     teach: bool = False
+    # weights: the client trains none of its aligned blocks; it teaches the server's, and pulls them
+    follow: bool = False
+
+    @model_validator(mode="after")
+    def _follow_whom(self) -> AlignConfig:
+        if self.follow and not (self.kind == "weights" and self.teach):
+            raise ValueError('follow needs kind = "weights" and teach = true: who trains no copy of its own takes the '
+                             "server's, which must learn from its data")  # fmt: skip
+        return self
 
     @property
     def has_term(self) -> bool:

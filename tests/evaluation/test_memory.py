@@ -203,6 +203,10 @@ def test_what_no_memory_depends_on_is_measured_once(
         ({"base_depth": 1, "align": align()}, {"base_depth": 1, "align": align(at="every-block")}),
         ({"base_depth": 1, "align": align()}, {"base_depth": 2, "align": align()}),
         ({"base_depth": 1, "align": align(kind="off")}, {"base_depth": 1, "align": align(kind="off", teach=True)}),
+        (
+            {"base_depth": 1, "align": align(kind="weights", teach=True)},
+            {"base_depth": 1, "align": align(kind="weights", teach=True, follow=True)},
+        ),
         ({}, {"ranks": ((0, 4),)}),
     ],
 )

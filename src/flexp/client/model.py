@@ -95,6 +95,7 @@ class SplitModel(PersonalModel):
         self.codec = codec
         self._expose_embeddings = expose_embeddings
         self._join(cut)
+        self.settle()
 
     @classmethod
     def from_pretrained(
@@ -277,16 +278,23 @@ class SplitModel(PersonalModel):
             self.cut = before
             raise
 
+    def settle(self) -> None:
+        """Leave the training of the aligned blocks to the server, if the alignment says so; the stage's blocks have
+        come or changed."""
+        if self.align.follow:
+            self.stage.follow(range(self.base_depth, self.cut[0]))
+
     def after_step(self) -> None:
         """Once the optimiser has stepped: pull the aligned blocks towards the server's, if the alignment says so.
 
-        θ_k ← θ_k + μ·(θ_server − θ_k) for the personal copies of blocks [s_min, s), every n-th step.
+        θ_k ← θ_k + μ·(θ_server − θ_k) for the personal copies of blocks [s_min, s), every n-th step. With ``follow``
+        that is all that ever happens to them.
         """
         if self.align.kind != "weights" or self.steps.done % self.align.every or self.cut[0] <= self.base_depth:
             return
         with waiting(self.link, current_turn()):
             shared = self.link.pull(PullRequest(self.base_depth, self.cut[0], self.steps.done)).result().weights
-        personal = self.stage.trainable()
+        personal = self.stage.own()
         with torch.no_grad():
             for name, value in shared.items():
                 if name in personal:

@@ -49,8 +49,8 @@ class PersonalModel(nn.Module):
         return getattr(self.model, "loss_type", None)
 
     def personal_state(self) -> dict[str, Tensor]:
-        """All that is this client's own: what it trains, by name. It never leaves the client."""
-        return {name: value.detach() for name, value in self.stage.trainable().items()}
+        """All that is this client's own, by name: what it trains, and what it follows. It never leaves the client."""
+        return {name: value.detach() for name, value in self.stage.own().items()}
 
     def load_personal_state(self, state: Mapping[str, Tensor]) -> None:
         """Restore :meth:`personal_state`.
@@ -58,7 +58,7 @@ class PersonalModel(nn.Module):
         Raises:
             ModelError: the state is of another cut or another tuning.
         """
-        own = self.stage.trainable()
+        own = self.stage.own()
         if own.keys() != state.keys():
             odd = sorted(own.keys() ^ state.keys())[0]
             raise ModelError(f"the saved personal state does not fit this cut and tuning: {odd} is on one side only")

@@ -146,7 +146,7 @@ def move_party(trainer: Trainer, state: Mapping[str, Tensor], parking: Parking) 
         StorageError: what goes to the server could not be parked.
     """
     model, stage = _model(trainer), _model(trainer).stage
-    own = stage.trainable()
+    own = stage.own()
     by_block: dict[int | None, dict[str, Tensor]] = {}
     for key, value in state.items():
         name = _name(key)
@@ -183,19 +183,20 @@ def _reshape(trainer: Trainer, fresh: Stage | None, went: Iterable[int]) -> None
     if fresh is not None:
         stage.take(fresh)
     stage.give_up(went)
+    _model(trainer).settle()
     trainer.updater.change(stage.trainable(), stage.new)
 
 
 def _of_block(trainer: Trainer, block: int) -> dict[str, Tensor]:
     stage = _model(trainer).stage
-    own = {name: value for name, value in stage.trainable().items() if stage.block_of(name) == block}
+    own = {name: value for name, value in stage.own().items() if stage.block_of(name) == block}
     state = trainer.updater.state().items()
     kept = {f"{OPTIMIZER}{entry}": value for entry, value in state if entry.partition("/")[2] in own}
     return kept | {f"{PERSONAL}{name}": value for name, value in own.items()}
 
 
 def _current(model: SplitModel, blocks: Iterable[int], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    """The server's current shared weights of some blocks, as far as this client trains them.
+    """The server's current shared weights of some blocks, as far as they are this client's own.
 
     Raises:
         LinkError: the server does not give them.
@@ -222,7 +223,7 @@ def _parked(parking: Parking, block: int, shapes: Mapping[str, torch.Size], stag
 
 
 def _fill(trainer: Trainer, weights: Mapping[str, Tensor]) -> None:
-    own = _model(trainer).stage.trainable()
+    own = _model(trainer).stage.own()
     with torch.no_grad():
         for name, value in weights.items():
             own[name].copy_(value)

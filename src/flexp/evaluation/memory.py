@@ -130,7 +130,9 @@ def plain(probe: Probe) -> Probe:
         kind, teach = probe.align["kind"], probe.align.get("teach")
         sends = kind not in ("off", "weights") and probe.align.get("weight") != 0
         if sends or teach or kind == "weights":
-            align = {key: value for key, value in probe.align.items() if key in ("kind", "at", "every", "teach")}
+            align = {
+                key: value for key, value in probe.align.items() if key in ("kind", "at", "every", "teach", "follow")
+            }
     return replace(
         probe,
         optimizer=optimizer,

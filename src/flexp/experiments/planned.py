@@ -128,6 +128,7 @@ def _task(config: RunConfig, federation: Federation) -> tuple[TaskShape, Choices
         train_embeddings=model.train_embeddings,
         optimizer=config.train.personal.name,
         aligned=method.name == "flexp-sfl" and (method.align.has_term or method.align.teach),
+        follow=method.name == "flexp-sfl" and method.align.follow,
     )
     micro = config.train.micro_batch
     if micro is None and (method.name not in PER_CLIENT or config.train.in_flight > 1):

@@ -36,6 +36,7 @@ class Stage:
         self.part = part
         self.autocast: torch.dtype | None = None  # what matrix products compute in, if not in the weights' type
         self.new: frozenset[str] = frozenset()  # names of weights that no checkpoint holds, such as a new classifier
+        self.followed: frozenset[str] = frozenset()  # names of what it has copies of its own of, without training them
         self.lent = False  # whether the tensors belong to another stage as well
         self.weights: str | None = None  # which pretrained weights these are, where that is known
         self._tuples: bool | None = None
@@ -167,6 +168,20 @@ class Stage:
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that this party trains, by their full names in the model."""
         return {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+
+    def own(self) -> dict[str, nn.Parameter]:
+        """The parameters that are this party's own, by their full names: what it trains, and what it follows."""
+        return {
+            name: value for name, value in self.model.named_parameters() if value.requires_grad or name in self.followed
+        }
+
+    def follow(self, blocks: Iterable[int]) -> None:
+        """Train nothing of these blocks from now on, into which somebody else's values are written; but all others of
+        its own."""
+        within, own = frozenset(blocks), self.own()
+        self.followed = frozenset(name for name in own if self.block_of(name) in within)
+        for name, value in own.items():
+            value.requires_grad_(name not in self.followed)
 
     def take(self, other: Stage) -> None:
         """Own, from now on, the blocks of ``other``, a stage of the same model, which must not be used any more."""

@@ -74,6 +74,7 @@ class TaskShape(Section):
         length: tokens of the longest example.
         batch_size: examples of a client's step.
         aligned: whether clients that cut deeper than the shallowest one also send what alignment needs.
+        follow: whether these leave the training of the aligned blocks to the server.
     """
 
     kind: Literal["causal-lm", "sequence-classification", "image-classification"] = "sequence-classification"
@@ -88,6 +89,7 @@ class TaskShape(Section):
     train_embeddings: bool = False
     optimizer: Literal["adamw", "adam", "sgd", "sgd-plain"] = "adamw"
     aligned: bool = True
+    follow: bool = False
 
 
 class Placed(Section):

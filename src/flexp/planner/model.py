@@ -30,11 +30,13 @@ class ModelCosts:
 
     def predict(self, profile: Profile, choice: Choice) -> Prediction:
         """One step of a client on ``profile``."""
-        return predict(self._cost(self.task), profile, choice, self.server, base_depth=self.base_depth)
+        return predict(
+            self._cost(self.task), profile, choice, self.server, base_depth=self.base_depth, follow=self.task.follow
+        )
 
     def resting(self, choice: Choice) -> int:
         """What a client holds between two steps."""
-        return resting(self._cost(self.task), choice)
+        return resting(self._cost(self.task), choice, followed=self.base_depth if self.task.follow else None)
 
     def block_bytes(self, rank: int | None) -> tuple[int, ...]:
         """Of each block on the server, with gradient and optimiser state."""
@@ -44,7 +46,7 @@ class ModelCosts:
     def memory(self, task: TaskShape, choice: Choice) -> int:
         """The client's peak when the task is another one."""
         base = self.base_depth is not None and choice.cut[0] > self.base_depth
-        return memory(self._cost(task), choice, base=base)
+        return memory(self._cost(task), choice, base=base, followed=self.base_depth if task.follow else None)
 
     def _cost(self, task: TaskShape) -> ModelCost:
         key = (task.kind, task.length, task.dtype, task.tuning == "full" and task.train_embeddings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from flexp.models.loading import DTYPES
 from flexp.models.parts import check_cut
@@ -19,7 +20,13 @@ CHECKPOINTING = 7 * 2**20
 
 
 def predict(
-    cost: ModelCost, profile: Profile, choice: Choice, server: Profile, *, base_depth: int | None = None
+    cost: ModelCost,
+    profile: Profile,
+    choice: Choice,
+    server: Profile,
+    *,
+    base_depth: int | None = None,
+    follow: bool = False,
 ) -> Prediction:
     """Predict one step of a client.
 
@@ -28,6 +35,7 @@ def predict(
         profile: of the client's device.
         server: of the server; its links reach from the network to it.
         base_depth: s_min, when alignment sends z_base up as well; ``None``: nothing is aligned.
+        follow: the client does not train blocks [s_min, s). (Its seconds are those of one that does.)
 
     Raises:
         ConfigError: the cut does not fit the model.
@@ -48,7 +56,9 @@ def predict(
     link += 8 * up / min(profile.uplink_bps, server.downlink_bps)
     link += 8 * down / min(profile.downlink_bps, server.uplink_bps)
     return Prediction(
-        memory_bytes=memory(cost, choice, overhead_bytes=here.overhead_bytes, base=base),
+        memory_bytes=memory(
+            cost, choice, overhead_bytes=here.overhead_bytes, base=base, followed=base_depth if follow else None
+        ),
         step_seconds=client + middle + link,
         client_seconds=client,
         server_seconds=middle,
@@ -60,17 +70,25 @@ def predict(
     )
 
 
-def memory(cost: ModelCost, choice: Choice, *, overhead_bytes: int | None = None, base: bool = False) -> int:
+def memory(
+    cost: ModelCost,
+    choice: Choice,
+    *,
+    overhead_bytes: int | None = None,
+    base: bool = False,
+    followed: int | None = None,
+) -> int:
     """The client's peak in bytes above the bare interpreter, once the optimiser has its state.
 
-    It depends on no device but for ``overhead_bytes`` (``None``: :data:`OVERHEAD`); ``base``: z_base is sent as well.
+    It depends on no device but for ``overhead_bytes`` (``None``: :data:`OVERHEAD`); ``base``: z_base is sent as well;
+    ``followed``: the first block of its head that it does not train.
 
     Raises:
         ConfigError: the cut does not fit the model.
     """
     start, stop = check_cut(choice.cut, cost.blocks)
     shape = cost.at(choice.micro_batch, choice.rank, choice.checkpointing)
-    head = _from_the_bottom(cost, shape)[:start]
+    head = _head(cost, shape, start, followed)
     tail = list(shape.blocks[stop:])
     held, trained = _own(cost, shape, head, tail)
     gathered = choice.accumulation > 1  # then gradients of the exchanges before are there all the time
@@ -81,15 +99,15 @@ def memory(cost: ModelCost, choice: Choice, *, overhead_bytes: int | None = None
     return peak + overhead(choice.rank, choice.checkpointing, overhead_bytes)
 
 
-def resting(cost: ModelCost, choice: Choice, *, overhead_bytes: int | None = None) -> int:
-    """What the client holds between two steps: weights, optimiser state, and what is no tensor.
+def resting(cost: ModelCost, choice: Choice, *, overhead_bytes: int | None = None, followed: int | None = None) -> int:
+    """What the client holds between two steps: weights, optimiser state, and what is no tensor. See :func:`memory`.
 
     Raises:
         ConfigError: the cut does not fit the model.
     """
     start, stop = check_cut(choice.cut, cost.blocks)
     shape = cost.at(choice.micro_batch, choice.rank, choice.checkpointing)
-    held, _ = _own(cost, shape, _from_the_bottom(cost, shape)[:start], list(shape.blocks[stop:]))
+    held, _ = _own(cost, shape, _head(cost, shape, start, followed), list(shape.blocks[stop:]))
     return held + overhead(choice.rank, choice.checkpointing, overhead_bytes)
 
 
@@ -131,6 +149,23 @@ def _walk(held: int, below: Sequence[PieceCost], crossed: int, above: Sequence[P
     return peak
 
 
-def _from_the_bottom(cost: ModelCost, shape: ShapeCost) -> list[PieceCost]:
-    """All blocks as a client's head has them: nothing is trained below the first, unless the embeddings are."""
-    return list(shape.blocks) if cost.train_embeddings else [shape.first, *shape.blocks[1:]]
+def _head(cost: ModelCost, shape: ShapeCost, start: int, followed: int | None) -> list[PieceCost]:
+    """Blocks [0, s) as a client has them: nothing is trained below the first, unless the embeddings are, and of those
+    from ``followed`` on nothing at all."""
+    blocks = list(shape.blocks) if cost.train_embeddings else [shape.first, *shape.blocks[1:]]
+    return [
+        _untrained(piece) if followed is not None and index >= followed else piece
+        for index, piece in enumerate(blocks[:start])
+    ]
+
+
+def _untrained(piece: PieceCost) -> PieceCost:
+    """A block through which a gradient goes, without one for its weights."""
+    bytes_ = piece.trained_bytes
+    return replace(
+        piece,
+        trained=0,
+        trained_bytes=0,
+        backward_extra=max(0, piece.backward_extra - bytes_),
+        released_bytes=piece.released_bytes + bytes_,
+    )

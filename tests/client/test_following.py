@@ -1,0 +1,147 @@
+"""A client that follows: it trains none of its aligned blocks, but teaches the server's, and takes them over."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from flexp.client.recut import ParkedInMemory, fit, recut
+from flexp.client.state import cut_in, load_party, party_state
+from flexp.client.trainer import Trainer
+from flexp.config import AlignConfig, OptimizerConfig, TrainConfig
+from flexp.data.types import ClientData
+from flexp.links.base import Link
+from flexp.links.grpc import loopback
+from flexp.optim import Updater
+from tests.client.test_recut import Words, blocks_of, model_of
+from tests.harness import World, copied, equal, shared_weights, world
+
+SGD = OptimizerConfig(name="sgd", lr=0.05, momentum=0.9, clip=None)
+ADAMW = OptimizerConfig(name="adamw", lr=1e-3, clip=None)
+
+
+def follow(every: int = 1, pull: float = 1.0) -> AlignConfig:
+    return AlignConfig(kind="weights", teach=True, follow=True, every=every, pull=pull)
+
+
+def client(
+    here: World, cut: tuple[int, int], align: AlignConfig, optimizer: OptimizerConfig = SGD, link: Link | None = None
+) -> Trainer:
+    model = here.client("a", cut, align, link=link)
+    batch = here.batch(batch=12, length=6)
+    examples = [{name: value[row] for name, value in batch.items()} for row in range(12)]
+    data = ClientData("a", train=examples, test=[], validation=[])  # type: ignore[arg-type]
+    updater = Updater(model.stage.trainable(), optimizer)
+    return Trainer(data, Words(), model, updater, TrainConfig(batch_size=4), seed=3)  # type: ignore[arg-type]
+
+
+def aligned(here: World, trainer: Trainer) -> dict[str, Tensor]:
+    """The client's copies of blocks [1, s)."""
+    model = model_of(trainer)
+    found = model.personal_state()
+    return {name: value for name, value in found.items() if 1 <= (model.stage.block_of(name) or 0) < model.cut[0]}
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+@pytest.mark.parametrize("optimizer", [SGD, ADAMW], ids=["sgd", "adamw"])
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_alone_and_in_every_step_it_trains_the_very_model_of_a_shallow_cut(
+    name: str, optimizer: OptimizerConfig, tuning: str
+) -> None:
+    shallow, deep = (world(name, optimizer=optimizer, tuning=tuning) for _ in range(2))
+    left = client(shallow, (1, 4), AlignConfig(kind="off"), optimizer)
+    right = client(deep, (3, 4), follow(), optimizer)
+    start = shared_weights(deep.server) | model_of(left).personal_state()
+    model_of(right).load_personal_state({key: start[key] for key in model_of(right).personal_state()})
+    for _ in range(5):
+        assert left.step().loss == right.step().loss
+    assert equal(shared_weights(shallow.server), shared_weights(deep.server))
+    copies = aligned(deep, right)
+    assert copies
+    assert all(torch.equal(value, shared_weights(deep.server)[key]) for key, value in copies.items())
+    own = {key: value for key, value in model_of(right).personal_state().items() if key not in copies}
+    assert equal(own, model_of(left).personal_state())
+
+
+def test_its_copies_change_by_pulling_alone_and_cost_no_gradient_and_no_optimiser() -> None:
+    here = world("llama", optimizer=SGD)
+    trainer = client(here, (3, 4), follow(every=3, pull=0.5), ADAMW)
+    start = copied(aligned(here, trainer))
+    for step in (1, 2):
+        trainer.step()
+        assert equal(copied(aligned(here, trainer)), start), step
+    trainer.step()
+    shared = shared_weights(here.server)
+    for name, value in aligned(here, trainer).items():
+        torch.testing.assert_close(value, start[name].lerp(shared[name], 0.5), rtol=0, atol=0)
+        assert not torch.equal(value, start[name])
+    stage = model_of(trainer).stage
+    assert not start.keys() & stage.trainable().keys()
+    assert stage.own().keys() == stage.trainable().keys() | start.keys()
+    assert not any(name in start for entry in trainer.updater.state() for name in [entry.partition("/")[2]])
+    assert all(value.grad is None for name, value in stage.own().items() if name in start)
+
+
+def test_it_goes_on_from_its_state_bit_for_bit() -> None:
+    """Its copies are neither the pretrained weights nor what the server has by then, so they are part of it."""
+    here, there = world("llama", optimizer=SGD), world("llama", optimizer=SGD)
+    left = client(here, (3, 4), follow(every=3))
+    for _ in range(4):
+        left.step()
+    saved = {name: value.clone() for name, value in party_state(left).items()}
+    server = {name: value.clone() for name, value in here.server.state().items()}
+    right = client(there, (3, 4), follow(every=3))
+    there.server.load(server)
+    load_party(right, saved)
+    for _ in range(3):
+        assert left.step().loss == right.step().loss
+    assert equal(shared_weights(here.server), shared_weights(there.server))
+    assert equal(copied(model_of(left).personal_state()), copied(model_of(right).personal_state()))
+
+
+def test_over_grpc_it_is_the_one_in_process() -> None:
+    found = []
+    for remote in (False, True):
+        here = world("bert", optimizer=SGD)
+        if remote:
+            with loopback(here.server, "a") as link:
+                trainer = client(here, (3, 4), follow(every=2), link=link)
+                losses = [trainer.step().loss for _ in range(4)]
+        else:
+            trainer = client(here, (3, 4), follow(every=2))
+            losses = [trainer.step().loss for _ in range(4)]
+        found.append((losses, shared_weights(here.server), copied(model_of(trainer).personal_state())))
+    assert found[0][0] == found[1][0]
+    assert equal(found[0][1], found[1][1])
+    assert equal(found[0][2], found[1][2])
+
+
+def test_where_its_cut_moves_what_comes_is_followed_and_what_goes_is_not(tmp_path: Path) -> None:
+    here = world("llama", optimizer=SGD)
+    trainer = client(here, (2, 4), follow(every=2))
+    model, parking = model_of(trainer), ParkedInMemory()
+    followed: list[set[int | None]] = []
+    for cut in ((2, 4), (2, 3), (1, 4), (3, 4)):
+        if cut != model.cut:
+            recut(trainer, cut, blocks_of(here), parking)
+        trainer.step()
+        followed.append({model.stage.block_of(name) for name in model.stage.followed})
+        trained = {model.stage.block_of(name) for name in trainer.updater.parameters}
+        assert trained == {0, None} | set(range(cut[1], 4))
+    assert followed == [{1}, {1}, set(), {1, 2}]
+    state = party_state(trainer)
+    other = client(world("llama", optimizer=SGD), (1, 4), follow(every=2))
+    fit(other, cut_in(state) or (0, 0), blocks_of(here))
+    load_party(other, state)
+    assert equal(copied(model_of(other).personal_state()), copied(model.personal_state()))
+
+
+@pytest.mark.parametrize("settings", [{"kind": "kl", "teach": True}, {"kind": "weights"}, {"kind": "off"}])
+def test_who_follows_must_teach_and_pull(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match='follow needs kind = "weights" and teach = true'):
+        AlignConfig(follow=True, **settings)
