@@ -19,6 +19,7 @@ from flexp.methods.turns import turns
 from tests.harness import world
 
 TRAIN = TrainConfig(rounds=2, steps_per_round=2, order="random")
+STEPS = TRAIN.rounds * TRAIN.steps_per_round
 NAMES = ["a", "b", "c"]
 
 
@@ -56,7 +57,7 @@ class Word:
 
 
 def deterministic(folder: Path | None) -> Deterministic:
-    desk = Desk(world("bert").server, None if folder is None else Snapshots(folder), "run", lambda _: None)
+    desk = Desk(world("bert").server, None if folder is None else Snapshots(folder), "run", lambda _: None, STEPS)
     return Deterministic(desk, NAMES, schedule(NAMES, TRAIN, 3, evaluate_every=1, save_every=1))
 
 
@@ -141,8 +142,15 @@ def test_strangers_and_other_runs_are_refused(tmp_path: Path) -> None:
         Word("a", conductor).say("other")
 
 
+def test_a_client_with_a_run_of_another_length_is_refused() -> None:
+    conductor = deterministic(None)
+    with pytest.raises(LinkError, match=r"client a plans 5 steps, and this run has 4.*set the same train\.rounds"):
+        conductor.ready("a", Ready(0, planned=5))
+    conductor.ready("a", Ready(0, planned=STEPS))
+
+
 def test_in_a_free_run_nobody_waits(tmp_path: Path) -> None:
-    desk = Desk(world("bert").server, Snapshots(tmp_path), "run", lambda _: None)
+    desk = Desk(world("bert").server, Snapshots(tmp_path), "run", lambda _: None, STEPS)
     conductor = Free(desk, NAMES, TRAIN, evaluate_every=2, save_every=1)
     words = [Word(name, conductor) for name in NAMES]
     words[0].say()

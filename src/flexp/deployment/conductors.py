@@ -35,10 +35,11 @@ class Desk:
 
     Args:
         run: the run's name; a server that goes on with one has the name from its snapshots.
+        steps: of each client in the whole run.
     """
 
-    def __init__(self, server: Server, snapshots: Snapshots | None, run: str, say: Say) -> None:
-        self.server, self.snapshots, self.run, self.say = server, snapshots, run, say
+    def __init__(self, server: Server, snapshots: Snapshots | None, run: str, say: Say, steps: int) -> None:
+        self.server, self.snapshots, self.run, self.say, self.steps = server, snapshots, run, say, steps
         self.members: dict[str, Member] = {}
 
     @property
@@ -50,8 +51,13 @@ class Desk:
         """A client waits for its order.
 
         Raises:
-            LinkError: its snapshots are those of another run.
+            LinkError: its snapshots are those of another run, or it plans for a run of another length.
         """
+        if ready.planned not in (0, self.steps):
+            raise LinkError(
+                f"client {client} plans {ready.planned} steps, and this run has {self.steps}, so its learning rate "
+                "would fall at another time; set the same train.rounds and train.steps_per_round on both sides"
+            )
         if ready.run not in ("", self.run):
             raise LinkError(
                 f"client {client} is in the middle of the run {ready.run}, and this server conducts {self.run}; give "

@@ -82,7 +82,8 @@ def make_conductor(
 ) -> Free | Deterministic:
     """Who conducts the run, going on from the snapshots in the folder ``state``, if there are any."""
     snapshots = None if state is None else Snapshots(state, deployment.keep)
-    desk = Desk(server, snapshots, run_name(snapshots), say)
+    steps = config.train.rounds * config.train.steps_per_round
+    desk = Desk(server, snapshots, run_name(snapshots), say, steps)
     every, save_every = config.evaluation.every, deployment.save_every
     if deployment.schedule == "free":
         return Free(desk, deployment.clients, config.train, every, save_every)

@@ -134,7 +134,8 @@ class Worker:
     def _next_order(self, done: int | None) -> Order | None:
         """The next order; ``None`` if the client is to stop meanwhile."""
         numbers = tuple(self.snapshots.numbers())
-        ready = Ready(self.trainer.steps, done, self._run, numbers, self._saved_steps, self._told())
+        planned = self.config.train.rounds * self.config.train.steps_per_round
+        ready = Ready(self.trainer.steps, done, self._run, numbers, self._saved_steps, self._told(), planned)
         future = self._link.ready(ready)
         while True:
             try:

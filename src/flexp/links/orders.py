@@ -28,6 +28,7 @@ class Ready:
         snapshots: that it holds, by their numbers.
         saved: the steps that its newest snapshot has.
         facts: for the operator: losses, scores, seconds, bytes.
+        planned: steps that the whole run has for it, by which its learning rate falls; 0: it does not say.
     """
 
     steps: int
@@ -36,6 +37,7 @@ class Ready:
     snapshots: tuple[int, ...] = ()
     saved: int = 0
     facts: dict[str, float] = field(default_factory=dict)
+    planned: int = 0
 
 
 @dataclass(frozen=True)
