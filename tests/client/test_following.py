@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from flexp.client.recut import ParkedInMemory, fit, recut
+from flexp.client.recut import ParkedInMemory, fit, move_party, recut
 from flexp.client.state import cut_in, load_party, party_state
 from flexp.client.trainer import Trainer
 from flexp.config import AlignConfig, OptimizerConfig, TrainConfig
@@ -139,6 +139,81 @@ def test_where_its_cut_moves_what_comes_is_followed_and_what_goes_is_not(tmp_pat
     fit(other, cut_in(state) or (0, 0), blocks_of(here))
     load_party(other, state)
     assert equal(copied(model_of(other).personal_state()), copied(model.personal_state()))
+
+
+@pytest.mark.parametrize("optimizer", [SGD, ADAMW], ids=["sgd", "adamw"])
+@pytest.mark.parametrize("path", [[(1, 2), (1, 4), (3, 4)], [(3, 4), (1, 4), (3, 4)], [(1, 2), (3, 4)]], ids=str)
+def test_what_it_is_to_follow_starts_from_the_servers_whatever_it_had(
+    path: list[tuple[int, int]], optimizer: OptimizerConfig
+) -> None:
+    """A tail of its own, parked or not, copies of long ago: of the blocks [1, 3) the server's are what counts."""
+    here = world("llama", optimizer=SGD)
+    trainer, parking = client(here, path[0], follow(every=100), optimizer), ParkedInMemory()
+    for cut in path:
+        recut(trainer, cut, blocks_of(here), parking)
+        shared = shared_weights(here.server)
+        assert all(torch.equal(value, shared[name]) for name, value in aligned(here, trainer).items()), cut
+        for _ in range(3):
+            trainer.step()
+    assert {model_of(trainer).stage.block_of(name) for name in model_of(trainer).stage.followed} == {1, 2}
+
+
+def test_a_tail_that_becomes_followed_is_parked_and_comes_back_as_it_was() -> None:
+    here = world("llama", optimizer=SGD)
+    trainer, parking = client(here, (1, 2), follow(), ADAMW), ParkedInMemory()
+    trainer.step()
+    before = copied(model_of(trainer).personal_state())
+    recut(trainer, (3, 4), blocks_of(here), parking)
+    trainer.step()
+    recut(trainer, (1, 2), blocks_of(here), parking)
+    after = model_of(trainer).personal_state()
+    tail = [name for name in after if model_of(trainer).stage.block_of(name) == 2]
+    assert tail
+    assert all(torch.equal(after[name], before[name]) for name in tail)
+
+
+def test_it_goes_on_with_another_cut_from_what_it_saved() -> None:
+    here = world("llama", optimizer=SGD)
+    left = client(here, (1, 2), follow(every=100), ADAMW)
+    for _ in range(3):
+        left.step()
+    state = {name: value.clone() for name, value in party_state(left).items()}
+    right, parking = client(here, (3, 4), follow(every=100), ADAMW), ParkedInMemory()
+    move_party(right, state, parking)
+    shared = shared_weights(here.server)
+    assert all(torch.equal(value, shared[name]) for name, value in aligned(here, right).items())
+    assert set(parking.blocks) == {2, 3}  # its tail, of which it follows one block now, and the server has the other
+    assert right.steps == 3
+    right.step()
+
+
+def test_who_comes_to_a_trained_server_takes_its_copies_over() -> None:
+    here = world("llama", optimizer=SGD)
+    first = client(here, (1, 4), AlignConfig(kind="off"))
+    for _ in range(3):
+        first.step()
+    here.server.leave("a")
+    late, shared = client(here, (3, 4), follow(every=100)), shared_weights(here.server)
+    assert all(torch.equal(value, shared[name]) for name, value in aligned(here, late).items())
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_loop_that_knows_nothing_of_flexp_pulls_when_its_next_step_begins(every: int) -> None:
+    here, there = world("llama", optimizer=SGD), world("llama", optimizer=SGD)
+    told = client(here, (3, 4), follow(every=every))
+    model = there.client("a", (3, 4), follow(every=every))
+    optimizer = torch.optim.SGD(model.stage.trainable().values(), lr=0.05, momentum=0.9)
+    for _ in range(5):
+        losses = told.step().loss
+        indices = told._order.indices(told.steps - 1)
+        batch = told.task.collate([told.data.train[index] for index in indices])
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert loss.item() == losses
+    model.after_step()
+    assert equal(copied(model_of(told).personal_state()), copied(model.personal_state()))
 
 
 @pytest.mark.parametrize("settings", [{"kind": "kl", "teach": True}, {"kind": "weights"}, {"kind": "off"}])

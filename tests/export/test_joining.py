@@ -181,3 +181,18 @@ def test_language_models_with_adapters_and_weights_pulled_from_a_frozen_server(t
     pulled = {name: value for name, value in own.items() if ".h.1." in name}
     assert pulled
     assert all(torch.equal(value, shared[name]) for name, value in pulled.items())
+
+
+def test_who_follows_takes_over_what_the_run_has_taught(tmp_path: Path) -> None:
+    align = {"kind": "weights", "teach": True, "follow": True, "pull": 1.0, "every": 100}
+    clients = {"names": ["north", "south"], "cuts": [[1, 4], [3, 4]]}
+    data = {"train_examples": 8, "clients": clients}
+    folder = train(tmp_path, "bert", clients=CLIENTS, data=data, method={"align": align})
+    for start in ((), ("south",)):
+        out = tmp_path / f"joined{len(start)}"
+        join(folder, "east", out, steps=3, cut=(3, 4), start=start)
+        shared = {f"personal/{key.removeprefix('shared/weights/')}": value for key, value in middle(folder).items()}
+        own = state(out)["client-east"]
+        followed = own.keys() & shared.keys()
+        assert followed
+        assert all(torch.equal(own[key], shared[key]) for key in followed)

@@ -88,6 +88,7 @@ class SplitModel(PersonalModel):
         self.tuning = tuning
         self.lora = lora
         self.last_align: float | None = None
+        self._pulled = 0  # the step after which the aligned blocks were pulled last
         self.cut: tuple[int, int] = cut
         self.steps = Steps(accumulation)
         if numbering is not None:
@@ -96,6 +97,7 @@ class SplitModel(PersonalModel):
         self._expose_embeddings = expose_embeddings
         self._join(cut)
         self.settle()
+        self.take_over()
 
     @classmethod
     def from_pretrained(
@@ -143,6 +145,7 @@ class SplitModel(PersonalModel):
             shape: Any = {"dtype": dtype, "autocast": autocast, "attention": attention, "tuning": tuning}
             shape |= {"labels": len(labels or ("", "")), "rank": (lora or LoraConfig()).rank}
             shape |= {"train_embeddings": train_embeddings, "aligned": align.has_term or align.teach}
+            shape |= {"follow": align.follow}
             cut = own_cut(str(model_id), cls.kind, largest, gradient_checkpointing, **shape)
         whole_cut = check_cut(cut, blocks)
         part = Part.client(whole_cut, blocks)
@@ -195,6 +198,7 @@ class SplitModel(PersonalModel):
         train = self.training and torch.is_grad_enabled()
         if train:
             self.steps.refuse_half_steps(self.stage.trainable().values())
+            self.after_step()  # for loops that know nothing of FlexP
         start, base_depth = self.cut[0], self.base_depth
         align_now = train and self._align_due()
         inner = align_now and self.align.has_term and self.align.at == "every-block"  # teaching needs z_base alone
@@ -271,34 +275,58 @@ class SplitModel(PersonalModel):
                 self.link.close()
             self.link = link
         self.steps.abandon()
-        before = self.cut
+        before, depth = self.cut, self.base_depth
         try:
             self._join(cut or before)
+            if self.align.follow and self.base_depth != depth:
+                raise ConfigError(
+                    f"the server's base depth was {depth} and is {self.base_depth}, so client {self.link.client} would "
+                    "follow other blocks; start the server with the same --base-depth as before"
+                )
         except (LinkError, ConfigError):
             self.cut = before
             raise
+
+    def following(self, cut: tuple[int, int]) -> range:
+        """The blocks that this client would follow with ``cut``: which the server trains, and it takes over."""
+        return range(self.base_depth, cut[0]) if self.align.follow else range(0)
 
     def settle(self) -> None:
         """Leave the training of the aligned blocks to the server, if the alignment says so; the stage's blocks have
         come or changed."""
         if self.align.follow:
-            self.stage.follow(range(self.base_depth, self.cut[0]))
+            self.stage.follow(self.following(self.cut))
+
+    def take_over(self) -> None:
+        """Make what the client follows the server's blocks as they are: others have taught them before it came."""
+        if self.stage.followed:
+            self._pull(0, 1.0)
+
+    def go_on(self, steps: int) -> None:
+        """Be as after so many steps, whose state is loaded."""
+        self.steps.done = self._pulled = steps
 
     def after_step(self) -> None:
         """Once the optimiser has stepped: pull the aligned blocks towards the server's, if the alignment says so.
 
         θ_k ← θ_k + μ·(θ_server − θ_k) for the personal copies of blocks [s_min, s), every n-th step. With ``follow``
-        that is all that ever happens to them.
+        that is all that ever happens to them. Whoever does not call this has it done at the beginning of the next step.
         """
-        if self.align.kind != "weights" or self.steps.done % self.align.every or self.cut[0] <= self.base_depth:
+        done = self.steps.done
+        if done == self._pulled or done % self.align.every:
             return
+        if self.align.kind == "weights" and self.cut[0] > self.base_depth:
+            self._pull(done, self.align.pull)
+        self._pulled = done
+
+    def _pull(self, step: int, share: float) -> None:
         with waiting(self.link, current_turn()):
-            shared = self.link.pull(PullRequest(self.base_depth, self.cut[0], self.steps.done)).result().weights
+            shared = self.link.pull(PullRequest(self.base_depth, self.cut[0], step)).result().weights
         personal = self.stage.own()
         with torch.no_grad():
             for name, value in shared.items():
                 if name in personal:
-                    personal[name].lerp_(value.to(personal[name]), self.align.pull)
+                    personal[name].lerp_(value.to(personal[name]), share)
 
     def _join(self, cut: tuple[int, int]) -> None:
         check_cut(cut, self.stage.anatomy.blocks)

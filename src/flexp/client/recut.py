@@ -3,6 +3,8 @@
 - A block that comes to the client starts from its own parked copy, if it had the block before; else from the server's
   current shared weights.
 - A block that goes to the server ends the client's personal copy, which is parked with its optimiser's state.
+- A block that the client is to follow (``align.follow``) starts from the server's in any case, also one that it has and
+  trained until now; what it followed is not parked, and where it is to train it, it comes like a new one.
 - Optimiser state: what stays keeps it, what comes back has what was parked, what is new begins without any. The
   schedule's step count is the client's and goes on.
 
@@ -23,7 +25,7 @@ from torch import Tensor
 
 from flexp.client.fetching import pieces
 from flexp.client.model import SplitModel
-from flexp.client.state import load_party
+from flexp.client.state import cut_in, load_party
 from flexp.client.trainer import Trainer
 from flexp.errors import ConfigError, LinkError, ModelError
 from flexp.models.parts import Part, check_cut
@@ -96,14 +98,19 @@ def recut(trainer: Trainer, cut: tuple[int, int], blocks: Blocks, parking: Parki
     came, went = sorted(wanted.blocks - stage.part.blocks), sorted(stage.part.blocks - wanted.blocks)
     if cut == before:
         return Move(before, cut, (), (), (), 0.0)
-    for block in went:
+    followed, taken = set(model.following(before)), set(model.following(cut))
+    turned = sorted((taken ^ followed) & stage.part.blocks & wanted.blocks)  # stays, but is trained no longer, or again
+    for block in {*went, *turned} - followed:
         parking.put(block, _of_block(trainer, block))
     fresh = blocks(Part(frozenset(came), ends=False)) if came else None
     wanted_shapes = {} if fresh is None else {name: value.shape for name, value in fresh.trainable().items()}
-    parked = {block: own for block in came if (own := _parked(parking, block, wanted_shapes, stage)) is not None}
+    wanted_shapes |= {name: value.shape for name, value in stage.own().items() if stage.block_of(name) in turned}
+    arriving = [*came, *turned]
+    mine = [block for block in arriving if block not in taken]
+    parked = {block: own for block in mine if (own := _parked(parking, block, wanted_shapes, stage)) is not None}
     try:
         model.rejoin(cut=cut)
-        shared = _current(model, [block for block in came if block not in parked], wanted_shapes)
+        shared = _current(model, [block for block in arriving if block not in parked], wanted_shapes)
     except (LinkError, ConfigError, ModelError):
         with suppress(LinkError):  # lost: whoever makes a new link joins with the old cut
             model.rejoin(cut=before)
@@ -147,19 +154,26 @@ def move_party(trainer: Trainer, state: Mapping[str, Tensor], parking: Parking) 
     """
     model, stage = _model(trainer), _model(trainer).stage
     own = stage.own()
+    had = cut_in(state)
+    followed = set() if had is None else set(model.following(had))
+    taken = set(model.following(model.cut))
     by_block: dict[int | None, dict[str, Tensor]] = {}
     for key, value in state.items():
         name = _name(key)
         if name is not None:
             by_block.setdefault(stage.block_of(name), {})[key] = value
-    for block, tensors in by_block.items():
-        if block is not None and block not in stage.part.blocks:
-            parking.put(block, tensors)
-    merged = {key: value for key, value in state.items() if (name := _name(key)) is None or name in own}
+    for block in [block for block in by_block if block is not None]:
+        stays = block in stage.part.blocks and (block in taken) == (block in followed)
+        if not stays:
+            tensors = by_block.pop(block)
+            if block not in followed:
+                parking.put(block, tensors)
+    merged = {key: value for key, value in state.items() if _name(key) is None}
+    merged |= {key: value for part in by_block.values() for key, value in part.items() if _name(key) in own}
     shapes = {name: value.shape for name, value in own.items()}
     missing: list[int] = []
     for block in sorted(stage.part.blocks - by_block.keys()):
-        parked = _parked(parking, block, shapes, stage)
+        parked = None if block in taken else _parked(parking, block, shapes, stage)
         if parked is None:
             missing.append(block)
         else:

@@ -38,7 +38,7 @@ def load_party(trainer: Trainer, state: Mapping[str, Tensor]) -> None:
     """
     model = _model(trainer)
     trainer.load(state)
-    model.steps.done = trainer.steps
+    model.go_on(trainer.steps)
     model.link.meter.load_tensors(state)
     owed = {key.removeprefix(OWED): value for key, value in state.items() if key.startswith(OWED)}
     load_residuals(residuals_of(model.link), owed)

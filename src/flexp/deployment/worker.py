@@ -134,7 +134,8 @@ class Worker:
     def _next_order(self, done: int | None) -> Order | None:
         """The next order; ``None`` if the client is to stop meanwhile."""
         numbers = tuple(self.snapshots.numbers())
-        planned = self.config.train.rounds * self.config.train.steps_per_round
+        train = self.config.train
+        planned = 0 if train.personal.schedule == "constant" else train.rounds * train.steps_per_round
         ready = Ready(self.trainer.steps, done, self._run, numbers, self._saved_steps, self._told(), planned)
         future = self._link.ready(ready)
         while True:

@@ -28,6 +28,7 @@ from flexp.evaluation.memory import Probe
 from flexp.links.messages import size
 from flexp.methods.base import World
 from flexp.methods.client_ranks import adapters
+from flexp.methods.cuts import base_depth
 from flexp.methods.parties import client_seed, own_stage, own_world, with_model
 from flexp.models.parts import Part
 from flexp.models.stage import carve
@@ -154,12 +155,9 @@ def _whole(world: World, probe: Probe, only: Collection[str] | None) -> Exchange
 def _split(world: World, probe: Probe) -> ExchangeCost:
     """Client and server each on their own: the server gets the very messages that the client sent to an echo."""
     config = world.config
-    base = (
-        min(start for start, _ in world.cuts.values()) if config.model.base_depth is None else config.model.base_depth
-    )
     aligned = config.method.name == "flexp-sfl"
     assert probe.cut is not None
-    base = base if aligned else probe.cut[0]
+    base = base_depth(config, world.cuts) if aligned else probe.cut[0]
     align = config.method.align.model_dump(mode="json") if aligned else None
     stage = own_stage(world, Part.client(probe.cut, world.source.anatomy.blocks), dict(probe.ranks))
     model = client_model(replace(probe, align=align, base_depth=base), stage, _CountingLink).train(True)

@@ -120,7 +120,8 @@ def client_model(probe: Probe, stage: Stage, link_type: type[EchoLink] = EchoLin
     link = link_type(stage.anatomy.blocks, stage.anatomy.hidden, base)
     aligned = range(base, start)
     link.shared = {name: value for name, value in stage.trainable().items() if stage.block_of(name) in aligned}
-    align = OFF if probe.align is None else AlignConfig(**probe.align)
+    # Whatever comes every n-th step comes in these few, too.
+    align = OFF if probe.align is None else AlignConfig(**{**probe.align, "every": 1})
     tuning = str(probe.model_config.get("tuning", "full"))
     return SPLIT_MODELS[probe.kind](stage, probe.cut, link, align=align, tuning=tuning, expose_embeddings=True)
 

@@ -23,7 +23,7 @@ from filelock import FileLock
 from flexp.errors import FlexpError
 from flexp.files import read_json, storage_error, write_json
 
-VERSION = 2
+VERSION = 3
 """Of what a probe does; measurements of another one are made anew."""
 
 RATES = ("lr", "new_lr", "schedule", "warmup_steps")
@@ -130,9 +130,7 @@ def plain(probe: Probe) -> Probe:
         kind, teach = probe.align["kind"], probe.align.get("teach")
         sends = kind not in ("off", "weights") and probe.align.get("weight") != 0
         if sends or teach or kind == "weights":
-            align = {
-                key: value for key, value in probe.align.items() if key in ("kind", "at", "every", "teach", "follow")
-            }
+            align = {key: value for key, value in probe.align.items() if key in ("kind", "at", "teach", "follow")}
     return replace(
         probe,
         optimizer=optimizer,

@@ -16,6 +16,7 @@ from flexp.experiments.setup import model_folder
 from flexp.files import read_json, write_json
 from flexp.methods.base import World
 from flexp.methods.client_ranks import adapters
+from flexp.methods.cuts import base_depth
 from flexp.methods.parties import own_world
 
 
@@ -93,9 +94,7 @@ class MemoryProbes:
     def _probes(self) -> dict[str, Probe]:
         """One probe per distinct cut, at the size of the largest exchange of any client with that cut."""
         world_config, task = self.world.config, self.world.federation.task
-        smallest = min(start for start, _ in self.world.cuts.values())
-        depth = world_config.model.base_depth
-        base_depth = smallest if depth is None else depth
+        depth = base_depth(world_config, self.world.cuts)
         aligned = world_config.method.name == "flexp-sfl"
         probes: dict[str, Probe] = {}
         for client in self.world.federation.clients:
@@ -113,7 +112,7 @@ class MemoryProbes:
                 model_config=config.model.model_copy(update={"lora": own.lora}).model_dump(mode="json"),
                 optimizer=config.train.personal.model_dump(mode="json"),
                 align=config.method.align.model_dump(mode="json") if aligned else None,
-                base_depth=base_depth if aligned else None,
+                base_depth=depth if aligned else None,
                 tail=self.holds.part != "start",
                 extra_weights=self.holds.weights,
                 extra_optimizers=self.holds.optimizers,

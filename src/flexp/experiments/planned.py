@@ -181,6 +181,10 @@ def _written(config: RunConfig, chosen: Sequence[PlannedClient | Choice]) -> Run
     if config.method.name in PER_CLIENT and set(codecs) != {form(config.link.codec.activation)}:
         update["codecs"] = codecs  # or else the run's own word stays, with all that it says of directions and kinds
     clients = config.data.clients.model_copy(update=update)
+    method, model = config.method, config.model
+    if method.name == "flexp-sfl" and method.align.follow and model.base_depth is None:
+        # Planned was that all of a deep head but its first block is followed, however shallow the others cut.
+        config = config.model_copy(update={"model": model.model_copy(update={"base_depth": 1})})
     return config.model_copy(update={"data": config.data.model_copy(update={"clients": clients})})
 
 

@@ -36,8 +36,12 @@ MUST_MATCH = {
     "train_embeddings": "model.train_embeddings",
     "dtype": "model.dtype",
     "optimizer": "train.personal.name",
+    "follow": "method.align.follow",
 }
 """Facts in which a file and the run that it goes into must agree, and what each is called."""
+
+OLDER = {"follow": False}
+"""Facts that files of older versions do not have."""
 
 
 def back_up(
@@ -85,10 +89,11 @@ def restore(file: Path, folder: Path, client: str | None = None, passphrase: str
     home = home_of(folder, client or str(found.facts["client"]), LAST, into=True)
     there = home.facts
     for key, called in MUST_MATCH.items():
-        if found.facts.get(key) != there[key]:
+        saved = found.facts.get(key, OLDER.get(key))
+        if saved != there[key]:
             raise ConfigError(
                 f"{file}: was saved with another {called} than {folder} has "
-                f"({_short(found.facts.get(key))}, not {_short(there[key])}); restore it into the run that it is of"
+                f"({_short(saved)}, not {_short(there[key])}); restore it into the run that it is of"
             )
     _check_shapes(found.tensors, home.fresh(), file)
     number = home.put(found)

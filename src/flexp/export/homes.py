@@ -203,4 +203,5 @@ def _facts(
         "train_embeddings": config.model.train_embeddings,
         "dtype": config.model.dtype,
         "optimizer": config.train.personal.name,
+        "follow": config.method.name == "flexp-sfl" and config.method.align.follow,
     }

@@ -103,6 +103,7 @@ def join(
     model = method.clients[name].model
     own = model.personal_state()
     model.load_personal_state({key: begin.get(key, value).to(value.dtype) for key, value in own.items()})
+    model.take_over()
     write_json(out / joined.FILE, facts)
     return runner.train(world, method, out, progress=progress)
 

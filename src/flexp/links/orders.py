@@ -28,7 +28,7 @@ class Ready:
         snapshots: that it holds, by their numbers.
         saved: the steps that its newest snapshot has.
         facts: for the operator: losses, scores, seconds, bytes.
-        planned: steps that the whole run has for it, by which its learning rate falls; 0: it does not say.
+        planned: steps that the whole run has for it, by which its learning rate falls; 0: it does not fall.
     """
 
     steps: int

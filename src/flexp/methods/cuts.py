@@ -35,6 +35,13 @@ def method_cuts(config: RunConfig, cuts: Mapping[str, tuple[int, int]], blocks: 
     return dict(cuts)
 
 
+def base_depth(config: RunConfig, cuts: Mapping[str, tuple[int, int]]) -> int:
+    """s_min of FlexP-SFL's server: as configured, else the smallest s, or 1 where cuts may move."""
+    if config.model.base_depth is not None:
+        return config.model.base_depth
+    return 1 if config.recut.on else min(start for start, _ in cuts.values())
+
+
 def _one_start(config: RunConfig, cuts: Mapping[str, tuple[int, int]], blocks: int) -> int:
     """s as the method's ``cut`` says, else the smallest of the clients', so that it fits every device."""
     method = config.method

@@ -19,6 +19,7 @@ from flexp.client.state import cut_in, load_party, party_state
 from flexp.client.trainer import Trainer
 from flexp.links.base import Link
 from flexp.methods.base import Account, Forward, OnStep, State, World
+from flexp.methods.cuts import base_depth
 from flexp.methods.parties import make_trainer, own_stage, own_world, split_model
 from flexp.methods.turns import turns
 from flexp.models.parts import Part
@@ -89,7 +90,7 @@ class FlexpSfl:
 
     def account(self, client: str) -> Account:
         trainer, meter = self.clients[client], self._model(client).link.meter
-        personal = sum(value.numel() for value in self._model(client).personal_state().values())
+        personal = sum(value.numel() for value in self._model(client).stage.trainable().values())
         return Account(
             personal_parameters=personal,
             training=meter.training,
@@ -135,9 +136,7 @@ class FlexpSfl:
 
     def _make_server(self) -> Server:
         world, config = self.world, self.world.config
-        start, stop = config.model.base_depth, world.source.anatomy.blocks
-        if start is None:  # cuts that may move may become as shallow as any
-            start = 1 if config.recut.on else min(cut[0] for cut in world.cuts.values())
+        start, stop = base_depth(config, world.cuts), world.source.anatomy.blocks
         if not config.recut.on:
             stop = max(cut[1] for cut in world.cuts.values())
         stage = carve(world.source, Part.server(start, stop))

@@ -96,6 +96,8 @@ def memory(
     # What crossed: h is memory of its own, and so is z_base where it is not z.
     crossed = shape.message_bytes * (2 if base else 1)
     peak = _walk(held, [shape.embed, *head], crossed, [*tail, shape.head], gathered)
+    if followed is not None:  # pulled when a step is over; whoever trains has had room for gradients of that size
+        peak = max(peak, held + sum(piece.trained_bytes for piece in shape.blocks[followed:start]))
     return peak + overhead(choice.rank, choice.checkpointing, overhead_bytes)
 
 

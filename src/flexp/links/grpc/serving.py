@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import socket
 import time
@@ -44,16 +45,27 @@ def _see_free(asked: Address) -> None:
     """Bind there and let go again: gRPC itself says why it cannot listen only in a log of its own.
 
     Raises:
-        ConfigError: the port is taken, or there is no such host here.
+        ConfigError: the port is taken, or none of the host's addresses is here.
     """
+    bound, failure = 0, OSError("no such host")
     try:
         places = socket.getaddrinfo(asked.host, asked.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        for family, kind, protocol, _, place in places:
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"cannot listen at {asked} ({error}); give another HOST:PORT") from error
+    for family, kind, protocol, _, place in places:
+        try:
             with socket.socket(family, kind, protocol) as tried:
                 tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 tried.bind(place)
-    except OSError as error:
-        raise ConfigError(f"cannot listen at {asked} ({error.strerror or error}); give another HOST:PORT") from error
+            bound += 1
+        except OSError as error:
+            failure = error
+            if error.errno in (errno.EADDRINUSE, errno.EACCES):
+                bound = 0
+                break
+    if not bound:  # gRPC is content with one of them
+        why = failure.strerror or failure
+        raise ConfigError(f"cannot listen at {asked} ({why}); give another HOST:PORT") from failure
 
 
 class Conductor(Protocol):
