@@ -21,6 +21,7 @@ class FakeCosts:
     name = "fake"
     fingerprint = "0" * 8
     blocks = BLOCKS
+    followed: int | None = None
 
     def __init__(self, server_flops: float = 100e9) -> None:
         self.server_flops = server_flops

@@ -29,6 +29,8 @@ def test_codec_and_rank_cost_something() -> None:
     plain = curve.loss(Choice((1, 6), 8), 6)
     assert curve.loss(Choice((1, 6), 8, codec="bf16"), 6) == plain
     assert curve.loss(Choice((1, 6), 8, codec="int4"), 6) == pytest.approx(plain + 0.004)
+    deep = Choice((5, 6), 8)  # a head that is the server's but for its first block is no deeper than that
+    assert curve.loss(deep, 6, followed=1) == plain < curve.loss(deep, 6)
     ranks = [curve.loss(Choice((1, 6), 8, rank=rank), 6) - plain for rank in (4, 8, 16, 64)]
     assert ranks == pytest.approx([0.01, 0.005, 0.0, 0.0])
 

@@ -9,6 +9,7 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor
 
+from flexp.client.model import SplitModel
 from flexp.config import RunConfig
 from flexp.errors import ConfigError
 from flexp.experiments import joined, runner
@@ -101,6 +102,7 @@ def join(
     if not train_shared:
         method.server.freeze()
     model = method.clients[name].model
+    assert isinstance(model, SplitModel)
     own = model.personal_state()
     model.load_personal_state({key: begin.get(key, value).to(value.dtype) for key, value in own.items()})
     model.take_over()

@@ -82,10 +82,15 @@ class AccuracyCurve(Section):
         )
         return CurvePoint(share=share, loss=loss, low=low, high=high)
 
-    def loss(self, choice: Choice, blocks: int) -> float:
-        """Expected loss of a choice: of its cut, its codec and its rank."""
+    def loss(self, choice: Choice, blocks: int, followed: int | None = None) -> float:
+        """Expected loss of a choice: of its cut, its codec and its rank.
+
+        ``followed``: blocks of the head from this one on are not personal, being the server's copies.
+        """
+        start, stop = choice.cut
+        personal = (start if followed is None else min(start, followed), stop)
         rank = 0.0 if choice.rank is None else RANK_LOSS * max(0.0, math.log2(RANK_ENOUGH / choice.rank))
-        return self.at(choice.cut, blocks).loss + CODEC_LOSS.get(choice.codec, 0.0) + rank
+        return self.at(personal, blocks).loss + CODEC_LOSS.get(choice.codec, 0.0) + rank
 
     def write(self, path: Path) -> None:
         """Save as JSON."""

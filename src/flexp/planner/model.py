@@ -27,6 +27,7 @@ class ModelCosts:
         self.fingerprint, self.blocks = cost.fingerprint, cost.blocks
         # The least s that may come out: the real base depth may turn out deeper, and less be sent.
         self.base_depth = min(choices.starts or [1]) if task.aligned else None
+        self.followed = self.base_depth if task.follow else None
 
     def predict(self, profile: Profile, choice: Choice) -> Prediction:
         """One step of a client on ``profile``."""
@@ -36,7 +37,7 @@ class ModelCosts:
 
     def resting(self, choice: Choice) -> int:
         """What a client holds between two steps."""
-        return resting(self._cost(self.task), choice, followed=self.base_depth if self.task.follow else None)
+        return resting(self._cost(self.task), choice, followed=self.followed)
 
     def block_bytes(self, rank: int | None) -> tuple[int, ...]:
         """Of each block on the server, with gradient and optimiser state."""

@@ -17,11 +17,16 @@ from flexp.planner.solve import Solution, solve
 
 
 class Costs(Protocol):
-    """What planning asks of a model. :class:`flexp.planner.model.ModelCosts` answers for real ones."""
+    """What planning asks of a model. :class:`flexp.planner.model.ModelCosts` answers for real ones.
+
+    Attributes:
+        followed: the first block that clients with a deeper head do not train themselves; ``None``: there is none.
+    """
 
     name: str
     fingerprint: str
     blocks: int
+    followed: int | None
 
     def predict(self, profile: Profile, choice: Choice) -> Prediction:
         """One step of a client on ``profile``."""
@@ -171,7 +176,7 @@ def _kinds(fleet: Fleet, choices: list[Choice], costs: Costs, curve: AccuracyCur
     alike: dict[object, list[Device]] = {}
     for device in fleet.devices:
         alike.setdefault(device.kind, []).append(device)
-    losses = {choice: curve.loss(choice, costs.blocks) for choice in choices}
+    losses = {choice: curve.loss(choice, costs.blocks, costs.followed) for choice in choices}
     return tuple(
         Kind(tuple(devices), tuple(options_of(devices[0], choices, costs.predict, losses.__getitem__)))
         for devices in alike.values()

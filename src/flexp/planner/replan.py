@@ -55,7 +55,9 @@ def replan(
     curve = curve or prior()
     devices = {device.name: device for device in fleet.devices}
     now = {
-        name: Option(choice, costs.predict(devices[name].profile, choice), curve.loss(choice, costs.blocks))
+        name: Option(
+            choice, costs.predict(devices[name].profile, choice), curve.loss(choice, costs.blocks, costs.followed)
+        )
         for name, choice in current.items()
     }
     tight = [name for name, option in now.items() if not _holds(devices[name], option)]
