@@ -199,6 +199,11 @@ class TrainConfig(Section):
     personal: OptimizerConfig = OptimizerConfig()
     shared: OptimizerConfig = OptimizerConfig()
 
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of one client in the whole run."""
+        return self.rounds * self.steps_per_round
+
 
 class ServerConfig(Section):
     """The shared blocks' side."""

@@ -294,8 +294,7 @@ class SplitModel(PersonalModel):
     def settle(self) -> None:
         """Leave the training of the aligned blocks to the server, if the alignment says so; the stage's blocks have
         come or changed."""
-        if self.align.follow:
-            self.stage.follow(self.following(self.cut))
+        self.stage.follow(self.following(self.cut))
 
     def take_over(self) -> None:
         """Make what the client follows the server's blocks as they are: others have taught them before it came."""

@@ -64,7 +64,7 @@ class Cell:
     def cost(self) -> float:
         """Relative time that it takes, guessed."""
         train = self.config.train
-        return train.rounds * train.steps_per_round * train.batch_size * WEIGHTS.get(self.config.method.name, 1.0)
+        return train.total_steps * train.batch_size * WEIGHTS.get(self.config.method.name, 1.0)
 
 
 def tuning_cell(comparison: Comparison, entry: Entry, trial: int, settings: Settings, seed: int) -> Cell:

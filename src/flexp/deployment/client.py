@@ -174,8 +174,9 @@ def run_client(
     recuts = config.recut.on and may_move
     if recuts and facts and not place.cut_is_given:  # where it moved to
         place = replace(place, cut=(int(facts["cut"][0]), int(facts["cut"][1])))
-    total = config.train.rounds * config.train.steps_per_round
-    with Progress(total, place.data.name, metric=place.federation.task.metric, console=console) as diary:
+    with Progress(
+        config.train.total_steps, place.data.name, metric=place.federation.task.metric, console=console
+    ) as diary:
         trainer, model = _joined(config, place, reach, facts.get("numbering"), codec, deployment.patience, diary.note)
         parking = ParkedOnDisk(state / "parked", model.steps.numbering)
         if facts and facts["cut"] != list(place.cut):

@@ -192,7 +192,7 @@ class Fleet:
 
     def _tell(self, told: int) -> int:
         steps: int = sum(row["steps"] for row in self.results())
-        total = self.config.train.rounds * self.config.train.steps_per_round * len(self.clients)
+        total = self.config.train.total_steps * len(self.clients)
         tenth: int = 10 * steps // max(1, total)
         if tenth > told:
             self.say(f"step {steps}/{total}")

@@ -42,7 +42,7 @@ class Free:
         self.desk, self.clients, self.train = desk, clients, train
         self._scored = scored_rounds(train, evaluate_every)
         self._save_every = save_every
-        self._total = train.rounds * train.steps_per_round
+        self._total = train.total_steps
         self._told: dict[str, _Told] = {}
         self._number = max(desk.numbers, default=-1)
         if self._number >= 0:

@@ -188,7 +188,7 @@ def make_mover(config: RunConfig, federation: Federation, trainer: Trainer, bloc
     curve = prior()
     device = next((device for device in fleet.devices if device.name == trainer.name), fleet.devices[0])
     options = options_of(device, known, costs.predict, lambda choice: curve.loss(choice, total))
-    steps = config.train.rounds * config.train.steps_per_round
+    steps = config.train.total_steps
     return Mover(trainer, Watch(options, current, config.recut), costs.resting, blocks, parking, steps)
 
 

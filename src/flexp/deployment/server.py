@@ -58,7 +58,6 @@ def make_server(
     Args:
         clients: who takes part, if that is known: for schedules of the shared learning rate.
     """
-    steps = config.train.rounds * config.train.steps_per_round
     return Server.from_pretrained(
         config.model.id,
         kind,
@@ -72,7 +71,7 @@ def make_server(
         seed=config.seed,
         config=config.server,
         optimizer=config.train.shared,
-        total_steps=None if clients is None else steps * len(clients),
+        total_steps=None if clients is None else config.train.total_steps * len(clients),
         remembers=True,
     )
 
@@ -82,8 +81,7 @@ def make_conductor(
 ) -> Free | Deterministic:
     """Who conducts the run, going on from the snapshots in the folder ``state``, if there are any."""
     snapshots = None if state is None else Snapshots(state, deployment.keep)
-    steps = config.train.rounds * config.train.steps_per_round
-    desk = Desk(server, snapshots, run_name(snapshots), say, steps)
+    desk = Desk(server, snapshots, run_name(snapshots), say, config.train.total_steps)
     every, save_every = config.evaluation.every, deployment.save_every
     if deployment.schedule == "free":
         return Free(desk, deployment.clients, config.train, every, save_every)

@@ -135,7 +135,7 @@ class Worker:
         """The next order; ``None`` if the client is to stop meanwhile."""
         numbers = tuple(self.snapshots.numbers())
         train = self.config.train
-        planned = 0 if train.personal.schedule == "constant" else train.rounds * train.steps_per_round
+        planned = 0 if train.personal.schedule == "constant" else train.total_steps
         ready = Ready(self.trainer.steps, done, self._run, numbers, self._saved_steps, self._told(), planned)
         future = self._link.ready(ready)
         while True:

@@ -52,7 +52,7 @@ class World:
     @property
     def total_steps(self) -> int:
         """Optimiser steps of one client in the whole run."""
-        return self.config.train.rounds * self.config.train.steps_per_round
+        return self.config.train.total_steps
 
 
 @dataclass(frozen=True)

@@ -81,8 +81,7 @@ def make_trainer(world: World, name: str, model: Trainable, stage: Stage) -> Tra
 
 def own_trainer(config: RunConfig, data: ClientData, task: Task, model: Trainable, stage: Stage) -> Trainer:
     """The same for a client that has nobody else's data."""
-    total = config.train.rounds * config.train.steps_per_round
-    updater = Updater(stage.trainable(), config.train.personal, total, stage.new)
+    updater = Updater(stage.trainable(), config.train.personal, config.train.total_steps, stage.new)
     return Trainer(data, task, model, updater, config.train, seed=client_seed(config.seed, data.name))
 
 

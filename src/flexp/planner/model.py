@@ -32,7 +32,7 @@ class ModelCosts:
     def predict(self, profile: Profile, choice: Choice) -> Prediction:
         """One step of a client on ``profile``."""
         return predict(
-            self._cost(self.task), profile, choice, self.server, base_depth=self.base_depth, follow=self.task.follow
+            self._cost(self.task), profile, choice, self.server, base_depth=self.base_depth, followed=self.followed
         )
 
     def resting(self, choice: Choice) -> int:

@@ -26,7 +26,7 @@ def predict(
     server: Profile,
     *,
     base_depth: int | None = None,
-    follow: bool = False,
+    followed: int | None = None,
 ) -> Prediction:
     """Predict one step of a client.
 
@@ -35,7 +35,7 @@ def predict(
         profile: of the client's device.
         server: of the server; its links reach from the network to it.
         base_depth: s_min, when alignment sends z_base up as well; ``None``: nothing is aligned.
-        follow: the client does not train blocks [s_min, s). (Its seconds are those of one that does.)
+        followed: as for :func:`memory`. (The seconds are those of a client that trains all of its blocks.)
 
     Raises:
         ConfigError: the cut does not fit the model.
@@ -56,9 +56,7 @@ def predict(
     link += 8 * up / min(profile.uplink_bps, server.downlink_bps)
     link += 8 * down / min(profile.downlink_bps, server.uplink_bps)
     return Prediction(
-        memory_bytes=memory(
-            cost, choice, overhead_bytes=here.overhead_bytes, base=base, followed=base_depth if follow else None
-        ),
+        memory_bytes=memory(cost, choice, overhead_bytes=here.overhead_bytes, base=base, followed=followed),
         step_seconds=client + middle + link,
         client_seconds=client,
         server_seconds=middle,
