@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from flexp.config import RunConfig
-from flexp.deployment.client import cuts_of
+from flexp.deployment.client import cuts_of, find_place, run_client
 from flexp.deployment.config import DeploymentConfig
 from flexp.deployment.fleet import Fleet
+from flexp.deployment.snapshots import Snapshots
 from flexp.errors import ConfigError
 from flexp.experiments import runner
 from flexp.links.base import Link
@@ -168,6 +171,24 @@ def test_a_cut_changes_between_sessions(folder: Path, tmp_path: Path) -> None:
     assert server.server.shared.version == 3 * 20
     with pytest.raises(ConfigError, match="in a free run only"):
         Client(config, FIXED, "south", plain(server), out / "clients/south", cut=(1, 4)).join()
+
+
+def test_a_cut_changes_before_the_first_step(folder: Path, tmp_path: Path) -> None:
+    """A snapshot of step 0, to which the server sends whoever comes back without steps, does not undo it."""
+    config = configured(folder)
+    free = DeploymentConfig(schedule="free", clients=["south"], save_every=2)
+    state, stopped = tmp_path / "south", threading.Event()
+    stopped.set()
+    server = Server(config, free, None)
+    where = find_place(config, "south", None)
+    run_client(config, free, lambda: plain(server)("south"), where, state, console=Console(quiet=True), stop=stopped)
+    snapshots = Snapshots(state / "snapshots")
+    tensors, facts = snapshots.load(0)
+    assert (facts["steps"], tuple(facts["cut"])) == (0, where.cut) != (0, (3, 4))
+    snapshots.save(0, tensors, facts | {"run": server.conductor.desk.run})  # as if the server had told it to save
+    Client(config, free, "south", plain(server), state, cut=(3, None)).join()
+    server.end()
+    assert tuple(newest(state / "snapshots")["cut"].tolist()) == (3, 4)
 
 
 def test_processes_that_are_killed(folder: Path, tmp_path: Path) -> None:

@@ -179,7 +179,8 @@ def run_client(
     ) as diary:
         trainer, model = _joined(config, place, reach, facts.get("numbering"), codec, deployment.patience, diary.note)
         parking = ParkedOnDisk(state / "parked", model.steps.numbering)
-        if facts and facts["cut"] != list(place.cut):
+        moved = bool(facts) and facts["cut"] != list(place.cut)
+        if moved:
             new = move_party(trainer, snapshots.load(int(facts["number"]))[0], parking)
             diary.note(
                 f"{place.data.name}: from cut {tuple(facts['cut'])} to {place.cut}, {len(new)} parameters are new"
@@ -205,6 +206,8 @@ def run_client(
             mover=make_mover(place.config, place.federation, trainer, blocks, parking) if recuts else None,
             tell_cut=lambda cut: write_facts(state, place.data, place.federation, cut),
         )
+        if moved:  # or the server, going back to that snapshot, would undo it
+            worker.save(int(facts["number"]))
         write_json(state / "config.json", config.resolved())
         write_facts(state, place.data, place.federation, place.cut)
         try:

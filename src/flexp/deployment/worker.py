@@ -103,6 +103,21 @@ class Worker:
                 self.diary.note(f"{error}; trying again")
                 self._reconnect(error)
 
+    def save(self, number: int) -> None:
+        """Write a snapshot, in place of one that has the same number; that the disk is full is told and no error."""
+        facts = {
+            "run": self._run,
+            "client": self.data.name,
+            "numbering": self.model.steps.numbering,
+            "steps": self.trainer.steps,
+            "cut": list(self.model.cut),
+        }
+        try:
+            self.snapshots.save(number, party_state(self.trainer), facts)
+            self._saved_steps = self.trainer.steps
+        except StorageError as error:
+            self.diary.note(f"snapshot {number} was not saved: {error}")
+
     def _obey(self) -> bool:
         done: int | None = None
         while not self.stop.is_set():
@@ -111,7 +126,7 @@ class Worker:
                 break
             self._run, self._place = order.run, order.place
             if order.save is not None:
-                self._save(order.save)
+                self.save(order.save)
             match order.what:
                 case "step":
                     for _ in range(order.count):
@@ -122,13 +137,13 @@ class Worker:
                 case "evaluate":
                     self._evaluate(order.number)
                 case "save":
-                    self._save(order.number)
+                    self.save(order.number)
                 case "restore":
                     self._restore(order.number)
                 case "stop":
                     return True
             done = order.place
-        self._save(self._place)  # to go on from here
+        self.save(self._place)  # to go on from here
         return False
 
     def _next_order(self, done: int | None) -> Order | None:
@@ -202,7 +217,7 @@ class Worker:
         self.log.write({**record, "round": number})
         self.diary.note(in_words(record))
         if record["kind"] == "move":
-            self._save(self._place)
+            self.save(self._place)
             self._tell_cut(self.model.cut)
 
     def _evaluate(self, number: int) -> None:
@@ -221,20 +236,6 @@ class Worker:
         self.log.write({"kind": "eval", "round": number, "client": self.data.name, "personal": self.scores})
         value = self.scores[self.task.metric]
         self.diary.note(f"{self.data.name}: round {number}, {self.task.metric} {value:.4g} on its own test data")
-
-    def _save(self, number: int) -> None:
-        facts = {
-            "run": self._run,
-            "client": self.data.name,
-            "numbering": self.model.steps.numbering,
-            "steps": self.trainer.steps,
-            "cut": list(self.model.cut),
-        }
-        try:
-            self.snapshots.save(number, party_state(self.trainer), facts)
-            self._saved_steps = self.trainer.steps
-        except StorageError as error:
-            self.diary.note(f"snapshot {number} was not saved: {error}")
 
     def _restore(self, number: int) -> None:
         state, facts = self.snapshots.load(number)
