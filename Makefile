@@ -24,7 +24,7 @@ demo: $(VENV)/.stamp-run
 	$(BIN)/flexp demo
 
 test: $(VENV)/.stamp-dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.stamp-dev
 	$(BIN)/ruff format --check .

@@ -19,6 +19,8 @@ from flexp.files import sha256
 from ..experiments.tiny import bert_folder, config
 from ..methods.tools import equal
 
+FOLLOWS = {"kind": "weights", "teach": True, "follow": True, "pull": 1.0}
+
 
 def stopped(home: Path, name: str, rounds: int = 3, **tables: Any) -> Path:
     """A run that was stopped after its first round, of ``rounds``."""
@@ -86,6 +88,7 @@ def test_it_holds_one_client_alone_and_names_no_folder(home: Path) -> None:
         ({"model": {"tuning": "lora"}}, r"another model.tuning than .*\(full, not lora\)"),
         ({"method": {"name": "fedper"}}, r"another method.name .*\(flexp-sfl, not fedper\)"),
         ({"train": {"personal": {"name": "sgd"}}}, r"another train.personal.name .*\(adamw, not sgd\)"),
+        ({"method": {"align": FOLLOWS}}, r"another method.align.follow .*\(false, not true\)"),
         ({"other": True}, r"another pretrained model \(its weights differ\)"),
     ],
 )

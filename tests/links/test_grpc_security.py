@@ -148,3 +148,16 @@ def test_a_port_in_use_is_told_in_one_line(capfd: pytest.CaptureFixture[str]) ->
     ):
         pass
     assert capfd.readouterr().err == ""  # gRPC would have written one of its own
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "no.such.host.invalid", "a" * 64 + ".example"])
+def test_a_host_that_is_not_this_machine_is_told_in_one_line(
+    host: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tokens = Tokens.read(token_file(tmp_path, a="secret-a"))
+    with (
+        pytest.raises(ConfigError, match=rf"cannot listen at {host}:1 \([^\n]+\); give another HOST:PORT"),
+        serve(world("llama").server, f"{host}:1", tokens=tokens, insecure=True),
+    ):
+        pass
+    assert capfd.readouterr().err == ""

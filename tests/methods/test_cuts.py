@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from flexp.errors import ConfigError
-from flexp.methods.cuts import method_cuts
+from flexp.methods.cuts import base_depth, method_cuts
 
 from ..experiments.tiny import CLIENTS, config
 
@@ -39,3 +39,11 @@ def test_a_cut_of_the_methods_own_is_checked(home: Path) -> None:
         method_cuts(config(home, method={"name": "splitfed-v1", "splitfed": {"cut": 0}}), OWN, 4)
     with pytest.raises(ConfigError, match="method splitlora: cut"):
         method_cuts(config(home, method={"name": "splitlora", "splitlora": {"cut": 4}}), OWN, 4)
+
+
+@pytest.mark.parametrize(
+    ("tables", "expected"),
+    [({}, 2), ({"recut": {"on": True}}, 1), ({"model": {"base_depth": 1}, "recut": {"on": True}}, 1)],
+)
+def test_the_server_begins_at_the_smallest_cut_there_may_be(home: Path, tables: dict[str, Any], expected: int) -> None:
+    assert base_depth(config(home, **tables), {"north": (3, 4), "south": (2, 4)}) == expected
