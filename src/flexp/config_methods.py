@@ -56,6 +56,7 @@ class FedAvgFtConfig(Section):
     """FedAvg, then local fine-tuning of the average."""
 
     finetune_steps: PositiveInt | None = None  # None: train.steps_per_round
+    finetune_lr: Rate | None = None  # while fine-tuning; None: train.personal.lr
 
 
 class FedProxConfig(Section):
@@ -132,7 +133,7 @@ class HetLoraConfig(Section):
 
     # of the clients in their order, repeated for more; None: model.lora.rank for all
     ranks: Annotated[list[PositiveInt], Field(min_length=1)] | None = None
-    weighting: Literal["examples", "sparsity"] = "examples"  # sparsity: by the norm of B·A
+    weighting: Literal["examples", "sparsity"] = "sparsity"  # by the norm of B·A, as in the paper
 
 
 class MethodConfig(Section):

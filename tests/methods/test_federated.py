@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from flexp.client.model import SplitModel
+from flexp.client.trainer import Step
 from flexp.client.whole import WholeModel
 from flexp.errors import ConfigError
 from flexp.experiments import checkpoints
@@ -160,6 +161,25 @@ def test_a_schedule_goes_on_across_rounds(home: Path) -> None:
     }
     assert rates["local"] == rates["fedavg"]
     assert len(set(rates["local"])) > 3
+
+
+def test_finetuning_has_a_schedule_and_a_rate_of_its_own(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the end of the averaging's, where a linear one is all but zero."""
+    rates: list[float] = []
+    step = Worker.step
+
+    def watched(self: Worker, **options: bool) -> Step:
+        done = step(self, **options)
+        rates.append(done.lr)
+        return done
+
+    monkeypatch.setattr(Worker, "step", watched)
+    train = {"steps_per_round": 4, "personal": {"lr": 1.0, "schedule": "linear"}}
+    for own, peak in (({}, 1.0), ({"finetune_lr": 0.5}, 0.5)):
+        method = trained(home, "fedavg-ft", own=own, data=ONE, train=train)  # three rounds, the last four steps alone
+        of(method, "north")
+        assert rates == pytest.approx([(8 - n) / 8 for n in range(8)] + [peak * (4 - n) / 4 for n in range(4)])
+        rates.clear()
 
 
 @pytest.mark.parametrize("name", BASELINES)

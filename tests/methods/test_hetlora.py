@@ -18,8 +18,8 @@ LORA = {"tuning": "lora"}
 
 def test_equal_ranks_are_fedavg_with_lora(home: Path) -> None:
     plain = trained(home, "fedavg", model={**LORA, "lora": {"rank": 4}})
-    for settings in ({"own": {"ranks": [4]}}, {"model": {"lora": {"rank": 4}}}):
-        method = trained(home, "hetlora", **settings)
+    for ranks, settings in (({"ranks": [4]}, {}), ({}, {"model": {"lora": {"rank": 4}}})):
+        method = trained(home, "hetlora", own={**ranks, "weighting": "examples"}, **settings)
         assert equal(method.server.weights, plain.server.weights)
         assert method.account("north").training == plain.account("north").training
 
@@ -75,8 +75,8 @@ def test_adapters_are_weighted_by_sparsity_by_hand() -> None:
 
 def test_sparsity_weighs_otherwise_than_examples(home: Path) -> None:
     settings: dict[str, Any] = {"rounds": 2}
-    plain = trained(home, "hetlora", own={"ranks": [2, 8]}, **settings)
-    other = trained(home, "hetlora", own={"ranks": [2, 8], "weighting": "sparsity"}, **settings)
+    plain = trained(home, "hetlora", own={"ranks": [2, 8], "weighting": "examples"}, **settings)
+    other = trained(home, "hetlora", own={"ranks": [2, 8]}, **settings)
     assert not equal(plain.server.weights, other.server.weights)
 
 

@@ -143,7 +143,9 @@ def _axes(comparison: Comparison, entry: Entry) -> dict[str, Sequence[Any]]:
         axes: dict[str, Sequence[Any]] = dict(entry.grid)
     elif entry.method in AXES:
         key, values = AXES[entry.method]
-        axes = {key: values(comparison.base) if callable(values) else values}
+        fixed = {name: value for name, value in entry.fixed.items() if name != RATIO}
+        base = apply(comparison.base, fixed, f"compare, {entry.name}")
+        axes = {key: values(base) if callable(values) else values}
     else:
         axes = {}
     fixed = set(entry.fixed) | ({RATIO} if SHARED in entry.fixed else set())

@@ -79,7 +79,8 @@ class ClientWork:
         pull_down: bytes of the shared weights that the client fetches after every ``pull_every``-th step; 0: never.
         weights_down, weights_up: bytes of an average.
         weights_every: rounds between two averages.
-        final: the client's operations when training is over, on weights that it downloads once more.
+        final: the client's operations when training is over. The newest average, which it fetches for them, is on nobody's
+            account: it is what all averaging methods are scored with.
     """
 
     steps: Sequence[int]
@@ -226,7 +227,6 @@ class _Client:
             if work.final and number + 1 < simulation.rounds:
                 simulation.ends[number] = max(simulation.ends[number], self.adapted())
         if work.final:
-            yield from self.receive(work.weights_down)
             yield from self.compute(work.final)
             simulation.ends[-1] = max(simulation.ends[-1], simulation.env.now)
         self.time.finished = simulation.env.now
@@ -234,9 +234,8 @@ class _Client:
     def adapted(self) -> float:
         """When the adaptation would be done if training ended now; nothing moves."""
         presence, now = copy.deepcopy(self.presence), self.simulation.env.now
-        for seconds in (self.download(self.work.weights_down), self.work.final / self.device.flops):
-            now += seconds + presence.away(now, seconds)
-        return float(now)
+        seconds = self.work.final / self.device.flops
+        return float(now + seconds + presence.away(now, seconds))
 
     def step(self) -> Process:
         work = self.work

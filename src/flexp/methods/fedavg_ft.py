@@ -2,7 +2,8 @@
 Chadha and Duchi, 2021, arXiv 2108.07313, and Collins et al., 2022, arXiv 2205.13692).
 
 After FedAvg a client takes F = ``method.fedavg_ft.finetune_steps`` steps (default: ``train.steps_per_round``) from
-the average with a fresh optimiser, and the result is its personal model. Scoring after any round fine-tunes that
+the average with a fresh optimiser, and the result is its personal model. The learning rate's schedule is gone through
+twice, once by the averaging steps and once by the F that follow, whose peak is ``method.fedavg_ft.finetune_lr``. Scoring after any round fine-tunes that
 round's average in the same way and leaves no trace in the training.
 
 Budget: fine-tuning happens once, at the end. With ``budget = "equal"`` its F steps are taken from the averaging
@@ -37,13 +38,13 @@ class FedAvgFt(Federated):
         super().__init__(world)
 
     def evaluations(self) -> dict[str, int]:
-        return {"model": self.world.total_steps + (0 if self.equal_budget else self.finetune_steps)}
+        return {"model": self.world.total_steps - (self.finetune_steps if self.equal_budget else 0)}
 
     def turn(self, client: Client, received: Weights, number: int, on_step: OnStep) -> Weights:
-        steps = self.per_round
-        if self.equal_budget:
-            steps = spread(self.world.total_steps - self.finetune_steps, self.rounds, number)
+        steps = spread(self.evaluations()["model"], self.rounds, number)
         return self.local_steps(client, received, steps, on_step)
 
     def personal_weights(self, client: Client) -> Weights:
-        return self.adapt(client, self.finetune_steps)
+        rate = self.world.config.method.fedavg_ft.finetune_lr
+        train = self.world.config.train.personal
+        return self.adapt(client, self.finetune_steps, train if rate is None else train.model_copy(update={"lr": rate}))

@@ -167,13 +167,15 @@ class Federated:
     def adapt(self, client: Client, steps: int, optimizer: OptimizerConfig | None = None) -> Weights:
         """The average after ``steps`` more local steps, which move nothing that training goes on from.
 
+        They have a new optimiser, whose learning rate is scheduled over them alone: a rate that fell to nothing while
+        averaging would leave the average as it is.
         Every time for the same round it takes the same batches and random numbers: the client's next ones. A device
         does this once, when training is over, so only the last adaptation is on its account.
         """
         if not self.server.version:
             return self.server.weights
         began = time.perf_counter()
-        worker = client.workers["model"].fork()
+        worker = client.workers["model"].fork(steps)
         self.bench.put(self.server.weights)
         with (
             torch.enable_grad(),

@@ -3,12 +3,12 @@
 The server holds adapters of the largest rank R. A client of rank r (``method.hetlora.ranks``) gets the first r rows of
 A and columns of B, takes local steps, and sends them back; padded with zeros they are averaged:
 
-    A ← Σ p_k pad(A_k),  B ← Σ p_k pad(B_k)    p_k: the client's share of the examples, or with ``weighting =
-                                               "sparsity"`` its share of Σ ‖B_k A_k‖_F, for each adapter by itself
+    A ← Σ p_k pad(A_k),  B ← Σ p_k pad(B_k)    p_k: the client's share of Σ ‖B_k A_k‖_F, for each adapter by itself,
+                                               or with ``weighting = "examples"`` its share of the examples
 
 A head is weighted by examples in any case. The scaling is alpha / R for all, so that a padded adapter is the very
 function of the one that was padded; and a client is trained as one of rank R whose entries beyond r are zero, since
-these then have no gradient and stay zero. With equal ranks it is FedAvg with LoRA. Not taken over from the paper: the
+these then have no gradient and stay zero. With equal ranks and ``"examples"`` it is FedAvg with LoRA. Not taken over from the paper: the
 pruning of a client's own rank in training.
 
 The personal model is the average cut to the client's rank. Budget: exact. Bytes: what of the adapters a client holds.

@@ -105,6 +105,7 @@ class Worker(Trainer):
         super().__init__(data, task, bench, self._idle, config, seed=seed)
         self.bench, self.config, self.total = bench, config, total
         self.drawn = 0
+        self.before = 0  # steps that belong to an earlier schedule
         self._noise = self._random.state
         self._seed = seed
         self._chosen = _Chosen(len(data.train), config.batch_size, seed)
@@ -121,7 +122,7 @@ class Worker(Trainer):
             self._random.state = self._noise
         self._noise = self._random.state
         self._chosen.number = self.drawn - 1
-        self.updater.steps = self.steps
+        self.updater.steps = self.steps - self.before
         return super().step()
 
     @contextmanager
@@ -144,11 +145,11 @@ class Worker(Trainer):
         finally:
             self.updater = self._idle
 
-    def fork(self) -> Worker:
-        """A worker that goes on from here without moving this one."""
-        fork = Worker(self.data, self.task, self.bench, self.config, seed=self._seed, total=self.total)
+    def fork(self, total: int) -> Worker:
+        """A worker that goes on from here without moving this one, for ``total`` steps with a schedule of their own."""
+        fork = Worker(self.data, self.task, self.bench, self.config, seed=self._seed, total=total)
         fork.load(self.state())
-        fork.seconds = 0.0
+        fork.before, fork.seconds = fork.steps, 0.0
         return fork
 
     def state(self) -> dict[str, Tensor]:
