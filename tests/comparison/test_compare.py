@@ -14,7 +14,7 @@ from flexp.client.trainer import Trainer
 from flexp.comparison.cells import Cell, final_cell, is_done, tuning_cell
 from flexp.comparison.compare import compare, regather
 from flexp.config import RunConfig
-from flexp.errors import ConfigError, TrainingError
+from flexp.errors import BadValuesError, ConfigError, TrainingError
 from flexp.experiments import runner
 from flexp.experiments.memory import MemoryProbes
 from flexp.experiments.setup import build_world
@@ -237,6 +237,25 @@ def test_a_failing_cell_is_told_and_the_others_go_on(
     mended = compare(comparison(home, {"methods": ["local", "fedavg"], "seeds": 2, "trials": 2}), home / "out", 1)
     assert [(cell.entry, cell.purpose, cell.seed) for cell in ended] == [("local", "final", 1)]
     assert mended.failures == []
+
+
+@pytest.mark.parametrize("error", [TrainingError, BadValuesError, OSError])
+def test_what_a_trial_that_did_not_end_leaves_to_a_report(
+    home: Path, ended: list[Cell], monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    """Diverged here or refused by the server's guard, it is a result; killed, it is not, and the finals stay."""
+    train = runner._Run._round
+
+    def failing(self: Any, number: int) -> None:
+        if self.config.train.personal.lr > 1e-4:
+            raise error("so it ends")
+        train(self, number)
+
+    monkeypatch.setattr(runner._Run, "_round", failing)
+    outcome = compare(comparison(home, {"methods": ["fedavg"], "seeds": 1, "trials": 2}), home / "out", 1)
+    assert bool(outcome.failures) == (error is OSError)
+    assert regather(home / "out") == outcome.comparison
+    assert len(outcome.comparison["methods"][0]["runs"]) == 1
 
 
 def test_places_that_are_taken(home: Path, ended: list[Cell]) -> None:

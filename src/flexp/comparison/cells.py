@@ -122,7 +122,7 @@ def execute(cell: Cell, out: Path, threads: int) -> None:
 
     from rich.console import Console
 
-    from flexp.errors import TrainingError
+    from flexp.errors import BadValuesError, TrainingError
     from flexp.experiments import checkpoints, runner
     from flexp.experiments.devices import NobodyFitsError
     from flexp.report.progress import Progress
@@ -139,7 +139,7 @@ def execute(cell: Cell, out: Path, threads: int) -> None:
                 runner.resume(folder, progress=progress, memory_cache=out / MEMORY)
             else:
                 runner.run(config, folder, progress=progress, memory_cache=out / MEMORY)
-        except TrainingError as error:
+        except (TrainingError, BadValuesError) as error:  # the second: as the server saw it, before it was too late
             if cell.purpose != "tune":
                 raise
             write_json(folder / DIVERGED, {"error": str(error)})

@@ -122,10 +122,11 @@ def regather(out: Path) -> dict[str, Any]:
     comparison = make(base, CompareConfig.model_validate(content["compare"]))
     tracks = plan(comparison)
     for track in tracks:
-        if track.chosen is None and all(is_done(cell, out) for cell in track.tuning):
-            best = choose(out, track)
-            if best is not None:
-                _choose(comparison, track, best)
+        best = choose(out, track) if track.chosen is None else None
+        if best is not None:
+            _choose(comparison, track, best)
+            if not all(is_done(cell, out) for cell in track.tuning) and not any(is_done(c, out) for c in track.final):
+                track.chosen, track.final = None, []  # tuning goes on
     return _gather(comparison, out, tracks)
 
 

@@ -79,8 +79,8 @@ class ClientWork:
         pull_down: bytes of the shared weights that the client fetches after every ``pull_every``-th step; 0: never.
         weights_down, weights_up: bytes of an average.
         weights_every: rounds between two averages.
-        final: the client's operations when training is over. The newest average, which it fetches for them, is on nobody's
-            account: it is what all averaging methods are scored with.
+        final: the client's operations when training is over. The newest average, which it fetches for them, is on
+            nobody's account: it is what all averaging methods are scored with.
     """
 
     steps: Sequence[int]

@@ -3,8 +3,8 @@ Chadha and Duchi, 2021, arXiv 2108.07313, and Collins et al., 2022, arXiv 2205.1
 
 After FedAvg a client takes F = ``method.fedavg_ft.finetune_steps`` steps (default: ``train.steps_per_round``) from
 the average with a fresh optimiser, and the result is its personal model. The learning rate's schedule is gone through
-twice, once by the averaging steps and once by the F that follow, whose peak is ``method.fedavg_ft.finetune_lr``. Scoring after any round fine-tunes that
-round's average in the same way and leaves no trace in the training.
+twice, by the averaging steps and by the F that follow, whose peak is ``method.fedavg_ft.finetune_lr``. Scoring after
+any round fine-tunes that round's average in the same way and leaves no trace in the training.
 
 Budget: fine-tuning happens once, at the end. With ``budget = "equal"`` its F steps are taken from the averaging
 rounds, spread evenly, so that a client's steps in the whole run are FedAvg's to the last one; with ``"paper"`` they

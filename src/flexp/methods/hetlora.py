@@ -8,8 +8,8 @@ A and columns of B, takes local steps, and sends them back; padded with zeros th
 
 A head is weighted by examples in any case. The scaling is alpha / R for all, so that a padded adapter is the very
 function of the one that was padded; and a client is trained as one of rank R whose entries beyond r are zero, since
-these then have no gradient and stay zero. With equal ranks and ``"examples"`` it is FedAvg with LoRA. Not taken over from the paper: the
-pruning of a client's own rank in training.
+these then have no gradient and stay zero. With equal ranks and ``"examples"`` it is FedAvg with LoRA. Not taken over
+from the paper: the pruning of a client's own rank in training.
 
 The personal model is the average cut to the client's rank. Budget: exact. Bytes: what of the adapters a client holds.
 """

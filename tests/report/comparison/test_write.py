@@ -72,6 +72,7 @@ def test_missing_runs_are_named(tmp_path: Path) -> None:
     made = synthetic.comparison(seeds=(0, 1))
     del made["methods"][3]["runs"][1]
     assert "Runs are missing of: fedavg-ft." in own_part(write_all(made, tmp_path)[-1])
+    assert "Runs are missing of: fedavg-ft." in (tmp_path / "table.md").read_text(encoding="utf-8")
 
 
 def test_a_method_that_no_device_can_hold_is_a_result(tmp_path: Path) -> None:

@@ -94,6 +94,14 @@ def dropped_lines(found: list[Result]) -> list[str]:
     return [f"{', '.join(names)}: {dropped}." for dropped, names in methods.items()]
 
 
+def missing_line(comparison: Mapping[str, Any], found: list[Result]) -> str:
+    """Which methods lack runs, whose means are over the others; empty if none does."""
+    names = [result.name for result in found if result.seeds < len(comparison["seeds"])]
+    if not names:
+        return ""
+    return f"Runs are missing of: {', '.join(names)}. Their means are over the other runs, which may flatter them."
+
+
 def reading(comparison: Mapping[str, Any]) -> str:
     """How the scores are to be read, in one paragraph."""
     seeds, reference = len(comparison["seeds"]), comparison["reference"]
@@ -129,6 +137,8 @@ def _scores(comparison: Mapping[str, Any], found: list[Result]) -> Grid:
         caption += " Best rounds are picked by looking at the test data, hence optimistic."
     else:
         caption += " Best rounds are picked on validation data."
+    if missing := missing_line(comparison, found):
+        caption += f" {missing}"
     if any(result.dropped.most for result in found):
         caption += (
             f" {DROPPED} Some clients' devices cannot hold this method: they take no part in its training and are "

@@ -8,7 +8,7 @@ from typing import Any
 
 from flexp.report import formats, page
 from flexp.report.comparison import curves, dots
-from flexp.report.comparison.grids import Grid, difference, dropped_lines, grids, score
+from flexp.report.comparison.grids import Grid, difference, dropped_lines, grids, missing_line, score
 from flexp.report.comparison.results import Result, results
 from flexp.report.figures import Plot
 
@@ -80,10 +80,8 @@ def _head(comparison: Mapping[str, Any], found: list[Result]) -> str:
         f"seed{'' if len(seeds) == 1 else 's'} {', '.join(str(seed) for seed in seeds)}",
     ]
     warnings = [escape(line) for line in dropped_lines(found)]
-    missing = [result.name for result in found if result.seeds < len(seeds)]
-    if missing:
-        names = escape(", ".join(missing))
-        warnings.insert(0, f"<strong>This comparison is not finished.</strong> Runs are missing of: {names}.")
+    if missing := missing_line(comparison, found):
+        warnings.insert(0, f"<strong>This comparison is not finished.</strong> {escape(missing)}")
     return page.head(str(comparison["name"]), facts, "<br>".join(warnings), "comparison")
 
 
