@@ -209,7 +209,8 @@ class ServerConfig(Section):
     """The shared blocks' side."""
 
     update: Literal["every", "mean"] = "every"
-    mean_over: PositiveInt = 4  # with update = "mean": client steps in one update, weighted by tokens
+    # with update = "mean": client steps in one update, weighted by their items (classified examples, predicted tokens)
+    mean_over: PositiveInt = 4
     memory: Literal["keep", "recompute"] = "keep"
     max_in_flight: PositiveInt = 8  # forwards of one client whose backward has not come yet
     max_in_flight_total: PositiveInt = 64  # the same over all clients
