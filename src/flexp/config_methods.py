@@ -56,7 +56,8 @@ class FedAvgFtConfig(Section):
     """FedAvg, then local fine-tuning of the average."""
 
     finetune_steps: PositiveInt | None = None  # None: train.steps_per_round
-    finetune_lr: Rate | None = None  # while fine-tuning; None: train.personal.lr
+    finetune_lr: Rate | None = None  # peak of the schedule while fine-tuning; None: train.personal.lr
+    finetune_schedule: Literal["rest", "own"] = "rest"  # of the run's schedule, or one of its own after averaging's
 
 
 class FedProxConfig(Section):

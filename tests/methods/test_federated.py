@@ -163,8 +163,7 @@ def test_a_schedule_goes_on_across_rounds(home: Path) -> None:
     assert len(set(rates["local"])) > 3
 
 
-def test_finetuning_has_a_schedule_and_a_rate_of_its_own(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not the end of the averaging's, where a linear one is all but zero."""
+def test_finetuning_goes_on_with_the_schedule_or_has_its_own(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rates: list[float] = []
     step = Worker.step
 
@@ -175,10 +174,16 @@ def test_finetuning_has_a_schedule_and_a_rate_of_its_own(home: Path, monkeypatch
 
     monkeypatch.setattr(Worker, "step", watched)
     train = {"steps_per_round": 4, "personal": {"lr": 1.0, "schedule": "linear"}}
-    for own, peak in (({}, 1.0), ({"finetune_lr": 0.5}, 0.5)):
+    whole, averaging = [(12 - n) / 12 for n in range(12)], [(8 - n) / 8 for n in range(8)]
+    for own, expected in (
+        ({}, whole),
+        ({"finetune_lr": 0.5}, whole[:8] + [rate / 2 for rate in whole[8:]]),
+        ({"finetune_schedule": "own"}, averaging + [(4 - n) / 4 for n in range(4)]),
+        ({"finetune_schedule": "own", "finetune_lr": 0.5}, averaging + [(4 - n) / 8 for n in range(4)]),
+    ):
         method = trained(home, "fedavg-ft", own=own, data=ONE, train=train)  # three rounds, the last four steps alone
         of(method, "north")
-        assert rates == pytest.approx([(8 - n) / 8 for n in range(8)] + [peak * (4 - n) / 4 for n in range(4)])
+        assert rates == pytest.approx(expected)
         rates.clear()
 
 

@@ -2,9 +2,10 @@
 Chadha and Duchi, 2021, arXiv 2108.07313, and Collins et al., 2022, arXiv 2205.13692).
 
 After FedAvg a client takes F = ``method.fedavg_ft.finetune_steps`` steps (default: ``train.steps_per_round``) from
-the average with a fresh optimiser, and the result is its personal model. The learning rate's schedule is gone through
-twice, by the averaging steps and by the F that follow, whose peak is ``method.fedavg_ft.finetune_lr``. Scoring after
-any round fine-tunes that round's average in the same way and leaves no trace in the training.
+the average with a fresh optimiser, and the result is its personal model. With ``finetune_schedule = "rest"`` they have
+what the run's schedule has left of the learning rate, with ``"own"`` averaging and fine-tuning each go through the
+schedule once; which is better depends on the task (docs/results.md). Scoring after any round fine-tunes that round's
+average in the same way and leaves no trace in the training.
 
 Budget: fine-tuning happens once, at the end. With ``budget = "equal"`` its F steps are taken from the averaging
 rounds, spread evenly, so that a client's steps in the whole run are FedAvg's to the last one; with ``"paper"`` they
@@ -30,6 +31,7 @@ class FedAvgFt(Federated):
 
     def __init__(self, world: World) -> None:
         self.finetune_steps = world.config.method.fedavg_ft.finetune_steps or world.config.train.steps_per_round
+        self.anew = world.config.method.fedavg_ft.finetune_schedule == "own"
         if world.config.method.budget == "equal" and self.finetune_steps > world.total_steps:
             raise ConfigError(
                 f"method.fedavg_ft.finetune_steps = {self.finetune_steps} is more than the run's {world.total_steps} "
@@ -38,13 +40,16 @@ class FedAvgFt(Federated):
         super().__init__(world)
 
     def evaluations(self) -> dict[str, int]:
-        return {"model": self.world.total_steps - (self.finetune_steps if self.equal_budget else 0)}
+        total, after = self.world.total_steps, self.finetune_steps
+        if self.anew:
+            return {"model": total - after if self.equal_budget else total}
+        return {"model": total if self.equal_budget else total + after}
 
     def turn(self, client: Client, received: Weights, number: int, on_step: OnStep) -> Weights:
-        steps = spread(self.evaluations()["model"], self.rounds, number)
-        return self.local_steps(client, received, steps, on_step)
+        averaging = self.world.total_steps - (self.finetune_steps if self.equal_budget else 0)
+        return self.local_steps(client, received, spread(averaging, self.rounds, number), on_step)
 
     def personal_weights(self, client: Client) -> Weights:
-        rate = self.world.config.method.fedavg_ft.finetune_lr
-        train = self.world.config.train.personal
-        return self.adapt(client, self.finetune_steps, train if rate is None else train.model_copy(update={"lr": rate}))
+        rate, train = self.world.config.method.fedavg_ft.finetune_lr, self.world.config.train.personal
+        optimizer = train if rate is None else train.model_copy(update={"lr": rate})
+        return self.adapt(client, self.finetune_steps, optimizer, anew=self.anew)

@@ -164,18 +164,19 @@ class Federated:
             client.kept["personal"] = self.bench.take(own)
         return self.bench.take(self.shared)
 
-    def adapt(self, client: Client, steps: int, optimizer: OptimizerConfig | None = None) -> Weights:
+    def adapt(
+        self, client: Client, steps: int, optimizer: OptimizerConfig | None = None, *, anew: bool = False
+    ) -> Weights:
         """The average after ``steps`` more local steps, which move nothing that training goes on from.
 
-        They have a new optimiser, whose learning rate is scheduled over them alone: a rate that fell to nothing while
-        averaging would leave the average as it is.
+        They have a new optimiser, whose rate goes on with the run's schedule, or ``anew`` through one of their own.
         Every time for the same round it takes the same batches and random numbers: the client's next ones. A device
         does this once, when training is over, so only the last adaptation is on its account.
         """
         if not self.server.version:
             return self.server.weights
         began = time.perf_counter()
-        worker = client.workers["model"].fork(steps)
+        worker = client.workers["model"].fork(steps if anew else None)
         self.bench.put(self.server.weights)
         with (
             torch.enable_grad(),

@@ -145,11 +145,11 @@ class Worker(Trainer):
         finally:
             self.updater = self._idle
 
-    def fork(self, total: int) -> Worker:
-        """A worker that goes on from here without moving this one, for ``total`` steps with a schedule of their own."""
-        fork = Worker(self.data, self.task, self.bench, self.config, seed=self._seed, total=total)
+    def fork(self, total: int | None = None) -> Worker:
+        """A worker that goes on from here without moving this one; ``total``: with a new schedule of so many steps."""
+        fork = Worker(self.data, self.task, self.bench, self.config, seed=self._seed, total=total or self.total)
         fork.load(self.state())
-        fork.before, fork.seconds = fork.steps, 0.0
+        fork.before, fork.seconds = 0 if total is None else fork.steps, 0.0
         return fork
 
     def state(self) -> dict[str, Tensor]:
