@@ -143,8 +143,8 @@ def _axes(comparison: Comparison, entry: Entry) -> dict[str, Sequence[Any]]:
         axes: dict[str, Sequence[Any]] = dict(entry.grid)
     elif entry.method in AXES:
         key, values = AXES[entry.method]
-        fixed = {name: value for name, value in entry.fixed.items() if name != RATIO}
-        base = apply(comparison.base, fixed, f"compare, {entry.name}")
+        own = {name: value for name, value in entry.fixed.items() if name != RATIO}
+        base = apply(comparison.base, own, f"compare, {entry.name}")
         axes = {key: values(base) if callable(values) else values}
     else:
         axes = {}
