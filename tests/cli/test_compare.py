@@ -244,3 +244,24 @@ def test_a_worker_that_dies_takes_only_its_cell_with_it(tmp_path: Path) -> None:
         assert config["threads"] == (os.cpu_count() or 1)
     assert not (out / first.folder / "summary.json").exists()
     assert json.loads((out / second.folder / "summary.json").read_text(encoding="utf-8"))["finished"]
+
+
+def test_workers_end_with_a_comparison_that_is_killed(tmp_path: Path) -> None:
+    bert_folder(tmp_path / "model")
+    path = toml(tmp_path)
+    path.write_text(path.read_text(encoding="utf-8") + TABLE, encoding="utf-8")
+    longer = ("--jobs", "2", "--no-tune", "--set", "train.rounds=5000")
+    with (tmp_path / "log.txt").open("w", encoding="utf-8") as log:
+        process = subprocess.Popen(
+            called(tmp_path, *longer), cwd=tmp_path, stdout=log, stderr=log, start_new_session=True
+        )
+    end = time.monotonic() + 120
+    while len(list(tmp_path.glob("out/cells/*/*/metrics.jsonl"))) < 2:  # both have begun
+        assert process.poll() is None, (tmp_path / "log.txt").read_text(encoding="utf-8")
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    while alive(process.pid):
+        assert time.monotonic() < end
+        time.sleep(0.1)

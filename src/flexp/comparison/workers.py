@@ -137,6 +137,7 @@ def _inherited(threads: int) -> Iterator[None]:
 
 def _work(pipe: Connection, out: Path, threads: int, log: Path) -> None:
     """A worker's life."""
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
     with log.open("a", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -147,6 +148,14 @@ def _work(pipe: Connection, out: Path, threads: int, log: Path) -> None:
             return
         pipe.send(_do(cell, out, threads))
         sys.stdout.flush()
+
+
+def _end_with_the_parent() -> None:
+    """Or a cell whose comparison was killed would go on for hours, unseen. What it has saved is gone on with."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _do(cell: Cell, out: Path, threads: int) -> str | None:
