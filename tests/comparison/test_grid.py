@@ -113,3 +113,11 @@ def test_impossible_settings_are_refused_by_name(tmp_path: Path) -> None:
         apply(BASE, {"method.align.pul": 0.1}, "here")
     with pytest.raises(ConfigError, match="seed is a value, not a table"):
         apply(BASE, {"seed.x": 0.1}, "here")
+
+
+def test_a_variant_with_rounds_of_its_own_is_tuned_over_its_own_steps() -> None:
+    variants = {"longer": {"method": "fedavg-ft", "set": {"train.steps_per_round": 40}}}
+    found = compared(methods=["longer"], trials=4, variants=variants)
+    assert found.base.train.steps_per_round != 40
+    steps = {settings["method.fedavg_ft.finetune_steps"] for settings in trials(found, found.entries[0])}
+    assert steps == {20, 40}

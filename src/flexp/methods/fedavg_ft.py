@@ -37,17 +37,16 @@ class FedAvgFt(Federated):
                 f"method.fedavg_ft.finetune_steps = {self.finetune_steps} is more than the run's {world.total_steps} "
                 "steps; use fewer, or method.budget = 'paper'"
             )
+        self.averaging_steps = world.total_steps
+        if world.config.method.budget == "equal":
+            self.averaging_steps -= self.finetune_steps
         super().__init__(world)
 
     def evaluations(self) -> dict[str, int]:
-        total, after = self.world.total_steps, self.finetune_steps
-        if self.anew:
-            return {"model": total - after if self.equal_budget else total}
-        return {"model": total if self.equal_budget else total + after}
+        return {"model": self.averaging_steps + (0 if self.anew else self.finetune_steps)}
 
     def turn(self, client: Client, received: Weights, number: int, on_step: OnStep) -> Weights:
-        averaging = self.world.total_steps - (self.finetune_steps if self.equal_budget else 0)
-        return self.local_steps(client, received, spread(averaging, self.rounds, number), on_step)
+        return self.local_steps(client, received, spread(self.averaging_steps, self.rounds, number), on_step)
 
     def personal_weights(self, client: Client) -> Weights:
         rate, train = self.world.config.method.fedavg_ft.finetune_lr, self.world.config.train.personal
