@@ -113,6 +113,9 @@ class ModelConfig(Section):
     tuning: Tuning = "full"
     lora: LoraConfig = LoraConfig()
     train_embeddings: bool = False  # with full tuning: also the client's embeddings (and a head tied to them)
+    # of tokens, frozen and not tied to the head; file: they stay in the checkpoint's file, which each batch reads the
+    # rows of its tokens from: equal numbers, less memory
+    embeddings: Literal["memory", "file"] = "memory"
     gradient_checkpointing: bool = False  # on the client's own blocks
     base_depth: Annotated[int, Field(ge=0)] | None = None  # s_min; None: the smallest s of the clients
     expose_embeddings: bool = False  # allow s = 0, where the server can read every token from what it receives
@@ -284,6 +287,11 @@ class RunConfig(Section):
         if self.model.tuning == "lora" and self.model.train_embeddings:
             raise ValueError(
                 "model.train_embeddings = true needs model.tuning = 'full': LoRA trains adapters in the blocks only"
+            )
+        if self.model.embeddings == "file" and self.model.train_embeddings:
+            raise ValueError(
+                'model.embeddings = "file" leaves them as they are, and model.train_embeddings = true trains them: '
+                "choose one"
             )
         return self
 

@@ -61,6 +61,9 @@ def test_a_table_a_file_and_a_page(
     assert [client["name"] for client in content["clients"]] == ["phone-1", "phone-2", "laptop"]
     assert len(content["settings"]["data.clients.codecs"]) == 3
     assert "office" in page.read_text(encoding="utf-8")
+    options = ("--devices", str(fleet), "--set", "task.embeddings=file")
+    code, shown, _ = call(monkeypatch, capsys, "plan", "arch:bert", *options)
+    assert 'it must say train.batch_size = 4, model.embeddings = "file".' in shown
     code, shown, _ = call(monkeypatch, capsys, "plan", "arch:bert", "--devices", str(fleet), "--json")
     assert code == 0
     assert json.loads(shown)["totals"]["round_seconds"] > 0
@@ -79,7 +82,7 @@ def test_an_infeasible_fleet_is_told_who_lacks_what(
     code, shown, said = call(monkeypatch, capsys, "plan", "arch:bert", "--devices", str(fleet))
     assert (code, shown) == (2, "")
     assert said.startswith("flexp: office cannot train arch:bert: phone-1 and 1 like it: needs ")
-    assert "short); micro-batches of 2 (choices.micro_batches = [2]) would fit" in said
+    assert 'short); embeddings that stay in their file (task.embeddings = "file") would fit' in said
     assert len(said.splitlines()) == 1
     fleet.write_text(FLEET + "colour = 1\n", encoding="utf-8")
     code, _, said = call(monkeypatch, capsys, "plan", "arch:bert", "--devices", str(fleet))

@@ -86,7 +86,7 @@ def test_auto_on_this_process_says_what_it_assumes(home: Path, monkeypatch: pyte
     assert list(world.cuts.values()) == [(1, 4)] * 3  # the shallowest one: nothing else needs less
     needed = world.plan["clients"][0]["predicted"]["memory_bytes"]
     memory(monkeypatch, int(1.15 * needed) - 2)
-    line = r"north and 2 like it: needs .* may use .* of a test \(.* short\); micro-batches of 2 .* would fit"
+    line = r"north and 2 like it: needs .* may use .* of a test \(.* short\); embeddings that stay .* would fit"
     with pytest.raises(InfeasibleError, match=line) as refused:
         build_world(wanted)
     assert "\n" not in str(refused.value)
@@ -154,6 +154,7 @@ def test_small_exchanges_and_checkpointing_change_no_loss(home: Path) -> None:
         ([entry("north", cut=[3, 3])], {}, r"client north = \(3, 3\) does not fit"),
         ([entry("north", rank=4)], {}, "plans LoRA of rank 4; set model.tuning and model.lora.rank accordingly"),
         ([entry("north", accumulation=3)], {}, "plans steps of 12 examples; set train.batch_size to that"),
+        ([entry("north")], {"task": {"embeddings": "file"}}, 'set model.embeddings = "file"'),
         ([], {}, "clients: .*; expected what flexp plan --out wrote"),
         ([entry("north")], {"version": 2}, "version: .*; expected what flexp plan --out wrote"),
         ([{"name": "north"}], {}, r"clients\.0\.cut: .*; expected what flexp plan --out wrote"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from flexp.errors import ModelError
 from flexp.planner.choice import Choice
 from flexp.planner.fleet import TaskShape
 from flexp.planner.infeasible import InfeasibleError
@@ -44,6 +45,29 @@ def test_the_smallest_change_is_named(memory: int, change: str) -> None:
     assert change in lack.change
     assert "small-1 and 2 like it: needs 68.0 MB at the least" in str(error)
     assert "big" not in str(error)
+
+
+def test_embeddings_in_their_file_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They change no result; and where a model cannot do without them, nobody hears of it."""
+    plain = FakeCosts.memory
+
+    def smaller(self: FakeCosts, task: TaskShape, choice: Choice) -> int:
+        return plain(self, task, choice) - (5 * MB if task.embeddings == "file" else 0)
+
+    monkeypatch.setattr(FakeCosts, "memory", smaller)
+    words = 'embeddings that stay in their file (task.embeddings = "file") would fit (63.0 MB)'
+    assert words in refused(66 * MB).lacks[0].change
+    assert (
+        'embeddings in their file (task.embeddings = "file") and micro-batches of 1' in refused(58 * MB).lacks[0].change
+    )
+
+    def impossible(self: FakeCosts, task: TaskShape, choice: Choice) -> int:
+        if task.embeddings == "file":
+            raise ModelError("tied")
+        return plain(self, task, choice)
+
+    monkeypatch.setattr(FakeCosts, "memory", impossible)
+    assert "micro-batches of 4" in refused(66 * MB).lacks[0].change
 
 
 def test_the_change_really_fits() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import transformers
@@ -153,14 +154,19 @@ def test_a_cut_outside_of_the_model() -> None:
         memory(cost_of("bert"), Choice((1, 9), 1))
 
 
-@pytest.mark.parametrize("follow", [False, True], ids=["trains", "follows"])
-def test_a_process_needs_what_was_predicted(tmp_path: Path, follow: bool) -> None:
+@pytest.mark.parametrize(
+    ("follow", "in_file"), [(False, False), (True, False), (False, True)], ids=["trains", "follows", "in its file"]
+)
+def test_a_process_needs_what_was_predicted(tmp_path: Path, follow: bool, in_file: bool) -> None:
     """Within 15 %, of about 100 MB, with what is no tensor assumed and not measured."""
     config = tiny_model("bert").config
     config.update({"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 4})
+    table = 4 * 256 * 20_000 if in_file else 0
+    config.update({"vocab_size": 20_000} if in_file else {})
     with quietly():
         transformers.BertForSequenceClassification(config).save_pretrained(tmp_path)
     kind, cut, examples, length = "sequence-classification", (5, 6), 8, 48
+    where: Literal["memory", "file"] = "file" if in_file else "memory"
     probe = Probe(
         model=str(tmp_path),
         kind=kind,
@@ -168,12 +174,13 @@ def test_a_process_needs_what_was_predicted(tmp_path: Path, follow: bool) -> Non
         examples=examples,
         length=length,
         labels=["a", "b"],
-        model_config=ModelConfig(id=str(tmp_path)).model_dump(mode="json"),
+        model_config=ModelConfig(id=str(tmp_path), embeddings=where).model_dump(mode="json"),
         optimizer=OptimizerConfig().model_dump(mode="json"),
         steps=2,
     )
-    cost, choice = model_cost(str(tmp_path), kind, length=length), Choice(cut, examples)
+    cost, choice = model_cost(str(tmp_path), kind, length=length, embeddings=where), Choice(cut, examples)
     trains = memory(cost, choice)
+    assert trains == memory(model_cost(str(tmp_path), kind, length=length), choice) - table
     if follow:
         align = AlignConfig(kind="weights", teach=True, follow=True, every=100)
         probe = replace(probe, align=align.model_dump(mode="json"), base_depth=1)

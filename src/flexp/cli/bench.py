@@ -110,6 +110,41 @@ def stage_memory(
     show(result, as_json, rows)
 
 
+@app.command("embeddings")
+def embeddings(
+    model: Model = "asset:minilm-l6",
+    kind: Kind = "sequence-classification",
+    cut: Annotated[str | None, typer.Option(metavar="S:E", help="Default: 1:L.")] = None,
+    pairs: Annotated[int, typer.Option(min=4, help="Pairs of steps.")] = 20,
+    examples: Annotated[int, typer.Option(min=1)] = 8,
+    length: Annotated[int, typer.Option(min=1)] = 32,
+    threads: Threads = 2,
+    as_json: Json = False,
+) -> None:
+    """Token embeddings that stay in their file ÷ in memory: a client's peak memory, the whole model's, and a step."""
+    from flexp.bench.embeddings import embeddings as bench
+
+    result = bench(
+        prepared(model, threads), kind, cut=cut_of(cut) or (1, None), pairs=pairs, examples=examples, length=length
+    )
+    low, high = result["ratio_quartiles"]
+    sizes = {who: {where: result[who][where] / 1e6 for where in ("memory", "file")} for who in ("client", "whole")}
+    client, whole = sizes["client"], sizes["whole"]
+    show(
+        result | {"model": model},
+        as_json,
+        [
+            ("the table", f"{result['table_bytes'] / 1e6:.1f} MB"),
+            ("a client: memory, file", f"{client['memory']:.1f}, {client['file']:.1f} MB"),
+            ("the whole model: memory, file", f"{whole['memory']:.1f}, {whole['file']:.1f} MB"),
+            ("client with file ÷ whole in memory", f"{100 * client['file'] / whole['memory']:.1f} %"),
+            ("client ÷ whole, both with file", f"{100 * client['file'] / whole['file']:.1f} %"),
+            ("a client's own step: file ÷ memory", f"{result['ratio']:.3f} ({low:.3f} – {high:.3f})"),
+            ("in memory; in the file", f"{1e3 * result['memory_seconds']:.1f}; {1e3 * result['file_seconds']:.1f} ms"),
+        ],
+    )
+
+
 @app.command("simulated-clients")
 def simulated_clients(
     model: Model = "asset:minilm-l6",

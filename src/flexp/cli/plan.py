@@ -75,6 +75,8 @@ def _taken_over(content: dict[str, Any]) -> str:
     """What a run that follows the plan must be told besides, since both sides have to agree on it."""
     first = content["clients"][0]
     settings = [f"train.batch_size = {first['micro_batch'] * first['accumulation']}"]
+    if content["task"]["embeddings"] == "file":
+        settings += ['model.embeddings = "file"']
     if first["rank"]:
         settings += ['model.tuning = "lora"', f"model.lora.rank = {first['rank']}"]
     return (

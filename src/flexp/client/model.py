@@ -115,6 +115,7 @@ class SplitModel(PersonalModel):
         dtype: str = "float32",
         autocast: str = "off",
         attention: str = "sdpa",
+        embeddings: Literal["memory", "file"] = "memory",
         accumulation: int = 1,
         expose_embeddings: bool = False,
         codec: CodecConfig | None = None,
@@ -144,12 +145,16 @@ class SplitModel(PersonalModel):
 
             shape: Any = {"dtype": dtype, "autocast": autocast, "attention": attention, "tuning": tuning}
             shape |= {"labels": len(labels or ("", "")), "rank": (lora or LoraConfig()).rank}
-            shape |= {"train_embeddings": train_embeddings, "aligned": align.has_term or align.teach}
+            shape |= {
+                "train_embeddings": train_embeddings,
+                "embeddings": embeddings,
+                "aligned": align.has_term or align.teach,
+            }
             shape |= {"follow": align.follow}
             cut = own_cut(str(model_id), cls.kind, largest, gradient_checkpointing, **shape)
         whole_cut = check_cut(cut, blocks)
         part = Part.client(whole_cut, blocks)
-        numbers: Any = {"dtype": dtype, "autocast": autocast, "attention": attention}
+        numbers: Any = {"dtype": dtype, "autocast": autocast, "attention": attention, "embeddings": embeddings}
         stage = load_stage(model_id, cls.kind, part, labels=labels, seed=seed, **numbers)
         tune(
             stage,

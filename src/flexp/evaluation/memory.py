@@ -160,6 +160,7 @@ def _run(probe: Probe) -> Measured:
     from flexp.evaluation import echo
     from flexp.models.loading import load_config, load_stage
     from flexp.models.parts import Part
+    from flexp.models.stored import stored
     from flexp.models.tuning import tune
     from flexp.optim import Updater
 
@@ -181,6 +182,7 @@ def _run(probe: Probe) -> Measured:
         attention=config.attention,
         autocast=config.autocast,
         pad_token_id=0,
+        embeddings=config.embeddings,
     )
     tune(
         stage,
@@ -191,8 +193,10 @@ def _run(probe: Probe) -> Measured:
         ranks=dict(probe.ranks),
     )
     own = stage.model.parameters() if probe.tail else echo.without_tail(stage)
+    in_file = {id(value) for value in stored(stage.model)}
     for value in own:  # weights are mapped from their file: read them once, so that they count
-        value.detach().sum()
+        if id(value) not in in_file:
+            value.detach().sum()
     loaded = _resident("VmHWM") - before
     extra: list[Any] = [
         [value.detach().clone() for value in stage.trainable().values()] for _ in range(probe.extra_weights)

@@ -126,6 +126,7 @@ def _task(config: RunConfig, federation: Federation) -> tuple[TaskShape, Choices
         tuning=model.tuning,
         rank=model.lora.rank,
         train_embeddings=model.train_embeddings,
+        embeddings=model.embeddings,
         optimizer=config.train.personal.name,
         aligned=method.name == "flexp-sfl" and (method.align.has_term or method.align.teach),
         follow=method.name == "flexp-sfl" and method.align.follow,
@@ -156,6 +157,8 @@ def _of_file(config: RunConfig, saved: SavedPlan, names: Sequence[str], blocks: 
             f"{path} plans some of the clients but not {', '.join(missing)}; name all of them in the fleet, or none"
         )
     chosen = [saved.clients[i % len(saved.clients)] if missing else known[name] for i, name in enumerate(names)]
+    if saved.task.embeddings == "file" != config.model.embeddings:
+        raise ConfigError(f'{path} plans with embeddings that stay in their file; set model.embeddings = "file"')
     rank = config.model.lora.rank if config.model.tuning == "lora" else None
     for client in chosen:
         if client.rank != rank:

@@ -74,6 +74,7 @@ def load_part(
         attention=model.attention,
         autocast=model.autocast,
         pad_token_id=pad,
+        embeddings=model.embeddings,
         seed=config.seed,
     )
 

@@ -25,6 +25,7 @@ from flexp.models.fingerprint import weights_fingerprint
 from flexp.models.parts import Part, prune
 from flexp.models.sparing import sparing
 from flexp.models.stage import Stage, carve, forget_ties
+from flexp.models.stored import give_table, without_table
 from flexp.rng import RandomStream
 
 ModelKind = Literal["causal-lm", "sequence-classification", "image-classification"]
@@ -48,6 +49,7 @@ def load_stage(
     pad_token_id: int | None = None,
     dropout: float | None = None,
     autocast: str = "off",
+    embeddings: Literal["memory", "file"] = "memory",
     seed: int = 0,
 ) -> Stage:
     """Load the ``part`` of a pretrained model that a party owns (``None``: all of it).
@@ -59,15 +61,21 @@ def load_stage(
         attention: an architecture that knows no SDPA (Gemma 2, GPT-Neo, GPT-J, BLOOM) runs eager whatever this says.
         dropout: the rate of every dropout; ``None``: as the model's configuration says.
         autocast: ``bfloat16`` to compute matrix products in it, or ``off``: in the type of the weights (``dtype``).
+        embeddings: ``file``: with the ends, those of the tokens are read row by row where the checkpoint has them
+            (:mod:`flexp.models.stored`), and must not be trained.
         seed: of those weights that the checkpoint does not hold, such as a new classifier; equal for every part.
 
     Raises:
-        ModelError: there is no such model, it is not of that kind, or it cannot be split exactly.
+        ModelError: there is no such model, it is not of that kind, it cannot be split exactly, or its embeddings cannot
+            stay in their file.
     """
     if autocast not in AUTOCAST:
         raise ModelError(f"autocast = {autocast!r} is not allowed: expected 'off' or 'bfloat16'")
     name = str(model_id)
+    in_file = embeddings == "file" and (part is None or part.ends)
     if name.startswith("arch:"):
+        if in_file:
+            raise ModelError(f'model.embeddings = "file" is not possible: {name} has no file; use "memory"')
         whole = _from_zoo(name.removeprefix("arch:"), kind, labels, dtype, attention, dropout or 0.0, seed)
         whole.autocast = AUTOCAST[autocast]
         return whole if part is None else carve(whole, part)
@@ -89,6 +97,8 @@ def load_stage(
     config.output_hidden_states = config.output_attentions = False  # some checkpoints ask for them; no split can
     original = _class_for(config, kind, name)
     cls = original if part is None else _pruned(original, part)
+    if in_file:
+        cls = without_table(cls)
     with RandomStream(seed).active(), quietly(), sparing():  # one at a time: transformers loads by way of globals
         try:
             model, info = cls.from_pretrained(
@@ -111,6 +121,8 @@ def load_stage(
                 "it again, or save it anew with save_pretrained"
             ) from error
     model.__class__ = original
+    if in_file:
+        give_table(model, name, DTYPES[dtype])
     missing, resized = set(info["missing_keys"]), {key for key, *_ in info["mismatched_keys"]}
     replaceable = set() if kind == "causal-lm" else missing | (resized if labels is not None else set())
     _refuse_incomplete(name, model, missing | resized, replaceable)

@@ -35,6 +35,14 @@ class PlannedClient(BaseModel):
     codec: str = "none"
 
 
+class PlannedTask(BaseModel):
+    """What a run needs of the task that was planned for."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    embeddings: Literal["memory", "file"] = "memory"
+
+
 class SavedPlan(BaseModel):
     """A ``plan.json``, as far as a run needs it."""
 
@@ -43,6 +51,7 @@ class SavedPlan(BaseModel):
     version: Literal[1]
     model: str
     blocks: PositiveInt
+    task: PlannedTask = PlannedTask()
     clients: Annotated[list[PlannedClient], Field(min_length=1)]
 
 

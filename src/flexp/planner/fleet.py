@@ -87,6 +87,7 @@ class TaskShape(Section):
     tuning: Tuning = "full"
     rank: PositiveInt = 8
     train_embeddings: bool = False
+    embeddings: Literal["memory", "file"] = "memory"
     optimizer: Literal["adamw", "adam", "sgd", "sgd-plain"] = "adamw"
     aligned: bool = True
     follow: bool = False

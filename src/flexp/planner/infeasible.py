@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from flexp.errors import ConfigError
+from flexp.errors import ConfigError, ModelError
 from flexp.planner.choice import Choice
 from flexp.planner.fleet import Device, TaskShape
 from flexp.planner.options import Option, in_time
@@ -89,13 +89,16 @@ def _smallest(task: TaskShape, choice: Choice, available: int, memory: Memory) -
     """The first change of :func:`_changes` that fits, in words."""
     tried = 0
     for change in _changes(task, choice):
+        try:
+            needed = memory(change.task, change.choice)
+        except ModelError:  # not with this model
+            continue
         tried += 1
-        needed = memory(change.task, change.choice)
         if needed <= available:
             return f"{change.words} would fit ({shown(needed)})"
     return (
-        f"none of {tried} changes (checkpointing, smaller batches, LoRA, bfloat16, shorter texts) would fit: "
-        "it needs more memory or a smaller model"
+        f"none of {tried} changes (embeddings in their file, checkpointing, smaller batches, LoRA, bfloat16, shorter "
+        "texts) would fit: it needs more memory or a smaller model"
     )
 
 
@@ -104,6 +107,10 @@ def _changes(task: TaskShape, choice: Choice) -> Iterator[Change]:
     light = replace(choice, checkpointing=True)
     single = replace(choice, micro_batch=1, accumulation=task.batch_size)
     both = replace(single, checkpointing=True)
+    lean = task.model_copy(update={"embeddings": "file"})
+    may_lean = lean != task and not task.train_embeddings and task.kind != "image-classification"
+    if may_lean:
+        yield Change(lean, choice, 'embeddings that stay in their file (task.embeddings = "file")')
     if not choice.checkpointing:
         yield Change(task, light, "checkpointing (choices.checkpointing = [true])")
     for size in range(choice.micro_batch - 1, 0, -1):
@@ -112,6 +119,8 @@ def _changes(task: TaskShape, choice: Choice) -> Iterator[Change]:
             yield Change(task, small, f"micro-batches of {size} (choices.micro_batches = [{size}])")
     if choice != both:
         yield Change(task, both, "checkpointing and micro-batches of 1")
+    if may_lean:
+        yield Change(lean, both, 'embeddings in their file (task.embeddings = "file") and micro-batches of 1')
     lengths = [length for length in (task.length // 2, task.length // 4, task.length // 8) if length >= 8]
     text = task.kind != "image-classification"
     for length in lengths if text else ():

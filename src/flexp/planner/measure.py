@@ -106,6 +106,7 @@ def overhead_bytes(cost: ModelCost, examples: int, rank: int | None) -> int:
                 "tuning": "full" if rank is None else "lora",
                 "lora": {"rank": rank or 8},
                 "train_embeddings": cost.train_embeddings and rank is None,
+                "embeddings": cost.embeddings,
             }
         ).model_dump(mode="json"),
         optimizer=OptimizerConfig.model_validate({"name": cost.optimizer}).model_dump(mode="json"),
@@ -131,6 +132,7 @@ def _load(cost: ModelCost, role: Role, rank: int | None) -> Stage:
         autocast=cost.autocast,
         attention=cost.attention,
         pad_token_id=0,
+        embeddings=cost.embeddings,  # type: ignore[arg-type]
     )
     tune(
         stage,

@@ -50,7 +50,7 @@ class ModelCosts:
         return memory(self._cost(task), choice, base=base, followed=self.base_depth if task.follow else None)
 
     def _cost(self, task: TaskShape) -> ModelCost:
-        key = (task.kind, task.length, task.dtype, task.tuning == "full" and task.train_embeddings)
+        key = (task.kind, task.length, task.dtype, task.tuning == "full" and task.train_embeddings, task.embeddings)
         if key not in self._known:
             self._known[key] = model_cost(
                 self.model,
@@ -60,7 +60,8 @@ class ModelCosts:
                 dtype=task.dtype,
                 autocast=task.autocast,
                 attention=task.attention,
-                train_embeddings=key[-1],
+                train_embeddings=key[-2],
                 optimizer=task.optimizer,
+                embeddings=task.embeddings,
             )
         return self._known[key]

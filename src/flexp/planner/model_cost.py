@@ -17,6 +17,7 @@ from flexp.assets import resolve
 from flexp.errors import ModelError
 from flexp.models.anatomy import dissect
 from flexp.models.fingerprint import fingerprint
+from flexp.models.stored import token_embedding
 from flexp.planner.counting import Counted, count_pieces
 from flexp.planner.skeleton import Skeleton, bare_model, kinds
 
@@ -94,13 +95,17 @@ class ModelCost:
         attention: str,
         train_embeddings: bool,
         optimizer: str,
+        embeddings: str = "memory",
     ) -> None:
         if optimizer not in STATE:
             raise ModelError(f"optimizer {optimizer!r} is not known: expected one of {', '.join(STATE)}")
         self.model, self.kind, self.length, self.labels = model, kind, length, labels
         self.dtype, self.autocast, self.attention = dtype, autocast, attention
         self.train_embeddings, self.optimizer = train_embeddings, optimizer
+        self.embeddings = embeddings
         bare = self._bare()
+        if embeddings == "file":
+            token_embedding(bare)  # or say why not
         anatomy = dissect(bare)
         self.fingerprint = fingerprint(bare.config)
         self.blocks, self.hidden = anatomy.blocks, anatomy.hidden
@@ -181,10 +186,12 @@ class ModelCost:
         )
         of_kind = {index: _piece(blocks[number], stage.blocks[index]) for number, index in enumerate(self._chosen)}
         own = [value for _, value, _ in outside]
+        in_file = token_embedding(stage.model).weight if self.embeddings == "file" else None
+        held = [value for value in own if value is not in_file]
         trained = [value for _, value, is_trained in outside if is_trained]
         ends = PieceCost(
             sum(value.numel() for value in own),
-            sum(value.numel() * value.element_size() for value in own) + buffers,
+            sum(value.numel() * value.element_size() for value in held) + buffers,
             sum(value.numel() for value in trained),
             sum(value.numel() * value.element_size() for value in trained),
             *_figures(head),
@@ -252,6 +259,7 @@ def model_cost(
     attention: str = "sdpa",
     train_embeddings: bool = False,
     optimizer: str = "adamw",
+    embeddings: str = "memory",
 ) -> ModelCost:
     """Prepare to count; ``model`` as everywhere (folder, id, ``asset:NAME``, ``arch:NAME``); no weight is read.
 
@@ -260,8 +268,11 @@ def model_cost(
         length: tokens of an example (images: not used).
         labels: classes, of classifiers.
         optimizer: a key of :data:`STATE`.
+        embeddings: ``file``: those of tokens cost no memory (``model.embeddings``).
 
     Raises:
-        ModelError: there is no such model, or it cannot be split.
+        ModelError: there is no such model, it cannot be split, or its embeddings cannot stay in their file.
     """
-    return ModelCost(str(resolve(model)), kind, length, labels, dtype, autocast, attention, train_embeddings, optimizer)
+    return ModelCost(
+        str(resolve(model)), kind, length, labels, dtype, autocast, attention, train_embeddings, optimizer, embeddings
+    )

@@ -136,6 +136,7 @@ def _of_server(
         dtype=config.model.dtype,
         autocast=config.model.autocast,
         attention=config.model.attention,
+        embeddings=config.model.embeddings,
         expose_embeddings=config.model.expose_embeddings,
         seed=config.seed,
     )

@@ -1,0 +1,161 @@
+"""Embeddings that stay in their file: the same numbers as in memory, and a clear word where they cannot."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertForSequenceClassification
+
+from flexp.errors import ConfigError, ModelError
+from flexp.models import sparing, stored
+from flexp.models.architectures import ARCHITECTURES
+from flexp.models.loading import load_stage
+from flexp.models.parts import Part
+from flexp.models.stage import carve
+from flexp.models.stored import StoredEmbedding, token_embedding
+from flexp.models.zoo import tiny_batch, tiny_model
+from tests.models.tools import SPLIT, equal, save, tensors_of
+
+from ..experiments.test_runner import same
+from ..experiments.tiny import bert_folder, config
+
+CUT = (1, 3)
+UNTIED = ["bert", "distilbert", "gpt2-untied", "gpt_neox", "gptj", "llama", "mistral", "modernbert", "phi3", "qwen2",
+          "qwen3", "qwen3_moe", "roberta"]  # fmt: skip
+
+
+def kind_of(name: str) -> Any:
+    return ARCHITECTURES[name].task
+
+
+@pytest.mark.parametrize("name", UNTIED)
+def test_a_client_computes_the_same(name: str, tmp_path: Path) -> None:
+    folder = save(name, tmp_path)
+    whole = load_stage(folder, kind_of(name))
+    part = Part.client(CUT, whole.anatomy.blocks)
+    usual, lean = (load_stage(folder, kind_of(name), part, embeddings=where) for where in ("memory", "file"))  # type: ignore[arg-type]
+    assert isinstance(token_embedding(lean.model), StoredEmbedding)
+    assert equal(tensors_of(lean.model), tensors_of(usual.model))  # whoever asks for all of it still gets it
+    batch = tiny_batch(whole.model, padding="left")
+    for stage in (lean, carve(lean, part)):
+        assert torch.equal(stage.plan(batch)[0], usual.plan(batch)[0])
+
+
+@pytest.mark.parametrize("name", sorted(set(SPLIT) - set(UNTIED)))
+def test_what_cannot_stay_is_said(name: str, tmp_path: Path) -> None:
+    folder, server = save(name, tmp_path), Part.server(*CUT)
+    with pytest.raises(ModelError, match=r'"file" is not possible: .*(tied to its|a way of its own).*; use "memory"'):
+        load_stage(folder, kind_of(name), Part.client(CUT, 4), embeddings="file")
+    load_stage(folder, kind_of(name), server, embeddings="file")  # a server has none
+
+
+def test_a_run_is_the_same_bit_for_bit(tmp_path: Path) -> None:
+    from flexp.experiments import runner
+
+    bert_folder(tmp_path / "model", dropout=True)
+    for where in ("memory", "file"):
+        runner.run(config(tmp_path, model={"embeddings": where}, train={"rounds": 1}), tmp_path / where)
+    same(tmp_path / "memory", tmp_path / "file")
+
+
+def test_a_checkpoint_of_the_bare_encoder_has_other_names(tmp_path: Path) -> None:
+    whole = save("bert", tmp_path)
+    tensors = {key.removeprefix("bert."): value for key, value in load_file(whole / "model.safetensors").items()}
+    tensors = {key: value for key, value in tensors.items() if not key.startswith("classifier")}
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    stage = load_stage(tmp_path, "sequence-classification", labels=["a", "b"], embeddings="file")
+    ids = torch.tensor([[3, 3, 9], [1, 0, 3]])
+    module = token_embedding(stage.model)
+    assert torch.equal(module(ids), module.weight[ids])
+    assert module(ids[:0]).shape == (0, 3, module.embedding_dim)
+
+
+def test_where_reserves_count_the_map_is_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save("bert", tmp_path)
+    wanted = {
+        key: value.clone() for key, value in tensors_of(load_stage(folder, "sequence-classification").model).items()
+    }
+    for module in (sparing, stored):
+        monkeypatch.setattr(module, "reserves_count", lambda: True)
+    lean = load_stage(folder, "sequence-classification", embeddings="file")
+    assert equal(tensors_of(lean.model), wanted)
+    if os.path.exists("/proc/self/maps"):  # noqa: PTH110
+        maps = [line for line in Path("/proc/self/maps").read_text("utf-8").splitlines() if str(folder) in line]
+        assert maps
+        assert {line.split()[1] for line in maps} <= {"r--s", "r--p"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA is enforced by Linux")
+def test_a_limit_that_the_table_alone_would_break(tmp_path: Path) -> None:
+    """Under 40 MiB a client whose table has 61 MB loads and computes only if that stays in its file."""
+    sizes = {"vocab_size": 60_000, "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4}
+    BertForSequenceClassification(BertConfig(num_hidden_layers=2, **sizes)).save_pretrained(tmp_path)
+    code = """
+import resource, sys, torch
+from flexp.models.loading import load_config, load_stage
+from flexp.models.parts import Part
+torch.set_num_threads(1)
+load_stage("arch:bert", "sequence-classification")  # imports what loading needs
+used = [int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData")][0]
+resource.setrlimit(resource.RLIMIT_DATA, (used * 1024 + 40 * 2**20,) * 2)
+stage = load_stage(sys.argv[1], "sequence-classification", Part.client((1, 2), 2), embeddings=sys.argv[2])
+hidden, _ = stage.plan({"input_ids": torch.arange(8).view(2, 4), "attention_mask": torch.ones(2, 4)})
+print(tuple(hidden.shape))
+"""
+    done = {
+        where: subprocess.run([sys.executable, "-c", code, str(tmp_path), where], capture_output=True, text=True)
+        for where in ("file", "memory")
+    }
+    assert done["file"].stdout.strip() == "(2, 4, 256)", done["file"].stderr
+    assert done["memory"].returncode != 0
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda file: os.utime(file, ns=(1, 1)), "was changed while its embeddings were in use"),
+        (lambda file: os.truncate(file, 100), "was changed while"),
+        (lambda file: file.unlink(), "the embeddings cannot be read"),
+    ],
+)
+def test_a_file_that_changes_is_noticed(tmp_path: Path, damage: Any, message: str) -> None:
+    stage = load_stage(save("bert", tmp_path), "sequence-classification", embeddings="file")
+    damage(tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=message):
+        token_embedding(stage.model)(torch.tensor([[1, 2]]))
+
+
+def test_ids_outside_of_the_vocabulary(tmp_path: Path) -> None:
+    module = token_embedding(load_stage(save("bert", tmp_path), "sequence-classification", embeddings="file").model)
+    for wrong in (-1, module.num_embeddings):
+        with pytest.raises(IndexError, match="expected 0 to"):
+            module(torch.tensor([[0, wrong]]))
+
+
+def test_another_type_or_no_file(tmp_path: Path) -> None:
+    folder = save("bert", tmp_path)
+    with pytest.raises(ModelError, match=r"no safetensors file of .* numbers of bfloat16, as model.dtype wants it"):
+        load_stage(folder, "sequence-classification", dtype="bfloat16", embeddings="file")
+    with pytest.raises(ModelError, match="arch:bert has no file"):
+        load_stage("arch:bert", "sequence-classification", embeddings="file")
+
+
+def test_trained_embeddings_stay_nowhere(tmp_path: Path) -> None:
+    bert_folder(tmp_path / "model")
+    with pytest.raises(ConfigError, match=r"model\.train_embeddings = true trains them: choose one"):
+        config(tmp_path, model={"embeddings": "file", "train_embeddings": True})
+
+
+def test_a_file_of_the_hubs_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_model("bert").save_pretrained(tmp_path)
+    monkeypatch.setattr(stored, "try_to_load_from_cache", lambda repo, name: str(tmp_path / name))
+    assert stored._files("somebody/something") == [tmp_path / "model.safetensors"]
+    monkeypatch.setattr(stored, "try_to_load_from_cache", lambda repo, name: None)
+    assert stored._files("somebody/something") == []
