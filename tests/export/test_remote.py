@@ -30,6 +30,7 @@ from .tools import answer
 
 FULL = [
     ("bert", {}),
+    ("bert", {"embeddings": "file"}),
     ("vit", {}),
     ("gpt2", {"train_embeddings": True}),  # tied
     ("llama-tied", {}),

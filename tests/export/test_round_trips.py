@@ -27,6 +27,7 @@ AUTO: dict[str, Any] = {
 }
 FULL = [
     ("bert", {}),
+    ("bert", {"embeddings": "file"}),
     ("vit", {}),
     ("gpt2", {}),  # tied
     ("gpt2", {"train_embeddings": True}),
