@@ -86,7 +86,9 @@ def test_auto_on_this_process_says_what_it_assumes(home: Path, monkeypatch: pyte
     assert list(world.cuts.values()) == [(1, 4)] * 3  # the shallowest one: nothing else needs less
     needed = world.plan["clients"][0]["predicted"]["memory_bytes"]
     memory(monkeypatch, int(1.15 * needed) - 2)
-    line = r"north and 2 like it: needs .* may use .* of a test \(.* short\); embeddings that stay .* would fit"
+    line = (
+        r"north and 2 like it: needs .* may use .* of a test \(.* short\); embeddings that .*\(model\.emb.* would fit"
+    )
     with pytest.raises(InfeasibleError, match=line) as refused:
         build_world(wanted)
     assert "\n" not in str(refused.value)

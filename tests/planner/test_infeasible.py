@@ -57,9 +57,8 @@ def test_embeddings_in_their_file_come_first(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(FakeCosts, "memory", smaller)
     words = 'embeddings that stay in their file (task.embeddings = "file") would fit (63.0 MB)'
     assert words in refused(66 * MB).lacks[0].change
-    assert (
-        'embeddings in their file (task.embeddings = "file") and micro-batches of 1' in refused(58 * MB).lacks[0].change
-    )
+    words = 'micro-batches of 2 (choices.micro_batches = [2]) and embeddings in their file (task.embeddings = "file")'
+    assert words in refused(58 * MB).lacks[0].change
 
     def impossible(self: FakeCosts, task: TaskShape, choice: Choice) -> int:
         if task.embeddings == "file":

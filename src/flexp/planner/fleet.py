@@ -174,7 +174,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Fleet:
-    """A fleet whose profiles have been looked up."""
+    """A fleet whose profiles have been looked up; ``of_run``: from a run's configuration, whose keys are others."""
 
     name: str
     devices: tuple[Device, ...]
@@ -184,6 +184,7 @@ class Fleet:
     choices: Choices = field(default_factory=Choices)
     weights: Weights = field(default_factory=Weights)
     margin: float = MARGIN
+    of_run: bool = False
 
 
 def parse_fleet(content: Mapping[str, Any], where: str, folder: Path = Path()) -> Fleet:
@@ -239,9 +240,10 @@ def of_run(
     if config is None:
         here = machine()
         server = Profile.from_class("server")
-        return Fleet("this run", tuple(Device(name, here) for name in names), server, task=task, choices=choices)
+        devices = tuple(Device(name, here) for name in names)
+        return Fleet("this run", devices, server, task=task, choices=choices, of_run=True)
     assign = config.assign
     profiles = {name: Profile.from_class(name, config.classes) for name in dict.fromkeys(assign)}
     devices = tuple(Device(name, profiles[assign[i % len(assign)]]) for i, name in enumerate(names))
     server = Profile.from_class(config.server, config.classes, role="server")
-    return Fleet("this run", devices, server, config.server_slots, task, choices)
+    return Fleet("this run", devices, server, config.server_slots, task, choices, of_run=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,26 @@ from flexp.planner.problem import Problem
 from flexp.planner.solve import solve
 from flexp.report.formats import seconds as duration
 from flexp.report.formats import size as shown
+
+FLEET = {
+    "embeddings": 'task.embeddings = "file"',
+    "checkpointing": "choices.checkpointing = [true]",
+    "micro_batch": "choices.micro_batches = [{}]",
+    "batch_size": "task.batch_size",
+    "length": "task.length",
+    "lora": 'task.tuning = "lora", task.rank = {}',
+    "bfloat16": 'task.dtype = "bfloat16"',
+}
+"""What changes are called in a fleet's file; :data:`RUN`: in a run's."""
+RUN = {
+    "embeddings": 'model.embeddings = "file"',
+    "checkpointing": "model.gradient_checkpointing = true",
+    "micro_batch": "train.micro_batch = {}",
+    "batch_size": "train.batch_size",
+    "length": "data.max_length",
+    "lora": 'model.tuning = "lora", model.lora.rank = {}',
+    "bfloat16": 'model.dtype = "bfloat16"',
+}
 
 Memory = Callable[[TaskShape, Choice], int]
 """The client's peak for a choice when the task is another one."""
@@ -65,13 +85,15 @@ class InfeasibleError(ConfigError):
         self.lacks = tuple(lacks)
 
 
-def device_lacks(devices: Sequence[Device], options: Sequence[Option], task: TaskShape, memory: Memory) -> Lack:
-    """Why none of ``options`` fits these equal ``devices``."""
+def device_lacks(
+    devices: Sequence[Device], options: Sequence[Option], task: TaskShape, memory: Memory, keys: Mapping[str, str]
+) -> Lack:
+    """Why none of ``options`` fits these equal ``devices``; ``keys``: :data:`FLEET` or :data:`RUN`."""
     device, names = devices[0], tuple(item.name for item in devices)
     available = device.usable_bytes
     least = min(options, key=lambda option: option.prediction.memory_bytes)
     if least.prediction.memory_bytes > available:
-        change = _smallest(task, least.choice, available, memory)
+        change = _smallest(task, least.choice, available, memory, keys)
         return Lack(names, "memory", least.prediction.memory_bytes, available, change, device.profile.memory_from)
     fitting = [option for option in options if option.prediction.memory_bytes <= available]
     fastest = min(fitting, key=lambda option: option.prediction.step_seconds)
@@ -81,14 +103,15 @@ def device_lacks(devices: Sequence[Device], options: Sequence[Option], task: Tas
     if any(in_time(option, device) for option in options):
         change = "what would be fast enough does not fit its memory: give it more, or a later deadline"
     else:
-        change = f"smaller steps (task.batch_size), shorter texts (task.length) or a deadline of {duration(need)}"
+        batch, length = keys["batch_size"], keys["length"]
+        change = f"smaller steps ({batch}), shorter texts ({length}) or a deadline of {duration(need)}"
     return Lack(names, "time", need, device.deadline_s, change)
 
 
-def _smallest(task: TaskShape, choice: Choice, available: int, memory: Memory) -> str:
+def _smallest(task: TaskShape, choice: Choice, available: int, memory: Memory, keys: Mapping[str, str]) -> str:
     """The first change of :func:`_changes` that fits, in words."""
     tried = 0
-    for change in _changes(task, choice):
+    for change in _changes(task, choice, keys):
         try:
             needed = memory(change.task, change.choice)
         except ModelError:  # not with this model
@@ -102,42 +125,60 @@ def _smallest(task: TaskShape, choice: Choice, available: int, memory: Memory) -
     )
 
 
-def _changes(task: TaskShape, choice: Choice) -> Iterator[Change]:
-    """Changes from the smallest on: first what changes no result, then what changes a little, then all of it."""
-    light = replace(choice, checkpointing=True)
-    single = replace(choice, micro_batch=1, accumulation=task.batch_size)
-    both = replace(single, checkpointing=True)
-    lean = task.model_copy(update={"embeddings": "file"})
-    may_lean = lean != task and not task.train_embeddings and task.kind != "image-classification"
-    if may_lean:
-        yield Change(lean, choice, 'embeddings that stay in their file (task.embeddings = "file")')
+def _changes(task: TaskShape, choice: Choice, keys: Mapping[str, str]) -> Iterator[Change]:
+    """Changes from the smallest on: first what changes no result, then what changes a little, then all of it.
+
+    Each comes once more with embeddings in their file, which changes no result, where they may be there.
+    """
+    may = task.embeddings == "memory" and not task.train_embeddings and task.kind != "image-classification"
+    if may:
+        yield _lean(Change(task, choice, ""), f"embeddings that stay in their file ({keys['embeddings']})")
+    for change in (*_lossless(task, choice, keys), *_lossy(task, choice, keys)):
+        yield change
+        if may and change.task.dtype == task.dtype:  # of another type they are not in the file
+            yield _lean(change, f"{change.words} and embeddings in their file ({keys['embeddings']})")
+
+
+def _lean(change: Change, words: str) -> Change:
+    return Change(change.task.model_copy(update={"embeddings": "file"}), change.choice, words)
+
+
+def _lossless(task: TaskShape, choice: Choice, keys: Mapping[str, str]) -> Iterator[Change]:
+    both = _lightest(task, choice)
     if not choice.checkpointing:
-        yield Change(task, light, "checkpointing (choices.checkpointing = [true])")
+        yield Change(task, replace(choice, checkpointing=True), f"checkpointing ({keys['checkpointing']})")
     for size in range(choice.micro_batch - 1, 0, -1):
         if task.batch_size % size == 0:
             small = replace(choice, micro_batch=size, accumulation=task.batch_size // size)
-            yield Change(task, small, f"micro-batches of {size} (choices.micro_batches = [{size}])")
+            yield Change(task, small, f"micro-batches of {size} ({keys['micro_batch'].format(size)})")
     if choice != both:
         yield Change(task, both, "checkpointing and micro-batches of 1")
-    if may_lean:
-        yield Change(lean, both, 'embeddings in their file (task.embeddings = "file") and micro-batches of 1')
+
+
+def _lossy(task: TaskShape, choice: Choice, keys: Mapping[str, str]) -> Iterator[Change]:
+    both = _lightest(task, choice)
     lengths = [length for length in (task.length // 2, task.length // 4, task.length // 8) if length >= 8]
     text = task.kind != "image-classification"
     for length in lengths if text else ():
         shorter = task.model_copy(update={"length": length})
-        yield Change(shorter, both, f"texts of {length} tokens (task.length = {length})")
+        yield Change(shorter, both, f"texts of {length} tokens ({keys['length']} = {length})")
     ranks = [rank for rank in (task.rank, 4, 1) if choice.rank is None or rank < choice.rank]
     lora = task.model_copy(update={"tuning": "lora", "train_embeddings": False})
     for rank in dict.fromkeys(ranks):
-        yield Change(lora, replace(both, rank=rank), f'LoRA of rank {rank} (task.tuning = "lora", task.rank = {rank})')
-    half = lora.model_copy(update={"dtype": "bfloat16"})
+        yield Change(lora, replace(both, rank=rank), f"LoRA of rank {rank} ({keys['lora'].format(rank)})")
+    half = lora.model_copy(update={"dtype": "bfloat16", "embeddings": "memory"})
     for rank in dict.fromkeys([choice.rank or task.rank, 1]):
-        words = f'LoRA of rank {rank} in bfloat16 (task.dtype = "bfloat16")'
+        words = f"LoRA of rank {rank} in bfloat16 ({keys['bfloat16']})"
         if task.dtype != "bfloat16":
             yield Change(half, replace(both, rank=rank), words)
         for length in lengths if text else ():
             shorter = half.model_copy(update={"length": length})
             yield Change(shorter, replace(both, rank=rank), f"{words} on texts of {length} tokens")
+
+
+def _lightest(task: TaskShape, choice: Choice) -> Choice:
+    """``choice`` with everything that saves memory and changes no result."""
+    return replace(choice, micro_batch=1, accumulation=task.batch_size, checkpointing=True)
 
 
 def server_lacks(problem: Problem, name: str) -> InfeasibleError:

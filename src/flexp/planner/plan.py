@@ -9,7 +9,7 @@ from typing import Protocol
 from flexp.planner.accuracy import AccuracyCurve, prior
 from flexp.planner.choice import Choice, Prediction
 from flexp.planner.fleet import Device, Fleet, TaskShape
-from flexp.planner.infeasible import InfeasibleError, Lack, device_lacks, server_lacks
+from flexp.planner.infeasible import FLEET, RUN, InfeasibleError, Lack, device_lacks, server_lacks
 from flexp.planner.options import Option, fits, grid, options_of, prune
 from flexp.planner.problem import Counts, Group, Measures, Problem, scales
 from flexp.planner.profile import Profile
@@ -141,7 +141,7 @@ def settings(fleet: Fleet, costs: Costs, curve: AccuracyCurve, *, pruned: bool =
         kinds = _kinds(fleet, grid(fleet.choices, costs.blocks, task.batch_size, rank), costs, curve)
         fitting = [tuple(option for option in kind.options if fits(option, kind.devices[0])) for kind in kinds]
         lacks = [
-            device_lacks(kind.devices, kind.options, task, costs.memory)
+            device_lacks(kind.devices, kind.options, task, costs.memory, RUN if fleet.of_run else FLEET)
             for kind, options in zip(kinds, fitting, strict=True)
             if not options
         ]
