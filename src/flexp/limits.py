@@ -1,7 +1,8 @@
 """Limits of this process's memory that count what is reserved, not only what is used; and how to reserve less.
 
-``RLIMIT_DATA`` and ``RLIMIT_AS`` count a file that is mapped to be read with every byte of it, a thread with its whole
-stack, and what an allocator keeps for later. A control group, and the kernel that runs short, count none of these.
+``RLIMIT_DATA`` and ``RLIMIT_AS`` count a file that is mapped with every byte of it (the first only if it may be
+written), a thread with its whole stack, and what an allocator keeps for later. A control group, and the kernel that
+runs short, count none of these.
 """
 
 from __future__ import annotations
@@ -34,6 +35,11 @@ def soft_limit(name: str) -> int | None:
 def reserves_count() -> bool:
     """Whether one of :data:`COUNTING` holds for this process."""
     return any(soft_limit(name) is not None for name in COUNTING)
+
+
+def maps_count() -> bool:
+    """Whether even a map that is only read counts as memory, as it does under ``RLIMIT_AS``."""
+    return soft_limit("RLIMIT_AS") is not None
 
 
 def reserve_less() -> None:

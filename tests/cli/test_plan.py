@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from flexp.cli.main import main
+from flexp.models.zoo import save_tiny
 
 FLEET = """name = "office"
 [task]
@@ -62,7 +63,10 @@ def test_a_table_a_file_and_a_page(
     assert len(content["settings"]["data.clients.codecs"]) == 3
     assert "office" in page.read_text(encoding="utf-8")
     options = ("--devices", str(fleet), "--set", "task.embeddings=file")
-    code, shown, _ = call(monkeypatch, capsys, "plan", "arch:bert", *options)
+    code, _, said = call(monkeypatch, capsys, "plan", "arch:bert", *options)
+    assert code == 2
+    assert "arch:bert has no file" in said
+    code, shown, _ = call(monkeypatch, capsys, "plan", str(save_tiny("bert", tmp_path / "model")), *options)
     assert 'it must say train.batch_size = 4, model.embeddings = "file".' in shown
     code, shown, _ = call(monkeypatch, capsys, "plan", "arch:bert", "--devices", str(fleet), "--json")
     assert code == 0
@@ -82,7 +86,7 @@ def test_an_infeasible_fleet_is_told_who_lacks_what(
     code, shown, said = call(monkeypatch, capsys, "plan", "arch:bert", "--devices", str(fleet))
     assert (code, shown) == (2, "")
     assert said.startswith("flexp: office cannot train arch:bert: phone-1 and 1 like it: needs ")
-    assert 'short); embeddings that stay in their file (task.embeddings = "file") would fit' in said
+    assert "short); micro-batches of 2 (choices.micro_batches = [2]) would fit" in said
     assert len(said.splitlines()) == 1
     fleet.write_text(FLEET + "colour = 1\n", encoding="utf-8")
     code, _, said = call(monkeypatch, capsys, "plan", "arch:bert", "--devices", str(fleet))

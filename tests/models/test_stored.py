@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -20,7 +21,9 @@ from flexp.models.loading import load_stage
 from flexp.models.parts import Part
 from flexp.models.stage import carve
 from flexp.models.stored import StoredEmbedding, token_embedding
+from flexp.models.tuning import tune
 from flexp.models.zoo import tiny_batch, tiny_model
+from flexp.planner.fleet import TaskShape
 from tests.models.tools import SPLIT, equal, save, tensors_of
 
 from ..experiments.test_runner import same
@@ -139,23 +142,130 @@ def test_ids_outside_of_the_vocabulary(tmp_path: Path) -> None:
             module(torch.tensor([[0, wrong]]))
 
 
-def test_another_type_or_no_file(tmp_path: Path) -> None:
+def test_another_type_another_size_or_no_file(tmp_path: Path) -> None:
     folder = save("bert", tmp_path)
-    with pytest.raises(ModelError, match=r"no safetensors file of .* numbers of bfloat16, as model.dtype wants it"):
+    with pytest.raises(ModelError, match=r"has bert\.embeddings.* in float32, and model\.dtype is bfloat16; use"):
         load_stage(folder, "sequence-classification", dtype="bfloat16", embeddings="file")
     with pytest.raises(ModelError, match="arch:bert has no file"):
         load_stage("arch:bert", "sequence-classification", embeddings="file")
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + 1}), "utf-8")
+    with pytest.raises(ModelError, match=r"has .* with \(\d+, 32\) numbers, and this model \(\d+, 32\)"):
+        load_stage(folder, "sequence-classification", embeddings="file")
+
+
+def test_a_checkpoint_in_bfloat16_and_in_several_files(tmp_path: Path) -> None:
+    tiny_model("llama").to(torch.bfloat16).save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    usual, lean = (
+        load_stage(tmp_path, "causal-lm", dtype="bfloat16", embeddings=where) for where in ("memory", "file")
+    )  # type: ignore[arg-type]
+    batch = tiny_batch(usual.model, padding="left")
+    assert torch.equal(lean.plan(batch)[0], usual.plan(batch)[0])
+
+
+@pytest.mark.parametrize("foreign", ["model_other.safetensors", "model-00001-of-00009.safetensors", "a.safetensors"])
+@pytest.mark.parametrize("bare", [False, True])
+def test_only_the_files_that_transformers_loads_count(tmp_path: Path, foreign: str, bare: bool) -> None:
+    file = save("bert", tmp_path) / "model.safetensors"
+    tensors = load_file(file)
+    save_file({key: value + 1 for key, value in tensors.items()}, tmp_path / foreign)
+    if bare:
+        save_file({key.removeprefix("bert."): value for key, value in tensors.items()}, file, {"format": "pt"})
+    lean = load_stage(tmp_path, "sequence-classification", labels=["a", "b", "c"], embeddings="file")
+    wanted = tensors["bert.embeddings.word_embeddings.weight"]
+    ids = torch.arange(len(wanted))
+    assert torch.equal(token_embedding(lean.model)(ids), wanted)
+
+
+def test_of_two_tables_the_one_with_the_longer_name_in_common(tmp_path: Path) -> None:
+    file = save("bert", tmp_path) / "model.safetensors"
+    tensors = load_file(file)
+    wanted = tensors["bert.embeddings.word_embeddings.weight"]
+    others = {f"{place}.word_embeddings.weight": wanted + 1 for place in ("decoder", "other.embeddings")}
+    save_file(tensors | others, file, {"format": "pt"})
+    lean = load_stage(tmp_path, "sequence-classification", embeddings="file")
+    assert torch.equal(token_embedding(lean.model)(torch.arange(len(wanted))), wanted)
+    same = {key: value for key, value in tensors.items() if "word_embeddings" not in key} | others
+    others["third.embeddings.word_embeddings.weight"] = wanted
+    save_file(same | others, file, {"format": "pt"})
+    with pytest.raises(ModelError, match=r"2 tensors in the safetensors files of .* may be bert"):
+        stored.find_table(tiny_model("bert"), str(tmp_path), torch.float32)
+
+
+def test_a_relative_folder_stays_what_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save("bert", tmp_path / "model")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    module = token_embedding(load_stage("model", "sequence-classification", embeddings="file").model)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    ids = torch.tensor([5, 2])
+    assert torch.equal(module(ids), module.weight[ids])
+
+
+@pytest.mark.parametrize("limited", [False, True])
+def test_a_state_of_ones_own_takes_the_place_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limited: bool
+) -> None:
+    monkeypatch.setattr(stored, "reserves_count", lambda: limited)  # then the map must not be written
+    model = load_stage(save("bert", tmp_path), "sequence-classification", embeddings="file").model
+    module, ids = token_embedding(model), torch.tensor([[4, 2], [0, 4]])
+    place = module.weight.data_ptr()
+    model.load_state_dict(model.state_dict())
+    assert module.weight.data_ptr() == place  # equal numbers: still the file's
+    state = {key: value + 1 for key, value in model.state_dict().items()}
+    model.load_state_dict(state)
+    assert torch.equal(module(ids), state["bert.embeddings.word_embeddings.weight"][ids])
+    with pytest.raises(RuntimeError, match=r"Missing key.*word_embeddings\.weight"):
+        model.load_state_dict({key: value for key, value in state.items() if "word" not in key})
+
+
+def test_changed_moved_or_trained_it_is_an_ordinary_embedding(tmp_path: Path) -> None:
+    folder, ids = save("bert", tmp_path), torch.tensor([[4, 2]])
+
+    def fresh() -> torch.nn.Embedding:
+        return token_embedding(load_stage(folder, "sequence-classification", embeddings="file").model)
+
+    @torch.no_grad()
+    def add(one: torch.nn.Embedding) -> None:
+        one.weight.add_(1)
+
+    for change in (add, lambda one: one.to(torch.bfloat16), lambda one: one.double()):
+        module = fresh()
+        before = module(ids)
+        change(module)
+        assert torch.equal(module(ids), module.weight[ids])
+        assert module(ids).dtype == module.weight.dtype
+        assert not torch.equal(module(ids), before) or module.weight.dtype == torch.float64
+    module = fresh().requires_grad_(True)
+    module(ids).sum().backward()
+    assert module.weight.grad is not None
+    assert module.weight.grad[4].sum() == 32
+    with pytest.raises(IndexError, match="expected 0 to"):
+        module.table.read([0, module.num_embeddings])  # type: ignore[union-attr,operator]
+
+
+def test_a_norm_that_lookups_change_is_refused() -> None:
+    model = tiny_model("bert")
+    model.get_input_embeddings().max_norm = 1.0
+    with pytest.raises(ModelError, match="a way of its own"):
+        token_embedding(model)
 
 
 def test_trained_embeddings_stay_nowhere(tmp_path: Path) -> None:
     bert_folder(tmp_path / "model")
     with pytest.raises(ConfigError, match=r"model\.train_embeddings = true trains them: choose one"):
         config(tmp_path, model={"embeddings": "file", "train_embeddings": True})
+    stage = load_stage(tmp_path / "model", "sequence-classification", embeddings="file")
+    with pytest.raises(ConfigError, match="train_embeddings needs embeddings"):
+        tune(stage, "full", embeddings=True)
+    with pytest.raises(ValueError, match="train_embeddings trains them: choose one"):
+        TaskShape(embeddings="file", train_embeddings=True)
 
 
 def test_a_file_of_the_hubs_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_model("bert").save_pretrained(tmp_path)
     monkeypatch.setattr(stored, "try_to_load_from_cache", lambda repo, name: str(tmp_path / name))
-    assert stored._files("somebody/something") == [tmp_path / "model.safetensors"]
+    assert stored.files_of("somebody/something") == [tmp_path / "model.safetensors"]
     monkeypatch.setattr(stored, "try_to_load_from_cache", lambda repo, name: None)
-    assert stored._files("somebody/something") == []
+    assert stored.files_of("somebody/something") == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,11 @@ import flexp
 from flexp.models.parts import Part
 from flexp.models.zoo import save_tiny
 from flexp.planner import own
+from flexp.planner.choice import Choice
 from flexp.planner.device import ARENA, OTHER_THREADS, Limit, for_training
+from flexp.planner.infeasible import InfeasibleError
+from flexp.planner.model_cost import model_cost
+from flexp.planner.predict import memory as least
 from flexp.planner.profile import Profile
 from flexp.server import Server
 
@@ -50,3 +55,16 @@ def test_a_model_that_chooses_its_cut(
     assert model.stage.part == Part.client(model.cut, 4)
     assert f"cut ({model.cut[0]}, {model.cut[1]}) planned" in caplog.text
     assert "that a test leaves" in caplog.text
+
+
+def test_a_limit_on_addresses_counts_the_map_of_the_embeddings_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = str(save_tiny("bert", tmp_path / "model"))
+    shape: dict[str, Any] = {"embeddings": "file", "aligned": False}
+    cost = model_cost(folder, "sequence-classification", length=16, embeddings="file")
+    memory(monkeypatch, round(1.15 * least(cost, Choice((1, 4), 4))) + 100)
+    assert own.own_cut(folder, "sequence-classification", (4, 16), **shape) == (1, 4)
+    monkeypatch.setattr(own, "maps_count", lambda: True)
+    with pytest.raises(InfeasibleError, match="needs"):
+        own.own_cut(folder, "sequence-classification", (4, 16), **shape)

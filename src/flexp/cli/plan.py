@@ -72,7 +72,7 @@ def plan(
 
 
 def _taken_over(content: dict[str, Any]) -> str:
-    """What a run that follows the plan must be told besides, since both sides have to agree on it."""
+    """What a run that follows the plan must be told besides: what is one setting for all clients."""
     first = content["clients"][0]
     settings = [f"train.batch_size = {first['micro_batch'] * first['accumulation']}"]
     if content["task"]["embeddings"] == "file":

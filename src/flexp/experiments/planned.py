@@ -13,6 +13,7 @@ from flexp.data.types import Federation
 from flexp.errors import ConfigError
 from flexp.experiments.settings import override, read
 from flexp.files import read_json
+from flexp.limits import maps_count
 from flexp.planner.choice import CODECS, Choice, form
 from flexp.planner.document import PlannedClient, SavedPlan, document, read_plan
 from flexp.planner.fleet import Choices, Device, Fleet, TaskShape, of_run, parse_fleet
@@ -115,6 +116,7 @@ def _task(config: RunConfig, federation: Federation) -> tuple[TaskShape, Choices
         (len(example.get("input_ids", ())) for client in federation.clients for example in client.train), default=1
     )
     codec = config.link.codec.activation
+    here = config.devices is None and config.data.clients.profiles is None
     shape = TaskShape(
         kind=task.model_kind,
         length=max(1, longest),
@@ -126,7 +128,7 @@ def _task(config: RunConfig, federation: Federation) -> tuple[TaskShape, Choices
         tuning=model.tuning,
         rank=model.lora.rank,
         train_embeddings=model.train_embeddings,
-        embeddings=model.embeddings,
+        embeddings="memory" if here and maps_count() else model.embeddings,
         optimizer=config.train.personal.name,
         aligned=method.name == "flexp-sfl" and (method.align.has_term or method.align.teach),
         follow=method.name == "flexp-sfl" and method.align.follow,

@@ -25,7 +25,7 @@ from flexp.models.fingerprint import weights_fingerprint
 from flexp.models.parts import Part, prune
 from flexp.models.sparing import sparing
 from flexp.models.stage import Stage, carve, forget_ties
-from flexp.models.stored import give_table, without_table
+from flexp.models.stored import check_table, give_table, without_table
 from flexp.rng import RandomStream
 
 ModelKind = Literal["causal-lm", "sequence-classification", "image-classification"]
@@ -74,9 +74,9 @@ def load_stage(
     name = str(model_id)
     in_file = embeddings == "file" and (part is None or part.ends)
     if name.startswith("arch:"):
-        if in_file:
-            raise ModelError(f'model.embeddings = "file" is not possible: {name} has no file; use "memory"')
         whole = _from_zoo(name.removeprefix("arch:"), kind, labels, dtype, attention, dropout or 0.0, seed)
+        if in_file:
+            check_table(whole.model, name, DTYPES[dtype])  # says that it has no file
         whole.autocast = AUTOCAST[autocast]
         return whole if part is None else carve(whole, part)
     config = load_config(name)

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from flexp.errors import ModelError
 from flexp.limits import reserves_count
@@ -49,8 +50,11 @@ class StoredTable:
         """Some rows, in the order in which they are asked for: (len(rows), H).
 
         Raises:
+            IndexError: there is no such row.
             ModelError: the file is gone, or is another one by now.
         """
+        if rows and not 0 <= min(rows) <= max(rows) < self.shape[0]:
+            raise IndexError(f"rows from {min(rows)} to {max(rows)}, expected 0 to {self.shape[0] - 1}")
         found = torch.empty(len(rows), self.shape[1], dtype=self.dtype)
         if not rows:
             return found
@@ -72,7 +76,7 @@ class StoredTable:
     def mapped(self) -> Tensor:
         """All of it (rows, H), as a map of the file that costs nothing until it is read."""
         size = math.prod(self.shape) * self.dtype.itemsize
-        # Copied where it is written; but such maps count with every byte where reserves do, so there none may write.
+        # Copied where it is written; but RLIMIT_DATA counts such maps with every byte, so there none may write.
         mode: Any = "r" if reserves_count() else "c"
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
@@ -81,17 +85,47 @@ class StoredTable:
 
 
 class StoredEmbedding(nn.Embedding):
-    """A frozen embedding whose rows are read from ``table``; ``weight`` is there for whoever needs all of it."""
+    """A frozen embedding whose rows are read from ``table``.
+
+    ``weight`` is there for whoever needs all of it; whoever changes, moves or trains it has an ordinary embedding.
+    """
 
     table: StoredTable
+    _mapped: tuple[Any, ...] = ()  # the weight's state as it was mapped
+
+    def use(self, table: StoredTable) -> None:
+        """Have the rows of ``table``."""
+        del self.weight
+        self.table, self.weight = table, nn.Parameter(table.mapped(), requires_grad=False)
+        self._mapped = self._state()
 
     def forward(self, input: Tensor) -> Tensor:
         """The rows (…, H) of token ids (…)."""
+        if self.weight.requires_grad or self._state() != self._mapped:
+            return super().forward(input)
         ids, places = torch.unique(input, return_inverse=True)
-        wanted = ids.tolist()
-        if wanted and not 0 <= wanted[0] <= wanted[-1] < self.num_embeddings:
-            raise IndexError(f"token ids from {wanted[0]} to {wanted[-1]}, expected 0 to {self.num_embeddings - 1}")
-        return self.table.read(wanted).to(input.device)[places]
+        return self.table.read(ids.tolist()).to(input.device)[places]
+
+    def _state(self) -> tuple[Any, ...]:
+        weight = self.weight
+        return weight.data_ptr(), weight.dtype, weight.shape, weight._version
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: Any, *others: Any
+    ) -> None:
+        """Take over other values into memory of their own; the map may be one that must not be written."""
+        given = state_dict.get(f"{prefix}weight")
+        same = self._state() == self._mapped
+        if given is not None and given.shape == self.weight.shape and same:
+            if self._holds(given):
+                return
+            self.weight = nn.Parameter(self.weight.detach().clone(), requires_grad=False)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *others)
+
+    def _holds(self, given: Tensor) -> bool:
+        """Whether these are the table's numbers, a piece at a time."""
+        pieces = (range(start, min(start + 1024, len(given))) for start in range(0, len(given), 1024))
+        return all(torch.equal(self.table.read(piece), given[piece.start : piece.stop].cpu()) for piece in pieces)
 
 
 def token_embedding(model: Any) -> nn.Embedding:
@@ -132,21 +166,45 @@ def give_table(model: Any, source: str, dtype: torch.dtype) -> None:
     """Let the token embeddings of a ``model`` that was loaded without them be those in the files of ``source``.
 
     Raises:
-        ModelError: no file of safetensors has them as they are to be here.
+        ModelError: see :func:`find_table`.
+    """
+    module = token_embedding(model)
+    assert isinstance(module, StoredEmbedding)
+    module.use(find_table(model, source, dtype))
+
+
+def find_table(model: Any, source: str, dtype: torch.dtype) -> StoredTable:
+    """Where the files of ``source``, a folder or an id of the Hub, have the token embeddings of ``model``.
+
+    Raises:
+        ModelError: they do not have them, or not as they are to be here.
     """
     module = token_embedding(model)
     name, shape = f"{_path(model, module)}.weight", (module.num_embeddings, module.embedding_dim)
     found = {key: table for key, table in _tables(source) if _alike(key, name) >= 2}  # such as embed_tokens.weight
     best = max((_alike(key, name) for key in found), default=0)
     tables = [table for key, table in found.items() if _alike(key, name) == best]
-    if len(tables) != 1 or (tables[0].shape, tables[0].dtype) != (shape, dtype):
-        raise _refused(
-            f"no safetensors file of {source} has {name} with {shape} numbers of {str(dtype).removeprefix('torch.')}, "
-            "as model.dtype wants it"
-        )
-    module.table = tables[0]  # type: ignore[assignment]
-    del module.weight
-    module.weight = nn.Parameter(tables[0].mapped(), requires_grad=False)
+    if len(tables) != 1:
+        raise _refused(f"{len(tables)} tensors in the safetensors files of {source} may be {name}")
+    if tables[0].shape != shape:
+        raise _refused(f"{tables[0].file} has {name} with {tables[0].shape} numbers, and this model {shape}")
+    if tables[0].dtype != dtype:
+        stored, wanted = (str(kind).removeprefix("torch.") for kind in (tables[0].dtype, dtype))
+        raise _refused(f"{tables[0].file} has {name} in {stored}, and model.dtype is {wanted}")
+    return tables[0]
+
+
+def check_table(model: Any, source: str, dtype: torch.dtype) -> None:
+    """Say why the token embeddings of ``model`` cannot stay in the files of ``source``, as far as these are here.
+
+    Raises:
+        ModelError: :func:`token_embedding` or :func:`find_table` refuses, or there never is a file.
+    """
+    token_embedding(model)
+    if source.startswith("arch:"):
+        raise _refused(f"{source} has no file")
+    if files_of(source):
+        find_table(model, source, dtype)
 
 
 def stored(model: nn.Module) -> Iterator[Tensor]:
@@ -167,7 +225,7 @@ def _alike(key: str, name: str) -> int:
 
 def _tables(source: str) -> Iterator[tuple[str, StoredTable]]:
     """All tables in the files of ``source``, by name."""
-    for file in _files(source):
+    for file in files_of(source):
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(length))
@@ -178,12 +236,16 @@ def _tables(source: str) -> Iterator[tuple[str, StoredTable]]:
                 yield name, StoredTable(file, start, (rows, width), DTYPES[entry["dtype"]], _facts(file.stat()))
 
 
-def _files(source: str) -> list[Path]:
-    folder = Path(source)
-    if not folder.is_dir():  # of the Hub: where its cache has it
+def files_of(source: str) -> list[Path]:
+    """The safetensors files of a folder, or of the Hub's cache, that transformers loads: one, or those of an index."""
+    folder = Path(source).absolute()
+    if not folder.is_dir():
         known = try_to_load_from_cache(source, "config.json")
         folder = Path(known).parent if isinstance(known, str) else folder
-    return sorted(folder.glob("*.safetensors"))
+    single, index = folder / SAFE_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
+    if single.is_file() or not index.is_file():
+        return [single] if single.is_file() else []
+    return [folder / name for name in sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))]
 
 
 def _facts(found: os.stat_result) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from flexp.config import LoraConfig
 from flexp.errors import ConfigError, ModelError
 from flexp.models.loading import named_generator
 from flexp.models.stage import Stage
+from flexp.models.stored import stored
 
 
 def tune(
@@ -44,11 +45,13 @@ def tune(
             and the first rows of A are those that the full rank would have.
 
     Raises:
-        ConfigError: ``embeddings`` without full tuning.
+        ConfigError: ``embeddings`` without full tuning, or where they stay in their file.
         ModelError: LoRA finds no linear layer with the wanted names, or the model knows no gradient checkpointing.
     """
     if embeddings and tuning != "full":
         raise ConfigError(f"train_embeddings needs full tuning: {tuning} leaves the embeddings as they are")
+    if embeddings and next(stored(stage.model), None) is not None:
+        raise ConfigError('train_embeddings needs embeddings = "memory": those that stay in their file are not trained')
     stage.model.requires_grad_(False)
     if tuning == "lora" and stage.part.blocks:
         _inject(stage, lora or LoraConfig(), seed, ranks or {})

@@ -92,6 +92,14 @@ class TaskShape(Section):
     aligned: bool = True
     follow: bool = False
 
+    @model_validator(mode="after")
+    def _embedded_one_way(self) -> TaskShape:
+        if self.embeddings == "file" and self.train_embeddings:
+            raise ValueError(
+                'embeddings = "file" leaves them as they are, and train_embeddings trains them: choose one'
+            )
+        return self
+
 
 class Placed(Section):
     """A ready class, one of ``[classes]`` or a profile's file, and what is otherwise here."""

@@ -93,8 +93,10 @@ def device_lacks(
     available = device.usable_bytes
     least = min(options, key=lambda option: option.prediction.memory_bytes)
     if least.prediction.memory_bytes > available:
-        change = _smallest(task, least.choice, available, memory, keys)
-        return Lack(names, "memory", least.prediction.memory_bytes, available, change, device.profile.memory_from)
+        limit = device.profile.memory_from
+        may_map = "RLIMIT_AS" not in limit  # which counts the whole map of a file
+        change = _smallest(task, least.choice, available, memory, keys, may_map)
+        return Lack(names, "memory", least.prediction.memory_bytes, available, change, limit)
     fitting = [option for option in options if option.prediction.memory_bytes <= available]
     fastest = min(fitting, key=lambda option: option.prediction.step_seconds)
     assert device.deadline_s is not None
@@ -108,34 +110,41 @@ def device_lacks(
     return Lack(names, "time", need, device.deadline_s, change)
 
 
-def _smallest(task: TaskShape, choice: Choice, available: int, memory: Memory, keys: Mapping[str, str]) -> str:
+def _smallest(
+    task: TaskShape, choice: Choice, available: int, memory: Memory, keys: Mapping[str, str], may_map: bool
+) -> str:
     """The first change of :func:`_changes` that fits, in words."""
-    tried = 0
-    for change in _changes(task, choice, keys):
+    tried = lean = 0
+    for change in _changes(task, choice, keys, may_map):
         try:
             needed = memory(change.task, change.choice)
         except ModelError:  # not with this model
             continue
-        tried += 1
+        tried, lean = tried + 1, lean + (change.task.embeddings != task.embeddings == "memory")
         if needed <= available:
             return f"{change.words} would fit ({shown(needed)})"
+    kinds = "embeddings in their file, checkpointing" if lean else "checkpointing"
     return (
-        f"none of {tried} changes (embeddings in their file, checkpointing, smaller batches, LoRA, bfloat16, shorter "
-        "texts) would fit: it needs more memory or a smaller model"
+        f"none of {tried} changes ({kinds}, smaller batches, LoRA, bfloat16, shorter texts) would fit: it needs more "
+        "memory or a smaller model"
     )
 
 
-def _changes(task: TaskShape, choice: Choice, keys: Mapping[str, str]) -> Iterator[Change]:
+def _changes(task: TaskShape, choice: Choice, keys: Mapping[str, str], may_map: bool) -> Iterator[Change]:
     """Changes from the smallest on: first what changes no result, then what changes a little, then all of it.
 
     Each comes once more with embeddings in their file, which changes no result, where they may be there.
     """
-    may = task.embeddings == "memory" and not task.train_embeddings and task.kind != "image-classification"
-    if may:
+
+    def may(other: TaskShape) -> bool:
+        known = other.embeddings == "memory" and other.dtype == task.dtype  # the file has but one type
+        return may_map and known and not other.train_embeddings and other.kind != "image-classification"
+
+    if may(task):
         yield _lean(Change(task, choice, ""), f"embeddings that stay in their file ({keys['embeddings']})")
     for change in (*_lossless(task, choice, keys), *_lossy(task, choice, keys)):
         yield change
-        if may and change.task.dtype == task.dtype:  # of another type they are not in the file
+        if may(change.task):
             yield _lean(change, f"{change.words} and embeddings in their file ({keys['embeddings']})")
 
 

@@ -17,7 +17,8 @@ from flexp.assets import resolve
 from flexp.errors import ModelError
 from flexp.models.anatomy import dissect
 from flexp.models.fingerprint import fingerprint
-from flexp.models.stored import token_embedding
+from flexp.models.loading import DTYPES
+from flexp.models.stored import check_table, token_embedding
 from flexp.planner.counting import Counted, count_pieces
 from flexp.planner.skeleton import Skeleton, bare_model, kinds
 
@@ -105,7 +106,7 @@ class ModelCost:
         self.embeddings = embeddings
         bare = self._bare()
         if embeddings == "file":
-            token_embedding(bare)  # or say why not
+            check_table(bare, model, DTYPES[dtype])
         anatomy = dissect(bare)
         self.fingerprint = fingerprint(bare.config)
         self.blocks, self.hidden = anatomy.blocks, anatomy.hidden

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from flexp.limits import maps_count
 from flexp.planner.device import training_memory
 from flexp.planner.fleet import Choices, TaskShape, of_run
 from flexp.planner.model import ModelCosts
@@ -53,6 +54,7 @@ def own_cut(
             "batch_size": examples,
             "length": length,
             "tuning": "lora" if tuning == "lora" else "full",
+            **({"embeddings": "memory"} if maps_count() else {}),
         }
     )
     choices = Choices(micro_batches=[task.batch_size], checkpointing=[checkpointing])
