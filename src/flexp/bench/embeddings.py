@@ -18,6 +18,7 @@ from flexp.evaluation.memory import Probe, measure
 from flexp.machine import machine
 from flexp.models.loading import ModelKind, load_config, load_stage
 from flexp.models.parts import Part, check_cut
+from flexp.models.stage import Stage
 from flexp.models.stored import token_embedding
 from flexp.models.tuning import tune
 from flexp.optim import Updater
@@ -42,9 +43,10 @@ def embeddings(
     whole_cut = check_cut(cut, int(load_config(model).get_text_config().num_hidden_layers))
     probe = Probe(model, kind, whole_cut, examples, length, labels, {}, {})
     probes = {where: _with(probe, where) for where in ("memory", "file")}
-    steps = [_step(one) for one in probes.values()]
+    stages = {where: _stage(one) for where, one in probes.items()}
+    steps = [_step(one, stages[where]) for where, one in probes.items()]
     timed = paired(steps[0], steps[1], pairs)
-    table = token_embedding(load_stage(model, cast(ModelKind, kind), labels=labels, pad_token_id=0).model).weight
+    table = token_embedding(stages["file"].model).weight
     return {
         "bench": "embeddings",
         "model": model,
@@ -69,8 +71,7 @@ def _with(probe: Probe, where: str) -> Probe:
     )
 
 
-def _step(probe: Probe) -> Callable[[], None]:
-    config = ModelConfig.model_validate(probe.model_config)
+def _stage(probe: Probe) -> Stage:
     assert probe.cut is not None
     blocks = int(load_config(probe.model).get_text_config().num_hidden_layers)
     stage = load_stage(
@@ -79,9 +80,13 @@ def _step(probe: Probe) -> Callable[[], None]:
         Part.client(probe.cut, blocks),
         labels=probe.labels,
         pad_token_id=0,
-        embeddings=config.embeddings,
+        embeddings=probe.model_config["embeddings"],
     )
     tune(stage, "full")
+    return stage
+
+
+def _step(probe: Probe, stage: Stage) -> Callable[[], None]:
     batch = random_batch(probe, stage.model.config)
     model = client_model(probe, stage).train()
     updater = Updater(stage.trainable(), OptimizerConfig())

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flexp.cli import bench_links, bench_plan, bench_server
-from flexp.cli.bench_common import Json, Kind, Model, Threads, cut_of, prepared, show
+from flexp.cli.bench_common import Cut, Json, Kind, Model, Pairs, Threads, cut_of, prepared, show
 from flexp.errors import ConfigError
 
 app = typer.Typer(
@@ -36,8 +36,8 @@ app.command("recut")(bench_plan.recut)
 def split_overhead(
     model: Model = "asset:minilm-l6",
     kind: Kind = "sequence-classification",
-    cut: Annotated[str | None, typer.Option(metavar="S:E", help="Default: 1:L.")] = None,
-    pairs: Annotated[int, typer.Option(min=4, help="Pairs of steps.")] = 20,
+    cut: Cut = None,
+    pairs: Pairs = 20,
     tuning: Annotated[str, typer.Option(help="full or lora.")] = "full",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     examples: Annotated[int, typer.Option(min=1)] = 8,
@@ -69,7 +69,7 @@ def split_overhead(
 def mixed_precision(
     model: Model = "asset:minilm-l6",
     kind: Kind = "sequence-classification",
-    pairs: Annotated[int, typer.Option(min=4, help="Pairs of steps.")] = 20,
+    pairs: Pairs = 20,
     examples: Annotated[int, typer.Option(min=1)] = 8,
     length: Annotated[int, typer.Option(min=1)] = 32,
     threads: Threads = 2,
@@ -114,8 +114,8 @@ def stage_memory(
 def embeddings(
     model: Model = "asset:minilm-l6",
     kind: Kind = "sequence-classification",
-    cut: Annotated[str | None, typer.Option(metavar="S:E", help="Default: 1:L.")] = None,
-    pairs: Annotated[int, typer.Option(min=4, help="Pairs of steps.")] = 20,
+    cut: Cut = None,
+    pairs: Pairs = 20,
     examples: Annotated[int, typer.Option(min=1)] = 8,
     length: Annotated[int, typer.Option(min=1)] = 32,
     threads: Threads = 2,

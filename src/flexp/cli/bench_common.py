@@ -12,6 +12,8 @@ from rich.table import Table
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Model = Annotated[str, typer.Option(help="Folder, Hugging Face id, asset:NAME or arch:NAME.")]
 Kind = Annotated[str, typer.Option(help="causal-lm, sequence-classification or image-classification.")]
+Cut = Annotated[str | None, typer.Option(metavar="S:E", help="Default: 1:L.")]
+Pairs = Annotated[int, typer.Option(min=4, help="Pairs of steps.")]
 Threads = Annotated[int, typer.Option(min=1, help="Threads that torch computes with.")]
 
 

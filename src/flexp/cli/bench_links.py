@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from flexp.cli.bench_common import Json, Kind, Model, Threads, cut_of, machine_line, prepared, show
+from flexp.cli.bench_common import Cut, Json, Kind, Model, Pairs, Threads, cut_of, machine_line, prepared, show
 from flexp.errors import ConfigError
 
 Data = Annotated[str, typer.Option(help="Texts with labels: a file or asset:NAME.")]
@@ -24,8 +24,8 @@ Tuning = Annotated[str, typer.Option(help="full or lora.")]
 def link(
     model: Model = "asset:minilm-l6",
     kind: Kind = "sequence-classification",
-    cut: Annotated[str | None, typer.Option(metavar="S:E", help="Default: 1:L.")] = None,
-    pairs: Annotated[int, typer.Option(min=4, help="Pairs of steps.")] = 12,
+    cut: Cut = None,
+    pairs: Pairs = 12,
     tuning: Annotated[str, typer.Option(help="full or lora.")] = "full",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     examples: Annotated[int, typer.Option(min=1)] = 8,

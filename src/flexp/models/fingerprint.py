@@ -9,6 +9,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from flexp.models.headers import read_header
+
 _IGNORED = {
     "architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "id2label", "label2id",
     "num_labels", "problem_type", "use_cache", "_attn_implementation", "attn_implementation", "return_dict",
@@ -42,16 +44,14 @@ def _tensors(file: Path, size: int, changed: int) -> dict[str, str]:
     """The hash of each block tensor in a file, by its name from the list of blocks on, whatever prefix it has."""
     found: dict[str, str] = {}
     with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
-        for name, entry in header.items():
+        for name, entry in read_header(stream).items():
             in_block = re.search(r"[^.]+\.\d+\..*", name)
-            if in_block is None or name == "__metadata__":
+            if in_block is None:
                 continue
-            digest = hashlib.sha256(json.dumps([entry["dtype"], entry["shape"]]).encode())
-            start, stop = entry["data_offsets"]
-            for place in (start, (start + stop) // 2, max(start, stop - _SAMPLE)):
-                stream.seek(8 + length + place)
+            digest = hashlib.sha256(json.dumps([entry.dtype, entry.shape]).encode())
+            start, stop = entry.start, entry.stop
+            for place in (start, start + (stop - start) // 2, max(start, stop - _SAMPLE)):
+                stream.seek(place)
                 digest.update(stream.read(min(_SAMPLE, stop - place)))
             found[in_block.group()] = digest.hexdigest()
     return found

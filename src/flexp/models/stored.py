@@ -26,9 +26,10 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from flexp.errors import ModelError
 from flexp.limits import reserves_count
+from flexp.models.headers import read_header
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Names of the safetensors format (https://github.com/huggingface/safetensors#format)."""
+"""Names of the safetensors format."""
 
 
 @dataclass(frozen=True)
@@ -227,13 +228,11 @@ def _tables(source: str) -> Iterator[tuple[str, StoredTable]]:
     """All tables in the files of ``source``, by name."""
     for file in files_of(source):
         with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(length))
+            header, facts = read_header(stream), _facts(os.fstat(stream.fileno()))
         for name, entry in header.items():
-            if name != "__metadata__" and len(entry["shape"]) == 2 and entry["dtype"] in DTYPES:
-                rows, width = entry["shape"]
-                start = 8 + length + entry["data_offsets"][0]
-                yield name, StoredTable(file, start, (rows, width), DTYPES[entry["dtype"]], _facts(file.stat()))
+            if len(entry.shape) == 2 and entry.dtype in DTYPES:
+                rows, width = entry.shape
+                yield name, StoredTable(file, entry.start, (rows, width), DTYPES[entry.dtype], facts)
 
 
 def files_of(source: str) -> list[Path]:
