@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flexp.client.model import OFF, SPLIT_MODELS, SplitModel
-from flexp.config import AlignConfig, CodecConfig, LoraConfig, OptimizerConfig, ServerConfig
+from flexp.config.run import AlignConfig, CodecConfig, LoraConfig, OptimizerConfig, ServerConfig
 from flexp.links.base import Link, Meter
 from flexp.links.messages import (
     Abort,

@@ -13,8 +13,7 @@ import pytest
 from flexp import __version__
 from flexp.cli.main import main
 from flexp.cli.run import fresh
-
-from ..experiments.tiny import bert_folder, content
+from tests.tiny import bert_folder, content
 
 
 def toml(folder: Path, **changes: object) -> Path:

@@ -20,16 +20,17 @@ from typer.testing import CliRunner
 
 from flexp.cli.main import app
 from flexp.comparison import compare as comparing
+from flexp.comparison import views
 from flexp.comparison.compare import plan
 from flexp.comparison.config import load
+from flexp.comparison.report.results import results
 from flexp.comparison.workers import Pool, Worker
-from flexp.evaluation import memory, views
-from flexp.evaluation.memory import Measured, Probe
-from flexp.report.comparison.results import results
+from flexp.cost import probe as memory
+from flexp.cost.probe import Measured, Probe
+from tests.comparison.tools import Inline
+from tests.report.test_html import own_part
+from tests.tiny import bert_folder
 
-from ..comparison.tools import Inline
-from ..experiments.tiny import bert_folder
-from ..report.test_html import own_part
 from .test_commands import toml
 
 TABLE = """

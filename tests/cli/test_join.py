@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from flexp.cli.main import main
-
-from ..export.tools import CUTS, train
+from tests.export.tools import CUTS, train
 
 
 def test_join(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

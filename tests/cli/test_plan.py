@@ -1,4 +1,4 @@
-"""``flexp plan`` and ``flexp bench plan`` as a user types them."""
+"""``flexp plan`` and ``python -m benchmarks plan`` as a user types them."""
 
 from __future__ import annotations
 

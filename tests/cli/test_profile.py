@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from flexp.cli.main import main
+from flexp.cost.profile import Profile
 from flexp.links.grpc import serve
 from flexp.models.parts import Part
 from flexp.models.stage import Stage, carve
 from flexp.models.tuning import tune
 from flexp.models.zoo import tiny_model
-from flexp.planner.profile import Profile
 from flexp.server import Server
 
 

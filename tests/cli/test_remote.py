@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ..export.remote_tools import Remote, remote
+from tests.export.remote_tools import Remote, remote
+
 from .test_write import Shell, shell
 
 __all__ = ["shell"]

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from flexp.cli.main import main
-
-from ..export.tools import train
+from tests.export.tools import train
 
 
 def test_back_up_show_restore(

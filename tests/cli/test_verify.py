@@ -12,8 +12,8 @@ from typer.testing import CliRunner, Result
 from flexp.cli.main import app, main
 from flexp.cli.verify import parse_cut
 from flexp.errors import ConfigError
-from flexp.experiments.verify import Outcome, Setup
 from flexp.models.zoo import save_tiny
+from flexp.run.verify import Outcome, Setup
 
 
 def flexp(*arguments: str) -> Result:
@@ -42,7 +42,7 @@ def test_json() -> None:
 
 
 def test_a_difference_is_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
-    from flexp.experiments import verify
+    from flexp.run import verify
 
     wrong = Outcome(Setup("arch:llama", cut=(1, 3), base_depth=1), 4, 39, 1.25e-7, 0.0, 0.0, float("inf"))
     monkeypatch.setattr(verify, "verify", lambda setup: wrong)
@@ -62,7 +62,7 @@ def test_all_and_list(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "arch:llama" in listed.stdout
     assert "one block is applied again and again" in " ".join(listed.stdout.split())
     entries = json.loads(flexp("--list", "--json").stdout)
-    from flexp.experiments import verify
+    from flexp.run import verify
 
     assert [entry["name"] for entry in entries] == list(verify.ARCHITECTURES)
     kept = {name: verify.ARCHITECTURES[name] for name in ("gpt2", "albert", "vit")}
@@ -74,7 +74,7 @@ def test_all_and_list(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_all_in_mixed_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    from flexp.experiments import verify
+    from flexp.run import verify
 
     monkeypatch.setattr(verify, "ARCHITECTURES", {"gpt2": verify.ARCHITECTURES["gpt2"]})
     done = flexp("--all", "--autocast", "--steps", "1")

@@ -9,13 +9,12 @@ from pathlib import Path
 import pytest
 
 from flexp.cli.main import main
-from flexp.deployment.server import load
-from flexp.experiments.checkpoints import kept
 from flexp.links.grpc import serve
+from flexp.run.checkpoints import kept
+from flexp.run.server import load
 from flexp.server import Server
-
-from ..export.tools import train
-from ..writing.tools import TEMPLATE
+from tests.export.tools import train
+from tests.serving.tools import TEMPLATE
 
 
 class Shell:

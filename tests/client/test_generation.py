@@ -12,7 +12,7 @@ from torch import Tensor
 from flexp.client import generation
 from flexp.client.generation import SplitGenerator
 from flexp.client.model import SplitModel, SplitModelForCausalLM
-from flexp.config import ServerConfig
+from flexp.config.run import ServerConfig
 from flexp.errors import ConfigError, LinkError, LinkLostError, ModelError
 from flexp.links.base import Link
 from flexp.links.grpc import connect, serve

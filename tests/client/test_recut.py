@@ -17,9 +17,8 @@ from flexp.client.model import SplitModel
 from flexp.client.recut import ParkedInMemory, fit, move_party, recut
 from flexp.client.state import cut_in, load_party, party_state
 from flexp.client.trainer import Trainer
-from flexp.config import OptimizerConfig, TrainConfig
+from flexp.config.run import OptimizerConfig, TrainConfig
 from flexp.data.types import ClientData
-from flexp.deployment.parked import ParkedOnDisk
 from flexp.errors import ConfigError, LinkError, LinkLostError, ModelError, StorageError
 from flexp.links.base import Link
 from flexp.links.grpc import loopback
@@ -27,6 +26,7 @@ from flexp.links.messages import FetchRequest
 from flexp.models.parts import Part
 from flexp.models.stage import Stage
 from flexp.optim import Updater
+from flexp.run.parked import ParkedOnDisk
 from tests.harness import World, copied, equal, party, shared_weights, world
 
 SGD = OptimizerConfig(name="sgd", lr=0.05, clip=None)

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 import flexp
 from flexp.client.model import SplitModel
-from flexp.config import OptimizerConfig, ServerConfig
+from flexp.config.run import OptimizerConfig, ServerConfig
 from flexp.errors import ConfigError
 from flexp.links.messages import ForwardRequest
 from flexp.models.parts import Part

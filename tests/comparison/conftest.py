@@ -6,8 +6,8 @@ import pytest
 
 from flexp.comparison import compare
 from flexp.comparison.cells import Cell
+from tests.tiny import bert_folder
 
-from ..experiments.tiny import bert_folder
 from .tools import ENDED, Inline
 
 

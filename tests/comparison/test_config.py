@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from flexp.comparison.config import HEADLINE, CompareConfig, load
+from flexp.config import loading as settings
 from flexp.errors import ConfigError
-from flexp.experiments import settings
 
 RUN = 'seed = 7\n[model]\nid = "m"\n[data]\nsource = "d"\n'
 TABLE = """[compare]

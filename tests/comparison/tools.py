@@ -9,8 +9,7 @@ from typing import Any
 from flexp.comparison import workers
 from flexp.comparison.cells import Cell
 from flexp.comparison.config import CompareConfig, Comparison, make
-
-from ..experiments.tiny import config
+from tests.tiny import config
 
 ENDED: list[Cell] = []
 

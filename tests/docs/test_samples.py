@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from flexp.experiments.settings import all_keys, load, read
+from flexp.config.loading import all_keys, load, read
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -88,7 +88,7 @@ def test_commands_named_in_the_text_are_there(page: Path) -> None:
         words = inside.split()
         groups = {path[0] for path in COMMANDS if len(path) > 1}
         if words[0] in groups and (len(words) == 1 or not words[1].isidentifier()):
-            continue  # a group is named, as in `flexp state` or `flexp bench …`
+            continue  # a group is named, as in `flexp state` or `python -m benchmarks …`
         command, arguments = command_of([word for word in words if re.match(r"[\w-]+$", word)])
         names = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
         assert {w.strip("[]…") for w in words if re.match(r"\[?--\w", w)} <= names, inside

@@ -75,7 +75,7 @@ def test_the_reference_is_the_sources(site: Path) -> None:
         "flexp state restore",
         "--passphrase-env VARIABLE",
         "flexp join RUN --name TEXT --out PATH",
-        "flexp bench link",
+        "python -m benchmarks link",
     ):
         assert word in commands
     python = (site / "reference/python.html").read_text(encoding="utf-8")

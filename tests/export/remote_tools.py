@@ -10,17 +10,17 @@ from typing import Any
 import torch
 
 from flexp.client.state import party_state
-from flexp.config import RunConfig
-from flexp.deployment.client import Place, find_place, make_client
-from flexp.deployment.folder import write_facts
-from flexp.deployment.server import make_server
-from flexp.deployment.snapshots import Snapshots
-from flexp.experiments.settings import validate
+from flexp.config.loading import validate
+from flexp.config.run import RunConfig
 from flexp.export.client_folder import ClientFolder, open_client
 from flexp.files import write_json
 from flexp.links.base import Link
 from flexp.links.grpc import connect, serve
 from flexp.report.metrics import MetricsLog
+from flexp.run.client import Place, find_place, make_client
+from flexp.run.folder import write_facts
+from flexp.run.server import make_server
+from flexp.run.store import Snapshots
 from flexp.server import Server
 
 from .tools import content_of

@@ -15,8 +15,8 @@ from flexp.export.answers import predict, score, score_pretrained
 from flexp.export.folder import export
 from flexp.export.saved import open_run
 from flexp.export.usable import EVERYBODY, OWN, of_folder, open_model
+from tests.data.tools import jsonl
 
-from ..data.tools import jsonl
 from .tools import train
 
 

@@ -12,12 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flexp.errors import ConfigError, StorageError
-from flexp.experiments import checkpoints, runner
 from flexp.export.backup import back_up, read, restore, write
 from flexp.files import sha256
-
-from ..experiments.tiny import bert_folder, config
-from ..methods.tools import equal
+from flexp.run import checkpoints, runner
+from tests.methods.tools import equal
+from tests.tiny import bert_folder, config
 
 FOLLOWS = {"kind": "weights", "teach": True, "follow": True, "pull": 1.0}
 

@@ -13,9 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flexp.deployment.config import DeploymentConfig
+from flexp.config.deployment import DeploymentConfig
 from flexp.errors import ConfigError, StorageError
-from flexp.experiments import runner
 from flexp.export.answers import predict, score, score_pretrained
 from flexp.export.backup import back_up, read, restore
 from flexp.export.client_folder import open_client
@@ -25,13 +24,14 @@ from flexp.export.saved import is_run, open_run, run_config
 from flexp.export.usable import OWN, open_model
 from flexp.links.grpc import connect
 from flexp.report.metrics import read as read_log
-from flexp.writing.opened import open_writer
-from tests.deployment.tools import Client, Server, newest, parties, plain, simulated, without_meters
-from tests.experiments import tiny
+from flexp.run import runner
+from flexp.serving.opened import open_writer
+from tests import tiny
+from tests.data.tools import jsonl
 from tests.harness import equal
+from tests.run.tools import Client, Server, newest, parties, plain, simulated, without_meters
+from tests.serving.test_opened import answer
 
-from ..data.tools import jsonl
-from ..writing.test_opened import answer
 from .remote_tools import Remote, remote
 from .tools import train
 

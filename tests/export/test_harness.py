@@ -19,8 +19,8 @@ from flexp.export.folder import export
 from flexp.export.harness import HarnessModel, run_harness
 from flexp.export.saved import open_run
 from flexp.export.usable import of_folder, open_model
+from tests.data.tools import jsonl
 
-from ..data.tools import jsonl
 from .tools import train
 
 CHOICES = """

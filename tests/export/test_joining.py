@@ -10,9 +10,8 @@ import pytest
 import torch
 import transformers
 
+from flexp.config.loading import validate
 from flexp.errors import ConfigError, DataError
-from flexp.experiments import checkpoints, runner
-from flexp.experiments.settings import validate
 from flexp.export.answers import predict, score
 from flexp.export.backup import back_up
 from flexp.export.folder import export
@@ -20,9 +19,10 @@ from flexp.export.joining import beginning, join
 from flexp.export.saved import SavedRun, open_run
 from flexp.export.usable import OWN, of_folder, of_run
 from flexp.files import sha256
+from flexp.run import checkpoints, runner
+from tests.data.tools import jsonl, labelled
+from tests.methods.tools import equal
 
-from ..data.tools import jsonl, labelled
-from ..methods.tools import equal
 from .tools import CUTS, answer, batch_of, train
 
 CLIENTS = ("east", "north", "south")

@@ -10,9 +10,9 @@ import torch
 
 from flexp.export.whole import merged
 from flexp.methods import METHODS
+from tests.methods.tools import ADAPTERS, trained
+from tests.tiny import CLIENTS, bert_folder
 
-from ..experiments.tiny import CLIENTS, bert_folder
-from ..methods.tools import ADAPTERS, trained
 from .tools import answer
 
 

@@ -11,12 +11,11 @@ import transformers
 from PIL import Image
 from torch import Tensor
 
-from flexp.experiments import runner
-from flexp.experiments.settings import validate
+from flexp.config.loading import validate
 from flexp.export.saved import SavedRun
 from flexp.models.zoo import save_tiny
-
-from ..data.tools import jsonl, labelled, tokenizer
+from flexp.run import runner
+from tests.data.tools import jsonl, labelled, tokenizer
 
 CLIENTS = ("north", "south")
 CUTS = [[1, 3], [2, None]]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ..experiments.tiny import bert_folder
+from tests.tiny import bert_folder
 
 
 @pytest.fixture(scope="session")

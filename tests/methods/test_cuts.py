@@ -9,8 +9,7 @@ import pytest
 
 from flexp.errors import ConfigError
 from flexp.methods.cuts import base_depth, method_cuts
-
-from ..experiments.tiny import CLIENTS, config
+from tests.tiny import CLIENTS, config
 
 OWN = {"north": (1, 3), "south": (2, 4), "west": (3, 4)}
 

@@ -16,12 +16,12 @@ from flexp.client.model import SplitModel
 from flexp.client.trainer import Step
 from flexp.client.whole import WholeModel
 from flexp.errors import ConfigError
-from flexp.experiments import checkpoints
 from flexp.methods import METHODS
 from flexp.methods.split_bench import SplitBench
 from flexp.methods.workbench import Worker
+from flexp.run import checkpoints
+from tests.tiny import CLIENTS
 
-from ..experiments.tiny import CLIENTS
 from .tools import ADAPTERS, ONE, equal, make, trained
 
 TUNING = pytest.mark.parametrize("tuning", ["full", "lora"])
@@ -376,6 +376,6 @@ def test_impossible_settings_are_named(home: Path, name: str, settings: dict[str
 def test_every_name_of_the_configuration_is_a_method() -> None:
     from typing import get_args
 
-    from flexp.config import MethodConfig
+    from flexp.config.run import MethodConfig
 
     assert set(get_args(MethodConfig.model_fields["name"].annotation)) == METHODS.keys()

@@ -17,8 +17,8 @@ from flexp.errors import ConfigError, TrainingError
 from flexp.methods import split_fedavg
 from flexp.methods.ranks import average, fit
 from flexp.methods.split_bench import SplitBench
+from tests.tiny import CLIENTS, bert_folder
 
-from ..experiments.tiny import CLIENTS, bert_folder
 from .tools import ADAPTERS, ONE, equal, make, trained
 
 OPEN: dict[str, Any] = {"personal": {"clip": None}, "shared": {"clip": None}}

@@ -12,12 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flexp.config import RunConfig
+from flexp.config.run import RunConfig
 from flexp.data.types import ClientData, Federation
-from flexp.experiments.setup import build_world
 from flexp.methods import METHODS, World, federated
-
-from ..experiments.tiny import config
+from flexp.run.setup import build_world
+from tests.tiny import config
 
 ADAPTERS = {"splitlora", "splitft", "hetlora"}
 """Methods that need ``model.tuning = "lora"``."""

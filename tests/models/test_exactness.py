@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from flexp.experiments.verify import Outcome
 from flexp.models.architectures import ARCHITECTURES
 from flexp.models.zoo import tiny_batch
+from flexp.run.verify import Outcome
 from tests.models.tools import SPLIT, TEXT, both, parties, whole_of
 
 DECODERS = [name for name in TEXT if len(ARCHITECTURES[name].tasks) == 2]

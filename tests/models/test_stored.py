@@ -25,9 +25,8 @@ from flexp.models.tuning import tune
 from flexp.models.zoo import tiny_batch, tiny_model
 from flexp.planner.fleet import TaskShape
 from tests.models.tools import SPLIT, equal, save, tensors_of
-
-from ..experiments.test_runner import same
-from ..experiments.tiny import bert_folder, config
+from tests.run.test_runner import same
+from tests.tiny import bert_folder, config
 
 CUT = (1, 3)
 UNTIED = ["bert", "distilbert", "gpt2-untied", "gpt_neox", "gptj", "llama", "mistral", "modernbert", "phi3", "qwen2",
@@ -60,7 +59,7 @@ def test_what_cannot_stay_is_said(name: str, tmp_path: Path) -> None:
 
 
 def test_a_run_is_the_same_bit_for_bit(tmp_path: Path) -> None:
-    from flexp.experiments import runner
+    from flexp.run import runner
 
     bert_folder(tmp_path / "model", dropout=True)
     for where in ("memory", "file"):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from flexp.config import LoraConfig
+from flexp.config.run import LoraConfig
 from flexp.errors import ModelError
 from flexp.models.architectures import ARCHITECTURES
 from flexp.models.parts import Part

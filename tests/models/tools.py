@@ -12,14 +12,14 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from flexp.client.model import SplitModel
-from flexp.config import OptimizerConfig, ServerConfig
-from flexp.experiments.verify import Outcome, Setup, compare
+from flexp.config.run import OptimizerConfig, ServerConfig
 from flexp.models.architectures import ARCHITECTURES
 from flexp.models.loading import DTYPES
 from flexp.models.parts import Part
 from flexp.models.stage import Stage, carve
 from flexp.models.tuning import tune
 from flexp.models.zoo import tiny_model
+from flexp.run.verify import Outcome, Setup, compare
 from flexp.server import Server
 
 SPLIT = [name for name, spec in ARCHITECTURES.items() if not spec.refused]

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from itertools import combinations_with_replacement, product
 from typing import Any
 
-from flexp.planner.choice import CODECS, Choice, Prediction
+from flexp.cost.choice import CODECS, Choice, Prediction
+from flexp.cost.profile import Profile
 from flexp.planner.fleet import Fleet, TaskShape, parse_fleet
 from flexp.planner.problem import Counts, Problem
-from flexp.planner.profile import Profile
 
 MB = 10**6
 BLOCKS = 4

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from flexp.cost.choice import Choice
 from flexp.errors import ConfigError, StorageError
 from flexp.planner.accuracy import AccuracyCurve, Pilot, fit, personal_share, prior, read_pilots
-from flexp.planner.choice import Choice
 
 
 def test_the_prior_says_so_and_grows_with_the_share() -> None:

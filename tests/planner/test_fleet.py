@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
+from flexp.cost.profile import Profile
 from flexp.errors import ConfigError
-from flexp.experiments.planned import load_fleet
 from flexp.planner.fleet import MARGIN, TaskShape, parse_fleet
 from flexp.planner.options import grid
-from flexp.planner.profile import Profile
+from flexp.run.planned import load_fleet
 
 from .fakes import fleet
 

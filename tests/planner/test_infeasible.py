@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from flexp.cost.choice import Choice
 from flexp.errors import ModelError
-from flexp.planner.choice import Choice
 from flexp.planner.fleet import TaskShape
 from flexp.planner.infeasible import InfeasibleError
 from flexp.planner.plan import make_plan

@@ -9,30 +9,30 @@ from typing import Any
 import pytest
 
 import flexp
+from flexp.cost.choice import Choice
+from flexp.cost.device import ARENA, OTHER_THREADS, Limit, for_training
+from flexp.cost.model_cost import model_cost
+from flexp.cost.predict import memory as least
+from flexp.cost.profile import Profile
 from flexp.models.parts import Part
 from flexp.models.zoo import save_tiny
 from flexp.planner import own
-from flexp.planner.choice import Choice
-from flexp.planner.device import ARENA, OTHER_THREADS, Limit, for_training
 from flexp.planner.infeasible import InfeasibleError
-from flexp.planner.model_cost import model_cost
-from flexp.planner.predict import memory as least
-from flexp.planner.profile import Profile
 from flexp.server import Server
 
 MIB = 2**20
 
 
 def test_limits_that_count_reserves_leave_room_for_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flexp.planner.device.soft_limit", lambda name: 8 * MIB)
-    monkeypatch.setattr("flexp.planner.device.os.cpu_count", lambda: 2)
+    monkeypatch.setattr("flexp.cost.device.soft_limit", lambda name: 8 * MIB)
+    monkeypatch.setattr("flexp.cost.device.os.cpu_count", lambda: 2)
     threads = OTHER_THREADS + 4
     assert for_training(Limit("available memory", 1000 * MIB)) == 1000 * MIB
     assert for_training(Limit("RLIMIT_DATA", 1000 * MIB)) == (1000 - 8 * threads) * MIB
     assert for_training(Limit("RLIMIT_DATA", 1000 * MIB), threads=3) == (1000 - 8 * (threads + 2)) * MIB
     assert for_training(Limit("RLIMIT_AS", 1000 * MIB)) == (1000 - 8 * threads) * MIB - threads * ARENA
     assert for_training(Limit("RLIMIT_DATA", 5 * MIB)) == 0
-    monkeypatch.setattr("flexp.planner.device.os.cpu_count", lambda: 64)
+    monkeypatch.setattr("flexp.cost.device.os.cpu_count", lambda: 64)
     assert for_training(Limit("RLIMIT_DATA", 1000 * MIB)) == (1000 - 8 * (OTHER_THREADS + 16)) * MIB
 
 

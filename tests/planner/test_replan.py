@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from flexp.planner.choice import Choice
+from flexp.cost.choice import Choice
 from flexp.planner.fleet import Fleet
 from flexp.planner.plan import make_plan
 from flexp.planner.replan import replan

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flexp.cost.choice import Choice, Prediction
 from flexp.planner.accuracy import prior
-from flexp.planner.choice import Choice, Prediction
 from flexp.planner.fleet import Weights
 from flexp.planner.options import Option, prune
 from flexp.planner.plan import counts, make_plan

@@ -5,9 +5,9 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
+from flexp.cost.model_cost import ModelCost, model_cost
+from flexp.cost.profile import ModelSeconds, PieceSeconds, Profile, ShapeSeconds
 from flexp.models.architectures import ARCHITECTURES
-from flexp.planner.model_cost import ModelCost, model_cost
-from flexp.planner.profile import ModelSeconds, PieceSeconds, Profile, ShapeSeconds
 
 
 @lru_cache

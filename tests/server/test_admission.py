@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from flexp.client.model import SplitModelForCausalLM
-from flexp.config import AlignConfig, LoraConfig, ServerConfig
+from flexp.config.run import AlignConfig, LoraConfig, ServerConfig
 from flexp.errors import ConfigError, LinkError, ModelError
 from flexp.links.messages import Abort, BackwardRequest, FetchRequest, ForwardRequest, PullRequest
 from flexp.models.fingerprint import weights_fingerprint

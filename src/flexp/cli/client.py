@@ -36,7 +36,7 @@ def client(
 ) -> None:
     """Take part in the run that a server conducts, with this device's private data; go on where it was stopped."""
     from flexp.cli.verify import parse_cut
-    from flexp.experiments.settings import load, read
+    from flexp.config.loading import load, read
 
     overrides = list(settings or ())
     if data is not None:
@@ -46,10 +46,10 @@ def client(
     loaded = load(config, overrides)
     wanted = None if cut is None else parse_cut(cut)
 
-    from flexp.deployment.client import find_place, run_client
-    from flexp.deployment.config import load as load_deployment
+    from flexp.config.deployment import load as load_deployment
     from flexp.links.base import Link
     from flexp.links.grpc import connect
+    from flexp.run.client import find_place, run_client
 
     place = find_place(loaded, name, wanted)
     for note in place.federation.notes:

@@ -103,7 +103,7 @@ def _show(comparison: dict[str, Any], folder: Path) -> None:
     """The table in the terminal, and every file of the report."""
     from rich.console import Console
 
-    from flexp.report import comparison as report
+    from flexp.comparison import report
 
     console = Console()
     if not console.is_terminal:

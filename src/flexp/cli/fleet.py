@@ -24,9 +24,9 @@ def fleet(
     from rich.table import Table
 
     from flexp.cli.run import fresh
-    from flexp.deployment.client import cuts_of, settled
-    from flexp.deployment.fleet import Fleet
-    from flexp.experiments import settings as files
+    from flexp.config import loading as files
+    from flexp.run.client import cuts_of, settled
+    from flexp.run.fleet import Fleet
 
     loaded = settled(files.load(config, settings or ()), lambda line: typer.echo(f"flexp fleet: {line}"))
     table = files.read(config).get("deployment", {})

@@ -11,7 +11,6 @@ import typer
 from flexp import __version__
 from flexp.cli import (
     assets,
-    bench,
     client,
     compare,
     fleet,
@@ -59,7 +58,6 @@ app.command("join")(join.join)
 app.add_typer(state.app, name="state")
 app.command("profile")(profile.profile)
 app.add_typer(assets.app, name="assets")
-app.add_typer(bench.app, name="bench")
 
 
 def _show_version(wanted: bool) -> None:
@@ -77,13 +75,13 @@ def _options(
     pass
 
 
-def main() -> None:
+def main(command: typer.Typer = app, prog: str | None = None) -> None:
     """Entry point: one line and exit code 2 for a user's mistake, a traceback only for ours."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     reserve_less()
     try:
-        app()
+        command(prog_name=prog)
     except FlexpError as error:
         typer.secho(f"flexp: {error}", fg="red", err=True)
         sys.exit(USER_ERROR)

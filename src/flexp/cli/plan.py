@@ -30,12 +30,12 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON instead of a table.")] = False,
 ) -> None:
     """Choose every device's cut, micro-batch and more for a model; nothing is trained or loaded."""
-    from flexp.experiments.planned import load_fleet
     from flexp.planner.accuracy import AccuracyCurve, fit, prior, read_pilots
     from flexp.planner.document import document
     from flexp.planner.model import ModelCosts
     from flexp.planner.pareto import front
     from flexp.planner.plan import make_plan
+    from flexp.run.planned import load_fleet
 
     fleet = load_fleet(devices, settings or ())
     known = prior()

@@ -13,7 +13,7 @@ from rich.table import Table
 from flexp.cli.verify import Dtype, Task, Tuning
 
 if TYPE_CHECKING:
-    from flexp.planner.profile import Profile
+    from flexp.cost.profile import Profile
 
 
 class Side(StrEnum):
@@ -54,10 +54,10 @@ def profile(
     """Measure this machine: usable memory, seconds of the model's blocks forward and backward, and the network."""
     import torch
 
-    from flexp.planner.device import cores, training_memory
-    from flexp.planner.measure import flops_per_second, measure_model
-    from flexp.planner.model_cost import model_cost
-    from flexp.planner.profile import Profile
+    from flexp.cost.device import cores, training_memory
+    from flexp.cost.measure import flops_per_second, measure_model
+    from flexp.cost.model_cost import model_cost
+    from flexp.cost.profile import Profile
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -106,8 +106,8 @@ def profile(
 
 
 def _network(server: str, cost: object, examples: int, tuning: str) -> dict[str, float]:
+    from flexp.cost.link import measure_link
     from flexp.links.base import as_link, connected
-    from flexp.planner.link import measure_link
 
     url = server if "://" in server else f"grpc://profile@{server}"
     with connected(as_link(url)) as link:

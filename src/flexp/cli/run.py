@@ -12,7 +12,7 @@ import typer
 from flexp.errors import ConfigError
 
 if TYPE_CHECKING:
-    from flexp.config import RunConfig
+    from flexp.config.run import RunConfig
 
 Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run; default: runs/NAME-DATE.")]
 
@@ -27,7 +27,7 @@ def run(
     resume: Annotated[Path | None, typer.Option(metavar="DIR", help="Continue the run in DIR.")] = None,
 ) -> None:
     """Train a simulated federation; every client ends with its own model."""
-    from flexp.experiments.settings import load
+    from flexp.config.loading import load
 
     if resume is not None:
         if config is not None or settings or seed is not None or out is not None:
@@ -49,7 +49,7 @@ def demo(
     """A first success: eight clients with different cuts fine-tune a sentence encoder on their own texts."""
     from importlib.resources import as_file, files
 
-    from flexp.experiments.settings import load
+    from flexp.config.loading import load
 
     with as_file(files("flexp.experiments") / "demo.toml") as path:
         loaded = load(path, seed=seed)
@@ -65,7 +65,7 @@ def report(folder: Annotated[Path, typer.Argument(help="The folder of a run.")])
 
 def _go(folder: Path, config: RunConfig | None = None) -> None:
     """Start ``config`` in ``folder``, or resume what is there, and show the result."""
-    from flexp.experiments import runner  # slow to import: only once the configuration is known to be right
+    from flexp.run import runner  # slow to import: only once the configuration is known to be right
 
     try:
         summary = runner.resume(folder) if config is None else runner.run(config, folder)

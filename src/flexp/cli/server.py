@@ -92,9 +92,9 @@ def server(
         raise ConfigError(f"--tuning {tuning}: expected full, lora or frozen")
     import torch
 
-    from flexp.deployment.server import run_server
     from flexp.links.grpc import ServerTls, Tokens
     from flexp.links.rules import Limits
+    from flexp.run.server import run_server
 
     def say(line: str) -> None:
         typer.echo(f"flexp server: {line}")
@@ -114,7 +114,7 @@ def server(
         "insecure": insecure,
     }
     if config is not None:
-        from flexp.deployment.server import make_conductor, make_server, read_config
+        from flexp.run.server import make_conductor, make_server, read_config
 
         overrides = [*(settings or ()), *([] if model is None else [f"model.id={json.dumps(model)}"])]
         loaded, deployment = read_config(config, overrides, clients, schedule)
@@ -125,7 +125,7 @@ def server(
         run_server(made, listen, conductor=conductor, allow_export=allow_export or deployment.allow_export, **options)
         return
 
-    from flexp.config import LoraConfig, OptimizerConfig, ServerConfig
+    from flexp.config.run import LoraConfig, OptimizerConfig, ServerConfig
     from flexp.server import Server
 
     assert model is not None

@@ -56,8 +56,8 @@ def restore(
     variable: Variable = None,
 ) -> None:
     """Put a client's personal parts back into the last checkpoint of a run that is made alike."""
-    from flexp.deployment.folder import is_client
     from flexp.export.backup import restore as put
+    from flexp.run.folder import is_client
 
     facts = put(file, into, client, _key(file, variable))
     if "snapshot" in facts and is_client(into):

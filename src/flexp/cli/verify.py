@@ -14,7 +14,7 @@ from rich.table import Table
 from flexp.errors import ConfigError
 
 if TYPE_CHECKING:
-    from flexp.experiments.verify import Outcome, Setup
+    from flexp.run.verify import Outcome, Setup
 
 NOT_EXACT = 1
 
@@ -94,8 +94,8 @@ def verify(
         raise ConfigError("expected a model (folder, Hugging Face id, asset:NAME, arch:NAME), or --all, or --list")
     import torch
 
-    from flexp.experiments.verify import Setup, verify_all
-    from flexp.experiments.verify import verify as compare
+    from flexp.run.verify import Setup, verify_all
+    from flexp.run.verify import verify as compare
 
     if threads is not None:
         torch.set_num_threads(threads)

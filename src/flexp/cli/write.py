@@ -14,7 +14,7 @@ from flexp.cli.use import Client, Round
 from flexp.errors import FlexpError
 
 if TYPE_CHECKING:
-    from flexp.writing.writer import Wishes, Writer, Written
+    from flexp.serving.writer import Wishes, Writer, Written
 
 Model = Annotated[Path, typer.Argument(help="The folder of a run, an exported one, or what flexp client left.")]
 MaxTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Of an answer.")]
@@ -131,7 +131,7 @@ def serve(
     threads: Threads = None,
 ) -> None:
     """Offer a personal language model to applications, as the OpenAI API does (needs the extra `serve`)."""
-    from flexp.endpoint.listening import check_listening, run
+    from flexp.serving.listening import check_listening, run
 
     check_listening(host, api_key)
     writer = _open(model, client, number, reaching(server, token, ca, cert, key, insecure), threads)
@@ -146,7 +146,7 @@ def _open(
 ) -> Writer:
     import torch
 
-    from flexp.writing.opened import open_writer
+    from flexp.serving.opened import open_writer
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -162,7 +162,7 @@ def _wishes(
     stop: list[str] | None,
     seed: int | None,
 ) -> Wishes:
-    from flexp.writing.writer import Wishes
+    from flexp.serving.writer import Wishes
 
     return Wishes(max_new_tokens, temperature, top_p, top_k, repetition_penalty, tuple(stop or ()), seed)
 

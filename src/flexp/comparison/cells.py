@@ -17,9 +17,9 @@ from typing import Any, Literal
 
 from flexp.comparison.config import Comparison, Entry
 from flexp.comparison.grid import Settings, apply
-from flexp.config import RunConfig
+from flexp.config.loading import validate
+from flexp.config.run import RunConfig
 from flexp.errors import FlexpError, StorageError
-from flexp.experiments.settings import validate
 from flexp.files import read_json, write_json
 from flexp.report.metrics import Record, read
 from flexp.report.summary import VALIDATION
@@ -123,9 +123,9 @@ def execute(cell: Cell, out: Path, threads: int) -> None:
     from rich.console import Console
 
     from flexp.errors import BadValuesError, TrainingError
-    from flexp.experiments import checkpoints, runner
-    from flexp.experiments.devices import NobodyFitsError
     from flexp.report.progress import Progress
+    from flexp.run import checkpoints, runner
+    from flexp.run.participants import NobodyFitsError
 
     folder = out / cell.folder
     if folder.exists() and (not _holds(cell, folder) or checkpoints.latest(folder / "checkpoints") is None):

@@ -15,8 +15,8 @@ from flexp.comparison.cells import Cell, final_cell, is_done, tuning_cell
 from flexp.comparison.config import CompareConfig, Comparison, Entry, make
 from flexp.comparison.grid import Settings, trials, untried
 from flexp.comparison.workers import Pool
+from flexp.config.loading import validate
 from flexp.errors import ConfigError, StorageError
-from flexp.experiments.settings import validate
 from flexp.files import read_json, storage_error, write_json
 
 PLAN = "plan.json"

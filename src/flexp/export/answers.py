@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from flexp.data.scores import evaluate
 from flexp.data.types import Forward
 from flexp.errors import ConfigError
-from flexp.evaluation.scores import evaluate
 from flexp.export.rows import read_examples
 from flexp.export.usable import Usable
 from flexp.files import replacing

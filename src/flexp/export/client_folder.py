@@ -14,13 +14,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from flexp.client.model import SplitModel
-from flexp.config import CodecConfig, RunConfig
+from flexp.config.loading import validate
+from flexp.config.run import CodecConfig, RunConfig
 from flexp.data.types import ModelKind
-from flexp.deployment.folder import is_client, read_facts
-from flexp.deployment.snapshots import Snapshots
 from flexp.errors import ConfigError, StorageError
-from flexp.experiments.settings import validate
-from flexp.experiments.setup import load_part, load_processor, model_folder, own_pad
 from flexp.export.saved import LAST
 from flexp.files import read_json
 from flexp.links.base import Link
@@ -28,6 +25,9 @@ from flexp.methods.parties import split_model, tune_own
 from flexp.models.loading import load_config
 from flexp.models.parts import Part
 from flexp.models.stage import Stage
+from flexp.run.folder import is_client, read_facts
+from flexp.run.setup import load_part, load_processor, model_folder, own_pad
+from flexp.run.store import Snapshots
 
 PERSONAL = "personal/"
 
@@ -73,7 +73,7 @@ class ClientFolder:
 
     Attributes:
         config: as the client was started with.
-        facts: see :func:`flexp.deployment.folder.write_facts`.
+        facts: see :func:`flexp.run.folder.write_facts`.
     """
 
     folder: Path

@@ -12,8 +12,6 @@ from safetensors import SafetensorError
 
 from flexp.data.types import ModelKind
 from flexp.errors import ConfigError, ModelError
-from flexp.experiments.checkpoints import os_error
-from flexp.experiments.setup import load_processor, model_folder
 from flexp.export.adapter import write_adapter
 from flexp.export.card import card
 from flexp.export.facts import FILE, gather
@@ -21,6 +19,8 @@ from flexp.export.saved import SavedRun
 from flexp.export.whole import merged
 from flexp.files import replacing, storage_error, write_json, write_text
 from flexp.models.loading import quietly
+from flexp.run.checkpoints import os_error
+from flexp.run.setup import load_processor, model_folder
 
 Form = Literal["whole", "adapter"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -11,10 +11,8 @@ from torch import Tensor
 
 from flexp._version import __version__
 from flexp.client.state import cut_in
-from flexp.config import RunConfig
-from flexp.deployment.folder import is_client
+from flexp.config.run import RunConfig
 from flexp.errors import ConfigError, StorageError
-from flexp.experiments import checkpoints
 from flexp.export.client_folder import PERSONAL, ClientFolder, Taken, open_client
 from flexp.export.facts import origin
 from flexp.export.saved import Opened, client_of, look_into
@@ -22,6 +20,8 @@ from flexp.methods import METHODS
 from flexp.models.fingerprint import fingerprint
 from flexp.models.parts import Part
 from flexp.models.stage import Stage
+from flexp.run import checkpoints
+from flexp.run.folder import is_client
 
 SCHEMA = 1
 KIND = "flexp personal state"

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from flexp.client.model import SplitModel
-from flexp.config import RunConfig
+from flexp.config.loading import override, validate
+from flexp.config.run import RunConfig
 from flexp.errors import ConfigError
-from flexp.experiments import joined, runner
-from flexp.experiments.settings import override, validate
 from flexp.export import backup
 from flexp.export.saved import LAST, SavedRun, open_run
 from flexp.files import write_json
@@ -22,6 +21,7 @@ from flexp.models.fingerprint import fingerprint
 from flexp.models.parts import check_cut
 from flexp.report.progress import Progress
 from flexp.report.summary import aggregate
+from flexp.run import joined, runner
 
 PRETRAINED: Final = "pretrained"
 SHARED: Final = "shared"

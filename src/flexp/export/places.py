@@ -6,13 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flexp.deployment.folder import is_client
 from flexp.errors import ConfigError
 from flexp.export import folder as local
 from flexp.export.client_folder import middle, open_client
 from flexp.export.remote import export_remote
 from flexp.export.saved import LAST, open_run
 from flexp.links.base import Link
+from flexp.run.folder import is_client
 
 
 def export(

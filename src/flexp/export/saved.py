@@ -5,21 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from flexp.config import RunConfig
+from flexp.config.loading import validate
+from flexp.config.run import RunConfig
 from flexp.data.columns import nearest
 from flexp.data.types import ClientData
-from flexp.deployment.folder import is_client
 from flexp.errors import ConfigError, StorageError
-from flexp.experiments import checkpoints
-from flexp.experiments.devices import place
-from flexp.experiments.joined import world_of
-from flexp.experiments.memory import MemoryProbes
-from flexp.experiments.settings import validate
 from flexp.files import read_json
 from flexp.methods import METHODS, Method, World
 from flexp.methods.flexp_sfl import FlexpSfl
 from flexp.report.metrics import read
 from flexp.report.summary import Scores, best_round, picked_on, scores_by_round
+from flexp.run import checkpoints
+from flexp.run.folder import is_client
+from flexp.run.joined import world_of
+from flexp.run.participants import place
+from flexp.run.probes import MemoryProbes
 
 LAST, BEST = "last", "best"
 

@@ -12,15 +12,10 @@ import transformers
 from torch import Tensor
 
 from flexp.client.whole import WholeModel
-from flexp.config import DataConfig, ModelConfig, RunConfig
+from flexp.config.run import DataConfig, ModelConfig, RunConfig
 from flexp.data.tasks import limit_of, make_task
 from flexp.data.types import Example, Forward, Task
-from flexp.deployment.client import find_place
-from flexp.deployment.folder import is_client
 from flexp.errors import ConfigError, FlexpError, ModelError, StorageError
-from flexp.experiments.joined import world_of
-from flexp.experiments.runner import sample
-from flexp.experiments.setup import load_processor, max_positions
 from flexp.export.client_folder import middle, open_client
 from flexp.export.facts import FILE, SCHEMA
 from flexp.export.saved import LAST, client_of, is_run, open_run, run_config
@@ -28,6 +23,11 @@ from flexp.files import read_json
 from flexp.links.base import Link
 from flexp.methods.base import World
 from flexp.models.loading import AUTO, quietly
+from flexp.run.client import find_place
+from flexp.run.folder import is_client
+from flexp.run.joined import world_of
+from flexp.run.runner import sample
+from flexp.run.setup import load_processor, max_positions
 
 OWN, EVERYBODY = "own test data", "everybody's test data"
 

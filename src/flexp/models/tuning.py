@@ -13,7 +13,7 @@ from peft import inject_adapter_in_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from flexp.config import LoraConfig
+from flexp.config.run import LoraConfig
 from flexp.errors import ConfigError, ModelError
 from flexp.models.loading import named_generator
 from flexp.models.stage import Stage

@@ -20,11 +20,11 @@ import numpy as np
 from pydantic import Field, ValidationError, model_validator
 from scipy.optimize import isotonic_regression
 
-from flexp.config import Section
+from flexp.config.run import Section
+from flexp.cost.choice import Choice
 from flexp.data.seeding import generator
 from flexp.errors import ConfigError
 from flexp.files import read_json, write_json
-from flexp.planner.choice import Choice
 
 PRIOR = 0.06
 """Of the prior: lost when the whole model is personal. On scarce data, s = 3 instead of s = 1 of MiniLM's six blocks

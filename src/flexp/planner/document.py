@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from flexp import __version__
+from flexp.cost.choice import form
 from flexp.errors import ConfigError
 from flexp.files import read_json
-from flexp.planner.choice import form
 from flexp.planner.explain import Reasons, holding
 from flexp.planner.pareto import Point
 from flexp.planner.plan import Plan

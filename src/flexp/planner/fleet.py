@@ -9,10 +9,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, ValidationError, model_validator
 
-from flexp.config import DeviceClassConfig, DevicesConfig, Rate, Section, Tuning
+from flexp.config.run import DeviceClassConfig, DevicesConfig, Rate, Section, Tuning
+from flexp.cost.choice import CODECS
+from flexp.cost.profile import Profile
 from flexp.errors import ConfigError
-from flexp.planner.choice import CODECS
-from flexp.planner.profile import Profile
 
 Share = Annotated[float, Field(ge=0.0)]
 

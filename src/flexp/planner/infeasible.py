@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from flexp.cost.choice import Choice
 from flexp.errors import ConfigError, ModelError
-from flexp.planner.choice import Choice
 from flexp.planner.fleet import Device, TaskShape
 from flexp.planner.options import Option, in_time
 from flexp.planner.problem import Problem

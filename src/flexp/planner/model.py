@@ -1,15 +1,15 @@
-"""What planning asks of a model, answered by counting it (:mod:`flexp.planner.model_cost`)."""
+"""What planning asks of a model, answered by counting it (:mod:`flexp.cost.model_cost`)."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from flexp.planner.choice import Choice, Prediction
+from flexp.cost.choice import Choice, Prediction
+from flexp.cost.model_cost import ModelCost, model_cost
+from flexp.cost.predict import memory, predict, resting
+from flexp.cost.profile import Profile
 from flexp.planner.fleet import Choices, TaskShape
-from flexp.planner.model_cost import ModelCost, model_cost
-from flexp.planner.predict import memory, predict, resting
-from flexp.planner.profile import Profile
 
 
 class ModelCosts:

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
 
+from flexp.cost.choice import Choice, Prediction
+from flexp.cost.profile import Profile
 from flexp.errors import ConfigError
-from flexp.planner.choice import Choice, Prediction
 from flexp.planner.fleet import Choices, Device
-from flexp.planner.profile import Profile
 
 Predict = Callable[[Profile, Choice], Prediction]
 Loss = Callable[[Choice], float]

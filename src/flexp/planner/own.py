@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
+from flexp.cost.device import training_memory
+from flexp.cost.profile import Profile
 from flexp.limits import maps_count
-from flexp.planner.device import training_memory
 from flexp.planner.fleet import Choices, TaskShape, of_run
 from flexp.planner.model import ModelCosts
 from flexp.planner.plan import make_plan
-from flexp.planner.profile import Profile
 from flexp.report.formats import cut as cut_words
 from flexp.report.formats import size
 

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from flexp.cost.choice import Choice, Prediction
+from flexp.cost.profile import Profile
 from flexp.planner.accuracy import AccuracyCurve, prior
-from flexp.planner.choice import Choice, Prediction
 from flexp.planner.fleet import Device, Fleet, TaskShape
 from flexp.planner.infeasible import FLEET, RUN, InfeasibleError, Lack, device_lacks, server_lacks
 from flexp.planner.options import Option, fits, grid, options_of, prune
 from flexp.planner.problem import Counts, Group, Measures, Problem, scales
-from flexp.planner.profile import Profile
 from flexp.planner.solve import Solution, solve
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from flexp.cost.choice import Choice
 from flexp.planner.accuracy import AccuracyCurve, prior
-from flexp.planner.choice import Choice
 from flexp.planner.fleet import Device, Fleet
 from flexp.planner.infeasible import InfeasibleError
 from flexp.planner.options import Option, fits, grid

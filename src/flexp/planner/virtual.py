@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from flexp.devices.clock import ClientWork, Virtual, simulate
-from flexp.devices.profiles import DeviceProfile
+from flexp.cost.classes import DeviceProfile
+from flexp.cost.clock import ClientWork, Virtual, simulate
 from flexp.planner.fleet import Fleet
 from flexp.planner.options import Option
 

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from flexp.config import RecutConfig
-from flexp.planner.choice import Choice, Prediction
+from flexp.config.run import RecutConfig
+from flexp.cost.choice import Choice, Prediction
 from flexp.planner.fleet import MARGIN, Weights
 from flexp.planner.options import Option
 from flexp.planner.problem import Group, Problem, scales

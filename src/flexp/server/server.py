@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flexp.assets import resolve
-from flexp.config import LoraConfig, OptimizerConfig, ServerConfig
+from flexp.config.run import LoraConfig, OptimizerConfig, ServerConfig
 from flexp.links.inprocess import InProcessLink
 from flexp.links.messages import (
     Abort,

@@ -1,0 +1,174 @@
+"""Everything goes wrong: a fleet behind a bad network whose processes are killed, and whose disks are full.
+
+The run ends with the weights of the undisturbed simulation, bit for bit, or the bench says where not.
+"""
+
+from __future__ import annotations
+
+import random
+import resource
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from benchmarks.faults import BadNetwork
+from benchmarks.relay import Relay
+from benchmarks.tiny_run import tiny_run
+from flexp.errors import FlexpError
+from flexp.report.progress import Progress
+from flexp.run import checkpoints, runner
+from flexp.run.client import cuts_of
+from flexp.run.fleet import Fleet, Party
+from flexp.run.store import Snapshots
+
+METERS = ("meter/", "seconds", "compute_seconds", "progress/")
+FULL_DISK_SECONDS = 1.0
+
+Say = Callable[[str], None]
+
+
+def chaos(
+    folder: Path,
+    *,
+    faults: int,
+    kills: int,
+    full_disks: int,
+    steps: int,
+    rate: float,
+    relayed: int = 0,
+    relay_rate: float = 0.01,
+    dropout: float = 0.0,
+    in_flight: int = 2,
+    seed: int = 0,
+    limit: float = 3600.0,
+    say: Say = print,
+) -> dict[str, Any]:
+    """Run the simulation, then the fleet with ``faults`` faults, of which ``kills`` are SIGKILLs of any party.
+
+    Args:
+        folder: new or empty.
+        steps: of each client.
+        rate: of faults on the network, for each piece of up to 16 KiB.
+        relayed: of the faults, how many are frames that come twice, late or after the next one.
+        relay_rate: of these, for each frame either way.
+        dropout: of the model. With several exchanges in flight the order in which a client draws depends on time, so
+            only without dropout is a run with ``in_flight`` above 1 the same each time.
+        in_flight: exchanges of a step under way at once; with one, no frame can come before an earlier one.
+        limit: seconds for the fleet.
+
+    Raises:
+        FlexpError: the fleet did not come to its end in time, or somebody fell for another reason.
+    """
+    config = tiny_run(folder, rounds=2, steps_per_round=steps // 2, dropout=dropout, in_flight=in_flight, seed=seed)
+    torch.set_num_threads(1)
+    runner.run(config, folder / "simulation", progress=partial(Progress, console=Console(quiet=True)))
+    fleet = Fleet(
+        config, cuts_of(config), folder / "fleet", schedule="deterministic", save_every=10, restarts=10**9,
+        answer_seconds=10.0,  # a bit turned in HTTP/2's own frames may make an answer vanish
+        say=say,
+    )  # fmt: skip
+    began = time.monotonic()
+    fleet.start_server()
+    relay = Relay(fleet.address, rate=relay_rate, most=relayed, seed=seed)
+    network = BadNetwork(relay.address, rate=rate, most=faults - kills - full_disks - relayed, seed=seed)
+    fleet.way = network.address
+    for name in fleet.clients:
+        fleet.start_client(name)
+    hand = _Hand(fleet, kills, full_disks, steps, seed)
+    told = 0
+    try:
+        while not fleet.watch():
+            if time.monotonic() - began > limit:
+                raise FlexpError(f"the fleet was not through after {limit:g} s; its logs are in {fleet.out}")
+            time.sleep(0.1)
+            hand.act()
+            done = network.faults.total() + relay.faults.total() + hand.faults.total()
+            if done // 50 > told:
+                told = done // 50
+                say(f"{done} faults, {sum(row['steps'] for row in fleet.results())} steps")
+    finally:
+        fleet.stop(5.0)
+        network.close()
+        relay.close()
+    different = _differences(folder / "simulation", folder / "fleet", list(fleet.clients))
+    counts = dict(network.faults + relay.faults + hand.faults)
+    return {
+        "faults": sum(counts.values()),
+        "by_kind": counts,
+        "starts": {party.name: party.starts for party in (fleet.server, *fleet.clients.values())},
+        "steps": steps * len(fleet.clients),
+        "seconds": time.monotonic() - began,
+        "compared": different["compared"],
+        "different": different["names"],
+    }
+
+
+class _Hand:
+    """Kills processes and fills disks, spread over the run."""
+
+    def __init__(self, fleet: Fleet, kills: int, full_disks: int, steps: int, seed: int) -> None:
+        self.faults: Counter[str] = Counter()
+        self._fleet, self._random = fleet, random.Random(seed)
+        total = steps * len(fleet.clients)
+        plan = ["kill"] * kills + ["full disk"] * full_disks
+        self._random.shuffle(plan)
+        # Not in the last tenth: who is killed there needs the others, and they are still to be there.
+        self._plan = [(int(0.9 * total * (index + 0.5) / len(plan)), what) for index, what in enumerate(plan)]
+        self._full: tuple[psutil.Process, float] | None = None
+
+    def act(self) -> None:
+        """What is due at this point of the run, if everybody runs."""
+        parties = [self._fleet.server, *self._fleet.clients.values()]
+        if self._full is not None and time.monotonic() > self._full[1]:
+            _limit_files(self._full[0], resource.RLIM_INFINITY)
+            self._full = None
+        if not self._plan or any(party.process is None or party.process.poll() is not None for party in parties):
+            return
+        steps = sum(row["steps"] for row in self._fleet.results())
+        if steps < self._plan[0][0]:
+            return
+        party: Party = self._random.choice(parties)
+        assert party.process is not None
+        _, what = self._plan.pop(0)
+        if what == "kill":
+            who = "server" if party is self._fleet.server else "client"
+            self.faults[f"kill of a {who}"] += 1
+            party.process.send_signal(signal.SIGKILL)
+        elif self._full is None:
+            self.faults["full disk"] += 1
+            process = psutil.Process(party.process.pid)
+            _limit_files(process, 1024)
+            self._full = (process, time.monotonic() + FULL_DISK_SECONDS)
+
+
+def _limit_files(process: psutil.Process, size: int) -> None:
+    """No file of the process grows beyond ``size``: what a full disk does to it."""
+    with suppress(psutil.NoSuchProcess):
+        process.rlimit(psutil.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+def _differences(simulation: Path, fleet: Path, names: list[str]) -> dict[str, Any]:
+    place = checkpoints.latest(simulation / "checkpoints")
+    assert place is not None
+    _, wanted = checkpoints.load(place)
+    folders = {"server": fleet / "server"} | {f"client-{n}": fleet / "clients" / n / "snapshots" for n in names}
+    compared, different = 0, []
+    for party, state in wanted.items():
+        snapshots = Snapshots(folders[party])
+        got: Mapping[str, Tensor] = snapshots.load(max(snapshots.numbers()))[0]
+        for name, value in state.items():
+            if not name.startswith(METERS):
+                compared += 1
+                if name not in got or not torch.equal(value, got[name]):
+                    different.append(f"{party}: {name}")
+    return {"compared": compared, "names": different}

@@ -1,0 +1,101 @@
+"""A short fuzzing, with both engines where they are there; the long one is ``python -m benchmarks fuzz``."""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from benchmarks.fuzz import fuzz
+from benchmarks.fuzz_frames import CODECS, HANDSHAKE, RAW, mutated
+from benchmarks.fuzz_target import Target, target
+from flexp.errors import ConfigError
+from flexp.links import frames
+from flexp.links.wire import CHUNK, Kind, parse, signed
+
+
+@pytest.fixture(scope="module")
+def made() -> Iterator[Target]:
+    with target() as there:
+        yield there
+    assert frames.CHUNK == CHUNK
+
+
+def test_honest_inputs_are_answered_in_every_state(made: Target) -> None:
+    """Else the mutated ones would all be refused at the door, and nothing would have been tried."""
+    assert {data[0] & 7 for data in made.seeds} == {0, HANDSHAKE, *CODECS}
+    made.counts.clear()
+    for data in made.seeds:
+        made.feed(data)
+    assert not made.findings
+    assert made.counts["answered"] >= 40
+    assert made.counts["handshake"] == 3
+    assert made.server.shared.version == 0
+
+
+def test_a_gradient_that_would_train_is_stopped_by_the_bounds_alone(made: Target) -> None:
+    backward = next(data for data in made.seeds if data[0] & 7 == max(CODECS) and parse(data[1:]).kind == Kind.BACKWARD)
+    before, bad = made.digest, made.server.guard.bad()
+    made.feed(backward)
+    assert made.server.guard.bad() == bad + 1
+    assert made.digest == before
+    made.server.bounds.config = made.server.bounds.config.model_copy(update={"max_norm": None})
+    try:
+        made.feed(backward)
+        assert made.digest != before  # so the digest does see what reaches the weights
+    finally:
+        made.server.bounds.config = made.server.config.guard
+
+
+def test_a_failure_behind_the_decoder_is_a_finding(made: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(made.server, "abort", lambda *_: 1 / 0)
+        for data in made.seeds:
+            made.feed(data)
+        assert any("ZeroDivisionError" in what for what in made.findings)
+    made.findings.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(made._gate._tokens, "accept", lambda *_: True)
+        made.feed(made.seeds[1])
+        assert "AssertionError: a stranger was let in" in made.findings
+    made.findings.clear()
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_spoilt_frames_have_no_effect(made: Target, data: st.DataObject) -> None:
+    before = made.digest
+    chosen = data.draw(st.sampled_from(made.seeds))
+    made.feed(mutated(chosen, random.Random(data.draw(st.integers(0, 2**32))), made.seeds))
+    made.feed(data.draw(st.binary(max_size=200)))
+    assert not made.findings
+    assert made.digest == before
+
+
+@given(st.binary(max_size=300))
+def test_signing_changes_check_sums_alone(content: bytes) -> None:
+    made = signed(content)
+    assert len(made) == len(content)
+    assert signed(made) == made
+    assert sum(left != right for left, right in zip(made, content, strict=True)) <= 8
+
+
+@pytest.mark.parametrize("engine", ["blind", "coverage"])
+def test_thousands_of_inputs(engine: str) -> None:
+    if engine == "coverage" and importlib.util.find_spec("atheris") is None:
+        with pytest.raises(ConfigError, match="needs pip install atheris"):
+            fuzz(100, engine=engine)
+        return
+    result = fuzz(2000, engine=engine)
+    assert result["frames"] == 2000
+    assert sum(result["counts"].values()) == 2000 - (engine == "coverage")  # libFuzzer begins with nothing at all
+    assert result["findings"] == {}
+    assert result["weights_unchanged"]
+    assert result["updates"] == 0
+    assert result["counts"]["answered"] > 40
+    assert (result["branches"] or 0) > (500 if engine == "coverage" else -1)
+    assert RAW

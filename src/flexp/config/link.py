@@ -1,0 +1,45 @@
+"""The part of a run's schema that says in what form activations and gradients cross a link.
+
+:mod:`flexp.config.run` gives these names as well; whoever reads the configuration imports that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+from flexp.config.methods import Section
+
+CodecName = Literal["off", "fp32", "bf16", "fp16", "int8-channel", "int8-row", "fp8", "int4"]
+
+
+class CodecConfig(Section):
+    """In what form tensors cross: ``off`` is as the model computes, bit for bit; see :mod:`flexp.links.codecs`."""
+
+    activation: CodecName = "off"  # z up and h down
+    gradient: CodecName = "off"  # ∂task/∂h up and ∂total/∂z down
+    aligned: CodecName = "off"  # what goes up for alignment: z_base and the inner activations
+    activation_down: CodecName | None = None  # h; None: as activation
+    gradient_down: CodecName | None = None  # ∂total/∂z and the inner gradients; None: as gradient
+    error_feedback: bool = False  # add to a gradient what rounding took from the earlier ones
+
+    @classmethod
+    def all(cls, name: CodecName, *, error_feedback: bool = False) -> CodecConfig:
+        """One codec for everything."""
+        return cls(activation=name, gradient=name, aligned=name, error_feedback=error_feedback)
+
+    def names(self) -> Iterator[CodecName]:
+        """Every codec that is used."""
+        named = (self.activation, self.gradient, self.aligned, self.activation_down, self.gradient_down)
+        return (name for name in named if name is not None)
+
+    @property
+    def exact(self) -> bool:
+        """Whether everything crosses as it is."""
+        return all(name == "off" for name in self.names())
+
+
+class LinkConfig(Section):
+    """What crosses between clients and the server of FlexP-SFL."""
+
+    codec: CodecConfig = CodecConfig()

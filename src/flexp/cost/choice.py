@@ -1,0 +1,82 @@
+"""What can be chosen for a device, and what is predicted of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flexp.errors import ConfigError
+
+CODECS: dict[str, float] = {
+    "none": 1.0,
+    "off": 1.0,
+    "bf16": 0.5,
+    "fp16": 0.5,
+    "int8": 0.25,
+    "int8-channel": 0.25,
+    "int8-row": 0.25,
+    "fp8": 0.25,
+    "int4": 0.16,
+}
+"""Bytes of an activation on the wire ÷ those of float32, by the codec's name; ``none`` and ``off``: as it is."""
+
+
+def form(codec: str) -> str:
+    """What a run's configuration calls ``codec``, a key of :data:`CODECS`."""
+    return "off" if codec in ("none", "fp32") else {"int8": "int8-channel"}.get(codec, codec)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How one client trains.
+
+    Attributes:
+        cut: (s, e); the server runs blocks [s, e).
+        micro_batch: examples of one exchange.
+        accumulation: exchanges of one step, so that a step has ``micro_batch · accumulation`` examples.
+        checkpointing: whether the client's own blocks run again in the backward instead of keeping their activations.
+        rank: of the LoRA adapters; ``None``: full tuning.
+        codec: of what crosses the link, a key of :data:`CODECS`.
+    """
+
+    cut: tuple[int, int]
+    micro_batch: int
+    accumulation: int = 1
+    checkpointing: bool = False
+    rank: int | None = None
+    codec: str = "none"
+
+    def __post_init__(self) -> None:
+        start, stop = self.cut
+        if not 0 <= start < stop:
+            raise ConfigError(f"cut = ({start}, {stop}) is none: expected 0 <= s < e, the server runs blocks [s, e)")
+        if self.micro_batch < 1 or self.accumulation < 1 or (self.rank is not None and self.rank < 1):
+            raise ConfigError(f"{self}: micro_batch, accumulation and rank are at least 1")
+        if self.codec not in CODECS:
+            raise ConfigError(f"codec {self.codec!r} is not known: expected one of {', '.join(CODECS)}")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What one step of a client with some :class:`Choice` takes.
+
+    Attributes:
+        memory_bytes: the client's peak, above the bare interpreter.
+        step_seconds: client, link and an idle server, one after the other.
+        client_seconds: the client's own computing.
+        server_seconds: the server's computing for this client; waiting in a queue is not in it.
+        link_seconds: latency and transmission of all messages of the step.
+        energy_joules: a proxy: assumed watts while computing and while transmitting, times the seconds.
+        bytes_up: tensors from the client to the server; ``bytes_down`` back.
+        server_memory_bytes: what the server holds for this client while its exchange is in flight, without the shared
+            weights themselves (:meth:`flexp.cost.model_cost.ModelCost.server_weights`).
+    """
+
+    memory_bytes: int
+    step_seconds: float
+    client_seconds: float
+    server_seconds: float
+    link_seconds: float
+    energy_joules: float
+    bytes_up: int
+    bytes_down: int
+    server_memory_bytes: int

@@ -1,0 +1,300 @@
+"""A virtual clock: what a run's measured work would take on its clients' devices.
+
+A discrete-event simulation (simpy). Every client is a process that computes, sends, receives and waits; the server's
+attention is a resource that clients queue for, first come, first served. The schedules are the methods':
+
+- ``synchronous``: download weights → local steps → upload them; the round ends when the last upload is there.
+- ``alone``: local steps only, nobody talks.
+- ``split-async``: every step is head → upload → queue and server → download → tail → upload of the gradient → queue and
+  server → download → head backward. Nobody waits for anybody; a round is over when the last client has had its turn.
+- ``split-sync``: such steps between a download of weights and an upload of them, with the end of a round in common.
+  :data:`ONE_AT_A_TIME`: one client's steps of the round after another's. :data:`TOGETHER`: every step is one of all,
+  so that the server begins when the last client's activations are there.
+
+A message takes both ends' latencies, and its bits over the slower of the sender's uplink and the receiver's downlink.
+A client that is away rests: what it was doing goes on when it is back. The server is always there. Averaging,
+optimiser steps and a server link that many fill at once cost nothing here.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import simpy
+
+from flexp.cost.classes import DeviceProfile
+from flexp.cost.presence import Presence
+
+Schedule = Literal["synchronous", "alone", "split-async", "split-sync"]
+Process = Generator[Any, Any, None]
+
+SCHEDULES: dict[str, Schedule | None] = {
+    "flexp-sfl": "split-async",
+    "splitfed-v1": "split-sync",
+    "splitfed-v2": "split-sync",
+    "splitlora": "split-sync",
+    "split-fedavg": "split-sync",
+    "splitft": "split-sync",
+    "local": "alone",
+    "centralized": None,  # no client computes
+    "pretrained": None,
+    "fedavg": "synchronous",
+    "fedavg-ft": "synchronous",
+    "fedprox": "synchronous",
+    "pfedme": "synchronous",
+    "ditto": "synchronous",
+    "fedper": "synchronous",
+    "fedrep": "synchronous",
+    "per-fedavg": "synchronous",
+    "apfl": "synchronous",
+    "hetlora": "synchronous",
+}
+"""How each method's clients and server take turns; ``None``: there is nothing to time."""
+
+ONE_AT_A_TIME = frozenset({"splitfed-v2"})
+"""Methods whose server's side one client trains after the other: nobody steps before who came first is through."""
+
+TOGETHER = frozenset({"splitlora"})
+"""Methods whose server joins the batches of all clients in one step; these have equally many."""
+
+
+@dataclass(frozen=True)
+class ClientWork:
+    """What one client does.
+
+    A step is ``exchanges`` times: compute ``before``, exchange, compute ``between``, exchange, compute ``after``.
+    Without a server ``before`` is all there is. Bytes and operations are of one
+    exchange where nothing else is said.
+
+    Attributes:
+        steps: in each round.
+        before, between, after: the client's floating-point operations.
+        server_forward, server_backward: the server's.
+        forward_up, forward_down, backward_up, backward_down: bytes.
+        combined: the labels go up with the forward, so that the server's forward and backward are one visit, and the
+            gradient comes back as ``backward_down``; there is nothing ``between``.
+        pull_down: bytes of the shared weights that the client fetches after every ``pull_every``-th step; 0: never.
+        weights_down, weights_up: bytes of an average.
+        weights_every: rounds between two averages.
+        final: the client's operations when training is over. The newest average, which it fetches for them, is on
+            nobody's account: it is what all averaging methods are scored with.
+    """
+
+    steps: Sequence[int]
+    before: float
+    between: float = 0.0
+    after: float = 0.0
+    server_forward: float = 0.0
+    server_backward: float = 0.0
+    forward_up: float = 0.0
+    forward_down: float = 0.0
+    backward_up: float = 0.0
+    backward_down: float = 0.0
+    exchanges: int = 1
+    combined: bool = False
+    pull_down: float = 0.0
+    pull_every: int = 0
+    weights_down: float = 0.0
+    weights_up: float = 0.0
+    weights_every: int = 1
+    final: float = 0.0
+
+
+@dataclass
+class ClientTime:
+    """Where a client's virtual seconds went, until it was ``finished``. ``waiting``: for the server or for others."""
+
+    computing: float = 0.0
+    transmitting: float = 0.0
+    waiting: float = 0.0
+    offline: float = 0.0
+    finished: float = 0.0
+
+
+@dataclass(frozen=True)
+class Virtual:
+    """What came out.
+
+    Attributes:
+        rounds: the virtual second at which what each round is scored with was there: its end, and with
+            :attr:`ClientWork.final` the adaptation that would follow if training ended there.
+        clients: by name.
+    """
+
+    rounds: list[float]
+    clients: dict[str, ClientTime]
+
+
+def simulate(
+    schedule: Schedule,
+    work: Mapping[str, ClientWork],
+    devices: Mapping[str, DeviceProfile],
+    server: DeviceProfile,
+    *,
+    slots: int = 1,
+    one_at_a_time: bool = False,
+    together: bool = False,
+    seed: int = 0,
+) -> Virtual:
+    """Let the clocks run. Equal arguments give equal times.
+
+    Args:
+        slots: requests that the server works on at once, each at its full speed.
+        one_at_a_time, together: see :data:`ONE_AT_A_TIME` and :data:`TOGETHER`.
+        seed: of the periods in which devices are away.
+    """
+    rounds = len(next(iter(work.values())).steps)
+    simulation = _Simulation(schedule, rounds, len(work), server, slots, one_at_a_time, together)
+    clients = [_Client(simulation, name, work[name], devices[name], seed) for name in work]
+    for client in clients:
+        simulation.env.process(client.live())
+    simulation.env.run()
+    return Virtual(simulation.ends, {client.name: client.time for client in clients})
+
+
+class _Simulation:
+    """What all clients share: the clock, the server's attention, and the ends of rounds."""
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        rounds: int,
+        clients: int,
+        server: DeviceProfile,
+        slots: int,
+        one_at_a_time: bool,
+        together: bool,
+    ) -> None:
+        self.env = simpy.Environment()
+        self.schedule, self.rounds, self.server = schedule, rounds, server
+        self.attention = simpy.Resource(self.env, capacity=slots)
+        self.turn = simpy.Resource(self.env, capacity=1 if one_at_a_time else clients)
+        self.together, self._clients, self._arrived = together, clients, 0
+        self._all_there = self.env.event()
+        self.ends = [0.0] * rounds
+        self._missing = [clients] * rounds
+        self._over = [self.env.event() for _ in range(rounds)]
+
+    def arrive(self, number: int) -> Any:
+        """A client is through with round ``number``; gives the event that all are."""
+        self._missing[number] -= 1
+        self.ends[number] = max(self.ends[number], self.env.now)
+        if not self._missing[number]:
+            self._over[number].succeed()
+        return self._over[number]
+
+    def join(self) -> Any:
+        """A client's part of a common step is there; gives the event that all are."""
+        there = self._all_there
+        self._arrived += 1
+        if self._arrived == self._clients:
+            self._arrived, self._all_there = 0, self.env.event()
+            there.succeed()
+        return there
+
+
+@dataclass
+class _Client:
+    simulation: _Simulation
+    name: str
+    work: ClientWork
+    device: DeviceProfile
+    seed: int
+    time: ClientTime = field(default_factory=ClientTime)
+    done: int = 0
+
+    def __post_init__(self) -> None:
+        self.presence = Presence(self.device, self.seed, self.name)
+
+    def live(self) -> Process:
+        simulation, work = self.simulation, self.work
+        exchanges_weights = simulation.schedule in ("synchronous", "split-sync")
+        for number in range(simulation.rounds):
+            if exchanges_weights and number % work.weights_every == 0:
+                yield from self.receive(work.weights_down)
+            with simulation.turn.request() as turn:
+                yield from self.wait(turn)
+                for _ in range(work.steps[number]):
+                    yield from self.step()
+            if exchanges_weights and (number + 1) % work.weights_every == 0:
+                yield from self.send(work.weights_up)
+            over = simulation.arrive(number)
+            if exchanges_weights:
+                yield from self.wait(over)
+            if work.final and number + 1 < simulation.rounds:
+                simulation.ends[number] = max(simulation.ends[number], self.adapted())
+        if work.final:
+            yield from self.compute(work.final)
+            simulation.ends[-1] = max(simulation.ends[-1], simulation.env.now)
+        self.time.finished = simulation.env.now
+
+    def adapted(self) -> float:
+        """When the adaptation would be done if training ended now; nothing moves."""
+        presence, now = copy.deepcopy(self.presence), self.simulation.env.now
+        seconds = self.work.final / self.device.flops
+        return float(now + seconds + presence.away(now, seconds))
+
+    def step(self) -> Process:
+        work = self.work
+        if self.simulation.schedule in ("synchronous", "alone"):
+            yield from self.compute(work.before * work.exchanges)
+            return
+        for exchange in range(work.exchanges):
+            yield from self.compute(work.before)
+            yield from self.send(work.forward_up)
+            if self.simulation.together and not exchange:
+                yield from self.wait(self.simulation.join())
+            if work.combined:
+                yield from self.be_served(work.server_forward + work.server_backward)
+            else:
+                yield from self.be_served(work.server_forward)
+                yield from self.receive(work.forward_down)
+                yield from self.compute(work.between)
+                yield from self.send(work.backward_up)
+                yield from self.be_served(work.server_backward)
+            yield from self.receive(work.backward_down)
+            yield from self.compute(work.after)
+        self.done += 1
+        if work.pull_every and self.done % work.pull_every == 0:
+            yield from self.send(0.0)
+            yield from self.receive(work.pull_down)
+
+    def compute(self, flops: float) -> Process:
+        yield from self.busy(flops / self.device.flops, "computing")
+
+    def send(self, size: float) -> Process:
+        rate = min(self.device.uplink_bps, self.simulation.server.downlink_bps)
+        yield from self.busy(self.latency + 8 * size / rate, "transmitting")
+
+    def receive(self, size: float) -> Process:
+        yield from self.busy(self.download(size), "transmitting")
+
+    def download(self, size: float) -> float:
+        """Seconds of a message from the server."""
+        return self.latency + 8 * size / min(self.device.downlink_bps, self.simulation.server.uplink_bps)
+
+    @property
+    def latency(self) -> float:
+        return self.device.latency_s + self.simulation.server.latency_s
+
+    def busy(self, seconds: float, account: str) -> Process:
+        """Do something of one's own for so long, not counting when the device is away."""
+        away = self.presence.away(self.simulation.env.now, seconds)
+        setattr(self.time, account, getattr(self.time, account) + seconds)
+        self.time.offline += away
+        yield self.simulation.env.timeout(seconds + away)
+
+    def be_served(self, flops: float) -> Process:
+        began = self.simulation.env.now
+        with self.simulation.attention.request() as turn:
+            yield turn
+            yield self.simulation.env.timeout(flops / self.simulation.server.flops)
+        self.time.waiting += self.simulation.env.now - began
+
+    def wait(self, event: Any) -> Process:
+        began = self.simulation.env.now
+        yield event
+        self.time.waiting += self.simulation.env.now - began

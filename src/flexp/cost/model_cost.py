@@ -1,0 +1,279 @@
+"""What a model costs: parameters, activations and operations of every block, without loading a weight.
+
+The model's own code runs on tensors without content (:mod:`flexp.cost.skeleton`), once for each kind of block, and a
+ledger notes what is alive and what is computed. Everything is linear in the examples of an exchange, so two sizes of it
+are counted and the others follow.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import nn
+
+from flexp.assets import resolve
+from flexp.cost.counting import Counted, count_pieces
+from flexp.cost.skeleton import Skeleton, bare_model, kinds
+from flexp.errors import ModelError
+from flexp.models.anatomy import dissect
+from flexp.models.fingerprint import fingerprint
+from flexp.models.loading import DTYPES
+from flexp.models.stored import check_table, token_embedding
+
+SIZES = (2, 16)
+"""Examples of the exchanges that are counted. A peak is the largest of several moments, so it lies on or below the line
+between two sizes: far apart, they err on the safe side."""
+
+STATE = {"adamw": 2, "adam": 2, "sgd": 1, "sgd-plain": 0}
+"""Numbers that an optimiser keeps for each trained one; ``sgd`` with momentum."""
+
+
+@dataclass(frozen=True)
+class PieceCost:
+    """One block, the embeddings, or the head with its loss, in one exchange.
+
+    Attributes:
+        parameters: numbers; ``weight_bytes`` theirs, buffers included.
+        trained: numbers that are trained; ``trained_bytes`` theirs, and their gradients'.
+        kept_bytes: activations that stay from the forward to the backward, the piece's output included.
+        forward_extra: most bytes that the forward holds besides, at its worst moment.
+        backward_extra: most bytes that the backward adds to what was there when it began, its gradients included.
+        released_bytes: what the backward leaves less than it found, its gradients counted against it.
+        forward_flops: floating-point operations; ``backward_flops`` with what is computed again.
+    """
+
+    parameters: int
+    weight_bytes: int
+    trained: int
+    trained_bytes: int
+    kept_bytes: int
+    forward_extra: int
+    backward_extra: int
+    released_bytes: int
+    forward_flops: float
+    backward_flops: float
+
+
+@dataclass(frozen=True)
+class ShapeCost:
+    """All pieces of a model at one micro-batch, rank and checkpointing.
+
+    Attributes:
+        first: block 0 of a client that trains nothing below it, which needs no gradient at its input.
+        blocks: all L, with a gradient at their input.
+        message_bytes: of one activation (B, T, H) in the weights' type, before any codec.
+        input_bytes: of the batch; ``mask_bytes``: of its attention mask on the wire.
+    """
+
+    embed: PieceCost
+    first: PieceCost
+    blocks: tuple[PieceCost, ...]
+    head: PieceCost
+    message_bytes: int
+    input_bytes: int
+    mask_bytes: int
+
+
+class ModelCost:
+    """Counts when a rank or checkpointing is first asked for; see :func:`model_cost`.
+
+    Attributes:
+        fingerprint: of the model's configuration, as :class:`flexp.cost.profile.ModelSeconds` names it.
+        blocks: L; ``hidden``: H.
+        optimizer: of what is trained, a key of :data:`STATE`.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        kind: str,
+        length: int,
+        labels: int,
+        dtype: str,
+        autocast: str,
+        attention: str,
+        train_embeddings: bool,
+        optimizer: str,
+        embeddings: str = "memory",
+    ) -> None:
+        if optimizer not in STATE:
+            raise ModelError(f"optimizer {optimizer!r} is not known: expected one of {', '.join(STATE)}")
+        self.model, self.kind, self.length, self.labels = model, kind, length, labels
+        self.dtype, self.autocast, self.attention = dtype, autocast, attention
+        self.train_embeddings, self.optimizer = train_embeddings, optimizer
+        self.embeddings = embeddings
+        bare = self._bare()
+        if embeddings == "file":
+            check_table(bare, model, DTYPES[dtype])
+        anatomy = dissect(bare)
+        self.fingerprint = fingerprint(bare.config)
+        self.blocks, self.hidden = anatomy.blocks, anatomy.hidden
+        self.kinds = kinds(bare)
+        self._chosen = sorted(set(self.kinds))
+        self._real = False
+        self._shapes: dict[Any, ShapeCost] = {}
+
+    def at(self, micro_batch: int, rank: int | None = None, checkpointing: bool = False) -> ShapeCost:
+        """The cost of every piece in one exchange of ``micro_batch`` examples; ``rank`` ``None``: full tuning.
+
+        Raises:
+            ModelError: the model's own code cannot be run without its weights.
+        """
+        key = (micro_batch, rank, checkpointing)
+        if key not in self._shapes:
+            few, more = self._counted(rank, checkpointing)
+            share = (micro_batch - SIZES[0]) / (SIZES[1] - SIZES[0])
+            self._shapes[key] = _between(few, more, share)
+        return self._shapes[key]
+
+    def exactly(self, micro_batch: int, rank: int | None = None, checkpointing: bool = False) -> ShapeCost:
+        """:meth:`at`, counted at this very size instead of following from two others."""
+        try:
+            return self._count(micro_batch, rank, checkpointing)
+        except ModelError:
+            raise
+        except Exception as error:
+            if self._real:
+                raise ModelError(
+                    f"{self.model}: what it costs cannot be counted, since its own code failed without its weights "
+                    f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+                ) from error
+            self._real = True  # its code looks into its tensors: give it some
+            return self.exactly(micro_batch, rank, checkpointing)
+
+    def server_weights(self, start: int, stop: int, rank: int | None = None) -> int:
+        """Bytes of shared blocks [start, stop) with their optimiser's state, one copy for all clients."""
+        pieces = self.at(SIZES[0], rank).blocks[start:stop]
+        return sum(piece.weight_bytes + STATE[self.optimizer] * piece.trained_bytes for piece in pieces)
+
+    def _bare(self) -> Any:
+        return bare_model(self.model, self.kind, labels=self.labels, dtype=self.dtype, attention=self.attention)
+
+    def _counted(self, rank: int | None, checkpointing: bool) -> tuple[ShapeCost, ShapeCost]:
+        key = ("counted", rank, checkpointing)
+        for number, size in enumerate(SIZES):
+            if (*key, number) not in self._shapes:
+                self._shapes[*key, number] = self.exactly(size, rank, checkpointing)
+        return self._shapes[*key, 0], self._shapes[*key, 1]
+
+    def _count(self, examples: int, rank: int | None, checkpointing: bool) -> ShapeCost:
+        skeleton = Skeleton(
+            self._bare(),
+            self._chosen,
+            rank=rank,
+            checkpointing=checkpointing,
+            autocast=self.autocast,
+            train_embeddings=self.train_embeddings,
+            real=self._real,
+        )
+        stage = skeleton.stage
+        logging.disable(logging.ERROR)  # torch logs what a fake tensor cannot do, which is caught
+        try:
+            embed, blocks, head = count_pieces(skeleton, self._chosen, self.kind, examples, self.length, below=True)
+            _, firsts, _ = count_pieces(skeleton, self._chosen[:1], self.kind, examples, self.length, below=False)
+        finally:
+            logging.disable(logging.NOTSET)
+        outside = [
+            (name, value, name in stage.trainable())
+            for name, value in stage.model.named_parameters()
+            if stage.block_of(name) is None
+        ]
+        buffers = sum(
+            value.numel() * value.element_size()
+            for name, value in stage.model.named_buffers()
+            if stage.block_of(name) is None
+        )
+        of_kind = {index: _piece(blocks[number], stage.blocks[index]) for number, index in enumerate(self._chosen)}
+        own = [value for _, value, _ in outside]
+        in_file = token_embedding(stage.model).weight if self.embeddings == "file" else None
+        held = [value for value in own if value is not in_file]
+        trained = [value for _, value, is_trained in outside if is_trained]
+        ends = PieceCost(
+            sum(value.numel() for value in own),
+            sum(value.numel() * value.element_size() for value in held) + buffers,
+            sum(value.numel() for value in trained),
+            sum(value.numel() * value.element_size() for value in trained),
+            *_figures(head),
+        )
+        with skeleton.mode:
+            batch = skeleton.batch(self.kind, examples, self.length)
+            inputs = sum(value.numel() * value.element_size() for value in batch.values())
+            ids = batch.get("input_ids")
+            mask = 0 if ids is None else ids.numel()
+            hidden, _ = stage.plan(batch)
+        return ShapeCost(
+            embed=PieceCost(0, 0, 0, 0, *_figures(embed)),
+            first=_piece(firsts[0], stage.blocks[self._chosen[0]]),
+            blocks=tuple(of_kind[index] for index in self.kinds),
+            head=ends,
+            message_bytes=hidden.numel() * hidden.element_size(),
+            input_bytes=inputs,
+            mask_bytes=mask,
+        )
+
+
+def _figures(counted: Counted) -> tuple[int, int, int, int, float, float]:
+    return (
+        counted.kept,
+        counted.forward_extra,
+        counted.backward_extra,
+        counted.released,
+        counted.forward_flops,
+        counted.backward_flops,
+    )
+
+
+def _piece(counted: Counted, block: nn.Module) -> PieceCost:
+    values = list(block.parameters())
+    trained = [value for value in values if value.requires_grad]
+    return PieceCost(
+        sum(value.numel() for value in values),
+        sum(value.numel() * value.element_size() for value in [*values, *block.buffers()]),
+        sum(value.numel() for value in trained),
+        sum(value.numel() * value.element_size() for value in trained),
+        *_figures(counted),
+    )
+
+
+def _between(few: Any, more: Any, share: float) -> Any:
+    """What lies at ``share`` of the way from ``few`` to ``more``, also beyond them, number by number."""
+    if isinstance(few, tuple):
+        return tuple(_between(one, other, share) for one, other in zip(few, more, strict=True))
+    if isinstance(few, int | float):
+        value = few + share * (more - few)
+        return round(value) if isinstance(few, int) else value
+    return type(few)(
+        **{item.name: _between(getattr(few, item.name), getattr(more, item.name), share) for item in fields(few)}
+    )
+
+
+def model_cost(
+    model: str,
+    kind: str,
+    *,
+    length: int = 128,
+    labels: int = 2,
+    dtype: str = "float32",
+    autocast: str = "off",
+    attention: str = "sdpa",
+    train_embeddings: bool = False,
+    optimizer: str = "adamw",
+    embeddings: str = "memory",
+) -> ModelCost:
+    """Prepare to count; ``model`` as everywhere (folder, id, ``asset:NAME``, ``arch:NAME``); no weight is read.
+
+    Args:
+        kind: causal-lm, sequence-classification or image-classification.
+        length: tokens of an example (images: not used).
+        labels: classes, of classifiers.
+        optimizer: a key of :data:`STATE`.
+        embeddings: ``file``: those of tokens cost no memory (``model.embeddings``).
+
+    Raises:
+        ModelError: there is no such model, it cannot be split, or its embeddings cannot stay in their file.
+    """
+    return ModelCost(
+        str(resolve(model)), kind, length, labels, dtype, autocast, attention, train_embeddings, optimizer, embeddings
+    )

@@ -1,0 +1,250 @@
+"""The peak memory of a client, measured in a process of its own and never guessed.
+
+The process loads what a client of one cut owns, trains it for a few steps on random inputs of the size of its largest
+batch, with a link that answers at once, and reads the highest resident memory that the kernel saw: above what Python
+and its libraries take before any model is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from flexp.errors import FlexpError
+from flexp.files import read_json, storage_error, write_json
+
+VERSION = 3
+"""Of what a probe does; measurements of another one are made anew."""
+
+RATES = ("lr", "new_lr", "schedule", "warmup_steps")
+"""What an optimiser is told that changes no byte of it."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What to measure. ``cut`` = ``None`` is a client that holds the whole model.
+
+    ``examples`` and ``length`` are those of the largest exchange (images: ``length`` is not used), ``tuning`` and the
+    like as in the run. ``align`` is the run's alignment (``None``: off) and ``base_depth`` its s_min (``None``: s):
+    with alignment a client also keeps what it sends from there, and holds the weights that it pulls. Without a ``tail``
+    the client has nothing behind s: the server computes the loss, too. ``extra_weights`` are further copies of what it
+    trains, ``extra_optimizers`` further states of the optimiser, that it holds all the while
+    (:mod:`flexp.methods.holds`). ``ranks`` are those of the adapters in some blocks, (block, rank), where they are not
+    ``model_config``'s.
+    """
+
+    model: str
+    kind: str
+    cut: tuple[int, int] | None
+    examples: int
+    length: int
+    labels: list[str] | None
+    model_config: dict[str, Any]
+    optimizer: dict[str, Any]
+    steps: int = 3
+    align: dict[str, Any] | None = None
+    base_depth: int | None = None
+    tail: bool = True
+    extra_weights: int = 0
+    extra_optimizers: int = 0
+    ranks: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Measured:
+    """In bytes above the interpreter's own: ``loaded`` at the highest while loading and reading every weight once,
+    ``peak`` at the highest in all."""
+
+    loaded: int
+    peak: int
+
+
+def measure(probe: Probe, timeout: float = 600.0) -> Measured:
+    """Run ``probe`` in a process of its own.
+
+    Raises:
+        FlexpError: the process failed; the message holds its last line.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"}
+    # One arena, and large blocks given back at once: otherwise the allocator's habits are measured as well.
+    environment |= {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "flexp.cost.probe", json.dumps(asdict(probe))],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env=environment,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise FlexpError(f"measuring the client's memory took more than {timeout:.0f} s") from error
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines() or ["no message"]
+        raise FlexpError(f"measuring the client's memory failed: {lines[-1]}")
+    return Measured(**json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def measure_once(probe: Probe, cache: Path | None, timeout: float = 600.0) -> Measured:
+    """:func:`measure`, or what ``cache``, a folder that many runs may share at once, has of an equal probe.
+
+    Equal are probes of the same settings, as far as they matter to memory, model files and versions. Whoever comes
+    while another process measures the same waits for its result.
+
+    Raises:
+        FlexpError: see :func:`measure`.
+        StorageError: the folder cannot be written.
+    """
+    probe = plain(probe)
+    if cache is None:
+        return measure(probe, timeout)
+    path = cache / f"{_key(probe)}.json"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_error(cache, error) from error
+    with FileLock(path.with_suffix(".lock")):
+        if path.exists():
+            return Measured(**read_json(path)["measured"])
+        measured = measure(probe, timeout)
+        write_json(path, {"measured": asdict(measured), "probe": asdict(probe)})
+        return measured
+
+
+def plain(probe: Probe) -> Probe:
+    """``probe`` without the settings that no memory depends on, such as learning rates: a grid's trials are one."""
+    optimizer = {key: value for key, value in probe.optimizer.items() if key not in RATES}
+    model = {key: value for key, value in probe.model_config.items() if key not in ("base_depth", "expose_embeddings")}
+    align = None
+    if probe.align is not None and probe.cut is not None and _base(probe) < probe.cut[0]:
+        kind, teach = probe.align["kind"], probe.align.get("teach")
+        sends = kind not in ("off", "weights") and probe.align.get("weight") != 0
+        if sends or teach or kind == "weights":
+            align = {key: value for key, value in probe.align.items() if key in ("kind", "at", "teach", "follow")}
+    return replace(
+        probe,
+        optimizer=optimizer,
+        model_config=model,
+        align=align,
+        base_depth=None if align is None else probe.base_depth,
+    )
+
+
+def _base(probe: Probe) -> int:
+    assert probe.cut is not None
+    return probe.cut[0] if probe.base_depth is None else probe.base_depth
+
+
+def _key(probe: Probe) -> str:
+    folder = Path(probe.model)
+    files = sorted((item.name, item.stat().st_size) for item in folder.iterdir()) if folder.is_dir() else []
+    known = [metadata.version(name) for name in ("torch", "transformers")]
+    return hashlib.sha256(json.dumps([VERSION, asdict(probe), files, known], sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _run(probe: Probe) -> Measured:
+    """In the process of its own: load, train, read the kernel's figures."""
+    import torch
+
+    from flexp.config.run import ModelConfig, OptimizerConfig
+    from flexp.cost import echo
+    from flexp.models.loading import load_config, load_stage
+    from flexp.models.parts import Part
+    from flexp.models.stored import stored
+    from flexp.models.tuning import tune
+    from flexp.optim import Updater
+
+    torch.set_num_threads(1)
+    config = ModelConfig(**probe.model_config)
+    _warm_up()
+    before = _resident("VmRSS")
+    _reset_peak()
+    part = None
+    if probe.cut is not None:
+        blocks = int(load_config(probe.model).get_text_config().num_hidden_layers)
+        part = Part.client(probe.cut if probe.tail else (probe.cut[0], blocks), blocks)
+    stage = load_stage(
+        probe.model,
+        probe.kind,  # type: ignore[arg-type]
+        part,
+        labels=probe.labels,
+        dtype=config.dtype,
+        attention=config.attention,
+        autocast=config.autocast,
+        pad_token_id=0,
+        embeddings=config.embeddings,
+    )
+    tune(
+        stage,
+        config.tuning,
+        lora=config.lora,
+        embeddings=config.train_embeddings,
+        gradient_checkpointing=config.gradient_checkpointing,
+        ranks=dict(probe.ranks),
+    )
+    own = stage.model.parameters() if probe.tail else echo.without_tail(stage)
+    in_file = {id(value) for value in stored(stage.model)}
+    for value in own:  # weights are mapped from their file: read them once, so that they count
+        if id(value) not in in_file:
+            value.detach().sum()
+    loaded = _resident("VmHWM") - before
+    extra: list[Any] = [
+        [value.detach().clone() for value in stage.trainable().values()] for _ in range(probe.extra_weights)
+    ]
+    model = echo.client_model(probe, stage)
+    updater = Updater(stage.trainable(), OptimizerConfig(**probe.optimizer))
+    batch = echo.random_batch(probe, stage.model.config)
+    model.train(True)
+    for step in range(probe.steps):
+        model(**batch).loss.backward()
+        updater.step()
+        model.after_step()
+        if step == 0:  # the first step makes the optimiser's state; the others have theirs by then as well
+            state = updater.state().values()
+            extra += [[value.clone() for value in state] for _ in range(probe.extra_optimizers)]
+    return Measured(loaded=max(0, loaded), peak=max(0, _resident("VmHWM") - before))
+
+
+def _warm_up() -> None:
+    """Let torch allocate what it needs once whatever the model is."""
+    import torch
+
+    weight = torch.randn(64, 64, requires_grad=True)
+    torch.autograd.backward((torch.randn(64, 64) @ weight).sum())
+    torch.optim.AdamW([weight], fused=True).step()
+
+
+def _resident(key: str) -> int:
+    with open("/proc/self/status", encoding="ascii") as file:  # noqa: PTH123
+        for line in file:
+            if line.startswith(key + ":"):
+                return int(line.split()[1]) * 1024
+    raise FlexpError("the kernel does not tell this process's memory: /proc/self/status is needed")
+
+
+def _reset_peak() -> None:
+    try:
+        with open("/proc/self/clear_refs", "w", encoding="ascii") as file:  # noqa: PTH123
+            file.write("5")
+    except OSError:  # then the peak of importing counts as well, if it was higher
+        pass
+
+
+def _main(arguments: Mapping[str, Any]) -> None:
+    cut = arguments["cut"]
+    probe = Probe(**{**arguments, "cut": tuple(cut) if cut is not None else None})
+    print(json.dumps(asdict(_run(probe))))
+
+
+if __name__ == "__main__":
+    _main(json.loads(sys.argv[1]))

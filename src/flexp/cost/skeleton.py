@@ -1,0 +1,156 @@
+"""A model without weights: what can be known of it from its configuration, on the meta device.
+
+Its parameters become *fake* tensors, which have a shape, a type and a device but no content: the model's own code runs
+on them, picks the kernels of a CPU, and nothing is computed or allocated. Where a model's code looks into its tensors
+(a mixture of experts counts who was chosen), real ones with random content take their place, of one block of each kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from flexp.config.run import LoraConfig
+from flexp.errors import ModelError
+from flexp.models.anatomy import dissect, refuse_by_design
+from flexp.models.loading import AUTO, AUTOCAST, DTYPES, load_config, quietly
+from flexp.models.parts import Absent, Part
+from flexp.models.stage import Stage
+from flexp.models.tuning import tune
+
+LIKE = ("idx", "index", "layer_id", "layer_number")
+"""What a block's attribute is called that only says where it stands."""
+
+
+def bare_model(model: str, kind: str, *, labels: int, dtype: str, attention: str) -> Any:
+    """The model of a configuration on the meta device, its dropout as there.
+
+    Raises:
+        ModelError: there is no such model, it is not of that kind, or it cannot be split.
+    """
+    config = load_config(model)
+    refuse_by_design(f"{model} ({config.model_type})", config)
+    if kind not in AUTO:
+        raise ModelError(f"kind {kind!r} is not known: expected one of {', '.join(AUTO)}")
+    if kind != "causal-lm":
+        config.num_labels = labels
+        config.problem_type = "single_label_classification"
+    if getattr(config.get_text_config(), "pad_token_id", 0) is None:
+        config.get_text_config().pad_token_id = 0
+    config.output_hidden_states = config.output_attentions = False
+    mapping = AUTO[kind]._model_mapping
+    if type(config) not in mapping:
+        raise ModelError(f"{model}: a {config.model_type} model cannot be used for {kind}; choose another --kind")
+    found = mapping[type(config)]
+    cls = found[0] if isinstance(found, tuple) else found
+    with quietly(), torch.device("meta"):
+        made = cls._from_config(
+            config, dtype=DTYPES[dtype], attn_implementation=attention if cls._supports_sdpa else "eager"
+        )
+    dissect(made)
+    return made
+
+
+def kinds(model: Any) -> list[int]:
+    """For each block the first block that is like it: equal parameters and equal settings, wherever it stands."""
+    blocks = model.get_submodule(dissect(model).path)
+    first: dict[Any, int] = {}
+    return [first.setdefault(_signature(block), index) for index, block in enumerate(blocks)]
+
+
+def _signature(block: nn.Module) -> Any:
+    shapes = tuple((name, tuple(value.shape), value.dtype) for name, value in block.named_parameters())
+    settings = tuple(
+        (path, type(module).__name__, key, value)
+        for path, module in block.named_modules()
+        for key, value in sorted(vars(module).items())
+        if isinstance(value, str | int | float | bool | None) and not any(like in key for like in LIKE)
+    )
+    return shapes, settings
+
+
+class Skeleton:
+    """A tuned stage of the whole model that can run without weights, and the batch for it.
+
+    Args:
+        model: of :func:`bare_model`; it is used up.
+        chosen: the blocks that will run; with ``real`` tensors only these are made.
+        rank: of the adapters; ``None``: full tuning.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        chosen: list[int],
+        *,
+        rank: int | None,
+        checkpointing: bool,
+        autocast: str,
+        train_embeddings: bool,
+        real: bool = False,
+    ) -> None:
+        self.real = real
+        self.mode: AbstractContextManager[Any] = nullcontext() if real else FakeTensorMode()
+        anatomy = dissect(model)
+        _replace(model, lambda value: torch.zeros((), dtype=value.dtype).expand(value.shape))
+        model.requires_grad_(False)
+        if real:
+            blocks = model.get_submodule(anatomy.path)
+            for index in set(range(anatomy.blocks)) - set(chosen):
+                blocks[index] = Absent(index, blocks[index])
+        self.stage = Stage(model, anatomy, Part.whole(anatomy.blocks) if not real else Part(frozenset(chosen), True))
+        self.stage._probed = True  # a plan cannot be compared without content; loading the real model does it
+        self.stage.autocast = AUTOCAST[autocast]
+        tune(
+            self.stage,
+            "full" if rank is None else "lora",
+            lora=None if rank is None else LoraConfig(rank=rank),
+            embeddings=train_embeddings and rank is None,
+            gradient_checkpointing=checkpointing,
+        )
+        with self.mode, torch.no_grad():
+            _replace(model, _filled if real else lambda value: torch.empty(value.shape, dtype=value.dtype))
+        model.train()
+
+    def batch(self, kind: str, examples: int, length: int) -> dict[str, Tensor]:
+        """Inputs and labels; must be made inside :attr:`mode`.
+
+        Texts are padded, as those of real batches mostly are: then models hand their blocks a mask, which costs memory.
+        """
+        config = self.stage.model.config
+        classes = torch.zeros(examples, dtype=torch.long)
+        if kind == "image-classification":
+            size, channels = getattr(config, "image_size", 224), getattr(config, "num_channels", 3)
+            height, width = (size, size) if isinstance(size, int) else size
+            return {"pixel_values": torch.zeros(examples, channels, height, width), "labels": classes}
+        ids = torch.ones(examples, length, dtype=torch.long)
+        mask = torch.ones(examples, length, dtype=torch.long)
+        if self.real:  # without content nobody can see that there is no padding
+            mask[:, -1] = 0
+        labels = classes if kind == "sequence-classification" else ids.clone()
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def _filled(value: Tensor) -> Tensor:
+    return torch.rand(value.shape).mul_(0.04).sub_(0.02).to(value.dtype) if value.is_floating_point() else value.clone()
+
+
+def _replace(model: nn.Module, make: Callable[[Tensor], Tensor]) -> None:
+    """Put other tensors in the place of all parameters and buffers; what was tied stays tied."""
+    made: dict[int, Any] = {}
+    for module in model.modules():
+        for name, value in module._parameters.items():
+            if value is None:
+                continue
+            if id(value) not in made:
+                made[id(value)] = (nn.Parameter(make(value), requires_grad=value.requires_grad), value)
+            module._parameters[name] = made[id(value)][0]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                made.setdefault(id(buffer), (make(buffer), buffer))
+                module._buffers[name] = made[id(buffer)][0]

@@ -1,0 +1,96 @@
+"""What the two ways to conduct a run have in common: the run's name, who waits, what the operator is told."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from flexp.errors import LinkError, StorageError
+from flexp.links.orders import Order, Ready
+from flexp.run.store import Snapshots
+from flexp.server import Server
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class Member:
+    """What is known of a client: its last word, and who waits for the answer to it."""
+
+    ready: Ready = field(default_factory=lambda: Ready(0))
+    waits: Future[Order] | None = None
+    stopped: bool = False
+
+    def answer(self, order: Order) -> None:
+        """Give the client its order, if it still listens."""
+        future, self.waits = self.waits, None
+        if future is not None and future.set_running_or_notify_cancel():
+            future.set_result(order)
+
+
+class Desk:
+    """Keeps the server's snapshots and the members.
+
+    Args:
+        run: the run's name; a server that goes on with one has the name from its snapshots.
+        steps: of each client in the whole run.
+    """
+
+    def __init__(self, server: Server, snapshots: Snapshots | None, run: str, say: Say, steps: int) -> None:
+        self.server, self.snapshots, self.run, self.say, self.steps = server, snapshots, run, say, steps
+        self.members: dict[str, Member] = {}
+
+    @property
+    def numbers(self) -> list[int]:
+        """The server's own snapshots."""
+        return [] if self.snapshots is None else self.snapshots.numbers()
+
+    def come(self, client: str, ready: Ready) -> tuple[Member, Future[Order]]:
+        """A client waits for its order.
+
+        Raises:
+            LinkError: its snapshots are those of another run, or it plans for a run of another length.
+        """
+        if ready.planned not in (0, self.steps):
+            raise LinkError(
+                f"client {client} plans {ready.planned} steps, and this run has {self.steps}, so its learning rate "
+                "would fall at another time; set the same train.rounds and train.steps_per_round on both sides"
+            )
+        if ready.run not in ("", self.run):
+            raise LinkError(
+                f"client {client} is in the middle of the run {ready.run}, and this server conducts {self.run}; give "
+                "the client another --state folder to begin anew, or start the server with that run's state"
+            )
+        member = self.members.setdefault(client, Member())
+        member.ready, member.waits = ready, Future()
+        return member, member.waits
+
+    def gone(self, client: str) -> None:
+        """A client's stream has ended; whatever it waited for it will ask again."""
+        if client in self.members:
+            self.members[client].waits = None
+
+    def save(self, number: int, unfinished: bool = False) -> None:
+        """The server's own snapshot; a failure is said, and what was saved before stays."""
+        if self.snapshots is None:
+            return
+        try:
+            state = self.server.state(unfinished=unfinished)
+            self.snapshots.save(number, state, {"run": self.run, "updates": self.server.shared.version})
+        except StorageError as error:
+            self.say(f"snapshot {number} was not saved: {error}")
+
+    def restore(self, number: int) -> None:
+        """Go back to one of :attr:`numbers`."""
+        assert self.snapshots is not None
+        state, _ = self.snapshots.load(number)
+        self.server.load(state)
+        self.say(f"back to snapshot {number}: {self.server.shared.version} updates of the shared blocks")
+
+
+def run_name(snapshots: Snapshots | None) -> str:
+    """The name of the run that the newest snapshot belongs to, or a new one."""
+    facts = None if snapshots is None else snapshots.newest_whole()
+    return secrets.token_hex(4) if facts is None else str(facts["run"])

@@ -1,0 +1,229 @@
+"""A server and its clients as processes on this machine, from the configuration of a run: to try, and for tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from flexp.config.run import RunConfig
+from flexp.errors import FlexpError
+from flexp.files import write_json
+from flexp.report.metrics import read as read_log
+
+Say = Callable[[str], None]
+ADDRESS = re.compile(r"serving blocks \[.*\) at (\S+)")
+
+
+@dataclass
+class Party:
+    """One process: what it is started with, and how often it had to be started."""
+
+    name: str
+    arguments: list[str]
+    log: Path
+    process: subprocess.Popen[bytes] | None = None
+    starts: int = 0
+    ended: bool = False
+    _file: TextIO | None = field(default=None, repr=False)
+
+    def start(self, environment: dict[str, str]) -> None:
+        """Start it, or start it again."""
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "flexp.cli.main", *self.arguments],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,  # the fleet itself passes signals on
+            )
+        self.starts += 1
+
+    def last_words(self) -> str:
+        """The last line of its log."""
+        lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        return lines[-1] if lines else "it said nothing"
+
+
+class Fleet:
+    """Starts everybody, watches, starts again who fell, and collects what they did.
+
+    Args:
+        cuts: of the clients, by name.
+        restarts: how often one party may fall before the fleet gives up.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        cuts: dict[str, tuple[int, int]],
+        out: Path,
+        *,
+        schedule: str,
+        save_every: int,
+        restarts: int = 3,
+        threads: int = 1,
+        answer_seconds: float = 120.0,
+        say: Say = print,
+    ) -> None:
+        self.config, self.cuts, self.out, self.say = config, cuts, out, say
+        self.restarts = restarts
+        self.environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
+        self._file = out / "fleet.toml"
+        self._write_config(schedule, save_every, answer_seconds)
+        self.server = Party("server", [], out / "server" / "log.txt")
+        self.clients = {name: Party(name, [], out / "clients" / name / "log.txt") for name in cuts}
+        self.address = ""
+        self.way = ""  # how clients reach the server, if not at its address
+
+    def start_server(self, listen: str = "127.0.0.1:0") -> None:
+        """Start the server and wait until it listens; it keeps its port when it is started again.
+
+        Raises:
+            FlexpError: it ended instead.
+        """
+        depth = self.config.model.base_depth
+        start = min(cut[0] for cut in self.cuts.values()) if depth is None else depth
+        blocks = ["--base-depth", str(start), "--end", str(max(cut[1] for cut in self.cuts.values()))]
+        if self.config.recut.on:  # then cuts may become as shallow as any
+            blocks = [] if depth is None else ["--base-depth", str(depth)]
+        self.server.arguments = [
+            "server", "--config", str(self._file), "--state", str(self.out / "server"), *blocks,
+            "--listen", self.address or listen, "--every", "5",
+        ]  # fmt: skip
+        before = self.server.log.stat().st_size if self.server.log.exists() else 0
+        self.server.start(self.environment)
+        assert self.server.process is not None
+        while True:
+            text = self.server.log.read_bytes()[before:].decode(errors="replace")
+            found = ADDRESS.search(text)
+            if found:
+                self.address = found[1]
+                return
+            if self.server.process.poll() is not None:
+                raise FlexpError(f"the server could not be started: {self.server.last_words()}")
+            time.sleep(0.05)
+
+    def start_client(self, name: str) -> None:
+        """Start one client, or start it again."""
+        party = self.clients[name]
+        party.arguments = [
+            "client", "--config", str(self._file), "--server", self.way or self.address, "--name", name,
+            "--state", str(self.out / "clients" / name),
+        ]  # fmt: skip
+        party.start(self.environment)
+
+    def start(self) -> None:
+        """Everybody."""
+        self.start_server()
+        for name in self.clients:
+            self.start_client(name)
+
+    def watch(self) -> bool:
+        """See who has ended and start again who fell; gives whether all is over.
+
+        Raises:
+            FlexpError: somebody fell too often.
+        """
+        for party in (self.server, *self.clients.values()):
+            if party.ended or party.process is None or party.process.poll() is None:
+                continue
+            if party.process.returncode == 0:
+                party.ended = True
+                continue
+            if party.starts > self.restarts:
+                raise FlexpError(f"{party.name} ended {party.starts} times with an error: {party.last_words()}")
+            self.say(f"{party.name} ended with code {party.process.returncode}; starting it again")
+            self.start_server() if party is self.server else self.start_client(party.name)
+        return self.server.ended and all(party.ended for party in self.clients.values())
+
+    def run(self) -> None:
+        """From the start to the end.
+
+        Raises:
+            FlexpError: somebody fell too often.
+        """
+        self.start()
+        self.say(f"server at {self.address}, {len(self.clients)} clients; their logs are in {self.out}")
+        try:
+            told = 0
+            while not self.watch():
+                time.sleep(0.2)
+                told = self._tell(told)
+        finally:
+            self.stop()
+
+    def stop(self, seconds: float = 20.0) -> None:
+        """Ask whoever still runs to stop, and wait for it."""
+        running = [
+            p for p in (*self.clients.values(), self.server) if p.process is not None and p.process.poll() is None
+        ]
+        for party in running:
+            assert party.process is not None
+            party.process.terminate()
+        for party in running:
+            assert party.process is not None
+            try:
+                party.process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                party.process.kill()
+                party.process.wait()
+
+    def results(self) -> list[dict[str, Any]]:
+        """The last score and the steps of every client, from what each has written."""
+        rows = []
+        for name in self.clients:
+            path = self.out / "clients" / name / "metrics.jsonl"
+            records = read_log(path) if path.exists() else []
+            scores = [record["personal"] for record in records if record["kind"] == "eval"]
+            steps = [record for record in records if record["kind"] == "step"]
+            cuts = [list(self.cuts[name]), *(record["cut"] for record in records if record["kind"] == "move")]
+            rows.append({"name": name, "cut": cuts[-1], "steps": len(steps),
+                         "first": scores[0] if scores else None, "last": scores[-1] if scores else None})  # fmt: skip
+        return rows
+
+    def _tell(self, told: int) -> int:
+        steps: int = sum(row["steps"] for row in self.results())
+        total = self.config.train.total_steps * len(self.clients)
+        tenth: int = 10 * steps // max(1, total)
+        if tenth > told:
+            self.say(f"step {steps}/{total}")
+        return max(told, tenth)
+
+    def _write_config(self, schedule: str, save_every: int, answer_seconds: float) -> None:
+        """The run's configuration with the table ``[deployment]``, as TOML, for all processes."""
+        content = self.config.resolved()
+        table = {"schedule": schedule, "clients": list(self.cuts), "save_every": save_every}
+        content["deployment"] = {**table, "answer_seconds": answer_seconds}
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_json(self.out / "config.json", self.config.resolved())
+        self._file.write_text(to_toml(content), encoding="utf-8")
+
+
+def to_toml(content: dict[str, Any], prefix: Sequence[str] = ()) -> str:
+    """Nested tables of plain values as TOML; what is ``None`` is left out."""
+    plain = {key: value for key, value in content.items() if not isinstance(value, dict) and value is not None}
+    lines = [f"[{'.'.join(map(_key, prefix))}]"] if prefix and (plain or not content) else []
+    lines += [f"{_key(key)} = {_value(value)}" for key, value in plain.items()]
+    tables = [to_toml(value, [*prefix, key]) for key, value in content.items() if isinstance(value, dict)]
+    return "\n".join([*lines, *tables]) + "\n"
+
+
+def _key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(_value(item) for item in value if item is not None)}]"
+    if isinstance(value, float):
+        return repr(value)
+    return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,126 @@
+"""Conducting a run in which nobody waits for anybody: every client goes on as fast as it can.
+
+The server saves now and then, in the middle of whatever clients do, and tells them to save as well. What a client does
+again after it went back to a snapshot is answered and not applied twice; what the shared blocks lose when the server
+goes back to a snapshot is said, step for step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from flexp.config.run import TrainConfig
+from flexp.links.orders import Order, Ready
+from flexp.run.conductors import Desk, Member
+from flexp.run.schedule import scored_rounds
+
+MOST_STEPS = 8
+"""Of one order: so often a client hears of new snapshots, and the operator of the client."""
+
+
+@dataclass
+class _Told:
+    """What a client was told: the newest snapshot, and which rounds it has scored."""
+
+    snapshot: int = -1
+    scored: set[int] = field(default_factory=set)
+
+
+class Free:
+    """See above.
+
+    Args:
+        clients: who takes part; ``None``: whoever comes.
+        save_every: the server saves when the clients have done so many steps each, on average.
+    """
+
+    def __init__(
+        self, desk: Desk, clients: Sequence[str] | None, train: TrainConfig, evaluate_every: int, save_every: int
+    ) -> None:
+        self.desk, self.clients, self.train = desk, clients, train
+        self._scored = scored_rounds(train, evaluate_every)
+        self._save_every = save_every
+        self._total = train.total_steps
+        self._told: dict[str, _Told] = {}
+        self._number = max(desk.numbers, default=-1)
+        if self._number >= 0:
+            desk.restore(self._number)
+        self._saved_version = desk.server.shared.version
+
+    @property
+    def finished(self) -> bool:
+        """Whether all clients that take part were told to stop."""
+        members = self.desk.members
+        return self.clients is not None and all(name in members and members[name].stopped for name in self.clients)
+
+    def ready(self, client: str, ready: Ready) -> Future[Order]:
+        """Take what a client says, and tell it at once what to do.
+
+        Raises:
+            LinkError: its snapshots are those of another run.
+        """
+        member, future = self.desk.come(client, ready)
+        told = self._told.setdefault(client, _Told())
+        if ready.done is None and not ready.steps and ready.snapshots and ready.run:
+            member.answer(Order("restore", self.desk.run, self._number, max(ready.snapshots)))
+            return future
+        if ready.done is None:
+            self._compare(client, ready)
+        self.desk.server.keep_answers_after(client, ready.saved)
+        self._save_if_due()
+        self._answer(member, ready, told)
+        return future
+
+    def gone(self, client: str) -> None:
+        """Its stream has ended; nobody waits for it."""
+        self.desk.gone(client)
+
+    def close(self) -> str:
+        """Save once more, wherever clients are; gives what to tell the operator."""
+        self._save()
+        if self.desk.snapshots is None:
+            return "nothing was saved, as no --state DIR was given"
+        return f"saved as snapshot {self._number} in {self.desk.snapshots.folder}"
+
+    def _answer(self, member: Member, ready: Ready, told: _Told) -> None:
+        round_number, rest = divmod(ready.steps, self.train.steps_per_round)
+        save = self._number if self._number > told.snapshot else None
+        told.snapshot = max(told.snapshot, self._number)
+        if not rest and round_number in self._scored and round_number not in told.scored:
+            told.scored.add(round_number)
+            member.answer(Order("evaluate", self.desk.run, self._number, round_number, save=save))
+        elif ready.steps < self._total:
+            count = min(MOST_STEPS, self.train.steps_per_round - rest)
+            member.answer(Order("step", self.desk.run, self._number, count=count, save=save))
+        else:
+            member.stopped = True
+            if self.finished:
+                self.desk.server.flush()
+                self._save()
+            member.answer(Order("stop", self.desk.run, self._number, save=self._number))
+
+    def _save_if_due(self) -> None:
+        new = self.desk.server.shared.version - self._saved_version
+        if new >= self._save_every * max(1, len(self.desk.members)) or self._number < 0:
+            self._save()
+
+    def _save(self) -> None:
+        self._number += 1
+        self._saved_version = self.desk.server.shared.version
+        self.desk.save(self._number, unfinished=True)
+
+    def _compare(self, client: str, ready: Ready) -> None:
+        """Say what was lost, on either side."""
+        here = self.desk.server.regulars[client].progress.newest
+        if ready.steps > here:
+            self.desk.say(
+                f"{client} has done {ready.steps} steps, of which the shared blocks have the first {here}: the other "
+                f"{ready.steps - here} were lost with the server's state after its last snapshot"
+            )
+        elif here > ready.steps:
+            self.desk.say(
+                f"{client} goes back to step {ready.steps}: its steps up to {here} are answered again and not applied "
+                "again"
+            )

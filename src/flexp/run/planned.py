@@ -1,0 +1,212 @@
+"""Cuts that are planned instead of written down: ``data.clients.cuts = "auto"`` and ``data.clients.plan``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from flexp.assets import resolve
+from flexp.config.loading import override, read
+from flexp.config.run import RunConfig
+from flexp.cost.choice import CODECS, Choice, form
+from flexp.cost.profile import Profile
+from flexp.data.types import Federation
+from flexp.errors import ConfigError
+from flexp.files import read_json
+from flexp.limits import maps_count
+from flexp.planner.document import PlannedClient, SavedPlan, document, read_plan
+from flexp.planner.fleet import Choices, Device, Fleet, TaskShape, of_run, parse_fleet
+from flexp.planner.model import ModelCosts
+from flexp.planner.own import this_machine
+from flexp.planner.plan import Plan, make_plan
+from flexp.report.formats import cut, size
+
+
+def load_fleet(path: Path, overrides: Iterable[str] = ()) -> Fleet:
+    """Read a ``fleet.toml`` and apply ``key=value`` overrides; profiles that it names are found beside it.
+
+    Raises:
+        ConfigError: it cannot be read, or see :func:`flexp.planner.fleet.parse_fleet`.
+    """
+    content = read(path)
+    for text in overrides:
+        override(content, text)
+    return parse_fleet(content, str(path), path.parent)
+
+
+PER_CLIENT = ("flexp-sfl", "split-fedavg", "splitft")
+"""Methods whose clients may have exchanges, checkpointing and codecs of their own."""
+
+
+def with_cuts(config: RunConfig, federation: Federation, blocks: int) -> tuple[RunConfig, list[str], Any]:
+    """The configuration with its cuts written out; unchanged where they are.
+
+    Returns:
+        It, what to tell the user in a line, and the ``plan.json`` that it follows (``None``: nothing was planned).
+
+    Raises:
+        InfeasibleError: a device lacks something.
+        ConfigError: the plan's file is about another model or other clients.
+    """
+    clients, names = config.data.clients, [client.name for client in federation.clients]
+    if clients.plan is not None:
+        path = Path(clients.plan)
+        saved = read_plan(path)
+        chosen = _of_file(config, saved, names, blocks, path)
+        return _written(config, chosen), [f"cuts of {path.name}: {_told(names, chosen)}"], read_json(path)
+    if clients.cuts != "auto":
+        return config, [], None
+    made = auto_plan(config, federation)
+    chosen_now = [made.choice(name) for name in names]
+    if clients.profiles is not None:
+        where = "data.clients.profiles"
+    elif config.devices is not None:
+        where = "the classes of [devices]"
+    else:
+        here = made.fleet.devices[0].profile
+        where = f"{here.memory_from}, {size(here.memory_bytes)}; speed and network are a laptop's, not measured"
+    note = f"cuts planned from {where}: {_told(names, chosen_now)}"
+    return _written(config, chosen_now), [note], document(made)
+
+
+def auto_plan(config: RunConfig, federation: Federation) -> Plan:
+    """What ``cuts = "auto"`` plans for the run's clients on the devices of :func:`auto_fleet`.
+
+    Raises:
+        InfeasibleError: a device lacks something.
+        ConfigError: see :func:`auto_fleet`.
+    """
+    shape, choices = _task(config, federation)
+    server = of_run(config.devices, (), shape, choices, this_machine).server
+    costs = ModelCosts(str(resolve(config.model.id)), shape, choices, server)
+    # Counting takes memory that stays: it is done before this machine's is measured.
+    costs.block_bytes(config.model.lora.rank if config.model.tuning == "lora" else None)
+    return make_plan(auto_fleet(config, federation), costs)
+
+
+def auto_fleet(config: RunConfig, federation: Federation) -> Fleet:
+    """The run's clients on the devices of ``data.clients.profiles``, else of the classes of ``[devices]``, else all on
+    this machine.
+
+    Raises:
+        ConfigError: a profile is none, or of no client; a class is not known.
+    """
+    names = [client.name for client in federation.clients]
+    shape, choices = _task(config, federation)
+    if config.data.clients.profiles is None:
+        return of_run(config.devices, names, shape, choices, this_machine)
+    found = [_client_profile(Path(name)) for name in config.data.clients.profiles]
+    devices = tuple(Device(name, found[i % len(found)]) for i, name in enumerate(names))
+    return replace(of_run(config.devices, (), shape, choices, this_machine), devices=devices)
+
+
+def _client_profile(path: Path) -> Profile:
+    found = Profile.read(path)
+    if found.role != "client":
+        raise ConfigError(f"data.clients.profiles: {path} is of a server; expected one of `flexp profile --as client`")
+    return found
+
+
+def _task(config: RunConfig, federation: Federation) -> tuple[TaskShape, Choices]:
+    """What the run trains, as far as it costs, and what may be chosen for it."""
+    task, model, method = federation.task, config.model, config.method
+    longest = max(
+        (len(example.get("input_ids", ())) for client in federation.clients for example in client.train), default=1
+    )
+    codec = config.link.codec.activation
+    here = config.devices is None and config.data.clients.profiles is None
+    shape = TaskShape(
+        kind=task.model_kind,
+        length=max(1, longest),
+        labels=len(task.label_names or ("", "")),
+        batch_size=config.train.batch_size,
+        dtype=model.dtype,
+        autocast=model.autocast,
+        attention=model.attention,
+        tuning=model.tuning,
+        rank=model.lora.rank,
+        train_embeddings=model.train_embeddings,
+        embeddings="memory" if here and maps_count() else model.embeddings,
+        optimizer=config.train.personal.name,
+        aligned=method.name == "flexp-sfl" and (method.align.has_term or method.align.teach),
+        follow=method.name == "flexp-sfl" and method.align.follow,
+    )
+    micro = config.train.micro_batch
+    if micro is None and (method.name not in PER_CLIENT or config.train.in_flight > 1):
+        micro = config.train.batch_size  # several under way hold together what one of them all would
+    again = [True] if model.gradient_checkpointing else [False, True] if method.name in PER_CLIENT else [False]
+    choices = Choices(
+        starts=None if model.base_depth is None else list(range(max(1, model.base_depth), 10_000)),
+        micro_batches=None if micro is None else [micro],
+        checkpointing=again,
+        codecs=[codec if codec in CODECS else "none"],
+    )
+    return shape, choices
+
+
+def _of_file(config: RunConfig, saved: SavedPlan, names: Sequence[str], blocks: int, path: Path) -> list[PlannedClient]:
+    """Each client's part of the plan: by its name, or in order and repeated where the plan knows none of them."""
+    if saved.blocks != blocks:
+        raise ConfigError(
+            f"{path} plans {saved.model} with {saved.blocks} blocks, and {config.model.id} has {blocks}; plan this one"
+        )
+    known = {client.name: client for client in saved.clients}
+    missing = [name for name in names if name not in known]
+    if missing and len(missing) < len(names):
+        raise ConfigError(
+            f"{path} plans some of the clients but not {', '.join(missing)}; name all of them in the fleet, or none"
+        )
+    chosen = [saved.clients[i % len(saved.clients)] if missing else known[name] for i, name in enumerate(names)]
+    if saved.task.embeddings == "file" != config.model.embeddings:
+        raise ConfigError(f'{path} plans with embeddings that stay in their file; set model.embeddings = "file"')
+    rank = config.model.lora.rank if config.model.tuning == "lora" else None
+    for client in chosen:
+        if client.rank != rank:
+            wanted = "full tuning" if client.rank is None else f"LoRA of rank {client.rank}"
+            raise ConfigError(f"{path} plans {wanted}; set model.tuning and model.lora.rank accordingly")
+        if client.micro_batch * client.accumulation != config.train.batch_size:
+            raise ConfigError(
+                f"{path} plans steps of {client.micro_batch * client.accumulation} examples; set train.batch_size to "
+                "that, or plan with task.batch_size"
+            )
+        if config.method.name not in PER_CLIENT and form(client.codec) != form(config.link.codec.activation):
+            raise ConfigError(f"{path} plans the codec {client.codec}; set link.codec.activation and .gradient to it")
+    return chosen
+
+
+def _written(config: RunConfig, chosen: Sequence[PlannedClient | Choice]) -> RunConfig:
+    """``config`` with the choices as keys, so that whoever reads it plans nothing any more."""
+    update: dict[str, Any] = {"cuts": [tuple(choice.cut) for choice in chosen], "plan": None}
+    if config.method.name in PER_CLIENT and config.train.in_flight == 1:
+        update["micro_batches"] = [choice.micro_batch for choice in chosen]
+        update["checkpointing"] = [choice.checkpointing for choice in chosen]
+    codecs = [form(choice.codec) for choice in chosen]
+    if config.method.name in PER_CLIENT and set(codecs) != {form(config.link.codec.activation)}:
+        update["codecs"] = codecs  # or else the run's own word stays, with all that it says of directions and kinds
+    clients = config.data.clients.model_copy(update=update)
+    method, model = config.method, config.model
+    if method.name == "flexp-sfl" and method.align.follow and model.base_depth is None:
+        # Planned was that all of a deep head but its first block is followed, however shallow the others cut.
+        config = config.model_copy(update={"model": model.model_copy(update={"base_depth": 1})})
+    return config.model_copy(update={"data": config.data.model_copy(update={"clients": clients})})
+
+
+def _told(names: Sequence[str], chosen: Sequence[PlannedClient | Choice], most: int = 8) -> str:
+    """Who got what, each choice once: ``(1, 6) for north, south, (3, 6) (4 at a time) for west``."""
+    who: dict[str, list[str]] = {}
+    for name, choice in zip(names, chosen, strict=True):
+        who.setdefault(f"{cut(choice.cut)}{_extra(choice)}", []).append(name)
+    if len(who) == 1:
+        return f"{next(iter(who))} for everybody"
+    return ", ".join(
+        f"{words} for {', '.join(own[:most])}{f' and {len(own) - most} more' if len(own) > most else ''}"
+        for words, own in who.items()
+    )
+
+
+def _extra(choice: PlannedClient | Choice) -> str:
+    extra = [f"{choice.micro_batch} at a time"] if choice.accumulation > 1 else []
+    extra += ["checkpointing"] if choice.checkpointing else []
+    return f" ({', '.join(extra)})" if extra else ""

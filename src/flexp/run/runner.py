@@ -1,0 +1,309 @@
+"""A whole simulated federation: train, score, save, report; and go on from where it was stopped."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from flexp.client.trainer import Step
+from flexp.config.loading import validate
+from flexp.config.run import RunConfig
+from flexp.data.scores import evaluate
+from flexp.data.seeding import generator
+from flexp.data.types import Example
+from flexp.errors import ConfigError, StorageError
+from flexp.files import read_json, write_json
+from flexp.machine import machine, versions
+from flexp.methods import METHODS, Method, World
+from flexp.report import write_report
+from flexp.report.metrics import MetricsLog, read
+from flexp.report.progress import Progress
+from flexp.report.summary import (
+    VALIDATION,
+    Scores,
+    aggregate,
+    best_round,
+    build_summary,
+    picked_on,
+    scores_by_round,
+)
+from flexp.report.tensorboard import EventWriter
+from flexp.run import checkpoints
+from flexp.run.joined import is_joined
+from flexp.run.participants import Dropped, client_facts, place
+from flexp.run.probes import MemoryProbes
+from flexp.run.recutting import Recutting, check_changes, cuts_by_round, told
+from flexp.run.setup import build_world
+
+Summary = dict[str, Any]
+
+
+def run(
+    config: RunConfig,
+    out: Path,
+    *,
+    progress: Callable[..., Progress] = Progress,
+    memory_cache: Path | None = None,
+) -> Summary:
+    """Start a run in the folder ``out``.
+
+    Args:
+        memory_cache: a folder that runs share for their measurements of memory, so that equal ones are made once.
+
+    Raises:
+        ConfigError: ``out`` holds a run already, or no client's device can hold what the method trains.
+        FlexpError: what is wrong with configuration, model, data or disk.
+    """
+    refuse_taken(out)
+    world = build_world(config)
+    check_changes(world)
+    probes = MemoryProbes(world, out, memory_cache)
+    world, dropped = place(world, probes)
+    method = METHODS[config.method.name](world)  # whatever cannot be built leaves no folder behind
+    write_json(out / "config.json", world.config.resolved())  # with the cuts that were planned, for whoever resumes
+    if world.plan is not None:
+        write_json(out / "plan.json", world.plan)
+    probes.save()
+    return _Run(world, method, probes, dropped, out, progress).go()
+
+
+def train(world: World, method: Method, out: Path, *, progress: Callable[..., Progress] = Progress) -> Summary:
+    """Start a run in the folder ``out`` with a method that was made already, perhaps with other weights than usual.
+
+    Raises:
+        ConfigError: ``out`` holds a run already.
+        FlexpError: what is wrong with the data or the disk.
+    """
+    refuse_taken(out)
+    write_json(out / "config.json", world.config.resolved())
+    return _Run(world, method, MemoryProbes(world, out), [], out, progress).go()
+
+
+def refuse_taken(out: Path) -> None:
+    """See that ``out`` holds no run.
+
+    Raises:
+        ConfigError: it does.
+    """
+    if (out / "config.json").exists() or checkpoints.latest(out / "checkpoints") is not None:
+        raise ConfigError(
+            f"{out} holds a run already; continue it with flexp run --resume {out}, or choose another --out"
+        )
+
+
+def resume(out: Path, *, progress: Callable[..., Progress] = Progress, memory_cache: Path | None = None) -> Summary:
+    """Go on with a run that was stopped, from its last checkpoint; its final weights are those of an undisturbed run.
+
+    Raises:
+        StorageError: ``out`` holds no run, or its checkpoint is damaged.
+    """
+    if not (out / "config.json").exists():
+        raise StorageError(f"{out} holds no run to resume: it has no config.json")
+    if is_joined(out):
+        raise ConfigError(f"{out} is of a client that joined a run, which is not resumed; run flexp join again")
+    config = validate(read_json(out / "config.json"), str(out / "config.json"))
+    world = build_world(config)
+    probes = MemoryProbes(world, out, memory_cache)
+    world, dropped = place(world, probes)
+    return _Run(world, METHODS[config.method.name](world), probes, dropped, out, progress).go()
+
+
+class _Run:
+    def __init__(
+        self,
+        world: World,
+        method: Method,
+        probes: MemoryProbes,
+        dropped: list[Dropped],
+        out: Path,
+        progress: Callable[..., Progress],
+    ) -> None:
+        self.world, self.config, self.out = world, world.config, out
+        self.method, self.probes, self.dropped = method, probes, dropped
+        self.names = [client.name for client in world.federation.clients]
+        self.everybody = sample(world.federation.test, self.config.evaluation.global_examples, self.config.seed)
+        self.first_round = self._restore()
+        self.recutting = Recutting(world, method)
+        self.log = MetricsLog(out / "metrics.jsonl")
+        self.log.truncate_after(self.first_round - 1)
+        kept = read(self.log.path)
+        self.scored = scores_by_round(kept, self.names, world.federation.task.metric)
+        self.events = EventWriter(out / "events", kept or None) if self.config.output.tensorboard else None
+        self.seconds_before = max((float(r["seconds"]) for r in kept if r["kind"] == "round"), default=0.0)
+        self.began = time.perf_counter()
+        per_round = self.config.train.steps_per_round * len(world.participants)
+        self.progress = progress(
+            self.config.train.rounds * per_round,
+            self.config.name,
+            metric=world.federation.task.metric,
+            done=max(0, self.first_round - 1) * per_round,
+        )
+
+    def go(self) -> Summary:
+        try:
+            with self.progress as progress:
+                for note in self.world.federation.notes:
+                    progress.note(note)
+                if self.first_round > 1:
+                    progress.note(f"resumed after round {self.first_round - 1}")
+                if self.first_round == 0:
+                    self._evaluate(0)
+                for number in range(max(1, self.first_round), self.config.train.rounds + 1):
+                    self._round(number)
+                self.probes.measure(progress.note)
+                self.probes.save()
+        finally:
+            self.method.close()
+            self.log.close()
+            if self.events is not None:
+                self.events.close()
+        summary = self._summary()
+        write_json(self.out / "summary.json", summary)
+        if self.config.output.html:
+            write_report(self.out)
+        return summary
+
+    def _round(self, number: int) -> None:
+        for record in self.recutting.before_round(number):
+            self._write(record)
+            self.progress.note(told(record))
+        self.method.train_round(number, lambda step: self._on_step(number, step))
+        last = number == self.config.train.rounds
+        if last or number % self.config.evaluation.every == 0:
+            self._evaluate(number)
+        accounts = [self.method.account(name) for name in self.names]
+        spent = {data.name: self.method.account(data.name).client_seconds for data in self.world.participants}
+        self._write(
+            {
+                "kind": "round",
+                "round": number,
+                "seconds": self.seconds_before + time.perf_counter() - self.began,
+                "bytes_up": sum(account.training.bytes_up for account in accounts),
+                "bytes_down": sum(account.training.bytes_down for account in accounts),
+                "client_seconds": sum(spent.values()) / len(spent),  # of a participant's device, on average
+                "seconds_by_client": spent,
+            }
+        )
+        best = None
+        if picked_on(self.scored) == VALIDATION:  # a round picked on test data is nothing to go back to
+            best = best_round(self.scored, self.world.federation.task.higher_is_better)
+        every = self.config.output.checkpoint_every
+        if every and (last or number == best or number % every == 0):
+            checkpoints.save(self.out / "checkpoints", number, self.method.state(), best)
+
+    def _on_step(self, number: int, step: Step) -> None:
+        facts = asdict(step)
+        facts["step"] = facts.pop("number")
+        facts["tokens"] = facts.pop("items")
+        self._write({"kind": "step", "round": number, **facts})
+        self.progress.step(step.client, step.loss, step.align)
+
+    def _evaluate(self, number: int) -> None:
+        task, size = self.world.federation.task, self.config.evaluation.batch_size
+        scores: Scores = {}
+        extras = number in (0, self.config.train.rounds)  # scores that need forward passes of their own
+        alike = number == 0 or getattr(self.method, "same_for_all", False)  # before training all have what came
+        everybody: dict[str, float] | None = None
+        for client in self.world.federation.clients:
+            forward = self.method.personal(client.name)
+            personal = evaluate(forward, task, client.test, size, extras=extras)
+            if everybody is None or not alike:
+                everybody = evaluate(forward, task, self.everybody, size, extras=extras)
+            sides = {"personal": personal, "global": everybody}
+            if client.validation:
+                sides[VALIDATION] = evaluate(forward, task, client.validation, size, extras=False)
+            self._write({"kind": "eval", "round": number, "client": client.name, **sides})
+            scores[client.name] = {side: values[task.metric] for side, values in sides.items()}
+        self.scored[number] = {
+            name: {side: value if value is not None and math.isfinite(value) else None for side, value in own.items()}
+            for name, own in scores.items()
+        }
+        self.progress.round(number, aggregate(scores, task.higher_is_better))
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        self.log.write(record)
+        if self.events is not None:
+            self.events.write(record)
+
+    def _restore(self) -> int:
+        """Load the last checkpoint; the round to go on with, 0 being the scores before training."""
+        checkpoints.clear_halves(self.out / "checkpoints")
+        place = checkpoints.latest(self.out / "checkpoints")
+        if place is None:
+            return 0
+        number, state = checkpoints.load(place)
+        self.method.load(state)
+        return number + 1
+
+    def _summary(self) -> Summary:
+        records = read(self.out / "metrics.jsonl")
+        world, task = self.world, self.world.federation.task
+        model, anatomy = world.source.model, world.source.anatomy
+        accounts = {name: self.method.account(name) for name in self.names}
+        done = max((int(r["round"]) for r in records if r["kind"] == "round"), default=0)
+        cuts = world.cuts if not done else {k: v["cut"] for k, v in cuts_by_round(world, records, done)[-1].items()}
+        clients = [
+            {
+                "name": data.name,
+                "cut": list(cuts[data.name]),
+                "train_examples": len(data.train),
+                "test_examples": len(data.test),
+                "personal_parameters": accounts[data.name].personal_parameters,
+                "bytes_up": accounts[data.name].training.bytes_up,
+                "bytes_down": accounts[data.name].training.bytes_down,
+                "client_seconds": accounts[data.name].client_seconds,
+                "server_seconds": accounts[data.name].server_seconds,
+                "peak_memory_bytes": self.probes.peak(data.name),
+            }
+            for data in world.federation.clients
+        ]
+        facts, virtual = client_facts(world, self.method, records)
+        clients = [{**client, **facts.get(str(client["name"]), {})} for client in clients]
+        evaluation = [account.evaluation for account in accounts.values()]
+        devices = {} if self.config.devices is None else {"dropped": self.dropped, "virtual": virtual}
+        return (
+            build_summary(
+                name=self.config.name,
+                method=self.config.method.name,
+                seed=self.config.seed,
+                finished=done == self.config.train.rounds,
+                metric=task.metric,
+                higher_is_better=task.higher_is_better,
+                model={
+                    "id": self.config.model.id,
+                    "kind": task.model_kind,
+                    "labels": task.label_names,
+                    "blocks": anatomy.blocks,
+                    "hidden": anatomy.hidden,
+                    "parameters": sum(value.numel() for value in model.parameters()),
+                    "tuning": self.config.model.tuning,
+                    "dtype": self.config.model.dtype,
+                },
+                clients=clients,
+                records=records,
+                server=self.method.server_facts(),
+                totals={
+                    "bytes_up": sum(client["bytes_up"] for client in clients),
+                    "bytes_down": sum(client["bytes_down"] for client in clients),
+                    "seconds": max((float(r["seconds"]) for r in records if r["kind"] == "round"), default=0.0),
+                    "eval_bytes_up": sum(account.bytes_up for account in evaluation),
+                    "eval_bytes_down": sum(account.bytes_down for account in evaluation),
+                },
+                machine=machine(),
+                versions=versions(),
+                rounds=done,
+            )
+            | devices
+        )
+
+
+def sample(examples: list[Example], most: int | None, seed: int) -> list[Example]:
+    """At most ``most`` of everybody's test examples (``evaluation.global_examples``), drawn from the run's seed."""
+    if most is None or len(examples) <= most:
+        return examples
+    chosen = generator(seed, "everybody").choice(len(examples), most, replace=False)
+    return [examples[int(index)] for index in sorted(chosen)]

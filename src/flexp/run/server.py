@@ -1,0 +1,236 @@
+"""A server as a process of its own: goes on from a file, tells what happens, stops cleanly and saves."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from flexp.config import deployment as deployment_config
+from flexp.config import loading as settings
+from flexp.config.deployment import DeploymentConfig
+from flexp.config.run import RunConfig
+from flexp.errors import LinkError, StorageError
+from flexp.files import replacing
+from flexp.links.grpc import Serving, serve
+from flexp.models.loading import ModelKind
+from flexp.run.conductors import Desk, run_name
+from flexp.run.deterministic import Deterministic
+from flexp.run.free import Free
+from flexp.run.schedule import schedule
+from flexp.run.status import Observed, Teller
+from flexp.run.store import Snapshots
+from flexp.server import Server
+
+Say = Callable[[str], None]
+
+
+def read_config(
+    path: Path, overrides: Sequence[str], clients: str | None, schedule: str | None
+) -> tuple[RunConfig, DeploymentConfig]:
+    """A run's configuration as the server needs it: without ``[data]``, if need be.
+
+    Raises:
+        ConfigError: a key is unknown or impossible.
+    """
+    content = settings.read(path)
+    table = dict(content.get("deployment", {}))
+    if clients is not None:
+        table["clients"] = [name.strip() for name in clients.split(",")]
+    if schedule is not None:
+        table["schedule"] = schedule
+    extra = [] if "data" in content else ["data.source=none"]
+    return settings.load(path, [*extra, *overrides]), deployment_config.validate(table, str(path))
+
+
+def make_server(
+    config: RunConfig, base_depth: int, end: int | None, kind: ModelKind, clients: Sequence[str] | None
+) -> Server:
+    """The server that a simulation of ``config`` would have, loaded by itself.
+
+    Args:
+        clients: who takes part, if that is known: for schedules of the shared learning rate.
+    """
+    return Server.from_pretrained(
+        config.model.id,
+        kind,
+        base_depth=base_depth,
+        end=end,
+        tuning=config.server.tuning or config.model.tuning,
+        lora=config.model.lora,
+        dtype=config.model.dtype,
+        autocast=config.model.autocast,
+        attention=config.model.attention,
+        seed=config.seed,
+        config=config.server,
+        optimizer=config.train.shared,
+        total_steps=None if clients is None else config.train.total_steps * len(clients),
+        remembers=True,
+    )
+
+
+def make_conductor(
+    server: Server, config: RunConfig, deployment: DeploymentConfig, state: Path | None, say: Say
+) -> Free | Deterministic:
+    """Who conducts the run, going on from the snapshots in the folder ``state``, if there are any."""
+    snapshots = None if state is None else Snapshots(state, deployment.keep)
+    desk = Desk(server, snapshots, run_name(snapshots), say, config.train.total_steps)
+    every, save_every = config.evaluation.every, deployment.save_every
+    if deployment.schedule == "free":
+        return Free(desk, deployment.clients, config.train, every, save_every)
+    assert deployment.clients is not None
+    places = schedule(deployment.clients, config.train, config.seed, every, save_every)
+    return Deterministic(desk, deployment.clients, places)
+
+
+def run_server(
+    server: Server,
+    listen: str,
+    *,
+    state: Path | None = None,
+    say: Say,
+    every: float = 30.0,
+    grace: float = 10.0,
+    stop: threading.Event | None = None,
+    conductor: Free | Deterministic | None = None,
+    metrics: str | None = None,
+    allow_export: bool = False,
+    **options: Any,
+) -> None:
+    """Serve until SIGINT or SIGTERM, or until a conducted run is over; then let steps end, save, and leave.
+
+    Args:
+        state: the file to go on from, if it is there, and to save in.
+        say: told one line at a time, from several threads.
+        every: seconds between two lines of progress.
+        grace: seconds that unfinished steps get; what is unfinished then is dropped, without effect on the weights.
+        stop: stops the server as a signal does; with it, signals are left alone.
+        conductor: conducts a run, and keeps snapshots of its own.
+        metrics: HOST:PORT for /metrics, /healthz and /readyz.
+        allow_export: give clients the trained weights of their shared blocks; the server then stays when a conducted
+            run is over.
+        options: of :class:`flexp.links.grpc.Serving`.
+
+    Raises:
+        ConfigError: it may not, or cannot, listen there.
+        StorageError: the state is damaged, belongs to other blocks, or cannot be written.
+    """
+    if state is not None and state.exists():
+        load(server, state)
+        say(f"going on from {state}: {server.shared.version} updates of the shared blocks so far")
+    server.guard.say = say
+    teller = Teller(server, None if conductor is None else conductor.desk)
+    options |= {"say": say, "conductor": conductor, "facts": teller.facts}
+    server.allow_export = server.allow_export or allow_export
+    if allow_export and conductor is not None and conductor.desk.numbers and not server.shared.version:
+        conductor.desk.restore(max(conductor.desk.numbers))  # clients may fetch before all have come to go on
+    with _signals(stop) as stopped, serve(server, listen, **options) as serving, ExitStack() as stack:
+        if metrics is not None:
+            observed = Observed(metrics, lambda: teller.facts(serving), lambda: not stopped.is_set())
+            stack.callback(observed.close)
+            say(f"metrics at http://{observed.address}/metrics")
+        say(f"serving blocks [{server.blocks[0]}, {server.blocks[1]}) at {serving.address}")
+        _wait(server, serving, conductor, stopped, say, every)
+        over = conductor is not None and conductor.finished
+        say("the run is over" if over else "stopping")
+        saved = _save_between_steps(server, serving, state, 0.0 if over else grace)
+        if conductor is not None:
+            where = serving.at_rest(conductor.close)
+            say(f"stopped after {server.shared.version} updates; {where}")
+            return
+    if state is not None and not saved:
+        save(server, state)  # everybody has left, so no step is unfinished any more
+    where = f"saved in {state}" if state is not None else "nothing was saved, as no --state FILE was given"
+    say(f"stopped after {server.shared.version} updates; {where}")
+
+
+def _wait(
+    server: Server,
+    serving: Serving,
+    conductor: Free | Deterministic | None,
+    stopped: threading.Event,
+    say: Say,
+    every: float,
+) -> None:
+    """Until a signal, or until the run is over and everybody has left; now and then, a line of progress."""
+    told, since, stays = None, time.monotonic(), False
+    while not stopped.wait(min(every, 0.2)):
+        if conductor is not None and conductor.finished and not serving.clients:
+            if not server.allow_export:
+                return
+            if not stays:
+                say("the run is over; staying for clients that export or use their models, until Ctrl-C")
+            stays = True
+        now = (server.shared.version, serving.clients)
+        if now != told and time.monotonic() - since >= every:
+            told, since = now, time.monotonic()
+            names = ", ".join(serving.clients) or "none"
+            say(f"{now[0]} updates, {server.compute_seconds:.0f} s of computing; clients: {names}")
+
+
+def save(server: Server, path: Path) -> None:
+    """Write :meth:`Server.state` beside ``path``, then rename it.
+
+    Raises:
+        StorageError: it cannot be written; what stood at ``path`` is untouched.
+        LinkError: steps are unfinished.
+    """
+    tensors = {name: value.detach().contiguous() for name, value in server.state().items()}
+    with replacing(path) as part:
+        try:
+            save_file(tensors, part)
+        except SafetensorError as error:
+            raise StorageError(f"{path}: the state cannot be written ({error})") from error
+
+
+def load(server: Server, path: Path) -> None:
+    """Go on from what :func:`save` wrote.
+
+    Raises:
+        StorageError: the file is damaged, or of another server.
+    """
+    try:
+        server.load(load_file(path))
+    except (OSError, SafetensorError, KeyError) as error:
+        raise StorageError(f"{path}: no state of a server can be read from it ({error})") from error
+
+
+def _save_between_steps(server: Server, serving: Serving, state: Path | None, grace: float) -> bool:
+    """Save when no client is in the middle of a step, and take no request after; gives whether that came in time."""
+
+    def action() -> None:
+        if state is not None:
+            save(server, state)
+        serving.refuse_more()
+
+    end = time.monotonic() + grace
+    while True:
+        try:
+            serving.at_rest(action)
+            return True
+        except LinkError:
+            if time.monotonic() > end:
+                serving.refuse_more()
+                return False
+            time.sleep(0.02)
+
+
+@contextmanager
+def _signals(stop: threading.Event | None) -> Iterator[threading.Event]:
+    if stop is not None:
+        yield stop
+        return
+    stopped = threading.Event()
+    earlier = {number: signal.signal(number, lambda *_: stopped.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stopped
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)

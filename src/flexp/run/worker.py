@@ -1,0 +1,298 @@
+"""A client as a process of its own: it joins the server and does what that says, until the run is over."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
+from typing import Any, Protocol
+
+import torch
+
+from flexp.client.model import SplitModel
+from flexp.client.recut import Blocks, fit
+from flexp.client.state import cut_in, load_party, party_state, residuals_of
+from flexp.client.trainer import Step, Trainer
+from flexp.config.run import RunConfig
+from flexp.data.scores import evaluate
+from flexp.data.types import ClientData, Task
+from flexp.errors import LinkError, LinkLostError, StorageError, TrainingError
+from flexp.limits import out_of_memory
+from flexp.links.base import Link
+from flexp.links.coding import load_residuals
+from flexp.links.orders import Order, Ready
+from flexp.report.metrics import MetricsLog, Record
+from flexp.rng import RandomStream
+from flexp.run.moving import Mover, in_words
+from flexp.run.store import Snapshots
+
+Say = Callable[[str], None]
+
+
+class ConductedLink(Link, Protocol):
+    """A link to a server that conducts a run."""
+
+    def ready(self, ready: Ready) -> Future[Order]:
+        """Ask what to do next."""
+        ...
+
+
+class Diary(Protocol):
+    """Where a person sees what happens: :class:`flexp.report.progress.Progress`."""
+
+    def step(self, client: str, loss: float, align: float | None = None) -> None: ...
+    def note(self, text: str) -> None: ...
+
+
+class Worker:
+    """One client's part of a run.
+
+    Args:
+        reach: gives a new link after the old one was lost.
+        patience: seconds that it tries to reach the server again before it gives up.
+        blocks: gives pretrained blocks, for snapshots that have another cut than the client has by then.
+        mover: moves the cut when the device changes; ``tell_cut`` is told it.
+
+    Attributes:
+        stop: set it to let the client end after the step that it is in.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        data: ClientData,
+        task: Task,
+        trainer: Trainer,
+        model: SplitModel,
+        reach: Callable[[], Link],
+        *,
+        snapshots: Snapshots,
+        log: MetricsLog,
+        diary: Diary,
+        run: str = "",
+        patience: float = 300.0,
+        blocks: Blocks | None = None,
+        mover: Mover | None = None,
+        tell_cut: Callable[[tuple[int, int]], None] = lambda _: None,
+    ) -> None:
+        self.config, self.data, self.task = config, data, task
+        self.trainer, self.model, self.reach = trainer, model, reach
+        self.snapshots, self.log, self.diary = snapshots, log, diary
+        self.stop = threading.Event()
+        self.scores: dict[str, float] = {}
+        self._run, self._patience = run, patience
+        self._blocks, self._mover, self._tell_cut = blocks, mover, tell_cut
+        self._facts: dict[str, float] = {}
+        self._saved_steps = trainer.steps  # of a client that has moved to another cut, what it moved with
+        self._place = 0
+        self._pull_due = False
+
+    def work(self) -> bool:
+        """Obey until the run is over or :attr:`stop` is set; gives whether it is over.
+
+        Raises:
+            LinkError: the server refuses, or cannot be reached any more.
+            TrainingError: a loss is not finite.
+        """
+        while True:
+            try:
+                return self._obey()
+            except LinkLostError as error:
+                self.diary.note(f"{error}; trying again")
+                self._reconnect(error)
+
+    def save(self, number: int) -> None:
+        """Write a snapshot, in place of one that has the same number; that the disk is full is told and no error."""
+        facts = {
+            "run": self._run,
+            "client": self.data.name,
+            "numbering": self.model.steps.numbering,
+            "steps": self.trainer.steps,
+            "cut": list(self.model.cut),
+        }
+        try:
+            self.snapshots.save(number, party_state(self.trainer), facts)
+            self._saved_steps = self.trainer.steps
+        except StorageError as error:
+            self.diary.note(f"snapshot {number} was not saved: {error}")
+
+    def _obey(self) -> bool:
+        done: int | None = None
+        while not self.stop.is_set():
+            order = self._next_order(done)
+            if order is None:
+                break
+            self._run, self._place = order.run, order.place
+            if order.save is not None:
+                self.save(order.save)
+            match order.what:
+                case "step":
+                    for _ in range(order.count):
+                        self._step()
+                        self._move_if_due()
+                        if self.stop.is_set():
+                            break
+                case "evaluate":
+                    self._evaluate(order.number)
+                case "save":
+                    self.save(order.number)
+                case "restore":
+                    self._restore(order.number)
+                case "stop":
+                    return True
+            done = order.place
+        self.save(self._place)  # to go on from here
+        return False
+
+    def _next_order(self, done: int | None) -> Order | None:
+        """The next order; ``None`` if the client is to stop meanwhile."""
+        numbers = tuple(self.snapshots.numbers())
+        train = self.config.train
+        planned = 0 if train.personal.schedule == "constant" else train.total_steps
+        ready = Ready(self.trainer.steps, done, self._run, numbers, self._saved_steps, self._told(), planned)
+        future = self._link.ready(ready)
+        while True:
+            try:
+                return future.result(0.5)
+            except TimeoutError:
+                if self.stop.is_set():
+                    return None
+
+    def _step(self) -> None:
+        step = self._try()
+        while step is None:
+            step = self._try()
+        self._facts = {"loss": step.loss, "lr": step.lr, "seconds": step.seconds}
+        number = (step.number - 1) // self.config.train.steps_per_round + 1
+        self.log.write(
+            {
+                "kind": "step",
+                "round": number,
+                "client": step.client,
+                "step": step.number,
+                "loss": step.loss,
+                "align": step.align,
+                "tokens": step.items,
+                "lr": step.lr,
+                "norm": step.norm,
+                "seconds": step.seconds,
+            }
+        )
+        self.diary.step(step.client, step.loss, step.align)
+
+    def _try(self) -> Step | None:
+        """A step; ``None``: memory ran out in it, and the client has given something up since.
+
+        Raises:
+            TrainingError: memory ran out, and there is nothing to give up.
+        """
+        before = self.trainer.steps
+        try:
+            return self.trainer.step()
+        except LinkLostError:
+            self._pull_due = self.trainer.steps > before  # all of the step is done but the pull at its end
+            raise
+        except (MemoryError, RuntimeError) as error:
+            why = out_of_memory(error)
+            if why is None or self._mover is None or self.model.steps.done > before:  # the server has applied it
+                raise
+        self.trainer.updater.forget()  # the step's tensors went with the exception, but for its gradients
+        record = self._mover.after_failure()
+        if record is None:
+            raise TrainingError(f"{self.data.name}, step {before + 1}: {why}")
+        self._moved(record)
+        return None
+
+    def _move_if_due(self) -> None:
+        """Let the cut follow the device."""
+        record = None if self._mover is None else self._mover.after_step()
+        if record is not None:
+            self._moved(record)
+
+    def _moved(self, record: Record) -> None:
+        """Tell it, and save: whoever goes back must not do steps again with another cut than they were done with."""
+        number = (self.trainer.steps - 1) // self.config.train.steps_per_round + 1
+        self.log.write({**record, "round": number})
+        self.diary.note(in_words(record))
+        if record["kind"] == "move":
+            self.save(self._place)
+            self._tell_cut(self.model.cut)
+
+    def _evaluate(self, number: int) -> None:
+        if not self.data.test:
+            return
+        model, extras = self.model, number in (0, self.config.train.rounds)
+
+        def forward(batch: Any) -> Any:
+            model.eval()
+            with torch.no_grad():
+                return model(**batch)
+
+        size = self.config.evaluation.batch_size
+        with RandomStream(0, model.device).active():  # a model's forward moves the generator, which others draw from
+            self.scores = evaluate(forward, self.task, self.data.test, size, extras=extras)
+        self.log.write({"kind": "eval", "round": number, "client": self.data.name, "personal": self.scores})
+        value = self.scores[self.task.metric]
+        self.diary.note(f"{self.data.name}: round {number}, {self.task.metric} {value:.4g} on its own test data")
+
+    def _restore(self, number: int) -> None:
+        state, facts = self.snapshots.load(number)
+        cut = cut_in(state)
+        if cut is not None and self._blocks is not None:
+            fit(self.trainer, cut, self._blocks)
+        load_party(self.trainer, state)
+        self._saved_steps = self.trainer.steps
+        self._pull_due = False
+        if self._mover is not None:
+            self._mover.begin()
+        self.diary.note(f"{self.data.name}: back to snapshot {number}, after {facts['steps']} steps")
+
+    def _reconnect(self, why: LinkError) -> None:
+        """A new link, joined; then the pull that is still due.
+
+        Raises:
+            LinkError: the server cannot be reached within the time, or refuses.
+        """
+        end, pause = time.monotonic() + self._patience, 0.2
+        while True:
+            try:
+                with suppress(LinkError):
+                    self._link.close()  # first: a client has one stream at a time
+                self.model.rejoin(self._keeping_the_meter(self.reach()))
+                if self._pull_due:
+                    self.model.after_step()
+                    self._pull_due = False
+                return
+            except LinkLostError as error:
+                if self.stop.is_set() or time.monotonic() + pause > end:
+                    raise LinkError(
+                        f"the server could not be reached again within {self._patience:g} s ({error}); "
+                        "start the client again when it is back: it goes on from its last snapshot"
+                    ) from why
+                time.sleep(pause)
+                pause = min(2 * pause, 5.0)
+
+    def _keeping_the_meter(self, link: Link) -> Link:
+        link.meter = self.model.link.meter
+        load_residuals(residuals_of(link), residuals_of(self.model.link))
+        return link
+
+    def _told(self) -> dict[str, float]:
+        """What the operator may know: no data, no labels, no weights."""
+        meter = self.model.link.meter.training
+        facts = {
+            **self._facts,
+            "bytes_up": float(meter.bytes_up),
+            "bytes_down": float(meter.bytes_down),
+            "waited_seconds": meter.waited_seconds,
+            "compute_seconds": self.trainer.seconds - meter.waited_seconds,
+        }
+        if self.task.metric in self.scores:
+            facts["score"] = float(self.scores[self.task.metric])
+        return facts
+
+    @property
+    def _link(self) -> ConductedLink:
+        return self.model.link  # type: ignore[return-value]

@@ -1,0 +1,218 @@
+"""A personal language model and its tokenizer: prompts in, text out."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from flexp.data.tasks.text import pad_id
+from flexp.data.templates import fill
+from flexp.errors import ConfigError, DataError
+from flexp.rng import RandomStream
+from flexp.run.setup import max_positions
+from flexp.serving.stream import Ending, TextStream
+
+ROLES = ("system", "user", "assistant")
+Message = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """How to write; ``None`` leaves it to the model's own ``generation_config.json``.
+
+    Attributes:
+        temperature: 0 always takes the likeliest token.
+        stop: the answer ends before the first of these texts.
+        seed: of sampling; ``None``: any.
+        others: more options of transformers' ``generate``.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    repetition_penalty: float | None = None
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+    others: Mapping[str, Any] = field(default_factory=dict)
+
+    def options(self) -> dict[str, Any]:
+        """For ``generate``.
+
+        Raises:
+            ConfigError: a value makes no sense.
+        """
+        for name, value, fits in (
+            ("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1),
+            ("temperature", self.temperature, self.temperature is None or self.temperature >= 0),
+            ("top_p", self.top_p, self.top_p is None or 0 < self.top_p <= 1),
+            ("top_k", self.top_k, self.top_k is None or self.top_k >= 1),
+            ("repetition_penalty", self.repetition_penalty, (self.repetition_penalty or 1) > 0),
+        ):
+            if not fits:
+                raise ConfigError(
+                    f"{name} = {value} is not allowed: expected at least one token, a temperature of 0 or more, "
+                    "0 < top_p <= 1, top_k of 1 or more and a positive penalty"
+                )
+        named = {key: getattr(self, key) for key in ("temperature", "top_p", "top_k", "repetition_penalty")}
+        chosen = {key: value for key, value in named.items() if value is not None}
+        if chosen.get("temperature") == 0:
+            chosen = {key: value for key, value in chosen.items() if key == "repetition_penalty"}
+            return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, **chosen, **self.others}
+        sampling = {"do_sample": True} if chosen.keys() - {"repetition_penalty"} else {}
+        return {**sampling, **chosen, **self.others}
+
+
+@dataclass(frozen=True)
+class Written:
+    """An answer. ``reason``: ``stop``, or ``length`` where it would have gone on; ``seconds``: it took."""
+
+    text: str
+    prompt_tokens: int
+    tokens: int
+    reason: Literal["stop", "length"]
+    seconds: float
+
+
+def _nothing(_: str) -> None:
+    pass
+
+
+def _never() -> bool:
+    return False
+
+
+class Writer:
+    """Writes with a model, one answer at a time.
+
+    Args:
+        client: whose model it is.
+        model: what has transformers' ``generate``: a whole model, or a split one.
+        config: the model's.
+        prompt: stands for the chat template where the tokenizer has none: a text with ``{prompt}``.
+        close: lets go of links.
+    """
+
+    def __init__(
+        self,
+        client: str,
+        tokenizer: Any,
+        model: Any,
+        config: Any,
+        *,
+        prompt: str | None = None,
+        about: str = "",
+        close: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.client, self.tokenizer, self.about = client, tokenizer, about
+        self.close = close
+        self._model, self._prompt = model, prompt
+        self._most = max_positions(config)
+        self._lock = threading.Lock()
+        settings = getattr(getattr(model, "model", model), "generation_config", None) or model.generation_config
+        ends = settings.eos_token_id
+        known = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+        own = tokenizer.eos_token_id
+        self._ends = sorted({*known, *([] if own is None else [own])})
+        self._pad = own if tokenizer.pad_token_id is None and own is not None else pad_id(tokenizer)
+
+    def ids_of(self, text: str) -> list[int]:
+        """The tokens of a prompt.
+
+        Raises:
+            DataError: there are none.
+        """
+        ids = [int(token) for token in self.tokenizer(text)["input_ids"]]
+        if self._ends and len(ids) > 1 and ids[-1] in self._ends and not text.endswith(str(self.tokenizer.eos_token)):
+            ids = ids[:-1]  # a tokenizer that closes every text
+        if not ids and self.tokenizer.bos_token_id is not None:
+            ids = [int(self.tokenizer.bos_token_id)]
+        if not ids:
+            raise DataError("the prompt is empty; say something to go on from")
+        return ids
+
+    def ids_of_chat(self, messages: Sequence[Message]) -> list[int]:
+        """The tokens of a chat, up to where its next answer begins.
+
+        Raises:
+            DataError: no message, an unknown role, or the template refuses them.
+            ConfigError: the tokenizer has no chat template, and the run's task has none that stands for it.
+        """
+        if not messages or any(message.get("role") not in ROLES for message in messages):
+            raise DataError(f"a chat needs messages, each with one of the roles {', '.join(ROLES)}")
+        if getattr(self.tokenizer, "chat_template", None):
+            try:
+                text = self.tokenizer.apply_chat_template(
+                    [dict(message) for message in messages], add_generation_prompt=True, tokenize=False
+                )
+            except Exception as error:  # a template is a program of the model's maker, and says no in its own words
+                first = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise DataError(f"the model's chat template refuses these messages ({first})") from error
+            return [int(token) for token in self.tokenizer(text, add_special_tokens=False)["input_ids"]]
+        if self._prompt is None:
+            raise ConfigError(
+                "this model's tokenizer has no chat template, so it cannot chat; use flexp generate or completions"
+            )
+        parts = []
+        end = self.tokenizer.eos_token or "\n\n"
+        system = "".join(message["content"] + "\n\n" for message in messages if message["role"] == "system")
+        for message in messages:
+            if message["role"] == "user":
+                parts.append(fill(self._prompt, {"prompt": system + message["content"]}))
+                system = ""
+            elif message["role"] == "assistant":
+                parts.append(message["content"] + end)
+        return self.ids_of("".join(parts))
+
+    def write(
+        self,
+        ids: Sequence[int],
+        wishes: Wishes | None = None,
+        say: Callable[[str], None] = _nothing,
+        cancelled: Callable[[], bool] = _never,
+    ) -> Written:
+        """Go on from a prompt.
+
+        Args:
+            ids: its tokens.
+            say: told every new piece of text at once.
+            cancelled: asked after every token; the answer ends there when it says yes.
+
+        Raises:
+            ConfigError: a wish makes no sense.
+            DataError: the prompt leaves no room, or has tokens that the model does not know.
+            LinkError: the server refuses, or cannot be reached any more.
+        """
+        import torch
+
+        wishes = wishes or Wishes()
+        options = wishes.options()
+        room = wishes.max_new_tokens if self._most is None else self._most - len(ids)
+        if not ids or room < 1:
+            raise DataError(f"the prompt has {len(ids)} tokens, expected 1 to {(self._most or 2) - 1}; shorten it")
+        if min(ids) < 0 or max(ids) >= len(self.tokenizer):
+            raise DataError(f"the prompt has tokens that do not exist: expected 0 to {len(self.tokenizer) - 1}")
+        most = min(wishes.max_new_tokens, room)
+        stream = TextStream(self.tokenizer, say, wishes.stop)
+        prompt = torch.tensor([list(ids)], device=self._model.device)
+        seed = secrets.randbits(62) if wishes.seed is None else wishes.seed
+        with self._lock, RandomStream(seed).active():
+            began = time.perf_counter()
+            self._model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=most,
+                max_length=None,
+                eos_token_id=self._ends or None,
+                pad_token_id=self._pad,
+                streamer=stream,
+                stopping_criteria=[Ending(stream, cancelled)],
+                **options,
+            )
+            seconds = time.perf_counter() - began
+        ended = stream.stopped or (bool(stream.ids) and stream.ids[-1] in self._ends)
+        return Written(stream.text, len(ids), len(stream.ids), "stop" if ended else "length", seconds)

@@ -1,0 +1,165 @@
+"""Counted operations against a count by hand, and the parts of a split step against the whole one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flexp.client.whole import WholeModel
+from flexp.cost.echo import random_batch
+from flexp.cost.flops import Costs, ExchangeCost, counting, mean_shape
+from flexp.cost.probe import Probe
+from flexp.methods import METHODS
+from flexp.methods.holds import HOLDS
+from flexp.methods.parties import own_stage
+from flexp.models.parts import Part
+from flexp.run.setup import build_world
+from tests.tiny import config
+
+OFF = {"align": {"kind": "off"}}
+CUTS = {"clients": {"cuts": [[1, 3], [2, None], [3, 4]]}}
+
+
+def costs(home: Path, name: str = "flexp-sfl", part: str | None = None, **changes: Any) -> Costs:
+    """Of a run; ``part`` stands for a method of another shape."""
+    settings = {"data": CUTS, **changes}
+    settings["method"] = {"name": name, **changes.get("method", OFF)}
+    found = Costs(build_world(config(home, **settings)))
+    found.part = part or found.part  # type: ignore[assignment]
+    return found
+
+
+def total(cost: ExchangeCost) -> float:
+    return cost.client_step + cost.server_step
+
+
+def test_every_method_says_what_its_clients_hold() -> None:
+    assert set(METHODS) <= set(HOLDS)
+
+
+def test_a_block_is_counted_as_by_hand(home: Path) -> None:
+    """A forward: four H × H projections, two of the MLP, and attention as two products of T × T × H."""
+    stage = own_stage(build_world(config(home)), Part.whole(4))
+    size = stage.model.config
+    examples, length, width, inner = 2, 6, size.hidden_size, size.intermediate_size
+    probe = Probe("", "sequence-classification", None, examples, length, None, {}, {})
+    model = WholeModel(stage)
+    with counting() as flops:
+        model(**random_batch(probe, size))
+        forward = flops()
+    tokens = examples * length
+    block = 2 * tokens * (4 * width**2 + 2 * width * inner) + 2 * 2 * tokens * length * width
+    ends = 2 * examples * (width**2 + width * size.num_labels)  # the pooler and the classifier, on one token
+    assert forward == 4 * block + ends
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+@pytest.mark.parametrize("part", ["ends", "start"])
+def test_the_parts_of_a_split_step_are_the_whole_step(home: Path, tuning: str, part: str) -> None:
+    model = {"tuning": tuning}
+    whole = costs(home, "fedavg", model=model)
+    split = costs(home, part=part, model=model)
+    for name in ("north", "south", "west"):
+        one, other = whole.of(name), split.of(name)
+        assert one.server_step == 0.0
+        assert other.server_step > 0.0 < other.client_step
+        assert total(other) == pytest.approx(total(one))
+    assert other.weights < one.weights
+
+
+def test_deeper_cuts_leave_more_to_the_client(home: Path) -> None:
+    found = costs(home, data={"clients": {"cuts": [[1, 4], [2, 4], [3, 4]]}})
+    one, two, three = (found.of(name) for name in ("north", "south", "west"))
+    assert one.client_step < two.client_step < three.client_step
+    assert one.server_step > two.server_step > three.server_step
+    assert one.server_forward - two.server_forward == pytest.approx(two.server_forward - three.server_forward)
+    assert one.server_forward == pytest.approx(3 * three.server_forward)
+
+
+def test_messages_are_those_of_the_protocol(home: Path) -> None:
+    cost = costs(home).of("north")
+    examples, length, _ = mean_shape(build_world(config(home)), build_world(config(home)).federation.clients[0])
+    activation = examples * length * 32 * 4
+    assert (cost.forward_up, cost.forward_down) == (activation + examples * length, activation)
+    assert (cost.backward_up, cost.backward_down) == (activation, activation)
+    assert costs(home, part="start").of("north").forward_up == activation + examples * length + examples * 8
+
+
+def test_alignment_is_the_servers_work_and_one_more_upload(home: Path) -> None:
+    plain = costs(home).of("west")
+    aligned = costs(home, method={"align": {"kind": "kl"}}).of("west")  # blocks 1 and 2 of s = 3 have a teacher
+    assert aligned.client_step == plain.client_step
+    assert aligned.server_forward == pytest.approx(3 * plain.server_forward)  # one block of its own, two as teacher
+    assert aligned.server_backward == plain.server_backward
+    pulled = costs(home, method={"align": {"kind": "weights"}}).of("west")
+    assert pulled.server_step == plain.server_step
+    assert 0 < pulled.pull_down < pulled.weights
+    assert aligned.forward_up > plain.forward_up == pulled.forward_up
+
+
+def test_micro_batches_are_more_exchanges_of_less(home: Path) -> None:
+    one = costs(home).of("north")
+    two = costs(home, train={"micro_batch": 2}).of("north")
+    assert two.exchanges == 2 * one.exchanges == 2
+    assert two.forward_up < one.forward_up
+
+
+def test_a_frozen_body_costs_no_gradients_of_its_own(home: Path) -> None:
+    found = costs(home, "fedrep")
+    head = {name for name in own_stage(found.world, Part.whole(4)).trainable() if name.startswith("classifier")}
+    assert head
+    whole, only_head = found.of("north"), found.of("north", head)
+    assert only_head.client_step < 0.4 * whole.client_step  # a forward, and next to nothing back
+
+
+def test_equal_shapes_are_counted_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = costs(home, "fedavg")
+    calls = 0
+    count = Costs._count
+
+    def counted(self: Costs, *arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return count(self, *arguments)
+
+    monkeypatch.setattr(Costs, "_count", counted)
+    shapes = {mean_shape(found.world, data)[:2] for data in found.world.federation.clients}
+    for data in found.world.federation.clients * 2:
+        found.of(data.name)
+    assert calls == len(shapes)
+
+
+def test_a_recomputing_server_computes_its_forward_twice(home: Path) -> None:
+    keep = costs(home).of("north")
+    again = costs(home, server={"memory": "recompute"}).of("north")
+    assert again.server_backward == pytest.approx(keep.server_backward + keep.server_forward)
+    assert replace(again, server_backward=keep.server_backward) == keep
+
+
+def test_adapters_cost_what_the_clients_rank_does(home: Path) -> None:
+    """Ranks 2 and 16 in turn: each client costs what it does where all have its rank."""
+    method = {"hetlora": {"ranks": [2, 16]}}
+    found = costs(home, "hetlora", model={"tuning": "lora"}, method=method)
+    for name, rank in (("north", 2), ("south", 16), ("west", 2)):
+        alone = costs(home, "fedavg", model={"tuning": "lora", "lora": {"rank": rank}}).of(name)
+        assert found.of(name) == alone
+
+
+def test_lower_ranks_beside_the_cut_cost_less(home: Path) -> None:
+    lora = {"tuning": "lora"}
+    full = costs(home, "splitft", model=lora, method={"splitft": {"cut_rank": 8}}).of("north")
+    half = costs(home, "splitft", model=lora, method={"splitft": {"cut_rank": 4}}).of("north")
+    assert full == costs(home, "flexp-sfl", model=lora).of("north")
+    # North has blocks 0 and 3, both next to its cut (1, 3): of all its adapters half, the classifier whole.
+    stage = own_stage(found_world(home, lora), Part.client((1, 3), 4))
+    adapters = sum(4 * value.numel() for name, value in stage.trainable().items() if "lora_" in name)
+    assert full.weights - half.weights == adapters // 2
+    assert half.client_step < full.client_step
+    assert half.server_step == full.server_step
+
+
+def found_world(home: Path, model: dict[str, Any]) -> Any:
+    return build_world(config(home, model=model))

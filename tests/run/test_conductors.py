@@ -1,0 +1,191 @@
+"""Whose turn it is, who goes back to what, and who is refused; with clients that are only words."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+
+from flexp.config.run import TrainConfig
+from flexp.errors import LinkError
+from flexp.links.orders import Order, Ready, read_order, read_ready, to_text
+from flexp.methods.turns import turns
+from flexp.run.conductors import Desk
+from flexp.run.deterministic import Deterministic
+from flexp.run.free import Free
+from flexp.run.schedule import Place, schedule
+from flexp.run.store import Snapshots
+from tests.harness import world
+
+TRAIN = TrainConfig(rounds=2, steps_per_round=2, order="random")
+STEPS = TRAIN.rounds * TRAIN.steps_per_round
+NAMES = ["a", "b", "c"]
+
+
+class Word:
+    """What a client says and hears: it does at once what it is told."""
+
+    def __init__(self, name: str, conductor: Deterministic | Free) -> None:
+        self.name, self.conductor = name, conductor
+        self.steps = self.saved = 0
+        self.kept: dict[int, int] = {}
+        self.heard: list[Order] = []
+        self.waits: Future[Order] | None = None
+        self.done: int | None = None
+
+    def say(self, run: str = "") -> None:
+        ready = Ready(self.steps, self.done, run, tuple(sorted(self.kept)), self.saved)
+        self.waits = self.conductor.ready(self.name, ready)
+
+    def hear(self) -> bool:
+        """Do what was ordered; gives whether there was anything."""
+        if self.waits is None or not self.waits.done():
+            return False
+        order = self.waits.result()
+        self.heard.append(order)
+        for number in [order.number] * (order.what == "save") + ([] if order.save is None else [order.save]):
+            self.kept[number] = self.saved = self.steps
+        if order.what == "step":
+            self.steps += order.count
+        if order.what == "restore":
+            self.steps = self.saved = self.kept[order.number]
+        self.done, self.waits = order.place, None
+        if order.what != "stop":
+            self.say(order.run)
+        return True
+
+
+def deterministic(folder: Path | None) -> Deterministic:
+    desk = Desk(world("bert").server, None if folder is None else Snapshots(folder), "run", lambda _: None, STEPS)
+    return Deterministic(desk, NAMES, schedule(NAMES, TRAIN, 3, evaluate_every=1, save_every=1))
+
+
+def talk(words: list[Word], most: int = 10_000) -> int:
+    """Until nobody has anything to do, or for so many orders."""
+    count = 0
+    while count < most and any(word.hear() for word in words):
+        count += 1
+    return count
+
+
+def order_of_steps(words: list[Word]) -> list[tuple[int, str]]:
+    told = [(order.place, word.name) for word in words for order in word.heard if order.what == "step"]
+    return sorted(pair for pair in told if pair[0] >= 0)
+
+
+def test_the_order_is_the_simulations() -> None:
+    conductor = deterministic(None)
+    words = [Word(name, conductor) for name in NAMES]
+    for word in words:
+        assert not any(other.waits and other.waits.done() for other in words)  # nobody begins before all are there
+        word.say()
+    talk(words)
+    assert conductor.finished
+    wanted = [name for number in (1, 2) for name in turns(NAMES, TRAIN, 3, number)]
+    assert [name for _, name in order_of_steps(words)] == wanted
+    for word in words:
+        assert [order.number for order in word.heard if order.what == "evaluate"] == [0, 1, 2]
+        assert word.heard[-1].what == "stop"
+        assert list(word.kept.values()) == [0, 1, 2, 3, 4, 4]
+
+
+def test_who_comes_back_goes_back_to_what_it_has(tmp_path: Path) -> None:
+    conductor = deterministic(tmp_path)
+    words = [Word(name, conductor) for name in NAMES]
+    for word in words:
+        word.say()
+    talk(words, 30)
+    lost = words[1]
+    place, steps = conductor.place, lost.steps
+    assert steps
+    conductor.gone("b")
+    again = Word("b", conductor)
+    again.kept = dict(list(lost.kept.items())[:-1])
+    again.say("run")
+    assert again.hear()
+    assert again.heard[0].what == "restore"
+    assert again.steps < steps
+    while again.steps < steps:
+        assert again.hear()
+        assert (again.heard[-1].what, again.heard[-1].place) == ("step", -1)
+    assert conductor.place >= place
+    words[1] = again
+    talk(words)
+    assert conductor.finished
+    assert [word.steps for word in words] == [4, 4, 4]
+
+
+def test_a_new_server_goes_on_from_what_all_have(tmp_path: Path) -> None:
+    first = deterministic(tmp_path)
+    words = [Word(name, first) for name in NAMES]
+    for word in words:
+        word.say()
+    talk(words, 36)
+    second = deterministic(tmp_path)
+    common = set(second.desk.numbers).intersection(*(word.kept for word in words))
+    for word in words:
+        word.conductor, word.done = second, None
+        word.say("run")
+    assert all(word.hear() for word in words)
+    assert {(word.heard[-1].what, word.heard[-1].number) for word in words} == {("restore", max(common))}
+    talk(words)
+    assert second.finished
+    assert [word.steps for word in words] == [4, 4, 4]
+
+
+def test_strangers_and_other_runs_are_refused(tmp_path: Path) -> None:
+    conductor = deterministic(tmp_path)
+    with pytest.raises(LinkError, match="takes no part in this run: it has a, b, c"):
+        Word("d", conductor).say()
+    with pytest.raises(LinkError, match="in the middle of the run other"):
+        Word("a", conductor).say("other")
+
+
+def test_a_client_with_a_run_of_another_length_is_refused() -> None:
+    conductor = deterministic(None)
+    with pytest.raises(LinkError, match=r"client a plans 5 steps, and this run has 4.*set the same train\.rounds"):
+        conductor.ready("a", Ready(0, planned=5))
+    conductor.ready("a", Ready(0, planned=STEPS))
+
+
+def test_in_a_free_run_nobody_waits(tmp_path: Path) -> None:
+    desk = Desk(world("bert").server, Snapshots(tmp_path), "run", lambda _: None, STEPS)
+    conductor = Free(desk, NAMES, TRAIN, evaluate_every=2, save_every=1)
+    words = [Word(name, conductor) for name in NAMES]
+    words[0].say()
+    talk(words[:1])
+    assert words[0].steps == 4
+    assert words[0].heard[-1].what == "stop"
+    assert not conductor.finished
+    for word in words[1:]:
+        word.say()
+    talk(words)
+    assert conductor.finished
+    assert [order.number for order in words[2].heard if order.what == "evaluate"] == [0, 2]
+
+
+def test_everybody_is_in_step_where_all_save() -> None:
+    places = schedule(NAMES, TrainConfig(rounds=2, steps_per_round=6, turn="round"), 0, 1, save_every=4)
+    done = dict.fromkeys(NAMES, 0)
+    saves = []
+    for place in places:
+        if place.what == "step":
+            done[place.client] += 1
+        if place.what == "save":
+            assert len(set(done.values())) == 1
+            saves.append(done["a"])
+    assert saves == [0, 12, 12]  # with whole rounds in a row, all are equal after 6 and 12 steps only
+    assert places[-2:] == [Place("evaluate", number=2), Place("save")]
+
+
+def test_words_cross_as_they_are() -> None:
+    ready = Ready(3, None, "run", (1, 4), 2, {"loss": 0.5, "odd": float("nan")})
+    assert read_ready(to_text(ready)) == Ready(3, None, "run", (1, 4), 2, {"loss": 0.5})
+    order = Order("step", "run", 7, count=3, save=4)
+    assert read_order(to_text(order)) == order
+    for text in ("", "[]", "{}", '{"steps": "many"}', '{"what": "dance", "run": ""}'):
+        with pytest.raises(LinkError, match="cannot be read"):
+            read_order(text)
+        with pytest.raises(LinkError, match="cannot be read"):
+            read_ready(text)

@@ -1,0 +1,219 @@
+"""A run on several machines has the weights of the simulation, bit for bit, whoever is killed on the way."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from flexp.config.deployment import DeploymentConfig
+from flexp.config.run import RunConfig
+from flexp.errors import ConfigError
+from flexp.links.base import Link
+from flexp.links.grpc import connect
+from flexp.report.metrics import read
+from flexp.run import runner
+from flexp.run.client import cuts_of, find_place, run_client
+from flexp.run.fleet import Fleet
+from flexp.run.store import Snapshots
+from tests import tiny
+from tests.harness import equal
+from tests.links.grpc_tools import make_certificates
+
+from .tools import Client, Server, fleet, newest, parties, plain, simulated, without_meters
+
+NAMES = list(tiny.CLIENTS)
+FIXED = DeploymentConfig(schedule="deterministic", clients=NAMES, save_every=1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place: Path = tmp_path_factory.mktemp("fleet")
+    tiny.bert_folder(place / "model", dropout=True)
+    return place
+
+
+def configured(folder: Path, kind: str = "weights", steps: int = 2, **changes: object) -> RunConfig:
+    align = {"kind": kind, "weight": 0.5, "pull": 0.3, "every": 2, "teach": kind == "weights"}
+    train = {"rounds": 2, "steps_per_round": steps, "batch_size": 4, "micro_batch": 2, "order": "random"}
+    return tiny.config(folder, method={"align": align}, train=train, **changes)
+
+
+def check(sim: Path, out: Path) -> None:
+    there, here = simulated(sim), parties(out, NAMES)
+    assert there.keys() == here.keys()
+    for party, state in there.items():
+        assert equal(without_meters(state), without_meters(here[party])), party
+
+
+@pytest.mark.parametrize("how", ["plain", "mutual TLS"])
+def test_a_fleet_equals_the_simulation(folder: Path, tmp_path: Path, how: str) -> None:
+    config = configured(folder, "weights" if how == "plain" else "kl", server={"update": "mean", "mean_over": 2})
+    runner.run(config, tmp_path / "sim")
+    if how == "plain":
+        fleet(config, FIXED, tmp_path / "fleet")
+    else:
+        made = make_certificates(tmp_path)
+
+        def reach(server: Server) -> Callable[[str], Link]:
+            def link(name: str) -> Link:
+                url = f"grpcs://{server.address}"
+                return connect(url, name, ca=made.ca, certificate=made.client[0], key=made.client[1])
+
+            return link
+
+        fleet(config, FIXED, tmp_path / "fleet", reach, tls=made.tls(mutual=True))
+    check(tmp_path / "sim", tmp_path / "fleet")
+    scores = [r["personal"] for r in read(tmp_path / "fleet/clients/north/metrics.jsonl") if r["kind"] == "eval"]
+    told = read(tmp_path / "sim/metrics.jsonl")
+    assert scores == [r["personal"] for r in told if r["kind"] == "eval" and r["client"] == "north"]
+
+
+def test_stopped_and_started_again_equals_undisturbed(folder: Path, tmp_path: Path) -> None:
+    """A client stops after its step, then all of them and the server; each goes on from what it saved."""
+    config = configured(folder, steps=6)
+    runner.run(config, tmp_path / "sim")
+    out = tmp_path / "fleet"
+
+    def start(server: Server) -> dict[str, Client]:
+        return {name: Client(config, FIXED, name, plain(server), out / "clients" / name) for name in NAMES}
+
+    first = Server(config, FIXED, out / "server")
+    clients = start(first)
+    _until(lambda: first.server.shared.version >= 5)
+    clients["south"].stop.set()
+    clients["south"].join()
+    assert clients["south"].over is False
+    clients["south"] = Client(config, FIXED, "south", plain(first), out / "clients" / "south")
+    _until(lambda: first.server.shared.version >= 14)
+    for client in clients.values():
+        client.stop.set()
+    for client in clients.values():
+        client.join()
+    first.end()
+    assert first.server.shared.version < 36
+
+    second = Server(config, FIXED, out / "server")
+    for client in start(second).values():
+        client.join()
+        assert client.over
+    second.end()
+    assert any("back to snapshot" in line for line in second.lines)
+    check(tmp_path / "sim", out)
+
+
+def test_the_server_comes_back_while_its_clients_live(folder: Path, tmp_path: Path) -> None:
+    config = configured(folder, "kl", steps=6)
+    runner.run(config, tmp_path / "sim")
+    out = tmp_path / "fleet"
+    first = Server(config, FIXED, out / "server")
+    clients = [Client(config, FIXED, name, plain(first), out / "clients" / name) for name in NAMES]
+    _until(lambda: first.server.shared.version >= 10)
+    first.end()
+    second = Server(config, FIXED, out / "server", first.address)
+    for client in clients:
+        client.join()
+    second.end()
+    check(tmp_path / "sim", out)
+
+
+def test_nobody_waits_in_a_free_run(folder: Path, tmp_path: Path) -> None:
+    """One client comes late and goes back to a snapshot; nothing is applied twice, and all do all their steps."""
+    config = configured(folder, steps=10)
+    free = DeploymentConfig(schedule="free", clients=NAMES, save_every=2)
+    out = tmp_path / "fleet"
+    server = Server(config, free, out / "server")
+    early = [Client(config, free, name, plain(server), out / "clients" / name) for name in NAMES[:2]]
+    _until(lambda: server.server.shared.version >= 8)
+    early[0].stop.set()
+    early[0].join()
+    again = Client(config, free, NAMES[0], plain(server), out / "clients" / NAMES[0])
+    late = Client(config, free, NAMES[2], plain(server), out / "clients" / NAMES[2])
+    for client in (again, early[1], late):
+        client.join()
+        assert client.over
+    server.end()
+    assert server.server.shared.version == 3 * 20
+    assert {name: server.server.regulars[name].progress.newest for name in NAMES} == dict.fromkeys(NAMES, 20)
+    for name in NAMES:
+        steps = [r["step"] for r in read(out / "clients" / name / "metrics.jsonl") if r["kind"] == "step"]
+        assert sorted(steps) == list(range(1, 21))
+
+
+def test_a_cut_changes_between_sessions(folder: Path, tmp_path: Path) -> None:
+    """What a client keeps is as it was, what is new to it is the server's; the others do not notice."""
+    config = configured(folder, steps=10)
+    free = DeploymentConfig(schedule="free", clients=NAMES, save_every=2)
+    out = tmp_path / "fleet"
+    server = Server(config, free, out / "server")
+    clients = {name: Client(config, free, name, plain(server), out / "clients" / name) for name in NAMES}
+    _until(lambda: server.server.shared.version >= 9)
+    clients["south"].stop.set()
+    clients["south"].join()
+    before = newest(out / "clients/south/snapshots")
+    stopped = int(before["steps"])
+    assert stopped < 20
+    again = Client(config, free, "south", plain(server), out / "clients/south", cut=(3, None))
+    for client in (again, clients["north"], clients["west"]):
+        client.join()
+        assert client.over
+    server.end()
+    after = newest(out / "clients/south/snapshots")
+    assert int(after["steps"]) == 20
+    names = {key for key in after if key.startswith("personal/")}
+    assert {key for key in before if key.startswith("personal/")} < names
+    assert {key.split(".layer.")[1][0] for key in names if ".layer." in key} == {"0", "1", "2"}
+    assert server.server.shared.version == 3 * 20
+    with pytest.raises(ConfigError, match="in a free run only"):
+        Client(config, FIXED, "south", plain(server), out / "clients/south", cut=(1, 4)).join()
+
+
+def test_a_cut_changes_before_the_first_step(folder: Path, tmp_path: Path) -> None:
+    """A snapshot of step 0, to which the server sends whoever comes back without steps, does not undo it."""
+    config = configured(folder)
+    free = DeploymentConfig(schedule="free", clients=["south"], save_every=2)
+    state, stopped = tmp_path / "south", threading.Event()
+    stopped.set()
+    server = Server(config, free, None)
+    where = find_place(config, "south", None)
+    run_client(config, free, lambda: plain(server)("south"), where, state, console=Console(quiet=True), stop=stopped)
+    snapshots = Snapshots(state / "snapshots")
+    tensors, facts = snapshots.load(0)
+    assert (facts["steps"], tuple(facts["cut"])) == (0, where.cut) != (0, (3, 4))
+    snapshots.save(0, tensors, facts | {"run": server.conductor.desk.run})  # as if the server had told it to save
+    Client(config, free, "south", plain(server), state, cut=(3, None)).join()
+    server.end()
+    assert tuple(newest(state / "snapshots")["cut"].tolist()) == (3, 4)
+
+
+def test_processes_that_are_killed(folder: Path, tmp_path: Path) -> None:
+    """Real processes, SIGKILL for a client and for the server in the middle of training."""
+    config = configured(folder, steps=60)
+    runner.run(config, tmp_path / "sim")
+    made = Fleet(
+        config, cuts_of(config), tmp_path / "fleet", schedule="deterministic", save_every=3, say=lambda _: None
+    )
+    made.start()
+    try:
+        for party, steps in ((made.clients["west"], 20), (made.server, 60)):
+            _until(lambda steps=steps: sum(row["steps"] for row in made.results()) >= steps or made.watch(), 120)
+            assert party.process is not None
+            party.process.send_signal(signal.SIGKILL)
+            party.process.wait()
+        _until(made.watch, 120)
+    finally:
+        made.stop(5)
+    assert made.clients["west"].starts == made.server.starts == 2
+    check(tmp_path / "sim", tmp_path / "fleet")
+
+
+def _until(there: Callable[[], bool], seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not there():
+        assert time.monotonic() < end
+        time.sleep(0.01)

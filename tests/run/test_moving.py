@@ -1,0 +1,216 @@
+"""A client whose device changes while it trains over a network: it moves its cut, and nothing is lost or done twice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.tiny_run import tiny_run
+from flexp.client.trainer import Trainer
+from flexp.config.deployment import DeploymentConfig
+from flexp.config.run import RecutConfig, RunConfig
+from flexp.errors import LinkError, StorageError, TrainingError
+from flexp.planner.watch import Situation
+from flexp.report.metrics import read
+from flexp.run import moving
+from flexp.run.moving import Mover, in_words
+from flexp.run.store import Snapshots
+
+from .tools import Client, Server, plain
+
+NAME = "west"
+DEPLOYMENT = DeploymentConfig(schedule="free", clients=[NAME], save_every=4, keep=50)
+BIG = 1 << 40
+
+
+def config(folder: Path, **recut: Any) -> RunConfig:
+    base = tiny_run(folder, rounds=2, steps_per_round=16, dropout=0.1)
+    clients = base.data.clients.model_copy(update={"names": [NAME], "cuts": [(3, 4)]})
+    rules = RecutConfig(on=True, **{"every": 1, "patience": 1, "pause": 4, **recut})
+    model = base.model.model_copy(update={"base_depth": 1})
+    data = base.data.model_copy(update={"clients": clients})
+    return base.model_copy(update={"data": data, "recut": rules, "model": model})
+
+
+@pytest.fixture
+def situations(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Situation]]:
+    """From which step on the device is in which situation."""
+    told: list[tuple[int, Situation]] = [(0, Situation(BIG))]
+    monkeypatch.setattr("flexp.cost.predict.OVERHEAD", 0)  # so that a tiny model's tensors count
+
+    def scripted(self: Mover) -> Situation:
+        return next(now for step, now in reversed(told) if step <= self.trainer.steps)
+
+    monkeypatch.setattr(Mover, "_situation", scripted)
+    return told
+
+
+def moves(state: Path) -> list[dict[str, Any]]:
+    return [record for record in read(state / "metrics.jsonl") if record["kind"] == "move"]
+
+
+def kept(cut: list[int]) -> int:
+    """Blocks of the client's own, of four."""
+    return cut[0] + 4 - cut[1]
+
+
+def peak_of(mover_config: RunConfig, cut: tuple[int, int], micro: int) -> int:
+    from flexp.cost.choice import Choice
+    from flexp.planner.model import ModelCosts
+    from flexp.run.client import find_place
+    from flexp.run.planned import auto_fleet
+    from flexp.run.setup import model_folder
+
+    fleet = auto_fleet(mover_config, find_place(mover_config, NAME, (3, 4)).federation)
+    costs = ModelCosts(model_folder(mover_config), fleet.task, fleet.choices, fleet.server)
+    return costs.predict(fleet.devices[0].profile, Choice(cut, micro, 4 // micro)).memory_bytes
+
+
+def test_it_sheds_when_memory_is_short_and_takes_back_what_it_gave_when_that_pays(
+    tmp_path: Path, situations: list[tuple[int, Situation]]
+) -> None:
+    settings = config(tmp_path, gain=0.05)
+    small = peak_of(settings, (1, 4), 1)
+    situations += [
+        (8, Situation(int(1.2 * small))),  # less than (3, 4) takes, whatever the exchange
+        (20, Situation(BIG, server=1e6)),  # memory is back, and the server has become slow
+    ]
+    situations[0] = (0, Situation(BIG, server=1e6))  # deep pays from the beginning
+    server = Server(settings, DEPLOYMENT, tmp_path / "server")
+    client = Client(settings, DEPLOYMENT, NAME, plain(server), tmp_path / "client")
+    client.join()
+    server.end()
+    found = moves(tmp_path / "client")
+    shed, last = next(record for record in found if record["why"] == "memory"), found[-1]
+    assert shed["step"] == 8
+    assert kept(shed["cut"]) < kept(shed["before"])
+    assert (last["why"], kept(last["cut"])) == ("gain", 3)
+    assert last["step"] >= 20
+    assert last["restored"]  # as it left them
+    assert all(in_words(record).startswith(NAME) for record in found)
+    steps = [record["step"] for record in read(tmp_path / "client" / "metrics.jsonl") if record["kind"] == "step"]
+    assert steps == list(range(1, 33))
+    assert server.server.regulars[NAME].progress.newest == 32  # each once
+
+
+def test_stopped_after_a_move_it_goes_on_with_the_cut_that_it_has(
+    tmp_path: Path, situations: list[tuple[int, Situation]]
+) -> None:
+    settings = config(tmp_path, gain=1.0)  # for want of memory only
+    situations.append((5, Situation(int(1.2 * peak_of(settings, (1, 4), 1)))))
+    server = Server(settings, DEPLOYMENT, tmp_path / "server")
+    client = Client(settings, DEPLOYMENT, NAME, plain(server), tmp_path / "client")
+    snapshots = Snapshots(tmp_path / "client" / "snapshots", 50)
+    while not (tmp_path / "client" / "metrics.jsonl").exists() or not moves(tmp_path / "client"):
+        assert client.thread.is_alive()
+    client.stop.set()
+    client.join()
+    moved = moves(tmp_path / "client")[0]["cut"]
+    facts = snapshots.newest_whole()
+    assert facts is not None
+    assert facts["cut"] == moved != [3, 4]
+    again = Client(settings, DEPLOYMENT, NAME, plain(server), tmp_path / "client")
+    again.join()
+    server.end()
+    assert again.over
+    steps = [record["step"] for record in read(tmp_path / "client" / "metrics.jsonl") if record["kind"] == "step"]
+    assert steps == list(range(1, 33))
+    assert len(moves(tmp_path / "client")) == 1  # it was not moved back to the configuration's cut and again
+
+
+def test_a_move_that_the_server_refuses_is_told_once_and_training_goes_on(
+    tmp_path: Path, situations: list[tuple[int, Situation]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config(tmp_path, gain=1.0)  # for want of memory only
+    small = int(1.2 * peak_of(settings, (1, 4), 1))
+    situations.append((5, Situation(small)))
+
+    def refused(*_: Any) -> Any:
+        raise LinkError("the server has other blocks now")
+
+    monkeypatch.setattr(moving, "recut", refused)
+    server = Server(settings, DEPLOYMENT, tmp_path / "server")
+    client = Client(settings, DEPLOYMENT, NAME, plain(server), tmp_path / "client")
+    client.join()
+    server.end()
+    assert client.over
+    told = [record for record in read(tmp_path / "client" / "metrics.jsonl") if record["kind"] == "refused move"]
+    assert 1 <= len(told) <= 4  # the other cuts, each once
+    assert len({tuple(record["cut"]) for record in told}) == len(told)
+    assert all("other blocks" in record["why"] for record in told)
+    assert all(record["cut"] == [3, 4] for record in moves(tmp_path / "client"))  # what is left is smaller exchanges
+
+
+def test_a_step_that_runs_out_of_memory_is_done_again_with_less(
+    tmp_path: Path, situations: list[tuple[int, Situation]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config(tmp_path, gain=1.0)
+    assert situations
+    exchanges = Trainer._exchanges
+
+    def limited(self: Trainer, pieces: Any) -> Any:
+        done = exchanges(self, pieces)
+        if len(pieces) > 1:  # in the middle of the step
+            yield next(done)
+        if self.steps == 6 and (self.micro_batch > 1 or self.model.cut[0] > 1):  # type: ignore[attr-defined]
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+        yield from done
+
+    monkeypatch.setattr(Trainer, "_exchanges", limited)
+    server = Server(settings, DEPLOYMENT, tmp_path / "server")
+    client = Client(settings, DEPLOYMENT, NAME, plain(server), tmp_path / "client")
+    client.join()
+    server.end()
+    found = moves(tmp_path / "client")
+    assert {record["why"] for record in found} == {"memory"}
+    assert [record["micro_batch"] for record in found][-1] == 1
+    assert kept(found[-1]["cut"]) < 3
+    sizes = [(record["micro_batch"], -kept(record["cut"])) for record in found]
+    assert sizes[0][0] < 4  # first a smaller exchange
+    steps = [record["step"] for record in read(tmp_path / "client" / "metrics.jsonl") if record["kind"] == "step"]
+    assert steps == list(range(1, 33))
+    assert server.server.regulars[NAME].progress.newest == 32
+
+
+def test_memory_that_runs_out_with_nothing_left_to_give_up_ends_it_in_a_line(
+    tmp_path: Path, situations: list[tuple[int, Situation]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config(tmp_path, gain=1.0)
+    assert situations
+
+    def never(self: Trainer, pieces: Any) -> Any:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+
+    monkeypatch.setattr(Trainer, "_exchanges", never)
+    server = Server(settings, DEPLOYMENT, tmp_path / "server")
+    client = Client(settings, DEPLOYMENT, NAME, plain(server), tmp_path / "client")
+    with pytest.raises(TrainingError, match="step 1: memory ran out"):
+        client.join()
+    server.end()
+
+
+def test_a_full_disk_while_memory_runs_out_ends_it_instead_of_trying_for_ever(
+    tmp_path: Path, situations: list[tuple[int, Situation]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config(tmp_path, gain=1.0)
+    assert situations
+    asked: list[Any] = []
+
+    def full(trainer: Trainer, cut: tuple[int, int], *_: Any) -> Any:
+        asked.append(cut)
+        raise StorageError("the disk is full")
+
+    def never(self: Trainer, pieces: Any) -> Any:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+
+    monkeypatch.setattr(moving, "recut", full)
+    monkeypatch.setattr(Trainer, "_exchanges", never)
+    server = Server(settings, DEPLOYMENT, tmp_path / "server")
+    client = Client(settings, DEPLOYMENT, NAME, plain(server), tmp_path / "client")
+    with pytest.raises(TrainingError, match="step 1: memory ran out"):
+        client.join()
+    server.end()
+    assert asked
+    assert len(asked) == len(set(asked))  # each cut once

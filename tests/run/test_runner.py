@@ -1,0 +1,311 @@
+"""A run from its configuration to its folder; and every way to stop it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flexp.config.run import RunConfig
+from flexp.errors import ConfigError, DataError, FlexpError, StorageError, TrainingError
+from flexp.methods.flexp_sfl import FlexpSfl
+from flexp.models.zoo import tiny_model
+from flexp.report.metrics import read
+from flexp.run import checkpoints, runner
+from flexp.run.setup import build_world
+from tests.data.tools import jsonl, labelled, tokenizer
+from tests.tiny import CLIENTS, config, content
+
+VALIDATION_EXAMPLES = 3  # a quarter of 12
+
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"model": {"tuning": "lora"}, "train": {"shared": {"schedule": "cosine", "warmup_steps": 2}}},
+    {"server": {"update": "mean", "mean_over": 4, "memory": "recompute"}, "train": {"micro_batch": 3}},
+    {"method": {"align": {"kind": "weights", "every": 2}}, "train": {"turn": "round"}},
+    {"method": {"name": "local"}},
+    {"data": {"validation_fraction": 0.25, "train_examples": 16}},
+]
+
+
+def final(out: Path) -> dict[str, dict[str, torch.Tensor]]:
+    place = checkpoints.latest(out / "checkpoints")
+    assert place is not None
+    return checkpoints.load(place)[1]
+
+
+def same(left: Path, right: Path) -> None:
+    """Equal weights, optimiser states and generators, bit for bit; seconds differ, of course."""
+    one, two = final(left), final(right)
+    assert one.keys() == two.keys()
+    for party, tensors in one.items():
+        assert tensors.keys() == two[party].keys()
+        for name, value in tensors.items():
+            if "seconds" not in name:
+                assert torch.equal(value, two[party][name]), (party, name)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=["full", "lora", "mean", "weights", "local", "validation"])
+def test_resumed_equals_undisturbed(home: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    run = config(home, **settings)
+    whole = runner.run(run, home / "undisturbed")
+    assert whole["finished"]
+
+    calls = 0
+    evaluate = runner._Run._evaluate
+
+    def interrupted(self: Any, number: int) -> None:  # after the steps of round 2, before its checkpoint
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        evaluate(self, number)
+
+    monkeypatch.setattr(runner._Run, "_evaluate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        runner.run(run, home / "stopped")
+    monkeypatch.undo()
+    resumed = runner.resume(home / "stopped")
+
+    same(home / "undisturbed", home / "stopped")
+    assert resumed["scores"] == whole["scores"]
+    for key in ("bytes_up", "bytes_down"):
+        assert resumed["totals"][key] == whole["totals"][key]
+    steps = [(r["client"], r["step"], r["loss"]) for r in read(home / "stopped/metrics.jsonl") if r["kind"] == "step"]
+    assert steps == [
+        (r["client"], r["step"], r["loss"]) for r in read(home / "undisturbed/metrics.jsonl") if r["kind"] == "step"
+    ]
+
+
+def test_a_model_whose_blocks_give_tuples_resumes_alike(home: Path) -> None:
+    """A resumed run makes its first plan in training, where looking for tuples must not draw dropout twice."""
+    model: Any = tiny_model("gpt_neo", dropout=0.2)
+    model.save_pretrained(home / "neo")
+    tokenizer().save_pretrained(home / "neo")
+    run = config(home, model={"id": str(home / "neo")}, data={"task": "causal-lm"})
+    runner.run(run, home / "whole")
+    runner.run(run.model_copy(update={"train": run.train.model_copy(update={"rounds": 1})}), home / "out")
+    (home / "out/config.json").write_text(json.dumps(run.resolved()), encoding="utf-8")
+    runner.resume(home / "out")
+    same(home / "whole", home / "out")
+
+
+def test_killed_at_any_moment_resumes_to_equal_weights(home: Path) -> None:
+    run = config(home, train={"rounds": 6})
+    runner.run(run, home / "undisturbed")
+    path = home / "run.json"
+    path.write_text(json.dumps(content(home, train={"rounds": 6})), encoding="utf-8")
+    program = (
+        "import json, sys; from pathlib import Path; from flexp.experiments import runner, settings;"
+        "runner.run(settings.validate(json.loads(Path(sys.argv[1]).read_text()), 'x'), Path(sys.argv[2]))"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(path), str(home / "killed")],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not list((home / "killed/checkpoints").glob("round-*")) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert checkpoints.latest(home / "killed/checkpoints") is not None
+    with (home / "killed/metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"kind": "step", "rou')  # as a kill in the middle of a line leaves it
+    assert runner.resume(home / "killed")["finished"]
+    same(home / "undisturbed", home / "killed")
+
+
+def test_the_folder_holds_what_the_docs_say(home: Path) -> None:
+    run = config(home, output={"tensorboard": True, "html": True}, evaluation={"measure_memory": True})
+    summary = runner.run(run, home / "out")
+    assert summary == json.loads((home / "out/summary.json").read_text(encoding="utf-8"))
+    assert (home / "out/report.html").stat().st_size > 10_000
+    assert list((home / "out/events").rglob("*tfevents*"))
+    assert RunConfig.model_validate(json.loads((home / "out/config.json").read_text(encoding="utf-8"))) == run
+    clients = {client["name"]: client for client in summary["clients"]}
+    assert list(clients) == sorted(CLIENTS)
+    assert [clients[name]["cut"] for name in sorted(CLIENTS)] == [[1, 4], [2, 4], [3, 4]]
+    # Every client sends z up and gets h down in the forward, and the same again as gradients in the backward; with
+    # aligned blocks z_base goes up as well. (B, T, H) = (4, T, 32) in fp32; masks are one byte an entry.
+    records = read(home / "out/metrics.jsonl")
+    assert clients["north"]["bytes_up"] < clients["south"]["bytes_up"]
+    assert all(client["bytes_up"] > client["bytes_down"] for client in clients.values())
+    assert all(client["peak_memory_bytes"] > 1_000_000 for client in clients.values())
+    assert sum(record["kind"] == "eval" for record in records) == (1 + 3) * len(CLIENTS)
+    assert sum(record["kind"] == "step" for record in records) == 3 * 2 * len(CLIENTS)
+    assert summary["server"]["updates"] == 3 * 2 * len(CLIENTS)
+
+
+def test_equal_seeds_give_equal_runs_and_other_seeds_others(home: Path) -> None:
+    one = runner.run(config(home), home / "a")
+    two = runner.run(config(home), home / "b")
+    other = runner.run(config(home, seed=1), home / "c")
+    same(home / "a", home / "b")
+    assert one["scores"] == two["scores"]
+    assert any(
+        not torch.equal(value, final(home / "c")["client-north"][name])
+        for name, value in final(home / "a")["client-north"].items()
+        if name.startswith("personal/")
+    )
+    assert other["seed"] == 1
+
+
+def test_simulated_clients_share_what_is_frozen(home: Path) -> None:
+    world = build_world(config(home, model={"tuning": "lora"}))
+    method = FlexpSfl(world)
+    frozen = {name: value.data_ptr() for name, value in world.source.model.named_parameters()}
+    for trainer in method.clients.values():
+        stage = trainer.model.stage  # type: ignore[attr-defined]
+        own = {value.data_ptr() for value in stage.trainable().values()}
+        rest = {value.data_ptr() for value in stage.model.parameters()} - own
+        assert own.isdisjoint(frozen.values())
+        assert rest <= set(frozen.values())
+
+
+def test_a_run_is_not_written_over(home: Path) -> None:
+    runner.run(config(home, train={"rounds": 1}), home / "out")
+    with pytest.raises(ConfigError, match=r"holds a run already.*--resume"):
+        runner.run(config(home), home / "out")
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(home: Path) -> None:
+    runner.run(config(home), home / "out")
+    place = checkpoints.latest(home / "out/checkpoints")
+    assert place is not None
+    file = place / "000-server.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(bytes(data))
+    with pytest.raises(StorageError, match=r"000-server.safetensors is not what was saved.*delete .* round-00003"):
+        runner.resume(home / "out")
+
+
+def test_an_empty_index_of_a_checkpoint_is_mended_alike(home: Path) -> None:
+    runner.run(config(home), home / "out")
+    (home / "out/checkpoints/round-00003/checkpoint.json").write_text("")
+    with pytest.raises(StorageError, match=r"checkpoint.json is not what was saved; delete the folder round-00003"):
+        runner.resume(home / "out")
+
+
+NAMES = ("a/x", "../a", "[red]a[/]", "n" * 300, "a.x", "A.x")
+
+
+def test_clients_may_be_called_what_no_file_can_be_called(home: Path) -> None:
+    jsonl(home / "odd.jsonl", labelled(90, NAMES))
+    run = config(home, data={"source": str(home / "odd.jsonl")}, output={"tensorboard": True, "html": True})
+    runner.run(run, home / "whole")
+    runner.run(run.model_copy(update={"train": run.train.model_copy(update={"rounds": 1})}), home / "out")
+    (home / "out/config.json").write_text(json.dumps(run.resolved()), encoding="utf-8")
+    summary = runner.resume(home / "out")
+    assert {client["name"] for client in summary["clients"]} == set(NAMES)
+    assert set(final(home / "out")) == {"server", *(f"client-{name}" for name in NAMES)}
+    same(home / "whole", home / "out")
+    assert {path.name for path in home.iterdir()} == {"model", "rows.jsonl", "odd.jsonl", "whole", "out"}
+
+
+def test_what_cannot_be_built_leaves_no_folder(home: Path) -> None:
+    with pytest.raises(FlexpError, match="no linear layer of that name"):
+        runner.run(config(home, model={"tuning": "lora", "lora": {"targets": "foo"}}), home / "out")
+    assert not (home / "out").exists()
+
+
+def test_the_best_round_on_validation_data_is_kept(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate, calls = runner.evaluate, 0
+    rounds = [0.1, 0.2, 0.9, 0.3, 0.4, 0.5]  # accuracy on validation data before training, after round 1, ...
+
+    def scored(forward: Any, task: Any, examples: Any, size: int, extras: bool = True) -> Any:
+        nonlocal calls
+        scores = evaluate(forward, task, examples, size, extras=extras)
+        if len(examples) == VALIDATION_EXAMPLES:
+            scores["accuracy"] = rounds[calls // len(CLIENTS)]
+            calls += 1
+        return scores
+
+    run = config(home, data={"validation_fraction": 0.25}, train={"rounds": 5}, output={"html": True})
+    monkeypatch.setattr(runner, "evaluate", scored)
+    summary = runner.run(run, home / "out")
+    assert summary["scores"]["picked_on"] == "validation"
+    assert summary["scores"]["best"]["round"] == 2
+    kept = sorted(path.name for path in (home / "out/checkpoints").iterdir())
+    assert kept == ["round-00002", "round-00004", "round-00005"]
+    records = [record for record in read(home / "out/metrics.jsonl") if record["kind"] == "eval"]
+    assert all(record["validation"]["n"] == VALIDATION_EXAMPLES for record in records)
+    assert "The best round on validation data was round 2" in (home / "out/report.html").read_text(encoding="utf-8")
+
+
+def test_full_tuning_in_bfloat16_is_warned_of(home: Path) -> None:
+    def notes(**model: Any) -> str:
+        return " ".join(build_world(config(home, model=model)).federation.notes)
+
+    assert "bfloat16 loses the steps that are small" in notes(dtype="bfloat16")
+    assert "bfloat16" not in notes(dtype="bfloat16", tuning="lora") + notes()
+
+
+def test_halves_of_checkpoints_go_when_a_run_is_resumed(home: Path) -> None:
+    runner.run(config(home), home / "out")
+    half = home / "out/checkpoints/.round-00004.0123abcd.part"
+    half.mkdir()
+    (half / "000-server.safetensors").write_bytes(b"half")
+    runner.resume(home / "out")
+    assert not half.exists()
+
+
+def test_a_full_disk_while_saving_loses_nothing(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = config(home)
+    saves = 0
+    save_file = checkpoints.save_file
+
+    def full(tensors: Any, path: Path) -> None:
+        nonlocal saves
+        saves += 1
+        if saves == 6:  # in the middle of the second checkpoint
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        save_file(tensors, path)
+
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    with pytest.raises(StorageError, match="the disk is full; what was saved before is intact"):
+        runner.run(run, home / "out")
+    monkeypatch.undo()
+    assert [path.name for path in (home / "out/checkpoints").iterdir()] == ["round-00001"]
+    runner.resume(home / "out")
+    runner.run(run, home / "undisturbed")
+    same(home / "out", home / "undisturbed")
+
+
+def test_a_loss_that_is_no_number_stops_with_one_line(home: Path) -> None:
+    run = config(home, train={"personal": {"name": "sgd", "lr": 1e30, "clip": None}})
+    with pytest.raises((TrainingError, Exception), match=r"client \w+.*(the loss is|not finite).*lower train"):
+        runner.run(run, home / "out")
+
+
+def test_an_empty_client_is_named(home: Path) -> None:
+    with pytest.raises(DataError, match="east"):
+        runner.run(config(home, data={"clients": {"names": ["north", "east"]}}), home / "out")
+    assert not (home / "out").exists()
+
+
+def test_a_cut_outside_of_the_model_is_named(home: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cuts of client north = \(2, 9\) does not fit a model of 4 blocks"):
+        runner.run(config(home, data={"clients": {"cuts": [[2, 9]]}}), home / "out")
+
+
+def test_sending_embeddings_must_be_asked_for(home: Path) -> None:
+    data = {"clients": {"names": ["north"], "cuts": [[0, 3]]}}
+    with pytest.raises(ConfigError, match=r"the server can read every token.*s >= 1"):
+        runner.run(config(home, data=data), home / "out")
+    with pytest.raises(ConfigError, match="the server can read every token"):
+        runner.run(config(home, model={"base_depth": 0}), home / "out")
+    allowed = config(home, data=data, model={"expose_embeddings": True}, train={"rounds": 1})
+    assert runner.run(allowed, home / "out")["finished"]

@@ -1,0 +1,53 @@
+"""A tiny model with a tokenizer on disk, tiny data, and configurations of runs that take a second."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from flexp.config.loading import validate
+from flexp.config.run import RunConfig
+from flexp.models.zoo import save_tiny
+from tests.data.tools import jsonl, labelled, tokenizer
+
+CLIENTS = ("north", "south", "west")
+
+
+def bert_folder(folder: Path, dropout: bool = False) -> Path:
+    """A BERT of random weights with a word tokenizer whose ids it knows."""
+    place = save_tiny("bert", folder)
+    tokenizer(bert=True).save_pretrained(place)
+    if dropout:
+        text = (place / "config.json").read_text(encoding="utf-8")
+        place.joinpath("config.json").write_text(
+            text.replace('"hidden_dropout_prob": 0.0', '"hidden_dropout_prob": 0.2'), encoding="utf-8"
+        )
+        assert '"hidden_dropout_prob": 0.2' in (place / "config.json").read_text(encoding="utf-8")
+    return place
+
+
+def content(folder: Path, **changes: Any) -> dict[str, Any]:
+    """The content of a configuration; ``changes`` are tables that replace or extend the defaults, key by key."""
+    source = jsonl(folder / "rows.jsonl", labelled(90, CLIENTS))
+    base: dict[str, Any] = {
+        "name": "tiny",
+        "threads": 1,
+        "model": {"id": str(folder / "model")},
+        "data": {
+            "source": str(source),
+            "max_length": 16,
+            "train_examples": 12,
+            "clients": {"cuts": [[1, 4], [2, None], [3, 4]]},
+        },
+        "train": {"rounds": 3, "steps_per_round": 2, "batch_size": 4, "order": "random"},
+        "method": {"align": {"kind": "kl", "weight": 0.5}},
+        "evaluation": {"measure_memory": False},
+        "output": {"tensorboard": False, "html": False},
+    }
+    for table, keys in changes.items():
+        base[table] = {**base.get(table, {}), **keys} if isinstance(keys, dict) else keys
+    return base
+
+
+def config(folder: Path, **changes: Any) -> RunConfig:
+    return validate(content(folder, **changes), "tiny")
