@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flexp.config.run import DataConfig
+from flexp.config import DataConfig
 from flexp.data import Federation, load_federation
 from flexp.errors import ConfigError, DataError, FlexpError
 
