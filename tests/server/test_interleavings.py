@@ -146,21 +146,22 @@ def test_two_requests_in_every_order(name: str, memory: Any, optimizer: Any, tun
 
 
 @pytest.mark.parametrize(
-    ("name", "tuning", "optimizer", "memory"),
+    ("name", "tuning", "optimizer", "memory", "half"),
     [
-        ("llama", "full", SGD, "keep"),
-        ("llama", "full", ADAMW, "keep"),
-        ("llama", "full", SGD, "recompute"),
-        ("llama", "full", ADAMW, "recompute"),
-        ("gpt2", "lora", ADAMW, "keep"),
-        ("gpt2", "lora", SGD, "recompute"),
+        ("llama", "full", SGD, "keep", 0),
+        ("llama", "full", ADAMW, "keep", 1),
+        ("llama", "full", SGD, "recompute", 1),
+        ("llama", "full", ADAMW, "recompute", 0),
+        ("gpt2", "lora", ADAMW, "keep", 0),
+        ("gpt2", "lora", SGD, "recompute", 1),
     ],
 )
-def test_three_requests_in_every_order(name: str, memory: Any, optimizer: Any, tuning: str) -> None:
+def test_three_requests_in_every_order(name: str, memory: Any, optimizer: Any, tuning: str, half: int) -> None:
+    """Every other order, so that keeping and recomputing see all of them, and so does either optimiser."""
     every = orders(3)
     assert len(every) == 90
     pair = Pair(name, tuning, optimizer, memory)
-    for order in every:
+    for order in every[half::2]:
         pair.play(numbered(order))
 
 
