@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, TypedDict
 
-from flexp.cost.classes import assign, profile
 from flexp.cost.clock import SCHEDULES, ClientWork, Schedule
 from flexp.cost.flops import ExchangeCost
+from flexp.cost.profile import Profile, assign
 from flexp.errors import ConfigError
 from flexp.methods.base import Account, Method, World
 from flexp.methods.fedrep import FedRep
@@ -51,7 +51,7 @@ def place(world: World, probes: MemoryProbes) -> tuple[World, list[Dropped]]:
     if config.devices is None:
         return world, []
     devices = assign(config.devices, [client.name for client in world.federation.clients])
-    profile(config.devices.server, config.devices.classes)
+    Profile.from_class(config.devices.server, config.devices.classes)
     notes = list(world.federation.notes)
     probes.measure(notes.append)
     dropped: list[Dropped] = []

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from flexp.cost.classes import DeviceProfile, assign, profile
 from flexp.cost.clock import ClientTime, ClientWork, Schedule, simulate
+from flexp.cost.profile import Profile, assign
 from flexp.methods.base import World
 from flexp.report.metrics import Record
 from flexp.run.recutting import cuts_by_round, devices_at
@@ -26,7 +26,7 @@ class Phase:
 
     rounds: list[int]
     only: bool
-    devices: Mapping[str, DeviceProfile]
+    devices: Mapping[str, Profile]
     cuts: Mapping[str, tuple[int, int]]
     micro_batches: Mapping[str, int | None]
     there: list[str]
@@ -97,7 +97,7 @@ class VirtualTime:
             self._schedule,
             work,
             phase.devices,
-            profile(config.server, config.classes),
+            Profile.from_class(config.server, config.classes),
             slots=config.server_slots,
             seed=self._world.config.seed,
         )

@@ -9,7 +9,7 @@ from typing import Any
 
 from flexp.config.run import DevicesConfig
 from flexp.cost.choice import CODECS, Choice
-from flexp.cost.classes import profile
+from flexp.cost.profile import Profile
 from flexp.errors import ConfigError
 from flexp.methods.base import Method, World
 from flexp.methods.flexp_sfl import FlexpSfl
@@ -139,7 +139,7 @@ def check_changes(world: World) -> None:
     config, names = world.config, [client.name for client in world.federation.clients]
     for change in config.devices.changes if config.devices is not None else []:
         assert config.devices is not None
-        profile(change.to, config.devices.classes)
+        Profile.from_class(change.to, config.devices.classes)
         odd = [name for name in change.clients or [] if name not in names]
         if odd:
             raise ConfigError(f"devices.changes: the run has no client {odd[0]!r}; expected some of {', '.join(names)}")
