@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from flexp.config.run import RunConfig
 from flexp.errors import FlexpError
 from flexp.files import write_json
 from flexp.report.metrics import read as read_log
+from flexp.run.settle import Settled
 
 Say = Callable[[str], None]
 ADDRESS = re.compile(r"serving blocks \[.*\) at (\S+)")
@@ -57,14 +57,12 @@ class Fleet:
     """Starts everybody, watches, starts again who fell, and collects what they did.
 
     Args:
-        cuts: of the clients, by name.
         restarts: how often one party may fall before the fleet gives up.
     """
 
     def __init__(
         self,
-        config: RunConfig,
-        cuts: dict[str, tuple[int, int]],
+        run: Settled,
         out: Path,
         *,
         schedule: str,
@@ -74,13 +72,13 @@ class Fleet:
         answer_seconds: float = 120.0,
         say: Say = print,
     ) -> None:
-        self.config, self.cuts, self.out, self.say = config, cuts, out, say
+        self.config, self.cuts, self.out, self.say = run.config, run.cuts, out, say
         self.restarts = restarts
         self.environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
         self._file = out / "fleet.toml"
         self._write_config(schedule, save_every, answer_seconds)
         self.server = Party("server", [], out / "server" / "log.txt")
-        self.clients = {name: Party(name, [], out / "clients" / name / "log.txt") for name in cuts}
+        self.clients = {name: Party(name, [], out / "clients" / name / "log.txt") for name in self.cuts}
         self.address = ""
         self.way = ""  # how clients reach the server, if not at its address
 

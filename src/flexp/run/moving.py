@@ -20,7 +20,7 @@ from flexp.planner.options import Option, grid, options_of
 from flexp.planner.watch import TOO_SHORT, Decision, Situation, Watch
 from flexp.report.metrics import Record
 from flexp.run.planned import auto_fleet
-from flexp.run.setup import model_folder
+from flexp.run.settle import model_folder
 
 WARM_UP = 3
 """Steps before the first look: the first ones allocate and load."""
