@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-KNOWN = {("client", "planner"), ("cost", "methods")}
-"""Upwards: ``SplitModel.from_pretrained(cut="auto")`` asks the planner, and counting operations a method's World."""
+KNOWN = {("cost", "methods")}
+"""Upwards: counting operations knows a method's World."""
 
 
 def rooms() -> dict[str, int]:

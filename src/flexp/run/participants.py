@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any, TypedDict
 
 from flexp.cost.classes import assign, profile
-from flexp.cost.clock import SCHEDULES, ClientWork
+from flexp.cost.clock import SCHEDULES, ClientWork, Schedule
 from flexp.cost.flops import Costs, ExchangeCost
 from flexp.errors import ConfigError
 from flexp.methods.base import Account, Method, World
@@ -129,7 +129,7 @@ def client_work(
     cost: ExchangeCost,
     account: Account | None,
     steps: list[int],
-    schedule: str,
+    schedule: Schedule,
     *,
     pull_every: int = 0,
     average_every: int = 1,
@@ -160,14 +160,14 @@ def client_work(
         exchanges=cost.exchanges,
         combined=cost.combined,
     )
-    if schedule == "synchronous":
+    if schedule.kind == "synchronous":
         extra = max(
             0, (total if account is None else account.gradient_evaluations) - total
         )  # the adaptation of a personal model, after the last round
         return replace(work, weights_up=up / rounds, weights_down=down / rounds, final=extra * cost.client_step)
-    if schedule == "alone" or not total:
+    if schedule.kind == "alone" or not total:
         return work
-    if schedule == "split-sync":
+    if schedule.kind == "split-sync":
         weights = float(cost.weights)
         work = replace(work, weights_up=weights, weights_down=weights, weights_every=average_every)
         up = max(0.0, up - weights * (rounds // average_every))
