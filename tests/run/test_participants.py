@@ -13,7 +13,7 @@ import pytest
 
 from flexp.cost import probe as memory
 from flexp.cost.clock import SPLIT_ASYNC, SPLIT_SYNC, SYNCHRONOUS
-from flexp.cost.flops import Costs, ExchangeCost
+from flexp.cost.flops import ExchangeCost
 from flexp.cost.probe import Measured, Probe
 from flexp.errors import ConfigError
 from flexp.links.base import Traffic
@@ -22,6 +22,7 @@ from flexp.methods.base import Account
 from flexp.methods.fedrep import FedRep
 from flexp.report.metrics import read
 from flexp.run import runner
+from flexp.run.costs import Costs
 from flexp.run.participants import NobodyFitsError, client_work
 from flexp.run.probes import MemoryProbes
 from flexp.run.settle import build_world

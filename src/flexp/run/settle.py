@@ -19,7 +19,7 @@ import transformers
 from flexp.assets import resolve
 from flexp.client.model import SplitModel
 from flexp.client.trainer import Trainer
-from flexp.config.run import CodecConfig, DataConfig, RunConfig
+from flexp.config import CodecConfig, DataConfig, RunConfig
 from flexp.data import load_federation, pad_id
 from flexp.data.types import ClientData, Federation
 from flexp.errors import ConfigError, DataError, ModelError, StorageError
@@ -243,19 +243,7 @@ def load_part(
     Raises:
         ModelError: it cannot be loaded or split.
     """
-    model = config.model
-    return load_stage(
-        model_id,
-        kind,
-        part,
-        labels=labels,
-        dtype=model.dtype,
-        attention=model.attention,
-        autocast=model.autocast,
-        pad_token_id=pad,
-        embeddings=model.embeddings,
-        seed=config.seed,
-    )
+    return load_stage(config.model.at(model_id), kind, part, labels=labels, pad_token_id=pad, seed=config.seed)
 
 
 def own_pad(kind: ModelKind, processor: Any) -> int | None:
