@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from flexp.config.run import RunConfig
+from flexp.config import RunConfig
 from flexp.cost.device import this_machine
 from flexp.cost.profile import Profile
 from flexp.errors import ConfigError, StorageError

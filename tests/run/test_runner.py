@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from flexp.config.run import RunConfig
+from flexp.config import RunConfig
 from flexp.errors import ConfigError, DataError, FlexpError, StorageError, TrainingError
 from flexp.methods.flexp_sfl import FlexpSfl
 from flexp.models.zoo import tiny_model

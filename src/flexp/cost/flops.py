@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from flexp.client.whole import WholeModel
-from flexp.config.run import TrainConfig
+from flexp.config import TrainConfig
 from flexp.cost.echo import EchoLink, client_model, random_batch, without_tail
 from flexp.cost.probe import Probe
 from flexp.data.ordering import BatchOrder

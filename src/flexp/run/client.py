@@ -16,8 +16,7 @@ from rich.console import Console
 from flexp.client.model import SplitModel
 from flexp.client.recut import move_party
 from flexp.client.trainer import Trainer
-from flexp.config.deployment import DeploymentConfig
-from flexp.config.run import CodecConfig
+from flexp.config import CodecConfig, DeploymentConfig
 from flexp.errors import ConfigError, LinkError, LinkLostError
 from flexp.files import write_json
 from flexp.links.base import Link

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from flexp.client.model import SplitModel
 from flexp.client.recut import Blocks, Parking, recut
 from flexp.client.trainer import Trainer
-from flexp.config.run import RunConfig
+from flexp.config import RunConfig
 from flexp.cost.choice import Choice
 from flexp.cost.device import free_bytes
 from flexp.data.types import Federation

@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-from flexp.config.run import DevicesConfig
+from flexp.config import DevicesConfig
 from flexp.cost.choice import CODECS, Choice
 from flexp.cost.classes import profile
 from flexp.errors import ConfigError
