@@ -14,13 +14,13 @@ from torch import Tensor
 from flexp.client import trainer as trainer_module
 from flexp.client.overlap import overlapped
 from flexp.client.steps import Piece
-from flexp.config.run import AlignConfig, ServerConfig
+from flexp.config import AlignConfig, ServerConfig
 from flexp.errors import ConfigError, LinkError, TrainingError
 from flexp.links.emulated import EmulatedLink, Network
 from flexp.links.grpc import loopback
 from flexp.links.messages import BackwardRequest, ForwardRequest
 from flexp.methods import METHODS
-from flexp.run.setup import build_world
+from flexp.run.settle import build_world
 from tests.harness import RecordingLink, World, equal, gradients, shared_weights, world
 from tests.tiny import bert_folder, config
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flexp.config.run import DeviceClassConfig, DevicesConfig
+from flexp.config import DeviceClassConfig, DevicesConfig
 from flexp.cost.profile import READY, Profile, assign
 from flexp.errors import ConfigError
 

@@ -1,7 +1,4 @@
-"""The part of a run's schema that says which method, and what only one method reads.
-
-:mod:`flexp.config.run` has the rest and gives all of these names as well; whoever reads the configuration imports that.
-"""
+"""The table ``[method]``: which method, and what only one method reads."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from flexp.client.whole import WholeModel
-from flexp.config.run import TrainConfig
+from flexp.config import TrainConfig
 from flexp.cost.counting import counting
 from flexp.cost.echo import EchoLink, client_model, random_batch, without_tail
 from flexp.cost.probe import Probe

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, ValidationError, model_validator
 
-from flexp.config.run import DeviceClassConfig, DevicesConfig, Rate, Section
+from flexp.config import DeviceClassConfig, DevicesConfig, Rate, Section
 from flexp.errors import ConfigError
 from flexp.files import read_json, write_json
 
@@ -136,7 +136,7 @@ class Profile(Section):
         if base is None and (own is None or own.base is not None):
             known = ", ".join([*READY, *(other for other in classes or {} if other not in READY)])
             raise ConfigError(f"device class {base_name!r} is not known; expected one of {known}")
-        figures = {} if base is None else base.model_dump(include={*FIGURES, "mean_on_s", "mean_off_s"})
+        figures: dict[str, Any] = {} if base is None else base.model_dump(include={*FIGURES, "mean_on_s", "mean_off_s"})
         if own is not None:
             figures |= own.model_dump(exclude={"base"}, exclude_none=True)
         missing = [key for key in FIGURES if key not in figures]

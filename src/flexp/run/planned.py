@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from flexp.assets import resolve
+from flexp.config import RunConfig
 from flexp.config.loading import override, read
-from flexp.config.run import RunConfig
 from flexp.cost.choice import CODECS, Choice, form
 from flexp.cost.device import this_machine
 from flexp.cost.profile import Profile

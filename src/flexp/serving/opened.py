@@ -9,7 +9,7 @@ from typing import Any
 from flexp.assets import resolve
 from flexp.client.generation import SplitGenerator
 from flexp.client.model import SplitModel, SplitModelForCausalLM
-from flexp.config.run import RunConfig
+from flexp.config import RunConfig
 from flexp.data.tasks.instruction import TEMPLATE
 from flexp.data.templates import fields
 from flexp.errors import ConfigError, StorageError
@@ -23,7 +23,7 @@ from flexp.links.base import Link
 from flexp.methods.flexp_sfl import FlexpSfl
 from flexp.run import checkpoints
 from flexp.run.folder import is_client
-from flexp.run.setup import load_processor, model_folder
+from flexp.run.settle import load_processor, model_folder
 from flexp.serving.writer import Writer
 
 WRITING = ("causal-lm", "instruction", "multiple-choice")
