@@ -197,8 +197,8 @@ GIB = 2**30
 # Networks. Mobile and fixed broadband: global means of the Speedtest Global Index (Ookla) of September 2020, mobile
 # 35.96 Mbit/s down and 11.22 up, fixed 85.73 down and 45.74 up; latencies are Ookla's global figures of November 2022,
 # 28 ms mobile and 10 ms fixed, there and back, so half of it one way. Both as the press reported them: docs/devices.md.
-_MOBILE = {"uplink_bps": 11.22e6, "downlink_bps": 35.96e6, "latency_s": 0.014}
-_FIXED = {"uplink_bps": 45.74e6, "downlink_bps": 85.73e6, "latency_s": 0.005}
+_MOBILE: dict[str, Any] = {"uplink_bps": 11.22e6, "downlink_bps": 35.96e6, "latency_s": 0.014}
+_FIXED: dict[str, Any] = {"uplink_bps": 45.74e6, "downlink_bps": 85.73e6, "latency_s": 0.005}
 
 READY: dict[str, Profile] = {
     profile.name: profile
