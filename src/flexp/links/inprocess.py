@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import Future
-from typing import TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -40,16 +40,16 @@ class InProcessLink:
         traffic, began = self.meter.counting(request), time.perf_counter()
         try:
             if traffic is None:
-                answer = self._service.answer(self._client, request)
+                answer: Any = self._service.answer(self._client, request)
                 if isinstance(answer, Future):
                     return answer
                 if isinstance(request, Join) and isinstance(answer, Welcome):
                     self._agree(request, answer)
-                future.set_result(cast(R, answer))
+                future.set_result(answer)
                 return future
             sent, up = self._cross(request, up=True)
             traffic.bytes_up += up
-            answer, down = self._cross(cast(R, self._service.answer(self._client, sent)), up=False)
+            answer, down = self._cross(self._service.answer(self._client, sent), up=False)
         except Exception as error:
             future.set_exception(error)
             return future

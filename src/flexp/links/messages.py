@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar, get_args
 
 from torch import Tensor
 
-from flexp.config.run import AlignConfig, CodecConfig, LoraConfig
+from flexp.config import AlignConfig, CodecConfig, LoraConfig
 
 What = Literal["step", "evaluate", "save", "restore", "stop"]
 Reply = TypeVar("Reply")
