@@ -20,7 +20,7 @@ from flexp.links.emulated import EmulatedLink, Network
 from flexp.links.grpc import loopback
 from flexp.links.messages import BackwardRequest, ForwardRequest
 from flexp.methods import METHODS
-from flexp.run.setup import build_world
+from flexp.run.settle import build_world
 from tests.harness import RecordingLink, World, equal, gradients, shared_weights, world
 from tests.tiny import bert_folder, config
 

@@ -54,7 +54,7 @@ def test_full(tmp_path: Path, arch: str, model: dict[str, Any]) -> None:
     assert torch.equal(answer(loaded, here.batch()), expected)
     pretrained = answer(here.opened.stage(exporting.Part.whole(4)).model, here.batch())
     assert not torch.allclose(pretrained, expected, atol=1e-3)
-    labels = here.place.federation.task.label_names
+    labels = here.setup.run.federation.task.label_names
     assert labels is None or list(loaded.config.id2label.values()) == labels
     assert (facts["steps"], facts["cut"]) == (3, [1, 3])
     files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
