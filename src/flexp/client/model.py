@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +67,8 @@ class SplitModel(PersonalModel):
     """
 
     kind: ClassVar[ModelKind]
+    plan_cut: ClassVar[Callable[..., tuple[int, int]] | None] = None
+    """What ``cut="auto"`` asks, as :func:`flexp.planner.own.own_cut` is called; ``flexp`` sets it."""
 
     def __init__(
         self,
@@ -141,8 +143,8 @@ class SplitModel(PersonalModel):
         model_id = resolve(str(model_id))
         blocks = int(load_config(str(model_id)).get_text_config().num_hidden_layers)
         if cut == "auto":
-            from flexp.planner.own import own_cut  # the one call upwards, for those who ask for it
-
+            if cls.plan_cut is None:
+                raise ConfigError('cut = "auto" is planned for flexp.SplitModelFor…; take the class from there')
             shape: Any = {"dtype": dtype, "autocast": autocast, "attention": attention, "tuning": tuning}
             shape |= {"labels": len(labels or ("", "")), "rank": (lora or LoraConfig()).rank}
             shape |= {
@@ -151,7 +153,7 @@ class SplitModel(PersonalModel):
                 "aligned": align.has_term or align.teach,
             }
             shape |= {"follow": align.follow}
-            cut = own_cut(str(model_id), cls.kind, largest, gradient_checkpointing, **shape)
+            cut = cls.plan_cut(str(model_id), cls.kind, largest, gradient_checkpointing, **shape)
         whole_cut = check_cut(cut, blocks)
         part = Part.client(whole_cut, blocks)
         numbers: Any = {"dtype": dtype, "autocast": autocast, "attention": attention, "embeddings": embeddings}

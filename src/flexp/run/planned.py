@@ -11,6 +11,7 @@ from flexp.assets import resolve
 from flexp.config.loading import override, read
 from flexp.config.run import RunConfig
 from flexp.cost.choice import CODECS, Choice, form
+from flexp.cost.device import this_machine
 from flexp.cost.profile import Profile
 from flexp.data.types import Federation
 from flexp.errors import ConfigError
@@ -19,7 +20,6 @@ from flexp.limits import maps_count
 from flexp.planner.document import PlannedClient, SavedPlan, document, read_plan
 from flexp.planner.fleet import Choices, Device, Fleet, TaskShape, of_run, parse_fleet
 from flexp.planner.model import ModelCosts
-from flexp.planner.own import this_machine
 from flexp.planner.plan import Plan, make_plan
 from flexp.report.formats import cut, size
 
