@@ -16,7 +16,7 @@ import typer
 
 from benchmarks.tools.command import Data, Encoder, Examples, Length, Result, Steps, Tests, Threads, Tuning, say
 from benchmarks.tools.one_client import OneClient, check_codec, one_client_world, without_dropout
-from flexp.config.run import CodecConfig
+from flexp.config import CodecConfig
 from flexp.links.codecs import CODECS
 
 VARIANTS = ("off", "fp32", "bf16", "fp16", "int8-channel", "int8-row", "fp8", "int4", "int4+feedback")

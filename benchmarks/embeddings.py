@@ -13,7 +13,7 @@ from typing import Any, cast
 from benchmarks.tools.command import Cut, Examples, Kind, Length, Model, Pairs, Result, Threads, fetched
 from benchmarks.tools.paired import paired
 from benchmarks.tools.parties import Step, blocks_of, cut_of, probe
-from flexp.config.run import ModelConfig, OptimizerConfig
+from flexp.config import ModelConfig, OptimizerConfig
 from flexp.cost.echo import client_model, random_batch
 from flexp.cost.probe import Probe
 from flexp.cost.probe import measure as peak
@@ -67,11 +67,11 @@ def measure(
 
 def _stage(of: Probe) -> Stage:
     assert of.cut is not None
+    config = ModelConfig(**of.model_config)
     stage = load_stage(
-        of.model, cast(ModelKind, of.kind), Part.client(of.cut, blocks_of(of.model)), labels=of.labels,
-        pad_token_id=0, embeddings=of.model_config["embeddings"],
-    )  # fmt: skip
-    tune(stage, "full")
+        config, cast(ModelKind, of.kind), Part.client(of.cut, blocks_of(of.model)), labels=of.labels, pad_token_id=0
+    )
+    tune(stage, config)
     return stage
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks.tools.command import Cut, Dtype, Examples, Kind, Length, Model, Pairs, Result, Threads, Tuning, fetched
 from benchmarks.tools.paired import paired
 from benchmarks.tools.parties import parties
-from flexp.config.run import OptimizerConfig
+from flexp.config import OptimizerConfig
 from flexp.links.grpc import loopback
 from flexp.server import Server
 

@@ -11,7 +11,7 @@ from benchmarks.tools.command import Examples, Kind, Length, Model, Pairs, Resul
 from benchmarks.tools.paired import paired
 from benchmarks.tools.parties import Parties, Step, parties
 from flexp.client.whole import WholeModel
-from flexp.models.loading import DTYPES
+from flexp.models.loading import AUTOCAST
 
 
 def measure(
@@ -31,5 +31,5 @@ def measure(
 
 def _step(here: Parties, autocast: str) -> Step:
     stage = here.whole()
-    stage.autocast = DTYPES.get(autocast)
+    stage.autocast = AUTOCAST[autocast]
     return here.step(stage, WholeModel(stage).train())

@@ -21,14 +21,14 @@ from benchmarks.tools.command import Result
 from flexp.cli.verify import parse_cut
 from flexp.client.recut import Move, recut
 from flexp.client.trainer import Trainer
+from flexp.config import RunConfig
 from flexp.config.loading import load
-from flexp.config.run import RunConfig
 from flexp.links.base import connected
 from flexp.links.grpc import connect, serve
 from flexp.models.parts import check_cut
-from flexp.run.client import Place, find_place, load_own, make_client
 from flexp.run.parked import ParkedOnDisk
 from flexp.run.server import make_server
+from flexp.run.settle import ClientSetup, settle_client
 
 WINDOW = 10
 """Steps before and after a move whose losses and seconds are compared."""
@@ -69,15 +69,15 @@ def compare(config: RunConfig, cuts: Sequence[Cut], client: str | None = None, s
         torch.set_num_threads(config.threads)
     train = config.train.model_copy(update={"rounds": 1, "steps_per_round": len(cuts) * steps})
     config = config.model_copy(update={"train": train})
-    place = find_place(config, client, cuts[0])
-    wanted = [check_cut(cut, place.blocks, where="--cuts") for cut in cuts]
+    setup = settle_client(config, client, cuts[0])
+    wanted = [check_cut(cut, setup.run.blocks, where="--cuts") for cut in cuts]
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory()))
-        moving, still = (_side(config, place, stack) for _ in range(2))
+        moving, still = (_side(config, setup, stack) for _ in range(2))
         moves = []
         for number, cut in enumerate(wanted):
             if number:
-                done = recut(moving.trainer, cut, lambda part: load_own(config, place, part), ParkedOnDisk(folder, 1))
+                done = recut(moving.trainer, cut, setup.load, ParkedOnDisk(folder, 1))
                 moves.append((len(moving.losses), done))
             for _ in range(steps):
                 moving.step()
@@ -85,7 +85,7 @@ def compare(config: RunConfig, cuts: Sequence[Cut], client: str | None = None, s
     found = [_facts(at, done, moving, still) for at, done in moves]
     ends = [fmean(side.losses[-WINDOW:]) for side in (moving, still)]
     facts = {
-        "model": config.model.id, "client": place.data.name, "steps": steps, "window": WINDOW, "rows": found,
+        "model": config.model.id, "client": setup.data.name, "steps": steps, "window": WINDOW, "rows": found,
         "loss_end": ends[0], "twin_loss_end": ends[1],
     }  # fmt: skip
     rows = []
@@ -98,7 +98,7 @@ def compare(config: RunConfig, cuts: Sequence[Cut], client: str | None = None, s
             *(f"{row[key]:+.2f}" for key in ("loss_change", "twin_change", "jump")),
         ])  # fmt: skip
     note = (
-        f"{place.data.name}, {steps} steps with each cut. s, steps: a move's time. Losses before and after are means "
+        f"{setup.data.name}, {steps} steps with each cut. s, steps: a move's time. Losses before and after are means "
         f"of {WINDOW} steps, spread is theirs; jump is the change less the twin's. At the end {ends[0]:.3f}, the twin "
         f"that stayed at its first cut {ends[1]:.3f}"
     )
@@ -120,8 +120,8 @@ def _facts(at: int, done: Move, moving: _Side, still: _Side) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _side(config: RunConfig, place: Place, stack: ExitStack) -> _Side:
-    server = make_server(config, 1, None, place.federation.task.model_kind, [place.data.name])
+def _side(config: RunConfig, setup: ClientSetup, stack: ExitStack) -> _Side:
+    server = make_server(config, 1, None, setup.run.federation.task.model_kind, [setup.data.name])
     serving = stack.enter_context(serve(server))
-    link = stack.enter_context(connected(connect(f"grpc://{serving.address}", place.data.name, codec="off")))
-    return _Side(make_client(config, place, link)[0])
+    link = stack.enter_context(connected(connect(f"grpc://{serving.address}", setup.data.name, codec="off")))
+    return _Side(setup.join(link)[0])

@@ -19,7 +19,7 @@ import typer
 
 from benchmarks.tools.command import Examples, Kind, Length, Model, Result, Threads, fetched, say
 from benchmarks.tools.parties import Parties, Step, parties
-from flexp.config.run import CodecConfig, OptimizerConfig
+from flexp.config import CodecConfig, OptimizerConfig
 from flexp.links.base import Link
 from flexp.links.grpc import connect, serve
 

@@ -20,7 +20,7 @@ import typer
 
 from benchmarks.tools.command import Data, Encoder, Examples, Length, Result, Tests, Threads, Tuning, say
 from benchmarks.tools.one_client import OneClient, check_codec, one_client_world, without_dropout
-from flexp.config.run import CodecConfig
+from flexp.config import CodecConfig
 from flexp.links.base import Link
 from flexp.links.emulated import EmulatedLink, Network
 

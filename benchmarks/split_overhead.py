@@ -9,7 +9,7 @@ from __future__ import annotations
 from benchmarks.tools.command import Cut, Dtype, Examples, Kind, Length, Model, Pairs, Result, Threads, Tuning, fetched
 from benchmarks.tools.paired import paired
 from benchmarks.tools.parties import parties
-from flexp.config.run import OptimizerConfig
+from flexp.config import OptimizerConfig
 
 
 def measure(

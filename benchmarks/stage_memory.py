@@ -17,7 +17,7 @@ import typer
 
 from benchmarks.tools.command import Result
 from benchmarks.tools.parties import probe, random_model
-from flexp.config.run import ModelConfig
+from flexp.config import ModelConfig
 from flexp.cost.probe import measure as peak
 
 BLOCKS, CUT = 24, (2, 23)

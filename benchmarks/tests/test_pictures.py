@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from benchmarks.tools import pictures as module
 from benchmarks.tools.pictures import divide, federation, read_pictures, small_cnn
+from flexp.config import ModelConfig
 from flexp.errors import DataError
 from flexp.models.parts import Part
 from flexp.models.stage import carve
@@ -149,7 +150,7 @@ def test_it_computes_what_the_layers_say() -> None:
 def test_a_client_gets_its_own_copy_of_all_of_it() -> None:
     source = small_cnn(0)
     own = carve(source, Part.whole(3))
-    tune(own, "full")
+    tune(own, ModelConfig(id="any"))
     trained = own.trainable()
     assert len(trained) == len(list(source.model.parameters())) == 8
     assert [own.block_of(name) for name in trained] == [0, 0, 1, 1, 2, 2, None, None]

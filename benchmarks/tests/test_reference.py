@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.pfl import make_method, settings
 from benchmarks.tools.pictures import divide, federation, read_pictures, small_cnn
-from flexp.config.run import RunConfig
+from flexp.config import RunConfig
 from flexp.data.ordering import BatchOrder
 from flexp.data.types import Batch, ClientData
 from flexp.methods import World

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import torch
 
-from flexp.config.run import AlignConfig, CodecConfig, LoraConfig
+from flexp.config import AlignConfig, CodecConfig, LoraConfig
 from flexp.errors import LinkError
 from flexp.links.coding import Coding
 from flexp.links.frames import encode
@@ -27,8 +27,9 @@ from flexp.links.messages import (
     ForwardRequest,
     Join,
     PullRequest,
+    Ready,
 )
-from flexp.links.orders import Ready, to_text
+from flexp.links.orders import to_text
 from flexp.links.translate import to_frame
 from flexp.links.wire import DTYPES, MOST_TEXT, Field, Head, Kind, head_bytes, parse, signed
 

@@ -17,14 +17,14 @@ import transformers
 
 from flexp.assets import resolve
 from flexp.client.model import SplitModel
-from flexp.config.run import CodecConfig, CodecName, RunConfig
+from flexp.config import CodecConfig, CodecName, RunConfig
 from flexp.data.scores import evaluate
 from flexp.errors import ConfigError
 from flexp.links.base import Link
 from flexp.methods.base import World
 from flexp.methods.flexp_sfl import FlexpSfl
 from flexp.models.loading import quietly
-from flexp.run.setup import build_world
+from flexp.run.settle import build_world
 
 Wrap = Callable[[Link], Link]
 

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 
 from flexp.client.model import SPLIT_MODELS, SplitModel
-from flexp.config.run import CodecConfig, ModelConfig, OptimizerConfig
+from flexp.config import CodecConfig, ModelConfig, OptimizerConfig
 from flexp.cost.echo import random_batch
 from flexp.cost.probe import Probe
 from flexp.links.base import Link
@@ -77,8 +77,8 @@ class Parties:
         return step
 
     def _tuned(self, part: Part) -> Stage:
-        stage, model = carve(self.source, part), self.model
-        tune(stage, self.tuning, lora=model.lora, gradient_checkpointing=model.gradient_checkpointing)
+        stage = carve(self.source, part)
+        tune(stage, self.model, self.tuning)
         return stage
 
 
@@ -94,8 +94,8 @@ def parties(
     **settings: Any,
 ) -> Parties:
     """Load ``model`` and draw a batch of ``examples`` × ``length`` tokens; ``settings`` are keys of ``[model]``."""
-    config = ModelConfig.model_validate({"id": model} | settings)
-    source = load_stage(model, cast(ModelKind, kind), labels=labels_of(kind), dtype=config.dtype, pad_token_id=0)
+    config = ModelConfig.of(model, **settings | ({} if tuning == "frozen" else {"tuning": tuning}))
+    source = load_stage(config, cast(ModelKind, kind), labels=labels_of(kind), pad_token_id=0)
     where = cut_of(cut, source.anatomy.blocks)
     batch = random_batch(probe(config, kind, where, examples, length), source.model.config)
     return Parties(source, kind, where, batch, tuning, config, optimizer or OptimizerConfig())

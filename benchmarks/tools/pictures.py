@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flexp.assets import resolve
-from flexp.config.run import DataConfig
+from flexp.config import DataConfig
 from flexp.data.tasks.image_classification import ImageClassification
 from flexp.data.types import ClientData, Example, Federation
 from flexp.errors import DataError

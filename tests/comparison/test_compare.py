@@ -13,12 +13,12 @@ import pytest
 from flexp.client.trainer import Trainer
 from flexp.comparison.cells import Cell, final_cell, is_done, tuning_cell
 from flexp.comparison.compare import compare, regather
-from flexp.config.run import RunConfig
+from flexp.config import RunConfig
 from flexp.errors import BadValuesError, ConfigError, TrainingError
 from flexp.report.metrics import read
 from flexp.run import runner
 from flexp.run.probes import MemoryProbes
-from flexp.run.setup import build_world
+from flexp.run.settle import build_world
 from tests.tiny import CLIENTS
 
 from .tools import comparison

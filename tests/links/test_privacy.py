@@ -12,12 +12,13 @@ from torch import Tensor
 
 from flexp.client.model import SplitModel
 from flexp.client.steps import Piece
-from flexp.config.run import AlignConfig
+from flexp.config import AlignConfig
 from flexp.errors import ConfigError
 from flexp.links.messages import (
     Abort,
     BackwardReply,
     BackwardRequest,
+    Done,
     FetchReply,
     FetchRequest,
     ForwardReply,
@@ -51,6 +52,7 @@ VOCABULARY = {
     BackwardRequest: {"exchange", "grad_BTH", "step", "exchanges", "tokens", "weight"},
     BackwardReply: {"grad_BTH", "inner_BTH"},
     Abort: set(),
+    Done: set(),
     PullRequest: {"start", "stop", "step"},
     PullReply: {"weights"},
     FetchRequest: {"block", "first", "most"},

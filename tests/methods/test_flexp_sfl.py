@@ -11,11 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexp.config.run import TrainConfig
+from flexp.config import TrainConfig
 from flexp.errors import TrainingError
 from flexp.methods import METHODS
 from flexp.methods.turns import turns
-from flexp.run.setup import build_world
+from flexp.run.settle import build_world
 from tests.tiny import bert_folder, config
 
 ONE = {"clients": {"names": ["north"], "cuts": [[2, 3]]}}

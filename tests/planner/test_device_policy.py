@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexp.config.run import RecutConfig
+from flexp.config import RecutConfig
 from flexp.cost.choice import Choice, Prediction
 from flexp.planner.options import Option
 from flexp.planner.policy import HOLD, DevicePolicy, Situation

@@ -9,8 +9,7 @@ import pytest
 
 from benchmarks.tools.tiny_run import tiny_run
 from flexp.client.trainer import Trainer
-from flexp.config.deployment import DeploymentConfig
-from flexp.config.run import RecutConfig, RunConfig
+from flexp.config import DeploymentConfig, RecutConfig, RunConfig
 from flexp.errors import LinkError, StorageError, TrainingError
 from flexp.planner.policy import Situation
 from flexp.report.metrics import read
@@ -59,11 +58,10 @@ def kept(cut: list[int]) -> int:
 def peak_of(mover_config: RunConfig, cut: tuple[int, int], micro: int) -> int:
     from flexp.cost.choice import Choice
     from flexp.planner.model import ModelCosts
-    from flexp.run.client import find_place
     from flexp.run.planned import auto_fleet
-    from flexp.run.setup import model_folder
+    from flexp.run.settle import model_folder, settle_client
 
-    fleet = auto_fleet(mover_config, find_place(mover_config, NAME, (3, 4)).federation)
+    fleet = auto_fleet(mover_config, settle_client(mover_config, NAME, (3, 4)).run.federation)
     costs = ModelCosts(model_folder(mover_config), fleet.task, fleet.choices, fleet.server)
     return costs.predict(fleet.devices[0].profile, Choice(cut, micro, 4 // micro)).memory_bytes
 

@@ -14,8 +14,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from flexp.client.model import SplitModel
+from flexp.config import CodecConfig, RunConfig
 from flexp.config.loading import validate
-from flexp.config.run import CodecConfig, RunConfig
 from flexp.data.types import ModelKind
 from flexp.errors import ConfigError, StorageError
 from flexp.export.saved import LAST
@@ -26,7 +26,7 @@ from flexp.models.loading import load_config
 from flexp.models.parts import Part
 from flexp.models.stage import Stage
 from flexp.run.folder import is_client, read_facts
-from flexp.run.setup import load_part, load_processor, model_folder, own_pad
+from flexp.run.settle import load_part, load_processor, model_folder, own_pad
 from flexp.run.store import Snapshots
 
 PERSONAL = "personal/"

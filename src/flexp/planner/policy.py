@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from flexp.config.run import RecutConfig
+from flexp.config import RecutConfig
 from flexp.cost.choice import Choice, Prediction
 from flexp.planner.accuracy import AccuracyCurve, prior
 from flexp.planner.fleet import MARGIN, Device, Fleet, Weights

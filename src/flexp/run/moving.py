@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from flexp.client.model import SplitModel
 from flexp.client.recut import Blocks, Parking, recut
 from flexp.client.trainer import Trainer
-from flexp.config.run import RunConfig
+from flexp.config import RunConfig
 from flexp.cost.choice import Choice
 from flexp.cost.device import free_bytes
 from flexp.data.types import Federation
@@ -20,7 +20,7 @@ from flexp.planner.options import Option, grid, options_of
 from flexp.planner.policy import Decision, DevicePolicy, Situation
 from flexp.report.metrics import Record
 from flexp.run.planned import auto_fleet
-from flexp.run.setup import model_folder
+from flexp.run.settle import model_folder
 
 TOO_SHORT = 1e-4
 """Seconds; what takes less is not compared with its prediction."""

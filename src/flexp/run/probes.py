@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from flexp.config.run import RunConfig
+from flexp.config import RunConfig
 from flexp.cost.probe import Measured, Probe, measure_once
 from flexp.errors import FlexpError
 from flexp.files import read_json, write_json
@@ -17,7 +17,7 @@ from flexp.methods.client_ranks import adapters
 from flexp.methods.cuts import base_depth
 from flexp.methods.holds import holds
 from flexp.methods.parties import own_world
-from flexp.run.setup import model_folder
+from flexp.run.settle import model_folder
 
 
 class MemoryProbes:

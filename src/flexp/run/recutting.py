@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-from flexp.config.run import DevicesConfig
+from flexp.config import DevicesConfig
 from flexp.cost.choice import CODECS, Choice
 from flexp.cost.classes import profile
 from flexp.errors import ConfigError
@@ -20,7 +20,7 @@ from flexp.planner.policy import Decision, Stop, decide_for_all
 from flexp.report.formats import cut as shown
 from flexp.report.metrics import Record
 from flexp.run.planned import auto_fleet
-from flexp.run.setup import model_folder
+from flexp.run.settle import model_folder
 
 
 class Recutting:

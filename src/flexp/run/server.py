@@ -13,10 +13,9 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from flexp.config import DeploymentConfig, RunConfig
 from flexp.config import deployment as deployment_config
 from flexp.config import loading as settings
-from flexp.config.deployment import DeploymentConfig
-from flexp.config.run import RunConfig
 from flexp.errors import LinkError, StorageError
 from flexp.files import replacing
 from flexp.links.grpc import Serving, serve
@@ -59,15 +58,10 @@ def make_server(
         clients: who takes part, if that is known: for schedules of the shared learning rate.
     """
     return Server.from_pretrained(
-        config.model.id,
+        config.model,
         kind,
         base_depth=base_depth,
         end=end,
-        tuning=config.server.tuning or config.model.tuning,
-        lora=config.model.lora,
-        dtype=config.model.dtype,
-        autocast=config.model.autocast,
-        attention=config.model.attention,
         seed=config.seed,
         config=config.server,
         optimizer=config.train.shared,
@@ -125,9 +119,9 @@ def run_server(
     if state is not None and state.exists():
         load(server, state)
         say(f"going on from {state}: {server.shared.version} updates of the shared blocks so far")
-    server.guard.say = say
+    server.guard.say, server.conductor = say, conductor
     teller = Teller(server, None if conductor is None else conductor.desk)
-    options |= {"say": say, "conductor": conductor, "facts": teller.facts}
+    options |= {"say": say, "facts": teller.facts}
     server.allow_export = server.allow_export or allow_export
     if allow_export and conductor is not None and conductor.desk.numbers and not server.shared.version:
         conductor.desk.restore(max(conductor.desk.numbers))  # clients may fetch before all have come to go on
