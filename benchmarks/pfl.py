@@ -1,4 +1,4 @@
-"""``python -m benchmarks pfl``: do the baselines reach what a benchmark of personalized federated learning has published?
+"""``python -m benchmarks pfl``: do the baselines reach what a benchmark of personalized federated learning published?
 
 FlexP's own method classes on PFLlib's image task (Zhang et al., JMLR 2025, arXiv 2312.04992): Fashion-MNIST, its
 4-layer CNN, its clients (:mod:`benchmarks.pfl_data`), all of them in every round, one local epoch, batches of 10 and
@@ -23,7 +23,7 @@ import torch
 
 from benchmarks.pfl_data import Pictures, Rule, divide, federation, read_pictures
 from benchmarks.small_cnn import small_cnn
-from flexp.config.run import RunConfig
+from flexp.config import RunConfig
 from flexp.data.scores import evaluate
 from flexp.errors import ConfigError, StorageError
 from flexp.machine import machine

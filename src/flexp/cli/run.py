@@ -12,7 +12,7 @@ import typer
 from flexp.errors import ConfigError
 
 if TYPE_CHECKING:
-    from flexp.config.run import RunConfig
+    from flexp.config import RunConfig
 
 Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run; default: runs/NAME-DATE.")]
 
@@ -51,7 +51,7 @@ def demo(
 
     from flexp.config.loading import load
 
-    with as_file(files("flexp.experiments") / "demo.toml") as path:
+    with as_file(files("flexp.run") / "demo.toml") as path:
         loaded = load(path, seed=seed)
     _go(out or fresh(loaded.name), loaded)
 
