@@ -290,5 +290,5 @@ def _rounds(rounds: tuple[int, int] | None) -> str:
     return str(rounds[0]) if rounds[0] == rounds[1] else f"{rounds[0]}–{rounds[1]}"
 
 
-def _references(found: Sequence[Result] | Sequence[Standing]) -> list[int]:
+def _references(found: Sequence[Result | Standing]) -> list[int]:
     return [index for index, result in enumerate(found) if result.is_reference]
