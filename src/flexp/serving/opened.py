@@ -23,7 +23,7 @@ from flexp.links.base import Link
 from flexp.methods.flexp_sfl import FlexpSfl
 from flexp.run import checkpoints
 from flexp.run.folder import is_client
-from flexp.run.setup import load_processor, model_folder
+from flexp.run.settle import load_processor, model_folder
 from flexp.serving.writer import Writer
 
 WRITING = ("causal-lm", "instruction", "multiple-choice")
