@@ -24,7 +24,7 @@ from typing import Any, Literal
 import simpy
 
 from flexp.cost.profile import Profile
-from flexp.data.seeding import generator
+from flexp.data.ordering import generator
 
 Process = Generator[Any, Any, None]
 
