@@ -27,9 +27,10 @@ from flexp.config.run import RunConfig
 from flexp.data.scores import evaluate
 from flexp.errors import ConfigError, StorageError
 from flexp.machine import machine
-from flexp.methods import METHODS, Local, World
+from flexp.methods import METHODS, World
 from flexp.methods.base import Method, OnStep
 from flexp.methods.federated import Client, Federated
+from flexp.methods.local import Local
 from flexp.methods.workbench import Weights
 from flexp.run import checkpoints
 

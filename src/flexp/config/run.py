@@ -276,9 +276,9 @@ class RunConfig(Section):
                 f"server.max_in_flight = {self.server.max_in_flight}"
             )
         changes = () if self.devices is None else self.devices.changes
-        if self.method.name != "flexp-sfl" and (self.recut.on or changes):
+        if (self.recut.on or changes) and not METHODS[self.method.name].recuts:
             what = "recut.on" if self.recut.on else "devices.changes"
-            raise ValueError(f'{what} is for method.name = "flexp-sfl" only: it alone moves cuts while it trains')
+            raise ValueError(f'{what} needs a method that moves cuts while it trains, such as "{DEFAULT}"')
         if self.recut.on and self.server.tuning not in (None, self.model.tuning):
             raise ValueError(
                 f"recut.on needs the same tuning on both sides: model.tuning is {self.model.tuning}, server.tuning "

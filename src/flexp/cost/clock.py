@@ -1,15 +1,15 @@
 """A virtual clock: what a run's measured work would take on its clients' devices.
 
 A discrete-event simulation (simpy). Every client is a process that computes, sends, receives and waits; the server's
-attention is a resource that clients queue for, first come, first served. The schedules are the methods':
+attention is a resource that clients queue for, first come, first served. Kinds of schedules:
 
 - ``synchronous``: download weights → local steps → upload them; the round ends when the last upload is there.
 - ``alone``: local steps only, nobody talks.
 - ``split-async``: every step is head → upload → queue and server → download → tail → upload of the gradient → queue and
   server → download → head backward. Nobody waits for anybody; a round is over when the last client has had its turn.
 - ``split-sync``: such steps between a download of weights and an upload of them, with the end of a round in common.
-  :data:`ONE_AT_A_TIME`: one client's steps of the round after another's. :data:`TOGETHER`: every step is one of all,
-  so that the server begins when the last client's activations are there.
+  ``one_at_a_time``: one client's steps of the round after another's. ``together``: every step is one of all, so that
+  the server begins when the last client's activations are there.
 
 A message takes both ends' latencies, and its bits over the slower of the sender's uplink and the receiver's downlink.
 A client that is away rests: what it was doing goes on when it is back. The server is always there. Averaging,
@@ -28,37 +28,27 @@ import simpy
 from flexp.cost.classes import DeviceProfile
 from flexp.cost.presence import Presence
 
-Schedule = Literal["synchronous", "alone", "split-async", "split-sync"]
+Kind = Literal["synchronous", "alone", "split-async", "split-sync"]
 Process = Generator[Any, Any, None]
 
-SCHEDULES: dict[str, Schedule | None] = {
-    "flexp-sfl": "split-async",
-    "splitfed-v1": "split-sync",
-    "splitfed-v2": "split-sync",
-    "splitlora": "split-sync",
-    "split-fedavg": "split-sync",
-    "splitft": "split-sync",
-    "local": "alone",
-    "centralized": None,  # no client computes
-    "pretrained": None,
-    "fedavg": "synchronous",
-    "fedavg-ft": "synchronous",
-    "fedprox": "synchronous",
-    "pfedme": "synchronous",
-    "ditto": "synchronous",
-    "fedper": "synchronous",
-    "fedrep": "synchronous",
-    "per-fedavg": "synchronous",
-    "apfl": "synchronous",
-    "hetlora": "synchronous",
-}
-"""How each method's clients and server take turns; ``None``: there is nothing to time."""
+@dataclass(frozen=True)
+class Schedule:
+    """How a method's clients and server take turns.
 
-ONE_AT_A_TIME = frozenset({"splitfed-v2"})
-"""Methods whose server's side one client trains after the other: nobody steps before who came first is through."""
+    Attributes:
+        kind: see above.
+        one_at_a_time: one client trains the server's side after the other: nobody steps before who came first is
+            through.
+        together: the server joins the batches of all clients in one step; these have equally many.
+        pull_every: steps after which a client fetches shared weights; 0: never.
+        average_every: rounds between two averages of weights.
+    """
 
-TOGETHER = frozenset({"splitlora"})
-"""Methods whose server joins the batches of all clients in one step; these have equally many."""
+    kind: Kind
+    one_at_a_time: bool = False
+    together: bool = False
+    pull_every: int = 0
+    average_every: int = 1
 
 
 @dataclass(frozen=True)
@@ -135,19 +125,16 @@ def simulate(
     server: DeviceProfile,
     *,
     slots: int = 1,
-    one_at_a_time: bool = False,
-    together: bool = False,
     seed: int = 0,
 ) -> Virtual:
     """Let the clocks run. Equal arguments give equal times.
 
     Args:
         slots: requests that the server works on at once, each at its full speed.
-        one_at_a_time, together: see :data:`ONE_AT_A_TIME` and :data:`TOGETHER`.
         seed: of the periods in which devices are away.
     """
     rounds = len(next(iter(work.values())).steps)
-    simulation = _Simulation(schedule, rounds, len(work), server, slots, one_at_a_time, together)
+    simulation = _Simulation(schedule, rounds, len(work), server, slots)
     clients = [_Client(simulation, name, work[name], devices[name], seed) for name in work]
     for client in clients:
         simulation.env.process(client.live())
@@ -158,21 +145,12 @@ def simulate(
 class _Simulation:
     """What all clients share: the clock, the server's attention, and the ends of rounds."""
 
-    def __init__(
-        self,
-        schedule: Schedule,
-        rounds: int,
-        clients: int,
-        server: DeviceProfile,
-        slots: int,
-        one_at_a_time: bool,
-        together: bool,
-    ) -> None:
+    def __init__(self, schedule: Schedule, rounds: int, clients: int, server: DeviceProfile, slots: int) -> None:
         self.env = simpy.Environment()
-        self.schedule, self.rounds, self.server = schedule, rounds, server
+        self.kind, self.rounds, self.server = schedule.kind, rounds, server
         self.attention = simpy.Resource(self.env, capacity=slots)
-        self.turn = simpy.Resource(self.env, capacity=1 if one_at_a_time else clients)
-        self.together, self._clients, self._arrived = together, clients, 0
+        self.turn = simpy.Resource(self.env, capacity=1 if schedule.one_at_a_time else clients)
+        self.together, self._clients, self._arrived = schedule.together, clients, 0
         self._all_there = self.env.event()
         self.ends = [0.0] * rounds
         self._missing = [clients] * rounds
@@ -211,7 +189,7 @@ class _Client:
 
     def live(self) -> Process:
         simulation, work = self.simulation, self.work
-        exchanges_weights = simulation.schedule in ("synchronous", "split-sync")
+        exchanges_weights = simulation.kind in ("synchronous", "split-sync")
         for number in range(simulation.rounds):
             if exchanges_weights and number % work.weights_every == 0:
                 yield from self.receive(work.weights_down)
@@ -239,7 +217,7 @@ class _Client:
 
     def step(self) -> Process:
         work = self.work
-        if self.simulation.schedule in ("synchronous", "alone"):
+        if self.simulation.kind in ("synchronous", "alone"):
             yield from self.compute(work.before * work.exchanges)
             return
         for exchange in range(work.exchanges):

@@ -25,10 +25,7 @@ from flexp.cost.probe import Probe
 from flexp.data.ordering import BatchOrder
 from flexp.data.types import ClientData
 from flexp.links.messages import size
-from flexp.methods.base import World
-from flexp.methods.client_ranks import adapters
-from flexp.methods.cuts import base_depth
-from flexp.methods.holds import holds
+from flexp.methods.base import World, base_depth
 from flexp.methods.parties import client_seed, own_stage, own_world, with_model
 from flexp.models.parts import Part
 from flexp.models.stage import carve
@@ -75,7 +72,7 @@ class Costs:
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self.part = holds(world.config.method).part
+        self.part = world.method.held.part
         self._known: dict[Any, ExchangeCost] = {}
         self._clients = {data.name: data for data in world.federation.clients}
 
@@ -84,7 +81,7 @@ class Costs:
         world = own_world(self.world, client) if self.part == "ends" else self.world
         examples, length, exchanges = mean_shape(world, self._clients[client])
         cut = None if self.part == "whole" else self.world.cuts[client]
-        own = adapters(self.world, client)
+        own = self.world.adapters(client)
         again = world.config.model.gradient_checkpointing
         key = (cut, examples, length, own.lora.rank, again, None if only is None else frozenset(only))
         if key not in self._known:
@@ -155,7 +152,7 @@ def _whole(world: World, probe: Probe, only: Collection[str] | None) -> Exchange
 def _split(world: World, probe: Probe) -> ExchangeCost:
     """Client and server each on their own: the server gets the very messages that the client sent to an echo."""
     config = world.config
-    aligned = config.method.name == "flexp-sfl"
+    aligned = world.method.aligns
     assert probe.cut is not None
     base = base_depth(config, world.cuts) if aligned else probe.cut[0]
     align = config.method.align.model_dump(mode="json") if aligned else None

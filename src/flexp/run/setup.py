@@ -16,8 +16,7 @@ from flexp.data import load_federation, pad_id
 from flexp.data.types import Federation
 from flexp.errors import ConfigError, ModelError
 from flexp.machine import imitates_bfloat16
-from flexp.methods.base import World
-from flexp.methods.cuts import method_cuts
+from flexp.methods.base import World, method_of
 from flexp.models.loading import ModelKind, load_config, load_stage
 from flexp.models.parts import Part, check_cut
 from flexp.models.stage import Stage
@@ -48,7 +47,8 @@ def build_world(config: RunConfig, federate: Federate = load_federation) -> Worl
     kind = federation.task.model_kind
     source = load_part(config, model_id, kind, federation.task.label_names, own_pad(kind, processor))
     cuts = client_cuts(config, federation, source.anatomy.blocks)
-    return World(config, federation, source, method_cuts(config, cuts, source.anatomy.blocks), plan=plan)
+    cuts = method_of(config).cuts(config, cuts, source.anatomy.blocks)
+    return World(config, federation, source, cuts, plan=plan)
 
 
 def load_part(
