@@ -75,14 +75,13 @@ def _stage(probe: Probe) -> Stage:
     assert probe.cut is not None
     blocks = int(load_config(probe.model).get_text_config().num_hidden_layers)
     stage = load_stage(
-        probe.model,
+        ModelConfig(**probe.model_config),
         cast(ModelKind, probe.kind),
         Part.client(probe.cut, blocks),
         labels=probe.labels,
         pad_token_id=0,
-        embeddings=probe.model_config["embeddings"],
     )
-    tune(stage, "full")
+    tune(stage, ModelConfig(id="any"))
     return stage
 
 

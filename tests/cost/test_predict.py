@@ -177,7 +177,7 @@ def test_a_process_needs_what_was_predicted(tmp_path: Path, follow: bool, in_fil
         optimizer=OptimizerConfig().model_dump(mode="json"),
         steps=2,
     )
-    cost, choice = model_cost(str(tmp_path), kind, length=length, embeddings=where), Choice(cut, examples)
+    cost, choice = model_cost(ModelConfig.of(tmp_path, embeddings=where), kind, length=length), Choice(cut, examples)
     trains = memory(cost, choice)
     assert trains == memory(model_cost(str(tmp_path), kind, length=length), choice) - table
     if follow:

@@ -136,11 +136,10 @@ def server(
         kind.value,
         base_depth=1 if base_depth is None else base_depth,
         end=end,
-        tuning=tuning,
         lora=LoraConfig(rank=rank, alpha=alpha),
         dtype=dtype.value,
         seed=seed,
-        config=ServerConfig(memory=memory.value),
+        config=ServerConfig.model_validate({"memory": memory.value, "tuning": tuning}),
         optimizer=OptimizerConfig(lr=lr),
     )
     run_server(made, listen, state=state, allow_export=allow_export, **options)

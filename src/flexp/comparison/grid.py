@@ -1,9 +1,10 @@
 """What is tuned: for every method the same number of trials, over learning rates and its own key setting.
 
-A method with a key setting of its own (:attr:`flexp.methods.base.Method.axis`) tries two values of it with half as many learning rates as a method without one.
-Learning rates are factors around the configuration's ``train.personal.lr`` (:data:`FACTORS`, the first ones), or taken
-from ``[compare] lrs``; ``train.shared.lr``, which only split methods use, goes with them, unless :data:`RATIO` or the
-grid says otherwise. The values are those that the methods' papers or their common implementations vary around.
+A method with a key setting of its own (:attr:`flexp.methods.base.Method.axis`) tries two values of it, with half as
+many learning rates as a method without one. Learning rates are factors around the configuration's
+``train.personal.lr`` (:data:`FACTORS`, the first ones), or taken from ``[compare] lrs``; ``train.shared.lr``, which
+only split methods use, goes with them, unless :data:`RATIO` or the grid says otherwise. The values are those that the
+methods' papers or their common implementations vary around.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ PERSONAL, SHARED = "train.personal.lr", "train.shared.lr"
 
 FACTORS = (1.0, 2.0, 0.5, 4.0, 8.0, 0.25)
 """Of the configuration's learning rate, in the order in which they are taken."""
+
 
 def trials(comparison: Comparison, entry: Entry) -> list[Settings]:
     """The settings that are tried for ``entry``, fixed ones among them; empty if nothing is tuned.

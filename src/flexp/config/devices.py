@@ -9,7 +9,7 @@ from typing import Annotated
 
 from pydantic import Field, PositiveInt
 
-from flexp.config.methods import Fraction, Rate, Section
+from flexp.config.section import Fraction, Rate, Section
 
 
 class DeviceClassConfig(Section):

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from pydantic import Field, PositiveInt
 
-from flexp.config.methods import Rate, Section
+from flexp.config.section import Rate, Section
 
 Factor = Annotated[float, Field(gt=1.0)]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
-from flexp.config.methods import Section
+from flexp.config.section import Section
 
 CodecName = Literal["off", "fp32", "bf16", "fp16", "int8-channel", "int8-row", "fp8", "int4"]
 

@@ -13,31 +13,13 @@ from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 from flexp.config.devices import DeviceChange, DeviceClassConfig, DevicesConfig, RecutConfig
 from flexp.config.guard import GuardConfig
 from flexp.config.link import CodecConfig, CodecName, LinkConfig
-from flexp.config.methods import (
-    TERMS,
-    AlignConfig,
-    ApflConfig,
-    DittoConfig,
-    FedAvgFtConfig,
-    FedPerConfig,
-    FedProxConfig,
-    FedRepConfig,
-    Fraction,
-    HetLoraConfig,
-    MethodConfig,
-    PerFedAvgConfig,
-    PFedMeConfig,
-    Rate,
-    Section,
-    SplitFedConfig,
-    SplitFtConfig,
-    SplitLoraConfig,
-)
+from flexp.config.methods import DEFAULT, AlignConfig, MethodConfig
+from flexp.config.model import LoraConfig, ModelConfig, Tuning
+from flexp.config.section import Beta, Fraction, Rate, Section, all_keys
+from flexp.registry import METHODS
 
 __all__ = [
-    "TERMS",
     "AlignConfig",
-    "ApflConfig",
     "Beta",
     "ClientsConfig",
     "CodecConfig",
@@ -47,39 +29,27 @@ __all__ = [
     "DeviceChange",
     "DeviceClassConfig",
     "DevicesConfig",
-    "DittoConfig",
     "EvaluationConfig",
-    "FedAvgFtConfig",
-    "FedPerConfig",
-    "FedProxConfig",
-    "FedRepConfig",
     "Fraction",
     "GuardConfig",
-    "HetLoraConfig",
     "LinkConfig",
     "LoraConfig",
     "MethodConfig",
     "ModelConfig",
     "OptimizerConfig",
     "OutputConfig",
-    "PFedMeConfig",
-    "PerFedAvgConfig",
     "Rate",
     "RecutConfig",
     "RunConfig",
     "Section",
     "ServerConfig",
-    "SplitFedConfig",
-    "SplitFtConfig",
-    "SplitLoraConfig",
     "Task",
     "TrainConfig",
     "Tuning",
+    "all_keys",
 ]
 
 Task = Literal["classification", "causal-lm", "instruction", "multiple-choice", "image-classification"]
-Tuning = Literal["full", "lora"]
-Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 def _to_the_end(cut: Any) -> Any:
@@ -90,35 +60,6 @@ def _to_the_end(cut: Any) -> Any:
 
 
 Cut = Annotated[tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)] | None], BeforeValidator(_to_the_end)]
-
-
-class LoraConfig(Section):
-    """Low-rank adapters (Hu et al., 2021, arXiv 2106.09685), used when ``model.tuning`` is ``lora``."""
-
-    rank: PositiveInt = 8
-    alpha: float = 16.0
-    dropout: Fraction = 0.0
-    targets: str | list[str] = "all-linear"  # names of linear modules inside the blocks, as peft takes them
-
-
-class ModelConfig(Section):
-    """The pretrained model and how it is tuned."""
-
-    # folder (beside the TOML file, or as given), Hugging Face id, asset:NAME, or arch:NAME (tiny, random weights)
-    id: str
-    dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 is for LoRA: full tuning in it loses small steps
-    # mixed precision: weights, optimiser and what crosses stay in dtype, matrix products are computed in bfloat16
-    autocast: Literal["off", "bfloat16"] = "off"
-    attention: Literal["sdpa", "eager"] = "sdpa"
-    tuning: Tuning = "full"
-    lora: LoraConfig = LoraConfig()
-    train_embeddings: bool = False  # with full tuning: also the client's embeddings (and a head tied to them)
-    # of tokens, frozen and not tied to the head; file: they stay in the checkpoint's file, which each batch reads the
-    # rows of its tokens from: equal numbers, less memory
-    embeddings: Literal["memory", "file"] = "memory"
-    gradient_checkpointing: bool = False  # on the client's own blocks
-    base_depth: Annotated[int, Field(ge=0)] | None = None  # s_min; None: the smallest s of the clients
-    expose_embeddings: bool = False  # allow s = 0, where the server can read every token from what it receives
 
 
 class ClientsConfig(Section):
@@ -296,5 +237,8 @@ class RunConfig(Section):
         return self
 
     def resolved(self) -> dict[str, Any]:
-        """The configuration with every default written out, as JSON-ready values."""
-        return self.model_dump(mode="json")
+        """The configuration with every default written out, as JSON-ready values; of other methods what was said."""
+        content, method = self.model_dump(mode="json"), METHODS[self.method.name]
+        if method.Config is not None:
+            content["method"][method.table] = self.method.own(method.table, method.Config).model_dump(mode="json")
+        return content

@@ -31,6 +31,7 @@ from flexp.cost.presence import Presence
 Kind = Literal["synchronous", "alone", "split-async", "split-sync"]
 Process = Generator[Any, Any, None]
 
+
 @dataclass(frozen=True)
 class Schedule:
     """How a method's clients and server take turns.

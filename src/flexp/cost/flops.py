@@ -227,7 +227,7 @@ def _server(world: World, blocks: tuple[int, int]) -> Server:
     config = world.config
     stage = carve(world.source, Part.server(*blocks))
     tuning = config.server.tuning or config.model.tuning
-    tune(stage, tuning, lora=config.model.lora, seed=config.seed)
+    tune(stage, config.model, tuning, seed=config.seed)
     return Server(stage, tuning=tuning, config=config.server, optimizer=config.train.shared)
 
 

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from flexp.client.trainer import Step
 from flexp.config.run import OptimizerConfig
+from flexp.cost.clock import Schedule
 from flexp.data.types import ClientData
 from flexp.errors import ConfigError
-from flexp.cost.clock import Schedule
 from flexp.links.base import Meter
 from flexp.methods.base import Account, Forward, Method, OnStep, State, World
 from flexp.methods.parties import client_seed, own_stage

@@ -48,8 +48,8 @@ class FedPer(Federated):
             )
         if not self.shared:
             raise ConfigError(
-                f"method {self.name}: last_blocks = {self.settings.last_blocks} of {blocks} blocks leave nothing to average; "
-                "use fewer"
+                f"method {self.name}: last_blocks = {self.settings.last_blocks} of {blocks} blocks leave nothing to "
+                "average; use fewer"
             )
 
     def is_shared(self, name: str) -> bool:

@@ -119,22 +119,18 @@ def _task(config: RunConfig, federation: Federation) -> tuple[TaskShape, Choices
     )
     codec = config.link.codec.activation
     here = config.devices is None and config.data.clients.profiles is None
-    shape = TaskShape(
+    shape = TaskShape.of_model(
+        model,
         kind=task.model_kind,
         length=max(1, longest),
         labels=len(task.label_names or ("", "")),
         batch_size=config.train.batch_size,
-        dtype=model.dtype,
-        autocast=model.autocast,
-        attention=model.attention,
-        tuning=model.tuning,
-        rank=model.lora.rank,
-        train_embeddings=model.train_embeddings,
-        embeddings="memory" if here and maps_count() else model.embeddings,
         optimizer=config.train.personal.name,
         aligned=method_of(config).aligns and (method.align.has_term or method.align.teach),
         follow=method_of(config).aligns and method.align.follow,
     )
+    if here and maps_count():
+        shape = shape.model_copy(update={"embeddings": "memory"})
     micro = config.train.micro_batch
     own = _own_exchanges(config)
     if micro is None and (not own or config.train.in_flight > 1):

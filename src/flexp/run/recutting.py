@@ -12,8 +12,8 @@ from flexp.cost.choice import CODECS, Choice
 from flexp.cost.classes import profile
 from flexp.errors import ConfigError
 from flexp.methods.base import Method, World
-from flexp.methods.split import Split
 from flexp.methods.parties import own_config
+from flexp.methods.split import Split
 from flexp.planner.fleet import Choices, Fleet
 from flexp.planner.model import ModelCosts
 from flexp.planner.replan import Replan, replan

@@ -59,15 +59,10 @@ def make_server(
         clients: who takes part, if that is known: for schedules of the shared learning rate.
     """
     return Server.from_pretrained(
-        config.model.id,
+        config.model,
         kind,
         base_depth=base_depth,
         end=end,
-        tuning=config.server.tuning or config.model.tuning,
-        lora=config.model.lora,
-        dtype=config.model.dtype,
-        autocast=config.model.autocast,
-        attention=config.model.attention,
         seed=config.seed,
         config=config.server,
         optimizer=config.train.shared,

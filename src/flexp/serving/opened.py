@@ -127,20 +127,7 @@ def _of_server(
     def reach() -> Link:
         return connect(name)
 
-    split = SplitModelForCausalLM.from_pretrained(
-        model_id,
-        cut=cut,
-        link=reach(),
-        tuning=config.model.tuning,
-        lora=config.model.lora,
-        train_embeddings=config.model.train_embeddings,
-        dtype=config.model.dtype,
-        autocast=config.model.autocast,
-        attention=config.model.attention,
-        embeddings=config.model.embeddings,
-        expose_embeddings=config.model.expose_embeddings,
-        seed=config.seed,
-    )
+    split = SplitModelForCausalLM.from_pretrained(config.model.at(model_id), cut=cut, link=reach(), seed=config.seed)
     prefix = "personal/"
     own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     split.load_personal_state(own)
