@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 from benchmarks.paired import paired
-from flexp.config.run import ModelConfig, OptimizerConfig
+from flexp.config import ModelConfig, OptimizerConfig
 from flexp.cost.echo import client_model, random_batch
 from flexp.cost.probe import Probe, measure
 from flexp.machine import machine

@@ -18,7 +18,7 @@ import torch
 import transformers
 
 from benchmarks.overhead import split_step
-from flexp.config.run import ModelConfig, OptimizerConfig
+from flexp.config import ModelConfig, OptimizerConfig
 from flexp.cost.choice import Choice
 from flexp.cost.echo import client_model, random_batch
 from flexp.cost.measure import clock, flops_per_second, measure_model

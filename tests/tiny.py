@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from flexp.config import RunConfig
 from flexp.config.loading import validate
-from flexp.config.run import RunConfig
 from flexp.models.zoo import save_tiny
 from tests.data.tools import jsonl, labelled, tokenizer
 

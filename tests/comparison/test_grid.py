@@ -10,7 +10,7 @@ import pytest
 
 from flexp.comparison.config import CompareConfig, Comparison, make
 from flexp.comparison.grid import PERSONAL, SHARED, apply, rates, trials, untried
-from flexp.config.run import RunConfig
+from flexp.config import RunConfig
 from flexp.errors import ConfigError
 from flexp.methods import METHODS
 from flexp.methods.base import RATIO

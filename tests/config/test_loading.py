@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from flexp.config import RunConfig, all_keys
 from flexp.config.loading import load
-from flexp.config.run import RunConfig, all_keys
 from flexp.errors import ConfigError
 from flexp.registry import METHODS
 

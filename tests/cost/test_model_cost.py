@@ -20,7 +20,7 @@ CASES = [(name, rank) for name in ("bert", "llama", "gpt2") for rank in (None, 4
 
 
 def loaded(name: str, rank: int | None) -> Any:
-    from flexp.config.run import LoraConfig
+    from flexp.config import LoraConfig
 
     stage = load_stage(f"arch:{name}", cost_of(name).kind)  # type: ignore[arg-type]
     tune(stage, ModelConfig(id="any", tuning="full" if rank is None else "lora", lora=LoraConfig(rank=rank or 8)))

@@ -9,7 +9,7 @@ from typing import Literal
 import pytest
 import transformers
 
-from flexp.config.run import AlignConfig, ModelConfig, OptimizerConfig
+from flexp.config import AlignConfig, ModelConfig, OptimizerConfig
 from flexp.cost.choice import CODECS, Choice
 from flexp.cost.model_cost import model_cost
 from flexp.cost.predict import ADAPTERS, CHECKPOINTING, OVERHEAD, memory, predict, server_memory

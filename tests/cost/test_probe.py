@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from flexp.config.run import AlignConfig, ModelConfig, OptimizerConfig
+from flexp.config import AlignConfig, ModelConfig, OptimizerConfig
 from flexp.cost import probe as memory
 from flexp.cost.echo import client_model, random_batch, without_tail
 from flexp.cost.probe import Measured, Probe, measure, measure_once

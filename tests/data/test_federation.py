@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from flexp.config.run import DataConfig
+from flexp.config import DataConfig
 from flexp.data import Federation, load_federation
 from flexp.errors import ConfigError, DataError, FlexpError
 

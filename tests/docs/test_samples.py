@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
+from flexp.config import RunConfig, all_keys
 from flexp.config.loading import load, read
-from flexp.config.run import RunConfig, all_keys
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file
 
 import flexp
-from flexp.config.run import OptimizerConfig
+from flexp.config import OptimizerConfig
 from flexp.models.zoo import save_tiny
 from flexp.optim import Updater
 from tests.harness import equal

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from flexp.config.run import RunConfig
+from flexp.config import RunConfig
 from flexp.errors import ConfigError
 from flexp.methods.base import Cuts, base_depth, method_of
 from tests.tiny import CLIENTS, config

@@ -16,8 +16,7 @@ import datasets  # noqa: F401  (what reading the data imports is no part of the 
 import torch
 from rich.console import Console
 
-from flexp.config import ModelConfig, OptimizerConfig
-from flexp.config.deployment import DeploymentConfig
+from flexp.config import DeploymentConfig, ModelConfig, OptimizerConfig
 from flexp.config.loading import validate
 from flexp.cost.device import Limit, for_training, memory_limits
 from flexp.limits import out_of_memory

@@ -125,7 +125,7 @@ def server(
         run_server(made, listen, conductor=conductor, allow_export=allow_export or deployment.allow_export, **options)
         return
 
-    from flexp.config.run import LoraConfig, OptimizerConfig, ServerConfig
+    from flexp.config import LoraConfig, OptimizerConfig, ServerConfig
     from flexp.server import Server
 
     assert model is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +67,8 @@ class SplitModel(PersonalModel):
     """
 
     kind: ClassVar[ModelKind]
+    plan_cut: ClassVar[Callable[..., tuple[int, int]] | None] = None
+    """What ``cut="auto"`` asks, as :func:`flexp.planner.own.own_cut` is called; ``flexp`` sets it."""
 
     def __init__(
         self,
@@ -138,9 +140,9 @@ class SplitModel(PersonalModel):
         wanted = wanted.at(resolve(wanted.id))
         blocks = int(load_config(wanted.id).get_text_config().num_hidden_layers)
         if cut == "auto":
-            from flexp.planner.own import own_cut  # the one call upwards, for those who ask for it
-
-            cut = own_cut(wanted, cls.kind, largest, labels=len(labels or ("", "")), align=align)
+            if cls.plan_cut is None:
+                raise ConfigError('cut = "auto" is planned for flexp.SplitModelFor…; take the class from there')
+            cut = cls.plan_cut(wanted, cls.kind, largest, labels=len(labels or ("", "")), align=align)
         whole_cut = check_cut(cut, blocks)
         stage = load_stage(wanted, cls.kind, Part.client(whole_cut, blocks), labels=labels, seed=seed)
         tune(stage, wanted, seed=seed)

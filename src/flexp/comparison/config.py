@@ -11,9 +11,9 @@ from typing import Any
 
 from pydantic import Field, PositiveInt, ValidationError, field_validator
 
+from flexp.config import Rate, RunConfig, Section
 from flexp.config import loading as settings
 from flexp.config.methods import DEFAULT, HEADLINE
-from flexp.config.run import Rate, RunConfig, Section
 from flexp.errors import ConfigError
 from flexp.registry import METHODS
 

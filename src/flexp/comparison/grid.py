@@ -15,8 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from flexp.comparison.config import Comparison, Entry
+from flexp.config import RunConfig
 from flexp.config.loading import validate
-from flexp.config.run import RunConfig
 from flexp.errors import ConfigError
 from flexp.methods.base import RATIO, Method
 from flexp.registry import METHODS

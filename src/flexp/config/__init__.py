@@ -1,34 +1,15 @@
 """The one schema of a run: one file a table."""
 
-from flexp.config.run import (
-    AlignConfig,
-    Beta,
-    ClientsConfig,
-    CodecConfig,
-    CodecName,
-    Cut,
-    DataConfig,
-    DeviceChange,
-    DeviceClassConfig,
-    DevicesConfig,
-    EvaluationConfig,
-    Fraction,
-    GuardConfig,
-    LinkConfig,
-    LoraConfig,
-    MethodConfig,
-    ModelConfig,
-    OptimizerConfig,
-    OutputConfig,
-    Rate,
-    RecutConfig,
-    RunConfig,
-    Section,
-    ServerConfig,
-    Task,
-    TrainConfig,
-    Tuning,
-)
+from flexp.config.data import ClientsConfig, Cut, DataConfig, Task
+from flexp.config.deployment import DeploymentConfig
+from flexp.config.devices import DeviceChange, DeviceClassConfig, DevicesConfig, RecutConfig
+from flexp.config.link import CodecConfig, CodecName, LinkConfig
+from flexp.config.methods import AlignConfig, MethodConfig
+from flexp.config.model import LoraConfig, ModelConfig, Tuning
+from flexp.config.run import EvaluationConfig, OutputConfig, RunConfig
+from flexp.config.section import Beta, Fraction, Rate, Section, all_keys
+from flexp.config.server import GuardConfig, ServerConfig
+from flexp.config.train import OptimizerConfig, TrainConfig
 
 __all__ = [
     "AlignConfig",
@@ -38,6 +19,7 @@ __all__ = [
     "CodecName",
     "Cut",
     "DataConfig",
+    "DeploymentConfig",
     "DeviceChange",
     "DeviceClassConfig",
     "DevicesConfig",
@@ -58,4 +40,5 @@ __all__ = [
     "Task",
     "TrainConfig",
     "Tuning",
+    "all_keys",
 ]

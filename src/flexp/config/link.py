@@ -1,7 +1,4 @@
-"""The part of a run's schema that says in what form activations and gradients cross a link.
-
-:mod:`flexp.config.run` gives these names as well; whoever reads the configuration imports that.
-"""
+"""The table ``[link]``: in what form activations and gradients cross a link."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""The part of a run's schema that says which method, and how clients align with the server.
+"""The table ``[method]``: which method, and how clients align with the server.
 
-What only one method reads is declared by its class (:mod:`flexp.methods.base`). :mod:`flexp.config.run` has the rest of
-the schema and gives these names as well.
+What only one method reads is declared by its class (:mod:`flexp.methods.base`).
 """
 
 from __future__ import annotations

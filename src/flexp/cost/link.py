@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from flexp.config.run import AlignConfig
+from flexp.config import AlignConfig
 from flexp.cost.model_cost import ModelCost
 from flexp.errors import LinkError
 from flexp.links.base import Link

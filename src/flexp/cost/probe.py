@@ -156,7 +156,7 @@ def _run(probe: Probe) -> Measured:
     """In the process of its own: load, train, read the kernel's figures."""
     import torch
 
-    from flexp.config.run import ModelConfig, OptimizerConfig
+    from flexp.config import ModelConfig, OptimizerConfig
     from flexp.cost import echo
     from flexp.models.loading import load_config, load_stage
     from flexp.models.parts import Part

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flexp.config.run import DataConfig
+from flexp.config import DataConfig
 from flexp.data.columns import as_text, check_present
 from flexp.data.grouping import check_apart, check_whole
 from flexp.data.labels import label_texts, sort_labels

@@ -22,7 +22,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from flexp.config.run import Fraction, Section
+from flexp.config import Fraction, Section
 from flexp.methods.base import Holds, OnStep, World
 from flexp.methods.federated import Client, Federated, spread
 from flexp.methods.workbench import Weights, optimizer_state

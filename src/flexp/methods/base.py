@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from flexp.client.trainer import Step
-from flexp.config.run import LoraConfig, RunConfig, Section
+from flexp.config import LoraConfig, RunConfig, Section
 from flexp.cost.clock import Schedule
 from flexp.data.types import ClientData, Federation
 from flexp.links.base import Traffic

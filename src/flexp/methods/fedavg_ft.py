@@ -18,7 +18,7 @@ from typing import Literal
 
 from pydantic import PositiveInt
 
-from flexp.config.run import Rate, Section
+from flexp.config import Rate, Section
 from flexp.errors import ConfigError
 from flexp.methods.base import OnStep, World, of_a_round
 from flexp.methods.federated import Client, Federated, spread

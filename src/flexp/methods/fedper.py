@@ -12,7 +12,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from flexp.config.run import Section
+from flexp.config import Section
 from flexp.errors import ConfigError
 from flexp.methods.base import Axis, World
 from flexp.methods.federated import Federated

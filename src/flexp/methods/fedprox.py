@@ -12,7 +12,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from flexp.config.run import Section
+from flexp.config import Section
 from flexp.methods.base import Holds, OnStep, World
 from flexp.methods.federated import Client, Federated
 from flexp.methods.workbench import Weights

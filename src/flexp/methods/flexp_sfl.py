@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from flexp.config.run import RunConfig
+from flexp.config import RunConfig
 from flexp.cost.clock import Schedule
 from flexp.methods.split import Split
 

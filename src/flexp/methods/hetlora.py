@@ -22,7 +22,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from flexp.config.run import Section
+from flexp.config import Section
 from flexp.errors import ConfigError
 from flexp.methods.base import Adapters, World
 from flexp.methods.federated import Averaging, Client, Federated

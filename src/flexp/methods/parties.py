@@ -9,7 +9,7 @@ from typing import Any
 
 from flexp.client.model import SPLIT_MODELS, SplitModel
 from flexp.client.trainer import Trainable, Trainer
-from flexp.config.run import CodecConfig, RunConfig
+from flexp.config import CodecConfig, RunConfig
 from flexp.data.types import ClientData, Task
 from flexp.links.base import Link
 from flexp.methods.base import World

@@ -23,7 +23,7 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field, PositiveInt
 
-from flexp.config.run import OptimizerConfig, Rate, RunConfig, Section
+from flexp.config import OptimizerConfig, Rate, RunConfig, Section
 from flexp.errors import ConfigError
 from flexp.methods.base import Holds, OnStep, World
 from flexp.methods.federated import Client, Federated, spread

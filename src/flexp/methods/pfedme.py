@@ -23,7 +23,7 @@ from __future__ import annotations
 import torch
 from pydantic import PositiveInt
 
-from flexp.config.run import Rate, Section
+from flexp.config import Rate, Section
 from flexp.methods.base import Holds, OnStep, World
 from flexp.methods.federated import Client, Federated
 from flexp.methods.workbench import Weights

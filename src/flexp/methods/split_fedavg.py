@@ -24,7 +24,7 @@ from typing import ClassVar
 
 import torch
 
-from flexp.config.run import AlignConfig, RunConfig
+from flexp.config import AlignConfig, RunConfig
 from flexp.cost.clock import Schedule
 from flexp.methods.base import RATIO, Account, Axis, Cuts, Forward, OnStep, State, World
 from flexp.methods.ranks import average, fit

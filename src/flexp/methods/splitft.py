@@ -21,7 +21,7 @@ from collections.abc import Mapping
 
 from pydantic import PositiveInt
 
-from flexp.config.run import RunConfig, Section
+from flexp.config import RunConfig, Section
 from flexp.errors import ConfigError
 from flexp.methods.base import Adapters, Cuts, World
 from flexp.methods.split_fedavg import SplitFedAvg

@@ -26,7 +26,7 @@ from dataclasses import replace
 from pydantic import PositiveInt
 from torch import nn
 
-from flexp.config.run import RunConfig
+from flexp.config import RunConfig
 from flexp.cost.clock import Schedule
 from flexp.errors import ConfigError
 from flexp.methods.base import OnStep, World

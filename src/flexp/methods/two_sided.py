@@ -23,7 +23,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from flexp.config.run import RunConfig, Section
+from flexp.config import RunConfig, Section
 from flexp.cost.clock import Schedule
 from flexp.errors import ConfigError
 from flexp.methods.base import RATIO, Account, Axis, Cuts, Holds, OnStep, State, World

@@ -1,13 +1,11 @@
-"""This process as a device: what it may use, and the cut that it gets by itself."""
+"""The cut that this process gets by itself: what ``flexp.SplitModel….from_pretrained(cut="auto")`` asks for."""
 
 from __future__ import annotations
 
 import logging
 
-import torch
-
 from flexp.config import AlignConfig, ModelConfig
-from flexp.cost.device import training_memory
+from flexp.cost.device import this_machine
 from flexp.cost.profile import Profile
 from flexp.limits import maps_count
 from flexp.models.loading import ModelKind
@@ -20,19 +18,6 @@ from flexp.report.formats import size
 OFF = AlignConfig(kind="off")
 
 log = logging.getLogger("flexp")
-
-
-def this_machine() -> Profile:
-    """What this process may use, with the speed and the network of a laptop, which were not measured."""
-    tightest = training_memory(torch.get_num_threads())
-    laptop = Profile.from_class("laptop")
-    return laptop.model_copy(
-        update={
-            "name": "this machine",
-            "memory_bytes": max(1, tightest.free_bytes),
-            "memory_from": f"this machine's memory ({tightest.name})",
-        }
-    )
 
 
 def own_cut(

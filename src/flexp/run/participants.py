@@ -10,11 +10,12 @@ from typing import Any, TypedDict
 
 from flexp.cost.classes import assign, profile
 from flexp.cost.clock import ClientWork, Schedule
-from flexp.cost.flops import Costs, ExchangeCost
+from flexp.cost.flops import ExchangeCost
 from flexp.errors import ConfigError
 from flexp.methods.base import Account, Method, World
 from flexp.report.formats import size as shown
 from flexp.report.metrics import Record
+from flexp.run.costs import Costs
 from flexp.run.phases import Phase, VirtualTime, phases
 from flexp.run.probes import MemoryProbes
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from flexp.assets import resolve
+from flexp.config import RunConfig
 from flexp.config.loading import override, read
-from flexp.config.run import RunConfig
 from flexp.cost.choice import CODECS, Choice, form
+from flexp.cost.device import this_machine
 from flexp.cost.profile import Profile
 from flexp.data.types import Federation
 from flexp.errors import ConfigError
@@ -20,7 +21,6 @@ from flexp.methods.base import method_of
 from flexp.planner.document import PlannedClient, SavedPlan, document, read_plan
 from flexp.planner.fleet import Choices, Device, Fleet, TaskShape, of_run, parse_fleet
 from flexp.planner.model import ModelCosts
-from flexp.planner.own import this_machine
 from flexp.planner.plan import Plan, make_plan
 from flexp.report.formats import cut, size
 

@@ -13,10 +13,9 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from flexp.config import DeploymentConfig, RunConfig
 from flexp.config import deployment as deployment_config
 from flexp.config import loading as settings
-from flexp.config.deployment import DeploymentConfig
-from flexp.config.run import RunConfig
 from flexp.errors import LinkError, StorageError
 from flexp.files import replacing
 from flexp.links.grpc import Serving, serve

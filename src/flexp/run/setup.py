@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from flexp.assets import resolve
-from flexp.config.run import DataConfig, RunConfig
+from flexp.config import DataConfig, RunConfig
 from flexp.data import load_federation, pad_id
 from flexp.data.types import Federation
 from flexp.errors import ConfigError, ModelError

@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from flexp.config.run import AlignConfig
+from flexp.config import AlignConfig
 from flexp.registry import ALIGNMENTS
 
 EPSILON = 1e-6

@@ -9,7 +9,7 @@ from typing import Any
 from flexp.assets import resolve
 from flexp.client.generation import SplitGenerator
 from flexp.client.model import SplitModel, SplitModelForCausalLM
-from flexp.config.run import RunConfig
+from flexp.config import RunConfig
 from flexp.data.tasks.instruction import TEMPLATE
 from flexp.data.templates import fields
 from flexp.errors import ConfigError, StorageError

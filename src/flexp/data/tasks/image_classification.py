@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexp.config.run import DataConfig
+from flexp.config import DataConfig
 from flexp.data.tasks.base import place
 from flexp.data.tasks.measures import class_tally
 from flexp.data.types import Batch, Example, Forward, ModelKind, Row, Tally
