@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flexp.config import RunConfig
+from flexp.config.run import RunConfig
 from flexp.errors import ConfigError
 
 
