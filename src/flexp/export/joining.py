@@ -76,7 +76,7 @@ def join(
     if not isinstance(run.method, Split):
         raise ConfigError(
             f"{folder}: the method {run.config.method.name} has no server whose blocks a newcomer could start from; "
-            "flexp join is for flexp-sfl"
+            "flexp join needs a method that splits"
         )
     if name in run.world.cuts:
         raise ConfigError(f"{name!r} is a client of {folder} already; choose another --name")
