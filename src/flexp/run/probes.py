@@ -14,7 +14,7 @@ from flexp.errors import FlexpError
 from flexp.files import read_json, write_json
 from flexp.methods.base import World, base_depth
 from flexp.methods.parties import own_world
-from flexp.run.setup import model_folder
+from flexp.run.settle import model_folder
 
 
 class MemoryProbes:

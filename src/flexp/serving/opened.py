@@ -24,7 +24,7 @@ from flexp.methods.base import method_of
 from flexp.methods.split import Split
 from flexp.run import checkpoints
 from flexp.run.folder import is_client
-from flexp.run.setup import load_processor, model_folder
+from flexp.run.settle import load_processor, model_folder
 from flexp.serving.writer import Writer
 
 WRITING = ("causal-lm", "instruction", "multiple-choice")

@@ -13,7 +13,7 @@ from flexp.data.tasks.text import pad_id
 from flexp.data.templates import fill
 from flexp.errors import ConfigError, DataError
 from flexp.rng import RandomStream
-from flexp.run.setup import max_positions
+from flexp.run.settle import max_positions
 from flexp.serving.stream import Ending, TextStream
 
 ROLES = ("system", "user", "assistant")
