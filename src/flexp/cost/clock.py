@@ -24,7 +24,7 @@ from typing import Any, Literal
 import simpy
 
 from flexp.cost.classes import DeviceProfile
-from flexp.data.seeding import generator
+from flexp.data.ordering import generator
 
 Kind = Literal["synchronous", "alone", "split-async", "split-sync"]
 Process = Generator[Any, Any, None]

@@ -12,7 +12,7 @@ training. Budget: exact. Bytes: as v1's.
 from __future__ import annotations
 
 from flexp.cost.clock import Schedule
-from flexp.data.seeding import generator
+from flexp.data.ordering import generator
 from flexp.methods.base import OnStep
 from flexp.methods.federated import Client
 from flexp.methods.two_sided import TwoSided

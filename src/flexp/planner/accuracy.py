@@ -22,7 +22,7 @@ from scipy.optimize import isotonic_regression
 
 from flexp.config import Section
 from flexp.cost.choice import Choice
-from flexp.data.seeding import generator
+from flexp.data.ordering import generator
 from flexp.errors import ConfigError
 from flexp.files import read_json, write_json
 from flexp.registry import METHODS

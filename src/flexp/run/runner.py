@@ -12,8 +12,8 @@ from typing import Any
 from flexp.client.trainer import Step
 from flexp.config import RunConfig
 from flexp.config.loading import validate
+from flexp.data.ordering import generator
 from flexp.data.scores import evaluate
-from flexp.data.seeding import generator
 from flexp.data.types import Example
 from flexp.errors import ConfigError, StorageError
 from flexp.files import read_json, write_json

@@ -10,8 +10,8 @@ from flexp.assets import resolve
 from flexp.client.generation import SplitGenerator
 from flexp.client.model import SplitModel, SplitModelForCausalLM
 from flexp.config import RunConfig
+from flexp.data.tasks.base import fields
 from flexp.data.tasks.instruction import TEMPLATE
-from flexp.data.templates import fields
 from flexp.errors import ConfigError, StorageError
 from flexp.export.client_folder import ClientFolder, middle, open_client
 from flexp.export.facts import FILE
