@@ -24,8 +24,8 @@ from flexp.report.metrics import MetricsLog, write_records
 from flexp.report.metrics import read as read_log
 from flexp.report.progress import Progress
 from flexp.run.folder import write_facts
-from flexp.run.moving import make_mover
 from flexp.run.parked import ParkedOnDisk
+from flexp.run.recutting import make_mover
 from flexp.run.settle import ClientSetup
 from flexp.run.store import Snapshots
 from flexp.run.worker import Worker

@@ -33,11 +33,12 @@ from flexp.report.summary import (
 )
 from flexp.report.tensorboard import EventWriter
 from flexp.run import checkpoints
+from flexp.run.costs import MemoryProbes
 from flexp.run.folder import is_joined
-from flexp.run.participants import Dropped, client_facts, place
-from flexp.run.probes import MemoryProbes
-from flexp.run.recutting import Recutting, check_changes, cuts_by_round, told
+from flexp.run.participants import Dropped, check_changes, place
+from flexp.run.recutting import Recutting, in_words
 from flexp.run.settle import build_world
+from flexp.run.virtual import client_facts, cuts_by_round
 
 Summary = dict[str, Any]
 
@@ -170,7 +171,7 @@ class _Run:
     def _round(self, number: int) -> None:
         for record in self.recutting.before_round(number):
             self._write(record)
-            self.progress.note(told(record))
+            self.progress.note(in_words(record))
         self.method.train_round(number, lambda step: self._on_step(number, step))
         last = number == self.config.train.rounds
         if last or number % self.config.evaluation.every == 0:

@@ -25,7 +25,7 @@ from flexp.links.coding import load_residuals
 from flexp.links.orders import Order, Ready
 from flexp.report.metrics import MetricsLog, Record
 from flexp.rng import RandomStream
-from flexp.run.moving import Mover, in_words
+from flexp.run.recutting import Mover, in_words
 from flexp.run.store import Snapshots
 
 Say = Callable[[str], None]
