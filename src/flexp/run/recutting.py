@@ -21,8 +21,8 @@ from flexp.cost.device import free_bytes
 from flexp.data.types import Federation
 from flexp.errors import FlexpError, LinkLostError, StorageError
 from flexp.methods.base import Method, World
-from flexp.methods.flexp_sfl import FlexpSfl
 from flexp.methods.parties import own_config
+from flexp.methods.split import Split
 from flexp.planner.accuracy import prior
 from flexp.planner.fleet import Choices, Fleet
 from flexp.planner.model import ModelCosts
@@ -218,7 +218,7 @@ class Recutting:
         if not self.active:
             return []
         method, rules = self.method, self.world.config.recut
-        assert isinstance(method, FlexpSfl)
+        assert isinstance(method, Split)
         fleet = self._fleet(number)
         current = {device.name: self._current(method, device.name) for device in fleet.devices}
         found: dict[str, Decision | Stop] = {}
@@ -256,7 +256,7 @@ class Recutting:
     @cached_property
     def _choices(self) -> Choices:
         """What may be chosen while training: cuts that the server has blocks for, and exchanges."""
-        assert isinstance(self.method, FlexpSfl)
+        assert isinstance(self.method, Split)
         start, stop = self.method.server.blocks
         blocks, config = self.world.source.anatomy.blocks, self.world.config
         known = auto_fleet(config, self.world.federation).choices
@@ -270,7 +270,7 @@ class Recutting:
         fleet = self._fleet(1)
         return ModelCosts(model_folder(self.world.config), fleet.task, fleet.choices, fleet.server)
 
-    def _current(self, method: FlexpSfl, name: str) -> Choice:
+    def _current(self, method: Split, name: str) -> Choice:
         own = own_config(self.world.config, self.names.index(name))
         return _choice(own, method.cut_of(name), method.clients[name].micro_batch, self._choices)
 

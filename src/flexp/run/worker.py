@@ -5,22 +5,21 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from flexp.client.model import SplitModel
 from flexp.client.recut import fit
-from flexp.client.state import cut_in, load_party, party_state, residuals_of
+from flexp.client.state import cut_in, load_party, party_state
 from flexp.client.trainer import Step, Trainer
 from flexp.data.scores import evaluate
 from flexp.errors import LinkError, LinkLostError, StorageError, TrainingError
 from flexp.limits import out_of_memory
 from flexp.links.base import Link
 from flexp.links.coding import load_residuals
-from flexp.links.orders import Order, Ready
+from flexp.links.messages import Order, Ready
 from flexp.report.metrics import Record
 from flexp.rng import RandomStream
 from flexp.run.diary import Diary
@@ -29,14 +28,6 @@ from flexp.run.settle import ClientSetup
 from flexp.run.store import Snapshots
 
 Say = Callable[[str], None]
-
-
-class ConductedLink(Link, Protocol):
-    """A link to a server that conducts a run."""
-
-    def ready(self, ready: Ready) -> Future[Order]:
-        """Ask what to do next."""
-        ...
 
 
 class Worker:
@@ -138,7 +129,7 @@ class Worker:
         train = self.config.train
         planned = 0 if train.personal.schedule == "constant" else train.total_steps
         ready = Ready(self.trainer.steps, done, self._run, numbers, self._saved_steps, self._told(), planned)
-        future = self._link.ready(ready)
+        future = self._link.call(ready)
         while True:
             try:
                 return future.result(0.5)
@@ -245,7 +236,7 @@ class Worker:
 
     def _keeping_the_meter(self, link: Link) -> Link:
         link.meter = self.model.link.meter
-        load_residuals(residuals_of(link), residuals_of(self.model.link))
+        load_residuals(link.residuals, self.model.link.residuals)
         return link
 
     def _told(self) -> dict[str, float]:
@@ -268,5 +259,5 @@ class Worker:
         return (self.trainer.steps - 1) // self.config.train.steps_per_round + 1
 
     @property
-    def _link(self) -> ConductedLink:
-        return self.model.link  # type: ignore[return-value]
+    def _link(self) -> Link:
+        return self.model.link
