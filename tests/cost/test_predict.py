@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import pytest
 import transformers
 
 from flexp.config import AlignConfig, ModelConfig, OptimizerConfig
 from flexp.cost.choice import CODECS, Choice
-from flexp.cost.model_cost import model_cost
+from flexp.cost.model_cost import ModelCost, model_cost
 from flexp.cost.predict import ADAPTERS, CHECKPOINTING, OVERHEAD, memory, predict, server_memory
 from flexp.cost.probe import Probe, measure
 from flexp.errors import ConfigError
@@ -153,38 +152,59 @@ def test_a_cut_outside_of_the_model() -> None:
         memory(cost_of("bert"), Choice((1, 9), 1))
 
 
-@pytest.mark.parametrize(
-    ("follow", "in_file"), [(False, False), (True, False), (False, True)], ids=["trains", "follows", "in its file"]
-)
-def test_a_process_needs_what_was_predicted(tmp_path: Path, follow: bool, in_file: bool) -> None:
-    """Within 15 %, of about 100 MB, with what is no tensor assumed and not measured."""
+@pytest.fixture(scope="module")
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelConfig, ModelCost]:
+    """A model of some size, with a large table of embeddings where that stays in its file; and what it costs."""
+    folder: Path = tmp_path_factory.mktemp("saved")
     config = tiny_model("bert").config
     config.update({"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 4})
-    table = 4 * 256 * 20_000 if in_file else 0
-    config.update({"vocab_size": 20_000} if in_file else {})
+    config.update({"vocab_size": 20_000} if request.param else {})
     with quietly():
-        transformers.BertForSequenceClassification(config).save_pretrained(tmp_path)
-    kind, cut, examples, length = "sequence-classification", (5, 6), 8, 48
-    where: Literal["memory", "file"] = "file" if in_file else "memory"
+        transformers.BertForSequenceClassification(config).save_pretrained(folder)
+    model = ModelConfig.of(folder, embeddings="file" if request.param else "memory")
+    return model, model_cost(model, "sequence-classification", length=48)
+
+
+@pytest.mark.parametrize(
+    ("saved", "follow"),
+    [(False, False), (False, True), (True, False)],
+    ids=["trains", "follows", "in its file"],
+    indirect=["saved"],
+)
+def test_a_process_needs_what_was_predicted(saved: tuple[ModelConfig, ModelCost], follow: bool) -> None:
+    """Within 15 %, of about 100 MB, with what is no tensor assumed and not measured."""
+    (model, cost), cut, examples = saved, (5, 6), 8
     probe = Probe(
-        model=str(tmp_path),
-        kind=kind,
+        model=model.id,
+        kind=cost.kind,
         cut=cut,
         examples=examples,
-        length=length,
+        length=cost.length,
         labels=["a", "b"],
-        model_config=ModelConfig(id=str(tmp_path), embeddings=where).model_dump(mode="json"),
+        model_config=model.model_dump(mode="json"),
         optimizer=OptimizerConfig().model_dump(mode="json"),
         steps=2,
     )
-    cost, choice = model_cost(ModelConfig.of(tmp_path, embeddings=where), kind, length=length), Choice(cut, examples)
-    trains = memory(cost, choice)
-    assert trains == memory(model_cost(str(tmp_path), kind, length=length), choice) - table
+    trains = memory(cost, Choice(cut, examples))
     if follow:
         align = AlignConfig(kind="weights", teach=True, follow=True, every=100)
         probe = replace(probe, align=align.model_dump(mode="json"), base_depth=1)
     peak = measure(probe).peak
     assert peak > 40e6
-    predicted = memory(cost, choice, base=True, followed=1) if follow else trains
+    predicted = memory(cost, Choice(cut, examples), base=True, followed=1) if follow else trains
     assert predicted == pytest.approx(peak, rel=0.15)
     assert not follow or predicted < 0.8 * trains  # no gradient and no optimiser for four of five blocks
+
+
+def test_a_table_in_its_file_takes_no_memory(tmp_path: Path) -> None:
+    config = tiny_model("bert").config
+    with quietly():
+        transformers.BertForSequenceClassification(config).save_pretrained(tmp_path)
+    held, stored = (
+        memory(
+            model_cost(ModelConfig.of(tmp_path, embeddings=where), "sequence-classification", length=10),
+            Choice((3, 4), 8),
+        )
+        for where in ("memory", "file")
+    )
+    assert held - stored == 4 * config.vocab_size * config.hidden_size

@@ -12,9 +12,15 @@ from flexp.models.architectures import ARCHITECTURES
 
 
 @lru_cache
-def cost_of(name: str, **settings: Any) -> ModelCost:
-    """Of a tiny model, at 10 tokens; ``settings`` are keys of ``[model]``."""
-    return model_cost(ModelConfig.of(f"arch:{name}", **settings), ARCHITECTURES[name].task, length=10, labels=3)
+def cost_of(name: str, *, without_content: bool = False, **settings: Any) -> ModelCost:
+    """Of a tiny model, at 10 tokens; ``settings`` are keys of ``[model]``.
+
+    Counted on real tensors, which is faster for models this small; tests/cost/test_model_cost.py holds it to the same
+    figures without them.
+    """
+    cost = model_cost(ModelConfig.of(f"arch:{name}", **settings), ARCHITECTURES[name].task, length=10, labels=3)
+    cost._real = not without_content
+    return cost
 
 
 def plain_profile(**changes: Any) -> Profile:
