@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TypedDict
 
 from flexp.config import DevicesConfig
-from flexp.cost.classes import assign, profile
+from flexp.cost.profile import Profile, assign
 from flexp.errors import ConfigError
 from flexp.methods.base import World
 from flexp.report.formats import size as shown
@@ -45,7 +45,7 @@ def place(world: World, probes: MemoryProbes) -> tuple[World, list[Dropped]]:
         return world, []
     _check_changes(config.devices, [client.name for client in world.federation.clients])
     devices = assign(config.devices, [client.name for client in world.federation.clients])
-    profile(config.devices.server, config.devices.classes)
+    Profile.from_class(config.devices.server, config.devices.classes)
     notes = list(world.federation.notes)
     probes.measure(notes.append)
     dropped: list[Dropped] = []
@@ -87,7 +87,7 @@ def devices_at(config: DevicesConfig, names: Sequence[str], number: int) -> Devi
 
 def _check_changes(config: DevicesConfig, names: Sequence[str]) -> None:
     for change in config.changes:
-        profile(change.to, config.classes)
+        Profile.from_class(change.to, config.classes)
         odd = [name for name in change.clients or [] if name not in names]
         if odd:
             raise ConfigError(f"devices.changes: the run has no client {odd[0]!r}; expected some of {', '.join(names)}")

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from flexp.cost.classes import DeviceProfile, assign, profile
 from flexp.cost.clock import ClientTime, ClientWork, Schedule, simulate
 from flexp.cost.flops import ExchangeCost
+from flexp.cost.profile import Profile, assign
 from flexp.methods.base import Account, Method, World
 from flexp.report.metrics import Record
 from flexp.run.costs import Costs
@@ -166,7 +166,7 @@ class Phase:
 
     rounds: list[int]
     only: bool
-    devices: Mapping[str, DeviceProfile]
+    devices: Mapping[str, Profile]
     cuts: Mapping[str, tuple[int, int]]
     micro_batches: Mapping[str, int | None]
     there: list[str]
@@ -237,7 +237,7 @@ class VirtualTime:
             self._schedule,
             work,
             phase.devices,
-            profile(config.server, config.classes),
+            Profile.from_class(config.server, config.classes),
             slots=config.server_slots,
             seed=self._world.config.seed,
         )
