@@ -24,7 +24,7 @@ from flexp.report.progress import Progress
 from flexp.run.diary import Diary
 from flexp.run.folder import write_facts
 from flexp.run.parked import ParkedOnDisk
-from flexp.run.recutting import make_mover
+from flexp.run.recutting import Mover
 from flexp.run.settle import ClientSetup
 from flexp.run.store import Snapshots
 from flexp.run.worker import Worker
@@ -75,7 +75,7 @@ def run_client(
             diary=diary,
             run=str(facts.get("run", "")),
             patience=deployment.patience,
-            mover=make_mover(config, federation, trainer, setup.load, parking) if recuts else None,
+            mover=Mover(setup, trainer, parking) if recuts else None,
             tell_cut=lambda cut: write_facts(state, setup.data, federation, cut),
         )
         if moved:  # or the server, going back to that snapshot, would undo it
