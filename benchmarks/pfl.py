@@ -26,9 +26,10 @@ from benchmarks.tools.pictures import Pictures, Rule, divide, federation, read_p
 from flexp.config import RunConfig
 from flexp.data.scores import evaluate
 from flexp.errors import ConfigError, StorageError
-from flexp.methods import METHODS, Local, World
+from flexp.methods import METHODS, World
 from flexp.methods.base import Method, OnStep
 from flexp.methods.federated import Client, Federated
+from flexp.methods.local import Local
 from flexp.methods.workbench import Weights
 from flexp.run import checkpoints
 

@@ -27,7 +27,7 @@ def world(home: Path, name: str, clients: int = 4, **own: Any) -> World:
     pictures = read_pictures(str(home))
     config = settings(name, 2, 0)
     if own:
-        table = getattr(config.method, name).model_copy(update=own)
+        table = METHODS[name].own(config).model_copy(update=own)
         config = config.model_copy(update={"method": config.method.model_copy(update={name: table})})
     return World(config, federation(pictures, divide(pictures.labels, clients, "dirichlet")), small_cnn(0), {})
 
@@ -73,7 +73,7 @@ def test_the_head_is_the_last_layer(home: Path) -> None:
 
 def test_pfedme_runs_with_the_benchmarks_settings() -> None:
     config = settings("pfedme", 1, 0)
-    own, sgd = config.method.pfedme, config.train.personal
+    own, sgd = METHODS["pfedme"].own(config), config.train.personal
     assert (own.lam, own.inner_steps, own.eta, own.beta) == (15.0, 5, 0.005, 1.0)
     assert (sgd.name, sgd.lr, sgd.weight_decay, sgd.momentum, sgd.clip) == ("sgd", 0.01, 0.001, 0.0, None)
     assert settings("fedavg", 1, 0).train.personal.lr == 0.005
