@@ -18,9 +18,9 @@ from flexp.config import AlignConfig, CodecConfig, ModelConfig
 from flexp.errors import ConfigError, LinkError
 from flexp.links.base import Link, as_link, ask
 from flexp.links.messages import Abort, ForwardRequest
+from flexp.models.execution import ExecutionPlan
 from flexp.models.loading import ModelKind, load_config, load_stage
 from flexp.models.parts import Part, check_cut
-from flexp.models.plan import Plan
 from flexp.models.tuning import tune
 
 
@@ -32,7 +32,7 @@ class Sent:
     z_BTH: Tensor
     inner_BTH: tuple[Tensor, ...]
     inputs: Mapping[str, Any]
-    plan: Plan
+    plan: ExecutionPlan
 
 
 class SplitModel(JoinedModel):
