@@ -62,7 +62,7 @@ class SplitModel(JoinedModel):
 
     kind: ClassVar[ModelKind]
     plan_cut: ClassVar[Callable[..., tuple[int, int]] | None] = None
-    """What ``cut="auto"`` asks, as :func:`flexp.planner.own.own_cut` is called; ``flexp`` sets it."""
+    """What ``cut="auto"`` asks, as :func:`flexp.planner.model.own_cut` is called; ``flexp`` sets it."""
 
     @classmethod
     def from_pretrained(
