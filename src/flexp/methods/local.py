@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from flexp.client.personal import WholeModel
 from flexp.client.trainer import Trainer
-from flexp.client.whole import WholeModel
 from flexp.links.base import Traffic
 from flexp.methods.base import Account, Forward, Method, OnStep, State, World
 from flexp.methods.parties import make_trainer, own_stage
