@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from flexp.config import DevicesConfig
-from flexp.cost.choice import CODECS, Choice
+from flexp.cost.choice import Choice
 from flexp.cost.classes import profile
 from flexp.errors import ConfigError
 from flexp.methods.base import Method, World
@@ -106,7 +106,7 @@ class Recutting:
             accumulation=-(-config.train.batch_size // size),
             checkpointing=own.model.gradient_checkpointing,
             rank=config.model.lora.rank if config.model.tuning == "lora" else None,
-            codec=own.link.codec.activation if own.link.codec.activation in CODECS else self._choices.codecs[0],
+            codec=own.link.codec.activation,
         )
 
 
