@@ -16,9 +16,9 @@ from flexp.methods.split import Split
 from flexp.report.metrics import read
 from flexp.report.summary import Scores, best_round, picked_on, scores_by_round
 from flexp.run import checkpoints
+from flexp.run.costs import MemoryProbes
 from flexp.run.folder import is_client
 from flexp.run.participants import place
-from flexp.run.probes import MemoryProbes
 from flexp.run.settle import world_of
 
 LAST, BEST = "last", "best"
