@@ -7,9 +7,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, PositiveInt
 
 from flexp.config.link import CodecName
-from flexp.config.section import Fraction, Rate, Section
+from flexp.config.section import Fraction, Rate, Section, named
+from flexp.registry import PARTITIONERS, TASKS
 
-Task = Literal["classification", "causal-lm", "instruction", "multiple-choice", "image-classification"]
+Task = Annotated[str, named(TASKS)]
 
 
 def _to_the_end(cut: Any) -> Any:
@@ -25,7 +26,7 @@ Cut = Annotated[tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)] |
 class ClientsConfig(Section):
     """How the data is divided among clients, and what every client keeps of the model."""
 
-    by: Literal["column", "file", "iid", "dirichlet", "pathological", "size", "length", "skew"] = "column"
+    by: Annotated[str, named(PARTITIONERS)] = "column"
     column: str = "client"  # column: names the client; skew: every value becomes two clients, VALUE-a and VALUE-b
     names: list[str] | None = None  # only these clients (column, file and skew), in this order
     count: PositiveInt | None = None  # how many clients (partitioners)

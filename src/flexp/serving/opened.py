@@ -9,9 +9,8 @@ from typing import Any
 from flexp.assets import resolve
 from flexp.client.generation import SplitGenerator
 from flexp.client.model import SplitModel, SplitModelForCausalLM
-from flexp.config import RunConfig
-from flexp.data.tasks.base import fields
-from flexp.data.tasks.instruction import TEMPLATE
+from flexp.config import DataConfig, RunConfig
+from flexp.data.tasks import task_of
 from flexp.errors import ConfigError, StorageError
 from flexp.export.client_folder import ClientFolder, middle, open_client
 from flexp.export.facts import FILE
@@ -26,8 +25,6 @@ from flexp.run import checkpoints
 from flexp.run.folder import is_client
 from flexp.run.settle import load_processor, model_folder
 from flexp.serving.writer import Writer
-
-WRITING = ("causal-lm", "instruction", "multiple-choice")
 
 
 def open_writer(
@@ -50,13 +47,13 @@ def open_writer(
             raise ConfigError(f"{place} holds a whole model: leave out --server, or name the run")
         return _of_folder(place, client)
     config = run_config(place)
-    if config.data.task not in WRITING:
+    if not _writes(config.data):
         raise ConfigError(f"the models of {place} write no text: their task is {config.data.task}; use flexp predict")
     return _of_run(place, client, which) if connect is None else _of_server(place, config, client, which, connect)
 
 
 def _of_client(opened: ClientFolder, connect: Callable[[str], Link], which: str) -> Writer:
-    if opened.config.data.task not in WRITING:
+    if not _writes(opened.config.data):
         raise ConfigError(
             f"the model of {opened.folder} writes no text: its task is {opened.config.data.task}; use flexp predict"
         )
@@ -74,7 +71,7 @@ def _split_writer(name: str, split: SplitModel, reach: Callable[[], Link], token
         tokenizer,
         SplitGenerator(split, reach),
         split.config,
-        prompt=_prompt(config.data),
+        prompt=task_of(config.data).chat_prompt(config.data),
         about=f"split at {split.cut}, its middle on a server",
         close=lambda: split.link.close(),
     )
@@ -82,11 +79,18 @@ def _split_writer(name: str, split: SplitModel, reach: Callable[[], Link], token
 
 def _of_folder(place: Path, client: str | None) -> Writer:
     usable = of_folder(place, client)
-    if usable.data.task not in WRITING:
+    if not _writes(usable.data):
         raise ConfigError(f"the model in {place} writes no text: its task is {usable.data.task}; use flexp predict")
     model = usable.model
     tokenizer = load_processor(str(place), RunConfig.model_validate({"model": {"id": str(place)}, "data": usable.data}))
-    return Writer(usable.client, tokenizer, model, model.config, prompt=_prompt(usable.data), about="the whole model")
+    return Writer(
+        usable.client,
+        tokenizer,
+        model,
+        model.config,
+        prompt=task_of(usable.data).chat_prompt(usable.data),
+        about="the whole model",
+    )
 
 
 def _of_run(place: Path, client: str | None, which: str) -> Writer:
@@ -103,7 +107,15 @@ def _of_run(place: Path, client: str | None, which: str) -> Writer:
         about = "the whole model"
     tokenizer = load_processor(model_folder(config), config)
     whole = run.world.source.model.config
-    return Writer(name, tokenizer, model, whole, prompt=_prompt(config.data), about=about, close=method.close)
+    return Writer(
+        name,
+        tokenizer,
+        model,
+        whole,
+        prompt=task_of(config.data).chat_prompt(config.data),
+        about=about,
+        close=method.close,
+    )
 
 
 def _of_server(
@@ -151,9 +163,5 @@ def _cut_of(place: Path, client: str | None) -> tuple[str, tuple[int, int]]:
     return client, cuts[client]
 
 
-def _prompt(data: Any) -> str | None:
-    """What stands for a chat template in a model that was tuned to follow instructions."""
-    template = data.template or TEMPLATE
-    if data.task != "instruction" or len(fields(template)) != 1:
-        return None
-    return str(template).replace("{" + fields(template)[0] + "}", "{prompt}")
+def _writes(data: DataConfig) -> bool:
+    return task_of(data).model_kind == "causal-lm"
