@@ -71,7 +71,8 @@ def client(
         )
 
     folder = state or Path("clients") / place.data.name
-    said = "link" in read(config) or place.config.data.clients.codecs is not None
+    clients = place.config.data.clients
+    said = "link" in read(config) or any([clients.codec, *(one.codec for one in clients.each)])
     codec = place.config.link.codec if said else None  # who says nothing gets the network's default
     if not run_client(loaded, deployment, reach, place, folder, codec=codec):
         typer.echo("go on with the same command")

@@ -119,10 +119,8 @@ class SplitFtConfig(Section):
 
 
 class HetLoraConfig(Section):
-    """Averaged adapters of unequal ranks (Cho et al., 2024, arXiv 2401.06432)."""
+    """Averaged adapters of unequal ranks, ``data.clients.rank`` (Cho et al., 2024, arXiv 2401.06432)."""
 
-    # of the clients in their order, repeated for more; None: model.lora.rank for all
-    ranks: Annotated[list[PositiveInt], Field(min_length=1)] | None = None
     weighting: Literal["examples", "sparsity"] = "sparsity"  # by the norm of B·A, as in the paper
 
 

@@ -7,7 +7,7 @@ marked so, and so is the share of the memory. Peaks are those of single precisio
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from pydantic import Field, PositiveInt, ValidationError, model_validator
 
@@ -139,11 +139,10 @@ def profile(name: str, classes: Mapping[str, DeviceClassConfig] | None = None) -
         raise ConfigError(f"devices.classes.{name}: {reason}") from error
 
 
-def assign(config: DevicesConfig, clients: Sequence[str]) -> dict[str, DeviceProfile]:
-    """The device of each client: ``devices.assign`` in order, repeated when there are more clients.
+def assign(config: DevicesConfig, classes: Mapping[str, str]) -> dict[str, DeviceProfile]:
+    """The device of each client, of whom ``classes`` has the class.
 
     Raises:
         ConfigError: a class is not known.
     """
-    names = config.assign
-    return {client: profile(names[i % len(names)], config.classes) for i, client in enumerate(clients)}
+    return {client: profile(name, config.classes) for client, name in classes.items()}

@@ -24,17 +24,12 @@ def adapters(world: World, client: str) -> Adapters:
         return Adapters(lora)
     if config.method.name == "hetlora":
         names = [data.name for data in world.federation.clients]
-        return Adapters(lora.model_copy(update={"rank": hetlora_rank(config.method, lora, names.index(client))}))
+        rank = config.data.clients.of(client, names.index(client)).rank or lora.rank
+        return Adapters(lora.model_copy(update={"rank": rank}))
     if config.method.name == "splitft":
         cut, rank = world.cuts[client], splitft_rank(config.method, lora)
         return Adapters(lora, beside_cut(cut, world.source.anatomy.blocks, rank))
     return Adapters(lora)
-
-
-def hetlora_rank(method: MethodConfig, lora: LoraConfig, index: int) -> int:
-    """Of the client at ``index``: ``method.hetlora.ranks`` in order, repeated."""
-    ranks = method.hetlora.ranks or [lora.rank]
-    return ranks[index % len(ranks)]
 
 
 def splitft_rank(method: MethodConfig, lora: LoraConfig) -> int:

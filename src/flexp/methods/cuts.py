@@ -21,7 +21,7 @@ def method_cuts(config: RunConfig, cuts: Mapping[str, tuple[int, int]], blocks: 
     """(s, e) of each client in the method of ``config``; applied once more, it changes nothing.
 
     Args:
-        cuts: what ``data.clients.cuts`` says.
+        cuts: what ``data.clients`` says.
         blocks: of the model.
 
     Raises:

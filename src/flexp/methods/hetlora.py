@@ -1,6 +1,6 @@
 """HetLoRA: federated averaging of LoRA adapters of unequal ranks (Cho et al., EMNLP 2024, arXiv 2401.06432).
 
-The server holds adapters of the largest rank R. A client of rank r (``method.hetlora.ranks``) gets the first r rows of
+The server holds adapters of the largest rank R. A client of rank r (``data.clients.rank``) gets the first r rows of
 A and columns of B, takes local steps, and sends them back; padded with zeros they are averaged:
 
     A ← Σ p_k pad(A_k),  B ← Σ p_k pad(B_k)    p_k: the client's share of Σ ‖B_k A_k‖_F, for each adapter by itself,

@@ -69,19 +69,21 @@ def find_place(config: RunConfig, name: str | None, cut: tuple[int, int | None] 
     model_id = str(resolve(config.model.id))
     processor = load_processor(model_id, config)
     federation, blocks = _federation(config, model_id, processor)
+    if len(federation.clients) == 1:
+        name = name or federation.clients[0].name
+        federation = replace(federation, clients=[replace(federation.clients[0], name=name)])
     if cut is None:
         config, notes, _ = with_cuts(config, federation, blocks)
         federation = replace(federation, notes=[*federation.notes, *notes])
     cuts = client_cuts(config, federation, blocks) if cut is None else {}
     names = [client.name for client in federation.clients]
-    if len(names) > 1 and name not in names:
+    if name not in names:
         raise DataError(f"the data have no client {name}; expected one of {', '.join(names)} (--name)")
-    index = names.index(name) if name in names else 0
-    own = federation.clients[index]
-    chosen = cuts[own.name] if cut is None else check_cut(cut, blocks, where="--cut")
-    own = replace(own, name=name or own.name)
+    index = names.index(name)
+    chosen = cuts[name] if cut is None else check_cut(cut, blocks, where="--cut")
     pad = own_pad(federation.task.model_kind, processor)
-    return Place(own, federation, model_id, chosen, blocks, pad, own_config(config, index), cut is not None)
+    config = own_config(config, config.data.clients.of(name, index))
+    return Place(federation.clients[index], federation, model_id, chosen, blocks, pad, config, cut is not None)
 
 
 def cuts_of(config: RunConfig) -> dict[str, tuple[int, int]]:
@@ -100,7 +102,7 @@ def settled(config: RunConfig, say: Callable[[str], None]) -> RunConfig:
     Raises:
         FlexpError: what is wrong with data, model or plan.
     """
-    if config.data.clients.plan is None and config.data.clients.cuts != "auto":
+    if not config.data.clients.planned:
         return config
     model_id = str(resolve(config.model.id))
     found, notes, _ = with_cuts(config, *_federation(config, model_id, load_processor(model_id, config)))

@@ -168,14 +168,14 @@ class Mover:
 def make_mover(config: RunConfig, federation: Federation, trainer: Trainer, blocks: Blocks, parking: Parking) -> Mover:
     """Watch this machine for a client of a run, whose ``config`` is its own.
 
-    Its speed is what its profile says (``data.clients.profiles``), else a laptop's; what is measured corrects that.
+    Its speed is what its profile says (``data.clients.profile``), else a laptop's; what is measured corrects that.
 
     Raises:
         ModelError: the model's costs cannot be counted.
     """
     model = trainer.model
     assert isinstance(model, SplitModel)
-    fleet = auto_fleet(config.model_copy(update={"devices": None}), federation)
+    fleet = auto_fleet(config, federation, classes={})
     total, (start, stop), size = model.stage.anatomy.blocks, model.cut, trainer.micro_batch
     checkpointing, batch = config.model.gradient_checkpointing, config.train.batch_size
     choices = fleet.choices.model_copy(update={

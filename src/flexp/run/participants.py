@@ -39,7 +39,7 @@ class NobodyFitsError(ConfigError):
 
 
 def place(world: World, probes: MemoryProbes) -> tuple[World, list[Dropped]]:
-    """Measure what clients need, and name those absent whose device has less; without ``[devices]`` nobody is.
+    """Measure what clients need, and name those absent whose device has less; without devices nobody is.
 
     A client whose peak could not be measured takes part, and a note says so.
 
@@ -48,9 +48,10 @@ def place(world: World, probes: MemoryProbes) -> tuple[World, list[Dropped]]:
         ConfigError: a device class is not known.
     """
     config = world.config
-    if config.devices is None:
+    if not config.on_devices:
         return world, []
-    devices = assign(config.devices, [client.name for client in world.federation.clients])
+    names = [client.name for client in world.federation.clients]
+    devices = assign(config.devices, config.data.clients.devices(names))
     profile(config.devices.server, config.devices.classes)
     notes = list(world.federation.notes)
     probes.measure(notes.append)
@@ -91,13 +92,13 @@ def client_facts(
         records: the run's diary; every step in it is one gradient evaluation.
 
     Returns:
-        Facts by client (none without ``[devices]``), and ``{"rounds": [seconds], "clients": {name: {account:
+        Facts by client (none without devices), and ``{"rounds": [seconds], "clients": {name: {account:
         seconds}}}``; ``None`` where no client computes.
     """
-    config = world.config.devices
-    if config is None:
+    config, names = world.config, [client.name for client in world.federation.clients]
+    if not config.on_devices:
         return {}, None
-    devices = assign(config, [client.name for client in world.federation.clients])
+    devices = assign(config.devices, config.data.clients.devices(names))
     facts: dict[str, dict[str, Any]] = {
         name: {"device": device.name, "client_flops": 0.0, "server_flops": 0.0} for name, device in devices.items()
     }
@@ -191,11 +192,9 @@ def _in_phase(world: World, phase: Phase) -> World:
     """The world with the cuts and exchanges of a phase."""
     if phase.only:
         return world
-    sizes = list(phase.micro_batches.values())
-    clients = world.config.data.clients
-    if None not in sizes:
-        clients = clients.model_copy(update={"micro_batches": sizes})
-    config = world.config.model_copy(update={"data": world.config.data.model_copy(update={"clients": clients})})
+    sizes, config = phase.micro_batches, world.config
+    if None not in sizes.values():
+        config = config.with_clients(config.data.clients.written(list(sizes), micro_batch=list(sizes.values())))
     return replace(world, config=config, cuts=dict(phase.cuts))
 
 

@@ -39,13 +39,11 @@ class Phase:
 
 
 def phases(world: World, records: Sequence[Record], rounds: int) -> list[Phase]:
-    """The phases of a run with ``[devices]``, of which ``rounds`` are done."""
-    config = world.config.devices
-    assert config is not None
+    """The phases of a run whose clients have devices, of which ``rounds`` are done."""
     names = [client.name for client in world.federation.clients]
     settings = []
     for number, clients in enumerate(cuts_by_round(world, records, rounds), start=1):
-        settings.append((tuple(devices_at(config, names, number).assign), clients))
+        settings.append((devices_at(world.config, names, number), clients))
     found: list[Phase] = []
     for number, (classes, clients) in enumerate(settings, start=1):
         same = number > 1 and classes == settings[number - 2][0] and not _changed(settings[number - 2][1], clients)
@@ -56,7 +54,7 @@ def phases(world: World, records: Sequence[Record], rounds: int) -> list[Phase]:
             Phase(
                 [number],
                 False,
-                assign(config.model_copy(update={"assign": list(classes)}), names),
+                assign(world.config.devices, classes),
                 {name: own["cut"] for name, own in clients.items()},
                 {name: own["micro_batch"] for name, own in clients.items()},
                 [name for name, own in clients.items() if own["there"]],
@@ -79,9 +77,7 @@ class VirtualTime:
     and so is what moving fetched."""
 
     def __init__(self, world: World, schedule: Schedule) -> None:
-        config = world.config.devices
-        assert config is not None
-        self._world, self._schedule, self._config = world, schedule, config
+        self._world, self._schedule, self._config = world, schedule, world.config.devices
         self.rounds: list[float] = []
         self.clients: dict[str, ClientTime] = {}
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-from flexp.config import DevicesConfig
+from flexp.config import RunConfig
 from flexp.cost.choice import CODECS, Choice
 from flexp.cost.classes import profile
 from flexp.errors import ConfigError
@@ -30,8 +30,8 @@ class Recutting:
         config = world.config
         self.world, self.method = world, method
         self.names = [client.name for client in world.federation.clients]
-        devices = config.devices  # without any there is nothing to follow: all clients share this machine
-        self.active = devices is not None and (config.recut.on or bool(devices.changes))
+        # without any there is nothing to follow: all clients share this machine
+        self.active = config.on_devices and (config.recut.on or bool(config.devices.changes))
 
     def before_round(self, number: int) -> list[Record]:
         """Move cuts, let clients go that their device cannot hold, and take them in again; gives what was done.
@@ -76,9 +76,8 @@ class Recutting:
 
     def _fleet(self, number: int) -> Fleet:
         config = self.world.config
-        if config.devices is not None:
-            config = config.model_copy(update={"devices": devices_at(config.devices, self.names, number)})
-        return replace(auto_fleet(config, self.world.federation), choices=self._choices)
+        classes = devices_at(config, self.names, number)
+        return replace(auto_fleet(config, self.world.federation, classes), choices=self._choices)
 
     @cached_property
     def _choices(self) -> Choices:
@@ -99,7 +98,7 @@ class Recutting:
 
     def _choice(self, method: FlexpSfl, name: str) -> Choice:
         config, size = self.world.config, method.clients[name].micro_batch
-        own = own_config(config, self.names.index(name))
+        own = own_config(config, config.data.clients.of(name, self.names.index(name)))
         return Choice(
             cut=method.cut_of(name),
             micro_batch=size,
@@ -121,13 +120,13 @@ def told(record: Record) -> str:
     return f"{name}: cut {shown(record['before'])} becomes {shown(record['cut'])}{back}"
 
 
-def devices_at(config: DevicesConfig, names: Sequence[str], number: int) -> DevicesConfig:
-    """The devices as they are in a round: ``assign`` has the class of each client."""
-    classes = {name: config.assign[index % len(config.assign)] for index, name in enumerate(names)}
-    for change in sorted(config.changes, key=lambda change: change.before_round):
+def devices_at(config: RunConfig, names: Sequence[str], number: int) -> dict[str, str]:
+    """The device class of each client as it is in a round."""
+    classes = config.data.clients.devices(names)
+    for change in sorted(config.devices.changes, key=lambda change: change.before_round):
         if change.before_round <= number:
             classes |= dict.fromkeys(names if change.clients is None else change.clients, change.to)
-    return config.model_copy(update={"assign": [classes[name] for name in names], "changes": []})
+    return classes
 
 
 def check_changes(world: World) -> None:
@@ -137,8 +136,7 @@ def check_changes(world: World) -> None:
         ConfigError: it does not.
     """
     config, names = world.config, [client.name for client in world.federation.clients]
-    for change in config.devices.changes if config.devices is not None else []:
-        assert config.devices is not None
+    for change in config.devices.changes:
         profile(change.to, config.devices.classes)
         odd = [name for name in change.clients or [] if name not in names]
         if odd:

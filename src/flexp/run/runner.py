@@ -264,7 +264,7 @@ class _Run:
         facts, virtual = client_facts(world, self.method, records)
         clients = [{**client, **facts.get(str(client["name"]), {})} for client in clients]
         evaluation = [account.evaluation for account in accounts.values()]
-        devices = {} if self.config.devices is None else {"dropped": self.dropped, "virtual": virtual}
+        devices = {} if not self.config.on_devices else {"dropped": self.dropped, "virtual": virtual}
         return (
             build_summary(
                 name=self.config.name,

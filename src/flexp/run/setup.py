@@ -73,16 +73,19 @@ def own_pad(kind: ModelKind, processor: Any) -> int | None:
 
 
 def client_cuts(config: RunConfig, federation: Federation, blocks: int) -> dict[str, tuple[int, int]]:
-    """The cut of each client: ``data.clients.cuts``, a list, in order, repeated when there are more clients.
+    """The cut of each client, not to be planned any more (:func:`flexp.run.planned.with_cuts` comes first).
 
     Raises:
-        ConfigError: a cut does not fit the model, or starts below the base depth.
+        ConfigError: a cut does not fit the model, or starts below the base depth; or a client that has settings of its
+            own is none of the clients.
     """
-    cuts, given = {}, config.data.clients.cuts
-    assert given != "auto", "with_cuts comes first"
-    for index, client in enumerate(federation.clients):
-        wanted = given[index % len(given)]
-        cuts[client.name] = check_cut(wanted, blocks, where=f"data.clients.cuts of client {client.name}")
+    cuts, names = {}, [client.name for client in federation.clients]
+    odd = [one.name for one in config.data.clients.each if one.name not in (None, *names)]
+    if odd and len(names) > 1:  # who has its own data alone knows nobody else
+        raise ConfigError(f"data.clients.each: there is no client {odd[0]!r}; expected some of {', '.join(names)}")
+    for own in config.data.clients.every(names):
+        assert own.cut is not None, "with_cuts comes first"
+        cuts[str(own.name)] = check_cut(own.cut, blocks, where=f"data.clients.cut of client {own.name}")
     base = config.model.base_depth
     depths = [start for start, _ in cuts.values()] + ([] if base is None else [base])
     if min(depths) == 0 and not config.model.expose_embeddings:
