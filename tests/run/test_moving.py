@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from benchmarks.tiny_run import tiny_run
+from benchmarks.tools.tiny_run import tiny_run
 from flexp.client.trainer import Trainer
 from flexp.config import DeploymentConfig, RecutConfig, RunConfig
 from flexp.errors import LinkError, StorageError, TrainingError
 from flexp.planner.policy import Situation
 from flexp.report.metrics import read
-from flexp.run import moving
-from flexp.run.moving import Mover, in_words
+from flexp.run import recutting
+from flexp.run.recutting import Mover, in_words
 from flexp.run.store import Snapshots
 
 from .tools import Client, Server, plain
@@ -58,11 +58,10 @@ def kept(cut: list[int]) -> int:
 def peak_of(mover_config: RunConfig, cut: tuple[int, int], micro: int) -> int:
     from flexp.cost.choice import Choice
     from flexp.planner.model import ModelCosts
-    from flexp.run.client import find_place
     from flexp.run.planned import auto_fleet
-    from flexp.run.setup import model_folder
+    from flexp.run.settle import model_folder, settle_client
 
-    fleet = auto_fleet(mover_config, find_place(mover_config, NAME, (3, 4)).federation)
+    fleet = auto_fleet(mover_config, settle_client(mover_config, NAME, (3, 4)).run.federation)
     costs = ModelCosts(model_folder(mover_config), fleet.task, fleet.choices, fleet.server)
     return costs.predict(fleet.devices[0].profile, Choice(cut, micro, 4 // micro)).memory_bytes
 
@@ -129,7 +128,7 @@ def test_a_move_that_the_server_refuses_is_told_once_and_training_goes_on(
     def refused(*_: Any) -> Any:
         raise LinkError("the server has other blocks now")
 
-    monkeypatch.setattr(moving, "recut", refused)
+    monkeypatch.setattr(recutting, "recut", refused)
     server = Server(settings, DEPLOYMENT, tmp_path / "server")
     client = Client(settings, DEPLOYMENT, NAME, plain(server), tmp_path / "client")
     client.join()
@@ -204,7 +203,7 @@ def test_a_full_disk_while_memory_runs_out_ends_it_instead_of_trying_for_ever(
     def never(self: Trainer, pieces: Any) -> Any:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
 
-    monkeypatch.setattr(moving, "recut", full)
+    monkeypatch.setattr(recutting, "recut", full)
     monkeypatch.setattr(Trainer, "_exchanges", never)
     server = Server(settings, DEPLOYMENT, tmp_path / "server")
     client = Client(settings, DEPLOYMENT, NAME, plain(server), tmp_path / "client")

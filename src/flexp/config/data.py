@@ -90,9 +90,9 @@ class ClientsConfig(Section):
             found |= {key: value for key in SETTINGS if (value := getattr(layer, key)) not in (None, "auto")}
         return ClientConfig.model_construct(name=name, **found)
 
-    def every(self, names: Sequence[str]) -> list[ClientConfig]:
+    def every(self, names: Sequence[str]) -> dict[str, ClientConfig]:
         """What each of these clients has, which are all."""
-        return [self.of(name, index) for index, name in enumerate(names)]
+        return {name: self.of(name, index) for index, name in enumerate(names)}
 
     def devices(self, names: Sequence[str]) -> dict[str, str]:
         """The device class of each client.
@@ -100,15 +100,16 @@ class ClientsConfig(Section):
         Raises:
             ConfigError: some clients have one, and others have none.
         """
-        found = {own.name or "": own.device for own in self.every(names)}
-        none = [name for name, device in found.items() if device is None]
-        if none:
-            raise ConfigError(f"client {none[0]} has no device; set data.clients.device, which is for all, or its own")
-        return {name: device for name, device in found.items() if device is not None}
+        found = {}
+        for name, own in self.every(names).items():
+            if own.device is None:
+                raise ConfigError(f"client {name} has no device; set data.clients.device, which is for all, or its own")
+            found[name] = own.device
+        return found
 
     def written(self, names: Sequence[str], **changes: Sequence[Any]) -> ClientsConfig:
         """The same with a record for each client of ``names``, of which some keys change: a value a client."""
-        each = self.every(names)
+        each = list(self.every(names).values())
         for key, values in changes.items():
             each = [own.model_copy(update={key: value}) for own, value in zip(each, values, strict=True)]
         plain: dict[str, Any] = {key: type(self).model_fields[key].default for key in changes}

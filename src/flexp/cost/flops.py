@@ -1,32 +1,31 @@
-"""What a step costs: floating-point operations counted on a real step, and the bytes of its messages.
+"""What a client's exchange costs: floating-point operations, counted on a real step, and the bytes of its messages.
 
-torch's ``FlopCounterMode`` sees the matrix products and convolutions that really run, forward and backward, with
-whatever is frozen, adapted, recomputed or aligned; a product of (m × k) and (k × n) is 2mkn. Attention is counted as
-the products it is made of: the fused kernels of a CPU are invisible to the counter, so they are switched off meanwhile.
-Element-wise work and optimisers count nothing.
+A simulation asks what the method computed that it has run, whatever that was: the client's own model and the server's
+make one step, and :func:`flexp.cost.counting.counting` looks on. The planner asks before anything is loaded, of every
+cut at once, so it counts a model's pieces instead (:mod:`flexp.cost.model_cost`). A test holds the two to each other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from flexp.client.whole import WholeModel
 from flexp.config import TrainConfig
+from flexp.cost.counting import counting
 from flexp.cost.echo import EchoLink, client_model, random_batch, without_tail
 from flexp.cost.probe import Probe
 from flexp.data.ordering import BatchOrder
-from flexp.links.messages import size
+from flexp.links.messages import BackwardRequest, ForwardRequest, Join, PullRequest, Request, size
 from flexp.models.stage import Stage
 from flexp.server import Server
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -97,27 +96,6 @@ def mean_shape(config: TrainConfig, lengths: Sequence[int], seed: int) -> tuple[
     return round(fmean(map(len, groups))), round(fmean(longest)), max(1, round(len(groups) / len(steps)))
 
 
-@contextmanager
-def counting() -> Iterator[Callable[[], float]]:
-    """Inside the ``with`` block: the floating-point operations so far."""
-    counter = FlopCounterMode(display=False)
-    counter.mod_tracker = _NoModules()  # type: ignore[assignment]
-    with sdpa_kernel(SDPBackend.MATH), counter:
-        yield counter.get_total_flops
-
-
-class _NoModules:
-    """Instead of the counter's ledger by module, which cannot follow ``torch.autograd.grad``."""
-
-    parents = frozenset({"Global"})
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: Any) -> None:
-        pass
-
-
 def _whole(probe: Probe, stage: Stage, only: Collection[str] | None) -> ExchangeCost:
     for name, value in stage.trainable().items():
         value.requires_grad_(only is None or name in only)
@@ -140,11 +118,11 @@ def _split(probe: Probe, stage: Stage, server: Server) -> ExchangeCost:
     model.steps.done = model.align.every if model.align.kind == "weights" else model.steps.done  # a pull is due
     model.after_step()
     forward, backward = link.requests
-    server.join(link.client, link.joined)
+    server.answer(link.client, link.joined)
     with counting() as flops:
-        server.forward(link.client, forward)
+        server.answer(link.client, forward)
         server_forward = flops()
-        server.backward(link.client, backward)
+        server.answer(link.client, backward)
         server_backward = flops() - server_forward
     return ExchangeCost(
         before=link.marks[0],
@@ -207,26 +185,18 @@ class _CountingLink(EchoLink):
         self.down: list[int] = []
         self.pulled = 0
 
-    def join(self, request: Any) -> Any:
-        self.joined = request
-        return super().join(request)
-
-    def forward(self, request: Any) -> Future[Any]:
-        return self._keep(request, super().forward(request))
-
-    def backward(self, request: Any) -> Future[Any]:
-        return self._keep(request, super().backward(request))
-
-    def pull(self, request: Any) -> Future[Any]:
-        reply = super().pull(request)
-        self.pulled = size(reply.result())
-        return reply
-
-    def _keep(self, request: Any, reply: Future[Any]) -> Future[Any]:
-        self.marks.append(self.flops())
-        self.requests.append(request)
-        self.up.append(size(request))
-        self.down.append(size(reply.result()))
+    def call(self, request: Request[R]) -> Future[R]:
+        reply = super().call(request)
+        match request:
+            case Join():
+                self.joined = request
+            case ForwardRequest() | BackwardRequest():
+                self.marks.append(self.flops())
+                self.requests.append(request)
+                self.up.append(size(request))
+                self.down.append(size(reply.result()))
+            case PullRequest():
+                self.pulled = size(reply.result())
         return reply
 
 

@@ -11,7 +11,7 @@ import torch
 from flexp.config import AlignConfig
 from flexp.cost.model_cost import ModelCost
 from flexp.errors import LinkError
-from flexp.links.base import Link
+from flexp.links.base import Link, ask
 from flexp.links.messages import ForwardRequest, Join, PullRequest, size
 from flexp.models.loading import DTYPES
 
@@ -22,7 +22,7 @@ FASTEST = 1e12
 
 
 @dataclass(frozen=True)
-class Measured:
+class Network:
     """Bits a second up and down, and the seconds of a message one way. ``symmetric``: up and down were not told apart,
     and are taken to be equal."""
 
@@ -40,7 +40,7 @@ def measure_link(
     repeats: int = 5,
     tuning: str = "full",
     now: Callable[[], float] = time.perf_counter,
-) -> Measured:
+) -> Network:
     """Join as a client that leaves the server its last block alone, and time messages without training anything.
 
     A small activation goes there and back for the latency; the shared weights of one block come down for the downlink;
@@ -51,7 +51,8 @@ def measure_link(
         LinkError: the server refuses: it has another model, or does not hold the last block.
     """
     cut = (cost.blocks - 1, cost.blocks)
-    welcome = link.join(
+    welcome = ask(
+        link,
         Join(
             client=link.client,
             fingerprint=cost.fingerprint,
@@ -60,7 +61,7 @@ def measure_link(
             autocast=cost.config.autocast,
             tuning=tuning,
             align=AlignConfig(kind="off"),
-        )
+        ),
     )
     tokens = cost.at(examples).message_bytes // (DTYPES[cost.config.dtype].itemsize * cost.hidden * examples)
 
@@ -69,7 +70,7 @@ def measure_link(
         best = float("inf")
         for number in range(repeats):
             before, began = link.meter.evaluation.server_seconds, now()
-            link.forward(ForwardRequest(exchange=number + 1, hidden_BTH=hidden_BTH)).result()
+            ask(link, ForwardRequest(exchange=number + 1, hidden_BTH=hidden_BTH))
             taken = now() - began
             best = min(best, taken - (link.meter.evaluation.server_seconds - before))
         return max(0.0, best), hidden_BTH.numel() * hidden_BTH.element_size()
@@ -82,12 +83,12 @@ def measure_link(
     down = _download(link, welcome.base_depth, cut[0], latency, repeats, now)
     if down is None:
         rate = min(FASTEST, 2 * round_trip)
-        return Measured(rate, rate, latency, symmetric=True)
+        return Network(rate, rate, latency, symmetric=True)
     # 1 / round trip = 1 / up + 1 / down, in seconds for each bit
     rest = 1 / round_trip - 1 / down
     if rest <= 0:
-        return Measured(min(FASTEST, 2 * round_trip), min(FASTEST, 2 * round_trip), latency, symmetric=True)
-    return Measured(min(FASTEST, 1 / rest), min(FASTEST, down), latency, symmetric=False)
+        return Network(min(FASTEST, 2 * round_trip), min(FASTEST, 2 * round_trip), latency, symmetric=True)
+    return Network(min(FASTEST, 1 / rest), min(FASTEST, down), latency, symmetric=False)
 
 
 def _download(
@@ -100,7 +101,7 @@ def _download(
     for _ in range(repeats):
         began = now()
         try:
-            reply = link.pull(PullRequest(base_depth, base_depth + 1)).result()
+            reply = ask(link, PullRequest(base_depth, base_depth + 1))
         except LinkError:
             return None
         best = min(best, now() - began)

@@ -26,7 +26,7 @@ from flexp.models.loading import load_config
 from flexp.models.parts import Part
 from flexp.models.stage import Stage
 from flexp.run.folder import is_client, read_facts
-from flexp.run.setup import load_part, load_processor, model_folder, own_pad
+from flexp.run.settle import load_part, load_processor, model_folder, own_pad
 from flexp.run.store import Snapshots
 
 PERSONAL = "personal/"

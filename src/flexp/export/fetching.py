@@ -10,7 +10,7 @@ from flexp.client.fetching import pieces
 from flexp.config import CodecConfig
 from flexp.errors import LinkError, ModelError
 from flexp.export.client_folder import ClientFolder, Taken
-from flexp.links.base import Link
+from flexp.links.base import Link, ask
 from flexp.links.messages import Join
 from flexp.models.fingerprint import fingerprint
 from flexp.models.stage import Stage
@@ -34,7 +34,8 @@ class Fetched:
         self._link, self._opened, self._taken = link, opened, taken
         config = opened.config
         self.version: int | None = None
-        link.join(
+        ask(
+            link,
             Join(
                 client=link.client,
                 fingerprint=fingerprint(stage.model.config),
@@ -47,7 +48,7 @@ class Fetched:
                 autocast=stage.autocast_name,
                 numbering=int(taken.facts["numbering"]),
                 codec=CodecConfig(),
-            )
+            ),
         )
 
     def begin(self) -> None:

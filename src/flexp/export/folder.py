@@ -20,7 +20,7 @@ from flexp.export.whole import merged
 from flexp.files import replacing, storage_error, write_json, write_text
 from flexp.models.loading import quietly
 from flexp.run.checkpoints import os_error
-from flexp.run.setup import load_processor, model_folder
+from flexp.run.settle import load_processor, model_folder
 
 Form = Literal["whole", "adapter"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

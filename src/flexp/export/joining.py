@@ -16,12 +16,14 @@ from flexp.errors import ConfigError
 from flexp.export import backup
 from flexp.export.saved import LAST, SavedRun, open_run
 from flexp.files import write_json
-from flexp.methods.flexp_sfl import FlexpSfl
+from flexp.methods.split import Split
 from flexp.models.fingerprint import fingerprint
 from flexp.models.parts import check_cut
 from flexp.report.progress import Progress
 from flexp.report.summary import aggregate
-from flexp.run import joined, runner
+from flexp.run import runner
+from flexp.run.folder import JOINED, JOINED_SCHEMA
+from flexp.run.settle import joined_world
 
 PRETRAINED: Final = "pretrained"
 SHARED: Final = "shared"
@@ -73,17 +75,17 @@ def join(
     """
     runner.refuse_taken(out)
     run = open_run(folder, which)
-    if not isinstance(run.method, FlexpSfl):
+    if not isinstance(run.method, Split):
         raise ConfigError(
             f"{folder}: the method {run.config.method.name} has no server whose blocks a newcomer could start from; "
-            "flexp join is for flexp-sfl"
+            "flexp join needs a method that splits"
         )
     if name in run.world.cuts:
         raise ConfigError(f"{name!r} is a client of {folder} already; choose another --name")
     begin = beginning(run, start, passphrase)
     config = _config(run, name, data, cut, steps, every, settings)
     facts = {
-        "schema": joined.SCHEMA,
+        "schema": JOINED_SCHEMA,
         "client": name,
         "labels": run.world.federation.task.label_names,
         "run": run.config.name,
@@ -95,8 +97,8 @@ def join(
         if run.round in run.scored
         else None,
     }
-    world = joined.joined_world(config, facts)
-    method = FlexpSfl(world)
+    world = joined_world(config, facts)
+    method = Split(world)
     if middle == SHARED:
         method.server.load(_shared_weights(method.server.state(), run.method.server.state()))
     if not train_shared:
@@ -106,7 +108,7 @@ def join(
     own = model.personal_state()
     model.load_personal_state({key: begin.get(key, value).to(value.dtype) for key, value in own.items()})
     model.take_over()
-    write_json(out / joined.FILE, facts)
+    write_json(out / JOINED, facts)
     return runner.train(world, method, out, progress=progress)
 
 
@@ -155,7 +157,7 @@ def _of_client(run: SavedRun, item: str, passphrase: str | None) -> dict[str, Te
 
 
 def _of_server(run: SavedRun) -> dict[str, Tensor]:
-    assert isinstance(run.method, FlexpSfl)
+    assert isinstance(run.method, Split)
     parameters = run.method.server.shared.updater.parameters
     return {name: value.detach().clone() for name, value in parameters.items()}
 
@@ -189,7 +191,7 @@ def _config(
             known = ", ".join([*(f"{free}.…" for free in FREE), *(f"data.{key}" for key in FREE_DATA)])
             raise ConfigError(f"--set {setting}: a newcomer takes this from the run; it may set {known}")
         override(content, setting)
-    assert isinstance(run.method, FlexpSfl)
+    assert isinstance(run.method, Split)
     base, stop = run.method.server.blocks
     start, end = check_cut(
         cut or list(run.world.cuts.values())[len(run.world.cuts) % len(run.world.cuts)],

@@ -23,11 +23,9 @@ from flexp.files import read_json
 from flexp.links.base import Link
 from flexp.methods.base import World
 from flexp.models.loading import AUTO, quietly
-from flexp.run.client import find_place
 from flexp.run.folder import is_client
-from flexp.run.joined import world_of
 from flexp.run.runner import sample
-from flexp.run.setup import load_processor, max_positions
+from flexp.run.settle import load_processor, max_positions, settle_client, world_of
 
 OWN, EVERYBODY = "own test data", "everybody's test data"
 
@@ -136,7 +134,7 @@ def of_client(
     opened = open_client(folder, client)
     reach = middle(folder, connect)
     taken, config = opened.taken(which), opened.config
-    sets = {OWN: find_place(config, opened.client, taken.cut).data.test} if own_data else {}
+    sets = {OWN: settle_client(config, opened.client, taken.cut).data.test} if own_data else {}
     split = opened.split(taken, reach(opened.client))
     positions = max_positions(split.config)
     task = make_task(config.data, opened.processor(), limit_of(config.data, positions), opened.labels or [])

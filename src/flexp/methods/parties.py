@@ -93,7 +93,7 @@ def own_config(config: RunConfig, own: ClientConfig) -> RunConfig:
 def own_world(world: World, client: str) -> World:
     """The world as ``client`` sees it: with its own configuration (:func:`own_config`)."""
     names = [data.name for data in world.federation.clients]
-    own = world.config.data.clients.of(client, names.index(client))
+    own = world.config.data.clients.every(names)[client]
     return replace(world, config=own_config(world.config, own))
 
 

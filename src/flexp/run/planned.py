@@ -16,6 +16,7 @@ from flexp.data.types import Federation
 from flexp.errors import ConfigError
 from flexp.files import read_json
 from flexp.limits import maps_count
+from flexp.methods.base import method_of
 from flexp.planner.document import PlannedClient, SavedPlan, document, read_plan
 from flexp.planner.fleet import Choices, Fleet, TaskShape, of_run, parse_fleet
 from flexp.planner.model import ModelCosts
@@ -35,8 +36,9 @@ def load_fleet(path: Path, overrides: Iterable[str] = ()) -> Fleet:
     return parse_fleet(content, str(path), path.parent)
 
 
-PER_CLIENT = ("flexp-sfl", "split-fedavg", "splitft")
-"""Methods whose clients may have exchanges, checkpointing and codecs of their own."""
+def _own_exchanges(config: RunConfig) -> bool:
+    """Whether the method's clients may have exchanges, checkpointing and codecs of their own."""
+    return method_of(config).held.part == "ends"
 
 
 def with_cuts(config: RunConfig, federation: Federation, blocks: int) -> tuple[RunConfig, list[str], Any]:
@@ -59,7 +61,7 @@ def with_cuts(config: RunConfig, federation: Federation, blocks: int) -> tuple[R
         return config, [], None
     made = auto_plan(config, federation)
     chosen_now = [made.choice(name) for name in names]
-    if any(own.profile is not None for own in clients.every(names)):
+    if any(own.profile is not None for own in clients.every(names).values()):
         where = "data.clients.profile"
     elif config.on_devices:
         where = "the classes of [devices]"
@@ -99,8 +101,7 @@ def auto_fleet(config: RunConfig, federation: Federation, classes: Mapping[str, 
         classes = config.data.clients.devices(names) if config.on_devices else {}
     known: dict[str, Profile] = {}  # this machine, say, is measured once
     profiles = {}
-    for own in config.data.clients.every(names):
-        name = own.name or ""
+    for name, own in config.data.clients.every(names).items():
         key = own.profile or classes.get(name, "")
         if key not in known:
             if own.profile is not None:
@@ -126,7 +127,7 @@ def _task(config: RunConfig, federation: Federation) -> tuple[TaskShape, Choices
     )
     codec = config.link.codec.activation
     names = [client.name for client in federation.clients]
-    here = any(own.profile is None and own.device is None for own in config.data.clients.every(names))
+    here = any(own.profile is None and own.device is None for own in config.data.clients.every(names).values())
     shape = TaskShape.of_model(
         model,
         kind=task.model_kind,
@@ -134,15 +135,16 @@ def _task(config: RunConfig, federation: Federation) -> tuple[TaskShape, Choices
         labels=len(task.label_names or ("", "")),
         batch_size=config.train.batch_size,
         optimizer=config.train.personal.name,
-        aligned=method.name == "flexp-sfl" and (method.align.has_term or method.align.teach),
-        follow=method.name == "flexp-sfl" and method.align.follow,
+        aligned=method_of(config).aligns and (method.align.has_term or method.align.teach),
+        follow=method_of(config).aligns and method.align.follow,
     )
     if here and maps_count():
         shape = shape.model_copy(update={"embeddings": "memory"})
     micro = config.train.micro_batch
-    if micro is None and (method.name not in PER_CLIENT or config.train.in_flight > 1):
+    own = _own_exchanges(config)
+    if micro is None and (not own or config.train.in_flight > 1):
         micro = config.train.batch_size  # several under way hold together what one of them all would
-    again = [True] if model.gradient_checkpointing else [False, True] if method.name in PER_CLIENT else [False]
+    again = [True] if model.gradient_checkpointing else [False, True] if own else [False]
     choices = Choices(
         starts=None if model.base_depth is None else list(range(max(1, model.base_depth), 10_000)),
         micro_batches=None if micro is None else [micro],
@@ -177,7 +179,7 @@ def _of_file(config: RunConfig, saved: SavedPlan, names: Sequence[str], blocks: 
                 f"{path} plans steps of {client.micro_batch * client.accumulation} examples; set train.batch_size to "
                 "that, or plan with task.batch_size"
             )
-        if config.method.name not in PER_CLIENT and form(client.codec) != form(config.link.codec.activation):
+        if not _own_exchanges(config) and form(client.codec) != form(config.link.codec.activation):
             raise ConfigError(f"{path} plans the codec {client.codec}; set link.codec.activation and .gradient to it")
     return chosen
 
@@ -185,14 +187,14 @@ def _of_file(config: RunConfig, saved: SavedPlan, names: Sequence[str], blocks: 
 def _written(config: RunConfig, names: Sequence[str], chosen: Sequence[PlannedClient | Choice]) -> RunConfig:
     """``config`` with the choices as keys, so that whoever reads it plans nothing any more."""
     update: dict[str, list[Any]] = {"cut": [tuple(choice.cut) for choice in chosen]}
-    if config.method.name in PER_CLIENT and config.train.in_flight == 1:
+    if _own_exchanges(config) and config.train.in_flight == 1:
         update["micro_batch"] = [choice.micro_batch for choice in chosen]
         update["checkpointing"] = [choice.checkpointing for choice in chosen]
     codecs = [form(choice.codec) for choice in chosen]
-    if config.method.name in PER_CLIENT and set(codecs) != {form(config.link.codec.activation)}:
+    if _own_exchanges(config) and set(codecs) != {form(config.link.codec.activation)}:
         update["codec"] = codecs  # or else the run's own word stays, with all that it says of directions and kinds
     method, model = config.method, config.model
-    if method.name == "flexp-sfl" and method.align.follow and model.base_depth is None:
+    if method_of(config).aligns and method.align.follow and model.base_depth is None:
         # Planned was that all of a deep head but its first block is followed, however shallow the others cut.
         config = config.model_copy(update={"model": model.model_copy(update={"base_depth": 1})})
     return config.with_clients(config.data.clients.written(names, **update))
