@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypedDict
 
-from flexp.config import RunConfig
+from flexp.config import DevicesConfig, RunConfig
 from flexp.cost.profile import Profile, assign
 from flexp.errors import ConfigError
 from flexp.methods.base import World
@@ -38,12 +38,13 @@ def place(world: World, probes: MemoryProbes) -> tuple[World, list[Dropped]]:
 
     Raises:
         NobodyFitsError: nobody would be left.
-        ConfigError: a device class is not known.
+        ConfigError: a device class is not known, or ``devices.changes`` names a client that there is not.
     """
     config = world.config
     if not config.on_devices:
         return world, []
     names = [client.name for client in world.federation.clients]
+    _check_changes(config.devices, names)
     devices = assign(config.devices, config.data.clients.devices(names))
     Profile.from_class(config.devices.server, config.devices.classes)
     notes = list(world.federation.notes)
@@ -85,15 +86,9 @@ def devices_at(config: RunConfig, names: Sequence[str], number: int) -> dict[str
     return classes
 
 
-def check_changes(world: World) -> None:
-    """See that ``devices.changes`` names clients and classes that there are.
-
-    Raises:
-        ConfigError: it does not.
-    """
-    config, names = world.config, [client.name for client in world.federation.clients]
-    for change in config.devices.changes:
-        Profile.from_class(change.to, config.devices.classes)
+def _check_changes(config: DevicesConfig, names: Sequence[str]) -> None:
+    for change in config.changes:
+        Profile.from_class(change.to, config.classes)
         odd = [name for name in change.clients or [] if name not in names]
         if odd:
             raise ConfigError(f"devices.changes: the run has no client {odd[0]!r}; expected some of {', '.join(names)}")

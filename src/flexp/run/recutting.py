@@ -200,7 +200,7 @@ def make_mover(config: RunConfig, federation: Federation, trainer: Trainer, bloc
 
 
 class Recutting:
-    """Looks at the devices before every round; does nothing in a run without ``devices.changes`` and ``recut.on``."""
+    """Looks at the devices before every round; does nothing without ``devices.changes`` and ``recut.on``."""
 
     def __init__(self, world: World, method: Method) -> None:
         config = world.config

@@ -115,7 +115,7 @@ def settle(config: RunConfig, federate: Federate = load_federation, *, plan: boo
     federation = federate(config.data, processor, config.seed, max_positions(model_config))
     blocks = int(getattr(model_config.get_text_config(), "num_hidden_layers", 0))
     notes, planned = _precision_notes(config), None
-    if plan:  # before anything is loaded
+    if plan and config.data.clients.planned:  # before anything is loaded
         config, more, planned = with_cuts(config, federation, blocks)
         notes += more
     federation = replace(federation, notes=[*federation.notes, *notes])
