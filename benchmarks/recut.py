@@ -24,8 +24,8 @@ from flexp.links.grpc import connect, serve
 from flexp.machine import machine
 from flexp.models.parts import check_cut
 from flexp.run.client import Place, find_place, load_own, make_client
-from flexp.run.parked import ParkedOnDisk
 from flexp.run.server import make_server
+from flexp.run.store import ParkedOnDisk
 
 WINDOW = 10
 """Steps before and after a move whose losses and seconds are compared."""

@@ -20,7 +20,7 @@ from flexp.report.metrics import MetricsLog
 from flexp.run.client import Place, find_place, make_client
 from flexp.run.folder import write_facts
 from flexp.run.server import make_server
-from flexp.run.store import Snapshots
+from flexp.run.store import Store, party_of
 from flexp.server import Server
 
 from .tools import content_of
@@ -86,6 +86,7 @@ def save(state: Path, trainer: Any, model: Any, place: Place, config: RunConfig,
     """As ``flexp client`` does."""
     numbering = model.steps.numbering
     facts = {"run": "r", "client": place.data.name, "numbering": numbering, "steps": trainer.steps}
-    Snapshots(state / "snapshots").save(number, party_state(trainer), {**facts, "cut": list(model.cut)})
+    parties = {party_of(place.data.name): party_state(trainer)}
+    Store(state / "snapshots").save(number, parties, {**facts, "cut": list(model.cut)})
     write_json(state / "config.json", config.resolved())
     write_facts(state, place.data, place.federation, place.cut)

@@ -29,7 +29,7 @@ from flexp.serving.opened import open_writer
 from tests import tiny
 from tests.data.tools import jsonl
 from tests.harness import equal
-from tests.run.tools import Client, Server, newest, parties, plain, simulated, without_meters
+from tests.run.tools import Client, Server, newest, parties, plain, without_meters
 from tests.serving.test_opened import answer
 
 from .remote_tools import Remote, remote
@@ -119,7 +119,7 @@ def test_a_lost_device_goes_on_from_its_backup(tmp_path: Path) -> None:
         client.join()
         assert client.over
     server.end()
-    there, here = simulated(tmp_path / "sim"), parties(out, NAMES)
+    there, here = tiny.checkpoint(tmp_path / "sim"), parties(out, NAMES)
     for party, state in there.items():
         assert equal(without_meters(state), without_meters(here[party])), party
 
@@ -133,12 +133,12 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Remote]:
 def test_an_older_backup_is_what_it_goes_on_from(here: Remote, tmp_path: Path) -> None:
     folder = shutil.copytree(here.state, tmp_path / "client")
     back_up(folder, "north", tmp_path / "four.safetensors")
-    shutil.copytree(folder / "snapshots/snapshot-00000004", folder / "snapshots/snapshot-00000009")
+    shutil.copytree(folder / "snapshots/checkpoint-00000004", folder / "snapshots/checkpoint-00000009")
     assert read(tmp_path / "four.safetensors").facts["snapshot"]["number"] == 4
     assert open_client(folder).taken().number == 9
     restore(tmp_path / "four.safetensors", folder)
     assert open_client(folder).taken().number == 4
-    assert (folder / "snapshots/snapshot-00000009.aside/snapshot.json").is_file()
+    assert (folder / "snapshots/checkpoint-00000009.quarantined/checkpoint.json").is_file()
 
 
 def test_it_goes_nowhere_else(here: Remote, tmp_path: Path) -> None:

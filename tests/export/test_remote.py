@@ -246,16 +246,16 @@ def test_which_snapshot(here: Remote, tmp_path: Path) -> None:
     form: Form = "adapter"
     with pytest.raises(ConfigError, match=r"has no adapters .* use --merge"):
         export(here.state, None, tmp_path / "out", form, connect=here.reach)
-    newer = here.state / "snapshots/snapshot-00000009"
+    newer = here.state / "snapshots/checkpoint-00000009"
     newer.mkdir()
-    (newer / "snapshot.json").write_text("{}", encoding="utf-8")
-    half = here.state / "snapshots/.snapshot-00000010.part"
+    (newer / "checkpoint.json").write_text("{}", encoding="utf-8")
+    half = here.state / "snapshots/.checkpoint-00000010.part"
     half.mkdir()
     assert here.opened.taken().number == 4  # nothing is changed there, not even what is damaged or being written
     assert newer.is_dir()
     assert half.is_dir()
-    newer.joinpath("snapshot.json").unlink()
+    newer.joinpath("checkpoint.json").unlink()
     newer.rmdir()
     half.rmdir()
-    with safe_open(here.opened.taken().file, framework="pt") as file:
+    with safe_open(here.opened.taken().checkpoint.checked("client-north"), framework="pt") as file:
         assert any(name.startswith("optimizer/") for name in file.keys())  # noqa: SIM118

@@ -87,7 +87,7 @@ def test_no_checkpoints(tmp_path: Path) -> None:
 
 def test_a_damaged_checkpoint(run: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(run, tmp_path / "run")
-    victim = next((copy / "checkpoints/round-00003").glob("*north*"))
+    victim = next((copy / "checkpoints/checkpoint-00000003").glob("*north*"))
     victim.write_bytes(victim.read_bytes()[:-1] + b"\x01")
     with pytest.raises(StorageError, match="SHA-256"):
         open_run(copy)

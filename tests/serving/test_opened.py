@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -13,8 +12,8 @@ from flexp.export.folder import export
 from flexp.export.saved import open_run
 from flexp.links.grpc import connect, serve
 from flexp.links.messages import ExtendRequest
-from flexp.run import checkpoints
 from flexp.run.server import load
+from flexp.run.store import Store
 from flexp.server import Server
 from flexp.serving.opened import open_writer
 from flexp.serving.writer import Wishes, Writer
@@ -39,12 +38,10 @@ def test_run_folder_and_server_write_the_same(tmp_path: Path) -> None:
     assert answer(open_writer(tmp_path / "north")) == texts["north"]
 
     (tmp_path / "rows.jsonl").unlink()  # with a server, nobody's data are needed
-    found = checkpoints.kept(run / "checkpoints")
-    shutil.copy(next(found[2].glob("000-server*")), tmp_path / "state")
-    for other in found[2].glob("*south*"):
-        other.unlink()
     server = Server.from_pretrained(tmp_path / "model")
-    load(server, tmp_path / "state")
+    load(server, Store(run / "checkpoints"))
+    for other in (run / "checkpoints/checkpoint-00000002").glob("*south*"):
+        other.unlink()
     links: list[RecordingLink] = []
     with serve(server) as serving:
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor
 
 from flexp.client.model import SplitModel
@@ -27,22 +26,27 @@ from flexp.models.parts import Part
 from flexp.models.stage import Stage
 from flexp.run.folder import is_client, read_facts
 from flexp.run.setup import load_part, load_processor, model_folder, own_pad
-from flexp.run.store import Snapshots
+from flexp.run.store import SNAPSHOTS, Checkpoint, OtherVersionError, Store, party_of
 
 PERSONAL = "personal/"
 
 
 @dataclass(frozen=True)
 class Taken:
-    """One of the client's snapshots, whole.
+    """One of the client's snapshots, whole."""
 
-    Attributes:
-        facts: run, numbering, steps and cut, as the client saved them.
-    """
+    client: str
+    checkpoint: Checkpoint
 
-    number: int
-    file: Path
-    facts: dict[str, Any]
+    @property
+    def number(self) -> int:
+        """The snapshot's."""
+        return self.checkpoint.number
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Run, numbering, steps and cut, as the client saved them."""
+        return self.checkpoint.facts
 
     @property
     def steps(self) -> int:
@@ -57,8 +61,7 @@ class Taken:
 
     def tensors(self, wanted: Callable[[str], bool] = lambda _: True) -> dict[str, Tensor]:
         """Of the client's state those with a ``wanted`` name, copied."""
-        with safe_open(self.file, framework="pt") as file:
-            return {name: file.get_tensor(name).clone() for name in file.keys() if wanted(name)}  # noqa: SIM118
+        return self.checkpoint.load(party_of(self.client), wanted)
 
     def personal(self, wanted: Callable[[str], bool] = lambda _: True) -> dict[str, Tensor]:
         """The personal weights with a ``wanted`` name in the whole model."""
@@ -98,9 +101,9 @@ class ClientFolder:
         return labels
 
     @property
-    def snapshots(self) -> Snapshots:
+    def snapshots(self) -> Store:
         """Where its state is."""
-        return Snapshots(self.folder / "snapshots", tidy=False)
+        return Store(self.folder / SNAPSHOTS, keep=None)
 
     @property
     def model_id(self) -> str:
@@ -134,13 +137,16 @@ class ClientFolder:
         for number in reversed(numbers):
             try:
                 return self._taken(number)
+            except OtherVersionError:
+                raise
             except StorageError:
                 continue  # the one before it may be whole
         raise StorageError(f"{self.folder} has no whole snapshot, so its personal weights are not there; restore one")
 
     def _taken(self, number: int) -> Taken:
-        file, facts = self.snapshots.checked(number)
-        return Taken(number, file, facts)
+        found = self.snapshots.open(number)
+        found.check()
+        return Taken(self.client, found)
 
     def stage(self, part: Part, processor: Any = None) -> Stage:
         """A part of the pretrained model as the client itself would load it; nothing of it is trained."""

@@ -19,8 +19,8 @@ from flexp.export.saved import SavedRun
 from flexp.export.whole import merged
 from flexp.files import replacing, storage_error, write_json, write_text
 from flexp.models.loading import quietly
-from flexp.run.checkpoints import os_error
 from flexp.run.setup import load_processor, model_folder
+from flexp.run.store import os_error
 
 Form = Literal["whole", "adapter"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

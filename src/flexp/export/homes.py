@@ -20,8 +20,8 @@ from flexp.methods import METHODS
 from flexp.models.fingerprint import fingerprint
 from flexp.models.parts import Part
 from flexp.models.stage import Stage
-from flexp.run import checkpoints
 from flexp.run.folder import is_client
+from flexp.run.store import CHECKPOINTS, Store, party_of
 
 SCHEMA = 1
 KIND = "flexp personal state"
@@ -93,10 +93,10 @@ class RunHome:
     """In a checkpoint of a run."""
 
     def __init__(self, opened: Opened, client: str) -> None:
-        self._opened, self._party, self._client = opened, f"client-{client}", client
+        self._opened, self._party, self._client = opened, party_of(client), client
         world, task = opened.world, opened.world.federation.task
         try:
-            cut = cut_in(checkpoints.load_party(opened.place, self._party) or {}) or world.cuts[client]
+            cut = cut_in(self._state() or {}) or world.cuts[client]
         except StorageError:  # damaged: perhaps it is to be put back
             cut = world.cuts[client]
         self._world = replace(world, cuts={**world.cuts, client: cut})  # it may have moved in the middle of the run
@@ -104,7 +104,7 @@ class RunHome:
 
     def tensors(self) -> dict[str, Tensor]:
         """See :class:`Home`."""
-        tensors = checkpoints.load_party(self._opened.place, self._party)
+        tensors = self._state()
         if tensors is None:
             raise ConfigError(
                 f"the method {self._opened.config.method.name} keeps nothing that is {self._client!r}'s own"
@@ -117,8 +117,12 @@ class RunHome:
 
     def put(self, found: Backup) -> int:
         """See :class:`Home`."""
-        checkpoints.replace_party(self._opened.place, self._party, found.tensors)
+        Store(self._opened.folder / CHECKPOINTS).replace(self._opened.number, self._party, found.tensors)
         return self._opened.number
+
+    def _state(self) -> dict[str, Tensor] | None:
+        checkpoint = self._opened.checkpoint
+        return checkpoint.load(self._party) if self._party in checkpoint.files else None
 
 
 class ClientHome:
@@ -169,8 +173,8 @@ class ClientHome:
             "cut": list(self._cut),
         }
         for later in [later for later in snapshots.numbers() if later > number]:
-            snapshots.put_aside(later)
-        snapshots.save(number, found.tensors, facts)
+            snapshots.quarantine(later)
+        snapshots.save(number, {party_of(self._opened.client): found.tensors}, facts)
         return number
 
 

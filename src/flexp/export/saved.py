@@ -15,11 +15,11 @@ from flexp.methods import METHODS, Method, World
 from flexp.methods.flexp_sfl import FlexpSfl
 from flexp.report.metrics import read
 from flexp.report.summary import Scores, best_round, picked_on, scores_by_round
-from flexp.run import checkpoints
 from flexp.run.folder import is_client
 from flexp.run.joined import world_of
 from flexp.run.participants import place
 from flexp.run.probes import MemoryProbes
+from flexp.run.store import CHECKPOINTS, Checkpoint, Store
 
 LAST, BEST = "last", "best"
 
@@ -105,8 +105,12 @@ class Opened:
     config: RunConfig
     world: World
     scored: dict[int, Scores]
-    number: int
-    place: Path
+    checkpoint: Checkpoint
+
+    @property
+    def number(self) -> int:
+        """The checkpoint's round."""
+        return self.checkpoint.number
 
 
 def look_into(folder: Path, which: str = LAST) -> Opened:
@@ -120,7 +124,8 @@ def look_into(folder: Path, which: str = LAST) -> Opened:
         FlexpError: model or data are not what they were.
     """
     config = run_config(folder)
-    found = checkpoints.kept(folder / "checkpoints")
+    store = Store(folder / CHECKPOINTS)
+    found = store.numbers()
     if not found:
         why = "output.checkpoint_every = 0 keeps none" if not config.output.checkpoint_every else "it stopped too early"
         raise StorageError(f"{folder} has no checkpoint ({why}), so its personal models are not there; run it again")
@@ -136,7 +141,7 @@ def look_into(folder: Path, which: str = LAST) -> Opened:
             "and with data.validation_fraction the best)"
         )
     world, _ = place(world, MemoryProbes(world, folder))
-    return Opened(folder, config, world, scored, number, found[number])
+    return Opened(folder, config, world, scored, store.open(number))
 
 
 def open_run(folder: Path, which: str = LAST) -> SavedRun:
@@ -150,13 +155,13 @@ def open_run(folder: Path, which: str = LAST) -> SavedRun:
         FlexpError: model or data are not what they were.
     """
     opened = look_into(folder, which)
-    _, state = checkpoints.load(opened.place)
+    state = {party: opened.checkpoint.load(party) for party in opened.checkpoint.files}
     method = METHODS[opened.config.method.name](opened.world)
     odd = sorted(method.state().keys() ^ state.keys())
     if odd:
         raise StorageError(
-            f"{opened.place}: {odd[0]} is in the checkpoint or in the data, not in both; the clients must be those of "
-            "the run: put data.source back as it was"
+            f"{opened.checkpoint.place}: {odd[0]} is in the checkpoint or in the data, not in both; the clients must be "
+            "those of the run: put data.source back as it was"
         )
     method.load(state)
     return SavedRun(folder, opened.config, opened.world, method, opened.number, opened.scored)

@@ -34,10 +34,9 @@ from flexp.report.metrics import read as read_log
 from flexp.report.progress import Progress
 from flexp.run.folder import write_facts
 from flexp.run.moving import make_mover
-from flexp.run.parked import ParkedOnDisk
 from flexp.run.planned import with_cuts
 from flexp.run.setup import client_cuts, load_part, load_processor, max_positions, own_pad
-from flexp.run.store import Snapshots
+from flexp.run.store import SNAPSHOTS, Checkpoint, ParkedOnDisk, Store, party_of
 from flexp.run.worker import Worker
 
 
@@ -164,13 +163,15 @@ def run_client(
     Raises:
         LinkError: the server refuses, or cannot be reached.
         ConfigError: ``state`` belongs to another client or cut.
+        StorageError: it cannot be written, or is of another version of FlexP.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    state.mkdir(parents=True, exist_ok=True)
-    snapshots = Snapshots(state / "snapshots", deployment.keep)
+    snapshots = Store(state / SNAPSHOTS, deployment.keep)
+    snapshots.claim()
     may_move = deployment.schedule == "free"
-    facts = _known(snapshots, place, state, may_move=may_move)
+    newest = _known(snapshots, place, state, may_move=may_move)
+    facts = {} if newest is None else newest.facts
     recuts = config.recut.on and may_move
     if recuts and facts and not place.cut_is_given:  # where it moved to
         place = replace(place, cut=(int(facts["cut"][0]), int(facts["cut"][1])))
@@ -179,9 +180,9 @@ def run_client(
     ) as diary:
         trainer, model = _joined(config, place, reach, facts.get("numbering"), codec, deployment.patience, diary.note)
         parking = ParkedOnDisk(state / "parked", model.steps.numbering)
-        moved = bool(facts) and facts["cut"] != list(place.cut)
-        if moved:
-            new = move_party(trainer, snapshots.load(int(facts["number"]))[0], parking)
+        moved = newest is not None and newest.facts["cut"] != list(place.cut)
+        if newest is not None and moved:
+            new = move_party(trainer, newest.load(party_of(place.data.name)), parking)
             diary.note(
                 f"{place.data.name}: from cut {tuple(facts['cut'])} to {place.cut}, {len(new)} parameters are new"
             )
@@ -206,8 +207,8 @@ def run_client(
             mover=make_mover(place.config, place.federation, trainer, blocks, parking) if recuts else None,
             tell_cut=lambda cut: write_facts(state, place.data, place.federation, cut),
         )
-        if moved:  # or the server, going back to that snapshot, would undo it
-            worker.save(int(facts["number"]))
+        if newest is not None and moved:  # or the server, going back to that snapshot, would undo it
+            worker.save(newest.number)
         write_json(state / "config.json", config.resolved())
         write_facts(state, place.data, place.federation, place.cut)
         try:
@@ -217,24 +218,25 @@ def run_client(
             log.close()
             _once_each(state / "metrics.jsonl")
             model.link.close()
-        newest = max(snapshots.numbers(), default=None)
+        last = max(snapshots.numbers(), default=None)
         diary.note(f"{place.data.name}: {'the run is over' if over else 'stopped'} after {trainer.steps} steps; "
-                   f"snapshot {newest} is in {snapshots.folder}")  # fmt: skip
+                   f"snapshot {last} is in {snapshots.folder}")  # fmt: skip
     return over
 
 
-def _known(snapshots: Snapshots, place: Place, state: Path, *, may_move: bool) -> dict[str, Any]:
-    """What the newest snapshot that is whole says of the client; nothing, if there is none."""
-    facts = snapshots.newest_whole()
-    if facts is None:
-        return {}
+def _known(snapshots: Store, place: Place, state: Path, *, may_move: bool) -> Checkpoint | None:
+    """The newest snapshot that is whole, if it is of this client; ``None``: there is none."""
+    newest = snapshots.newest_whole(quarantine=True)
+    if newest is None:
+        return None
+    facts = newest.facts
     if facts["client"] != place.data.name or (facts["cut"] != list(place.cut) and not may_move):
         raise ConfigError(
             f"{state} holds snapshots of {facts['client']} with cut {tuple(facts['cut'])}, not of {place.data.name} "
             f"with cut {place.cut}; give another --state"
             + ("" if may_move else " (a cut may change between sessions in a free run only)")
         )
-    return facts
+    return newest
 
 
 def _joined(

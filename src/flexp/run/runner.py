@@ -32,12 +32,12 @@ from flexp.report.summary import (
     scores_by_round,
 )
 from flexp.report.tensorboard import EventWriter
-from flexp.run import checkpoints
 from flexp.run.joined import is_joined
 from flexp.run.participants import Dropped, client_facts, place
 from flexp.run.probes import MemoryProbes
 from flexp.run.recutting import Recutting, check_changes, cuts_by_round, told
 from flexp.run.setup import build_world
+from flexp.run.store import CHECKPOINTS, Store
 
 Summary = dict[str, Any]
 
@@ -89,7 +89,7 @@ def refuse_taken(out: Path) -> None:
     Raises:
         ConfigError: it does.
     """
-    if (out / "config.json").exists() or checkpoints.latest(out / "checkpoints") is not None:
+    if (out / "config.json").exists() or Store(out / CHECKPOINTS).numbers():
         raise ConfigError(
             f"{out} holds a run already; continue it with flexp run --resume {out}, or choose another --out"
         )
@@ -124,6 +124,7 @@ class _Run:
     ) -> None:
         self.world, self.config, self.out = world, world.config, out
         self.method, self.probes, self.dropped = method, probes, dropped
+        self.store = Store(out / CHECKPOINTS)
         self.names = [client.name for client in world.federation.clients]
         self.everybody = sample(world.federation.test, self.config.evaluation.global_examples, self.config.seed)
         self.first_round = self._restore()
@@ -193,7 +194,7 @@ class _Run:
             best = best_round(self.scored, self.world.federation.task.higher_is_better)
         every = self.config.output.checkpoint_every
         if every and (last or number == best or number % every == 0):
-            checkpoints.save(self.out / "checkpoints", number, self.method.state(), best)
+            self.store.save(number, self.method.state(), best=best)
 
     def _on_step(self, number: int, step: Step) -> None:
         facts = asdict(step)
@@ -231,12 +232,12 @@ class _Run:
 
     def _restore(self) -> int:
         """Load the last checkpoint; the round to go on with, 0 being the scores before training."""
-        checkpoints.clear_halves(self.out / "checkpoints")
-        place = checkpoints.latest(self.out / "checkpoints")
-        if place is None:
+        if self.config.output.checkpoint_every:
+            self.store.claim()
+        if not self.store.numbers():
             return 0
-        number, state = checkpoints.load(place)
-        self.method.load(state)
+        number = max(self.store.numbers())
+        self.method.load(self.store.load(number))
         return number + 1
 
     def _summary(self) -> Summary:

@@ -26,7 +26,7 @@ from flexp.links.orders import Order, Ready
 from flexp.report.metrics import MetricsLog, Record
 from flexp.rng import RandomStream
 from flexp.run.moving import Mover, in_words
-from flexp.run.store import Snapshots
+from flexp.run.store import Store, party_of
 
 Say = Callable[[str], None]
 
@@ -68,7 +68,7 @@ class Worker:
         model: SplitModel,
         reach: Callable[[], Link],
         *,
-        snapshots: Snapshots,
+        snapshots: Store,
         log: MetricsLog,
         diary: Diary,
         run: str = "",
@@ -113,7 +113,7 @@ class Worker:
             "cut": list(self.model.cut),
         }
         try:
-            self.snapshots.save(number, party_state(self.trainer), facts)
+            self.snapshots.save(number, {party_of(self.data.name): party_state(self.trainer)}, facts)
             self._saved_steps = self.trainer.steps
         except StorageError as error:
             self.diary.note(f"snapshot {number} was not saved: {error}")
@@ -238,7 +238,8 @@ class Worker:
         self.diary.note(f"{self.data.name}: round {number}, {self.task.metric} {value:.4g} on its own test data")
 
     def _restore(self, number: int) -> None:
-        state, facts = self.snapshots.load(number)
+        snapshot = self.snapshots.open(number)
+        state = snapshot.load(party_of(self.data.name))
         cut = cut_in(state)
         if cut is not None and self._blocks is not None:
             fit(self.trainer, cut, self._blocks)
@@ -247,7 +248,7 @@ class Worker:
         self._pull_due = False
         if self._mover is not None:
             self._mover.begin()
-        self.diary.note(f"{self.data.name}: back to snapshot {number}, after {facts['steps']} steps")
+        self.diary.note(f"{self.data.name}: back to snapshot {number}, after {snapshot.facts['steps']} steps")
 
     def _reconnect(self, why: LinkError) -> None:
         """A new link, joined; then the pull that is still due.

@@ -21,9 +21,9 @@ from flexp.export.whole import merged
 from flexp.files import read_json
 from flexp.links.base import Link
 from flexp.methods.flexp_sfl import FlexpSfl
-from flexp.run import checkpoints
 from flexp.run.folder import is_client
 from flexp.run.setup import load_processor, model_folder
+from flexp.run.store import CHECKPOINTS, Store, party_of
 from flexp.serving.writer import Writer
 
 WRITING = ("causal-lm", "instruction", "multiple-choice")
@@ -112,14 +112,13 @@ def _of_server(
     if config.method.name != "flexp-sfl":
         raise ConfigError(f"--server needs a split model, and the method of {place} is {config.method.name}")
     name, cut = _cut_of(place, client)
-    found = checkpoints.kept(place / "checkpoints")
+    store = Store(place / CHECKPOINTS)
+    found = store.numbers()
     number = max(found, default=0) if which == LAST else int(which) if which.isdecimal() else -1
     if number not in found:
         there = ", ".join(map(str, found)) or "none"
         raise StorageError(f"{place} has no checkpoint of round {which}; it has those of round {there}")
-    state = checkpoints.load_party(found[number], f"client-{name}")
-    if state is None:
-        raise StorageError(f"{found[number]} has no state of client {name}")
+    state = store.open(number).load(party_of(name))
     model_id = str(resolve(config.model.id))
     tokenizer = load_processor(model_id, config)
 
