@@ -43,7 +43,7 @@ venv: $(VENV)/.stamp-dev
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps make an environment once, and bring it up to date when what it is made of changes.
 # Installed in place (-e): changes under src/ need no second installation.

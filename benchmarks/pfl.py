@@ -1,4 +1,4 @@
-"""``python -m benchmarks pfl``: do the baselines reach what a benchmark of personalized federated learning has published?
+"""``python -m benchmarks pfl``: do the baselines reach what a benchmark of personalized federated learning published?
 
 FlexP's own method classes on PFLlib's image task (Zhang et al., JMLR 2025, arXiv 2312.04992): Fashion-MNIST, its
 4-layer CNN, its clients (:mod:`benchmarks.pfl_data`), all of them in every round, one local epoch, batches of 10 and

@@ -1,4 +1,4 @@
-"""``python -m benchmarks soak``: a server for a long time, with clients that come, work, leave, vanish and come again."""
+"""``python -m benchmarks soak``: a server for long, with clients that come, work, leave, vanish and come again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``python -m benchmarks stage-memory``: the memory of a client that holds 2 + 1 of 24 blocks, against the whole model's.
+"""``python -m benchmarks stage-memory``: the memory of a client with 2 + 1 of 24 blocks, against the whole model's.
 
 A client always holds the ends, so the model's vocabulary is kept small here: with a large one its embedding, not the
 blocks, decides (``--vocabulary``). A GPT-2 of 24 blocks with random weights is written to a temporary folder; client

@@ -1,4 +1,4 @@
-"""``python -m benchmarks plan``, ``predict`` and ``recut``: what plans are worth, the predictions behind them, and moves."""
+"""``python -m benchmarks plan``, ``predict`` and ``recut``: what plans are worth, what they rest on, and moves."""
 
 from __future__ import annotations
 

@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-from flexp.cli.main import main
 from tests.data.tools import jsonl, labelled
 from tests.tiny import bert_folder
 
+from .tools import call
+
 SMALL = ("--steps", "4", "--batch-size", "4", "--max-length", "12", "--test-examples", "8")
-
-
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
-    monkeypatch.setattr(sys, "argv", ["flexp", "bench", *arguments])
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as left:
-        main()
-    shown = capsys.readouterr()
-    code = left.value.code
-    assert isinstance(code, int)
-    return code, shown.out if code == 0 else shown.err
 
 
 def test_tables_and_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

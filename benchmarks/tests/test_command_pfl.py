@@ -3,25 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-from flexp.cli.main import main
-
-from .tools import picture_folder
-
-
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
-    monkeypatch.setattr(sys, "argv", ["flexp", "bench", "pfl", *arguments])
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as left:
-        main()
-    shown = capsys.readouterr()
-    code = left.value.code
-    assert isinstance(code, int)
-    return code, shown.out if code == 0 else shown.err
+from .tools import call, picture_folder
 
 
 def test_a_table_of_methods_and_the_same_as_json(
@@ -29,11 +15,11 @@ def test_a_table_of_methods_and_the_same_as_json(
 ) -> None:
     pictures = str(picture_folder(tmp_path / "small", 200, 100))
     options = ("--data", pictures, "--method", "fedavg", "--rounds", "1", "--out", str(tmp_path / "out"))
-    code, shown = call(monkeypatch, capsys, *options)
+    code, shown = call(monkeypatch, capsys, "pfl", *options)
     assert code == 0
     assert "fedavg round 1: " in shown
     assert "python -m benchmarks pfl: small, dirichlet" in shown
-    code, shown = call(monkeypatch, capsys, *options, "--json")  # nothing is left to train
+    code, shown = call(monkeypatch, capsys, "pfl", *options, "--json")  # nothing is left to train
     result = json.loads(shown)
     assert (result["bench"], result["clients"], sum(result["sizes"])) == ("pfl", 20, 220)
     assert result["rows"][0]["rounds"] == 1
@@ -50,7 +36,7 @@ def test_a_table_of_methods_and_the_same_as_json(
 def test_a_users_mistake_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], option: str, value: str, message: str
 ) -> None:
-    code, shown = call(monkeypatch, capsys, option, value)
+    code, shown = call(monkeypatch, capsys, "pfl", option, value)
     assert code == 2
     (line,) = shown.strip().splitlines()
     assert message in line

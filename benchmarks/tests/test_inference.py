@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
 
-from flexp.cli.main import main
+from .tools import call
 
 
 def test_split_and_whole_write_the_same_and_bytes_are_counted(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--hidden", "64", "--blocks", "3", "--vocabulary", "256", "--tokens", "5", "--prompt", "7"]
-    monkeypatch.setattr(
-        sys, "argv", ["flexp", "bench", "inference", *options, "--pairs", "4", "--round-trip", "5", "--json"]
-    )
-    with pytest.raises(SystemExit) as left:
-        main()
-    assert left.value.code == 0
-    result = json.loads(capsys.readouterr().out)
+    code, shown = call(monkeypatch, capsys, "inference", *options, "--pairs", "4", "--round-trip", "5", "--json")
+    assert code == 0
+    result = json.loads(shown)
     assert (result["same_tokens"], result["rebuilt"], result["cut"]) == (True, 0, [1, 2])
     positions = 7 + 4  # the last token is written, not read
     assert result["bytes"] == positions * (

@@ -1,4 +1,4 @@
-"""The relay of python -m benchmarks chaos: what it does to frames, and that what comes through is what was asked for."""
+"""The relay of python -m benchmarks chaos: what it does to frames, and that what comes through is what was asked."""
 
 from __future__ import annotations
 

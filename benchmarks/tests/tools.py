@@ -1,15 +1,31 @@
-"""A folder of four small files in MNIST's form: pictures whose brightest row says which class they are."""
+"""Calling ``python -m benchmarks``, and small data: pictures in MNIST's form."""
 
 from __future__ import annotations
 
 import gzip
+import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
+
+from benchmarks.commands.main import app
+from flexp.cli.main import main
+
+
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    """The exit code of ``python -m benchmarks`` with these words, and what it printed (for a failure, its error)."""
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *arguments])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as left:
+        main(app, prog="python -m benchmarks")
+    shown = capsys.readouterr()
+    assert isinstance(left.value.code, int)
+    return left.value.code, shown.out if left.value.code == 0 else shown.err
 
 
 def picture_folder(folder: Path, train: int = 150, test: int = 50) -> Path:
-    """Ten classes, ``train`` + ``test`` pictures; two of the files are gzipped."""
+    """Four files, two of them gzipped: ten classes, told by a picture's brightest row; ``train`` + ``test`` of them."""
     folder.mkdir(parents=True, exist_ok=True)
     draw = np.random.default_rng(0)
     for part, count in (("train", train), ("t10k", test)):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 CLI_PAGE = "reference/cli.md"
+CHECKOUT = Path(__file__).parents[2]
 ROLE = re.compile(r":(?:py:)?(?:func|class|mod|meth|data|attr|exc|obj):<code>~?")
 
 
@@ -24,23 +26,26 @@ def on_page_content(html: str, **_: Any) -> str:
     return ROLE.sub("<code>", html)
 
 
-def root() -> Any:
-    """The ``flexp`` command as click sees it."""
+def commands() -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every command that does something, as click sees it, with the words that call it."""
     import typer
 
+    if str(CHECKOUT) not in sys.path:
+        sys.path.append(str(CHECKOUT))  # benchmarks/ is not installed
+    from benchmarks.commands.main import app as benchmarks
     from flexp.cli.main import app
 
-    return typer.main.get_command(app)
+    yield from _within(typer.main.get_command(app), ("flexp",))
+    yield from _within(typer.main.get_command(benchmarks), ("python", "-m", "benchmarks"))
 
 
-def commands(command: Any, path: tuple[str, ...] = ("flexp",)) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Every command that does something, with the words that call it."""
+def _within(command: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
     inner = getattr(command, "commands", None)
     if inner is None:
         yield path, command
         return
     for name, child in inner.items():
-        yield from commands(child, (*path, name))
+        yield from _within(child, (*path, name))
 
 
 def cli_reference() -> str:
@@ -52,7 +57,7 @@ def cli_reference() -> str:
         "and exit code 2; a traceback is for FlexP's own.",
         "",
     ]
-    for path, command in commands(root()):
+    for path, command in commands():
         lines += [f"## `{' '.join(path)}`", "", _text(command.help or ""), "", "```", _usage(path, command), "```", ""]
         rows = [_row(parameter) for parameter in command.params if not getattr(parameter, "hidden", False)]
         if rows:

@@ -1,4 +1,4 @@
-"""``flexp plan`` and ``python -m benchmarks plan`` as a user types them."""
+"""``flexp plan`` as a user types it."""
 
 from __future__ import annotations
 
@@ -92,15 +92,3 @@ def test_an_infeasible_fleet_is_told_who_lacks_what(
     code, _, said = call(monkeypatch, capsys, "plan", "arch:bert", "--devices", str(fleet))
     assert code == 2
     assert "unknown key devices.2.colour" in said or "unknown key devices" in said
-
-
-def test_bench_plan(fleet: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    code, shown, _ = call(monkeypatch, capsys, "bench", "plan", str(fleet), "--model", "arch:bert", "--steps", "2")
-    assert code == 0
-    for words in ("office (3)", "optimised", "memory-only", "static"):
-        assert words in shown
-    code, shown, _ = call(
-        monkeypatch, capsys, "bench", "plan", str(fleet), "--model", "arch:bert", "--steps", "2", "--json"
-    )
-    ways = json.loads(shown)["rows"][0]["ways"]
-    assert ways["optimised"]["objective"] <= min(way["objective"] for way in ways.values()) + 1e-9

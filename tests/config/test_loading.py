@@ -102,7 +102,7 @@ def test_a_missing_key_and_a_broken_file(tmp_path: Path) -> None:
 
 def test_shipped_configurations_are_valid() -> None:
     root = Path(__file__).parents[2]
-    shipped = [*(root / "experiments").glob("*.toml"), root / "src/flexp/experiments/demo.toml"]
+    shipped = [*(root / "experiments").glob("*.toml"), root / "src/flexp/run/demo.toml"]
     assert len(shipped) >= 3
     for path in shipped:
         load(path)

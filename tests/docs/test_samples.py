@@ -23,7 +23,7 @@ FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 sys.path.insert(0, str(ROOT / "docs/_hooks"))
 reference = importlib.import_module("reference")
 
-COMMANDS = {path[1:]: command for path, command in reference.commands(reference.root())}
+COMMANDS = dict(reference.commands())
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -34,16 +34,16 @@ def typed() -> Iterator[tuple[str, str]]:
     """Every line of the pages and of the shipped configurations' heads that calls flexp: the place, and the line."""
     for page in [*PAGES, *CONFIGURATIONS]:
         for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), start=1):
-            bare = re.sub(r"^(    |\s*#\s+|\$ )", "", line)
-            if bare.startswith("flexp ") and bare.split()[1].isidentifier():
-                yield f"{page.relative_to(ROOT)}:{number}", bare
+            bare = re.sub(r"^(    |\s*#\s+|\$ )(\w+=\S+ )?", "", line)
+            if re.match(r"(flexp|python -m benchmarks) [a-z][\w-]*( |$)", bare):
+                yield f"{page.relative_to(ROOT)}:{number}", bare.rstrip("\\")
 
 
 def command_of(words: list[str]) -> tuple[Any, list[str]]:
-    for length in (2, 1):
+    for length in (4, 3, 2):
         if tuple(words[:length]) in COMMANDS:
             return COMMANDS[tuple(words[:length])], words[length:]
-    raise AssertionError(f"there is no command flexp {' '.join(words[:2])}")
+    raise AssertionError(f"there is no command {' '.join(words[:4])}")
 
 
 def test_there_is_much_to_check() -> None:
@@ -60,21 +60,20 @@ def test_commands_can_be_typed(place: str, line: str) -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        "run mine.toml --rounds 3",
-        "state burn x",
-        "join runs/mine --out x",
-        "bench link --hidden many",
-        "runn mine.toml",
+        "flexp run mine.toml --rounds 3",
+        "flexp state burn x",
+        "flexp join runs/mine --out x",
+        "python -m benchmarks link --hidden many",
+        "flexp runn mine.toml",
     ],
 )
 def test_what_cannot_be_typed_is_found(line: str) -> None:
     with pytest.raises(Exception, match=r"(?i)no such|there is no command|missing|not a valid"):
-        check("here", f"flexp {line}")
+        check("here", line)
 
 
 def check(place: str, line: str) -> None:
-    words = shlex.split(line, comments=True)[1:]
-    command, arguments = command_of(words)
+    command, arguments = command_of(shlex.split(line, comments=True))
     if "..." in line or "…" in line or "CONFIG.toml" in line:
         names = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
         assert {word for word in arguments if re.match(r"--\w", word)} <= names, place
@@ -84,11 +83,11 @@ def check(place: str, line: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_named_in_the_text_are_there(page: Path) -> None:
-    for inside in re.findall(r"`flexp ([a-z][^`]*)`", page.read_text(encoding="utf-8")):
+    groups = {path[1] for path in COMMANDS if path[0] == "flexp" and len(path) > 2}
+    for inside in re.findall(r"`((?:flexp|python -m benchmarks) [a-z][^`]*)`", page.read_text(encoding="utf-8")):
         words = inside.split()
-        groups = {path[0] for path in COMMANDS if len(path) > 1}
-        if words[0] in groups and (len(words) == 1 or not words[1].isidentifier()):
-            continue  # a group is named, as in `flexp state` or `python -m benchmarks …`
+        if words[1] in groups and (len(words) == 2 or not words[2].isidentifier()):
+            continue  # a group is named, as in `flexp state`
         command, arguments = command_of([word for word in words if re.match(r"[\w-]+$", word)])
         names = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
         assert {w.strip("[]…") for w in words if re.match(r"\[?--\w", w)} <= names, inside

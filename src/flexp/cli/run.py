@@ -51,7 +51,7 @@ def demo(
 
     from flexp.config.loading import load
 
-    with as_file(files("flexp.experiments") / "demo.toml") as path:
+    with as_file(files("flexp.run") / "demo.toml") as path:
         loaded = load(path, seed=seed)
     _go(out or fresh(loaded.name), loaded)
 
