@@ -98,8 +98,8 @@ def test_killed_at_any_moment_resumes_to_equal_weights(home: Path) -> None:
     path = home / "run.json"
     path.write_text(json.dumps(content(home, train={"rounds": 6})), encoding="utf-8")
     program = (
-        "import json, sys; from pathlib import Path; from flexp.run import runner; from flexp.config import loading as settings;"
-        "runner.run(settings.validate(json.loads(Path(sys.argv[1]).read_text()), 'x'), Path(sys.argv[2]))"
+        "import json, sys; from pathlib import Path; from flexp.config import loading; from flexp.run import runner;"
+        "runner.run(loading.validate(json.loads(Path(sys.argv[1]).read_text()), 'x'), Path(sys.argv[2]))"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(

@@ -62,9 +62,7 @@ def server(
     ] = False,
     state: Annotated[
         Path | None,
-        typer.Option(
-            help="Go on from this file, if it is there, and save in it; with --config: a folder of snapshots."
-        ),
+        typer.Option(help="The folder to save in, and to go on from if something is there."),
     ] = None,
     tuning: Annotated[str, typer.Option(help="full, lora or frozen.")] = "full",
     rank: Annotated[int, typer.Option(min=1, help="LoRA: rank of the adapters.")] = 8,

@@ -160,8 +160,8 @@ def open_run(folder: Path, which: str = LAST) -> SavedRun:
     odd = sorted(method.state().keys() ^ state.keys())
     if odd:
         raise StorageError(
-            f"{opened.checkpoint.place}: {odd[0]} is in the checkpoint or in the data, not in both; the clients must be "
-            "those of the run: put data.source back as it was"
+            f"{opened.checkpoint.place}: {odd[0]} is in the checkpoint or in the data, not in both; the clients must "
+            "be those of the run: put data.source back as it was"
         )
     method.load(state)
     return SavedRun(folder, opened.config, opened.world, method, opened.number, opened.scored)
