@@ -12,7 +12,8 @@ import torch
 from flexp.client.state import party_state
 from flexp.config.loading import validate
 from flexp.config.run import RunConfig
-from flexp.export.client_folder import ClientFolder, open_client
+from flexp.export.client_folder import ClientModel
+from flexp.export.opening import open_trained
 from flexp.files import write_json
 from flexp.links.base import Link
 from flexp.links.grpc import connect, serve
@@ -36,8 +37,10 @@ class Remote:
         self.state = folder / "client"
 
     @property
-    def opened(self) -> ClientFolder:
-        return open_client(self.state)
+    def opened(self) -> ClientModel:
+        found = open_trained(self.state, connect=self.reach)
+        assert isinstance(found, ClientModel)
+        return found
 
     @property
     def url(self) -> str:
@@ -53,8 +56,7 @@ class Remote:
 
     def expected(self) -> torch.Tensor:
         """Logits of the personal model, its middle over the link."""
-        taken = self.opened.taken()
-        model = self.opened.split(taken, self.reach(self.opened.client)).eval()
+        model = self.opened.split.eval()
         with torch.no_grad():
             logits: torch.Tensor = model(**self.batch()).logits
         model.link.close()

@@ -16,8 +16,9 @@ from flexp.export.answers import predict, score
 from flexp.export.backup import back_up
 from flexp.export.folder import export
 from flexp.export.joining import beginning, join
+from flexp.export.opening import open_trained
 from flexp.export.saved import SavedRun, open_run
-from flexp.export.usable import OWN, of_folder, of_run
+from flexp.export.trained import OWN
 from flexp.files import sha256
 from flexp.run import runner
 from tests.data.tools import jsonl, labelled
@@ -55,14 +56,14 @@ def test_its_folder_is_a_run_like_any_other(run: SavedRun, tmp_path: Path) -> No
     assert files(run.folder) == before
     assert (summary["name"], summary["rounds"], summary["finished"]) == ("run + newcomer", 2, True)
     assert [(c["name"], c["cut"], c["train_examples"]) for c in summary["clients"]] == [("newcomer", [1, 4], 8)]
-    model = of_run(tmp_path / "run", None)
+    model = open_trained(tmp_path / "run")
     assert score(model)[OWN]["accuracy"] == summary["clients"][0]["last"]["personal"]
     joined = open_run(tmp_path / "run")
-    export(joined, None, tmp_path / "out")
+    export(model, tmp_path / "out")
     plain: Any = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     batch = batch_of(joined, "newcomer")
     assert torch.equal(answer(plain, batch), answer(joined.method.personal("newcomer"), batch))
-    assert score(of_folder(tmp_path / "out", run=tmp_path / "run")) == score(model)
+    assert score(open_trained(tmp_path / "out", run=tmp_path / "run")) == score(model)
     assert predict(model, new, tmp_path / "labels.csv") == 20
     facts = json.loads((tmp_path / "run/join.json").read_text(encoding="utf-8"))
     assert facts["others"]["personal_mean"] == pytest.approx(

@@ -9,18 +9,18 @@ import torch
 
 from flexp.errors import ConfigError, StorageError
 from flexp.export.folder import export
+from flexp.export.opening import open_trained
 from flexp.export.saved import open_run
 from flexp.links.grpc import connect, serve
 from flexp.links.messages import ExtendRequest
 from flexp.run.server import load
 from flexp.run.store import Store
 from flexp.server import Server
-from flexp.serving.opened import open_writer
-from flexp.serving.writer import Wishes, Writer
+from flexp.serving.writer import GenerationConfig, Writer, open_writer
 from tests.export.tools import train
 from tests.harness import RecordingLink
 
-GREEDY = Wishes(max_new_tokens=8, temperature=0.0)
+GREEDY = GenerationConfig(max_new_tokens=8, temperature=0.0)
 
 
 def answer(writer: Writer) -> str:
@@ -34,7 +34,7 @@ def test_run_folder_and_server_write_the_same(tmp_path: Path) -> None:
     run = train(tmp_path, "llama", train={"rounds": 2, "steps_per_round": 6})
     texts = {client: answer(open_writer(run, client)) for client in ("north", "south")}
     assert all(texts.values())
-    export(open_run(run), "north", tmp_path / "north")
+    export(open_trained(run, "north"), tmp_path / "north")
     assert answer(open_writer(tmp_path / "north")) == texts["north"]
 
     (tmp_path / "rows.jsonl").unlink()  # with a server, nobody's data are needed
@@ -54,7 +54,7 @@ def test_run_folder_and_server_write_the_same(tmp_path: Path) -> None:
         assert answer(writer) == texts["north"]
         with pytest.raises(ConfigError, match="the run has no client 'west'"):
             open_writer(run, "west", connect=reach)
-        with pytest.raises(StorageError, match=r"has no checkpoint of round 7; it has those of round 1, 2"):
+        with pytest.raises(StorageError, match=r"has no checkpoint 7; it has 1, 2"):
             open_writer(run, "north", "7", connect=reach)
         with pytest.raises(StorageError, match="south"):
             open_writer(run, "south", connect=reach)
@@ -79,7 +79,7 @@ def test_what_cannot_write_says_so(tmp_path: Path) -> None:
     run = train(tmp_path, "bert")
     with pytest.raises(ConfigError, match="write no text: their task is classification; use flexp predict"):
         open_writer(run, "north")
-    export(open_run(run), "north", tmp_path / "north")
+    export(open_trained(run, "north"), tmp_path / "north")
     with pytest.raises(ConfigError, match="writes no text"):
         open_writer(tmp_path / "north")
     with pytest.raises(ConfigError, match="leave out --server"):

@@ -47,6 +47,8 @@ _PREFIX = "checkpoint-"
 _OLDER = ("round-*/checkpoint.json", "snapshot-*/snapshot.json")
 
 Parties = dict[str, dict[str, Tensor]]
+Entry = tuple[Path, str]
+"""A party's file, and its SHA-256."""
 
 
 def party_of(client: str) -> str:
@@ -70,7 +72,7 @@ class Checkpoint:
     number: int
     place: Path
     facts: dict[str, Any]
-    files: dict[str, tuple[Path, str]]
+    files: dict[str, Entry]
     _whole: set[str] = field(default_factory=set, repr=False)
 
     def check(self) -> None:
@@ -89,7 +91,7 @@ class Checkpoint:
             StorageError: there is no such party, or its file is missing or is not what was saved.
         """
         if party not in self.files:
-            raise StorageError(f"{self.place} has nothing of {party}; it has {', '.join(sorted(self.files))}")
+            raise StorageError(self.lacks(party))
         file, expected = self.files[party]
         try:
             if party not in self._whole and sha256(file) != expected:
@@ -98,6 +100,10 @@ class Checkpoint:
             raise StorageError(f"{file} is missing or cannot be read; {_mend(self.place)}") from error
         self._whole.add(party)
         return file
+
+    def lacks(self, party: str) -> str:
+        """What to say of a party that is not in it."""
+        return f"{self.place} has nothing of {party}; it has {', '.join(sorted(self.files))}"
 
     def load(self, party: str, wanted: Callable[[str], bool] = lambda _: True) -> dict[str, Tensor]:
         """The party's tensors with a ``wanted`` name, copied; no other is read into memory.
@@ -158,13 +164,14 @@ class Store:
     def save(
         self,
         number: int,
-        parties: Mapping[str, Mapping[str, Tensor]],
+        parties: Mapping[str, Mapping[str, Tensor] | Entry],
         facts: Mapping[str, Any] | None = None,
         best: int | None = None,
     ) -> None:
         """Write a checkpoint beside its place, rename, and let the oldest go.
 
         Args:
+            parties: the tensors of each; or a file of another checkpoint, which is copied.
             facts: JSON.
             best: one that stays, however old it is.
 
@@ -174,8 +181,9 @@ class Store:
         with replacing(self._place(number)) as part:
             part.mkdir()
             entries = {}
-            for index, (party, tensors) in enumerate(parties.items()):
-                entries[party] = _write(part / f"{index:03d}-{_slug(party)}.safetensors", tensors)
+            for index, (party, content) in enumerate(parties.items()):
+                file = part / f"{index:03d}-{_slug(party)}.safetensors"
+                entries[party] = {"file": file.name, "sha256": _write(file, content)}
             write_json(part / INDEX, {"version": VERSION, "facts": dict(facts or {}), "parties": entries})
         if self.keep is not None:
             for old in set(self.numbers()[: -self.keep]) - {number, best}:
@@ -189,17 +197,8 @@ class Store:
         """
         there = self.open(number)
         if party not in there.files:
-            raise StorageError(f"{there.place} has nothing of {party}; it has {', '.join(sorted(there.files))}")
-        with replacing(there.place) as part:
-            part.mkdir()
-            entries = {}
-            for name, (file, expected) in there.files.items():
-                if name == party:
-                    entries[name] = _write(part / file.name, tensors)
-                else:
-                    shutil.copyfile(file, part / file.name)
-                    entries[name] = {"file": file.name, "sha256": expected}
-            write_json(part / INDEX, {"version": VERSION, "facts": there.facts, "parties": entries})
+            raise StorageError(there.lacks(party))
+        Store(self.folder, keep=None).save(number, {**there.files, party: tensors}, there.facts)
 
     def open(self, number: int) -> Checkpoint:
         """One of :meth:`numbers`; only its index is read.
@@ -298,13 +297,16 @@ def os_error(error: SafetensorError) -> OSError:
     return OSError(errno.ENOSPC if full else errno.EIO, str(error))
 
 
-def _write(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Write one party's tensors; its entry in the index."""
+def _write(file: Path, content: Mapping[str, Tensor] | Entry) -> str:
+    """Write one party's tensors, or copy them; the file's SHA-256."""
+    if isinstance(content, tuple):
+        shutil.copyfile(content[0], file)
+        return content[1]
     try:
-        save_file({name: value.detach().contiguous() for name, value in tensors.items()}, file)
+        save_file({name: value.detach().contiguous() for name, value in content.items()}, file)
     except SafetensorError as error:
         raise os_error(error) from error
-    return {"file": file.name, "sha256": sha256(file)}
+    return sha256(file)
 
 
 def _inside(place: Path, name: str) -> Path:
