@@ -111,8 +111,12 @@ class Checkpoint:
         Raises:
             StorageError: see :meth:`checked`.
         """
-        with safe_open(self.checked(party), framework="pt") as file:
-            return {name: file.get_tensor(name).clone() for name in file.keys() if wanted(name)}  # noqa: SIM118
+        place = self.checked(party)
+        try:
+            with safe_open(place, framework="pt") as file:
+                return {name: file.get_tensor(name).clone() for name in file.keys() if wanted(name)}  # noqa: SIM118
+        except SafetensorError as error:
+            raise StorageError(f"{place} holds no tensors ({error}); {_mend(self.place)}") from error
 
 
 class Store:
