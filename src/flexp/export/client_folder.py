@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from flexp.client.model import SplitModel
+from flexp.config import CodecConfig, RunConfig
 from flexp.config.loading import validate
-from flexp.config.run import CodecConfig, RunConfig
 from flexp.data.types import ModelKind
 from flexp.errors import ConfigError, StorageError
 from flexp.export.saved import LAST

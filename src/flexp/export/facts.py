@@ -8,7 +8,7 @@ from typing import Any
 from flexp._version import __version__
 from flexp.assets.registry import ASSETS, Asset
 from flexp.assets.store import PREFIX
-from flexp.config.run import RunConfig
+from flexp.config import RunConfig
 from flexp.data.types import ClientData
 from flexp.export.client_folder import ClientFolder, Taken
 from flexp.export.saved import SavedRun

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from flexp.client.fetching import pieces
-from flexp.config.run import CodecConfig
+from flexp.config import CodecConfig
 from flexp.errors import LinkError, ModelError
 from flexp.export.client_folder import ClientFolder, Taken
 from flexp.links.base import Link

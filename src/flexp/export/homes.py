@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flexp._version import __version__
 from flexp.client.state import cut_in
-from flexp.config.run import RunConfig
+from flexp.config import RunConfig
 from flexp.errors import ConfigError, StorageError
 from flexp.export.client_folder import PERSONAL, ClientFolder, Taken, open_client
 from flexp.export.facts import origin

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from flexp.config.run import DataConfig
+from flexp.config import DataConfig
 from flexp.data.columns import check_present
 from flexp.data.labels import label_texts
 from flexp.data.sources import Rows, read_rows

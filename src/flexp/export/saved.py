@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from flexp.config import RunConfig
 from flexp.config.loading import validate
-from flexp.config.run import RunConfig
 from flexp.data.columns import nearest
 from flexp.data.types import ClientData
 from flexp.errors import ConfigError, StorageError

@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor
 
 from flexp.client.whole import WholeModel
-from flexp.config.run import DataConfig, ModelConfig, RunConfig
+from flexp.config import DataConfig, ModelConfig, RunConfig
 from flexp.data.tasks import limit_of, make_task
 from flexp.data.types import Example, Forward, Task
 from flexp.errors import ConfigError, FlexpError, ModelError, StorageError

@@ -9,7 +9,7 @@ from typing import Any
 from flexp.assets import resolve
 from flexp.client.generation import SplitGenerator
 from flexp.client.model import SplitModel, SplitModelForCausalLM
-from flexp.config.run import RunConfig
+from flexp.config import RunConfig
 from flexp.data.tasks.instruction import TEMPLATE
 from flexp.data.templates import fields
 from flexp.errors import ConfigError, StorageError
@@ -125,20 +125,7 @@ def _of_server(
     def reach() -> Link:
         return connect(name)
 
-    split = SplitModelForCausalLM.from_pretrained(
-        model_id,
-        cut=cut,
-        link=reach(),
-        tuning=config.model.tuning,
-        lora=config.model.lora,
-        train_embeddings=config.model.train_embeddings,
-        dtype=config.model.dtype,
-        autocast=config.model.autocast,
-        attention=config.model.attention,
-        embeddings=config.model.embeddings,
-        expose_embeddings=config.model.expose_embeddings,
-        seed=config.seed,
-    )
+    split = SplitModelForCausalLM.from_pretrained(config.model.at(model_id), cut=cut, link=reach(), seed=config.seed)
     prefix = "personal/"
     own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     split.load_personal_state(own)
