@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.one_client import OneClient, one_client_world, without_dropout
-from flexp.config.run import CodecConfig
+from flexp.config import CodecConfig
 from flexp.links.codecs import CODECS
 from flexp.machine import machine
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 from benchmarks.paired import paired
-from flexp.config.run import ModelConfig, OptimizerConfig
+from flexp.config import ModelConfig, OptimizerConfig
 from flexp.cost.echo import client_model, random_batch
 from flexp.cost.probe import Probe, measure
 from flexp.machine import machine
@@ -75,14 +75,13 @@ def _stage(probe: Probe) -> Stage:
     assert probe.cut is not None
     blocks = int(load_config(probe.model).get_text_config().num_hidden_layers)
     stage = load_stage(
-        probe.model,
+        ModelConfig(**probe.model_config),
         cast(ModelKind, probe.kind),
         Part.client(probe.cut, blocks),
         labels=probe.labels,
         pad_token_id=0,
-        embeddings=probe.model_config["embeddings"],
     )
-    tune(stage, "full")
+    tune(stage, ModelConfig(id="any"))
     return stage
 
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import torch
 
-from flexp.config.run import AlignConfig, CodecConfig, LoraConfig
+from flexp.config import AlignConfig, CodecConfig, LoraConfig
 from flexp.errors import LinkError
 from flexp.links.coding import Coding
 from flexp.links.frames import encode

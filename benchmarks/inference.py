@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.paired import paired
 from flexp.client.generation import SplitGenerator
 from flexp.client.model import SplitModelForCausalLM
+from flexp.config import ModelConfig
 from flexp.links.base import connected
 from flexp.links.emulated import EmulatedLink, Network
 from flexp.links.grpc import loopback
@@ -52,10 +53,14 @@ def inference(
         ÷ split seconds of processor time, which other processes do not disturb as much, and which leaves out what
         waking threads takes; and the tokens a second of all three.
     """
-    source = _random(hidden, blocks, vocabulary) if model is None else load_stage(model, "causal-lm", dtype=dtype)
+    source = (
+        _random(hidden, blocks, vocabulary)
+        if model is None
+        else load_stage(ModelConfig.of(model, dtype=dtype), "causal-lm")
+    )
     total = source.anatomy.blocks
     where = check_cut(cut or (1, total - 1), total)
-    tune(source, "frozen")
+    tune(source, ModelConfig(id="any"), "frozen")
     stage = carve(source, Part.server(*where))
     server = Server(stage, tuning="frozen")
     ids = torch.randint(5, source.model.config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0))

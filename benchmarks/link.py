@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from benchmarks.overhead import split_step
 from benchmarks.paired import paired
-from flexp.config.run import OptimizerConfig
+from flexp.config import ModelConfig, OptimizerConfig
 from flexp.cost.echo import random_batch
 from flexp.cost.probe import Probe
 from flexp.links.grpc import loopback
@@ -39,7 +39,7 @@ def link_overhead(
         bytes of tensors and of everything else that one step sends.
     """
     labels = None if kind == "causal-lm" else ["a", "b"]
-    source = load_stage(model, cast(ModelKind, kind), labels=labels, dtype=dtype, pad_token_id=0)
+    source = load_stage(ModelConfig.of(model, dtype=dtype), cast(ModelKind, kind), labels=labels, pad_token_id=0)
     where = check_cut(cut or (1, None), source.anatomy.blocks)
     batch = random_batch(Probe(model, kind, where, examples, length, labels, {}, {}), source.model.config)
     optimizer = OptimizerConfig(clip=None)

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from benchmarks.paired import paired
 from flexp.client.whole import WholeModel
-from flexp.config.run import OptimizerConfig
+from flexp.config import ModelConfig, OptimizerConfig
 from flexp.cost.echo import random_batch
 from flexp.cost.probe import Probe
 from flexp.machine import machine
@@ -57,7 +57,7 @@ def mixed_precision(
 def _step(source: Stage, autocast: str, batch: dict[str, Any]) -> Callable[[], None]:
     stage = carve(source, Part.whole(source.anatomy.blocks))
     stage.autocast = DTYPES.get(autocast)
-    tune(stage, "full")
+    tune(stage, ModelConfig(id="any"))
     updater = Updater(stage.trainable(), OptimizerConfig())
     model = WholeModel(stage).train()
 

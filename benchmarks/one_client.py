@@ -17,7 +17,7 @@ import transformers
 
 from flexp.assets import resolve
 from flexp.client.model import SplitModel
-from flexp.config.run import CodecConfig, RunConfig
+from flexp.config import CodecConfig, RunConfig
 from flexp.data.scores import evaluate
 from flexp.links.base import Link
 from flexp.methods.base import World

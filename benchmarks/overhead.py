@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.paired import paired
 from flexp.client.model import SPLIT_MODELS
-from flexp.config.run import LoraConfig, OptimizerConfig
+from flexp.config import LoraConfig, ModelConfig, OptimizerConfig
 from flexp.cost.echo import random_batch
 from flexp.cost.probe import Probe
 from flexp.links.base import Link
@@ -43,7 +43,7 @@ def split_overhead(
         ``ratio``: the median of split ÷ whole over the pairs, with its quartiles and the seconds of either.
     """
     labels = None if kind == "causal-lm" else ["a", "b"]
-    source = load_stage(model, cast(ModelKind, kind), labels=labels, dtype=dtype, pad_token_id=0)
+    source = load_stage(ModelConfig.of(model, dtype=dtype), cast(ModelKind, kind), labels=labels, pad_token_id=0)
     blocks = source.anatomy.blocks
     where = check_cut(cut or (1, None), blocks)
     batch = random_batch(Probe(model, kind, where, examples, length, labels, {}, {}), source.model.config)
@@ -69,7 +69,7 @@ def split_overhead(
 
 def _whole(source: Any, tuning: Any, optimizer: OptimizerConfig, batch: dict[str, torch.Tensor]) -> Callable[[], None]:
     stage = carve(source, Part.whole(source.anatomy.blocks))
-    tune(stage, tuning)
+    tune(stage, ModelConfig.of("any", tuning=tuning))
     updater = Updater(stage.trainable(), optimizer)
     stage.model.train()
 
@@ -94,8 +94,11 @@ def split_step(
 ) -> Callable[[], None]:
     """One training step of a client and a server carved out of ``source``; ``reach`` makes the link between them."""
     client, shared = carve(source, Part.client(cut, source.anatomy.blocks)), carve(source, Part.server(*cut))
-    tune(client, tuning, lora=lora, gradient_checkpointing=gradient_checkpointing)
-    tune(shared, tuning, lora=lora)
+    config = ModelConfig.of(
+        "any", tuning=tuning, lora=lora or LoraConfig(), gradient_checkpointing=gradient_checkpointing
+    )
+    for stage in (client, shared):
+        tune(stage, config)
     server = Server(shared, tuning=tuning, optimizer=optimizer)
     model = SPLIT_MODELS[kind](client, cut, reach(server), tuning=tuning, expose_embeddings=True).train()
     updater = Updater(client.trainable(), optimizer)

@@ -23,7 +23,7 @@ import torch
 
 from benchmarks.pfl_data import Pictures, Rule, divide, federation, read_pictures
 from benchmarks.small_cnn import small_cnn
-from flexp.config.run import RunConfig
+from flexp.config import RunConfig
 from flexp.data.scores import evaluate
 from flexp.errors import ConfigError, StorageError
 from flexp.machine import machine

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from flexp.config.run import DataConfig
+from flexp.config import DataConfig
 from flexp.data.tasks.image_classification import ImageClassification
 from flexp.data.types import ClientData, Example, Federation
 from flexp.errors import DataError

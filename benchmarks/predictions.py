@@ -18,7 +18,7 @@ import torch
 import transformers
 
 from benchmarks.overhead import split_step
-from flexp.config.run import ModelConfig, OptimizerConfig
+from flexp.config import ModelConfig, OptimizerConfig
 from flexp.cost.choice import Choice
 from flexp.cost.echo import client_model, random_batch
 from flexp.cost.measure import clock, flops_per_second, measure_model
@@ -159,7 +159,7 @@ def _steps(source: Stage, probe: Probe, config: ModelConfig, repeats: int) -> tu
     """Seconds of a client's step with an echo for a server, and of one with a server in this process: in turn."""
     assert probe.cut is not None
     stage = carve(source, Part.client(probe.cut, source.anatomy.blocks))
-    tune(stage, config.tuning, lora=config.lora, gradient_checkpointing=config.gradient_checkpointing)
+    tune(stage, config)
     model = client_model(probe, stage).train()
     updater = Updater(stage.trainable(), OptimizerConfig())
     batch = random_batch(probe, stage.model.config)

@@ -18,7 +18,7 @@ import torch
 
 from flexp.client.recut import recut
 from flexp.client.trainer import Trainer
-from flexp.config.run import RunConfig
+from flexp.config import RunConfig
 from flexp.links.base import connected
 from flexp.links.grpc import connect, serve
 from flexp.machine import machine

@@ -18,7 +18,7 @@ import psutil
 import torch
 
 from flexp.client.model import SPLIT_MODELS, SplitModel
-from flexp.config.run import CodecConfig
+from flexp.config import CodecConfig, ModelConfig
 from flexp.cost.echo import random_batch
 from flexp.cost.probe import Probe
 from flexp.links.base import Link
@@ -127,13 +127,13 @@ def _in_process(
 
 def _server(source: Stage, cut: tuple[int, int]) -> Server:
     stage = carve(source, Part.server(*cut))
-    tune(stage, "full")
+    tune(stage, ModelConfig(id="any"))
     return Server(stage)
 
 
 def _client(source: Stage, kind: str, cut: tuple[int, int], link: Link) -> SplitModel:
     stage = carve(source, Part.client(cut, source.anatomy.blocks))
-    tune(stage, "full")
+    tune(stage, ModelConfig(id="any"))
     return SPLIT_MODELS[kind](stage, cut, link, codec=EXACT, expose_embeddings=True).train()
 
 

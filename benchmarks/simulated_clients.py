@@ -14,7 +14,7 @@ from typing import Any, cast
 import psutil
 
 from flexp.client.model import SPLIT_MODELS
-from flexp.config.run import LoraConfig, OptimizerConfig
+from flexp.config import LoraConfig, ModelConfig, OptimizerConfig
 from flexp.cost.echo import random_batch
 from flexp.cost.probe import Probe
 from flexp.machine import machine
@@ -49,7 +49,7 @@ def simulated_clients(
         value.detach().sum()
     lora, optimizer = LoraConfig(rank=rank), OptimizerConfig()
     shared = carve(source, Part.server(1, blocks))
-    tune(shared, "lora", lora=lora)
+    tune(shared, ModelConfig(id="any", tuning="lora", lora=lora))
     server = Server(shared, tuning="lora", optimizer=optimizer)
     batch = random_batch(Probe(model, kind, None, examples, length, labels, {}, {}), source.model.config)
     clients: list[tuple[Any, Updater]] = []
@@ -58,7 +58,7 @@ def simulated_clients(
         # Cuts alternate between s = 1, 2, 3 where the model is deep enough.
         cut = (1 + len(clients) % min(3, blocks - 1), blocks)
         stage = carve(source, Part.client(cut, blocks))
-        tune(stage, "lora", lora=lora)
+        tune(stage, ModelConfig(id="any", tuning="lora", lora=lora))
         link = server.connect(f"client-{len(clients)}")
         split = SPLIT_MODELS[kind](stage, cut, link, tuning="lora", expose_embeddings=True).train()
         clients.append((split, Updater(stage.trainable(), optimizer)))

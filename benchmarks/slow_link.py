@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.one_client import OneClient, one_client_world, without_dropout
-from flexp.config.run import CodecConfig, CodecName
+from flexp.config import CodecConfig, CodecName
 from flexp.links.base import Link
 from flexp.links.emulated import EmulatedLink, Network
 from flexp.machine import machine

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import transformers
 
-from flexp.config.run import ModelConfig, OptimizerConfig
+from flexp.config import ModelConfig, OptimizerConfig
 from flexp.cost.probe import Measured, Probe, measure
 from flexp.machine import machine
 from flexp.models.loading import quietly

@@ -10,8 +10,8 @@ from typing import Any
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from flexp.config import RunConfig
 from flexp.config.loading import validate
-from flexp.config.run import RunConfig
 from flexp.models.zoo import save_tiny, set_dropout
 
 CLIENTS = ("north", "south", "west")

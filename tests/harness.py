@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flexp.client.model import OFF, SPLIT_MODELS, SplitModel
-from flexp.config.run import AlignConfig, CodecConfig, LoraConfig, OptimizerConfig, ServerConfig
+from flexp.config import AlignConfig, CodecConfig, LoraConfig, ModelConfig, OptimizerConfig, ServerConfig
 from flexp.links.base import Link, Meter
 from flexp.links.messages import (
     Abort,
@@ -54,7 +54,7 @@ def whole_stage(name: str, kind: str | None = None, *, dropout: float = 0.0, dty
 def party(whole: Stage, part: Part, tuning: str, lora: LoraConfig = LORA) -> Stage:
     """A party's stage, tuned; under LoRA the adapters' B is drawn, not zero, so that every gradient counts."""
     stage = carve(whole, part)
-    tune(stage, tuning, lora=lora)  # type: ignore[arg-type]
+    tune(stage, ModelConfig(id="any", lora=lora), tuning)  # type: ignore[arg-type]
     with torch.no_grad():
         for index, (name, value) in enumerate(sorted(stage.trainable().items())):
             if "lora_B" in name:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from flexp.config.run import OptimizerConfig
+from flexp.config import OptimizerConfig
 from flexp.models.loading import load_stage
 from flexp.models.parts import Part
 from flexp.models.stage import carve

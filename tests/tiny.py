@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from flexp.config import RunConfig
 from flexp.config.loading import validate
-from flexp.config.run import RunConfig
 from flexp.models.zoo import save_tiny
 from flexp.run.store import CHECKPOINTS, Store
 from tests.data.tools import jsonl, labelled, tokenizer

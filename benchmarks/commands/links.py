@@ -198,7 +198,7 @@ def slow_link(
 
 
 def _check(name: str) -> Any:
-    from flexp.config.run import CodecName
+    from flexp.config import CodecName
 
     if name not in get_args(CodecName):
         raise ConfigError(f"--codec {name}: expected {', '.join(get_args(CodecName))}")

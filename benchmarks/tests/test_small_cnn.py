@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.small_cnn import small_cnn
+from flexp.config import ModelConfig
 from flexp.models.parts import Part
 from flexp.models.stage import carve
 from flexp.models.tuning import tune
@@ -44,7 +45,7 @@ def test_it_computes_what_the_layers_say() -> None:
 def test_a_client_gets_its_own_copy_of_all_of_it() -> None:
     source = small_cnn(0)
     own = carve(source, Part.whole(3))
-    tune(own, "full")
+    tune(own, ModelConfig(id="any"))
     trained = own.trainable()
     assert len(trained) == len(list(source.model.parameters())) == 8
     assert [own.block_of(name) for name in trained] == [0, 0, 1, 1, 2, 2, None, None]

@@ -43,7 +43,17 @@ def __getattr__(name: str) -> Any:
     """Import public names when they are first asked for: torch and transformers take seconds."""
     if name not in _HOMES:
         raise AttributeError(f"module 'flexp' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    found = getattr(import_module(_HOMES[name]), name)
+    if name.startswith("SplitModel"):
+        found.plan_cut = staticmethod(_plan_cut)
+    return found
+
+
+def _plan_cut(*args: Any, **kwargs: Any) -> tuple[int, int]:
+    """For ``from_pretrained(cut="auto")``: clients are below the planner and do not know it."""
+    from flexp.planner.own import own_cut
+
+    return own_cut(*args, **kwargs)
 
 
 def __dir__() -> list[str]:

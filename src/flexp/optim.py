@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 
-from flexp.config.run import OptimizerConfig
+from flexp.config import OptimizerConfig
 from flexp.errors import StorageError, TrainingError
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from flexp.cli.main import main
+from flexp.config import ModelConfig
 from flexp.cost.profile import Profile
 from flexp.links.grpc import serve
 from flexp.models.parts import Part
@@ -31,7 +32,7 @@ def test_a_client_whose_network_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stage = carve(Stage.whole(tiny_model("bert")), Part.server(1, 4))
-    tune(stage, "full")
+    tune(stage, ModelConfig(id="any"))
     out = tmp_path / "p.json"
     with serve(Server(stage)) as serving:
         address = str(serving.address)

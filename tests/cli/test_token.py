@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from flexp.cli.main import main
-from flexp.config.run import GuardConfig, ServerConfig
+from flexp.config import GuardConfig, ServerConfig
 from flexp.errors import BadValuesError
 from flexp.links.grpc import serve
 from tests.harness import world

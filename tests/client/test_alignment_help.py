@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flexp.client.model import SplitModel
 from flexp.client.steps import Piece
-from flexp.config.run import AlignConfig, OptimizerConfig, ServerConfig
+from flexp.config import AlignConfig, OptimizerConfig, ServerConfig
 from flexp.links.messages import BackwardReply, ForwardReply, ForwardRequest, PullReply, PullRequest
 from flexp.models.stage import Stage
 from tests.harness import KINDS, RecordingLink, World, copied, disturb, equal, gradients, shared_weights, world

@@ -13,7 +13,7 @@ from torch import Tensor
 from flexp.client.recut import ParkedInMemory, fit, move_party, recut
 from flexp.client.state import cut_in, load_party, party_state
 from flexp.client.trainer import Trainer
-from flexp.config.run import AlignConfig, OptimizerConfig, TrainConfig
+from flexp.config import AlignConfig, OptimizerConfig, TrainConfig
 from flexp.data.types import ClientData
 from flexp.links.base import Link
 from flexp.links.grpc import loopback

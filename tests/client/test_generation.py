@@ -12,7 +12,7 @@ from torch import Tensor
 from flexp.client import generation
 from flexp.client.generation import SplitGenerator
 from flexp.client.model import SplitModel, SplitModelForCausalLM
-from flexp.config.run import ServerConfig
+from flexp.config import ModelConfig, ServerConfig
 from flexp.errors import ConfigError, LinkError, LinkLostError, ModelError
 from flexp.links.base import Link
 from flexp.links.grpc import connect, serve
@@ -43,12 +43,12 @@ class Pair:
         self.whole: Any = tiny_model(name, task="causal-lm").requires_grad_(False)
         self.source = Stage.whole(self.whole)
         stage = carve(self.source, Part.server(min(cut[0], 1), 4))
-        tune(stage, "frozen")
+        tune(stage, ModelConfig(id="any"), "frozen")
         self.server, self.cut = Server(stage, tuning="frozen", config=config), cut
 
     def split(self, link: Link | None = None, name: str = "a") -> SplitModel:
         stage = carve(self.source, Part.client(self.cut, 4))
-        tune(stage, "frozen")
+        tune(stage, ModelConfig(id="any"), "frozen")
         link = link or self.server.connect(name)
         return SplitModelForCausalLM(stage, self.cut, link, tuning="frozen", expose_embeddings=True)
 

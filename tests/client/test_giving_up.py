@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from flexp.client.steps import Piece
-from flexp.config.run import ServerConfig
+from flexp.config import ServerConfig
 from flexp.errors import LinkError
 from flexp.links.messages import Abort
 from tests.harness import RecordingLink, World, equal, shared_weights, world

@@ -14,7 +14,7 @@ from torch import Tensor
 from flexp.client import trainer as trainer_module
 from flexp.client.overlap import overlapped
 from flexp.client.steps import Piece
-from flexp.config.run import AlignConfig, ServerConfig
+from flexp.config import AlignConfig, ServerConfig
 from flexp.errors import ConfigError, LinkError, TrainingError
 from flexp.links.emulated import EmulatedLink, Network
 from flexp.links.grpc import loopback

@@ -17,7 +17,7 @@ from flexp.client.model import SplitModel
 from flexp.client.recut import ParkedInMemory, fit, move_party, recut
 from flexp.client.state import cut_in, load_party, party_state
 from flexp.client.trainer import Trainer
-from flexp.config.run import OptimizerConfig, TrainConfig
+from flexp.config import OptimizerConfig, TrainConfig
 from flexp.data.types import ClientData
 from flexp.errors import ConfigError, LinkError, LinkLostError, ModelError, StorageError
 from flexp.links.base import Link

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 import flexp
 from flexp.client.model import SplitModel
-from flexp.config.run import OptimizerConfig, ServerConfig
+from flexp.config import ModelConfig, OptimizerConfig, ServerConfig
 from flexp.errors import ConfigError
 from flexp.links.messages import ForwardRequest
 from flexp.models.parts import Part
@@ -79,7 +79,7 @@ def federation(name: str, tuning: str = "full", **options: Any) -> World:
 def whole(here: World) -> tuple[Any, Stage]:
     """The same model in one piece, with the same parameters trained."""
     stage = carve(here.whole, Part.whole(here.whole.anatomy.blocks))
-    tune(stage, "full")
+    tune(stage, ModelConfig(id="any"))
     return stage.model, stage
 
 
@@ -128,7 +128,7 @@ def test_lora_under_a_trainer_equals_lora_on_the_whole_model(tmp_path: Path) -> 
     here = federation("llama", tuning="lora")
     split = here.client("a", (2, 3))
     stage = carve(here.whole, Part.whole(4))
-    tune(stage, "lora", lora=LORA)
+    tune(stage, ModelConfig(id="any", tuning="lora", lora=LORA))
     for part in (party(here.whole, Part.server(1, 4), "lora"), split.stage):
         for name, value in part.trainable().items():
             stage.model.get_parameter(name).data.copy_(value)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flexp.comparison.cells import _work
-from flexp.config.run import RunConfig
+from flexp.config import RunConfig
 
 
 def run(cuts: Any, lr: float = 1e-4, **clients: Any) -> RunConfig:

@@ -13,7 +13,7 @@ import pytest
 from flexp.client.trainer import Trainer
 from flexp.comparison.cells import Cell, final_cell, is_done, tuning_cell
 from flexp.comparison.compare import compare, regather
-from flexp.config.run import RunConfig
+from flexp.config import RunConfig
 from flexp.errors import BadValuesError, ConfigError, TrainingError
 from flexp.report.metrics import read
 from flexp.run import runner

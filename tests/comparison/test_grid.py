@@ -10,7 +10,7 @@ import pytest
 
 from flexp.comparison.config import CompareConfig, Comparison, make, methods
 from flexp.comparison.grid import AXES, PERSONAL, SHARED, UNTUNED, apply, rates, trials, untried
-from flexp.config.run import RunConfig
+from flexp.config import RunConfig
 from flexp.errors import ConfigError
 
 BASE = RunConfig.model_validate(

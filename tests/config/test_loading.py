@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from flexp.config.loading import all_keys, load
-from flexp.config.run import RunConfig
+from flexp.config import RunConfig, all_keys
+from flexp.config.loading import load
 from flexp.errors import ConfigError
 
 MINIMAL = '[model]\nid = "m"\n[data]\nsource = "d"\n'
@@ -109,7 +109,7 @@ def test_shipped_configurations_are_valid() -> None:
 
 
 def test_all_keys_are_named_in_full() -> None:
-    keys = list(all_keys())
+    keys = list(all_keys(RunConfig))
     assert "train.personal.lr" in keys
     assert "model.lora.rank" in keys
     assert len(keys) == len(set(keys))
@@ -118,7 +118,7 @@ def test_all_keys_are_named_in_full() -> None:
 def test_every_key_is_documented_with_its_default() -> None:
     page = (Path(__file__).parents[2] / "docs/configuration.md").read_text(encoding="utf-8")
     rows = {line.split("`")[1]: line for line in page.splitlines() if line.startswith("| `")}
-    assert sorted(rows) == sorted(all_keys())
+    assert sorted(rows) == sorted(all_keys(RunConfig))
     defaults = load_defaults()
     for key, line in rows.items():
         value = defaults

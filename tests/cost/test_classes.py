@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flexp.config.run import DeviceClassConfig, DevicesConfig
+from flexp.config import DeviceClassConfig, DevicesConfig
 from flexp.cost.classes import READY, assign, profile
 from flexp.errors import ConfigError
 

@@ -34,8 +34,9 @@ SPLIT = ClientWork(
 ALONE_STEP = 1 + 2.5 + 1 + 1.5 + 3 + 2.5 + 2 + 1.5 + 2
 
 
-def run(schedule: Schedule, work: dict[str, ClientWork], devices: dict[str, DeviceProfile], **options: Any) -> Any:
-    return simulate(schedule, work, devices, SERVER, **options)
+def run(kind: Any, work: dict[str, ClientWork], devices: dict[str, DeviceProfile], **options: Any) -> Any:
+    flags = {key: options.pop(key) for key in ("one_at_a_time", "together") if key in options}
+    return simulate(Schedule(kind, **flags), work, devices, SERVER, **options)
 
 
 def test_every_method_has_a_schedule() -> None:
@@ -170,7 +171,7 @@ def test_rare_averages_are_rare_messages() -> None:
 
 def test_the_slower_end_of_a_link_and_both_latencies_count() -> None:
     server = SERVER.model_copy(update={"downlink_bps": 4.0, "uplink_bps": 2.0, "latency_s": 0.25})
-    found = simulate("synchronous", {"a": replace(WHOLE, steps=[0])}, {"a": DEVICE}, server)
+    found = simulate(Schedule("synchronous"), {"a": replace(WHOLE, steps=[0])}, {"a": DEVICE}, server)
     assert found.rounds == pytest.approx([0.75 + 6 * 8 / 2 + 0.75 + 4 * 8 / 4])
 
 
@@ -214,7 +215,7 @@ rates = st.floats(1.0, 1e4)
     who=st.integers(0, 2),
 )
 def test_more_bandwidth_is_never_slower(
-    schedule: Schedule, links: list[tuple[float, float, float, float]], more: float, who: int
+    schedule: str, links: list[tuple[float, float, float, float]], more: float, who: int
 ) -> None:
     """With a place at the server for each: in a queue, one client's haste can be another's delay."""
     work = {str(i): replace(SPLIT, weights_down=50, weights_up=40) for i in range(len(links))}
@@ -235,7 +236,7 @@ def test_more_bandwidth_is_never_slower(
 
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 1000), schedule=st.sampled_from(["synchronous", "alone", "split-async", "split-sync"]))
-def test_every_second_is_accounted_for(seed: int, schedule: Schedule) -> None:
+def test_every_second_is_accounted_for(seed: int, schedule: str) -> None:
     work = {name: replace(SPLIT, weights_down=5, weights_up=4) for name in "abc"}
     devices = {"a": COMING_AND_GOING, "b": SLOW, "c": DEVICE}
     for time in run(schedule, work, devices, seed=seed).clients.values():

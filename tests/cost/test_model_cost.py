@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from flexp.config import ModelConfig
 from flexp.cost.ledger import Ledger
 from flexp.cost.model_cost import STATE, _between, model_cost
 from flexp.models.loading import load_stage
@@ -19,10 +20,10 @@ CASES = [(name, rank) for name in ("bert", "llama", "gpt2") for rank in (None, 4
 
 
 def loaded(name: str, rank: int | None) -> Any:
-    from flexp.config.run import LoraConfig
+    from flexp.config import LoraConfig
 
     stage = load_stage(f"arch:{name}", cost_of(name).kind)  # type: ignore[arg-type]
-    tune(stage, "full" if rank is None else "lora", lora=LoraConfig(rank=rank or 8))
+    tune(stage, ModelConfig(id="any", tuning="full" if rank is None else "lora", lora=LoraConfig(rank=rank or 8)))
     stage.model.train()
     return stage
 

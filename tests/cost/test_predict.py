@@ -9,7 +9,7 @@ from typing import Literal
 import pytest
 import transformers
 
-from flexp.config.run import AlignConfig, ModelConfig, OptimizerConfig
+from flexp.config import AlignConfig, ModelConfig, OptimizerConfig
 from flexp.cost.choice import CODECS, Choice
 from flexp.cost.model_cost import model_cost
 from flexp.cost.predict import ADAPTERS, CHECKPOINTING, OVERHEAD, memory, predict, server_memory
@@ -177,7 +177,7 @@ def test_a_process_needs_what_was_predicted(tmp_path: Path, follow: bool, in_fil
         optimizer=OptimizerConfig().model_dump(mode="json"),
         steps=2,
     )
-    cost, choice = model_cost(str(tmp_path), kind, length=length, embeddings=where), Choice(cut, examples)
+    cost, choice = model_cost(ModelConfig.of(tmp_path, embeddings=where), kind, length=length), Choice(cut, examples)
     trains = memory(cost, choice)
     assert trains == memory(model_cost(str(tmp_path), kind, length=length), choice) - table
     if follow:

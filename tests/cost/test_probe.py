@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from flexp.config.run import AlignConfig, ModelConfig, OptimizerConfig
+from flexp.config import AlignConfig, ModelConfig, OptimizerConfig
 from flexp.cost import probe as memory
 from flexp.cost.echo import client_model, random_batch, without_tail
 from flexp.cost.probe import Measured, Probe, measure, measure_once
@@ -40,7 +40,7 @@ def made(**changes: Any) -> tuple[Any, list[Any], list[Any]]:
     """A probe's model after a step, and what crossed its link each way."""
     what = probe(**changes)
     stage = carve(Stage.whole(tiny_model("bert")), Part.client((3, 4), 4))
-    tune(stage, "full")
+    tune(stage, ModelConfig(id="any"))
     model = client_model(what, stage).train()
     up: list[Any] = []
     down: list[Any] = []
@@ -125,14 +125,14 @@ def test_a_client_without_a_tail_holds_its_first_blocks_only(model: str, peak: i
 
 def tuned(model: str) -> Stage:
     stage = load_stage(model, "sequence-classification")
-    tune(stage, "full")
+    tune(stage, ModelConfig(id="any"))
     return stage
 
 
 def test_the_start_of_a_model_trains_what_is_below_the_cut() -> None:
     what = probe(cut=(2, 4), tail=False)
     stage = carve(Stage.whole(tiny_model("bert")), Part.client((2, 4), 4))
-    tune(stage, "full")
+    tune(stage, ModelConfig(id="any"))
     kept = list(without_tail(stage))
     assert {stage.block_of(name) for name in stage.trainable()} == {0, 1}
     assert {id(value) for value in stage.trainable().values()} < {id(value) for value in kept}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from flexp.config.run import DeviceClassConfig
+from flexp.config import DeviceClassConfig
 from flexp.cost.classes import READY
 from flexp.cost.profile import Profile
 from flexp.errors import ConfigError, StorageError

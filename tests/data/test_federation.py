@@ -4,10 +4,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import datasets
+import numpy as np
 import pytest
 from PIL import Image
 
-from flexp.config.run import DataConfig
+from flexp.config import DataConfig
 from flexp.data import Federation, load_federation
 from flexp.errors import ConfigError, DataError, FlexpError
 
@@ -201,3 +203,49 @@ def test_bad_rows_outside_a_few_shot_subset_are_still_found(tmp_path: Path) -> N
     rows[71]["text"] = ""
     with pytest.raises(DataError, match=r"x.jsonl, line 71: the column 'text' is empty \(and 1 more rows\)"):
         load(jsonl(tmp_path / "x.jsonl", rows), train_examples=2, test_examples=2)
+
+
+def test_clients_and_labels_that_differ_on_paper_stay_apart(tmp_path: Path) -> None:
+    rows = [
+        f"{client},the w{k} dog runs {client},{label}"
+        for client in ("007", "7")
+        for label in ("01", "1")
+        for k in range(4)
+    ]
+    (tmp_path / "x.csv").write_text("client,text,label\n" + "\n".join(rows) + "\n")
+    made = load(tmp_path / "x.csv", clients={"by": "column", "column": "client"})
+    assert sorted(client.name for client in made.clients) == ["007", "7"]
+    assert made.task.label_names == ["01", "1"]
+    (tmp_path / "y.csv").write_text("client,text,label\n" + "".join(f"a,the w{k},{k / 4}\n" for k in range(8)))
+    with pytest.raises(DataError, match=r"the label '0.25' in column 'label' is not a class"):
+        load(tmp_path / "y.csv", clients={"by": "column", "column": "client"})
+
+
+def test_photographs_stand_upright_and_deep_images_keep_their_range(tmp_path: Path) -> None:
+    """As ``datasets.Image`` decodes them; 16 bits are 8 bits' brightness, not cut off at 255."""
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    for label in ("cat", "dog"):
+        (tmp_path / label).mkdir()
+    upright = np.zeros((4, 4, 3), np.uint8)
+    upright[:2] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    for number in range(4):
+        Image.fromarray(upright[::-1, ::-1]).save(tmp_path / "cat" / f"{number}.png", exif=exif)
+        Image.fromarray(np.full((4, 4), 32896, np.uint16)).save(tmp_path / "dog" / f"{number}.png")  # 128 · 257
+    truth = np.asarray(datasets.Image().decode_example({"path": str(tmp_path / "cat/0.png"), "bytes": None}))
+    assert np.array_equal(truth, upright)
+    config = DataConfig.model_validate(
+        {
+            "source": str(tmp_path),
+            "task": "image-classification",
+            "test_fraction": 0.5,
+            "clients": {"by": "iid", "count": 1},
+        }
+    )
+    plain = ViTImageProcessorPil(size={"height": 4, "width": 4}, do_normalize=False, do_rescale=False)
+    (client,) = load_federation(config, plain, 0, None).clients
+    for example in client.train + client.test:
+        expected = upright if example["labels"] == 0 else np.full((4, 4, 3), 128)
+        assert np.array_equal(example["pixel_values"].numpy(), expected.transpose(2, 0, 1))

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from flexp.config.run import ClientsConfig, DataConfig
+from flexp.config import ClientsConfig, DataConfig
 from flexp.data import load_federation
 from flexp.data.grouping import deal, shares
 from flexp.data.partition import Facts, partition, partition_test

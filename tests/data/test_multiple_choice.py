@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from flexp.config.run import DataConfig
+from flexp.config import DataConfig
 from flexp.data.scores import evaluate
 from flexp.data.tasks import limit_of, make_task
 from flexp.data.types import PLACE

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexp.config.run import ClientsConfig
+from flexp.config import ClientsConfig
 from flexp.data.partition import Facts, partition, partition_test
 from flexp.errors import ConfigError, DataError
 

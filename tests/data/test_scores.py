@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from flexp.config.run import DataConfig
+from flexp.config import DataConfig
 from flexp.data.scores import evaluate
 from flexp.data.tasks.causal_lm import CausalLM
 from flexp.data.tasks.classification import Classification

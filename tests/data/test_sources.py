@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import datasets
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -24,7 +25,7 @@ def test_the_same_rows_from_every_format(tmp_path: Path) -> None:
     pa.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
     for suffix in ("jsonl", "json", "csv", "tsv", "parquet"):
         read = read_rows(str(tmp_path / f"x.{suffix}"))
-        assert (read.values("text"), read.values("label")) == (["a, b\nc", "NA"], [1, 0]), suffix
+        assert (read.values("text"), read.values("label")) == (["a, b\nc", "NA"], ["1", "0"]), suffix
     assert read_rows(str(tmp_path / "x.jsonl")).place(1) == "x.jsonl, line 2"
     assert read_rows(str(tmp_path / "x.csv")).place(1) == "x.csv, row 2"
 
@@ -78,7 +79,7 @@ def test_image_folders(tmp_path: Path) -> None:
     [
         ("x.jsonl", '{"a": 1}\n{oops\n', r"x.jsonl, line 2: is not JSON .*write one object a line"),
         ("x.jsonl", '{"a": 1}\n\n[1]\n', r"x.jsonl, line 3: holds list instead of an object"),
-        ("x.jsonl", '{"a": 1}\n{"a": "b"}\n', r"x.jsonl, line 2: the column 'a' mixes kinds .*str after int"),
+        ("x.jsonl", '{"a": 1}\n{"a": "b"}\n', r"x.jsonl, line 2: the column 'a' mixes kinds .*text after a number"),
         ("x.jsonl", "", r"x.jsonl: holds no rows"),
         ("x.csv", "a,b\n1,2\n1,2,3\n", r"x.csv: is not a well-formed table \(.*Expected 2 columns, got 3"),
         ("x.csv", "", r"x.csv: is empty; its first line must name the columns"),
@@ -93,16 +94,120 @@ def test_unreadable_files_are_named(tmp_path: Path, name: str, content: str, mes
         read_rows(str(tmp_path / name))
 
 
-def test_what_is_not_utf8_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "x.jsonl").write_bytes('{"a": "ä"}\n'.encode("latin-1"))
-    with pytest.raises(DataError, match="is not UTF-8 text"):
-        read_rows(str(tmp_path / "x.jsonl"))
-    (tmp_path / "x.csv").write_bytes("a,b\nx,1\nä,2\n".encode("latin-1"))
-    with pytest.raises(DataError, match=r"x.csv, row 2: the column 'a' is not UTF-8 text; save the file as UTF-8"):
-        read_rows(str(tmp_path / "x.csv"))
-    (tmp_path / "x.csv").write_bytes("ä,b\nx,1\n".encode("latin-1"))
-    with pytest.raises(DataError, match=r"x.csv: is not UTF-8 text"):
-        read_rows(str(tmp_path / "x.csv"))
+IDENTITIES = [
+    "007",
+    "7",
+    "01",
+    "1",
+    "1e5",
+    "100000",
+    "9223372036854775808",
+    "9223372036854775809",
+    "true",
+    "True",
+    "1.0",
+]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "json", "jsonl", "parquet"])
+def test_identities_are_text_as_written(tmp_path: Path, suffix: str) -> None:
+    """No format guesses types: what differs on paper differs here. The truth is pandas' reading as text."""
+    table = pd.DataFrame({"client": IDENTITIES, "text": "x"})
+    path = tmp_path / f"x.{suffix}"
+    if suffix in ("csv", "tsv"):
+        table.to_csv(path, index=False, sep="," if suffix == "csv" else "\t")
+        assert pd.read_csv(path, dtype=str, sep="," if suffix == "csv" else "\t")["client"].tolist() == IDENTITIES
+    elif suffix == "parquet":
+        table.to_parquet(path)
+    else:
+        table.to_json(path, orient="records", lines=suffix == "jsonl")
+    rows = read_rows(str(path))
+    assert rows.values("client") == IDENTITIES
+    assert [row["client"] for row in rows.take(range(len(rows)), ["client"])] == IDENTITIES
+
+
+def test_numbers_of_json_and_types_of_parquet_are_written_out(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text(
+        '{"a": 007}\n'.replace("007", "1e5") + '{"a": 100000}\n{"a": 18446744073709551617}\n'
+    )
+    assert read_rows(str(tmp_path / "x.jsonl")).values("a") == ["1e5", "100000", "18446744073709551617"]
+    (tmp_path / "b.jsonl").write_text('{"a": true, "b": [1, 2.50]}\n{"a": false, "b": []}\n{"b": null}\n')
+    rows = read_rows(str(tmp_path / "b.jsonl"))
+    assert (rows.values("a"), rows.values("b")) == (["true", "false", None], [["1", "2.50"], [], None])
+    typed = pa.table(
+        {
+            "whole": pa.array([7, None], pa.int64()),
+            "gaps": pa.array([7.0, None], pa.float64()),  # whole numbers beside a gap, as pandas stores them
+            "flag": pa.array([True, False]),
+            "coded": pa.array(["x", "y"]).dictionary_encode(),
+            "view": pa.array(["x", "y"], pa.string_view()),
+            "large": pa.array(["x", "y"], pa.large_string()),
+            "map": pa.array([[("k", 1)], []], pa.map_(pa.string(), pa.int64())),
+        }
+    )
+    pa.parquet.write_table(typed, tmp_path / "t.parquet")
+    rows = read_rows(str(tmp_path / "t.parquet"))
+    assert (rows.values("whole"), rows.values("gaps")) == (["7", None], ["7", None])
+    assert rows.values("flag") == ["true", "false"]
+    assert rows.values("coded") == rows.values("view") == rows.values("large") == ["x", "y"]
+
+
+def test_tables_as_europe_writes_them(tmp_path: Path) -> None:
+    """Semicolons, Windows-1252 and UTF-16; what was guessed is said."""
+    frame = pd.DataFrame({"Straße": ["Käse; alt", "1,5"], "name": ["a", "b"]})
+    for encoding, told in (("latin-1", "Windows-1252"), ("utf-16", "UTF-16"), ("utf-8-sig", None), ("utf-8", None)):
+        frame.to_csv(tmp_path / "x.csv", sep=";", index=False, encoding=encoding)
+        rows = read_rows(str(tmp_path / "x.csv"))
+        assert rows.values("Straße") == frame["Straße"].tolist(), encoding
+        (note,) = rows.notes
+        assert "columns divided by ';'" in note
+        assert told is None or told in note
+    (tmp_path / "x.csv").write_text("text,label\na; b,1\n")
+    assert (read_rows(str(tmp_path / "x.csv")).values("text"), read_rows(str(tmp_path / "x.csv")).notes) == (
+        ["a; b"],
+        [],
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.csv", b"a,b,a\n1,2,3\n", r"x.csv: has more than one column 'a'"),
+        ("x.jsonl", b'{"a": "x"}\n{"a": "\\ud83d"}\n', r"x.jsonl, line 2: the column 'a' holds half of a character"),
+        ("x.jsonl", b'{"a": "7"}\n{"a": 7}\n', r"x.jsonl, line 2: the column 'a' mixes kinds"),
+        ("x.jsonl", '{"a": "ä"}\n'.encode("latin-1"), r"is not UTF-8 text"),
+        ("x.csv", b"a\n\x81\n", r"x.csv: is neither UTF-8 nor Windows-1252 text \(byte 2\)"),
+    ],
+)
+def test_what_would_be_read_wrongly_is_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        read_rows(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("files", "taken"),
+    [
+        (("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001"), 2),
+        (("reviews_train", "reviews_test", "reviews_val"), 1),
+        (("north", "south", "dev"), 2),
+        (("training", "evaluation"), 1),
+        (("contest", "latest"), 2),  # words, not letters
+    ],
+)
+def test_what_is_called_test_never_joins_training(tmp_path: Path, files: tuple[str, ...], taken: int) -> None:
+    for folder in (tmp_path, tmp_path / "clients" / "hill"):
+        for name in files:
+            jsonl(folder / f"{name}.jsonl", [{"text": name}])
+    assert len(read_rows(str(tmp_path))) == taken
+    assert len(read_rows(str(tmp_path / "clients"), by_file=True)) == taken
+
+
+def test_a_folder_of_tests_alone_is_refused(tmp_path: Path) -> None:
+    jsonl(tmp_path / "test-00000-of-00001.jsonl", [{"text": "x"}])
+    with pytest.raises(DataError, match=r"test-00000-of-00001.jsonl are not for training by their names"):
+        read_rows(str(tmp_path))
+    assert len(read_rows(str(tmp_path), "test")) == 1
 
 
 def test_missing_sources_and_wrong_kinds(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from flexp.config.run import DataConfig
+from flexp.config import DataConfig
 from flexp.data.tasks import limit_of, make_task, pad_id
 from flexp.data.tasks.text import Limit, continuation, fit_end, pad
 from flexp.data.templates import fields, fill

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from flexp.config.loading import all_keys, load, read
+from flexp.config import RunConfig, all_keys
+from flexp.config.loading import load, read
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -115,7 +116,7 @@ def test_python_compiles_and_what_it_imports_is_there(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_keys_of_toml_samples_are_known(page: Path) -> None:
-    known = set(all_keys())
+    known = set(all_keys(RunConfig))
     tables = {".".join(key.split(".")[:depth]) for key in known for depth in range(1, key.count(".") + 1)}
     for code in blocks(page, "toml"):
         for key in _leaves(tomllib.loads(code)):

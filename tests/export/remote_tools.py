@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from flexp.client.state import party_state
+from flexp.config import RunConfig
 from flexp.config.loading import validate
-from flexp.config.run import RunConfig
 from flexp.export.client_folder import ClientModel
 from flexp.export.opening import open_trained
 from flexp.files import write_json

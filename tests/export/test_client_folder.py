@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flexp.config.deployment import DeploymentConfig
+from flexp.config import DeploymentConfig
 from flexp.errors import ConfigError, StorageError
 from flexp.export.answers import predict, score
 from flexp.export.backup import back_up, read, restore

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flexp.config.run import AlignConfig, CodecConfig, CodecName, OptimizerConfig, ServerConfig
+from flexp.config import AlignConfig, CodecConfig, CodecName, OptimizerConfig, ServerConfig
 from flexp.errors import LinkError
 from flexp.links.base import Link, connected
 from flexp.links.codecs import CODECS, GROUP, codec_of

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import flexp
-from flexp.config.run import AlignConfig, CodecConfig, OptimizerConfig
+from flexp.config import AlignConfig, CodecConfig, OptimizerConfig
 from flexp.errors import ConfigError, LinkError
 from flexp.links.base import Link, Meter, as_link, connected
 from flexp.links.emulated import EmulatedLink, Line, Network

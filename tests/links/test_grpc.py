@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flexp.client.steps import Piece
-from flexp.config.run import AlignConfig, ServerConfig
+from flexp.config import AlignConfig, ServerConfig
 from flexp.errors import LinkError, LinkLostError
 from flexp.links.base import Link, connected
 from flexp.links.frames import encode

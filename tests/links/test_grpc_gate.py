@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from flexp.config.run import GuardConfig, ServerConfig
+from flexp.config import GuardConfig, ServerConfig
 from flexp.errors import ConfigError, LinkError
 from flexp.links.grpc import Tokens, connect, serve
 from flexp.links.grpc.attempts import Attempts, host_of

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flexp.config.run import AlignConfig, CodecConfig
+from flexp.config import AlignConfig, CodecConfig
 from flexp.errors import LinkError
 from flexp.links.base import Link, connected
 from flexp.links.grpc import connect, serve

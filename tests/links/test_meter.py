@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from flexp.config.run import AlignConfig
+from flexp.config import AlignConfig
 from flexp.links.base import Link, Meter, connected
 from flexp.links.inprocess import InProcessLink
 from flexp.links.messages import PullReply, PullRequest, size, tensors

@@ -22,7 +22,7 @@ import pytest
 import torch
 
 import flexp
-from flexp.config.run import OptimizerConfig
+from flexp.config import OptimizerConfig
 from flexp.models.zoo import save_tiny
 from flexp.optim import Updater
 from flexp.run.store import Store

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flexp.client.model import SplitModel
 from flexp.client.steps import Piece
-from flexp.config.run import AlignConfig
+from flexp.config import AlignConfig
 from flexp.errors import ConfigError
 from flexp.links.messages import (
     Abort,

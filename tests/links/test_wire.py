@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexp.config.run import AlignConfig, LoraConfig
+from flexp.config import AlignConfig, LoraConfig
 from flexp.errors import LinkError, LinkLostError
 from flexp.links import frames
 from flexp.links.frames import Frame, Incoming, describe, encode

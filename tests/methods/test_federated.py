@@ -375,6 +375,6 @@ def test_impossible_settings_are_named(home: Path, name: str, settings: dict[str
 def test_every_name_of_the_configuration_is_a_method() -> None:
     from typing import get_args
 
-    from flexp.config.run import MethodConfig
+    from flexp.config import MethodConfig
 
     assert set(get_args(MethodConfig.model_fields["name"].annotation)) == METHODS.keys()

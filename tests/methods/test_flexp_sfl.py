@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexp.config.run import TrainConfig
+from flexp.config import TrainConfig
 from flexp.errors import TrainingError
 from flexp.methods import METHODS
 from flexp.methods.turns import turns

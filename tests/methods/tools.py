@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flexp.config.run import RunConfig
+from flexp.config import RunConfig
 from flexp.data.types import ClientData, Federation
 from flexp.methods import METHODS, World, federated
 from flexp.run.setup import build_world

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flexp.client.model import SplitModel
+from flexp.config import ModelConfig
 from flexp.models.parts import Part
 from flexp.models.stage import Stage, carve
 from flexp.models.tuning import tune
@@ -51,7 +52,7 @@ def test_checkpointed_blocks_drop_the_same_again() -> None:
     for checkpointing in (False, True):
         server, _ = parties("gpt2", (2, 3), dropout=0.2)
         stage = carve(source, Part.client((2, 3), 4))
-        tune(stage, "full", embeddings=True, gradient_checkpointing=checkpointing)
+        tune(stage, ModelConfig(id="any", train_embeddings=True, gradient_checkpointing=checkpointing))
         split = SplitModel(stage, (2, 3), server.connect("b")).train()
         torch.manual_seed(0)
         split(**batch).loss.backward()

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, BertConfig, BertLMHeadModel, BertModel
 
+from flexp.config import ModelConfig
 from flexp.errors import ModelError
 from flexp.models.architectures import ARCHITECTURES
 from flexp.models.loading import load_config, load_stage
@@ -109,14 +110,14 @@ def test_checkpoints_in_several_files(name: str, tmp_path: Path) -> None:
 def test_a_family_without_sdpa_runs_eager_on_both_sides(name: str, tmp_path: Path) -> None:
     save(name, tmp_path)
     for part in (None, Part.client(CUT, 4), Part.server(*CUT)):
-        stage = load_stage(tmp_path, "causal-lm", part, attention="sdpa")
+        stage = load_stage(ModelConfig.of(tmp_path, attention="sdpa"), "causal-lm", part)
         assert stage.model.config._attn_implementation == "eager"
     assert load_stage(save("llama", tmp_path), "causal-lm").model.config._attn_implementation == "sdpa"
 
 
 def test_types_and_dropout(tmp_path: Path) -> None:
     save("gpt2", tmp_path, dropout=0.25)
-    stage = load_stage(tmp_path, "causal-lm", Part.server(*CUT), dtype="bfloat16")
+    stage = load_stage(ModelConfig.of(tmp_path, dtype="bfloat16"), "causal-lm", Part.server(*CUT))
     assert {value.dtype for value in stage.model.parameters()} == {torch.bfloat16}
     assert stage.model.transformer.h[1].attn.resid_dropout.p == 0.25
     for rate in (0.0, 0.5):

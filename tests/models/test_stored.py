@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForSequenceClassification
 
+from flexp.config import ModelConfig
 from flexp.errors import ConfigError, ModelError
 from flexp.models import sparing, stored
 from flexp.models.architectures import ARCHITECTURES
@@ -42,7 +43,9 @@ def test_a_client_computes_the_same(name: str, tmp_path: Path) -> None:
     folder = save(name, tmp_path)
     whole = load_stage(folder, kind_of(name))
     part = Part.client(CUT, whole.anatomy.blocks)
-    usual, lean = (load_stage(folder, kind_of(name), part, embeddings=where) for where in ("memory", "file"))  # type: ignore[arg-type]
+    usual, lean = (
+        load_stage(ModelConfig.of(folder, embeddings=where), kind_of(name), part) for where in ("memory", "file")
+    )  # type: ignore[arg-type]
     assert isinstance(token_embedding(lean.model), StoredEmbedding)
     assert equal(tensors_of(lean.model), tensors_of(usual.model))  # whoever asks for all of it still gets it
     batch = tiny_batch(whole.model, padding="left")
@@ -54,8 +57,8 @@ def test_a_client_computes_the_same(name: str, tmp_path: Path) -> None:
 def test_what_cannot_stay_is_said(name: str, tmp_path: Path) -> None:
     folder, server = save(name, tmp_path), Part.server(*CUT)
     with pytest.raises(ModelError, match=r'"file" is not possible: .*(tied to its|a way of its own).*; use "memory"'):
-        load_stage(folder, kind_of(name), Part.client(CUT, 4), embeddings="file")
-    load_stage(folder, kind_of(name), server, embeddings="file")  # a server has none
+        load_stage(ModelConfig.of(folder, embeddings="file"), kind_of(name), Part.client(CUT, 4))
+    load_stage(ModelConfig.of(folder, embeddings="file"), kind_of(name), server)  # a server has none
 
 
 def test_a_run_is_the_same_bit_for_bit(tmp_path: Path) -> None:
@@ -72,7 +75,7 @@ def test_a_checkpoint_of_the_bare_encoder_has_other_names(tmp_path: Path) -> Non
     tensors = {key.removeprefix("bert."): value for key, value in load_file(whole / "model.safetensors").items()}
     tensors = {key: value for key, value in tensors.items() if not key.startswith("classifier")}
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    stage = load_stage(tmp_path, "sequence-classification", labels=["a", "b"], embeddings="file")
+    stage = load_stage(ModelConfig.of(tmp_path, embeddings="file"), "sequence-classification", labels=["a", "b"])
     ids = torch.tensor([[3, 3, 9], [1, 0, 3]])
     module = token_embedding(stage.model)
     assert torch.equal(module(ids), module.weight[ids])
@@ -86,7 +89,7 @@ def test_where_reserves_count_the_map_is_read_only(tmp_path: Path, monkeypatch: 
     }
     for module in (sparing, stored):
         monkeypatch.setattr(module, "reserves_count", lambda: True)
-    lean = load_stage(folder, "sequence-classification", embeddings="file")
+    lean = load_stage(ModelConfig.of(folder, embeddings="file"), "sequence-classification")
     assert equal(tensors_of(lean.model), wanted)
     if os.path.exists("/proc/self/maps"):  # noqa: PTH110
         maps = [line for line in Path("/proc/self/maps").read_text("utf-8").splitlines() if str(folder) in line]
@@ -101,13 +104,15 @@ def test_a_limit_that_the_table_alone_would_break(tmp_path: Path) -> None:
     BertForSequenceClassification(BertConfig(num_hidden_layers=2, **sizes)).save_pretrained(tmp_path)
     code = """
 import resource, sys, torch
+from flexp.config import ModelConfig
 from flexp.models.loading import load_config, load_stage
 from flexp.models.parts import Part
 torch.set_num_threads(1)
 load_stage("arch:bert", "sequence-classification")  # imports what loading needs
 used = [int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData")][0]
 resource.setrlimit(resource.RLIMIT_DATA, (used * 1024 + 40 * 2**20,) * 2)
-stage = load_stage(sys.argv[1], "sequence-classification", Part.client((1, 2), 2), embeddings=sys.argv[2])
+model = ModelConfig(id=sys.argv[1], embeddings=sys.argv[2])
+stage = load_stage(model, "sequence-classification", Part.client((1, 2), 2))
 hidden, _ = stage.plan({"input_ids": torch.arange(8).view(2, 4), "attention_mask": torch.ones(2, 4)})
 print(tuple(hidden.shape))
 """
@@ -128,14 +133,16 @@ print(tuple(hidden.shape))
     ],
 )
 def test_a_file_that_changes_is_noticed(tmp_path: Path, damage: Any, message: str) -> None:
-    stage = load_stage(save("bert", tmp_path), "sequence-classification", embeddings="file")
+    stage = load_stage(ModelConfig.of(save("bert", tmp_path), embeddings="file"), "sequence-classification")
     damage(tmp_path / "model.safetensors")
     with pytest.raises(ModelError, match=message):
         token_embedding(stage.model)(torch.tensor([[1, 2]]))
 
 
 def test_ids_outside_of_the_vocabulary(tmp_path: Path) -> None:
-    module = token_embedding(load_stage(save("bert", tmp_path), "sequence-classification", embeddings="file").model)
+    module = token_embedding(
+        load_stage(ModelConfig.of(save("bert", tmp_path), embeddings="file"), "sequence-classification").model
+    )
     for wrong in (-1, module.num_embeddings):
         with pytest.raises(IndexError, match="expected 0 to"):
             module(torch.tensor([[0, wrong]]))
@@ -144,20 +151,21 @@ def test_ids_outside_of_the_vocabulary(tmp_path: Path) -> None:
 def test_another_type_another_size_or_no_file(tmp_path: Path) -> None:
     folder = save("bert", tmp_path)
     with pytest.raises(ModelError, match=r"has bert\.embeddings.* in float32, and model\.dtype is bfloat16; use"):
-        load_stage(folder, "sequence-classification", dtype="bfloat16", embeddings="file")
+        load_stage(ModelConfig.of(folder, dtype="bfloat16", embeddings="file"), "sequence-classification")
     with pytest.raises(ModelError, match="arch:bert has no file"):
-        load_stage("arch:bert", "sequence-classification", embeddings="file")
+        load_stage(ModelConfig.of("arch:bert", embeddings="file"), "sequence-classification")
     config = json.loads((folder / "config.json").read_text("utf-8"))
     (folder / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + 1}), "utf-8")
     with pytest.raises(ModelError, match=r"has .* with \(\d+, 32\) numbers, and this model \(\d+, 32\)"):
-        load_stage(folder, "sequence-classification", embeddings="file")
+        load_stage(ModelConfig.of(folder, embeddings="file"), "sequence-classification")
 
 
 def test_a_checkpoint_in_bfloat16_and_in_several_files(tmp_path: Path) -> None:
     tiny_model("llama").to(torch.bfloat16).save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     usual, lean = (
-        load_stage(tmp_path, "causal-lm", dtype="bfloat16", embeddings=where) for where in ("memory", "file")
+        load_stage(ModelConfig.of(tmp_path, dtype="bfloat16", embeddings=where), "causal-lm")
+        for where in ("memory", "file")
     )  # type: ignore[arg-type]
     batch = tiny_batch(usual.model, padding="left")
     assert torch.equal(lean.plan(batch)[0], usual.plan(batch)[0])
@@ -171,7 +179,7 @@ def test_only_the_files_that_transformers_loads_count(tmp_path: Path, foreign: s
     save_file({key: value + 1 for key, value in tensors.items()}, tmp_path / foreign)
     if bare:
         save_file({key.removeprefix("bert."): value for key, value in tensors.items()}, file, {"format": "pt"})
-    lean = load_stage(tmp_path, "sequence-classification", labels=["a", "b", "c"], embeddings="file")
+    lean = load_stage(ModelConfig.of(tmp_path, embeddings="file"), "sequence-classification", labels=["a", "b", "c"])
     wanted = tensors["bert.embeddings.word_embeddings.weight"]
     ids = torch.arange(len(wanted))
     assert torch.equal(token_embedding(lean.model)(ids), wanted)
@@ -183,7 +191,7 @@ def test_of_two_tables_the_one_with_the_longer_name_in_common(tmp_path: Path) ->
     wanted = tensors["bert.embeddings.word_embeddings.weight"]
     others = {f"{place}.word_embeddings.weight": wanted + 1 for place in ("decoder", "other.embeddings")}
     save_file(tensors | others, file, {"format": "pt"})
-    lean = load_stage(tmp_path, "sequence-classification", embeddings="file")
+    lean = load_stage(ModelConfig.of(tmp_path, embeddings="file"), "sequence-classification")
     assert torch.equal(token_embedding(lean.model)(torch.arange(len(wanted))), wanted)
     same = {key: value for key, value in tensors.items() if "word_embeddings" not in key} | others
     others["third.embeddings.word_embeddings.weight"] = wanted
@@ -196,7 +204,7 @@ def test_a_relative_folder_stays_what_it_was(tmp_path: Path, monkeypatch: pytest
     save("bert", tmp_path / "model")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)
-    module = token_embedding(load_stage("model", "sequence-classification", embeddings="file").model)
+    module = token_embedding(load_stage(ModelConfig.of("model", embeddings="file"), "sequence-classification").model)
     monkeypatch.chdir(tmp_path / "elsewhere")
     ids = torch.tensor([5, 2])
     assert torch.equal(module(ids), module.weight[ids])
@@ -207,7 +215,7 @@ def test_a_state_of_ones_own_takes_the_place_of_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limited: bool
 ) -> None:
     monkeypatch.setattr(stored, "reserves_count", lambda: limited)  # then the map must not be written
-    model = load_stage(save("bert", tmp_path), "sequence-classification", embeddings="file").model
+    model = load_stage(ModelConfig.of(save("bert", tmp_path), embeddings="file"), "sequence-classification").model
     module, ids = token_embedding(model), torch.tensor([[4, 2], [0, 4]])
     place = module.weight.data_ptr()
     model.load_state_dict(model.state_dict())
@@ -223,7 +231,7 @@ def test_changed_moved_or_trained_it_is_an_ordinary_embedding(tmp_path: Path) ->
     folder, ids = save("bert", tmp_path), torch.tensor([[4, 2]])
 
     def fresh() -> torch.nn.Embedding:
-        return token_embedding(load_stage(folder, "sequence-classification", embeddings="file").model)
+        return token_embedding(load_stage(ModelConfig.of(folder, embeddings="file"), "sequence-classification").model)
 
     @torch.no_grad()
     def add(one: torch.nn.Embedding) -> None:
@@ -255,9 +263,9 @@ def test_trained_embeddings_stay_nowhere(tmp_path: Path) -> None:
     bert_folder(tmp_path / "model")
     with pytest.raises(ConfigError, match=r"model\.train_embeddings = true trains them: choose one"):
         config(tmp_path, model={"embeddings": "file", "train_embeddings": True})
-    stage = load_stage(tmp_path / "model", "sequence-classification", embeddings="file")
+    stage = load_stage(ModelConfig.of(tmp_path / "model", embeddings="file"), "sequence-classification")
     with pytest.raises(ConfigError, match="train_embeddings needs embeddings"):
-        tune(stage, "full", embeddings=True)
+        tune(stage, ModelConfig(id="any", train_embeddings=True))
     with pytest.raises(ValueError, match="train_embeddings trains them: choose one"):
         TaskShape(embeddings="file", train_embeddings=True)
 

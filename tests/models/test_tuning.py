@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from flexp.config.run import LoraConfig
+from flexp.config import LoraConfig, ModelConfig
 from flexp.errors import ModelError
 from flexp.models.architectures import ARCHITECTURES
 from flexp.models.parts import Part
@@ -17,9 +17,9 @@ from flexp.models.zoo import tiny_model
 from tests.models.tools import SPLIT, whole_of
 
 
-def tuned(whole: Stage, part: Part, *args: Any, **settings: Any) -> dict[str, torch.nn.Parameter]:
+def tuned(whole: Stage, part: Part, tuning: Any, *, seed: int = 0, **settings: Any) -> dict[str, torch.nn.Parameter]:
     stage = carve(whole, part)
-    tune(stage, *args, **settings)
+    tune(stage, ModelConfig(id="any", **settings), tuning, seed=seed)
     return stage.trainable()
 
 
@@ -71,7 +71,7 @@ def test_full_tuning_trains_the_own_part(name: str) -> None:
         key for key in parameters if whole.block_of(key) == 4
     }
     assert own <= client < own | ends
-    assert tuned(whole, Part.client((1, 3), blocks), "full", embeddings=True).keys() >= own | ends
+    assert tuned(whole, Part.client((1, 3), blocks), "full", train_embeddings=True).keys() >= own | ends
     server = tuned(whole, Part.server(1, 3), "full")
     assert server.keys() == {key for key in parameters if whole.block_of(key) in (1, 2)}
     assert not tuned(whole, Part.client((1, 3), blocks), "frozen")
@@ -102,7 +102,7 @@ def test_only_what_is_trained_is_copied(tuning: str) -> None:
     before = {key: value.clone() for key, value in whole.model.named_parameters()}
     stages = [carve(whole, Part.client((1, 3), 4)) for _ in range(2)]
     for stage in stages:
-        tune(stage, tuning)  # type: ignore[arg-type]
+        tune(stage, ModelConfig.of("any", tuning=tuning))  # type: ignore[arg-type]
         for key, value in stage.model.named_parameters():
             source = before.get(key.replace(".base_layer", ""))
             shared = source is not None and value is whole.model.get_parameter(key.replace(".base_layer", ""))
@@ -119,4 +119,4 @@ def test_a_model_without_checkpointing_is_named(monkeypatch: pytest.MonkeyPatch)
     stage = Stage.whole(tiny_model("llama"))
     monkeypatch.setattr(type(stage.model), "supports_gradient_checkpointing", False)
     with pytest.raises(ModelError, match="LlamaForCausalLM knows no gradient checkpointing; switch it off"):
-        tune(stage, "full", gradient_checkpointing=True)
+        tune(stage, ModelConfig(id="any", gradient_checkpointing=True))

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from flexp.client.model import SplitModel
-from flexp.config.run import OptimizerConfig, ServerConfig
+from flexp.config import ModelConfig, OptimizerConfig, ServerConfig
 from flexp.models.architectures import ARCHITECTURES
 from flexp.models.loading import DTYPES
 from flexp.models.parts import Part
@@ -57,14 +57,14 @@ def parties(
     """A server and its only client, in full tuning with embeddings."""
     source = Stage.whole(tiny_model(name, dropout=dropout, **more))
     stage = carve(source, Part.server(*cut))
-    tune(stage, "full")
+    tune(stage, ModelConfig(id="any"))
     server = Server(stage, optimizer=PLAIN, config=ServerConfig(memory=memory), seed=seed)  # type: ignore[arg-type]
     return server, client_of(server, source, cut, "a")
 
 
 def client_of(server: Server, source: Stage, cut: tuple[int, int], name: str) -> SplitModel:
     stage = carve(source, Part.client(cut, source.anatomy.blocks))
-    tune(stage, "full", embeddings=True)
+    tune(stage, ModelConfig(id="any", train_embeddings=True))
     model = SplitModel(stage, cut, server.connect(name), expose_embeddings=True)
     return model.train()
 

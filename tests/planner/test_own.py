@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import flexp
+from flexp.config import ModelConfig
 from flexp.cost.choice import Choice
 from flexp.cost.device import ARENA, OTHER_THREADS, Limit, for_training
 from flexp.cost.model_cost import model_cost
@@ -51,7 +51,7 @@ def test_a_model_that_chooses_its_cut(
         model = flexp.SplitModelForSequenceClassification.from_pretrained(
             folder, cut="auto", link=server.connect("a"), labels=["x", "y"], largest=(4, 16)
         )
-    assert model.cut == own.own_cut(str(folder), "sequence-classification", (4, 16), aligned=False)
+    assert model.cut == own.own_cut(ModelConfig.of(folder), "sequence-classification", (4, 16))
     assert model.stage.part == Part.client(model.cut, 4)
     assert f"cut ({model.cut[0]}, {model.cut[1]}) planned" in caplog.text
     assert "that a test leaves" in caplog.text
@@ -60,11 +60,10 @@ def test_a_model_that_chooses_its_cut(
 def test_a_limit_on_addresses_counts_the_map_of_the_embeddings_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = str(save_tiny("bert", tmp_path / "model"))
-    shape: dict[str, Any] = {"embeddings": "file", "aligned": False}
-    cost = model_cost(folder, "sequence-classification", length=16, embeddings="file")
+    model = ModelConfig.of(save_tiny("bert", tmp_path / "model"), embeddings="file")
+    cost = model_cost(model, "sequence-classification", length=16)
     memory(monkeypatch, round(1.15 * least(cost, Choice((1, 4), 4))) + 100)
-    assert own.own_cut(folder, "sequence-classification", (4, 16), **shape) == (1, 4)
+    assert own.own_cut(model, "sequence-classification", (4, 16)) == (1, 4)
     monkeypatch.setattr(own, "maps_count", lambda: True)
     with pytest.raises(InfeasibleError, match="needs"):
-        own.own_cut(folder, "sequence-classification", (4, 16), **shape)
+        own.own_cut(model, "sequence-classification", (4, 16))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
+from flexp.config import ModelConfig
 from flexp.cost.model_cost import ModelCost, model_cost
 from flexp.cost.profile import ModelSeconds, PieceSeconds, Profile, ShapeSeconds
 from flexp.models.architectures import ARCHITECTURES
@@ -12,8 +13,8 @@ from flexp.models.architectures import ARCHITECTURES
 
 @lru_cache
 def cost_of(name: str, **settings: Any) -> ModelCost:
-    """Of a tiny model, at 10 tokens."""
-    return model_cost(f"arch:{name}", ARCHITECTURES[name].task, **{"length": 10, "labels": 3, **settings})
+    """Of a tiny model, at 10 tokens; ``settings`` are keys of ``[model]``."""
+    return model_cost(ModelConfig.of(f"arch:{name}", **settings), ARCHITECTURES[name].task, length=10, labels=3)
 
 
 def plain_profile(**changes: Any) -> Profile:
@@ -39,7 +40,7 @@ def measured(cost: ModelCost, **changes: Any) -> ModelSeconds:
         return ShapeSeconds(examples=examples, embed=seconds(0, 0), blocks=blocks, head=seconds(0, 0))
 
     figures: dict[str, Any] = {
-        "model": cost.fingerprint, "kind": cost.kind, "dtype": cost.dtype, "length": cost.length,
+        "model": cost.fingerprint, "kind": cost.kind, "dtype": cost.config.dtype, "length": cost.length,
         "shapes": [shape(2), shape(4)],
     }  # fmt: skip
     return ModelSeconds(**{**figures, **changes})

@@ -16,9 +16,8 @@ import datasets  # noqa: F401  (what reading the data imports is no part of the 
 import torch
 from rich.console import Console
 
-from flexp.config.deployment import DeploymentConfig
+from flexp.config import DeploymentConfig, ModelConfig, OptimizerConfig
 from flexp.config.loading import validate
-from flexp.config.run import OptimizerConfig
 from flexp.cost.device import Limit, for_training, memory_limits
 from flexp.limits import out_of_memory
 from flexp.links.grpc import connect
@@ -45,7 +44,7 @@ def whole(place: Place) -> str | None:
     """One step of tuning all of the model; gives what went wrong, if memory ran out."""
     try:
         stage = load_stage(place.model_id, "sequence-classification", labels=["a", "b"])
-        tune(stage, "full")
+        tune(stage, ModelConfig(id="any"))
         updater = Updater(stage.trainable(), OptimizerConfig())
         ids = torch.ones(4, 16, dtype=torch.long)
         stage.model(input_ids=ids, labels=torch.zeros(4, dtype=torch.long)).loss.backward()

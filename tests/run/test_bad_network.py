@@ -6,7 +6,7 @@ from pathlib import Path
 
 from benchmarks.faults import BadNetwork
 from benchmarks.tiny_run import CLIENTS, tiny_run
-from flexp.config.deployment import DeploymentConfig
+from flexp.config import DeploymentConfig
 from flexp.links.grpc import connect
 from flexp.run import runner
 from tests.harness import equal

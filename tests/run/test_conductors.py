@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flexp.config.run import TrainConfig
+from flexp.config import TrainConfig
 from flexp.errors import LinkError
 from flexp.links.orders import Order, Ready, read_order, read_ready, to_text
 from flexp.methods.turns import turns

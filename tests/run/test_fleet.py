@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from flexp.config.deployment import DeploymentConfig
-from flexp.config.run import RunConfig
+from flexp.config import DeploymentConfig, RunConfig
 from flexp.errors import ConfigError
 from flexp.links.base import Link
 from flexp.links.grpc import connect

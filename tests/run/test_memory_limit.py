@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from transformers import BertConfig, BertForSequenceClassification
 
-from flexp.config.deployment import DeploymentConfig
+from flexp.config import DeploymentConfig
 from flexp.config.loading import validate
 from flexp.report.metrics import read
 from tests.data.tools import tokenizer

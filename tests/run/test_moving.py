@@ -9,10 +9,9 @@ import pytest
 
 from benchmarks.tiny_run import tiny_run
 from flexp.client.trainer import Trainer
-from flexp.config.deployment import DeploymentConfig
-from flexp.config.run import RecutConfig, RunConfig
+from flexp.config import DeploymentConfig, RecutConfig, RunConfig
 from flexp.errors import LinkError, StorageError, TrainingError
-from flexp.planner.watch import Situation
+from flexp.planner.policy import Situation
 from flexp.report.metrics import read
 from flexp.run import moving
 from flexp.run.moving import Mover, in_words

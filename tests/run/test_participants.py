@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from flexp.cost import probe as memory
-from flexp.cost.flops import Costs, ExchangeCost
+from flexp.cost.clock import SPLIT_ASYNC, SPLIT_SYNC, SYNCHRONOUS
+from flexp.cost.flops import ExchangeCost
 from flexp.cost.probe import Measured, Probe
 from flexp.errors import ConfigError
 from flexp.links.base import Traffic
@@ -21,6 +22,7 @@ from flexp.methods.base import Account
 from flexp.methods.fedrep import FedRep
 from flexp.report.metrics import read
 from flexp.run import runner
+from flexp.run.costs import Costs
 from flexp.run.participants import NobodyFitsError, client_work
 from flexp.run.probes import MemoryProbes
 from flexp.run.setup import build_world
@@ -280,17 +282,17 @@ def account(up: int, down: int, evaluations: int = 0) -> Account:
 
 
 def test_metered_bytes_are_spread_over_the_clocks_messages() -> None:
-    work = client_work(COST, account(16_000, 8_000), [4, 4], "split-async")  # 16 exchanges
+    work = client_work(COST, account(16_000, 8_000), [4, 4], SPLIT_ASYNC)  # 16 exchanges
     assert (work.forward_up, work.backward_up) == (750.0, 250.0)
     assert (work.forward_down, work.backward_down) == (250.0, 250.0)
     assert (work.weights_up, work.weights_down) == (0.0, 0.0)
-    both = client_work(COST, account(18_000, 10_000), [4, 4], "split-sync")
+    both = client_work(COST, account(18_000, 10_000), [4, 4], SPLIT_SYNC)
     assert (both.forward_up, both.backward_down, both.weights_up) == (750.0, 250.0, 1000.0)
-    pulled = client_work(replace(COST, pull_down=500), account(16_000, 10_000), [4, 4], "split-async", pull_every=2)
+    pulled = client_work(replace(COST, pull_down=500), account(16_000, 10_000), [4, 4], SPLIT_ASYNC, pull_every=2)
     assert (pulled.forward_down, pulled.pull_down, pulled.pull_every) == (250.0, 500.0, 2)
-    rare = client_work(COST, account(16_000 + 1000, 8_000 + 2000), [3, 3, 2], "split-sync", average_every=2)
+    rare = client_work(COST, account(16_000 + 1000, 8_000 + 2000), [3, 3, 2], SPLIT_SYNC, average_every=2)
     assert (rare.forward_up, rare.backward_down, rare.weights_up, rare.weights_every) == (750.0, 250.0, 1000.0, 2)
-    whole = client_work(COST, account(800, 600, evaluations=11), [4, 4], "synchronous")
+    whole = client_work(COST, account(800, 600, evaluations=11), [4, 4], SYNCHRONOUS)
     assert (whole.weights_up, whole.weights_down, whole.final) == (400.0, 300.0, 3 * 120.0)
 
 

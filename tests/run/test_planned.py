@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from flexp.config.run import RunConfig
+from flexp.config import RunConfig
+from flexp.cost.device import this_machine
 from flexp.cost.profile import Profile
 from flexp.errors import ConfigError, StorageError
 from flexp.files import write_json
 from flexp.methods import METHODS
-from flexp.planner import own
 from flexp.planner.infeasible import InfeasibleError
 from flexp.report.metrics import read
 from flexp.run import runner
@@ -78,7 +78,7 @@ def test_auto_on_this_process_says_what_it_assumes(home: Path, monkeypatch: pyte
     world = build_world(wanted)
     note = next(note for note in world.federation.notes if "planned" in note)
     assert note.startswith("cuts planned from a test, 1.07 GB; speed and network are a laptop's, not measured: ")
-    assert own.this_machine().memory_bytes > 1
+    assert this_machine().memory_bytes > 1
     loads: list[int] = []
     monkeypatch.setattr("flexp.run.setup.load_stage", lambda *_, **__: loads.append(1))
     assert world.plan is not None

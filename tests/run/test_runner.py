@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from flexp.config.run import RunConfig
+from flexp.config import RunConfig
 from flexp.errors import ConfigError, DataError, FlexpError, StorageError, TrainingError
 from flexp.methods.flexp_sfl import FlexpSfl
 from flexp.models.zoo import tiny_model
@@ -98,7 +98,7 @@ def test_killed_at_any_moment_resumes_to_equal_weights(home: Path) -> None:
     path = home / "run.json"
     path.write_text(json.dumps(content(home, train={"rounds": 6})), encoding="utf-8")
     program = (
-        "import json, sys; from pathlib import Path; from flexp.config import loading; from flexp.run import runner;"
+        "import json, sys; from pathlib import Path; from flexp.run import runner; from flexp.config import loading;"
         "runner.run(loading.validate(json.loads(Path(sys.argv[1]).read_text()), 'x'), Path(sys.argv[2]))"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -13,6 +13,7 @@ from transformers import BertConfig, BertModel, T5Config
 
 from flexp.client.model import SplitModel
 from flexp.client.whole import WholeModel
+from flexp.config import ModelConfig
 from flexp.errors import ConfigError, ModelError
 from flexp.models.loading import load_stage
 from flexp.models.stage import Stage
@@ -55,7 +56,10 @@ def test_mixed_precision_is_exact_too(name: str, memory: str) -> None:
 
 
 def test_mixed_precision_computes_in_bfloat16_and_keeps_weights_in_float32() -> None:
-    stages = [load_stage("arch:bert", "sequence-classification", autocast=kind) for kind in ("off", "bfloat16")]
+    stages = [
+        load_stage(ModelConfig.of("arch:bert", autocast=kind), "sequence-classification")
+        for kind in ("off", "bfloat16")
+    ]
     batch = tiny_batch(stages[0].model, batch=3, length=10, seed=0)
     plain, mixed = (WholeModel(stage)(**batch) for stage in stages)
     assert mixed.logits.dtype == torch.bfloat16

@@ -11,8 +11,7 @@ from rich.console import Console
 from torch import Tensor
 
 from benchmarks.chaos import METERS
-from flexp.config.deployment import DeploymentConfig
-from flexp.config.run import RunConfig
+from flexp.config import DeploymentConfig, RunConfig
 from flexp.links.base import Link
 from flexp.links.grpc import connect
 from flexp.run.client import cuts_of, find_place, run_client

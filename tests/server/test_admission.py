@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from flexp.client.model import SplitModelForCausalLM
-from flexp.config.run import AlignConfig, LoraConfig, ServerConfig
-from flexp.errors import ConfigError, LinkError, ModelError
+from flexp.config import AlignConfig, LoraConfig, ModelConfig, ServerConfig
+from flexp.errors import ConfigError, LinkError
 from flexp.links.messages import Abort, BackwardRequest, FetchRequest, ForwardRequest, PullRequest
 from flexp.models.fingerprint import weights_fingerprint
 from flexp.models.loading import load_stage
@@ -195,14 +195,14 @@ def test_mixed_precision_is_agreed_upon() -> None:
         model = SplitModelForCausalLM.from_pretrained("arch:llama", **options).eval()
         batch = tiny_batch(model.stage.model)
         batch.pop("labels")
-        whole = load_stage("arch:llama", "causal-lm", autocast=here)
+        whole = load_stage(ModelConfig.of("arch:llama", autocast=here), "causal-lm")
         with torch.no_grad(), whole.computing():
             expected = whole.model.eval()(**batch).logits
         got = model(**batch).logits.detach()
         assert torch.equal(got, expected)
         outputs.append(got.float())
     assert 1e-5 < (outputs[0] - outputs[1]).abs().max().item() < 0.1
-    with pytest.raises(ModelError, match=r"autocast = 'float16' is not allowed: expected 'off' or 'bfloat16'"):
+    with pytest.raises(ConfigError, match=r"autocast = 'float16' is not allowed: expected 'off' or 'bfloat16'"):
         Server.from_pretrained("arch:llama", autocast="float16")
 
 

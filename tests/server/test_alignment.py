@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flexp.config.run import AlignConfig
+from flexp.config import AlignConfig
 from flexp.server.alignment import EPSILON, alignment, combine
 
 CASES = [

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flexp.config.run import ServerConfig
+from flexp.config import ServerConfig
 from flexp.errors import LinkError
 from flexp.links.messages import EndGeneration, ExtendRequest
 from flexp.server import generations

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from flexp.config.run import AlignConfig, GuardConfig, ServerConfig
+from flexp.config import AlignConfig, GuardConfig, ServerConfig
 from flexp.errors import BadValuesError, LinkError
 from flexp.links.messages import Abort, BackwardRequest, FetchRequest, ForwardRequest, PullRequest
 from flexp.server.bounds import Bounds

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flexp.config.run import OptimizerConfig, ServerConfig
+from flexp.config import OptimizerConfig, ServerConfig
 from flexp.links.messages import BackwardRequest, ForwardRequest
 from flexp.models.parts import Part
 from tests.harness import ADAMW, SGD, copied, equal, party, plain_optimizer, seeded, shared_weights, world

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flexp.client.model import SplitModel
 from flexp.client.steps import Piece
-from flexp.config.run import AlignConfig, OptimizerConfig, ServerConfig
+from flexp.config import AlignConfig, OptimizerConfig, ServerConfig
 from flexp.errors import LinkError, ModelError, StorageError
 from flexp.optim import Updater
 from flexp.rng import RandomStream

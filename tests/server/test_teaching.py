@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from flexp.config.run import AlignConfig, OptimizerConfig, ServerConfig
+from flexp.config import AlignConfig, OptimizerConfig, ServerConfig
 from flexp.links.messages import ForwardReply, ForwardRequest
 from flexp.server import session
 from tests.harness import RecordingLink, World, copied, disturb, equal, gradients, shared_weights, world

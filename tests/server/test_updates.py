@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flexp.client.steps import Piece, loss_items, unmasked_tokens
-from flexp.config.run import AlignConfig, OptimizerConfig, ServerConfig
+from flexp.config import AlignConfig, OptimizerConfig, ServerConfig
 from flexp.errors import TrainingError
 from flexp.models.parts import Part
 from flexp.optim import Updater

@@ -54,6 +54,7 @@ def profile(
     """Measure this machine: usable memory, seconds of the model's blocks forward and backward, and the network."""
     import torch
 
+    from flexp.config import ModelConfig
     from flexp.cost.device import cores, training_memory
     from flexp.cost.measure import flops_per_second, measure_model
     from flexp.cost.model_cost import model_cost
@@ -63,14 +64,8 @@ def profile(
         torch.set_num_threads(threads)
     ready = Profile.from_class(like, role=side.value)
     limit = None if memory is not None else training_memory(torch.get_num_threads())
-    cost = model_cost(
-        model,
-        kind.value,
-        length=length,
-        labels=labels,
-        dtype=dtype.value,
-        autocast="bfloat16" if autocast else "off",
-    )
+    wanted = ModelConfig.of(model, dtype=dtype.value, autocast="bfloat16" if autocast else "off")
+    cost = model_cost(wanted, kind.value, length=length, labels=labels)
     with Console(stderr=True).status("measuring"):
         measured = measure_model(
             cost,

@@ -12,7 +12,7 @@ import typer
 from flexp.errors import ConfigError
 
 if TYPE_CHECKING:
-    from flexp.config.run import RunConfig
+    from flexp.config import RunConfig
 
 Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run; default: runs/NAME-DATE.")]
 

@@ -123,7 +123,7 @@ def server(
         run_server(made, listen, conductor=conductor, allow_export=allow_export or deployment.allow_export, **options)
         return
 
-    from flexp.config.run import LoraConfig, OptimizerConfig, ServerConfig
+    from flexp.config import LoraConfig, OptimizerConfig, ServerConfig
     from flexp.server import Server
 
     assert model is not None
@@ -134,11 +134,10 @@ def server(
         kind.value,
         base_depth=1 if base_depth is None else base_depth,
         end=end,
-        tuning=tuning,
         lora=LoraConfig(rank=rank, alpha=alpha),
         dtype=dtype.value,
         seed=seed,
-        config=ServerConfig(memory=memory.value),
+        config=ServerConfig.model_validate({"memory": memory.value, "tuning": tuning}),
         optimizer=OptimizerConfig(lr=lr),
     )
     run_server(made, listen, state=state, allow_export=allow_export, **options)

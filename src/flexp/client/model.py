@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from flexp.assets import resolve
 from flexp.client.personal import PersonalModel
 from flexp.client.remote import RemoteCall, RemoteMiddle, waiting
 from flexp.client.steps import Piece, Steps, items_of
-from flexp.config.run import AlignConfig, CodecConfig, LoraConfig
+from flexp.config import AlignConfig, CodecConfig, LoraConfig, ModelConfig
 from flexp.errors import ConfigError, LinkError
 from flexp.links.base import Link, as_link
 from flexp.links.messages import Abort, ForwardRequest, Join, PullRequest
@@ -67,6 +67,8 @@ class SplitModel(PersonalModel):
     """
 
     kind: ClassVar[ModelKind]
+    plan_cut: ClassVar[Callable[..., tuple[int, int]] | None] = None
+    """What ``cut="auto"`` asks, as :func:`flexp.planner.own.own_cut` is called; ``flexp`` sets it."""
 
     def __init__(
         self,
@@ -102,31 +104,27 @@ class SplitModel(PersonalModel):
     @classmethod
     def from_pretrained(
         cls,
-        model_id: str | Path,
+        model: ModelConfig | str | Path,
         *,
         cut: tuple[int, int | None] | Literal["auto"],
         link: Link | str,
         labels: Sequence[str] | None = None,
-        tuning: str = "full",
-        lora: LoraConfig | None = None,
-        train_embeddings: bool = False,
-        gradient_checkpointing: bool = False,
         align: AlignConfig = OFF,
-        dtype: str = "float32",
-        autocast: str = "off",
-        attention: str = "sdpa",
-        embeddings: Literal["memory", "file"] = "memory",
         accumulation: int = 1,
-        expose_embeddings: bool = False,
         codec: CodecConfig | None = None,
         largest: tuple[int, int] = (8, 128),
         seed: int = 0,
+        **settings: Any,
     ) -> Self:
-        """Load only this client's part of a pretrained model and join the server, whose ``autocast`` is the same.
+        """Load only this client's part of a pretrained model and join the server.
 
-        ``link`` may be a URL with the client's name. ``cut="auto"`` plans for the memory that this process may use, as
-        ``data.clients.cuts`` does, and logs what it chose; ``largest`` are the examples and tokens of the largest batch
-        that will come, for which there must be room.
+        Args:
+            cut: ``"auto"`` plans for the memory that this process may use, as ``data.clients.cuts`` does, and logs what
+                it chose.
+            link: may be a URL with the client's name.
+            largest: the examples and tokens of the largest batch that will come, for which ``"auto"`` leaves room.
+            settings: keys of ``[model]`` beside the name, such as ``tuning="lora"`` or ``gradient_checkpointing=True``.
+                Those that activations depend on (``dtype``, ``autocast``) must be the server's.
 
         Example:
             >>> model = flexp.SplitModelForSequenceClassification.from_pretrained(
@@ -138,41 +136,25 @@ class SplitModel(PersonalModel):
             ConfigError: the cut does not fit, no cut fits this process's memory, or bare embeddings would go up.
             LinkError: the server refuses this client.
         """
-        model_id = resolve(str(model_id))
-        blocks = int(load_config(str(model_id)).get_text_config().num_hidden_layers)
+        wanted = ModelConfig.of(model, **settings)
+        wanted = wanted.at(resolve(wanted.id))
+        blocks = int(load_config(wanted.id).get_text_config().num_hidden_layers)
         if cut == "auto":
-            from flexp.planner.own import own_cut  # the one call upwards, for those who ask for it
-
-            shape: Any = {"dtype": dtype, "autocast": autocast, "attention": attention, "tuning": tuning}
-            shape |= {"labels": len(labels or ("", "")), "rank": (lora or LoraConfig()).rank}
-            shape |= {
-                "train_embeddings": train_embeddings,
-                "embeddings": embeddings,
-                "aligned": align.has_term or align.teach,
-            }
-            shape |= {"follow": align.follow}
-            cut = own_cut(str(model_id), cls.kind, largest, gradient_checkpointing, **shape)
+            if cls.plan_cut is None:
+                raise ConfigError('cut = "auto" is planned for flexp.SplitModelFor…; take the class from there')
+            cut = cls.plan_cut(wanted, cls.kind, largest, labels=len(labels or ("", "")), align=align)
         whole_cut = check_cut(cut, blocks)
-        part = Part.client(whole_cut, blocks)
-        numbers: Any = {"dtype": dtype, "autocast": autocast, "attention": attention, "embeddings": embeddings}
-        stage = load_stage(model_id, cls.kind, part, labels=labels, seed=seed, **numbers)
-        tune(
-            stage,
-            tuning,  # type: ignore[arg-type]
-            lora=lora,
-            embeddings=train_embeddings,
-            gradient_checkpointing=gradient_checkpointing,
-            seed=seed,
-        )
+        stage = load_stage(wanted, cls.kind, Part.client(whole_cut, blocks), labels=labels, seed=seed)
+        tune(stage, wanted, seed=seed)
         return cls(
             stage,
             whole_cut,
             as_link(link),
             align=align,
-            tuning=tuning,
-            lora=lora or LoraConfig(),
+            tuning=wanted.tuning,
+            lora=wanted.lora,
             accumulation=accumulation,
-            expose_embeddings=expose_embeddings,
+            expose_embeddings=wanted.expose_embeddings,
             codec=codec,
         )
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flexp.client.overlap import Done, Splittable, overlapped
 from flexp.client.steps import Piece, loss_items, unmasked_tokens
-from flexp.config.run import TrainConfig
+from flexp.config import TrainConfig
 from flexp.data.ordering import BatchOrder
 from flexp.data.types import Batch, ClientData, Task
 from flexp.errors import DataError, TrainingError

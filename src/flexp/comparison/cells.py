@@ -17,8 +17,8 @@ from typing import Any, Literal
 
 from flexp.comparison.config import Comparison, Entry
 from flexp.comparison.grid import Settings, apply
+from flexp.config import RunConfig
 from flexp.config.loading import validate
-from flexp.config.run import RunConfig
 from flexp.errors import FlexpError, StorageError
 from flexp.files import read_json, write_json
 from flexp.report.metrics import Record, read

@@ -11,8 +11,8 @@ from typing import Any, get_args
 
 from pydantic import Field, PositiveInt, ValidationError, field_validator
 
+from flexp.config import MethodConfig, Rate, RunConfig, Section
 from flexp.config import loading as settings
-from flexp.config.run import MethodConfig, Rate, RunConfig, Section
 from flexp.errors import ConfigError
 
 HEADLINE = ["flexp-sfl", "local", "fedavg", "fedavg-ft", "pfedme", "ditto"]

@@ -1,47 +1,31 @@
 """The one schema of a run: one file a table."""
 
-from flexp.config.run import (
+from flexp.config.data import ClientsConfig, Cut, DataConfig, Task
+from flexp.config.deployment import DeploymentConfig
+from flexp.config.devices import DeviceChange, DeviceClassConfig, DevicesConfig, RecutConfig
+from flexp.config.link import CodecConfig, CodecName, LinkConfig
+from flexp.config.methods import (
     TERMS,
     AlignConfig,
     ApflConfig,
-    Beta,
-    ClientsConfig,
-    CodecConfig,
-    CodecName,
-    Cut,
-    DataConfig,
-    DeviceChange,
-    DeviceClassConfig,
-    DevicesConfig,
     DittoConfig,
-    EvaluationConfig,
     FedAvgFtConfig,
     FedPerConfig,
     FedProxConfig,
     FedRepConfig,
-    Fraction,
-    GuardConfig,
     HetLoraConfig,
-    LinkConfig,
-    LoraConfig,
     MethodConfig,
-    ModelConfig,
-    OptimizerConfig,
-    OutputConfig,
     PerFedAvgConfig,
     PFedMeConfig,
-    Rate,
-    RecutConfig,
-    RunConfig,
-    Section,
-    ServerConfig,
     SplitFedConfig,
     SplitFtConfig,
     SplitLoraConfig,
-    Task,
-    TrainConfig,
-    Tuning,
 )
+from flexp.config.model import LoraConfig, ModelConfig, Tuning
+from flexp.config.run import EvaluationConfig, OutputConfig, RunConfig
+from flexp.config.section import Beta, Fraction, Rate, Section, all_keys
+from flexp.config.server import GuardConfig, ServerConfig
+from flexp.config.train import OptimizerConfig, TrainConfig
 
 __all__ = [
     "TERMS",
@@ -53,6 +37,7 @@ __all__ = [
     "CodecName",
     "Cut",
     "DataConfig",
+    "DeploymentConfig",
     "DeviceChange",
     "DeviceClassConfig",
     "DevicesConfig",
@@ -84,4 +69,5 @@ __all__ = [
     "Task",
     "TrainConfig",
     "Tuning",
+    "all_keys",
 ]

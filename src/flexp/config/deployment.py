@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import PositiveInt, ValidationError
+from pydantic import PositiveInt
 
 from flexp.config import loading as settings
-from flexp.config.run import Rate, Section
+from flexp.config.section import Rate, Section
 from flexp.errors import ConfigError
 
 
@@ -40,13 +40,7 @@ def validate(content: Any, where: str) -> DeploymentConfig:
     Raises:
         ConfigError: see :func:`load`.
     """
-    try:
-        made = DeploymentConfig.model_validate(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        known = ", ".join(DeploymentConfig.model_fields)
-        raise ConfigError(f"{where}: deployment.{key}: {first['msg']}; known here: {known}") from error
+    made = DeploymentConfig.checked(content, where, "deployment")
     if made.schedule == "deterministic" and not made.clients:
         raise ConfigError(f'{where}: schedule = "deterministic" needs deployment.clients, the names of all clients')
     return made

@@ -1,7 +1,4 @@
-"""The part of a run's schema that is about devices: what clients run on, how that changes, and whether cuts follow.
-
-:mod:`flexp.config.run` gives these names as well; whoever reads the configuration imports that.
-"""
+"""The tables ``[devices]`` and ``[recut]``: what clients run on, how that changes, and whether cuts follow."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, PositiveInt
 
-from flexp.config.methods import Fraction, Rate, Section
+from flexp.config.section import Fraction, Rate, Section
 
 
 class DeviceClassConfig(Section):

@@ -1,14 +1,11 @@
-"""The part of a run's schema that says in what form activations and gradients cross a link.
-
-:mod:`flexp.config.run` gives these names as well; whoever reads the configuration imports that.
-"""
+"""The table ``[link]``: in what form activations and gradients cross a link."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Literal
 
-from flexp.config.methods import Section
+from flexp.config.section import Section
 
 CodecName = Literal["off", "fp32", "bf16", "fp16", "int8-channel", "int8-row", "fp8", "int4"]
 

@@ -1,23 +1,12 @@
-"""The part of a run's schema that says which method, and what only one method reads.
-
-:mod:`flexp.config.run` has the rest and gives all of these names as well; whoever reads the configuration imports that.
-"""
+"""The table ``[method]``: which method, and what only one method reads."""
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Rate = Annotated[float, Field(gt=0.0)]
-
-
-class Section(BaseModel):
-    """A table of the file: immutable, and closed to keys that it does not name."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
+from flexp.config.section import Fraction, Rate, Section
 
 TERMS = ("kl", "mse", "cosine")
 """Kinds of alignment that are a term of the loss, whose gradient the server computes from z_base and z."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from pydantic import Field, PositiveInt, ValidationError, model_validator
 
-from flexp.config.run import DeviceClassConfig, DevicesConfig, Rate, Section
+from flexp.config import DeviceClassConfig, DevicesConfig, Rate, Section
 from flexp.errors import ConfigError
 
 

@@ -1,15 +1,13 @@
 """A virtual clock: what a run's measured work would take on its clients' devices.
 
 A discrete-event simulation (simpy). Every client is a process that computes, sends, receives and waits; the server's
-attention is a resource that clients queue for, first come, first served. The schedules are the methods':
+attention is a resource that clients queue for, first come, first served. The schedules, one of which a method has:
 
 - ``synchronous``: download weights → local steps → upload them; the round ends when the last upload is there.
 - ``alone``: local steps only, nobody talks.
 - ``split-async``: every step is head → upload → queue and server → download → tail → upload of the gradient → queue and
   server → download → head backward. Nobody waits for anybody; a round is over when the last client has had its turn.
 - ``split-sync``: such steps between a download of weights and an upload of them, with the end of a round in common.
-  :data:`ONE_AT_A_TIME`: one client's steps of the round after another's. :data:`TOGETHER`: every step is one of all,
-  so that the server begins when the last client's activations are there.
 
 A message takes both ends' latencies, and its bits over the slower of the sender's uplink and the receiver's downlink.
 A client that is away rests: what it was doing goes on when it is back. The server is always there. Averaging,
@@ -26,39 +24,57 @@ from typing import Any, Literal
 import simpy
 
 from flexp.cost.classes import DeviceProfile
-from flexp.cost.presence import Presence
+from flexp.data.seeding import generator
 
-Schedule = Literal["synchronous", "alone", "split-async", "split-sync"]
 Process = Generator[Any, Any, None]
 
+
+@dataclass(frozen=True)
+class Schedule:
+    """How clients and server take turns.
+
+    Attributes:
+        kind: which of the schedules above.
+        one_at_a_time: one client's steps of a round come after another's; nobody steps before who came first is done.
+        together: every step is one of all clients, which have equally many; the server begins when the last one's
+            activations are there.
+    """
+
+    kind: Literal["synchronous", "alone", "split-async", "split-sync"]
+    one_at_a_time: bool = False
+    together: bool = False
+
+    @property
+    def averages(self) -> bool:
+        """Whether clients exchange weights with the server, and end each round together."""
+        return self.kind in ("synchronous", "split-sync")
+
+
+SYNCHRONOUS, ALONE = Schedule("synchronous"), Schedule("alone")
+SPLIT_ASYNC, SPLIT_SYNC = Schedule("split-async"), Schedule("split-sync")
+
 SCHEDULES: dict[str, Schedule | None] = {
-    "flexp-sfl": "split-async",
-    "splitfed-v1": "split-sync",
-    "splitfed-v2": "split-sync",
-    "splitlora": "split-sync",
-    "split-fedavg": "split-sync",
-    "splitft": "split-sync",
-    "local": "alone",
+    "flexp-sfl": SPLIT_ASYNC,
+    "splitfed-v1": SPLIT_SYNC,
+    "splitfed-v2": Schedule("split-sync", one_at_a_time=True),
+    "splitlora": Schedule("split-sync", together=True),
+    "split-fedavg": SPLIT_SYNC,
+    "splitft": SPLIT_SYNC,
+    "local": ALONE,
     "centralized": None,  # no client computes
     "pretrained": None,
-    "fedavg": "synchronous",
-    "fedavg-ft": "synchronous",
-    "fedprox": "synchronous",
-    "pfedme": "synchronous",
-    "ditto": "synchronous",
-    "fedper": "synchronous",
-    "fedrep": "synchronous",
-    "per-fedavg": "synchronous",
-    "apfl": "synchronous",
-    "hetlora": "synchronous",
+    "fedavg": SYNCHRONOUS,
+    "fedavg-ft": SYNCHRONOUS,
+    "fedprox": SYNCHRONOUS,
+    "pfedme": SYNCHRONOUS,
+    "ditto": SYNCHRONOUS,
+    "fedper": SYNCHRONOUS,
+    "fedrep": SYNCHRONOUS,
+    "per-fedavg": SYNCHRONOUS,
+    "apfl": SYNCHRONOUS,
+    "hetlora": SYNCHRONOUS,
 }
 """How each method's clients and server take turns; ``None``: there is nothing to time."""
-
-ONE_AT_A_TIME = frozenset({"splitfed-v2"})
-"""Methods whose server's side one client trains after the other: nobody steps before who came first is through."""
-
-TOGETHER = frozenset({"splitlora"})
-"""Methods whose server joins the batches of all clients in one step; these have equally many."""
 
 
 @dataclass(frozen=True)
@@ -135,19 +151,16 @@ def simulate(
     server: DeviceProfile,
     *,
     slots: int = 1,
-    one_at_a_time: bool = False,
-    together: bool = False,
     seed: int = 0,
 ) -> Virtual:
     """Let the clocks run. Equal arguments give equal times.
 
     Args:
         slots: requests that the server works on at once, each at its full speed.
-        one_at_a_time, together: see :data:`ONE_AT_A_TIME` and :data:`TOGETHER`.
         seed: of the periods in which devices are away.
     """
     rounds = len(next(iter(work.values())).steps)
-    simulation = _Simulation(schedule, rounds, len(work), server, slots, one_at_a_time, together)
+    simulation = _Simulation(schedule, rounds, len(work), server, slots)
     clients = [_Client(simulation, name, work[name], devices[name], seed) for name in work]
     for client in clients:
         simulation.env.process(client.live())
@@ -158,21 +171,12 @@ def simulate(
 class _Simulation:
     """What all clients share: the clock, the server's attention, and the ends of rounds."""
 
-    def __init__(
-        self,
-        schedule: Schedule,
-        rounds: int,
-        clients: int,
-        server: DeviceProfile,
-        slots: int,
-        one_at_a_time: bool,
-        together: bool,
-    ) -> None:
+    def __init__(self, schedule: Schedule, rounds: int, clients: int, server: DeviceProfile, slots: int) -> None:
         self.env = simpy.Environment()
         self.schedule, self.rounds, self.server = schedule, rounds, server
         self.attention = simpy.Resource(self.env, capacity=slots)
-        self.turn = simpy.Resource(self.env, capacity=1 if one_at_a_time else clients)
-        self.together, self._clients, self._arrived = together, clients, 0
+        self.turn = simpy.Resource(self.env, capacity=1 if schedule.one_at_a_time else clients)
+        self._clients, self._arrived = clients, 0
         self._all_there = self.env.event()
         self.ends = [0.0] * rounds
         self._missing = [clients] * rounds
@@ -207,22 +211,22 @@ class _Client:
     done: int = 0
 
     def __post_init__(self) -> None:
-        self.presence = Presence(self.device, self.seed, self.name)
+        self.presence = _Presence(self.device, self.seed, self.name)
 
     def live(self) -> Process:
         simulation, work = self.simulation, self.work
-        exchanges_weights = simulation.schedule in ("synchronous", "split-sync")
+        averages = simulation.schedule.averages
         for number in range(simulation.rounds):
-            if exchanges_weights and number % work.weights_every == 0:
+            if averages and number % work.weights_every == 0:
                 yield from self.receive(work.weights_down)
             with simulation.turn.request() as turn:
                 yield from self.wait(turn)
                 for _ in range(work.steps[number]):
                     yield from self.step()
-            if exchanges_weights and (number + 1) % work.weights_every == 0:
+            if averages and (number + 1) % work.weights_every == 0:
                 yield from self.send(work.weights_up)
             over = simulation.arrive(number)
-            if exchanges_weights:
+            if averages:
                 yield from self.wait(over)
             if work.final and number + 1 < simulation.rounds:
                 simulation.ends[number] = max(simulation.ends[number], self.adapted())
@@ -239,13 +243,13 @@ class _Client:
 
     def step(self) -> Process:
         work = self.work
-        if self.simulation.schedule in ("synchronous", "alone"):
+        if self.simulation.schedule.kind in ("synchronous", "alone"):
             yield from self.compute(work.before * work.exchanges)
             return
         for exchange in range(work.exchanges):
             yield from self.compute(work.before)
             yield from self.send(work.forward_up)
-            if self.simulation.together and not exchange:
+            if self.simulation.schedule.together and not exchange:
                 yield from self.wait(self.simulation.join())
             if work.combined:
                 yield from self.be_served(work.server_forward + work.server_backward)
@@ -298,3 +302,34 @@ class _Client:
         began = self.simulation.env.now
         yield event
         self.time.waiting += self.simulation.env.now - began
+
+
+class _Presence:
+    """When a device is there: alternating exponential periods, from a generator of the client's own."""
+
+    def __init__(self, device: DeviceProfile, seed: int, client: str) -> None:
+        self.on, self.off = device.mean_on_s or 0.0, device.mean_off_s or 0.0
+        if self.off:
+            self._random = generator(seed, "availability", client)
+            self.there = bool(self._random.random() < self.on / (self.on + self.off))
+            self.until = self._period()
+
+    def away(self, now: float, seconds: float) -> float:
+        """How long the device is away while ``seconds`` of work are done from ``now`` on, which never goes back."""
+        if not self.off:
+            return 0.0
+        away, time, left = 0.0, now, seconds
+        while True:
+            while self.until <= time:
+                self.there = not self.there
+                self.until += self._period()
+            if self.there and time + left <= self.until:
+                return away
+            if self.there:
+                left -= self.until - time
+            else:
+                away += self.until - time
+            time = self.until
+
+    def _period(self) -> float:
+        return float(self._random.exponential(self.on if self.there else self.off))

@@ -1,4 +1,4 @@
-"""What a machine lets a process use: memory under every limit that holds, and cores."""
+"""What this machine lets a process use: memory under every limit that holds, and cores."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from flexp.cost.profile import Profile
 from flexp.errors import FlexpError
 from flexp.limits import COUNTING, soft_limit
 
@@ -82,6 +83,20 @@ def for_training(limit: Limit, threads: int = 1) -> int:
     each = (soft_limit("RLIMIT_STACK") or STACK) + (ARENA if limit.name == "RLIMIT_AS" else 0)
     coming = OTHER_THREADS + min(16, max(4, os.cpu_count() or 1)) + threads - 1
     return max(0, limit.free_bytes - each * coming)
+
+
+def this_machine() -> Profile:
+    """What this process may use, with the speed and the network of a laptop, which were not measured."""
+    import torch
+
+    tightest = training_memory(torch.get_num_threads())
+    return Profile.from_class("laptop").model_copy(
+        update={
+            "name": "this machine",
+            "memory_bytes": max(1, tightest.free_bytes),
+            "memory_from": f"this machine's memory ({tightest.name})",
+        }
+    )
 
 
 def cores() -> int:

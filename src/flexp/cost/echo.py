@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from flexp.client.model import OFF, SPLIT_MODELS
 from flexp.client.whole import WholeModel
-from flexp.config.run import AlignConfig
+from flexp.config import AlignConfig
 from flexp.cost.probe import Probe
 from flexp.links.base import Meter
 from flexp.links.messages import BackwardReply, ExtendReply, FetchReply, ForwardReply, PullReply, Welcome

@@ -8,10 +8,10 @@ Element-wise work and optimisers count nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
@@ -20,19 +20,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from flexp.client.whole import WholeModel
+from flexp.config import TrainConfig
 from flexp.cost.echo import EchoLink, client_model, random_batch, without_tail
 from flexp.cost.probe import Probe
 from flexp.data.ordering import BatchOrder
-from flexp.data.types import ClientData
 from flexp.links.messages import size
-from flexp.methods.base import World
-from flexp.methods.client_ranks import adapters
-from flexp.methods.cuts import base_depth
-from flexp.methods.holds import holds
-from flexp.methods.parties import client_seed, own_stage, own_world, with_model
-from flexp.models.parts import Part
-from flexp.models.stage import carve
-from flexp.models.tuning import tune
+from flexp.models.stage import Stage
 from flexp.server import Server
 
 
@@ -70,54 +63,38 @@ class ExchangeCost:
         return (self.server_forward + self.server_backward) * self.exchanges
 
 
-class Costs:
-    """Counts once for each distinct cut, rank and batch shape of a run's clients."""
+def count_exchange(
+    probe: Probe, stage: Stage, server: Server | None = None, only: Collection[str] | None = None
+) -> ExchangeCost:
+    """Count one exchange of a client, which runs for it once.
 
-    def __init__(self, world: World) -> None:
-        self.world = world
-        self.part = holds(world.config.method).part
-        self._known: dict[Any, ExchangeCost] = {}
-        self._clients = {data.name: data for data in world.federation.clients}
-
-    def of(self, client: str, only: Collection[str] | None = None) -> ExchangeCost:
-        """An exchange of ``client`` at its mean shape; ``only``: of a whole model of which just these weights train."""
-        world = own_world(self.world, client) if self.part == "ends" else self.world
-        examples, length, exchanges = mean_shape(world, self._clients[client])
-        cut = None if self.part == "whole" else self.world.cuts[client]
-        own = adapters(self.world, client)
-        again = world.config.model.gradient_checkpointing
-        key = (cut, examples, length, own.lora.rank, again, None if only is None else frozenset(only))
-        if key not in self._known:
-            probe = Probe(
-                model="",
-                kind=self.world.federation.task.model_kind,
-                cut=cut,
-                examples=examples,
-                length=length,
-                labels=None,
-                model_config={"tuning": self.world.config.model.tuning},
-                optimizer={},
-                tail=self.part != "start",
-                ranks=tuple(own.beside.items()),
-            )
-            self._known[key] = self._count(with_model(world, lora=own.lora), probe, only)
-        return replace(self._known[key], exchanges=exchanges)
-
-    def _count(self, world: World, probe: Probe, only: Collection[str] | None) -> ExchangeCost:
-        if probe.cut is None:
-            return _whole(world, probe, only)
-        return _split(world, probe) if probe.tail else _start(world, probe)
+    Args:
+        probe: what the client is: its cut, alignment and base depth, and the size of its exchange.
+        stage: its own, tuned. Of a client without a tail that of the whole model: the server computes what is behind s.
+        server: its blocks [s_min, e), for a client with a tail.
+        only: of a whole model just these weights are trained.
+    """
+    if probe.cut is None:
+        return _whole(probe, stage, only)
+    if not probe.tail:
+        return _start(probe, stage)
+    assert server is not None
+    return _split(probe, stage, server)
 
 
-def mean_shape(world: World, client: ClientData) -> tuple[int, int, int]:
-    """Examples and tokens of a client's mean exchange over its first epoch, rounded, and exchanges in a step."""
-    config = world.config.train
+def mean_shape(config: TrainConfig, lengths: Sequence[int], seed: int) -> tuple[int, int, int]:
+    """Examples and tokens of a client's mean exchange over its first epoch, rounded, and exchanges in a step.
+
+    Args:
+        lengths: tokens of each of its examples.
+        seed: of the order of its examples.
+    """
     micro = config.micro_batch or config.batch_size
-    order = BatchOrder(len(client.train), config.batch_size, client_seed(world.config.seed, client.name))
+    order = BatchOrder(len(lengths), config.batch_size, seed)
     steps = [order.indices(step) for step in range(order.steps_per_epoch)]
     groups = [step[start : start + micro] for step in steps for start in range(0, len(step), micro)]
-    lengths = [max(len(client.train[index].get("input_ids", (0,))) for index in group) for group in groups]
-    return round(fmean(map(len, groups))), round(fmean(lengths)), max(1, round(len(groups) / len(steps)))
+    longest = [max(lengths[index] for index in group) for group in groups]
+    return round(fmean(map(len, groups))), round(fmean(longest)), max(1, round(len(groups) / len(steps)))
 
 
 @contextmanager
@@ -141,8 +118,7 @@ class _NoModules:
         pass
 
 
-def _whole(world: World, probe: Probe, only: Collection[str] | None) -> ExchangeCost:
-    stage = own_stage(world, Part.whole(world.source.anatomy.blocks))
+def _whole(probe: Probe, stage: Stage, only: Collection[str] | None) -> ExchangeCost:
     for name, value in stage.trainable().items():
         value.requires_grad_(only is None or name in only)
     model = WholeModel(stage).train(True)
@@ -152,15 +128,9 @@ def _whole(world: World, probe: Probe, only: Collection[str] | None) -> Exchange
         return ExchangeCost(before=flops(), weights=_bytes(stage.trainable()))
 
 
-def _split(world: World, probe: Probe) -> ExchangeCost:
+def _split(probe: Probe, stage: Stage, server: Server) -> ExchangeCost:
     """Client and server each on their own: the server gets the very messages that the client sent to an echo."""
-    config = world.config
-    aligned = config.method.name == "flexp-sfl"
-    assert probe.cut is not None
-    base = base_depth(config, world.cuts) if aligned else probe.cut[0]
-    align = config.method.align.model_dump(mode="json") if aligned else None
-    stage = own_stage(world, Part.client(probe.cut, world.source.anatomy.blocks), dict(probe.ranks))
-    model = client_model(replace(probe, align=align, base_depth=base), stage, _CountingLink).train(True)
+    model = client_model(probe, stage, _CountingLink).train(True)
     link: _CountingLink = model.link
     batch = random_batch(probe, stage.model.config)
     with counting() as flops:
@@ -170,7 +140,6 @@ def _split(world: World, probe: Probe) -> ExchangeCost:
     model.steps.done = model.align.every if model.align.kind == "weights" else model.steps.done  # a pull is due
     model.after_step()
     forward, backward = link.requests
-    server = _server(world, (base, probe.cut[1]))
     server.join(link.client, link.joined)
     with counting() as flops:
         server.forward(link.client, forward)
@@ -192,11 +161,10 @@ def _split(world: World, probe: Probe) -> ExchangeCost:
     )
 
 
-def _start(world: World, probe: Probe) -> ExchangeCost:
+def _start(probe: Probe, stage: Stage) -> ExchangeCost:
     """A client that ends at s, and a server that has all that follows, the loss included."""
     assert probe.cut is not None
-    start, blocks = probe.cut[0], world.source.anatomy.blocks
-    stage = own_stage(world, Part.whole(blocks))
+    start, blocks = probe.cut[0], stage.anatomy.blocks
     stage.model.train(True)
     batch = random_batch(probe, stage.model.config)
     with counting() as flops:
@@ -224,14 +192,6 @@ def _start(world: World, probe: Probe) -> ExchangeCost:
         combined=True,
         weights=_bytes(own),
     )
-
-
-def _server(world: World, blocks: tuple[int, int]) -> Server:
-    config = world.config
-    stage = carve(world.source, Part.server(*blocks))
-    tuning = config.server.tuning or config.model.tuning
-    tune(stage, tuning, lora=config.model.lora, seed=config.seed)
-    return Server(stage, tuning=tuning, config=config.server, optimizer=config.train.shared)
 
 
 class _CountingLink(EchoLink):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from flexp.config.run import AlignConfig
+from flexp.config import AlignConfig
 from flexp.cost.model_cost import ModelCost
 from flexp.errors import LinkError
 from flexp.links.base import Link
@@ -56,16 +56,16 @@ def measure_link(
             client=link.client,
             fingerprint=cost.fingerprint,
             cut=cut,
-            dtype=str(DTYPES[cost.dtype]),
-            autocast=cost.autocast,
+            dtype=str(DTYPES[cost.config.dtype]),
+            autocast=cost.config.autocast,
             tuning=tuning,
             align=AlignConfig(kind="off"),
         )
     )
-    tokens = cost.at(examples).message_bytes // (DTYPES[cost.dtype].itemsize * cost.hidden * examples)
+    tokens = cost.at(examples).message_bytes // (DTYPES[cost.config.dtype].itemsize * cost.hidden * examples)
 
     def echo(batch: int, length: int) -> tuple[float, int]:
-        hidden_BTH = torch.randn(batch, length, cost.hidden).to(DTYPES[cost.dtype])
+        hidden_BTH = torch.randn(batch, length, cost.hidden).to(DTYPES[cost.config.dtype])
         best = float("inf")
         for number in range(repeats):
             before, began = link.meter.evaluation.server_seconds, now()

@@ -15,8 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from flexp.assets import resolve
-from flexp.config.run import LoraConfig, ModelConfig, OptimizerConfig
+from flexp.config import OptimizerConfig
 from flexp.cost.choice import Choice
 from flexp.cost.counting import noted_forward
 from flexp.cost.echo import random_batch
@@ -68,10 +67,10 @@ def measure_model(
         shapes.append(_shape(cost, chosen, role, size, rank, seconds))
     return ModelSeconds(
         model=cost.fingerprint,
-        name=cost.model.rpartition("/")[2],
+        name=cost.config.id.rpartition("/")[2],
         kind=cost.kind,
-        dtype=cost.dtype,
-        autocast=cost.autocast,
+        dtype=cost.config.dtype,
+        autocast=cost.config.autocast,
         rank=rank,
         length=cost.length,
         shapes=shapes,
@@ -91,24 +90,13 @@ def overhead_bytes(cost: ModelCost, examples: int, rank: int | None) -> int:
     """Peak memory of the shallowest client that is no tensor: measured, less what its tensors are predicted to be."""
     cut = (1, cost.blocks)
     probe = Probe(
-        model=cost.model,
+        model=cost.config.id,
         kind=cost.kind,
         cut=cut,
         examples=examples,
         length=cost.length,
         labels=_labels(cost),
-        model_config=ModelConfig.model_validate(
-            {
-                "id": cost.model,
-                "dtype": cost.dtype,
-                "autocast": cost.autocast,
-                "attention": cost.attention,
-                "tuning": "full" if rank is None else "lora",
-                "lora": {"rank": rank or 8},
-                "train_embeddings": cost.train_embeddings and rank is None,
-                "embeddings": cost.embeddings,
-            }
-        ).model_dump(mode="json"),
+        model_config=cost.config.tuned(rank).model_dump(mode="json"),
         optimizer=OptimizerConfig.model_validate({"name": cost.optimizer}).model_dump(mode="json"),
     )
     tensors = memory(cost, Choice(cut, examples, rank=rank), overhead_bytes=0) - overhead(rank, False, 0)
@@ -123,23 +111,10 @@ def _load(cost: ModelCost, role: Role, rank: int | None) -> Stage:
     firsts = sorted(set(cost.kinds))
     twins = [index for index, first in enumerate(cost.kinds) if first == firsts[0] and index != first]
     chosen = frozenset([*firsts, *twins[:1]])
-    stage = load_stage(
-        str(resolve(cost.model)),
-        cast(ModelKind, cost.kind),
-        Part(chosen, ends=role == "client"),
-        labels=None if cost.model.startswith("arch:") else _labels(cost),
-        dtype=cost.dtype,
-        autocast=cost.autocast,
-        attention=cost.attention,
-        pad_token_id=0,
-        embeddings=cost.embeddings,  # type: ignore[arg-type]
-    )
-    tune(
-        stage,
-        "full" if rank is None else "lora",
-        lora=None if rank is None else LoraConfig(rank=rank),
-        embeddings=cost.train_embeddings and rank is None and role == "client",
-    )
+    model, part = cost.config.tuned(rank), Part(chosen, ends=role == "client")
+    labels = None if model.id.startswith("arch:") else _labels(cost)
+    stage = load_stage(model, cast(ModelKind, cost.kind), part, labels=labels, pad_token_id=0)
+    tune(stage, model)
     stage.model.train()
     return stage
 
@@ -151,7 +126,7 @@ def _time(
     parameter."""
     now = clock()
     updater = Updater(stage.trainable(), OptimizerConfig.model_validate({"name": cost.optimizer, "lr": 1e-9}))
-    probe = Probe(cost.model, cost.kind, None, examples, cost.length, _labels(cost), {}, {})
+    probe = Probe(cost.config.id, cost.kind, None, examples, cost.length, _labels(cost), {}, {})
     batch = random_batch(probe, stage.model.config) if role == "client" else {}
     best: list[float] = []
     updates: list[float] = []
@@ -222,7 +197,7 @@ def _shape(
     for index, value in found.items():
         of_kind.setdefault(cost.kinds[index], []).append(value)
     means = {kind: _mean(values) for kind, values in of_kind.items()}
-    embed = PieceSeconds(forward=seconds[0], backward=seconds[last] if cost.train_embeddings else 0.0)
+    embed = PieceSeconds(forward=seconds[0], backward=seconds[last] if cost.config.train_embeddings else 0.0)
     nothing = PieceSeconds(forward=0.0, backward=0.0)
     return ShapeSeconds(
         examples=examples,

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from flexp.assets import resolve
+from flexp.config import ModelConfig
 from flexp.cost.counting import Counted, count_pieces
 from flexp.cost.skeleton import Skeleton, bare_model, kinds
 from flexp.errors import ModelError
@@ -80,6 +81,7 @@ class ModelCost:
     """Counts when a rank or checkpointing is first asked for; see :func:`model_cost`.
 
     Attributes:
+        config: of the model, found where its ``id`` says; rank and checkpointing of the adapters are asked for.
         fingerprint: of the model's configuration, as :class:`flexp.cost.profile.ModelSeconds` names it.
         blocks: L; ``hidden``: H.
         optimizer: of what is trained, a key of :data:`STATE`.
@@ -87,26 +89,18 @@ class ModelCost:
 
     def __init__(
         self,
-        model: str,
+        config: ModelConfig,
         kind: str,
         length: int,
         labels: int,
-        dtype: str,
-        autocast: str,
-        attention: str,
-        train_embeddings: bool,
         optimizer: str,
-        embeddings: str = "memory",
     ) -> None:
         if optimizer not in STATE:
             raise ModelError(f"optimizer {optimizer!r} is not known: expected one of {', '.join(STATE)}")
-        self.model, self.kind, self.length, self.labels = model, kind, length, labels
-        self.dtype, self.autocast, self.attention = dtype, autocast, attention
-        self.train_embeddings, self.optimizer = train_embeddings, optimizer
-        self.embeddings = embeddings
-        bare = self._bare()
-        if embeddings == "file":
-            check_table(bare, model, DTYPES[dtype])
+        self.config, self.kind, self.length, self.labels, self.optimizer = config, kind, length, labels, optimizer
+        bare = bare_model(config, kind, labels=labels)
+        if config.embeddings == "file":
+            check_table(bare, config.id, DTYPES[config.dtype])
         anatomy = dissect(bare)
         self.fingerprint = fingerprint(bare.config)
         self.blocks, self.hidden = anatomy.blocks, anatomy.hidden
@@ -137,7 +131,7 @@ class ModelCost:
         except Exception as error:
             if self._real:
                 raise ModelError(
-                    f"{self.model}: what it costs cannot be counted, since its own code failed without its weights "
+                    f"{self.config.id}: what it costs cannot be counted, since its own code failed without its weights "
                     f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
                 ) from error
             self._real = True  # its code looks into its tensors: give it some
@@ -148,9 +142,6 @@ class ModelCost:
         pieces = self.at(SIZES[0], rank).blocks[start:stop]
         return sum(piece.weight_bytes + STATE[self.optimizer] * piece.trained_bytes for piece in pieces)
 
-    def _bare(self) -> Any:
-        return bare_model(self.model, self.kind, labels=self.labels, dtype=self.dtype, attention=self.attention)
-
     def _counted(self, rank: int | None, checkpointing: bool) -> tuple[ShapeCost, ShapeCost]:
         key = ("counted", rank, checkpointing)
         for number, size in enumerate(SIZES):
@@ -160,12 +151,9 @@ class ModelCost:
 
     def _count(self, examples: int, rank: int | None, checkpointing: bool) -> ShapeCost:
         skeleton = Skeleton(
-            self._bare(),
+            bare_model(self.config, self.kind, labels=self.labels),
             self._chosen,
-            rank=rank,
-            checkpointing=checkpointing,
-            autocast=self.autocast,
-            train_embeddings=self.train_embeddings,
+            self.config.tuned(rank, checkpointing=checkpointing),
             real=self._real,
         )
         stage = skeleton.stage
@@ -187,7 +175,7 @@ class ModelCost:
         )
         of_kind = {index: _piece(blocks[number], stage.blocks[index]) for number, index in enumerate(self._chosen)}
         own = [value for _, value, _ in outside]
-        in_file = token_embedding(stage.model).weight if self.embeddings == "file" else None
+        in_file = token_embedding(stage.model).weight if self.config.embeddings == "file" else None
         held = [value for value in own if value is not in_file]
         trained = [value for _, value, is_trained in outside if is_trained]
         ends = PieceCost(
@@ -250,30 +238,25 @@ def _between(few: Any, more: Any, share: float) -> Any:
 
 
 def model_cost(
-    model: str,
+    model: ModelConfig | str,
     kind: str,
     *,
     length: int = 128,
     labels: int = 2,
-    dtype: str = "float32",
-    autocast: str = "off",
-    attention: str = "sdpa",
-    train_embeddings: bool = False,
     optimizer: str = "adamw",
-    embeddings: str = "memory",
 ) -> ModelCost:
-    """Prepare to count; ``model`` as everywhere (folder, id, ``asset:NAME``, ``arch:NAME``); no weight is read.
+    """Prepare to count; no weight is read.
 
     Args:
+        model: its ``id`` as everywhere (folder, id, ``asset:NAME``, ``arch:NAME``); a name alone stands for the
+            defaults. With ``embeddings = "file"`` those of tokens cost no memory.
         kind: causal-lm, sequence-classification or image-classification.
         length: tokens of an example (images: not used).
         labels: classes, of classifiers.
         optimizer: a key of :data:`STATE`.
-        embeddings: ``file``: those of tokens cost no memory (``model.embeddings``).
 
     Raises:
         ModelError: there is no such model, it cannot be split, or its embeddings cannot stay in their file.
     """
-    return ModelCost(
-        str(resolve(model)), kind, length, labels, dtype, autocast, attention, train_embeddings, optimizer, embeddings
-    )
+    config = ModelConfig.of(model)
+    return ModelCost(config.at(resolve(config.id)), kind, length, labels, optimizer)

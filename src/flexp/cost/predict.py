@@ -45,7 +45,7 @@ def predict(
     base = base_depth is not None and base_depth < start
     sent = float(shape.message_bytes)
     if choice.codec not in ("none", "off"):
-        sent *= CODECS[choice.codec] * 4 / DTYPES[cost.dtype].itemsize
+        sent *= CODECS[choice.codec] * 4 / DTYPES[cost.config.dtype].itemsize
     up = choice.accumulation * round((3 if base else 2) * sent + shape.mask_bytes)
     down = choice.accumulation * round(2 * sent)
     here, there = Speed(cost, profile, choice), Speed(cost, server, choice)
@@ -152,7 +152,7 @@ def _walk(held: int, below: Sequence[PieceCost], crossed: int, above: Sequence[P
 def _head(cost: ModelCost, shape: ShapeCost, start: int, followed: int | None) -> list[PieceCost]:
     """Blocks [0, s) as a client has them: nothing is trained below the first, unless the embeddings are, and of those
     from ``followed`` on nothing at all."""
-    blocks = list(shape.blocks) if cost.train_embeddings else [shape.first, *shape.blocks[1:]]
+    blocks = list(shape.blocks) if cost.config.train_embeddings else [shape.first, *shape.blocks[1:]]
     return [
         _untrained(piece) if followed is not None and index >= followed else piece
         for index, piece in enumerate(blocks[:start])

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from filelock import FileLock
 
@@ -156,7 +156,7 @@ def _run(probe: Probe) -> Measured:
     """In the process of its own: load, train, read the kernel's figures."""
     import torch
 
-    from flexp.config.run import ModelConfig, OptimizerConfig
+    from flexp.config import ModelConfig, OptimizerConfig
     from flexp.cost import echo
     from flexp.models.loading import load_config, load_stage
     from flexp.models.parts import Part
@@ -173,25 +173,8 @@ def _run(probe: Probe) -> Measured:
     if probe.cut is not None:
         blocks = int(load_config(probe.model).get_text_config().num_hidden_layers)
         part = Part.client(probe.cut if probe.tail else (probe.cut[0], blocks), blocks)
-    stage = load_stage(
-        probe.model,
-        probe.kind,  # type: ignore[arg-type]
-        part,
-        labels=probe.labels,
-        dtype=config.dtype,
-        attention=config.attention,
-        autocast=config.autocast,
-        pad_token_id=0,
-        embeddings=config.embeddings,
-    )
-    tune(
-        stage,
-        config.tuning,
-        lora=config.lora,
-        embeddings=config.train_embeddings,
-        gradient_checkpointing=config.gradient_checkpointing,
-        ranks=dict(probe.ranks),
-    )
+    stage = load_stage(config.at(probe.model), cast(Any, probe.kind), part, labels=probe.labels, pad_token_id=0)
+    tune(stage, config, ranks=dict(probe.ranks))
     own = stage.model.parameters() if probe.tail else echo.without_tail(stage)
     in_file = {id(value) for value in stored(stage.model)}
     for value in own:  # weights are mapped from their file: read them once, so that they count

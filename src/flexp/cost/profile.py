@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, ValidationError, model_validator
 
-from flexp.config.run import DeviceClassConfig, Rate, Section
+from flexp.config import DeviceClassConfig, Rate, Section
 from flexp.cost import classes as profiles
 from flexp.errors import ConfigError
 from flexp.files import read_json, write_json

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from flexp.config.run import LoraConfig
+from flexp.config import ModelConfig
 from flexp.errors import ModelError
 from flexp.models.anatomy import dissect, refuse_by_design
 from flexp.models.loading import AUTO, AUTOCAST, DTYPES, load_config, quietly
@@ -27,14 +27,14 @@ LIKE = ("idx", "index", "layer_id", "layer_number")
 """What a block's attribute is called that only says where it stands."""
 
 
-def bare_model(model: str, kind: str, *, labels: int, dtype: str, attention: str) -> Any:
+def bare_model(model: ModelConfig, kind: str, *, labels: int) -> Any:
     """The model of a configuration on the meta device, its dropout as there.
 
     Raises:
         ModelError: there is no such model, it is not of that kind, or it cannot be split.
     """
-    config = load_config(model)
-    refuse_by_design(f"{model} ({config.model_type})", config)
+    config = load_config(model.id)
+    refuse_by_design(f"{model.id} ({config.model_type})", config)
     if kind not in AUTO:
         raise ModelError(f"kind {kind!r} is not known: expected one of {', '.join(AUTO)}")
     if kind != "causal-lm":
@@ -45,13 +45,12 @@ def bare_model(model: str, kind: str, *, labels: int, dtype: str, attention: str
     config.output_hidden_states = config.output_attentions = False
     mapping = AUTO[kind]._model_mapping
     if type(config) not in mapping:
-        raise ModelError(f"{model}: a {config.model_type} model cannot be used for {kind}; choose another --kind")
+        raise ModelError(f"{model.id}: a {config.model_type} model cannot be used for {kind}; choose another --kind")
     found = mapping[type(config)]
     cls = found[0] if isinstance(found, tuple) else found
     with quietly(), torch.device("meta"):
-        made = cls._from_config(
-            config, dtype=DTYPES[dtype], attn_implementation=attention if cls._supports_sdpa else "eager"
-        )
+        attention = model.attention if cls._supports_sdpa else "eager"
+        made = cls._from_config(config, dtype=DTYPES[model.dtype], attn_implementation=attention)
     dissect(made)
     return made
 
@@ -78,44 +77,35 @@ class Skeleton:
     """A tuned stage of the whole model that can run without weights, and the batch for it.
 
     Args:
-        model: of :func:`bare_model`; it is used up.
+        bare: of :func:`bare_model`; it is used up.
         chosen: the blocks that will run; with ``real`` tensors only these are made.
-        rank: of the adapters; ``None``: full tuning.
+        config: how it is tuned.
     """
 
     def __init__(
         self,
-        model: Any,
+        bare: Any,
         chosen: list[int],
+        config: ModelConfig,
         *,
-        rank: int | None,
-        checkpointing: bool,
-        autocast: str,
-        train_embeddings: bool,
         real: bool = False,
     ) -> None:
         self.real = real
         self.mode: AbstractContextManager[Any] = nullcontext() if real else FakeTensorMode()
-        anatomy = dissect(model)
-        _replace(model, lambda value: torch.zeros((), dtype=value.dtype).expand(value.shape))
-        model.requires_grad_(False)
+        anatomy = dissect(bare)
+        _replace(bare, lambda value: torch.zeros((), dtype=value.dtype).expand(value.shape))
+        bare.requires_grad_(False)
         if real:
-            blocks = model.get_submodule(anatomy.path)
+            blocks = bare.get_submodule(anatomy.path)
             for index in set(range(anatomy.blocks)) - set(chosen):
                 blocks[index] = Absent(index, blocks[index])
-        self.stage = Stage(model, anatomy, Part.whole(anatomy.blocks) if not real else Part(frozenset(chosen), True))
+        self.stage = Stage(bare, anatomy, Part.whole(anatomy.blocks) if not real else Part(frozenset(chosen), True))
         self.stage._probed = True  # a plan cannot be compared without content; loading the real model does it
-        self.stage.autocast = AUTOCAST[autocast]
-        tune(
-            self.stage,
-            "full" if rank is None else "lora",
-            lora=None if rank is None else LoraConfig(rank=rank),
-            embeddings=train_embeddings and rank is None,
-            gradient_checkpointing=checkpointing,
-        )
+        self.stage.autocast = AUTOCAST[config.autocast]
+        tune(self.stage, config)
         with self.mode, torch.no_grad():
-            _replace(model, _filled if real else lambda value: torch.empty(value.shape, dtype=value.dtype))
-        model.train()
+            _replace(bare, _filled if real else lambda value: torch.empty(value.shape, dtype=value.dtype))
+        bare.train()
 
     def batch(self, kind: str, examples: int, length: int) -> dict[str, Tensor]:
         """Inputs and labels; must be made inside :attr:`mode`.

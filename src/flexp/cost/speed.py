@@ -48,7 +48,7 @@ class Speed:
         return self.choice.accumulation * sum(self._seconds(index)[0] for index in range(start, stop))
 
     def _block(self, index: int, *, own: bool = True, first: bool = False) -> float:
-        forward, backward = self._seconds(index, first=first and not self.cost.train_embeddings)
+        forward, backward = self._seconds(index, first=first and not self.cost.config.train_embeddings)
         again = forward if own and self.choice.checkpointing else 0.0
         return forward + backward + again
 
@@ -89,7 +89,7 @@ def fitting(measured: Iterable[ModelSeconds], cost: ModelCost, choice: Choice) -
         item
         for item in measured
         if (item.model, item.kind, item.dtype, item.autocast)
-        == (cost.fingerprint, cost.kind, cost.dtype, cost.autocast)
+        == (cost.fingerprint, cost.kind, cost.config.dtype, cost.config.autocast)
     ]
     return min(same, key=distance, default=None)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flexp.config.run import DataConfig
+from flexp.config import DataConfig
 from flexp.data.columns import as_text, check_present
 from flexp.data.grouping import check_apart, check_whole
 from flexp.data.labels import label_texts, sort_labels
@@ -40,13 +40,13 @@ def load_federation(
     limit = limit_of(config, max_positions)
     source = _Source(config, config.source, config.split)
     made = partition(source.facts, config.clients, seed)
-    notes = list(made.notes)
+    notes = [*source.rows.notes, *made.notes]
     tests: Partition | None = None
     test_source = source
     if config.test_source is not None:
         test_source = _Source(config, config.test_source, None)
         tests = partition_test(made, source.facts, test_source.facts, config.clients, seed)
-        notes += tests.notes
+        notes += [*test_source.rows.notes, *tests.notes]
     if source.facts.groups is not None:
         check_whole(made.clients, source.facts.groups)
         if tests is not None and test_source.facts.groups is not None:

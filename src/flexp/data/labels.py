@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from flexp.errors import DataError
 
+_NUMBER = re.compile(r"[-+]?\d*\.?\d+(e[-+]?\d+)?", re.IGNORECASE)
+
 
 def label_texts(values: Sequence[Any], names: list[str] | None, column: str, place: Callable[[int], str]) -> list[str]:
-    """Every row's label as text. Strings and whole numbers are labels; ``names`` are those of a ``ClassLabel``.
+    """Every row's label as text. Text and whole numbers are labels as written; ``names`` are those of a ``ClassLabel``.
 
     Raises:
         DataError: a value is something else; the message names its place.
@@ -19,7 +22,12 @@ def label_texts(values: Sequence[Any], names: list[str] | None, column: str, pla
             names[value] if 0 <= value < len(names) else _refuse(value, column, place(i))
             for i, value in enumerate(values)
         ]
-    return [_label(value, column, place, index) for index, value in enumerate(values)]
+    texts = [_label(value, column, place, index) for index, value in enumerate(values)]
+    if all(_NUMBER.fullmatch(text) for text in texts):
+        fraction = next((index for index, text in enumerate(texts) if not float(text).is_integer()), None)
+        if fraction is not None:
+            _refuse(texts[fraction], column, place(fraction))  # a measurement, not a class
+    return texts
 
 
 def sort_labels(texts: Iterable[str]) -> list[str]:
@@ -33,14 +41,10 @@ def sort_labels(texts: Iterable[str]) -> list[str]:
 def _label(value: Any, column: str, place: Callable[[int], str], index: int) -> str:
     if isinstance(value, str):
         return value.strip()
-    if isinstance(value, bool | int):
-        return str(value)
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
     return _refuse(value, column, place(index))
 
 
-def _refuse(value: Any, column: str, place: str) -> str:
+def _refuse(value: Any, column: str, place: str) -> NoReturn:
     raise DataError(
         f"{place}: the label {str(value)[:40]!r} in column {column!r} is not a class; "
         "labels must be text or whole numbers (data.label names their column)"

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from flexp.config.run import ClientsConfig
+from flexp.config import ClientsConfig
 from flexp.data.columns import nearest
 from flexp.data.grouping import deal
 from flexp.data.labels import sort_labels

@@ -1,10 +1,17 @@
-"""One file to one table, with the row numbers that messages need. Reads locally: no network, no cache."""
+"""One file to one table, with the row numbers that messages need. Reads locally: no network, no cache.
+
+Values are text as it was written, in every format: ``007`` and ``7``, ``1e5`` and ``100000`` are different clients,
+groups and labels, and nobody guesses types. Parquet has types of its own; :func:`written` says how they are written.
+"""
 
 from __future__ import annotations
 
+import codecs
+import csv
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +32,7 @@ class Table:
     data: pa.Table
     unit: str = "row"
     numbers: Sequence[int] | None = None
+    note: str | None = None  # what had to be guessed about the file, for the user
 
 
 def read_file(path: Path) -> Table:
@@ -51,41 +59,103 @@ def read_file(path: Path) -> Table:
     return table
 
 
+def written(value: Any) -> Any:
+    """A value of a typed column as one would write it; lists and bytes keep their kind, None stays None.
+
+    Whole numbers have no fraction (7.0 is ``7``: that is how pandas stores whole numbers beside gaps).
+    """
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        return None if value != value else str(int(value)) if value.is_integer() else repr(value)
+    if isinstance(value, list):
+        return [written(item) for item in value]
+    return value if value is None or isinstance(value, str | bytes | dict) else str(value)
+
+
 def _csv(path: Path) -> Table:
+    encoding, note = _encoding(path)
+    with path.open(encoding=encoding, newline="") as file:
+        sample = file.read(1 << 16)
+    if not sample.strip():
+        raise DataError(f"{path}: is empty; its first line must name the columns")
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else _delimiter(sample)
+    if delimiter not in (",", "\t"):
+        note.append(f"columns divided by {delimiter!r}")
+    names = next(csv.reader(sample.splitlines(keepends=True), delimiter=delimiter))
+    _unlike(path, names)
     try:
         data = pa.csv.read_csv(
             path,
-            parse_options=pa.csv.ParseOptions(
-                delimiter="\t" if path.suffix.lower() == ".tsv" else ",", newlines_in_values=True
-            ),
+            read_options=pa.csv.ReadOptions(encoding=encoding),
+            parse_options=pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
             convert_options=pa.csv.ConvertOptions(
-                null_values=[""], strings_can_be_null=True, quoted_strings_can_be_null=True, timestamp_parsers=[]
+                column_types={name: pa.string() for name in names},
+                null_values=[""],
+                strings_can_be_null=True,
+                quoted_strings_can_be_null=True,
             ),
         )
     except pa.ArrowInvalid as error:
-        if path.stat().st_size == 0:
-            raise DataError(f"{path}: is empty; its first line must name the columns") from error
         raise DataError(f"{path}: is not a well-formed table ({_first_line(error)})") from error
-    for name, column in zip(data.column_names, data.columns, strict=True):
-        if pa.types.is_binary(column.type):  # what Arrow makes of text that it cannot decode
-            row = next((number for number, value in enumerate(column.to_pylist(), start=1) if not _is_utf8(value)), 1)
-            raise DataError(f"{path}, row {row}: the column {name!r} is not UTF-8 text; save the file as UTF-8")
-    return Table(data)
+    return Table(data, note=f"{path.name}: read as {', '.join(note)}" if note else None)
 
 
-def _is_utf8(value: bytes | None) -> bool:
+def _encoding(path: Path) -> tuple[str, list[str]]:
+    """How the file's text is encoded, by its mark or by trying, and what to say where it is not UTF-8."""
+    content = path.read_bytes()
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16", ["UTF-16"]
     try:
-        (value or b"").decode("utf-8")
+        content.decode("utf-8-sig")
     except UnicodeDecodeError:
-        return False
-    return True
+        try:
+            content.decode("cp1252")
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{path}: is neither UTF-8 nor Windows-1252 text (byte {error.start}); save it as UTF-8"
+            ) from error
+        return "cp1252", ["Windows-1252 text, since it is not UTF-8"]
+    return "utf-8-sig" if content.startswith(codecs.BOM_UTF8) else "utf-8", []
+
+
+def _delimiter(sample: str) -> str:
+    """What divides columns: a comma, unless the first line has none and another sign divides it."""
+    try:
+        first = next(csv.reader(sample.splitlines(keepends=True)), [])
+    except csv.Error:
+        return ","
+    if len(first) > 1:
+        return ","
+    return next((sign for sign in ";\t|" if sign in sample.splitlines()[0]), ",")
+
+
+def _unlike(path: Path, names: Iterable[str]) -> None:
+    """Refuse a table that has two columns of one name."""
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise DataError(f"{path}: has more than one column {twice[0]!r}; give each a name of its own")
 
 
 def _parquet(path: Path) -> Table:
     try:
-        return Table(pa.parquet.read_table(path, partitioning=None))
+        data = pa.parquet.read_table(path, partitioning=None)
     except pa.ArrowInvalid as error:
         raise DataError(f"{path}: is not a Parquet file ({_first_line(error)})") from error
+    _unlike(path, data.column_names)
+    for index, field in enumerate(data.schema):
+        kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+        if kind != field.type or pa.types.is_string_view(kind) or pa.types.is_large_string(kind):
+            data = data.set_column(
+                index, field.name, data.column(index).cast(pa.string() if _text_like(kind) else kind)
+            )
+        elif pa.types.is_map(kind):  # no task reads one, and the datasets library knows none
+            data = data.set_column(index, field.name, pa.nulls(data.num_rows, pa.string()))
+    return Table(data)
+
+
+def _text_like(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
 def _jsonl(path: Path) -> Table:
@@ -95,17 +165,25 @@ def _jsonl(path: Path) -> Table:
             if not line.strip():
                 continue
             try:
-                rows.append(json.loads(line))
+                rows.append(_parsed(line))
             except ValueError as error:
                 raise DataError(f"{path}, line {number}: is not JSON ({error}); write one object a line") from error
             numbers.append(number)
     return Table(_columns(path, rows, "line", numbers), "line", numbers)
 
 
+class _Number(str):
+    """A number as it is written in JSON. Its kind tells it from text: ``7`` and ``"7"`` in one column are refused."""
+
+
+def _parsed(text: str) -> Any:
+    return json.loads(text, parse_int=_Number, parse_float=_Number, parse_constant=_Number)
+
+
 def _json(path: Path) -> Table:
     text = path.read_text(encoding="utf-8-sig")
     try:
-        rows = json.loads(text)
+        rows = _parsed(text)
     except ValueError as error:
         if getattr(error, "msg", "") == "Extra data":  # one object a line under the wrong suffix
             return _jsonl(path)
@@ -147,21 +225,40 @@ def _columns(path: Path, rows: list[Any], unit: str, numbers: Sequence[int]) -> 
                 f"{path}, {unit} {number}: holds {type(row).__name__} instead of an object with named fields"
             )
     names = dict.fromkeys(name for row in rows for name in row)
-    columns = {}
-    for name in names:
-        values = [row.get(name) for row in rows]
-        try:
-            columns[name] = pa.array(values)
-        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
-            kinds = [type(value) for value in values]
-            first = next(index for index, value in enumerate(values) if value is not None)
-            odd = next((i for i, kind in enumerate(kinds) if values[i] is not None and kind is not kinds[first]), None)
-            where = f"{path}, {unit} {numbers[odd]}" if odd is not None else f"{path}"
-            detail = f"{kinds[odd].__name__} after {kinds[first].__name__}" if odd is not None else _first_line(error)
-            raise DataError(
-                f"{where}: the column {name!r} mixes kinds of values ({detail}); make them all of one kind"
-            ) from error
-    return pa.table(columns)
+    return pa.table({name: _column(path, name, [row.get(name) for row in rows], unit, numbers) for name in names})
+
+
+def _column(path: Path, name: str, values: list[Any], unit: str, numbers: Sequence[int]) -> pa.Array:
+    kinds = [type(value) for value in values]
+    first = next((kind for kind in kinds if kind is not type(None)), None)
+    odd = next((index for index, kind in enumerate(kinds) if kind not in (first, type(None))), None)
+    if odd is not None and first is not None:
+        raise DataError(
+            f"{path}, {unit} {numbers[odd]}: the column {name!r} mixes kinds of values "
+            f"({_kind(kinds[odd])} after {_kind(first)}); make them all of one kind"
+        )
+    try:
+        return pa.array([written(value) for value in values], pa.string() if first in (str, _Number, bool) else None)
+    except UnicodeEncodeError as error:
+        bad = next(index for index, value in enumerate(values) if not _is_text(value))
+        raise DataError(
+            f"{path}, {unit} {numbers[bad]}: the column {name!r} holds half of a character (a lone surrogate); "
+            "write it anew from its source"
+        ) from error
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise DataError(f"{path}: the column {name!r} mixes kinds of values ({_first_line(error)})") from error
+
+
+def _kind(kind: type) -> str:
+    return {_Number: "a number", str: "text", bool: "true or false", list: "a list", dict: "an object"}[kind]
+
+
+def _is_text(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _first_line(error: Exception) -> str:

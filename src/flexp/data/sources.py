@@ -14,13 +14,19 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from flexp.data.columns import nearest, require
-from flexp.data.readers import IMAGES, READERS, Table, read_file
+from flexp.data.readers import IMAGES, READERS, Table, read_file, written
 from flexp.data.types import PLACE
 from flexp.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+_SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+"""Words in the names of files that say what they are for, as the datasets library reads them."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -35,6 +41,7 @@ class Part:
     folder: Path | None = None
     group: str | None = None  # the client, when files or folders are clients
     columns: Sequence[str] = ()
+    note: str | None = None
 
 
 class Rows:
@@ -45,6 +52,7 @@ class Rows:
         self.dataset = dataset
         self._parts = list(parts)
         self._starts = [0, *accumulate(part.count for part in parts)]
+        self.notes = [part.note for part in parts if part.note is not None]
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -59,8 +67,9 @@ class Rows:
             require(column, key, part.columns, part.file)
 
     def values(self, column: str) -> list[Any]:
-        """A whole column as plain values."""
-        return list(self.dataset.data.column(column).to_pylist())
+        """A whole column: text as written, or the numbers of a ``ClassLabel``."""
+        values = self.dataset.data.column(column).to_pylist()
+        return list(values) if self.class_names(column) else [written(value) for value in values]
 
     def class_names(self, column: str) -> list[str] | None:
         """The names of a ``ClassLabel`` column, else None."""
@@ -83,6 +92,7 @@ class Rows:
         table = self.dataset.data.table.select(list(columns)).take(pa.array(indices, pa.int64()))
         rows: list[dict[str, Any]] = table.to_pylist()
         for row, index in zip(rows, indices, strict=True):
+            row |= {name: written(value) for name, value in row.items()}
             row[PLACE] = self.place(index)
         return rows
 
@@ -90,8 +100,9 @@ class Rows:
 def read_rows(source: str, split: str | None = None, config: str | None = None, by_file: bool = False) -> Rows:
     """Read all rows of ``source``: a data file, a folder of data files or images, ``asset:NAME``, or a ``datasets`` id.
 
-    ``SOURCE#SPLIT`` names a split as well. Of a folder without files as clients, the files of ``split`` are read; else
-    those named ``train.*``; else all. Only a ``datasets`` id may use the network.
+    ``SOURCE#SPLIT`` names a split as well. Of a folder, the files of ``split`` are read, else those of ``train`` by
+    their names, else those of no split: what is called test or validation never joins training.
+    Only a ``datasets`` id may use the network.
 
     Args:
         by_file: every file or sub-folder of the folder is a client.
@@ -131,7 +142,14 @@ def _resolve(source: str) -> str | Path:
 def _file(path: Path, group: str | None = None) -> tuple[Table, Part]:
     table = read_file(path)
     return table, Part(
-        table.data.num_rows, path.name, table.unit, table.numbers, path.parent, group, table.data.column_names
+        table.data.num_rows,
+        path.name,
+        table.unit,
+        table.numbers,
+        path.parent,
+        group,
+        table.data.column_names,
+        table.note,
     )
 
 
@@ -145,15 +163,16 @@ def _folder(path: Path, split: str | None, by_file: bool) -> list[tuple[Table, P
             elif child.suffix.lower() in READERS:
                 found.append(_file(child, child.stem))
     else:
-        chosen = [child for child in children if child.stem == (split or "train")]
+        chosen = [child for child in children if _of_split(child, split)]
         if split is not None and not chosen:
             raise DataError(
                 f"{path}: there is no split {split!r}; it holds {', '.join(child.name for child in children[:8])}"
             )
         if len(chosen) == 1 and chosen[0].is_dir():
             return _folder(chosen[0], None, False)
-        files = [child for child in chosen or children if child.suffix.lower() in READERS and child.is_file()]
-        found = [_file(file) for file in files] or _images(path, None)
+        found = [_file(file) for file in (_files(path, chosen) if split else _for_training(path))] or _images(
+            path, None
+        )
     if not found:
         raise DataError(
             f"{path}: holds neither data files ({', '.join(READERS)}) nor folders of images named after their labels"
@@ -162,14 +181,45 @@ def _folder(path: Path, split: str | None, by_file: bool) -> list[tuple[Table, P
 
 
 def _inside(folder: Path, group: str) -> list[tuple[Table, Part]]:
-    files = [child for child in _children(folder) if child.is_file() and child.suffix.lower() in READERS]
-    found = [_file(file, group) for file in files] or _images(folder, group)
+    found = [_file(file, group) for file in _for_training(folder)] or _images(folder, group)
     if not found:
         raise DataError(
             f"{folder}: the client {group!r} is empty: its folder holds neither data files nor images; "
             "remove the folder or fill it"
         )
     return found
+
+
+def _files(folder: Path, among: Sequence[Path] | None = None) -> list[Path]:
+    children = _children(folder) if among is None else among
+    return [child for child in children if child.is_file() and child.suffix.lower() in READERS]
+
+
+def _for_training(folder: Path) -> list[Path]:
+    """The data files of a folder from which no split was asked: those of ``train``, else those of no split.
+
+    Raises:
+        DataError: all are of splits that are not for training.
+    """
+    files = _files(folder)
+    train = [file for file in files if _of_split(file, "train")]
+    others = [file for file in files if not any(_of_split(file, name) for name in _SPLITS)]
+    if files and not train and not others:
+        raise DataError(
+            f"{folder}: {', '.join(file.name for file in files[:8])} are not for training by their names; name the "
+            "split that is (data.split), or one file as data.source"
+        )
+    return train or others
+
+
+def _of_split(path: Path, split: str | None) -> bool:
+    """Whether a file or folder belongs to ``split`` (default: train) by its name.
+
+    ``train.csv``, ``train-00000-of-00002.parquet``, ``reviews_train.csv`` and ``training.csv`` are of ``train``.
+    """
+    words = re.split(r"[\W_]+|(?<=[a-z])\d+", path.stem.lower())
+    split = (split or "train").lower()
+    return path.stem.lower() == split or any(word in words for word in _SPLITS.get(split, (split,)))
 
 
 def _images(folder: Path, group: str | None) -> list[tuple[Table, Part]]:

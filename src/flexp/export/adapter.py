@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from flexp.config.run import LoraConfig
+from flexp.config import LoraConfig
 from flexp.data.types import ModelKind
 from flexp.errors import ConfigError, ModelError
 from flexp.export.whole import adapted, let_go, plain

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from flexp.config.run import DataConfig
+from flexp.config import DataConfig
 from flexp.data.columns import check_present
 from flexp.data.labels import label_texts
 from flexp.data.scores import evaluate

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from flexp._version import __version__
 from flexp.client.recut import PERSONAL
-from flexp.config.run import RunConfig
+from flexp.config import RunConfig
 from flexp.data.types import ModelKind
 from flexp.errors import ConfigError, StorageError
 from flexp.export.card import origin

@@ -14,7 +14,7 @@ from typing import Any
 from flexp._version import __version__
 from flexp.assets.registry import ASSETS, Asset
 from flexp.assets.store import PREFIX
-from flexp.config.run import RunConfig
+from flexp.config import RunConfig
 from flexp.report import formats
 
 FILE = "flexp.json"

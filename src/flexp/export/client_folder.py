@@ -16,8 +16,8 @@ from torch import Tensor
 from flexp.client.generation import SplitGenerator
 from flexp.client.model import SplitModel
 from flexp.client.recut import PERSONAL
+from flexp.config import CodecConfig, RunConfig
 from flexp.config.loading import validate
-from flexp.config.run import CodecConfig, RunConfig
 from flexp.data.types import Example, Forward
 from flexp.errors import ConfigError, StorageError
 from flexp.export.trained import LAST, OWN, FromCheckpoint, answering, numbered

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from flexp.client.model import SplitModel
+from flexp.config import RunConfig
 from flexp.config.loading import override, validate
-from flexp.config.run import RunConfig
 from flexp.errors import ConfigError
 from flexp.export import backup
 from flexp.export.saved import SavedRun, open_run

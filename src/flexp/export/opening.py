@@ -8,7 +8,7 @@ from typing import Any
 
 import transformers
 
-from flexp.config.run import DataConfig, ModelConfig, RunConfig
+from flexp.config import DataConfig, ModelConfig, RunConfig
 from flexp.data.types import Example
 from flexp.errors import ConfigError, FlexpError, ModelError, StorageError
 from flexp.export.card import FILE, SCHEMA

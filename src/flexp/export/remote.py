@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flexp.client.fetching import pieces
-from flexp.config.run import CodecConfig
+from flexp.config import CodecConfig
 from flexp.errors import LinkError, ModelError
 from flexp.export.adapter import write_adapter
 from flexp.export.client_folder import ClientModel

@@ -13,8 +13,8 @@ from torch import Tensor
 from flexp.client.generation import SplitGenerator
 from flexp.client.model import SplitModel
 from flexp.client.whole import WholeModel
+from flexp.config import LoraConfig, RunConfig
 from flexp.config.loading import validate
-from flexp.config.run import LoraConfig, RunConfig
 from flexp.data.columns import nearest
 from flexp.data.types import ClientData, Example, Forward, Task
 from flexp.errors import ConfigError, StorageError

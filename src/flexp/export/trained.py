@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flexp.client.recut import PERSONAL
 from flexp.client.state import cut_in
-from flexp.config.run import RunConfig
+from flexp.config import RunConfig
 from flexp.data.tasks import limit_of, make_task
 from flexp.data.types import Example, Forward, ModelKind, Task
 from flexp.errors import ConfigError, StorageError

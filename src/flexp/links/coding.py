@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexp.config.run import CodecConfig
+from flexp.config import CodecConfig
 from flexp.errors import LinkError
 from flexp.links.codecs import SCALE, Codec, codec_of
 from flexp.links.messages import BackwardReply, BackwardRequest, ForwardReply, ForwardRequest, tensors

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from flexp.config.run import AlignConfig, CodecConfig, LoraConfig
+from flexp.config import AlignConfig, CodecConfig, LoraConfig
 
 
 @dataclass(frozen=True)

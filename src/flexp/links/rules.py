@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from flexp.config.run import CodecConfig
+from flexp.config import CodecConfig
 from flexp.errors import LinkError
 from flexp.links.codecs import SCALE, codec_of
 from flexp.links.coding import codec_name

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import from_json, to_json
 from torch import Tensor
 
-from flexp.config.run import CodecConfig
+from flexp.config import CodecConfig
 from flexp.errors import LinkError, LinkLostError
 from flexp.links.coding import Coding
 from flexp.links.frames import Frame, describe

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from flexp.client.trainer import Step
-from flexp.config.run import RunConfig
+from flexp.config import RunConfig
 from flexp.data.types import ClientData, Federation
 from flexp.links.base import Traffic
 from flexp.models.stage import Stage

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from flexp.config.run import LoraConfig, MethodConfig
+from flexp.config import LoraConfig, MethodConfig
 from flexp.methods.base import World
 from flexp.models.parts import Part
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from flexp.config.run import RunConfig
+from flexp.config import RunConfig
 from flexp.errors import ConfigError
 from flexp.models.parts import check_cut
 

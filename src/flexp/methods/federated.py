@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from flexp.client.trainer import Step
-from flexp.config.run import OptimizerConfig
+from flexp.config import OptimizerConfig
 from flexp.data.types import ClientData
 from flexp.errors import ConfigError
 from flexp.links.base import Meter

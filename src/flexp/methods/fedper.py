@@ -8,7 +8,7 @@ client's own last layers. Budget: exact.
 
 from __future__ import annotations
 
-from flexp.config.run import FedPerConfig
+from flexp.config import FedPerConfig
 from flexp.errors import ConfigError
 from flexp.methods.base import World
 from flexp.methods.federated import Federated

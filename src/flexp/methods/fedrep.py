@@ -12,7 +12,7 @@ many on top. Steps of the head alone are cheaper, which the seconds show.
 
 from __future__ import annotations
 
-from flexp.config.run import FedPerConfig
+from flexp.config import FedPerConfig
 from flexp.errors import ConfigError
 from flexp.methods.base import OnStep, World
 from flexp.methods.federated import Client

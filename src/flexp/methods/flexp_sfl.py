@@ -141,7 +141,7 @@ class FlexpSfl:
             stop = max(cut[1] for cut in world.cuts.values())
         stage = carve(world.source, Part.server(start, stop))
         tuning = config.server.tuning or config.model.tuning
-        tune(stage, tuning, lora=config.model.lora, seed=config.seed)
+        tune(stage, config.model, tuning, seed=config.seed)
         return Server(
             stage,
             tuning=tuning,

@@ -28,7 +28,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from flexp.config.run import MethodConfig
+from flexp.config import MethodConfig
 
 
 @dataclass(frozen=True)

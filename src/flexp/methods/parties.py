@@ -9,7 +9,7 @@ from typing import Any
 
 from flexp.client.model import SPLIT_MODELS, SplitModel
 from flexp.client.trainer import Trainable, Trainer
-from flexp.config.run import CodecConfig, RunConfig
+from flexp.config import CodecConfig, RunConfig
 from flexp.data.types import ClientData, Task
 from flexp.links.base import Link
 from flexp.methods.base import World
@@ -33,16 +33,7 @@ def own_stage(world: World, part: Part, ranks: Mapping[int, int] | None = None) 
 
 def tune_own(stage: Stage, config: RunConfig, ranks: Mapping[int, int] | None = None) -> None:
     """Make a client's stage ready for training, as the configuration says."""
-    model = config.model
-    tune(
-        stage,
-        model.tuning,
-        lora=model.lora,
-        embeddings=model.train_embeddings,
-        gradient_checkpointing=model.gradient_checkpointing,
-        seed=config.seed,
-        ranks=ranks,
-    )
+    tune(stage, config.model, seed=config.seed, ranks=ranks)
 
 
 def split_model(

@@ -21,7 +21,7 @@ from functools import partial
 
 import torch
 
-from flexp.config.run import OptimizerConfig
+from flexp.config import OptimizerConfig
 from flexp.errors import ConfigError
 from flexp.methods.base import OnStep, World
 from flexp.methods.federated import Client, Federated, spread

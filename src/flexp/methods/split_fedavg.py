@@ -22,7 +22,7 @@ from dataclasses import replace
 
 import torch
 
-from flexp.config.run import AlignConfig
+from flexp.config import AlignConfig
 from flexp.methods.base import Account, Forward, OnStep, State, World
 from flexp.methods.cuts import method_cuts
 from flexp.methods.flexp_sfl import FlexpSfl

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from flexp.config.run import TrainConfig
+from flexp.config import TrainConfig
 from flexp.data.seeding import generator
 
 

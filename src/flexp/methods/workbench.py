@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from flexp.client.steps import Piece
 from flexp.client.trainer import Step, Trainer
 from flexp.client.whole import WholeModel
-from flexp.config.run import OptimizerConfig, TrainConfig
+from flexp.config import OptimizerConfig, TrainConfig
 from flexp.data.ordering import BatchOrder
 from flexp.data.types import ClientData, Task
 from flexp.models.stage import Stage

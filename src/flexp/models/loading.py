@@ -18,6 +18,7 @@ import transformers
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+from flexp.config import ModelConfig
 from flexp.errors import ModelError
 from flexp.limits import out_of_memory
 from flexp.models.anatomy import dissect, refuse_by_design
@@ -39,45 +40,37 @@ AUTOCAST = {"off": None, "bfloat16": torch.bfloat16}
 
 
 def load_stage(
-    model_id: str | Path,
+    model: ModelConfig | str | Path,
     kind: ModelKind,
     part: Part | None = None,
     *,
     labels: Sequence[str] | None = None,
-    dtype: str = "float32",
-    attention: str = "sdpa",
     pad_token_id: int | None = None,
     dropout: float | None = None,
-    autocast: str = "off",
-    embeddings: Literal["memory", "file"] = "memory",
     seed: int = 0,
 ) -> Stage:
     """Load the ``part`` of a pretrained model that a party owns (``None``: all of it).
 
     Args:
-        model_id: a local folder, a Hugging Face id, or ``arch:NAME`` for a tiny model with random weights.
+        model: its ``id`` is a local folder, a Hugging Face id, or ``arch:NAME`` for a tiny model with random weights;
+            a name alone stands for the defaults. With ``embeddings = "file"`` and the ends, those of the tokens are
+            read row by row where the checkpoint has them (:mod:`flexp.models.stored`), and must not be trained.
         kind: what the model is for.
         labels: the names of the classes, for classifiers.
-        attention: an architecture that knows no SDPA (Gemma 2, GPT-Neo, GPT-J, BLOOM) runs eager whatever this says.
         dropout: the rate of every dropout; ``None``: as the model's configuration says.
-        autocast: ``bfloat16`` to compute matrix products in it, or ``off``: in the type of the weights (``dtype``).
-        embeddings: ``file``: with the ends, those of the tokens are read row by row where the checkpoint has them
-            (:mod:`flexp.models.stored`), and must not be trained.
         seed: of those weights that the checkpoint does not hold, such as a new classifier; equal for every part.
 
     Raises:
         ModelError: there is no such model, it is not of that kind, it cannot be split exactly, or its embeddings cannot
             stay in their file.
     """
-    if autocast not in AUTOCAST:
-        raise ModelError(f"autocast = {autocast!r} is not allowed: expected 'off' or 'bfloat16'")
-    name = str(model_id)
-    in_file = embeddings == "file" and (part is None or part.ends)
+    wanted = ModelConfig.of(model)
+    name, dtype = wanted.id, DTYPES[wanted.dtype]
+    in_file = wanted.embeddings == "file" and (part is None or part.ends)
     if name.startswith("arch:"):
-        whole = _from_zoo(name.removeprefix("arch:"), kind, labels, dtype, attention, dropout or 0.0, seed)
+        whole = _from_zoo(wanted, kind, labels, dropout or 0.0, seed)
         if in_file:
-            check_table(whole.model, name, DTYPES[dtype])  # says that it has no file
-        whole.autocast = AUTOCAST[autocast]
+            check_table(whole.model, name, dtype)  # says that it has no file
         return whole if part is None else carve(whole, part)
     config = load_config(name)
     refuse_by_design(f"{name} ({config.model_type})", config)
@@ -101,11 +94,11 @@ def load_stage(
         cls = without_table(cls)
     with RandomStream(seed).active(), quietly(), sparing():  # one at a time: transformers loads by way of globals
         try:
-            model, info = cls.from_pretrained(
+            loaded, info = cls.from_pretrained(
                 name,
                 config=config,
-                dtype=DTYPES[dtype],
-                attn_implementation=attention if original._supports_sdpa else "eager",
+                dtype=dtype,
+                attn_implementation=wanted.attention if original._supports_sdpa else "eager",
                 use_safetensors=True,  # nothing is ever unpickled
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # told below, by name
@@ -120,19 +113,19 @@ def load_stage(
                 f"{name}: the model cannot be loaded ({_first_line(error)}); expected intact safetensors files: fetch "
                 "it again, or save it anew with save_pretrained"
             ) from error
-    model.__class__ = original
+    loaded.__class__ = original
     if in_file:
-        give_table(model, name, DTYPES[dtype])
+        give_table(loaded, name, dtype)
     missing, resized = set(info["missing_keys"]), {key for key, *_ in info["mismatched_keys"]}
     replaceable = set() if kind == "causal-lm" else missing | (resized if labels is not None else set())
-    _refuse_incomplete(name, model, missing | resized, replaceable)
-    _initialise(model, missing | resized, seed)
-    anatomy = dissect(model)
+    _refuse_incomplete(name, loaded, missing | resized, replaceable)
+    _initialise(loaded, missing | resized, seed)
+    anatomy = dissect(loaded)
     if part is not None and not part.blocks <= set(range(anatomy.blocks)):
         raise ModelError(f"{name} has {anatomy.blocks} blocks, so there is no block {max(part.blocks)}")
-    model.requires_grad_(False)
-    stage = Stage(model, anatomy, part or Part.whole(anatomy.blocks))
-    stage.autocast = AUTOCAST[autocast]
+    loaded.requires_grad_(False)
+    stage = Stage(loaded, anatomy, part or Part.whole(anatomy.blocks))
+    stage.autocast = AUTOCAST[wanted.autocast]
     stage.new = frozenset(missing | resized)
     stage.weights = weights_fingerprint(name)
     return stage
@@ -163,18 +156,19 @@ def load_config(name: str) -> Any:
         ) from error
 
 
-def _from_zoo(
-    name: str, kind: ModelKind, labels: Sequence[str] | None, dtype: str, attention: str, dropout: float, seed: int
-) -> Stage:
+def _from_zoo(wanted: ModelConfig, kind: ModelKind, labels: Sequence[str] | None, dropout: float, seed: int) -> Stage:
     from flexp.models import zoo
 
-    model: Any = zoo.tiny_model(name, task=kind, seed=seed, attention=attention, dtype=DTYPES[dtype], dropout=dropout)  # type: ignore[arg-type]
+    settings: Any = {"attention": wanted.attention, "dtype": DTYPES[wanted.dtype], "dropout": dropout}
+    model: Any = zoo.tiny_model(wanted.id.removeprefix("arch:"), task=kind, seed=seed, **settings)
     if labels is not None and len(labels) != model.config.num_labels:
         raise ModelError(
-            f"arch:{name} has {model.config.num_labels} classes, but the data have {len(labels)}; use a real model"
+            f"{wanted.id} has {model.config.num_labels} classes, but the data have {len(labels)}; use a real model"
         )
     model.requires_grad_(False)
-    return Stage.whole(model)
+    stage = Stage.whole(model)
+    stage.autocast = AUTOCAST[wanted.autocast]
+    return stage
 
 
 def _class_for(config: Any, kind: ModelKind, name: str) -> Any:

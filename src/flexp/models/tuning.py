@@ -13,7 +13,7 @@ from peft import inject_adapter_in_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from flexp.config.run import LoraConfig
+from flexp.config import LoraConfig, ModelConfig
 from flexp.errors import ConfigError, ModelError
 from flexp.models.loading import named_generator
 from flexp.models.stage import Stage
@@ -22,39 +22,43 @@ from flexp.models.stored import stored
 
 def tune(
     stage: Stage,
-    tuning: Literal["full", "lora", "frozen"],
+    model: ModelConfig,
+    tuning: Literal["full", "lora", "frozen"] | None = None,
     *,
-    lora: LoraConfig | None = None,
-    embeddings: bool = False,
-    gradient_checkpointing: bool = False,
     seed: int = 0,
     ranks: Mapping[int, int] | None = None,
 ) -> None:
     """Make ``stage`` ready for training, in place. What it trains becomes its own: copied if another stage lent it.
 
+    How is ``model.tuning``, or ``tuning`` where a server has its own:
+
     - ``full``: the blocks, and with the ends also final norm and head; the embeddings, and a head tied to them, only
-      with ``embeddings``.
+      with ``model.train_embeddings``.
     - ``lora``: adapters in the blocks' linear layers (fused experts are none); a classifier's head is trained as well,
       since it is new.
     - ``frozen``: nothing.
 
+    ``model.gradient_checkpointing`` is for who has the ends, too: a server's blocks are not checkpointed.
+
     Args:
         seed: of the adapters' weights, which depend on it and on their names alone.
-        ranks: of the adapters in some blocks, by the blocks' indices, where they are not ``lora.rank``. The scaling
-            stays alpha / ``lora.rank``, so that an adapter padded with zeros to the full rank is the same function;
-            and the first rows of A are those that the full rank would have.
+        ranks: of the adapters in some blocks, by the blocks' indices, where they are not ``model.lora.rank``. The
+            scaling stays alpha / ``model.lora.rank``, so that an adapter padded with zeros to the full rank is the same
+            function; and the first rows of A are those that the full rank would have.
 
     Raises:
-        ConfigError: ``embeddings`` without full tuning, or where they stay in their file.
+        ConfigError: embeddings are to be trained without full tuning, or where they stay in their file.
         ModelError: LoRA finds no linear layer with the wanted names, or the model knows no gradient checkpointing.
     """
+    tuning = tuning or model.tuning
+    embeddings = model.train_embeddings and stage.part.ends
     if embeddings and tuning != "full":
         raise ConfigError(f"train_embeddings needs full tuning: {tuning} leaves the embeddings as they are")
     if embeddings and next(stored(stage.model), None) is not None:
         raise ConfigError('train_embeddings needs embeddings = "memory": those that stay in their file are not trained')
     stage.model.requires_grad_(False)
     if tuning == "lora" and stage.part.blocks:
-        _inject(stage, lora or LoraConfig(), seed, ranks or {})
+        _inject(stage, model.lora, seed, ranks or {})
     chosen = _chooser(stage, tuning, embeddings)
     copies: dict[int, nn.Parameter] = {}  # tied parameters stay tied
     for path, module in stage.model.named_modules():
@@ -67,7 +71,7 @@ def tune(
             if id(parameter) not in copies:
                 copies[id(parameter)] = nn.Parameter(parameter.detach().clone())
             module._parameters[name.rpartition(".")[2]] = copies[id(parameter)]
-    if gradient_checkpointing:
+    if model.gradient_checkpointing and stage.part.ends:
         _checkpoint(stage.model)
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from pydantic import Field, ValidationError, model_validator
 from scipy.optimize import isotonic_regression
 
-from flexp.config.run import Section
+from flexp.config import Section
 from flexp.cost.choice import Choice
 from flexp.data.seeding import generator
 from flexp.errors import ConfigError

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, ValidationError, model_validator
 
-from flexp.config.run import DeviceClassConfig, DevicesConfig, Rate, Section, Tuning
+from flexp.config import DeviceClassConfig, DevicesConfig, ModelConfig, Rate, Section, Tuning
 from flexp.cost.choice import CODECS
 from flexp.cost.profile import Profile
 from flexp.errors import ConfigError
@@ -91,6 +91,23 @@ class TaskShape(Section):
     optimizer: Literal["adamw", "adam", "sgd", "sgd-plain"] = "adamw"
     aligned: bool = True
     follow: bool = False
+
+    @classmethod
+    def of_model(cls, model: ModelConfig, **others: Any) -> TaskShape:
+        """What ``model`` says of it, and ``others``."""
+        names = ("dtype", "autocast", "attention", "tuning", "train_embeddings", "embeddings")
+        return cls(rank=model.lora.rank, **{name: getattr(model, name) for name in names}, **others)
+
+    def model(self, name: str) -> ModelConfig:
+        """The model ``name`` as it is trained here."""
+        return ModelConfig(
+            id=name,
+            dtype=self.dtype,
+            autocast=self.autocast,
+            attention=self.attention,
+            train_embeddings=self.tuning == "full" and self.train_embeddings,
+            embeddings=self.embeddings,
+        )
 
     @model_validator(mode="after")
     def _embedded_one_way(self) -> TaskShape:

@@ -50,18 +50,10 @@ class ModelCosts:
         return memory(self._cost(task), choice, base=base, followed=self.base_depth if task.follow else None)
 
     def _cost(self, task: TaskShape) -> ModelCost:
-        key = (task.kind, task.length, task.dtype, task.tuning == "full" and task.train_embeddings, task.embeddings)
+        model = task.model(self.model)
+        key = (task.kind, task.length, model.dtype, model.train_embeddings, model.embeddings)
         if key not in self._known:
             self._known[key] = model_cost(
-                self.model,
-                task.kind,
-                length=task.length,
-                labels=task.labels,
-                dtype=task.dtype,
-                autocast=task.autocast,
-                attention=task.attention,
-                train_embeddings=key[-2],
-                optimizer=task.optimizer,
-                embeddings=task.embeddings,
+                model, task.kind, length=task.length, labels=task.labels, optimizer=task.optimizer
             )
         return self._known[key]

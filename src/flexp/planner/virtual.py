@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from flexp.cost.classes import DeviceProfile
-from flexp.cost.clock import ClientWork, Virtual, simulate
+from flexp.cost.clock import SPLIT_ASYNC, ClientWork, Virtual, simulate
 from flexp.planner.fleet import Fleet
 from flexp.planner.options import Option
 
@@ -35,7 +35,7 @@ def virtual_time(fleet: Fleet, options: Mapping[str, Option], steps: int = 20) -
             exchanges=exchanges,
         )
         devices[device.name] = _seconds(device.profile.as_class())
-    return simulate("split-async", work, devices, _seconds(fleet.server.as_class()), slots=fleet.slots)
+    return simulate(SPLIT_ASYNC, work, devices, _seconds(fleet.server.as_class()), slots=fleet.slots)
 
 
 def _seconds(device: DeviceProfile) -> DeviceProfile:

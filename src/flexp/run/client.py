@@ -18,8 +18,7 @@ from flexp.assets import resolve
 from flexp.client.model import SplitModel
 from flexp.client.recut import move_party
 from flexp.client.trainer import Trainer
-from flexp.config.deployment import DeploymentConfig
-from flexp.config.run import CodecConfig, RunConfig
+from flexp.config import CodecConfig, DeploymentConfig, RunConfig
 from flexp.data import load_federation
 from flexp.data.types import ClientData, Federation
 from flexp.errors import ConfigError, DataError, LinkError, LinkLostError

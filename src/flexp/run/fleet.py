@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from flexp.config.run import RunConfig
+from flexp.config import RunConfig
 from flexp.errors import FlexpError
 from flexp.files import write_json
 from flexp.report.metrics import read as read_log

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from flexp.config.run import TrainConfig
+from flexp.config import TrainConfig
 from flexp.links.orders import Order, Ready
 from flexp.run.conductors import Desk, Member
 from flexp.run.schedule import scored_rounds

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flexp.config.run import DataConfig, RunConfig
+from flexp.config import DataConfig, RunConfig
 from flexp.data import load_federation
 from flexp.data.types import Federation
 from flexp.errors import StorageError

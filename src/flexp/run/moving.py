@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from flexp.client.model import SplitModel
 from flexp.client.recut import Blocks, Parking, recut
 from flexp.client.trainer import Trainer
-from flexp.config.run import RunConfig
+from flexp.config import RunConfig
 from flexp.cost.choice import Choice
 from flexp.cost.device import free_bytes
 from flexp.data.types import Federation
@@ -17,11 +17,13 @@ from flexp.errors import FlexpError, LinkLostError, StorageError
 from flexp.planner.accuracy import prior
 from flexp.planner.model import ModelCosts
 from flexp.planner.options import Option, grid, options_of
-from flexp.planner.watch import TOO_SHORT, Decision, Situation, Watch
+from flexp.planner.policy import Decision, DevicePolicy, Situation
 from flexp.report.metrics import Record
 from flexp.run.planned import auto_fleet
 from flexp.run.setup import model_folder
 
+TOO_SHORT = 1e-4
+"""Seconds; what takes less is not compared with its prediction."""
 WARM_UP = 3
 """Steps before the first look: the first ones allocate and load."""
 
@@ -36,7 +38,7 @@ class Spent:
 
 
 class Mover:
-    """Looks at the device every few steps, and does what :class:`flexp.planner.watch.Watch` says.
+    """Looks at the device every few steps, and does what :class:`flexp.planner.policy.DevicePolicy` says.
 
     Args:
         resting: bytes that a client with a choice holds between two steps.
@@ -46,7 +48,7 @@ class Mover:
     def __init__(
         self,
         trainer: Trainer,
-        watch: Watch,
+        watch: DevicePolicy,
         resting: Callable[[Choice], int],
         blocks: Blocks,
         parking: Parking,
@@ -189,7 +191,7 @@ def make_mover(config: RunConfig, federation: Federation, trainer: Trainer, bloc
     device = next((device for device in fleet.devices if device.name == trainer.name), fleet.devices[0])
     options = options_of(device, known, costs.predict, lambda choice: curve.loss(choice, total))
     steps = config.train.total_steps
-    return Mover(trainer, Watch(options, current, config.recut), costs.resting, blocks, parking, steps)
+    return Mover(trainer, DevicePolicy(options, current, config.recut), costs.resting, blocks, parking, steps)
 
 
 def in_words(record: Record) -> str:

@@ -9,13 +9,14 @@ from dataclasses import replace
 from typing import Any, TypedDict
 
 from flexp.cost.classes import assign, profile
-from flexp.cost.clock import SCHEDULES, ClientWork
-from flexp.cost.flops import Costs, ExchangeCost
+from flexp.cost.clock import SCHEDULES, ClientWork, Schedule
+from flexp.cost.flops import ExchangeCost
 from flexp.errors import ConfigError
 from flexp.methods.base import Account, Method, World
 from flexp.methods.fedrep import FedRep
 from flexp.report.formats import size as shown
 from flexp.report.metrics import Record
+from flexp.run.costs import Costs
 from flexp.run.phases import Phase, VirtualTime, phases
 from flexp.run.probes import MemoryProbes
 
@@ -129,7 +130,7 @@ def client_work(
     cost: ExchangeCost,
     account: Account | None,
     steps: list[int],
-    schedule: str,
+    schedule: Schedule,
     *,
     pull_every: int = 0,
     average_every: int = 1,
@@ -160,14 +161,14 @@ def client_work(
         exchanges=cost.exchanges,
         combined=cost.combined,
     )
-    if schedule == "synchronous":
+    if schedule.kind == "synchronous":
         extra = max(
             0, (total if account is None else account.gradient_evaluations) - total
         )  # the adaptation of a personal model, after the last round
         return replace(work, weights_up=up / rounds, weights_down=down / rounds, final=extra * cost.client_step)
-    if schedule == "alone" or not total:
+    if schedule.kind == "alone" or not total:
         return work
-    if schedule == "split-sync":
+    if schedule.kind == "split-sync":
         weights = float(cost.weights)
         work = replace(work, weights_up=weights, weights_down=weights, weights_every=average_every)
         up = max(0.0, up - weights * (rounds // average_every))

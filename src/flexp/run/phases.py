@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from flexp.cost.classes import DeviceProfile, assign, profile
-from flexp.cost.clock import ONE_AT_A_TIME, TOGETHER, ClientTime, ClientWork, Schedule, simulate
+from flexp.cost.clock import ClientTime, ClientWork, Schedule, simulate
 from flexp.methods.base import World
 from flexp.report.metrics import Record
 from flexp.run.recutting import cuts_by_round, devices_at
@@ -87,7 +87,7 @@ class VirtualTime:
 
     def go_on(self, phase: Phase, work: Mapping[str, ClientWork]) -> None:
         """Let the rounds of a phase pass."""
-        config, method = self._config, self._world.config.method.name
+        config = self._config
         began = max([*self.rounds[-1:], *(time.finished for time in self.clients.values())], default=0.0)
         began += max((8 * size / phase.devices[name].downlink_bps for name, size in phase.fetched.items()), default=0.0)
         if not work:
@@ -99,8 +99,6 @@ class VirtualTime:
             phase.devices,
             profile(config.server, config.classes),
             slots=config.server_slots,
-            one_at_a_time=method in ONE_AT_A_TIME,
-            together=method in TOGETHER,
             seed=self._world.config.seed,
         )
         self.rounds += [began + end for end in virtual.rounds]

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from flexp.assets import resolve
+from flexp.config import RunConfig
 from flexp.config.loading import override, read
-from flexp.config.run import RunConfig
 from flexp.cost.choice import CODECS, Choice, form
+from flexp.cost.device import this_machine
 from flexp.cost.profile import Profile
 from flexp.data.types import Federation
 from flexp.errors import ConfigError
@@ -19,7 +20,6 @@ from flexp.limits import maps_count
 from flexp.planner.document import PlannedClient, SavedPlan, document, read_plan
 from flexp.planner.fleet import Choices, Device, Fleet, TaskShape, of_run, parse_fleet
 from flexp.planner.model import ModelCosts
-from flexp.planner.own import this_machine
 from flexp.planner.plan import Plan, make_plan
 from flexp.report.formats import cut, size
 
@@ -117,22 +117,18 @@ def _task(config: RunConfig, federation: Federation) -> tuple[TaskShape, Choices
     )
     codec = config.link.codec.activation
     here = config.devices is None and config.data.clients.profiles is None
-    shape = TaskShape(
+    shape = TaskShape.of_model(
+        model,
         kind=task.model_kind,
         length=max(1, longest),
         labels=len(task.label_names or ("", "")),
         batch_size=config.train.batch_size,
-        dtype=model.dtype,
-        autocast=model.autocast,
-        attention=model.attention,
-        tuning=model.tuning,
-        rank=model.lora.rank,
-        train_embeddings=model.train_embeddings,
-        embeddings="memory" if here and maps_count() else model.embeddings,
         optimizer=config.train.personal.name,
         aligned=method.name == "flexp-sfl" and (method.align.has_term or method.align.teach),
         follow=method.name == "flexp-sfl" and method.align.follow,
     )
+    if here and maps_count():
+        shape = shape.model_copy(update={"embeddings": "memory"})
     micro = config.train.micro_batch
     if micro is None and (method.name not in PER_CLIENT or config.train.in_flight > 1):
         micro = config.train.batch_size  # several under way hold together what one of them all would

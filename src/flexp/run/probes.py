@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from flexp.config.run import RunConfig
+from flexp.config import RunConfig
 from flexp.cost.probe import Measured, Probe, measure_once
 from flexp.errors import FlexpError
 from flexp.files import read_json, write_json

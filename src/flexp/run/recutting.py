@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-from flexp.config.run import DevicesConfig
+from flexp.config import DevicesConfig
 from flexp.cost.choice import CODECS, Choice
 from flexp.cost.classes import profile
 from flexp.errors import ConfigError
@@ -16,7 +16,7 @@ from flexp.methods.flexp_sfl import FlexpSfl
 from flexp.methods.parties import own_config
 from flexp.planner.fleet import Choices, Fleet
 from flexp.planner.model import ModelCosts
-from flexp.planner.replan import Replan, replan
+from flexp.planner.policy import Decision, Stop, decide_for_all
 from flexp.report.formats import cut as shown
 from flexp.report.metrics import Record
 from flexp.run.planned import auto_fleet
@@ -45,7 +45,7 @@ class Recutting:
         assert isinstance(method, FlexpSfl)
         fleet = self._fleet(number)
         current = {device.name: self._choice(method, device.name) for device in fleet.devices}
-        found = Replan()
+        found: dict[str, Decision | Stop] = {}
         for kind in sorted(
             {(choice.checkpointing, choice.codec) for choice in current.values()}
         ):  # which no move changes
@@ -53,21 +53,25 @@ class Recutting:
             choices = fleet.choices.model_copy(update={"checkpointing": [kind[0]], "codecs": [kind[1]]})
             devices = tuple(device for device in fleet.devices if device.name in alike)
             own = replace(fleet, devices=devices, choices=choices)
-            found |= replan(own, self._costs, alike, gain=rules.gain, move=rules.on)
+            found |= decide_for_all(own, self._costs, alike, gain=rules.gain, move=rules.on)
         records: list[Record] = []
+        lacking = {name: decision.lacks for name, decision in found.items() if isinstance(decision, Stop)}
         for name in self.names:
-            if (name in found.lacking) != (name in method.gone):
+            if (name in lacking) != (name in method.gone):
                 method.gone ^= {name}
                 records.append({"kind": "presence", "round": number, "client": name, "there": name not in method.gone,
-                                "why": found.lacking.get(name, "its device can hold it again")})  # fmt: skip
-        for name, choice in found.choices.items():
+                                "why": lacking.get(name, "its device can hold it again")})  # fmt: skip
+        for name, decision in found.items():
+            if isinstance(decision, Stop):
+                continue
+            choice = decision.choice
             before, size = method.account(name).evaluation.bytes_down, current[name].micro_batch
             move = method.recut(name, choice.cut, choice.micro_batch)
             fetched = method.account(name).evaluation.bytes_down - before
             records.append({"kind": "move", "round": number, "client": name, "before": list(move.before),
                             "cut": list(move.after), "micro_batch": choice.micro_batch, "micro_batch_before": size,
                             "restored": list(move.restored), "bytes": fetched, "seconds": move.seconds,
-                            "gain": found.gain})  # fmt: skip
+                            "gain": decision.gain})  # fmt: skip
         return records
 
     def _fleet(self, number: int) -> Fleet:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from flexp.client.trainer import Step
+from flexp.config import RunConfig
 from flexp.config.loading import validate
-from flexp.config.run import RunConfig
 from flexp.data.scores import evaluate
 from flexp.data.seeding import generator
 from flexp.data.types import Example

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from flexp.config.run import TrainConfig
+from flexp.config import TrainConfig
 from flexp.methods.turns import turns
 
 

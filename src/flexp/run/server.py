@@ -10,10 +10,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from flexp.config import DeploymentConfig, RunConfig
 from flexp.config import deployment as deployment_config
 from flexp.config import loading as settings
-from flexp.config.deployment import DeploymentConfig
-from flexp.config.run import RunConfig
 from flexp.errors import LinkError, StorageError
 from flexp.links.grpc import Serving, serve
 from flexp.models.loading import ModelKind
@@ -55,15 +54,10 @@ def make_server(
         clients: who takes part, if that is known: for schedules of the shared learning rate.
     """
     return Server.from_pretrained(
-        config.model.id,
+        config.model,
         kind,
         base_depth=base_depth,
         end=end,
-        tuning=config.server.tuning or config.model.tuning,
-        lora=config.model.lora,
-        dtype=config.model.dtype,
-        autocast=config.model.autocast,
-        attention=config.model.attention,
         seed=config.seed,
         config=config.server,
         optimizer=config.train.shared,

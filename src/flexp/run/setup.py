@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from flexp.assets import resolve
-from flexp.config.run import DataConfig, RunConfig
+from flexp.config import DataConfig, RunConfig
 from flexp.data import load_federation, pad_id
 from flexp.data.types import Federation
 from flexp.errors import ConfigError, ModelError
@@ -64,19 +64,7 @@ def load_part(
     Raises:
         ModelError: it cannot be loaded or split.
     """
-    model = config.model
-    return load_stage(
-        model_id,
-        kind,
-        part,
-        labels=labels,
-        dtype=model.dtype,
-        attention=model.attention,
-        autocast=model.autocast,
-        pad_token_id=pad,
-        embeddings=model.embeddings,
-        seed=config.seed,
-    )
+    return load_stage(config.model.at(model_id), kind, part, labels=labels, pad_token_id=pad, seed=config.seed)
 
 
 def own_pad(kind: ModelKind, processor: Any) -> int | None:

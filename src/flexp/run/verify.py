@@ -19,7 +19,7 @@ from torch import Tensor
 
 from flexp.assets.store import resolve
 from flexp.client.model import SPLIT_MODELS, SplitModel
-from flexp.config.run import OptimizerConfig, ServerConfig
+from flexp.config import ModelConfig, OptimizerConfig, ServerConfig
 from flexp.errors import ConfigError, FlexpError, ModelError
 from flexp.links.base import Link, connected
 from flexp.links.grpc import loopback
@@ -74,6 +74,19 @@ class Setup:
     length: int = 10
     seed: int = 0
 
+    @property
+    def config(self) -> ModelConfig:
+        """The model; with full tuning, all of it is trained."""
+        return ModelConfig.of(
+            self.model,
+            dtype=self.dtype,
+            autocast=self.autocast,
+            attention=self.attention,
+            tuning=self.tuning,
+            train_embeddings=self.tuning == "full",
+            gradient_checkpointing=self.checkpointing,
+        )
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -127,9 +140,7 @@ def verify(setup: Setup) -> Outcome:
     kind = setup.task or kind_of(name)
 
     def load(part: Part | None) -> Stage:
-        options = {"dtype": setup.dtype, "attention": setup.attention, "dropout": 0.0, "seed": setup.seed}
-        options["autocast"] = setup.autocast
-        return load_stage(name, kind, part, pad_token_id=0, **options)  # type: ignore[arg-type]
+        return load_stage(setup.config.at(name), kind, part, pad_token_id=0, dropout=0.0, seed=setup.seed)
 
     whole = load(None)
     blocks = whole.anatomy.blocks
@@ -144,13 +155,13 @@ def compare(setup: Setup, whole: Stage, client: Stage, server_stage: Stage) -> O
         ConfigError: the cut does not fit the model.
     """
     setup, cut, _ = _filled(setup, setup.task, whole.anatomy.blocks, setup.attention)
-    full = setup.tuning == "full"
-    if full:
+    config = setup.config
+    if config.tuning == "full":
         whole.model.requires_grad_(True)
     else:  # peft's adapters with the split model's weights, which depend on their names alone
-        tune(whole, "lora", seed=setup.seed)
-    tune(server_stage, setup.tuning, seed=setup.seed)
-    tune(client, setup.tuning, embeddings=full, gradient_checkpointing=setup.checkpointing, seed=setup.seed)
+        tune(whole, config.model_copy(update={"gradient_checkpointing": False}), seed=setup.seed)
+    for stage in (server_stage, client):
+        tune(stage, config, seed=setup.seed)
     server = Server(server_stage, tuning=setup.tuning, config=ServerConfig(memory=setup.memory), optimizer=OPTIMIZER)
     server.shared = witness = _Witness(server_stage, server.config, OPTIMIZER)
     with LINKS[setup.link](server, "verify") as link, quietly():

@@ -15,7 +15,7 @@ from flexp.client.model import SplitModel
 from flexp.client.recut import Blocks, fit
 from flexp.client.state import cut_in, load_party, party_state, residuals_of
 from flexp.client.trainer import Step, Trainer
-from flexp.config.run import RunConfig
+from flexp.config import RunConfig
 from flexp.data.scores import evaluate
 from flexp.data.types import ClientData, Task
 from flexp.errors import LinkError, LinkLostError, StorageError, TrainingError

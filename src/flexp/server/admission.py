@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from flexp.config.run import CodecConfig, LoraConfig
+from flexp.config import CodecConfig, LoraConfig
 from flexp.errors import LinkError
 from flexp.links.messages import BackwardRequest, FetchRequest, ForwardRequest, Join, PullRequest
 from flexp.models.fingerprint import fingerprint

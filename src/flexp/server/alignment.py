@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flexp.config.run import AlignConfig
+from flexp.config import AlignConfig
 
 EPSILON = 1e-6
 

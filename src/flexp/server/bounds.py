@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from flexp.config.run import GuardConfig
+from flexp.config import GuardConfig
 from flexp.errors import BadValuesError
 
 SMALL = 1.0

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from flexp.config.run import GuardConfig
+from flexp.config import GuardConfig
 from flexp.errors import BadValuesError, LinkError
 
 FOREVER = float("inf")

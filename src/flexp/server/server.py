@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flexp.assets import resolve
-from flexp.config.run import LoraConfig, OptimizerConfig, ServerConfig
+from flexp.config import LoraConfig, ModelConfig, OptimizerConfig, ServerConfig
 from flexp.links.inprocess import InProcessLink
 from flexp.links.messages import (
     Abort,
@@ -31,7 +31,7 @@ from flexp.links.messages import (
     PullRequest,
     Welcome,
 )
-from flexp.models.loading import ModelKind, load_stage
+from flexp.models.loading import ModelKind, load_config, load_stage
 from flexp.models.parts import Part, check_cut
 from flexp.models.stage import Stage
 from flexp.models.tuning import tune
@@ -87,23 +87,27 @@ class Server:
     @classmethod
     def from_pretrained(
         cls,
-        model_id: str | Path,
+        model: ModelConfig | str | Path,
         kind: ModelKind = "causal-lm",
         *,
         base_depth: int = 1,
         end: int | None = None,
-        tuning: str = "full",
-        lora: LoraConfig | None = None,
-        dtype: str = "float32",
-        autocast: str = "off",
-        attention: str = "sdpa",
+        config: ServerConfig | None = None,
+        optimizer: OptimizerConfig | None = None,
+        total_steps: int | None = None,
         seed: int = 0,
-        **options: Any,
+        remembers: bool = False,
+        allow_export: bool = False,
+        **settings: Any,
     ) -> Server:
         """Load blocks [``base_depth``, ``end``) of a pretrained model, and nothing else of it.
 
-        ``autocast`` is a type to compute matrix products in (``bfloat16``), which must be the clients'. A base depth
-        of 0 is for clients that agree to send their bare embeddings, from which tokens can be read.
+        A base depth of 0 is for clients that agree to send their bare embeddings, from which tokens can be read.
+
+        Args:
+            config: its ``tuning`` says how the shared blocks are tuned where that is not as ``model`` says.
+            settings: keys of ``[model]`` beside the name, such as ``tuning="lora"`` or ``autocast="bfloat16"``. Those
+                that activations depend on must be the clients'.
 
         Example:
             >>> server = flexp.Server.from_pretrained("path/to/model", "sequence-classification")
@@ -111,17 +115,27 @@ class Server:
 
         Raises:
             ModelError: the model cannot be loaded or split.
-            ConfigError: there are no such blocks.
+            ConfigError: there are no such blocks or settings.
         """
-        from flexp.models.loading import load_config
-
-        model_id = resolve(str(model_id))
-        blocks = int(load_config(str(model_id)).get_text_config().num_hidden_layers)
+        wanted = ModelConfig.of(model, **settings)
+        wanted = wanted.at(resolve(wanted.id))
+        blocks = int(load_config(wanted.id).get_text_config().num_hidden_layers)
         start, stop = check_cut((base_depth, end), blocks, where="server blocks (base_depth, end)")
-        part = Part.server(start, stop)
-        stage = load_stage(model_id, kind, part, dtype=dtype, autocast=autocast, attention=attention, seed=seed)
-        tune(stage, tuning, lora=lora, seed=seed)  # type: ignore[arg-type]
-        return cls(stage, tuning=tuning, lora=lora or LoraConfig(), seed=seed, **options)
+        stage = load_stage(wanted, kind, Part.server(start, stop), seed=seed)
+        config = config or ServerConfig()
+        tuning = config.tuning or wanted.tuning
+        tune(stage, wanted, tuning, seed=seed)
+        return cls(
+            stage,
+            tuning=tuning,
+            lora=wanted.lora,
+            config=config,
+            optimizer=optimizer,
+            total_steps=total_steps,
+            seed=seed,
+            remembers=remembers,
+            allow_export=allow_export,
+        )
 
     @property
     def blocks(self) -> tuple[int, int]:

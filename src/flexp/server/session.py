@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from flexp.config.run import AlignConfig, ServerConfig
+from flexp.config import AlignConfig, ServerConfig
 from flexp.errors import BadValuesError
 from flexp.links.messages import BackwardReply, BackwardRequest, ForwardReply, ForwardRequest, Join
 from flexp.rng import RandomStream, drawing_from

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from flexp.config.run import OptimizerConfig, ServerConfig
+from flexp.config import OptimizerConfig, ServerConfig
 from flexp.errors import StorageError
 from flexp.models.stage import Stage
 from flexp.optim import Updater

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from flexp.config.run import DataConfig
+from flexp.config import DataConfig
 from flexp.data.tasks.instruction import TEMPLATE
 from flexp.data.tasks.text import pad_id
 from flexp.data.templates import fields, fill

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from flexp.config.run import DataConfig
+from flexp.config import DataConfig
 from flexp.data.tasks import instruction, multiple_choice
 from flexp.data.tasks.base import template_columns
 from flexp.data.tasks.causal_lm import CausalLM

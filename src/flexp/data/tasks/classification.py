@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from flexp.config.run import DataConfig
+from flexp.config import DataConfig
 from flexp.data.columns import as_text
 from flexp.data.tasks.base import TextTask, fill_row, place
 from flexp.data.tasks.measures import class_tally

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from flexp.config.run import DataConfig
+from flexp.config import DataConfig
 from flexp.data.tasks.base import place
 from flexp.data.tasks.measures import class_tally
 from flexp.data.types import Batch, Example, Forward, ModelKind, Row, Tally
@@ -63,14 +64,34 @@ class ImageClassification:
 
 
 def _open(value: Any, where: str) -> Any:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     content = value.get("bytes") if isinstance(value, dict) else None
     path = value.get("path") if isinstance(value, dict) else value
     try:
         with Image.open(io.BytesIO(content) if content is not None else Path(str(path))) as image:
-            return image.convert("RGB")
+            return _eight_bits(ImageOps.exif_transpose(image), where).convert("RGB")
     except FileNotFoundError as error:
         raise DataError(f"{where}: there is no image {path}; paths are relative to the table's own folder") from error
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
         raise DataError(f"{where}: the image cannot be read ({error}); replace or remove it") from error
+
+
+def _eight_bits(image: Any, where: str) -> Any:
+    """``image`` with 8 bits a channel: a plain conversion would cut off what 16 bits hold beyond 255.
+
+    Raises:
+        DataError: its numbers have no known range.
+    """
+    from PIL import Image
+
+    if image.mode == "F":
+        raise DataError(
+            f"{where}: the image holds floating-point numbers, whose range is not known; save it with 8 bits"
+        )
+    if not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise DataError(f"{where}: the image holds numbers outside 0 to 65535; save it with 8 or 16 bits")
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexp.config.run import DataConfig
+from flexp.config import DataConfig
 from flexp.data.batching import scored
 from flexp.data.columns import as_text, missing
 from flexp.data.tasks.base import TextTask, fill_row, place

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import grpc
 
-from flexp.config.run import CodecConfig, CodecName
+from flexp.config import CodecConfig, CodecName
 from flexp.errors import ConfigError, LinkError, LinkLostError
 from flexp.links.grpc.link import GrpcLink, reason
 from flexp.links.grpc.loop import METHOD, OPTIONS, SERVICE, wait_for, within

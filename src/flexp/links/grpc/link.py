@@ -14,7 +14,7 @@ import grpc
 import torch
 from torch import Tensor
 
-from flexp.config.run import CodecConfig
+from flexp.config import CodecConfig
 from flexp.errors import LinkError, LinkLostError
 from flexp.links.base import Meter, Traffic
 from flexp.links.coding import Coding

@@ -10,12 +10,13 @@ import pytest
 
 from flexp.client.whole import WholeModel
 from flexp.cost.echo import random_batch
-from flexp.cost.flops import Costs, ExchangeCost, counting, mean_shape
+from flexp.cost.flops import ExchangeCost, counting
 from flexp.cost.probe import Probe
 from flexp.methods import METHODS
 from flexp.methods.holds import HOLDS
 from flexp.methods.parties import own_stage
 from flexp.models.parts import Part
+from flexp.run.costs import Costs
 from flexp.run.setup import build_world
 from tests.tiny import config
 
@@ -80,8 +81,9 @@ def test_deeper_cuts_leave_more_to_the_client(home: Path) -> None:
 
 
 def test_messages_are_those_of_the_protocol(home: Path) -> None:
-    cost = costs(home).of("north")
-    examples, length, _ = mean_shape(build_world(config(home)), build_world(config(home)).federation.clients[0])
+    found = costs(home)
+    cost = found.of("north")
+    examples, length, _ = found.shape("north")
     activation = examples * length * 32 * 4
     assert (cost.forward_up, cost.forward_down) == (activation + examples * length, activation)
     assert (cost.backward_up, cost.backward_down) == (activation, activation)
@@ -126,7 +128,7 @@ def test_equal_shapes_are_counted_once(home: Path, monkeypatch: pytest.MonkeyPat
         return count(self, *arguments)
 
     monkeypatch.setattr(Costs, "_count", counted)
-    shapes = {mean_shape(found.world, data)[:2] for data in found.world.federation.clients}
+    shapes = {found.shape(data.name)[:2] for data in found.world.federation.clients}
     for data in found.world.federation.clients * 2:
         found.of(data.name)
     assert calls == len(shapes)

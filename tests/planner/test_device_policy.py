@@ -5,10 +5,10 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexp.config.run import RecutConfig
+from flexp.config import RecutConfig
 from flexp.cost.choice import Choice, Prediction
 from flexp.planner.options import Option
-from flexp.planner.watch import HOLD, Situation, Watch
+from flexp.planner.policy import HOLD, DevicePolicy, Situation
 
 MIB = 2**20
 RULES = RecutConfig(on=True, gain=0.1, patience=2, pause=10)
@@ -27,8 +27,8 @@ DEEP = option(5, memory=300, client=1.0, server=0.1)
 ALL = [SHALLOW, MIDDLE, MIDDLE_SMALL, DEEP]
 
 
-def watch(current: Option, rules: RecutConfig = RULES) -> Watch:
-    return Watch(ALL, current.choice, rules)
+def watch(current: Option, rules: RecutConfig = RULES) -> DevicePolicy:
+    return DevicePolicy(ALL, current.choice, rules)
 
 
 def test_memory_that_runs_short_is_answered_at_once_with_smaller_exchanges_first() -> None:

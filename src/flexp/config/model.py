@@ -1,0 +1,63 @@
+"""The table ``[model]``: the pretrained model and how it is tuned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PositiveInt
+
+from flexp.config.section import Fraction, Section
+
+Tuning = Literal["full", "lora"]
+
+
+class LoraConfig(Section):
+    """Low-rank adapters (Hu et al., 2021, arXiv 2106.09685), used when ``model.tuning`` is ``lora``."""
+
+    rank: PositiveInt = 8
+    alpha: float = 16.0
+    dropout: Fraction = 0.0
+    targets: str | list[str] = "all-linear"  # names of linear modules inside the blocks, as peft takes them
+
+
+class ModelConfig(Section):
+    """The pretrained model and how it is tuned."""
+
+    # folder (beside the TOML file, or as given), Hugging Face id, asset:NAME, or arch:NAME (tiny, random weights)
+    id: str
+    dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 is for LoRA: full tuning in it loses small steps
+    # mixed precision: weights, optimiser and what crosses stay in dtype, matrix products are computed in bfloat16
+    autocast: Literal["off", "bfloat16"] = "off"
+    # an architecture without SDPA (Gemma 2, GPT-Neo, GPT-J, BLOOM) runs eager whatever this says
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    tuning: Tuning = "full"
+    lora: LoraConfig = LoraConfig()
+    train_embeddings: bool = False  # with full tuning: also the client's embeddings (and a head tied to them)
+    # of tokens, frozen and not tied to the head; file: they stay in the checkpoint's file, which each batch reads the
+    # rows of its tokens from: equal numbers, less memory
+    embeddings: Literal["memory", "file"] = "memory"
+    gradient_checkpointing: bool = False  # on the client's own blocks
+    base_depth: Annotated[int, Field(ge=0)] | None = None  # s_min; None: the smallest s of the clients
+    expose_embeddings: bool = False  # allow s = 0, where the server can read every token from what it receives
+
+    @classmethod
+    def of(cls, model: ModelConfig | str | Path, **settings: Any) -> ModelConfig:
+        """``model``, or the one of that name, with these settings.
+
+        Raises:
+            ConfigError: there is no such setting, or it cannot have that value.
+        """
+        given = model.model_dump() if isinstance(model, ModelConfig) else {"id": str(model)}
+        return cls.checked({**given, **settings}, str(given["id"]), "model")
+
+    def at(self, place: str | Path) -> ModelConfig:
+        """The same model, found at ``place``."""
+        return self.model_copy(update={"id": str(place)})
+
+    def tuned(self, rank: int | None, *, checkpointing: bool = False) -> ModelConfig:
+        """The same model with adapters of ``rank``; ``None``: with full tuning."""
+        lora = LoraConfig() if rank is None else LoraConfig(rank=rank)
+        update: dict[str, Any] = {"tuning": "full" if rank is None else "lora", "lora": lora}
+        update |= {"train_embeddings": self.train_embeddings and rank is None, "gradient_checkpointing": checkpointing}
+        return self.model_copy(update=update)

@@ -1,0 +1,122 @@
+"""What a table of the schema is, and what is said of one that is wrong: which key, which value, what was expected."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from types import UnionType
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from flexp.errors import ConfigError
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Rate = Annotated[float, Field(gt=0.0)]
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class Section(BaseModel):
+    """A table of the file: immutable, and closed to keys that it does not name."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @classmethod
+    def checked(cls, content: Any, where: str, table: str = "") -> Self:
+        """This table from ``content``, which came from ``where`` and is called ``table`` there.
+
+        Raises:
+            ConfigError: a key is unknown, of the wrong type or impossible; the message names it.
+        """
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            problems = error.errors()
+            # Where a word or something else would do, and something else is wrong, the latter is what is reported.
+            words = [item["type"] == "literal_error" and not isinstance(item["input"], str) for item in problems]
+            first = problems[words.index(False) if False in words else 0]
+            raise ConfigError(f"{where}: {_explain(cls, first, f'{table}.' if table else '')}") from error
+
+
+def all_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """The full names of all keys of a table; ``NAME`` stands for a name that is the user's own."""
+    for name, field in section.model_fields.items():
+        inner, named = _inside(field.annotation)
+        if inner is not None:
+            yield from all_keys(inner, f"{prefix}{name}.NAME." if named else f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def _explain(root: type[BaseModel], problem: Mapping[str, Any], prefix: str) -> str:
+    fields = [part for part in problem["loc"] if isinstance(part, str)]
+    key = prefix + ".".join(_visible(root, fields))
+    if problem["type"] == "extra_forbidden":
+        known = sorted(_table(root, fields[:-1]).model_fields)
+        near = difflib.get_close_matches(fields[-1], known, n=1, cutoff=0.5)
+        elsewhere = [path for path in all_keys(root) if path.rpartition(".")[2] == fields[-1]]
+        if not near and elsewhere:
+            return f"unknown key {key}; did you mean {prefix}{elsewhere[0]}?"
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        return f"unknown key {key}; {hint}known here: {', '.join(known)}"
+    if problem["type"] == "missing":
+        return f"the key {key} is missing"
+    if problem["type"] == "value_error":
+        key = key.removesuffix(".")
+        return f"{key + ': ' if key else ''}{problem['ctx']['error']}"
+    value = problem["input"]
+    message = problem["msg"].removeprefix("Input should be ")
+    if problem["type"] == "too_short":
+        message = f"{problem['ctx']['min_length']} or more entries"
+    near_value = ""
+    if problem["type"] == "literal_error" and isinstance(value, str):
+        close = difflib.get_close_matches(value, map(str, _allowed(root, fields)), n=1, cutoff=0.4)
+        near_value = f"; did you mean {close[0]!r}?" if close else ""
+    return f"{key} = {value!r} is not allowed: expected {message}{near_value}"
+
+
+def _visible(root: type[BaseModel], fields: Iterable[str]) -> Iterator[str]:
+    """Without the names that pydantic gives to the branches of a union."""
+    section: type[BaseModel] | None = root
+    named = False
+    for name in fields:
+        if named:  # of a table whose keys are the user's own names
+            named = False
+            yield name
+        elif section is not None:
+            yield name
+            field = section.model_fields.get(name)
+            section, named = (None, False) if field is None else _inside(field.annotation)
+
+
+def _table(root: type[BaseModel], fields: Iterable[str]) -> type[BaseModel]:
+    section = root
+    names = iter(fields)
+    for name in names:
+        found, named = _inside(section.model_fields[name].annotation)
+        assert found is not None
+        section = found
+        if named:
+            next(names, None)
+    return section
+
+
+def _inside(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
+    """The section that a key holds, if it is one (or none); and whether it is a table of such sections by name."""
+    for branch in (annotation, *get_args(annotation)):
+        if isinstance(branch, type) and issubclass(branch, BaseModel):
+            return branch, get_origin(annotation) is dict
+    return None, False
+
+
+def _allowed(root: type[BaseModel], fields: Iterable[str]) -> Iterator[Any]:
+    *tables, name = _visible(root, fields)
+    yield from _literals(_table(root, tables).model_fields[name].annotation)
+
+
+def _literals(annotation: Any) -> Iterator[Any]:
+    if get_origin(annotation) is Literal:
+        yield from get_args(annotation)
+    elif get_origin(annotation) in (Union, UnionType):
+        for branch in get_args(annotation):
+            yield from _literals(branch)

@@ -1,0 +1,45 @@
+"""The table ``[server]``: the shared blocks' side, what it keeps, and which gradients it refuses."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt
+
+from flexp.config.link import CodecName
+from flexp.config.section import Rate, Section
+
+Factor = Annotated[float, Field(gt=1.0)]
+
+
+class GuardConfig(Section):
+    """Bounds on what a client's step may do to the shared blocks. Norms are global, of a whole step's gradient."""
+
+    max_norm: Rate | None = None  # a larger norm is refused; None: no bound
+    clip: Rate | None = None  # a larger norm is scaled down to it, step by step, before anything is averaged
+    explode: Factor | None = 1000.0  # more than so many times the median of the norms accepted last is refused
+    median_over: PositiveInt = 64  # norms that the median is of, all clients' together
+    settle: PositiveInt = 16  # steps to be accepted before explode means anything
+    strikes: PositiveInt = 5  # bad requests of a client …
+    within: PositiveInt = 100  # … among so many of its last, and it is put aside
+    aside_seconds: Rate | None = 3600.0  # for so long; None: until the operator lets it in again (flexp readmit)
+
+
+class ServerConfig(Section):
+    """The shared blocks' side."""
+
+    update: Literal["every", "mean"] = "every"
+    # with update = "mean": client steps in one update, weighted by their items (classified examples, predicted tokens)
+    mean_over: PositiveInt = 4
+    memory: Literal["keep", "recompute"] = "keep"
+    max_in_flight: PositiveInt = 8  # forwards of one client whose backward has not come yet
+    max_in_flight_total: PositiveInt = 64  # the same over all clients
+    tuning: Literal["full", "lora", "frozen"] | None = None  # of the shared blocks; None: as model.tuning
+    keep_answers_bytes: PositiveInt = 256 << 20  # of each client's last steps, for when it goes back to a snapshot
+    codecs: list[CodecName] | None = None  # that clients may ask for; None: all
+    max_generations: PositiveInt = 8  # answers of one client under way, each with a cache of keys and values
+    max_generations_total: PositiveInt = 64  # the same over all clients
+    max_cached_tokens: PositiveInt = 65_536  # batch × length in the caches of one client
+    max_cached_bytes: PositiveInt = 4 * 2**30  # the caches of all clients
+    generation_seconds: Rate = 600.0  # a cache that long unused is forgotten
+    guard: GuardConfig = GuardConfig()
