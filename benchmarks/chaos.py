@@ -26,8 +26,8 @@ from benchmarks.tiny_run import tiny_run
 from flexp.errors import FlexpError
 from flexp.report.progress import Progress
 from flexp.run import runner
-from flexp.run.client import cuts_of
 from flexp.run.fleet import Fleet, Party
+from flexp.run.settle import settle
 from flexp.run.store import CHECKPOINTS, SNAPSHOTS, Parties, Store
 
 METERS = ("meter/", "seconds", "compute_seconds", "progress/")
@@ -72,7 +72,7 @@ def chaos(
     torch.set_num_threads(1)
     runner.run(config, folder / "simulation", progress=partial(Progress, console=Console(quiet=True)))
     fleet = Fleet(
-        config, cuts_of(config), folder / "fleet", schedule="deterministic", save_every=10, restarts=10**9,
+        settle(config), folder / "fleet", schedule="deterministic", save_every=10, restarts=10**9,
         answer_seconds=10.0,  # a bit turned in HTTP/2's own frames may make an answer vanish
         say=say,
     )  # fmt: skip

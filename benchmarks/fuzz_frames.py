@@ -27,8 +27,9 @@ from flexp.links.messages import (
     ForwardRequest,
     Join,
     PullRequest,
+    Ready,
 )
-from flexp.links.orders import Ready, to_text
+from flexp.links.orders import to_text
 from flexp.links.translate import to_frame
 from flexp.links.wire import DTYPES, MOST_TEXT, Field, Head, Kind, head_bytes, parse, signed
 

@@ -23,8 +23,7 @@ from flexp.links.grpc.gate import Gate
 from flexp.links.grpc.security import CLIENT_KEY, TOKEN_KEY
 from flexp.links.grpc.serving import Serving
 from flexp.links.grpc.tokens import Tokens
-from flexp.links.messages import Abort, ForwardRequest, Join
-from flexp.links.orders import read_ready
+from flexp.links.messages import Abort, ForwardRequest, Join, Leave
 from flexp.links.rules import Agreement, Limits, check_reply, check_request
 from flexp.links.translate import error_frame, read_welcome, to_message
 from flexp.links.wire import Kind, signed
@@ -122,16 +121,16 @@ class Target:
         """Put the client of this state back into it."""
         client = name_of(state)
         if state == STRANGER:
-            self.server.leave(client)
+            self.server.answer(client, Leave())
             self._agreements.pop(state, None)
             return
         if state not in self._agreements:
             self._accept(state, self._joins[state])
         pending = self.server._sessions[client].pending
         if len(pending) > 4:
-            self.server.abort(client, Abort())
+            self.server.answer(client, Abort())
         if state == max(CODECS) and IN_FLIGHT not in pending:
-            self.server.forward(client, ForwardRequest(IN_FLIGHT, torch.ones(1, 2, 32), train=True))
+            self.server.answer(client, ForwardRequest(IN_FLIGHT, torch.ones(1, 2, 32), train=True))
 
     def _frame(self, state: int, data: bytes) -> str:
         content = data[1:] if not data[0] & RAW else signed(data[1:])
@@ -147,15 +146,13 @@ class Target:
     def _accept(self, state: int, content: bytes) -> None:
         frame = _received(list(_messages(content, 0)), None, name_of(state))
         answer = self._serving._answer(name_of(state), frame)
+        assert isinstance(answer, Frame)
         _, self._agreements[state] = read_welcome(answer.head.text, to_message(frame, CPU))
 
     def _answer(self, state: int, frame: Frame, data: bytes) -> str:
         client, head = name_of(state), frame.head
-        if head.kind == Kind.READY:
-            with contextlib.suppress(LinkError):
-                read_ready(head.text)
-            return "denied"
         answer = self._serving._answer(client, frame)
+        assert isinstance(answer, Frame)  # only an order would come later, and nobody conducts a run here
         try:
             encode(answer)
         except LinkError as error:

@@ -23,7 +23,7 @@ from flexp.links.base import Link
 from flexp.methods.base import World
 from flexp.methods.flexp_sfl import FlexpSfl
 from flexp.models.loading import quietly
-from flexp.run.setup import build_world
+from flexp.run.settle import build_world
 
 Wrap = Callable[[Link], Link]
 

@@ -23,8 +23,8 @@ from flexp.links.base import connected
 from flexp.links.grpc import connect, serve
 from flexp.machine import machine
 from flexp.models.parts import check_cut
-from flexp.run.client import Place, find_place, load_own, make_client
 from flexp.run.server import make_server
+from flexp.run.settle import ClientSetup, settle_client
 from flexp.run.store import ParkedOnDisk
 
 WINDOW = 10
@@ -61,15 +61,15 @@ def bench(config: RunConfig, cuts: Sequence[Cut], *, client: str | None = None, 
     total = len(cuts) * steps
     train = config.train.model_copy(update={"rounds": 1, "steps_per_round": total})
     config = config.model_copy(update={"train": train})
-    place = find_place(config, client, cuts[0])
-    wanted = [check_cut(cut, place.blocks, where="--cuts") for cut in cuts]
+    setup = settle_client(config, client, cuts[0])
+    wanted = [check_cut(cut, setup.run.blocks, where="--cuts") for cut in cuts]
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory()))
-        moving, still = (_side(config, place, stack) for _ in range(2))
+        moving, still = (_side(config, setup, stack) for _ in range(2))
         moves = []
         for number, cut in enumerate(wanted):
             if number:
-                done = recut(moving.trainer, cut, lambda part: load_own(config, place, part), ParkedOnDisk(folder, 1))
+                done = recut(moving.trainer, cut, setup.load, ParkedOnDisk(folder, 1))
                 moves.append((len(moving.losses), done))
             for _ in range(steps):
                 moving.step()
@@ -89,15 +89,15 @@ def bench(config: RunConfig, cuts: Sequence[Cut], *, client: str | None = None, 
             "spread": stdev(moving.losses[before]),
         })  # fmt: skip
     return {
-        "bench": "recut", "model": config.model.id, "client": place.data.name, "steps": steps, "window": WINDOW,
+        "bench": "recut", "model": config.model.id, "client": setup.data.name, "steps": steps, "window": WINDOW,
         "rows": rows,
         "loss_end": fmean(moving.losses[-WINDOW:]), "twin_loss_end": fmean(still.losses[-WINDOW:]),
         "machine": machine(),
     }  # fmt: skip
 
 
-def _side(config: RunConfig, place: Place, stack: ExitStack) -> _Side:
-    server = make_server(config, 1, None, place.federation.task.model_kind, [place.data.name])
+def _side(config: RunConfig, setup: ClientSetup, stack: ExitStack) -> _Side:
+    server = make_server(config, 1, None, setup.run.federation.task.model_kind, [setup.data.name])
     serving = stack.enter_context(serve(server))
-    link = stack.enter_context(connected(connect(f"grpc://{serving.address}", place.data.name, codec="off")))
-    return _Side(make_client(config, place, link)[0])
+    link = stack.enter_context(connected(connect(f"grpc://{serving.address}", setup.data.name, codec="off")))
+    return _Side(setup.join(link)[0])

@@ -4,32 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from flexp.client.model import OFF, SPLIT_MODELS, SplitModel
 from flexp.config import AlignConfig, CodecConfig, LoraConfig, ModelConfig, OptimizerConfig, ServerConfig
-from flexp.links.base import Link, Meter
-from flexp.links.messages import (
-    Abort,
-    BackwardReply,
-    BackwardRequest,
-    EndGeneration,
-    ExtendReply,
-    ExtendRequest,
-    FetchReply,
-    FetchRequest,
-    ForwardReply,
-    ForwardRequest,
-    Join,
-    PullReply,
-    PullRequest,
-    Welcome,
-)
+from flexp.links.base import Link, Wrapping
+from flexp.links.messages import Join, Request, Welcome
 from flexp.models.fingerprint import fingerprint
 from flexp.models.parts import Part
 from flexp.models.stage import Stage, carve
@@ -37,6 +22,7 @@ from flexp.models.tuning import tune
 from flexp.models.zoo import tiny_batch, tiny_model
 from flexp.server import Server
 
+R = TypeVar("R")
 LORA = LoraConfig(rank=2, alpha=4.0)
 SGD = OptimizerConfig(name="sgd", lr=1e-3, momentum=0.9, weight_decay=0.01, clip=None)
 ADAMW = OptimizerConfig(name="adamw", lr=1e-3, weight_decay=0.1, clip=None)
@@ -106,7 +92,7 @@ class World:
         return model.train()
 
     def join(self, name: str, cut: tuple[int, int], /, **changes: Any) -> Welcome:
-        return self.server.join(name, Join(**(self.card(name, cut) | changes)))
+        return self.server.answer(name, Join(**(self.card(name, cut) | changes)))
 
     def card(self, name: str, cut: tuple[int, int]) -> dict[str, Any]:
         """What an honest client says of itself."""
@@ -168,53 +154,16 @@ def shared_weights(server: Server) -> dict[str, Tensor]:
     return copied(server.shared.updater.parameters)
 
 
-@dataclass
-class RecordingLink:
+class RecordingLink(Wrapping):
     """Hands everything on and keeps what crossed, as (direction, message)."""
 
-    inner: Link
-    messages: list[tuple[str, Any]] = field(default_factory=list)
+    def __init__(self, inner: Link) -> None:
+        super().__init__(inner)
+        self.messages: list[tuple[str, Any]] = []
 
-    @property
-    def meter(self) -> Meter:
-        return self.inner.meter
-
-    @property
-    def client(self) -> str:
-        return self.inner.client
-
-    def join(self, request: Join) -> Welcome:
-        return self._keep(request, self.inner.join(request))
-
-    def forward(self, request: ForwardRequest) -> Future[ForwardReply]:
-        return self._keep(request, self.inner.forward(request))
-
-    def backward(self, request: BackwardRequest) -> Future[BackwardReply]:
-        return self._keep(request, self.inner.backward(request))
-
-    def pull(self, request: PullRequest) -> Future[PullReply]:
-        return self._keep(request, self.inner.pull(request))
-
-    def fetch(self, request: FetchRequest) -> Future[FetchReply]:
-        return self._keep(request, self.inner.fetch(request))
-
-    def abort(self, request: Abort) -> None:
-        self.messages.append(("up", request))
-        self.inner.abort(request)
-
-    def extend(self, request: ExtendRequest) -> Future[ExtendReply]:
-        return self._keep(request, self.inner.extend(request))
-
-    def end_generation(self, request: EndGeneration) -> None:
-        self.messages.append(("up", request))
-        self.inner.end_generation(request)
-
-    def close(self) -> None:
-        self.inner.close()
-
-    def _keep(self, request: Any, reply: Any) -> Any:
-        self.messages.append(("up", request))
-        self.messages.append(("down", reply.result() if isinstance(reply, Future) else reply))
+    def call(self, request: Request[R]) -> Future[R]:
+        reply = self.inner.call(request)
+        self.messages += [("up", request), ("down", reply.result())]
         return reply
 
     def sent(self, kind: type[Any]) -> Iterator[Any]:

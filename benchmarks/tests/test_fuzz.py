@@ -53,7 +53,7 @@ def test_a_gradient_that_would_train_is_stopped_by_the_bounds_alone(made: Target
 
 def test_a_failure_behind_the_decoder_is_a_finding(made: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(made.server, "abort", lambda *_: 1 / 0)
+        patch.setattr(made.server, "answer", lambda *_: 1 / 0)
         for data in made.seeds:
             made.feed(data)
         assert any("ZeroDivisionError" in what for what in made.findings)

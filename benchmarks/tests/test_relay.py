@@ -17,7 +17,7 @@ def test_frames_that_come_twice_late_or_in_another_order_change_no_answer() -> N
     here = world("llama")
     join = here.client("b", (2, 4))  # in process
     plain = [torch.randn(1, 3, 32, generator=torch.Generator().manual_seed(seed)) for seed in range(40)]
-    wanted = [join.link.forward(ForwardRequest(n + 1, z)).result(SOON).hidden_BTH for n, z in enumerate(plain)]
+    wanted = [join.link.call(ForwardRequest(n + 1, z)).result(SOON).hidden_BTH for n, z in enumerate(plain)]
     with serve(here.server) as serving:
         relay = Relay(str(serving.address), rate=0.4, most=30, seed=1)
         got: dict[int, torch.Tensor] = {}
@@ -28,7 +28,7 @@ def test_frames_that_come_twice_late_or_in_another_order_change_no_answer() -> N
             try:
                 here.client("a", (2, 4), link=link)
                 todo = [n for n in range(len(plain)) if n not in got][:8]
-                for n, answer in [(n, link.forward(ForwardRequest(n + 1, plain[n]))) for n in todo]:
+                for n, answer in [(n, link.call(ForwardRequest(n + 1, plain[n]))) for n in todo]:
                     got[n] = answer.result(SOON).hidden_BTH
             except LinkLostError:
                 pass

@@ -249,7 +249,7 @@ def test_pulled_weights_are_copies() -> None:
     here = world("llama")
     model = here.client("a", (2, 4))
     before = shared_weights(here.server)
-    for value in model.link.pull(PullRequest(1, 2)).result().weights.values():
+    for value in model.link.call(PullRequest(1, 2)).result().weights.values():
         value.zero_()
     assert equal(shared_weights(here.server), before)
 
@@ -278,10 +278,10 @@ def test_the_teacher_has_no_dropout_and_moves_no_stream(tuning: str) -> None:
     here.join("a", (2, 4), align=AlignConfig(kind="mse"))
     base_BTH, z_BTH = torch.randn(2, 3, 6, 32, generator=torch.Generator().manual_seed(5))
     state = here.server.regulars["a"].random.state
-    replies = [here.server.forward("a", ForwardRequest(k, z_BTH, base_BTH=base_BTH, train=True)) for k in range(4)]
+    replies = [here.server.answer("a", ForwardRequest(k, z_BTH, base_BTH=base_BTH, train=True)) for k in range(4)]
     assert len({reply.align for reply in replies}) == 1
     assert not torch.equal(replies[0].hidden_BTH, replies[1].hidden_BTH)  # the task's own path does have dropout
     here.server.regulars["a"].random.state = state
-    plain = [here.server.forward("a", ForwardRequest(10 + k, z_BTH, train=True)) for k in range(4)]
+    plain = [here.server.answer("a", ForwardRequest(10 + k, z_BTH, train=True)) for k in range(4)]
     for with_align, without in zip(replies, plain, strict=True):
         assert torch.equal(with_align.hidden_BTH, without.hidden_BTH)

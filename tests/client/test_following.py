@@ -17,6 +17,7 @@ from flexp.config import AlignConfig, OptimizerConfig, TrainConfig
 from flexp.data.types import ClientData
 from flexp.links.base import Link
 from flexp.links.grpc import loopback
+from flexp.links.messages import Leave
 from flexp.optim import Updater
 from tests.client.test_recut import Words, blocks_of, model_of
 from tests.harness import World, copied, equal, shared_weights, world
@@ -192,7 +193,7 @@ def test_who_comes_to_a_trained_server_takes_its_copies_over() -> None:
     first = client(here, (1, 4), AlignConfig(kind="off"))
     for _ in range(3):
         first.step()
-    here.server.leave("a")
+    here.server.answer("a", Leave())
     late, shared = client(here, (3, 4), follow(every=100)), shared_weights(here.server)
     assert all(torch.equal(value, shared[name]) for name, value in aligned(here, late).items())
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ from flexp.config import ModelConfig, ServerConfig
 from flexp.errors import ConfigError, LinkError, LinkLostError, ModelError
 from flexp.links.base import Link
 from flexp.links.grpc import connect, serve
-from flexp.links.messages import ExtendReply, ExtendRequest, tensors
+from flexp.links.messages import EndGeneration, ExtendRequest, tensors
 from flexp.models.architectures import ARCHITECTURES
 from flexp.models.parts import Part
 from flexp.models.stage import Stage, carve
@@ -145,21 +144,15 @@ class Forgetful(RecordingLink):
         super().__init__(inner)
         self.server, self.at, self.breaks, self.count, self.broken = server, at, breaks, 0, False
 
-    def extend(self, request: ExtendRequest) -> Future[ExtendReply]:
-        self.count += 1
-        if self.count in self.at:
-            self.server._sessions["a"].generations.answers.clear()
-            self.broken = self.breaks
-        self._refuse()
-        return super().extend(request)
-
-    def end_generation(self, request: Any) -> None:
-        self._refuse()
-        super().end_generation(request)
-
-    def _refuse(self) -> None:
-        if self.broken:
+    def call(self, request: Any) -> Any:
+        if isinstance(request, ExtendRequest):
+            self.count += 1
+            if self.count in self.at:
+                self.server._sessions["a"].generations.answers.clear()
+                self.broken = self.breaks
+        if self.broken and isinstance(request, ExtendRequest | EndGeneration):
             raise LinkLostError("the link is broken")
+        return super().call(request)
 
 
 @pytest.mark.parametrize("options", [{}, WAYS["beams"]], ids=["greedy", "beams"])

@@ -9,7 +9,7 @@ import pytest
 from flexp.client.steps import Piece
 from flexp.config import ServerConfig
 from flexp.errors import LinkError
-from flexp.links.messages import Abort
+from flexp.links.messages import Abort, Leave
 from tests.harness import RecordingLink, World, equal, shared_weights, world
 
 
@@ -48,7 +48,7 @@ def test_a_link_that_is_gone_does_not_hide_the_first_failure() -> None:
 
     def fail() -> None:
         with model.part_of_step(Piece()):
-            here.server.leave("a")
+            here.server.answer("a", Leave())
             raise RuntimeError("out of memory")
 
     with pytest.raises(RuntimeError, match="out of memory"):

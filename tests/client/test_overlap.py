@@ -20,7 +20,7 @@ from flexp.links.emulated import EmulatedLink, Network
 from flexp.links.grpc import loopback
 from flexp.links.messages import BackwardRequest, ForwardRequest
 from flexp.methods import METHODS
-from flexp.run.setup import build_world
+from flexp.run.settle import build_world
 from tests.harness import RecordingLink, World, equal, gradients, shared_weights, world
 from tests.tiny import bert_folder, config
 
@@ -108,16 +108,15 @@ class _Watching(RecordingLink):
         self.order: list[str] = []
         self.open = self.most = 0
 
-    def forward(self, request: ForwardRequest) -> Any:
-        self.open += 1
-        self.most = max(self.most, self.open)
-        self.order.append(f"forward {request.exchange & 0xFFFF}")
-        return self.inner.forward(request)
-
-    def backward(self, request: BackwardRequest) -> Any:
-        self.order.append(f"backward {request.exchange & 0xFFFF}")
-        future = self.inner.backward(request)
-        future.add_done_callback(lambda _: setattr(self, "open", self.open - 1))
+    def call(self, request: Any) -> Any:
+        if isinstance(request, ForwardRequest):
+            self.open += 1
+            self.most = max(self.most, self.open)
+            self.order.append(f"forward {request.exchange & 0xFFFF}")
+        future = self.inner.call(request)
+        if isinstance(request, BackwardRequest):
+            self.order.append(f"backward {request.exchange & 0xFFFF}")
+            future.add_done_callback(lambda _: setattr(self, "open", self.open - 1))
         return future
 
 
@@ -129,9 +128,11 @@ class _Holding(_Watching):
         self.held: list[tuple[Future[Any], Future[Any]]] = []
         self.patience = threading.Timer(10.0, self._release, ["nobody sent a third"])
 
-    def forward(self, request: ForwardRequest) -> Any:
+    def call(self, request: Any) -> Any:
+        if not isinstance(request, ForwardRequest):
+            return super().call(request)
         answer: Future[Any] = Future()
-        self.held.append((answer, super().forward(request)))
+        self.held.append((answer, super().call(request)))
         if len(self.held) == 1:
             self.patience.start()
         if len(self.held) >= 3:

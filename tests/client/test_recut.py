@@ -127,17 +127,19 @@ def test_a_move_that_the_server_refuses_or_that_the_link_breaks_leaves_everythin
     with pytest.raises(ConfigError, match="does not fit a model of 4 blocks"):
         recut(trainer, (1, 9), blocks_of(here), ParkedInMemory())
     model = model_of(trainer)
-    fetch = model.link.fetch
+    call = model.link.call
 
-    def broken(_: Any) -> Any:
-        raise LinkLostError("gone")
+    def broken(request: Any) -> Any:
+        if isinstance(request, FetchRequest):
+            raise LinkLostError("gone")
+        return call(request)
 
     recut(trainer, (2, 4), blocks_of(here), ParkedInMemory())  # (to have blocks to pull)
     recut(other, (2, 4), blocks_of(same), ParkedInMemory())
-    model.link.fetch = broken  # type: ignore[method-assign]
+    model.link.call = broken  # type: ignore[method-assign]
     with pytest.raises(LinkLostError):
         recut(trainer, (3, 4), blocks_of(here), ParkedInMemory())
-    model.link.fetch = fetch  # type: ignore[method-assign]
+    model.link.call = call  # type: ignore[method-assign]
     assert model.cut == here.server.cut_of("a") == (2, 4)
     assert trainer.step().loss == other.step().loss
     assert equal(timeless(trainer) | shared_weights(here.server), timeless(other) | shared_weights(same.server))
@@ -199,10 +201,10 @@ def test_a_client_goes_on_from_the_state_of_another_cut(tmp_path: Path) -> None:
 def test_a_server_gives_no_weights_of_blocks_that_only_it_holds() -> None:
     here = world("llama")
     link = model_of(client(here, (2, 3), ADAMW)).link
-    assert link.fetch(FetchRequest(1)).result().weights
-    assert link.fetch(FetchRequest(3)).result().weights
+    assert link.call(FetchRequest(1)).result().weights
+    assert link.call(FetchRequest(3)).result().weights
     with pytest.raises(LinkError, match="gives no shared blocks away"):
-        link.fetch(FetchRequest(2)).result()
+        link.call(FetchRequest(2)).result()
 
 
 def test_what_is_parked_of_another_run_or_tuning_or_damaged_is_not_used(tmp_path: Path) -> None:
@@ -227,15 +229,17 @@ def test_a_server_of_another_model_size_changes_nothing(monkeypatch: pytest.Monk
     here = world("llama", optimizer=ADAMW)
     trainer = client(here, (1, 4), ADAMW)
     link = model_of(trainer).link
-    fetch = link.fetch
+    call = link.call
 
-    def odd(request: FetchRequest) -> Any:
-        reply = fetch(request).result()
+    def odd(request: Any) -> Any:
+        if not isinstance(request, FetchRequest):
+            return call(request)
+        reply = call(request).result()
         answer: Future[Any] = Future()
         answer.set_result(replace(reply, weights={name: value[:1] for name, value in reply.weights.items()}))
         return answer
 
-    monkeypatch.setattr(link, "fetch", odd)
+    monkeypatch.setattr(link, "call", odd)
     before = timeless(trainer)
     with pytest.raises(ModelError, match="expected"):
         recut(trainer, (2, 4), blocks_of(here), ParkedInMemory())

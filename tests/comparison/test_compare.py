@@ -18,7 +18,7 @@ from flexp.errors import BadValuesError, ConfigError, TrainingError
 from flexp.report.metrics import read
 from flexp.run import runner
 from flexp.run.probes import MemoryProbes
-from flexp.run.setup import build_world
+from flexp.run.settle import build_world
 from tests.tiny import CLIENTS
 
 from .tools import comparison

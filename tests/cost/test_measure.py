@@ -13,8 +13,8 @@ from flexp.cost.link import measure_link
 from flexp.cost.measure import flops_per_second, measure_model
 from flexp.cost.profile import ShapeSeconds
 from flexp.cost.speed import at_size, fitting, scaled
-from flexp.links.base import Meter
-from flexp.links.messages import ForwardReply, PullReply, Welcome
+from flexp.links.base import Meter, finished
+from flexp.links.messages import ForwardReply, ForwardRequest, Join, PullReply, Welcome
 from tests.planner.tools import cost_of, measured, seconds
 
 
@@ -81,26 +81,21 @@ class SlowLink:
     def now(self) -> float:
         return self.clock
 
-    def join(self, request: Any) -> Welcome:
-        assert request.cut == (3, 4)
-        return Welcome(1, 4, 32)
+    def call(self, request: Any) -> Future[Any]:
+        return finished(lambda: self._answer(request))
 
-    def forward(self, request: Any) -> Future[Any]:
-        size = 8 * request.hidden_BTH.numel() * 4
-        self.clock += 2 * self.latency + size / self.up + size / self.down + 0.5
-        self.meter.evaluation.server_seconds += 0.5
-        return _done(ForwardReply(request.hidden_BTH))
-
-    def pull(self, request: Any) -> Future[Any]:
+    def _answer(self, request: Any) -> Any:
+        if isinstance(request, Join):
+            assert request.cut == (3, 4)
+            return Welcome(1, 4, 32)
+        if isinstance(request, ForwardRequest):
+            size = 8 * request.hidden_BTH.numel() * 4
+            self.clock += 2 * self.latency + size / self.up + size / self.down + 0.5
+            self.meter.evaluation.server_seconds += 0.5
+            return ForwardReply(request.hidden_BTH)
         assert (request.start, request.stop) == (1, 2)
         self.clock += 2 * self.latency + 8 * 4 * self.pulled / self.down
-        return _done(PullReply({"w": torch.zeros(self.pulled)}))
-
-
-def _done(value: Any) -> Future[Any]:
-    future: Future[Any] = Future()
-    future.set_result(value)
-    return future
+        return PullReply({"w": torch.zeros(self.pulled)})
 
 
 def test_up_down_and_latency_are_told_apart() -> None:

@@ -18,9 +18,9 @@ from flexp.files import write_json
 from flexp.links.base import Link
 from flexp.links.grpc import connect, serve
 from flexp.report.metrics import MetricsLog
-from flexp.run.client import Place, find_place, make_client
 from flexp.run.folder import write_facts
 from flexp.run.server import make_server
+from flexp.run.settle import ClientSetup, settle_client
 from flexp.run.store import Store, party_of
 from flexp.server import Server
 
@@ -32,8 +32,8 @@ STEPS = 3
 class Remote:
     """A served server and its client's folder, trained for :data:`STEPS` steps."""
 
-    def __init__(self, folder: Path, server: Server, config: RunConfig, place: Place, address: str) -> None:
-        self.folder, self.server, self.config, self.place, self.address = folder, server, config, place, address
+    def __init__(self, folder: Path, server: Server, config: RunConfig, setup: ClientSetup, address: str) -> None:
+        self.folder, self.server, self.config, self.setup, self.address = folder, server, config, setup, address
         self.state = folder / "client"
 
     @property
@@ -50,8 +50,8 @@ class Remote:
         return connect(self.url, name, codec="off")
 
     def batch(self) -> dict[str, torch.Tensor]:
-        examples = self.place.data.test or self.place.data.train
-        batch = self.place.federation.task.collate(examples[:6])
+        examples = self.setup.data.test or self.setup.data.train
+        batch = self.setup.run.federation.task.collate(examples[:6])
         return {key: value for key, value in batch.items() if key != "labels"}
 
     def expected(self) -> torch.Tensor:
@@ -67,28 +67,28 @@ class Remote:
 def remote(folder: Path, arch: str, cut: tuple[int, int | None] = (1, 3), **tables: Any) -> Iterator[Remote]:
     """One client trains over loopback gRPC, saves and leaves; the server goes on."""
     config = validate(content_of(folder, arch, **tables), "test")
-    place = find_place(config, "client-1" if arch == "vit" else "north", cut)
-    name = place.data.name
-    server = make_server(config, 1, None, place.federation.task.model_kind, [name])
+    setup = settle_client(config, "client-1" if arch == "vit" else "north", cut)
+    name = setup.data.name
+    server = make_server(config, 1, None, setup.run.federation.task.model_kind, [name])
     server.allow_export = True
     with serve(server) as serving:
         state = folder / "client"
-        trainer, model = make_client(config, place, connect(f"grpc://{serving.address}", name))
+        trainer, model = setup.join(connect(f"grpc://{serving.address}", name))
         log = MetricsLog(state / "metrics.jsonl")
         for _ in range(STEPS):
             trainer.step()
-        log.write({"kind": "eval", "round": 1, "client": name, "personal": {place.federation.task.metric: 0.5}})
+        log.write({"kind": "eval", "round": 1, "client": name, "personal": {setup.run.federation.task.metric: 0.5}})
         log.close()
-        save(state, trainer, model, place, config)
+        save(state, trainer, model, setup, config)
         model.link.close()
-        yield Remote(folder, server, config, place, str(serving.address))
+        yield Remote(folder, server, config, setup, str(serving.address))
 
 
-def save(state: Path, trainer: Any, model: Any, place: Place, config: RunConfig, number: int = 4) -> None:
+def save(state: Path, trainer: Any, model: Any, setup: ClientSetup, config: RunConfig, number: int = 4) -> None:
     """As ``flexp client`` does."""
     numbering = model.steps.numbering
-    facts = {"run": "r", "client": place.data.name, "numbering": numbering, "steps": trainer.steps}
-    parties = {party_of(place.data.name): party_state(trainer)}
+    facts = {"run": "r", "client": setup.data.name, "numbering": numbering, "steps": trainer.steps}
+    parties = {party_of(setup.data.name): party_state(trainer)}
     Store(state / "snapshots").save(number, parties, {**facts, "cut": list(model.cut)})
     write_json(state / "config.json", config.resolved())
-    write_facts(state, place.data, place.federation, place.cut)
+    write_facts(state, setup.data, setup.run.federation, setup.cut)

@@ -53,7 +53,7 @@ def test_full(tmp_path: Path, arch: str, model: dict[str, Any]) -> None:
     assert torch.equal(answer(loaded, here.batch()), expected)
     pretrained = answer(here.opened.stage(exporting.Part.whole(4)).model, here.batch())
     assert not torch.allclose(pretrained, expected, atol=1e-3)
-    labels = here.place.federation.task.label_names
+    labels = here.setup.run.federation.task.label_names
     assert labels is None or list(loaded.config.id2label.values()) == labels
     assert (facts["steps"], facts["cut"]) == (3, [1, 3])
     files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
@@ -134,7 +134,7 @@ def test_only_the_clients_own_blocks_of_the_server(here: Remote, block: int, fir
     with pytest.raises(
         LinkError, match=rf"block {block} from tensor {first} on.*expected one of the shared blocks \[1, 4\)"
     ):
-        link.fetch(FetchRequest(block, first, most)).result()
+        link.call(FetchRequest(block, first, most)).result()
     link.close()
 
 
@@ -145,7 +145,7 @@ def test_a_block_comes_in_parts_that_are_bounded(here: Remote) -> None:
     most = max(value.nbytes for value in own.values())
     found: dict[str, torch.Tensor] = {}
     while len(found) < len(own):
-        reply = link.fetch(FetchRequest(2, len(found), most)).result()
+        reply = link.call(FetchRequest(2, len(found), most)).result()
         assert 0 < sum(value.nbytes for value in reply.weights.values()) <= most
         assert (reply.version, reply.total) == (here.server.shared.version, len(own))
         found |= reply.weights
@@ -153,7 +153,7 @@ def test_a_block_comes_in_parts_that_are_bounded(here: Remote) -> None:
     assert all(torch.equal(found[name], value) for name, value in own.items())
     assert link.meter.evaluation.bytes_down == sum(value.nbytes for value in own.values())
     assert link.meter.training.bytes_down == 0
-    alone = link.fetch(FetchRequest(2, 0, 1)).result()
+    alone = link.call(FetchRequest(2, 0, 1)).result()
     assert list(alone.weights) == sorted(own)[:1]
     link.close()
 
@@ -166,16 +166,16 @@ class Disturbed:
 
     def __call__(self, name: str) -> Any:
         link = self.here.reach(name)
-        plain = link.fetch
+        plain = link.call
 
-        def fetch(request: FetchRequest) -> Any:
-            self.asked += 1
-            if request.block == 2 and self.times:
+        def call(request: Any) -> Any:
+            self.asked += isinstance(request, FetchRequest)
+            if isinstance(request, FetchRequest) and request.block == 2 and self.times:
                 self.times -= 1
                 self.here.server.shared.version += 1
             return plain(request)
 
-        link.fetch = fetch  # type: ignore[method-assign]
+        link.call = call  # type: ignore[method-assign]
         return link
 
 

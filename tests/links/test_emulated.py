@@ -93,14 +93,14 @@ def test_weights_and_meters_do_not_depend_on_the_network(codec: CodecConfig | No
 class _Slow:
     """A server whose answers come when the test says so."""
 
-    client, meter = "a", Meter()
+    client, meter, residuals = "a", Meter(), {}
 
     def __init__(self) -> None:
         self.asked: list[int] = []
         self.answers: list[Future[Any]] = []
         self.closed = 0
 
-    def forward(self, request: ForwardRequest) -> Future[Any]:
+    def call(self, request: ForwardRequest) -> Future[Any]:
         self.asked.append(request.exchange)
         self.answers.append(Future())
         return self.answers[-1]
@@ -114,7 +114,7 @@ def test_requests_overlap_and_arrive_in_order() -> None:
     inner: Any = _Slow()
     link = EmulatedLink(inner, Network(latency_s=0.02, jitter_s=0.01))
     z = torch.zeros(1, 2, 4)
-    futures = [link.forward(ForwardRequest(number, z)) for number in range(10)]
+    futures = [link.call(ForwardRequest(number, z)) for number in range(10)]
     end = time.monotonic() + SOON
     while len(inner.answers) < 10 and time.monotonic() < end:
         time.sleep(0.005)
@@ -160,9 +160,9 @@ def test_refusals_travel() -> None:
             here.client("a", (0, 4), link=link, expose_embeddings=True)
         here.client("a", (2, 4), link=link)
         with pytest.raises(LinkError, match=r"is \(1, 2, 31\)"):
-            link.forward(ForwardRequest(1, torch.zeros(1, 2, 31))).result(SOON)
+            link.call(ForwardRequest(1, torch.zeros(1, 2, 31))).result(SOON)
     with pytest.raises(LinkError, match="the link is closed"):
-        link.forward(ForwardRequest(1, torch.zeros(1, 2, 32))).result(SOON)
+        link.call(ForwardRequest(1, torch.zeros(1, 2, 32))).result(SOON)
 
 
 def test_waiting_lets_the_server_draw() -> None:

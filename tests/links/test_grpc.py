@@ -97,20 +97,20 @@ def test_every_link_gives_the_same_weights_and_bytes(align: AlignConfig, certifi
 def test_refusals_have_the_servers_words() -> None:
     here = world("llama", config=ServerConfig(max_in_flight=1))
     with loopback(here.server, "a") as link:
-        with pytest.raises(LinkError, match=r"client a has not joined: call link.join first"):
-            link.forward(ForwardRequest(1, torch.zeros(1, 2, 32))).result(SOON)
+        with pytest.raises(LinkError, match=r"client a has not joined: Join comes first"):
+            link.call(ForwardRequest(1, torch.zeros(1, 2, 32))).result(SOON)
         with pytest.raises(LinkError, match="client a was refused: its cut"):
             here.client("a", (0, 4), link=link, expose_embeddings=True)
         model = here.client("a", (2, 4), link=link)
         for call, words in (
             (
-                link.forward(ForwardRequest(1, torch.zeros(1, 2, 31))),
+                link.call(ForwardRequest(1, torch.zeros(1, 2, 31))),
                 r"is \(1, 2, 31\) torch.float32, expected \(B, T, 32",
             ),
-            (link.forward(ForwardRequest(1, torch.zeros(1, 2, 32).double())), "float64, expected"),
-            (link.forward(ForwardRequest(1, torch.zeros(1, 2, 32), 2 * torch.ones(1, 2))), "other values than 0 and 1"),
-            (link.backward(BackwardRequest(7, torch.zeros(1, 2, 32))), "exchange 7 has no forward in flight"),
-            (link.pull(PullRequest(0, 4)), r"the weights of blocks \[0, 4\) were asked for"),
+            (link.call(ForwardRequest(1, torch.zeros(1, 2, 32).double())), "float64, expected"),
+            (link.call(ForwardRequest(1, torch.zeros(1, 2, 32), 2 * torch.ones(1, 2))), "other values than 0 and 1"),
+            (link.call(BackwardRequest(7, torch.zeros(1, 2, 32))), "exchange 7 has no forward in flight"),
+            (link.call(PullRequest(0, 4)), r"the weights of blocks \[0, 4\) were asked for"),
         ):
             with pytest.raises(LinkError, match=words):
                 call.result(SOON)
@@ -135,12 +135,12 @@ def test_large_frames_and_several_exchanges_in_flight() -> None:
     with loopback(here.server, "a") as link:
         here.client("a", (2, 4), link=link)
         sent = [torch.randn(*size, 32, generator=seeded(index)) for index, size in enumerate(sizes)]
-        answers = [link.forward(ForwardRequest(index, z, train=False)) for index, z in enumerate(sent)]
+        answers = [link.call(ForwardRequest(index, z, train=False)) for index, z in enumerate(sent)]
         got = [answer.result(60).hidden_BTH for answer in answers]
     near = here.server.connect("b")
     here.client("b", (2, 4), link=near)
     for z, h in zip(sent, got, strict=True):
-        assert torch.equal(near.forward(ForwardRequest(0, z)).result().hidden_BTH, h)
+        assert torch.equal(near.call(ForwardRequest(0, z)).result().hidden_BTH, h)
 
 
 def test_the_limit_on_tokens_holds_on_both_sides() -> None:
@@ -148,9 +148,9 @@ def test_the_limit_on_tokens_holds_on_both_sides() -> None:
     with serve(here.server, limits=Limits(max_tokens=10)) as serving:
         link = connect(f"grpc://{serving.address}", "a")
         here.client("a", (2, 4), link=link)
-        link.forward(ForwardRequest(1, torch.zeros(2, 5, 32))).result(SOON)
+        link.call(ForwardRequest(1, torch.zeros(2, 5, 32))).result(SOON)
         with pytest.raises(LinkError, match="2 × 6 tokens, the server takes at most 10"):
-            link.forward(ForwardRequest(2, torch.zeros(2, 6, 32))).result(SOON)
+            link.call(ForwardRequest(2, torch.zeros(2, 6, 32))).result(SOON)
         link.close()
 
 
@@ -192,12 +192,12 @@ def test_a_late_answer_gives_the_link_up(monkeypatch: pytest.MonkeyPatch) -> Non
     held = threading.Event()
     with serve(here.server) as serving:
         link = connect(f"grpc://{serving.address}", "a", timeout=0.3)
-        monkeypatch.setattr(here.server, "pull", lambda *_: held.wait(SOON))
         here.client("a", (2, 4), link=link)
+        monkeypatch.setattr(here.server, "answer", lambda *_: held.wait(SOON))
         with pytest.raises(LinkError, match=r"no answer to PULL within 0.3 s"):
-            link.pull(PullRequest(1, 2)).result(SOON)
+            link.call(PullRequest(1, 2)).result(SOON)
         with pytest.raises(LinkError, match=r"no answer to PULL within 0.3 s"):
-            link.forward(ForwardRequest(1, torch.zeros(1, 2, 32))).result(SOON)
+            link.call(ForwardRequest(1, torch.zeros(1, 2, 32))).result(SOON)
         held.set()
         link.close()
 
@@ -210,9 +210,9 @@ def test_a_server_that_goes_is_told_in_one_line() -> None:
         here.client("a", (2, 4), link=link)
         serving.refuse_more()
         with pytest.raises(LinkError, match="the server is stopping"):
-            link.forward(ForwardRequest(1, torch.zeros(1, 2, 32))).result(SOON)
+            link.call(ForwardRequest(1, torch.zeros(1, 2, 32))).result(SOON)
     with pytest.raises(LinkError, match=r"cannot be reached, or has gone|ended the stream|Cancel"):
-        link.forward(ForwardRequest(1, torch.zeros(1, 2, 32))).result(SOON)
+        link.call(ForwardRequest(1, torch.zeros(1, 2, 32))).result(SOON)
     link.close()
     link.close()
     with pytest.raises(LinkError, match=f"the server at {address} cannot be reached"):
@@ -228,7 +228,7 @@ def test_a_fault_of_the_server_is_its_own(monkeypatch: pytest.MonkeyPatch) -> No
     with loopback(here.server, "a") as link:
         model = here.client("a", (2, 4), link=link)
         with monkeypatch.context() as patch:
-            patch.setattr(here.server, "forward", broken)
+            patch.setattr(here.server, "answer", broken)
             with pytest.raises(LinkError, match=r"the server failed \(ZeroDivisionError: a mistake\)"):
                 model(**here.batch())
         model(**here.batch()).loss.backward()
@@ -269,21 +269,23 @@ def test_urls_where_links_are_taken(tmp_path: Path) -> None:
 def test_frames_that_come_twice_or_too_late_are_computed_once_or_never() -> None:
     here = world("llama")
     counted: list[int] = []
-    forward = here.server.forward
+    answer = here.server.answer
 
-    def counting(client: str, request: ForwardRequest) -> Any:
-        counted.append(request.exchange)
-        return forward(client, request)
+    def counting(client: str, request: Any) -> Any:
+        if isinstance(request, ForwardRequest):
+            counted.append(request.exchange)
+        return answer(client, request)
 
-    here.server.forward = counting  # type: ignore[method-assign]
+    here.server.answer = counting  # type: ignore[method-assign]
     with serve(here.server) as serving:
         link = connect(f"grpc://{serving.address}", "a", codec="off")
         here.client("a", (2, 4), link=link)
         z = torch.randn(1, 3, 32)
 
         def send(exchange: int, *, before: list[bytes] = [], twice: bool = False) -> Future[Any]:  # noqa: B006
-            frame = to_frame(ForwardRequest(exchange, z), next(link._numbers))
-            call = _Call(frame.head, Future(), link.meter.evaluation, torch.device("cpu"))
+            request = ForwardRequest(exchange, z)
+            frame = to_frame(request, next(link._numbers))
+            call = _Call(request, frame.head, Future(), link.meter.evaluation, torch.device("cpu"))
             messages = [*before, *encode(frame) * (2 if twice else 1)]
             background().call_soon_threadsafe(link._enqueue, call, messages)
             return call.future

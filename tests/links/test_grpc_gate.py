@@ -145,8 +145,8 @@ def test_who_sends_too_fast_is_read_more_slowly_and_answered_all_the_same() -> N
         for each in (link, other):
             here.client(each.client, (2, 4), link=each)
         began = time.monotonic()
-        answers = [link.forward(ForwardRequest(number, torch.zeros(1, 2, 32))) for number in range(12)]
-        quick = other.forward(ForwardRequest(1, torch.zeros(1, 2, 32)))
+        answers = [link.call(ForwardRequest(number, torch.zeros(1, 2, 32))) for number in range(12)]
+        quick = other.call(ForwardRequest(1, torch.zeros(1, 2, 32)))
         quick.result(SOON)
         assert not answers[-1].done()  # the other did not wait for it
         for answer in answers:
@@ -164,7 +164,7 @@ def bad_requests(here: Any, url: str, token: str | None = None) -> str:
     here.client("a", (2, 4), link=link)
     said = ""
     for number in range(3):
-        said = str(link.forward(ForwardRequest(number, torch.full((1, 2, 32), math.nan), train=True)).exception(SOON))
+        said = str(link.call(ForwardRequest(number, torch.full((1, 2, 32), math.nan), train=True)).exception(SOON))
     assert eventually(lambda: link._broken is not None)
     assert "client a is put aside" in str(link._broken)
     link.close()

@@ -37,7 +37,7 @@ def test_frames_wait_for_memory_and_all_are_answered(monkeypatch: pytest.MonkeyP
         for link in links:
             here.client(link.client, (2, 4), link=link)
         answers: list[Future[Any]] = [
-            link.forward(ForwardRequest(number, torch.full((8, 100, 32), float(number))))
+            link.call(ForwardRequest(number, torch.full((8, 100, 32), float(number))))
             for number in range(6)
             for link in links
         ]
@@ -56,7 +56,7 @@ def test_a_frame_beyond_all_memory_is_refused() -> None:
         link = connect(f"grpc://{serving.address}", "a", codec="off")
         here.client("a", (2, 4), link=link)
         with pytest.raises(LinkError, match="more than the server's memory in flight"):
-            link.forward(ForwardRequest(1, torch.zeros(8, 100, 32))).result(SOON)
+            link.call(ForwardRequest(1, torch.zeros(8, 100, 32))).result(SOON)
         link.close()
 
 

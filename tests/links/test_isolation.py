@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flexp.config import AlignConfig, CodecConfig
 from flexp.errors import LinkError
-from flexp.links.base import Link, connected
+from flexp.links.base import Link, ask, connected
 from flexp.links.grpc import connect, serve
 from flexp.links.messages import Abort, BackwardRequest, EndGeneration, ExtendRequest, ForwardRequest, Join, PullRequest
 from flexp.rng import RandomStream
@@ -43,7 +43,7 @@ class Both:
     heard: list[Tensor] = field(default_factory=list)
 
     def join(self, link: Link, name: str, cut: tuple[int, int] = (2, 4), **changes: Any) -> None:
-        link.join(Join(**(self.here.card(name, cut) | {"align": KL, "codec": OFF} | changes)))
+        ask(link, Join(**(self.here.card(name, cut) | {"align": KL, "codec": OFF} | changes)))
 
     def refused(self, words: str, call: Callable[[], Any]) -> None:
         with pytest.raises(LinkError, match=words):
@@ -77,23 +77,23 @@ def intrude(pair: Both, number: int) -> None:
     pair.refused("names another client, a", lambda: pair.join(link, "a"))
     pair.refused(
         f"client b: exchange {number} has no forward in flight",
-        lambda: link.backward(BackwardRequest(number, drawn(9))).result(SOON),
+        lambda: link.call(BackwardRequest(number, drawn(9))).result(SOON),
     )
     pair.refused(
         "client b: answer 1 goes on after 5 tokens, but the server holds 0",
-        lambda: link.extend(ExtendRequest(1, 5, drawn(8, 2, 1, HIDDEN))).result(SOON),
+        lambda: link.call(ExtendRequest(1, 5, drawn(8, 2, 1, HIDDEN))).result(SOON),
     )
     for start, stop in ((0, 1), (1, 4), (2, 3), (3, 4), (-1, 2)):
         pair.refused(
             rf"client b: the weights of blocks \[{start}, {stop}\) were asked for",
-            lambda start=start, stop=stop: link.pull(PullRequest(start, stop, 1)).result(SOON),
+            lambda start=start, stop=stop: link.call(PullRequest(start, stop, 1)).result(SOON),
         )
-    link.end_generation(EndGeneration(1))
-    link.abort(Abort())
+    ask(link, EndGeneration(1))
+    ask(link, Abort())
     for step in (1, 2):  # the numbers of a's steps and exchanges
-        link.forward(forward(number, hidden_BTH=drawn(70), step=step)).result(SOON)
-        link.backward(BackwardRequest(number, drawn(71), step=step)).result(SOON)
-    link.forward(forward(number + 1, hidden_BTH=drawn(72))).result(SOON)
+        link.call(forward(number, hidden_BTH=drawn(70), step=step)).result(SOON)
+        link.call(BackwardRequest(number, drawn(71), step=step)).result(SOON)
+    link.call(forward(number + 1, hidden_BTH=drawn(72))).result(SOON)
     pair.join(link, "b")
 
 
@@ -105,14 +105,14 @@ def honest(pair: Both, between: Callable[[int], None]) -> list[Tensor]:
     for step in (1, 2):
         numbers = (2 * step - 1, 2 * step)
         for number in numbers:
-            reply = pair.a.forward(forward(number, step=step)).result(SOON)
+            reply = pair.a.call(forward(number, step=step)).result(SOON)
             found += [reply.hidden_BTH, torch.tensor(reply.align)]
         between(numbers[0])
         for number in numbers:
             request = BackwardRequest(number, drawn(20 + number), step=step, exchanges=2, tokens=0.5)
-            found.append(pair.a.backward(request).result(SOON).grad_BTH)
+            found.append(pair.a.call(request).result(SOON).grad_BTH)
             between(numbers[1] if number == numbers[0] else 99)
-        found += list(pair.a.pull(PullRequest(1, 2, step)).result(SOON).weights.values())
+        found += list(pair.a.call(PullRequest(1, 2, step)).result(SOON).weights.values())
     return [value.clone() for value in found]
 
 
@@ -138,12 +138,12 @@ def test_what_is_answered_to_one_is_not_in_what_is_answered_to_the_other(kind: s
     with both(kind) as pair:
         pair.join(pair.a, "a", numbering=5)
         pair.join(pair.b, "b", (3, 4), numbering=5)
-        ours = pair.a.forward(forward(1)).result(SOON).hidden_BTH
-        theirs = pair.b.forward(forward(1)).result(SOON).hidden_BTH
+        ours = pair.a.call(forward(1)).result(SOON).hidden_BTH
+        theirs = pair.b.call(forward(1)).result(SOON).hidden_BTH
         assert not torch.equal(ours, theirs)
         gradient = BackwardRequest(1, drawn(21), step=1)
-        down = pair.a.backward(gradient).result(SOON).grad_BTH
-        again = pair.b.backward(gradient).result(SOON).grad_BTH
+        down = pair.a.call(gradient).result(SOON).grad_BTH
+        again = pair.b.call(gradient).result(SOON).grad_BTH
         assert not torch.equal(down, again)
         # a's step 1 has been applied and answered; b's step 1 is b's own, and asks for no answer of a's.
         assert pair.here.server.regulars["a"].progress.newest == pair.here.server.regulars["b"].progress.newest == 1
@@ -154,11 +154,11 @@ def test_leaving_and_being_put_aside_concern_nobody_else(kind: str) -> None:
     with both(kind, dropout=0.0) as pair:
         pair.join(pair.a, "a")
         pair.join(pair.b, "b")
-        pair.a.forward(forward(1)).result(SOON)
+        pair.a.call(forward(1)).result(SOON)
         bad = replace(forward(4), hidden_BTH=torch.full((2, 5, HIDDEN), torch.nan))
         for _ in range(pair.here.server.config.guard.strikes):
-            assert isinstance(pair.b.forward(bad).exception(SOON), LinkError)
+            assert isinstance(pair.b.call(bad).exception(SOON), LinkError)
         assert pair.here.server.aside("b") is not None
         assert pair.here.server.aside("a") is None
-        pair.a.backward(BackwardRequest(1, drawn(21), step=1)).result(SOON)
+        pair.a.call(BackwardRequest(1, drawn(21), step=1)).result(SOON)
         assert pair.here.server.regulars["b"].progress.newest == 0

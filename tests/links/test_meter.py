@@ -11,7 +11,7 @@ import torch
 from flexp.config import AlignConfig
 from flexp.links.base import Link, Meter, connected
 from flexp.links.inprocess import InProcessLink
-from flexp.links.messages import PullReply, PullRequest, size, tensors
+from flexp.links.messages import Leave, PullReply, PullRequest, size, tensors
 from tests.harness import RecordingLink, world
 
 B, T, H = 3, 10, 32
@@ -74,13 +74,13 @@ def test_evaluation_is_counted_apart() -> None:
 def test_waiting_for_pulled_weights_is_waiting() -> None:
     here = world("llama")
     model = here.client("a", (3, 4), AlignConfig(kind="weights"))
-    pull = model.link.pull
+    call = model.link.call
 
-    def slow(request: PullRequest) -> Any:
-        time.sleep(0.05)
-        return pull(request)
+    def slow(request: Any) -> Any:
+        time.sleep(0.05 * isinstance(request, PullRequest))
+        return call(request)
 
-    model.link.pull = slow  # type: ignore[method-assign]
+    model.link.call = slow  # type: ignore[method-assign]
     model(**here.batch()).loss.backward()
     before = model.link.meter.training.waited_seconds
     model.after_step()
@@ -116,7 +116,7 @@ def test_clients_are_metered_apart_and_meters_go_on_from_their_state() -> None:
 def test_what_is_refused_comes_to_no_exchange() -> None:
     here = world("llama")
     model = here.client("a", (2, 4))
-    here.server.leave("a")
+    here.server.answer("a", Leave())
     with pytest.raises(Exception, match="has not joined"):
         model(**here.batch())
     assert model.link.meter.training.exchanges == 0

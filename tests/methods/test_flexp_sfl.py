@@ -15,7 +15,7 @@ from flexp.config import TrainConfig
 from flexp.errors import TrainingError
 from flexp.methods import METHODS
 from flexp.methods.turns import turns
-from flexp.run.setup import build_world
+from flexp.run.settle import build_world
 from tests.tiny import bert_folder, config
 
 ONE = {"clients": {"names": ["north"], "cuts": [[2, 3]]}}

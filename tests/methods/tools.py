@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from flexp.config import RunConfig
 from flexp.data.types import ClientData, Federation
 from flexp.methods import METHODS, World, federated
-from flexp.run.setup import build_world
+from flexp.run.settle import build_world
 from tests.tiny import config
 
 ADAPTERS = {"splitlora", "splitft", "hetlora"}

@@ -1,4 +1,4 @@
-"""A client as a process of its own whose memory the kernel limits: ``python -m tests.deployment.limited``.
+"""A client as a process of its own whose memory the kernel limits: ``python -m tests.run.limited``.
 
 It first trains its part, with the cut that ``"auto"`` gives under the limit, to the end of the run; then it tunes the
 whole model for a step, under the same limit and without one.
@@ -24,7 +24,8 @@ from flexp.links.grpc import connect
 from flexp.models.loading import load_stage
 from flexp.models.tuning import tune
 from flexp.optim import Updater
-from flexp.run.client import Place, find_place, run_client
+from flexp.run.client import run_client
+from flexp.run.settle import ClientSetup, settle_client
 
 
 def limit(mib: int | None) -> None:
@@ -40,10 +41,10 @@ def limit(mib: int | None) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (used + stacks + mib * 2**20, hard))
 
 
-def whole(place: Place) -> str | None:
+def whole(setup: ClientSetup) -> str | None:
     """One step of tuning all of the model; gives what went wrong, if memory ran out."""
     try:
-        stage = load_stage(place.model_id, "sequence-classification", labels=["a", "b"])
+        stage = load_stage(setup.run.model_id, "sequence-classification", labels=["a", "b"])
         tune(stage, ModelConfig(id="any"))
         updater = Updater(stage.trainable(), OptimizerConfig())
         ids = torch.ones(4, 16, dtype=torch.long)
@@ -61,15 +62,13 @@ def main(address: str, content: Any, state: Path, mib: int) -> None:
     torch.set_num_threads(1)
     config = validate(content, "limited")
     limit(mib)
-    place = find_place(config, "north", None)
+    setup = settle_client(config, "north", None)
     reach = lambda: connect(f"grpc://{address}", "north")  # noqa: E731
-    over = run_client(
-        config, DeploymentConfig(), reach, place, state, codec=config.link.codec, console=Console(quiet=True)
-    )
+    over = run_client(setup, DeploymentConfig(), reach, state, codec=config.link.codec, console=Console(quiet=True))
     limit(mib)
-    under = whole(place)
+    under = whole(setup)
     limit(None)
-    facts = {"over": over, "cut": place.cut, "notes": place.federation.notes, "under": under, "free": whole(place)}
+    facts = {"over": over, "cut": setup.cut, "notes": setup.run.federation.notes, "under": under, "free": whole(setup)}
     print(json.dumps(facts))
 
 

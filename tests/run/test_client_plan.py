@@ -6,7 +6,7 @@ from pathlib import Path
 
 from flexp.config.loading import validate
 from flexp.files import write_json
-from flexp.run.client import find_place
+from flexp.run.settle import settle_client
 from tests.tiny import bert_folder, content
 
 
@@ -22,13 +22,13 @@ def test_each_client_has_its_own_part(tmp_path: Path) -> None:
     tables["data"]["clients"] = {"plan": str(tmp_path / "plan.json")}
     found = {}
     for name in ("north", "south", "west"):
-        place = find_place(validate(tables, "tiny"), name, None)
+        place = settle_client(validate(tables, "tiny"), name, None)
         own = place.config
         found[name] = (
             place.cut, own.train.micro_batch, own.model.gradient_checkpointing, own.link.codec.activation,
             own.link.codec.gradient,
         )  # fmt: skip
-        assert place.federation.notes[-1].startswith("cuts of plan.json: ")
+        assert place.run.federation.notes[-1].startswith("cuts of plan.json: ")
     assert found == {
         "north": ((1, 4), 2, True, "off", "off"),
         "south": ((2, 3), 4, False, "int8-channel", "int8-channel"),

@@ -9,7 +9,8 @@ import pytest
 
 from flexp.config import TrainConfig
 from flexp.errors import LinkError
-from flexp.links.orders import Order, Ready, read_order, read_ready, to_text
+from flexp.links.messages import Order, Ready
+from flexp.links.orders import read_order, read_ready, to_text
 from flexp.methods.turns import turns
 from flexp.run.conductors import Desk
 from flexp.run.deterministic import Deterministic

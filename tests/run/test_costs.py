@@ -17,7 +17,7 @@ from flexp.methods.holds import HOLDS
 from flexp.methods.parties import own_stage
 from flexp.models.parts import Part
 from flexp.run.costs import Costs
-from flexp.run.setup import build_world
+from flexp.run.settle import build_world
 from tests.tiny import config
 
 OFF = {"align": {"kind": "off"}}

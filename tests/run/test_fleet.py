@@ -17,8 +17,9 @@ from flexp.links.base import Link
 from flexp.links.grpc import connect
 from flexp.report.metrics import read
 from flexp.run import runner
-from flexp.run.client import cuts_of, find_place, run_client
+from flexp.run.client import run_client
 from flexp.run.fleet import Fleet
+from flexp.run.settle import settle, settle_client
 from flexp.run.store import Store
 from tests import tiny
 from tests.harness import equal
@@ -179,8 +180,8 @@ def test_a_cut_changes_before_the_first_step(folder: Path, tmp_path: Path) -> No
     state, stopped = tmp_path / "south", threading.Event()
     stopped.set()
     server = Server(config, free, None)
-    where = find_place(config, "south", None)
-    run_client(config, free, lambda: plain(server)("south"), where, state, console=Console(quiet=True), stop=stopped)
+    where = settle_client(config, "south", None)
+    run_client(where, free, lambda: plain(server)("south"), state, console=Console(quiet=True), stop=stopped)
     snapshots = Store(state / "snapshots")
     facts = snapshots.open(0).facts
     assert (facts["steps"], tuple(facts["cut"])) == (0, where.cut) != (0, (3, 4))
@@ -196,9 +197,7 @@ def test_processes_that_are_killed(folder: Path, tmp_path: Path) -> None:
     """Real processes, SIGKILL for a client and for the server in the middle of training."""
     config = configured(folder, steps=60)
     runner.run(config, tmp_path / "sim")
-    made = Fleet(
-        config, cuts_of(config), tmp_path / "fleet", schedule="deterministic", save_every=3, say=lambda _: None
-    )
+    made = Fleet(settle(config), tmp_path / "fleet", schedule="deterministic", save_every=3, say=lambda _: None)
     made.start()
     try:
         for party, steps in ((made.clients["west"], 20), (made.server, 60)):

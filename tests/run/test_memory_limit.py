@@ -38,7 +38,7 @@ def wide_bert(folder: Path) -> None:
 
 def child(address: str, tables: dict[str, Any], state: Path, mib: int) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ARROW_DEFAULT_MEMORY_POOL": "system"}
-    command = [sys.executable, "-m", "tests.deployment.limited", address, json.dumps(tables), str(state), str(mib)]
+    command = [sys.executable, "-m", "tests.run.limited", address, json.dumps(tables), str(state), str(mib)]
     root = Path(__file__).parents[2]
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root, check=False, timeout=300)
 

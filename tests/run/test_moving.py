@@ -58,11 +58,10 @@ def kept(cut: list[int]) -> int:
 def peak_of(mover_config: RunConfig, cut: tuple[int, int], micro: int) -> int:
     from flexp.cost.choice import Choice
     from flexp.planner.model import ModelCosts
-    from flexp.run.client import find_place
     from flexp.run.planned import auto_fleet
-    from flexp.run.setup import model_folder
+    from flexp.run.settle import model_folder, settle_client
 
-    fleet = auto_fleet(mover_config, find_place(mover_config, NAME, (3, 4)).federation)
+    fleet = auto_fleet(mover_config, settle_client(mover_config, NAME, (3, 4)).run.federation)
     costs = ModelCosts(model_folder(mover_config), fleet.task, fleet.choices, fleet.server)
     return costs.predict(fleet.devices[0].profile, Choice(cut, micro, 4 // micro)).memory_bytes
 

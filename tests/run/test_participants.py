@@ -25,7 +25,7 @@ from flexp.run import runner
 from flexp.run.costs import Costs
 from flexp.run.participants import NobodyFitsError, client_work
 from flexp.run.probes import MemoryProbes
-from flexp.run.setup import build_world
+from flexp.run.settle import build_world
 from tests.tiny import CLIENTS, config
 
 MB = 10**6

@@ -17,7 +17,7 @@ from flexp.methods import METHODS
 from flexp.planner.infeasible import InfeasibleError
 from flexp.report.metrics import read
 from flexp.run import runner
-from flexp.run.setup import build_world
+from flexp.run.settle import build_world
 from tests.tiny import CLIENTS, config
 
 MB = 10**6
@@ -80,7 +80,7 @@ def test_auto_on_this_process_says_what_it_assumes(home: Path, monkeypatch: pyte
     assert note.startswith("cuts planned from a test, 1.07 GB; speed and network are a laptop's, not measured: ")
     assert this_machine().memory_bytes > 1
     loads: list[int] = []
-    monkeypatch.setattr("flexp.run.setup.load_stage", lambda *_, **__: loads.append(1))
+    monkeypatch.setattr("flexp.run.settle.load_stage", lambda *_, **__: loads.append(1))
     assert world.plan is not None
     assert list(world.cuts.values()) == [(1, 4)] * 3  # the shallowest one: nothing else needs less
     needed = world.plan["clients"][0]["predicted"]["memory_bytes"]

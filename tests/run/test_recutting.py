@@ -12,7 +12,7 @@ from flexp.errors import ConfigError
 from flexp.methods.flexp_sfl import FlexpSfl
 from flexp.report.metrics import read
 from flexp.run import runner
-from flexp.run.setup import build_world
+from flexp.run.settle import build_world
 from tests.tiny import CLIENTS, bert_folder, checkpoint, config
 
 NORTH, SOUTH, WEST = CLIENTS

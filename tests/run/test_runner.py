@@ -20,7 +20,7 @@ from flexp.methods.flexp_sfl import FlexpSfl
 from flexp.models.zoo import tiny_model
 from flexp.report.metrics import read
 from flexp.run import runner, store
-from flexp.run.setup import build_world
+from flexp.run.settle import build_world
 from tests.data.tools import jsonl, labelled, tokenizer
 from tests.tiny import CLIENTS, checkpoint, config, content
 

@@ -14,8 +14,9 @@ from benchmarks.chaos import METERS
 from flexp.config import DeploymentConfig, RunConfig
 from flexp.links.base import Link
 from flexp.links.grpc import connect
-from flexp.run.client import cuts_of, find_place, run_client
+from flexp.run.client import run_client
 from flexp.run.server import make_conductor, make_server, run_server
+from flexp.run.settle import settle, settle_client
 from flexp.run.store import Store
 
 
@@ -32,7 +33,7 @@ class Server:
     ) -> None:
         self.lines: list[str] = []
         self.stop, self._listening = threading.Event(), threading.Event()
-        cuts = cuts_of(config)
+        cuts = settle(config).cuts
         start, end = min(cut[0] for cut in cuts.values()), max(cut[1] for cut in cuts.values())
         start = config.model.base_depth or start
         server = make_server(config, start, end, "sequence-classification", deployment.clients)
@@ -74,13 +75,11 @@ class Client:
 
         def work() -> None:
             try:
-                place = find_place(config, name, cut)
                 console = Console(quiet=True)
                 self.over = run_client(
-                    config,
+                    settle_client(config, name, cut),
                     deployment,
                     lambda: reach(name),
-                    place,
                     state,
                     codec=config.link.codec,
                     console=console,

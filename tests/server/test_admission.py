@@ -15,7 +15,7 @@ import torch
 from flexp.client.model import SplitModelForCausalLM
 from flexp.config import AlignConfig, LoraConfig, ModelConfig, ServerConfig
 from flexp.errors import ConfigError, LinkError
-from flexp.links.messages import Abort, BackwardRequest, FetchRequest, ForwardRequest, PullRequest
+from flexp.links.messages import Abort, BackwardRequest, FetchRequest, ForwardRequest, Leave, PullRequest
 from flexp.models.fingerprint import weights_fingerprint
 from flexp.models.loading import load_stage
 from flexp.models.zoo import tiny_batch, tiny_model
@@ -57,35 +57,35 @@ def joined(**options: Any) -> World:
 
 def test_the_bounds_on_what_is_in_flight_say_so() -> None:
     here = joined(max_in_flight=2, max_in_flight_total=3)
-    here.server.forward("a", forward(1))
-    here.server.forward("a", forward(2))
+    here.server.answer("a", forward(1))
+    here.server.answer("a", forward(2))
     with refused(here, "client a", "2 exchanges are in flight", "server.max_in_flight", "model.abort()"):
-        here.server.forward("a", forward(3))
-    here.server.forward("b", forward(1))  # what a has left lying about is a's own trouble
+        here.server.answer("a", forward(3))
+    here.server.answer("b", forward(1))  # what a has left lying about is a's own trouble
     with refused(here, "client b", "3 exchanges of all clients", "server.max_in_flight_total"):
-        here.server.forward("b", forward(2))
-    here.server.forward("a", forward(3, train=False))  # evaluation keeps nothing, so it is never refused
-    here.server.backward("b", backward(1))
-    here.server.forward("b", forward(2))
-    here.server.abort("a", Abort())
-    here.server.forward("a", forward(1))
-    here.server.forward("b", forward(3))
+        here.server.answer("b", forward(2))
+    here.server.answer("a", forward(3, train=False))  # evaluation keeps nothing, so it is never refused
+    here.server.answer("b", backward(1))
+    here.server.answer("b", forward(2))
+    here.server.answer("a", Abort())
+    here.server.answer("a", forward(1))
+    here.server.answer("b", forward(3))
     with refused(here, "client z has not joined"):
-        here.server.abort("z", Abort())
+        here.server.answer("z", Abort())
 
 
 def test_a_step_says_how_many_exchanges_it_has_and_unfinished_ones_are_bounded() -> None:
     here = joined(max_in_flight=2)
-    here.server.forward("a", forward(1))
-    here.server.backward("a", backward(1, step=1, exchanges=3))
-    here.server.forward("a", forward(2))
+    here.server.answer("a", forward(1))
+    here.server.answer("a", backward(1, step=1, exchanges=3))
+    here.server.answer("a", forward(2))
     with refused(here, "client a: step 1 has 2 exchanges now", "expected 3"):
-        here.server.backward("a", backward(2, step=1, exchanges=2))
-    here.server.backward("a", backward(2, step=2, exchanges=2))
-    here.server.forward("a", forward(3))
+        here.server.answer("a", backward(2, step=1, exchanges=2))
+    here.server.answer("a", backward(2, step=2, exchanges=2))
+    here.server.answer("a", forward(3))
     with refused(here, "client a: 2 steps are unfinished", "model.abort()"):
-        here.server.backward("a", backward(3, step=3, exchanges=2))
-    here.server.backward("a", backward(3, step=2, exchanges=2))
+        here.server.answer("a", backward(3, step=3, exchanges=2))
+    here.server.answer("a", backward(3, step=2, exchanges=2))
     assert here.server.shared.version == 1
 
 
@@ -97,10 +97,10 @@ def test_exchanges_of_a_step_may_arrive_in_any_order(order: tuple[int, ...]) -> 
         here, seen = joined(), []
         here.server.shared.add = lambda gradients, _: seen.append(dict(gradients)) or True  # type: ignore[method-assign]
         for number in (1, 2, 3, 4):
-            here.server.forward("a", forward(number))
+            here.server.answer("a", forward(number))
         counts = []
         for number in arrivals:
-            here.server.backward("a", backward(number, step=(number + 1) // 2, exchanges=2))
+            here.server.answer("a", backward(number, step=(number + 1) // 2, exchanges=2))
             counts.append(len(seen))
         return counts, seen
 
@@ -115,18 +115,13 @@ def test_exchanges_of_a_step_may_arrive_in_any_order(order: tuple[int, ...]) -> 
 
 def test_who_never_joined_is_unknown() -> None:
     here = joined()
-    for call, request in (
-        (here.server.forward, forward()),
-        (here.server.backward, backward()),
-        (here.server.pull, PullRequest(1, 2)),
-        (here.server.fetch, FetchRequest(1)),
-    ):
+    for request in (forward(), backward(), PullRequest(1, 2), FetchRequest(1)):
         with refused(here, "client z has not joined"):
-            call("z", request)  # type: ignore[operator]
-    here.server.leave("z")  # as often as one likes
-    here.server.leave("a")
+            here.server.answer("z", request)
+    here.server.answer("z", Leave())  # as often as one likes
+    here.server.answer("a", Leave())
     with refused(here, "client a has not joined"):
-        here.server.forward("a", forward())
+        here.server.answer("a", forward())
 
 
 @pytest.mark.parametrize(
@@ -149,7 +144,7 @@ def test_joining_with_another_model_or_cut(changes: dict[str, Any], words: list[
     with refused(here, "client a was refused", *words):
         here.join("a", (2, 3), **changes)
     with refused(here, "has not joined"):
-        here.server.forward("a", forward())
+        here.server.answer("a", forward())
 
 
 def test_two_models_of_one_configuration_and_other_weights_are_told_apart(tmp_path: Path) -> None:
@@ -208,10 +203,10 @@ def test_mixed_precision_is_agreed_upon() -> None:
 
 def test_a_refused_change_of_the_cut_leaves_the_session_as_it_was() -> None:
     here = joined()
-    here.server.forward("a", forward(1))
+    here.server.answer("a", forward(1))
     with refused(here, "cut (0, 9)"):
         here.join("a", (0, 9))
-    here.server.backward("a", backward(1))
+    here.server.answer("a", backward(1))
 
 
 def test_models_of_other_weights_names_or_labels_are_the_same_model_others_are_not() -> None:
@@ -239,8 +234,8 @@ def test_models_of_other_weights_names_or_labels_are_the_same_model_others_are_n
 def test_forwards_that_do_not_fit(changes: dict[str, Any], words: list[str]) -> None:
     here = joined()
     with refused(here, "client b", *words):
-        here.server.forward("b", forward(**changes))
-    here.server.forward("b", forward())
+        here.server.answer("b", forward(**changes))
+    here.server.answer("b", forward())
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 2), (1, 4), (3, 4), (2, 2), (2, 1)])
@@ -248,8 +243,8 @@ def test_only_the_weights_of_ones_aligned_blocks_are_handed_out(start: int, stop
     here = world()
     here.join("a", (3, 4))
     with refused(here, f"client a: the weights of blocks [{start}, {stop})", "[1, 3)"):
-        here.server.pull("a", PullRequest(start, stop))
-    weights = here.server.pull("a", PullRequest(2, 3)).weights
+        here.server.answer("a", PullRequest(start, stop))
+    weights = here.server.answer("a", PullRequest(2, 3)).weights
     assert {here.whole.block_of(name) for name in weights} == {2}
 
 
@@ -270,47 +265,45 @@ def test_alignment_that_was_not_agreed(align: AlignConfig, base: Any, inner: int
     here.join("a", (3, 4), align=align)
     given = torch.zeros(base) if base else None
     with refused(here, "client a", *words):
-        here.server.forward("a", forward(base_BTH=given, inner_BTH=(torch.zeros(2, 5, HIDDEN),) * inner))
+        here.server.answer("a", forward(base_BTH=given, inner_BTH=(torch.zeros(2, 5, HIDDEN),) * inner))
 
 
 def test_an_aligned_activation_of_another_type() -> None:
     here = world()
     here.join("a", (2, 4), align=AlignConfig(kind="mse"))
     with refused(here, "torch.float64", "torch.float32"):
-        here.server.forward("a", forward(base_BTH=torch.zeros(2, 5, HIDDEN, dtype=torch.float64)))
+        here.server.answer("a", forward(base_BTH=torch.zeros(2, 5, HIDDEN, dtype=torch.float64)))
 
 
 def test_an_exchange_is_forwarded_once_and_backwarded_once() -> None:
     here = joined()
     with refused(here, "client a", "exchange 1 has no forward in flight", "none"):
-        here.server.backward("a", backward(1))
-    here.server.forward("a", forward(1))
+        here.server.answer("a", backward(1))
+    here.server.answer("a", forward(1))
     with refused(here, "exchange 1 is in flight already"):
-        here.server.forward("a", forward(1))
+        here.server.answer("a", forward(1))
     with refused(here, "exchange 2 has no forward in flight", "[1]"):
-        here.server.backward("a", backward(2))
-    here.server.backward("a", backward(1))
+        here.server.answer("a", backward(2))
+    here.server.answer("a", backward(1))
     with refused(here, "exchange 1 has no forward in flight"):
-        here.server.backward("a", backward(1))
+        here.server.answer("a", backward(1))
 
 
 def test_nobody_can_answer_for_another() -> None:
     here = joined()
-    here.server.forward("a", forward(1))
+    here.server.answer("a", forward(1))
     with refused(here, "client b", "exchange 1 has no forward in flight", "none"):
-        here.server.backward("b", backward(1))
-    here.server.forward("b", forward(1, hidden_BTH=torch.ones(2, 5, HIDDEN)))
-    assert not torch.equal(
-        here.server.backward("a", backward(1)).grad_BTH, here.server.backward("b", backward(1)).grad_BTH
-    )
+        here.server.answer("b", backward(1))
+    here.server.answer("b", forward(1, hidden_BTH=torch.ones(2, 5, HIDDEN)))
+    assert not torch.equal(here.server.answer("a", backward(1)).grad_BTH, here.server.answer("b", backward(1)).grad_BTH)
 
 
 def test_evaluation_keeps_nothing_for_a_backward() -> None:
     here = joined()
-    here.server.forward("a", forward(1, train=False))
+    here.server.answer("a", forward(1, train=False))
     assert not here.server.shared._held
     with refused(here, "exchange 1 has no forward in flight"):
-        here.server.backward("a", backward(1))
+        here.server.answer("a", backward(1))
 
 
 def test_a_model_in_evaluation_mode_says_so_when_it_is_trained() -> None:
@@ -324,23 +317,23 @@ def test_a_model_in_evaluation_mode_says_so_when_it_is_trained() -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_gradients_that_are_not_finite(bad: float, memory: str) -> None:
     here = joined(memory=memory)
-    here.server.forward("a", forward(1))
-    here.server.backward("a", backward(1, step=1, exchanges=2))
-    here.server.forward("a", forward(2))
+    here.server.answer("a", forward(1))
+    here.server.answer("a", backward(1, step=1, exchanges=2))
+    here.server.answer("a", forward(2))
     gradient = backward(2).grad_BTH.clone()
     gradient[0, 0, 0] = bad
     shared = here.server.shared
     before = shared_weights(here.server)
     with pytest.raises(LinkError, match=r"client a: the gradient of exchange 2 is not finite.*were not updated"):
-        here.server.backward("a", backward(2, grad_BTH=gradient, step=1, exchanges=2))
+        here.server.answer("a", backward(2, grad_BTH=gradient, step=1, exchanges=2))
     assert equal(shared_weights(here.server), before)
     assert not shared._held
     assert shared.version == 0
     # The whole step is void: the next one is as if it had never begun.
     other = joined(memory=memory)
     for server in (here.server, other.server):
-        server.forward("a", forward(3))
-        server.backward("a", backward(3))
+        server.answer("a", forward(3))
+        server.answer("a", backward(3))
     assert equal(shared_weights(here.server), shared_weights(other.server))
 
 
@@ -360,10 +353,10 @@ def test_gradients_that_are_not_finite(bad: float, memory: str) -> None:
 )
 def test_backwards_that_do_not_fit_may_be_sent_again(changes: dict[str, Any], words: list[str]) -> None:
     here = joined()
-    here.server.forward("a", forward(1))
+    here.server.answer("a", forward(1))
     with refused(here, "client a", *words):
-        here.server.backward("a", backward(1, **changes))
-    here.server.backward("a", backward(1))
+        here.server.answer("a", backward(1, **changes))
+    here.server.answer("a", backward(1))
     assert here.server.shared.version == 1
 
 
@@ -372,7 +365,7 @@ def test_the_client_is_told_through_its_link() -> None:
     here = world(config=ServerConfig(max_in_flight_total=1))
     a, b = here.client("a", (2, 4)), here.client("b", (3, 4))
     waiting = a(**here.batch()).loss
-    future = b.link.forward(forward(99, hidden_BTH=torch.zeros(1, 2, HIDDEN)))
+    future = b.link.call(forward(99, hidden_BTH=torch.zeros(1, 2, HIDDEN)))
     assert isinstance(future.exception(), LinkError)
     with pytest.raises(LinkError, match="max_in_flight_total"):
         b(**here.batch())
@@ -391,13 +384,13 @@ def test_a_cut_outside_of_the_model_never_reaches_the_server() -> None:
 def test_the_callers_modes_stay_outside() -> None:
     """Mixed precision, inference mode or a backward around an in-process call change nothing on the server."""
     plain, moded = joined(memory="recompute"), joined(memory="recompute")
-    expected = plain.server.forward("a", forward(1)).hidden_BTH
-    grad = plain.server.backward("a", backward(1)).grad_BTH
+    expected = plain.server.answer("a", forward(1)).hidden_BTH
+    grad = plain.server.answer("a", backward(1)).grad_BTH
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(moded.server.forward("a", forward(1)).hidden_BTH, expected)
+        assert torch.equal(moded.server.answer("a", forward(1)).hidden_BTH, expected)
     with torch.no_grad():
-        assert torch.equal(moded.server.backward("a", backward(1)).grad_BTH, grad)
+        assert torch.equal(moded.server.answer("a", backward(1)).grad_BTH, grad)
     assert equal(shared_weights(plain.server), shared_weights(moded.server))
     with torch.inference_mode():
-        answer = moded.server.forward("a", forward(2, train=False)).hidden_BTH
-    assert torch.equal(answer, plain.server.forward("a", forward(2, train=False)).hidden_BTH)
+        answer = moded.server.answer("a", forward(2, train=False)).hidden_BTH
+    assert torch.equal(answer, plain.server.answer("a", forward(2, train=False)).hidden_BTH)

@@ -17,7 +17,7 @@ def test_exactly_what_was_trained(tuning: str) -> None:
     shared = here.server.shared
     for block in (2, 3):
         own = {name: value for name, value in shared.updater.parameters.items() if shared.stage.block_of(name) == block}
-        reply = here.server.fetch("a", FetchRequest(block))
+        reply = here.server.answer("a", FetchRequest(block))
         assert (reply.version, reply.total) == (0, len(own))
         assert equal(reply.weights, copied(own))
         assert bool(own) == (tuning != "frozen")
@@ -30,11 +30,11 @@ def test_copies_that_no_update_changes() -> None:
     model = here.client("b", (1, 4))
     here.join("a", (1, 4))
     loss = model(**here.batch()).loss
-    before = here.server.fetch("a", FetchRequest(2))
+    before = here.server.answer("a", FetchRequest(2))
     kept = copied(before.weights)
     loss.backward()
     assert equal(before.weights, kept)
-    after = here.server.fetch("a", FetchRequest(2))
+    after = here.server.answer("a", FetchRequest(2))
     assert (before.version, after.version) == (0, 1)
     assert not any(torch.equal(value, kept[name]) for name, value in after.weights.items())
 
@@ -43,10 +43,10 @@ def test_only_with_permission_and_only_the_clients_blocks() -> None:
     here = world("llama")
     here.join("a", (2, 3))
     with pytest.raises(LinkError, match=r"client a: this server gives no shared blocks away; .* --allow-export"):
-        here.server.fetch("a", FetchRequest(2))
+        here.server.answer("a", FetchRequest(2))
     here.server.allow_export = True
-    here.server.fetch("a", FetchRequest(2))
+    here.server.answer("a", FetchRequest(2))
     for block in (-1, 0, 4):
         with pytest.raises(LinkError, match=rf"client a: block {block} .* expected one of the shared blocks \[1, 4\)"):
-            here.server.fetch("a", FetchRequest(block))
-    assert not here.server.fetch("a", FetchRequest(2, 10**6)).weights
+            here.server.answer("a", FetchRequest(block))
+    assert not here.server.answer("a", FetchRequest(2, 10**6)).weights

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flexp.config import ServerConfig
 from flexp.errors import LinkError
-from flexp.links.messages import EndGeneration, ExtendRequest
+from flexp.links.messages import EndGeneration, ExtendRequest, Leave
 from flexp.server import generations
 from flexp.server.generations import bytes_of_token
 from tests.harness import World, seeded, world
@@ -32,7 +32,7 @@ def joined(config: ServerConfig | None = None, name: str = "llama", clients: str
 
 
 def extend(here: World, number: int, past: int, z_BTH: Tensor, client: str = "a", **more: Any) -> Tensor:
-    return here.server.extend(client, ExtendRequest(number, past, z_BTH, **more)).hidden_BTH
+    return here.server.answer(client, ExtendRequest(number, past, z_BTH, **more)).hidden_BTH
 
 
 def test_token_by_token_is_all_at_once() -> None:
@@ -80,7 +80,7 @@ def test_what_does_not_go_on_is_refused(past: int, batch: int, changes: dict[str
     extend(here, 1, 0, draw(2, 4))
     request = replace(ExtendRequest(1, past, draw(batch, 1)), **changes)
     with pytest.raises(LinkError, match=message):
-        here.server.extend("a", request)
+        here.server.answer("a", request)
     extend(here, 1, 4, draw(2, 1))  # a refusal changes nothing
 
 
@@ -105,8 +105,8 @@ def test_how_many_answers_and_how_many_tokens() -> None:
     extend(here, 1, 0, draw(2, 4), client="b")
     with pytest.raises(LinkError, match=r"3 answers of all clients are under way.*max_generations_total"):
         extend(here, 1, 0, draw(1, 1), client="c")
-    here.server.end_generation("a", EndGeneration(1))
-    here.server.end_generation("a", EndGeneration(77))
+    here.server.answer("a", EndGeneration(1))
+    here.server.answer("a", EndGeneration(77))
     extend(here, 1, 0, draw(1, 1), client="c")
 
 
@@ -144,7 +144,7 @@ def test_leaving_and_joining_anew_forget_answers() -> None:
     here.join("a", CUT)
     with pytest.raises(LinkError, match="holds 0"):
         extend(here, 1, 2, draw(1, 1))
-    here.server.leave("a")
+    here.server.answer("a", Leave())
     with pytest.raises(LinkError, match="has not joined"):
         extend(here, 1, 0, draw(1, 2))
 
@@ -166,4 +166,4 @@ def test_classifiers_write_nothing() -> None:
     here = world("vit", tuning="frozen")
     here.join("a", CUT)
     with pytest.raises(LinkError, match="writes no text"):
-        here.server.extend("a", ExtendRequest(1, 0, draw(1, 10)))
+        here.server.answer("a", ExtendRequest(1, 0, draw(1, 10)))

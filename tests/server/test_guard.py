@@ -36,12 +36,12 @@ def joined(update: str = "every", **guard: Any) -> World:
 
 def forward(here: World, client: str, number: int, **changes: Any) -> None:
     hidden_BTH = torch.randn(2, 5, HIDDEN, generator=seeded(number))
-    here.server.forward(client, replace(ForwardRequest(number, hidden_BTH, train=True), **changes))
+    here.server.answer(client, replace(ForwardRequest(number, hidden_BTH, train=True), **changes))
 
 
 def backward(here: World, client: str, number: int, scale: float = 1.0, **changes: Any) -> None:
     grad_BTH = scale * torch.randn(2, 5, HIDDEN, generator=seeded(100 + number))
-    here.server.backward(client, replace(BackwardRequest(number, grad_BTH), **changes))
+    here.server.answer(client, replace(BackwardRequest(number, grad_BTH), **changes))
 
 
 def step(here: World, client: str, number: int, scale: float = 1.0, **changes: Any) -> None:
@@ -74,9 +74,9 @@ def test_the_bound_is_on_the_whole_step_and_a_refused_one_is_void() -> None:
     for number in (1, 2):
         forward(here, "a", number, hidden_BTH=torch.ones(2, 5, HIDDEN))
     gradient = torch.randn(2, 5, HIDDEN, generator=seeded(101))
-    here.server.backward("a", BackwardRequest(1, 1.2 * gradient, step=4, exchanges=2))
+    here.server.answer("a", BackwardRequest(1, 1.2 * gradient, step=4, exchanges=2))
     with pytest.raises(BadValuesError, match="the gradient of step 4"):
-        here.server.backward("a", BackwardRequest(2, 100 * gradient, step=4, exchanges=2))
+        here.server.answer("a", BackwardRequest(2, 100 * gradient, step=4, exchanges=2))
     assert not here.server._sessions["a"].gathered
     assert here.server.shared.version == 0
     step(here, "a", 3)
@@ -190,8 +190,8 @@ def test_who_keeps_sending_bad_values_is_put_aside_and_the_operator_told() -> No
         lambda: here.join("a", (1, 4)),
         lambda: forward(here, "a", 2),
         lambda: backward(here, "a", 1),
-        lambda: here.server.pull("a", PullRequest(1, 2)),
-        lambda: here.server.fetch("a", FetchRequest(1)),
+        lambda: here.server.answer("a", PullRequest(1, 2)),
+        lambda: here.server.answer("a", FetchRequest(1)),
     ):
         with pytest.raises(LinkError, match="client a is put aside for another 60 s"):
             call()
@@ -253,5 +253,5 @@ def test_giving_up_is_free() -> None:
         raise LinkError("client a has not joined")
     assert guard.aside("a") is None
     here = joined(strikes=1)
-    here.server.abort("a", Abort())
+    here.server.answer("a", Abort())
     assert here.server.aside("a") is None

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flexp.config import OptimizerConfig, ServerConfig
-from flexp.links.messages import BackwardRequest, ForwardRequest
+from flexp.links.messages import BackwardRequest, ForwardRequest, Leave
 from flexp.models.parts import Part
 from tests.harness import ADAMW, SGD, copied, equal, party, plain_optimizer, seeded, shared_weights, world
 
@@ -109,10 +109,10 @@ class Pair:
             forward, grad_BTH = request(exchange, padded=exchange % 2 == 1)
             if kind == "F":
                 self.reference.forward(client, forward)
-                outputs[client, exchange] = server.forward(client, forward).hidden_BTH.clone()
+                outputs[client, exchange] = server.answer(client, forward).hidden_BTH.clone()
             else:
                 backward = BackwardRequest(exchange, grad_BTH)
-                reply = server.backward(client, backward)
+                reply = server.answer(client, backward)
                 h_BTH, grad_z_BTH, grads = self.reference.backward(client, backward)
                 assert torch.equal(outputs.pop((client, exchange)), h_BTH)
                 assert torch.equal(reply.grad_BTH, grad_z_BTH)
@@ -202,13 +202,13 @@ def test_leaving_frees_what_was_in_flight() -> None:
         here.join(client, cut)
     for number, client in enumerate(CUTS, start=1):
         forward, grad_BTH = request(number, padded=False)
-        here.server.forward(client, forward)
+        here.server.answer(client, forward)
         if client == "b":
-            here.server.backward(client, BackwardRequest(number, grad_BTH))
+            here.server.answer(client, BackwardRequest(number, grad_BTH))
     shared = here.server.shared
     assert len(shared.stashed) == 1  # of the version that a's forward ran with
-    here.server.leave("a")
-    here.server.leave("c")
+    here.server.answer("a", Leave())
+    here.server.answer("c", Leave())
     assert not shared.stashed
     assert not shared._held
 
@@ -216,13 +216,13 @@ def test_leaving_frees_what_was_in_flight() -> None:
 def test_joining_again_drops_what_was_in_flight_and_changes_the_cut() -> None:
     here = world()
     here.join("a", (1, 4))
-    here.server.forward("a", request(1, padded=False)[0])
+    here.server.answer("a", request(1, padded=False)[0])
     here.join("a", (2, 3))
     assert not here.server.shared._held
     forward, grad_BTH = request(2, padded=False)
     before = shared_weights(here.server)
-    here.server.forward("a", forward)
-    here.server.backward("a", BackwardRequest(2, grad_BTH))
+    here.server.answer("a", forward)
+    here.server.answer("a", BackwardRequest(2, grad_BTH))
     after = shared_weights(here.server)
     changed = {here.whole.block_of(name) for name in before if not torch.equal(before[name], after[name])}
     assert changed == {2}
@@ -240,9 +240,9 @@ def test_dropout_of_a_client_does_not_depend_on_the_others(memory: Any) -> None:
             here.join(client, (1, 4))
         for number in (1, 2):
             for client in clients:
-                here.server.forward(client, request(number, padded=True)[0])
+                here.server.answer(client, request(number, padded=True)[0])
             for client in clients:
-                reply = here.server.backward(client, BackwardRequest(number, request(number, padded=True)[1]))
+                reply = here.server.answer(client, BackwardRequest(number, request(number, padded=True)[1]))
                 results += [reply.grad_BTH] if client == "a" else []
         return results
 
@@ -260,10 +260,10 @@ def test_keep_and_recompute_give_the_same_gradients_with_dropout() -> None:
         here.join("b", (2, 4))
         grads = []
         for number in (1, 2, 3):
-            here.server.forward("a", request(number, padded=True)[0])
-            here.server.forward("b", request(number, padded=True)[0])
+            here.server.answer("a", request(number, padded=True)[0])
+            here.server.answer("b", request(number, padded=True)[0])
             for client in ("b", "a"):
-                reply = here.server.backward(client, BackwardRequest(number, request(number, padded=True)[1]))
+                reply = here.server.answer(client, BackwardRequest(number, request(number, padded=True)[1]))
                 grads.append(reply.grad_BTH)
         results.append((grads, shared_weights(here.server)))
     (kept, kept_weights), (again, again_weights) = results

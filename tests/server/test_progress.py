@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flexp.errors import LinkError
-from flexp.links.messages import BackwardRequest, ForwardRequest, PullRequest
+from flexp.links.messages import BackwardRequest, ForwardRequest, Leave, PullRequest
 from flexp.server.progress import WINDOW, Progress
 from tests.harness import World, equal, seeded, shared_weights, world
 
@@ -33,8 +33,8 @@ def gradient(step: int, piece: int = 1, of: int = 1) -> BackwardRequest:
 
 
 def do(here: World, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    h = here.server.forward("a", request(step)).hidden_BTH
-    return h, here.server.backward("a", gradient(step)).grad_BTH
+    h = here.server.answer("a", request(step)).hidden_BTH
+    return h, here.server.answer("a", gradient(step)).grad_BTH
 
 
 def test_a_step_that_comes_again_is_answered_and_not_applied() -> None:
@@ -57,17 +57,17 @@ def test_what_comes_again_in_another_size_is_answered_in_that_size_and_not_appli
     do(here, 1)
     after = shared_weights(here.server)
     z = torch.randn(1, 5, 32)
-    assert here.server.forward("a", replace(request(1), hidden_BTH=z)).hidden_BTH.shape == z.shape
-    assert here.server.backward("a", replace(gradient(1), grad_BTH=torch.ones(1, 5, 32))).grad_BTH.shape == z.shape
+    assert here.server.answer("a", replace(request(1), hidden_BTH=z)).hidden_BTH.shape == z.shape
+    assert here.server.answer("a", replace(gradient(1), grad_BTH=torch.ones(1, 5, 32))).grad_BTH.shape == z.shape
     assert equal(shared_weights(here.server), after)
     assert here.server.shared.version == 1
 
 
 def test_a_backward_whose_answer_was_lost() -> None:
     here = joined()
-    here.server.forward("a", request(1))
-    first = here.server.backward("a", gradient(1)).grad_BTH
-    assert torch.equal(here.server.backward("a", gradient(1)).grad_BTH, first)
+    here.server.answer("a", request(1))
+    first = here.server.answer("a", gradient(1)).grad_BTH
+    assert torch.equal(here.server.answer("a", gradient(1)).grad_BTH, first)
     assert here.server.shared.version == 1
 
 
@@ -77,15 +77,15 @@ def test_a_step_that_is_given_up_is_done_again_as_the_first_time(when: str) -> N
     halves = 2 if when == "after half of the step" else 1
     for side in (here, other):
         do(side, 1)
-    here.server.forward("a", request(2))
+    here.server.answer("a", request(2))
     if halves == 2:
-        here.server.backward("a", gradient(2, of=2))
-    here.server.leave("a")  # the connection broke
+        here.server.answer("a", gradient(2, of=2))
+    here.server.answer("a", Leave())  # the connection broke
     here.join("a", (2, 4), numbering=MINE)
     for side in (here, other):
         for piece in range(1, halves + 1):
-            side.server.forward("a", request(2, piece))
-            side.server.backward("a", gradient(2, piece, halves))
+            side.server.answer("a", request(2, piece))
+            side.server.answer("a", gradient(2, piece, halves))
     assert equal(shared_weights(here.server), shared_weights(other.server))
 
 
@@ -97,8 +97,8 @@ def test_another_numbering_begins_anew() -> None:
     assert here.server.shared.version == 2
     here.join("a", (2, 4), numbering=0)
     for _ in range(2):
-        here.server.forward("a", replace(request(0), exchange=5))
-        here.server.backward("a", replace(gradient(0), exchange=5))
+        here.server.answer("a", replace(request(0), exchange=5))
+        here.server.answer("a", replace(gradient(0), exchange=5))
     assert here.server.shared.version == 4
 
 
@@ -108,8 +108,8 @@ def test_the_state_knows_what_was_applied() -> None:
         do(here, step)
     other.server.load({name: value.clone() for name, value in here.server.state().items()})
     other.join("a", (2, 4), numbering=MINE)
-    other.server.forward("a", request(2))  # the answer is not part of the state, so it is computed, without effect
-    other.server.backward("a", gradient(2))
+    other.server.answer("a", request(2))  # the answer is not part of the state, so it is computed, without effect
+    other.server.answer("a", gradient(2))
     assert equal(shared_weights(here.server), shared_weights(other.server))
     assert other.server.shared.version == 2
 
@@ -129,24 +129,24 @@ def test_answers_are_kept_from_the_last_snapshot_on() -> None:
 def test_pulled_weights_are_those_of_the_first_time() -> None:
     here = joined()
     do(here, 1)
-    first = here.server.pull("a", PullRequest(1, 2, 1)).weights
-    here.server.join("b", replace(here.server._sessions["a"].join, client="b", cut=(1, 4), numbering=5))
+    first = here.server.answer("a", PullRequest(1, 2, 1)).weights
+    here.server.answer("b", replace(here.server._sessions["a"].join, client="b", cut=(1, 4), numbering=5))
     hidden = torch.randn(2, 5, 32, generator=seeded(9))
-    here.server.forward("b", ForwardRequest(1 << 16 | 1, hidden, train=True, step=1))
-    here.server.backward("b", gradient(1))
-    assert equal(here.server.pull("a", PullRequest(1, 2, 1)).weights, first)
-    assert not equal(here.server.pull("a", PullRequest(1, 2, 2)).weights, first)
+    here.server.answer("b", ForwardRequest(1 << 16 | 1, hidden, train=True, step=1))
+    here.server.answer("b", gradient(1))
+    assert equal(here.server.answer("a", PullRequest(1, 2, 1)).weights, first)
+    assert not equal(here.server.answer("a", PullRequest(1, 2, 2)).weights, first)
 
 
 def test_a_saved_server_in_the_middle_of_a_step() -> None:
     here, other = joined(), joined()
     do(here, 1)
-    here.server.forward("a", request(2))
+    here.server.answer("a", request(2))
     with pytest.raises(LinkError, match="in the middle of a step of a"):
         here.server.state()
     other.server.load({name: value.clone() for name, value in here.server.state(unfinished=True).items()})
     other.join("a", (2, 4), numbering=MINE)
-    here.server.backward("a", gradient(2))
+    here.server.answer("a", gradient(2))
     do(other, 2)
     assert equal(shared_weights(here.server), shared_weights(other.server))
 

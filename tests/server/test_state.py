@@ -14,6 +14,7 @@ from flexp.client.model import SplitModel
 from flexp.client.steps import Piece
 from flexp.config import AlignConfig, OptimizerConfig, ServerConfig
 from flexp.errors import LinkError, ModelError, StorageError
+from flexp.links.messages import Leave
 from flexp.optim import Updater
 from flexp.rng import RandomStream
 from tests.harness import LORA, World, copied, equal, shared_weights, world
@@ -138,7 +139,7 @@ def test_who_leaves_and_comes_back_draws_on(tmp_path: Path) -> None:
     here = world("bert", dropout=0.2)
     here.client("a", (1, 4))(**here.batch())
     state = here.server.state
-    here.server.leave("a")
+    here.server.answer("a", Leave())
     before = state()["random/a"]
     here.client("a", (1, 4))
     assert torch.equal(state()["random/a"], before)

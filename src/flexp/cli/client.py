@@ -49,11 +49,12 @@ def client(
     from flexp.config.deployment import load as load_deployment
     from flexp.links.base import Link
     from flexp.links.grpc import connect
-    from flexp.run.client import find_place, run_client
+    from flexp.run.client import run_client
+    from flexp.run.settle import settle_client
 
-    place = find_place(loaded, name, wanted)
-    for note in place.federation.notes:
-        typer.echo(f"{place.data.name}: {note}")
+    setup = settle_client(loaded, name, wanted)
+    for note in setup.run.federation.notes:
+        typer.echo(f"{setup.data.name}: {note}")
     url = server if "://" in server else f"grpc://{server}"
 
     deployment = load_deployment(config)
@@ -61,7 +62,7 @@ def client(
     def reach() -> Link:
         return connect(
             url,
-            place.data.name,
+            setup.data.name,
             token=token,
             ca=ca,
             certificate=cert,
@@ -70,8 +71,8 @@ def client(
             timeout=deployment.answer_seconds,
         )
 
-    folder = state or Path("clients") / place.data.name
-    said = "link" in read(config) or place.config.data.clients.codecs is not None
-    codec = place.config.link.codec if said else None  # who says nothing gets the network's default
-    if not run_client(loaded, deployment, reach, place, folder, codec=codec):
+    folder = state or Path("clients") / setup.data.name
+    said = "link" in read(config) or setup.config.data.clients.codecs is not None
+    codec = setup.config.link.codec if said else None  # who says nothing gets the network's default
+    if not run_client(setup, deployment, reach, folder, codec=codec):
         typer.echo("go on with the same command")

@@ -25,15 +25,16 @@ def fleet(
 
     from flexp.cli.run import fresh
     from flexp.config import loading as files
-    from flexp.run.client import cuts_of, settled
     from flexp.run.fleet import Fleet
+    from flexp.run.settle import settle
 
-    loaded = settled(files.load(config, settings or ()), lambda line: typer.echo(f"flexp fleet: {line}"))
+    found = settle(files.load(config, settings or ()))
+    for note in found.federation.notes:
+        typer.echo(f"flexp fleet: {note}")
     table = files.read(config).get("deployment", {})
     made = Fleet(
-        loaded,
-        cuts_of(loaded),
-        out or fresh(loaded.name),
+        found,
+        out or fresh(found.config.name),
         schedule=schedule or table.get("schedule", "deterministic"),
         save_every=table.get("save_every", 10),
         threads=threads,

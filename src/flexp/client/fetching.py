@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from flexp.errors import LinkError
-from flexp.links.base import Link
+from flexp.links.base import Link, ask
 from flexp.links.messages import FetchReply, FetchRequest
 
 MOST = 16 << 20
@@ -20,7 +20,7 @@ def pieces(link: Link, block: int) -> Iterator[FetchReply]:
     """
     names: set[str] = set()
     while True:
-        reply = link.fetch(FetchRequest(block, len(names), MOST)).result()
+        reply = ask(link, FetchRequest(block, len(names), MOST))
         if len(names) < reply.total and not reply.weights.keys() - names:
             raise LinkError(f"the server gives {len(names)} of the {reply.total} weights of block {block}")
         names |= reply.weights.keys()

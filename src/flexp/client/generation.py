@@ -19,7 +19,7 @@ from torch import Tensor
 from flexp.client.model import SplitModel
 from flexp.client.remote import waiting
 from flexp.errors import ConfigError, LinkError, LinkLostError, ModelError
-from flexp.links.base import Link
+from flexp.links.base import Link, ask
 from flexp.links.messages import EndGeneration, ExtendRequest
 from flexp.models.caching import PartCache, check_cached
 from flexp.models.plan import shadowed
@@ -149,7 +149,7 @@ class SplitGenerator:
     def end(self, cache: SplitCache) -> None:
         """Let the server forget an answer."""
         with suppress(LinkError):
-            self.split.link.end_generation(EndGeneration(cache.generation))
+            ask(self.split.link, EndGeneration(cache.generation))
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -197,7 +197,7 @@ class SplitGenerator:
     def _ask(self, request: ExtendRequest) -> Tensor:
         link = self.split.link
         with waiting(link, current_turn(), train=False):
-            return link.extend(request).result().hidden_BTH
+            return link.call(request).result().hidden_BTH
 
     def _rebuild(self, cache: SplitCache, why: LinkError) -> Tensor:
         """Send the whole answer to a server that has lost it, over a new link if the old one is broken."""

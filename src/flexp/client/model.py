@@ -17,7 +17,7 @@ from flexp.client.remote import RemoteCall, RemoteMiddle, waiting
 from flexp.client.steps import Piece, Steps, items_of
 from flexp.config import AlignConfig, CodecConfig, LoraConfig, ModelConfig
 from flexp.errors import ConfigError, LinkError
-from flexp.links.base import Link, as_link
+from flexp.links.base import Link, as_link, ask
 from flexp.links.messages import Abort, ForwardRequest, Join, PullRequest
 from flexp.models.fingerprint import fingerprint
 from flexp.models.loading import ModelKind, load_config, load_stage
@@ -245,7 +245,7 @@ class SplitModel(PersonalModel):
         The gradients that such a step has left in the personal parameters are the caller's to drop.
         """
         self.steps.abandon()
-        self.link.abort(Abort())
+        ask(self.link, Abort())
 
     def rejoin(self, link: Link | None = None, *, cut: tuple[int, int] | None = None) -> None:
         """Join again, after the link was lost or the server came back: over ``link``, if it is another one, of the same
@@ -307,7 +307,7 @@ class SplitModel(PersonalModel):
 
     def _pull(self, step: int, share: float) -> None:
         with waiting(self.link, current_turn()):
-            shared = self.link.pull(PullRequest(self.base_depth, self.cut[0], step)).result().weights
+            shared = ask(self.link, PullRequest(self.base_depth, self.cut[0], step)).weights
         personal = self.stage.own()
         with torch.no_grad():
             for name, value in shared.items():
@@ -317,7 +317,8 @@ class SplitModel(PersonalModel):
     def _join(self, cut: tuple[int, int]) -> None:
         check_cut(cut, self.stage.anatomy.blocks)
         self.cut = cut
-        welcome = self.link.join(
+        welcome = ask(
+            self.link,
             Join(
                 client=self.link.client,
                 fingerprint=fingerprint(self.model.config),
@@ -330,7 +331,7 @@ class SplitModel(PersonalModel):
                 weights=self.stage.weights,
                 numbering=self.steps.numbering,
                 codec=self.codec,
-            )
+            ),
         )
         self.base_depth = welcome.base_depth
         self.max_in_flight = welcome.max_in_flight

@@ -31,7 +31,7 @@ class RemoteCall:
         self._place = place
         self._turn = current_turn()  # autograd may run the backward in a thread of its own
         with self._waiting():  # a link inside this process computes at once
-            self._forward: Future[ForwardReply] = link.forward(request)
+            self._forward: Future[ForwardReply] = link.call(request)
 
     def forward(self) -> Tensor:
         """h, (B, T, H), once it is here."""
@@ -57,7 +57,7 @@ class RemoteCall:
             self.request.exchange, grad_BTH.detach(), place.step, place.exchanges, place.tokens, place.weight
         )
         with self._waiting():
-            self._backward = self._link.backward(request)
+            self._backward = self._link.call(request)
 
     def reply(self) -> BackwardReply:
         """The gradients at what was sent up, once they are here."""

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from flexp.client.model import SplitModel
 from flexp.client.trainer import Trainer
-from flexp.links.base import Link
 from flexp.links.coding import load_residuals, save_residuals
 
 OWED = "residuals/"
@@ -19,7 +18,7 @@ def party_state(trainer: Trainer) -> dict[str, Tensor]:
     """Everything that :func:`load_party` needs to go on bit for bit."""
     model = _model(trainer)
     cut = {"cut": torch.tensor(model.cut)}
-    return trainer.state() | cut | model.link.meter.tensors() | save_residuals(residuals_of(model.link), OWED)
+    return trainer.state() | cut | model.link.meter.tensors() | save_residuals(model.link.residuals, OWED)
 
 
 def cut_in(state: Mapping[str, Tensor]) -> tuple[int, int] | None:
@@ -41,12 +40,7 @@ def load_party(trainer: Trainer, state: Mapping[str, Tensor]) -> None:
     model.go_on(trainer.steps)
     model.link.meter.load_tensors(state)
     owed = {key.removeprefix(OWED): value for key, value in state.items() if key.startswith(OWED)}
-    load_residuals(residuals_of(model.link), owed)
-
-
-def residuals_of(link: Link) -> dict[str, Tensor]:
-    """What error feedback still owes the server, where a link has such a thing."""
-    return getattr(link, "residuals", {})
+    load_residuals(model.link.residuals, owed)
 
 
 def _model(trainer: Trainer) -> SplitModel:

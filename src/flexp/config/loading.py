@@ -9,6 +9,7 @@ from typing import Any
 
 from flexp.config.run import RunConfig
 from flexp.errors import ConfigError
+from flexp.files import read_json
 
 
 def load(path: Path, overrides: Iterable[str] = (), seed: int | None = None) -> RunConfig:
@@ -32,11 +33,14 @@ def load(path: Path, overrides: Iterable[str] = (), seed: int | None = None) -> 
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The content of a TOML file, not validated.
+    """The content of a TOML file, or of a JSON file such as a run's ``config.json``, not validated.
 
     Raises:
         ConfigError: the file cannot be read.
     """
+    if path.suffix == ".json" and path.is_file():
+        content: dict[str, Any] = read_json(path)
+        return content
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

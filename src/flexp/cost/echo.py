@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import Future
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,27 @@ from flexp.client.model import OFF, SPLIT_MODELS
 from flexp.client.whole import WholeModel
 from flexp.config import AlignConfig
 from flexp.cost.probe import Probe
-from flexp.links.base import Meter
-from flexp.links.messages import BackwardReply, ExtendReply, FetchReply, ForwardReply, PullReply, Welcome
+from flexp.links.base import Meter, finished
+from flexp.links.messages import (
+    BackwardReply,
+    BackwardRequest,
+    Done,
+    ExtendReply,
+    ExtendRequest,
+    FetchReply,
+    FetchRequest,
+    ForwardReply,
+    ForwardRequest,
+    Join,
+    PullReply,
+    PullRequest,
+    Request,
+    Welcome,
+)
 from flexp.models.stage import Stage
 from flexp.models.tuning import embedding_names
+
+R = TypeVar("R")
 
 
 class EchoLink:
@@ -30,44 +47,34 @@ class EchoLink:
 
     def __init__(self, blocks: int, hidden: int, base_depth: int) -> None:
         self.meter = Meter()
+        self.residuals: dict[str, Tensor] = {}
         self._welcome = Welcome(base_depth, blocks, hidden)
         self._inner: dict[int, tuple[Any, ...]] = {}
         self.shared: dict[str, Any] = {}  # the parameters that a pull answers with, by name
 
-    def join(self, request: Any) -> Any:
-        return self._welcome
-
-    def forward(self, request: Any) -> Future[Any]:
-        self._inner[request.exchange] = request.inner_BTH
-        return _done(ForwardReply(request.hidden_BTH.clone(), None if request.base_BTH is None else 0.0))
-
-    def backward(self, request: Any) -> Future[Any]:
-        inner = tuple(value.clone() for value in self._inner.pop(request.exchange, ()))
-        return _done(BackwardReply(request.grad_BTH.clone(), inner))
-
-    def pull(self, request: Any) -> Future[Any]:
-        return _done(PullReply({name: value.detach().clone() for name, value in self.shared.items()}))
-
-    def abort(self, request: Any) -> None:
-        pass
-
-    def extend(self, request: Any) -> Future[Any]:
-        return _done(ExtendReply(request.hidden_BTH.clone()))
-
-    def end_generation(self, request: Any) -> None:
-        pass
-
-    def fetch(self, request: Any) -> Future[Any]:
-        return _done(FetchReply(0, 0))
+    def call(self, request: Request[R]) -> Future[R]:
+        return finished(lambda: cast(R, self._answer(request)))
 
     def close(self) -> None:
         pass
 
-
-def _done(value: Any) -> Future[Any]:
-    future: Future[Any] = Future()
-    future.set_result(value)
-    return future
+    def _answer(self, request: Request[Any]) -> Any:
+        match request:
+            case Join():
+                return self._welcome
+            case ForwardRequest():
+                self._inner[request.exchange] = request.inner_BTH
+                return ForwardReply(request.hidden_BTH.clone(), None if request.base_BTH is None else 0.0)
+            case BackwardRequest():
+                inner = tuple(value.clone() for value in self._inner.pop(request.exchange, ()))
+                return BackwardReply(request.grad_BTH.clone(), inner)
+            case PullRequest():
+                return PullReply({name: value.detach().clone() for name, value in self.shared.items()})
+            case ExtendRequest():
+                return ExtendReply(request.hidden_BTH.clone())
+            case FetchRequest():
+                return FetchReply(0, 0)
+        return Done()
 
 
 class StartModel(nn.Module):

@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -24,9 +24,11 @@ from flexp.config import TrainConfig
 from flexp.cost.echo import EchoLink, client_model, random_batch, without_tail
 from flexp.cost.probe import Probe
 from flexp.data.ordering import BatchOrder
-from flexp.links.messages import size
+from flexp.links.messages import BackwardRequest, ForwardRequest, Join, PullRequest, Request, size
 from flexp.models.stage import Stage
 from flexp.server import Server
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -140,11 +142,11 @@ def _split(probe: Probe, stage: Stage, server: Server) -> ExchangeCost:
     model.steps.done = model.align.every if model.align.kind == "weights" else model.steps.done  # a pull is due
     model.after_step()
     forward, backward = link.requests
-    server.join(link.client, link.joined)
+    server.answer(link.client, link.joined)
     with counting() as flops:
-        server.forward(link.client, forward)
+        server.answer(link.client, forward)
         server_forward = flops()
-        server.backward(link.client, backward)
+        server.answer(link.client, backward)
         server_backward = flops() - server_forward
     return ExchangeCost(
         before=link.marks[0],
@@ -207,26 +209,18 @@ class _CountingLink(EchoLink):
         self.down: list[int] = []
         self.pulled = 0
 
-    def join(self, request: Any) -> Any:
-        self.joined = request
-        return super().join(request)
-
-    def forward(self, request: Any) -> Future[Any]:
-        return self._keep(request, super().forward(request))
-
-    def backward(self, request: Any) -> Future[Any]:
-        return self._keep(request, super().backward(request))
-
-    def pull(self, request: Any) -> Future[Any]:
-        reply = super().pull(request)
-        self.pulled = size(reply.result())
-        return reply
-
-    def _keep(self, request: Any, reply: Future[Any]) -> Future[Any]:
-        self.marks.append(self.flops())
-        self.requests.append(request)
-        self.up.append(size(request))
-        self.down.append(size(reply.result()))
+    def call(self, request: Request[R]) -> Future[R]:
+        reply = super().call(request)
+        match request:
+            case Join():
+                self.joined = request
+            case ForwardRequest() | BackwardRequest():
+                self.marks.append(self.flops())
+                self.requests.append(request)
+                self.up.append(size(request))
+                self.down.append(size(reply.result()))
+            case PullRequest():
+                self.pulled = size(reply.result())
         return reply
 
 

@@ -11,7 +11,7 @@ import torch
 from flexp.config import AlignConfig
 from flexp.cost.model_cost import ModelCost
 from flexp.errors import LinkError
-from flexp.links.base import Link
+from flexp.links.base import Link, ask
 from flexp.links.messages import ForwardRequest, Join, PullRequest, size
 from flexp.models.loading import DTYPES
 
@@ -51,7 +51,8 @@ def measure_link(
         LinkError: the server refuses: it has another model, or does not hold the last block.
     """
     cut = (cost.blocks - 1, cost.blocks)
-    welcome = link.join(
+    welcome = ask(
+        link,
         Join(
             client=link.client,
             fingerprint=cost.fingerprint,
@@ -60,7 +61,7 @@ def measure_link(
             autocast=cost.config.autocast,
             tuning=tuning,
             align=AlignConfig(kind="off"),
-        )
+        ),
     )
     tokens = cost.at(examples).message_bytes // (DTYPES[cost.config.dtype].itemsize * cost.hidden * examples)
 
@@ -69,7 +70,7 @@ def measure_link(
         best = float("inf")
         for number in range(repeats):
             before, began = link.meter.evaluation.server_seconds, now()
-            link.forward(ForwardRequest(exchange=number + 1, hidden_BTH=hidden_BTH)).result()
+            ask(link, ForwardRequest(exchange=number + 1, hidden_BTH=hidden_BTH))
             taken = now() - began
             best = min(best, taken - (link.meter.evaluation.server_seconds - before))
         return max(0.0, best), hidden_BTH.numel() * hidden_BTH.element_size()
@@ -100,7 +101,7 @@ def _download(
     for _ in range(repeats):
         began = now()
         try:
-            reply = link.pull(PullRequest(base_depth, base_depth + 1)).result()
+            reply = ask(link, PullRequest(base_depth, base_depth + 1))
         except LinkError:
             return None
         best = min(best, now() - began)

@@ -28,9 +28,8 @@ from flexp.models.loading import load_config
 from flexp.models.parts import Part
 from flexp.models.stage import Stage
 from flexp.report.metrics import read
-from flexp.run.client import find_place
 from flexp.run.folder import is_client, read_facts
-from flexp.run.setup import load_part, model_folder, own_pad
+from flexp.run.settle import load_part, model_folder, own_pad, settle_client
 from flexp.run.store import CHECKPOINTS, SNAPSHOTS, Checkpoint, Store, party_of
 
 Connect = Callable[[str], Link]
@@ -152,7 +151,7 @@ class ClientModel(FromCheckpoint):
     @cached_property
     def sets(self) -> dict[str, list[Example]]:
         """Its own test data, which are read for that."""
-        own = find_place(self.config, self.client, self.cut).data.test
+        own = settle_client(self.config, self.client, self.cut).data.test
         return {OWN: own} if own else {}
 
     def facts(self) -> dict[str, Any]:

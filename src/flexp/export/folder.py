@@ -21,7 +21,7 @@ from flexp.export.trained import Trained
 from flexp.export.whole import merged
 from flexp.files import replacing, storage_error, write_json, write_text
 from flexp.models.loading import quietly
-from flexp.run.setup import model_folder
+from flexp.run.settle import model_folder
 from flexp.run.store import os_error
 
 Form = Literal["whole", "adapter"]

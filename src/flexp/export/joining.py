@@ -21,7 +21,9 @@ from flexp.methods.flexp_sfl import FlexpSfl
 from flexp.models.parts import check_cut
 from flexp.report.progress import Progress
 from flexp.report.summary import aggregate
-from flexp.run import joined, runner
+from flexp.run import runner
+from flexp.run.folder import JOINED, JOINED_SCHEMA
+from flexp.run.settle import joined_world
 
 PRETRAINED: Final = "pretrained"
 SHARED: Final = "shared"
@@ -83,7 +85,7 @@ def join(
     begin = beginning(run, start, passphrase)
     config = _config(run, name, data, cut, steps, every, settings)
     facts = {
-        "schema": joined.SCHEMA,
+        "schema": JOINED_SCHEMA,
         "client": name,
         "labels": run.world.federation.task.label_names,
         "run": run.config.name,
@@ -95,7 +97,7 @@ def join(
         if run.round in run.scored
         else None,
     }
-    world = joined.joined_world(config, facts)
+    world = joined_world(config, facts)
     method = FlexpSfl(world)
     if middle == SHARED:
         method.server.load(_shared_weights(method.server.state(), run.method.server.state()))
@@ -106,7 +108,7 @@ def join(
     own = model.personal_state()
     model.load_personal_state({key: begin.get(key, value).to(value.dtype) for key, value in own.items()})
     model.take_over()
-    write_json(out / joined.FILE, facts)
+    write_json(out / JOINED, facts)
     return runner.train(world, method, out, progress=progress)
 
 

@@ -18,7 +18,7 @@ from flexp.export.trained import LAST, Trained
 from flexp.files import read_json
 from flexp.models.loading import AUTO, quietly
 from flexp.run.folder import is_client
-from flexp.run.joined import world_of
+from flexp.run.settle import world_of
 
 
 def open_trained(

@@ -21,13 +21,13 @@ from flexp.export.adapter import write_adapter
 from flexp.export.client_folder import ClientModel
 from flexp.export.whole import fill, let_go
 from flexp.files import write_json
-from flexp.links.base import Link, connected
+from flexp.links.base import Link, ask, connected
 from flexp.links.messages import Join
 from flexp.models.fingerprint import fingerprint
 from flexp.models.headers import read_header
 from flexp.models.parts import Part
 from flexp.models.stage import Stage
-from flexp.run.setup import model_folder
+from flexp.run.settle import model_folder
 
 TRIES = 3
 """How often all shared blocks are fetched when they are updated meanwhile."""
@@ -143,7 +143,8 @@ class Fetched:
         self._link, self._client = link, client
         config = client.config
         self.version: int | None = None
-        link.join(
+        ask(
+            link,
             Join(
                 client=link.client,
                 fingerprint=fingerprint(stage.model.config),
@@ -156,7 +157,7 @@ class Fetched:
                 autocast=stage.autocast_name,
                 numbering=client.numbering or 0,
                 codec=CodecConfig(),
-            )
+            ),
         )
 
     def begin(self) -> None:

@@ -22,7 +22,7 @@ from flexp.data.types import Example, Forward, ModelKind, Task
 from flexp.errors import ConfigError, StorageError
 from flexp.models.loading import load_config
 from flexp.models.stage import Stage
-from flexp.run.setup import load_processor, max_positions, model_folder
+from flexp.run.settle import load_processor, max_positions, model_folder
 from flexp.run.store import Checkpoint, Store, party_of
 
 LAST, BEST = "last", "best"

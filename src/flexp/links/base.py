@@ -1,36 +1,24 @@
-"""The link: all that a client sees of the server.
+"""The link: all that a client sees of the server, and the service: all that a link sees of it.
 
-Whatever carries the messages, the code above it is the same. A call gives a future at once, so that several exchanges
-of one client may be in flight.
+Whatever carries the messages, the code above it is the same. Both have one verb. A call gives a future at once, so that
+several exchanges of one client may be in flight.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from flexp.links.messages import (
-    Abort,
-    BackwardReply,
-    BackwardRequest,
-    EndGeneration,
-    ExtendReply,
-    ExtendRequest,
-    FetchReply,
-    FetchRequest,
-    ForwardReply,
-    ForwardRequest,
-    Join,
-    PullReply,
-    PullRequest,
-    Welcome,
-)
+from flexp.links.messages import Request
+from flexp.rng import current_turn, resting
+
+R = TypeVar("R")
 
 
 @dataclass
@@ -54,6 +42,10 @@ class Meter:
     def of(self, train: bool) -> Traffic:
         """The account of training or of evaluation."""
         return self.training if train else self.evaluation
+
+    def counting(self, request: Request[Any]) -> Traffic | None:
+        """The account that a request and its answer go to, if they have tensors."""
+        return None if request.trains is None else self.of(request.trains and getattr(request, "train", True))
 
     def state(self) -> dict[str, dict[str, float]]:
         """All counts, JSON-ready."""
@@ -83,54 +75,115 @@ class Meter:
 
 @runtime_checkable
 class Link(Protocol):
-    """Carries exchanges between one client and the server.
+    """Carries requests from one client to the server, and the answers back.
 
-    Raises:
-        LinkError: from every call, or from its future, when the server refuses or cannot be reached.
+    Attributes:
+        residuals: what error feedback owes the server (:class:`flexp.links.coding.Coding`), to be saved and given back.
     """
 
     meter: Meter
+    residuals: dict[str, Tensor]
 
     @property
     def client(self) -> str:
         """The name of the client whose link this is."""
         ...
 
-    def join(self, request: Join) -> Welcome:
-        """Agree on model, cut and alignment; before anything else, and again to change the cut."""
-        ...
+    def call(self, request: Request[R]) -> Future[R]:
+        """Send a request, :class:`~flexp.links.messages.Join` before any other.
 
-    def forward(self, request: ForwardRequest) -> Future[ForwardReply]:
-        """Blocks [s, e) forward."""
-        ...
-
-    def backward(self, request: BackwardRequest) -> Future[BackwardReply]:
-        """Blocks [s, e) backward."""
-        ...
-
-    def pull(self, request: PullRequest) -> Future[PullReply]:
-        """The shared weights of the aligned blocks."""
-        ...
-
-    def abort(self, request: Abort) -> None:
-        """Give up what is in flight and every unfinished step; their exchanges have no backward any more."""
-        ...
-
-    def extend(self, request: ExtendRequest) -> Future[ExtendReply]:
-        """Blocks [s, e) on the next tokens of an answer."""
-        ...
-
-    def end_generation(self, request: EndGeneration) -> None:
-        """Let the server forget the cache of an answer; nothing happens where there is none."""
-        ...
-
-    def fetch(self, request: FetchRequest) -> Future[FetchReply]:
-        """The trained shared weights of one of the blocks [s, e), if the operator gives them."""
+        The future has the answer, or a LinkError where the server refuses or cannot be reached.
+        """
         ...
 
     def close(self) -> None:
         """Leave; what is in flight is dropped, caches are."""
         ...
+
+
+class Service(Protocol):
+    """What a server offers to links."""
+
+    def answer(self, client: str, request: Request[R]) -> R | Future[R]:
+        """Answer a client's request, or say that the answer will come later.
+
+        Args:
+            client: its name, which comes from the link, never from a message's content.
+
+        Raises:
+            LinkError: the server refuses.
+        """
+        ...
+
+    def residuals(self, client: str) -> dict[str, Tensor]:
+        """Where this side's error feedback for a client is kept (:class:`flexp.links.coding.Coding`)."""
+        ...
+
+    def aside(self, client: str) -> str | None:
+        """Why a client's requests are refused that was put aside; ``None``: it was not."""
+        ...
+
+    def readmit(self, client: str) -> bool:
+        """Let a client in again that was put aside; gives whether it was."""
+        ...
+
+    @property
+    def aside_listeners(self) -> list[Callable[[str, str], None]]:
+        """Told the name of each client that is put aside, and why; in the thread that computes."""
+        ...
+
+
+class Wrapping:
+    """A link around another one: what it does not override is the inner link's."""
+
+    def __init__(self, inner: Link) -> None:
+        self.inner = inner
+
+    @property
+    def meter(self) -> Meter:
+        return self.inner.meter
+
+    @meter.setter
+    def meter(self, meter: Meter) -> None:
+        self.inner.meter = meter
+
+    @property
+    def residuals(self) -> dict[str, Tensor]:
+        return self.inner.residuals
+
+    @residuals.setter
+    def residuals(self, residuals: dict[str, Tensor]) -> None:
+        self.inner.residuals = residuals
+
+    @property
+    def client(self) -> str:
+        return self.inner.client
+
+    def call(self, request: Request[R]) -> Future[R]:
+        return self.inner.call(request)
+
+    def close(self) -> None:
+        self.inner.close()
+
+
+def ask(link: Link, request: Request[R]) -> R:
+    """Send a request and wait for its answer; the caller's random numbers rest meanwhile.
+
+    Raises:
+        LinkError: the server refuses or cannot be reached.
+    """
+    with resting(current_turn()):  # a server in this process may need a turn before it can answer
+        return link.call(request).result()
+
+
+def finished(make: Callable[[], R]) -> Future[R]:
+    """A future of what ``make`` gives or raises, now."""
+    future: Future[R] = Future()
+    try:
+        future.set_result(make())
+    except Exception as error:
+        future.set_exception(error)
+    return future
 
 
 @contextmanager

@@ -17,31 +17,16 @@ from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
-
-from torch import Tensor
+from typing import Any, TypeVar
 
 from flexp.errors import LinkError, LinkLostError
-from flexp.links.base import Link, Meter
+from flexp.links.base import Link, Wrapping
 from flexp.links.coding import Coding
-from flexp.links.messages import (
-    Abort,
-    BackwardReply,
-    BackwardRequest,
-    EndGeneration,
-    ExtendReply,
-    ExtendRequest,
-    FetchReply,
-    FetchRequest,
-    ForwardReply,
-    ForwardRequest,
-    Join,
-    PullReply,
-    PullRequest,
-    Welcome,
-)
+from flexp.links.messages import Join, Request
 from flexp.links.translate import dtype_of
 from flexp.rng import current_turn, resting
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -81,15 +66,15 @@ class Line:
         return None if lost else self._last
 
 
-class EmulatedLink:
+class EmulatedLink(Wrapping):
     """``inner`` behind a network.
 
     A connection that broke has no effect at the server any more; the client may join anew, if ``inner`` can.
     """
 
     def __init__(self, inner: Link, network: Network) -> None:
-        self.inner, self.network = inner, network
-        self.meter: Meter = inner.meter
+        super().__init__(inner)
+        self.network = network
         self._lock = threading.RLock()
         self._clock = _Clock()
         self._server = ThreadPoolExecutor(1, "flexp-emulated-server")
@@ -98,45 +83,17 @@ class EmulatedLink:
         self._open: set[Future[Any]] = set()
         self._begin()
 
-    @property
-    def client(self) -> str:
-        return self.inner.client
-
-    @property
-    def residuals(self) -> dict[str, Tensor]:
-        """Of error feedback, as the inner link has them."""
-        residuals: dict[str, Tensor] = self.inner.residuals  # type: ignore[attr-defined]
-        return residuals
-
-    def join(self, request: Join) -> Welcome:
+    def call(self, request: Request[R]) -> Future[R]:
+        future: Future[R] = Future()
         with self._lock:
-            if self._broken == LOST:
+            if isinstance(request, Join) and self._broken == LOST:
                 self._begin()
-        welcome: Welcome = self._wait(self._send(lambda: _done(self.inner.join, request), None))
-        codec = request.codec or getattr(self.inner, "codec", None)
-        self._coding = Coding(codec, dtype_of(request), welcome.hidden)
-        return welcome
-
-    def forward(self, request: ForwardRequest) -> Future[ForwardReply]:
-        return self._send(lambda: self.inner.forward(request), request)
-
-    def backward(self, request: BackwardRequest) -> Future[BackwardReply]:
-        return self._send(lambda: self.inner.backward(request), request)
-
-    def pull(self, request: PullRequest) -> Future[PullReply]:
-        return self._send(lambda: self.inner.pull(request), request)
-
-    def extend(self, request: ExtendRequest) -> Future[ExtendReply]:
-        return self._send(lambda: self.inner.extend(request), request)
-
-    def end_generation(self, request: EndGeneration) -> None:
-        self._wait(self._send(lambda: _done(self.inner.end_generation, request), None))
-
-    def fetch(self, request: FetchRequest) -> Future[FetchReply]:
-        return self._send(lambda: self.inner.fetch(request), request)
-
-    def abort(self, request: Abort) -> None:
-        self._wait(self._send(lambda: _done(self.inner.abort, request), None))
+            if self._broken is not None:
+                future.set_exception(self._error(self._broken))
+                return future
+            self._open.add(future)
+            self._travel(self._up, request, future, lambda: self._server.submit(self._arrived, request, future))
+        return future
 
     def close(self) -> None:
         self._break("the link is closed")
@@ -153,37 +110,29 @@ class EmulatedLink:
         self._up = Line(self.network, self.network.uplink_bps, "up")
         self._down = Line(self.network, self.network.downlink_bps, "down")
 
-    def _send(self, call: Callable[[], Future[Any]], message: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        with self._lock:
-            if self._broken is not None:
-                future.set_exception(self._error(self._broken))
-                return future
-            self._open.add(future)
-            self._travel(self._up, message, future, lambda: self._server.submit(self._arrived, call, future))
-        return future
-
-    def _arrived(self, call: Callable[[], Future[Any]], future: Future[Any]) -> None:
+    def _arrived(self, request: Request[Any], future: Future[Any]) -> None:
         if not future.done():  # else the connection broke while this waited for the server
-            call().add_done_callback(lambda answer: self._answered(answer, future))
+            self.inner.call(request).add_done_callback(lambda answer: self._answered(request, answer, future))
 
-    def _answered(self, answer: Future[Any], future: Future[Any]) -> None:
+    def _answered(self, request: Request[Any], answer: Future[Any], future: Future[Any]) -> None:
         def deliver() -> None:
             with self._lock, suppress(InvalidStateError):  # it may have failed meanwhile
                 self._open.discard(future)
                 error = answer.exception()
                 if error is not None:
                     future.set_exception(error)
-                else:
-                    future.set_result(answer.result())
+                    return
+                if isinstance(request, Join):
+                    codec = request.codec or getattr(self.inner, "codec", None)
+                    self._coding = Coding(codec, dtype_of(request), answer.result().hidden)
+                future.set_result(answer.result())
 
         with self._lock:
             if not future.done():
                 self._travel(self._down, None if answer.exception() else answer.result(), future, deliver)
 
     def _travel(self, line: Line, message: Any, future: Future[Any], arrive: Callable[[], Any]) -> None:
-        carried = self._coding is not None and message is not None and not isinstance(message, Welcome)
-        size = self._coding.size(message) if carried and self._coding is not None else 0
+        size = 0 if self._coding is None or message is None else self._coding.size(message)
         when = line.arrival(time.monotonic(), size)
         if when is None:
             self.lose()
@@ -202,10 +151,6 @@ class EmulatedLink:
 
     def _error(self, why: str) -> LinkError:
         return (LinkLostError if why == LOST else LinkError)(f"client {self.client}: {why}")
-
-    def _wait(self, future: Future[Any]) -> Any:
-        with resting(current_turn()):
-            return future.result()
 
 
 LOST = "the emulated network lost the connection"
@@ -240,13 +185,3 @@ class _Clock:
                     return
                 _, _, action = heapq.heappop(self._due)
             action()
-
-
-def _done(call: Callable[[Any], Any], request: Any) -> Future[Any]:
-    """A call that gives its answer itself, as a future."""
-    future: Future[Any] = Future()
-    try:
-        future.set_result(call(request))
-    except Exception as error:
-        future.set_exception(error)
-    return future

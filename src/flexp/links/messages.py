@@ -7,15 +7,43 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar, Generic, Literal, TypeVar, get_args
 
 from torch import Tensor
 
 from flexp.config import AlignConfig, CodecConfig, LoraConfig
 
+What = Literal["step", "evaluate", "save", "restore", "stop"]
+Reply = TypeVar("Reply")
+
+
+class Request(Generic[Reply]):
+    """What a client sends. The server answers it with a ``Reply``, or refuses it.
+
+    Attributes:
+        reply: the type of its answer.
+        trains: whether the tensors of request and reply count as training's or evaluation's; ``None``: it has none.
+    """
+
+    reply: ClassVar[type[Any]]
+    trains: ClassVar[bool | None] = None
+
+    def __init_subclass__(cls) -> None:
+        (cls.reply,) = get_args(cls.__orig_bases__[0])  # type: ignore[attr-defined]
+
 
 @dataclass(frozen=True)
-class Join:
+class Welcome:
+    """The server's answer: the base depth s_min that its shared blocks start at, and what it lets be in flight."""
+
+    base_depth: int
+    blocks: int
+    hidden: int
+    max_in_flight: int = 1
+
+
+@dataclass(frozen=True)
+class Join(Request[Welcome]):
     """A client's first message: who it is, what it keeps, and what it wants the server to do.
 
     Attributes:
@@ -45,17 +73,15 @@ class Join:
 
 
 @dataclass(frozen=True)
-class Welcome:
-    """The server's answer: the base depth s_min that its shared blocks start at, and what it lets be in flight."""
+class ForwardReply:
+    """``hidden_BTH``: what comes out of block e−1. ``align``: the alignment term, when it was due."""
 
-    base_depth: int
-    blocks: int
-    hidden: int
-    max_in_flight: int = 1
+    hidden_BTH: Tensor
+    align: float | None = None
 
 
 @dataclass(frozen=True)
-class ForwardRequest:
+class ForwardRequest(Request[ForwardReply]):
     """Run blocks [s, e).
 
     Attributes:
@@ -69,6 +95,8 @@ class ForwardRequest:
         step: of the client's steps the one that it belongs to, as in its backward; 0: not numbered.
     """
 
+    trains: ClassVar[bool | None] = True
+
     exchange: int
     hidden_BTH: Tensor
     mask_BT: Tensor | None = None
@@ -80,15 +108,15 @@ class ForwardRequest:
 
 
 @dataclass(frozen=True)
-class ForwardReply:
-    """``hidden_BTH``: what comes out of block e−1. ``align``: the alignment term, when it was due."""
+class BackwardReply:
+    """``grad_BTH``: ∂total/∂z_k. ``inner_BTH``: gradients at the inner activations, where alignment was due."""
 
-    hidden_BTH: Tensor
-    align: float | None = None
+    grad_BTH: Tensor
+    inner_BTH: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)
-class BackwardRequest:
+class BackwardRequest(Request[BackwardReply]):
     """Run blocks [s, e) backward, for an earlier forward.
 
     Attributes:
@@ -100,37 +128,14 @@ class BackwardRequest:
         weight: how many items (tokens, examples) of the loss this exchange stands for.
     """
 
+    trains: ClassVar[bool | None] = True
+
     exchange: int
     grad_BTH: Tensor
     step: int = 0
     exchanges: int = 1
     tokens: float = 1.0
     weight: float = 1.0
-
-
-@dataclass(frozen=True)
-class BackwardReply:
-    """``grad_BTH``: ∂total/∂z_k. ``inner_BTH``: gradients at the inner activations, where alignment was due."""
-
-    grad_BTH: Tensor
-    inner_BTH: tuple[Tensor, ...] = ()
-
-
-@dataclass(frozen=True)
-class Abort:
-    """Give up all that this client has in flight, and what its unfinished steps have gathered."""
-
-
-@dataclass(frozen=True)
-class PullRequest:
-    """Ask for the shared weights of blocks [start, stop), which lie in [s_min, s), for alignment in weight space.
-
-    ``step`` is the client's step that it ends; 0: not numbered.
-    """
-
-    start: int
-    stop: int
-    step: int = 0
 
 
 @dataclass(frozen=True)
@@ -141,20 +146,17 @@ class PullReply:
 
 
 @dataclass(frozen=True)
-class FetchRequest:
-    """Ask for the trained shared weights of one block: one that the client keeps a copy of itself (to begin with), or
-    with the operator's permission one of the blocks [s, e) that the server runs for it.
+class PullRequest(Request[PullReply]):
+    """Ask for the shared weights of blocks [start, stop), which lie in [s_min, s), for alignment in weight space.
 
-    Attributes:
-        block: its index in the model.
-        first: of the block's trained tensors, in the order of their names, the first to send: a large block comes in
-            several answers.
-        most: bytes of tensors that one answer may have; a single tensor that is larger comes alone.
+    ``step`` is the client's step that it ends; 0: not numbered.
     """
 
-    block: int
-    first: int = 0
-    most: int = 64 << 20
+    trains: ClassVar[bool | None] = True
+
+    start: int
+    stop: int
+    step: int = 0
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,33 @@ class FetchReply:
 
 
 @dataclass(frozen=True)
-class ExtendRequest:
+class FetchRequest(Request[FetchReply]):
+    """Ask for the trained shared weights of one block: one that the client keeps a copy of itself (to begin with), or
+    with the operator's permission one of the blocks [s, e) that the server runs for it.
+
+    Attributes:
+        block: its index in the model.
+        first: of the block's trained tensors, in the order of their names, the first to send: a large block comes in
+            several answers.
+        most: bytes of tensors that one answer may have; a single tensor that is larger comes alone.
+    """
+
+    trains: ClassVar[bool | None] = False
+
+    block: int
+    first: int = 0
+    most: int = 64 << 20
+
+
+@dataclass(frozen=True)
+class ExtendReply:
+    """``hidden_BTH``: what comes out of block e−1, for the new tokens."""
+
+    hidden_BTH: Tensor
+
+
+@dataclass(frozen=True)
+class ExtendRequest(Request[ExtendReply]):
     """Run blocks [s, e) on the next tokens of an answer, with the keys and values of those before.
 
     Attributes:
@@ -184,6 +212,8 @@ class ExtendRequest:
         rows_B: which row of the cache each row goes on from, where that is not the same one (beam search).
     """
 
+    trains: ClassVar[bool | None] = False
+
     generation: int
     past: int
     hidden_BTH: Tensor
@@ -193,17 +223,68 @@ class ExtendRequest:
 
 
 @dataclass(frozen=True)
-class ExtendReply:
-    """``hidden_BTH``: what comes out of block e−1, for the new tokens."""
-
-    hidden_BTH: Tensor
+class Done:
+    """The answer to what only makes the server forget something."""
 
 
 @dataclass(frozen=True)
-class EndGeneration:
+class EndGeneration(Request[Done]):
     """An answer is complete, or given up: the server forgets its cache, if it has one."""
 
     generation: int
+
+
+@dataclass(frozen=True)
+class Abort(Request[Done]):
+    """Give up all that this client has in flight, and what its unfinished steps have gathered."""
+
+
+@dataclass(frozen=True)
+class Leave(Request[Done]):
+    """The client goes; what it has in flight is dropped, and so are its caches."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a client does next.
+
+    Attributes:
+        what: ``step``: ``count`` steps. ``evaluate``: score the personal model after round ``number``. ``save``:
+            keep a snapshot with that number. ``restore``: go back to that snapshot. ``stop``: the run is over.
+        run: the run's name, the same after a restart of the server.
+        place: in the schedule; the client's next :class:`Ready` says that it is done.
+        save: with any order, first keep a snapshot with this number.
+    """
+
+    what: What
+    run: str
+    place: int = 0
+    number: int = 0
+    count: int = 1
+    save: int | None = None
+
+
+@dataclass(frozen=True)
+class Ready(Request[Order]):
+    """A client waits for its next order.
+
+    Attributes:
+        steps: that it has done in all.
+        done: the place in the schedule that its last order named, and which is done; ``None``: it has just come.
+        run: the run that its snapshots belong to; empty: it has none.
+        snapshots: that it holds, by their numbers.
+        saved: the steps that its newest snapshot has.
+        facts: for the operator: losses, scores, seconds, bytes.
+        planned: steps that the whole run has for it, by which its learning rate falls; 0: it does not fall.
+    """
+
+    steps: int
+    done: int | None = None
+    run: str = ""
+    snapshots: tuple[int, ...] = ()
+    saved: int = 0
+    facts: dict[str, float] = field(default_factory=dict)
+    planned: int = 0
 
 
 def tensors(message: Any) -> Iterator[tuple[str, Tensor]]:
@@ -215,7 +296,7 @@ def tensors(message: Any) -> Iterator[tuple[str, Tensor]]:
         elif isinstance(value, tuple):
             yield from ((item.name, entry) for entry in value if isinstance(entry, Tensor))
         elif isinstance(value, dict):
-            yield from ((f"{item.name}.{key}", entry) for key, entry in value.items())
+            yield from ((f"{item.name}.{key}", entry) for key, entry in value.items() if isinstance(entry, Tensor))
 
 
 def size(message: Any) -> int:

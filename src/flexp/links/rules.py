@@ -97,7 +97,7 @@ def check_request(head: Head, agreement: Agreement | None, client: str) -> None:
     if head.kind not in _TEXTS and head.text:
         raise LinkError(f"client {client}: a {head.kind.name} frame has a text, expected none")
     if agreement is None and head.kind not in (Kind.JOIN, Kind.LEAVE):
-        raise LinkError(f"client {client} has not joined: call link.join first")
+        raise LinkError(f"client {client} has not joined: Join comes first")
     if agreement is None or head.kind not in (Kind.FORWARD, Kind.BACKWARD, Kind.EXTEND):
         _no_tensors(head, client)
         return

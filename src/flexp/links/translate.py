@@ -19,6 +19,7 @@ from flexp.links.messages import (
     Abort,
     BackwardReply,
     BackwardRequest,
+    Done,
     EndGeneration,
     ExtendReply,
     ExtendRequest,
@@ -27,15 +28,20 @@ from flexp.links.messages import (
     ForwardReply,
     ForwardRequest,
     Join,
+    Leave,
+    Order,
     PullReply,
     PullRequest,
+    Ready,
     Welcome,
 )
+from flexp.links.orders import read_order, read_ready, to_text
 from flexp.links.rules import Agreement, Limits
 from flexp.links.wire import Head, Kind
 
 _JOIN = TypeAdapter(Join)
 _DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
+_EMPTY: dict[type[Any], Kind] = {Abort: Kind.ABORT, Leave: Kind.LEAVE, Done: Kind.DONE}
 Named = Sequence[tuple[str, Tensor | None]]
 
 
@@ -76,8 +82,11 @@ def to_frame(message: Any, call: int, seconds: float = 0.0, coding: Coding | Non
         case FetchReply():
             numbers = (message.version, message.total)
             return _frame(Kind.FETCH_REPLY, call, seconds, numbers, list(message.weights.items()))
-        case Abort():
-            return Frame(Head(Kind.ABORT, call))
+        case Abort() | Leave() | Done():
+            return Frame(Head(_EMPTY[type(message)], call))
+        case Ready() | Order():
+            kind = Kind.READY if isinstance(message, Ready) else Kind.ORDER
+            return Frame(Head(kind, call, text=to_text(message)))
         case ExtendRequest():
             named = [
                 ("hidden_BTH", message.hidden_BTH),
@@ -132,6 +141,14 @@ def to_message(frame: Frame, device: torch.device, coding: Coding | None = None)
             return FetchReply(version, total, one)
         case Kind.ABORT:
             return Abort()
+        case Kind.LEAVE:
+            return Leave()
+        case Kind.DONE:
+            return Done()
+        case Kind.READY:
+            return read_ready(head.text)
+        case Kind.ORDER:
+            return read_order(head.text)
         case Kind.EXTEND:
             generation, past = head.numbers
             return ExtendRequest(

@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from flexp.errors import LinkError, StorageError
-from flexp.links.orders import Order, Ready
+from flexp.links.messages import Order, Ready
 from flexp.run.store import Store
 from flexp.server import Server
 

@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from itertools import accumulate
 
 from flexp.errors import LinkError
-from flexp.links.orders import Order, Ready
+from flexp.links.messages import Order, Ready
 from flexp.run.conductors import Desk
 from flexp.run.schedule import Place
 

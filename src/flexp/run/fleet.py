@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from flexp.config import RunConfig
 from flexp.errors import FlexpError
 from flexp.files import write_json
 from flexp.report.metrics import read as read_log
+from flexp.run.settle import Settled
 
 Say = Callable[[str], None]
 ADDRESS = re.compile(r"serving blocks \[.*\) at (\S+)")
@@ -57,14 +56,12 @@ class Fleet:
     """Starts everybody, watches, starts again who fell, and collects what they did.
 
     Args:
-        cuts: of the clients, by name.
         restarts: how often one party may fall before the fleet gives up.
     """
 
     def __init__(
         self,
-        config: RunConfig,
-        cuts: dict[str, tuple[int, int]],
+        run: Settled,
         out: Path,
         *,
         schedule: str,
@@ -74,13 +71,13 @@ class Fleet:
         answer_seconds: float = 120.0,
         say: Say = print,
     ) -> None:
-        self.config, self.cuts, self.out, self.say = config, cuts, out, say
+        self.config, self.cuts, self.out, self.say = run.config, run.cuts, out, say
         self.restarts = restarts
         self.environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
-        self._file = out / "fleet.toml"
+        self._file = out / "fleet.json"
         self._write_config(schedule, save_every, answer_seconds)
         self.server = Party("server", [], out / "server" / "log.txt")
-        self.clients = {name: Party(name, [], out / "clients" / name / "log.txt") for name in cuts}
+        self.clients = {name: Party(name, [], out / "clients" / name / "log.txt") for name in self.cuts}
         self.address = ""
         self.way = ""  # how clients reach the server, if not at its address
 
@@ -199,31 +196,10 @@ class Fleet:
         return max(told, tenth)
 
     def _write_config(self, schedule: str, save_every: int, answer_seconds: float) -> None:
-        """The run's configuration with the table ``[deployment]``, as TOML, for all processes."""
+        """The run's configuration with the table ``[deployment]``, for all processes."""
         content = self.config.resolved()
         table = {"schedule": schedule, "clients": list(self.cuts), "save_every": save_every}
         content["deployment"] = {**table, "answer_seconds": answer_seconds}
         self.out.mkdir(parents=True, exist_ok=True)
         write_json(self.out / "config.json", self.config.resolved())
-        self._file.write_text(to_toml(content), encoding="utf-8")
-
-
-def to_toml(content: dict[str, Any], prefix: Sequence[str] = ()) -> str:
-    """Nested tables of plain values as TOML; what is ``None`` is left out."""
-    plain = {key: value for key, value in content.items() if not isinstance(value, dict) and value is not None}
-    lines = [f"[{'.'.join(map(_key, prefix))}]"] if prefix and (plain or not content) else []
-    lines += [f"{_key(key)} = {_value(value)}" for key, value in plain.items()]
-    tables = [to_toml(value, [*prefix, key]) for key, value in content.items() if isinstance(value, dict)]
-    return "\n".join([*lines, *tables]) + "\n"
-
-
-def _key(key: str) -> str:
-    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key)
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(_value(item) for item in value if item is not None)}]"
-    if isinstance(value, float):
-        return repr(value)
-    return json.dumps(value, ensure_ascii=False)
+        write_json(self._file, content)

@@ -1,4 +1,4 @@
-"""What a client's state folder says of itself besides its configuration, so that it can be used without the data."""
+"""What a folder says of itself besides its configuration: whose it is, and what using it needs besides."""
 
 from __future__ import annotations
 
@@ -11,11 +11,19 @@ from flexp.files import read_json, write_json
 
 FILE = "client.json"
 SCHEMA = 1
+JOINED = "join.json"
+"""In the folder of a client that joined a run later: its name, and the labels of the earlier run."""
+JOINED_SCHEMA = 1
 
 
 def is_client(folder: Path) -> bool:
     """Whether ``folder`` is what ``flexp client`` leaves."""
     return (folder / FILE).is_file()
+
+
+def is_joined(folder: Path) -> bool:
+    """Whether ``folder`` is a run of one client that joined another run (``flexp join``)."""
+    return (folder / JOINED).is_file()
 
 
 def write_facts(folder: Path, client: ClientData, federation: Federation, cut: tuple[int, int]) -> None:

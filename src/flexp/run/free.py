@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from flexp.config import TrainConfig
-from flexp.links.orders import Order, Ready
+from flexp.links.messages import Order, Ready
 from flexp.run.conductors import Desk, Member
 from flexp.run.schedule import scored_rounds
 

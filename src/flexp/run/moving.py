@@ -20,7 +20,7 @@ from flexp.planner.options import Option, grid, options_of
 from flexp.planner.policy import Decision, DevicePolicy, Situation
 from flexp.report.metrics import Record
 from flexp.run.planned import auto_fleet
-from flexp.run.setup import model_folder
+from flexp.run.settle import model_folder
 
 TOO_SHORT = 1e-4
 """Seconds; what takes less is not compared with its prediction."""

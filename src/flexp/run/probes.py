@@ -17,7 +17,7 @@ from flexp.methods.client_ranks import adapters
 from flexp.methods.cuts import base_depth
 from flexp.methods.holds import holds
 from flexp.methods.parties import own_world
-from flexp.run.setup import model_folder
+from flexp.run.settle import model_folder
 
 
 class MemoryProbes:

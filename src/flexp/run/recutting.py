@@ -20,7 +20,7 @@ from flexp.planner.policy import Decision, Stop, decide_for_all
 from flexp.report.formats import cut as shown
 from flexp.report.metrics import Record
 from flexp.run.planned import auto_fleet
-from flexp.run.setup import model_folder
+from flexp.run.settle import model_folder
 
 
 class Recutting:

@@ -32,11 +32,11 @@ from flexp.report.summary import (
     scores_by_round,
 )
 from flexp.report.tensorboard import EventWriter
-from flexp.run.joined import is_joined
+from flexp.run.folder import is_joined
 from flexp.run.participants import Dropped, client_facts, place
 from flexp.run.probes import MemoryProbes
 from flexp.run.recutting import Recutting, check_changes, cuts_by_round, told
-from flexp.run.setup import build_world
+from flexp.run.settle import build_world
 from flexp.run.store import CHECKPOINTS, Store
 
 Summary = dict[str, Any]

@@ -124,9 +124,9 @@ def run_server(
         if store.numbers():
             load(server, store)
             say(f"going on from {state}: {server.shared.version} updates of the shared blocks so far")
-    server.guard.say = say
+    server.guard.say, server.conductor = say, conductor
     teller = Teller(server, None if conductor is None else conductor.desk)
-    options |= {"say": say, "conductor": conductor, "facts": teller.facts}
+    options |= {"say": say, "facts": teller.facts}
     server.allow_export = server.allow_export or allow_export
     if allow_export and conductor is not None and conductor.desk.numbers and not server.shared.version:
         conductor.desk.restore(max(conductor.desk.numbers))  # clients may fetch before all have come to go on

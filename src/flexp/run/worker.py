@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -13,7 +12,7 @@ import torch
 
 from flexp.client.model import SplitModel
 from flexp.client.recut import Blocks, fit
-from flexp.client.state import cut_in, load_party, party_state, residuals_of
+from flexp.client.state import cut_in, load_party, party_state
 from flexp.client.trainer import Step, Trainer
 from flexp.config import RunConfig
 from flexp.data.scores import evaluate
@@ -22,21 +21,13 @@ from flexp.errors import LinkError, LinkLostError, StorageError, TrainingError
 from flexp.limits import out_of_memory
 from flexp.links.base import Link
 from flexp.links.coding import load_residuals
-from flexp.links.orders import Order, Ready
+from flexp.links.messages import Order, Ready
 from flexp.report.metrics import MetricsLog, Record
 from flexp.rng import RandomStream
 from flexp.run.moving import Mover, in_words
 from flexp.run.store import Store, party_of
 
 Say = Callable[[str], None]
-
-
-class ConductedLink(Link, Protocol):
-    """A link to a server that conducts a run."""
-
-    def ready(self, ready: Ready) -> Future[Order]:
-        """Ask what to do next."""
-        ...
 
 
 class Diary(Protocol):
@@ -152,7 +143,7 @@ class Worker:
         train = self.config.train
         planned = 0 if train.personal.schedule == "constant" else train.total_steps
         ready = Ready(self.trainer.steps, done, self._run, numbers, self._saved_steps, self._told(), planned)
-        future = self._link.ready(ready)
+        future = self._link.call(ready)
         while True:
             try:
                 return future.result(0.5)
@@ -277,7 +268,7 @@ class Worker:
 
     def _keeping_the_meter(self, link: Link) -> Link:
         link.meter = self.model.link.meter
-        load_residuals(residuals_of(link), residuals_of(self.model.link))
+        load_residuals(link.residuals, self.model.link.residuals)
         return link
 
     def _told(self) -> dict[str, float]:
@@ -295,5 +286,5 @@ class Worker:
         return facts
 
     @property
-    def _link(self) -> ConductedLink:
-        return self.model.link  # type: ignore[return-value]
+    def _link(self) -> Link:
+        return self.model.link

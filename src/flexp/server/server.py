@@ -5,20 +5,24 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import contextmanager, nullcontext
+from functools import singledispatchmethod
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from flexp.assets import resolve
 from flexp.config import LoraConfig, ModelConfig, OptimizerConfig, ServerConfig
+from flexp.errors import LinkError
 from flexp.links.inprocess import InProcessLink
 from flexp.links.messages import (
     Abort,
     BackwardReply,
     BackwardRequest,
+    Done,
     EndGeneration,
     ExtendReply,
     ExtendRequest,
@@ -27,8 +31,12 @@ from flexp.links.messages import (
     ForwardReply,
     ForwardRequest,
     Join,
+    Leave,
+    Order,
     PullReply,
     PullRequest,
+    Ready,
+    Request,
     Welcome,
 )
 from flexp.models.loading import ModelKind, load_config, load_stage
@@ -46,6 +54,20 @@ from flexp.server.session import Session
 from flexp.server.sessions import Sessions
 from flexp.server.shared import SharedBlocks
 
+R = TypeVar("R")
+
+
+class Conductor(Protocol):
+    """Tells clients what to do next; called between two requests."""
+
+    def ready(self, client: str, ready: Ready) -> Future[Order]:
+        """A client waits for its order; it may take as long as others take."""
+        ...
+
+    def gone(self, client: str) -> None:
+        """A client has left; whatever it waited for it will ask again."""
+        ...
+
 
 class Server:
     """Runs and trains the shared blocks for all clients; each request as it arrives, one at a time.
@@ -57,6 +79,9 @@ class Server:
         seed: of the clients' dropout on this side.
         remembers: keep the answers of clients' last steps, for clients that may go back to a snapshot.
         allow_export: give a client the trained weights of the blocks that it has computed here, if it asks.
+
+    Attributes:
+        conductor: tells clients what to do next, if this server conducts a run.
     """
 
     def __init__(
@@ -80,9 +105,10 @@ class Server:
         self.bounds, self.guard = Bounds(self.config.guard), Guard(self.config.guard)
         self.remembers, self.allow_export = remembers, allow_export
         self.regulars = Regulars(seed, self._device)
+        self.conductor: Conductor | None = None
         self._sessions = Sessions()
         self._lock = threading.RLock()
-        self.guard.listeners.append(lambda client, _: self.leave(client))
+        self.guard.listeners.append(lambda client, _: self._sessions.end(client))
 
     @classmethod
     def from_pretrained(
@@ -152,120 +178,117 @@ class Server:
         """A link for ``client`` inside this process."""
         return InProcessLink(self, client)
 
-    def join(self, client: str, request: Join) -> Welcome:
-        """Open a client's session, or open it anew with another cut.
+    def answer(self, client: str, request: Request[R]) -> R | Future[R]:
+        """Answer a request of a client; all but :class:`Join` and :class:`Leave` need it to have joined.
 
         Raises:
-            LinkError: the client's model or cut does not go with this server.
+            LinkError: the request does not go with this server, with what was agreed on joining, or with what is in
+                flight; it has no effect then.
         """
-        with self._lock, self.guard.request(client):
-            check_join(client, request, self.shared.stage, self.tuning, self.lora, self.config.codecs)
-            self._sessions.end(client)
-            regular = self.regulars[client]
-            progress = regular.numbered(request.numbering)
-            regular.cuts(request.cut)
-            self._sessions[client] = Session(
-                request, self.shared, self.config, regular.random, progress, bounds=self.bounds
-            )
-            anatomy = self.shared.stage.anatomy
-            return Welcome(self.blocks[0], anatomy.blocks, anatomy.hidden, self.config.max_in_flight)
-
-    def forward(self, client: str, request: ForwardRequest) -> ForwardReply:
-        """Blocks [s, e) forward for one client.
-
-        Raises:
-            LinkError: the client never joined, the message does not fit what was agreed, or too much is in flight.
-        """
-        with self._lock, self._computing(), self.guard.request(client):
-            session, key = self._sessions[client], ("forward", request.exchange)
-            known = session.progress.answer(request.step, key) if request.train else None
-            applied = session.progress.applied(request.step)
-            if known is not None and applied and alike(request.hidden_BTH, known.hidden_BTH):
-                return cast(ForwardReply, known)
-            check_forward(session, request, self.shared.stage, self._sessions.in_flight)
-            if request.train:  # without training nothing but its own answer comes of it
-                check_finite(client, f"an activation of exchange {request.exchange}", _activations(request))
-            with session.random.active():
-                reply = session.forward(request)
-            self._remember(session, request.step, key, reply)
-            return reply
-
-    def backward(self, client: str, request: BackwardRequest) -> BackwardReply:
-        """Blocks [s, e) backward for one client, and the update that follows.
-
-        Raises:
-            LinkError: no forward of that client and number is in flight, or the gradient is not finite.
-        """
-        with self._lock, self._computing(), self.guard.request(client):
-            session, key = self._sessions[client], ("backward", request.exchange)
-            known = session.progress.answer(request.step, key)
-            complete = request.exchange not in session.pending
-            if known is not None and complete and alike(request.grad_BTH, known.grad_BTH):
-                return cast(BackwardReply, known)
-            check_backward(session, request)
-            with session.random.active():
-                reply = session.backward(request)
-            self._remember(session, request.step, key, reply)
-            return reply
-
-    def pull(self, client: str, request: PullRequest) -> PullReply:
-        """The shared weights of some of the client's aligned blocks [s_min, s).
-
-        Raises:
-            LinkError: the client never joined, or asks for other blocks.
-        """
-        with self._lock, self.guard.request(client):
-            session, key = self._sessions[client], ("pull", request.start << 16 | request.stop)
-            check_pull(session, request, self.blocks[0])
-            known = session.progress.answer(request.step, key)
-            if known is not None:
-                return cast(PullReply, known)
-            wanted = range(request.start, request.stop)
-            parameters = self.shared.updater.parameters.items()
-            block_of = self.shared.stage.block_of
-            reply = PullReply({name: value.detach().clone() for name, value in parameters if block_of(name) in wanted})
-            self._remember(session, request.step, key, reply)
-            return reply
-
-    def fetch(self, client: str, request: FetchRequest) -> FetchReply:
-        """The trained shared weights of one of the blocks [s, e), as they are between two updates.
-
-        Raises:
-            LinkError: the client never joined, asks for another block, or the operator does not give them.
-        """
-        with self._lock, self.guard.request(client):
-            check_fetch(self._sessions[client], request, self.blocks, self.allow_export)
-            return give(self.shared, request)
-
-    def abort(self, client: str, request: Abort) -> None:
-        """Forget what a client has in flight and what its unfinished steps have gathered.
-
-        Raises:
-            LinkError: the client never joined.
-        """
+        if isinstance(request, Ready):
+            return cast("Future[R]", self._next_order(client, request))
         with self._lock:
-            self._sessions[client].drop()
+            if issubclass(request.reply, Done):  # it only makes the server forget, which nobody is refused
+                return cast(R, self._handle(request, client))
+            with self.guard.request(client), nullcontext() if request.trains is None else self._computing():
+                return cast(R, self._handle(request, client))
 
-    def extend(self, client: str, request: ExtendRequest) -> ExtendReply:
-        """Blocks [s, e) on the next tokens of an answer, whose cache is kept here.
+    def _next_order(self, client: str, request: Ready) -> Future[Order]:
+        if self.conductor is None:
+            raise LinkError("this server conducts no run")
+        return self.conductor.ready(client, request)
 
-        Raises:
-            LinkError: the client never joined, the server holds another length of the answer, or caches are full.
-        """
-        with self._lock, self._computing(), self.guard.request(client):
-            session = self._sessions[client]
-            drop_unused(self._sessions.values(), self.config.generation_seconds)
-            check_extend(session, request, self.shared.stage, self._sessions.values())
-            return ExtendReply(session.generations.extend(request, self.shared.stage, session.join.cut))
+    @singledispatchmethod
+    def _handle(self, request: Any, client: str) -> Any:
+        raise LinkError(f"client {client}: this server has no answer to {type(request).__name__}")
 
-    def end_generation(self, client: str, request: EndGeneration) -> None:
-        """Forget the cache of an answer.
+    @_handle.register
+    def _join(self, request: Join, client: str) -> Welcome:
+        """Open a client's session, or open it anew with another cut."""
+        check_join(client, request, self.shared.stage, self.tuning, self.lora, self.config.codecs)
+        self._sessions.end(client)
+        regular = self.regulars[client]
+        progress = regular.numbered(request.numbering)
+        regular.cuts(request.cut)
+        self._sessions[client] = Session(
+            request, self.shared, self.config, regular.random, progress, bounds=self.bounds
+        )
+        anatomy = self.shared.stage.anatomy
+        return Welcome(self.blocks[0], anatomy.blocks, anatomy.hidden, self.config.max_in_flight)
 
-        Raises:
-            LinkError: the client never joined.
-        """
-        with self._lock:
-            self._sessions[client].generations.end(request.generation)
+    @_handle.register
+    def _forward(self, request: ForwardRequest, client: str) -> ForwardReply:
+        session, key = self._sessions[client], ("forward", request.exchange)
+        known = session.progress.answer(request.step, key) if request.train else None
+        applied = session.progress.applied(request.step)
+        if known is not None and applied and alike(request.hidden_BTH, known.hidden_BTH):
+            return cast(ForwardReply, known)
+        check_forward(session, request, self.shared.stage, self._sessions.in_flight)
+        if request.train:  # without training nothing but its own answer comes of it
+            check_finite(client, f"an activation of exchange {request.exchange}", _activations(request))
+        with session.random.active():
+            reply = session.forward(request)
+        self._remember(session, request.step, key, reply)
+        return reply
+
+    @_handle.register
+    def _backward(self, request: BackwardRequest, client: str) -> BackwardReply:
+        """Blocks [s, e) backward, and the update that follows."""
+        session, key = self._sessions[client], ("backward", request.exchange)
+        known = session.progress.answer(request.step, key)
+        complete = request.exchange not in session.pending
+        if known is not None and complete and alike(request.grad_BTH, known.grad_BTH):
+            return cast(BackwardReply, known)
+        check_backward(session, request)
+        with session.random.active():
+            reply = session.backward(request)
+        self._remember(session, request.step, key, reply)
+        return reply
+
+    @_handle.register
+    def _pull(self, request: PullRequest, client: str) -> PullReply:
+        session, key = self._sessions[client], ("pull", request.start << 16 | request.stop)
+        check_pull(session, request, self.blocks[0])
+        known = session.progress.answer(request.step, key)
+        if known is not None:
+            return cast(PullReply, known)
+        wanted = range(request.start, request.stop)
+        parameters = self.shared.updater.parameters.items()
+        block_of = self.shared.stage.block_of
+        reply = PullReply({name: value.detach().clone() for name, value in parameters if block_of(name) in wanted})
+        self._remember(session, request.step, key, reply)
+        return reply
+
+    @_handle.register
+    def _fetch(self, request: FetchRequest, client: str) -> FetchReply:
+        """The trained shared weights of one block, as they are between two updates."""
+        check_fetch(self._sessions[client], request, self.blocks, self.allow_export)
+        return give(self.shared, request)
+
+    @_handle.register
+    def _extend(self, request: ExtendRequest, client: str) -> ExtendReply:
+        """Blocks [s, e) on the next tokens of an answer, whose cache is kept here."""
+        session = self._sessions[client]
+        drop_unused(self._sessions.values(), self.config.generation_seconds)
+        check_extend(session, request, self.shared.stage, self._sessions.values())
+        return ExtendReply(session.generations.extend(request, self.shared.stage, session.join.cut))
+
+    @_handle.register
+    def _end_generation(self, request: EndGeneration, client: str) -> Done:
+        self._sessions[client].generations.end(request.generation)
+        return Done()
+
+    @_handle.register
+    def _abort(self, _: Abort, client: str) -> Done:
+        self._sessions[client].drop()
+        return Done()
+
+    @_handle.register
+    def _leave(self, _: Leave, client: str) -> Done:
+        self._sessions.end(client)
+        if self.conductor is not None:
+            self.conductor.gone(client)
+        return Done()
 
     def flush(self) -> None:
         """At the end of a run: update the shared blocks with the steps that ``update = "mean"`` has gathered so far."""
@@ -281,11 +304,6 @@ class Server:
         with self._lock:
             self._sessions.refuse_busy("frozen")
             self.shared.freeze()
-
-    def leave(self, client: str) -> None:
-        """Close a client's session and drop what it has in flight."""
-        with self._lock:
-            self._sessions.end(client)
 
     def counts(self) -> dict[str, float]:
         """``updates``, ``compute_seconds``, forwards ``in_flight`` and ``versions`` of the weights that are held.

@@ -16,7 +16,7 @@ class Sessions(dict[str, Session]):
     """
 
     def __missing__(self, client: str) -> Session:
-        raise LinkError(f"client {client} has not joined: call link.join first")
+        raise LinkError(f"client {client} has not joined: Join comes first")
 
     @property
     def in_flight(self) -> int:

@@ -8,7 +8,7 @@ import re
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import torch
@@ -20,31 +20,14 @@ from flexp.links.base import Meter, Traffic
 from flexp.links.coding import Coding
 from flexp.links.frames import Frame, encode
 from flexp.links.grpc.loop import background, read_frame, wait_for
-from flexp.links.grpc.security import (
-    Address,
-)
-from flexp.links.messages import (
-    Abort,
-    BackwardReply,
-    BackwardRequest,
-    EndGeneration,
-    ExtendReply,
-    ExtendRequest,
-    FetchReply,
-    FetchRequest,
-    ForwardReply,
-    ForwardRequest,
-    Join,
-    PullReply,
-    PullRequest,
-    Welcome,
-)
-from flexp.links.orders import Order, Ready, read_order, to_text
+from flexp.links.grpc.security import Address
+from flexp.links.messages import Join, Leave, Request
 from flexp.links.rules import Agreement, check_reply, check_request
 from flexp.links.translate import read_error, read_welcome, to_frame, to_message
 from flexp.links.wire import Head, Kind
 from flexp.rng import current_turn, resting
 
+R = TypeVar("R")
 CPU = torch.device("cpu")
 GOODBYE_SECONDS = 5.0
 
@@ -53,6 +36,7 @@ GOODBYE_SECONDS = 5.0
 class _Call:
     """A request that waits for its answer."""
 
+    request: Request[Any]
     head: Head
     future: Future[Any]
     traffic: Traffic | None
@@ -88,72 +72,34 @@ class GrpcLink:
     def client(self) -> str:
         return self._client
 
-    def join(self, request: Join) -> Welcome:
-        request = request if request.codec is not None else replace(request, codec=self.codec)
-        head = self._wait(self._call(request, None))
-        welcome, self._agreement = read_welcome(head.text, request)
-        self._coding = Coding(request.codec, self._agreement.dtype, welcome.hidden, self.residuals)
-        return welcome
+    def call(self, request: Request[R]) -> Future[R]:
+        """As :meth:`flexp.links.base.Link.call`.
 
-    def forward(self, request: ForwardRequest) -> Future[ForwardReply]:
-        return self._call(request, self.meter.of(request.train))
-
-    def backward(self, request: BackwardRequest) -> Future[BackwardReply]:
-        return self._call(request, self.meter.training)
-
-    def pull(self, request: PullRequest) -> Future[PullReply]:
-        return self._call(request, self.meter.training)
-
-    def ready(self, ready: Ready) -> Future[Order]:
-        """Ask a server that conducts a run what to do next; the answer takes as long as others take.
-
-        Where that is too long the link is given up, as for any answer: it may have been lost. Ask again.
+        An answer that takes longer than the link's timeout gives the link up, as it may have been lost: an order's too.
         """
-        return self._send(Frame(Head(Kind.READY, next(self._numbers), text=to_text(ready))), None)
-
-    def abort(self, request: Abort) -> None:
-        self._wait(self._call(request, None))
-
-    def extend(self, request: ExtendRequest) -> Future[ExtendReply]:
-        return self._call(request, self.meter.evaluation)
-
-    def end_generation(self, request: EndGeneration) -> None:
-        self._wait(self._call(request, None))
-
-    def fetch(self, request: FetchRequest) -> Future[FetchReply]:
-        return self._call(request, self.meter.evaluation)
-
-    def close(self) -> None:
-        if self._broken is None:
-            with suppress(LinkError, TimeoutError):
-                self._wait(self._send(Frame(Head(Kind.LEAVE, next(self._numbers))), None), GOODBYE_SECONDS)
-        wait_for(self._shut(LinkError(f"client {self._client}: the link is closed")))
-
-    def _call(self, message: Any, traffic: Traffic | None) -> Future[Any]:
+        sent: Request[Any] = request
+        if isinstance(request, Join) and request.codec is None:
+            sent = replace(request, codec=self.codec)
         try:
-            frame = to_frame(message, next(self._numbers), coding=self._coding)
+            frame = to_frame(sent, next(self._numbers), coding=self._coding)
             check_request(frame.head, self._agreement, self._client)
-        except LinkError as error:
-            return _failed(error)
-        return self._send(frame, traffic)
-
-    def _send(self, frame: Frame, traffic: Traffic | None) -> Future[Any]:
-        try:
             messages = encode(frame)  # in the caller's thread, which may change its tensors afterwards
         except LinkError as error:
             return _failed(error)
-        size = frame.head.payload
+        traffic, size = self.meter.counting(request), frame.head.payload
         if traffic is not None:
             traffic.bytes_up += size
         self.header_bytes[0] += sum(map(len, messages)) - size
         device = frame.tensors[0].device if frame.tensors else CPU
-        call = _Call(frame.head, Future(), traffic, device)
+        call = _Call(sent, frame.head, Future(), traffic, device)
         background().call_soon_threadsafe(self._enqueue, call, messages)
         return call.future
 
-    def _wait(self, future: Future[Any], seconds: float | None = None) -> Any:
-        with resting(current_turn()):  # the server may need a turn before it can answer
-            return future.result(seconds)
+    def close(self) -> None:
+        if self._broken is None:
+            with suppress(LinkError, TimeoutError), resting(current_turn()):
+                self.call(Leave()).result(GOODBYE_SECONDS)
+        wait_for(self._shut(LinkError(f"client {self._client}: the link is closed")))
 
     # What follows runs on the loop.
 
@@ -222,11 +168,12 @@ class GrpcLink:
             call.traffic.bytes_down += head.payload
             call.traffic.exchanges += 1
             call.traffic.server_seconds += head.seconds
-        if head.kind == Kind.ORDER:
-            call.future.set_result(read_order(head.text))
-        else:
-            answer = head if call.traffic is None else to_message(frame, call.device, self._coding)
+        if isinstance(call.request, Join):
+            answer, self._agreement = read_welcome(head.text, call.request)
+            self._coding = Coding(call.request.codec, self._agreement.dtype, answer.hidden, self.residuals)
             call.future.set_result(answer)
+        else:
+            call.future.set_result(to_message(frame, call.device, self._coding))
 
     def _fail(self, text: str, kind: type[LinkError] = LinkLostError) -> None:
         if self._broken is None:

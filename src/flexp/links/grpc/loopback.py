@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from flexp.links.base import Link, connected
+from flexp.links.base import Link, Service, connected
 from flexp.links.grpc.connecting import connect
 from flexp.links.grpc.serving import serve
-from flexp.links.inprocess import Service
 
 
 @contextmanager

@@ -10,12 +10,14 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import grpc
 import torch
 
 from flexp.errors import ConfigError, FlexpError, LinkError, LinkLostError
+from flexp.links.base import Service
 from flexp.links.coding import Coding
 from flexp.links.frames import Frame, encode
 from flexp.links.grpc.gate import Gate
@@ -26,9 +28,7 @@ from flexp.links.grpc.rate import Rates
 from flexp.links.grpc.security import WELCOME_KEY, Address, ServerTls, check_listening
 from flexp.links.grpc.stream import Answer, Stream
 from flexp.links.grpc.tokens import Tokens
-from flexp.links.inprocess import Service
-from flexp.links.messages import Join
-from flexp.links.orders import Order, Ready, read_ready, to_text
+from flexp.links.messages import Join, Leave
 from flexp.links.rules import Limits
 from flexp.links.translate import dtype_of, error_frame, to_frame, to_message, welcome_frame
 from flexp.links.wire import VERSION, Head, Kind
@@ -68,11 +68,12 @@ def _see_free(asked: Address) -> None:
         raise ConfigError(f"cannot listen at {asked} ({why}); give another HOST:PORT") from failure
 
 
-class Conductor(Protocol):
-    """Tells clients what to do next; called in the thread that computes, between two requests."""
+@dataclass(frozen=True)
+class Later:
+    """A reply that is not known yet."""
 
-    def ready(self, client: str, ready: Ready) -> Future[Order]: ...
-    def gone(self, client: str) -> None: ...
+    head: Head
+    reply: Future[Any]
 
 
 def _quiet(_: str) -> None:
@@ -98,7 +99,6 @@ class Serving:
         insecure: bool = False,
         device: torch.device = CPU,
         say: Callable[[str], None] = _quiet,
-        conductor: Conductor | None = None,
         facts: Callable[[Serving], dict[str, Any]] | None = None,
     ) -> None:
         asked = Address.of_text(listen)
@@ -106,7 +106,7 @@ class Serving:
         self.limits = limits or Limits()
         self.say = say
         self._service, self._device, self._tokens = service, device, tokens
-        self._conductor, self._facts = conductor, facts
+        self._facts = facts
         self._gate = Gate(tokens, allow, service.aside, say)
         self._rates = Rates(self.limits)
         self._codings: dict[str, Coding] = {}  # of clients that joined; used in the thread that computes
@@ -180,57 +180,40 @@ class Serving:
 
     def _compute(self, client: str, frame: Frame) -> asyncio.Future[Answer]:
         """The answer to a request, computed and encoded in the one thread that does."""
-        if frame.head.kind == Kind.READY:
-            return asyncio.ensure_future(self._order(client, frame.head))
-
-        def work() -> Answer:
-            answer = self._answer(client, frame)
-            try:
-                return answer.head, encode(answer)
-            except LinkError as error:
-                answer = error_frame(error, frame.head.call)
-                return answer.head, encode(answer)
-
-        return asyncio.get_running_loop().run_in_executor(self._worker, work)
-
-    async def _order(self, client: str, head: Head) -> Answer:
-        """What the client is to do next, once that is known; meanwhile nothing is computed for it."""
         loop = asyncio.get_running_loop()
-        try:
-            if self._conductor is None or self._stopping:
-                raise LinkLostError(STOPPING) if self._stopping else LinkError("this server conducts no run")
-            ready = read_ready(head.text)
-            order = await asyncio.wrap_future(
-                await loop.run_in_executor(self._worker, self._conductor.ready, client, ready)
-            )
-            answer = Frame(Head(Kind.ORDER, head.call, text=to_text(order)))
-        except FlexpError as error:
-            answer = error_frame(error, head.call)
-        return answer.head, encode(answer)
+        return asyncio.ensure_future(self._known(loop.run_in_executor(self._worker, self._work, client, frame)))
 
-    def _answer(self, client: str, frame: Frame) -> Frame:
+    async def _known(self, computed: asyncio.Future[Answer | Later]) -> Answer:
+        """The answer, once it is known; meanwhile nothing is computed for the client."""
+        answer = await computed
+        if isinstance(answer, Later):
+            try:
+                return _encoded(to_frame(await asyncio.wrap_future(answer.reply), answer.head.call), answer.head)
+            except FlexpError as error:
+                return _encoded(error_frame(error, answer.head.call), answer.head)
+        return answer
+
+    def _work(self, client: str, frame: Frame) -> Answer | Later:
+        answer = self._answer(client, frame)
+        return Later(frame.head, answer) if isinstance(answer, Future) else _encoded(answer, frame.head)
+
+    def _answer(self, client: str, frame: Frame) -> Frame | Future[Any]:
         head, began = frame.head, time.perf_counter()
         try:
             if self._stopping and head.kind != Kind.LEAVE:
                 raise LinkLostError(STOPPING)
-            if head.kind == Kind.LEAVE:
-                self._leave(client)
-                return Frame(Head(Kind.DONE, head.call))
             coding = self._codings.get(client)
             message = to_message(frame, self._device, coding)
+            if isinstance(message, Leave):
+                self._codings.pop(client, None)
+            reply: Any = self._service.answer(client, message)
+            if isinstance(reply, Future):
+                return reply
             if isinstance(message, Join):
-                welcome = self._service.join(client, message)
                 kept = self._service.residuals(client)
-                self._codings[client] = Coding(message.codec, dtype_of(message), welcome.hidden, kept)
+                self._codings[client] = Coding(message.codec, dtype_of(message), reply.hidden, kept)
                 self.say(f"{client}: joined with cut {message.cut}")
-                return welcome_frame(welcome, self.limits, head.call)
-            if head.kind == Kind.ABORT:
-                self._service.abort(client, message)
-                return Frame(Head(Kind.DONE, head.call))
-            if head.kind == Kind.END_GENERATION:
-                self._service.end_generation(client, message)
-                return Frame(Head(Kind.DONE, head.call))
-            reply: Any = _METHODS[head.kind](self._service, client, message)
+                return welcome_frame(reply, self.limits, head.call)
             answer = to_frame(reply, head.call, time.perf_counter() - began, coding)
             if answer.head.payload > self.limits.frame_bytes:  # the client would have to refuse it, and end the stream
                 raise LinkError(
@@ -238,26 +221,23 @@ class Serving:
                     f"{self.limits.frame_bytes}"
                 )
             return answer
-        except LinkError as error:
+        except FlexpError as error:
             return error_frame(error, head.call)
         except Exception as error:  # one client's request must not end the others' server
             log.exception("the request %s of client %s failed", head.kind.name, client)
             return error_frame(f"the server failed ({type(error).__name__}: {error})", head.call)
 
     def _leave(self, client: str) -> None:
-        self._service.leave(client)
-        if self._conductor is not None:
-            self._conductor.gone(client)
         self._codings.pop(client, None)
+        self._service.answer(client, Leave())
 
 
-_METHODS: dict[Kind, Callable[[Service, str, Any], Any]] = {
-    Kind.FORWARD: lambda service, client, message: service.forward(client, message),
-    Kind.BACKWARD: lambda service, client, message: service.backward(client, message),
-    Kind.PULL: lambda service, client, message: service.pull(client, message),
-    Kind.EXTEND: lambda service, client, message: service.extend(client, message),
-    Kind.FETCH: lambda service, client, message: service.fetch(client, message),
-}
+def _encoded(answer: Frame, asked: Head) -> Answer:
+    try:
+        return answer.head, encode(answer)
+    except LinkError as error:
+        refusal = error_frame(error, asked.call)
+        return refusal.head, encode(refusal)
 
 
 @contextmanager
@@ -267,8 +247,8 @@ def serve(service: Service, listen: str = "127.0.0.1:0", **options: Any) -> Iter
     Args:
         listen: HOST:PORT. Beyond this machine it needs ``tls`` and ``tokens``; port 0 is any that is free.
         options: of :class:`Serving`: ``limits``, ``tls``, ``tokens``, ``allow`` (the names that may come),
-            ``insecure``, ``device`` (where the service computes), ``say`` (told who comes and goes), ``conductor`` and
-            ``facts`` (what it says of itself when asked)
+            ``insecure``, ``device`` (where the service computes), ``say`` (told who comes and goes) and ``facts`` (what
+            it says of itself when asked)
 
     Raises:
         ConfigError: it may not, or cannot, listen there.

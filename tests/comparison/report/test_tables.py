@@ -7,8 +7,10 @@ from typing import Any
 from rich.console import Console
 
 from flexp.comparison.report import terminal_table
-from flexp.comparison.report.grids import Grid, grids
-from flexp.comparison.report.texts import MOST_ROWS, latex, markdown
+from flexp.comparison.report.tables import lead, tables
+from flexp.comparison.statistics import Interval
+from flexp.report.pages import ROWS_A_FLOAT, latex, markdown
+from flexp.report.tables import Table
 
 from . import synthetic
 from .test_results import BY_HAND
@@ -20,18 +22,18 @@ def shown(comparison: dict[str, Any], width: int = 160) -> str:
     return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
 
 
-def grid(comparison: dict[str, Any], key: str) -> Grid:
-    return next(grid for grid in grids(comparison) if grid.key == key)
+def grid(comparison: dict[str, Any], key: str) -> Table:
+    return next(table for table in tables(comparison) if table.key == key)
 
 
 def test_a_full_comparison_has_every_table_with_a_row_a_method() -> None:
-    made = {grid.key: grid for grid in grids(synthetic.comparison(devices=True))}
+    made = {table.key: table for table in tables(synthetic.comparison(devices=True))}
     assert list(made) == ["scores", "costs", "equal-bytes", "equal-time", "settings", "trials"]
     for key in ("scores", "costs", "equal-bytes", "equal-time", "settings"):
         assert len(made[key].rows) == len(synthetic.METHODS)
-        assert made[key].bold == {0}
+        assert list(made[key].bold) == [0]
     assert len(made["trials"].rows) == 7 * 6
-    assert all(len(row) == len(grid.headers) for grid in made.values() for row in grid.rows)
+    assert all(len(row) == len(table.headers) for table in made.values() for row in table.rows)
 
 
 def test_cells_by_hand() -> None:
@@ -69,6 +71,13 @@ def test_the_sign_for_perplexity_is_explained() -> None:
     assert "%" not in "".join(cell for row in made.rows for cell in row)
 
 
+def test_a_reference_that_is_worse_trails() -> None:
+    assert lead("mine", Interval(0.073, 0.01, 5), "accuracy", 5) == "mine leads by 7.3 ± 1.0 points, paired"
+    assert lead("mine", Interval(-0.073, 0.01, 5), "accuracy", 5) == "mine trails by 7.3 ± 1.0 points, paired"
+    assert lead("mine", Interval(-0.3, None, 1), "loss", 5) == "mine trails by 0.30 (n = 1), paired; may be chance"
+    assert lead("mine", None, "accuracy", 5) == "not comparable with mine"
+
+
 def test_a_round_picked_on_test_data_is_called_optimistic() -> None:
     made = synthetic.comparison()
     assert "picked on validation data" in grid(made, "scores").caption
@@ -80,8 +89,8 @@ def test_dropped_clients_are_told_in_every_text() -> None:
     made = synthetic.comparison(devices=True)
     told = "4 of 8 clients dropped: need 316 MB"
     assert told in shown(made)
-    assert told in markdown("x", grids(made))
-    assert told in latex("x", grids(made))
+    assert told in markdown("x", tables(made))
+    assert told in latex("x", tables(made))
     assert grid(made, "scores").rows[2][0] == "fedavg †"
     assert grid(made, "costs").rows[2][-1] == "4 of 8 dropped: need 316 MB"
     assert grid(synthetic.comparison(), "costs").rows[2][-1] == "all take part"
@@ -107,25 +116,25 @@ def test_hostile_names_stay_text() -> None:
     name = r"[red]x|y_z&50%\input{/etc/passwd}$^~#<b>`"
     made = synthetic.comparison(methods=(name, "[b]--*"), name=name)
     assert "[red]x|y_z" in shown(made, 400)
-    text = markdown(name, grids(made))
+    text = markdown(name, tables(made))
     assert r"\[red\]x\|y\_z\&50%\\input{/etc/passwd}\$^\~\#\<b\>\`" in text
     for table in text.split("\n\n"):
         if table.startswith("|"):
             assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
-    tex = latex(name, grids(made))
+    tex = latex(name, tables(made))
     assert r"x\textbar{}y\_z\&50\%\textbackslash{}input\{/etc/passwd\}\$\textasciicircum{}\textasciitilde{}\#" in tex
     assert r"\input" not in tex
     assert "\n{}[b]-{}-* &" in tex  # after a line's end, [ and * would be arguments of it
 
 
 def test_markdown_has_as_many_cells_in_every_line_of_a_table() -> None:
-    for table in markdown("x", grids(synthetic.comparison())).split("\n\n"):
+    for table in markdown("x", tables(synthetic.comparison())).split("\n\n"):
         if table.startswith("|"):
             assert len({line.count("|") for line in table.splitlines()}) == 1
 
 
 def test_latex_tables_are_closed_and_short() -> None:
-    made = grids(synthetic.comparison())
+    made = tables(synthetic.comparison())
     tex = latex("x", made)
     parts = tex.split(r"\begin{table}")[1:]
     assert len(parts) == len(made) + 1  # 42 trials take two
@@ -135,7 +144,7 @@ def test_latex_tables_are_closed_and_short() -> None:
         columns = re.search(r"\{@\{\}([lr]+)@\{\}\}", part)
         assert columns is not None
         body = part.split(r"\midrule")[1].split(r"\bottomrule")[0].strip().splitlines()
-        assert 0 < len(body) <= MOST_ROWS
+        assert 0 < len(body) <= ROWS_A_FLOAT
         assert all(len(re.findall(r"(?<!\\)&", line)) == len(columns[1]) - 1 for line in body)
     assert "±" not in tex
     assert "−" not in tex

@@ -1,0 +1,306 @@
+"""From a configuration to a run whose every question is answered: data divided, cuts written out, model found.
+
+:func:`settle` reads data and the model's configuration, and no weights. :func:`build_world` adds the whole pretrained
+model, out of which a simulation carves its parties. :func:`settle_client` takes one client's part of the run, whose
+weights that client's machine loads by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from flexp.assets import resolve
+from flexp.client.model import SplitModel
+from flexp.client.trainer import Trainer
+from flexp.config import CodecConfig, DataConfig, RunConfig
+from flexp.data import load_federation, pad_id
+from flexp.data.types import ClientData, Federation
+from flexp.errors import ConfigError, DataError, ModelError, StorageError
+from flexp.files import read_json
+from flexp.links.base import Link
+from flexp.machine import imitates_bfloat16
+from flexp.methods.base import World
+from flexp.methods.cuts import method_cuts
+from flexp.methods.parties import own_config, own_trainer, split_model, tune_own
+from flexp.models.loading import ModelKind, load_config, load_stage
+from flexp.models.parts import Part, check_cut
+from flexp.models.stage import Stage
+from flexp.run.folder import JOINED, JOINED_SCHEMA, is_joined
+from flexp.run.planned import with_cuts
+
+Federate = Callable[[DataConfig, Any, int, int | None], Federation]
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What all parties of a run agree on before anybody loads weights.
+
+    Attributes:
+        config: with planned cuts written out.
+        federation: every client's examples; its notes are for the user.
+        blocks: of the model, L.
+        pad: the padding token that a text model is told.
+        plan: the ``plan.json`` that the cuts follow; ``None``: nothing was planned.
+    """
+
+    config: RunConfig
+    federation: Federation
+    model_id: str
+    blocks: int
+    pad: int | None
+    plan: Any = None
+
+    @property
+    def cuts(self) -> dict[str, tuple[int, int]]:
+        """The cut of each client: ``data.clients.cuts``, in order, repeated when there are more clients.
+
+        Raises:
+            ConfigError: a cut does not fit the model, or starts below the base depth.
+        """
+        given, base = self.config.data.clients.cuts, self.config.model.base_depth
+        assert given != "auto", "with_cuts comes first"
+        cuts = {
+            client.name: check_cut(
+                given[index % len(given)], self.blocks, where=f"data.clients.cuts of client {client.name}"
+            )
+            for index, client in enumerate(self.federation.clients)
+        }
+        depths = [start for start, _ in cuts.values()] + ([] if base is None else [base])
+        if min(depths) == 0 and not self.config.model.expose_embeddings:
+            raise ConfigError(
+                "with a cut or a base depth of 0 the clients would send their embeddings as they are, from which the "
+                "server can read every token; use s >= 1, or set model.expose_embeddings = true if that is acceptable"
+            )
+        for name, (start, _) in cuts.items():
+            if base is not None and start < base:
+                raise ConfigError(
+                    f"model.base_depth = {base} is deeper than the cut of client {name}, which starts at {start}; "
+                    "leave it out to use the smallest cut"
+                )
+        return cuts
+
+    def load(self, part: Part | None = None) -> Stage:
+        """A part of the pretrained model (``None``: all of it), not tuned yet.
+
+        Raises:
+            ModelError: it cannot be loaded or split.
+        """
+        task = self.federation.task
+        return load_part(self.config, self.model_id, task.model_kind, task.label_names, self.pad, part)
+
+
+def settle(config: RunConfig, federate: Federate = load_federation, *, plan: bool = True) -> Settled:
+    """Read the data, divide them among clients, and write out the cuts.
+
+    Args:
+        federate: what makes the clients out of ``config.data``, the processor, the seed and the longest input.
+        plan: follow ``data.clients.plan`` and ``cuts = "auto"``; or else somebody else says what the cut is.
+
+    Raises:
+        FlexpError: what is wrong with the model, the data or the configuration.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    model_id = str(resolve(config.model.id))
+    model_config = load_config(model_id)
+    processor = load_processor(model_id, config)
+    federation = federate(config.data, processor, config.seed, max_positions(model_config))
+    blocks = int(getattr(model_config.get_text_config(), "num_hidden_layers", 0))
+    notes, planned = _precision_notes(config), None
+    if plan:  # before anything is loaded
+        config, more, planned = with_cuts(config, federation, blocks)
+        notes += more
+    federation = replace(federation, notes=[*federation.notes, *notes])
+    return Settled(config, federation, model_id, blocks, own_pad(federation.task.model_kind, processor), planned)
+
+
+def build_world(config: RunConfig, federate: Federate = load_federation) -> World:
+    """:func:`settle`, with the whole model: everything that a method starts from.
+
+    Raises:
+        FlexpError: what is wrong with the model, the data or the configuration.
+    """
+    found = settle(config, federate)
+    source = found.load()
+    found = replace(found, blocks=source.anatomy.blocks)
+    return World(
+        found.config, found.federation, source, method_cuts(found.config, found.cuts, found.blocks), plan=found.plan
+    )
+
+
+def world_of(folder: Path, config: RunConfig) -> World:
+    """What the run in ``folder`` started from, be it a federation or one client that joined it.
+
+    Raises:
+        FlexpError: model or data are not what they were.
+    """
+    return joined_world(config, read_json(folder / JOINED)) if is_joined(folder) else build_world(config)
+
+
+def joined_world(config: RunConfig, facts: Mapping[str, Any]) -> World:
+    """The world of one client that joined later, as ``join.json`` names it and its labels.
+
+    Raises:
+        StorageError: the facts are not those of such a client.
+        FlexpError: model or data are not what they were.
+    """
+    try:
+        if facts["schema"] != JOINED_SCHEMA:
+            raise StorageError(f"{JOINED} is of another version of FlexP; run flexp join again")
+        name, labels = str(facts["client"]), facts["labels"]
+    except (KeyError, TypeError) as error:
+        raise StorageError(f"{JOINED} is not what flexp join wrote ({error}); run flexp join again") from error
+    return build_world(config, partial(_alone, name=name, labels=labels or []))
+
+
+def _alone(
+    data: DataConfig, processor: Any, seed: int, max_positions: int | None, *, name: str, labels: list[str]
+) -> Federation:
+    found = load_federation(data, processor, seed, max_positions, labels)
+    (client,) = found.clients
+    return replace(found, clients=[replace(client, name=name)])
+
+
+@dataclass(frozen=True)
+class ClientSetup:
+    """What one client's machine has of the run.
+
+    Attributes:
+        data: its examples.
+        config: the run's configuration with what is the client's own (exchange, checkpointing, codec).
+        cut_is_given: by the user, who then wants no other one.
+    """
+
+    run: Settled
+    data: ClientData
+    config: RunConfig
+    cut: tuple[int, int]
+    cut_is_given: bool = False
+
+    def load(self, part: Part) -> Stage:
+        """A part of the pretrained model, tuned as this client's.
+
+        Raises:
+            ModelError: the model cannot be loaded or split.
+        """
+        stage = self.run.load(part)
+        tune_own(stage, self.config)
+        return stage
+
+    def join(
+        self, link: Link, numbering: int | None = None, codec: CodecConfig | None = None
+    ) -> tuple[Trainer, SplitModel]:
+        """The client that a simulation of the run would have, loaded by itself and joined over ``link``.
+
+        Raises:
+            ModelError: the model cannot be loaded or split.
+            LinkError: the server refuses.
+        """
+        task, stage = self.run.federation.task, self.load(Part.client(self.cut, self.run.blocks))
+        split = split_model(self.config, stage, self.cut, link, task.model_kind, codec=codec, numbering=numbering)
+        return own_trainer(self.config, self.data, task, split, stage), split
+
+
+def settle_client(config: RunConfig, name: str | None, cut: tuple[int, int | None] | None) -> ClientSetup:
+    """Read the data, and take the part that is the client's.
+
+    With a single client in the data (``flexp client --data``) all of it is, whatever its name.
+
+    Args:
+        cut: where it cuts, whatever the configuration says; ``None``: as that says.
+
+    Raises:
+        FlexpError: what is wrong with data or model; or there is no such client.
+    """
+    run = settle(config, plan=cut is None)
+    clients = run.federation.clients
+    names = [client.name for client in clients]
+    if len(names) > 1 and name not in names:
+        raise DataError(f"the data have no client {name}; expected one of {', '.join(names)} (--name)")
+    index = names.index(name) if name in names else 0
+    chosen = run.cuts[names[index]] if cut is None else check_cut(cut, run.blocks, where="--cut")
+    data = replace(clients[index], name=name or names[index])
+    return ClientSetup(run, data, own_config(run.config, index), chosen, cut is not None)
+
+
+def load_part(
+    config: RunConfig,
+    model_id: str,
+    kind: ModelKind,
+    labels: Sequence[str] | None,
+    pad: int | None,
+    part: Part | None = None,
+) -> Stage:
+    """A part of the pretrained model (``None``: all of it), as ``config`` wants it loaded, not tuned yet.
+
+    Raises:
+        ModelError: it cannot be loaded or split.
+    """
+    return load_stage(config.model.at(model_id), kind, part, labels=labels, pad_token_id=pad, seed=config.seed)
+
+
+def own_pad(kind: ModelKind, processor: Any) -> int | None:
+    """The padding token that a text model is told; images have none."""
+    return None if kind == "image-classification" else pad_id(processor)
+
+
+def load_processor(model_id: str, config: RunConfig) -> Any:
+    """The tokenizer of a text model, or the image processor of an image model.
+
+    Raises:
+        ModelError: the model has none.
+    """
+    image = config.data.task == "image-classification"
+    auto = transformers.AutoImageProcessor if image else transformers.AutoTokenizer
+    kind = "image processor" if image else "tokenizer"
+    if model_id.startswith("arch:"):
+        raise ModelError(
+            f"{model_id} has no {kind}; use a model with one (arch: models are for flexp verify and bench)"
+        )
+    try:
+        processor: Any = auto.from_pretrained(model_id)
+    except Exception as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"{model_id}: its {kind} cannot be loaded ({first})") from error
+    if not image:
+        processor.padding_side = "right"  # on the left it would shift absolute positions (GPT-2)
+    return processor
+
+
+def max_positions(model_config: Any) -> int | None:
+    """The longest input of a model in tokens, if it has one."""
+    text = model_config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    # RoBERTa counts positions from its padding index on.
+    offset = 2 if getattr(text, "model_type", "") in ("roberta", "xlm-roberta", "camembert") else 0
+    return None if positions is None else int(positions) - offset
+
+
+def _precision_notes(config: RunConfig) -> list[str]:
+    notes = []
+    if config.model.dtype == "bfloat16" and "full" in (config.model.tuning, config.server.tuning):
+        # It has 8 significant bits: next to a weight of 0.02, a step of 1e-5 rounds to nothing.
+        notes.append(
+            "full tuning in bfloat16 loses the steps that are small beside their weights (at a rate of 1e-5, nearly "
+            'all): use model.dtype = "float32" (as fast with model.autocast = "bfloat16"), or LoRA, with float32 '
+            "adapters"
+        )
+    if config.model.autocast == "bfloat16" and imitates_bfloat16() and not torch.cuda.is_available():
+        notes.append(
+            "this processor has no instructions for bfloat16, so mixed precision is slower here than float32, not "
+            'faster: use model.autocast = "off"'
+        )
+    return notes
+
+
+def model_folder(config: RunConfig) -> str:
+    """Where the configured model is: a local folder, or the id as it stands."""
+    found = resolve(config.model.id)
+    return str(Path(found).resolve()) if Path(found).exists() else str(found)
