@@ -12,8 +12,6 @@ from flexp.client.whole import WholeModel
 from flexp.cost.echo import random_batch
 from flexp.cost.flops import ExchangeCost, counting
 from flexp.cost.probe import Probe
-from flexp.methods import METHODS
-from flexp.methods.holds import HOLDS
 from flexp.methods.parties import own_stage
 from flexp.models.parts import Part
 from flexp.run.costs import Costs
@@ -35,10 +33,6 @@ def costs(home: Path, name: str = "flexp-sfl", part: str | None = None, **change
 
 def total(cost: ExchangeCost) -> float:
     return cost.client_step + cost.server_step
-
-
-def test_every_method_says_what_its_clients_hold() -> None:
-    assert set(METHODS) <= set(HOLDS)
 
 
 def test_a_block_is_counted_as_by_hand(home: Path) -> None:

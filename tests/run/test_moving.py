@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.tiny_run import tiny_run
+from benchmarks.tools.tiny_run import tiny_run
 from flexp.client.trainer import Trainer
 from flexp.config import DeploymentConfig, RecutConfig, RunConfig
 from flexp.errors import LinkError, StorageError, TrainingError

@@ -135,5 +135,5 @@ def test_bad_changes_are_refused_by_name(folder: Path, tmp_path: Path) -> None:
         runner.run(changing(folder, {}, changes=[{"before_round": 2, "clients": ["nobody"], "to": "phone"}]), tmp_path)
     with pytest.raises(ConfigError, match="device class 'tablet' is not known"):
         runner.run(changing(folder, {}, changes=[{"before_round": 2, "to": "tablet"}]), tmp_path)
-    with pytest.raises(ConfigError, match=r"recut.on is for method.name"):
+    with pytest.raises(ConfigError, match=r"recut.on needs a method that moves cuts"):
         config(folder, method={"name": "fedavg"}, recut={"on": True})

@@ -24,8 +24,9 @@ from typing import Any, Literal
 import simpy
 
 from flexp.cost.classes import DeviceProfile
-from flexp.data.seeding import generator
+from flexp.data.ordering import generator
 
+Kind = Literal["synchronous", "alone", "split-async", "split-sync"]
 Process = Generator[Any, Any, None]
 
 
@@ -38,11 +39,15 @@ class Schedule:
         one_at_a_time: one client's steps of a round come after another's; nobody steps before who came first is done.
         together: every step is one of all clients, which have equally many; the server begins when the last one's
             activations are there.
+        pull_every: steps after which a client fetches shared weights; 0: never.
+        average_every: rounds between two averages of weights.
     """
 
-    kind: Literal["synchronous", "alone", "split-async", "split-sync"]
+    kind: Kind
     one_at_a_time: bool = False
     together: bool = False
+    pull_every: int = 0
+    average_every: int = 1
 
     @property
     def averages(self) -> bool:
@@ -52,29 +57,6 @@ class Schedule:
 
 SYNCHRONOUS, ALONE = Schedule("synchronous"), Schedule("alone")
 SPLIT_ASYNC, SPLIT_SYNC = Schedule("split-async"), Schedule("split-sync")
-
-SCHEDULES: dict[str, Schedule | None] = {
-    "flexp-sfl": SPLIT_ASYNC,
-    "splitfed-v1": SPLIT_SYNC,
-    "splitfed-v2": Schedule("split-sync", one_at_a_time=True),
-    "splitlora": Schedule("split-sync", together=True),
-    "split-fedavg": SPLIT_SYNC,
-    "splitft": SPLIT_SYNC,
-    "local": ALONE,
-    "centralized": None,  # no client computes
-    "pretrained": None,
-    "fedavg": SYNCHRONOUS,
-    "fedavg-ft": SYNCHRONOUS,
-    "fedprox": SYNCHRONOUS,
-    "pfedme": SYNCHRONOUS,
-    "ditto": SYNCHRONOUS,
-    "fedper": SYNCHRONOUS,
-    "fedrep": SYNCHRONOUS,
-    "per-fedavg": SYNCHRONOUS,
-    "apfl": SYNCHRONOUS,
-    "hetlora": SYNCHRONOUS,
-}
-"""How each method's clients and server take turns; ``None``: there is nothing to time."""
 
 
 @dataclass(frozen=True)

@@ -39,8 +39,8 @@ class Probe:
     with alignment a client also keeps what it sends from there, and holds the weights that it pulls. Without a ``tail``
     the client has nothing behind s: the server computes the loss, too. ``extra_weights`` are further copies of what it
     trains, ``extra_optimizers`` further states of the optimiser, that it holds all the while
-    (:mod:`flexp.methods.holds`). ``ranks`` are those of the adapters in some blocks, (block, rank), where they are not
-    ``model_config``'s.
+    (:class:`flexp.methods.base.Holds`). ``ranks`` are those of the adapters in some blocks, (block, rank), where they
+    are not ``model_config``'s.
     """
 
     model: str

@@ -30,6 +30,7 @@ from flexp.export.saved import is_run, run_config
 from flexp.export.sealed import is_sealed, seal, unseal
 from flexp.export.trained import LAST, FromCheckpoint
 from flexp.files import replacing
+from flexp.methods.base import method_of
 from flexp.models.fingerprint import fingerprint
 from flexp.models.stage import Stage
 from flexp.run.folder import is_client
@@ -156,7 +157,7 @@ def belonging(config: RunConfig, source: Stage, kind: ModelKind, labels: list[st
         "train_embeddings": config.model.train_embeddings,
         "dtype": config.model.dtype,
         "optimizer": config.train.personal.name,
-        "follow": config.method.name == "flexp-sfl" and config.method.align.follow,
+        "follow": method_of(config).aligns and config.method.align.follow,
     }
 
 

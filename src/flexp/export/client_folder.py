@@ -23,6 +23,7 @@ from flexp.errors import ConfigError, StorageError
 from flexp.export.trained import LAST, OWN, FromCheckpoint, answering, numbered
 from flexp.files import read_json
 from flexp.links.base import Link
+from flexp.methods.base import method_of
 from flexp.methods.parties import split_model, tune_own
 from flexp.models.loading import load_config
 from flexp.models.parts import Part
@@ -226,13 +227,13 @@ def of_client(folder: Path, client: str | None, which: str, connect: Connect | N
 
 
 def of_run(folder: Path, config: RunConfig, client: str | None, which: str, connect: Connect) -> ClientModel:
-    """A client of a run of FlexP-SFL, known from the run's own summary, so that nobody's data need be there.
+    """A client of a run whose models are split, known from the run's own summary, so that nobody's data need be there.
 
     Raises:
         ConfigError: the run's models are not split, or it has no such client.
         StorageError: its summary does not name it.
     """
-    if config.method.name != "flexp-sfl":
+    if not method_of(config).recuts:
         raise ConfigError(f"--server needs a split model, and the method of {folder} is {config.method.name}")
     path = folder / "summary.json"
     try:

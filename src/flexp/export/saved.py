@@ -21,8 +21,8 @@ from flexp.errors import ConfigError, StorageError
 from flexp.export.trained import BEST, EVERYBODY, LAST, OWN, FromCheckpoint, answering, numbered
 from flexp.export.whole import merged
 from flexp.files import read_json
-from flexp.methods import METHODS, Method, World
-from flexp.methods.flexp_sfl import FlexpSfl
+from flexp.methods.base import Method, World, method_of
+from flexp.methods.split import Split
 from flexp.models.stage import Stage
 from flexp.report.metrics import read
 from flexp.report.summary import Scores, best_round, picked_on, scores_by_round
@@ -62,7 +62,7 @@ class SavedRun:
             StorageError: the checkpoint is damaged or does not fit.
         """
         state = {party: self.checkpoint.load(party) for party in self.checkpoint.files}
-        method = METHODS[self.config.method.name](self.world)
+        method = method_of(self.config)(self.world)
         odd = sorted(method.state().keys() ^ state.keys())
         if odd:
             raise StorageError(
@@ -149,7 +149,7 @@ class RunModel(FromCheckpoint):
     @cached_property
     def _split(self) -> SplitModel | None:
         method = self.run.method
-        model = method.clients[self.client].model if isinstance(method, FlexpSfl) else None
+        model = method.clients[self.client].model if isinstance(method, Split) else None
         return model if isinstance(model, SplitModel) else None
 
     def weights(self) -> dict[str, Tensor]:
@@ -186,7 +186,7 @@ class RunModel(FromCheckpoint):
         except StorageError:
             cut = self.planned_cut
         world = replace(self.run.world, cuts={**self.run.world.cuts, self.client: cut})
-        return cut, METHODS[self.config.method.name](world).state().get(party_of(self.client), {})
+        return cut, method_of(self.config)(world).state().get(party_of(self.client), {})
 
     def put(self, tensors: Mapping[str, Tensor], said: Mapping[str, Any]) -> int:
         """In the client's place of the last checkpoint; the other parties' files stay, byte for byte."""

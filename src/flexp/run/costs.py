@@ -8,10 +8,7 @@ from typing import Any
 
 from flexp.cost.flops import ExchangeCost, count_exchange, mean_shape
 from flexp.cost.probe import Probe
-from flexp.methods.base import World
-from flexp.methods.client_ranks import adapters
-from flexp.methods.cuts import base_depth
-from flexp.methods.holds import holds
+from flexp.methods.base import World, base_depth
 from flexp.methods.parties import client_seed, own_stage, own_world, with_model
 from flexp.models.parts import Part
 from flexp.models.stage import carve
@@ -24,7 +21,7 @@ class Costs:
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self.part = holds(world.config.method).part
+        self.part = world.method.held.part
         self._known: dict[Any, ExchangeCost] = {}
 
     def of(self, client: str, only: Collection[str] | None = None) -> ExchangeCost:
@@ -32,11 +29,11 @@ class Costs:
         world = own_world(self.world, client) if self.part == "ends" else self.world
         examples, length, exchanges = self.shape(client)
         cut = None if self.part == "whole" else self.world.cuts[client]
-        own = adapters(self.world, client)
+        own = self.world.adapters(client)
         again = world.config.model.gradient_checkpointing
         key = (cut, examples, length, own.lora.rank, again, None if only is None else frozenset(only))
         if key not in self._known:
-            aligned = world.config.method.name == "flexp-sfl"
+            aligned = world.method.aligns
             probe = Probe(
                 model="",
                 kind=self.world.federation.task.model_kind,

@@ -9,11 +9,10 @@ from dataclasses import replace
 from typing import Any, TypedDict
 
 from flexp.cost.classes import assign, profile
-from flexp.cost.clock import SCHEDULES, ClientWork, Schedule
+from flexp.cost.clock import ClientWork, Schedule
 from flexp.cost.flops import ExchangeCost
 from flexp.errors import ConfigError
 from flexp.methods.base import Account, Method, World
-from flexp.methods.fedrep import FedRep
 from flexp.report.formats import size as shown
 from flexp.report.metrics import Record
 from flexp.run.costs import Costs
@@ -101,7 +100,7 @@ def client_facts(
     facts: dict[str, dict[str, Any]] = {
         name: {"device": device.name, "client_flops": 0.0, "server_flops": 0.0} for name, device in devices.items()
     }
-    schedule = SCHEDULES.get(world.config.method.name)
+    schedule = world.method.schedule(world.config)
     rounds = max((int(record["round"]) for record in records if record["kind"] == "round"), default=0)
     if schedule is None or not rounds:
         return facts, None
@@ -117,31 +116,22 @@ def client_facts(
             # Metered bytes are of the whole run: where anything changed in it, the counted exchange's are taken.
             account = method.account(name) if phase.only else None
             cost = _cost(counted, method, name)
-            work[name] = own = client_work(
-                cost, account, steps, schedule, pull_every=_pull_every(world), average_every=_average_every(world)
-            )
+            work[name] = own = client_work(cost, account, steps, schedule)
             facts[name]["client_flops"] += cost.client_step * sum(steps) + own.final
             facts[name]["server_flops"] += cost.server_step * sum(steps)
         clock.go_on(phase, work)
     return facts, clock.facts()
 
 
-def client_work(
-    cost: ExchangeCost,
-    account: Account | None,
-    steps: list[int],
-    schedule: Schedule,
-    *,
-    pull_every: int = 0,
-    average_every: int = 1,
-) -> ClientWork:
+def client_work(cost: ExchangeCost, account: Account | None, steps: list[int], schedule: Schedule) -> ClientWork:
     """A client's work for the clock: operations as counted, bytes as metered in the whole run.
 
     Metered bytes are spread evenly over rounds (weights) or exchanges (activations, in the proportions of the messages
     of the counted one). Where a method sends both, the weights are those that the client trains, down before and up
-    after every ``average_every`` rounds. Without an ``account`` they are those of the counted exchange.
+    after every ``schedule.average_every`` rounds. Without an ``account`` they are those of the counted exchange.
     """
     rounds, total = len(steps), sum(steps)
+    pull_every, average_every = schedule.pull_every, schedule.average_every
     if account is None:
         per_step = total * cost.exchanges
         up, down = (
@@ -199,20 +189,7 @@ def _in_phase(world: World, phase: Phase) -> World:
     return replace(world, config=config, cuts=dict(phase.cuts))
 
 
-def _pull_every(world: World) -> int:
-    align = world.config.method.align
-    return align.every if world.config.method.name == "flexp-sfl" and align.kind == "weights" else 0
-
-
-def _average_every(world: World) -> int:
-    return world.config.method.splitlora.average_every if world.config.method.name == "splitlora" else 1
-
-
 def _cost(costs: Costs, method: Method, client: str) -> ExchangeCost:
-    """Of a client's mean step: FedRep's are of two kinds, each with a part of the model frozen."""
-    if not isinstance(method, FedRep):
-        return costs.of(client)
-    body = costs.of(client, method.shared)
-    head = costs.of(client, method.bench.parameters.keys() - method.shared)
-    share = method.head_steps / (method.head_steps + method.body_steps)
-    return replace(body, before=share * head.before + (1.0 - share) * body.before)
+    """Of a client's mean step: in each phase, a part of the model may be frozen."""
+    parts = [(costs.of(client, only), share) for only, share in method.phases]
+    return replace(parts[0][0], before=sum(share * part.before for part, share in parts))

@@ -12,10 +12,7 @@ from flexp.config import RunConfig
 from flexp.cost.probe import Measured, Probe, measure_once
 from flexp.errors import FlexpError
 from flexp.files import read_json, write_json
-from flexp.methods.base import World
-from flexp.methods.client_ranks import adapters
-from flexp.methods.cuts import base_depth
-from flexp.methods.holds import holds
+from flexp.methods.base import World, base_depth
 from flexp.methods.parties import own_world
 from flexp.run.settle import model_folder
 
@@ -34,7 +31,7 @@ class MemoryProbes:
         self.world = world
         self.path = out / "memory.json"
         self.cache = cache
-        self.holds = holds(world.config.method)
+        self.holds = world.method.holds(world.config)
         self.found: dict[str, Any] = read_json(self.path) if self.path.exists() else {}
 
     def measure(self, say: Callable[[str], None]) -> None:
@@ -77,7 +74,7 @@ class MemoryProbes:
     def _key(self, client: str) -> str:
         start, stop = self.world.cuts[client]
         part = {"whole": "whole", "ends": f"{start}:{stop}", "start": f"{start}"}[self.holds.part or "whole"]
-        rank = adapters(self.world, client).lora.rank
+        rank = self.world.adapters(client).lora.rank
         whole, own = self.world.config, self._config(client)
         micro, checkpointing = own.train.micro_batch, own.model.gradient_checkpointing
         words = [
@@ -95,11 +92,11 @@ class MemoryProbes:
         """One probe per distinct cut, at the size of the largest exchange of any client with that cut."""
         world_config, task = self.world.config, self.world.federation.task
         depth = base_depth(world_config, self.world.cuts)
-        aligned = world_config.method.name == "flexp-sfl"
+        aligned = self.world.method.aligns
         probes: dict[str, Probe] = {}
         for client in self.world.federation.clients:
             key, config = self._key(client.name), self._config(client.name)
-            own = adapters(self.world, client.name)
+            own = self.world.adapters(client.name)
             longest = max((len(example.get("input_ids", ())) for example in client.train), default=1)
             length = max(longest, probes[key].length if key in probes else 0)
             probes[key] = Probe(

@@ -12,8 +12,8 @@ from flexp.cost.choice import CODECS, Choice
 from flexp.cost.classes import profile
 from flexp.errors import ConfigError
 from flexp.methods.base import Method, World
-from flexp.methods.flexp_sfl import FlexpSfl
 from flexp.methods.parties import own_config
+from flexp.methods.split import Split
 from flexp.planner.fleet import Choices, Fleet
 from flexp.planner.model import ModelCosts
 from flexp.planner.policy import Decision, Stop, decide_for_all
@@ -42,7 +42,7 @@ class Recutting:
         if not self.active:
             return []
         method, rules = self.method, self.world.config.recut
-        assert isinstance(method, FlexpSfl)
+        assert isinstance(method, Split)
         fleet = self._fleet(number)
         current = {device.name: self._choice(method, device.name) for device in fleet.devices}
         found: dict[str, Decision | Stop] = {}
@@ -83,7 +83,7 @@ class Recutting:
     @cached_property
     def _choices(self) -> Choices:
         """What may be chosen while training: cuts that the server has blocks for, and exchanges."""
-        assert isinstance(self.method, FlexpSfl)
+        assert isinstance(self.method, Split)
         start, stop = self.method.server.blocks
         blocks, config = self.world.source.anatomy.blocks, self.world.config
         known = auto_fleet(config, self.world.federation).choices
@@ -97,7 +97,7 @@ class Recutting:
         fleet = self._fleet(1)
         return ModelCosts(model_folder(self.world.config), fleet.task, fleet.choices, fleet.server)
 
-    def _choice(self, method: FlexpSfl, name: str) -> Choice:
+    def _choice(self, method: Split, name: str) -> Choice:
         config, size = self.world.config, method.clients[name].micro_batch
         own = own_config(config, self.names.index(name))
         return Choice(

@@ -12,13 +12,13 @@ from typing import Any
 from flexp.client.trainer import Step
 from flexp.config import RunConfig
 from flexp.config.loading import validate
+from flexp.data.ordering import generator
 from flexp.data.scores import evaluate
-from flexp.data.seeding import generator
 from flexp.data.types import Example
 from flexp.errors import ConfigError, StorageError
 from flexp.files import read_json, write_json
 from flexp.machine import machine, versions
-from flexp.methods import METHODS, Method, World
+from flexp.methods import Method, World
 from flexp.report import write_report
 from flexp.report.metrics import MetricsLog, read
 from flexp.report.progress import Progress
@@ -63,7 +63,7 @@ def run(
     check_changes(world)
     probes = MemoryProbes(world, out, memory_cache)
     world, dropped = place(world, probes)
-    method = METHODS[config.method.name](world)  # whatever cannot be built leaves no folder behind
+    method = world.method(world)  # whatever cannot be built leaves no folder behind
     write_json(out / "config.json", world.config.resolved())  # with the cuts that were planned, for whoever resumes
     if world.plan is not None:
         write_json(out / "plan.json", world.plan)
@@ -109,7 +109,7 @@ def resume(out: Path, *, progress: Callable[..., Progress] = Progress, memory_ca
     world = build_world(config)
     probes = MemoryProbes(world, out, memory_cache)
     world, dropped = place(world, probes)
-    return _Run(world, METHODS[config.method.name](world), probes, dropped, out, progress).go()
+    return _Run(world, world.method(world), probes, dropped, out, progress).go()
 
 
 class _Run:

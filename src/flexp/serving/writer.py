@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flexp.config import DataConfig
+from flexp.data.tasks.base import fields, fill
 from flexp.data.tasks.instruction import TEMPLATE
 from flexp.data.tasks.text import pad_id
-from flexp.data.templates import fields, fill
 from flexp.errors import ConfigError, DataError
 from flexp.export.client_folder import Connect
 from flexp.export.opening import open_trained

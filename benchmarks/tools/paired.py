@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 WARM_UP = 3
 """Pairs that are run first and not counted."""
@@ -19,6 +20,21 @@ class Paired:
     quartiles: list[float]
     first: float
     second: float
+
+    def facts(self, first: str, second: str) -> dict[str, Any]:
+        """For a result: the ratio and the seconds of both, by their names."""
+        ratio = {"ratio": self.ratio, "ratio_quartiles": self.quartiles}
+        return ratio | {f"{first}_seconds": self.first, f"{second}_seconds": self.second}
+
+    def rows(self, first: str, second: str) -> list[tuple[str, str]]:
+        """The same to be read."""
+        low, high = self.quartiles
+        return [
+            (f"{second} ÷ {first} (median of pairs)", f"{self.ratio:.3f}"),
+            ("quartiles", f"{low:.3f} – {high:.3f}"),
+            (f"{first} step", f"{1e3 * self.first:.1f} ms"),
+            (f"{second} step", f"{1e3 * self.second:.1f} ms"),
+        ]
 
 
 def paired(first: Callable[[], None], second: Callable[[], None], pairs: int) -> Paired:

@@ -10,15 +10,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast, get_args
 
 import torch
 import transformers
 
 from flexp.assets import resolve
 from flexp.client.model import SplitModel
-from flexp.config import CodecConfig, RunConfig
+from flexp.config import CodecConfig, CodecName, RunConfig
 from flexp.data.scores import evaluate
+from flexp.errors import ConfigError
 from flexp.links.base import Link
 from flexp.methods.base import World
 from flexp.methods.flexp_sfl import FlexpSfl
@@ -26,6 +27,17 @@ from flexp.models.loading import quietly
 from flexp.run.settle import build_world
 
 Wrap = Callable[[Link], Link]
+
+
+def check_codec(name: str) -> CodecName:
+    """The name, if it is a codec's.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if name not in get_args(CodecName):
+        raise ConfigError(f"--codec {name}: expected {', '.join(get_args(CodecName))}")
+    return cast(CodecName, name)
 
 
 def one_client_world(

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.fuzz_frames import CODECS, CUT, HANDSHAKE, IN_FLIGHT, RAW, STRANGER, name_of, seeds
+from benchmarks.tools.fuzz_inputs import CODECS, CUT, HANDSHAKE, IN_FLIGHT, RAW, STRANGER, name_of, seeds
 from flexp.config import AlignConfig, GuardConfig, OptimizerConfig, ServerConfig
 from flexp.errors import FlexpError, LinkError
 from flexp.links import frames
