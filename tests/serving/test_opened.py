@@ -77,7 +77,7 @@ def test_every_method_writes(tmp_path: Path, method: str, tuning: str) -> None:
 
 def test_what_cannot_write_says_so(tmp_path: Path) -> None:
     run = train(tmp_path, "bert")
-    with pytest.raises(ConfigError, match="write no text: their task is classification; use flexp predict"):
+    with pytest.raises(ConfigError, match="writes no text: its task is classification; use flexp predict"):
         open_writer(run, "north")
     export(open_trained(run, "north"), tmp_path / "north")
     with pytest.raises(ConfigError, match="writes no text"):
