@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexp.cost.classes import DeviceProfile
 from flexp.cost.clock import ClientWork, Kind, Schedule, simulate
+from flexp.cost.profile import Profile
 
-SERVER = DeviceProfile(name="server", memory_bytes=1, flops=100.0, uplink_bps=1e12, downlink_bps=1e12, latency_s=0.0)
+SERVER = Profile(name="server", memory_bytes=1, flops=100.0, uplink_bps=1e12, downlink_bps=1e12, latency_s=0.0)
 # 10 operations and 8 bits (a byte) up, 16 bits (two bytes) down a second; half a second on the way.
-DEVICE = DeviceProfile(name="device", memory_bytes=1, flops=10.0, uplink_bps=8.0, downlink_bps=16.0, latency_s=0.5)
+DEVICE = Profile(name="device", memory_bytes=1, flops=10.0, uplink_bps=8.0, downlink_bps=16.0, latency_s=0.5)
 SLOW = DEVICE.model_copy(update={"flops": 1.0})
 WHOLE = ClientWork([2, 2], before=30.0, weights_down=6, weights_up=4)
 # before 1 s, up 2 + 0.5, server 1, down 1 + 0.5, between 3, up 2 + 0.5, server 2, down 1 + 0.5, after 2
@@ -34,12 +34,7 @@ ALONE_STEP = 1 + 2.5 + 1 + 1.5 + 3 + 2.5 + 2 + 1.5 + 2
 
 
 def run(
-    kind: Kind,
-    work: dict[str, ClientWork],
-    devices: dict[str, DeviceProfile],
-    slots: int = 1,
-    seed: int = 0,
-    **how: Any,
+    kind: Kind, work: dict[str, ClientWork], devices: dict[str, Profile], slots: int = 1, seed: int = 0, **how: Any
 ) -> Any:
     return simulate(Schedule(kind, **how), work, devices, SERVER, slots=slots, seed=seed)
 

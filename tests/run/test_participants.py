@@ -22,10 +22,10 @@ from flexp.methods.base import Account
 from flexp.methods.fedrep import FedRep
 from flexp.report.metrics import read
 from flexp.run import runner
-from flexp.run.costs import Costs
-from flexp.run.participants import NobodyFitsError, client_work
-from flexp.run.probes import MemoryProbes
+from flexp.run.costs import Costs, MemoryProbes
+from flexp.run.participants import NobodyFitsError
 from flexp.run.settle import build_world
+from flexp.run.virtual import client_work
 from tests.tiny import CLIENTS, config
 
 MB = 10**6

@@ -33,7 +33,7 @@ ON = {"on": True, "gain": 0.05}
 def no_probes() -> Any:
     """Peak memory is not the matter here, and measuring it takes processes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flexp.run.probes.MemoryProbes.measure", lambda *_: None)
+        patch.setattr("flexp.run.costs.MemoryProbes.measure", lambda *_: None)
         yield
 
 

@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import simpy
 
-from flexp.cost.classes import DeviceProfile
+from flexp.cost.profile import Profile
 from flexp.data.ordering import generator
 
 Kind = Literal["synchronous", "alone", "split-async", "split-sync"]
@@ -129,8 +129,8 @@ class Virtual:
 def simulate(
     schedule: Schedule,
     work: Mapping[str, ClientWork],
-    devices: Mapping[str, DeviceProfile],
-    server: DeviceProfile,
+    devices: Mapping[str, Profile],
+    server: Profile,
     *,
     slots: int = 1,
     seed: int = 0,
@@ -153,7 +153,7 @@ def simulate(
 class _Simulation:
     """What all clients share: the clock, the server's attention, and the ends of rounds."""
 
-    def __init__(self, schedule: Schedule, rounds: int, clients: int, server: DeviceProfile, slots: int) -> None:
+    def __init__(self, schedule: Schedule, rounds: int, clients: int, server: Profile, slots: int) -> None:
         self.env = simpy.Environment()
         self.schedule, self.rounds, self.server = schedule, rounds, server
         self.attention = simpy.Resource(self.env, capacity=slots)
@@ -187,7 +187,7 @@ class _Client:
     simulation: _Simulation
     name: str
     work: ClientWork
-    device: DeviceProfile
+    device: Profile
     seed: int
     time: ClientTime = field(default_factory=ClientTime)
     done: int = 0
@@ -289,7 +289,7 @@ class _Client:
 class _Presence:
     """When a device is there: alternating exponential periods, from a generator of the client's own."""
 
-    def __init__(self, device: DeviceProfile, seed: int, client: str) -> None:
+    def __init__(self, device: Profile, seed: int, client: str) -> None:
         self.on, self.off = device.mean_on_s or 0.0, device.mean_off_s or 0.0
         if self.off:
             self._random = generator(seed, "availability", client)

@@ -26,9 +26,9 @@ from flexp.methods.split import Split
 from flexp.models.stage import Stage
 from flexp.report.metrics import read
 from flexp.report.summary import Scores, best_round, picked_on, scores_by_round
+from flexp.run.costs import MemoryProbes
 from flexp.run.folder import is_client
 from flexp.run.participants import place
-from flexp.run.probes import MemoryProbes
 from flexp.run.runner import sample
 from flexp.run.settle import world_of
 from flexp.run.store import CHECKPOINTS, Checkpoint, Store, party_of

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flexp.client.trainer import Step
 from flexp.config import RunConfig
 from flexp.config.loading import validate
 from flexp.data.ordering import generator
@@ -32,12 +30,15 @@ from flexp.report.summary import (
     scores_by_round,
 )
 from flexp.report.tensorboard import EventWriter
+from flexp.run.costs import MemoryProbes
+from flexp.run.diary import Diary
 from flexp.run.folder import is_joined
-from flexp.run.participants import Dropped, client_facts, place
-from flexp.run.probes import MemoryProbes
-from flexp.run.recutting import Recutting, check_changes, cuts_by_round, told
+from flexp.run.participants import Dropped, place
+from flexp.run.recutting import Recutting
+from flexp.run.schedule import scored_rounds
 from flexp.run.settle import build_world
 from flexp.run.store import CHECKPOINTS, Store
+from flexp.run.virtual import client_facts, cuts_by_round
 
 Summary = dict[str, Any]
 
@@ -59,10 +60,7 @@ def run(
         FlexpError: what is wrong with configuration, model, data or disk.
     """
     refuse_taken(out)
-    world = build_world(config)
-    check_changes(world)
-    probes = MemoryProbes(world, out, memory_cache)
-    world, dropped = place(world, probes)
+    world, probes, dropped = _prepared(config, out, memory_cache)
     method = world.method(world)  # whatever cannot be built leaves no folder behind
     write_json(out / "config.json", world.config.resolved())  # with the cuts that were planned, for whoever resumes
     if world.plan is not None:
@@ -106,13 +104,21 @@ def resume(out: Path, *, progress: Callable[..., Progress] = Progress, memory_ca
     if is_joined(out):
         raise ConfigError(f"{out} is of a client that joined a run, which is not resumed; run flexp join again")
     config = validate(read_json(out / "config.json"), str(out / "config.json"))
-    world = build_world(config)
-    probes = MemoryProbes(world, out, memory_cache)
-    world, dropped = place(world, probes)
+    world, probes, dropped = _prepared(config, out, memory_cache)
     return _Run(world, world.method(world), probes, dropped, out, progress).go()
 
 
+def _prepared(config: RunConfig, out: Path, cache: Path | None) -> tuple[World, MemoryProbes, list[Dropped]]:
+    """The world without those whose device cannot hold what the method trains, and what was measured to know that."""
+    world = build_world(config)
+    probes = MemoryProbes(world, out, cache)
+    world, dropped = (world, []) if config.devices is None else place(world, probes)
+    return world, probes, dropped
+
+
 class _Run:
+    """One simulated run in its folder: rounds, scores, checkpoints, and the summary of all of it."""
+
     def __init__(
         self,
         world: World,
@@ -127,13 +133,14 @@ class _Run:
         self.store = Store(out / CHECKPOINTS)
         self.names = [client.name for client in world.federation.clients]
         self.everybody = sample(world.federation.test, self.config.evaluation.global_examples, self.config.seed)
+        self.scoring = scored_rounds(self.config.train, self.config.evaluation.every)
         self.first_round = self._restore()
-        self.recutting = Recutting(world, method)
-        self.log = MetricsLog(out / "metrics.jsonl")
-        self.log.truncate_after(self.first_round - 1)
-        kept = read(self.log.path)
+        self.recutting = None if self.config.devices is None else Recutting(world, method)
+        log = MetricsLog(out / "metrics.jsonl")
+        log.truncate_after(self.first_round - 1)
+        kept = read(log.path)
         self.scored = scores_by_round(kept, self.names, world.federation.task.metric)
-        self.events = EventWriter(out / "events", kept or None) if self.config.output.tensorboard else None
+        events = EventWriter(out / "events", kept or None) if self.config.output.tensorboard else None
         self.seconds_before = max((float(r["seconds"]) for r in kept if r["kind"] == "round"), default=0.0)
         self.began = time.perf_counter()
         per_round = self.config.train.steps_per_round * len(world.participants)
@@ -143,6 +150,7 @@ class _Run:
             metric=world.federation.task.metric,
             done=max(0, self.first_round - 1) * per_round,
         )
+        self.diary = Diary(log, self.progress, events)
 
     def go(self) -> Summary:
         try:
@@ -159,9 +167,7 @@ class _Run:
                 self.probes.save()
         finally:
             self.method.close()
-            self.log.close()
-            if self.events is not None:
-                self.events.close()
+            self.diary.close()
         summary = self._summary()
         write_json(self.out / "summary.json", summary)
         if self.config.output.html:
@@ -169,16 +175,15 @@ class _Run:
         return summary
 
     def _round(self, number: int) -> None:
-        for record in self.recutting.before_round(number):
-            self._write(record)
-            self.progress.note(told(record))
-        self.method.train_round(number, lambda step: self._on_step(number, step))
+        for record in [] if self.recutting is None else self.recutting.before_round(number):
+            self.diary.change(record)
+        self.method.train_round(number, lambda step: self.diary.step(number, step))
         last = number == self.config.train.rounds
-        if last or number % self.config.evaluation.every == 0:
+        if number in self.scoring:
             self._evaluate(number)
         accounts = [self.method.account(name) for name in self.names]
         spent = {data.name: self.method.account(data.name).client_seconds for data in self.world.participants}
-        self._write(
+        self.diary.write(
             {
                 "kind": "round",
                 "round": number,
@@ -196,13 +201,6 @@ class _Run:
         if every and (last or number == best or number % every == 0):
             self.store.save(number, self.method.state(), best=best)
 
-    def _on_step(self, number: int, step: Step) -> None:
-        facts = asdict(step)
-        facts["step"] = facts.pop("number")
-        facts["tokens"] = facts.pop("items")
-        self._write({"kind": "step", "round": number, **facts})
-        self.progress.step(step.client, step.loss, step.align)
-
     def _evaluate(self, number: int) -> None:
         task, size = self.world.federation.task, self.config.evaluation.batch_size
         scores: Scores = {}
@@ -217,18 +215,13 @@ class _Run:
             sides = {"personal": personal, "global": everybody}
             if client.validation:
                 sides[VALIDATION] = evaluate(forward, task, client.validation, size, extras=False)
-            self._write({"kind": "eval", "round": number, "client": client.name, **sides})
+            self.diary.scores(number, client.name, sides)
             scores[client.name] = {side: values[task.metric] for side, values in sides.items()}
         self.scored[number] = {
             name: {side: value if value is not None and math.isfinite(value) else None for side, value in own.items()}
             for name, own in scores.items()
         }
         self.progress.round(number, aggregate(scores, task.higher_is_better))
-
-    def _write(self, record: Mapping[str, Any]) -> None:
-        self.log.write(record)
-        if self.events is not None:
-            self.events.write(record)
 
     def _restore(self) -> int:
         """Load the last checkpoint; the round to go on with, 0 being the scores before training."""
