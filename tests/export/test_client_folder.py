@@ -210,12 +210,11 @@ def test_a_runs_folder_with_its_middle_on_a_server(tmp_path: Path) -> None:
     server.allow_export = True
     (place / "checkpoints/checkpoint-00000001/002-client-south.safetensors").rename(tmp_path / "south")
     with serve(server) as serving:
-        model = open_trained(
-            place, "north", connect=lambda name: connect(f"grpc://{serving.address}", name, codec="off")
-        )
+        url = f"grpc://{serving.address}"
+        model = open_trained(place, "north", connect=lambda name: connect(url, name, codec="off"))
         found = score(model)[OWN]
+        model.close()  # a client has one link at a time
         export(model, tmp_path / "out")
-        model.close()
     (tmp_path / "south").rename(place / "checkpoints/checkpoint-00000001/002-client-south.safetensors")
     whole = open_trained(place, "north")
     assert found == score(whole)[OWN]
