@@ -185,9 +185,8 @@ def test_a_cut_changes_before_the_first_step(folder: Path, tmp_path: Path) -> No
     snapshots = Store(state / "snapshots")
     facts = snapshots.open(0).facts
     assert (facts["steps"], tuple(facts["cut"])) == (0, where.cut) != (0, (3, 4))
-    snapshots.save(
-        0, snapshots.load(0), facts | {"run": server.conductor.desk.run}
-    )  # as if the server had told it to save
+    saved = snapshots.load(0)
+    snapshots.save(0, saved, facts | {"run": server.conductor.run})  # as if the server had told it to save
     Client(config, free, "south", plain(server), state, cut=(3, None)).join()
     server.end()
     assert tuple(newest(state / "snapshots")["cut"].tolist()) == (3, 4)

@@ -22,7 +22,7 @@ from flexp.errors import ConfigError, LinkError, LinkLostError, ModelError
 from flexp.links.base import Link, ask
 from flexp.links.messages import EndGeneration, ExtendRequest
 from flexp.models.caching import PartCache, check_cached
-from flexp.models.plan import shadowed
+from flexp.models.execution import shadowed
 from flexp.models.stage import NEED_ALL_BLOCKS
 from flexp.rng import current_turn
 

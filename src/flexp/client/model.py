@@ -19,10 +19,10 @@ from flexp.config import AlignConfig, CodecConfig, LoraConfig, ModelConfig
 from flexp.errors import ConfigError, LinkError
 from flexp.links.base import Link, as_link, ask
 from flexp.links.messages import Abort, ForwardRequest, Join, PullRequest
+from flexp.models.execution import ExecutionPlan
 from flexp.models.fingerprint import fingerprint
 from flexp.models.loading import ModelKind, load_config, load_stage
 from flexp.models.parts import Part, check_cut
-from flexp.models.plan import Plan
 from flexp.models.stage import Stage
 from flexp.models.tuning import tune
 from flexp.rng import current_turn
@@ -38,7 +38,7 @@ class Sent:
     z_BTH: Tensor
     inner_BTH: tuple[Tensor, ...]
     inputs: Mapping[str, Any]
-    plan: Plan
+    plan: ExecutionPlan
 
 
 class SplitModel(PersonalModel):
@@ -68,7 +68,7 @@ class SplitModel(PersonalModel):
 
     kind: ClassVar[ModelKind]
     plan_cut: ClassVar[Callable[..., tuple[int, int]] | None] = None
-    """What ``cut="auto"`` asks, as :func:`flexp.planner.own.own_cut` is called; ``flexp`` sets it."""
+    """What ``cut="auto"`` asks, as :func:`flexp.planner.model.own_cut` is called; ``flexp`` sets it."""
 
     def __init__(
         self,

@@ -30,12 +30,12 @@ from flexp.report.summary import (
     scores_by_round,
 )
 from flexp.report.tensorboard import EventWriter
+from flexp.run.conduct import scored_rounds
 from flexp.run.costs import MemoryProbes
 from flexp.run.diary import Diary
 from flexp.run.folder import is_joined
 from flexp.run.participants import Dropped, place
 from flexp.run.recutting import Recutting
-from flexp.run.schedule import scored_rounds
 from flexp.run.settle import build_world
 from flexp.run.store import CHECKPOINTS, Store
 from flexp.run.virtual import client_facts, cuts_by_round
