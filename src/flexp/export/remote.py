@@ -23,8 +23,7 @@ from flexp.export.whole import fill, let_go
 from flexp.files import write_json
 from flexp.links.base import Link, ask, connected
 from flexp.links.messages import Join
-from flexp.models.fingerprint import fingerprint
-from flexp.models.headers import read_header
+from flexp.models.fingerprint import fingerprint, read_header
 from flexp.models.parts import Part
 from flexp.models.stage import Stage
 from flexp.run.settle import model_folder
