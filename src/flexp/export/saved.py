@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flexp.client.generation import SplitGenerator
 from flexp.client.model import SplitModel
-from flexp.client.whole import WholeModel
+from flexp.client.personal import WholeModel
 from flexp.config import LoraConfig, RunConfig
 from flexp.config.loading import validate
 from flexp.data.columns import nearest

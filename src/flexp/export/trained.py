@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flexp.client.recut import PERSONAL
-from flexp.client.state import cut_in
+from flexp.client.trainer import cut_in
 from flexp.config import RunConfig
 from flexp.data.tasks import limit_of, make_task
 from flexp.data.types import Example, Forward, ModelKind, Task

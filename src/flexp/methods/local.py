@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexp.client.personal import WholeModel
 from flexp.client.trainer import Trainer
-from flexp.client.whole import WholeModel
 from flexp.links.base import Traffic
 from flexp.methods.base import Account, Forward, Method, OnStep, State, World
 from flexp.methods.parties import make_trainer, own_stage

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from flexp.client.model import SplitModel
 from flexp.client.recut import Blocks, Move, ParkedInMemory, fit, recut
-from flexp.client.state import cut_in, load_party, party_state
-from flexp.client.trainer import Trainer
+from flexp.client.trainer import Trainer, cut_in, load_party, party_state
 from flexp.cost.clock import Schedule
 from flexp.links.base import Link
 from flexp.methods.base import RATIO, Account, Axis, Forward, Holds, Method, OnStep, State, World, base_depth

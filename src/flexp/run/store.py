@@ -269,7 +269,7 @@ class ParkedOnDisk:
     """Blocks that a client has given up for want of memory, and may have back: a checkpoint for each.
 
     Args:
-        numbering: of the client's steps (:class:`flexp.client.steps.Steps`), which tells its blocks from those that an
+        numbering: of the client's steps (:class:`flexp.client.exchange.Steps`), which tells its blocks from those that an
             earlier run left in the same folder.
     """
 

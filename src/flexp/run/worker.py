@@ -12,8 +12,7 @@ import torch
 
 from flexp.client.model import SplitModel
 from flexp.client.recut import fit
-from flexp.client.state import cut_in, load_party, party_state
-from flexp.client.trainer import Step, Trainer
+from flexp.client.trainer import Step, Trainer, cut_in, load_party, party_state
 from flexp.data.scores import evaluate
 from flexp.errors import LinkError, LinkLostError, StorageError, TrainingError
 from flexp.limits import out_of_memory
