@@ -269,8 +269,8 @@ class ParkedOnDisk:
     """Blocks that a client has given up for want of memory, and may have back: a checkpoint for each.
 
     Args:
-        numbering: of the client's steps (:class:`flexp.client.exchange.Steps`), which tells its blocks from those that an
-            earlier run left in the same folder.
+        numbering: of the client's steps (:class:`flexp.client.exchange.Steps`), which tells its blocks from those that
+            an earlier run left in the same folder.
     """
 
     def __init__(self, folder: Path, numbering: int) -> None:
