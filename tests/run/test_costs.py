@@ -18,10 +18,11 @@ from flexp.methods.parties import own_stage
 from flexp.models.parts import Part
 from flexp.run.costs import Costs
 from flexp.run.settle import build_world
-from tests.tiny import config
+from tests.tiny import config, each
 
 OFF = {"align": {"kind": "off"}}
-CUTS = {"clients": {"cuts": [[1, 3], [2, None], [3, 4]]}}
+SOME = [[1, 3], [2, None], [3, 4]]
+CUTS = {"clients": each(cut=SOME)}
 
 
 def costs(home: Path, name: str = "flexp-sfl", **changes: Any) -> Costs:
@@ -84,7 +85,7 @@ def test_the_parts_of_a_split_step_are_the_whole_step(home: Path, tuning: str, n
 
 
 def test_deeper_cuts_leave_more_to_the_client(home: Path) -> None:
-    found = costs(home, data={"clients": {"cuts": [[1, 4], [2, 4], [3, 4]]}})
+    found = costs(home, data={"clients": {"each": [{"cut": [1, 4]}, {"cut": [2, 4]}, {"cut": [3, 4]}]}})
     one, two, three = (found.of(name) for name in ("north", "south", "west"))
     assert one.client_step < two.client_step < three.client_step
     assert one.server_step > two.server_step > three.server_step
@@ -155,8 +156,7 @@ def test_a_recomputing_server_computes_its_forward_twice(home: Path) -> None:
 
 def test_adapters_cost_what_the_clients_rank_does(home: Path) -> None:
     """Ranks 2 and 16 in turn: each client costs what it does where all have its rank."""
-    method = {"hetlora": {"ranks": [2, 16]}}
-    found = costs(home, "hetlora", model={"tuning": "lora"}, method=method)
+    found = costs(home, "hetlora", model={"tuning": "lora"}, data={"clients": each(cut=SOME, rank=[2, 16])})
     for name, rank in (("north", 2), ("south", 16), ("west", 2)):
         alone = costs(home, "fedavg", model={"tuning": "lora", "lora": {"rank": rank}}).of(name)
         assert found.of(name) == alone

@@ -46,7 +46,7 @@ class MemoryProbes:
         A failure is said and leaves the figure out.
         """
         config = self.world.config
-        wanted = config.evaluation.measure_memory or config.devices is not None
+        wanted = config.evaluation.measure_memory or config.on_devices
         if not wanted or self.holds.part is None:
             return
         missing = {key: probe for key, probe in self._probes().items() if "peak" not in self.found.get(key, {})}
