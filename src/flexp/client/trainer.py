@@ -117,6 +117,12 @@ class Trainer:
         aligned = align if self.model.last_align is not None else None
         return Step(self.name, self.steps, loss, aligned, items, lr, norm, seconds)
 
+    def personal(self, batch: Mapping[str, Tensor]) -> Any:
+        """The personal model on a batch, for evaluation; gives an output with ``logits``."""
+        self.model.train(False)
+        with torch.no_grad():
+            return self.model(**batch)
+
     def _exchanges(self, pieces: list[tuple[Piece, Batch]]) -> Iterator[Done]:
         if self._in_flight > 1 and isinstance(self.model, SplitModel):
             yield from overlapped(self.model, pieces, self._in_flight, self._check)

@@ -6,10 +6,6 @@ do not have; data, batches, steps and optimiser are FlexP-SFL's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-import torch
 from torch import Tensor
 
 from flexp.client.personal import WholeModel
@@ -36,14 +32,7 @@ class Local(Method):
             on_step(self.clients[name].step())
 
     def personal(self, client: str) -> Forward:
-        model = self.clients[client].model
-
-        def forward(batch: Mapping[str, Tensor]) -> Any:
-            model.train(False)
-            with torch.no_grad():
-                return model(**batch)
-
-        return forward
+        return self.clients[client].personal
 
     def trained_weights(self, client: str) -> dict[str, Tensor]:
         return {name: value.clone() for name, value in self.clients[client].model.personal_state().items()}

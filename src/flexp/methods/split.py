@@ -7,8 +7,7 @@ and no alignment this equals training the whole model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -71,14 +70,7 @@ class Split(Method):
         return self.server.connect(name)
 
     def personal(self, client: str) -> Forward:
-        model = self._model(client)
-
-        def forward(batch: Mapping[str, Tensor]) -> Any:
-            model.eval()
-            with torch.no_grad():
-                return model(**batch)
-
-        return forward
+        return self.clients[client].personal
 
     def trained_weights(self, client: str) -> dict[str, Tensor]:
         shared, middle = self.server.shared, range(*self.cut_of(client))
