@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 
 from flexp.config import TrainConfig
 from flexp.links.messages import Order, Ready
-from flexp.run.conduct import Conductor, Member, Say, scored_rounds
+from flexp.methods.turns import scored_rounds
+from flexp.run.conduct import Conductor, Member, Say
 from flexp.run.store import Snapshots
 from flexp.server import Server
 

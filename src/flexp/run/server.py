@@ -18,8 +18,9 @@ from flexp.config import loading as settings
 from flexp.errors import LinkError, StorageError
 from flexp.files import replacing
 from flexp.links.grpc import Serving, serve
+from flexp.methods.turns import schedule
 from flexp.models.loading import ModelKind
-from flexp.run.conduct import Conductor, run_name, schedule
+from flexp.run.conduct import Conductor, run_name
 from flexp.run.deterministic import Deterministic
 from flexp.run.free import Free
 from flexp.run.status import Observed, Teller
