@@ -17,7 +17,7 @@ from flexp.errors import LinkError
 from flexp.links.messages import Order, Ready
 from flexp.methods.turns import Place
 from flexp.run.conduct import Conductor, Say
-from flexp.run.store import Snapshots
+from flexp.run.store import Store
 from flexp.server import Server
 
 
@@ -31,7 +31,7 @@ class Deterministic(Conductor):
     def __init__(
         self,
         server: Server,
-        snapshots: Snapshots | None,
+        snapshots: Store | None,
         run: str,
         say: Say,
         train: TrainConfig,

@@ -15,7 +15,7 @@ from flexp.config import TrainConfig
 from flexp.links.messages import Order, Ready
 from flexp.methods.turns import scored_rounds
 from flexp.run.conduct import Conductor, Member, Say
-from flexp.run.store import Snapshots
+from flexp.run.store import Store
 from flexp.server import Server
 
 MOST_STEPS = 8
@@ -41,7 +41,7 @@ class Free(Conductor):
     def __init__(
         self,
         server: Server,
-        snapshots: Snapshots | None,
+        snapshots: Store | None,
         run: str,
         say: Say,
         train: TrainConfig,
