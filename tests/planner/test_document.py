@@ -74,7 +74,8 @@ def test_the_document_is_read_back_and_says_it_all(tmp_path: Path) -> None:
     for client in saved.clients:
         choice = plan.choice(client.name)
         assert asdict(choice) == client.model_dump(exclude={"name"})
-    assert content["settings"]["data.clients.cuts"] == [list(plan.choice(client.name).cut) for client in saved.clients]
+    each = [(one["name"], one["cut"]) for one in content["settings"]["data.clients.each"]]
+    assert each == [(client.name, list(plan.choice(client.name).cut)) for client in saved.clients]
     assert content["totals"]["objective"] == plan.measures.objective
     assert json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))["accuracy"]["source"] == "prior"
     page = render(content)

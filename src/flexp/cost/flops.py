@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from flexp.client.whole import WholeModel
+from flexp.client.personal import WholeModel
 from flexp.config import TrainConfig
 from flexp.cost.choice import ExchangeCost
 from flexp.cost.counting import counting
