@@ -68,7 +68,7 @@ def one_client_world(
             "max_length": max_length,
             "train_examples": steps * batch_size,
             "test_examples": test_examples,
-            "clients": {"by": "iid", "count": 1, "cuts": [[1, blocks - tail]]},
+            "clients": {"by": "iid", "count": 1, "cut": [1, blocks - tail]},
         },
         "train": {
             "rounds": 1,

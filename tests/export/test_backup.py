@@ -83,7 +83,10 @@ def test_it_holds_one_client_alone_and_names_no_folder(home: Path) -> None:
 @pytest.mark.parametrize(
     ("tables", "message"),
     [
-        ({"data": {"clients": {"cuts": [[1, 4], [1, None], [3, 4]]}}}, r"another cut .*\[2, 4\], not \[1, 4\]"),
+        (
+            {"data": {"clients": {"each": [{"cut": [1, 4]}, {"cut": [1, None]}, {"cut": [3, 4]}]}}},
+            r"another cut .*\[2, 4\], not \[1, 4\]",
+        ),
         ({"model": {"tuning": "lora"}}, r"another model.tuning than .*\(full, not lora\)"),
         ({"method": {"name": "fedper"}}, r"another method.name .*\(flexp-sfl, not fedper\)"),
         ({"train": {"personal": {"name": "sgd"}}}, r"another train.personal.name .*\(adamw, not sgd\)"),

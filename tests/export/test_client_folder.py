@@ -107,7 +107,11 @@ def test_a_lost_device_goes_on_from_its_backup(tmp_path: Path) -> None:
     south = out / "clients/south"
     before = newest(south / "snapshots")
     facts = back_up(south, None, tmp_path / "south.safetensors", "some words")
-    assert (facts["client"], facts["cut"], facts["snapshot"]["run"]) == ("south", [2, 4], server.conductor.desk.run)
+    assert (facts["client"], facts["cut"], facts["snapshot"]["run"]) == (
+        "south",
+        [2, 4],
+        server.conductor.run,
+    )
     shutil.rmtree(south / "snapshots")
     with pytest.raises(StorageError, match="has no whole snapshot"):
         back_up(south, None, tmp_path / "x")
@@ -153,7 +157,7 @@ def test_it_goes_nowhere_else(here: Remote, tmp_path: Path) -> None:
     (folder / "client.json").write_text(json.dumps({**facts, "schema": 0}), encoding="utf-8")
     with pytest.raises(StorageError, match="start flexp client there again"):
         back_up(folder, None, tmp_path / "x")
-    run = train(tmp_path, "bert", data={"clients": {"cuts": [[2, 3]]}, "source": here.config.data.source},
+    run = train(tmp_path, "bert", data={"clients": {"each": [{"cut": [2, 3]}]}, "source": here.config.data.source},
                 model={"id": here.config.model.id})  # fmt: skip
     back_up(run, "north", tmp_path / "run.safetensors")
     with pytest.raises(ConfigError, match="the file is from a run of flexp run"):

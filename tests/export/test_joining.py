@@ -33,7 +33,7 @@ STILL = ("train.personal.name=sgd", "train.personal.lr=1e-30")
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> SavedRun:
     folder = tmp_path_factory.mktemp("joining")
-    clients = {"names": ["north", "south"], "cuts": CUTS}
+    clients = {"names": ["north", "south"], "each": [{"cut": cut} for cut in CUTS]}
     data = {"source": str(folder / "rows.jsonl"), "train_examples": 8, "clients": clients}
     jsonl(folder / "new.jsonl", [{"text": f"w{k} the dog", "label": ("no", "yes")[k % 2]} for k in range(20)])
     return open_run(train(folder, "bert", clients=CLIENTS, data=data))
@@ -82,7 +82,7 @@ def test_the_middle_is_the_runs_and_stays(run: SavedRun, tmp_path: Path) -> None
     join(run.folder, "east", tmp_path / "frozen", steps=2)
     join(run.folder, "east", tmp_path / "trained", steps=2, train_shared=True)
     join(run.folder, "east", tmp_path / "none", steps=2, middle="pretrained")
-    assert json.loads((tmp_path / "frozen/config.json").read_text())["data"]["clients"]["cuts"] == [CUTS[0]]
+    assert json.loads((tmp_path / "frozen/config.json").read_text())["data"]["clients"]["cut"] == CUTS[0]
     found = middle(tmp_path / "frozen")
     assert equal(found, {name: trained[name] for name in found})
     assert {name.split(".layer.")[1][0] for name in found} == {"1", "2"}
@@ -98,7 +98,7 @@ def test_the_middle_is_the_runs_and_stays(run: SavedRun, tmp_path: Path) -> None
 def test_without_the_runs_training_it_is_a_client_of_a_frozen_server(run: SavedRun, tmp_path: Path) -> None:
     join(run.folder, "east", tmp_path / "joined", steps=4, middle="pretrained")
     content = run.config.resolved()
-    content["data"]["clients"] |= {"names": ["east"], "cuts": [CUTS[0]]}
+    content["data"]["clients"] |= {"names": ["east"], "each": [{"cut": cut} for cut in [CUTS[0]]]}
     content["train"] |= {"rounds": 1, "steps_per_round": 4}
     content["server"]["tuning"] = "frozen"
     runner.run(validate(content, "frozen"), tmp_path / "alone")
@@ -185,7 +185,7 @@ def test_language_models_with_adapters_and_weights_pulled_from_a_frozen_server(t
 
 def test_who_follows_takes_over_what_the_run_has_taught(tmp_path: Path) -> None:
     align = {"kind": "weights", "teach": True, "follow": True, "pull": 1.0, "every": 100}
-    clients = {"names": ["north", "south"], "cuts": [[1, 4], [3, 4]]}
+    clients = {"names": ["north", "south"], "each": [{"cut": [1, 4]}, {"cut": [3, 4]}]}
     data = {"train_examples": 8, "clients": clients}
     folder = train(tmp_path, "bert", clients=CLIENTS, data=data, method={"align": align})
     for start in ((), ("south",)):

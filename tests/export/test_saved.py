@@ -17,7 +17,7 @@ from .tools import train
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    data = {"max_length": 16, "validation_fraction": 0.3, "clients": {"cuts": [[1, 3], [2, None]]}}
+    data = {"max_length": 16, "validation_fraction": 0.3, "clients": {"each": [{"cut": [1, 3]}, {"cut": [2, None]}]}}
     folder = tmp_path_factory.mktemp("saved")
     data["source"] = str(folder / "rows.jsonl")
     return train(folder, "bert", data=data, train={"rounds": 3})

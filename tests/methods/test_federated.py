@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from flexp.client.model import SplitModel
+from flexp.client.personal import WholeModel
 from flexp.client.trainer import Step
-from flexp.client.whole import WholeModel
 from flexp.errors import ConfigError
 from flexp.methods.split_bench import SplitBench
 from flexp.methods.workbench import Worker
@@ -364,7 +364,7 @@ def test_no_optimiser_outlives_its_turn(home: Path) -> None:
         ("splitft", {"own": {"cut_rank": 9}}, r"cut_rank = 9 is larger than model.lora.rank = 8"),
         ("splitfed-v1", {"own": {"cut": 4}}, r"splitfed-v1: cut = \(4, 4\) does not fit a model of 4 blocks"),
         ("splitfed-v2", {"own": {"cut": 0}}, r"splitfed-v2: with a cut of 0 .*expose_embeddings"),
-        ("hetlora", {"own": {"ranks": []}}, r"method.hetlora.ranks"),
+        ("hetlora", {"own": {"ranks": [2]}}, r"the list method.hetlora.ranks is gone: write data.clients.rank for all"),
     ],
 )
 def test_impossible_settings_are_named(home: Path, name: str, settings: dict[str, Any], message: str) -> None:

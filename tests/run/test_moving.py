@@ -26,7 +26,7 @@ BIG = 1 << 40
 
 def config(folder: Path, **recut: Any) -> RunConfig:
     base = tiny_run(folder, rounds=2, steps_per_round=16, dropout=0.1)
-    clients = base.data.clients.model_copy(update={"names": [NAME], "cuts": [(3, 4)]})
+    clients = base.data.clients.model_copy(update={"names": [NAME], "cut": (3, 4), "each": []})
     rules = RecutConfig(on=True, **{"every": 1, "patience": 1, "pause": 4, **recut})
     model = base.model.model_copy(update={"base_depth": 1})
     data = base.data.model_copy(update={"clients": clients})

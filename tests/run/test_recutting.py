@@ -71,11 +71,10 @@ def test_cuts_follow_the_devices_and_nobody_moves_without_need(folder: Path, tmp
 
 def test_the_clock_without_moves_is_slower(folder: Path, tmp_path: Path) -> None:
     """Deep cuts on a device that has become slow take longer than those that follow it."""
-    deep = {"cuts": [[3, 4]]}
     base = changing(folder, {}, changes=[{"before_round": 2, "to": "slow"}],
                     classes={"slow": {"base": "phone", "flops": 1e6}}, server="server")  # fmt: skip
-    base = base.model_copy(update={"data": base.data.model_copy(
-        update={"clients": base.data.clients.model_copy(update=deep)})})  # fmt: skip
+    clients = base.data.clients
+    base = base.with_clients(clients.written(CLIENTS, cut=[(3, 4)] * len(CLIENTS)))
     still = runner.run(base, tmp_path / "still")
     moved = runner.run(base.model_copy(update={"recut": base.recut.model_copy(update={"on": True})}), tmp_path / "on")
     assert {tuple(client["cut"]) for client in still["clients"]} == {(3, 4)}

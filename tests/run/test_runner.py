@@ -298,11 +298,11 @@ def test_an_empty_client_is_named(home: Path) -> None:
 
 def test_a_cut_outside_of_the_model_is_named(home: Path) -> None:
     with pytest.raises(ConfigError, match=r"cuts of client north = \(2, 9\) does not fit a model of 4 blocks"):
-        runner.run(config(home, data={"clients": {"cuts": [[2, 9]]}}), home / "out")
+        runner.run(config(home, data={"clients": {"each": [{"cut": [2, 9]}]}}), home / "out")
 
 
 def test_sending_embeddings_must_be_asked_for(home: Path) -> None:
-    data = {"clients": {"names": ["north"], "cuts": [[0, 3]]}}
+    data = {"clients": {"names": ["north"], "each": [{"cut": [0, 3]}]}}
     with pytest.raises(ConfigError, match=r"the server can read every token.*s >= 1"):
         runner.run(config(home, data=data), home / "out")
     with pytest.raises(ConfigError, match="the server can read every token"):

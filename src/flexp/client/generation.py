@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexp.client.exchange import waiting
 from flexp.client.model import SplitModel
-from flexp.client.remote import waiting
 from flexp.errors import ConfigError, LinkError, LinkLostError, ModelError
 from flexp.links.base import Link, ask
 from flexp.links.messages import EndGeneration, ExtendRequest

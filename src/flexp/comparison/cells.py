@@ -170,11 +170,7 @@ def dropped(cell: Cell, out: Path) -> list[dict[str, Any]]:
     try:
         content = read_json(path)
         clients: list[dict[str, Any]] = content["clients"]
-        return (
-            clients
-            if _work(validate(content["config"], str(path)), cell.config) == _work(cell.config, cell.config)
-            else []
-        )
+        return clients if _same_work(validate(content["config"], str(path)), cell.config) else []
     except (FlexpError, KeyError, TypeError):
         return []
 
@@ -199,16 +195,20 @@ def _holds(cell: Cell, folder: Path) -> bool:
         found = validate(read_json(folder / "config.json"), str(folder))
     except FlexpError:
         return False
-    return _work(found, cell.config) == _work(cell.config, cell.config)
+    return _same_work(found, cell.config)
 
 
-def _work(config: RunConfig, asked: RunConfig) -> dict[str, Any]:
-    """What is computed; where a plan was ``asked`` for, a run's configuration says instead what it was planned."""
-    content = config.model_dump(mode="json", exclude={"name", "threads", "output"})
-    if asked.data.clients.cuts == "auto" or asked.data.clients.plan is not None:
-        for key in ("cuts", "plan", "micro_batches", "checkpointing", "codecs"):
-            del content["data"]["clients"][key]
-    return content
+def _same_work(found: RunConfig, asked: RunConfig) -> bool:
+    """Whether the same is computed; where a plan was asked for, ``found`` says of each client what was planned."""
+    names = [own.name or "" for own in found.data.clients.each]
+    blank = dict.fromkeys(("cut", "micro_batch", "checkpointing", "codec"), [None] * len(names))
+
+    def work(config: RunConfig) -> dict[str, Any]:
+        if asked.data.clients.planned:
+            config = config.with_clients(config.data.clients.written(names, **blank))
+        return config.model_dump(mode="json", exclude={"name", "threads", "output"})
+
+    return work(found) == work(asked)
 
 
 def _cell(

@@ -60,7 +60,7 @@ def join(
             there are several.
         middle: the run's shared blocks, or the pretrained ones, as if nobody had trained (to compare).
         train_shared: let the newcomer's gradients train the middle too; its folder keeps the result.
-        cut: (s, e); without, the next one in the turn of ``data.clients.cuts``.
+        cut: (s, e); without, the next one in the turn of the clients'.
         steps: optimiser steps; as many as a client of the run had without.
         every: score after so many steps; before and after all of them without.
         settings: ``key=value`` of the tables :data:`FREE` and keys of ``data`` in :data:`FREE_DATA`.
@@ -205,11 +205,13 @@ def _config(
     if total % size:
         raise ConfigError(f"--steps {total} must be a multiple of --every {size}")
     content["name"] = f"{run.config.name} + {name}"
-    content["devices"] = None
+    content["devices"] = {}
     content["model"]["base_depth"] = base
     content["train"] |= {"rounds": total // size, "steps_per_round": size}
     content["evaluation"] |= {"every": 1}
-    content["data"]["clients"] |= {"cuts": [[start, end]]}
+    clients = content["data"]["clients"]
+    each = [{**one, "cut": None, "device": None} for one in clients["each"] if one["name"] in (None, name)]
+    clients |= {"cut": [start, end], "device": None, "each": each}
     if data is None:
         _left_out(run, name)
         content["data"]["clients"] |= {"names": [name]}

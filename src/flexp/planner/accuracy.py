@@ -182,7 +182,7 @@ def fit(pilots: Iterable[Pilot], model: str = "", score: str = "accuracy", resam
     given = list(pilots)
     shares = sorted({pilot.share for pilot in given})
     if len(shares) < 2:
-        raise ConfigError("the pilots have only one personal share; run them with several values of data.clients.cuts")
+        raise ConfigError("the pilots have only one personal share; run them with several values of data.clients.cut")
     seen = _by_level(given)
     paired = {level: own for level, own in seen.items() if len({pilot.share for pilot in own}) > 1}
     if paired and {pilot.share for own in paired.values() for pilot in own} == set(shares):

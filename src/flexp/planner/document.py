@@ -89,10 +89,16 @@ def document(plan: Plan, front: Sequence[Point] = ()) -> dict[str, Any]:
         "server": {"memory_bytes": plan.fleet.server.memory_bytes, "slots": plan.fleet.slots},
         "clients": clients,
         "settings": {
-            "data.clients.cuts": [list(choice.cut) for choice in choices],
-            "data.clients.micro_batches": [choice.micro_batch for choice in choices],
-            "data.clients.checkpointing": [choice.checkpointing for choice in choices],
-            "data.clients.codecs": [form(choice.codec) for choice in choices],
+            "data.clients.each": [
+                {
+                    "name": name,
+                    "cut": list(choice.cut),
+                    "micro_batch": choice.micro_batch,
+                    "checkpointing": choice.checkpointing,
+                    "codec": form(choice.codec),
+                }
+                for name, choice in zip(names, choices, strict=True)
+            ]
         },
         "pareto": [
             {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -88,6 +88,11 @@ class TaskShape(Section):
     optimizer: Literal["adamw", "adam", "sgd", "sgd-plain"] = "adamw"
     aligned: bool = True
     follow: bool = False
+
+    @property
+    def adapters(self) -> int | None:
+        """The rank of LoRA adapters; ``None``: there are none."""
+        return self.rank if self.tuning == "lora" else None
 
     @classmethod
     def of_model(cls, model: ModelConfig, **others: Any) -> TaskShape:
@@ -208,6 +213,11 @@ class Fleet:
     margin: float = MARGIN
     of_run: bool = False
 
+    @property
+    def ranks(self) -> list[int | None]:
+        """Those that the whole fleet may have; ``None``: full tuning."""
+        return [self.task.adapters] if self.choices.ranks is None else [*self.choices.ranks]
+
 
 def parse_fleet(content: Mapping[str, Any], where: str, folder: Path = Path()) -> Fleet:
     """A fleet from TOML's values; profiles that it names are found in ``folder``.
@@ -247,25 +257,13 @@ def parse_fleet(content: Mapping[str, Any], where: str, folder: Path = Path()) -
     )
 
 
-def of_run(
-    config: DevicesConfig | None,
-    names: Sequence[str],
-    task: TaskShape,
-    choices: Choices,
-    machine: Callable[[], Profile],
-) -> Fleet:
-    """The fleet of a run's clients: the classes of ``[devices]``, or without any ``machine`` for everybody.
+def of_run(config: DevicesConfig | None, profiles: Mapping[str, Profile], task: TaskShape, choices: Choices) -> Fleet:
+    """The fleet of a run's clients, by name, and of the server of ``[devices]`` (``None``: a usual one).
 
     Raises:
         ConfigError: a class is not known.
     """
-    if config is None:
-        here = machine()
-        server = Profile.from_class("server")
-        devices = tuple(Device(name, here) for name in names)
-        return Fleet("this run", devices, server, task=task, choices=choices, of_run=True)
-    assign = config.assign
-    profiles = {name: Profile.from_class(name, config.classes) for name in dict.fromkeys(assign)}
-    devices = tuple(Device(name, profiles[assign[i % len(assign)]]) for i, name in enumerate(names))
+    config = config or DevicesConfig()
+    devices = tuple(Device(name, profile) for name, profile in profiles.items())
     server = Profile.from_class(config.server, config.classes, role="server")
     return Fleet("this run", devices, server, config.server_slots, task, choices, of_run=True)

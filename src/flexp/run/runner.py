@@ -31,12 +31,12 @@ from flexp.report.summary import (
 )
 from flexp.report.tensorboard import EventWriter
 from flexp.run import checkpoints
+from flexp.run.conduct import scored_rounds
 from flexp.run.costs import MemoryProbes
 from flexp.run.diary import Diary
 from flexp.run.folder import is_joined
 from flexp.run.participants import Dropped, place
 from flexp.run.recutting import Recutting
-from flexp.run.schedule import scored_rounds
 from flexp.run.settle import build_world
 from flexp.run.virtual import client_facts, cuts_by_round
 
@@ -112,7 +112,7 @@ def _prepared(config: RunConfig, out: Path, cache: Path | None) -> tuple[World, 
     """The world without those whose device cannot hold what the method trains, and what was measured to know that."""
     world = build_world(config)
     probes = MemoryProbes(world, out, cache)
-    world, dropped = (world, []) if config.devices is None else place(world, probes)
+    world, dropped = place(world, probes) if config.on_devices else (world, [])
     return world, probes, dropped
 
 
@@ -134,7 +134,7 @@ class _Run:
         self.everybody = sample(world.federation.test, self.config.evaluation.global_examples, self.config.seed)
         self.scoring = scored_rounds(self.config.train, self.config.evaluation.every)
         self.first_round = self._restore()
-        self.recutting = None if self.config.devices is None else Recutting(world, method)
+        self.recutting = Recutting(world, method) if self.config.on_devices else None
         log = MetricsLog(out / "metrics.jsonl")
         log.truncate_after(self.first_round - 1)
         kept = read(log.path)
@@ -257,7 +257,7 @@ class _Run:
         facts, virtual = client_facts(world, self.method, records)
         clients = [{**client, **facts.get(str(client["name"]), {})} for client in clients]
         evaluation = [account.evaluation for account in accounts.values()]
-        devices = {} if self.config.devices is None else {"dropped": self.dropped, "virtual": virtual}
+        devices = {} if not self.config.on_devices else {"dropped": self.dropped, "virtual": virtual}
         return (
             build_summary(
                 name=self.config.name,

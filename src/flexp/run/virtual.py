@@ -26,13 +26,13 @@ def client_facts(
         records: the run's diary; every step in it is one gradient evaluation.
 
     Returns:
-        Facts by client (none without ``[devices]``), and ``{"rounds": [seconds], "clients": {name: {account:
+        Facts by client (none without devices), and ``{"rounds": [seconds], "clients": {name: {account:
         seconds}}}``; ``None`` where no client computes.
     """
-    config = world.config.devices
-    if config is None:
+    config, names = world.config, [client.name for client in world.federation.clients]
+    if not config.on_devices:
         return {}, None
-    devices = assign(config, [client.name for client in world.federation.clients])
+    devices = assign(config.devices, config.data.clients.devices(names))
     facts: dict[str, dict[str, Any]] = {
         name: {"device": device.name, "client_flops": 0.0, "server_flops": 0.0} for name, device in devices.items()
     }
@@ -117,11 +117,9 @@ def _in_phase(world: World, phase: Phase) -> World:
     """The world with the cuts and exchanges of a phase."""
     if phase.only:
         return world
-    sizes = list(phase.micro_batches.values())
-    clients = world.config.data.clients
-    if None not in sizes:
-        clients = clients.model_copy(update={"micro_batches": sizes})
-    config = world.config.model_copy(update={"data": world.config.data.model_copy(update={"clients": clients})})
+    sizes, config = phase.micro_batches, world.config
+    if None not in sizes.values():
+        config = config.with_clients(config.data.clients.written(list(sizes), micro_batch=list(sizes.values())))
     return replace(world, config=config, cuts=dict(phase.cuts))
 
 
@@ -179,13 +177,11 @@ class Phase:
 
 
 def phases(world: World, records: Sequence[Record], rounds: int) -> list[Phase]:
-    """The phases of a run with ``[devices]``, of which ``rounds`` are done."""
-    config = world.config.devices
-    assert config is not None
+    """The phases of a run whose clients have devices, of which ``rounds`` are done."""
     names = [client.name for client in world.federation.clients]
     settings = []
     for number, clients in enumerate(cuts_by_round(world, records, rounds), start=1):
-        settings.append((tuple(devices_at(config, names, number).assign), clients))
+        settings.append((devices_at(world.config, names, number), clients))
     found: list[Phase] = []
     for number, (classes, clients) in enumerate(settings, start=1):
         same = number > 1 and classes == settings[number - 2][0] and not _changed(settings[number - 2][1], clients)
@@ -196,7 +192,7 @@ def phases(world: World, records: Sequence[Record], rounds: int) -> list[Phase]:
             Phase(
                 [number],
                 False,
-                assign(config.model_copy(update={"assign": list(classes)}), names),
+                assign(world.config.devices, classes),
                 {name: own["cut"] for name, own in clients.items()},
                 {name: own["micro_batch"] for name, own in clients.items()},
                 [name for name, own in clients.items() if own["there"]],
@@ -219,9 +215,7 @@ class VirtualTime:
     and so is what moving fetched."""
 
     def __init__(self, world: World, schedule: Schedule) -> None:
-        config = world.config.devices
-        assert config is not None
-        self._world, self._schedule, self._config = world, schedule, config
+        self._world, self._schedule, self._config = world, schedule, world.config.devices
         self.rounds: list[float] = []
         self.clients: dict[str, ClientTime] = {}
 
