@@ -5,24 +5,32 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from flexp.errors import ConfigError
+from flexp.registry import CODECS
 
-CODECS: dict[str, float] = {
-    "none": 1.0,
-    "off": 1.0,
-    "bf16": 0.5,
-    "fp16": 0.5,
-    "int8": 0.25,
-    "int8-channel": 0.25,
-    "int8-row": 0.25,
-    "fp8": 0.25,
-    "int4": 0.16,
-}
-"""Bytes of an activation on the wire ÷ those of float32, by the codec's name; ``none`` and ``off``: as it is."""
+ALIASES = {"none": "off", "fp32": "off", "int8": "int8-channel"}
+"""Other names for codecs in fleets and plans."""
 
 
 def form(codec: str) -> str:
-    """What a run's configuration calls ``codec``, a key of :data:`CODECS`."""
-    return "off" if codec in ("none", "fp32") else {"int8": "int8-channel"}.get(codec, codec)
+    """What a run's configuration calls ``codec``."""
+    return ALIASES.get(codec, codec)
+
+
+def codec_names() -> list[str]:
+    """What :attr:`Choice.codec` may be."""
+    return list(dict.fromkeys([*ALIASES, "off", *CODECS]))
+
+
+def codec_share(codec: str) -> float:
+    """Bytes of an activation on the wire ÷ those of float32; 1 where it crosses as it is."""
+    name = form(codec)
+    return 1.0 if name == "off" else float(CODECS[name].share)
+
+
+def codec_loss(codec: str) -> float:
+    """What rounding is taken to cost, as a fraction of accuracy."""
+    name = form(codec)
+    return 0.0 if name == "off" else float(CODECS[name].accuracy_loss)
 
 
 @dataclass(frozen=True)
@@ -35,7 +43,7 @@ class Choice:
         accumulation: exchanges of one step, so that a step has ``micro_batch · accumulation`` examples.
         checkpointing: whether the client's own blocks run again in the backward instead of keeping their activations.
         rank: of the LoRA adapters; ``None``: full tuning.
-        codec: of what crosses the link, a key of :data:`CODECS`.
+        codec: of what crosses the link, one of :func:`codec_names`.
     """
 
     cut: tuple[int, int]
@@ -51,8 +59,8 @@ class Choice:
             raise ConfigError(f"cut = ({start}, {stop}) is none: expected 0 <= s < e, the server runs blocks [s, e)")
         if self.micro_batch < 1 or self.accumulation < 1 or (self.rank is not None and self.rank < 1):
             raise ConfigError(f"{self}: micro_batch, accumulation and rank are at least 1")
-        if self.codec not in CODECS:
-            raise ConfigError(f"codec {self.codec!r} is not known: expected one of {', '.join(CODECS)}")
+        if form(self.codec) != "off" and form(self.codec) not in CODECS:
+            raise ConfigError(f"codec {self.codec!r} is not known: expected one of {', '.join(codec_names())}")
 
 
 @dataclass(frozen=True)

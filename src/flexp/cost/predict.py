@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from flexp.cost.choice import CODECS, Choice, Prediction
+from flexp.cost.choice import Choice, Prediction, codec_share, form
 from flexp.cost.model_cost import STATE, ModelCost, PieceCost, ShapeCost
 from flexp.cost.profile import Profile
 from flexp.cost.speed import Speed
@@ -44,8 +44,8 @@ def predict(
     shape = cost.at(choice.micro_batch, choice.rank)
     base = base_depth is not None and base_depth < start
     sent = float(shape.message_bytes)
-    if choice.codec not in ("none", "off"):
-        sent *= CODECS[choice.codec] * 4 / DTYPES[cost.config.dtype].itemsize
+    if form(choice.codec) != "off":
+        sent *= codec_share(choice.codec) * 4 / DTYPES[cost.config.dtype].itemsize
     up = choice.accumulation * round((3 if base else 2) * sent + shape.mask_bytes)
     down = choice.accumulation * round(2 * sent)
     here, there = Speed(cost, profile, choice), Speed(cost, server, choice)

@@ -12,7 +12,7 @@ from flexp.config import TrainConfig
 from flexp.errors import LinkError, StorageError
 from flexp.links.messages import Order, Ready
 from flexp.methods.turns import turns
-from flexp.run.store import Snapshots
+from flexp.run.store import Store
 from flexp.server import Server
 
 Say = Callable[[str], None]
@@ -79,7 +79,7 @@ class Conductor:
         run: the run's name; a server that goes on with one has the name from its snapshots.
     """
 
-    def __init__(self, server: Server, snapshots: Snapshots | None, run: str, say: Say, train: TrainConfig) -> None:
+    def __init__(self, server: Server, snapshots: Store | None, run: str, say: Say, train: TrainConfig) -> None:
         self.server, self.snapshots, self.run, self.say, self.train = server, snapshots, run, say, train
         self.members: dict[str, Member] = {}
 
@@ -137,19 +137,18 @@ class Conductor:
             return
         try:
             state = self.server.state(unfinished=unfinished)
-            self.snapshots.save(number, state, {"run": self.run, "updates": self.server.shared.version})
+            self.snapshots.save(number, {"server": state}, {"run": self.run, "updates": self.server.shared.version})
         except StorageError as error:
             self.say(f"snapshot {number} was not saved: {error}")
 
     def restore(self, number: int) -> None:
         """Go back to one of :attr:`numbers`."""
         assert self.snapshots is not None
-        state, _ = self.snapshots.load(number)
-        self.server.load(state)
+        self.server.load(self.snapshots.open(number).load("server"))
         self.say(f"back to snapshot {number}: {self.server.shared.version} updates of the shared blocks")
 
 
-def run_name(snapshots: Snapshots | None) -> str:
+def run_name(snapshots: Store | None) -> str:
     """The name of the run that the newest snapshot belongs to, or a new one."""
-    facts = None if snapshots is None else snapshots.newest_whole()
-    return secrets.token_hex(4) if facts is None else str(facts["run"])
+    newest = None if snapshots is None else snapshots.newest_whole(quarantine=True)
+    return secrets.token_hex(4) if newest is None else str(newest.facts["run"])

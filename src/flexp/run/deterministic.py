@@ -16,7 +16,7 @@ from flexp.config import TrainConfig
 from flexp.errors import LinkError
 from flexp.links.messages import Order, Ready
 from flexp.run.conduct import Conductor, Place, Say
-from flexp.run.store import Snapshots
+from flexp.run.store import Store
 from flexp.server import Server
 
 
@@ -30,7 +30,7 @@ class Deterministic(Conductor):
     def __init__(
         self,
         server: Server,
-        snapshots: Snapshots | None,
+        snapshots: Store | None,
         run: str,
         say: Say,
         train: TrainConfig,
