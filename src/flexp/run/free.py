@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 
 from flexp.config import TrainConfig
 from flexp.links.messages import Order, Ready
-from flexp.run.conduct import Conductor, Member, Say, scored_rounds
-from flexp.run.store import Snapshots
+from flexp.methods.turns import scored_rounds
+from flexp.run.conduct import Conductor, Member, Say
+from flexp.run.store import Store
 from flexp.server import Server
 
 MOST_STEPS = 8
@@ -40,7 +41,7 @@ class Free(Conductor):
     def __init__(
         self,
         server: Server,
-        snapshots: Snapshots | None,
+        snapshots: Store | None,
         run: str,
         say: Say,
         train: TrainConfig,
