@@ -1,4 +1,4 @@
-"""What can be chosen for a device, and what is predicted of it."""
+"""What can be chosen for a device, and what an exchange or a step of it costs, counted or predicted."""
 
 from __future__ import annotations
 
@@ -88,3 +88,45 @@ class Prediction:
     bytes_up: int
     bytes_down: int
     server_memory_bytes: int
+
+
+@dataclass(frozen=True)
+class ExchangeCost:
+    """One exchange of a client, forward and backward.
+
+    A step is ``exchanges`` times: compute ``before``, exchange, compute ``between``, exchange, compute ``after``.
+    Without a server ``before`` is all there is.
+
+    Attributes:
+        before, between, after: the client's floating-point operations.
+        server_forward, server_backward: the server's.
+        forward_up, forward_down, backward_up, backward_down: bytes.
+        pull_down: bytes of the shared weights that the client fetches now and then.
+        combined: the labels go up with the forward, so that the server's forward and backward are one visit, and the
+            gradient comes back as ``backward_down``; there is nothing ``between``.
+        weights: bytes of what the client trains.
+    """
+
+    before: float
+    between: float = 0.0
+    after: float = 0.0
+    server_forward: float = 0.0
+    server_backward: float = 0.0
+    forward_up: float = 0.0
+    forward_down: float = 0.0
+    backward_up: float = 0.0
+    backward_down: float = 0.0
+    pull_down: float = 0.0
+    combined: bool = False
+    weights: float = 0.0
+    exchanges: int = 1
+
+    @property
+    def client_step(self) -> float:
+        """The client's operations in a step."""
+        return (self.before + self.between + self.after) * self.exchanges
+
+    @property
+    def server_step(self) -> float:
+        """The server's operations for a step of this client."""
+        return (self.server_forward + self.server_backward) * self.exchanges
