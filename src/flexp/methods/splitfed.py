@@ -12,9 +12,10 @@ Both sides begin a round with fresh optimisers. With clipping off and equal opti
 bit for bit; with one client and one round it is local training. The personal model of every client is the average.
 Budget: exact. Bytes: activations, masks and labels up, gradients down; the client's side both ways every round.
 
-**v2**: as v1, but the server has one copy of its side, which all clients train one after the other: in a round, in an order drawn anew from the seed, each client takes its ``train.steps_per_round`` steps with the
-server's side as the client before it left it. Only the clients' side is averaged. The server's optimiser lasts, with a
-schedule over the steps of all clients; the clients' are fresh each round.
+**v2**: as v1, but the server has one copy of its side, which all clients train one after the other: in a round, in an
+order drawn anew from the seed, each client takes its ``train.steps_per_round`` steps with the server's side as the
+client before it left it. Only the clients' side is averaged. The server's optimiser lasts, with a schedule over the
+steps of all clients; the clients' are fresh each round.
 
 The personal model is the averaged client's side under the server's. With one client and one round it is v1 and local
 training. Budget: exact. Bytes: as v1's.
