@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from flexp.client.personal import WholeModel
+from flexp.cost.choice import ExchangeCost
 from flexp.cost.counting import counting
 from flexp.cost.echo import random_batch
-from flexp.cost.flops import ExchangeCost
 from flexp.cost.model_cost import model_cost
 from flexp.cost.probe import Probe
 from flexp.methods.parties import own_stage

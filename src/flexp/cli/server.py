@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from flexp.cli.verify import Dtype, Memory, Task
 from flexp.errors import ConfigError
-
-if TYPE_CHECKING:
-    from flexp.models.loading import ModelKind
 
 
 def server(
@@ -112,13 +109,15 @@ def server(
         "insecure": insecure,
     }
     if config is not None:
+        from flexp.data.tasks import task_of
         from flexp.run.server import make_conductor, make_server, read_config
 
         overrides = [*(settings or ()), *([] if model is None else [f"model.id={json.dumps(model)}"])]
         loaded, deployment = read_config(config, overrides, clients, schedule)
         torch.set_num_threads(threads or loaded.threads or torch.get_num_threads())
         depth = base_depth if base_depth is not None else loaded.model.base_depth
-        made = make_server(loaded, 1 if depth is None else depth, end, _kind(loaded.data.task), deployment.clients)
+        model_kind = task_of(loaded.data).model_kind
+        made = make_server(loaded, 1 if depth is None else depth, end, model_kind, deployment.clients)
         conductor = make_conductor(made, loaded, deployment, state, say)
         run_server(made, listen, conductor=conductor, allow_export=allow_export or deployment.allow_export, **options)
         return
@@ -141,11 +140,3 @@ def server(
         optimizer=OptimizerConfig(lr=lr),
     )
     run_server(made, listen, state=state, allow_export=allow_export, **options)
-
-
-def _kind(task: str) -> ModelKind:
-    kinds: dict[str, ModelKind] = {
-        "classification": "sequence-classification",
-        "image-classification": "image-classification",
-    }
-    return kinds.get(task, "causal-lm")

@@ -14,7 +14,7 @@ from flexp.config import DataConfig
 from flexp.data.columns import check_present, label_texts
 from flexp.data.scores import evaluate
 from flexp.data.sources import Rows, read_rows
-from flexp.data.tasks import LABELLED, needed_columns
+from flexp.data.tasks import task_of
 from flexp.data.types import Example, Task
 from flexp.errors import ConfigError, DataError
 from flexp.export.trained import Trained
@@ -106,7 +106,8 @@ def read_examples(
         DataError: the file does not hold what the task needs, or a label that the model does not know.
     """
     rows = read_rows(source, None, data.config)
-    needed = needed_columns(data)
+    kind = task_of(data)
+    needed = kind.needed_columns(data)
     classes = task.label_names
     if not labelled and classes is not None:
         needed.pop(data.label, None)
@@ -117,13 +118,13 @@ def read_examples(
         if name not in gaps and name != data.image:
             check_present(rows.values(name), name, rows.place)
     taken = rows.take(range(len(rows)), list(needed))
-    if data.task in LABELLED:
+    if kind.labelled:
         labels = _labels(rows, data, classes) if data.label in needed else [(classes or [""])[0]] * len(rows)
         for row, label in zip(taken, labels, strict=True):
             row[data.label] = label
     for index, row in enumerate(taken):
         image, folder = row.get(data.image), rows.part(index).folder
-        if data.task == "image-classification" and isinstance(image, str) and folder is not None:
+        if kind.images and isinstance(image, str) and folder is not None:
             row[data.image] = str(folder / Path(image))
     return task.encode(taken), [rows.place(index) for index in range(len(rows))]
 

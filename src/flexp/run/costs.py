@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from flexp.config import RunConfig
-from flexp.cost.flops import ExchangeCost, count_exchange, mean_shape
+from flexp.cost.choice import ExchangeCost
+from flexp.cost.flops import count_exchange, mean_shape
 from flexp.cost.probe import Measured, Probe, measure_once
 from flexp.errors import FlexpError
 from flexp.files import read_json, write_json

@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from flexp.config import DataConfig
-from flexp.data.tasks.base import fields, fill
-from flexp.data.tasks.instruction import TEMPLATE
+from flexp.data.tasks import task_of
+from flexp.data.tasks.base import fill
 from flexp.data.tasks.text import pad_id
 from flexp.errors import ConfigError, DataError
 from flexp.export.client_folder import Connect
@@ -22,7 +21,6 @@ from flexp.rng import RandomStream
 from flexp.serving.stream import Ending, TextStream
 
 ROLES = ("system", "user", "assistant")
-WRITING = ("causal-lm", "instruction", "multiple-choice")
 """Tasks whose models write text."""
 Message = Mapping[str, str]
 
@@ -233,22 +231,15 @@ def open_writer(place: Path, client: str | None = None, which: str = LAST, conne
     """
     model = open_trained(place, client, which, connect)
     data = model.config.data
-    if data.task not in WRITING:
+    task = task_of(data)
+    if task.model_kind != "causal-lm":
         raise ConfigError(f"the model in {place} writes no text: its task is {data.task}; use flexp predict")
     return Writer(
         model.client,
         model.processor,
         model.generator,
         model.positions,
-        prompt=_prompt(data),
+        prompt=task.chat_prompt(data),
         about=model.about,
         close=model.close,
     )
-
-
-def _prompt(data: DataConfig) -> str | None:
-    """What stands for a chat template in a model that was tuned to follow instructions."""
-    template = data.template or TEMPLATE
-    if data.task != "instruction" or len(fields(template)) != 1:
-        return None
-    return str(template).replace("{" + fields(template)[0] + "}", "{prompt}")
