@@ -11,8 +11,7 @@ from flexp.config import TrainConfig
 from flexp.errors import LinkError
 from flexp.links.messages import Order, Ready
 from flexp.links.orders import read_order, read_ready, to_text
-from flexp.methods.turns import turns
-from flexp.run.conduct import Place, schedule
+from flexp.methods.turns import Place, schedule, turns
 from flexp.run.deterministic import Deterministic
 from flexp.run.free import Free
 from flexp.run.store import Store

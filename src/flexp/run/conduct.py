@@ -1,60 +1,19 @@
-"""What the two ways to conduct a run have in common: the order of things, who waits for what, and the run's name."""
+"""What the two ways to conduct a run have in common: who waits for what, the server's snapshots, and the run's name."""
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Literal
 
 from flexp.config import TrainConfig
 from flexp.errors import LinkError, StorageError
 from flexp.links.messages import Order, Ready
-from flexp.methods.turns import turns
 from flexp.run.store import Store
 from flexp.server import Server
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Place:
-    """One thing to do: a ``step`` of ``client``; scores of everybody after round ``number`` (``evaluate``); a snapshot
-    of everybody (``save``); an update of the shared blocks with what waits (``flush``)."""
-
-    what: Literal["step", "evaluate", "save", "flush"]
-    client: str = ""
-    number: int = 0
-
-
-def scored_rounds(train: TrainConfig, every: int) -> list[int]:
-    """The rounds after which personal models are scored, 0 being before training."""
-    return [0] + [number for number in range(1, train.rounds + 1) if number % every == 0 or number == train.rounds]
-
-
-def schedule(
-    clients: Sequence[str], train: TrainConfig, seed: int, evaluate_every: int, save_every: int
-) -> list[Place]:
-    """The run that a simulation makes of the same settings, step for step.
-
-    Everybody saves at the beginning, whenever all clients have done a multiple of ``save_every`` steps, and at the end.
-    """
-    scored = set(scored_rounds(train, evaluate_every))
-    places = [Place("evaluate"), Place("save")]
-    done = dict.fromkeys(clients, 0)
-    for number in range(1, train.rounds + 1):
-        for client in turns(clients, train, seed, number):
-            places.append(Place("step", client))
-            done[client] += 1
-            steps = set(done.values())
-            if len(steps) == 1 and steps.pop() % save_every == 0:
-                places.append(Place("save"))
-        if number == train.rounds:
-            places.append(Place("flush"))
-        if number in scored:
-            places.append(Place("evaluate", number=number))
-    return [*places, Place("save")]
 
 
 @dataclass

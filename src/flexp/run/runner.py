@@ -17,6 +17,7 @@ from flexp.errors import ConfigError, StorageError
 from flexp.files import read_json, write_json
 from flexp.machine import machine, versions
 from flexp.methods import Method, World
+from flexp.methods.turns import scored_rounds
 from flexp.report import write_report
 from flexp.report.metrics import MetricsLog, read
 from flexp.report.progress import Progress
@@ -30,7 +31,6 @@ from flexp.report.summary import (
     scores_by_round,
 )
 from flexp.report.tensorboard import EventWriter
-from flexp.run.conduct import scored_rounds
 from flexp.run.costs import MemoryProbes
 from flexp.run.diary import Diary
 from flexp.run.folder import is_joined

@@ -14,8 +14,9 @@ from flexp.config import deployment as deployment_config
 from flexp.config import loading as settings
 from flexp.errors import LinkError, StorageError
 from flexp.links.grpc import Serving, serve
+from flexp.methods.turns import schedule
 from flexp.models.loading import ModelKind
-from flexp.run.conduct import Conductor, run_name, schedule
+from flexp.run.conduct import Conductor, run_name
 from flexp.run.deterministic import Deterministic
 from flexp.run.free import Free
 from flexp.run.status import Observed, Teller
