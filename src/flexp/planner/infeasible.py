@@ -135,17 +135,16 @@ def _changes(task: TaskShape, choice: Choice, keys: Mapping[str, str], may_map: 
 
     Each comes once more with embeddings in their file, which changes no result, where they may be there.
     """
-
-    for change in (None, *_lossless(task, choice, keys), *_lossy(task, choice, keys)):
-        if change is not None:
+    own = Change(task, choice, "")
+    for change in (own, *_lossless(task, choice, keys), *_lossy(task, choice, keys)):
+        if change is not own:
             yield change
-        other = task if change is None else change.task
+        other = change.task
         loaded = other.embeddings == "memory" and other.dtype == task.dtype  # the file has but one type
         if may_map and loaded and not other.train_embeddings and other.kind != "image-classification":
-            words = "embeddings that stay" if change is None else f"{change.words} and embeddings"
+            words = f"{change.words} and embeddings" if change.words else "embeddings that stay"
             lean = other.model_copy(update={"embeddings": "file"})
-            taken = choice if change is None else change.choice
-            yield Change(lean, taken, f"{words} in their file ({keys['embeddings']})")
+            yield Change(lean, change.choice, f"{words} in their file ({keys['embeddings']})")
 
 
 def _lossless(task: TaskShape, choice: Choice, keys: Mapping[str, str]) -> Iterator[Change]:
