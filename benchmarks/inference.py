@@ -18,9 +18,8 @@ from benchmarks.paired import paired
 from flexp.client.generation import SplitGenerator
 from flexp.client.model import SplitModelForCausalLM
 from flexp.config import ModelConfig
-from flexp.links.base import connected
 from flexp.links.emulated import EmulatedLink, Network
-from flexp.links.grpc import loopback
+from flexp.links.opening import connected, loopback
 from flexp.machine import machine
 from flexp.models.loading import load_stage
 from flexp.models.parts import Part, check_cut

@@ -15,7 +15,7 @@ from benchmarks.paired import paired
 from flexp.config import ModelConfig, OptimizerConfig
 from flexp.cost.echo import random_batch
 from flexp.cost.probe import Probe
-from flexp.links.grpc import loopback
+from flexp.links.opening import loopback
 from flexp.machine import machine
 from flexp.models.loading import ModelKind, load_stage
 from flexp.models.parts import check_cut

@@ -19,8 +19,8 @@ import torch
 from flexp.client.recut import recut
 from flexp.client.trainer import Trainer
 from flexp.config import RunConfig
-from flexp.links.base import connected
 from flexp.links.grpc import connect, serve
+from flexp.links.opening import connected
 from flexp.machine import machine
 from flexp.models.parts import check_cut
 from flexp.run.parked import ParkedOnDisk

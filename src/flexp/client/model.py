@@ -17,8 +17,9 @@ from flexp.client.remote import RemoteCall, RemoteMiddle, waiting
 from flexp.client.steps import Piece, Steps, items_of
 from flexp.config import AlignConfig, CodecConfig, LoraConfig, ModelConfig
 from flexp.errors import ConfigError, LinkError
-from flexp.links.base import Link, as_link, ask
+from flexp.links.base import Link, ask
 from flexp.links.messages import Abort, ForwardRequest, Join, PullRequest
+from flexp.links.opening import as_link
 from flexp.models.fingerprint import fingerprint
 from flexp.models.loading import ModelKind, load_config, load_stage
 from flexp.models.parts import Part, check_cut

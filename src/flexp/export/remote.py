@@ -23,7 +23,8 @@ from flexp.export.fetching import ChangedError, Fetched, check_names
 from flexp.export.folder import DTYPES, Form, check_target, ready, writing
 from flexp.export.whole import fill, let_go
 from flexp.files import write_json
-from flexp.links.base import Link, connected
+from flexp.links.base import Link
+from flexp.links.opening import connected
 from flexp.models.parts import Part
 from flexp.models.stage import Stage
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from flexp.links.frames import MOST_FIELDS
 from flexp.links.messages import FetchReply, FetchRequest
-from flexp.links.wire import MOST_FIELDS
 from flexp.server.shared import SharedBlocks
 
 MOST = 64 << 20
