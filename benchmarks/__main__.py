@@ -1,6 +1,8 @@
 """``python -m benchmarks NAME``: measurements of this machine."""
 
-from benchmarks.commands.main import app
+import sys
+
+from benchmarks import NAMES, app
 from flexp.cli.main import main
 
-main(app, prog="python -m benchmarks")
+main(app(set(NAMES).intersection(sys.argv[1:2]) or NAMES), prog="python -m benchmarks")

@@ -1,4 +1,4 @@
-"""``python -m benchmarks embeddings``: what a client saves whose token embeddings stay in their file, and what it pays.
+"""What a client saves whose token embeddings stay in their file, and what it pays.
 
 Memory: a client of one cut and the whole model, both ways, each in a process of its own. Time: a client's own work of
 a step, without any server's, both ways in turn. Predicted: the table's bytes less, and 1.00–1.02 of the time, since a
@@ -7,87 +7,77 @@ batch reads a few hundred rows, a microsecond or two each.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
 
-from benchmarks.paired import paired
+from benchmarks.tools.command import Cut, Examples, Kind, Length, Model, Pairs, Result, Threads, fetched
+from benchmarks.tools.paired import paired
+from benchmarks.tools.parties import Step, blocks_of, cut_of, probe
 from flexp.config import ModelConfig, OptimizerConfig
 from flexp.cost.echo import client_model, random_batch
-from flexp.cost.probe import Probe, measure
-from flexp.machine import machine
-from flexp.models.loading import ModelKind, load_config, load_stage
-from flexp.models.parts import Part, check_cut
+from flexp.cost.probe import Probe
+from flexp.cost.probe import measure as peak
+from flexp.models.loading import ModelKind, load_stage
+from flexp.models.parts import Part
 from flexp.models.stage import Stage
 from flexp.models.stored import token_embedding
 from flexp.models.tuning import tune
 from flexp.optim import Updater
 
 
-def embeddings(
-    model: str,
-    kind: str = "sequence-classification",
-    *,
-    cut: tuple[int, int | None] = (1, None),
-    examples: int = 8,
-    length: int = 32,
-    pairs: int = 20,
-) -> dict[str, Any]:
-    """Measure full tuning of a client with ``cut`` and of the whole model, with embeddings in memory and in their file.
-
-    Returns:
-        ``client`` and ``whole``: peak bytes by ``memory`` and ``file``; ``table_bytes``: of the embeddings; ``ratio``:
-        the median of a client's step with them in the file ÷ in memory over the pairs, with its quartiles.
-    """
-    labels = None if kind == "causal-lm" else ["a", "b"]
-    whole_cut = check_cut(cut, int(load_config(model).get_text_config().num_hidden_layers))
-    probe = Probe(model, kind, whole_cut, examples, length, labels, {}, {})
-    probes = {where: _with(probe, where) for where in ("memory", "file")}
-    stages = {where: _stage(one) for where, one in probes.items()}
-    steps = [_step(one, stages[where]) for where, one in probes.items()]
-    timed = paired(steps[0], steps[1], pairs)
-    table = token_embedding(stages["file"].model).weight
-    return {
-        "bench": "embeddings",
-        "model": model,
-        "cut": list(whole_cut),
-        "batch": [examples, length],
-        "table_bytes": table.numel() * table.element_size(),
-        "client": {where: measure(one).peak for where, one in probes.items()},
-        "whole": {where: measure(replace(one, cut=None)).peak for where, one in probes.items()},
-        "pairs": pairs,
-        "ratio": timed.ratio,
-        "ratio_quartiles": timed.quartiles,
-        "memory_seconds": timed.first,
-        "file_seconds": timed.second,
-        "machine": machine(),
+def measure(
+    model: Model = "asset:minilm-l6",
+    kind: Kind = "sequence-classification",
+    cut: Cut = None,
+    pairs: Pairs = 20,
+    examples: Examples = 8,
+    length: Length = 32,
+    threads: Threads = 2,
+) -> Result:
+    """Token embeddings that stay in their file ÷ in memory: a client's peak memory, the whole model's, and a step."""
+    folder = fetched(model, threads)
+    where = cut_of(cut, blocks_of(folder))
+    probes = {
+        place: probe(ModelConfig(id=folder, embeddings=place), kind, where, examples, length)
+        for place in ("memory", "file")
     }
+    stages = {place: _stage(one) for place, one in probes.items()}
+    memory, file = (_step(one, stages[place]) for place, one in probes.items())
+    timed = paired(memory, file, pairs)
+    table = token_embedding(stages["file"].model).weight
+    client = {place: peak(one).peak for place, one in probes.items()}
+    whole = {place: peak(replace(one, cut=None)).peak for place, one in probes.items()}
+    size = table.numel() * table.element_size()
+    low, high = timed.quartiles
+    facts = {
+        "model": model, "cut": list(where), "batch": [examples, length], "table_bytes": size, "client": client,
+        "whole": whole, "pairs": pairs,
+    }  # fmt: skip
+    rows = [
+        ("the table", f"{size / 1e6:.1f} MB"),
+        ("a client: memory, file", f"{client['memory'] / 1e6:.1f}, {client['file'] / 1e6:.1f} MB"),
+        ("the whole model: memory, file", f"{whole['memory'] / 1e6:.1f}, {whole['file'] / 1e6:.1f} MB"),
+        ("client with file ÷ whole in memory", f"{100 * client['file'] / whole['memory']:.1f} %"),
+        ("client ÷ whole, both with file", f"{100 * client['file'] / whole['file']:.1f} %"),
+        ("a client's own step: file ÷ memory", f"{timed.ratio:.3f} ({low:.3f} – {high:.3f})"),
+        ("in memory; in the file", f"{1e3 * timed.first:.1f}; {1e3 * timed.second:.1f} ms"),
+    ]
+    return Result(facts | timed.facts("memory", "file"), rows)
 
 
-def _with(probe: Probe, where: str) -> Probe:
-    config = ModelConfig.model_validate({"id": probe.model, "embeddings": where})
-    return replace(
-        probe, model_config=config.model_dump(mode="json"), optimizer=OptimizerConfig().model_dump(mode="json")
-    )
-
-
-def _stage(probe: Probe) -> Stage:
-    assert probe.cut is not None
-    blocks = int(load_config(probe.model).get_text_config().num_hidden_layers)
+def _stage(of: Probe) -> Stage:
+    assert of.cut is not None
+    config = ModelConfig(**of.model_config)
     stage = load_stage(
-        ModelConfig(**probe.model_config),
-        cast(ModelKind, probe.kind),
-        Part.client(probe.cut, blocks),
-        labels=probe.labels,
-        pad_token_id=0,
+        config, cast(ModelKind, of.kind), Part.client(of.cut, blocks_of(of.model)), labels=of.labels, pad_token_id=0
     )
-    tune(stage, ModelConfig(id="any"))
+    tune(stage, config)
     return stage
 
 
-def _step(probe: Probe, stage: Stage) -> Callable[[], None]:
-    batch = random_batch(probe, stage.model.config)
-    model = client_model(probe, stage).train()
+def _step(of: Probe, stage: Stage) -> Step:
+    batch: dict[str, Any] = random_batch(of, stage.model.config)
+    model = client_model(of, stage).train()
     updater = Updater(stage.trainable(), OptimizerConfig())
 
     def step() -> None:

@@ -1,10 +1,10 @@
-"""``python -m benchmarks pfl``: do the baselines reach what a benchmark of personalized federated learning published?
+"""Do the baselines reach what a benchmark of personalized federated learning has published?
 
 FlexP's own method classes on PFLlib's image task (Zhang et al., JMLR 2025, arXiv 2312.04992): Fashion-MNIST, its
-4-layer CNN, its clients (:mod:`benchmarks.pfl_data`), all of them in every round, one local epoch, batches of 10 and
-plain SGD with rate 0.005. A round's score is the share of all clients' test pictures that their own models get right,
-which weights clients by their test pictures, as there. Published is the best of 2,000 rounds, picked on test data, as
-the mean of three runs; the last round is not published.
+4-layer CNN, its clients (:mod:`benchmarks.tools.pictures`), all of them in every round, one local epoch, batches of 10
+and plain SGD with rate 0.005. A round's score is the share of all clients' test pictures that their own models get
+right, which weights clients by their test pictures, as there. Published is the best of 2,000 rounds, picked on test
+data, as the mean of three runs; the last round is not published.
 
 The classes are the package's; only how long a turn is is said here: an epoch of the client's data, however many steps
 that is. What differs from the benchmark: the last batch of an epoch, smaller than 10, is used rather than dropped, and
@@ -15,21 +15,21 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 
-from benchmarks.pfl_data import Pictures, Rule, divide, federation, read_pictures
-from benchmarks.small_cnn import small_cnn
+from benchmarks.tools.command import Result, Threads, say
+from benchmarks.tools.pictures import Pictures, Rule, divide, federation, read_pictures, small_cnn
 from flexp.config import RunConfig
 from flexp.data.scores import evaluate
 from flexp.errors import ConfigError, StorageError
-from flexp.machine import machine
-from flexp.methods import METHODS, Local, World
+from flexp.methods import METHODS, World
 from flexp.methods.base import Method, OnStep
 from flexp.methods.federated import Client, Federated
+from flexp.methods.local import Local
 from flexp.methods.workbench import Weights
 from flexp.run import checkpoints
 
@@ -68,7 +68,7 @@ _OWN: dict[str, dict[str, Any]] = {
 # pFedMe's inner solver there: its own rate, and a weight decay that is fixed in its optimiser.
 _SGD: dict[str, dict[str, float]] = {"pfedme": {"lr": 0.01, "weight_decay": 0.001}}
 
-Say = Callable[[dict[str, Any]], None]
+COLUMNS = ("method", "rounds", "best (round)", "last", "published: best of 2,000", "best − published")
 
 
 class EpochTurns(Federated):
@@ -134,59 +134,64 @@ def score(method: Method, world: World) -> dict[str, float]:
     return {"accuracy": 100.0 * right / everything, "mean_accuracy": 100.0 * sum(shares) / len(shares)}
 
 
-def pfl(
-    data: str | None = None,
-    methods: Sequence[str] = NAMES,
-    *,
-    rounds: int = 10,
-    every: int = 1,
-    rule: Rule = "dirichlet",
-    clients: int = 20,
-    seed: int = 0,
-    out: Path | None = None,
-    say: Say | None = None,
-) -> dict[str, Any]:
-    """Train every method for ``rounds`` rounds and score it after every ``every``.
+def measure(
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder with the four files of Fashion-MNIST or MNIST, or asset:digits. Default: where Debian's "
+            "package dataset-fashion-mnist puts them."
+        ),
+    ] = None,
+    methods: Annotated[
+        list[str] | None, typer.Option("--method", help="Again for each; default: all that can run.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Epochs of every client.")] = 10,
+    every: Annotated[int, typer.Option(min=1, help="Score after every so many rounds.")] = 1,
+    partition: Annotated[
+        str, typer.Option(help="dirichlet (0.1) or pathological (two labels a client).")
+    ] = "dirichlet",
+    clients: Annotated[int, typer.Option(min=1, help="The published figures are of 20.")] = 20,
+    seed: Annotated[int, typer.Option(help="Of initial weights and batches; the clients stay.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for scores and states; a run that is there already is gone on with.")
+    ] = None,
+    threads: Threads = 1,
+) -> Result:
+    """The baselines on PFLlib's image task, beside the accuracy that it published.
 
-    Args:
-        seed: of initial weights and batches; the clients are always the benchmark's.
-        out: folder with one ``METHOD.jsonl`` of scores and the last states; what is there already is gone on from.
-        say: told each score.
-
-    Returns:
-        ``rows``: per method ``rounds``, ``best`` with ``best_round``, ``last``, ``curve`` of [round, accuracy],
-        ``seconds`` of computing, ``published`` and ``difference`` (best − published) where there is such a figure.
-
-    Raises:
-        ConfigError: an unknown method. DataError: no pictures. StorageError: ``out`` holds another experiment.
+    Of each method: best and last accuracy, that of every scored round, seconds of computing, and best − published.
     """
-    for name in methods:
-        settings(name, rounds, seed)
+    if partition not in PUBLISHED:
+        raise ConfigError(f"--partition {partition}: expected dirichlet or pathological")
+    rule: Rule = partition
+    configs = [settings(name, rounds, seed) for name in methods or NAMES]
+    torch.set_num_threads(threads)
     pictures = read_pictures(data)
     data_of_all = federation(pictures, divide(pictures.labels, clients, rule))
-    rows = []
-    for name in methods:
-        config = settings(name, rounds, seed)
+    published = PUBLISHED[rule] if _is_published(pictures, clients) else {}
+    found = []
+    for config in configs:
+        name = config.method.name
         classes = len(data_of_all.task.label_names or ())
         world = World(config, data_of_all, small_cnn(seed, side=pictures.pixels.shape[1], classes=classes), {})
         facts = {"data": pictures.name, "pictures": len(pictures.labels), "rule": rule, "clients": clients}
         head = {"method": name, **facts, "seed": seed, "settings": _identity(config)}
         log = _Log(out, name, head)
-        _train(make_method(world), world, log, rounds, every, say or (lambda line: None))
-        rows.append(_row(name, log.lines, PUBLISHED[rule].get(name) if _is_published(pictures, clients) else None))
-    return {
-        "bench": "pfl",
-        "data": pictures.name,
-        "rule": rule,
-        "clients": clients,
-        "sizes": [len(client.train) for client in data_of_all.clients],
-        "seed": seed,
-        "rows": rows,
-        "machine": machine(),
-    }
+        _train(make_method(world), world, log, rounds, every)
+        found.append(_row(name, log.lines, published.get(name)))
+    sizes = [len(client.train) for client in data_of_all.clients]
+    facts = {"data": pictures.name, "rule": rule, "clients": clients, "sizes": sizes, "seed": seed, "rows": found}
+    rows = []
+    for row in found:
+        given, gap = row["published"], row["difference"]
+        rows.append([
+            row["method"], str(row["rounds"]), f"{row['best']:.2f} ({row['best_round']})", f"{row['last']:.2f}",
+            "–" if given is None else f"{given[0]:.2f} ± {given[1]:.2f}", "–" if gap is None else f"{gap:+.2f}",
+        ])  # fmt: skip
+    return Result(facts, rows, COLUMNS, [f"{pictures.name}, {rule}; accuracy in %"])
 
 
-def _train(method: Method, world: World, log: _Log, rounds: int, every: int, say: Say) -> None:
+def _train(method: Method, world: World, log: _Log, rounds: int, every: int) -> None:
     done = log.restore(method)
     seconds = log.lines[-1]["seconds"] if log.lines else 0.0
     for number in range(done + 1, rounds + 1):
@@ -195,7 +200,8 @@ def _train(method: Method, world: World, log: _Log, rounds: int, every: int, say
         if number % every == 0 or number == rounds:
             line = {"method": world.config.method.name, "round": number, **score(method, world)}
             seconds += time.process_time() - began
-            say(log.add(line | {"seconds": round(seconds, 1)}, method))
+            log.add(line | {"seconds": round(seconds, 1)}, method)
+            say(f"{line['method']} round {number}: {line['accuracy']:.2f} % ({seconds:.0f} s)")
         else:
             seconds += time.process_time() - began
     method.close()
@@ -234,18 +240,17 @@ class _Log:
             self.path.write_text("\n".join(kept) + "\n", encoding="utf-8")
         return number
 
-    def add(self, line: dict[str, Any], method: Method) -> dict[str, Any]:
+    def add(self, line: dict[str, Any], method: Method) -> None:
         self.lines.append(line)
         if self.path is not None and self.states is not None:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             checkpoints.save(self.states, line["round"], method.state())
-        return line
 
 
 def _row(name: str, lines: list[dict[str, Any]], published: tuple[float, float] | None) -> dict[str, Any]:
     best = max(lines, key=lambda line: float(line["accuracy"]))
-    row: dict[str, Any] = {
+    return {
         "method": name,
         "rounds": lines[-1]["round"],
         "best": best["accuracy"],
@@ -257,7 +262,6 @@ def _row(name: str, lines: list[dict[str, Any]], published: tuple[float, float] 
         "published": published,
         "difference": None if published is None else best["accuracy"] - published[0],
     }
-    return row
 
 
 def _is_published(pictures: Pictures, clients: int) -> bool:

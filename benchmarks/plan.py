@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
+
+from benchmarks.tools.command import Model, Result
 from flexp.errors import ConfigError
-from flexp.machine import machine
 from flexp.planner.accuracy import AccuracyCurve
 from flexp.planner.baselines import memory_only, static
 from flexp.planner.fleet import Fleet, Weights
@@ -18,28 +20,50 @@ from flexp.planner.plan import Costs, Plan, counts, make_plan
 from flexp.planner.problem import Problem
 from flexp.planner.solve import Solution, solve
 from flexp.planner.virtual import virtual_time
+from flexp.report import formats
 from flexp.run.planned import load_fleet
 
+COLUMNS = ("fleet", "plan", "cuts", "objective", "loss", "virtual time", "÷ optimised", "÷ equal accuracy")
 QUICKEST = Weights(round=1.0, time=0.01, energy=0.0, bytes=0.0, accuracy=0.0)
 
 
-def bench_plan(
-    files: Sequence[Path], model: str, curve: AccuracyCurve | None = None, steps: int = 20
-) -> dict[str, Any]:
-    """A row for each fleet.
-
-    Raises:
-        ConfigError: there is no fleet.
-        InfeasibleError: a fleet has no plan.
-    """
-    if not files:
-        raise ConfigError("no fleet to plan for: name fleet.toml files, such as experiments/fleets/*.toml")
-    rows = []
-    for path in files:
+def measure(
+    fleets: Annotated[
+        list[Path] | None, typer.Argument(help="fleet.toml files; default: those in experiments/fleets.")
+    ] = None,
+    model: Model = "asset:minilm-l6",
+    curve: Annotated[
+        Path | None, typer.Option(metavar="CURVE.json", help="An accuracy curve; default: the prior.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of every client on the virtual clock.")] = 20,
+) -> Result:
+    """Optimised plans beside the deepest cuts that fit, and beside one cut for everybody."""
+    expected = None if curve is None else AccuracyCurve.read(curve)
+    found = []
+    for path in fleets or sorted(Path("experiments/fleets").glob("*.toml")):
         fleet = load_fleet(path)
-        costs = ModelCosts(model, fleet.task, fleet.choices, fleet.server)
-        rows.append(compare(fleet, costs, curve, steps))
-    return {"bench": "plan", "model": model, "steps": steps, "rows": rows, "machine": machine()}
+        found.append(compare(fleet, ModelCosts(model, fleet.task, fleet.choices, fleet.server), expected, steps))
+    if not found:
+        raise ConfigError("no fleet to plan for: name fleet.toml files, such as experiments/fleets/*.toml")
+    slowest = max(row["plan_seconds"] for row in found)
+    note = f"Losses are expected points of accuracy ({found[0]['accuracy']}); planned in at most {slowest:.1f} s."
+    rows = [cells for row in found for cells in _cells(row)]
+    facts = {"model": model, "steps": steps, "rows": found}
+    return Result(facts, rows, COLUMNS, [f"{model}, {steps} steps of every client", note])
+
+
+def _cells(row: dict[str, Any]) -> Iterator[list[str]]:
+    best = row["ways"]["optimised"]
+    for name, way in row["ways"].items():
+        first, equal = way is best, way.get("equal_accuracy")
+        cuts = [formats.cut(cut) for cut in way["cuts"]]
+        yield [
+            f"{row['fleet']} ({row['clients']})" if first else "", name,
+            cuts[0] if len(cuts) == 1 else f"{cuts[0]} … {cuts[-1]}", f"{way['objective']:.3f}",
+            f"{100 * way['loss']:.1f}", formats.seconds(way["virtual_seconds"]),
+            "" if first else f"{way['virtual_seconds'] / best['virtual_seconds']:.2f}",
+            "" if equal is None else f"{way['virtual_seconds'] / equal['virtual_seconds']:.2f}",
+        ]  # fmt: skip
 
 
 def compare(fleet: Fleet, costs: Costs, curve: AccuracyCurve | None = None, steps: int = 20) -> dict[str, Any]:

@@ -1,50 +1,52 @@
-"""``python -m benchmarks slow-link``: what codecs and overlap give on a slow network, emulated in this process.
+"""What codecs and overlap give on a slow network, emulated in this process.
 
 Two runs of equal seed on equal data alternate step by step: *plain* sends float32, the whole batch in one exchange, and
 waits; *fast* sends another codec and has several exchanges of a step under way. Predicted for a round trip of 50 ms
 and 20 Mbit/s, with a model of 2 blocks on one core: 5.5. A token is 4 messages of 384 numbers: 2.5 ms in float32, one
 after the other, and 0.3 ms each way in int8, both ways at once; the computing of 0.3–0.4 ms is the same.
+
+The first ``timed`` steps are over the network. The rest, which make the loss one that means something, are over the
+links without it: it changes no number.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
-from typing import Any
+from typing import Annotated
 
-from benchmarks.one_client import OneClient, one_client_world, without_dropout
-from flexp.config import CodecConfig, CodecName
+import torch
+import typer
+
+from benchmarks.tools.command import Data, Encoder, Examples, Length, Result, Tests, Threads, Tuning, say
+from benchmarks.tools.one_client import OneClient, check_codec, one_client_world, without_dropout
+from flexp.config import CodecConfig
 from flexp.links.base import Link
 from flexp.links.emulated import EmulatedLink, Network
-from flexp.machine import machine
 
 
-def slow_link(
-    model: str = "asset:minilm-l6",
-    data: str = "asset:sentiment",
-    *,
-    network: Network,
-    codec: CodecName = "int8-row",
-    in_flight: int = 4,
-    blocks: int | None = 2,
-    steps: int = 120,
-    timed: int = 20,
-    batch_size: int = 32,
-    max_length: int = 64,
-    test_examples: int = 512,
-    tuning: str = "full",
-    say: Callable[[str], None] = lambda line: None,
-) -> dict[str, Any]:
-    """Train both runs for ``steps`` and score them on the same test examples.
-
-    The first ``timed`` steps are over the network. The rest, which make the loss one that means something, are over the
-    links without it: it changes no number.
-
-    Returns:
-        ``ratio``: the median over the steps of plain ÷ fast seconds, with its quartiles; the seconds, bytes a step,
-        and test losses of either, and ``loss_change``, fast − plain.
-    """
+def measure(
+    model: Encoder = "asset:minilm-l6",
+    data: Data = "asset:sentiment",
+    blocks: Annotated[int, typer.Option(min=2, help="Only so many of the model's first blocks.")] = 2,
+    round_trip: Annotated[float, typer.Option(min=0.0, help="Milliseconds.")] = 50.0,
+    bandwidth: Annotated[float, typer.Option(min=0.001, help="Mbit/s, each way.")] = 20.0,
+    jitter: Annotated[float, typer.Option(min=0.0, help="Milliseconds, at most, of a message.")] = 0.0,
+    codec: Annotated[str, typer.Option(help="Of the faster run.")] = "int8-row",
+    in_flight: Annotated[int, typer.Option(min=1, help="Exchanges under way, of the faster run.")] = 4,
+    timed: Annotated[int, typer.Option(min=4, help="Steps over the network, which are timed.")] = 20,
+    steps: Annotated[int, typer.Option(min=4, help="Steps in all; those that remain are not over the network.")] = 120,
+    batch_size: Examples = 32,
+    max_length: Length = 64,
+    test_examples: Tests = 512,
+    tuning: Tuning = "full",
+    threads: Threads = 1,
+) -> Result:
+    """Steps with a codec and several exchanges under way ÷ plain float32 ones, on a slow network that is emulated."""
+    fast = CodecConfig.all(check_codec(codec))
+    torch.set_num_threads(threads)
+    bps = 1e6 * bandwidth
+    network = Network(latency_s=round_trip / 2e3, jitter_s=jitter / 1e3, uplink_bps=bps, downlink_bps=bps)
     with without_dropout(model, blocks) as (folder, count):
         world = one_client_world(
             folder, data, blocks=count, steps=steps, batch_size=batch_size, max_length=max_length,
@@ -56,10 +58,7 @@ def slow_link(
             inner.append(link)
             return EmulatedLink(link, network)
 
-        runs = [
-            OneClient(world, CodecConfig.all("fp32"), 1, wrap),
-            OneClient(world, CodecConfig.all(codec), in_flight, wrap),
-        ]
+        runs = [OneClient(world, CodecConfig.all("fp32"), 1, wrap), OneClient(world, fast, in_flight, wrap)]
         seconds: list[list[float]] = [[], []]
         for number in range(min(timed, steps)):
             for index in (0, 1) if number % 2 else (1, 0):
@@ -76,27 +75,23 @@ def slow_link(
                 scores.append(run.scores())
             run.method.close()
     low, middle, high = statistics.quantiles([a / b for a, b in zip(*seconds, strict=True)], n=4)
-    return {
-        "bench": "slow-link",
-        "model": model,
-        "blocks": count,
-        "network": vars(network) | {"round_trip_s": 2 * network.latency_s},
-        "codec": codec,
-        "in_flight": in_flight,
-        "batch_size": batch_size,
-        "tuning": tuning,
-        "steps": steps,
-        "timed": timed,
-        "ratio": middle,
-        "ratio_quartiles": [low, high],
-        "total_ratio": sum(seconds[0]) / sum(seconds[1]),
-        "plain_seconds": statistics.median(seconds[0]),
-        "fast_seconds": statistics.median(seconds[1]),
-        "plain_bytes": sizes[0],
-        "fast_bytes": sizes[1],
-        "plain_loss": scores[0]["loss"],
-        "fast_loss": scores[1]["loss"],
-        "accuracy": [score["accuracy"] for score in scores],
-        "loss_change": scores[1]["loss"] - scores[0]["loss"],
-        "machine": machine(),
-    }
+    plain_s, fast_s = map(statistics.median, seconds)
+    change = scores[1]["loss"] - scores[0]["loss"]
+    facts = {
+        "model": model, "blocks": count, "network": vars(network) | {"round_trip_s": 2 * network.latency_s},
+        "codec": codec, "in_flight": in_flight, "batch_size": batch_size, "tuning": tuning, "steps": steps,
+        "timed": timed, "ratio": middle, "ratio_quartiles": [low, high],
+        "total_ratio": sum(seconds[0]) / sum(seconds[1]), "plain_seconds": plain_s, "fast_seconds": fast_s,
+        "plain_bytes": sizes[0], "fast_bytes": sizes[1], "plain_loss": scores[0]["loss"],
+        "fast_loss": scores[1]["loss"], "accuracy": [score["accuracy"] for score in scores], "loss_change": change,
+    }  # fmt: skip
+    rows = [
+        ("steps a second: fast ÷ plain (median of pairs)", f"{middle:.2f}"),
+        ("quartiles", f"{low:.2f} – {high:.2f}"),
+        ("plain step (float32, one exchange)", f"{plain_s:.2f} s, {sizes[0]:,.0f} bytes"),
+        (f"fast step ({codec}, {in_flight} under way)", f"{fast_s:.2f} s, {sizes[1]:,.0f} bytes"),
+        ("test loss: plain, fast", f"{scores[0]['loss']:.4f}, {scores[1]['loss']:.4f}"),
+        ("change", f"{change:+.4f}"),
+        ("test accuracy: plain, fast", ", ".join(f"{100 * score['accuracy']:.1f} %" for score in scores)),
+    ]
+    return Result(facts, rows)

@@ -1,4 +1,8 @@
-"""``python -m benchmarks soak``: a server for long, with clients that come, work, leave, vanish and come again."""
+"""A server for a long time, with clients that come, work, leave, vanish and come again.
+
+Each time they stay for 1–40 steps with some cut, and a third of them just vanish. The server's resident memory should
+be over the last quarter of the time what it was over the second.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +12,19 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Annotated
 
 import numpy as np
 import psutil
 import torch
+import typer
 
-from benchmarks.tiny_run import tiny_run
+from benchmarks.tools.command import Result, say
+from benchmarks.tools.tiny_run import tiny_run
 from flexp.client.model import SplitModelForSequenceClassification
 from flexp.errors import FlexpError, LinkError
 from flexp.links.grpc import connect
@@ -26,55 +34,61 @@ ADDRESS = re.compile(r"serving blocks \[.*\) at (\S+)")
 CUTS = ((1, 4), (2, 4), (3, 4))
 
 
-def soak(
-    folder: Path, *, minutes: float, clients: int = 6, seed: int = 0, say: Callable[[str], None] = print
-) -> dict[str, Any]:
-    """Let ``clients`` come and go for so long, each time for 1–40 steps with some cut; a third of them just vanish.
-
-    Returns:
-        The server's resident memory over time (bytes), its means over the second and the last quarter, and counts.
-
-    Raises:
-        FlexpError: the server ended.
-    """
-    config = tiny_run(folder, rounds=1, steps_per_round=1)
+def measure(
+    minutes: Annotated[float, typer.Option(min=0.05, help="How long.")] = 30.0,
+    clients: Annotated[int, typer.Option(min=1, help="That come and go.")] = 6,
+    seed: Annotated[int, typer.Option(help="Of what they do.")] = 0,
+) -> Result:
+    """A server for a long time, with clients that come, leave and vanish; does its memory stay flat?"""
     torch.set_num_threads(1)
-    log = (folder / "server.log").open("wb")
-    command = ["server", "--model", config.model.id, "--kind", "sequence-classification", "--threads", "1"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "flexp.cli.main", *command, "--end", "4", "--listen", "127.0.0.1:0", "--every", "5"],
-        stdout=log,
-        stderr=subprocess.STDOUT,
-    )
-    try:
+    counts = {"sessions": 0, "steps": 0, "vanished": 0, "refused": 0}
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(TemporaryDirectory()))
+        model = tiny_run(folder, rounds=1, steps_per_round=1).model.id
+        process = stack.enter_context(_server(model, folder / "server.log"))
         address = _address(process, folder / "server.log")
-        counts = {"sessions": 0, "steps": 0, "vanished": 0, "refused": 0}
         stop, lock = threading.Event(), threading.Lock()
         threads = [
-            threading.Thread(target=_come_and_go, args=(config.model.id, address, name, seed, stop, counts, lock))
+            threading.Thread(target=_come_and_go, args=(model, address, name, seed, stop, counts, lock))
             for name in range(clients)
         ]
         for thread in threads:
             thread.start()
-        memory = _watch(process, minutes, counts, say)
+        memory = _watch(process, minutes, counts)
         stop.set()
         for thread in threads:
             thread.join()
-    finally:
-        process.terminate()
-        process.wait()
-        log.close()
     quarter = max(1, len(memory) // 4)
     second, last = (float(np.mean(part)) for part in (memory[quarter : 2 * quarter], memory[-quarter:]))
-    return {
-        "bench": "soak",
-        "minutes": minutes,
-        **counts,
-        "memory_bytes": memory,
-        "second_quarter_bytes": second,
-        "last_quarter_bytes": last,
-        "growth": last / second - 1.0,
-    }
+    growth = last / second - 1.0
+    facts = {
+        "minutes": minutes, **counts, "memory_bytes": memory, "second_quarter_bytes": second,
+        "last_quarter_bytes": last, "growth": growth,
+    }  # fmt: skip
+    rows = [
+        ("sessions", str(counts["sessions"])),
+        ("steps", str(counts["steps"])),
+        ("vanished in the middle of a step", str(counts["vanished"])),
+        ("server's memory in the second quarter", f"{second / 1e6:.1f} MB"),
+        ("in the last", f"{last / 1e6:.1f} MB: {100 * growth:+.1f} %"),
+    ]
+    return Result(facts, rows)
+
+
+@contextmanager
+def _server(model: str, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    command = ["server", "--model", model, "--kind", "sequence-classification", "--threads", "1"]
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "flexp.cli.main", *command, "--end", "4", "--listen", "127.0.0.1:0", "--every", "5"],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            yield process
+        finally:
+            process.terminate()
+            process.wait()
 
 
 def _come_and_go(
@@ -113,15 +127,13 @@ def _come_and_go(
         stop.wait(draw.uniform(0.1, 1.5))
 
 
-def _watch(
-    process: subprocess.Popen[bytes], minutes: float, counts: dict[str, int], say: Callable[[str], None]
-) -> list[int]:
+def _watch(process: subprocess.Popen[bytes], minutes: float, counts: dict[str, int]) -> list[int]:
     server, end = psutil.Process(process.pid), time.monotonic() + 60 * minutes
     memory: list[int] = []
     while time.monotonic() < end:
         time.sleep(min(5.0, 60 * minutes / 20))
         if process.poll() is not None:
-            raise FlexpError("the server ended during the soak; see server.log")
+            raise FlexpError("the server ended during the soak")
         memory.append(server.memory_info().rss)
         if len(memory) % 24 == 0:
             say(f"{counts['sessions']} sessions, {counts['steps']} steps, {memory[-1] / 1e6:.1f} MB")

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from benchmarks.fuzz import fuzz
-from benchmarks.fuzz_frames import CODECS, HANDSHAKE, RAW, mutated
-from benchmarks.fuzz_target import Target, target
+from benchmarks.fuzz import measure
+from benchmarks.tools.fuzz_inputs import CODECS, HANDSHAKE, RAW, mutated
+from benchmarks.tools.fuzz_target import Target, target
 from flexp.errors import ConfigError
 from flexp.links import frames
 from flexp.links.frames import CHUNK, parse, signed
@@ -89,9 +89,9 @@ def test_signing_changes_check_sums_alone(content: bytes) -> None:
 def test_thousands_of_inputs(engine: str) -> None:
     if engine == "coverage" and importlib.util.find_spec("atheris") is None:
         with pytest.raises(ConfigError, match="needs pip install atheris"):
-            fuzz(100, engine=engine)
+            measure(100, engine=engine)
         return
-    result = fuzz(2000, engine=engine)
+    result = measure(2000, engine=engine)
     assert result["frames"] == 2000
     assert sum(result["counts"].values()) == 2000 - (engine == "coverage")  # libFuzzer begins with nothing at all
     assert result["findings"] == {}

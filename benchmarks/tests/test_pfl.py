@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from benchmarks import pfl as bench
-from benchmarks.pfl import NAMES, PUBLISHED, make_method, pfl, score, settings
-from benchmarks.pfl_data import divide, federation, read_pictures
-from benchmarks.small_cnn import small_cnn
+from benchmarks.pfl import NAMES, PUBLISHED, make_method, measure, score, settings
+from benchmarks.tools.pictures import divide, federation, read_pictures, small_cnn
 from flexp.errors import ConfigError, StorageError
 from flexp.methods import METHODS, World
 
@@ -28,7 +27,7 @@ def world(home: Path, name: str, clients: int = 4, **own: Any) -> World:
     pictures = read_pictures(str(home))
     config = settings(name, 2, 0)
     if own:
-        table = getattr(config.method, name).model_copy(update=own)
+        table = METHODS[name].own(config).model_copy(update=own)
         config = config.model_copy(update={"method": config.method.model_copy(update={name: table})})
     return World(config, federation(pictures, divide(pictures.labels, clients, "dirichlet")), small_cnn(0), {})
 
@@ -74,7 +73,7 @@ def test_the_head_is_the_last_layer(home: Path) -> None:
 
 def test_pfedme_runs_with_the_benchmarks_settings() -> None:
     config = settings("pfedme", 1, 0)
-    own, sgd = config.method.pfedme, config.train.personal
+    own, sgd = METHODS["pfedme"].own(config), config.train.personal
     assert (own.lam, own.inner_steps, own.eta, own.beta) == (15.0, 5, 0.005, 1.0)
     assert (sgd.name, sgd.lr, sgd.weight_decay, sgd.momentum, sgd.clip) == ("sgd", 0.01, 0.001, 0.0, None)
     assert settings("fedavg", 1, 0).train.personal.lr == 0.005
@@ -96,7 +95,7 @@ def test_scores_weight_clients_by_their_test_pictures(home: Path, monkeypatch: p
 
 
 def test_every_method_learns_and_small_data_has_no_published_figure(home: Path) -> None:
-    result = pfl(str(home), ["local", "pfedme"], rounds=2, clients=3)
+    result = measure(str(home), ["local", "pfedme"], rounds=2, clients=3)
     for row in result["rows"]:
         assert row["published"] is None
         assert row["difference"] is None
@@ -106,29 +105,30 @@ def test_every_method_learns_and_small_data_has_no_published_figure(home: Path) 
     assert set(PUBLISHED["dirichlet"]) == set(PUBLISHED["pathological"]) > set(NAMES) - {"local"}
 
 
-def test_it_goes_on_where_it_stopped(home: Path, tmp_path: Path) -> None:
-    once = pfl(str(home), ["ditto"], rounds=2, clients=3)["rows"][0]
+def test_it_goes_on_where_it_stopped(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    once = measure(str(home), ["ditto"], rounds=2, clients=3)["rows"][0]
     out = tmp_path / "out"
-    pfl(str(home), ["ditto"], rounds=1, clients=3, out=out)
-    seen: list[dict[str, Any]] = []
-    row = pfl(str(home), ["ditto"], rounds=2, clients=3, out=out, say=seen.append)["rows"][0]
-    assert [line["round"] for line in seen] == [2]
+    measure(str(home), ["ditto"], rounds=1, clients=3, out=out)
+    capsys.readouterr()
+    row = measure(str(home), ["ditto"], rounds=2, clients=3, out=out)["rows"][0]
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("ditto round 2: ")
     assert row["curve"] == once["curve"]
     lines = [json.loads(line) for line in (out / "ditto.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [line.get("round") for line in lines] == [None, 1, 2]
     assert lines[0]["clients"] == 3
     with pytest.raises(StorageError, match="another experiment"):
-        pfl(str(home), ["ditto"], rounds=2, clients=4, out=out)
+        measure(str(home), ["ditto"], rounds=2, clients=4, out=out)
 
 
 def test_a_killed_run_leaves_half_a_line_and_goes_on(home: Path, tmp_path: Path) -> None:
-    pfl(str(home), ["fedavg"], rounds=1, clients=3, out=tmp_path)
+    measure(str(home), ["fedavg"], rounds=1, clients=3, out=tmp_path)
     with (tmp_path / "fedavg.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"method": "fedavg", "rou')
-    row = pfl(str(home), ["fedavg"], rounds=2, clients=3, out=tmp_path)["rows"][0]
+    row = measure(str(home), ["fedavg"], rounds=2, clients=3, out=tmp_path)["rows"][0]
     assert [number for number, _ in row["curve"]] == [1, 2]
 
 
 def test_an_unknown_method_is_refused_before_anything_is_read() -> None:
     with pytest.raises(ConfigError, match="expected one of local, fedavg"):
-        pfl("nowhere", ["flexp-sfl"])
+        measure("nowhere", ["flexp-sfl"])

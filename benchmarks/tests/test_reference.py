@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.pfl import make_method, settings
-from benchmarks.pfl_data import divide, federation, read_pictures
-from benchmarks.small_cnn import small_cnn
+from benchmarks.tools.pictures import divide, federation, read_pictures, small_cnn
 from flexp.config import RunConfig
 from flexp.data.ordering import BatchOrder
 from flexp.data.types import Batch, ClientData

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.relay import Relay
+from benchmarks.tools.bad_network import Relay
 from flexp.errors import LinkLostError
 from flexp.links.grpc import connect, serve
 from flexp.links.messages import ForwardRequest

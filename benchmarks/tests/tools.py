@@ -9,16 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.commands.main import app
+from benchmarks import app
 from flexp.cli.main import main
 
 
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
     """The exit code of ``python -m benchmarks`` with these words, and what it printed (for a failure, its error)."""
+    monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(sys, "argv", ["benchmarks", *arguments])
     capsys.readouterr()
     with pytest.raises(SystemExit) as left:
-        main(app, prog="python -m benchmarks")
+        main(app(arguments[:1]), prog="python -m benchmarks")
     shown = capsys.readouterr()
     assert isinstance(left.value.code, int)
     return left.value.code, shown.out if left.value.code == 0 else shown.err

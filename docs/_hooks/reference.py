@@ -32,11 +32,11 @@ def commands() -> Iterator[tuple[tuple[str, ...], Any]]:
 
     if str(CHECKOUT) not in sys.path:
         sys.path.append(str(CHECKOUT))  # benchmarks/ is not installed
-    from benchmarks.commands.main import app as benchmarks
+    from benchmarks import app as benchmarks
     from flexp.cli.main import app
 
     yield from _within(typer.main.get_command(app), ("flexp",))
-    yield from _within(typer.main.get_command(benchmarks), ("python", "-m", "benchmarks"))
+    yield from _within(typer.main.get_command(benchmarks()), ("python", "-m", "benchmarks"))
 
 
 def _within(command: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:

@@ -17,7 +17,7 @@ from flexp.config import RunConfig
 from flexp.errors import BadValuesError, ConfigError, TrainingError
 from flexp.report.metrics import read
 from flexp.run import runner
-from flexp.run.probes import MemoryProbes
+from flexp.run.costs import MemoryProbes
 from flexp.run.settle import build_world
 from tests.tiny import CLIENTS
 

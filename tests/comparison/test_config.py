@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from flexp.comparison.config import HEADLINE, CompareConfig, load
+from flexp.comparison.config import CompareConfig, load
 from flexp.config import loading as settings
+from flexp.config.methods import HEADLINE
 from flexp.errors import ConfigError
 
 RUN = 'seed = 7\n[model]\nid = "m"\n[data]\nsource = "d"\n'
@@ -55,7 +56,7 @@ def test_what_the_table_means(tmp_path: Path) -> None:
 
 def test_nothing_said_compares_the_headline_methods(tmp_path: Path) -> None:
     wanted = load(written(tmp_path, RUN), [], {"seeds": [3, 5]})
-    assert [entry.name for entry in wanted.entries] == HEADLINE
+    assert [entry.name for entry in wanted.entries] == list(HEADLINE)
     assert wanted.seeds == [3, 5]
 
 

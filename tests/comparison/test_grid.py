@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
-from flexp.comparison.config import CompareConfig, Comparison, make, methods
-from flexp.comparison.grid import AXES, PERSONAL, SHARED, UNTUNED, apply, rates, trials, untried
+from flexp.comparison.config import CompareConfig, Comparison, make
+from flexp.comparison.grid import PERSONAL, SHARED, apply, rates, trials, untried
 from flexp.config import RunConfig
 from flexp.errors import ConfigError
+from flexp.methods import METHODS
+from flexp.methods.base import RATIO
 
 BASE = RunConfig.model_validate(
     {"model": {"id": "m"}, "data": {"source": "d"}, "train": {"steps_per_round": 12, "personal": {"lr": 1e-4}}}
@@ -19,7 +21,7 @@ BASE = RunConfig.model_validate(
 
 
 def compared(**compare: Any) -> Comparison:
-    return make(BASE, CompareConfig.model_validate({"methods": methods(), **compare}))
+    return make(BASE, CompareConfig.model_validate({"methods": list(METHODS), **compare}))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 6])
@@ -27,7 +29,7 @@ def test_equal_numbers_of_trials(count: int) -> None:
     comparison = compared(trials=count)
     found = {entry.method: trials(comparison, entry) for entry in comparison.entries}
     assert {method: len(tried) for method, tried in found.items()} == {
-        method: 0 if method in UNTUNED else count for method in methods()
+        name: count if method.tuned else 0 for name, method in METHODS.items()
     }
     for method, tried in found.items():
         assert len({json.dumps(settings, sort_keys=True) for settings in tried}) == len(tried), method
@@ -55,12 +57,15 @@ def test_the_default_grids_by_hand() -> None:
     assert {settings["method.fedrep.head_steps"] for settings in tried["fedrep"]} == {3, 6}
 
 
-def test_methods_of_the_grid_that_do_not_exist_yet_are_of_no_consequence() -> None:
-    for method, (key, values) in AXES.items():
-        assert callable(values) or len(set(values)) == 2, method
-        if method in methods() and key.startswith("method."):
-            value = values(BASE)[0] if callable(values) else values[0]
-            apply(BASE, {key: value}, method)
+def test_what_a_method_tunes_is_a_setting_of_its_own_with_its_default_first() -> None:
+    for name, method in METHODS.items():
+        if method.axis is None:
+            continue
+        key, values = method.axis
+        assert callable(values) or len(set(values)) == 2, name
+        if key != RATIO:
+            assert key.startswith(f"method.{method.table}.")
+            apply(BASE, {key: values(BASE)[0] if callable(values) else values[0]}, name)
 
 
 def test_fixed_settings_are_not_tuned_and_go_with_every_trial() -> None:

@@ -11,6 +11,7 @@ import pytest
 from flexp.config import RunConfig, all_keys
 from flexp.config.loading import load
 from flexp.errors import ConfigError
+from flexp.registry import METHODS
 
 MINIMAL = '[model]\nid = "m"\n[data]\nsource = "d"\n'
 
@@ -36,6 +37,11 @@ def test_overrides_and_seed(tmp_path: Path) -> None:
         ("train.rounds=0", r"train.rounds = 0 is not allowed: expected greater than 0"),
         ("train.rounds=many", r"train.rounds = 'many' is not allowed: expected a valid integer"),
         ("method.align.kind=kll", r"method.align.kind = 'kll' is not allowed: .*'kl'.*did you mean 'kl'\?"),
+        ("method.name=fedavgg", r"method.name = 'fedavgg' is not allowed: .*'fedavg'.*did you mean 'fedavg'\?"),
+        ("method.fedprox.nu=1", r"unknown key method.fedprox.nu; did you mean 'mu'\?"),
+        ("method.fedprx.mu=1", r"unknown key method.fedprx; did you mean 'fedprox'\?"),
+        ("method.fedprox.mu=-1", r"method.fedprox.mu = -1 is not allowed: expected greater than or equal to 0"),
+        ("mu=1", r"unknown key mu; did you mean method.fedprox.mu\?"),
         ("train.micro_batch=99", r"train.micro_batch = 99 is larger than train.batch_size = 8"),
         ("data.test_fraction=1.5", r"data.test_fraction = 1.5 is not allowed: expected less than or equal to 1"),
         ("train.personal.lr=-1", r"train.personal.lr = -1 is not allowed: expected greater than 0"),
@@ -132,4 +138,8 @@ def test_every_key_is_documented_with_its_default() -> None:
 def load_defaults() -> Any:
     """With a table of devices, which stands for none in other runs."""
     devices = {"assign": ["phone"], "classes": {"NAME": {}}, "changes": [{"before_round": 2, "to": "phone"}]}
-    return RunConfig.model_validate({"model": {"id": "m"}, "data": {"source": "d"}, "devices": devices}).resolved()
+    made = RunConfig.model_validate({"model": {"id": "m"}, "data": {"source": "d"}, "devices": devices}).resolved()
+    for method in METHODS.values():  # of which a run has its own method's only
+        if method.Config is not None:
+            made["method"][method.table] = method.Config().model_dump(mode="json")
+    return made

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from flexp.config import DeviceClassConfig, DevicesConfig
-from flexp.cost.classes import READY, assign, profile
+from flexp.cost.profile import READY, Profile, assign
 from flexp.errors import ConfigError
 
 FIGURES = {"memory_bytes": 5, "flops": 1.0, "uplink_bps": 2.0, "downlink_bps": 3.0, "latency_s": 0.0}
@@ -26,26 +26,28 @@ def test_ready_classes_are_ordered_as_one_would_expect() -> None:
 
 
 def test_figures_of_a_ready_class_can_be_others() -> None:
-    small = profile("phone", {"phone": DeviceClassConfig(memory_bytes=7)})
-    assert small == READY["phone"].model_copy(update={"memory_bytes": 7})
-    other = profile("old", {"old": DeviceClassConfig(base="phone", flops=1.0, mean_on_s=2.0, mean_off_s=3.0)})
+    small = Profile.from_class("phone", {"phone": DeviceClassConfig(memory_bytes=7)})
+    assert small == Profile.from_class("phone").model_copy(update={"memory_bytes": 7})
+    other = Profile.from_class(
+        "old", {"old": DeviceClassConfig(base="phone", flops=1.0, mean_on_s=2.0, mean_off_s=3.0)}
+    )
     assert (other.name, other.flops, other.uplink_bps) == ("old", 1.0, READY["phone"].uplink_bps)
     assert not other.always_on
 
 
 def test_a_class_of_ones_own_needs_all_figures() -> None:
-    assert profile("mine", {"mine": DeviceClassConfig(**FIGURES)}).memory_bytes == 5
+    assert Profile.from_class("mine", {"mine": DeviceClassConfig(**FIGURES)}).memory_bytes == 5
     with pytest.raises(ConfigError, match=r"devices.classes.mine lacks flops, uplink_bps, downlink_bps, latency_s"):
-        profile("mine", {"mine": DeviceClassConfig(memory_bytes=5)})
+        Profile.from_class("mine", {"mine": DeviceClassConfig(memory_bytes=5)})
 
 
 def test_what_is_not_known_is_named() -> None:
     with pytest.raises(ConfigError, match=r"device class 'fone' is not known; expected one of phone, .*, mine"):
         assign(DevicesConfig(assign=["fone"], classes={"mine": DeviceClassConfig(**FIGURES)}), ["a"])
     with pytest.raises(ConfigError, match="device class 'fone' is not known"):
-        profile("mine", {"mine": DeviceClassConfig(base="fone")})
+        Profile.from_class("mine", {"mine": DeviceClassConfig(base="fone")})
 
 
 def test_half_of_an_availability_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"devices.classes.phone: mean_on_s and mean_off_s belong together"):
-        profile("phone", {"phone": DeviceClassConfig(mean_on_s=1.0)})
+        Profile.from_class("phone", {"phone": DeviceClassConfig(mean_on_s=1.0)})

@@ -9,13 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexp.cost.classes import DeviceProfile
-from flexp.cost.clock import SCHEDULES, ClientWork, Schedule, simulate
-from flexp.methods import METHODS
+from flexp.cost.clock import ClientWork, Kind, Schedule, simulate
+from flexp.cost.profile import Profile
 
-SERVER = DeviceProfile(name="server", memory_bytes=1, flops=100.0, uplink_bps=1e12, downlink_bps=1e12, latency_s=0.0)
+SERVER = Profile(name="server", memory_bytes=1, flops=100.0, uplink_bps=1e12, downlink_bps=1e12, latency_s=0.0)
 # 10 operations and 8 bits (a byte) up, 16 bits (two bytes) down a second; half a second on the way.
-DEVICE = DeviceProfile(name="device", memory_bytes=1, flops=10.0, uplink_bps=8.0, downlink_bps=16.0, latency_s=0.5)
+DEVICE = Profile(name="device", memory_bytes=1, flops=10.0, uplink_bps=8.0, downlink_bps=16.0, latency_s=0.5)
 SLOW = DEVICE.model_copy(update={"flops": 1.0})
 WHOLE = ClientWork([2, 2], before=30.0, weights_down=6, weights_up=4)
 # before 1 s, up 2 + 0.5, server 1, down 1 + 0.5, between 3, up 2 + 0.5, server 2, down 1 + 0.5, after 2
@@ -34,13 +33,10 @@ SPLIT = ClientWork(
 ALONE_STEP = 1 + 2.5 + 1 + 1.5 + 3 + 2.5 + 2 + 1.5 + 2
 
 
-def run(kind: Any, work: dict[str, ClientWork], devices: dict[str, DeviceProfile], **options: Any) -> Any:
-    flags = {key: options.pop(key) for key in ("one_at_a_time", "together") if key in options}
-    return simulate(Schedule(kind, **flags), work, devices, SERVER, **options)
-
-
-def test_every_method_has_a_schedule() -> None:
-    assert set(METHODS) <= set(SCHEDULES)
+def run(
+    kind: Kind, work: dict[str, ClientWork], devices: dict[str, Profile], slots: int = 1, seed: int = 0, **how: Any
+) -> Any:
+    return simulate(Schedule(kind, **how), work, devices, SERVER, slots=slots, seed=seed)
 
 
 def test_synchronous_rounds_wait_for_the_straggler() -> None:
@@ -215,7 +211,7 @@ rates = st.floats(1.0, 1e4)
     who=st.integers(0, 2),
 )
 def test_more_bandwidth_is_never_slower(
-    schedule: str, links: list[tuple[float, float, float, float]], more: float, who: int
+    schedule: Kind, links: list[tuple[float, float, float, float]], more: float, who: int
 ) -> None:
     """With a place at the server for each: in a queue, one client's haste can be another's delay."""
     work = {str(i): replace(SPLIT, weights_down=50, weights_up=40) for i in range(len(links))}
@@ -236,7 +232,7 @@ def test_more_bandwidth_is_never_slower(
 
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 1000), schedule=st.sampled_from(["synchronous", "alone", "split-async", "split-sync"]))
-def test_every_second_is_accounted_for(seed: int, schedule: str) -> None:
+def test_every_second_is_accounted_for(seed: int, schedule: Kind) -> None:
     work = {name: replace(SPLIT, weights_down=5, weights_up=4) for name in "abc"}
     devices = {"a": COMING_AND_GOING, "b": SLOW, "c": DEVICE}
     for time in run(schedule, work, devices, seed=seed).clients.values():

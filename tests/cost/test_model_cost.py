@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flexp.config import ModelConfig
-from flexp.cost.ledger import Ledger
+from flexp.cost.counting import Ledger
 from flexp.cost.model_cost import STATE, _between, model_cost
 from flexp.models.loading import load_stage
 from flexp.models.tuning import tune

@@ -44,15 +44,15 @@ def made(**changes: Any) -> tuple[Any, list[Any], list[Any]]:
     model = client_model(what, stage).train()
     up: list[Any] = []
     down: list[Any] = []
-    for name in ("forward", "backward", "pull"):
+    inner = model.link.call
 
-        def call(request: Any, inner: Any = getattr(model.link, name)) -> Any:
-            reply = inner(request)
-            up.append(request)
-            down.append(reply.result())
-            return reply
+    def call(request: Any) -> Any:
+        reply = inner(request)
+        up.append(request)
+        down.append(reply.result())
+        return reply
 
-        setattr(model.link, name, call)
+    model.link.call = call
     model(**random_batch(what, stage.model.config)).loss.backward()
     model.after_step()
     return model, up, down

@@ -166,7 +166,7 @@ def test_labels_are_the_runs(run: SavedRun, tmp_path: Path) -> None:
 
 def test_methods_without_shared_blocks_are_refused(tmp_path: Path) -> None:
     place = train(tmp_path, "bert", method={"name": "local"})
-    with pytest.raises(ConfigError, match=r"the method local has no server .* flexp join is for flexp-sfl"):
+    with pytest.raises(ConfigError, match=r"the method local has no server .* flexp join needs a method that splits"):
         join(place, "new", tmp_path / "out", data=str(tmp_path / "rows.jsonl"))
 
 

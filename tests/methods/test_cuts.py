@@ -7,11 +7,16 @@ from typing import Any
 
 import pytest
 
+from flexp.config import RunConfig
 from flexp.errors import ConfigError
-from flexp.methods.cuts import base_depth, method_cuts
+from flexp.methods.base import Cuts, base_depth, method_of
 from tests.tiny import CLIENTS, config
 
 OWN = {"north": (1, 3), "south": (2, 4), "west": (3, 4)}
+
+
+def method_cuts(run: RunConfig, cuts: Cuts) -> Cuts:
+    return method_of(run).cuts(run, cuts, 4)
 
 
 @pytest.mark.parametrize(
@@ -28,16 +33,16 @@ OWN = {"north": (1, 3), "south": (2, 4), "west": (3, 4)}
 )
 def test_cuts_by_method(home: Path, name: str, own: dict[str, Any], expected: list[tuple[int, int]]) -> None:
     run = config(home, method={"name": name, **own})
-    found = method_cuts(run, OWN, 4)
+    found = method_cuts(run, OWN)
     assert found == dict(zip(CLIENTS, expected, strict=True))
-    assert method_cuts(run, found, 4) == found
+    assert method_cuts(run, found) == found
 
 
 def test_a_cut_of_the_methods_own_is_checked(home: Path) -> None:
     with pytest.raises(ConfigError, match="with a cut of 0 the clients would send their embeddings"):
-        method_cuts(config(home, method={"name": "splitfed-v1", "splitfed": {"cut": 0}}), OWN, 4)
+        method_cuts(config(home, method={"name": "splitfed-v1", "splitfed": {"cut": 0}}), OWN)
     with pytest.raises(ConfigError, match="method splitlora: cut"):
-        method_cuts(config(home, method={"name": "splitlora", "splitlora": {"cut": 4}}), OWN, 4)
+        method_cuts(config(home, method={"name": "splitlora", "splitlora": {"cut": 4}}), OWN)
 
 
 @pytest.mark.parametrize(

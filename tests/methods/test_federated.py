@@ -16,7 +16,6 @@ from flexp.client.model import SplitModel
 from flexp.client.trainer import Step
 from flexp.client.whole import WholeModel
 from flexp.errors import ConfigError
-from flexp.methods import METHODS
 from flexp.methods.split_bench import SplitBench
 from flexp.methods.workbench import Worker
 from flexp.run import checkpoints
@@ -371,11 +370,3 @@ def test_no_optimiser_outlives_its_turn(home: Path) -> None:
 def test_impossible_settings_are_named(home: Path, name: str, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make(home, name, **settings)
-
-
-def test_every_name_of_the_configuration_is_a_method() -> None:
-    from typing import get_args
-
-    from flexp.config import MethodConfig
-
-    assert set(get_args(MethodConfig.model_fields["name"].annotation)) == METHODS.keys()

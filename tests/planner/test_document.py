@@ -84,6 +84,9 @@ def test_the_document_is_read_back_and_says_it_all(tmp_path: Path) -> None:
     for words in ("phone-1 +1", "a prior, not a measurement", "Content-Security-Policy", "Not deeper"):
         assert words in page
     assert [row["names"] for row in alike(content)] == [["phone-1", "phone-2"], ["pi"], ["gpu"]]
+    script = "<script>alert(1)</script>"
+    content["fleet"] = content["clients"][0]["name"] = content["model"] = script
+    assert script not in render(content)
     (tmp_path / "plan.json").write_text('{"version": 2}', encoding="utf-8")
     with pytest.raises(ConfigError, match="expected what flexp plan --out wrote"):
         read_plan(tmp_path / "plan.json")

@@ -41,10 +41,10 @@ class Page(HTMLParser):
 
 
 def own_part(path: Path) -> str:
-    """The page without plotly.js itself."""
+    """The page without plotly.js itself, every space an ordinary one."""
     text = path.read_text()
     assert text.count(get_plotlyjs()) == 1
-    return text.replace(get_plotlyjs(), "")
+    return text.replace(get_plotlyjs(), "").replace("\u00a0", " ")
 
 
 def test_one_page_with_numbers_table_plots_config_and_versions(tmp_path: Path) -> None:
@@ -74,6 +74,18 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     assert hostile.tags == plain.tags
     assert hostile.addresses == hostile.handlers == []
     assert EVIL[1] in hostile.text
+
+
+def test_a_label_and_a_machine_stay_text_too(tmp_path: Path) -> None:
+    script = "<script>alert(1)</script>"
+    run = synthetic.run_folder(tmp_path, (script, "b"), name=script)
+    write_json(run / "config.json", {"name": script, "data": {"label": script, "names": [script]}})
+    summary = read_json(run / "summary.json")
+    summary["model"]["id"] = summary["machine"]["processor"] = summary["versions"]["torch"] = script
+    write_json(run / "summary.json", summary)
+    text = own_part(write_report(run))
+    assert script not in text
+    assert text.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 8
 
 
 def test_equal_folders_give_equal_pages(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from flexp.report import plots
+from flexp.report.figures import score_axis
 
 from . import synthetic
 
@@ -60,3 +61,15 @@ def test_a_wide_range_of_perplexities_is_logarithmic() -> None:
     plot = plots.learning_curves(synthetic.summary(diary, metric="perplexity"), diary)
     assert plot is not None
     assert plot.figure.layout.yaxis.type == "log"
+
+
+def test_axes_show_possible_values_only() -> None:
+    """A wide interval of an accuracy ends at 0 and 100 %, and a distance is never negative."""
+    low, high = score_axis("accuracy", [-1.5, 0.6, 3.0])["range"]
+    assert (low, high) == (-0.02, 1.02)
+    low, high = score_axis("accuracy", [0.5, 0.6])["range"]
+    assert 0.45 < low < 0.5 < 0.6 < high < 0.65
+    diary = synthetic.records()
+    plot = plots.alignment(synthetic.summary(diary), diary)
+    assert plot is not None
+    assert plot.figure.layout.yaxis.rangemode == "nonnegative"

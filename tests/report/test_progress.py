@@ -5,6 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
+from flexp.report import formats
 from flexp.report.progress import Progress
 
 SCORES = {"personal_mean": 0.841, "personal_worst": 0.8, "global_mean": 0.702, "global_worst": 0.69}
@@ -28,7 +29,6 @@ def test_a_log_has_a_line_a_round_and_none_a_step() -> None:
     assert lines[3].startswith(
         "round 1  step 10/20 (50 %)  loss 1.000  own test data 84.1 % (worst 80.0 %)  everybody's 70.2 % (worst 69.0 %)"
     )
-    assert lines[3].endswith("left")
     assert lines[4].startswith("sentiment: done after")
 
 
@@ -66,8 +66,31 @@ def test_resumed_steps_count_as_done() -> None:
     console = Console(file=io.StringIO(), width=100)
     with Progress(100, "run", metric="perplexity", done=90, console=console) as progress:
         progress.step("a", 2.0)
+        progress._started -= 10.0
         progress.round(10, {"personal_mean": 24.21})
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "run: 10 steps to do" in text
     assert "step 91/100 (91 %)" in text
     assert "own test data 24.2" in text
+    assert "1 min 30 s left" in text
+
+
+def test_steps_beyond_the_total_have_no_share() -> None:
+    console = Console(file=io.StringIO(), width=100)
+    with Progress(2, "run", console=console) as progress:
+        for _ in range(30):
+            progress.step("a", 1.0)
+        progress.round(1, {})
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "round 1  step 30  loss" in text
+    assert "%" not in text
+
+
+def test_the_last_second_is_not_guessed() -> None:
+    assert [formats.left(value) for value in (-3.0, 1.1e-13, 0.9, 1.0, 65.0)] == [
+        "",
+        "",
+        "",
+        "1.0 s left",
+        "1 min 05 s left",
+    ]

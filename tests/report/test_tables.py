@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from flexp.report import tables
+from flexp.report import formats, pages, tables
 
 from . import synthetic
 
@@ -15,15 +15,20 @@ def shown(summary: dict, width: int = 160) -> str:  # type: ignore[type-arg]
     return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
 
 
+def markdown(summary: dict) -> str:  # type: ignore[type-arg]
+    return pages.markdown("x", [tables.clients(summary)])
+
+
 def test_rows_end_with_mean_and_worst() -> None:
     summary = synthetic.summary()
-    rows = tables.rows(summary)
-    assert [row.name for row in rows] == [*synthetic.NAMES, "Mean", "Worst"]
-    mean, worst = rows[-2:]
-    assert mean.personal == (summary["scores"]["before"]["personal_mean"], summary["scores"]["last"]["personal_mean"])
-    assert worst.examples == 96
-    assert worst.bytes_up == 78_000_000 + 7 * 9_000_000
-    assert worst.memory == 330_000_000
+    made = tables.clients(summary)
+    assert [row[0] for row in made.rows] == [*synthetic.NAMES, "Mean", "Worst"]
+    assert list(made.bold) == [8, 9]
+    mean, worst = made.rows[-2:]
+    before, last = (summary["scores"][when]["personal_mean"] for when in ("before", "last"))
+    assert mean[3] == f"{100 * before:.1f} → {100 * last:.1f} %"
+    assert made.changes[8, 3] == (f"+{100 * (last - before):.1f}", "up")
+    assert (worst[2], worst[5], worst[7]) == ("96", formats.size(78_000_000 + 7 * 9_000_000), "330 MB")
 
 
 def test_the_terminal_shows_all_in_80_columns() -> None:
@@ -45,13 +50,13 @@ def test_an_unfinished_run_and_perplexity() -> None:
 def test_names_with_markup_are_shown_literally() -> None:
     summary = synthetic.summary(clients=("[red]x|y", "*b*"))
     assert "[red]x|y" in shown(summary)
-    text = tables.markdown(summary)
+    text = markdown(summary)
     assert r"\[red\]x\|y" in text
     assert r"\*b\*" in text
 
 
 def test_markdown_has_as_many_cells_in_every_line() -> None:
-    lines = tables.markdown(synthetic.summary()).splitlines()
+    lines = [line for line in markdown(synthetic.summary()).splitlines() if line.startswith("|")]
     assert len(lines) == 2 + len(synthetic.NAMES) + 2
     assert {line.count("|") for line in lines} == {9}
     assert lines[-1].startswith("| **Worst** |")
@@ -61,5 +66,5 @@ def test_missing_values_are_dashes() -> None:
     summary = synthetic.summary(diary=[])
     for client in summary["clients"]:
         client["peak_memory_bytes"] = None
-    last = tables.markdown(summary).splitlines()[-2]
+    last = markdown(summary).splitlines()[-2]
     assert last.count("–") == 3

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.faults import BadNetwork
-from benchmarks.tiny_run import CLIENTS, tiny_run
+from benchmarks.tools.bad_network import BadNetwork
+from benchmarks.tools.tiny_run import CLIENTS, tiny_run
 from flexp.config import DeploymentConfig
 from flexp.links.grpc import connect
 from flexp.run import runner

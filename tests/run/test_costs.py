@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from flexp.client.whole import WholeModel
+from flexp.cost.counting import counting
 from flexp.cost.echo import random_batch
-from flexp.cost.flops import ExchangeCost, counting
+from flexp.cost.flops import ExchangeCost
+from flexp.cost.model_cost import model_cost
 from flexp.cost.probe import Probe
-from flexp.methods import METHODS
-from flexp.methods.holds import HOLDS
 from flexp.methods.parties import own_stage
 from flexp.models.parts import Part
 from flexp.run.costs import Costs
@@ -37,10 +37,6 @@ def total(cost: ExchangeCost) -> float:
     return cost.client_step + cost.server_step
 
 
-def test_every_method_says_what_its_clients_hold() -> None:
-    assert set(METHODS) <= set(HOLDS)
-
-
 def test_a_block_is_counted_as_by_hand(home: Path) -> None:
     """A forward: four H × H projections, two of the MLP, and attention as two products of T × T × H."""
     stage = own_stage(build_world(config(home)), Part.whole(4))
@@ -55,6 +51,24 @@ def test_a_block_is_counted_as_by_hand(home: Path) -> None:
     block = 2 * tokens * (4 * width**2 + 2 * width * inner) + 2 * 2 * tokens * length * width
     ends = 2 * examples * (width**2 + width * size.num_labels)  # the pooler and the classifier, on one token
     assert forward == 4 * block + ends
+
+
+@pytest.mark.parametrize("rank", [None, 4])
+def test_what_the_planner_counts_without_weights_is_what_runs(home: Path, rank: int | None) -> None:
+    """Piece by piece on tensors without content, and in a step of client and server: the same operations."""
+    model = {} if rank is None else {"tuning": "lora", "lora": {"rank": rank}}
+    found = costs(home, model=model)
+    for name, (start, stop) in found.world.cuts.items():
+        examples, length, _ = found.shape(name)
+        cost = model_cost(str(home / "model"), "sequence-classification", length=length).exactly(examples, rank)
+        head = [cost.first, *cost.blocks[1:start]]
+        middle, tail = cost.blocks[start:stop], [*cost.blocks[stop:], cost.head]
+        real = found.of(name)
+        assert real.before == sum(piece.forward_flops for piece in head)
+        assert real.server_forward == sum(piece.forward_flops for piece in middle)
+        assert real.between == sum(piece.forward_flops + piece.backward_flops for piece in tail)
+        assert real.server_backward == sum(piece.backward_flops for piece in middle)
+        assert real.after == sum(piece.backward_flops for piece in head)
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])

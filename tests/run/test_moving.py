@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from benchmarks.tiny_run import tiny_run
+from benchmarks.tools.tiny_run import tiny_run
 from flexp.client.trainer import Trainer
 from flexp.config import DeploymentConfig, RecutConfig, RunConfig
 from flexp.errors import LinkError, StorageError, TrainingError
 from flexp.planner.policy import Situation
 from flexp.report.metrics import read
-from flexp.run import moving
-from flexp.run.moving import Mover, in_words
+from flexp.run import recutting
+from flexp.run.recutting import Mover, in_words
 from flexp.run.store import Snapshots
 
 from .tools import Client, Server, plain
@@ -128,7 +128,7 @@ def test_a_move_that_the_server_refuses_is_told_once_and_training_goes_on(
     def refused(*_: Any) -> Any:
         raise LinkError("the server has other blocks now")
 
-    monkeypatch.setattr(moving, "recut", refused)
+    monkeypatch.setattr(recutting, "recut", refused)
     server = Server(settings, DEPLOYMENT, tmp_path / "server")
     client = Client(settings, DEPLOYMENT, NAME, plain(server), tmp_path / "client")
     client.join()
@@ -203,7 +203,7 @@ def test_a_full_disk_while_memory_runs_out_ends_it_instead_of_trying_for_ever(
     def never(self: Trainer, pieces: Any) -> Any:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
 
-    monkeypatch.setattr(moving, "recut", full)
+    monkeypatch.setattr(recutting, "recut", full)
     monkeypatch.setattr(Trainer, "_exchanges", never)
     server = Server(settings, DEPLOYMENT, tmp_path / "server")
     client = Client(settings, DEPLOYMENT, NAME, plain(server), tmp_path / "client")

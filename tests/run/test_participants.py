@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from flexp.cost import probe as memory
-from flexp.cost.clock import SPLIT_ASYNC, SPLIT_SYNC, SYNCHRONOUS
+from flexp.cost.clock import SPLIT_ASYNC, SPLIT_SYNC, SYNCHRONOUS, Schedule
 from flexp.cost.flops import ExchangeCost
 from flexp.cost.probe import Measured, Probe
 from flexp.errors import ConfigError
@@ -22,10 +22,10 @@ from flexp.methods.base import Account
 from flexp.methods.fedrep import FedRep
 from flexp.report.metrics import read
 from flexp.run import runner
-from flexp.run.costs import Costs
-from flexp.run.participants import NobodyFitsError, client_work
-from flexp.run.probes import MemoryProbes
+from flexp.run.costs import Costs, MemoryProbes
+from flexp.run.participants import NobodyFitsError
 from flexp.run.settle import build_world
+from flexp.run.virtual import client_work
 from tests.tiny import CLIENTS, config
 
 MB = 10**6
@@ -54,13 +54,13 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[Probe]:
 def worlds(monkeypatch: pytest.MonkeyPatch) -> list[World]:
     """The worlds that methods were given."""
     seen: list[World] = []
-    for name, make in METHODS.items():
+    for method in METHODS.values():
 
-        def watched(world: World, make: Any = make) -> Any:
+        def watched(self: Any, world: World, make: Any = method.__init__) -> None:
             seen.append(world)
-            return make(world)
+            make(self, world)
 
-        monkeypatch.setitem(METHODS, name, watched)
+        monkeypatch.setattr(method, "__init__", watched)
     return seen
 
 
@@ -288,9 +288,11 @@ def test_metered_bytes_are_spread_over_the_clocks_messages() -> None:
     assert (work.weights_up, work.weights_down) == (0.0, 0.0)
     both = client_work(COST, account(18_000, 10_000), [4, 4], SPLIT_SYNC)
     assert (both.forward_up, both.backward_down, both.weights_up) == (750.0, 250.0, 1000.0)
-    pulled = client_work(replace(COST, pull_down=500), account(16_000, 10_000), [4, 4], SPLIT_ASYNC, pull_every=2)
+    pulled = client_work(
+        replace(COST, pull_down=500), account(16_000, 10_000), [4, 4], Schedule("split-async", pull_every=2)
+    )
     assert (pulled.forward_down, pulled.pull_down, pulled.pull_every) == (250.0, 500.0, 2)
-    rare = client_work(COST, account(16_000 + 1000, 8_000 + 2000), [3, 3, 2], SPLIT_SYNC, average_every=2)
+    rare = client_work(COST, account(16_000 + 1000, 8_000 + 2000), [3, 3, 2], Schedule("split-sync", average_every=2))
     assert (rare.forward_up, rare.backward_down, rare.weights_up, rare.weights_every) == (750.0, 250.0, 1000.0, 2)
     whole = client_work(COST, account(800, 600, evaluations=11), [4, 4], SYNCHRONOUS)
     assert (whole.weights_up, whole.weights_down, whole.final) == (400.0, 300.0, 3 * 120.0)

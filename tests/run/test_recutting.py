@@ -33,7 +33,7 @@ ON = {"on": True, "gain": 0.05}
 def no_probes() -> Any:
     """Peak memory is not the matter here, and measuring it takes processes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flexp.run.probes.MemoryProbes.measure", lambda *_: None)
+        patch.setattr("flexp.run.costs.MemoryProbes.measure", lambda *_: None)
         yield
 
 
@@ -135,5 +135,5 @@ def test_bad_changes_are_refused_by_name(folder: Path, tmp_path: Path) -> None:
         runner.run(changing(folder, {}, changes=[{"before_round": 2, "clients": ["nobody"], "to": "phone"}]), tmp_path)
     with pytest.raises(ConfigError, match="device class 'tablet' is not known"):
         runner.run(changing(folder, {}, changes=[{"before_round": 2, "to": "tablet"}]), tmp_path)
-    with pytest.raises(ConfigError, match=r"recut.on is for method.name"):
+    with pytest.raises(ConfigError, match=r"recut.on needs a method that moves cuts"):
         config(folder, method={"name": "fedavg"}, recut={"on": True})

@@ -48,7 +48,7 @@ def test_the_scores_are_the_same(home: Path, name: str, monkeypatch: pytest.Monk
                 side: evaluate(forward, task, examples, size)
                 for side, examples in (("personal", client.test), ("global", self.everybody))
             }
-            self._write({"kind": "eval", "round": number, "client": client.name, **found})
+            self.diary.scores(number, client.name, found)
 
     monkeypatch.setattr(runner._Run, "_evaluate", each)
     runner.run(run, home / "each")

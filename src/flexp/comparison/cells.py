@@ -21,6 +21,7 @@ from flexp.config import RunConfig
 from flexp.config.loading import validate
 from flexp.errors import FlexpError, StorageError
 from flexp.files import read_json, write_json
+from flexp.methods.base import method_of
 from flexp.report.metrics import Record, read
 from flexp.report.summary import VALIDATION
 
@@ -31,9 +32,6 @@ DIVERGED = "diverged.json"
 """In the folder of a tuning cell whose training could not go on: a result too, and not tried again."""
 DROPPED = "dropped.json"
 """In the folder of a cell that no client's device can hold: a result as well."""
-
-WEIGHTS = {"pretrained": 0.1, "fedavg": 0.8, "fedprox": 0.8, "centralized": 0.8, "fedavg-ft": 1.3}
-"""How long a method takes beside the others, only to begin with the longest."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ class Cell:
     def cost(self) -> float:
         """Relative time that it takes, guessed."""
         train = self.config.train
-        return train.total_steps * train.batch_size * WEIGHTS.get(self.config.method.name, 1.0)
+        return train.total_steps * train.batch_size * method_of(self.config).effort
 
 
 def tuning_cell(comparison: Comparison, entry: Entry, trial: int, settings: Settings, seed: int) -> Cell:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import Field, PositiveInt, ValidationError, field_validator
 
-from flexp.config import MethodConfig, Rate, RunConfig, Section
+from flexp.config import Rate, RunConfig, Section
 from flexp.config import loading as settings
+from flexp.config.methods import DEFAULT, HEADLINE
 from flexp.errors import ConfigError
-
-HEADLINE = ["flexp-sfl", "local", "fedavg", "fedavg-ft", "pfedme", "ditto"]
-"""What is compared when nothing is said."""
+from flexp.registry import METHODS
 
 Grid = dict[str, list[Any]]
 """Configuration key → the values to try."""
@@ -42,7 +41,7 @@ class CompareConfig(Section):
     tune_seeds: PositiveInt = 1  # so many of the first seeds
     validation_fraction: float = Field(0.25, gt=0.0, lt=1.0)  # of private examples, in tuning, unless data has its own
     lrs: list[Rate] | None = None  # learning rates to try; None: factors around train.personal.lr
-    reference: str | None = None  # None: flexp-sfl if it is compared, else the first
+    reference: str | None = None  # None: the default method if it is compared, else the first
     variants: dict[str, VariantConfig] = Field(default_factory=dict)
     grids: dict[str, Grid] = Field(default_factory=dict)  # method → its grid, in place of the default one
 
@@ -87,7 +86,7 @@ class Comparison:
     def reference(self) -> str:
         """Whose paired difference to every other is shown."""
         names = [entry.name for entry in self.entries]
-        return self.config.reference or ("flexp-sfl" if "flexp-sfl" in names else names[0])
+        return self.config.reference or (DEFAULT if DEFAULT in names else names[0])
 
 
 def load(path: Path, overrides: Iterable[str] = (), changes: Mapping[str, Any] | None = None) -> Comparison:
@@ -135,30 +134,23 @@ def make(base: RunConfig, config: CompareConfig) -> Comparison:
             f"compare.reference = {config.reference!r} is not compared: expected one of {', '.join(names)}"
         )
     for method in config.grids:
-        _known(method, methods(), "compare.grids")
+        _known(method, METHODS, "compare.grids")
     return Comparison(base, config, entries)
-
-
-def methods() -> list[str]:
-    """The names of all methods, known without importing any."""
-    return list(get_args(MethodConfig.model_fields["name"].annotation))
 
 
 def _entry(name: str, config: CompareConfig) -> Entry:
     variant = config.variants.get(name)
     if variant is None:
-        _known(name, [*methods(), *config.variants], "compare.methods")
+        _known(name, [*METHODS, *config.variants], "compare.methods")
         return Entry(name, name, {}, config.grids.get(name))
     method = variant.method or name
-    _known(method, methods(), f"compare.variants.{name}.method")
+    _known(method, METHODS, f"compare.variants.{name}.method")
     return Entry(name, method, dict(variant.set), config.grids.get(method) if variant.grid is None else variant.grid)
 
 
-def _known(name: str, known: list[str], where: str) -> None:
+def _known(name: str, known: Collection[str], where: str) -> None:
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-        did = f"did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(f"{where}: there is no {name!r}; {did}known: {', '.join(known)}")
+        raise ConfigError(f"{where}: there is no {name!r}; {METHODS.hint(name, known)}")
 
 
 def _explain(problem: Mapping[str, Any]) -> str:

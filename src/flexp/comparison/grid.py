@@ -1,60 +1,33 @@
 """What is tuned: for every method the same number of trials, over learning rates and its own key setting.
 
-A method with a key setting of its own tries two values of it with half as many learning rates as a method without one.
-Learning rates are factors around the configuration's ``train.personal.lr`` (:data:`FACTORS`, the first ones), or taken
-from ``[compare] lrs``; ``train.shared.lr``, which only split methods use, goes with them, unless :data:`RATIO` or the
-grid says otherwise. The values are those that the methods' papers or their common implementations vary around.
+A method with a key setting of its own (:attr:`flexp.methods.base.Method.axis`) tries two values of it, with half as
+many learning rates as a method without one. Learning rates are factors around the configuration's
+``train.personal.lr`` (:data:`FACTORS`, the first ones), or taken from ``[compare] lrs``; ``train.shared.lr``, which
+only split methods use, goes with them, unless :data:`RATIO` or the grid says otherwise. The values are those that the
+methods' papers or their common implementations vary around.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from flexp.comparison.config import Comparison, Entry
 from flexp.config import RunConfig
 from flexp.config.loading import validate
 from flexp.errors import ConfigError
+from flexp.methods.base import RATIO, Method
+from flexp.registry import METHODS
 
 Settings = dict[str, Any]
 """Configuration key → value."""
 
 PERSONAL, SHARED = "train.personal.lr", "train.shared.lr"
 
-RATIO = "shared/personal"
-"""In a grid: the shared learning rate as a multiple of the personal one. Not a key of the configuration."""
-
 FACTORS = (1.0, 2.0, 0.5, 4.0, 8.0, 0.25)
 """Of the configuration's learning rate, in the order in which they are taken."""
-
-UNTUNED = frozenset({"pretrained"})
-"""Methods that train nothing."""
-
-
-def _steps(*shares: float) -> Callable[[RunConfig], list[int]]:
-    """So many of a round's steps."""
-    return lambda config: [max(1, math.ceil(config.train.steps_per_round * share)) for share in shares]
-
-
-AXES: dict[str, tuple[str, Sequence[Any] | Callable[[RunConfig], list[Any]]]] = {
-    "flexp-sfl": (RATIO, (1.0, 4.0)),
-    "splitfed-v1": (RATIO, (1.0, 0.25)),
-    "splitfed-v2": (RATIO, (1.0, 0.25)),
-    "splitlora": (RATIO, (1.0, 0.25)),
-    "split-fedavg": (RATIO, (1.0, 0.25)),
-    "splitft": (RATIO, (1.0, 0.25)),
-    "fedprox": ("method.fedprox.mu", (0.1, 0.01)),
-    "pfedme": ("method.pfedme.lam", (15.0, 1.0)),
-    "ditto": ("method.ditto.lam", (0.1, 1.0)),
-    "fedavg-ft": ("method.fedavg_ft.finetune_steps", _steps(1.0, 0.5)),
-    "fedper": ("method.fedper.last_blocks", (0, 1)),
-    "fedrep": ("method.fedrep.head_steps", _steps(0.5, 0.25)),
-    "per-fedavg": ("method.per_fedavg.alpha", (0.01, 0.1)),
-    "apfl": ("method.apfl.alpha", (0.5, 0.75)),
-}
-"""Method → its own key setting and the two values that are tried, the default first. Others have none."""
 
 
 def trials(comparison: Comparison, entry: Entry) -> list[Settings]:
@@ -65,7 +38,7 @@ def trials(comparison: Comparison, entry: Entry) -> list[Settings]:
     Raises:
         ConfigError: a grid of the user's has more combinations than there are trials.
     """
-    if not comparison.config.tune or entry.method in UNTUNED:
+    if not comparison.config.tune or not METHODS[entry.method].tuned:
         return []
     count, own = comparison.config.trials, _axes(comparison, entry)
     free = PERSONAL not in own and PERSONAL not in entry.fixed
@@ -139,10 +112,11 @@ def apply(base: RunConfig, settings: Mapping[str, Any], where: str) -> RunConfig
 
 def _axes(comparison: Comparison, entry: Entry) -> dict[str, Sequence[Any]]:
     """The entry's own axes without what it fixes, and without values named twice."""
+    method: type[Method] = METHODS[entry.method]
     if entry.grid is not None:
         axes: dict[str, Sequence[Any]] = dict(entry.grid)
-    elif entry.method in AXES:
-        key, values = AXES[entry.method]
+    elif method.axis is not None:
+        key, values = method.axis
         own = {name: value for name, value in entry.fixed.items() if name != RATIO}
         base = apply(comparison.base, own, f"compare, {entry.name}")
         axes = {key: values(base) if callable(values) else values}

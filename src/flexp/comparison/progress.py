@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
-from rich.progress import Progress as RichProgress
+from rich.progress import Progress, TaskID
 from rich.text import Text
 
 from flexp.comparison.cells import Cell
@@ -16,6 +14,7 @@ from flexp.comparison.compare import Watcher
 from flexp.comparison.config import Entry
 from flexp.comparison.grid import Settings
 from flexp.report import formats
+from flexp.report.progress import bar, moving
 
 
 class Display(Watcher):
@@ -27,7 +26,7 @@ class Display(Watcher):
         self._cost = self._passed = 0.0
         self._began = time.monotonic()
         self._started: dict[str, float] = {}
-        self._bar: RichProgress | None = None
+        self._bar: Progress | None = None
         self._task: TaskID | None = None
 
     def __enter__(self) -> Display:
@@ -44,16 +43,8 @@ class Display(Watcher):
         self.total, self._cost = cells, cost
         self._say(f"{self.title}: {cells} runs to do, {kept} done before")
         self._began = time.monotonic()
-        if cells and self.console.is_terminal and os.environ.get("CI", "").lower() in ("", "0", "false"):
-            self._bar = RichProgress(
-                TextColumn("{task.description}", markup=False),
-                BarColumn(bar_width=None),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[state]}", markup=False),
-                console=self.console,
-                expand=True,
-                transient=True,
-            )
+        if cells and moving(self.console):
+            self._bar = bar(self.console)
             self._task = self._bar.add_task(self.title, total=cells, state="")
             self._bar.start()
 
@@ -75,10 +66,9 @@ class Display(Watcher):
         self._say(f"{entry.name}: tuned to " + ", ".join(f"{key} = {value}" for key, value in settings.items()))
 
     def _left(self) -> str:
-        remaining = self._cost - self._passed
-        if self._passed <= 0 or remaining <= 0:
+        if self._passed <= 0:
             return ""
-        return f"{formats.seconds((time.monotonic() - self._began) / self._passed * remaining)} left"
+        return formats.left((time.monotonic() - self._began) / self._passed * (self._cost - self._passed))
 
     def _update(self) -> None:
         if self._bar is not None and self._task is not None:

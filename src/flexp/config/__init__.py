@@ -4,23 +4,7 @@ from flexp.config.data import ClientsConfig, Cut, DataConfig, Task
 from flexp.config.deployment import DeploymentConfig
 from flexp.config.devices import DeviceChange, DeviceClassConfig, DevicesConfig, RecutConfig
 from flexp.config.link import CodecConfig, CodecName, LinkConfig
-from flexp.config.methods import (
-    TERMS,
-    AlignConfig,
-    ApflConfig,
-    DittoConfig,
-    FedAvgFtConfig,
-    FedPerConfig,
-    FedProxConfig,
-    FedRepConfig,
-    HetLoraConfig,
-    MethodConfig,
-    PerFedAvgConfig,
-    PFedMeConfig,
-    SplitFedConfig,
-    SplitFtConfig,
-    SplitLoraConfig,
-)
+from flexp.config.methods import AlignConfig, MethodConfig
 from flexp.config.model import LoraConfig, ModelConfig, Tuning
 from flexp.config.run import EvaluationConfig, OutputConfig, RunConfig
 from flexp.config.section import Beta, Fraction, Rate, Section, all_keys
@@ -28,9 +12,7 @@ from flexp.config.server import GuardConfig, ServerConfig
 from flexp.config.train import OptimizerConfig, TrainConfig
 
 __all__ = [
-    "TERMS",
     "AlignConfig",
-    "ApflConfig",
     "Beta",
     "ClientsConfig",
     "CodecConfig",
@@ -41,31 +23,20 @@ __all__ = [
     "DeviceChange",
     "DeviceClassConfig",
     "DevicesConfig",
-    "DittoConfig",
     "EvaluationConfig",
-    "FedAvgFtConfig",
-    "FedPerConfig",
-    "FedProxConfig",
-    "FedRepConfig",
     "Fraction",
     "GuardConfig",
-    "HetLoraConfig",
     "LinkConfig",
     "LoraConfig",
     "MethodConfig",
     "ModelConfig",
     "OptimizerConfig",
     "OutputConfig",
-    "PFedMeConfig",
-    "PerFedAvgConfig",
     "Rate",
     "RecutConfig",
     "RunConfig",
     "Section",
     "ServerConfig",
-    "SplitFedConfig",
-    "SplitFtConfig",
-    "SplitLoraConfig",
     "Task",
     "TrainConfig",
     "Tuning",

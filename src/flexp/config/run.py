@@ -13,11 +13,12 @@ from pydantic import Field, PositiveInt, model_validator
 from flexp.config.data import DataConfig
 from flexp.config.devices import DevicesConfig, RecutConfig
 from flexp.config.link import LinkConfig
-from flexp.config.methods import MethodConfig
+from flexp.config.methods import DEFAULT, MethodConfig
 from flexp.config.model import ModelConfig
 from flexp.config.section import Section
 from flexp.config.server import ServerConfig
 from flexp.config.train import TrainConfig
+from flexp.registry import METHODS
 
 
 class EvaluationConfig(Section):
@@ -68,9 +69,9 @@ class RunConfig(Section):
                 f"server.max_in_flight = {self.server.max_in_flight}"
             )
         changes = () if self.devices is None else self.devices.changes
-        if self.method.name != "flexp-sfl" and (self.recut.on or changes):
+        if (self.recut.on or changes) and not METHODS[self.method.name].recuts:
             what = "recut.on" if self.recut.on else "devices.changes"
-            raise ValueError(f'{what} is for method.name = "flexp-sfl" only: it alone moves cuts while it trains')
+            raise ValueError(f'{what} needs a method that moves cuts while it trains, such as "{DEFAULT}"')
         if self.recut.on and self.server.tuning not in (None, self.model.tuning):
             raise ValueError(
                 f"recut.on needs the same tuning on both sides: model.tuning is {self.model.tuning}, server.tuning "
@@ -88,5 +89,8 @@ class RunConfig(Section):
         return self
 
     def resolved(self) -> dict[str, Any]:
-        """The configuration with every default written out, as JSON-ready values."""
-        return self.model_dump(mode="json")
+        """The configuration with every default written out, as JSON-ready values; of other methods what was said."""
+        content, method = self.model_dump(mode="json"), METHODS[self.method.name]
+        if method.Config is not None:
+            content["method"][method.table] = self.method.own(method.table, method.Config).model_dump(mode="json")
+        return content

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator, Mapping
-from types import UnionType
-from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
+from typing import Annotated, Any, Self, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticKnownError
 
 from flexp.errors import ConfigError
+from flexp.registry import Registry
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Rate = Annotated[float, Field(gt=0.0)]
@@ -20,6 +22,11 @@ class Section(BaseModel):
     """A table of the file: immutable, and closed to keys that it does not name."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @classmethod
+    def holds(cls) -> dict[str, Any]:
+        """Every key of the table, with the type of what it holds."""
+        return {name: field.annotation for name, field in cls.model_fields.items()}
 
     @classmethod
     def checked(cls, content: Any, where: str, table: str = "") -> Self:
@@ -38,21 +45,33 @@ class Section(BaseModel):
             raise ConfigError(f"{where}: {_explain(cls, first, f'{table}.' if table else '')}") from error
 
 
-def all_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+def named(registry: Registry, *others: str) -> AfterValidator:
+    """What makes a ``str`` the name of a component, or one of the ``others``, which are no components."""
+
+    def check(name: str) -> str:
+        if name not in others and name not in registry:
+            *most, last = map(repr, (*others, *registry))
+            raise PydanticKnownError("literal_error", {"expected": f"{', '.join(most)} or {last}"})
+        return name
+
+    return AfterValidator(check)
+
+
+def all_keys(section: type[Section], prefix: str = "") -> Iterator[str]:
     """The full names of all keys of a table; ``NAME`` stands for a name that is the user's own."""
-    for name, field in section.model_fields.items():
-        inner, named = _inside(field.annotation)
+    for name, annotation in section.holds().items():
+        inner, by_name = _inside(annotation)
         if inner is not None:
-            yield from all_keys(inner, f"{prefix}{name}.NAME." if named else f"{prefix}{name}.")
+            yield from all_keys(inner, f"{prefix}{name}.NAME." if by_name else f"{prefix}{name}.")
         else:
             yield prefix + name
 
 
-def _explain(root: type[BaseModel], problem: Mapping[str, Any], prefix: str) -> str:
+def _explain(root: type[Section], problem: Mapping[str, Any], prefix: str) -> str:
     fields = [part for part in problem["loc"] if isinstance(part, str)]
     key = prefix + ".".join(_visible(root, fields))
     if problem["type"] == "extra_forbidden":
-        known = sorted(_table(root, fields[:-1]).model_fields)
+        known = sorted(_table(root, fields[:-1]).holds())
         near = difflib.get_close_matches(fields[-1], known, n=1, cutoff=0.5)
         elsewhere = [path for path in all_keys(root) if path.rpartition(".")[2] == fields[-1]]
         if not near and elsewhere:
@@ -70,14 +89,15 @@ def _explain(root: type[BaseModel], problem: Mapping[str, Any], prefix: str) -> 
         message = f"{problem['ctx']['min_length']} or more entries"
     near_value = ""
     if problem["type"] == "literal_error" and isinstance(value, str):
-        close = difflib.get_close_matches(value, map(str, _allowed(root, fields)), n=1, cutoff=0.4)
+        allowed = re.findall("'([^']*)'", problem["ctx"]["expected"])
+        close = difflib.get_close_matches(value, allowed, n=1, cutoff=0.4)
         near_value = f"; did you mean {close[0]!r}?" if close else ""
     return f"{key} = {value!r} is not allowed: expected {message}{near_value}"
 
 
-def _visible(root: type[BaseModel], fields: Iterable[str]) -> Iterator[str]:
+def _visible(root: type[Section], fields: Iterable[str]) -> Iterator[str]:
     """Without the names that pydantic gives to the branches of a union."""
-    section: type[BaseModel] | None = root
+    section: type[Section] | None = root
     named = False
     for name in fields:
         if named:  # of a table whose keys are the user's own names
@@ -85,15 +105,14 @@ def _visible(root: type[BaseModel], fields: Iterable[str]) -> Iterator[str]:
             yield name
         elif section is not None:
             yield name
-            field = section.model_fields.get(name)
-            section, named = (None, False) if field is None else _inside(field.annotation)
+            section, named = _inside(section.holds().get(name))
 
 
-def _table(root: type[BaseModel], fields: Iterable[str]) -> type[BaseModel]:
+def _table(root: type[Section], fields: Iterable[str]) -> type[Section]:
     section = root
     names = iter(fields)
     for name in names:
-        found, named = _inside(section.model_fields[name].annotation)
+        found, named = _inside(section.holds()[name])
         assert found is not None
         section = found
         if named:
@@ -101,22 +120,9 @@ def _table(root: type[BaseModel], fields: Iterable[str]) -> type[BaseModel]:
     return section
 
 
-def _inside(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
+def _inside(annotation: Any) -> tuple[type[Section] | None, bool]:
     """The section that a key holds, if it is one (or none); and whether it is a table of such sections by name."""
     for branch in (annotation, *get_args(annotation)):
-        if isinstance(branch, type) and issubclass(branch, BaseModel):
+        if isinstance(branch, type) and issubclass(branch, Section):
             return branch, get_origin(annotation) is dict
     return None, False
-
-
-def _allowed(root: type[BaseModel], fields: Iterable[str]) -> Iterator[Any]:
-    *tables, name = _visible(root, fields)
-    yield from _literals(_table(root, tables).model_fields[name].annotation)
-
-
-def _literals(annotation: Any) -> Iterator[Any]:
-    if get_origin(annotation) is Literal:
-        yield from get_args(annotation)
-    elif get_origin(annotation) in (Union, UnionType):
-        for branch in get_args(annotation):
-            yield from _literals(branch)

@@ -23,9 +23,10 @@ from typing import Any, Literal
 
 import simpy
 
-from flexp.cost.classes import DeviceProfile
-from flexp.data.seeding import generator
+from flexp.cost.profile import Profile
+from flexp.data.ordering import generator
 
+Kind = Literal["synchronous", "alone", "split-async", "split-sync"]
 Process = Generator[Any, Any, None]
 
 
@@ -38,11 +39,15 @@ class Schedule:
         one_at_a_time: one client's steps of a round come after another's; nobody steps before who came first is done.
         together: every step is one of all clients, which have equally many; the server begins when the last one's
             activations are there.
+        pull_every: steps after which a client fetches shared weights; 0: never.
+        average_every: rounds between two averages of weights.
     """
 
-    kind: Literal["synchronous", "alone", "split-async", "split-sync"]
+    kind: Kind
     one_at_a_time: bool = False
     together: bool = False
+    pull_every: int = 0
+    average_every: int = 1
 
     @property
     def averages(self) -> bool:
@@ -52,29 +57,6 @@ class Schedule:
 
 SYNCHRONOUS, ALONE = Schedule("synchronous"), Schedule("alone")
 SPLIT_ASYNC, SPLIT_SYNC = Schedule("split-async"), Schedule("split-sync")
-
-SCHEDULES: dict[str, Schedule | None] = {
-    "flexp-sfl": SPLIT_ASYNC,
-    "splitfed-v1": SPLIT_SYNC,
-    "splitfed-v2": Schedule("split-sync", one_at_a_time=True),
-    "splitlora": Schedule("split-sync", together=True),
-    "split-fedavg": SPLIT_SYNC,
-    "splitft": SPLIT_SYNC,
-    "local": ALONE,
-    "centralized": None,  # no client computes
-    "pretrained": None,
-    "fedavg": SYNCHRONOUS,
-    "fedavg-ft": SYNCHRONOUS,
-    "fedprox": SYNCHRONOUS,
-    "pfedme": SYNCHRONOUS,
-    "ditto": SYNCHRONOUS,
-    "fedper": SYNCHRONOUS,
-    "fedrep": SYNCHRONOUS,
-    "per-fedavg": SYNCHRONOUS,
-    "apfl": SYNCHRONOUS,
-    "hetlora": SYNCHRONOUS,
-}
-"""How each method's clients and server take turns; ``None``: there is nothing to time."""
 
 
 @dataclass(frozen=True)
@@ -147,8 +129,8 @@ class Virtual:
 def simulate(
     schedule: Schedule,
     work: Mapping[str, ClientWork],
-    devices: Mapping[str, DeviceProfile],
-    server: DeviceProfile,
+    devices: Mapping[str, Profile],
+    server: Profile,
     *,
     slots: int = 1,
     seed: int = 0,
@@ -171,7 +153,7 @@ def simulate(
 class _Simulation:
     """What all clients share: the clock, the server's attention, and the ends of rounds."""
 
-    def __init__(self, schedule: Schedule, rounds: int, clients: int, server: DeviceProfile, slots: int) -> None:
+    def __init__(self, schedule: Schedule, rounds: int, clients: int, server: Profile, slots: int) -> None:
         self.env = simpy.Environment()
         self.schedule, self.rounds, self.server = schedule, rounds, server
         self.attention = simpy.Resource(self.env, capacity=slots)
@@ -205,7 +187,7 @@ class _Client:
     simulation: _Simulation
     name: str
     work: ClientWork
-    device: DeviceProfile
+    device: Profile
     seed: int
     time: ClientTime = field(default_factory=ClientTime)
     done: int = 0
@@ -307,7 +289,7 @@ class _Client:
 class _Presence:
     """When a device is there: alternating exponential periods, from a generator of the client's own."""
 
-    def __init__(self, device: DeviceProfile, seed: int, client: str) -> None:
+    def __init__(self, device: Profile, seed: int, client: str) -> None:
         self.on, self.off = device.mean_on_s or 0.0, device.mean_off_s or 0.0
         if self.off:
             self._random = generator(seed, "availability", client)

@@ -1,19 +1,102 @@
-"""Running a skeleton's pieces, forward and backward, and noting what each of them holds and computes."""
+"""Counting what runs: the bytes that are alive meanwhile, and its floating-point operations.
+
+Both look at the kernels that torch really calls, of real tensors or of fake ones that only have shapes, so one way of
+counting serves simulations (:mod:`flexp.cost.flops`: whole steps of the method that was run) and the planner
+(:mod:`flexp.cost.model_cost`: every piece of a model, without a weight of it).
+
+torch's ``FlopCounterMode`` sees the matrix products and convolutions that run, forward and backward, with whatever is
+frozen, adapted, recomputed or aligned; a product of (m × k) and (k × n) is 2mkn. Attention is counted as the products
+it is made of: the fused kernels of a CPU are invisible to the counter, so they are switched off meanwhile. Element-wise
+work and optimisers count nothing.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
-from flexp.cost.flops import counting
-from flexp.cost.ledger import Ledger
 from flexp.cost.skeleton import Skeleton
 from flexp.models.stage import Stage
+
+
+@contextmanager
+def counting() -> Iterator[Callable[[], float]]:
+    """Inside the ``with`` block: the floating-point operations so far."""
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = _NoModules()  # type: ignore[assignment]
+    with sdpa_kernel(SDPBackend.MATH), counter:
+        yield counter.get_total_flops
+
+
+class _NoModules:
+    """Instead of the counter's ledger by module, which cannot follow ``torch.autograd.grad``."""
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+
+class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Inside the ``with`` block: every storage that an operation makes counts from then until nobody holds it.
+
+    Views count nothing of their own. What a kernel allocates for itself while it runs is not seen.
+
+    Args:
+        known: tensors that were there before, which do not count.
+
+    Attributes:
+        live: bytes alive now; ``peak``: the most since :meth:`mark`.
+    """
+
+    def __init__(self, known: Iterable[Tensor] = ()) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live = self.peak = 0
+        # A storage's address may be given again after it is freed; its entry goes with it.
+        self._sizes: dict[int, int] = {}
+        self._static = {storage._cdata: storage for value in known for storage in [value.untyped_storage()]}
+
+    def mark(self) -> tuple[int, int]:
+        """(live, peak) since the last mark; the next peak starts from what is live now."""
+        found = self.live, self.peak
+        self.peak = self.live
+        return found
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for value in tree_leaves(out):
+            if isinstance(value, Tensor):
+                self._see(value.untyped_storage())
+        return out
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._static:
+            return
+        size = storage.nbytes()
+        before = self._sizes.get(key)
+        if before is None:
+            weakref.finalize(storage, self._gone, key)
+        self._sizes[key] = size
+        self.live += size - (before or 0)
+        self.peak = max(self.peak, self.live)
+
+    def _gone(self, key: int) -> None:
+        self.live -= self._sizes.pop(key, 0)
+
 
 Note = tuple[int, int, float]
 """(live bytes, peak bytes since the note before, operations so far)."""

@@ -1,9 +1,15 @@
-"""A client without its server: an answer at once, so that the client's own work is all there is to measure."""
+"""A client without its server: an answer at once, so that the client's own work is all there is to measure.
+
+``python -m flexp.cost.echo PROBE`` is the process that :mod:`flexp.cost.probe` starts to measure a client's memory.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import sys
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
+from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any, TypeVar, cast
 
@@ -12,8 +18,9 @@ from torch import Tensor, nn
 
 from flexp.client.model import OFF, SPLIT_MODELS
 from flexp.client.whole import WholeModel
-from flexp.config import AlignConfig
-from flexp.cost.probe import Probe
+from flexp.config import AlignConfig, ModelConfig, OptimizerConfig
+from flexp.cost.probe import Measured, Probe
+from flexp.errors import FlexpError
 from flexp.links.base import Meter, finished
 from flexp.links.messages import (
     BackwardReply,
@@ -31,8 +38,12 @@ from flexp.links.messages import (
     Request,
     Welcome,
 )
+from flexp.models.loading import load_config, load_stage
+from flexp.models.parts import Part
 from flexp.models.stage import Stage
-from flexp.models.tuning import embedding_names
+from flexp.models.stored import stored
+from flexp.models.tuning import embedding_names, tune
+from flexp.optim import Updater
 
 R = TypeVar("R")
 
@@ -144,3 +155,72 @@ def random_batch(probe: Probe, config: Any) -> dict[str, Any]:
     ids = torch.randint(1, config.get_text_config().vocab_size, shape, generator=generator)
     labels = torch.zeros(probe.examples, dtype=torch.long) if probe.kind == "sequence-classification" else ids
     return {"input_ids": ids, "attention_mask": torch.ones(shape, dtype=torch.long), "labels": labels}
+
+
+def _run(probe: Probe) -> Measured:
+    """In the process of its own: load, train, read the kernel's figures."""
+    torch.set_num_threads(1)
+    config = ModelConfig(**probe.model_config)
+    _warm_up()
+    before = _resident("VmRSS")
+    _reset_peak()
+    part = None
+    if probe.cut is not None:
+        blocks = int(load_config(probe.model).get_text_config().num_hidden_layers)
+        part = Part.client(probe.cut if probe.tail else (probe.cut[0], blocks), blocks)
+    stage = load_stage(config.at(probe.model), cast(Any, probe.kind), part, labels=probe.labels, pad_token_id=0)
+    tune(stage, config, ranks=dict(probe.ranks))
+    own = stage.model.parameters() if probe.tail else without_tail(stage)
+    in_file = {id(value) for value in stored(stage.model)}
+    for value in own:  # weights are mapped from their file: read them once, so that they count
+        if id(value) not in in_file:
+            value.detach().sum()
+    loaded = _resident("VmHWM") - before
+    extra: list[Any] = [
+        [value.detach().clone() for value in stage.trainable().values()] for _ in range(probe.extra_weights)
+    ]
+    model = client_model(probe, stage)
+    updater = Updater(stage.trainable(), OptimizerConfig(**probe.optimizer))
+    batch = random_batch(probe, stage.model.config)
+    model.train(True)
+    for step in range(probe.steps):
+        model(**batch).loss.backward()
+        updater.step()
+        model.after_step()
+        if step == 0:  # the first step makes the optimiser's state; the others have theirs by then as well
+            state = updater.state().values()
+            extra += [[value.clone() for value in state] for _ in range(probe.extra_optimizers)]
+    return Measured(loaded=max(0, loaded), peak=max(0, _resident("VmHWM") - before))
+
+
+def _warm_up() -> None:
+    """Let torch allocate what it needs once whatever the model is."""
+    weight = torch.randn(64, 64, requires_grad=True)
+    torch.autograd.backward((torch.randn(64, 64) @ weight).sum())
+    torch.optim.AdamW([weight], fused=True).step()
+
+
+def _resident(key: str) -> int:
+    with open("/proc/self/status", encoding="ascii") as file:  # noqa: PTH123
+        for line in file:
+            if line.startswith(key + ":"):
+                return int(line.split()[1]) * 1024
+    raise FlexpError("the kernel does not tell this process's memory: /proc/self/status is needed")
+
+
+def _reset_peak() -> None:
+    try:
+        with open("/proc/self/clear_refs", "w", encoding="ascii") as file:  # noqa: PTH123
+            file.write("5")
+    except OSError:  # then the peak of importing counts as well, if it was higher
+        pass
+
+
+def _main(arguments: Mapping[str, Any]) -> None:
+    cut = arguments["cut"]
+    probe = Probe(**{**arguments, "cut": tuple(cut) if cut is not None else None})
+    print(json.dumps(asdict(_run(probe))))
+
+
+if __name__ == "__main__":
+    _main(json.loads(sys.argv[1]))

@@ -1,26 +1,23 @@
-"""What a step costs: floating-point operations counted on a real step, and the bytes of its messages.
+"""What a client's exchange costs: floating-point operations, counted on a real step, and the bytes of its messages.
 
-torch's ``FlopCounterMode`` sees the matrix products and convolutions that really run, forward and backward, with
-whatever is frozen, adapted, recomputed or aligned; a product of (m × k) and (k × n) is 2mkn. Attention is counted as
-the products it is made of: the fused kernels of a CPU are invisible to the counter, so they are switched off meanwhile.
-Element-wise work and optimisers count nothing.
+A simulation asks what the method computed that it has run, whatever that was: the client's own model and the server's
+make one step, and :func:`flexp.cost.counting.counting` looks on. The planner asks before anything is loaded, of every
+cut at once, so it counts a model's pieces instead (:mod:`flexp.cost.model_cost`). A test holds the two to each other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, TypeVar
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from flexp.client.whole import WholeModel
 from flexp.config import TrainConfig
+from flexp.cost.counting import counting
 from flexp.cost.echo import EchoLink, client_model, random_batch, without_tail
 from flexp.cost.probe import Probe
 from flexp.data.ordering import BatchOrder
@@ -97,27 +94,6 @@ def mean_shape(config: TrainConfig, lengths: Sequence[int], seed: int) -> tuple[
     groups = [step[start : start + micro] for step in steps for start in range(0, len(step), micro)]
     longest = [max(lengths[index] for index in group) for group in groups]
     return round(fmean(map(len, groups))), round(fmean(longest)), max(1, round(len(groups) / len(steps)))
-
-
-@contextmanager
-def counting() -> Iterator[Callable[[], float]]:
-    """Inside the ``with`` block: the floating-point operations so far."""
-    counter = FlopCounterMode(display=False)
-    counter.mod_tracker = _NoModules()  # type: ignore[assignment]
-    with sdpa_kernel(SDPBackend.MATH), counter:
-        yield counter.get_total_flops
-
-
-class _NoModules:
-    """Instead of the counter's ledger by module, which cannot follow ``torch.autograd.grad``."""
-
-    parents = frozenset({"Global"})
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: Any) -> None:
-        pass
 
 
 def _whole(probe: Probe, stage: Stage, only: Collection[str] | None) -> ExchangeCost:

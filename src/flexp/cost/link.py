@@ -22,7 +22,7 @@ FASTEST = 1e12
 
 
 @dataclass(frozen=True)
-class Measured:
+class Network:
     """Bits a second up and down, and the seconds of a message one way. ``symmetric``: up and down were not told apart,
     and are taken to be equal."""
 
@@ -40,7 +40,7 @@ def measure_link(
     repeats: int = 5,
     tuning: str = "full",
     now: Callable[[], float] = time.perf_counter,
-) -> Measured:
+) -> Network:
     """Join as a client that leaves the server its last block alone, and time messages without training anything.
 
     A small activation goes there and back for the latency; the shared weights of one block come down for the downlink;
@@ -83,12 +83,12 @@ def measure_link(
     down = _download(link, welcome.base_depth, cut[0], latency, repeats, now)
     if down is None:
         rate = min(FASTEST, 2 * round_trip)
-        return Measured(rate, rate, latency, symmetric=True)
+        return Network(rate, rate, latency, symmetric=True)
     # 1 / round trip = 1 / up + 1 / down, in seconds for each bit
     rest = 1 / round_trip - 1 / down
     if rest <= 0:
-        return Measured(min(FASTEST, 2 * round_trip), min(FASTEST, 2 * round_trip), latency, symmetric=True)
-    return Measured(min(FASTEST, 1 / rest), min(FASTEST, down), latency, symmetric=False)
+        return Network(min(FASTEST, 2 * round_trip), min(FASTEST, 2 * round_trip), latency, symmetric=True)
+    return Network(min(FASTEST, 1 / rest), min(FASTEST, down), latency, symmetric=False)
 
 
 def _download(

@@ -1,8 +1,8 @@
 """The peak memory of a client, measured in a process of its own and never guessed.
 
-The process loads what a client of one cut owns, trains it for a few steps on random inputs of the size of its largest
-batch, with a link that answers at once, and reads the highest resident memory that the kernel saw: above what Python
-and its libraries take before any model is loaded.
+The process (:mod:`flexp.cost.echo`) loads what a client of one cut owns, trains it for a few steps on random inputs of
+the size of its largest batch, with a link that answers at once, and reads the highest resident memory that the kernel
+saw: above what Python and its libraries take before any model is loaded.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from filelock import FileLock
 
@@ -39,8 +38,8 @@ class Probe:
     with alignment a client also keeps what it sends from there, and holds the weights that it pulls. Without a ``tail``
     the client has nothing behind s: the server computes the loss, too. ``extra_weights`` are further copies of what it
     trains, ``extra_optimizers`` further states of the optimiser, that it holds all the while
-    (:mod:`flexp.methods.holds`). ``ranks`` are those of the adapters in some blocks, (block, rank), where they are not
-    ``model_config``'s.
+    (:class:`flexp.methods.base.Holds`). ``ranks`` are those of the adapters in some blocks, (block, rank), where they
+    are not ``model_config``'s.
     """
 
     model: str
@@ -80,7 +79,7 @@ def measure(probe: Probe, timeout: float = 600.0) -> Measured:
     environment |= {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "flexp.cost.probe", json.dumps(asdict(probe))],
+            [sys.executable, "-m", "flexp.cost.echo", json.dumps(asdict(probe))],
             capture_output=True,
             text=True,
             timeout=timeout,
@@ -150,84 +149,3 @@ def _key(probe: Probe) -> str:
     files = sorted((item.name, item.stat().st_size) for item in folder.iterdir()) if folder.is_dir() else []
     known = [metadata.version(name) for name in ("torch", "transformers")]
     return hashlib.sha256(json.dumps([VERSION, asdict(probe), files, known], sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _run(probe: Probe) -> Measured:
-    """In the process of its own: load, train, read the kernel's figures."""
-    import torch
-
-    from flexp.config import ModelConfig, OptimizerConfig
-    from flexp.cost import echo
-    from flexp.models.loading import load_config, load_stage
-    from flexp.models.parts import Part
-    from flexp.models.stored import stored
-    from flexp.models.tuning import tune
-    from flexp.optim import Updater
-
-    torch.set_num_threads(1)
-    config = ModelConfig(**probe.model_config)
-    _warm_up()
-    before = _resident("VmRSS")
-    _reset_peak()
-    part = None
-    if probe.cut is not None:
-        blocks = int(load_config(probe.model).get_text_config().num_hidden_layers)
-        part = Part.client(probe.cut if probe.tail else (probe.cut[0], blocks), blocks)
-    stage = load_stage(config.at(probe.model), cast(Any, probe.kind), part, labels=probe.labels, pad_token_id=0)
-    tune(stage, config, ranks=dict(probe.ranks))
-    own = stage.model.parameters() if probe.tail else echo.without_tail(stage)
-    in_file = {id(value) for value in stored(stage.model)}
-    for value in own:  # weights are mapped from their file: read them once, so that they count
-        if id(value) not in in_file:
-            value.detach().sum()
-    loaded = _resident("VmHWM") - before
-    extra: list[Any] = [
-        [value.detach().clone() for value in stage.trainable().values()] for _ in range(probe.extra_weights)
-    ]
-    model = echo.client_model(probe, stage)
-    updater = Updater(stage.trainable(), OptimizerConfig(**probe.optimizer))
-    batch = echo.random_batch(probe, stage.model.config)
-    model.train(True)
-    for step in range(probe.steps):
-        model(**batch).loss.backward()
-        updater.step()
-        model.after_step()
-        if step == 0:  # the first step makes the optimiser's state; the others have theirs by then as well
-            state = updater.state().values()
-            extra += [[value.clone() for value in state] for _ in range(probe.extra_optimizers)]
-    return Measured(loaded=max(0, loaded), peak=max(0, _resident("VmHWM") - before))
-
-
-def _warm_up() -> None:
-    """Let torch allocate what it needs once whatever the model is."""
-    import torch
-
-    weight = torch.randn(64, 64, requires_grad=True)
-    torch.autograd.backward((torch.randn(64, 64) @ weight).sum())
-    torch.optim.AdamW([weight], fused=True).step()
-
-
-def _resident(key: str) -> int:
-    with open("/proc/self/status", encoding="ascii") as file:  # noqa: PTH123
-        for line in file:
-            if line.startswith(key + ":"):
-                return int(line.split()[1]) * 1024
-    raise FlexpError("the kernel does not tell this process's memory: /proc/self/status is needed")
-
-
-def _reset_peak() -> None:
-    try:
-        with open("/proc/self/clear_refs", "w", encoding="ascii") as file:  # noqa: PTH123
-            file.write("5")
-    except OSError:  # then the peak of importing counts as well, if it was higher
-        pass
-
-
-def _main(arguments: Mapping[str, Any]) -> None:
-    cut = arguments["cut"]
-    probe = Probe(**{**arguments, "cut": tuple(cut) if cut is not None else None})
-    print(json.dumps(asdict(_run(probe))))
-
-
-if __name__ == "__main__":
-    _main(json.loads(sys.argv[1]))

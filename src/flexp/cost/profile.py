@@ -1,30 +1,24 @@
-"""What a device has: memory, speed and network, as a small JSON file that can be carried elsewhere."""
+"""What a device has: memory, speed and network; measured (a small JSON file that can be carried elsewhere), or a class.
+
+The figures of device classes are orders of magnitude, not measurements of one device: whoever knows better says so in
+``[devices.classes.NAME]``. Peaks are public; what share of a peak training sustains is this project's assumption and is
+marked so, and so is the share of the memory. Peaks are those of single precision, in which FlexP trains by default.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, ValidationError, model_validator
 
-from flexp.config import DeviceClassConfig, Rate, Section
-from flexp.cost import classes as profiles
+from flexp.config import DeviceClassConfig, DevicesConfig, Rate, Section
 from flexp.errors import ConfigError
 from flexp.files import read_json, write_json
 
 VERSION = 1
 """Of the file's form; another one is refused."""
-
-WATTS: dict[str, float] = {
-    "phone": 4.0,
-    "raspberry-pi": 8.0,
-    "jetson": 15.0,
-    "laptop": 30.0,
-    "workstation": 400.0,
-    "server": 500.0,
-}
-"""Assumptions: what a device of a class draws while it trains. They make the energy a proxy, not a measurement."""
 
 Seconds = Annotated[float, Field(ge=0.0)]
 Role = Literal["client", "server"]
@@ -71,6 +65,10 @@ class ModelSeconds(Section):
     overhead_bytes: Annotated[int, Field(ge=0)] | None = None
 
 
+FIGURES = ("memory_bytes", "flops", "uplink_bps", "downlink_bps", "latency_s")
+"""What a device class must have, and a fleet may say otherwise."""
+
+
 class Profile(Section):
     """A device, or the server.
 
@@ -80,8 +78,10 @@ class Profile(Section):
         flops: floating-point operations a second that training sustains; for models that were not measured.
         uplink_bps: bits a second to the server (or, of a server, to the network); ``downlink_bps`` from it.
         latency_s: of a message, one way.
-        measured: what was measured, and on which model; empty for a ready class.
-        watts: drawn while computing, ``link_watts`` while transmitting: assumptions.
+        measured: what was measured, and on which model; empty for a class.
+        watts: drawn while computing, ``link_watts`` while transmitting: assumptions, which make the energy a proxy.
+        mean_on_s: availability: exponential periods of this mean in which the device is there, and of ``mean_off_s`` in
+            which it is away. Both ``None``: always there.
     """
 
     version: Literal[1] = 1
@@ -99,6 +99,14 @@ class Profile(Section):
     measured: list[ModelSeconds] = Field(default=[])
     watts: Rate = 10.0
     link_watts: Rate = 1.0
+    mean_on_s: Rate | None = None
+    mean_off_s: Rate | None = None
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> Profile:
+        if (self.mean_on_s is None) != (self.mean_off_s is None):
+            raise ValueError("mean_on_s and mean_off_s belong together: set both, or none for a device always there")
+        return self
 
     @model_validator(mode="after")
     def _batch_sizes_differ(self) -> Profile:
@@ -109,39 +117,40 @@ class Profile(Section):
                 raise ValueError("measured: every shape must have all blocks of the model")
         return self
 
+    @property
+    def always_on(self) -> bool:
+        return self.mean_off_s is None
+
     @classmethod
     def from_class(
         cls, name: str, classes: Mapping[str, DeviceClassConfig] | None = None, role: Role | None = None
     ) -> Profile:
-        """The device class ``name`` of :mod:`flexp.cost.classes`, which the virtual clock knows as well.
+        """The class ``name``: a ready one, one of the user's own ``classes``, or a ready one with some of its figures.
 
         Raises:
-            ConfigError: there is no such class.
+            ConfigError: there is no such class, or figures are missing.
         """
-        device = profiles.profile(name, classes)
-        return cls(
-            name=device.name,
-            role=role or ("server" if name == "server" else "client"),
-            memory_bytes=device.memory_bytes,
-            memory_from="device class",
-            flops=device.flops,
-            uplink_bps=device.uplink_bps,
-            downlink_bps=device.downlink_bps,
-            latency_s=device.latency_s,
-            link_from="device class",
-            watts=WATTS.get(name, 10.0),
-        )
-
-    def as_class(self) -> profiles.DeviceProfile:
-        """The same device for the virtual clock."""
-        return profiles.DeviceProfile(
-            name=self.name,
-            memory_bytes=self.memory_bytes,
-            flops=self.flops,
-            uplink_bps=self.uplink_bps,
-            downlink_bps=self.downlink_bps,
-            latency_s=self.latency_s,
-        )
+        own = (classes or {}).get(name)
+        base_name = name if own is None or own.base is None else own.base
+        base = READY.get(base_name)
+        if base is None and (own is None or own.base is not None):
+            known = ", ".join([*READY, *(other for other in classes or {} if other not in READY)])
+            raise ConfigError(f"device class {base_name!r} is not known; expected one of {known}")
+        figures: dict[str, Any] = {} if base is None else base.model_dump(include={*FIGURES, "mean_on_s", "mean_off_s"})
+        if own is not None:
+            figures |= own.model_dump(exclude={"base"}, exclude_none=True)
+        missing = [key for key in FIGURES if key not in figures]
+        if missing:
+            raise ConfigError(
+                f"devices.classes.{name} lacks {', '.join(missing)}; set all of them, or a ready class as its base"
+            )
+        try:
+            found = cls(name=name, memory_from="device class", link_from="device class", **figures)
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise ConfigError(f"devices.classes.{name}: {reason}") from error
+        role = role or ("server" if name == "server" else "client")
+        return found.model_copy(update={"role": role, "watts": READY[name].watts if name in READY else found.watts})
 
     @classmethod
     def read(cls, path: Path) -> Profile:
@@ -180,4 +189,83 @@ class Profile(Section):
         Raises:
             StorageError: the place cannot be written.
         """
-        write_json(path, self.model_dump(mode="json"))
+        write_json(path, self.model_dump(mode="json", exclude_none=True))
+
+
+GIB = 2**30
+
+# Networks. Mobile and fixed broadband: global means of the Speedtest Global Index (Ookla) of September 2020, mobile
+# 35.96 Mbit/s down and 11.22 up, fixed 85.73 down and 45.74 up; latencies are Ookla's global figures of November 2022,
+# 28 ms mobile and 10 ms fixed, there and back, so half of it one way. Both as the press reported them: docs/devices.md.
+_MOBILE: dict[str, Any] = {"uplink_bps": 11.22e6, "downlink_bps": 35.96e6, "latency_s": 0.014}
+_FIXED: dict[str, Any] = {"uplink_bps": 45.74e6, "downlink_bps": 85.73e6, "latency_s": 0.005}
+
+READY: dict[str, Profile] = {
+    profile.name: profile
+    for profile in (
+        Profile(
+            name="phone",
+            watts=4.0,
+            # Assumption: an eighth of 8 GB, so that nothing that its owner uses is thrown out.
+            memory_bytes=1 * GIB,
+            # Snapdragon 8 Gen 2: one Cortex-X3 at 3.2 GHz and four A715/A710 at 2.8 GHz (notebookcheck.net). With four
+            # and two 128-bit units for fused multiply-adds each, that is a peak of 102 + 4 · 45 = 282 GFLOP/s.
+            # Assumption: a tenth of it, since a phone that trains in somebody's pocket must stay cool.
+            flops=28e9,
+            **_MOBILE,
+        ),
+        Profile(
+            name="raspberry-pi",
+            watts=8.0,
+            memory_bytes=3 * GIB,  # Raspberry Pi 5 with 4 GB. Assumption: the system takes a quarter.
+            # Four Cortex-A76 at 2.4 GHz: HPL measures 30.2 GFLOP/s in double precision (geerlingguy/top500-benchmark,
+            # issue 18). Assumption: in single precision, twice as fast, training sustains half of what HPL would.
+            flops=30e9,
+            **_FIXED,
+        ),
+        Profile(
+            name="jetson",
+            watts=15.0,
+            memory_bytes=6 * GIB,  # Jetson Orin Nano with 8 GB, shared with the system. Assumption: it takes a quarter.
+            # 1024 CUDA cores at 625 MHz, two operations each a cycle (NVIDIA's data sheet): 1.28 TFLOP/s. Assumption:
+            # 30 %, in the range of what large models sustain in training (PaLM, arXiv 2204.02311, lists 21 to 46 %).
+            flops=0.38e12,
+            **_FIXED,
+        ),
+        Profile(
+            name="laptop",
+            watts=30.0,
+            memory_bytes=8 * GIB,  # Assumption: half of 16 GB.
+            # Assumption: eight cores at 3 GHz with two 256-bit units for fused multiply-adds, which is a peak of 768
+            # GFLOP/s; and 20 % of it.
+            flops=150e9,
+            **_FIXED,
+        ),
+        Profile(
+            name="workstation",
+            watts=400.0,
+            memory_bytes=22 * GIB,  # GeForce RTX 4090: 24 GB. Assumption: the display and the driver take two.
+            flops=25e12,  # NVIDIA's figure for single precision is 82.6 TFLOP/s. Assumption: 30 %, as above.
+            **_FIXED,
+        ),
+        Profile(
+            name="server",
+            watts=500.0,
+            memory_bytes=76 * GIB,  # A100 with 80 GB. Assumption: the driver takes a few.
+            flops=60e12,  # A100 data sheet: 156 TFLOP/s dense in TF32. Assumption: 40 %, as well-tuned training has.
+            uplink_bps=10e9,  # Assumption: a data centre's link that no client fills.
+            downlink_bps=10e9,
+            latency_s=0.0,  # the clients' latencies reach to their server already
+        ),
+    )
+}
+
+
+def assign(config: DevicesConfig, clients: Sequence[str]) -> dict[str, Profile]:
+    """The device of each client: ``devices.assign`` in order, repeated when there are more clients.
+
+    Raises:
+        ConfigError: a class is not known.
+    """
+    names = config.assign
+    return {client: Profile.from_class(names[i % len(names)], config.classes) for i, client in enumerate(clients)}

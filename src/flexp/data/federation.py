@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from flexp.config import DataConfig
-from flexp.data.columns import as_text, check_present
+from flexp.data.columns import as_text, check_present, label_texts, sort_labels
 from flexp.data.grouping import check_apart, check_whole
-from flexp.data.labels import label_texts, sort_labels
 from flexp.data.partition import Facts, Partition, partition, partition_test
 from flexp.data.sources import Rows, read_rows
 from flexp.data.split import Split, split_client

@@ -18,10 +18,9 @@ from typing import Any
 import numpy as np
 
 from flexp.config import ClientsConfig
-from flexp.data.columns import nearest
+from flexp.data.columns import nearest, sort_labels
 from flexp.data.grouping import deal
-from flexp.data.labels import sort_labels
-from flexp.data.seeding import generator
+from flexp.data.ordering import generator
 from flexp.data.split import stratified_order
 from flexp.errors import ConfigError, DataError
 

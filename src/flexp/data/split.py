@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from flexp.data.grouping import deal, shares
-from flexp.data.seeding import generator
+from flexp.data.ordering import generator
 from flexp.errors import DataError
 
 

@@ -48,7 +48,7 @@ class Fetched:
                 autocast=stage.autocast_name,
                 numbering=int(taken.facts["numbering"]),
                 codec=CodecConfig(),
-            )
+            ),
         )
 
     def begin(self) -> None:

@@ -16,7 +16,7 @@ from flexp.errors import ConfigError, StorageError
 from flexp.export.client_folder import PERSONAL, ClientFolder, Taken, open_client
 from flexp.export.facts import origin
 from flexp.export.saved import Opened, client_of, look_into
-from flexp.methods import METHODS
+from flexp.methods.base import method_of
 from flexp.models.fingerprint import fingerprint
 from flexp.models.parts import Part
 from flexp.models.stage import Stage
@@ -113,7 +113,7 @@ class RunHome:
 
     def fresh(self) -> Mapping[str, Tensor]:
         """See :class:`Home`."""
-        return METHODS[self._opened.config.method.name](self._world).state().get(self._party, {})
+        return method_of(self._opened.config)(self._world).state().get(self._party, {})
 
     def put(self, found: Backup) -> int:
         """See :class:`Home`."""
@@ -203,5 +203,5 @@ def _facts(
         "train_embeddings": config.model.train_embeddings,
         "dtype": config.model.dtype,
         "optimizer": config.train.personal.name,
-        "follow": config.method.name == "flexp-sfl" and config.method.align.follow,
+        "follow": method_of(config).aligns and config.method.align.follow,
     }

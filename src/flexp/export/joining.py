@@ -16,7 +16,7 @@ from flexp.errors import ConfigError
 from flexp.export import backup
 from flexp.export.saved import LAST, SavedRun, open_run
 from flexp.files import write_json
-from flexp.methods.flexp_sfl import FlexpSfl
+from flexp.methods.split import Split
 from flexp.models.fingerprint import fingerprint
 from flexp.models.parts import check_cut
 from flexp.report.progress import Progress
@@ -75,10 +75,10 @@ def join(
     """
     runner.refuse_taken(out)
     run = open_run(folder, which)
-    if not isinstance(run.method, FlexpSfl):
+    if not isinstance(run.method, Split):
         raise ConfigError(
             f"{folder}: the method {run.config.method.name} has no server whose blocks a newcomer could start from; "
-            "flexp join is for flexp-sfl"
+            "flexp join needs a method that splits"
         )
     if name in run.world.cuts:
         raise ConfigError(f"{name!r} is a client of {folder} already; choose another --name")
@@ -98,7 +98,7 @@ def join(
         else None,
     }
     world = joined_world(config, facts)
-    method = FlexpSfl(world)
+    method = Split(world)
     if middle == SHARED:
         method.server.load(_shared_weights(method.server.state(), run.method.server.state()))
     if not train_shared:
@@ -157,7 +157,7 @@ def _of_client(run: SavedRun, item: str, passphrase: str | None) -> dict[str, Te
 
 
 def _of_server(run: SavedRun) -> dict[str, Tensor]:
-    assert isinstance(run.method, FlexpSfl)
+    assert isinstance(run.method, Split)
     parameters = run.method.server.shared.updater.parameters
     return {name: value.detach().clone() for name, value in parameters.items()}
 
@@ -191,7 +191,7 @@ def _config(
             known = ", ".join([*(f"{free}.…" for free in FREE), *(f"data.{key}" for key in FREE_DATA)])
             raise ConfigError(f"--set {setting}: a newcomer takes this from the run; it may set {known}")
         override(content, setting)
-    assert isinstance(run.method, FlexpSfl)
+    assert isinstance(run.method, Split)
     base, stop = run.method.server.blocks
     start, end = check_cut(
         cut or list(run.world.cuts.values())[len(run.world.cuts) % len(run.world.cuts)],

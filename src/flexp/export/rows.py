@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flexp.config import DataConfig
-from flexp.data.columns import check_present
-from flexp.data.labels import label_texts
+from flexp.data.columns import check_present, label_texts
 from flexp.data.sources import Rows, read_rows
 from flexp.data.tasks import LABELLED, needed_columns
 from flexp.data.types import Example, Task

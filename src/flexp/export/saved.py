@@ -11,14 +11,14 @@ from flexp.data.columns import nearest
 from flexp.data.types import ClientData
 from flexp.errors import ConfigError, StorageError
 from flexp.files import read_json
-from flexp.methods import METHODS, Method, World
-from flexp.methods.flexp_sfl import FlexpSfl
+from flexp.methods.base import Method, World, method_of
+from flexp.methods.split import Split
 from flexp.report.metrics import read
 from flexp.report.summary import Scores, best_round, picked_on, scores_by_round
 from flexp.run import checkpoints
+from flexp.run.costs import MemoryProbes
 from flexp.run.folder import is_client
 from flexp.run.participants import place
-from flexp.run.probes import MemoryProbes
 from flexp.run.settle import world_of
 
 LAST, BEST = "last", "best"
@@ -48,7 +48,7 @@ class SavedRun:
 
     def cut(self, client: str) -> tuple[int, int]:
         """Where a client cut then; it may have moved since the run began."""
-        return self.method.cut_of(client) if isinstance(self.method, FlexpSfl) else self.world.cuts[client]
+        return self.method.cut_of(client) if isinstance(self.method, Split) else self.world.cuts[client]
 
     def client(self, name: str | None) -> ClientData:
         """The data of the client ``name``; of the only one, if there is no other.
@@ -151,7 +151,7 @@ def open_run(folder: Path, which: str = LAST) -> SavedRun:
     """
     opened = look_into(folder, which)
     _, state = checkpoints.load(opened.place)
-    method = METHODS[opened.config.method.name](opened.world)
+    method = method_of(opened.config)(opened.world)
     odd = sorted(method.state().keys() ^ state.keys())
     if odd:
         raise StorageError(

@@ -16,20 +16,33 @@ spread evenly over its rounds; with ``"paper"`` a round has ``train.steps_per_ro
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from flexp.methods.base import OnStep, World
+from flexp.config import Fraction, Section
+from flexp.methods.base import Holds, OnStep, World
 from flexp.methods.federated import Client, Federated, spread
 from flexp.methods.workbench import Weights, optimizer_state
 
 
 class Apfl(Federated):
-    """FedAvg and a second, personal model, mixed."""
+    """FedAvg and a second, personal model, mixed (Deng et al., 2020)."""
+
+    name = "apfl"
+    held = Holds("whole", weights=2, optimizers=1)  # w_i and v_i beside their mixture, each with an optimiser
+    axis = ("method.apfl.alpha", (0.5, 0.75))
+
+    class Config(Section):
+        """A mixture of a personal model and the average."""
+
+        alpha: Fraction = 0.5  # α at the start: 0 is FedAvg, 1 is local training
+        alpha_lr: Annotated[float, Field(ge=0.0)] = 0.1  # of α, which is adapted once a round; 0: fixed
 
     def __init__(self, world: World) -> None:
-        self.settings = world.config.method.apfl
+        self.settings: Apfl.Config = self.own(world.config)
         super().__init__(world)
 
     def evaluations(self) -> dict[str, int]:

@@ -20,19 +20,24 @@ from flexp.client.trainer import Trainer
 from flexp.client.whole import WholeModel
 from flexp.data.types import ClientData
 from flexp.links.base import Traffic
-from flexp.methods.base import Account, Forward, OnStep, State, World
+from flexp.methods.base import Account, Forward, Holds, Method, OnStep, State, World
 from flexp.methods.parties import client_seed, own_stage
 from flexp.models.parts import Part
 from flexp.optim import Updater
 
 
-class Centralized:
-    """One model for all."""
+class Centralized(Method):
+    """One model, trained on everybody's data in one place: a bound."""
 
+    name = "centralized"
     same_for_all = True
+    sends = "its data"
+    held = Holds(None)
+    timing = None
+    effort = 0.8
 
     def __init__(self, world: World) -> None:
-        self.world = world
+        super().__init__(world)
         clients = world.participants
         self.names = [data.name for data in clients]
         pool = ClientData("+".join(self.names), list(chain.from_iterable(data.train for data in clients)), [], [])
@@ -86,6 +91,3 @@ class Centralized:
 
     def load(self, state: State) -> None:
         self.trainer.load(state["server"])
-
-    def close(self) -> None:
-        pass

@@ -12,18 +12,34 @@ average has all of them and v_k as many on top. Each model takes the client's ba
 
 from __future__ import annotations
 
-from flexp.methods.base import OnStep, World
+from typing import Annotated
+
+from pydantic import Field, PositiveInt
+
+from flexp.config import Section
+from flexp.methods.base import Holds, OnStep, World
 from flexp.methods.federated import Client, Federated
 from flexp.methods.workbench import Weights, optimizer_state
 
 
 class Ditto(Federated):
-    """FedAvg and a second, personal model."""
+    """FedAvg and a second, personal model, tied to the average (Li et al., 2021)."""
 
+    name = "ditto"
+    # While v_k trains: the received w, v_k, and v_k's optimiser, which lasts.
+    held = Holds("whole", weights=2, optimizers=1)
+    axis = ("method.ditto.lam", (0.1, 1.0))
     scored_with_average = False
 
+    class Config(Section):
+        """A personal model beside the average, tied to it."""
+
+        lam: Annotated[float, Field(ge=0.0)] = 0.1  # λ; 0 is local training
+        # a round; None: half of the budget, or all of it with budget = "paper"
+        personal_steps: PositiveInt | None = None
+
     def __init__(self, world: World) -> None:
-        self.settings = world.config.method.ditto
+        self.settings: Ditto.Config = self.own(world.config)
         super().__init__(world)
 
     def evaluations(self) -> dict[str, int]:

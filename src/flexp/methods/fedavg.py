@@ -13,6 +13,8 @@ from flexp.methods.federated import Federated
 
 
 class FedAvg(Federated):
-    """One global model; the common mechanics as they are."""
+    """Federated averaging: one global model (McMahan et al., 2017)."""
 
+    name = "fedavg"
     same_for_all = True
+    effort = 0.8

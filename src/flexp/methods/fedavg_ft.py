@@ -14,8 +14,13 @@ are on top.
 
 from __future__ import annotations
 
+from typing import Literal
+
+from pydantic import PositiveInt
+
+from flexp.config import Rate, Section
 from flexp.errors import ConfigError
-from flexp.methods.base import OnStep, World
+from flexp.methods.base import OnStep, World, of_a_round
 from flexp.methods.federated import Client, Federated, spread
 from flexp.methods.workbench import Weights
 
@@ -27,11 +32,23 @@ class FedAvgFt(Federated):
         ConfigError: fine-tuning takes more steps than the run has.
     """
 
+    name = "fedavg-ft"
+    axis = ("method.fedavg_ft.finetune_steps", of_a_round(1.0, 0.5))
+    effort = 1.3
     adapts = True
 
+    class Config(Section):
+        """FedAvg, then local fine-tuning of the average."""
+
+        finetune_steps: PositiveInt | None = None  # None: train.steps_per_round
+        finetune_lr: Rate | None = None  # peak of the schedule while fine-tuning; None: train.personal.lr
+        # of the run's schedule what is left, or one of its own after averaging's
+        finetune_schedule: Literal["rest", "own"] = "rest"
+
     def __init__(self, world: World) -> None:
-        self.finetune_steps = world.config.method.fedavg_ft.finetune_steps or world.config.train.steps_per_round
-        self.anew = world.config.method.fedavg_ft.finetune_schedule == "own"
+        self.settings: FedAvgFt.Config = self.own(world.config)
+        self.finetune_steps = self.settings.finetune_steps or world.config.train.steps_per_round
+        self.anew = self.settings.finetune_schedule == "own"
         if world.config.method.budget == "equal" and self.finetune_steps > world.total_steps:
             raise ConfigError(
                 f"method.fedavg_ft.finetune_steps = {self.finetune_steps} is more than the run's {world.total_steps} "
@@ -49,6 +66,6 @@ class FedAvgFt(Federated):
         return self.local_steps(client, received, spread(self.averaging_steps, self.rounds, number), on_step)
 
     def personal_weights(self, client: Client) -> Weights:
-        rate, train = self.world.config.method.fedavg_ft.finetune_lr, self.world.config.train.personal
+        rate, train = self.settings.finetune_lr, self.world.config.train.personal
         optimizer = train if rate is None else train.model_copy(update={"lr": rate})
         return self.adapt(client, self.finetune_steps, optimizer, anew=self.anew)

@@ -14,18 +14,18 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from flexp.client.trainer import Step
 from flexp.config import OptimizerConfig
+from flexp.cost.clock import Schedule
 from flexp.data.types import ClientData
 from flexp.errors import ConfigError
 from flexp.links.base import Meter
-from flexp.methods.base import Account, Forward, OnStep, State, World
-from flexp.methods.client_state import client_state, exact, load_client
+from flexp.methods.base import Account, Forward, Method, OnStep, State, World
 from flexp.methods.parties import client_seed, own_stage
 from flexp.methods.workbench import Bench, Weights, Worker, optimizer_state, size
 from flexp.models.parts import Part
@@ -53,6 +53,26 @@ class Client:
     seconds: float = 0.0
     adapted: int = 0
     adapted_seconds: float = 0.0
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that :meth:`load` needs, as flat named tensors."""
+        flat = {"version": torch.tensor(self.version), "adapted": torch.tensor(self.adapted)}
+        flat |= {"seconds": exact(self.seconds), "adapted_seconds": exact(self.adapted_seconds)}
+        for group, tensors in self.kept.items():
+            flat |= {f"kept/{group}/{name}": value for name, value in tensors.items()}
+        for model, worker in self.workers.items():
+            flat |= {f"worker/{model}/{name}": value for name, value in worker.state().items()}
+        return flat | self.meter.tensors()
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from :meth:`state`."""
+        self.version, self.adapted = int(state["version"]), int(state["adapted"])
+        self.seconds, self.adapted_seconds = float(state["seconds"]), float(state["adapted_seconds"])
+        for group in self.kept:
+            self.kept[group] = {name: value.clone() for name, value in within(state, f"kept/{group}/").items()}
+        for model, worker in self.workers.items():
+            worker.load(within(state, f"worker/{model}/"))
+        self.meter.load_tensors(state)
 
 
 class Averaging:
@@ -83,7 +103,7 @@ class Averaging:
         self.seconds += time.perf_counter() - began
 
 
-class Federated:
+class Federated(Method):
     """Federated averaging; methods override what is different about them.
 
     Attributes:
@@ -92,12 +112,14 @@ class Federated:
         beta: of the server's mixing.
     """
 
+    sends: ClassVar[str] = "weights"
+    timing: ClassVar[Schedule | None] = Schedule("synchronous")
     scored_with_average = True
     adapts = False
     beta = 1.0
 
     def __init__(self, world: World) -> None:
-        self.world = world
+        super().__init__(world)
         self.per_round, self.rounds = world.config.train.steps_per_round, world.config.train.rounds
         self.equal_budget = world.config.method.budget == "equal"
         self.bench = self.make_bench(own_stage(self.world, Part.whole(world.source.anatomy.blocks)))
@@ -247,18 +269,15 @@ class Federated:
     def state(self) -> State:
         server = {f"global/{name}": value for name, value in self.server.weights.items()}
         server |= {"version": torch.tensor(self.server.version), "seconds": exact(self.server.seconds)}
-        return {"server": server} | {f"client-{name}": client_state(client) for name, client in self.clients.items()}
+        return {"server": server} | {f"client-{name}": client.state() for name, client in self.clients.items()}
 
     def load(self, state: State) -> None:
         server = state["server"]
         self.server.weights = {name: server[f"global/{name}"].clone() for name in self.server.weights}
         self.server.version, self.server.seconds = int(server["version"]), float(server["seconds"])
         for name, client in self.clients.items():
-            load_client(client, state[f"client-{name}"])
+            client.load(state[f"client-{name}"])
         self.bench.holds = None
-
-    def close(self) -> None:
-        pass
 
     def half_of_round(self, wanted: int | None, setting: str) -> tuple[int, int]:
         """A round's gradient evaluations divided between two phases or models: (the second's, the first's).
@@ -298,6 +317,16 @@ class Federated:
         }
         share = 0.0 if data.name in world.absent else len(data.train) / everything
         return Client(data.name, share, workers, self.own_models())
+
+
+def exact(value: float) -> Tensor:
+    """A number that comes back as it was."""
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def within(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with ``prefix``, without it."""
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def spread(total: int, rounds: int, number: int) -> int:

@@ -8,42 +8,53 @@ client's own last layers. Budget: exact.
 
 from __future__ import annotations
 
-from flexp.config import FedPerConfig
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+
+from flexp.config import Section
 from flexp.errors import ConfigError
-from flexp.methods.base import World
+from flexp.methods.base import Axis, World
 from flexp.methods.federated import Federated
 
 
 class FedPer(Federated):
-    """FedAvg of all but the last layers.
+    """FedAvg of all but the last layers, which are personal (Arivazhagan et al., 2019).
 
     Raises:
         ConfigError: nothing would be personal, or nothing averaged.
     """
 
+    name = "fedper"
+    axis: ClassVar[Axis] = ("method.fedper.last_blocks", (0, 1))
+
+    class Config(Section):
+        """Which trained weights are personal."""
+
+        classifier: bool = True  # the head
+        last_blocks: Annotated[int, Field(ge=0)] = 0  # and that many of the last blocks
+
+    settings: FedPer.Config
+
     def __init__(self, world: World) -> None:
-        self.part = self.settings(world)
-        name, blocks = world.config.method.name, world.source.anatomy.blocks
+        self.settings = self.own(world.config)
+        blocks = world.source.anatomy.blocks
         super().__init__(world)
-        wanted = self.part.classifier or self.part.last_blocks
+        wanted = self.settings.classifier or self.settings.last_blocks
         if wanted and len(self.shared) == len(self.bench.parameters):
             raise ConfigError(
-                f"method {name}: this model has no head of its own that is trained (model.tuning = "
+                f"method {self.name}: this model has no head of its own that is trained (model.tuning = "
                 f"{world.config.model.tuning!r}), so nothing is personal; set last_blocks to 1 or more"
             )
         if not self.shared:
             raise ConfigError(
-                f"method {name}: last_blocks = {self.part.last_blocks} of {blocks} blocks leave nothing to average; "
-                "use fewer"
+                f"method {self.name}: last_blocks = {self.settings.last_blocks} of {blocks} blocks leave nothing to "
+                "average; use fewer"
             )
-
-    def settings(self, world: World) -> FedPerConfig:
-        """The table of the configuration that says what is personal."""
-        return world.config.method.fedper
 
     def is_shared(self, name: str) -> bool:
         stage = self.bench.stage
         block = stage.block_of(name)
         if block is not None:
-            return block < stage.anatomy.blocks - self.part.last_blocks
-        return not (self.part.classifier and not name.startswith(stage.model.base_model_prefix + "."))
+            return block < stage.anatomy.blocks - self.settings.last_blocks
+        return not (self.settings.classifier and not name.startswith(stage.model.base_model_prefix + "."))

@@ -8,16 +8,34 @@ stragglers is not simulated here.
 
 from __future__ import annotations
 
-from flexp.methods.base import OnStep
+from typing import Annotated
+
+from pydantic import Field
+
+from flexp.config import Section
+from flexp.methods.base import Holds, OnStep, World
 from flexp.methods.federated import Client, Federated
 from flexp.methods.workbench import Weights
 
 
 class FedProx(Federated):
-    """FedAvg whose clients do not go far."""
+    """FedAvg with a proximal term: clients do not go far (Li et al., 2020)."""
 
+    name = "fedprox"
     same_for_all = True
+    held = Holds("whole", weights=1)  # the received w, which the term pulls to
+    axis = ("method.fedprox.mu", (0.1, 0.01))
+    effort = 0.8
+
+    class Config(Section):
+        """FedAvg with a proximal term."""
+
+        mu: Annotated[float, Field(ge=0.0)] = 0.1  # μ; 0 is FedAvg
+
+    def __init__(self, world: World) -> None:
+        self.settings: FedProx.Config = self.own(world.config)
+        super().__init__(world)
 
     def turn(self, client: Client, received: Weights, number: int, on_step: OnStep) -> Weights:
-        with self.bench.before_update(self.bench.pulled(received, self.world.config.method.fedprox.mu)):
+        with self.bench.before_update(self.bench.pulled(received, self.settings.mu)):
             return super().turn(client, received, number, on_step)

@@ -12,33 +12,47 @@ many on top. Steps of the head alone are cheaper, which the seconds show.
 
 from __future__ import annotations
 
-from flexp.config import FedPerConfig
+from collections.abc import Collection, Sequence
+
+from pydantic import PositiveInt
+
 from flexp.errors import ConfigError
-from flexp.methods.base import OnStep, World
+from flexp.methods.base import OnStep, World, of_a_round
 from flexp.methods.federated import Client
 from flexp.methods.fedper import FedPer
 from flexp.methods.workbench import Weights, optimizer_state
 
 
 class FedRep(FedPer):
-    """First the head, then the representation.
+    """FedPer's two parts trained one after the other: the head, then the representation.
 
     Raises:
         ConfigError: there is no head or no body, or a phase has no steps.
     """
+
+    name = "fedrep"
+    axis = ("method.fedrep.head_steps", of_a_round(0.5, 0.25))
+
+    class Config(FedPer.Config):
+        """FedPer's parts, trained one after the other."""
+
+        # a round; None: half of the budget, or all of it with budget = "paper"
+        head_steps: PositiveInt | None = None
+
+    settings: FedRep.Config
 
     def __init__(self, world: World) -> None:
         super().__init__(world)
         if len(self.shared) == len(self.bench.parameters):
             raise ConfigError("method fedrep: nothing is personal; set method.fedrep.classifier or last_blocks")
 
-    def settings(self, world: World) -> FedPerConfig:
-        return world.config.method.fedrep
+    @property
+    def phases(self) -> Sequence[tuple[Collection[str] | None, float]]:
+        head = self.head_steps / (self.head_steps + self.body_steps)
+        return [(self.shared, 1.0 - head), (self.bench.parameters.keys() - self.shared, head)]
 
     def evaluations(self) -> dict[str, int]:
-        self.body_steps, self.head_steps = self.half_of_round(
-            self.world.config.method.fedrep.head_steps, "fedrep.head_steps"
-        )
+        self.body_steps, self.head_steps = self.half_of_round(self.settings.head_steps, "fedrep.head_steps")
         return {"model": self.rounds * (self.body_steps + self.head_steps)}
 
     def turn(self, client: Client, received: Weights, number: int, on_step: OnStep) -> Weights:

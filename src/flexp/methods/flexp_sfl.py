@@ -1,168 +1,28 @@
 """FlexP-SFL: flexible personalized split federated learning (Yuan et al., 2025, arXiv 2508.10349).
 
-Every client keeps the ends of the model and as many blocks as its cut says, and trains them on its private data. The
-server trains the shared middle with every client's gradient as it arrives. Personal parts are never averaged, nobody
-waits for anybody, and an alignment term ties the personal copies of the blocks [s_min, s) to the server's.
+Every client keeps as many blocks as its cut says (:mod:`flexp.methods.split`). Personal parts are never averaged,
+nobody waits for anybody, and an alignment term ties the personal copies of the blocks [s_min, s) to the server's
+(``method.align``). Cuts may move while it trains (``recut``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
 
-import torch
-from torch import Tensor
-
-from flexp.client.model import SplitModel
-from flexp.client.recut import Blocks, Move, ParkedInMemory, fit, recut
-from flexp.client.state import cut_in, load_party, party_state
-from flexp.client.trainer import Trainer
-from flexp.links.base import Link
-from flexp.methods.base import Account, Forward, OnStep, State, World
-from flexp.methods.cuts import base_depth
-from flexp.methods.parties import make_trainer, own_stage, own_world, split_model
-from flexp.methods.turns import turns
-from flexp.models.parts import Part
-from flexp.models.stage import Stage, carve
-from flexp.models.tuning import tune
-from flexp.server import Server
+from flexp.config import RunConfig
+from flexp.cost.clock import Schedule
+from flexp.methods.split import Split
 
 
-class FlexpSfl:
-    """The method of this project: one server, and a personal model for each client.
+class FlexpSfl(Split):
+    """Split learning with personal ends, aligned with the shared middle (Yuan et al., 2025)."""
 
-    With one client and alignment off it equals training the whole model.
-    """
+    name = "flexp-sfl"
+    timing = Schedule("split-async")
+    aligns = True
+    recuts = True
 
-    def __init__(self, world: World) -> None:
-        self.world = world
-        self.server = self._make_server()
-        self.gone: set[str] = set()  # clients whose device cannot go on
-        self.parking = {data.name: ParkedInMemory() for data in world.federation.clients}
-        self.clients = {data.name: self._make_client(data.name) for data in world.federation.clients}
-
-    def train_round(self, number: int, on_step: OnStep) -> None:
-        config = self.world.config
-        there = [name for name in self.world.participant_names if name not in self.gone]
-        for name in turns(there, config.train, config.seed, number):
-            on_step(self.clients[name].step())
-        if number == config.train.rounds:
-            self.server.flush()  # update = "mean" may have steps left that are fewer than mean_over
-
-    def recut(self, client: str, cut: tuple[int, int], micro_batch: int | None = None) -> Move:
-        """Move a client's cut between two rounds, and change the size of its exchanges.
-
-        Raises:
-            ConfigError, LinkError: the cut does not fit the model or the server.
-        """
-        trainer = self.clients[client]
-        done = recut(trainer, cut, self._blocks(client), self.parking[client])
-        trainer.micro_batch = micro_batch or trainer.micro_batch
-        return done
-
-    def cut_of(self, client: str) -> tuple[int, int]:
-        """Where a client cuts now."""
-        cut: tuple[int, int] = self._model(client).cut
-        return cut
-
-    def connect(self, name: str) -> Link:
-        """The link of a client."""
-        return self.server.connect(name)
-
-    def personal(self, client: str) -> Forward:
-        model = self._model(client)
-
-        def forward(batch: Mapping[str, Tensor]) -> Any:
-            model.eval()
-            with torch.no_grad():
-                return model(**batch)
-
-        return forward
-
-    def trained_weights(self, client: str) -> dict[str, Tensor]:
-        shared, middle = self.server.shared, range(*self.cut_of(client))
-        weights = {
-            name: value for name, value in shared.updater.parameters.items() if shared.stage.block_of(name) in middle
-        }
-        return {
-            name: value.detach().clone() for name, value in {**weights, **self._model(client).personal_state()}.items()
-        }
-
-    def account(self, client: str) -> Account:
-        trainer, meter = self.clients[client], self._model(client).link.meter
-        personal = sum(value.numel() for value in self._model(client).stage.trainable().values())
-        return Account(
-            personal_parameters=personal,
-            training=meter.training,
-            evaluation=meter.evaluation,
-            client_seconds=trainer.seconds - meter.training.waited_seconds,
-            server_seconds=meter.training.server_seconds,
-            gradient_evaluations=trainer.steps,
-        )
-
-    def server_facts(self) -> dict[str, float]:
-        shared = self.server.shared
-        return {
-            "parameters": sum(value.numel() for value in shared.stage.model.parameters()),
-            "trained_parameters": sum(value.numel() for value in shared.updater.parameters.values()),
-            "updates": shared.version,
-            "compute_seconds": self.server.compute_seconds,
-        }
-
-    def state(self) -> State:
-        state = {"server": self.server.state()}
-        for name, trainer in self.clients.items():
-            gone = {"gone": torch.ones(())} if name in self.gone else {}
-            state[f"client-{name}"] = party_state(trainer) | self.parking[name].state() | gone
-        return state
-
-    def load(self, state: State) -> None:
-        self.server.load(state["server"])
-        for name, trainer in self.clients.items():
-            own = state[f"client-{name}"]
-            fit(trainer, cut_in(own) or self.cut_of(name), self._blocks(name))
-            load_party(trainer, own)
-            self.parking[name].load(own)
-        self.gone = {name for name in self.clients if "gone" in state[f"client-{name}"]}
-
-    def close(self) -> None:
-        for name in self.clients:
-            self._model(name).link.close()
-
-    def _model(self, client: str) -> SplitModel:
-        model = self.clients[client].model
-        assert isinstance(model, SplitModel)
-        return model
-
-    def _make_server(self) -> Server:
-        world, config = self.world, self.world.config
-        start, stop = base_depth(config, world.cuts), world.source.anatomy.blocks
-        if not config.recut.on:
-            stop = max(cut[1] for cut in world.cuts.values())
-        stage = carve(world.source, Part.server(start, stop))
-        tuning = config.server.tuning or config.model.tuning
-        tune(stage, config.model, tuning, seed=config.seed)
-        return Server(
-            stage,
-            tuning=tuning,
-            lora=config.model.lora,
-            config=config.server,
-            optimizer=config.train.shared,
-            total_steps=world.total_steps * len(world.participants),
-            seed=config.seed,
-        )
-
-    def _blocks(self, client: str) -> Blocks:
-        world = own_world(self.world, client)
-        return lambda part: own_stage(world, part)
-
-    def _make_stage(self, world: World, cut: tuple[int, int]) -> Stage:
-        return own_stage(world, Part.client(cut, self.world.source.anatomy.blocks))
-
-    def _make_client(self, name: str) -> Trainer:
-        world = own_world(self.world, name)
-        config, cut = world.config, world.cuts[name]
-        stage = self._make_stage(world, cut)
-        kind = world.federation.task.model_kind
-        model = split_model(config, stage, cut, self.connect(name), kind, codec=config.link.codec)
-        return make_trainer(world, name, model, stage)
+    @classmethod
+    def schedule(cls, config: RunConfig) -> Schedule:
+        align = config.method.align
+        return replace(cls.timing, pull_every=align.every if align.kind == "weights" else 0)

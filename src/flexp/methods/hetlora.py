@@ -17,12 +17,14 @@ The personal model is the average cut to the client's rank. Budget: exact. Bytes
 from __future__ import annotations
 
 import math
+from typing import Annotated, Literal
 
+from pydantic import Field, PositiveInt
 from torch import Tensor
 
+from flexp.config import Section
 from flexp.errors import ConfigError
-from flexp.methods.base import World
-from flexp.methods.client_ranks import adapters
+from flexp.methods.base import Adapters, World
 from flexp.methods.federated import Averaging, Client, Federated
 from flexp.methods.parties import with_model
 from flexp.methods.ranks import fit, of_rank
@@ -30,22 +32,39 @@ from flexp.methods.workbench import Weights, size
 
 
 class HetLora(Federated):
-    """FedAvg of adapters, each client with its rank.
+    """FedAvg of LoRA adapters, each client with a rank of its own (Cho et al., 2024).
 
     Raises:
         ConfigError: nothing is adapted.
     """
 
+    name = "hetlora"
+
+    class Config(Section):
+        """Averaged adapters of unequal ranks."""
+
+        # of the clients in their order, repeated for more; None: model.lora.rank for all
+        ranks: Annotated[list[PositiveInt], Field(min_length=1)] | None = None
+        weighting: Literal["examples", "sparsity"] = "sparsity"  # by the norm of B·A, as in the paper
+
+    @classmethod
+    def adapters(cls, world: World, client: str) -> Adapters:
+        settings: HetLora.Config = cls.own(world.config)
+        lora, names = world.config.model.lora, [data.name for data in world.federation.clients]
+        ranks = settings.ranks or [lora.rank]
+        return Adapters(lora.model_copy(update={"rank": ranks[names.index(client) % len(ranks)]}))
+
     def __init__(self, world: World) -> None:
         config = world.config
+        self.settings: HetLora.Config = self.own(config)
         if config.model.tuning != "lora":
             raise ConfigError("method hetlora averages LoRA adapters: it needs model.tuning = 'lora'")
-        self.ranks = {data.name: adapters(world, data.name).lora.rank for data in world.federation.clients}
+        self.ranks = {data.name: self.adapters(world, data.name).lora.rank for data in world.federation.clients}
         lora = config.model.lora.model_copy(update={"rank": max(self.ranks.values())})
         super().__init__(with_model(world, lora=lora))
 
     def make_server(self, weights: Weights) -> Averaging:
-        sparsity = self.world.config.method.hetlora.weighting == "sparsity"
+        sparsity = self.settings.weighting == "sparsity"
         return BySparsity(weights) if sparsity else Averaging(weights)
 
     def received_by(self, client: Client) -> Weights:

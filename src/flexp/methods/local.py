@@ -15,17 +15,19 @@ from torch import Tensor
 from flexp.client.trainer import Trainer
 from flexp.client.whole import WholeModel
 from flexp.links.base import Traffic
-from flexp.methods.base import Account, Forward, OnStep, State, World
+from flexp.methods.base import Account, Forward, Method, OnStep, State, World
 from flexp.methods.parties import make_trainer, own_stage
 from flexp.methods.turns import turns
 from flexp.models.parts import Part
 
 
-class Local:
-    """Every client on its own."""
+class Local(Method):
+    """Every client trains the whole model on its own data alone."""
+
+    name = "local"
 
     def __init__(self, world: World) -> None:
-        self.world = world
+        super().__init__(world)
         self.clients = {data.name: self._make_client(data.name) for data in world.federation.clients}
 
     def train_round(self, number: int, on_step: OnStep) -> None:
@@ -51,18 +53,12 @@ class Local:
         personal = sum(value.numel() for value in trainer.model.personal_state().values())
         return Account(personal, Traffic(), Traffic(), trainer.seconds, 0.0, trainer.steps)
 
-    def server_facts(self) -> dict[str, float]:
-        return {"parameters": 0, "trained_parameters": 0, "updates": 0, "compute_seconds": 0.0}
-
     def state(self) -> State:
         return {f"client-{name}": trainer.state() for name, trainer in self.clients.items()}
 
     def load(self, state: State) -> None:
         for name, trainer in self.clients.items():
             trainer.load(state[f"client-{name}"])
-
-    def close(self) -> None:
-        pass
 
     def _make_client(self, name: str) -> Trainer:
         stage = own_stage(self.world, Part.whole(self.world.source.anatomy.blocks))

@@ -18,28 +18,46 @@ unspent. With ``"paper"`` a round has ``train.steps_per_round`` steps.
 from __future__ import annotations
 
 from functools import partial
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field, PositiveInt
 
-from flexp.config import OptimizerConfig
+from flexp.config import OptimizerConfig, Rate, RunConfig, Section
 from flexp.errors import ConfigError
-from flexp.methods.base import OnStep, World
+from flexp.methods.base import Holds, OnStep, World
 from flexp.methods.federated import Client, Federated, spread
 from flexp.methods.workbench import Weights, Worker
 from flexp.optim import Updater
 
 
 class PerFedAvg(Federated):
-    """FedAvg of what is best one gradient step away.
+    """FedAvg of what is best one gradient step away (Fallah et al., 2020).
 
     Raises:
         ConfigError: adapting takes more gradient evaluations than the run has.
     """
 
+    name = "per-fedavg"
+    axis = ("method.per_fedavg.alpha", (0.01, 0.1))
     adapts = True
 
+    class Config(Section):
+        """An average that one gradient step makes personal."""
+
+        alpha: Annotated[float, Field(ge=0.0)] = 0.01  # α, the rate of the inner SGD step; 0 is FedAvg
+        variant: Literal["first-order", "hessian-free"] = "first-order"
+        delta: Rate = 1e-3  # δ of the finite difference, hessian-free only
+        adapt_steps: PositiveInt = 1  # inner steps that make a personal model out of the average
+
+    @classmethod
+    def holds(cls, config: RunConfig) -> Holds:
+        """First-order: w, while the modules hold u. Hessian-free at its fourth gradient: w, g and ∇f(w + δg)."""
+        settings: PerFedAvg.Config = cls.own(config)
+        return Holds("whole", weights=0 if settings.alpha == 0 else 3 if settings.variant == "hessian-free" else 1)
+
     def __init__(self, world: World) -> None:
-        self.settings = world.config.method.per_fedavg
+        self.settings: PerFedAvg.Config = self.own(world.config)
         alpha = self.settings.alpha
         self.inner = OptimizerConfig(name="sgd", lr=alpha, clip=None) if alpha else None
         self.adapt_steps = self.settings.adapt_steps if alpha else 0

@@ -21,21 +21,34 @@ batch, so fewer distinct examples are seen. With ``"paper"`` R = ``train.steps_p
 from __future__ import annotations
 
 import torch
+from pydantic import PositiveInt
 
-from flexp.methods.base import OnStep, World
+from flexp.config import Rate, Section
+from flexp.methods.base import Holds, OnStep, World
 from flexp.methods.federated import Client, Federated
 from flexp.methods.workbench import Weights
 
 
 class PFedMe(Federated):
-    """Personal models by Moreau envelopes; everything is averaged, and everything has a personal version."""
+    """Personal models by Moreau envelopes: all is averaged, and all has a personal version (Dinh et al., 2020)."""
 
+    name = "pfedme"
+    held = Holds("whole", weights=1)  # w_i beside θ_i
+    axis = ("method.pfedme.lam", (15.0, 1.0))
     scored_with_average = False
 
+    class Config(Section):
+        """Personal models by Moreau envelopes."""
+
+        lam: Rate = 15.0  # λ, the pull of a personal model towards the local one
+        inner_steps: PositiveInt = 5  # K, gradient evaluations of one approximate solve, all on one batch
+        eta: Rate | None = None  # η of the outer step; None: 1/λ, the classical step for a λ-smooth function
+        beta: Rate = 1.0  # β of the server's mixing
+
     def __init__(self, world: World) -> None:
-        settings = world.config.method.pfedme
-        self.beta, self.lam = settings.beta, settings.lam
-        self.outer = 1.0 if settings.eta is None else settings.eta * settings.lam
+        self.settings: PFedMe.Config = self.own(world.config)
+        self.beta, self.lam = self.settings.beta, self.settings.lam
+        self.outer = 1.0 if self.settings.eta is None else self.settings.eta * self.lam
         super().__init__(world)
 
     def evaluations(self) -> dict[str, int]:
@@ -63,7 +76,7 @@ class PFedMe(Federated):
 
     def _inner_steps(self) -> list[int]:
         """The gradient evaluations of each of a round's R approximate solves."""
-        most = self.world.config.method.pfedme.inner_steps
+        most = self.settings.inner_steps
         if not self.equal_budget:
             return [most] * self.per_round
         return [min(most, self.per_round - done) for done in range(0, self.per_round, most)]

@@ -10,16 +10,21 @@ from torch import Tensor
 
 from flexp.client.whole import WholeModel
 from flexp.links.base import Traffic
-from flexp.methods.base import Account, Forward, OnStep, State, World
+from flexp.methods.base import Account, Forward, Holds, Method, OnStep, State, World
 
 
-class Pretrained:
-    """Every client's personal model is the model before training."""
+class Pretrained(Method):
+    """No training: the model as it came."""
 
+    name = "pretrained"
     same_for_all = True
+    held = Holds(None)
+    timing = None
+    tuned = False
+    effort = 0.1
 
     def __init__(self, world: World) -> None:
-        self.world = world
+        super().__init__(world)
         self.model = WholeModel(world.source)
 
     def train_round(self, number: int, on_step: OnStep) -> None:
@@ -39,14 +44,8 @@ class Pretrained:
     def account(self, client: str) -> Account:
         return Account(0, Traffic(), Traffic(), 0.0, 0.0)
 
-    def server_facts(self) -> dict[str, float]:
-        return {"parameters": 0, "trained_parameters": 0, "updates": 0, "compute_seconds": 0.0}
-
     def state(self) -> State:
         return {"server": {"nothing": torch.zeros(1)}}  # a checkpoint's file wants a tensor
 
     def load(self, state: State) -> None:
-        pass
-
-    def close(self) -> None:
         pass

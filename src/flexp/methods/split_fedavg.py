@@ -2,7 +2,7 @@
 
 Every client keeps embeddings, blocks [0, s), blocks [e, L), final norm and head; labels stay at home, and the server
 trains the shared middle [s, e) with every client's gradient as it arrives, as in FlexP-SFL without alignment
-(:mod:`flexp.methods.flexp_sfl`). All have one cut, the smallest s and the largest e of the clients' cuts. After every
+(:mod:`flexp.methods.split`). All have one cut, the smallest s and the largest e of the clients' cuts. After every
 round
 
     head and tail ← Σ n_k/n · (head and tail)_k
@@ -18,21 +18,33 @@ average, fetched for scoring alone, counts as evaluation.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 
-from flexp.config import AlignConfig
-from flexp.methods.base import Account, Forward, OnStep, State, World
-from flexp.methods.cuts import method_cuts
-from flexp.methods.flexp_sfl import FlexpSfl
+from flexp.config import AlignConfig, RunConfig
+from flexp.cost.clock import Schedule
+from flexp.methods.base import RATIO, Account, Axis, Cuts, Forward, OnStep, State, World
 from flexp.methods.ranks import average, fit
+from flexp.methods.split import Split
 from flexp.methods.workbench import size
 from flexp.optim import Updater
 
 
-class SplitFedAvg(FlexpSfl):
-    """FlexP-SFL without alignment, with one cut, and with an average after each round."""
+class SplitFedAvg(Split):
+    """Split learning with one cut, without alignment; the clients' ends are averaged after each round."""
+
+    name = "split-fedavg"
+    sends: ClassVar[str] = "activations, gradients, weights"
+    timing: ClassVar[Schedule | None] = Schedule("split-sync")
+    axis: ClassVar[Axis | None] = (RATIO, (1.0, 0.25))
+
+    @classmethod
+    def cuts(cls, config: RunConfig, cuts: Mapping[str, tuple[int, int]], blocks: int) -> Cuts:
+        starts, stops = zip(*cuts.values(), strict=True)
+        return dict.fromkeys(cuts, (min(starts), max(stops)))
 
     def __init__(self, world: World) -> None:
         super().__init__(self.prepared(without_alignment(world)))
@@ -43,7 +55,7 @@ class SplitFedAvg(FlexpSfl):
 
     def prepared(self, world: World) -> World:
         """The world with the cuts that this method uses."""
-        return replace(world, cuts=method_cuts(world.config, world.cuts, world.source.anatomy.blocks))
+        return replace(world, cuts=self.cuts(world.config, world.cuts, world.source.anatomy.blocks))
 
     def train_round(self, number: int, on_step: OnStep) -> None:
         for name in self.examples:

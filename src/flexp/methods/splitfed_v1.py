@@ -20,7 +20,10 @@ from flexp.methods.workbench import Weights
 
 
 class SplitFedV1(TwoSided):
-    """FedAvg of both sides of a split; only the client's travels."""
+    """SplitFed: both sides of a split that has the labels on the server are averaged (Thapa et al., 2022)."""
+
+    name = "splitfed-v1"
+    table = "splitfed"
 
     def __init__(self, world: World) -> None:
         super().__init__(world)

@@ -11,7 +11,8 @@ training. Budget: exact. Bytes: as v1's.
 
 from __future__ import annotations
 
-from flexp.data.seeding import generator
+from flexp.cost.clock import Schedule
+from flexp.data.ordering import generator
 from flexp.methods.base import OnStep
 from flexp.methods.federated import Client
 from flexp.methods.two_sided import TwoSided
@@ -19,7 +20,11 @@ from flexp.methods.workbench import Weights
 
 
 class SplitFedV2(TwoSided):
-    """One server's side that everybody trains in turn."""
+    """SplitFed whose server's side all clients train in turn (Thapa et al., 2022)."""
+
+    name = "splitfed-v2"
+    table = "splitfed"
+    timing = Schedule("split-sync", one_at_a_time=True)
 
     def order(self, number: int) -> list[Client]:
         drawn = generator(self.world.config.seed, "splitfed-v2", number).permutation(len(self.participants))

@@ -17,34 +17,55 @@ and ``cut_rank`` = ``model.lora.rank`` it is local training with LoRA (clipping 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from pydantic import PositiveInt
+
+from flexp.config import RunConfig, Section
 from flexp.errors import ConfigError
-from flexp.methods.base import World
-from flexp.methods.client_ranks import beside_cut, splitft_rank
-from flexp.methods.parties import own_stage
+from flexp.methods.base import Adapters, Cuts, World
 from flexp.methods.split_fedavg import SplitFedAvg
 from flexp.models.parts import Part
-from flexp.models.stage import Stage
 
 
 class SplitFt(SplitFedAvg):
-    """Each client's cut, and fewer ranks beside it.
+    """Split fine-tuning of LoRA adapters with lower ranks next to each client's cut (after SplitFT).
 
     Raises:
         ConfigError: nothing is adapted, or the rank next to the cut is larger than elsewhere.
     """
 
+    name = "splitft"
+
+    class Config(Section):
+        """Adapters of a lower rank next to the cut."""
+
+        cut_rank: PositiveInt | None = None  # of the client's blocks next to the cut; None: half of model.lora.rank
+
+    @classmethod
+    def cuts(cls, config: RunConfig, cuts: Mapping[str, tuple[int, int]], blocks: int) -> Cuts:
+        return dict(cuts)
+
+    @classmethod
+    def adapters(cls, world: World, client: str) -> Adapters:
+        """With the lower rank in those blocks next to the cut that the client has, s − 1 and e."""
+        (start, stop), rank = world.cuts[client], cls.cut_rank(world.config)
+        held = Part.client((start, stop), world.source.anatomy.blocks).blocks
+        return Adapters(world.config.model.lora, {block: rank for block in (start - 1, stop) if block in held})
+
+    @classmethod
+    def cut_rank(cls, config: RunConfig) -> int:
+        """Of a client's blocks next to its cut."""
+        settings: SplitFt.Config = cls.own(config)
+        return settings.cut_rank or max(1, config.model.lora.rank // 2)
+
     def prepared(self, world: World) -> World:
         model = world.config.model
         if model.tuning != "lora":
             raise ConfigError("method splitft trains LoRA adapters: it needs model.tuning = 'lora'")
-        self.cut_rank = splitft_rank(world.config.method, model.lora)
-        if self.cut_rank > model.lora.rank:
+        if (rank := self.cut_rank(world.config)) > model.lora.rank:
             raise ConfigError(
-                f"method.splitft.cut_rank = {self.cut_rank} is larger than model.lora.rank = {model.lora.rank}; "
+                f"method.splitft.cut_rank = {rank} is larger than model.lora.rank = {model.lora.rank}; "
                 "expected at most that"
             )
         return world
-
-    def _make_stage(self, world: World, cut: tuple[int, int]) -> Stage:
-        blocks = world.source.anatomy.blocks
-        return own_stage(world, Part.client(cut, blocks), beside_cut(cut, blocks, self.cut_rank))

@@ -21,9 +21,13 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 
+from pydantic import PositiveInt
 from torch import nn
 
+from flexp.config import RunConfig
+from flexp.cost.clock import Schedule
 from flexp.errors import ConfigError
 from flexp.methods.base import OnStep, World
 from flexp.methods.federated import Client
@@ -34,18 +38,31 @@ Own = dict[str, nn.Parameter]
 
 
 class SplitLora(TwoSided):
-    """All clients' batches are one step of the server.
+    """Split learning of LoRA adapters: all clients' batches are one step of the server (Lin et al., 2024).
 
     Raises:
         ConfigError: nothing is adapted.
     """
 
+    name = "splitlora"
+    timing = Schedule("split-sync", together=True)
     together = True
+
+    class Config(TwoSided.Config):
+        """Adapters on both sides of the split."""
+
+        average_every: PositiveInt = 1  # rounds between two averages of the clients' adapters
+
+    @classmethod
+    def schedule(cls, config: RunConfig) -> Schedule:
+        settings: SplitLora.Config = cls.own(config)
+        return replace(cls.timing, average_every=settings.average_every)
 
     def __init__(self, world: World) -> None:
         if world.config.model.tuning != "lora":
             raise ConfigError("method splitlora trains LoRA adapters on both sides: it needs model.tuning = 'lora'")
-        self.every = world.config.method.splitlora.average_every
+        self.settings: SplitLora.Config = self.own(world.config)
+        self.every = self.settings.average_every
         super().__init__(world)
 
     def own_models(self) -> dict[str, Weights]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from flexp.config import TrainConfig
-from flexp.data.seeding import generator
+from flexp.data.ordering import generator
 
 
 def turns(clients: Sequence[str], config: TrainConfig, seed: int, round_number: int) -> Iterator[str]:

@@ -15,16 +15,22 @@ the two sides.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 from torch import nn
 
-from flexp.methods.base import Account, OnStep, State, World
-from flexp.methods.cuts import method_cuts
-from flexp.methods.federated import Client, Federated
+from flexp.config import RunConfig, Section
+from flexp.cost.clock import Schedule
+from flexp.errors import ConfigError
+from flexp.methods.base import RATIO, Account, Axis, Cuts, Holds, OnStep, State, World
+from flexp.methods.federated import Client, Federated, within
 from flexp.methods.split_bench import SplitBench
 from flexp.methods.workbench import Weights, size
+from flexp.models.parts import check_cut
 from flexp.models.stage import Stage
 from flexp.optim import Updater
 
@@ -41,12 +47,36 @@ class TwoSided(Federated):
         ConfigError: the cut does not fit the model, or would send bare embeddings unasked.
     """
 
+    sends: ClassVar[str] = "activations, labels, weights"
+    held = Holds("start")
+    timing: ClassVar[Schedule] = Schedule("split-sync")
+    axis: ClassVar[Axis | None] = (RATIO, (1.0, 0.25))
+
+    class Config(Section):
+        """The one cut of an L-shaped split, the same for all clients."""
+
+        cut: Annotated[int, Field(ge=0)] | None = None  # s; None: the smallest s of the clients
+
     bench: SplitBench
     together = False
     copies = 1
 
+    @classmethod
+    def cuts(cls, config: RunConfig, cuts: Mapping[str, tuple[int, int]], blocks: int) -> Cuts:
+        """One for all: s as the method's ``cut`` says, else the smallest of the clients', so that it fits everybody."""
+        settings: TwoSided.Config = cls.own(config)
+        wanted = min(start for start, _ in cuts.values()) if settings.cut is None else settings.cut
+        start, _ = check_cut((wanted, None), blocks, where=f"method {cls.name}: cut")
+        if start == 0 and not config.model.expose_embeddings:
+            raise ConfigError(
+                f"method {cls.name}: with a cut of 0 the clients would send their embeddings as they are, from which "
+                "the server can read every token; use 1 or more, or set model.expose_embeddings = true if that is "
+                "acceptable"
+            )
+        return dict.fromkeys(cuts, (start, blocks))
+
     def __init__(self, world: World) -> None:
-        cuts = method_cuts(world.config, world.cuts, world.source.anatomy.blocks)
+        cuts = self.cuts(world.config, world.cuts, world.source.anatomy.blocks)
         self.cut = next(iter(cuts.values()))[0]
         super().__init__(world)
         own = frozenset(self.bench.parameters.keys() - self.shared)
@@ -122,12 +152,8 @@ class TwoSided(Federated):
     def load(self, state: State) -> None:
         super().load(state)
         server = state["server"]
-
-        def part(prefix: str) -> Weights:
-            return {name.removeprefix(prefix): value for name, value in server.items() if name.startswith(prefix)}
-
-        self.bench.put(part("side/"))
-        self.lasting.load(part("side-optimizer/"))
+        self.bench.put(within(server, "side/"))
+        self.lasting.load(within(server, "side-optimizer/"))
         self.updates = int(server["updates"])
 
     def _hold(self, client: Client) -> None:

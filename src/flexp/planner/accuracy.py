@@ -22,9 +22,10 @@ from scipy.optimize import isotonic_regression
 
 from flexp.config import Section
 from flexp.cost.choice import Choice
-from flexp.data.seeding import generator
+from flexp.data.ordering import generator
 from flexp.errors import ConfigError
 from flexp.files import read_json, write_json
+from flexp.registry import METHODS
 
 PRIOR = 0.06
 """Of the prior: lost when the whole model is personal. On scarce data, s = 3 instead of s = 1 of MiniLM's six blocks
@@ -33,8 +34,6 @@ CODEC_LOSS: dict[str, float] = {"int4": 0.004}
 """Of codecs that are not free: measured as validation loss after 500 steps, taken as a fraction of accuracy."""
 RANK_LOSS, RANK_ENOUGH = 0.005, 16
 """Assumed: each halving of the adapters' rank below 16 costs half a point."""
-SPLIT_METHODS = ("flexp-sfl", "split-fedavg", "splitft")
-"""Methods whose clients keep what their cut says; others' runs say nothing about cuts."""
 
 Loss01 = Annotated[float, Field(ge=0.0)]
 
@@ -149,10 +148,11 @@ def read_pilots(folders: Sequence[Path]) -> tuple[list[Pilot], str, str]:
     first: tuple[str, str] | None = None
     for folder in folders:
         summary: dict[str, Any] = read_json(folder / "summary.json")
-        if not summary.get("finished") or summary.get("method") not in SPLIT_METHODS:
+        finished, method = summary.get("finished"), str(summary.get("method"))
+        if not finished or METHODS[method].held.part != "ends":  # others' runs say nothing about cuts
             raise ConfigError(
-                f"{folder} is no pilot: expected a finished run of {', '.join(SPLIT_METHODS)}, not "
-                f"{'an unfinished one' if not summary.get('finished') else summary.get('method')}"
+                f"{folder} is no pilot: expected a finished run of a method whose clients keep what their cut says, "
+                f"not {method if finished else 'an unfinished one'}"
             )
         what = (Path(str(summary["model"]["id"])).name, str(summary["metric"]))
         first = first or what

@@ -11,16 +11,13 @@ from pydantic import Field, PositiveInt, ValidationError, model_validator
 
 from flexp.config import DeviceClassConfig, DevicesConfig, ModelConfig, Rate, Section, Tuning
 from flexp.cost.choice import CODECS
-from flexp.cost.profile import Profile
+from flexp.cost.profile import FIGURES, Profile
 from flexp.errors import ConfigError
 
 Share = Annotated[float, Field(ge=0.0)]
 
 MARGIN = 0.15
 """Predicted memory is within 15 % of what is measured, so that much is left free on devices and server."""
-
-FIGURES = ("memory_bytes", "flops", "uplink_bps", "downlink_bps", "latency_s")
-"""What a fleet may say otherwise than a class or a profile."""
 
 
 class Weights(Section):

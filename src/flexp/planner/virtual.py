@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from flexp.cost.classes import DeviceProfile
 from flexp.cost.clock import SPLIT_ASYNC, ClientWork, Virtual, simulate
+from flexp.cost.profile import Profile
 from flexp.planner.fleet import Fleet
 from flexp.planner.options import Option
 
@@ -34,9 +34,9 @@ def virtual_time(fleet: Fleet, options: Mapping[str, Option], steps: int = 20) -
             backward_down=found.bytes_down / exchanges / 2.0,
             exchanges=exchanges,
         )
-        devices[device.name] = _seconds(device.profile.as_class())
-    return simulate(SPLIT_ASYNC, work, devices, _seconds(fleet.server.as_class()), slots=fleet.slots)
+        devices[device.name] = _seconds(device.profile)
+    return simulate(SPLIT_ASYNC, work, devices, _seconds(fleet.server), slots=fleet.slots)
 
 
-def _seconds(device: DeviceProfile) -> DeviceProfile:
+def _seconds(device: Profile) -> Profile:
     return device.model_copy(update={"flops": 1.0})

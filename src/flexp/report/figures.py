@@ -31,23 +31,23 @@ class Plot:
     figure: Any
 
 
-def bars(clients: Sequence[Any], parts: Sequence[tuple[str, str, list[float]]], unit: str, mode: str) -> Any:
-    """Horizontal bars, one place a client; ``parts`` are (name, colour, values)."""
-    figure = blank(height=150 + 40 * len(clients))
-    for name, colour, values in parts:
+def bars(names: Sequence[Any], parts: Sequence[tuple[str, str, list[float]]], unit: str, stacked: bool = True) -> Any:
+    """Horizontal bars, one place a name, from the bottom upwards; ``parts`` are (name, colour, values)."""
+    figure = blank(height=150 + (34 if stacked else 40) * len(names))
+    for part, colour, values in parts:
         figure.add_bar(
             x=values,
-            y=list(range(len(clients))),
+            y=list(range(len(names))),
             orientation="h",
-            name=name,
+            name=part,
             marker={"color": colour},
-            text=[literal(client["name"]) for client in clients],
+            text=[literal(name) for name in names],
             textposition="none",
-            hovertemplate=f"%{{text}}<br>{name}: %{{x:.4g}} {unit}<extra></extra>",
+            hovertemplate=f"%{{text}}<br>{part}: %{{x:.4g}} {unit}<extra></extra>",
         )
-    figure.update_layout(barmode=mode, bargap=0.3)
-    figure.update_layout(legend={"traceorder": "reversed" if mode == "group" else "normal"})
-    name_axis(figure, [client["name"] for client in clients])
+    figure.update_layout(barmode="stack" if stacked else "group", bargap=0.3)
+    figure.update_layout(legend={"traceorder": "normal" if stacked else "reversed"})
+    name_axis(figure, names)
     return figure
 
 
@@ -89,16 +89,24 @@ def score_title(metric: str) -> str:
 
 
 def score_axis(metric: str, shown: Sequence[float]) -> dict[str, Any]:
-    """Percent for accuracies; logarithmic where other scores span more than a factor of 20."""
-    if formats.is_fraction(metric):
-        return {"tickformat": ".0%"}
-    positive = [value for value in shown if value > 0]
-    wide = bool(positive) and max(positive) > 20 * min(positive)
-    if not wide:
+    """An axis for the values ``shown``: percent within 0 and 100 for accuracies; logarithmic where other scores span
+    more than a factor of 20."""
+    if not shown:
         return {}
-    decades = range(math.floor(math.log10(min(positive))), math.ceil(math.log10(max(positive))) + 1)
-    ticks = [first * 10**decade for decade in decades for first in (1, 2, 5)]
-    return {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:,.12g}" for tick in ticks]}
+    low, high = min(shown), max(shown)
+    room = 0.06 * (high - low) or 0.06 * abs(high) or 1.0
+    if formats.is_fraction(metric):  # an interval may reach beyond, a score cannot; its marker may
+        return {"tickformat": ".0%", "range": [max(low - room, -0.02), min(high + room, 1.02)]}
+    positive = [value for value in shown if value > 0]
+    if not positive or high <= 20 * min(positive):
+        return {"rangemode": "nonnegative"}
+    decades = range(math.floor(math.log10(min(positive))), math.ceil(math.log10(high)) + 1)
+    return {"type": "log", **log_ticks([first * 10.0**decade for decade in decades for first in (1, 2, 5)])}
+
+
+def log_ticks(ticks: Sequence[float]) -> dict[str, Any]:
+    """The labels of a logarithmic axis."""
+    return {"tickvals": list(ticks), "ticktext": [f"{tick:,.12g}" for tick in ticks]}
 
 
 def hover(metric: str) -> str:

@@ -91,6 +91,11 @@ def seconds(value: float | None) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def left(value: float) -> str:
+    """``38 s left``; nothing in the last second, where a guess says no more."""
+    return f"{seconds(value)} left" if value >= 1 else ""
+
+
 def count(value: float | None) -> str:
     """A count with a short unit when it is large: ``940``, ``12,300``, ``22.7 M``, ``1.50 G``."""
     if value is None:
@@ -102,6 +107,11 @@ def count(value: float | None) -> str:
             scaled = value / unit
             return f"{scaled:.{_decimals(scaled)}f} {name}"
     raise AssertionError  # 1e5 and more has a unit
+
+
+def plural(number: int, noun: str) -> str:
+    """``1 client``, ``8 clients``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def cut(value: tuple[int, int] | list[int] | None) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
-from flexp.report import formats, page
-from flexp.report.figures import BLUE, GREEN, ORANGE, PURPLE, SKY, Plot, blank, byte_unit, literal, name_axis
+from flexp.report import formats, pages
+from flexp.report.figures import BLUE, GREEN, ORANGE, PURPLE, SKY, Plot, bars, blank, byte_unit
+from flexp.report.tables import Table
 
 MOST_ROWS = 40
 """Rows of a figure; equal clients share one, and what is beyond is left to the table."""
@@ -29,22 +29,25 @@ def alike(plan: Mapping[str, Any]) -> list[Row]:
 
 def render(plan: Mapping[str, Any]) -> str:
     """The whole page as text."""
-    totals, rows = plan["totals"], alike(plan)
-    facts = [
-        f"model {plan['model']} ({plan['blocks']} blocks)",
-        f"{len(plan['clients'])} clients",
-        f"round {formats.seconds(totals['round_seconds'])}",
-        f"expected loss of accuracy {100 * totals['loss']:.1f} points ({plan['accuracy']['source']})",
-    ]
-    warning = escape(plan["accuracy"]["note"]) if plan["accuracy"]["source"] == "prior" else ""
-    body = "".join(
-        (
-            page.head(str(plan["fleet"]), facts, warning, "plan"),
-            page.section("Every device", "", _table(rows)),
-            page.plots(figures(plan, rows)),
-        )
+    totals, accuracy, rows = plan["totals"], plan["accuracy"], alike(plan)
+    return pages.page(
+        "plan.html.j2",
+        kind="plan",
+        name=plan["fleet"],
+        facts=[
+            f"model {plan['model']} ({plan['blocks']} blocks)",
+            formats.plural(len(plan["clients"]), "client"),
+            f"round {formats.seconds(totals['round_seconds'])}",
+            f"expected loss of accuracy {100 * totals['loss']:.1f} points ({accuracy['source']})",
+        ],
+        warnings=[accuracy["note"]] if accuracy["source"] == "prior" else [],
+        devices=_table(rows),
+        figures=figures(plan, rows),
+        machine={},
+        config=None,
+        version=plan["flexp"],
+        source="the plan",
     )
-    return page.document(str(plan["fleet"]), body, "the plan", str(plan["flexp"]), "plan")
 
 
 def figures(plan: Mapping[str, Any], rows: Sequence[Row]) -> list[Plot]:
@@ -56,25 +59,26 @@ def figures(plan: Mapping[str, Any], rows: Sequence[Row]) -> list[Plot]:
     return made
 
 
-def _table(rows: Sequence[Row]) -> str:
-    headers = ("Client", "Cut", "Holds", "Exchange", "Memory", "Step", "Bytes", "Not deeper", "Not shallower")
+def _table(rows: Sequence[Row]) -> Table:
     cells = []
     for row in rows:
         found = row["predicted"]
         exchange = f"{row['micro_batch']} × {row['accumulation']}" + (", checkpointing" if row["checkpointing"] else "")
-        texts = (
-            row["label"],
-            formats.cut(row["cut"]),
-            row["holds"],
-            exchange,
-            f"{formats.size(found['memory_bytes'])} of {formats.size(row['memory_available_bytes'])}",
-            formats.seconds(found["step_seconds"]),
-            formats.size(found["bytes_up"] + found["bytes_down"]),
-            row["why_not"]["deeper"],
-            row["why_not"]["shallower"],
+        cells.append(
+            [
+                row["label"],
+                formats.cut(row["cut"]),
+                row["holds"],
+                exchange,
+                f"{formats.size(found['memory_bytes'])} of {formats.size(row['memory_available_bytes'])}",
+                formats.seconds(found["step_seconds"]),
+                formats.size(found["bytes_up"] + found["bytes_down"]),
+                row["why_not"]["deeper"],
+                row["why_not"]["shallower"],
+            ]
         )
-        cells.append(([escape(text) for text in texts], ""))
-    return page.table(headers, cells, (2, 7, 8))
+    headers = ["Client", "Cut", "Holds", "Exchange", "Memory", "Step", "Bytes", "Not deeper", "Not shallower"]
+    return Table("devices", "Every device", "", headers, cells, words=(0, 2, 7, 8))
 
 
 def _blocks(plan: Mapping[str, Any], rows: Sequence[Row]) -> Plot:
@@ -84,7 +88,7 @@ def _blocks(plan: Mapping[str, Any], rows: Sequence[Row]) -> Plot:
         ("on the server", SKY, [row["cut"][1] - row["cut"][0] for row in rows]),
         ("on the device, above", ORANGE, [blocks - row["cut"][1] for row in rows]),
     ]
-    figure = _stacked(rows, parts, "blocks")
+    figure = bars([row["label"] for row in rows], parts, "blocks")
     figure.update_xaxes(title="Blocks of the model", dtick=max(1, blocks // 12))
     return Plot("blocks", "Who runs which blocks", "Embeddings and head are always on the device.", figure)
 
@@ -93,7 +97,7 @@ def _memory(rows: Sequence[Row]) -> Plot:
     factor, unit = byte_unit(max(row["memory_available_bytes"] for row in rows))
     used = [row["predicted"]["memory_bytes"] / factor for row in rows]
     free = [row["memory_available_bytes"] / factor - value for row, value in zip(rows, used, strict=True)]
-    figure = _stacked(rows, [("predicted peak", BLUE, used), ("left", SKY, free)], unit)
+    figure = bars([row["label"] for row in rows], [("predicted peak", BLUE, used), ("left", SKY, free)], unit)
     figure.update_xaxes(title=f"Memory ({unit})")
     return Plot("memory", "Memory", "The predicted peak of training, and what the device has besides.", figure)
 
@@ -103,27 +107,9 @@ def _time(rows: Sequence[Row]) -> Plot:
         (name, colour, [row["predicted"][f"{key}_seconds"] for row in rows])
         for name, key, colour in (("device", "client", BLUE), ("link", "link", ORANGE), ("server", "server", PURPLE))
     ]
-    figure = _stacked(rows, parts, "s")
+    figure = bars([row["label"] for row in rows], parts, "s")
     figure.update_xaxes(title="Seconds of a step (server: without waiting)")
     return Plot("time", "A step's time", "Predicted, one part after the other.", figure)
-
-
-def _stacked(rows: Sequence[Row], parts: Sequence[tuple[str, str, list[float]]], unit: str) -> Any:
-    figure = blank(height=150 + 34 * len(rows))
-    for name, colour, values in parts:
-        figure.add_bar(
-            x=values,
-            y=list(range(len(rows))),
-            orientation="h",
-            name=name,
-            marker={"color": colour},
-            text=[literal(row["label"]) for row in rows],
-            textposition="none",
-            hovertemplate=f"%{{text}}<br>{name}: %{{x:.4g}} {unit}<extra></extra>",
-        )
-    figure.update_layout(barmode="stack", bargap=0.3)
-    name_axis(figure, [row["label"] for row in rows])
-    return figure
 
 
 def _curve(plan: Mapping[str, Any]) -> Plot:

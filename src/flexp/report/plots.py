@@ -176,7 +176,7 @@ def traffic(summary: Mapping[str, Any], records: Sequence[Record]) -> Plot | Non
     if not any(values):
         return None
     factor, unit = byte_unit(max(values))
-    # Bars are stacked upwards from the axis: what is listed last stands on top, and first in the legend.
+    # Bars are put upwards from the axis: what is listed last stands on top, and first in the legend.
     parts = [
         (name, colour, [known(client.get(key), 0) / factor for client in clients])
         for name, colour, key in (
@@ -184,7 +184,7 @@ def traffic(summary: Mapping[str, Any], records: Sequence[Record]) -> Plot | Non
             ("up: client to server", BLUE, "bytes_up"),
         )
     ]
-    figure = bars(clients, parts, unit, "group")
+    figure = bars([client["name"] for client in clients], parts, unit, stacked=False)
     figure.update_xaxes(title=f"Traffic of training ({unit})")
     caption = "Activations, gradients, masks and headers as metered on the link; evaluation is not included."
     return Plot("traffic", "Traffic", caption, figure)
@@ -202,7 +202,7 @@ def time_spent(summary: Mapping[str, Any], records: Sequence[Record]) -> Plot | 
     ]
     if not any(value for _, _, values in parts for value in values):
         return None
-    figure = bars(clients, parts, "s", "stack")
+    figure = bars([client["name"] for client in clients], parts, "s")
     figure.update_xaxes(title="Computing (seconds)")
     return Plot("time", "Computing time", "Training only, on the machine that ran it.", figure)
 
@@ -301,5 +301,5 @@ def _step_curves(summary: Mapping[str, Any], records: Sequence[Record], key: str
             hovertemplate="%{fullData.name}<br>step %{x}: %{y:.4g} (smoothed)<extra></extra>",
         )
     figure.update_xaxes(title="Step of the client")
-    figure.update_yaxes(title=title)
+    figure.update_yaxes(title=title, rangemode="nonnegative")
     return figure if drawn else None

@@ -50,20 +50,12 @@ class Progress:
     @property
     def live(self) -> bool:
         """Whether a moving display is shown."""
-        return self.console.is_terminal and not self.console.is_dumb_terminal and not _ci()
+        return moving(self.console)
 
     def __enter__(self) -> Progress:
         self._started = time.monotonic()
         if self.live:
-            self._bar = RichProgress(
-                TextColumn("{task.description}", markup=False),
-                BarColumn(bar_width=None),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[state]}", markup=False),
-                console=self.console,
-                expand=True,
-                transient=True,
-            )
+            self._bar = bar(self.console)
             self._task = self._bar.add_task(self.title, total=self.total, completed=self.done, state="")
             self._bar.start()
         else:
@@ -87,7 +79,8 @@ class Progress:
         if align is not None:
             state += f"  align {self._align.setdefault(client, _Average()).add(align):.3g}"
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=self.done, state=f"{state}  {self._left()}")
+            most = max(self.total, self.done)
+            self._bar.update(self._task, completed=self.done, total=most, state=f"{state}  {self._left()}")
 
     def round(self, n: int, scores: Mapping[str, float | None]) -> None:
         """Round ``n`` has been evaluated; ``scores`` as :func:`flexp.report.summary.aggregate` gives them."""
@@ -124,12 +117,13 @@ class Progress:
         passed = self.done - self._first
         if passed <= 0:
             return ""
-        left = self.elapsed / passed * (self.total - self.done)
-        return f"{formats.seconds(left)} left"
+        return formats.left(self.elapsed / passed * (self.total - self.done))
 
     def _count(self) -> str:
-        share = f" ({100 * self.done // self.total} %)" if self.total else ""
-        return f"step {self.done}/{self.total}{share}"
+        """Without a total where there is none, or it was passed: some methods take more steps than are planned."""
+        if not self.done <= self.total > 0:
+            return f"step {self.done}"
+        return f"step {self.done}/{self.total} ({100 * self.done // self.total} %)"
 
     def _print(self, text: str) -> None:
         # soft_wrap: a log line stays one line whatever width the console assumes.
@@ -152,5 +146,20 @@ class _Average:
         return self._sum / self._weight if self._weight else float("nan")
 
 
-def _ci() -> bool:
-    return os.environ.get("CI", "").lower() not in ("", "0", "false")
+def bar(console: Console) -> RichProgress:
+    """A bar whose tasks have a ``state``, a text beside it; text is shown literally."""
+    return RichProgress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[state]}", markup=False),
+        console=console,
+        expand=True,
+        transient=True,
+    )
+
+
+def moving(console: Console) -> bool:
+    """Whether a display may move: in a terminal, unless ``CI`` is set."""
+    ci = os.environ.get("CI", "").lower() not in ("", "0", "false")
+    return console.is_terminal and not console.is_dumb_terminal and not ci

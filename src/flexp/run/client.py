@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,12 +21,14 @@ from flexp.links.base import Link
 from flexp.report.metrics import MetricsLog, write_records
 from flexp.report.metrics import read as read_log
 from flexp.report.progress import Progress
+from flexp.run.diary import Diary
 from flexp.run.folder import write_facts
-from flexp.run.moving import make_mover
 from flexp.run.parked import ParkedOnDisk
+from flexp.run.recutting import make_mover
 from flexp.run.settle import ClientSetup
 from flexp.run.store import Snapshots
 from flexp.run.worker import Worker
+from flexp.signals import stopped_by_signal
 
 
 def run_client(
@@ -59,27 +59,22 @@ def run_client(
     recuts = config.recut.on and may_move
     if recuts and facts and not setup.cut_is_given:  # where it moved to
         setup = replace(setup, cut=(int(facts["cut"][0]), int(facts["cut"][1])))
-    with Progress(config.train.total_steps, name, metric=federation.task.metric, console=console) as diary:
-        trainer, model = _joined(setup, reach, facts.get("numbering"), codec, deployment.patience, diary.note)
+    with Progress(config.train.total_steps, name, metric=federation.task.metric, console=console) as progress:
+        trainer, model = _joined(setup, reach, facts.get("numbering"), codec, deployment.patience, progress.note)
         parking = ParkedOnDisk(state / "parked", model.steps.numbering)
         moved = bool(facts) and facts["cut"] != list(setup.cut)
         if moved:
             new = move_party(trainer, snapshots.load(int(facts["number"]))[0], parking)
-            diary.note(f"{name}: from cut {tuple(facts['cut'])} to {setup.cut}, {len(new)} parameters are new")
-        log = MetricsLog(state / "metrics.jsonl")
+            progress.note(f"{name}: from cut {tuple(facts['cut'])} to {setup.cut}, {len(new)} parameters are new")
+        diary = Diary(MetricsLog(state / "metrics.jsonl"), progress)
         worker = Worker(
-            config,
-            setup.data,
-            federation.task,
+            setup,
             trainer,
-            model,
             reach,
             snapshots=snapshots,
-            log=log,
             diary=diary,
             run=str(facts.get("run", "")),
             patience=deployment.patience,
-            blocks=setup.load,
             mover=make_mover(config, federation, trainer, setup.load, parking) if recuts else None,
             tell_cut=lambda cut: write_facts(state, setup.data, federation, cut),
         )
@@ -88,14 +83,14 @@ def run_client(
         write_json(state / "config.json", setup.run.config.resolved())
         write_facts(state, setup.data, federation, setup.cut)
         try:
-            with _signals(worker.stop, stop):
-                over = worker.work()
+            with stopped_by_signal(stop) as stopped:
+                over = worker.work(stopped)
         finally:
-            log.close()
+            diary.close()
             _once_each(state / "metrics.jsonl")
             model.link.close()
         newest = max(snapshots.numbers(), default=None)
-        diary.note(f"{name}: {'the run is over' if over else 'stopped'} after {trainer.steps} steps; "
+        progress.note(f"{name}: {'the run is over' if over else 'stopped'} after {trainer.steps} steps; "
                    f"snapshot {newest} is in {snapshots.folder}")  # fmt: skip
     return over
 
@@ -142,24 +137,3 @@ def _once_each(path: Path) -> None:
     last = {(record["kind"], record.get("step", record["round"])): record for record in records}
     if len(last) < len(records):
         write_records(path, list(last.values()))
-
-
-@contextmanager
-def _signals(worker_stop: threading.Event, stop: threading.Event | None) -> Iterator[None]:
-    if stop is not None:  # whoever embeds a client has signals of its own
-
-        def pass_on() -> None:
-            stop.wait()
-            worker_stop.set()
-
-        threading.Thread(target=pass_on, daemon=True).start()
-        yield
-        return
-    earlier = {
-        number: signal.signal(number, lambda *_: worker_stop.set()) for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        yield
-    finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)

@@ -17,6 +17,7 @@ from flexp.data.types import Federation
 from flexp.errors import ConfigError
 from flexp.files import read_json
 from flexp.limits import maps_count
+from flexp.methods.base import method_of
 from flexp.planner.document import PlannedClient, SavedPlan, document, read_plan
 from flexp.planner.fleet import Choices, Device, Fleet, TaskShape, of_run, parse_fleet
 from flexp.planner.model import ModelCosts
@@ -36,8 +37,9 @@ def load_fleet(path: Path, overrides: Iterable[str] = ()) -> Fleet:
     return parse_fleet(content, str(path), path.parent)
 
 
-PER_CLIENT = ("flexp-sfl", "split-fedavg", "splitft")
-"""Methods whose clients may have exchanges, checkpointing and codecs of their own."""
+def _own_exchanges(config: RunConfig) -> bool:
+    """Whether the method's clients may have exchanges, checkpointing and codecs of their own."""
+    return method_of(config).held.part == "ends"
 
 
 def with_cuts(config: RunConfig, federation: Federation, blocks: int) -> tuple[RunConfig, list[str], Any]:
@@ -124,15 +126,16 @@ def _task(config: RunConfig, federation: Federation) -> tuple[TaskShape, Choices
         labels=len(task.label_names or ("", "")),
         batch_size=config.train.batch_size,
         optimizer=config.train.personal.name,
-        aligned=method.name == "flexp-sfl" and (method.align.has_term or method.align.teach),
-        follow=method.name == "flexp-sfl" and method.align.follow,
+        aligned=method_of(config).aligns and (method.align.has_term or method.align.teach),
+        follow=method_of(config).aligns and method.align.follow,
     )
     if here and maps_count():
         shape = shape.model_copy(update={"embeddings": "memory"})
     micro = config.train.micro_batch
-    if micro is None and (method.name not in PER_CLIENT or config.train.in_flight > 1):
+    own = _own_exchanges(config)
+    if micro is None and (not own or config.train.in_flight > 1):
         micro = config.train.batch_size  # several under way hold together what one of them all would
-    again = [True] if model.gradient_checkpointing else [False, True] if method.name in PER_CLIENT else [False]
+    again = [True] if model.gradient_checkpointing else [False, True] if own else [False]
     choices = Choices(
         starts=None if model.base_depth is None else list(range(max(1, model.base_depth), 10_000)),
         micro_batches=None if micro is None else [micro],
@@ -167,7 +170,7 @@ def _of_file(config: RunConfig, saved: SavedPlan, names: Sequence[str], blocks: 
                 f"{path} plans steps of {client.micro_batch * client.accumulation} examples; set train.batch_size to "
                 "that, or plan with task.batch_size"
             )
-        if config.method.name not in PER_CLIENT and form(client.codec) != form(config.link.codec.activation):
+        if not _own_exchanges(config) and form(client.codec) != form(config.link.codec.activation):
             raise ConfigError(f"{path} plans the codec {client.codec}; set link.codec.activation and .gradient to it")
     return chosen
 
@@ -175,15 +178,15 @@ def _of_file(config: RunConfig, saved: SavedPlan, names: Sequence[str], blocks: 
 def _written(config: RunConfig, chosen: Sequence[PlannedClient | Choice]) -> RunConfig:
     """``config`` with the choices as keys, so that whoever reads it plans nothing any more."""
     update: dict[str, Any] = {"cuts": [tuple(choice.cut) for choice in chosen], "plan": None}
-    if config.method.name in PER_CLIENT and config.train.in_flight == 1:
+    if _own_exchanges(config) and config.train.in_flight == 1:
         update["micro_batches"] = [choice.micro_batch for choice in chosen]
         update["checkpointing"] = [choice.checkpointing for choice in chosen]
     codecs = [form(choice.codec) for choice in chosen]
-    if config.method.name in PER_CLIENT and set(codecs) != {form(config.link.codec.activation)}:
+    if _own_exchanges(config) and set(codecs) != {form(config.link.codec.activation)}:
         update["codecs"] = codecs  # or else the run's own word stays, with all that it says of directions and kinds
     clients = config.data.clients.model_copy(update=update)
     method, model = config.method, config.model
-    if method.name == "flexp-sfl" and method.align.follow and model.base_depth is None:
+    if method_of(config).aligns and method.align.follow and model.base_depth is None:
         # Planned was that all of a deep head but its first block is followed, however shallow the others cut.
         config = config.model_copy(update={"model": model.model_copy(update={"base_depth": 1})})
     return config.model_copy(update={"data": config.data.model_copy(update={"clients": clients})})

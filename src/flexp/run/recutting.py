@@ -1,26 +1,202 @@
-"""Devices that change in the middle of a simulated run, and cuts that follow them (``devices.changes``, ``recut``)."""
+"""Cuts that follow devices while a run trains: what :mod:`flexp.planner.policy` decides is done, recorded and told.
+
+A client of a deployment watches its own device (:class:`Mover`). A simulation knows all devices, and looks at them
+before every round (:class:`Recutting`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from flexp.config import DevicesConfig
+from flexp.client.model import SplitModel
+from flexp.client.recut import Blocks, Parking, recut
+from flexp.client.trainer import Trainer
+from flexp.config import RunConfig
 from flexp.cost.choice import CODECS, Choice
-from flexp.cost.classes import profile
-from flexp.errors import ConfigError
+from flexp.cost.device import free_bytes
+from flexp.data.types import Federation
+from flexp.errors import FlexpError, LinkLostError, StorageError
 from flexp.methods.base import Method, World
-from flexp.methods.flexp_sfl import FlexpSfl
 from flexp.methods.parties import own_config
+from flexp.methods.split import Split
+from flexp.planner.accuracy import prior
 from flexp.planner.fleet import Choices, Fleet
 from flexp.planner.model import ModelCosts
-from flexp.planner.policy import Decision, Stop, decide_for_all
+from flexp.planner.options import Option, grid, options_of
+from flexp.planner.policy import Decision, DevicePolicy, Situation, Stop, decide_for_all
 from flexp.report.formats import cut as shown
 from flexp.report.metrics import Record
+from flexp.run.participants import devices_at
 from flexp.run.planned import auto_fleet
 from flexp.run.settle import model_folder
+
+TOO_SHORT = 1e-4
+"""Seconds; what takes less is not compared with its prediction."""
+WARM_UP = 3
+"""Steps before the first look: the first ones allocate and load."""
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Seconds so far: of the client's own computing, of the server's for it, and on the link (and in the queue)."""
+
+    client: float
+    server: float
+    link: float
+
+
+class Mover:
+    """Looks at the device every few steps, and does what :class:`flexp.planner.policy.DevicePolicy` says.
+
+    Args:
+        resting: bytes that a client with a choice holds between two steps.
+        blocks: gives pretrained blocks, tuned as this client's.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        policy: DevicePolicy,
+        resting: Callable[[Choice], int],
+        blocks: Blocks,
+        parking: Parking,
+        total_steps: int,
+    ) -> None:
+        self.trainer, self.policy, self.blocks, self.parking = trainer, policy, blocks, parking
+        self._resting, self._total = resting, total_steps
+        self.begin()
+
+    def begin(self) -> None:
+        """Measure anew, after a warm-up: the client has come, or gone back to a snapshot."""
+        self._notice()
+        self._first = self.trainer.steps + WARM_UP
+        self._restart()
+
+    def after_step(self) -> Record | None:
+        """Between two steps: look, if it is time to or memory is short, and move; gives what was done, for the diary.
+
+        Raises:
+            LinkLostError: the link was lost while it moved; the client has its old cut.
+        """
+        steps = self.trainer.steps
+        if steps == self._first - WARM_UP + 1:  # the first step allocates
+            self._restart()
+        if steps < self._first:
+            return None
+        self._notice()
+        due = steps - self._since >= self.policy.rules.every
+        if not due and not self.policy.short(self._memory()):
+            return None
+        now = self._situation()
+        decision = self.policy.look(now, steps, self._total - steps)
+        self._restart()
+        return None if decision is None else self._do(decision, now)
+
+    def after_failure(self) -> Record | None:
+        """A step ran out of memory: choose something smaller, to do it again; ``None``: there is nothing smaller.
+
+        Raises:
+            LinkLostError: see :meth:`after_step`.
+        """
+        self._notice()
+        decision = self.policy.less()
+        if decision is None:
+            return None
+        record = self._do(decision, Situation(self._memory()))
+        if record["kind"] == "refused move":  # whatever the reason, the step must not wait for it to go away
+            self.policy.refused(decision.choice)
+        return record
+
+    def _do(self, decision: Decision, now: Situation) -> Record:
+        before, choice, steps = self.policy.current, decision.choice, self.trainer.steps
+        began = time.perf_counter()
+        ratios = {"client_ratio": now.client, "server_ratio": now.server, "link_ratio": now.link}
+        record = _record(self.trainer.name, before, decision, step=steps, memory_bytes=now.memory_bytes, **ratios)
+        if choice.cut != before.cut:
+            try:
+                record["restored"] = list(recut(self.trainer, choice.cut, self.blocks, self.parking).restored)
+            except LinkLostError:
+                raise
+            except FlexpError as error:
+                if not isinstance(error, StorageError):  # a full disk may have room again
+                    self.policy.refused(choice)
+                return {**record, "kind": "refused move", "why": str(error)}
+        self.trainer.micro_batch = choice.micro_batch
+        self.policy.moved(choice, steps)
+        self._restart()
+        return record | {"seconds": time.perf_counter() - began}
+
+    def _notice(self) -> None:
+        """A client that went back to a snapshot has what it had then."""
+        model, size = self.trainer.model, self.trainer.micro_batch
+        assert isinstance(model, SplitModel)
+        for option in self.policy.options:
+            if (option.choice.cut, option.choice.micro_batch) == (model.cut, size):
+                self.policy.current = option.choice
+
+    def _situation(self) -> Situation:
+        """What was measured since the last look ÷ what was predicted, and the memory."""
+        now, steps = self._spent(), self.trainer.steps - self._since
+        found: Option = next(option for option in self.policy.options if option.choice == self.policy.current)
+        predicted = found.prediction
+
+        def ratio(measured: float, seconds: float) -> float:
+            return max(measured, 0.0) / steps / seconds if seconds > TOO_SHORT else 1.0
+
+        return Situation(
+            self._memory(),
+            ratio(now.client - self._before.client, predicted.client_seconds),
+            ratio(now.server - self._before.server, predicted.server_seconds),
+            ratio(now.link - self._before.link, predicted.link_seconds),
+        )
+
+    def _memory(self) -> int:
+        """Bytes for training in all, as predictions count: what is free, and what the client holds."""
+        return free_bytes() + self._resting(self.policy.current)
+
+    def _restart(self) -> None:
+        self._since, self._before = self.trainer.steps, self._spent()
+
+    def _spent(self) -> Spent:
+        model = self.trainer.model
+        assert isinstance(model, SplitModel)
+        meter = model.link.meter.training
+        return Spent(
+            self.trainer.seconds - meter.waited_seconds,
+            meter.server_seconds,
+            meter.waited_seconds - meter.server_seconds,
+        )
+
+
+def make_mover(config: RunConfig, federation: Federation, trainer: Trainer, blocks: Blocks, parking: Parking) -> Mover:
+    """Watch this machine for a client of a run, whose ``config`` is its own.
+
+    Its speed is what its profile says (``data.clients.profiles``), else a laptop's; what is measured corrects that.
+
+    Raises:
+        ModelError: the model's costs cannot be counted.
+    """
+    model = trainer.model
+    assert isinstance(model, SplitModel)
+    fleet = auto_fleet(config.model_copy(update={"devices": None}), federation)
+    total, (start, stop), size = model.stage.anatomy.blocks, model.cut, trainer.micro_batch
+    choices = fleet.choices.model_copy(update={
+        "starts": list(range(max(1, model.base_depth), total)),
+        "tails": [0, 1] if stop == total else [total - stop],  # of what is behind e the server may have nothing
+        "checkpointing": [config.model.gradient_checkpointing],
+    })  # fmt: skip
+    current = _choice(config, (start, stop), size, choices)
+    costs = ModelCosts(model_folder(config), fleet.task, choices, fleet.server)
+    known = list(dict.fromkeys([current, *grid(choices, total, config.train.batch_size, current.rank)]))
+    curve = prior()
+    device = next((device for device in fleet.devices if device.name == trainer.name), fleet.devices[0])
+    options = options_of(device, known, costs.predict, lambda choice: curve.loss(choice, total))
+    policy = DevicePolicy(options, current, config.recut)
+    return Mover(trainer, policy, costs.resting, blocks, parking, config.train.total_steps)
 
 
 class Recutting:
@@ -42,9 +218,9 @@ class Recutting:
         if not self.active:
             return []
         method, rules = self.method, self.world.config.recut
-        assert isinstance(method, FlexpSfl)
+        assert isinstance(method, Split)
         fleet = self._fleet(number)
-        current = {device.name: self._choice(method, device.name) for device in fleet.devices}
+        current = {device.name: self._current(method, device.name) for device in fleet.devices}
         found: dict[str, Decision | Stop] = {}
         for kind in sorted(
             {(choice.checkpointing, choice.codec) for choice in current.values()}
@@ -64,14 +240,11 @@ class Recutting:
         for name, decision in found.items():
             if isinstance(decision, Stop):
                 continue
-            choice = decision.choice
-            before, size = method.account(name).evaluation.bytes_down, current[name].micro_batch
+            before, choice = method.account(name).evaluation.bytes_down, decision.choice
             move = method.recut(name, choice.cut, choice.micro_batch)
             fetched = method.account(name).evaluation.bytes_down - before
-            records.append({"kind": "move", "round": number, "client": name, "before": list(move.before),
-                            "cut": list(move.after), "micro_batch": choice.micro_batch, "micro_batch_before": size,
-                            "restored": list(move.restored), "bytes": fetched, "seconds": move.seconds,
-                            "gain": decision.gain})  # fmt: skip
+            done = {"restored": list(move.restored), "bytes": fetched, "seconds": move.seconds}
+            records.append(_record(name, current[name], decision, round=number, **done))
         return records
 
     def _fleet(self, number: int) -> Fleet:
@@ -83,7 +256,7 @@ class Recutting:
     @cached_property
     def _choices(self) -> Choices:
         """What may be chosen while training: cuts that the server has blocks for, and exchanges."""
-        assert isinstance(self.method, FlexpSfl)
+        assert isinstance(self.method, Split)
         start, stop = self.method.server.blocks
         blocks, config = self.world.source.anatomy.blocks, self.world.config
         known = auto_fleet(config, self.world.federation).choices
@@ -97,71 +270,49 @@ class Recutting:
         fleet = self._fleet(1)
         return ModelCosts(model_folder(self.world.config), fleet.task, fleet.choices, fleet.server)
 
-    def _choice(self, method: FlexpSfl, name: str) -> Choice:
-        config, size = self.world.config, method.clients[name].micro_batch
-        own = own_config(config, self.names.index(name))
-        return Choice(
-            cut=method.cut_of(name),
-            micro_batch=size,
-            accumulation=-(-config.train.batch_size // size),
-            checkpointing=own.model.gradient_checkpointing,
-            rank=config.model.lora.rank if config.model.tuning == "lora" else None,
-            codec=own.link.codec.activation if own.link.codec.activation in CODECS else self._choices.codecs[0],
-        )
+    def _current(self, method: Split, name: str) -> Choice:
+        own = own_config(self.world.config, self.names.index(name))
+        return _choice(own, method.cut_of(name), method.clients[name].micro_batch, self._choices)
 
 
-def told(record: Record) -> str:
-    """A record of :meth:`Recutting.before_round` in words."""
-    name = record["client"]
+def _choice(config: RunConfig, cut: tuple[int, int], micro_batch: int, choices: Choices) -> Choice:
+    """What a client with a configuration of its own has now."""
+    codec, model = config.link.codec.activation, config.model
+    return Choice(
+        cut=cut,
+        micro_batch=micro_batch,
+        accumulation=-(-config.train.batch_size // micro_batch),
+        checkpointing=model.gradient_checkpointing,
+        rank=model.lora.rank if model.tuning == "lora" else None,
+        codec=codec if codec in CODECS else choices.codecs[0],
+    )
+
+
+def _record(client: str, before: Choice, decision: Decision, **more: Any) -> Record:
+    """A move as the diary has it."""
+    choice = decision.choice
+    return {
+        "kind": "move", "client": client, "why": decision.why, "gain": decision.gain, "fits": decision.fits,
+        "before": list(before.cut), "cut": list(choice.cut), "micro_batch_before": before.micro_batch,
+        "micro_batch": choice.micro_batch, "restored": [], **more,
+    }  # fmt: skip
+
+
+def in_words(record: Record) -> str:
+    """A move, a refused one, or a client that left or came back, for a person."""
+    name, step = record["client"], f", step {record['step']}" if "step" in record else ""
     if record["kind"] == "presence":
         return f"{name} {'is back' if record['there'] else 'cannot go on'}: {record['why']}"
+    if record["kind"] == "refused move":
+        return f"{name}: cut {shown(record['cut'])} would be better, but: {record['why']}"
+    what = f"cut {shown(record['before'])} becomes {shown(record['cut'])}"
     if record["cut"] == record["before"]:
-        return f"{name}: {record['micro_batch']} examples at a time instead of {record['micro_batch_before']}"
-    back = f", of which {len(record['restored'])} as it left them" if record["restored"] else ""
-    return f"{name}: cut {shown(record['before'])} becomes {shown(record['cut'])}{back}"
-
-
-def devices_at(config: DevicesConfig, names: Sequence[str], number: int) -> DevicesConfig:
-    """The devices as they are in a round: ``assign`` has the class of each client."""
-    classes = {name: config.assign[index % len(config.assign)] for index, name in enumerate(names)}
-    for change in sorted(config.changes, key=lambda change: change.before_round):
-        if change.before_round <= number:
-            classes |= dict.fromkeys(names if change.clients is None else change.clients, change.to)
-    return config.model_copy(update={"assign": [classes[name] for name in names], "changes": []})
-
-
-def check_changes(world: World) -> None:
-    """See that ``devices.changes`` names clients and classes that there are.
-
-    Raises:
-        ConfigError: it does not.
-    """
-    config, names = world.config, [client.name for client in world.federation.clients]
-    for change in config.devices.changes if config.devices is not None else []:
-        assert config.devices is not None
-        profile(change.to, config.devices.classes)
-        odd = [name for name in change.clients or [] if name not in names]
-        if odd:
-            raise ConfigError(f"devices.changes: the run has no client {odd[0]!r}; expected some of {', '.join(names)}")
-
-
-def cuts_by_round(world: World, records: Sequence[Record], rounds: int) -> list[Mapping[str, Any]]:
-    """For every round from 1 on: each client's ``cut``, ``micro_batch`` (``None``: as configured) and whether it is
-    ``there``, and the ``bytes`` that it fetched to move before it."""
-    now: dict[str, dict[str, Any]] = {
-        name: {"cut": cut, "micro_batch": None, "there": name not in world.absent} for name, cut in world.cuts.items()
-    }
-    found: list[Mapping[str, Any]] = []
-    changes = [record for record in records if record["kind"] in ("move", "presence")]
-    for number in range(1, rounds + 1):
-        now = {name: {**own, "bytes": 0} for name, own in now.items()}
-        for record in changes:
-            if record["round"] != number:
-                continue
-            own = now[record["client"]]
-            if record["kind"] == "move":
-                own |= {"cut": tuple(record["cut"]), "micro_batch": record["micro_batch"], "bytes": record["bytes"]}
-            else:
-                own["there"] = record["there"]
-        found.append(now)
-    return found
+        what = f"{record['micro_batch']} examples at a time instead of {record['micro_batch_before']}"
+    back = f", block {', '.join(map(str, record['restored']))} as before" if record["restored"] else ""
+    why = f"{100 * record['gain']:.0f} % better"
+    if record["why"] == "memory":
+        left = record.get("memory_bytes")
+        why = "memory is short" if left is None else f"{left / 2**20:.0f} MiB for training are left"
+    if not record["fits"]:
+        why += ", which is too little for any choice"
+    return f"{name}{step}: {what}{back} ({why}; {record['seconds']:.2f} s)"

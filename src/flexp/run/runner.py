@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flexp.client.trainer import Step
 from flexp.config import RunConfig
 from flexp.config.loading import validate
+from flexp.data.ordering import generator
 from flexp.data.scores import evaluate
-from flexp.data.seeding import generator
 from flexp.data.types import Example
 from flexp.errors import ConfigError, StorageError
 from flexp.files import read_json, write_json
 from flexp.machine import machine, versions
-from flexp.methods import METHODS, Method, World
+from flexp.methods import Method, World
 from flexp.report import write_report
 from flexp.report.metrics import MetricsLog, read
 from flexp.report.progress import Progress
@@ -33,11 +31,13 @@ from flexp.report.summary import (
 )
 from flexp.report.tensorboard import EventWriter
 from flexp.run import checkpoints
+from flexp.run.costs import MemoryProbes
+from flexp.run.diary import Diary
 from flexp.run.folder import is_joined
-from flexp.run.participants import Dropped, client_facts, place
-from flexp.run.probes import MemoryProbes
-from flexp.run.recutting import Recutting, check_changes, cuts_by_round, told
+from flexp.run.participants import Dropped, check_changes, place
+from flexp.run.recutting import Recutting
 from flexp.run.settle import build_world
+from flexp.run.virtual import client_facts, cuts_by_round
 
 Summary = dict[str, Any]
 
@@ -63,7 +63,7 @@ def run(
     check_changes(world)
     probes = MemoryProbes(world, out, memory_cache)
     world, dropped = place(world, probes)
-    method = METHODS[config.method.name](world)  # whatever cannot be built leaves no folder behind
+    method = world.method(world)  # whatever cannot be built leaves no folder behind
     write_json(out / "config.json", world.config.resolved())  # with the cuts that were planned, for whoever resumes
     if world.plan is not None:
         write_json(out / "plan.json", world.plan)
@@ -109,7 +109,7 @@ def resume(out: Path, *, progress: Callable[..., Progress] = Progress, memory_ca
     world = build_world(config)
     probes = MemoryProbes(world, out, memory_cache)
     world, dropped = place(world, probes)
-    return _Run(world, METHODS[config.method.name](world), probes, dropped, out, progress).go()
+    return _Run(world, world.method(world), probes, dropped, out, progress).go()
 
 
 class _Run:
@@ -128,11 +128,11 @@ class _Run:
         self.everybody = sample(world.federation.test, self.config.evaluation.global_examples, self.config.seed)
         self.first_round = self._restore()
         self.recutting = Recutting(world, method)
-        self.log = MetricsLog(out / "metrics.jsonl")
-        self.log.truncate_after(self.first_round - 1)
-        kept = read(self.log.path)
+        log = MetricsLog(out / "metrics.jsonl")
+        log.truncate_after(self.first_round - 1)
+        kept = read(log.path)
         self.scored = scores_by_round(kept, self.names, world.federation.task.metric)
-        self.events = EventWriter(out / "events", kept or None) if self.config.output.tensorboard else None
+        events = EventWriter(out / "events", kept or None) if self.config.output.tensorboard else None
         self.seconds_before = max((float(r["seconds"]) for r in kept if r["kind"] == "round"), default=0.0)
         self.began = time.perf_counter()
         per_round = self.config.train.steps_per_round * len(world.participants)
@@ -142,6 +142,7 @@ class _Run:
             metric=world.federation.task.metric,
             done=max(0, self.first_round - 1) * per_round,
         )
+        self.diary = Diary(log, self.progress, events)
 
     def go(self) -> Summary:
         try:
@@ -158,9 +159,7 @@ class _Run:
                 self.probes.save()
         finally:
             self.method.close()
-            self.log.close()
-            if self.events is not None:
-                self.events.close()
+            self.diary.close()
         summary = self._summary()
         write_json(self.out / "summary.json", summary)
         if self.config.output.html:
@@ -169,15 +168,14 @@ class _Run:
 
     def _round(self, number: int) -> None:
         for record in self.recutting.before_round(number):
-            self._write(record)
-            self.progress.note(told(record))
-        self.method.train_round(number, lambda step: self._on_step(number, step))
+            self.diary.change(record)
+        self.method.train_round(number, lambda step: self.diary.step(number, step))
         last = number == self.config.train.rounds
         if last or number % self.config.evaluation.every == 0:
             self._evaluate(number)
         accounts = [self.method.account(name) for name in self.names]
         spent = {data.name: self.method.account(data.name).client_seconds for data in self.world.participants}
-        self._write(
+        self.diary.write(
             {
                 "kind": "round",
                 "round": number,
@@ -195,13 +193,6 @@ class _Run:
         if every and (last or number == best or number % every == 0):
             checkpoints.save(self.out / "checkpoints", number, self.method.state(), best)
 
-    def _on_step(self, number: int, step: Step) -> None:
-        facts = asdict(step)
-        facts["step"] = facts.pop("number")
-        facts["tokens"] = facts.pop("items")
-        self._write({"kind": "step", "round": number, **facts})
-        self.progress.step(step.client, step.loss, step.align)
-
     def _evaluate(self, number: int) -> None:
         task, size = self.world.federation.task, self.config.evaluation.batch_size
         scores: Scores = {}
@@ -216,18 +207,13 @@ class _Run:
             sides = {"personal": personal, "global": everybody}
             if client.validation:
                 sides[VALIDATION] = evaluate(forward, task, client.validation, size, extras=False)
-            self._write({"kind": "eval", "round": number, "client": client.name, **sides})
+            self.diary.scores(number, client.name, sides)
             scores[client.name] = {side: values[task.metric] for side, values in sides.items()}
         self.scored[number] = {
             name: {side: value if value is not None and math.isfinite(value) else None for side, value in own.items()}
             for name, own in scores.items()
         }
         self.progress.round(number, aggregate(scores, task.higher_is_better))
-
-    def _write(self, record: Mapping[str, Any]) -> None:
-        self.log.write(record)
-        if self.events is not None:
-            self.events.write(record)
 
     def _restore(self) -> int:
         """Load the last checkpoint; the round to go on with, 0 being the scores before training."""

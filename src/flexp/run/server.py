@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from flexp.run.schedule import schedule
 from flexp.run.status import Observed, Teller
 from flexp.run.store import Snapshots
 from flexp.server import Server
+from flexp.signals import stopped_by_signal
 
 Say = Callable[[str], None]
 
@@ -125,7 +125,7 @@ def run_server(
     server.allow_export = server.allow_export or allow_export
     if allow_export and conductor is not None and conductor.desk.numbers and not server.shared.version:
         conductor.desk.restore(max(conductor.desk.numbers))  # clients may fetch before all have come to go on
-    with _signals(stop) as stopped, serve(server, listen, **options) as serving, ExitStack() as stack:
+    with stopped_by_signal(stop) as stopped, serve(server, listen, **options) as serving, ExitStack() as stack:
         if metrics is not None:
             observed = Observed(metrics, lambda: teller.facts(serving), lambda: not stopped.is_set())
             stack.callback(observed.close)
@@ -214,17 +214,3 @@ def _save_between_steps(server: Server, serving: Serving, state: Path | None, gr
                 serving.refuse_more()
                 return False
             time.sleep(0.02)
-
-
-@contextmanager
-def _signals(stop: threading.Event | None) -> Iterator[threading.Event]:
-    if stop is not None:
-        yield stop
-        return
-    stopped = threading.Event()
-    earlier = {number: signal.signal(number, lambda *_: stopped.set()) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stopped
-    finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)

@@ -26,8 +26,7 @@ from flexp.errors import ConfigError, DataError, ModelError, StorageError
 from flexp.files import read_json
 from flexp.links.base import Link
 from flexp.machine import imitates_bfloat16
-from flexp.methods.base import World
-from flexp.methods.cuts import method_cuts
+from flexp.methods.base import World, method_of
 from flexp.methods.parties import own_config, own_trainer, split_model, tune_own
 from flexp.models.loading import ModelKind, load_config, load_stage
 from flexp.models.parts import Part, check_cut
@@ -130,9 +129,8 @@ def build_world(config: RunConfig, federate: Federate = load_federation) -> Worl
     found = settle(config, federate)
     source = found.load()
     found = replace(found, blocks=source.anatomy.blocks)
-    return World(
-        found.config, found.federation, source, method_cuts(found.config, found.cuts, found.blocks), plan=found.plan
-    )
+    cuts = method_of(found.config).cuts(found.config, found.cuts, found.blocks)
+    return World(found.config, found.federation, source, cuts, plan=found.plan)
 
 
 def world_of(folder: Path, config: RunConfig) -> World:

@@ -6,35 +6,28 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from flexp.client.model import SplitModel
-from flexp.client.recut import Blocks, fit
+from flexp.client.recut import fit
 from flexp.client.state import cut_in, load_party, party_state
 from flexp.client.trainer import Step, Trainer
-from flexp.config import RunConfig
 from flexp.data.scores import evaluate
-from flexp.data.types import ClientData, Task
 from flexp.errors import LinkError, LinkLostError, StorageError, TrainingError
 from flexp.limits import out_of_memory
 from flexp.links.base import Link
 from flexp.links.coding import load_residuals
 from flexp.links.messages import Order, Ready
-from flexp.report.metrics import MetricsLog, Record
+from flexp.report.metrics import Record
 from flexp.rng import RandomStream
-from flexp.run.moving import Mover, in_words
+from flexp.run.diary import Diary
+from flexp.run.recutting import Mover
+from flexp.run.settle import ClientSetup
 from flexp.run.store import Snapshots
 
 Say = Callable[[str], None]
-
-
-class Diary(Protocol):
-    """Where a person sees what happens: :class:`flexp.report.progress.Progress`."""
-
-    def step(self, client: str, loss: float, align: float | None = None) -> None: ...
-    def note(self, text: str) -> None: ...
 
 
 class Worker:
@@ -43,50 +36,43 @@ class Worker:
     Args:
         reach: gives a new link after the old one was lost.
         patience: seconds that it tries to reach the server again before it gives up.
-        blocks: gives pretrained blocks, for snapshots that have another cut than the client has by then.
         mover: moves the cut when the device changes; ``tell_cut`` is told it.
-
-    Attributes:
-        stop: set it to let the client end after the step that it is in.
     """
 
     def __init__(
         self,
-        config: RunConfig,
-        data: ClientData,
-        task: Task,
+        setup: ClientSetup,
         trainer: Trainer,
-        model: SplitModel,
         reach: Callable[[], Link],
         *,
         snapshots: Snapshots,
-        log: MetricsLog,
         diary: Diary,
         run: str = "",
         patience: float = 300.0,
-        blocks: Blocks | None = None,
         mover: Mover | None = None,
         tell_cut: Callable[[tuple[int, int]], None] = lambda _: None,
     ) -> None:
-        self.config, self.data, self.task = config, data, task
-        self.trainer, self.model, self.reach = trainer, model, reach
-        self.snapshots, self.log, self.diary = snapshots, log, diary
-        self.stop = threading.Event()
+        self.setup, self.config, self.data, self.task = setup, setup.config, setup.data, setup.run.federation.task
+        assert isinstance(trainer.model, SplitModel)
+        self.trainer, self.model, self.reach = trainer, trainer.model, reach
+        self.snapshots, self.diary = snapshots, diary
+        self._stop = threading.Event()
         self.scores: dict[str, float] = {}
         self._run, self._patience = run, patience
-        self._blocks, self._mover, self._tell_cut = blocks, mover, tell_cut
+        self._mover, self._tell_cut = mover, tell_cut
         self._facts: dict[str, float] = {}
         self._saved_steps = trainer.steps  # of a client that has moved to another cut, what it moved with
         self._place = 0
         self._pull_due = False
 
-    def work(self) -> bool:
-        """Obey until the run is over or :attr:`stop` is set; gives whether it is over.
+    def work(self, stop: threading.Event) -> bool:
+        """Obey until the run is over or ``stop`` is set, then end after the step; gives whether the run is over.
 
         Raises:
             LinkError: the server refuses, or cannot be reached any more.
             TrainingError: a loss is not finite.
         """
+        self._stop = stop
         while True:
             try:
                 return self._obey()
@@ -111,7 +97,7 @@ class Worker:
 
     def _obey(self) -> bool:
         done: int | None = None
-        while not self.stop.is_set():
+        while not self._stop.is_set():
             order = self._next_order(done)
             if order is None:
                 break
@@ -123,7 +109,7 @@ class Worker:
                     for _ in range(order.count):
                         self._step()
                         self._move_if_due()
-                        if self.stop.is_set():
+                        if self._stop.is_set():
                             break
                 case "evaluate":
                     self._evaluate(order.number)
@@ -148,7 +134,7 @@ class Worker:
             try:
                 return future.result(0.5)
             except TimeoutError:
-                if self.stop.is_set():
+                if self._stop.is_set():
                     return None
 
     def _step(self) -> None:
@@ -156,22 +142,7 @@ class Worker:
         while step is None:
             step = self._try()
         self._facts = {"loss": step.loss, "lr": step.lr, "seconds": step.seconds}
-        number = (step.number - 1) // self.config.train.steps_per_round + 1
-        self.log.write(
-            {
-                "kind": "step",
-                "round": number,
-                "client": step.client,
-                "step": step.number,
-                "loss": step.loss,
-                "align": step.align,
-                "tokens": step.items,
-                "lr": step.lr,
-                "norm": step.norm,
-                "seconds": step.seconds,
-            }
-        )
-        self.diary.step(step.client, step.loss, step.align)
+        self.diary.step(self._round, step)
 
     def _try(self) -> Step | None:
         """A step; ``None``: memory ran out in it, and the client has given something up since.
@@ -204,9 +175,7 @@ class Worker:
 
     def _moved(self, record: Record) -> None:
         """Tell it, and save: whoever goes back must not do steps again with another cut than they were done with."""
-        number = (self.trainer.steps - 1) // self.config.train.steps_per_round + 1
-        self.log.write({**record, "round": number})
-        self.diary.note(in_words(record))
+        self.diary.change({**record, "round": self._round})
         if record["kind"] == "move":
             self.save(self._place)
             self._tell_cut(self.model.cut)
@@ -224,15 +193,15 @@ class Worker:
         size = self.config.evaluation.batch_size
         with RandomStream(0, model.device).active():  # a model's forward moves the generator, which others draw from
             self.scores = evaluate(forward, self.task, self.data.test, size, extras=extras)
-        self.log.write({"kind": "eval", "round": number, "client": self.data.name, "personal": self.scores})
+        self.diary.scores(number, self.data.name, {"personal": self.scores})
         value = self.scores[self.task.metric]
         self.diary.note(f"{self.data.name}: round {number}, {self.task.metric} {value:.4g} on its own test data")
 
     def _restore(self, number: int) -> None:
         state, facts = self.snapshots.load(number)
         cut = cut_in(state)
-        if cut is not None and self._blocks is not None:
-            fit(self.trainer, cut, self._blocks)
+        if cut is not None:
+            fit(self.trainer, cut, self.setup.load)
         load_party(self.trainer, state)
         self._saved_steps = self.trainer.steps
         self._pull_due = False
@@ -257,7 +226,7 @@ class Worker:
                     self._pull_due = False
                 return
             except LinkLostError as error:
-                if self.stop.is_set() or time.monotonic() + pause > end:
+                if self._stop.is_set() or time.monotonic() + pause > end:
                     raise LinkError(
                         f"the server could not be reached again within {self._patience:g} s ({error}); "
                         "start the client again when it is back: it goes on from its last snapshot"
@@ -283,6 +252,11 @@ class Worker:
         if self.task.metric in self.scores:
             facts["score"] = float(self.scores[self.task.metric])
         return facts
+
+    @property
+    def _round(self) -> int:
+        """Of the last step."""
+        return (self.trainer.steps - 1) // self.config.train.steps_per_round + 1
 
     @property
     def _link(self) -> Link:

@@ -10,10 +10,13 @@ a mean over the N tokens.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 from flexp.config import AlignConfig
+from flexp.registry import ALIGNMENTS
 
 EPSILON = 1e-6
 
@@ -35,7 +38,7 @@ def alignment(
     if config.normalize:
         teacher, _ = _standardise(teacher)
         student, deviation = _standardise(student)
-    term_BT, grad_BTH = _TERMS[config.kind](teacher, student, config.temperature)
+    term_BT, grad_BTH = ALIGNMENTS[config.kind].term(teacher, student, config.temperature)
     if deviation is not None:
         grad_BTH = _through_standardise(grad_BTH, student, deviation)
     value = float((term_BT * counts).sum() / tokens)
@@ -61,31 +64,58 @@ def _fine(value: Tensor) -> Tensor:
     return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
-def _kl(teacher: Tensor, student: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+class Alignment:
+    """A kind of alignment that is a term of the loss; another package may add one (:mod:`flexp.registry`).
+
+    What crosses is the same for all terms: the client sends z_base, and gets the term's gradient in ∂total/∂z.
+    """
+
+    name: ClassVar[str]
+
+    @staticmethod
+    def term(teacher_BTH: Tensor, student_BTH: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """The term of every token (B, T), and its gradient at ``student_BTH``, the client's z; the server's z' has
+        none."""
+        raise NotImplementedError
+
+
+class Kl(Alignment):
     """τ²·KL(p ‖ q) with p = softmax(z'/τ), q = softmax(z/τ): the gradient at z is τ·(q − p). τ = 1 is the paper's."""
-    log_p = torch.log_softmax(teacher / temperature, dim=-1)
-    log_q = torch.log_softmax(student / temperature, dim=-1)
-    p = log_p.exp()
-    term = (p * (log_p - log_q)).sum(-1)
-    return temperature**2 * term, temperature * (log_q.exp() - p)
+
+    name = "kl"
+
+    @staticmethod
+    def term(teacher_BTH: Tensor, student_BTH: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        log_p = torch.log_softmax(teacher_BTH / temperature, dim=-1)
+        log_q = torch.log_softmax(student_BTH / temperature, dim=-1)
+        p = log_p.exp()
+        term_BT = (p * (log_p - log_q)).sum(-1)
+        return temperature**2 * term_BT, temperature * (log_q.exp() - p)
 
 
-def _mse(teacher: Tensor, student: Tensor, _: float) -> tuple[Tensor, Tensor]:
+class Mse(Alignment):
     """mean over H of (z − z')²."""
-    difference = student - teacher
-    return difference.square().mean(-1), 2.0 / student.shape[-1] * difference
+
+    name = "mse"
+
+    @staticmethod
+    def term(teacher_BTH: Tensor, student_BTH: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        difference = student_BTH - teacher_BTH
+        return difference.square().mean(-1), 2.0 / student_BTH.shape[-1] * difference
 
 
-def _cosine(teacher: Tensor, student: Tensor, _: float) -> tuple[Tensor, Tensor]:
+class Cosine(Alignment):
     """1 − cos(z, z')."""
-    norm = student.norm(dim=-1, keepdim=True).clamp(min=EPSILON)
-    unit = student / norm
-    target = teacher / teacher.norm(dim=-1, keepdim=True).clamp(min=EPSILON)
-    cosine = (unit * target).sum(-1, keepdim=True)
-    return 1.0 - cosine.squeeze(-1), -(target - cosine * unit) / norm
 
+    name = "cosine"
 
-_TERMS = {"kl": _kl, "mse": _mse, "cosine": _cosine}
+    @staticmethod
+    def term(teacher_BTH: Tensor, student_BTH: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        norm = student_BTH.norm(dim=-1, keepdim=True).clamp(min=EPSILON)
+        unit = student_BTH / norm
+        target = teacher_BTH / teacher_BTH.norm(dim=-1, keepdim=True).clamp(min=EPSILON)
+        cosine = (unit * target).sum(-1, keepdim=True)
+        return 1.0 - cosine.squeeze(-1), -(target - cosine * unit) / norm
 
 
 def _standardise(hidden: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import ipaddress
-import signal
 import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from flexp.errors import ConfigError
 from flexp.serving.writer import Writer
+from flexp.signals import on_signal
 
 SHORTEST_KEY = 16
 
@@ -74,17 +73,7 @@ def run(
             say("this is plain HTTP: what is asked and answered can be read on the way, unless a proxy adds TLS")
         app = make_app(writer, api_key, chat_tokens, loopback=is_loopback(host))
         config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False)
-        with _quiet_signals():
+        # uvicorn stops on a signal and then raises it once more: that one must not end us before our time
+        with on_signal(lambda: None):
             uvicorn.Server(config).run(sockets=[listening])
     say("stopped")
-
-
-@contextmanager
-def _quiet_signals() -> Iterator[None]:
-    """uvicorn stops on SIGINT and SIGTERM, and then raises them once more: that one must not end us before our time."""
-    earlier = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)

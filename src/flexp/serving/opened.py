@@ -10,8 +10,8 @@ from flexp.assets import resolve
 from flexp.client.generation import SplitGenerator
 from flexp.client.model import SplitModel, SplitModelForCausalLM
 from flexp.config import RunConfig
+from flexp.data.tasks.base import fields
 from flexp.data.tasks.instruction import TEMPLATE
-from flexp.data.templates import fields
 from flexp.errors import ConfigError, StorageError
 from flexp.export.client_folder import ClientFolder, middle, open_client
 from flexp.export.facts import FILE
@@ -20,7 +20,8 @@ from flexp.export.usable import of_folder
 from flexp.export.whole import merged
 from flexp.files import read_json
 from flexp.links.base import Link
-from flexp.methods.flexp_sfl import FlexpSfl
+from flexp.methods.base import method_of
+from flexp.methods.split import Split
 from flexp.run import checkpoints
 from flexp.run.folder import is_client
 from flexp.run.settle import load_processor, model_folder
@@ -92,7 +93,7 @@ def _of_run(place: Path, client: str | None, which: str) -> Writer:
     run = open_run(place, which)
     name = run.client(client).name
     method, config = run.method, run.config
-    if isinstance(method, FlexpSfl):
+    if isinstance(method, Split):
         split: Any = method.clients[name].model
         model: Any = SplitGenerator(split)
         about = f"split at {split.cut}, both sides in this process"
@@ -109,7 +110,7 @@ def _of_server(
     place: Path, config: RunConfig, client: str | None, which: str, connect: Callable[[str], Link]
 ) -> Writer:
     """Only the client's own part of the model is loaded, and of the checkpoint only its own file is read."""
-    if config.method.name != "flexp-sfl":
+    if not method_of(config).recuts:
         raise ConfigError(f"--server needs a split model, and the method of {place} is {config.method.name}")
     name, cut = _cut_of(place, client)
     found = checkpoints.kept(place / "checkpoints")

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from flexp.data.tasks.base import fill
 from flexp.data.tasks.text import pad_id
-from flexp.data.templates import fill
 from flexp.errors import ConfigError, DataError
 from flexp.rng import RandomStream
 from flexp.run.settle import max_positions

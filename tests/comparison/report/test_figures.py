@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexp.comparison.report import curves, dots
-from flexp.comparison.report.page import all_plots
 from flexp.comparison.report.styles import spread, styles
+from flexp.comparison.report.write import all_plots
 
 from . import synthetic
 

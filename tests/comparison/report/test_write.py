@@ -101,7 +101,7 @@ def test_costs_are_said_to_be_those_of_participants(tmp_path: Path) -> None:
     assert "sent and received, mean over clients and seeds" not in text
     assert text.count("sent and received, mean over the clients that take part and over seeds") == 2
     assert "those that train compute on as many examples" not in text
-    assert "a client that takes part in a method&#x27;s training computes on as many examples" in text
+    assert "a client that takes part in a\nmethod's training computes on as many examples" in text
 
 
 def test_a_run_without_a_best_round_or_any_round(tmp_path: Path) -> None:

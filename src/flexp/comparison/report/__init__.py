@@ -21,7 +21,7 @@ def write_all(comparison: Mapping[str, Any], folder: Path) -> list[Path]:
 
 
 def terminal_table(comparison: Mapping[str, Any]) -> Table:
-    """The table for the terminal; see :func:`flexp.comparison.report.texts.terminal_table`."""
-    from flexp.comparison.report import texts
+    """The table for the terminal; see :func:`flexp.comparison.report.tables.terminal_table`."""
+    from flexp.comparison.report import tables
 
-    return texts.terminal_table(comparison)
+    return tables.terminal_table(comparison)

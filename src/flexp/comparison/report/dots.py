@@ -37,14 +37,14 @@ def differences(comparison: Mapping[str, Any]) -> Plot | None:
             hovertemplate=f"%{{fullData.name}}: {text}<extra></extra>",
         )
     unit = "points" if formats.is_fraction(metric) else metric
-    figure.update_xaxes(title=f"Reference better by ({unit})")
+    figure.update_xaxes(title=f"Lead of {literal(reference)} ({unit})")
     name_axis(figure, [result.name for result in found])
     caption = (
         "Own test data after the last round, paired by seed, with 95 % interval. "
-        f"Right of zero: {reference} is better. Filled: the interval excludes zero. Hollow: it does not, or there is "
-        "one seed alone."
+        f"Right of zero {reference} is better, left of it worse. Filled: the interval excludes zero. Hollow: it does "
+        "not, or there is one seed alone."
     )
-    return Plot("differences", f"How much better is {reference}?", caption, figure)
+    return Plot("differences", f"Lead of {reference} over each other method", caption, figure)
 
 
 def clients(comparison: Mapping[str, Any]) -> Plot | None:

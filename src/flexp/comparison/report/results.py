@@ -66,6 +66,11 @@ class Result:
     is_reference: bool
     seeds: int
 
+    @property
+    def traffic(self) -> float | None:
+        """Bytes up and down."""
+        return None if self.bytes_up is None or self.bytes_down is None else self.bytes_up + self.bytes_down
+
 
 @dataclass(frozen=True)
 class Standing:

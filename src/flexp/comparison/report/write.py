@@ -1,16 +1,19 @@
-"""The files of a comparison's report, each written beside its place and renamed."""
+"""The files of a comparison's report: tables for papers and programs, and one HTML page."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flexp.comparison.report import csvs, page, texts
-from flexp.comparison.report.grids import grids
-from flexp.comparison.report.results import checked
+from flexp.comparison.report import csvs, curves, dots
+from flexp.comparison.report.results import Result, checked, results
+from flexp.comparison.report.tables import dropped_lines, lead, missing_line, score, tables
 from flexp.errors import StorageError
 from flexp.files import write_text
+from flexp.report import formats, pages
+from flexp.report.figures import Plot
+from flexp.report.tables import Table
 
 TABLE_MD, TABLE_CSV, TABLE_TEX = "table.md", "table.csv", "table.tex"
 CLIENTS_CSV, PAGE = "clients.csv", "comparison.html"
@@ -31,21 +34,90 @@ def write_all(comparison: Mapping[str, Any], folder: Path) -> list[Path]:
     """
     comparison = checked(comparison)
     try:
-        tables = grids(comparison)
-        name = str(comparison["name"])
-        texts_by_file = {
-            TABLE_MD: texts.markdown(name, tables),
+        made, name = tables(comparison), str(comparison["name"])
+        texts = {
+            TABLE_MD: pages.markdown(name, made),
             TABLE_CSV: csvs.methods_csv(comparison),
-            TABLE_TEX: texts.latex(name, tables),
+            TABLE_TEX: pages.latex(name, made),
             CLIENTS_CSV: csvs.clients_csv(comparison),
-            PAGE: page.render(comparison),
+            PAGE: _page(comparison, made),
         }
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise StorageError(
             f"comparison.json is not as FlexP writes it ({type(error).__name__}: {error}); restore it, or compare again"
         ) from error
-    paths = []
-    for file, text in texts_by_file.items():
+    for file, text in texts.items():
         write_text(folder / file, text)
-        paths.append(folder / file)
-    return paths
+    return [folder / file for file in texts]
+
+
+def all_plots(comparison: Mapping[str, Any]) -> list[Plot]:
+    """Every figure for which there is data."""
+    made = (
+        dots.differences(comparison),
+        curves.learning(comparison, "personal"),
+        curves.learning(comparison, "global"),
+        curves.against_cost(comparison, "bytes"),
+        curves.against_cost(comparison, "time"),
+        curves.against_memory(comparison),
+        dots.clients(comparison),
+        dots.trials(comparison),
+    )
+    return [plot for plot in made if plot is not None]
+
+
+def _page(comparison: Mapping[str, Any], made: Sequence[Table]) -> str:
+    """A pure function of ``comparison.json``."""
+    found, model, seeds = results(comparison), comparison["model"], comparison["seeds"]
+    model_facts = []
+    if model.get("id") is not None:  # known as soon as one run is finished
+        size = f"{model['blocks']} blocks, {formats.count(model['parameters'])} parameters"
+        model_facts = [f"model {model['id']} ({size})", f"{model['tuning']} tuning in {model['dtype']}"]
+    missing = missing_line(comparison, found)
+    return pages.page(
+        "comparison.html.j2",
+        "flexp.comparison.report",
+        kind="comparison",
+        name=comparison["name"],
+        facts=[
+            formats.plural(len(found), "method"),
+            f"reference {comparison['reference']}",
+            *model_facts,
+            formats.plural(max((result.dropped.clients for result in found), default=0), "client"),
+            f"seed{'' if len(seeds) == 1 else 's'} {', '.join(str(seed) for seed in seeds)}",
+        ],
+        warnings=[*([f"This comparison is not finished. {missing}"] if missing else []), *dropped_lines(found)],
+        cards=_cards(comparison, found),
+        tables={table.key: table for table in made},
+        figures=all_plots(comparison),
+        measured=any(
+            client.get("peak_memory_bytes") is not None
+            for method in comparison["methods"]
+            for run in method["runs"]
+            for client in run["clients"]
+        ),
+        machine={**comparison["machine"], **comparison["versions"]},
+        config=comparison.get("config"),
+        version=comparison["versions"].get("flexp", ""),
+        source="comparison.json",
+    )
+
+
+def _cards(comparison: Mapping[str, Any], found: Sequence[Result]) -> Iterator[tuple[str, str, str]]:
+    """A number, what it is of, and what to say beside it: of the reference, and of the best of the others."""
+    metric, seeds = str(comparison["metric"]), len(comparison["seeds"])
+    reference = next((result for result in found if result.is_reference), None)
+    if reference is None:
+        return
+    sign = 1.0 if comparison["higher_is_better"] else -1.0
+    others = [(sign * other.personal.mean, other) for other in found if not other.is_reference and other.personal]
+    yield reference.name, score(reference.personal, metric, seeds), f"{metric.capitalize()}, own test data"
+    if others:
+        best = max(others, key=lambda pair: pair[0])[1]
+        detail = lead(reference.name, best.difference, metric, seeds)
+        yield f"Best other: {best.name}", score(best.personal, metric, seeds), detail
+    for title, of in (("Peak memory on a client", "memory"), ("Sent and received by a client", "traffic")):
+        if (own := getattr(reference, of)) is not None:
+            known = sorted(value for _, other in others if (value := getattr(other, of)) is not None)
+            ends = dict.fromkeys(formats.size(value) for value in (known[:1] + known[-1:]))
+            yield title, formats.size(own), reference.name + (f"; others {' to '.join(ends)}" if ends else "")

@@ -1,18 +1,20 @@
-"""The parts of a task that most of them share."""
+"""The parts of a task that most of them share: templates with ``{column}`` fields, losses and hits."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from string import Formatter
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from flexp.config import DataConfig
 from flexp.data.columns import as_text
-from flexp.data.tasks.measures import token_tally
-from flexp.data.tasks.text import Limit, pad
-from flexp.data.templates import fields, fill
+from flexp.data.tasks.text import IGNORED, Limit, pad
 from flexp.data.types import PLACE, Batch, Example, Forward, ModelKind, Row, Tally
+from flexp.errors import ConfigError
 
 
 class TextTask:
@@ -28,6 +30,13 @@ class TextTask:
         self.config = config
         self.tokenizer = tokenizer
         self.limit = limit
+
+    def texts(self, rows: Sequence[Row]) -> list[str]:
+        """The rows' input: the filled template, or without one the text column."""
+        template, column = self.config.template, self.config.text
+        if template is not None:
+            return [fill_row(template, self.config, row) for row in rows]
+        return [as_text(row[column], column, place(row)) for row in rows]
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """``input_ids``, ``attention_mask``, ``labels`` (B, T), and ``token_type_ids`` if the tokenizer gives them."""
@@ -66,3 +75,64 @@ def fill_row(template: str, config: DataConfig, row: Row, own: dict[str, str] | 
 def place(row: Row) -> str:
     """Where a row stands, for messages."""
     return str(row.get(PLACE, "a row"))
+
+
+def fields(template: str) -> list[str]:
+    """The names of the fields of ``template``, each once, in order. ``{{`` and ``}}`` stand for braces.
+
+    Raises:
+        ConfigError: braces do not match, or a field is more than a plain name.
+    """
+    names: dict[str, None] = {}
+    try:
+        parts = list(Formatter().parse(template))
+    except ValueError as error:
+        raise ConfigError(
+            f"data.template: {error} in {template!r}; write {{column}} for a column and {{{{ or }}}} for a brace"
+        ) from error
+    for _, name, spec, conversion in parts:
+        if name is None:
+            continue
+        if not name or spec or conversion or any(sign in name for sign in ".["):
+            raise ConfigError(
+                f"data.template: the field {{{name}}} in {template!r} must be a plain column name, like {{text}}"
+            )
+        names[name] = None
+    return list(names)
+
+
+def fill(template: str, values: Mapping[str, str]) -> str:
+    """``template`` with its fields replaced; braces inside the values are kept as they are."""
+    return "".join(
+        literal + (values[name] if name is not None else "") for literal, name, _, _ in Formatter().parse(template)
+    )
+
+
+def class_tally(logits_BC: Tensor, labels_B: Tensor) -> Tally:
+    """Cross-entropy and arg max of a classifier."""
+    logits_BC = logits_BC.float()
+    labels_B = labels_B.to(logits_BC.device)
+    loss_B = F.cross_entropy(logits_BC, labels_B, reduction="none")
+    return Tally(
+        loss=loss_B.tolist(),
+        items=[1] * len(labels_B),
+        correct=(logits_BC.argmax(-1) == labels_B).tolist(),
+        targets=labels_B.tolist(),
+    )
+
+
+def token_tally(logits_BTV: Tensor, labels_BT: Tensor) -> Tally:
+    """Next-token cross-entropy, summed over each example's labelled tokens. ``labels`` are not shifted."""
+    labels_BS = labels_BT[:, 1:].to(logits_BTV.device)
+    losses, items = [], []
+    for logits_TV, labels_S in zip(logits_BTV, labels_BS, strict=True):  # one by one: float32 of a batch is large
+        kept = labels_S != IGNORED
+        losses.append(F.cross_entropy(logits_TV[:-1][kept].float(), labels_S[kept], reduction="sum"))
+        items.append(kept.sum())
+    return Tally(loss=torch.stack(losses).tolist(), items=torch.stack(items).tolist())
+
+
+def deciding_logits(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+    """The logits, shape (B, V), from which each example's only labelled token is predicted."""
+    position_B = (labels_BT != IGNORED).int().argmax(-1).to(logits_BTV.device) - 1
+    return logits_BTV[torch.arange(len(position_B), device=logits_BTV.device), position_B].float()

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import chain
 
-from flexp.data.columns import as_text
-from flexp.data.tasks.base import TextTask, fill_row, place
+from flexp.data.tasks.base import TextTask, place
 from flexp.data.tasks.text import answer_example, encode_texts, with_end
 from flexp.data.types import Example, Row
 from flexp.errors import DataError
@@ -19,13 +18,9 @@ class CausalLM(TextTask):
 
     def encode(self, rows: Sequence[Row]) -> list[Example]:
         """Token ids closed by the end-of-text token, all labelled but the first; the last block may be shorter."""
-        config = self.config
-        if config.template is not None:
-            texts = [fill_row(config.template, config, row) for row in rows]
-        else:
-            texts = [as_text(row[config.text], config.text, place(row)) for row in rows]
-        if config.block_length is not None:
-            return self._blocks(texts, config.block_length)
+        texts = self.texts(rows)
+        if (length := self.config.block_length) is not None:
+            return self._blocks(texts, length)
         places = [place(row) for row in rows]
         examples = []
         for plain, where in zip(encode_texts(self.tokenizer, texts, None, places, self.limit), places, strict=True):

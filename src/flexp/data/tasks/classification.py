@@ -9,8 +9,7 @@ from torch import Tensor
 
 from flexp.config import DataConfig
 from flexp.data.columns import as_text
-from flexp.data.tasks.base import TextTask, fill_row, place
-from flexp.data.tasks.measures import class_tally
+from flexp.data.tasks.base import TextTask, class_tally, place
 from flexp.data.tasks.text import Limit, encode_texts
 from flexp.data.types import Example, ModelKind, Row, Tally
 
@@ -31,14 +30,10 @@ class Classification(TextTask):
     def encode(self, rows: Sequence[Row]) -> list[Example]:
         """The text (or the filled template), with ``labels`` a class number."""
         config = self.config
-        if config.template is not None:
-            texts = [fill_row(config.template, config, row) for row in rows]
-        else:
-            texts = [as_text(row[config.text], config.text, place(row)) for row in rows]
         pairs = None
         if config.text_pair is not None:
             pairs = [as_text(row[config.text_pair], config.text_pair, place(row)) for row in rows]
-        examples = encode_texts(self.tokenizer, texts, pairs, [place(row) for row in rows], self.limit)
+        examples = encode_texts(self.tokenizer, self.texts(rows), pairs, [place(row) for row in rows], self.limit)
         for example, row in zip(examples, rows, strict=True):
             example["labels"] = self._number[row[config.label]]
         return examples

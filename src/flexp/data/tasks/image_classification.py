@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from flexp.config import DataConfig
-from flexp.data.tasks.base import place
-from flexp.data.tasks.measures import class_tally
+from flexp.data.tasks.base import class_tally, place
 from flexp.data.types import Batch, Example, Forward, ModelKind, Row, Tally
 from flexp.errors import DataError
 

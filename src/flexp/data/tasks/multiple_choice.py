@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from flexp.config import DataConfig
-from flexp.data.batching import scored
 from flexp.data.columns import as_text, missing
-from flexp.data.tasks.base import TextTask, fill_row, place
-from flexp.data.tasks.measures import deciding_logits, token_tally
+from flexp.data.scores import scored
+from flexp.data.tasks.base import TextTask, deciding_logits, fill_row, place, token_tally
 from flexp.data.tasks.text import Limit, answer_example, continuation, fit_end, prompt_ids
 from flexp.data.types import Example, Forward, Row, Tally
 from flexp.errors import ConfigError, DataError

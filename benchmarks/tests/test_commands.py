@@ -1,0 +1,109 @@
+"""``python -m benchmarks NAME`` as a user types it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import NAMES, app
+from tests.cli.test_plan import FLEET
+from tests.data.tools import jsonl, labelled
+from tests.tiny import bert_folder
+
+from .tools import call, picture_folder
+
+SMALL = ("--steps", "4", "--batch-size", "4", "--max-length", "12", "--test-examples", "8")
+
+
+def test_every_file_is_a_command() -> None:
+    folder = Path(__file__).parents[1]
+    assert {f"{name.replace('-', '_')}.py" for name in NAMES} == {path.name for path in folder.glob("[a-z]*.py")}
+    assert [command.name for command in app().registered_commands] == NAMES
+
+
+def test_codec_and_slow_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = jsonl(tmp_path / "rows.jsonl", labelled(60, ("a", "b")))
+    where = ("--model", str(bert_folder(tmp_path / "model")), "--data", str(rows))
+    code, shown = call(monkeypatch, capsys, "codec", *where, *SMALL, "--codec", "off", "--codec", "int8-row+feedback")
+    assert code == 0
+    assert "int8-row+feedback" in shown
+    network = ("--round-trip", "2", "--bandwidth", "100", "--timed", "4", "--blocks", "3")
+    code, shown = call(monkeypatch, capsys, "slow-link", *where, *SMALL, *network)
+    assert code == 0
+    assert "fast step (int8-row, 4 under way)" in shown
+    code, shown = call(monkeypatch, capsys, "slow-link", *where, *SMALL, *network, "--json", "--in-flight", "2")
+    result = json.loads(shown)
+    assert (result["bench"], result["in_flight"], result["network"]["latency_s"]) == ("slow-link", 2, 0.001)
+
+
+def test_unknown_codecs_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (("codec", "--codec", "zip"), ("slow-link", "--codec", "zip")):
+        code, shown = call(monkeypatch, capsys, *arguments)
+        assert code != 0
+        assert "--codec zip: expected off, fp32, bf16, fp16, int8-channel" in shown
+
+
+def test_pfl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pictures = str(picture_folder(tmp_path / "small", 200, 100))
+    options = ("--data", pictures, "--method", "fedavg", "--rounds", "1", "--out", str(tmp_path / "out"))
+    code, shown = call(monkeypatch, capsys, "pfl", *options)
+    assert code == 0
+    assert "python -m benchmarks pfl" in shown
+    assert "small, dirichlet; accuracy in %" in shown
+    code, shown = call(monkeypatch, capsys, "pfl", *options, "--json")  # nothing is left to train
+    result = json.loads(shown)
+    assert (result["bench"], result["clients"], sum(result["sizes"])) == ("pfl", 20, 220)
+    assert result["rows"][0]["rounds"] == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--partition", "iid", "expected dirichlet or pathological"),
+        ("--method", "splitfed", "expected one of local"),
+        ("--data", "nowhere", "dataset-fashion-mnist"),
+    ],
+)
+def test_pfl_says_a_users_mistake_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], option: str, value: str, message: str
+) -> None:
+    code, shown = call(monkeypatch, capsys, "pfl", option, value)
+    assert code == 2
+    (line,) = shown.strip().splitlines()
+    assert message in line
+
+
+def test_plan_shows_three_ways_beside_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fleet = tmp_path / "fleet.toml"
+    fleet.write_text(FLEET, encoding="utf-8")
+    words = ("plan", str(fleet), "--model", "arch:bert", "--steps", "2")
+    code, shown = call(monkeypatch, capsys, *words)
+    assert code == 0
+    for name in ("office (3)", "optimised", "memory-only", "static"):
+        assert name in shown
+    code, shown = call(monkeypatch, capsys, *words, "--json")
+    ways = json.loads(shown)["rows"][0]["ways"]
+    assert ways["optimised"]["objective"] <= min(way["objective"] for way in ways.values()) + 1e-9
+
+
+def test_split_and_whole_write_the_same_and_bytes_are_counted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--hidden", "64", "--blocks", "3", "--vocabulary", "256", "--tokens", "5", "--prompt", "7"]
+    code, shown = call(monkeypatch, capsys, "inference", *options, "--pairs", "4", "--round-trip", "5", "--json")
+    assert code == 0
+    result = json.loads(shown)
+    assert (result["same_tokens"], result["rebuilt"], result["cut"]) == (True, 0, [1, 2])
+    positions = 7 + 4  # the last token is written, not read
+    assert result["bytes"] == positions * (
+        2 * 64 * 4 + 8
+    )  # z up, h down, a position; transformers drops a mask of ones
+    assert result["slow_tokens_per_second"] < 1 / 0.005
+    low, high = result["ratio_quartiles"]
+    assert 0 < low <= result["ratio"] <= high
