@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import grpc
 import torch
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from flexp.errors import ConfigError, FlexpError, LinkError, LinkLostError
 from flexp.links.base import Service
@@ -123,8 +124,9 @@ class Serving:
         return self._worker.submit(action).result()
 
     def refuse_more(self) -> None:
-        """Answer every further request with a refusal."""
+        """Answer every further request with a refusal, and say so to who asks for the server's health."""
         self._stopping = True
+        asyncio.run_coroutine_threadsafe(self._health.enter_graceful_shutdown(), self._loop)
 
     def stop(self, grace: float = 1.0) -> None:
         """Stop listening, give streams ``grace`` seconds to end, and drop what is in flight."""
@@ -145,6 +147,10 @@ class Serving:
         facts = None if self._facts is None else lambda told=self._facts: told(self)
         methods |= operator_handlers(facts, self._service.readmit, self._tokens)
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        for name in ("", SERVICE):
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         _see_free(asked)
         try:
             if credentials is None:
