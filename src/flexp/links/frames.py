@@ -13,7 +13,7 @@ import math
 import struct
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -116,8 +116,8 @@ def describe(name: str, value: Tensor) -> Field:
     return Field(name, value.dtype, tuple(value.shape))
 
 
-def head_bytes(head: Head) -> bytes:
-    """A frame's head, for :func:`parse`.
+def head_bytes(head: Head, check: int = 0) -> bytes:
+    """A frame's head, for :func:`parse`; ``check``: CRC-32 of the tensors' bytes.
 
     Raises:
         LinkError: it is too large.
@@ -135,7 +135,7 @@ def head_bytes(head: Head) -> bytes:
             f"a message of {len(head.fields)} tensors and {len(text)} bytes of text is too large: "
             f"at most {MOST_FIELDS} and {MOST_TEXT} can cross"
         )
-    rest = _SIZES.pack(head.check, len(text)) + text
+    rest = _SIZES.pack(check, len(text)) + text
     return _START.pack(MAGIC, VERSION, zlib.crc32(rest)) + rest
 
 
@@ -163,12 +163,13 @@ def parse(message: bytes) -> Head:
         said = table.pop("__metadata__")
         if not all(isinstance(value, str) for value in said.values()):
             raise ValueError("its metadata are not texts")
-        head = Head(said.pop("message"), int(said.pop("call")), float(said.pop("seconds")), said, _fields(table))
+        kind, call, seconds = said.pop("message"), int(said.pop("call")), float(said.pop("seconds"))
+        fields = _fields(table)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise LinkError(f"the frame's head cannot be read ({type(error).__name__}: {error})") from error
-    if not (0 <= head.call < 2**64 and math.isfinite(head.seconds)):
-        raise LinkError(f"the frame has the number {head.call} and {head.seconds} seconds, which cannot be")
-    return replace(head, size=begin + size, check=tensors)
+    if not (0 <= call < 2**64 and math.isfinite(seconds)):
+        raise LinkError(f"the frame has the number {call} and {seconds} seconds, which cannot be")
+    return Head(kind, call, seconds, said, fields, begin + size, tensors)
 
 
 def encode(frame: Frame) -> list[bytes]:
@@ -181,7 +182,7 @@ def encode(frame: Frame) -> list[bytes]:
     check = 0
     for piece in content:
         check = zlib.crc32(piece, check)
-    return list(_chunks([head_bytes(replace(frame.head, check=check)), *content]))
+    return list(_chunks([head_bytes(frame.head, check), *content]))
 
 
 class Incoming:

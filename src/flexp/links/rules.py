@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from flexp.config import CodecConfig
 from flexp.errors import LinkError
 from flexp.links.codecs import SCALE, codec_of
 from flexp.links.coding import codec_name
-from flexp.links.declaring import MESSAGES, Entry, Request, declared
+from flexp.links.declaring import MESSAGES, Entry, Request, Tensors, declared
 from flexp.links.frames import Field, Head
 from flexp.links.messages import Join, Leave, Refusal, Welcome
 
@@ -75,15 +76,21 @@ class Agreement:
 
     def forms(self, entry: Entry, name: str, rows: tuple[int, ...]) -> list[list[Field]]:
         """As what a tensor of a message with (B, T) = ``rows`` may cross: payload and scales, in each of its shapes."""
-        sizes = dict(zip("BT1H", (*rows, 1, self.hidden), strict=True))
-        codec = codec_of(codec_name(self.codec, entry.tensors), self.dtype)
-        forms = []
-        for letters in entry.tensors.shapes:
-            shape = tuple(sizes[letter] for letter in letters)
-            dtype = torch.uint8 if entry.tensors.flags else entry.tensors.dtype
-            parts = codec.layout(shape) if dtype is None else ((dtype, shape),)
-            forms.append([Field(part, *what) for part, what in zip((name, name + SCALE), parts, strict=False)])
-        return forms
+        return _forms(entry.tensors, codec_name(self.codec, entry.tensors), self.dtype, self.hidden, name, rows)
+
+
+@lru_cache(maxsize=1024)
+def _forms(
+    tensors: Tensors, codec: str, dtype: torch.dtype, hidden: int, name: str, rows: tuple[int, ...]
+) -> list[list[Field]]:
+    sizes = dict(zip("BT1H", (*rows, 1, hidden), strict=True))
+    forms = []
+    for letters in tensors.shapes:
+        shape = tuple(sizes[letter] for letter in letters)
+        fixed = torch.uint8 if tensors.flags else tensors.dtype
+        parts = codec_of(codec, dtype).layout(shape) if fixed is None else ((fixed, shape),)
+        forms.append([Field(part, *what) for part, what in zip((name, name + SCALE), parts, strict=False)])
+    return forms
 
 
 def dtype_of(join: Join) -> torch.dtype:
@@ -140,9 +147,11 @@ def _check(head: Head, kind: type[Any], agreement: Agreement | None, who: str, r
                 if not found.dtype.is_floating_point:
                     raise LinkError(f"{who}: {name} is {found.dtype}, which no weight is")
                 continue
-            if rows is None:
-                rows = _rows(found, entry, agreement, who)
-            forms = agreement.forms(entry, name, rows)
+            first = rows is None
+            rows = found.shape[:2] if rows is None else rows
+            forms = agreement.forms(entry, name, rows) if len(rows) == 2 else [[found]]
+            if first:
+                _check_first(found, forms[0][0], agreement, who)
             given = [found, *(left.pop(part) for part in (name + SCALE,) if len(forms[0]) > 1 and part in left)]
             if given not in forms:
                 raise LinkError(f"{who} has {_facts(given)}, expected {' or '.join(map(_facts, forms))}")
@@ -156,19 +165,17 @@ def _check(head: Head, kind: type[Any], agreement: Agreement | None, who: str, r
         )
 
 
-def _rows(found: Field, entry: Entry, agreement: Agreement, who: str) -> tuple[int, ...]:
-    """(B, T) of a message's first tensor."""
-    rows = found.shape[:2]
-    payload = agreement.forms(entry, found.name, (1, 1))[0][0]
-    if len(found.shape) != 3 or (found.shape[2], found.dtype) != (payload.shape[2], payload.dtype):
-        wanted = f"(B, T, {payload.shape[2]}) {payload.dtype}"
+def _check_first(found: Field, expected: Field, agreement: Agreement, who: str) -> None:
+    """The first tensor of a message says what (B, T) is."""
+    if len(found.shape) != 3 or found != expected:
+        wanted = f"(B, T, {expected.shape[-1]}) {expected.dtype}" if len(found.shape) == 3 else "(B, T, H)"
         raise LinkError(f"{who}: {found.name} is {found.shape} {found.dtype}, expected {wanted}")
-    if rows[0] * rows[1] > agreement.max_tokens:
+    batch, length, _ = found.shape
+    if batch * length > agreement.max_tokens:
         raise LinkError(
-            f"{who}: {entry.field} has {rows[0]} × {rows[1]} tokens, the server takes at most "
+            f"{who}: {found.name} has {batch} × {length} tokens, the server takes at most "
             f"{agreement.max_tokens}; use smaller (micro-)batches or shorter texts"
         )
-    return rows
 
 
 def _facts(items: Collection[Field]) -> str:
