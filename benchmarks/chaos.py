@@ -31,7 +31,7 @@ from benchmarks.tools.tiny_run import tiny_run
 from flexp.errors import ConfigError, FlexpError
 from flexp.report.progress import Progress
 from flexp.run import checkpoints, runner
-from flexp.run.fleet import Fleet, Party
+from flexp.run.fleet import Fleet, Process
 from flexp.run.settle import settle
 from flexp.run.store import Snapshots
 
@@ -139,7 +139,7 @@ class _Hand:
         steps = sum(row["steps"] for row in self._fleet.results())
         if steps < self._plan[0][0]:
             return
-        party: Party = self._random.choice(parties)
+        party: Process = self._random.choice(parties)
         assert party.process is not None
         _, what = self._plan.pop(0)
         if what == "kill":

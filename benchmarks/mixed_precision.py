@@ -10,7 +10,7 @@ from __future__ import annotations
 from benchmarks.tools.command import Examples, Kind, Length, Model, Pairs, Result, Threads, fetched
 from benchmarks.tools.paired import paired
 from benchmarks.tools.parties import Parties, Step, parties
-from flexp.client.whole import WholeModel
+from flexp.client.personal import WholeModel
 from flexp.models.loading import AUTOCAST
 
 

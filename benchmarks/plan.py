@@ -11,15 +11,14 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.tools.command import Model, Result
+from benchmarks.tools.other_plans import memory_only, static, virtual_time
 from flexp.errors import ConfigError
 from flexp.planner.accuracy import AccuracyCurve
-from flexp.planner.baselines import memory_only, static
 from flexp.planner.fleet import Fleet, Weights
 from flexp.planner.model import ModelCosts
 from flexp.planner.plan import Costs, Plan, counts, make_plan
 from flexp.planner.problem import Problem
 from flexp.planner.solve import Solution, solve
-from flexp.planner.virtual import virtual_time
 from flexp.report import formats
 from flexp.run.planned import load_fleet
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import csv
 import random
 from pathlib import Path
 from typing import Any
@@ -27,14 +27,16 @@ def tiny_run(
     save_tiny("bert", model)
     _set_dropout(model, dropout)
     _tokenizer().save_pretrained(model)
-    rows = folder / "rows.jsonl"
+    rows = folder / "rows.csv"
     draw = random.Random(seed)
-    with rows.open("w", encoding="utf-8") as file:
+    with rows.open("w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, ("client", "text", "label"))
+        table.writeheader()
         for number in range(40 * len(CLIENTS)):
             label = draw.randrange(2)
             words = draw.choices(WORDS[20 * label :], k=8)
-            row = {"client": CLIENTS[number % len(CLIENTS)], "text": " ".join(words), "label": f"class {label}"}
-            file.write(json.dumps(row) + "\n")
+            client = CLIENTS[number % len(CLIENTS)]
+            table.writerow({"client": client, "text": " ".join(words), "label": f"class {label}"})
     content: dict[str, Any] = {
         "name": "tiny",
         "seed": seed,

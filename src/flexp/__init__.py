@@ -51,7 +51,7 @@ def __getattr__(name: str) -> Any:
 
 def _plan_cut(*args: Any, **kwargs: Any) -> tuple[int, int]:
     """For ``from_pretrained(cut="auto")``: clients are below the planner and do not know it."""
-    from flexp.planner.own import own_cut
+    from flexp.planner.model import own_cut
 
     return own_cut(*args, **kwargs)
 

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flexp.client.exchange import Piece
 from flexp.client.model import SplitModel
-from flexp.client.steps import Piece
 from flexp.config import AlignConfig, OptimizerConfig, ServerConfig
 from flexp.links.messages import BackwardReply, ForwardReply, ForwardRequest, PullReply, PullRequest
 from flexp.models.stage import Stage

@@ -11,8 +11,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from flexp.client.recut import ParkedInMemory, fit, move_party, recut
-from flexp.client.state import cut_in, load_party, party_state
-from flexp.client.trainer import Trainer
+from flexp.client.trainer import Trainer, cut_in, load_party, party_state
 from flexp.config import AlignConfig, OptimizerConfig, TrainConfig
 from flexp.data.types import ClientData
 from flexp.links.base import Link

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from flexp.client.steps import Piece
+from flexp.client.exchange import Piece
 from flexp.config import ServerConfig
 from flexp.errors import LinkError
 from flexp.links.messages import Abort, Leave

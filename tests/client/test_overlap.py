@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from flexp.client import trainer as trainer_module
+from flexp.client.exchange import Piece
 from flexp.client.overlap import overlapped
-from flexp.client.steps import Piece
 from flexp.config import AlignConfig, ServerConfig
 from flexp.errors import ConfigError, LinkError, TrainingError
 from flexp.links.emulated import EmulatedLink, Network

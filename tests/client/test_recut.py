@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from flexp.client.model import SplitModel
 from flexp.client.recut import ParkedInMemory, fit, move_party, recut
-from flexp.client.state import cut_in, load_party, party_state
-from flexp.client.trainer import Trainer
+from flexp.client.trainer import Trainer, cut_in, load_party, party_state
 from flexp.config import OptimizerConfig, TrainConfig
 from flexp.data.types import ClientData
 from flexp.errors import ConfigError, LinkError, LinkLostError, ModelError, StorageError

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from flexp.client.state import party_state
+from flexp.client.trainer import party_state
 from flexp.config import RunConfig
 from flexp.config.loading import validate
 from flexp.export.client_folder import ClientFolder, open_client

@@ -107,7 +107,11 @@ def test_a_lost_device_goes_on_from_its_backup(tmp_path: Path) -> None:
     south = out / "clients/south"
     before = newest(south / "snapshots")
     facts = back_up(south, None, tmp_path / "south.safetensors", "some words")
-    assert (facts["client"], facts["cut"], facts["snapshot"]["run"]) == ("south", [2, 4], server.conductor.desk.run)
+    assert (facts["client"], facts["cut"], facts["snapshot"]["run"]) == (
+        "south",
+        [2, 4],
+        server.conductor.run,
+    )
     shutil.rmtree(south / "snapshots")
     with pytest.raises(StorageError, match="has no whole snapshot"):
         back_up(south, None, tmp_path / "x")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flexp.client.steps import Piece
+from flexp.client.exchange import Piece
 from flexp.config import AlignConfig, ServerConfig
 from flexp.errors import LinkError, LinkLostError
 from flexp.links.base import Link

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from flexp.client.exchange import Piece
 from flexp.client.model import SplitModel
-from flexp.client.steps import Piece
 from flexp.config import AlignConfig
 from flexp.errors import ConfigError
 from flexp.links.declaring import MESSAGES

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from flexp.client.model import SplitModel
+from flexp.client.personal import WholeModel
 from flexp.client.trainer import Step
-from flexp.client.whole import WholeModel
 from flexp.errors import ConfigError
 from flexp.methods.split_bench import SplitBench
 from flexp.methods.workbench import Worker

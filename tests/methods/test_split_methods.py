@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flexp.client.steps import loss_items
+from flexp.client.exchange import loss_items
 from flexp.errors import ConfigError, TrainingError
 from flexp.methods import split_fedavg
 from flexp.methods.ranks import average, fit

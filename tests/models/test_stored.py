@@ -16,7 +16,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from flexp.config import ModelConfig
 from flexp.errors import ConfigError, ModelError
-from flexp.models import sparing, stored
+from flexp.models import low_memory, stored
 from flexp.models.architectures import ARCHITECTURES
 from flexp.models.loading import load_stage
 from flexp.models.parts import Part
@@ -87,7 +87,7 @@ def test_where_reserves_count_the_map_is_read_only(tmp_path: Path, monkeypatch: 
     wanted = {
         key: value.clone() for key, value in tensors_of(load_stage(folder, "sequence-classification").model).items()
     }
-    for module in (sparing, stored):
+    for module in (low_memory, stored):
         monkeypatch.setattr(module, "reserves_count", lambda: True)
     lean = load_stage(ModelConfig.of(folder, embeddings="file"), "sequence-classification")
     assert equal(tensors_of(lean.model), wanted)

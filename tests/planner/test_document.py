@@ -1,4 +1,4 @@
-"""A plan's words, JSON, page, front and baselines."""
+"""A plan's words, JSON, page and front."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ import pytest
 from flexp.errors import ConfigError
 from flexp.files import write_json
 from flexp.planner.accuracy import AccuracyCurve, CurvePoint
-from flexp.planner.baselines import memory_only, static
 from flexp.planner.document import document, read_plan
 from flexp.planner.explain import Reasons, holding
 from flexp.planner.pareto import front
 from flexp.planner.plan import make_plan
-from flexp.planner.virtual import virtual_time
 from flexp.report.planning import alike, render
 
 from .fakes import BLOCKS, MB, FakeCosts, fleet
@@ -109,28 +107,3 @@ def test_the_front_holds_every_efficient_end() -> None:
     )
     assert min(loss for _, loss, _ in values) == pytest.approx(least / 4)
     assert min(size for *_, size in values) == pytest.approx(min(option.bytes for option in options))
-
-
-def test_the_optimum_beats_both_baselines_on_the_joint_objective() -> None:
-    for curve in (None, DEEP_IS_BETTER):
-        for flops in (5e9, 100e9, 5e12):
-            plan = make_plan(fleet(MIXED), FakeCosts(server_flops=flops), curve)
-            for other in (memory_only(plan), static(plan)):
-                assert other is not None
-                assert plan.measures.objective <= other.measures.objective * (1 + 1e-9)
-    deepest, same = memory_only(plan), static(plan)
-    assert deepest is not None
-    assert same is not None
-    assert {option.choice.cut for option in same.options.values()} == {(1, 4)}  # all that a phone can
-    assert [deepest.options[name].choice.cut for name in ("phone-1", "pi", "gpu")] == [(1, 4), (3, 4), (3, 4)]
-
-
-def test_a_lone_clients_virtual_time_is_its_steps() -> None:
-    made = fleet(
-        [{"name": "a", "uplink_bps": 1e15, "downlink_bps": 1e15}],
-        server={"class": "server", "uplink_bps": 1e15, "downlink_bps": 1e15},
-    )
-    plan = make_plan(made, FakeCosts())
-    clock = virtual_time(made, plan.solution.options, 5)
-    step = plan.solution.options["a"].prediction.step_seconds
-    assert clock.rounds[-1] == pytest.approx(5 * step, rel=1e-6)

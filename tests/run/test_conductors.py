@@ -11,10 +11,9 @@ from flexp.config import TrainConfig
 from flexp.errors import LinkError
 from flexp.links.messages import Order, Ready
 from flexp.methods.turns import turns
-from flexp.run.conductors import Desk
+from flexp.run.conduct import Place, schedule
 from flexp.run.deterministic import Deterministic
 from flexp.run.free import Free
-from flexp.run.schedule import Place, schedule
 from flexp.run.store import Snapshots
 from tests.harness import world
 
@@ -57,8 +56,9 @@ class Word:
 
 
 def deterministic(folder: Path | None) -> Deterministic:
-    desk = Desk(world("bert").server, None if folder is None else Snapshots(folder), "run", lambda _: None, STEPS)
-    return Deterministic(desk, NAMES, schedule(NAMES, TRAIN, 3, evaluate_every=1, save_every=1))
+    snapshots = None if folder is None else Snapshots(folder)
+    places = schedule(NAMES, TRAIN, 3, evaluate_every=1, save_every=1)
+    return Deterministic(world("bert").server, snapshots, "run", lambda _: None, TRAIN, NAMES, places)
 
 
 def talk(words: list[Word], most: int = 10_000) -> int:
@@ -123,7 +123,7 @@ def test_a_new_server_goes_on_from_what_all_have(tmp_path: Path) -> None:
         word.say()
     talk(words, 36)
     second = deterministic(tmp_path)
-    common = set(second.desk.numbers).intersection(*(word.kept for word in words))
+    common = set(second.numbers).intersection(*(word.kept for word in words))
     for word in words:
         word.conductor, word.done = second, None
         word.say("run")
@@ -150,8 +150,9 @@ def test_a_client_with_a_run_of_another_length_is_refused() -> None:
 
 
 def test_in_a_free_run_nobody_waits(tmp_path: Path) -> None:
-    desk = Desk(world("bert").server, Snapshots(tmp_path), "run", lambda _: None, STEPS)
-    conductor = Free(desk, NAMES, TRAIN, evaluate_every=2, save_every=1)
+    conductor = Free(
+        world("bert").server, Snapshots(tmp_path), "run", lambda _: None, TRAIN, NAMES, evaluate_every=2, save_every=1
+    )
     words = [Word(name, conductor) for name in NAMES]
     words[0].say()
     talk(words[:1])

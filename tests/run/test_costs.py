@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from flexp.client.whole import WholeModel
+from flexp.client.personal import WholeModel
 from flexp.cost.counting import counting
 from flexp.cost.echo import random_batch
 from flexp.cost.flops import ExchangeCost

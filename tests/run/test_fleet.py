@@ -185,7 +185,7 @@ def test_a_cut_changes_before_the_first_step(folder: Path, tmp_path: Path) -> No
     snapshots = Snapshots(state / "snapshots")
     tensors, facts = snapshots.load(0)
     assert (facts["steps"], tuple(facts["cut"])) == (0, where.cut) != (0, (3, 4))
-    snapshots.save(0, tensors, facts | {"run": server.conductor.desk.run})  # as if the server had told it to save
+    snapshots.save(0, tensors, facts | {"run": server.conductor.run})  # as if the server had told it to save
     Client(config, free, "south", plain(server), state, cut=(3, None)).join()
     server.end()
     assert tuple(newest(state / "snapshots")["cut"].tolist()) == (3, 4)

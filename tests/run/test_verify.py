@@ -12,7 +12,7 @@ import torch
 from transformers import BertConfig, BertModel, T5Config
 
 from flexp.client.model import SplitModel
-from flexp.client.whole import WholeModel
+from flexp.client.personal import WholeModel
 from flexp.config import ModelConfig
 from flexp.errors import ConfigError, ModelError
 from flexp.models.loading import load_stage

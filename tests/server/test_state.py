@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from flexp.client.exchange import Piece
 from flexp.client.model import SplitModel
-from flexp.client.steps import Piece
 from flexp.config import AlignConfig, OptimizerConfig, ServerConfig
 from flexp.errors import LinkError, ModelError, StorageError
 from flexp.links.messages import Leave

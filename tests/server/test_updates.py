@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flexp.client.steps import Piece, loss_items, unmasked_tokens
+from flexp.client.exchange import Piece, loss_items, unmasked_tokens
 from flexp.config import AlignConfig, OptimizerConfig, ServerConfig
 from flexp.errors import TrainingError
 from flexp.models.parts import Part

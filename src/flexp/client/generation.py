@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexp.client.exchange import waiting
 from flexp.client.model import SplitModel
-from flexp.client.remote import waiting
 from flexp.errors import ConfigError, LinkError, LinkLostError, ModelError
 from flexp.links.base import Link, ask
 from flexp.links.messages import EndGeneration, ExtendRequest
 from flexp.models.caching import PartCache, check_cached
-from flexp.models.plan import shadowed
+from flexp.models.execution import shadowed
 from flexp.models.stage import NEED_ALL_BLOCKS
 from flexp.rng import current_turn
 

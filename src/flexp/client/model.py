@@ -12,23 +12,17 @@ import torch
 from torch import Tensor
 
 from flexp.assets import resolve
-from flexp.client.personal import PersonalModel
-from flexp.client.remote import RemoteCall, RemoteMiddle, waiting
-from flexp.client.steps import Piece, Steps, items_of
-from flexp.config import AlignConfig, CodecConfig, LoraConfig, ModelConfig
+from flexp.client.exchange import Piece, RemoteCall, RemoteMiddle, items_of
+from flexp.client.joined import OFF, JoinedModel
+from flexp.config import AlignConfig, CodecConfig, ModelConfig
 from flexp.errors import ConfigError, LinkError
 from flexp.links.base import Link, ask
-from flexp.links.messages import Abort, ForwardRequest, Join, PullRequest
+from flexp.links.messages import Abort, ForwardRequest
 from flexp.links.opening import as_link
-from flexp.models.fingerprint import fingerprint
+from flexp.models.execution import ExecutionPlan
 from flexp.models.loading import ModelKind, load_config, load_stage
 from flexp.models.parts import Part, check_cut
-from flexp.models.plan import Plan
-from flexp.models.stage import Stage
 from flexp.models.tuning import tune
-from flexp.rng import current_turn
-
-OFF = AlignConfig(kind="off")
 
 
 @dataclass(frozen=True)
@@ -39,10 +33,10 @@ class Sent:
     z_BTH: Tensor
     inner_BTH: tuple[Tensor, ...]
     inputs: Mapping[str, Any]
-    plan: Plan
+    plan: ExecutionPlan
 
 
-class SplitModel(PersonalModel):
+class SplitModel(JoinedModel):
     """The client's stage with the server in its middle.
 
     ``forward`` takes what the Hugging Face model takes and gives what it gives; ``loss.backward()`` trains the personal
@@ -69,38 +63,7 @@ class SplitModel(PersonalModel):
 
     kind: ClassVar[ModelKind]
     plan_cut: ClassVar[Callable[..., tuple[int, int]] | None] = None
-    """What ``cut="auto"`` asks, as :func:`flexp.planner.own.own_cut` is called; ``flexp`` sets it."""
-
-    def __init__(
-        self,
-        stage: Stage,
-        cut: tuple[int, int],
-        link: Link,
-        *,
-        align: AlignConfig = OFF,
-        tuning: str = "full",
-        lora: LoraConfig | None = None,
-        accumulation: int = 1,
-        expose_embeddings: bool = False,
-        numbering: int | None = None,
-        codec: CodecConfig | None = None,
-    ) -> None:
-        super().__init__(stage)
-        self.link = link
-        self.align = align
-        self.tuning = tuning
-        self.lora = lora
-        self.last_align: float | None = None
-        self._pulled = 0  # the step after which the aligned blocks were pulled last
-        self.cut: tuple[int, int] = cut
-        self.steps = Steps(accumulation)
-        if numbering is not None:
-            self.steps.numbering = numbering
-        self.codec = codec
-        self._expose_embeddings = expose_embeddings
-        self._join(cut)
-        self.settle()
-        self.take_over()
+    """What ``cut="auto"`` asks, as :func:`flexp.planner.model.own_cut` is called; ``flexp`` sets it."""
 
     @classmethod
     def from_pretrained(
@@ -248,51 +211,6 @@ class SplitModel(PersonalModel):
         self.steps.abandon()
         ask(self.link, Abort())
 
-    def rejoin(self, link: Link | None = None, *, cut: tuple[int, int] | None = None) -> None:
-        """Join again, after the link was lost or the server came back: over ``link``, if it is another one, of the same
-        client to the same server; the old one is closed. The steps go on.
-
-        Args:
-            cut: another one from now on; the stage must be made to fit it (:mod:`flexp.client.recut`).
-
-        Raises:
-            LinkError: the server refuses this client, or that cut.
-        """
-        if link is not None:
-            with suppress(LinkError):
-                self.link.close()
-            self.link = link
-        self.steps.abandon()
-        before, depth = self.cut, self.base_depth
-        try:
-            self._join(cut or before)
-            if self.align.follow and self.base_depth != depth:
-                raise ConfigError(
-                    f"the server's base depth was {depth} and is {self.base_depth}, so client {self.link.client} would "
-                    "follow other blocks; start the server with the same --base-depth as before"
-                )
-        except (LinkError, ConfigError):
-            self.cut = before
-            raise
-
-    def following(self, cut: tuple[int, int]) -> range:
-        """The blocks that this client would follow with ``cut``: which the server trains, and it takes over."""
-        return range(self.base_depth, cut[0]) if self.align.follow else range(0)
-
-    def settle(self) -> None:
-        """Leave the training of the aligned blocks to the server, if the alignment says so; the stage's blocks have
-        come or changed."""
-        self.stage.follow(self.following(self.cut))
-
-    def take_over(self) -> None:
-        """Make what the client follows the server's blocks as they are: others have taught them before it came."""
-        if self.stage.followed:
-            self._pull(0, 1.0)
-
-    def go_on(self, steps: int) -> None:
-        """Be as after so many steps, whose state is loaded."""
-        self.steps.done = self._pulled = steps
-
     def after_step(self) -> None:
         """Once the optimiser has stepped: pull the aligned blocks towards the server's, if the alignment says so.
 
@@ -305,49 +223,6 @@ class SplitModel(PersonalModel):
         if self.align.kind == "weights" and self.cut[0] > self.base_depth:
             self._pull(done, self.align.pull)
         self._pulled = done
-
-    def _pull(self, step: int, share: float) -> None:
-        with waiting(self.link, current_turn()):
-            shared = ask(self.link, PullRequest(self.base_depth, self.cut[0], step)).weights
-        personal = self.stage.own()
-        with torch.no_grad():
-            for name, value in shared.items():
-                if name in personal:
-                    personal[name].lerp_(value.to(personal[name]), share)
-
-    def _join(self, cut: tuple[int, int]) -> None:
-        check_cut(cut, self.stage.anatomy.blocks)
-        self.cut = cut
-        welcome = ask(
-            self.link,
-            Join(
-                client=self.link.client,
-                fingerprint=fingerprint(self.model.config),
-                cut=cut,
-                dtype=str(self.model.dtype),
-                autocast=self.stage.autocast_name,
-                tuning=self.tuning,
-                align=self.align,
-                lora=self.lora,
-                weights=self.stage.weights,
-                numbering=self.steps.numbering,
-                codec=self.codec,
-            ),
-        )
-        self.base_depth = welcome.base_depth
-        self.max_in_flight = welcome.max_in_flight
-        if cut[0] < self.base_depth:
-            raise ConfigError(f"cut = {cut} starts below the server's base depth s_min = {self.base_depth}")
-        what = "cut = (0, …)" if cut[0] == 0 else "alignment from a base depth of 0"
-        if not self._expose_embeddings and (cut[0] == 0 or (self.base_depth == 0 and self._aligns())):
-            raise ConfigError(
-                f"{what} would send the bare embeddings, from which the server can read every token; keep a block "
-                "below what is sent (s and s_min of at least 1), or say expose_embeddings=True"
-            )
-
-    def _aligns(self) -> bool:
-        """Whether z_base goes up when it is due."""
-        return self.cut[0] > self.base_depth and (self.align.teach or self.align.has_term)
 
     def _align_due(self) -> bool:
         return self._aligns() and (not self.align.has_term or self.steps.done % self.align.every == 0)

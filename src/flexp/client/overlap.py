@@ -14,16 +14,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from flexp.client.remote import waiting
-from flexp.client.steps import Piece, Steps
+from flexp.client.exchange import Piece, waiting
+from flexp.client.model import Sent, SplitModel
 from flexp.data.types import Batch
 from flexp.errors import LinkError
-from flexp.links.base import Link
 from flexp.rng import current_turn
 
 
@@ -36,21 +34,8 @@ class Done:
     align: float | None
 
 
-@runtime_checkable
-class Splittable(Protocol):
-    """What :class:`flexp.client.model.SplitModel` offers for this."""
-
-    link: Link
-    steps: Steps
-    max_in_flight: int
-
-    def head(self, inputs: Any) -> Any: ...
-    def tail(self, sent: Any, *, apart: bool = False) -> Any: ...
-    def abort(self) -> None: ...
-
-
 def overlapped(
-    model: Splittable, pieces: Sequence[tuple[Piece, Batch]], most: int, check: Callable[[Tensor], None]
+    model: SplitModel, pieces: Sequence[tuple[Piece, Batch]], most: int, check: Callable[[Tensor], None]
 ) -> Iterator[Done]:
     """Run a step's exchanges with up to ``most`` of them under way, or as many as the server lets be.
 
@@ -66,8 +51,8 @@ def overlapped(
     """
     most = min(most, model.max_in_flight)
     fresh = deque(pieces)
-    at_server: deque[tuple[Piece, Any]] = deque()  # sent z, wait for h
-    returning: deque[Any] = deque()  # sent ∂task/∂h, wait for ∂total/∂z
+    at_server: deque[tuple[Piece, Sent]] = deque()  # sent z, wait for h
+    returning: deque[Sent] = deque()  # sent ∂task/∂h, wait for ∂total/∂z
     try:
         while fresh or at_server or returning:
             if at_server and at_server[0][1].call.here:
@@ -94,7 +79,7 @@ def overlapped(
         raise
 
 
-def _finish(sent: Any) -> None:
+def _finish(sent: Sent) -> None:
     """The head's backward, from the gradients that have come."""
     reply = sent.call.reply()
     ends = [(sent.z_BTH, reply.grad_BTH), *zip(sent.inner_BTH, reply.inner_BTH, strict=False)]

@@ -15,7 +15,7 @@ changed. If it fails, the client has its old cut, and joins with it again.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
@@ -23,11 +23,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from flexp.client.fetching import pieces
 from flexp.client.model import SplitModel
-from flexp.client.state import cut_in, load_party
-from flexp.client.trainer import Trainer
+from flexp.client.trainer import Trainer, cut_in, load_party, split_model_of
 from flexp.errors import ConfigError, LinkError, ModelError
+from flexp.links.base import Link, ask
+from flexp.links.messages import FetchReply, FetchRequest
 from flexp.models.parts import Part, check_cut
 from flexp.models.stage import Stage
 
@@ -35,6 +35,8 @@ Blocks = Callable[[Part], Stage]
 """Gives pretrained blocks, tuned as this client's own are."""
 
 PERSONAL, OPTIMIZER, PARKED = "personal/", "optimizer/", "parked/"
+MOST = 16 << 20
+"""Bytes of tensors in one answer to a fetch."""
 
 
 class Parking(Protocol):
@@ -91,7 +93,7 @@ def recut(trainer: Trainer, cut: tuple[int, int], blocks: Blocks, parking: Parki
         ModelError: the server's blocks are not this model's; the client has its old cut.
         StorageError: what goes to the server could not be parked; nothing has changed.
     """
-    began, model = time.perf_counter(), _model(trainer)
+    began, model = time.perf_counter(), split_model_of(trainer)
     before, stage = model.cut, model.stage
     cut = check_cut(cut, stage.anatomy.blocks)
     wanted = Part.client(cut, stage.anatomy.blocks)
@@ -130,7 +132,7 @@ def fit(trainer: Trainer, cut: tuple[int, int], blocks: Blocks) -> None:
     Raises:
         LinkError: the server refuses.
     """
-    model = _model(trainer)
+    model = split_model_of(trainer)
     if cut == model.cut:
         return
     stage, wanted = model.stage, Part.client(cut, model.stage.anatomy.blocks)
@@ -141,7 +143,7 @@ def fit(trainer: Trainer, cut: tuple[int, int], blocks: Blocks) -> None:
 
 
 def move_party(trainer: Trainer, state: Mapping[str, Tensor], parking: Parking) -> list[str]:
-    """Go on from what :func:`flexp.client.state.party_state` gave with another cut than the client has now.
+    """Go on from what :func:`flexp.client.trainer.party_state` gave with another cut than the client has now.
 
     The same rules hold as for :func:`recut`, whose way is not open where the earlier cut would not fit any more.
 
@@ -152,7 +154,7 @@ def move_party(trainer: Trainer, state: Mapping[str, Tensor], parking: Parking) 
         LinkError: the server does not give its weights.
         StorageError: what goes to the server could not be parked.
     """
-    model, stage = _model(trainer), _model(trainer).stage
+    model, stage = split_model_of(trainer), split_model_of(trainer).stage
     own = stage.own()
     had = cut_in(state)
     followed = set() if had is None else set(model.following(had))
@@ -185,6 +187,23 @@ def move_party(trainer: Trainer, state: Mapping[str, Tensor], parking: Parking) 
     return new
 
 
+def fetched(link: Link, block: int) -> Iterator[FetchReply]:
+    """The answers that together hold a block's trained shared weights; while training goes on their versions differ.
+
+    Raises:
+        LinkError: the server does not give it.
+    """
+    names: set[str] = set()
+    while True:
+        reply = ask(link, FetchRequest(block, len(names), MOST))
+        if len(names) < reply.total and not reply.weights.keys() - names:
+            raise LinkError(f"the server gives {len(names)} of the {reply.total} weights of block {block}")
+        names |= reply.weights.keys()
+        yield reply
+        if len(names) >= reply.total:
+            return
+
+
 def _name(key: str) -> str | None:
     """The parameter that an entry of a client's state belongs to."""
     if key.startswith(PERSONAL):
@@ -193,16 +212,16 @@ def _name(key: str) -> str | None:
 
 
 def _reshape(trainer: Trainer, fresh: Stage | None, went: Iterable[int]) -> None:
-    stage = _model(trainer).stage
+    stage = split_model_of(trainer).stage
     if fresh is not None:
         stage.take(fresh)
     stage.give_up(went)
-    _model(trainer).settle()
+    split_model_of(trainer).settle()
     trainer.updater.change(stage.trainable(), stage.new)
 
 
 def _of_block(trainer: Trainer, block: int) -> dict[str, Tensor]:
-    stage = _model(trainer).stage
+    stage = split_model_of(trainer).stage
     own = {name: value for name, value in stage.own().items() if stage.block_of(name) == block}
     state = trainer.updater.state().items()
     kept = {f"{OPTIMIZER}{entry}": value for entry, value in state if entry.partition("/")[2] in own}
@@ -219,7 +238,7 @@ def _current(model: SplitModel, blocks: Iterable[int], shapes: Mapping[str, torc
     weights: dict[str, Tensor] = {}
     for block in blocks:
         if block >= model.base_depth:
-            for piece in pieces(model.link, block):
+            for piece in fetched(model.link, block):
                 weights |= {name: value for name, value in piece.weights.items() if name in shapes}
     odd = [name for name, value in weights.items() if value.shape != shapes[name]]
     if odd:
@@ -237,7 +256,7 @@ def _parked(parking: Parking, block: int, shapes: Mapping[str, torch.Size], stag
 
 
 def _fill(trainer: Trainer, weights: Mapping[str, Tensor]) -> None:
-    own = _model(trainer).stage.own()
+    own = split_model_of(trainer).stage.own()
     with torch.no_grad():
         for name, value in weights.items():
             own[name].copy_(value)
@@ -245,8 +264,3 @@ def _fill(trainer: Trainer, weights: Mapping[str, Tensor]) -> None:
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-
-def _model(trainer: Trainer) -> SplitModel:
-    assert isinstance(trainer.model, SplitModel)
-    return trainer.model

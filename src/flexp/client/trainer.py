@@ -12,14 +12,18 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from flexp.client.overlap import Done, Splittable, overlapped
-from flexp.client.steps import Piece, loss_items, unmasked_tokens
+from flexp.client.exchange import Piece, loss_items, unmasked_tokens
+from flexp.client.model import SplitModel
+from flexp.client.overlap import Done, overlapped
 from flexp.config import TrainConfig
 from flexp.data.ordering import BatchOrder
 from flexp.data.types import Batch, ClientData, Task
 from flexp.errors import DataError, TrainingError
+from flexp.links.coding import load_residuals, save_residuals
 from flexp.optim import Updater
 from flexp.rng import RandomStream, derived_seed
+
+OWED = "residuals/"
 
 
 class Trainable(Protocol):
@@ -113,8 +117,14 @@ class Trainer:
         aligned = align if self.model.last_align is not None else None
         return Step(self.name, self.steps, loss, aligned, items, lr, norm, seconds)
 
+    def personal(self, batch: Mapping[str, Tensor]) -> Any:
+        """The personal model on a batch, for evaluation; gives an output with ``logits``."""
+        self.model.train(False)
+        with torch.no_grad():
+            return self.model(**batch)
+
     def _exchanges(self, pieces: list[tuple[Piece, Batch]]) -> Iterator[Done]:
-        if self._in_flight > 1 and isinstance(self.model, Splittable):
+        if self._in_flight > 1 and isinstance(self.model, SplitModel):
             yield from overlapped(self.model, pieces, self._in_flight, self._check)
             return
         for piece, batch in pieces:
@@ -169,3 +179,38 @@ class Trainer:
                 f"client {self.name}, step {self.steps + 1}: the loss is {loss.item()}; lower train.personal.lr "
                 f"(now {self.updater.config.lr:g}) or train.shared.lr, set their clip, or use model.dtype = 'float32'"
             )
+
+
+def party_state(trainer: Trainer) -> dict[str, Tensor]:
+    """Everything that :func:`load_party` needs to go on bit for bit."""
+    model = split_model_of(trainer)
+    cut = {"cut": torch.tensor(model.cut)}
+    return trainer.state() | cut | model.link.meter.tensors() | save_residuals(model.link.residuals, OWED)
+
+
+def cut_in(state: Mapping[str, Tensor]) -> tuple[int, int] | None:
+    """The cut that a client had when its state was taken; ``None``: an older version of FlexP took it."""
+    if "cut" not in state:
+        return None
+    start, stop = map(int, state["cut"])
+    return start, stop
+
+
+def load_party(trainer: Trainer, state: Mapping[str, Tensor]) -> None:
+    """Go on from :func:`party_state`.
+
+    Raises:
+        ModelError: the state is of another cut or another tuning.
+    """
+    model = split_model_of(trainer)
+    trainer.load(state)
+    model.go_on(trainer.steps)
+    model.link.meter.load_tensors(state)
+    owed = {key.removeprefix(OWED): value for key, value in state.items() if key.startswith(OWED)}
+    load_residuals(model.link.residuals, owed)
+
+
+def split_model_of(trainer: Trainer) -> SplitModel:
+    """The model of a client that has a server."""
+    assert isinstance(trainer.model, SplitModel)
+    return trainer.model

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from flexp.client.model import OFF, SPLIT_MODELS
-from flexp.client.whole import WholeModel
+from flexp.client.personal import WholeModel
 from flexp.config import AlignConfig, ModelConfig, OptimizerConfig
 from flexp.cost.probe import Measured, Probe
 from flexp.errors import FlexpError

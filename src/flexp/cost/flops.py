@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from flexp.client.whole import WholeModel
+from flexp.client.personal import WholeModel
 from flexp.config import TrainConfig
 from flexp.cost.counting import counting
 from flexp.cost.echo import EchoLink, client_model, random_batch, without_tail

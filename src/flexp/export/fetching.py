@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from flexp.client.fetching import pieces
+from flexp.client.recut import fetched
 from flexp.config import CodecConfig
 from flexp.errors import LinkError, ModelError
 from flexp.export.client_folder import ClientFolder, Taken
@@ -63,7 +63,7 @@ class Fetched:
             LinkError: the server does not give them, or does not have what this client has trained with.
         """
         found: dict[str, Tensor] = {}
-        for reply in pieces(self._link, index):
+        for reply in fetched(self._link, index):
             if self.version is None:
                 self.version = reply.version
             if reply.version != self.version:

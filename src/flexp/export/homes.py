@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from flexp._version import __version__
-from flexp.client.state import cut_in
+from flexp.client.trainer import cut_in
 from flexp.config import RunConfig
 from flexp.errors import ConfigError, StorageError
 from flexp.export.client_folder import PERSONAL, ClientFolder, Taken, open_client

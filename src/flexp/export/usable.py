@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from flexp.client.whole import WholeModel
+from flexp.client.personal import WholeModel
 from flexp.config import DataConfig, ModelConfig, RunConfig
 from flexp.data.tasks import limit_of, make_task
 from flexp.data.types import Example, Forward, Task

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexp.client.personal import WholeModel
 from flexp.client.trainer import Trainer
-from flexp.client.whole import WholeModel
 from flexp.data.types import ClientData
 from flexp.links.base import Traffic
 from flexp.methods.base import Account, Forward, Holds, Method, OnStep, State, World

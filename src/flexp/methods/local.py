@@ -6,14 +6,10 @@ do not have; data, batches, steps and optimiser are FlexP-SFL's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-import torch
 from torch import Tensor
 
+from flexp.client.personal import WholeModel
 from flexp.client.trainer import Trainer
-from flexp.client.whole import WholeModel
 from flexp.links.base import Traffic
 from flexp.methods.base import Account, Forward, Method, OnStep, State, World
 from flexp.methods.parties import make_trainer, own_stage
@@ -36,14 +32,7 @@ class Local(Method):
             on_step(self.clients[name].step())
 
     def personal(self, client: str) -> Forward:
-        model = self.clients[client].model
-
-        def forward(batch: Mapping[str, Tensor]) -> Any:
-            model.train(False)
-            with torch.no_grad():
-                return model(**batch)
-
-        return forward
+        return self.clients[client].personal
 
     def trained_weights(self, client: str) -> dict[str, Tensor]:
         return {name: value.clone() for name, value in self.clients[client].model.personal_state().items()}

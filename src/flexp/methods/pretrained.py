@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexp.client.whole import WholeModel
+from flexp.client.personal import WholeModel
 from flexp.links.base import Traffic
 from flexp.methods.base import Account, Forward, Holds, Method, OnStep, State, World
 

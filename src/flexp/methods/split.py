@@ -7,16 +7,14 @@ and no alignment this equals training the whole model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from flexp.client.model import SplitModel
 from flexp.client.recut import Blocks, Move, ParkedInMemory, fit, recut
-from flexp.client.state import cut_in, load_party, party_state
-from flexp.client.trainer import Trainer
+from flexp.client.trainer import Trainer, cut_in, load_party, party_state
 from flexp.cost.clock import Schedule
 from flexp.links.base import Link
 from flexp.methods.base import RATIO, Account, Axis, Forward, Holds, Method, OnStep, State, World, base_depth
@@ -72,14 +70,7 @@ class Split(Method):
         return self.server.connect(name)
 
     def personal(self, client: str) -> Forward:
-        model = self._model(client)
-
-        def forward(batch: Mapping[str, Tensor]) -> Any:
-            model.eval()
-            with torch.no_grad():
-                return model(**batch)
-
-        return forward
+        return self.clients[client].personal
 
     def trained_weights(self, client: str) -> dict[str, Tensor]:
         shared, middle = self.server.shared, range(*self.cut_of(client))

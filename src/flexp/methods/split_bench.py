@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexp.client.steps import Piece
+from flexp.client.exchange import Piece
 from flexp.errors import ConfigError
 from flexp.links.base import Meter
 from flexp.links.messages import ForwardRequest

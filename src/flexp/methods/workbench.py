@@ -12,9 +12,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from flexp.client.steps import Piece
+from flexp.client.exchange import Piece
+from flexp.client.personal import WholeModel
 from flexp.client.trainer import Step, Trainer
-from flexp.client.whole import WholeModel
 from flexp.config import OptimizerConfig, TrainConfig
 from flexp.data.ordering import BatchOrder
 from flexp.data.types import ClientData, Task

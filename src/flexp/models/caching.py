@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from flexp.errors import ModelError
-from flexp.models import plan as planning
+from flexp.models import execution
+from flexp.models.execution import BlockCall, ExecutionPlan
 from flexp.models.parts import Part
-from flexp.models.plan import BlockCall, Plan
 from flexp.models.stage import Stage, carve
 
 
@@ -95,10 +95,10 @@ class PartCache(DynamicCache):  # type: ignore[misc]
 
 def cached_plan(
     stage: Stage, hidden_BTH: Tensor, mask_BT: Tensor | None, positions_BT: Tensor | None, cache: PartCache
-) -> Plan:
+) -> ExecutionPlan:
     """How a party without inputs calls its blocks for new tokens (B, T, H); ``mask_BT`` is over all tokens so far."""
     ids = torch.zeros(hidden_BTH.shape[:2], dtype=torch.long, device=hidden_BTH.device)
-    with planning.undisturbed(hidden_BTH.device):
+    with execution.undisturbed(hidden_BTH.device):
         return _record(stage, ids, mask_BT, positions_BT, cache)
 
 
@@ -117,15 +117,15 @@ def check_cached(stage: Stage) -> None:
         mask[0, 0] = 0
         accepts = "position_ids" in inspect.signature(type(stage.model).forward).parameters
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, past:] if accepts else None
-        plans: list[Plan] = []
+        plans: list[ExecutionPlan] = []
         stub = carve(stage, Part(none, ends=False))
         stub.blocks[0].register_parameter("any", nn.Parameter(torch.zeros(0, dtype=stage.model.dtype)))
         for party, tokens in ((stage, ids), (stub, torch.zeros_like(ids))):
             cache = PartCache(stage.model, none)
             cache.advance(past)
-            with planning.undisturbed(ids.device):
+            with execution.undisturbed(ids.device):
                 plans.append(_record(party, tokens, mask, positions, cache))
-        given = [Plan(tuple(_without_caches(call) for call in plan.calls), plan.tuples) for plan in plans]
+        given = [ExecutionPlan(tuple(_without_caches(call) for call in plan.calls), plan.tuples) for plan in plans]
         cached = all(_has_cache(call) for call in plans[0].calls)
         if not cached or not given[0].same(given[1]):
             why = "they would get other arguments on a server" if cached else "they are not given the cache"
@@ -135,14 +135,16 @@ def check_cached(stage: Stage) -> None:
             )
 
 
-def _record(stage: Stage, ids: Tensor, mask: Tensor | None, positions: Tensor | None, cache: PartCache) -> Plan:
+def _record(
+    stage: Stage, ids: Tensor, mask: Tensor | None, positions: Tensor | None, cache: PartCache
+) -> ExecutionPlan:
     inputs: dict[str, Any] = {"input_ids": ids, "past_key_values": cache, "use_cache": True}
     if mask is not None:
         inputs["attention_mask"] = mask
     if positions is not None:
         inputs["position_ids"] = positions
     with torch.no_grad(), stage.computing():
-        _, plan = planning.record(stage.model, stage.blocks, inputs, stage._tuples)
+        _, plan = execution.record(stage.model, stage.blocks, inputs, stage._tuples)
     stage._tuples = plan.tuples
     return plan
 

@@ -5,11 +5,35 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from flexp.models.headers import read_header
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor: its type in the format's word, its shape, and its bytes [start, stop) of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def read_header(stream: BinaryIO) -> dict[str, Entry]:
+    """The tensors of an open safetensors file, by name, without reading one.
+
+    The format: https://github.com/huggingface/safetensors#format
+    """
+    length = int.from_bytes(stream.read(8), "little")
+    header = json.loads(stream.read(length))
+    header.pop("__metadata__", None)
+    return {
+        name: Entry(said["dtype"], tuple(said["shape"]), *(8 + length + place for place in said["data_offsets"]))
+        for name, said in header.items()
+    }
+
 
 _IGNORED = {
     "architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "id2label", "label2id",

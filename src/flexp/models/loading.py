@@ -23,8 +23,8 @@ from flexp.errors import ModelError
 from flexp.limits import out_of_memory
 from flexp.models.anatomy import dissect, refuse_by_design
 from flexp.models.fingerprint import weights_fingerprint
+from flexp.models.low_memory import low_memory_loading
 from flexp.models.parts import Part, prune
-from flexp.models.sparing import sparing
 from flexp.models.stage import Stage, carve, forget_ties
 from flexp.models.stored import check_table, give_table, without_table
 from flexp.rng import RandomStream
@@ -92,7 +92,8 @@ def load_stage(
     cls = original if part is None else _pruned(original, part)
     if in_file:
         cls = without_table(cls)
-    with RandomStream(seed).active(), quietly(), sparing():  # one at a time: transformers loads by way of globals
+    # One at a time: transformers loads by way of globals.
+    with RandomStream(seed).active(), quietly(), low_memory_loading():
         try:
             loaded, info = cls.from_pretrained(
                 name,

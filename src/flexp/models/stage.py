@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from flexp.errors import ModelError
-from flexp.models import plan as planning
+from flexp.models import execution
 from flexp.models.anatomy import Anatomy, dissect
+from flexp.models.execution import ExecutionPlan
 from flexp.models.parts import Part, ZeroPatches, prune
-from flexp.models.plan import Plan
 
 NOT_FOR_BLOCKS = frozenset({"labels", "num_items_in_batch"})
 """What a batch may hold that only the loss needs."""
@@ -68,7 +68,7 @@ class Stage:
         """What matrix products compute in, in the words of ``model.autocast``."""
         return "off" if self.autocast is None else str(self.autocast).removeprefix("torch.")
 
-    def plan(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Plan]:
+    def plan(self, inputs: Mapping[str, Any]) -> tuple[Tensor, ExecutionPlan]:
         """Embed a batch: the hidden state (B, T, H) that enters block 0, and the plan of all blocks.
 
         Raises:
@@ -79,7 +79,7 @@ class Stage:
                 raise ModelError(f"{key}=True was asked for, but a split model has its blocks in several places")
         wanted = {key: value for key, value in inputs.items() if key not in NOT_FOR_BLOCKS} | self.no_cache
         with self.computing():
-            hidden_BTH, plan = planning.record(self.model, self.blocks, wanted, self._tuples)
+            hidden_BTH, plan = execution.record(self.model, self.blocks, wanted, self._tuples)
         self._tuples = plan.tuples
         if not self._probed:
             self._probe(hidden_BTH, plan, inputs)
@@ -88,7 +88,7 @@ class Stage:
 
     def plan_without_inputs(
         self, hidden_BTH: Tensor, mask_BT: Tensor | None, positions_BT: Tensor | None = None
-    ) -> Plan:
+    ) -> ExecutionPlan:
         """The plan of a party that never sees the inputs: from the shape of what arrives and the attention mask.
 
         Raises:
@@ -113,10 +113,10 @@ class Stage:
         if positions_BT is not None:
             inputs["position_ids"] = positions_BT
         # Dropout on the zeros draws random numbers, which are the client's in one process.
-        with torch.no_grad(), planning.undisturbed(hidden_BTH.device):
+        with torch.no_grad(), execution.undisturbed(hidden_BTH.device):
             return self.plan(inputs)[1]
 
-    def _probe(self, hidden_BTH: Tensor, plan: Plan, inputs: Mapping[str, Any]) -> None:
+    def _probe(self, hidden_BTH: Tensor, plan: ExecutionPlan, inputs: Mapping[str, Any]) -> None:
         """Make the plan as a server will, without any weights, and refuse the model if it is another one.
 
         Some models (MPNet, DeBERTa) hand their blocks what they made of the token ids or of weights outside of the
@@ -144,7 +144,7 @@ class Stage:
                 "`flexp verify --list` names"
             )
 
-    def run(self, hidden_BTH: Tensor, plan: Plan, start: int, stop: int) -> Tensor:
+    def run(self, hidden_BTH: Tensor, plan: ExecutionPlan, start: int, stop: int) -> Tensor:
         """Run blocks [start, stop) on a hidden state (B, T, H)."""
         if self.autocast is not None and hidden_BTH.is_leaf and hidden_BTH.requires_grad:
             # A leaf's cast is kept and shared by all that read it, whose gradients would then be summed in bfloat16.
@@ -152,12 +152,12 @@ class Stage:
         with self.computing():
             return plan.replay(self.blocks, hidden_BTH, start, stop)
 
-    def finish(self, hidden_BTH: Tensor, inputs: Mapping[str, Any], plan: Plan) -> Any:
+    def finish(self, hidden_BTH: Tensor, inputs: Mapping[str, Any], plan: ExecutionPlan) -> Any:
         """Final norm, head and, with labels, loss: the model's own output object, from the last hidden state."""
         if not self.part.ends:
             raise ModelError("a stage without the ends of the model cannot compute its output")
         with self.computing():
-            return planning.finish(self.model, self.blocks, hidden_BTH, {**inputs, **self.no_cache}, plan.tuples)
+            return execution.finish(self.model, self.blocks, hidden_BTH, {**inputs, **self.no_cache}, plan.tuples)
 
     def computing(self) -> AbstractContextManager[None]:
         """What the model computes in inside the ``with`` block: mixed precision, if :attr:`autocast` says so."""

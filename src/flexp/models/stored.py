@@ -26,7 +26,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from flexp.errors import ModelError
 from flexp.limits import reserves_count
-from flexp.models.headers import read_header
+from flexp.models.fingerprint import read_header
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Names of the safetensors format."""

@@ -89,6 +89,11 @@ class TaskShape(Section):
     aligned: bool = True
     follow: bool = False
 
+    @property
+    def adapters(self) -> int | None:
+        """The rank of LoRA adapters; ``None``: there are none."""
+        return self.rank if self.tuning == "lora" else None
+
     @classmethod
     def of_model(cls, model: ModelConfig, **others: Any) -> TaskShape:
         """What ``model`` says of it, and ``others``."""
@@ -207,6 +212,11 @@ class Fleet:
     weights: Weights = field(default_factory=Weights)
     margin: float = MARGIN
     of_run: bool = False
+
+    @property
+    def ranks(self) -> list[int | None]:
+        """Those that the whole fleet may have; ``None``: full tuning."""
+        return [self.task.adapters] if self.choices.ranks is None else [*self.choices.ranks]
 
 
 def parse_fleet(content: Mapping[str, Any], where: str, folder: Path = Path()) -> Fleet:

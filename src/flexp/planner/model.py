@@ -1,15 +1,25 @@
-"""What planning asks of a model, answered by counting it (:mod:`flexp.cost.model_cost`)."""
+"""Planning for a real model, whose costs are counted (:mod:`flexp.cost.model_cost`); and for this process alone."""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
+from flexp.config import AlignConfig, ModelConfig
 from flexp.cost.choice import Choice, Prediction
+from flexp.cost.device import this_machine
 from flexp.cost.model_cost import ModelCost, model_cost
 from flexp.cost.predict import memory, predict, resting
 from flexp.cost.profile import Profile
-from flexp.planner.fleet import Choices, TaskShape
+from flexp.limits import maps_count
+from flexp.models.loading import ModelKind
+from flexp.planner.fleet import Choices, TaskShape, of_run
+from flexp.planner.plan import make_plan
+from flexp.report.formats import cut as shown
+from flexp.report.formats import size
+
+log = logging.getLogger("flexp")
 
 
 class ModelCosts:
@@ -57,3 +67,42 @@ class ModelCosts:
                 model, task.kind, length=task.length, labels=task.labels, optimizer=task.optimizer
             )
         return self._known[key]
+
+
+def own_cut(
+    model: ModelConfig, kind: ModelKind, largest: tuple[int, int], *, labels: int = 2, align: AlignConfig | None = None
+) -> tuple[int, int]:
+    """The cut (s, e) that ``data.clients.cuts = "auto"`` would give a single client in this process; it is logged.
+
+    It is what ``flexp.SplitModel….from_pretrained(cut="auto")`` asks for.
+
+    Args:
+        largest: examples and tokens of the largest exchange.
+        labels: classes, of classifiers.
+
+    Raises:
+        InfeasibleError: no cut fits what this process may use.
+        ModelError: there is no such model, or it cannot be split.
+    """
+    examples, length = largest
+    task = TaskShape.of_model(
+        model,
+        kind=kind,
+        batch_size=examples,
+        length=length,
+        labels=labels,
+        aligned=align is not None and (align.has_term or align.teach),
+        follow=align is not None and align.follow,
+    )
+    if maps_count():
+        task = task.model_copy(update={"embeddings": "memory"})
+    choices = Choices(micro_batches=[task.batch_size], checkpointing=[model.gradient_checkpointing])
+    costs = ModelCosts(model.id, task, choices, Profile.from_class("server"))
+    costs.block_bytes(task.adapters)  # counting takes memory: it comes before measuring
+    plan = make_plan(of_run(None, ["this process"], task, choices, this_machine), costs)
+    here, option = plan.fleet.devices[0].profile, plan.solution.options["this process"]
+    log.info(
+        "cut %s planned: %s of the %s that %s leaves", shown(option.choice.cut),
+        size(option.prediction.memory_bytes), size(here.memory_bytes), here.memory_from,
+    )  # fmt: skip
+    return option.choice.cut

@@ -1,4 +1,4 @@
-"""What a device could do: every choice that fits it, and of these the ones that no other one beats in everything."""
+"""Enumerate and filter: every choice for a device, those that fit it, and those that no other beats in everything."""
 
 from __future__ import annotations
 
@@ -29,11 +29,21 @@ class Option:
         """Of a step, both ways."""
         return self.prediction.bytes_up + self.prediction.bytes_down
 
+    @property
+    def figures(self) -> dict[str, float]:
+        """What a client's step comes to, by the names of :class:`flexp.planner.fleet.Weights`; less is better."""
+        found = self.prediction
+        return {
+            "time": found.step_seconds,
+            "energy": found.energy_joules,
+            "bytes": float(self.bytes),
+            "accuracy": self.loss,
+        }
+
     def costs(self, server_memory: bool = True) -> tuple[float, ...]:
         """Everything that a plan adds up or bounds, the server's blocks aside; less is better."""
-        found = self.prediction
-        most = (found.step_seconds, found.energy_joules, float(self.bytes), self.loss, found.server_seconds)
-        return (*most, float(found.server_memory_bytes)) if server_memory else most
+        most = (*self.figures.values(), self.prediction.server_seconds)
+        return (*most, float(self.prediction.server_memory_bytes)) if server_memory else most
 
 
 def grid(choices: Choices, blocks: int, batch_size: int, rank: int | None) -> list[Choice]:

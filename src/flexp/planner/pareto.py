@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from flexp.planner.fleet import Weights
-from flexp.planner.plan import Plan, Setting
+from flexp.planner.plan import Plan, Setting, counts
 from flexp.planner.problem import Measures
 from flexp.planner.solve import Solution, solve
 
@@ -77,14 +77,8 @@ def _solved(setting: Setting, weights: Weights, limits: dict[str, float]) -> Poi
     if solution is None:
         return None
     # measured as the plan's own objective has it
-    counts = [
-        {
-            index: sum(solution.options[name] is option for name in group.clients)
-            for index, option in enumerate(group.options)
-        }
-        for group in setting.problem.groups
-    ]
-    return Point(setting, replace(solution, measures=setting.problem.measure(counts)))
+    measures = setting.problem.measure(counts(setting.problem, solution))
+    return Point(setting, replace(solution, measures=measures))
 
 
 def _between(low: float, high: float, steps: int) -> list[float]:

@@ -1,8 +1,11 @@
-"""From a fleet to a plan: every client's choice, and what it comes to."""
+"""From a fleet to a plan: every client's choice, and what it comes to.
+
+:mod:`flexp.planner.options` enumerates and filters, :mod:`flexp.planner.problem` scores, and :mod:`flexp.planner.solve`
+finds the best score exactly (a mixed-integer program, which can be left unread).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -98,7 +101,10 @@ def counts(problem: Problem, solution: Solution) -> list[dict[int, int]]:
 
 
 def make_plan(fleet: Fleet, costs: Costs, curve: AccuracyCurve | None = None, *, pruned: bool = True) -> Plan:
-    """Solve for every client's choice.
+    """Choose for every client: enumerate, filter, score.
+
+    Every choice is predicted for every kind of device; those that do not fit it are left out, and those that another
+    one beats in everything; of all ways to give clients what is left, that with the least objective is taken.
 
     Args:
         curve: what a cut costs in accuracy; ``None``: the prior.
@@ -114,16 +120,8 @@ def make_plan(fleet: Fleet, costs: Costs, curve: AccuracyCurve | None = None, *,
     if not possible:
         raise server_lacks(found[0].problem, fleet.name)
     setting, solution = min(possible, key=lambda item: item[1].measures.objective)
-    return Plan(
-        fleet,
-        costs.name,
-        costs.fingerprint,
-        costs.blocks,
-        curve,
-        setting,
-        tuple(setting for setting, _ in possible),
-        solution,
-    )
+    others = tuple(setting for setting, _ in possible)
+    return Plan(fleet, costs.name, costs.fingerprint, costs.blocks, curve, setting, others, solution)
 
 
 def settings(fleet: Fleet, costs: Costs, curve: AccuracyCurve, *, pruned: bool = True) -> list[Setting]:
@@ -132,39 +130,23 @@ def settings(fleet: Fleet, costs: Costs, curve: AccuracyCurve, *, pruned: bool =
     Raises:
         InfeasibleError: there is none.
     """
-    task = fleet.task
-    ranks: Sequence[int | None] = fleet.choices.ranks or [task.rank if task.tuning == "lora" else None]
     found: list[Setting] = []
     lacking: list[list[Lack]] = []
-    unit: dict[str, float] | None = None
-    for rank in ranks:
-        kinds = _kinds(fleet, grid(fleet.choices, costs.blocks, task.batch_size, rank), costs, curve)
-        fitting = [tuple(option for option in kind.options if fits(option, kind.devices[0])) for kind in kinds]
+    for rank in fleet.ranks:
+        kinds = _enumerate(fleet, costs, curve, rank)
+        groups = tuple(_filter(kind) for kind in kinds)
         lacks = [
-            device_lacks(kind.devices, kind.options, task, costs.memory, RUN if fleet.of_run else FLEET)
-            for kind, options in zip(kinds, fitting, strict=True)
-            if not options
+            device_lacks(kind.devices, kind.options, fleet.task, costs.memory, RUN if fleet.of_run else FLEET)
+            for kind, group in zip(kinds, groups, strict=True)
+            if not group.options
         ]
         if lacks:
             lacking.append(lacks)
             continue
-        groups = tuple(
-            Group(kind.names, options, kind.devices[0].deadline_s) for kind, options in zip(kinds, fitting, strict=True)
-        )
-        unit = unit or scales(groups)
-        problem = Problem(
-            groups,
-            int(fleet.server.memory_bytes / (1.0 + fleet.margin)),
-            costs.block_bytes(rank),
-            fleet.weights,
-            unit,
-            fleet.slots,
-        )
-        if pruned:
-            tight = problem.memory_may_run_short
-            groups = tuple(replace(group, options=tuple(prune(group.options, tight))) for group in groups)
-            problem = replace(problem, groups=groups)
-        found.append(Setting(rank, kinds, problem))
+        unit = found[0].problem.scales if found else scales(groups)
+        memory = int(fleet.server.memory_bytes / (1.0 + fleet.margin))
+        problem = Problem(groups, memory, costs.block_bytes(rank), fleet.weights, unit, fleet.slots)
+        found.append(Setting(rank, kinds, _pruned(problem) if pruned else problem))
     if not found:
         lacks = min(lacking, key=len)
         lines = "; ".join(lack.words() for lack in lacks)
@@ -172,12 +154,26 @@ def settings(fleet: Fleet, costs: Costs, curve: AccuracyCurve, *, pruned: bool =
     return found
 
 
-def _kinds(fleet: Fleet, choices: list[Choice], costs: Costs, curve: AccuracyCurve) -> tuple[Kind, ...]:
+def _enumerate(fleet: Fleet, costs: Costs, curve: AccuracyCurve, rank: int | None) -> tuple[Kind, ...]:
+    """Every kind of device with every choice."""
     alike: dict[object, list[Device]] = {}
     for device in fleet.devices:
         alike.setdefault(device.kind, []).append(device)
+    choices = grid(fleet.choices, costs.blocks, fleet.task.batch_size, rank)
     losses = {choice: curve.loss(choice, costs.blocks, costs.followed) for choice in choices}
     return tuple(
         Kind(tuple(devices), tuple(options_of(devices[0], choices, costs.predict, losses.__getitem__)))
         for devices in alike.values()
     )
+
+
+def _filter(kind: Kind) -> Group:
+    """The kind with the options that fit it."""
+    device = kind.devices[0]
+    return Group(kind.names, tuple(option for option in kind.options if fits(option, device)), device.deadline_s)
+
+
+def _pruned(problem: Problem) -> Problem:
+    tight = problem.memory_may_run_short
+    groups = (replace(group, options=tuple(prune(group.options, tight))) for group in problem.groups)
+    return replace(problem, groups=tuple(groups))

@@ -203,9 +203,8 @@ def _leaves(option: Option, memory_bytes: int, share: float) -> bool:
 
 
 def _any_fits(device: Device, fleet: Fleet, costs: Costs) -> bool:
-    task = fleet.task
-    ranks: Sequence[int | None] = fleet.choices.ranks or [task.rank if task.tuning == "lora" else None]
-    choices = [choice for rank in ranks for choice in grid(fleet.choices, costs.blocks, task.batch_size, rank)]
+    size = fleet.task.batch_size
+    choices = [choice for rank in fleet.ranks for choice in grid(fleet.choices, costs.blocks, size, rank)]
     return any(fits(Option(choice, costs.predict(device.profile, choice), 0.0), device) for choice in choices)
 
 

@@ -1,4 +1,4 @@
-"""The planner's optimisation problem: groups of equal devices, what they share, and what a plan of theirs is worth."""
+"""Score: what a plan for groups of equal devices comes to, and whether it keeps what they share."""
 
 from __future__ import annotations
 
@@ -89,10 +89,7 @@ class Problem:
 
     def coefficients(self) -> dict[str, float]:
         """What one unit of each figure adds to the objective."""
-        unit = {"accuracy": 0.01}  # a percentage point
-        return {
-            name: weight / (unit.get(name) or self.scales[name]) for name, weight in self.weights.model_dump().items()
-        }
+        return {name: weight / self.scales[name] for name, weight in self.weights.model_dump().items()}
 
     def measure(self, counts: Counts) -> Measures:
         """What the plan in which ``counts`` clients take each option comes to."""
@@ -102,16 +99,16 @@ class Problem:
             for index, number in own.items()
             if number
         ]
-        total = sum(number for _, number in taken)
+        mean = _means(taken)
         server = sum(number * option.prediction.server_seconds for option, number in taken)
         start = min(option.choice.cut[0] for option, _ in taken)
         stop = max(option.choice.cut[1] for option, _ in taken)
         found = Measures(
             round_seconds=max(server / self.slots, *(option.prediction.step_seconds for option, _ in taken)),
-            step_seconds=sum(number * option.prediction.step_seconds for option, number in taken) / total,
-            energy_joules=sum(number * option.prediction.energy_joules for option, number in taken) / total,
-            bytes=sum(number * option.bytes for option, number in taken) / total,
-            loss=sum(number * option.loss for option, number in taken) / total,
+            step_seconds=mean["time"],
+            energy_joules=mean["energy"],
+            bytes=mean["bytes"],
+            loss=mean["accuracy"],
             server_seconds=server,
             server_memory_bytes=sum(self.block_bytes[start:stop])
             + sum(number * option.prediction.server_memory_bytes for option, number in taken),
@@ -135,16 +132,18 @@ class Problem:
 
 
 def scales(groups: Sequence[Group]) -> dict[str, float]:
-    """The figures of a plan in which everybody takes its fastest option; 1 for a figure that is 0 there."""
+    """The figures of a plan in which everybody takes its fastest option (1 for what is 0 there), and a percentage point
+    of accuracy."""
     fastest = [
         (min(group.options, key=lambda option: (option.prediction.step_seconds, option.costs())), len(group.clients))
         for group in groups
     ]
-    total = sum(number for _, number in fastest)
-    found = {
-        "round": max(option.prediction.step_seconds for option, _ in fastest),
-        "time": sum(number * option.prediction.step_seconds for option, number in fastest) / total,
-        "energy": sum(number * option.prediction.energy_joules for option, number in fastest) / total,
-        "bytes": sum(number * option.bytes for option, number in fastest) / total,
-    }
-    return {name: value or 1.0 for name, value in found.items()}
+    found = {"round": max(option.prediction.step_seconds for option, _ in fastest), **_means(fastest)}
+    return {name: value or 1.0 for name, value in found.items()} | {"accuracy": 0.01}
+
+
+def _means(taken: Sequence[tuple[Option, int]]) -> dict[str, float]:
+    """The figures of a client's step, means over clients."""
+    total = sum(number for _, number in taken)
+    figures = [(option.figures, number) for option, number in taken]
+    return {name: sum(number * own[name] for own, number in figures) / total for name in figures[0][0]}

@@ -83,13 +83,7 @@ class _Program:
             [
                 self._column(
                     upper=len(group.clients),
-                    cost=(
-                        price["time"] * option.prediction.step_seconds
-                        + price["energy"] * option.prediction.energy_joules
-                        + price["bytes"] * option.bytes
-                        + price["accuracy"] * option.loss
-                    )
-                    / total,
+                    cost=sum(price[name] * value for name, value in option.figures.items()) / total,
                     integer=True,
                 )
                 for option in group.options
@@ -165,18 +159,10 @@ class _Program:
             if name == "round":
                 self._row([self._round], [1.0], 0.0, limit * self._second)
                 continue
-            unit = self.problem.scales.get(name, 0.01)
+            unit = self.problem.scales[name]
             columns = [column for own in self.number for column in own]
             figures = [
-                {
-                    "time": option.prediction.step_seconds,
-                    "energy": option.prediction.energy_joules,
-                    "bytes": float(option.bytes),
-                    "accuracy": option.loss,
-                }[name]
-                / (unit * total)
-                for group in self.problem.groups
-                for option in group.options
+                option.figures[name] / (unit * total) for group in self.problem.groups for option in group.options
             ]
             self._row(columns, figures, -np.inf, limit / unit)
 

@@ -24,10 +24,10 @@ from flexp.report.progress import Progress
 from flexp.run.diary import Diary
 from flexp.run.folder import write_facts
 from flexp.run.parked import ParkedOnDisk
-from flexp.run.recutting import make_mover
+from flexp.run.party import Party
+from flexp.run.recutting import Mover
 from flexp.run.settle import ClientSetup
 from flexp.run.store import Snapshots
-from flexp.run.worker import Worker
 from flexp.signals import stopped_by_signal
 
 
@@ -67,7 +67,7 @@ def run_client(
             new = move_party(trainer, snapshots.load(int(facts["number"]))[0], parking)
             progress.note(f"{name}: from cut {tuple(facts['cut'])} to {setup.cut}, {len(new)} parameters are new")
         diary = Diary(MetricsLog(state / "metrics.jsonl"), progress)
-        worker = Worker(
+        party = Party(
             setup,
             trainer,
             reach,
@@ -75,16 +75,16 @@ def run_client(
             diary=diary,
             run=str(facts.get("run", "")),
             patience=deployment.patience,
-            mover=make_mover(config, federation, trainer, setup.load, parking) if recuts else None,
+            mover=Mover(setup, trainer, parking) if recuts else None,
             tell_cut=lambda cut: write_facts(state, setup.data, federation, cut),
         )
         if moved:  # or the server, going back to that snapshot, would undo it
-            worker.save(int(facts["number"]))
+            party.save(int(facts["number"]))
         write_json(state / "config.json", setup.run.config.resolved())
         write_facts(state, setup.data, federation, setup.cut)
         try:
             with stopped_by_signal(stop) as stopped:
-                over = worker.work(stopped)
+                over = party.work(stopped)
         finally:
             diary.close()
             _once_each(state / "metrics.jsonl")

@@ -1,6 +1,6 @@
 """Conducting a run in a fixed order, so that its weights are those of a simulation with the same settings, bit for bit.
 
-One client steps at a time, in the order of :func:`flexp.run.schedule.schedule`. Whoever is away is waited for:
+One client steps at a time, in the order of :func:`flexp.run.conduct.schedule`. Whoever is away is waited for:
 determinism has that price. A client that comes back without its last steps goes back to its newest snapshot and does
 them again, and gets the answers that it got then. When the server itself comes back, everybody goes back to the newest
 snapshot that all have.
@@ -12,39 +12,48 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from itertools import accumulate
 
+from flexp.config import TrainConfig
 from flexp.errors import LinkError
 from flexp.links.messages import Order, Ready
-from flexp.run.conductors import Desk
-from flexp.run.schedule import Place
+from flexp.run.conduct import Conductor, Place, Say
+from flexp.run.store import Snapshots
+from flexp.server import Server
 
 
-class Deterministic:
+class Deterministic(Conductor):
     """See above.
 
     Attributes:
         place: where in the schedule the run is.
-        finished: whether all clients were told to stop.
     """
 
-    def __init__(self, desk: Desk, clients: Sequence[str], places: Sequence[Place]) -> None:
-        self.desk, self.places, self.clients = desk, list(places), list(clients)
+    def __init__(
+        self,
+        server: Server,
+        snapshots: Snapshots | None,
+        run: str,
+        say: Say,
+        train: TrainConfig,
+        clients: Sequence[str],
+        places: Sequence[Place],
+    ) -> None:
+        super().__init__(server, snapshots, run, say, train)
+        self.places, self.clients = list(places), list(clients)
         self.place = 0
-        self.finished = False
-        self._begun = False
+        self._begun = self._ended = False
         self._done: set[str] = set()  # who has done the place that all do
         self._saved = -1  # the last place at which the server has saved
         owners = [item.client if item.what == "step" else "" for item in self.places]
         self._steps = {name: [0, *accumulate(owner == name for owner in owners)] for name in self.clients}
 
-    def ready(self, client: str, ready: Ready) -> Future[Order]:
-        """Take what a client says, and see what can be done now.
+    @property
+    def finished(self) -> bool:
+        return self._ended
 
-        Raises:
-            LinkError: it is no client of this run, or its state belongs to no place of it.
-        """
+    def ready(self, client: str, ready: Ready) -> Future[Order]:
         if client not in self.clients:
             raise LinkError(f"client {client} takes no part in this run: it has {', '.join(self.clients)}")
-        _, future = self.desk.come(client, ready)
+        _, future = self.come(client, ready)
         if self._begun and ready.done is None:
             self._return(client, ready)
         elif self._begun and ready.done == self.place:
@@ -52,15 +61,10 @@ class Deterministic:
         self._advance()
         return future
 
-    def gone(self, client: str) -> None:
-        """Its stream has ended; the run waits for it where it needs it."""
-        self.desk.gone(client)
-
     def close(self) -> str:
-        """What to tell the operator at the end: where the run goes on from."""
-        if self.desk.snapshots is None:
+        if self.snapshots is None:
             return "nothing was saved, as no --state DIR was given"
-        return f"the newest snapshot in {self.desk.snapshots.folder} is {max(self.desk.numbers, default='none')}"
+        return f"the newest snapshot in {self.snapshots.folder} is {max(self.numbers, default='none')}"
 
     def steps_of(self, client: str, place: int) -> int:
         """How many steps ``client`` has done when the run is at ``place``."""
@@ -72,7 +76,7 @@ class Deterministic:
             self._next()
         elif item.what in ("evaluate", "save"):
             if item.what == "save":  # if it could: a full disk leaves it with what it saved before
-                self.desk.server.keep_answers_after(client, self.desk.members[client].ready.saved)
+                self.server.keep_answers_after(client, self.members[client].ready.saved)
             self._done.add(client)
 
     def _next(self) -> None:
@@ -81,17 +85,17 @@ class Deterministic:
 
     def _advance(self) -> None:
         if not self._begun:
-            if any(name not in self.desk.members or not self.desk.members[name].waits for name in self.clients):
+            if any(name not in self.members or not self.members[name].waits for name in self.clients):
                 return
             self._begin()
         while self.place < len(self.places):
             item = self.places[self.place]
             if item.what == "flush":
-                self.desk.server.flush()
+                self.server.flush()
                 self._next()
                 continue
             if item.what == "save" and self._saved < self.place:
-                self.desk.save(self.place)
+                self.save(self.place)
                 self._saved = self.place
             if item.what != "step" and self._done == set(self.clients):
                 self._next()
@@ -100,26 +104,26 @@ class Deterministic:
                 self._order(name, item)
             self._catch_up()
             return
-        self.finished = True
+        self._ended = True
         for name in self.clients:
-            member = self.desk.members.get(name)
+            member = self.members.get(name)
             if member is not None and member.waits:
                 member.stopped = True
-                member.answer(Order("stop", self.desk.run, self.place))
+                member.answer(Order("stop", self.run, self.place))
 
     def _order(self, client: str, item: Place) -> None:
-        member = self.desk.members.get(client)
+        member = self.members.get(client)
         if member is None or not member.waits or client in self._done:
             return
         if member.ready.steps == self.steps_of(client, self.place):
             number = self.place if item.what == "save" else item.number
-            member.answer(Order(item.what, self.desk.run, self.place, number))  # type: ignore[arg-type]
+            member.answer(Order(item.what, self.run, self.place, number))  # type: ignore[arg-type]
 
     def _catch_up(self) -> None:
         """Let those who went back do again what the run has already; nobody waits for that unless it is their turn."""
-        for client, member in self.desk.members.items():
+        for client, member in self.members.items():
             if member.waits and member.ready.steps < self.steps_of(client, self.place):
-                member.answer(Order("step", self.desk.run, -1))
+                member.answer(Order("step", self.run, -1))
 
     def _return(self, client: str, ready: Ready) -> None:
         """A client that was here before comes back, as it was or with less."""
@@ -133,8 +137,8 @@ class Deterministic:
             return
         found = [number for number in ready.snapshots if number <= self.place]
         if found:
-            self.desk.say(f"{client} is back and goes on from its snapshot {max(found)}")
-            self.desk.members[client].answer(Order("restore", self.desk.run, -1, max(found)))
+            self.say(f"{client} is back and goes on from its snapshot {max(found)}")
+            self.members[client].answer(Order("restore", self.run, -1, max(found)))
         elif ready.steps > expected:
             raise LinkError(
                 f"client {client} has done {ready.steps} steps and this run {expected} of its; delete its state to "
@@ -144,21 +148,21 @@ class Deterministic:
     def _begin(self) -> None:
         """All are here: go back to the newest snapshot that everybody has, or begin."""
         self._begun = True
-        readies = {name: self.desk.members[name].ready for name in self.clients}
-        common = set(self.desk.numbers)
+        readies = {name: self.members[name].ready for name in self.clients}
+        common = set(self.numbers)
         for ready in readies.values():
             common &= set(ready.snapshots)
         if not common:
             late = [name for name, ready in readies.items() if ready.steps]
-            if late or self.desk.server.shared.version:
+            if late or self.server.shared.version:
                 raise LinkError(
                     f"the run cannot go on: server and clients have no snapshot in common "
                     f"({', '.join(late) or 'the server'} would have to go back to the beginning)"
                 )
             return
         number = max(common)
-        self.desk.restore(number)
+        self.restore(number)
         self.place = self._saved = number
         self._done = set()
         for name in self.clients:
-            self.desk.members[name].answer(Order("restore", self.desk.run, number, number))
+            self.members[name].answer(Order("restore", self.run, number, number))

@@ -22,8 +22,8 @@ ADDRESS = re.compile(r"serving blocks \[.*\) at (\S+)")
 
 
 @dataclass
-class Party:
-    """One process: what it is started with, and how often it had to be started."""
+class Process:
+    """One party of the run as a process: what it is started with, and how often it had to be started."""
 
     name: str
     arguments: list[str]
@@ -76,8 +76,8 @@ class Fleet:
         self.environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
         self._file = out / "fleet.json"
         self._write_config(schedule, save_every, answer_seconds)
-        self.server = Party("server", [], out / "server" / "log.txt")
-        self.clients = {name: Party(name, [], out / "clients" / name / "log.txt") for name in self.cuts}
+        self.server = Process("server", [], out / "server" / "log.txt")
+        self.clients = {name: Process(name, [], out / "clients" / name / "log.txt") for name in self.cuts}
         self.address = ""
         self.way = ""  # how clients reach the server, if not at its address
 

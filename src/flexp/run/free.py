@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 
 from flexp.config import TrainConfig
 from flexp.links.messages import Order, Ready
-from flexp.run.conductors import Desk, Member
-from flexp.run.schedule import scored_rounds
+from flexp.run.conduct import Conductor, Member, Say, scored_rounds
+from flexp.run.store import Snapshots
+from flexp.server import Server
 
 MOST_STEPS = 8
 """Of one order: so often a client hears of new snapshots, and the operator of the client."""
@@ -28,7 +29,7 @@ class _Told:
     scored: set[int] = field(default_factory=set)
 
 
-class Free:
+class Free(Conductor):
     """See above.
 
     Args:
@@ -37,52 +38,50 @@ class Free:
     """
 
     def __init__(
-        self, desk: Desk, clients: Sequence[str] | None, train: TrainConfig, evaluate_every: int, save_every: int
+        self,
+        server: Server,
+        snapshots: Snapshots | None,
+        run: str,
+        say: Say,
+        train: TrainConfig,
+        clients: Sequence[str] | None,
+        evaluate_every: int,
+        save_every: int,
     ) -> None:
-        self.desk, self.clients, self.train = desk, clients, train
+        super().__init__(server, snapshots, run, say, train)
+        self.clients = clients
         self._scored = scored_rounds(train, evaluate_every)
         self._save_every = save_every
-        self._total = train.total_steps
         self._told: dict[str, _Told] = {}
-        self._number = max(desk.numbers, default=-1)
+        self._number = max(self.numbers, default=-1)
         if self._number >= 0:
-            desk.restore(self._number)
-        self._saved_version = desk.server.shared.version
+            self.restore(self._number)
+        self._saved_version = self.server.shared.version
 
     @property
     def finished(self) -> bool:
-        """Whether all clients that take part were told to stop."""
-        members = self.desk.members
+        members = self.members
         return self.clients is not None and all(name in members and members[name].stopped for name in self.clients)
 
     def ready(self, client: str, ready: Ready) -> Future[Order]:
-        """Take what a client says, and tell it at once what to do.
-
-        Raises:
-            LinkError: its snapshots are those of another run.
-        """
-        member, future = self.desk.come(client, ready)
+        member, future = self.come(client, ready)
         told = self._told.setdefault(client, _Told())
         if ready.done is None and not ready.steps and ready.snapshots and ready.run:
-            member.answer(Order("restore", self.desk.run, self._number, max(ready.snapshots)))
+            member.answer(Order("restore", self.run, self._number, max(ready.snapshots)))
             return future
         if ready.done is None:
             self._compare(client, ready)
-        self.desk.server.keep_answers_after(client, ready.saved)
+        self.server.keep_answers_after(client, ready.saved)
         self._save_if_due()
         self._answer(member, ready, told)
         return future
 
-    def gone(self, client: str) -> None:
-        """Its stream has ended; nobody waits for it."""
-        self.desk.gone(client)
-
     def close(self) -> str:
         """Save once more, wherever clients are; gives what to tell the operator."""
         self._save()
-        if self.desk.snapshots is None:
+        if self.snapshots is None:
             return "nothing was saved, as no --state DIR was given"
-        return f"saved as snapshot {self._number} in {self.desk.snapshots.folder}"
+        return f"saved as snapshot {self._number} in {self.snapshots.folder}"
 
     def _answer(self, member: Member, ready: Ready, told: _Told) -> None:
         round_number, rest = divmod(ready.steps, self.train.steps_per_round)
@@ -90,37 +89,37 @@ class Free:
         told.snapshot = max(told.snapshot, self._number)
         if not rest and round_number in self._scored and round_number not in told.scored:
             told.scored.add(round_number)
-            member.answer(Order("evaluate", self.desk.run, self._number, round_number, save=save))
-        elif ready.steps < self._total:
+            member.answer(Order("evaluate", self.run, self._number, round_number, save=save))
+        elif ready.steps < self.train.total_steps:
             count = min(MOST_STEPS, self.train.steps_per_round - rest)
-            member.answer(Order("step", self.desk.run, self._number, count=count, save=save))
+            member.answer(Order("step", self.run, self._number, count=count, save=save))
         else:
             member.stopped = True
             if self.finished:
-                self.desk.server.flush()
+                self.server.flush()
                 self._save()
-            member.answer(Order("stop", self.desk.run, self._number, save=self._number))
+            member.answer(Order("stop", self.run, self._number, save=self._number))
 
     def _save_if_due(self) -> None:
-        new = self.desk.server.shared.version - self._saved_version
-        if new >= self._save_every * max(1, len(self.desk.members)) or self._number < 0:
+        new = self.server.shared.version - self._saved_version
+        if new >= self._save_every * max(1, len(self.members)) or self._number < 0:
             self._save()
 
     def _save(self) -> None:
         self._number += 1
-        self._saved_version = self.desk.server.shared.version
-        self.desk.save(self._number, unfinished=True)
+        self._saved_version = self.server.shared.version
+        self.save(self._number, unfinished=True)
 
     def _compare(self, client: str, ready: Ready) -> None:
         """Say what was lost, on either side."""
-        here = self.desk.server.regulars[client].progress.newest
+        here = self.server.regulars[client].progress.newest
         if ready.steps > here:
-            self.desk.say(
+            self.say(
                 f"{client} has done {ready.steps} steps, of which the shared blocks have the first {here}: the other "
                 f"{ready.steps - here} were lost with the server's state after its last snapshot"
             )
         elif here > ready.steps:
-            self.desk.say(
+            self.say(
                 f"{client} goes back to step {ready.steps}: its steps up to {here} are answered again and not applied "
                 "again"
             )

@@ -15,8 +15,8 @@ class ParkedOnDisk:
     """A snapshot for each block, with a checksum, of one run's client.
 
     Args:
-        numbering: of the client's steps (:class:`flexp.client.steps.Steps`), which tells its blocks from those that an
-            earlier run left in the same folder.
+        numbering: of the client's steps (:class:`flexp.client.exchange.Steps`), which tells its blocks from those that
+            an earlier run left in the same folder.
     """
 
     def __init__(self, folder: Path, numbering: int) -> None:

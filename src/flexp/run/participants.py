@@ -38,11 +38,12 @@ def place(world: World, probes: MemoryProbes) -> tuple[World, list[Dropped]]:
 
     Raises:
         NobodyFitsError: nobody would be left.
-        ConfigError: a device class is not known.
+        ConfigError: a device class is not known, or ``devices.changes`` names a client that there is not.
     """
     config = world.config
     if config.devices is None:
         return world, []
+    _check_changes(config.devices, [client.name for client in world.federation.clients])
     devices = assign(config.devices, [client.name for client in world.federation.clients])
     Profile.from_class(config.devices.server, config.devices.classes)
     notes = list(world.federation.notes)
@@ -84,16 +85,9 @@ def devices_at(config: DevicesConfig, names: Sequence[str], number: int) -> Devi
     return config.model_copy(update={"assign": [classes[name] for name in names], "changes": []})
 
 
-def check_changes(world: World) -> None:
-    """See that ``devices.changes`` names clients and classes that there are.
-
-    Raises:
-        ConfigError: it does not.
-    """
-    config, names = world.config, [client.name for client in world.federation.clients]
-    for change in config.devices.changes if config.devices is not None else []:
-        assert config.devices is not None
-        Profile.from_class(change.to, config.devices.classes)
+def _check_changes(config: DevicesConfig, names: Sequence[str]) -> None:
+    for change in config.changes:
+        Profile.from_class(change.to, config.classes)
         odd = [name for name in change.clients or [] if name not in names]
         if odd:
             raise ConfigError(f"devices.changes: the run has no client {odd[0]!r}; expected some of {', '.join(names)}")

@@ -7,18 +7,16 @@ before every round (:class:`Recutting`).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 from flexp.client.model import SplitModel
-from flexp.client.recut import Blocks, Parking, recut
+from flexp.client.recut import Parking, recut
 from flexp.client.trainer import Trainer
 from flexp.config import RunConfig
 from flexp.cost.choice import CODECS, Choice
 from flexp.cost.device import free_bytes
-from flexp.data.types import Federation
 from flexp.errors import FlexpError, LinkLostError, StorageError
 from flexp.methods.base import Method, World
 from flexp.methods.parties import own_config
@@ -32,7 +30,7 @@ from flexp.report.formats import cut as shown
 from flexp.report.metrics import Record
 from flexp.run.participants import devices_at
 from flexp.run.planned import auto_fleet
-from flexp.run.settle import model_folder
+from flexp.run.settle import ClientSetup, model_folder
 
 TOO_SHORT = 1e-4
 """Seconds; what takes less is not compared with its prediction."""
@@ -40,34 +38,32 @@ WARM_UP = 3
 """Steps before the first look: the first ones allocate and load."""
 
 
-@dataclass(frozen=True)
-class Spent:
-    """Seconds so far: of the client's own computing, of the server's for it, and on the link (and in the queue)."""
-
-    client: float
-    server: float
-    link: float
-
-
 class Mover:
-    """Looks at the device every few steps, and does what :class:`flexp.planner.policy.DevicePolicy` says.
+    """Looks at a client's own device every few steps, and does what :class:`flexp.planner.policy.DevicePolicy` says.
 
-    Args:
-        resting: bytes that a client with a choice holds between two steps.
-        blocks: gives pretrained blocks, tuned as this client's.
+    Its speed is what its profile says (``data.clients.profiles``), else a laptop's; what is measured corrects that.
+
+    Raises:
+        ModelError: the model's costs cannot be counted.
     """
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        policy: DevicePolicy,
-        resting: Callable[[Choice], int],
-        blocks: Blocks,
-        parking: Parking,
-        total_steps: int,
-    ) -> None:
-        self.trainer, self.policy, self.blocks, self.parking = trainer, policy, blocks, parking
-        self._resting, self._total = resting, total_steps
+    def __init__(self, setup: ClientSetup, trainer: Trainer, parking: Parking) -> None:
+        assert isinstance(trainer.model, SplitModel)
+        self.trainer, self.model, self.parking, self.blocks = trainer, trainer.model, parking, setup.load
+        config, total, (start, stop) = setup.config, setup.run.blocks, self.model.cut
+        fleet = auto_fleet(config.model_copy(update={"devices": None}), setup.run.federation)
+        choices = fleet.choices.model_copy(update={
+            "starts": list(range(max(1, self.model.base_depth), total)),
+            "tails": [0, 1] if stop == total else [total - stop],  # of what is behind e the server may have nothing
+            "checkpointing": [config.model.gradient_checkpointing],
+        })  # fmt: skip
+        current = _choice(config, (start, stop), trainer.micro_batch, choices)
+        costs, curve = ModelCosts(model_folder(config), fleet.task, choices, fleet.server), prior()
+        known = list(dict.fromkeys([current, *grid(choices, total, config.train.batch_size, current.rank)]))
+        device = next((device for device in fleet.devices if device.name == trainer.name), fleet.devices[0])
+        options = options_of(device, known, costs.predict, lambda choice: curve.loss(choice, total))
+        self.policy = DevicePolicy(options, current, config.recut)
+        self._resting, self._total = costs.resting, config.train.total_steps
         self.begin()
 
     def begin(self) -> None:
@@ -132,27 +128,20 @@ class Mover:
 
     def _notice(self) -> None:
         """A client that went back to a snapshot has what it had then."""
-        model, size = self.trainer.model, self.trainer.micro_batch
-        assert isinstance(model, SplitModel)
         for option in self.policy.options:
-            if (option.choice.cut, option.choice.micro_batch) == (model.cut, size):
+            if (option.choice.cut, option.choice.micro_batch) == (self.model.cut, self.trainer.micro_batch):
                 self.policy.current = option.choice
 
     def _situation(self) -> Situation:
         """What was measured since the last look ÷ what was predicted, and the memory."""
-        now, steps = self._spent(), self.trainer.steps - self._since
+        steps = self.trainer.steps - self._since
         found: Option = next(option for option in self.policy.options if option.choice == self.policy.current)
-        predicted = found.prediction
-
-        def ratio(measured: float, seconds: float) -> float:
-            return max(measured, 0.0) / steps / seconds if seconds > TOO_SHORT else 1.0
-
-        return Situation(
-            self._memory(),
-            ratio(now.client - self._before.client, predicted.client_seconds),
-            ratio(now.server - self._before.server, predicted.server_seconds),
-            ratio(now.link - self._before.link, predicted.link_seconds),
-        )
+        predicted = (found.prediction.client_seconds, found.prediction.server_seconds, found.prediction.link_seconds)
+        ratios = [
+            max(now - before, 0.0) / steps / seconds if seconds > TOO_SHORT else 1.0
+            for now, before, seconds in zip(self._spent(), self._before, predicted, strict=True)
+        ]
+        return Situation(self._memory(), *ratios)
 
     def _memory(self) -> int:
         """Bytes for training in all, as predictions count: what is free, and what the client holds."""
@@ -161,46 +150,15 @@ class Mover:
     def _restart(self) -> None:
         self._since, self._before = self.trainer.steps, self._spent()
 
-    def _spent(self) -> Spent:
-        model = self.trainer.model
-        assert isinstance(model, SplitModel)
-        meter = model.link.meter.training
-        return Spent(
-            self.trainer.seconds - meter.waited_seconds,
-            meter.server_seconds,
-            meter.waited_seconds - meter.server_seconds,
-        )
-
-
-def make_mover(config: RunConfig, federation: Federation, trainer: Trainer, blocks: Blocks, parking: Parking) -> Mover:
-    """Watch this machine for a client of a run, whose ``config`` is its own.
-
-    Its speed is what its profile says (``data.clients.profiles``), else a laptop's; what is measured corrects that.
-
-    Raises:
-        ModelError: the model's costs cannot be counted.
-    """
-    model = trainer.model
-    assert isinstance(model, SplitModel)
-    fleet = auto_fleet(config.model_copy(update={"devices": None}), federation)
-    total, (start, stop), size = model.stage.anatomy.blocks, model.cut, trainer.micro_batch
-    choices = fleet.choices.model_copy(update={
-        "starts": list(range(max(1, model.base_depth), total)),
-        "tails": [0, 1] if stop == total else [total - stop],  # of what is behind e the server may have nothing
-        "checkpointing": [config.model.gradient_checkpointing],
-    })  # fmt: skip
-    current = _choice(config, (start, stop), size, choices)
-    costs = ModelCosts(model_folder(config), fleet.task, choices, fleet.server)
-    known = list(dict.fromkeys([current, *grid(choices, total, config.train.batch_size, current.rank)]))
-    curve = prior()
-    device = next((device for device in fleet.devices if device.name == trainer.name), fleet.devices[0])
-    options = options_of(device, known, costs.predict, lambda choice: curve.loss(choice, total))
-    policy = DevicePolicy(options, current, config.recut)
-    return Mover(trainer, policy, costs.resting, blocks, parking, config.train.total_steps)
+    def _spent(self) -> tuple[float, float, float]:
+        """Seconds so far: of own computing, of the server's for this client, and on the link (and in the queue)."""
+        meter = self.model.link.meter.training
+        waited, server = meter.waited_seconds, meter.server_seconds
+        return self.trainer.seconds - waited, server, waited - server
 
 
 class Recutting:
-    """Looks at the devices before every round; does nothing in a run without ``devices.changes`` and ``recut.on``."""
+    """Looks at the devices before every round; does nothing without ``devices.changes`` and ``recut.on``."""
 
     def __init__(self, world: World, method: Method) -> None:
         config = world.config

@@ -31,10 +31,11 @@ from flexp.report.summary import (
 )
 from flexp.report.tensorboard import EventWriter
 from flexp.run import checkpoints
+from flexp.run.conduct import scored_rounds
 from flexp.run.costs import MemoryProbes
 from flexp.run.diary import Diary
 from flexp.run.folder import is_joined
-from flexp.run.participants import Dropped, check_changes, place
+from flexp.run.participants import Dropped, place
 from flexp.run.recutting import Recutting
 from flexp.run.settle import build_world
 from flexp.run.virtual import client_facts, cuts_by_round
@@ -59,10 +60,7 @@ def run(
         FlexpError: what is wrong with configuration, model, data or disk.
     """
     refuse_taken(out)
-    world = build_world(config)
-    check_changes(world)
-    probes = MemoryProbes(world, out, memory_cache)
-    world, dropped = place(world, probes)
+    world, probes, dropped = _prepared(config, out, memory_cache)
     method = world.method(world)  # whatever cannot be built leaves no folder behind
     write_json(out / "config.json", world.config.resolved())  # with the cuts that were planned, for whoever resumes
     if world.plan is not None:
@@ -106,13 +104,21 @@ def resume(out: Path, *, progress: Callable[..., Progress] = Progress, memory_ca
     if is_joined(out):
         raise ConfigError(f"{out} is of a client that joined a run, which is not resumed; run flexp join again")
     config = validate(read_json(out / "config.json"), str(out / "config.json"))
-    world = build_world(config)
-    probes = MemoryProbes(world, out, memory_cache)
-    world, dropped = place(world, probes)
+    world, probes, dropped = _prepared(config, out, memory_cache)
     return _Run(world, world.method(world), probes, dropped, out, progress).go()
 
 
+def _prepared(config: RunConfig, out: Path, cache: Path | None) -> tuple[World, MemoryProbes, list[Dropped]]:
+    """The world without those whose device cannot hold what the method trains, and what was measured to know that."""
+    world = build_world(config)
+    probes = MemoryProbes(world, out, cache)
+    world, dropped = (world, []) if config.devices is None else place(world, probes)
+    return world, probes, dropped
+
+
 class _Run:
+    """One simulated run in its folder: rounds, scores, checkpoints, and the summary of all of it."""
+
     def __init__(
         self,
         world: World,
@@ -126,8 +132,9 @@ class _Run:
         self.method, self.probes, self.dropped = method, probes, dropped
         self.names = [client.name for client in world.federation.clients]
         self.everybody = sample(world.federation.test, self.config.evaluation.global_examples, self.config.seed)
+        self.scoring = scored_rounds(self.config.train, self.config.evaluation.every)
         self.first_round = self._restore()
-        self.recutting = Recutting(world, method)
+        self.recutting = None if self.config.devices is None else Recutting(world, method)
         log = MetricsLog(out / "metrics.jsonl")
         log.truncate_after(self.first_round - 1)
         kept = read(log.path)
@@ -167,11 +174,11 @@ class _Run:
         return summary
 
     def _round(self, number: int) -> None:
-        for record in self.recutting.before_round(number):
+        for record in [] if self.recutting is None else self.recutting.before_round(number):
             self.diary.change(record)
         self.method.train_round(number, lambda step: self.diary.step(number, step))
         last = number == self.config.train.rounds
-        if last or number % self.config.evaluation.every == 0:
+        if number in self.scoring:
             self._evaluate(number)
         accounts = [self.method.account(name) for name in self.names]
         spent = {data.name: self.method.account(data.name).client_seconds for data in self.world.participants}

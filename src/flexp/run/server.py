@@ -19,10 +19,9 @@ from flexp.errors import LinkError, StorageError
 from flexp.files import replacing
 from flexp.links.grpc import Serving, serve
 from flexp.models.loading import ModelKind
-from flexp.run.conductors import Desk, run_name
+from flexp.run.conduct import Conductor, run_name, schedule
 from flexp.run.deterministic import Deterministic
 from flexp.run.free import Free
-from flexp.run.schedule import schedule
 from flexp.run.status import StatusReporter, observed
 from flexp.run.store import Snapshots
 from flexp.server import Server
@@ -72,16 +71,16 @@ def make_server(
 
 def make_conductor(
     server: Server, config: RunConfig, deployment: DeploymentConfig, state: Path | None, say: Say
-) -> Free | Deterministic:
+) -> Conductor:
     """Who conducts the run, going on from the snapshots in the folder ``state``, if there are any."""
     snapshots = None if state is None else Snapshots(state, deployment.keep)
-    desk = Desk(server, snapshots, run_name(snapshots), say, config.train.total_steps)
+    run, clients, train = run_name(snapshots), deployment.clients, config.train
     every, save_every = config.evaluation.every, deployment.save_every
     if deployment.schedule == "free":
-        return Free(desk, deployment.clients, config.train, every, save_every)
-    assert deployment.clients is not None
-    places = schedule(deployment.clients, config.train, config.seed, every, save_every)
-    return Deterministic(desk, deployment.clients, places)
+        return Free(server, snapshots, run, say, train, clients, every, save_every)
+    assert clients is not None
+    places = schedule(clients, train, config.seed, every, save_every)
+    return Deterministic(server, snapshots, run, say, train, clients, places)
 
 
 def run_server(
@@ -93,7 +92,7 @@ def run_server(
     every: float = 30.0,
     grace: float = 10.0,
     stop: threading.Event | None = None,
-    conductor: Free | Deterministic | None = None,
+    conductor: Conductor | None = None,
     metrics: str | None = None,
     allow_export: bool = False,
     **options: Any,
@@ -120,11 +119,11 @@ def run_server(
         load(server, state)
         say(f"going on from {state}: {server.shared.version} updates of the shared blocks so far")
     server.guard.say, server.conductor = say, conductor
-    reporter = StatusReporter(server, None if conductor is None else conductor.desk)
+    reporter = StatusReporter(server, conductor)
     options |= {"say": say, "facts": reporter.facts}
     server.allow_export = server.allow_export or allow_export
-    if allow_export and conductor is not None and conductor.desk.numbers and not server.shared.version:
-        conductor.desk.restore(max(conductor.desk.numbers))  # clients may fetch before all have come to go on
+    if allow_export and conductor is not None and conductor.numbers and not server.shared.version:
+        conductor.restore(max(conductor.numbers))  # clients may fetch before all have come to go on
     with stopped_by_signal(stop) as stopped, serve(server, listen, **options) as serving, ExitStack() as stack:
         if metrics is not None:
             at = stack.enter_context(observed(metrics, lambda: reporter.facts(serving), lambda: not stopped.is_set()))
@@ -147,7 +146,7 @@ def run_server(
 def _wait(
     server: Server,
     serving: Serving,
-    conductor: Free | Deterministic | None,
+    conductor: Conductor | None,
     stopped: threading.Event,
     say: Say,
     every: float,

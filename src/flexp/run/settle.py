@@ -112,8 +112,8 @@ def settle(config: RunConfig, federate: Federate = load_federation, *, plan: boo
     processor = load_processor(model_id, config)
     federation = federate(config.data, processor, config.seed, max_positions(model_config))
     blocks = int(getattr(model_config.get_text_config(), "num_hidden_layers", 0))
-    notes, planned = _precision_notes(config), None
-    if plan:  # before anything is loaded
+    notes, planned, clients = _precision_notes(config), None, config.data.clients
+    if plan and (clients.cuts == "auto" or clients.plan is not None):  # before anything is loaded
         config, more, planned = with_cuts(config, federation, blocks)
         notes += more
     federation = replace(federation, notes=[*federation.notes, *notes])

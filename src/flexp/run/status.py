@@ -15,7 +15,7 @@ from flexp._version import __version__
 from flexp.errors import ConfigError
 from flexp.links.grpc import Serving
 from flexp.links.grpc.security import Address
-from flexp.run.conductors import Desk
+from flexp.run.conduct import Conductor
 from flexp.server import Server
 
 Facts = dict[str, Any]
@@ -48,24 +48,24 @@ class StatusReporter:
     """Gathers the facts.
 
     Args:
-        desk: of the conductor, if the server conducts a run: it knows what clients say of themselves.
+        conductor: if the server conducts a run; it knows what clients say of themselves.
     """
 
-    def __init__(self, server: Server, desk: Desk | None = None) -> None:
-        self._server, self._desk = server, desk
+    def __init__(self, server: Server, conductor: Conductor | None = None) -> None:
+        self._server, self._conductor = server, conductor
         self._began = time.time()
 
     def facts(self, serving: Serving) -> Facts:
         """The server's, and those of every client that is or was here, by name."""
         connected = set(serving.clients)
-        members = {} if self._desk is None else dict(self._desk.members)
+        members = {} if self._conductor is None else dict(self._conductor.members)
         names = sorted(connected | members.keys() | self._server.regulars.keys() | self._server.guard.all_aside.keys())
         return {
             "version": __version__,
             "blocks": list(self._server.blocks),
             "tuning": self._server.tuning,
-            "run": None if self._desk is None else self._desk.run,
-            "snapshots": [] if self._desk is None else self._desk.numbers,
+            "run": None if self._conductor is None else self._conductor.run,
+            "snapshots": [] if self._conductor is None else self._conductor.numbers,
             "seconds": time.time() - self._began,
             **self._server.counts(),
             "clients": {name: self._client(name, name in connected, members) for name in names},

@@ -10,7 +10,7 @@ import csv
 from pathlib import Path
 from typing import Any
 
-from flexp.assets.converters.rows import Row, write_rows
+from flexp.assets.converters import Row, write_rows
 from flexp.errors import AssetError
 
 _FIELDS = {

@@ -19,7 +19,7 @@ import html
 from pathlib import Path
 from typing import Any
 
-from flexp.assets.converters.rows import Row, one_line, write_rows
+from flexp.assets.converters import Row, one_line, write_rows
 
 NEUTRAL = 0.5
 _FILES = {

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from flexp.assets.converters.rows import Row, write_rows
+from flexp.assets.converters import Row, write_rows
 
 FEWEST_SPEECHES = 100  # the poems have none; every play has hundreds
 _START = re.compile(r"^\s*ACT (I|1|FIRST)\b", re.IGNORECASE | re.MULTILINE)

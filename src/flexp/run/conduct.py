@@ -1,18 +1,60 @@
-"""What the two ways to conduct a run have in common: the run's name, who waits, what the operator is told."""
+"""What the two ways to conduct a run have in common: the order of things, who waits for what, and the run's name."""
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Literal
 
+from flexp.config import TrainConfig
 from flexp.errors import LinkError, StorageError
 from flexp.links.messages import Order, Ready
+from flexp.methods.turns import turns
 from flexp.run.store import Snapshots
 from flexp.server import Server
 
 Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Place:
+    """One thing to do: a ``step`` of ``client``; scores of everybody after round ``number`` (``evaluate``); a snapshot
+    of everybody (``save``); an update of the shared blocks with what waits (``flush``)."""
+
+    what: Literal["step", "evaluate", "save", "flush"]
+    client: str = ""
+    number: int = 0
+
+
+def scored_rounds(train: TrainConfig, every: int) -> list[int]:
+    """The rounds after which personal models are scored, 0 being before training."""
+    return [0] + [number for number in range(1, train.rounds + 1) if number % every == 0 or number == train.rounds]
+
+
+def schedule(
+    clients: Sequence[str], train: TrainConfig, seed: int, evaluate_every: int, save_every: int
+) -> list[Place]:
+    """The run that a simulation makes of the same settings, step for step.
+
+    Everybody saves at the beginning, whenever all clients have done a multiple of ``save_every`` steps, and at the end.
+    """
+    scored = set(scored_rounds(train, evaluate_every))
+    places = [Place("evaluate"), Place("save")]
+    done = dict.fromkeys(clients, 0)
+    for number in range(1, train.rounds + 1):
+        for client in turns(clients, train, seed, number):
+            places.append(Place("step", client))
+            done[client] += 1
+            steps = set(done.values())
+            if len(steps) == 1 and steps.pop() % save_every == 0:
+                places.append(Place("save"))
+        if number == train.rounds:
+            places.append(Place("flush"))
+        if number in scored:
+            places.append(Place("evaluate", number=number))
+    return [*places, Place("save")]
 
 
 @dataclass
@@ -30,16 +72,15 @@ class Member:
             future.set_result(order)
 
 
-class Desk:
-    """Keeps the server's snapshots and the members.
+class Conductor:
+    """Keeps the server's snapshots and the members; how it answers them is a subclass's.
 
     Args:
         run: the run's name; a server that goes on with one has the name from its snapshots.
-        steps: of each client in the whole run.
     """
 
-    def __init__(self, server: Server, snapshots: Snapshots | None, run: str, say: Say, steps: int) -> None:
-        self.server, self.snapshots, self.run, self.say, self.steps = server, snapshots, run, say, steps
+    def __init__(self, server: Server, snapshots: Snapshots | None, run: str, say: Say, train: TrainConfig) -> None:
+        self.server, self.snapshots, self.run, self.say, self.train = server, snapshots, run, say, train
         self.members: dict[str, Member] = {}
 
     @property
@@ -47,15 +88,33 @@ class Desk:
         """The server's own snapshots."""
         return [] if self.snapshots is None else self.snapshots.numbers()
 
+    @property
+    def finished(self) -> bool:
+        """Whether all clients that take part were told to stop."""
+        raise NotImplementedError
+
+    def ready(self, client: str, ready: Ready) -> Future[Order]:
+        """Take what a client says, and see what can be done now.
+
+        Raises:
+            LinkError: it is no client of this run, or its state belongs to another one.
+        """
+        raise NotImplementedError
+
+    def close(self) -> str:
+        """The run ends here, or is stopped; gives what to tell the operator."""
+        raise NotImplementedError
+
     def come(self, client: str, ready: Ready) -> tuple[Member, Future[Order]]:
         """A client waits for its order.
 
         Raises:
             LinkError: its snapshots are those of another run, or it plans for a run of another length.
         """
-        if ready.planned not in (0, self.steps):
+        steps = self.train.total_steps
+        if ready.planned not in (0, steps):
             raise LinkError(
-                f"client {client} plans {ready.planned} steps, and this run has {self.steps}, so its learning rate "
+                f"client {client} plans {ready.planned} steps, and this run has {steps}, so its learning rate "
                 "would fall at another time; set the same train.rounds and train.steps_per_round on both sides"
             )
         if ready.run not in ("", self.run):
@@ -68,7 +127,7 @@ class Desk:
         return member, member.waits
 
     def gone(self, client: str) -> None:
-        """A client's stream has ended; whatever it waited for it will ask again."""
+        """A client's stream has ended; whatever it waited for it will ask again. Only who needs it waits for it."""
         if client in self.members:
             self.members[client].waits = None
 

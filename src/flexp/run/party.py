@@ -1,4 +1,4 @@
-"""A client as a process of its own: it joins the server and does what that says, until the run is over."""
+"""One client in a conducted run: it says that it is ready, and steps, scores, saves or goes back as it is told."""
 
 from __future__ import annotations
 
@@ -6,14 +6,10 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
-
-import torch
 
 from flexp.client.model import SplitModel
 from flexp.client.recut import fit
-from flexp.client.state import cut_in, load_party, party_state
-from flexp.client.trainer import Step, Trainer
+from flexp.client.trainer import Step, Trainer, cut_in, load_party, party_state
 from flexp.data.scores import evaluate
 from flexp.errors import LinkError, LinkLostError, StorageError, TrainingError
 from flexp.limits import out_of_memory
@@ -27,11 +23,9 @@ from flexp.run.recutting import Mover
 from flexp.run.settle import ClientSetup
 from flexp.run.store import Snapshots
 
-Say = Callable[[str], None]
 
-
-class Worker:
-    """One client's part of a run.
+class Party:
+    """One client's part of a conducted run.
 
     Args:
         reach: gives a new link after the old one was lost.
@@ -129,7 +123,7 @@ class Worker:
         train = self.config.train
         planned = 0 if train.personal.schedule == "constant" else train.total_steps
         ready = Ready(self.trainer.steps, done, self._run, numbers, self._saved_steps, self._told(), planned)
-        future = self._link.call(ready)
+        future = self.model.link.call(ready)
         while True:
             try:
                 return future.result(0.5)
@@ -138,9 +132,8 @@ class Worker:
                     return None
 
     def _step(self) -> None:
-        step = self._try()
-        while step is None:
-            step = self._try()
+        while (step := self._try()) is None:
+            pass
         self._facts = {"loss": step.loss, "lr": step.lr, "seconds": step.seconds}
         self.diary.step(self._round, step)
 
@@ -183,16 +176,9 @@ class Worker:
     def _evaluate(self, number: int) -> None:
         if not self.data.test:
             return
-        model, extras = self.model, number in (0, self.config.train.rounds)
-
-        def forward(batch: Any) -> Any:
-            model.eval()
-            with torch.no_grad():
-                return model(**batch)
-
-        size = self.config.evaluation.batch_size
-        with RandomStream(0, model.device).active():  # a model's forward moves the generator, which others draw from
-            self.scores = evaluate(forward, self.task, self.data.test, size, extras=extras)
+        size, extras = self.config.evaluation.batch_size, number in (0, self.config.train.rounds)
+        with RandomStream(0, self.model.device).active():  # a forward moves the generator, which others draw from
+            self.scores = evaluate(self.trainer.personal, self.task, self.data.test, size, extras=extras)
         self.diary.scores(number, self.data.name, {"personal": self.scores})
         value = self.scores[self.task.metric]
         self.diary.note(f"{self.data.name}: round {number}, {self.task.metric} {value:.4g} on its own test data")
@@ -219,7 +205,7 @@ class Worker:
         while True:
             try:
                 with suppress(LinkError):
-                    self._link.close()  # first: a client has one stream at a time
+                    self.model.link.close()  # first: a client has one stream at a time
                 self.model.rejoin(self._keeping_the_meter(self.reach()))
                 if self._pull_due:
                     self.model.after_step()
@@ -257,7 +243,3 @@ class Worker:
     def _round(self) -> int:
         """Of the last step."""
         return (self.trainer.steps - 1) // self.config.train.steps_per_round + 1
-
-    @property
-    def _link(self) -> Link:
-        return self.model.link

@@ -1,8 +1,9 @@
 """Plan and replay: run any range of a model's blocks without rewriting anything of the model.
 
 Every block's *instance* attribute ``forward`` is shadowed by a recorder and the model's own ``forward`` is called once.
-That yields the embedded hidden state and, per block, its exact arguments (masks, rotary tables, positions): the plan.
-Replaying the plan calls the very blocks with the very arguments, so that nothing can differ from the whole model.
+That yields the embedded hidden state and, per block, its exact arguments (masks, rotary tables, positions): the
+execution plan. Replaying it calls the very blocks with the very arguments, so that nothing can differ from the whole
+model.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ class BlockCall:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ExecutionPlan:
     """How each block of a model is to be called for one batch, and whether blocks give back tuples."""
 
     calls: tuple[BlockCall, ...]
     tuples: bool
 
-    def same(self, other: Plan) -> bool:
+    def same(self, other: ExecutionPlan) -> bool:
         """Whether ``other`` calls every block with arguments that are equal bit for bit."""
         return len(self.calls) == len(other.calls) and all(
             mine.keyword == theirs.keyword
@@ -62,7 +63,9 @@ class _Mismatch(Exception):  # noqa: N818
     """A block was called out of order, or not given the very tensor that the block before it gave back."""
 
 
-def record(model: Any, blocks: nn.ModuleList, inputs: Mapping[str, Any], tuples: bool | None) -> tuple[Tensor, Plan]:
+def record(
+    model: Any, blocks: nn.ModuleList, inputs: Mapping[str, Any], tuples: bool | None
+) -> tuple[Tensor, ExecutionPlan]:
     """Embed ``inputs`` and make the plan of all blocks.
 
     Args:
@@ -87,7 +90,7 @@ def record(model: Any, blocks: nn.ModuleList, inputs: Mapping[str, Any], tuples:
                 model(**inputs)
         except _Planned:
             _refuse_gradients(model, calls)
-            return hiddens[0], Plan(tuple(calls), attempt)
+            return hiddens[0], ExecutionPlan(tuple(calls), attempt)
         except _Mismatch:
             continue
         except ModelError:

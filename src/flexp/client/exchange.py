@@ -1,16 +1,25 @@
-"""Which exchanges make up a client's step, and what each of them counts in it."""
+"""One exchange with the server: where it belongs in a step, and how it is one differentiable function.
+
+:class:`RemoteMiddle` is what makes a client's step ordinary PyTorch: blocks [s, e) as one operation of the graph.
+"""
 
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from flexp.errors import ConfigError
+from flexp.errors import ConfigError, LinkError
+from flexp.links.base import Link
+from flexp.links.messages import BackwardReply, BackwardRequest, ForwardReply, ForwardRequest
+from flexp.rng import Turn, current_turn, resting
 
 
 @dataclass(frozen=True)
@@ -54,10 +63,101 @@ class Place:
         return self.step << 16 | self.number
 
 
-class Answerable(Protocol):
-    """An exchange; ``answered`` says whether its backward is through."""
+class RemoteMiddle(torch.autograd.Function):
+    """Blocks [s, e) on the server: h from z forward, ∂total/∂z from ∂task/∂h backward.
 
-    answered: bool
+    Inputs are the call, z and, with alignment at every block, the inner activations; all (B, T, H). The alignment
+    gradient is part of what comes back, so it needs no term in the loss.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, call: RemoteCall, z_BTH: Tensor, *inner_BTH: Tensor) -> Tensor:
+        ctx.call = call
+        return call.forward()
+
+    @staticmethod
+    def backward(ctx: Any, grad_BTH: Tensor) -> tuple[Tensor | None, ...]:
+        call: RemoteCall = ctx.call
+        if call.apart:
+            call.send(grad_BTH)
+            return (None, None)
+        reply = call.backward(grad_BTH)
+        inner = reply.inner_BTH or (None,) * len(call.request.inner_BTH)
+        return (None, reply.grad_BTH, *inner)
+
+
+class RemoteCall:
+    """One exchange: sent when it is made, waited for when its result is needed."""
+
+    def __init__(self, link: Link, request: ForwardRequest, place: Place | None) -> None:
+        self.request = request
+        self.align: float | None = None
+        self.answered = False  # whether the backward is through
+        self.apart = False  # whether the backward through the tail ends with sending: see flexp.client.overlap
+        self._backward: Future[BackwardReply] | None = None
+        self._link = link
+        self._place = place
+        self._turn = current_turn()  # autograd may run the backward in a thread of its own
+        with self._waiting():  # a link inside this process computes at once
+            self._forward: Future[ForwardReply] = link.call(request)
+
+    def forward(self) -> Tensor:
+        """h, (B, T, H), once it is here."""
+        with self._waiting():
+            reply = self._forward.result()
+        self.align = reply.align
+        return reply.hidden_BTH
+
+    def backward(self, grad_BTH: Tensor) -> BackwardReply:
+        """Send ∂task/∂h and wait for the gradients at what was sent up."""
+        self.send(grad_BTH)
+        return self.reply()
+
+    def send(self, grad_BTH: Tensor) -> None:
+        """Send ∂task/∂h."""
+        place = self._place
+        if place is None:
+            raise LinkError(
+                "this forward ran in evaluation mode, so the server kept nothing for a backward: "
+                "call model.train() before the forward"
+            )
+        request = BackwardRequest(
+            self.request.exchange, grad_BTH.detach(), place.step, place.exchanges, place.tokens, place.weight
+        )
+        with self._waiting():
+            self._backward = self._link.call(request)
+
+    def reply(self) -> BackwardReply:
+        """The gradients at what was sent up, once they are here."""
+        assert self._backward is not None
+        with self._waiting():
+            reply = self._backward.result()
+        self.answered = True
+        return reply
+
+    @property
+    def answer(self) -> Future[Any]:
+        """What is waited for: h, or once ∂task/∂h is sent, the gradients."""
+        return self._backward or self._forward
+
+    @property
+    def here(self) -> bool:
+        """Whether that has come."""
+        return self.answer.done()
+
+    def _waiting(self) -> AbstractContextManager[None]:
+        return waiting(self._link, self._turn, train=self.request.train)
+
+
+@contextmanager
+def waiting(link: Link, turn: Turn | None, *, train: bool = True) -> Iterator[None]:
+    """Inside the ``with`` block time is the server's or the link's, not this client's, and so are random numbers."""
+    began = time.perf_counter()
+    try:
+        with resting(turn):
+            yield
+    finally:
+        link.meter.of(train).waited_seconds += time.perf_counter() - began
 
 
 class Steps:
@@ -79,7 +179,7 @@ class Steps:
         self.piece: Piece | None = None
         self._number = 0  # of the step, on the link: the same again when a step is tried again
         self._begun = 0  # exchanges of an unfinished step
-        self._previous: Answerable | None = None
+        self._previous: RemoteCall | None = None
 
     @contextmanager
     def during(self, piece: Piece) -> Iterator[None]:
@@ -106,7 +206,7 @@ class Steps:
         self._begun = 0
         self._previous = None
 
-    def remember(self, call: Answerable) -> None:
+    def remember(self, call: RemoteCall) -> None:
         """For :meth:`refuse_half_steps`."""
         if self.accumulation > 1:
             self._previous = call

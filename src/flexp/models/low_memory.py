@@ -22,7 +22,7 @@ ONE_THREAD = "HF_DEACTIVATE_ASYNC_LOAD"
 
 
 @contextlib.contextmanager
-def sparing() -> Iterator[None]:
+def low_memory_loading() -> Iterator[None]:
     """While this lasts transformers maps no file, where that would count; for one thread at a time."""
     if not reserves_count():
         yield

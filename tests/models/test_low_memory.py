@@ -10,7 +10,7 @@ import pytest
 from flexp import limits
 from flexp.errors import ModelError
 from flexp.limits import out_of_memory
-from flexp.models import loading, sparing
+from flexp.models import loading, low_memory
 from flexp.models.loading import load_stage
 from flexp.models.parts import Part
 from tests.models.tools import equal, save, tensors_of
@@ -31,13 +31,13 @@ def test_the_same_numbers_without_a_map(name: str, tmp_path: Path, monkeypatch: 
     assert mapped(folder)
     wanted = {key: value.clone() for key, value in tensors_of(as_a_rule.model).items()}
     del as_a_rule
-    monkeypatch.setattr(sparing, "reserves_count", lambda: True)
-    monkeypatch.delenv(sparing.ONE_THREAD, raising=False)
+    monkeypatch.setattr(low_memory, "reserves_count", lambda: True)
+    monkeypatch.delenv(low_memory.ONE_THREAD, raising=False)
     found = load_stage(folder, kind, part)
     assert not mapped(folder)
     assert equal(tensors_of(found.model), wanted)
-    assert sparing.ONE_THREAD not in sparing.os.environ
-    assert sparing.modeling_utils.safe_open is sparing.safetensors.safe_open
+    assert low_memory.ONE_THREAD not in low_memory.os.environ
+    assert low_memory.modeling_utils.safe_open is low_memory.safetensors.safe_open
 
 
 def test_running_out_of_memory_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

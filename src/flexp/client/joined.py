@@ -1,0 +1,143 @@
+"""A client's membership of a server: what is agreed on joining, and the shared blocks whose weights it takes over."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import torch
+
+from flexp.client.exchange import Steps, waiting
+from flexp.client.personal import PersonalModel
+from flexp.config import AlignConfig, CodecConfig, LoraConfig
+from flexp.errors import ConfigError, LinkError
+from flexp.links.base import Link, ask
+from flexp.links.messages import Join, PullRequest
+from flexp.models.fingerprint import fingerprint
+from flexp.models.parts import check_cut
+from flexp.models.stage import Stage
+from flexp.rng import current_turn
+
+OFF = AlignConfig(kind="off")
+
+
+class JoinedModel(PersonalModel):
+    """The client's stage, joined to a server; arguments are those of :class:`flexp.client.model.SplitModel`."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        cut: tuple[int, int],
+        link: Link,
+        *,
+        align: AlignConfig = OFF,
+        tuning: str = "full",
+        lora: LoraConfig | None = None,
+        accumulation: int = 1,
+        expose_embeddings: bool = False,
+        numbering: int | None = None,
+        codec: CodecConfig | None = None,
+    ) -> None:
+        super().__init__(stage)
+        self.link = link
+        self.align = align
+        self.tuning = tuning
+        self.lora = lora
+        self.last_align: float | None = None
+        self._pulled = 0  # the step after which the aligned blocks were pulled last
+        self.cut: tuple[int, int] = cut
+        self.steps = Steps(accumulation)
+        if numbering is not None:
+            self.steps.numbering = numbering
+        self.codec = codec
+        self._expose_embeddings = expose_embeddings
+        self._join(cut)
+        self.settle()
+        self.take_over()
+
+    def rejoin(self, link: Link | None = None, *, cut: tuple[int, int] | None = None) -> None:
+        """Join again, after the link was lost or the server came back: over ``link``, if it is another one, of the same
+        client to the same server; the old one is closed. The steps go on.
+
+        Args:
+            cut: another one from now on; the stage must be made to fit it (:mod:`flexp.client.recut`).
+
+        Raises:
+            LinkError: the server refuses this client, or that cut.
+        """
+        if link is not None:
+            with suppress(LinkError):
+                self.link.close()
+            self.link = link
+        self.steps.abandon()
+        before, depth = self.cut, self.base_depth
+        try:
+            self._join(cut or before)
+            if self.align.follow and self.base_depth != depth:
+                raise ConfigError(
+                    f"the server's base depth was {depth} and is {self.base_depth}, so client {self.link.client} would "
+                    "follow other blocks; start the server with the same --base-depth as before"
+                )
+        except (LinkError, ConfigError):
+            self.cut = before
+            raise
+
+    def following(self, cut: tuple[int, int]) -> range:
+        """The blocks that this client would follow with ``cut``: which the server trains, and it takes over."""
+        return range(self.base_depth, cut[0]) if self.align.follow else range(0)
+
+    def settle(self) -> None:
+        """Leave the training of the aligned blocks to the server, if the alignment says so; the stage's blocks have
+        come or changed."""
+        self.stage.follow(self.following(self.cut))
+
+    def take_over(self) -> None:
+        """Make what the client follows the server's blocks as they are: others have taught them before it came."""
+        if self.stage.followed:
+            self._pull(0, 1.0)
+
+    def go_on(self, steps: int) -> None:
+        """Be as after so many steps, whose state is loaded."""
+        self.steps.done = self._pulled = steps
+
+    def _pull(self, step: int, share: float) -> None:
+        with waiting(self.link, current_turn()):
+            shared = ask(self.link, PullRequest(self.base_depth, self.cut[0], step)).weights
+        personal = self.stage.own()
+        with torch.no_grad():
+            for name, value in shared.items():
+                if name in personal:
+                    personal[name].lerp_(value.to(personal[name]), share)
+
+    def _join(self, cut: tuple[int, int]) -> None:
+        check_cut(cut, self.stage.anatomy.blocks)
+        self.cut = cut
+        welcome = ask(
+            self.link,
+            Join(
+                client=self.link.client,
+                fingerprint=fingerprint(self.model.config),
+                cut=cut,
+                dtype=str(self.model.dtype),
+                autocast=self.stage.autocast_name,
+                tuning=self.tuning,
+                align=self.align,
+                lora=self.lora,
+                weights=self.stage.weights,
+                numbering=self.steps.numbering,
+                codec=self.codec,
+            ),
+        )
+        self.base_depth = welcome.base_depth
+        self.max_in_flight = welcome.max_in_flight
+        if cut[0] < self.base_depth:
+            raise ConfigError(f"cut = {cut} starts below the server's base depth s_min = {self.base_depth}")
+        what = "cut = (0, …)" if cut[0] == 0 else "alignment from a base depth of 0"
+        if not self._expose_embeddings and (cut[0] == 0 or (self.base_depth == 0 and self._aligns())):
+            raise ConfigError(
+                f"{what} would send the bare embeddings, from which the server can read every token; keep a block "
+                "below what is sent (s and s_min of at least 1), or say expose_embeddings=True"
+            )
+
+    def _aligns(self) -> bool:
+        """Whether z_base goes up when it is due."""
+        return self.cut[0] > self.base_depth and (self.align.teach or self.align.has_term)
