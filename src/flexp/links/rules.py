@@ -154,7 +154,7 @@ def _check(head: Head, kind: type[Any], agreement: Agreement | None, who: str, r
                 _check_first(found, forms[0][0], agreement, who)
             given = [found, *(left.pop(part) for part in (name + SCALE,) if len(forms[0]) > 1 and part in left)]
             if given not in forms:
-                raise LinkError(f"{who} has {_facts(given)}, expected {' or '.join(map(_facts, forms))}")
+                raise LinkError(f"{who}: {_facts(given)}, expected {' or '.join(map(_facts, forms))}")
     if left or len({item.name for item in head.fields}) < len(head.fields):
         known = ", ".join(entry.field for entry in declared(kind).entries) or "none"
         raise LinkError(f"{who}: a {head.message} frame has the tensors {_list(left)}, expected {known}, each once")
