@@ -24,7 +24,7 @@ from flexp.run.settle import build_world
 from tests.harness import RecordingLink, World, equal, gradients, shared_weights, world
 from tests.tiny import bert_folder, config
 
-ONE = {"clients": {"names": ["north"], "cuts": [[2, 3]]}}
+ONE = {"clients": {"names": ["north"], "each": [{"cut": [2, 3]}]}}
 
 
 def method_of(home: Path, in_flight: int, **settings: Any) -> Any:

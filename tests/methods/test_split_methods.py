@@ -165,7 +165,7 @@ def test_the_two_sides(home: Path) -> None:
 
 def test_split_fedavg_is_flexp_sfl_and_an_average(plain: Path) -> None:
     """One round on the common cut without alignment; then head and tail are the mean by examples, the middle is not."""
-    common = {"clients": {"cuts": [[1, 4]]}}
+    common = {"clients": {"each": [{"cut": [1, 4]}]}}
     split = make(plain, "flexp-sfl", data=common, train={"rounds": 1}, align={"kind": "off"})
     split.train_round(1, lambda step: None)
     method = make(plain, "split-fedavg", train={"rounds": 1})
@@ -190,7 +190,7 @@ def test_splitft_averages_what_several_hold(plain: Path, monkeypatch: pytest.Mon
         return average(parts, examples)
 
     monkeypatch.setattr(split_fedavg, "average", noted)
-    data = {"clients": {"names": ["north", "south"], "cuts": [[1, 4], [2, 4]]}}
+    data = {"clients": {"names": ["north", "south"], "each": [{"cut": [1, 4]}, {"cut": [2, 4]}]}}
     method = make(plain, "splitft", data=data, train={"rounds": 1})
     method.examples = {"north": 1, "south": 3}
     method.train_round(1, lambda step: None)
@@ -219,7 +219,7 @@ def test_splitft_averages_what_several_hold(plain: Path, monkeypatch: pytest.Mon
 
 
 def test_splitft_starts_from_the_first_rows_of_the_full_adapter(plain: Path) -> None:
-    data = {"clients": {"names": ["north"], "cuts": [[2, 3]]}}
+    data = {"clients": {"names": ["north"], "each": [{"cut": [2, 3]}]}}
     low = make(plain, "splitft", data=data).clients["north"].model
     full = make(plain, "splitft", data=data, own={"cut_rank": 8}).clients["north"].model
     ranks = {}

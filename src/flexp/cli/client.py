@@ -72,7 +72,8 @@ def client(
         )
 
     folder = state or Path("clients") / setup.data.name
-    said = "link" in read(config) or setup.config.data.clients.codecs is not None
+    clients = setup.config.data.clients
+    said = "link" in read(config) or any([clients.codec, *(one.codec for one in clients.each)])
     codec = setup.config.link.codec if said else None  # who says nothing gets the network's default
     if not run_client(setup, deployment, reach, folder, codec=codec):
         typer.echo("go on with the same command")

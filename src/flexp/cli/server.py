@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from flexp.cli.verify import Dtype, Memory, Task
 from flexp.errors import ConfigError
-
-if TYPE_CHECKING:
-    from flexp.models.loading import ModelKind
 
 
 def server(
@@ -62,9 +59,7 @@ def server(
     ] = False,
     state: Annotated[
         Path | None,
-        typer.Option(
-            help="Go on from this file, if it is there, and save in it; with --config: a folder of snapshots."
-        ),
+        typer.Option(help="The folder to save in, and to go on from if something is there."),
     ] = None,
     tuning: Annotated[str, typer.Option(help="full, lora or frozen.")] = "full",
     rank: Annotated[int, typer.Option(min=1, help="LoRA: rank of the adapters.")] = 8,
@@ -114,13 +109,15 @@ def server(
         "insecure": insecure,
     }
     if config is not None:
+        from flexp.data.tasks import task_of
         from flexp.run.server import make_conductor, make_server, read_config
 
         overrides = [*(settings or ()), *([] if model is None else [f"model.id={json.dumps(model)}"])]
         loaded, deployment = read_config(config, overrides, clients, schedule)
         torch.set_num_threads(threads or loaded.threads or torch.get_num_threads())
         depth = base_depth if base_depth is not None else loaded.model.base_depth
-        made = make_server(loaded, 1 if depth is None else depth, end, _kind(loaded.data.task), deployment.clients)
+        model_kind = task_of(loaded.data).model_kind
+        made = make_server(loaded, 1 if depth is None else depth, end, model_kind, deployment.clients)
         conductor = make_conductor(made, loaded, deployment, state, say)
         run_server(made, listen, conductor=conductor, allow_export=allow_export or deployment.allow_export, **options)
         return
@@ -143,11 +140,3 @@ def server(
         optimizer=OptimizerConfig(lr=lr),
     )
     run_server(made, listen, state=state, allow_export=allow_export, **options)
-
-
-def _kind(task: str) -> ModelKind:
-    kinds: dict[str, ModelKind] = {
-        "classification": "sequence-classification",
-        "image-classification": "image-classification",
-    }
-    return kinds.get(task, "causal-lm")

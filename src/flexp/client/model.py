@@ -83,7 +83,7 @@ class SplitModel(JoinedModel):
         """Load only this client's part of a pretrained model and join the server.
 
         Args:
-            cut: ``"auto"`` plans for the memory that this process may use, as ``data.clients.cuts`` does, and logs what
+            cut: ``"auto"`` plans for the memory that this process may use, as ``data.clients.cut`` does, and logs what
                 it chose.
             link: may be a URL with the client's name.
             largest: the examples and tokens of the largest batch that will come, for which ``"auto"`` leaves room.
