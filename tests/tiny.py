@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from flexp.config import RunConfig
 from flexp.config.loading import validate
 from flexp.models.zoo import save_tiny
+from flexp.run.store import CHECKPOINTS, Store
 from tests.data.tools import jsonl, labelled, tokenizer
 
 CLIENTS = ("north", "south", "west")
@@ -68,3 +71,9 @@ def content(folder: Path, **changes: Any) -> dict[str, Any]:
 
 def config(folder: Path, **changes: Any) -> RunConfig:
     return validate(content(folder, **changes), "tiny")
+
+
+def checkpoint(run: Path, number: int | None = None) -> dict[str, dict[str, Tensor]]:
+    """Every party's tensors in the last checkpoint of a run, or in the one that is named."""
+    store = Store(run / CHECKPOINTS)
+    return store.load(store.numbers()[-1] if number is None else number)

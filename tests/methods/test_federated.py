@@ -18,7 +18,7 @@ from flexp.client.trainer import Step
 from flexp.errors import ConfigError
 from flexp.methods.split_bench import SplitBench
 from flexp.methods.workbench import Worker
-from flexp.run import checkpoints
+from flexp.run.store import Store
 from tests.tiny import CLIENTS
 
 from .tools import ADAPTERS, ONE, equal, make, trained
@@ -276,11 +276,10 @@ def test_resumed_equals_undisturbed_and_scoring_disturbs_nothing(
             batch = first.world.federation.task.collate(first.world.federation.clients[0].test[:2])
             batch.pop("labels")
             scored = [first.personal(client)(batch).logits for client in CLIENTS]
-    checkpoints.save(tmp_path, 2, first.state())
+    store = Store(tmp_path)
+    store.save(2, first.state())
     second = make(home, name, **settings)
-    place = checkpoints.latest(tmp_path)
-    assert place is not None
-    second.load(checkpoints.load(place)[1])
+    second.load(store.load(2))
     if batch is not None:
         assert all(
             torch.equal(second.personal(client)(batch).logits, one) for client, one in zip(CLIENTS, scored, strict=True)

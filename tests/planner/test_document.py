@@ -11,8 +11,7 @@ import pytest
 from flexp.errors import ConfigError
 from flexp.files import write_json
 from flexp.planner.accuracy import AccuracyCurve, CurvePoint
-from flexp.planner.document import document, read_plan
-from flexp.planner.explain import Reasons, holding
+from flexp.planner.document import Reasons, document, holding, read_plan
 from flexp.planner.pareto import front
 from flexp.planner.plan import make_plan
 from flexp.report.planning import alike, render

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from flexp.cost import probe as memory
+from flexp.cost.choice import ExchangeCost
 from flexp.cost.clock import SPLIT_ASYNC, SPLIT_SYNC, SYNCHRONOUS, Schedule
-from flexp.cost.flops import ExchangeCost
 from flexp.cost.probe import Measured, Probe
 from flexp.errors import ConfigError
 from flexp.links.base import Traffic

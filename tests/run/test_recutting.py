@@ -11,9 +11,9 @@ import torch
 from flexp.errors import ConfigError
 from flexp.methods.flexp_sfl import FlexpSfl
 from flexp.report.metrics import read
-from flexp.run import checkpoints, runner
+from flexp.run import runner
 from flexp.run.settle import build_world
-from tests.tiny import CLIENTS, bert_folder, config
+from tests.tiny import CLIENTS, bert_folder, checkpoint, config
 
 NORTH, SOUTH, WEST = CLIENTS
 FAST_THEN_SLOW: dict[str, Any] = {
@@ -87,7 +87,7 @@ def test_resumed_after_a_move_equals_undisturbed(folder: Path, tmp_path: Path) -
         {"before_round": 3, "clients": [NORTH], "to": "workstation"},
     ])  # fmt: skip
     runner.run(settings, tmp_path / "whole")
-    wanted = checkpoints.load(checkpoints.latest(tmp_path / "whole" / "checkpoints"))[1]  # type: ignore[arg-type]
+    wanted = checkpoint(tmp_path / "whole")
 
     stopped = tmp_path / "stopped"
     evaluate = runner._Run._evaluate
@@ -102,7 +102,7 @@ def test_resumed_after_a_move_equals_undisturbed(folder: Path, tmp_path: Path) -
         with pytest.raises(KeyboardInterrupt):
             runner.run(settings, stopped)
     runner.resume(stopped)
-    got = checkpoints.load(checkpoints.latest(stopped / "checkpoints"))[1]  # type: ignore[arg-type]
+    got = checkpoint(stopped)
     moves = [record for record in read(stopped / "metrics.jsonl") if record["kind"] == "move"]
     assert [record["restored"] != [] for record in moves if record["client"] == NORTH][-1]  # blocks came back
     for party, state in wanted.items():

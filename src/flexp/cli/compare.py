@@ -102,12 +102,13 @@ def _show(comparison: dict[str, Any], folder: Path) -> None:
     """The table in the terminal, and every file of the report."""
     from rich.console import Console
 
-    from flexp.comparison import report
+    from flexp.comparison.report.tables import terminal_table
+    from flexp.comparison.report.write import write_all
 
     console = Console()
     if not console.is_terminal:
         console = Console(width=140)  # a log or a pipe need not be narrow
-    console.print(report.terminal_table(comparison))
-    for path in report.write_all(comparison, folder):
+    console.print(terminal_table(comparison))
+    for path in write_all(comparison, folder):
         console.print(f"{path}", soft_wrap=True, markup=False)
     console.print(f"Saved in {folder}", soft_wrap=True, markup=False)

@@ -15,6 +15,7 @@ from flexp.cli import (
     compare,
     fleet,
     join,
+    methods,
     plan,
     profile,
     readmit,
@@ -57,6 +58,7 @@ app.add_typer(token.app, name="token")
 app.command("join")(join.join)
 app.add_typer(state.app, name="state")
 app.command("profile")(profile.profile)
+app.command("methods")(methods.methods)
 app.add_typer(assets.app, name="assets")
 
 

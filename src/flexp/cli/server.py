@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from flexp.cli.settings import Settings, overrides
 from flexp.cli.verify import Task
 from flexp.errors import ConfigError
-
-if TYPE_CHECKING:
-    from flexp.models.loading import ModelKind
 
 TASKS = {Task.sequence_classification: "classification"}
 """What ``data.task`` calls a kind of model that it has another word for."""
@@ -58,9 +55,7 @@ def server(
     ] = False,
     state: Annotated[
         Path | None,
-        typer.Option(
-            help="Go on from this file, if it is there, and save in it; with --config: a folder of snapshots."
-        ),
+        typer.Option(help="The folder to save in, and to go on from if something is there."),
     ] = None,
     metrics: Annotated[
         str | None, typer.Option(metavar="HOST:PORT", help="Where to answer /metrics, /healthz and /readyz over HTTP.")
@@ -82,6 +77,7 @@ def server(
     said = overrides(settings, model=model, kind=task, base_depth=base_depth, end=end, allow_export=allow_export)
     import torch
 
+    from flexp.data.tasks import task_of
     from flexp.links.grpc import ServerTls, Tokens
     from flexp.links.rules import Limits
     from flexp.run.server import make_conductor, make_server, read_config, run_server
@@ -93,7 +89,7 @@ def server(
     if loaded.threads is not None:
         torch.set_num_threads(loaded.threads)
     depth = 1 if loaded.model.base_depth is None else loaded.model.base_depth
-    model_kind, conducts = _kind(loaded.data.task), config is not None
+    model_kind, conducts = task_of(loaded.data).model_kind, config is not None
     made = make_server(loaded, depth, deployment.end, model_kind, deployment.clients, remembers=conducts)
     rate = deployment.bytes_per_second
     run_server(
@@ -115,11 +111,3 @@ def server(
         allow=allow,
         insecure=insecure,
     )
-
-
-def _kind(task: str) -> ModelKind:
-    kinds: dict[str, ModelKind] = {
-        "classification": "sequence-classification",
-        "image-classification": "image-classification",
-    }
-    return kinds.get(task, "causal-lm")

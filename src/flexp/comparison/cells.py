@@ -122,11 +122,12 @@ def execute(cell: Cell, out: Path, threads: int) -> None:
 
     from flexp.errors import BadValuesError, TrainingError
     from flexp.report.progress import Progress
-    from flexp.run import checkpoints, runner
+    from flexp.run import runner
     from flexp.run.participants import NobodyFitsError
+    from flexp.run.store import CHECKPOINTS, Store
 
     folder = out / cell.folder
-    if folder.exists() and (not _holds(cell, folder) or checkpoints.latest(folder / "checkpoints") is None):
+    if folder.exists() and (not _holds(cell, folder) or not Store(folder / CHECKPOINTS).numbers()):
         shutil.rmtree(folder)  # another version's defaults, or nothing that could be gone on with
     folder.mkdir(parents=True, exist_ok=True)
     config = cell.config.model_copy(update={"threads": threads})
@@ -143,7 +144,7 @@ def execute(cell: Cell, out: Path, threads: int) -> None:
             write_json(folder / DIVERGED, {"error": str(error)})
         except NobodyFitsError as error:
             write_json(folder / DROPPED, {"config": config.resolved(), "clients": error.dropped, "error": str(error)})
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # gigabytes, and nobody goes on from them
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # gigabytes, and nobody goes on from them
 
 
 def validation(cell: Cell, out: Path) -> tuple[float, float] | None:

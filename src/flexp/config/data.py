@@ -8,10 +8,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
 from flexp.config.link import CodecName
-from flexp.config.section import Fraction, Rate, Section
+from flexp.config.section import Fraction, Rate, Section, named
 from flexp.errors import ConfigError
+from flexp.registry import PARTITIONERS, TASKS
 
-Task = Literal["classification", "causal-lm", "instruction", "multiple-choice", "image-classification"]
+Task = Annotated[str, named(TASKS)]
 
 
 def _to_the_end(cut: Any) -> Any:
@@ -44,7 +45,7 @@ SETTINGS = tuple(key for key in ClientConfig.model_fields if key != "name")
 class ClientsConfig(Section):
     """How the data is divided among clients; and what clients have, all of them or each."""
 
-    by: Literal["column", "file", "iid", "dirichlet", "pathological", "size", "length", "skew"] = "column"
+    by: Annotated[str, named(PARTITIONERS)] = "column"
     column: str = "client"  # column: names the client; skew: every value becomes two clients, VALUE-a and VALUE-b
     names: list[str] | None = None  # only these clients (column, file and skew), in this order
     count: PositiveInt | None = None  # how many clients (partitioners)

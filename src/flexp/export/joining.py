@@ -14,10 +14,10 @@ from flexp.config import RunConfig
 from flexp.config.loading import override, validate
 from flexp.errors import ConfigError
 from flexp.export import backup
-from flexp.export.saved import LAST, SavedRun, open_run
+from flexp.export.saved import SavedRun, open_run
+from flexp.export.trained import LAST
 from flexp.files import write_json
 from flexp.methods.split import Split
-from flexp.models.fingerprint import fingerprint
 from flexp.models.parts import check_cut
 from flexp.report.progress import Progress
 from flexp.report.summary import aggregate
@@ -141,17 +141,10 @@ def _of_client(run: SavedRun, item: str, passphrase: str | None) -> dict[str, Te
             "nor a file of flexp state backup"
         )
     found = backup.read(Path(item), passphrase)
-    source, model = run.world.source, run.config.model
-    there = {
-        "fingerprint": fingerprint(source.model.config),
-        "weights": source.weights,
-        "model_kind": run.world.federation.task.model_kind,
-        "labels": run.world.federation.task.label_names,
-        "tuning": model.tuning,
-        "lora": model.lora.model_dump(mode="json") if model.tuning == "lora" else None,
-    }
-    for key, value in there.items():
-        if found.facts.get(key) != value:
+    task = run.world.federation.task
+    there = backup.belonging(run.config, run.world.source, task.model_kind, task.label_names)
+    for key in ("fingerprint", "weights", "model_kind", "labels", "tuning", "lora"):
+        if found.facts.get(key) != there[key]:
             raise ConfigError(f"--start {item}: was saved with another {backup.MUST_MATCH[key]} than the run has")
     return _of_server(run) | found.weights
 

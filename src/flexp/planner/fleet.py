@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveInt, ValidationError, model_validator
 
 from flexp.config import DeviceClassConfig, DevicesConfig, ModelConfig, Rate, Section, Tuning
-from flexp.cost.choice import CODECS
+from flexp.cost.choice import codec_names
 from flexp.cost.profile import FIGURES, Profile
 from flexp.errors import ConfigError
 
@@ -59,8 +59,8 @@ class Choices(Section):
     @model_validator(mode="after")
     def _known(self) -> Choices:
         for codec in self.codecs:
-            if codec not in CODECS:
-                raise ValueError(f"codecs: {codec!r} is not known; expected some of {', '.join(CODECS)}")
+            if codec not in codec_names():
+                raise ValueError(f"codecs: {codec!r} is not known; expected some of {', '.join(codec_names())}")
         return self
 
 

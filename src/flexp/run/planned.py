@@ -9,7 +9,7 @@ from typing import Any
 from flexp.assets import resolve
 from flexp.config import RunConfig
 from flexp.config.loading import override, read
-from flexp.cost.choice import CODECS, Choice, form
+from flexp.cost.choice import Choice, form
 from flexp.cost.device import this_machine
 from flexp.cost.profile import Profile
 from flexp.data.types import Federation
@@ -125,7 +125,6 @@ def _task(config: RunConfig, federation: Federation) -> tuple[TaskShape, Choices
     longest = max(
         (len(example.get("input_ids", ())) for client in federation.clients for example in client.train), default=1
     )
-    codec = config.link.codec.activation
     names = [client.name for client in federation.clients]
     here = any(own.profile is None and own.device is None for own in config.data.clients.every(names).values())
     shape = TaskShape.of_model(
@@ -149,7 +148,7 @@ def _task(config: RunConfig, federation: Federation) -> tuple[TaskShape, Choices
         starts=None if model.base_depth is None else list(range(max(1, model.base_depth), 10_000)),
         micro_batches=None if micro is None else [micro],
         checkpointing=again,
-        codecs=[codec if codec in CODECS else "none"],
+        codecs=[config.link.codec.activation],
     )
     return shape, choices
 

@@ -15,7 +15,7 @@ from flexp.client.model import SplitModel
 from flexp.client.recut import Parking, recut
 from flexp.client.trainer import Trainer
 from flexp.config import RunConfig
-from flexp.cost.choice import CODECS, Choice
+from flexp.cost.choice import Choice
 from flexp.cost.device import free_bytes
 from flexp.errors import FlexpError, LinkLostError, StorageError
 from flexp.methods.base import Method, World
@@ -57,7 +57,7 @@ class Mover:
             "tails": [0, 1] if stop == total else [total - stop],  # of what is behind e the server may have nothing
             "checkpointing": [config.model.gradient_checkpointing],
         })  # fmt: skip
-        current = _choice(config, (start, stop), trainer.micro_batch, choices)
+        current = _choice(config, (start, stop), trainer.micro_batch)
         costs, curve = ModelCosts(model_folder(config), fleet.task, choices, fleet.server), prior()
         known = list(dict.fromkeys([current, *grid(choices, total, config.train.batch_size, current.rank)]))
         device = next((device for device in fleet.devices if device.name == trainer.name), fleet.devices[0])
@@ -229,19 +229,19 @@ class Recutting:
 
     def _current(self, method: Split, name: str) -> Choice:
         own = own_config(self.world.config, self.world.config.data.clients.every(self.names)[name])
-        return _choice(own, method.cut_of(name), method.clients[name].micro_batch, self._choices)
+        return _choice(own, method.cut_of(name), method.clients[name].micro_batch)
 
 
-def _choice(config: RunConfig, cut: tuple[int, int], micro_batch: int, choices: Choices) -> Choice:
+def _choice(config: RunConfig, cut: tuple[int, int], micro_batch: int) -> Choice:
     """What a client with a configuration of its own has now."""
-    codec, model = config.link.codec.activation, config.model
+    model = config.model
     return Choice(
         cut=cut,
         micro_batch=micro_batch,
         accumulation=-(-config.train.batch_size // micro_batch),
         checkpointing=model.gradient_checkpointing,
         rank=model.lora.rank if model.tuning == "lora" else None,
-        codec=codec if codec in CODECS else choices.codecs[0],
+        codec=config.link.codec.activation,
     )
 
 

@@ -21,6 +21,7 @@ from flexp.client.model import SplitModel
 from flexp.client.trainer import Trainer
 from flexp.config import CodecConfig, DataConfig, RunConfig
 from flexp.data import load_federation, pad_id
+from flexp.data.tasks import task_of
 from flexp.data.types import ClientData, Federation
 from flexp.errors import ConfigError, DataError, ModelError, StorageError
 from flexp.files import read_json
@@ -263,7 +264,7 @@ def load_processor(model_id: str, config: RunConfig) -> Any:
     Raises:
         ModelError: the model has none.
     """
-    image = config.data.task == "image-classification"
+    image = task_of(config.data).images
     auto = transformers.AutoImageProcessor if image else transformers.AutoTokenizer
     kind = "image processor" if image else "tokenizer"
     if model_id.startswith("arch:"):

@@ -60,7 +60,7 @@ class Teller:
         """The server's, and those of every client that is or was here, by name."""
         connected = set(serving.clients)
         members = {} if self._conductor is None else dict(self._conductor.members)
-        names = sorted(connected | members.keys() | self._server.regulars.keys() | self._server.guard.all_aside.keys())
+        names = sorted(connected | members.keys() | self._server.clients.keys() | self._server.guard.all_aside.keys())
         return {
             "version": __version__,
             "blocks": list(self._server.blocks),
@@ -73,7 +73,7 @@ class Teller:
         }
 
     def _client(self, name: str, connected: bool, members: dict[str, Any]) -> Facts:
-        regular = self._server.regulars.get(name)
+        regular = self._server.clients.get(name)
         member = members.get(name)
         said = {} if member is None else {**member.ready.facts, "steps": member.ready.steps}
         return {

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from flexp.cost.choice import ExchangeCost
 from flexp.cost.clock import ClientTime, ClientWork, Schedule, simulate
-from flexp.cost.flops import ExchangeCost
 from flexp.cost.profile import Profile, assign
 from flexp.methods.base import Account, Method, World
 from flexp.report.metrics import Record
@@ -77,16 +77,7 @@ def client_work(cost: ExchangeCost, account: Account | None, steps: list[int], s
         down += cost.pull_down * (total // pull_every) if pull_every else 0
     else:
         up, down = float(account.training.bytes_up), float(account.training.bytes_down)
-    work = ClientWork(
-        steps,
-        before=cost.before,
-        between=cost.between,
-        after=cost.after,
-        server_forward=cost.server_forward,
-        server_backward=cost.server_backward,
-        exchanges=cost.exchanges,
-        combined=cost.combined,
-    )
+    work = ClientWork(**vars(cost), steps=steps)
     if schedule.kind == "synchronous":
         extra = max(
             0, (total if account is None else account.gradient_evaluations) - total
@@ -95,12 +86,12 @@ def client_work(cost: ExchangeCost, account: Account | None, steps: list[int], s
     if schedule.kind == "alone" or not total:
         return work
     if schedule.kind == "split-sync":
-        weights = float(cost.weights)
+        weights = cost.weights
         work = replace(work, weights_up=weights, weights_down=weights, weights_every=average_every)
         up = max(0.0, up - weights * (rounds // average_every))
         down = max(0.0, down - weights * math.ceil(rounds / average_every))
     if pull_every and cost.pull_down:
-        work = replace(work, pull_every=pull_every, pull_down=float(cost.pull_down))
+        work = replace(work, pull_every=pull_every)
         down = max(0.0, down - cost.pull_down * (total // pull_every))
     up_each, down_each = up / total / cost.exchanges, down / total / cost.exchanges
     up_known, down_known = cost.forward_up + cost.backward_up, cost.forward_down + cost.backward_down
