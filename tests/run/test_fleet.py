@@ -139,7 +139,7 @@ def test_nobody_waits_in_a_free_run(folder: Path, tmp_path: Path) -> None:
         assert client.over
     server.end()
     assert server.server.shared.version == 3 * 20
-    assert {name: server.server.regulars[name].progress.newest for name in NAMES} == dict.fromkeys(NAMES, 20)
+    assert {name: server.server.clients[name].progress.newest for name in NAMES} == dict.fromkeys(NAMES, 20)
     for name in NAMES:
         steps = [r["step"] for r in read(out / "clients" / name / "metrics.jsonl") if r["kind"] == "step"]
         assert sorted(steps) == list(range(1, 21))

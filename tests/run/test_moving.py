@@ -90,7 +90,7 @@ def test_it_sheds_when_memory_is_short_and_takes_back_what_it_gave_when_that_pay
     assert all(in_words(record).startswith(NAME) for record in found)
     steps = [record["step"] for record in read(tmp_path / "client" / "metrics.jsonl") if record["kind"] == "step"]
     assert steps == list(range(1, 33))
-    assert server.server.regulars[NAME].progress.newest == 32  # each once
+    assert server.server.clients[NAME].progress.newest == 32  # each once
 
 
 def test_stopped_after_a_move_it_goes_on_with_the_cut_that_it_has(
@@ -169,7 +169,7 @@ def test_a_step_that_runs_out_of_memory_is_done_again_with_less(
     assert sizes[0][0] < 4  # first a smaller exchange
     steps = [record["step"] for record in read(tmp_path / "client" / "metrics.jsonl") if record["kind"] == "step"]
     assert steps == list(range(1, 33))
-    assert server.server.regulars[NAME].progress.newest == 32
+    assert server.server.clients[NAME].progress.newest == 32
 
 
 def test_memory_that_runs_out_with_nothing_left_to_give_up_ends_it_in_a_line(

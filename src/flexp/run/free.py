@@ -113,7 +113,7 @@ class Free(Conductor):
 
     def _compare(self, client: str, ready: Ready) -> None:
         """Say what was lost, on either side."""
-        here = self.server.regulars[client].progress.newest
+        here = self.server.clients[client].progress.newest
         if ready.steps > here:
             self.say(
                 f"{client} has done {ready.steps} steps, of which the shared blocks have the first {here}: the other "
