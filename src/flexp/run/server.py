@@ -18,7 +18,7 @@ from flexp.models.loading import ModelKind
 from flexp.run.conduct import Conductor, run_name
 from flexp.run.deterministic import Deterministic
 from flexp.run.free import Free
-from flexp.run.status import Observed, Teller
+from flexp.run.status import StatusReporter, observed
 from flexp.run.store import Store
 from flexp.server import Server
 from flexp.signals import stopped_by_signal
@@ -125,16 +125,15 @@ def run_server(
             load(server, store)
             say(f"going on from {state}: {server.shared.version} updates of the shared blocks so far")
     server.guard.say, server.conductor = say, conductor
-    teller = Teller(server, conductor)
-    options |= {"say": say, "facts": teller.facts}
+    reporter = StatusReporter(server, conductor)
+    options |= {"say": say, "facts": reporter.facts}
     server.allow_export = server.allow_export or allow_export
     if allow_export and conductor is not None and conductor.numbers and not server.shared.version:
         conductor.restore(max(conductor.numbers))  # clients may fetch before all have come to go on
     with stopped_by_signal(stop) as stopped, serve(server, listen, **options) as serving, ExitStack() as stack:
         if metrics is not None:
-            observed = Observed(metrics, lambda: teller.facts(serving), lambda: not stopped.is_set())
-            stack.callback(observed.close)
-            say(f"metrics at http://{observed.address}/metrics")
+            at = stack.enter_context(observed(metrics, lambda: reporter.facts(serving), lambda: not stopped.is_set()))
+            say(f"metrics at http://{at}/metrics")
         say(f"serving blocks [{server.blocks[0]}, {server.blocks[1]}) at {serving.address}")
         _wait(server, serving, conductor, stopped, say, every)
         over = conductor is not None and conductor.finished
