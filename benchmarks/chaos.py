@@ -12,7 +12,6 @@ import resource
 import signal
 import time
 from collections import Counter
-from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -23,17 +22,16 @@ import psutil
 import torch
 import typer
 from rich.console import Console
-from torch import Tensor
 
 from benchmarks.tools.bad_network import BadNetwork, Relay
 from benchmarks.tools.command import Result, say
 from benchmarks.tools.tiny_run import tiny_run
 from flexp.errors import ConfigError, FlexpError
 from flexp.report.progress import Progress
-from flexp.run import checkpoints, runner
+from flexp.run import runner
 from flexp.run.fleet import Fleet, Process
 from flexp.run.settle import settle
-from flexp.run.store import Snapshots
+from flexp.run.store import CHECKPOINTS, SNAPSHOTS, Parties, Store
 
 METERS = ("meter/", "seconds", "compute_seconds", "progress/")
 FULL_DISK_SECONDS = 1.0
@@ -159,15 +157,17 @@ def _limit_files(process: psutil.Process, size: int) -> None:
         process.rlimit(psutil.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
+def _newest(folder: Path) -> Parties:
+    store = Store(folder)
+    return store.load(max(store.numbers()))
+
+
 def _differences(simulation: Path, fleet: Path, names: list[str]) -> tuple[int, list[str]]:
-    place = checkpoints.latest(simulation / "checkpoints")
-    assert place is not None
-    _, wanted = checkpoints.load(place)
-    folders = {"server": fleet / "server"} | {f"client-{n}": fleet / "clients" / n / "snapshots" for n in names}
+    wanted = _newest(simulation / CHECKPOINTS)
+    folders = {"server": fleet / "server"} | {f"client-{n}": fleet / "clients" / n / SNAPSHOTS for n in names}
     compared, different = 0, []
     for party, state in wanted.items():
-        snapshots = Snapshots(folders[party])
-        got: Mapping[str, Tensor] = snapshots.load(max(snapshots.numbers()))[0]
+        got = _newest(folders[party])[party]
         for name, value in state.items():
             if not name.startswith(METERS):
                 compared += 1

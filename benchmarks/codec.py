@@ -17,7 +17,7 @@ import typer
 from benchmarks.tools.command import Data, Encoder, Examples, Length, Result, Steps, Tests, Threads, Tuning, say
 from benchmarks.tools.one_client import OneClient, check_codec, one_client_world, without_dropout
 from flexp.config import CodecConfig
-from flexp.links.codecs import CODECS
+from flexp.links.codecs import codec_of
 
 VARIANTS = ("off", "fp32", "bf16", "fp16", "int8-channel", "int8-row", "fp8", "int4", "int4+feedback")
 COLUMNS = ("codec", "kB/step", "÷ first", "enc. ms", "dec. ms", "loss", "change", "acc. %")
@@ -81,7 +81,7 @@ def _times(name: str, shape: tuple[int, ...], repeats: int = 15) -> tuple[float,
     """Median milliseconds to encode and to decode a float32 tensor."""
     if name == "off":
         return 0.0, 0.0
-    codec, value = CODECS[name], torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    codec, value = codec_of(name, torch.float32), torch.randn(shape, generator=torch.Generator().manual_seed(0))
     seconds: tuple[list[float], list[float]] = ([], [])
     for _ in range(repeats):
         began = time.perf_counter()

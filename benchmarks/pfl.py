@@ -29,9 +29,9 @@ from flexp.errors import ConfigError, StorageError
 from flexp.methods import METHODS, World
 from flexp.methods.base import Method, OnStep
 from flexp.methods.federated import Client, Federated
+from flexp.methods.harness import Weights
 from flexp.methods.local import Local
-from flexp.methods.workbench import Weights
-from flexp.run import checkpoints
+from flexp.run.store import Store
 
 PUBLISHED: dict[Rule, dict[str, tuple[float, float]]] = {
     "dirichlet": {
@@ -213,7 +213,7 @@ class _Log:
     def __init__(self, out: Path | None, name: str, head: dict[str, Any]) -> None:
         self.lines: list[dict[str, Any]] = []
         self.path = None if out is None else out / f"{name}.jsonl"
-        self.states = None if out is None else out / name
+        self.states = None if out is None else Store(out / name)
         if self.path is None:
             return
         if not self.path.exists():
@@ -226,14 +226,12 @@ class _Log:
 
     def restore(self, method: Method) -> int:
         """Give ``method`` the last state that was saved; returns its round, after which no scores stay."""
-        place = None
-        if self.states is not None:
-            checkpoints.clear_halves(self.states)
-            place = checkpoints.latest(self.states)
         number = 0
-        if place is not None:
-            number, state = checkpoints.load(place)
-            method.load(state)
+        if self.states is not None:
+            self.states.claim()
+            number = max(self.states.numbers(), default=0)
+        if self.states is not None and number:
+            method.load(self.states.load(number))
         self.lines = [line for line in self.lines if line["round"] <= number]
         if self.path is not None:
             kept = [self._head, *(json.dumps(line) for line in self.lines)]
@@ -245,7 +243,7 @@ class _Log:
         if self.path is not None and self.states is not None:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
-            checkpoints.save(self.states, line["round"], method.state())
+            self.states.save(line["round"], method.state())
 
 
 def _row(name: str, lines: list[dict[str, Any]], published: tuple[float, float] | None) -> dict[str, Any]:

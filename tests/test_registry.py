@@ -10,7 +10,7 @@ import pytest
 from flexp import registry
 from flexp.errors import ConfigError
 
-REGISTRIES = [registry.METHODS, registry.ALIGNMENTS]
+REGISTRIES = [registry.METHODS, registry.ALIGNMENTS, registry.CODECS, registry.TASKS, registry.PARTITIONERS]
 
 
 @pytest.mark.parametrize("kind", REGISTRIES, ids=lambda kind: kind.word)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast, get_args
+from typing import Any
 
 import torch
 import transformers
@@ -24,6 +24,7 @@ from flexp.links.base import Link
 from flexp.methods.base import World
 from flexp.methods.flexp_sfl import FlexpSfl
 from flexp.models.loading import quietly
+from flexp.registry import CODECS
 from flexp.run.settle import build_world
 
 Wrap = Callable[[Link], Link]
@@ -35,9 +36,9 @@ def check_codec(name: str) -> CodecName:
     Raises:
         ConfigError: it is none.
     """
-    if name not in get_args(CodecName):
-        raise ConfigError(f"--codec {name}: expected {', '.join(get_args(CodecName))}")
-    return cast(CodecName, name)
+    if name != "off" and name not in CODECS:
+        raise ConfigError(f"--codec {name}: expected off, {', '.join(CODECS)}")
+    return name
 
 
 def one_client_world(
@@ -68,7 +69,7 @@ def one_client_world(
             "max_length": max_length,
             "train_examples": steps * batch_size,
             "test_examples": test_examples,
-            "clients": {"by": "iid", "count": 1, "cuts": [[1, blocks - tail]]},
+            "clients": {"by": "iid", "count": 1, "cut": [1, blocks - tail]},
         },
         "train": {
             "rounds": 1,

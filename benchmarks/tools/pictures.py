@@ -31,6 +31,7 @@ from torch.nn import functional as F
 
 from flexp.assets import resolve
 from flexp.config import DataConfig
+from flexp.data.tasks import limit_of
 from flexp.data.tasks.image_classification import ImageClassification
 from flexp.data.types import ClientData, Example, Federation
 from flexp.errors import DataError
@@ -100,7 +101,8 @@ def federation(pictures: Pictures, parts: list[tuple[Rows, Rows]]) -> Federation
         return [{"pixel_values": pixels[row], "labels": int(pictures.labels[row])} for row in rows]
 
     names = [str(label) for label in range(int(pictures.labels.max()) + 1)]
-    task = ImageClassification(DataConfig(source=pictures.name, task="image-classification"), None, names)
+    config = DataConfig(source=pictures.name, task="image-classification")
+    task = ImageClassification(config, None, limit_of(config, None), names)
     clients = [
         ClientData(f"client-{number:02d}", examples(train), [], examples(test))
         for number, (train, test) in enumerate(parts)

@@ -42,7 +42,12 @@ def tiny_run(
         "seed": seed,
         "threads": 1,
         "model": {"id": str(model)},
-        "data": {"source": str(rows), "max_length": 16, "train_examples": 16, "clients": {"cuts": CUTS}},
+        "data": {
+            "source": str(rows),
+            "max_length": 16,
+            "train_examples": 16,
+            "clients": {"each": [{"cut": cut} for cut in CUTS]},
+        },
         "train": {
             "rounds": rounds,
             "steps_per_round": steps_per_round,

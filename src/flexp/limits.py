@@ -65,6 +65,6 @@ def out_of_memory(error: BaseException) -> str | None:
     found = [f"{name} = {soft / 2**20:.0f} MiB" for name in COUNTING if (soft := soft_limit(name)) is not None]
     under = f" under {' and '.join(found)}" if found else ""
     return (
-        f'memory ran out{under}; give it more, let FlexP choose what fits (data.clients.cuts = "auto"), or train less: '
+        f'memory ran out{under}; give it more, let FlexP choose what fits (data.clients.cut = "auto"), or train less: '
         "shallower cuts, smaller micro-batches, model.gradient_checkpointing, LoRA"
     )

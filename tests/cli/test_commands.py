@@ -27,7 +27,8 @@ def toml(folder: Path, **changes: object) -> Path:
         return json.dumps(value)
 
     tables = content(folder, **changes)
-    tables["data"]["clients"]["cuts"] = [[1, 4], [3, 4]]
+    for number, own in enumerate(tables["data"]["clients"]["each"]):
+        own["cut"] = [[1, 4], [3, 4]][number % 2]
     path = folder / "run.toml"
     path.write_text("\n".join(f"{key} = {inline(value)}" for key, value in tables.items()), encoding="utf-8")
     tomllib.loads(path.read_text(encoding="utf-8"))
@@ -83,7 +84,7 @@ def test_a_run_may_be_called_anything() -> None:
         (["run", "run.toml", "--set", "train.runds=2"], "did you mean 'rounds'?"),
         (["run", "run.toml", "--set", "data.label=lable"], "label"),
         (["run", "run.toml", "--set", "model.id=/nowhere/model"], "was not found"),
-        (["run", "run.toml", "--set", "data.clients.cuts=[[3, 3]]"], "does not fit a model of 4 blocks"),
+        (["run", "run.toml", "--set", "data.clients.each=[{cut=[3, 3]}]"], "does not fit a model of 4 blocks"),
         (["run", "--resume", "empty"], "holds no run to resume"),
         (["run", "run.toml", "--resume", "empty"], "leave out CONFIG"),
         (["report", "empty"], "summary.json"),

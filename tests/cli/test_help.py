@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "docs/_hooks"))
 reference = importlib.import_module("reference")
-COMMANDS = list(reference.commands(reference.root()))
+COMMANDS = list(reference.commands())
 
 
 def test_no_text_loses_its_brackets() -> None:

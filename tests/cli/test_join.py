@@ -12,7 +12,7 @@ from tests.export.tools import CUTS, train
 
 
 def test_join(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    clients = {"names": ["north", "south"], "cuts": CUTS}
+    clients = {"names": ["north", "south"], "each": [{"cut": cut} for cut in CUTS]}
     data = {"source": str(tmp_path / "rows.jsonl"), "clients": clients}
     run = str(train(tmp_path, "bert", clients=("east", "north", "south"), data=data))
     out = str(tmp_path / "out")

@@ -60,7 +60,7 @@ def test_a_table_a_file_and_a_page(
     assert line.endswith('it must say train.batch_size = 4, model.tuning = "lora", model.lora.rank = 8.')
     content = json.loads(out.read_text(encoding="utf-8"))
     assert [client["name"] for client in content["clients"]] == ["phone-1", "phone-2", "laptop"]
-    assert len(content["settings"]["data.clients.codecs"]) == 3
+    assert len(content["settings"]["data.clients.each"]) == 3
     assert "office" in page.read_text(encoding="utf-8")
     options = ("--devices", str(fleet), "--set", "task.embeddings=file")
     code, _, said = call(monkeypatch, capsys, "plan", "arch:bert", *options)

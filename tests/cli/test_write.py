@@ -10,8 +10,8 @@ import pytest
 
 from flexp.cli.main import main
 from flexp.links.grpc import serve
-from flexp.run.checkpoints import kept
 from flexp.run.server import load
+from flexp.run.store import Store
 from flexp.server import Server
 from tests.export.tools import train
 from tests.serving.tools import TEMPLATE
@@ -49,7 +49,7 @@ def test_generate_and_chat(tmp_path: Path, shell: Shell) -> None:
     assert shell("generate", run, "--client", "north", "--prompt", "-", *more, typed="the w3 dog")[0] == text
 
     server = Server.from_pretrained(tmp_path / "model")
-    load(server, next(kept(Path(run) / "checkpoints")[1].glob("000-server*")))
+    load(server, Store(Path(run) / "checkpoints"))
     with serve(server) as serving:
         url = f"grpc://{serving.address}"
         found = shell("generate", run, "--client", "north", "--prompt", "the w3 dog", "--server", url, *more)

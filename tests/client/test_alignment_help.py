@@ -277,11 +277,11 @@ def test_the_teacher_has_no_dropout_and_moves_no_stream(tuning: str) -> None:
     here = world("bert", tuning=tuning, dropout=0.4)
     here.join("a", (2, 4), align=AlignConfig(kind="mse"))
     base_BTH, z_BTH = torch.randn(2, 3, 6, 32, generator=torch.Generator().manual_seed(5))
-    state = here.server.regulars["a"].random.state
+    state = here.server.clients["a"].random.state
     replies = [here.server.answer("a", ForwardRequest(k, z_BTH, base_BTH=base_BTH, train=True)) for k in range(4)]
     assert len({reply.align for reply in replies}) == 1
     assert not torch.equal(replies[0].hidden_BTH, replies[1].hidden_BTH)  # the task's own path does have dropout
-    here.server.regulars["a"].random.state = state
+    here.server.clients["a"].random.state = state
     plain = [here.server.answer("a", ForwardRequest(10 + k, z_BTH, train=True)) for k in range(4)]
     for with_align, without in zip(replies, plain, strict=True):
         assert torch.equal(with_align.hidden_BTH, without.hidden_BTH)

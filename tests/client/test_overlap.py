@@ -17,14 +17,14 @@ from flexp.client.overlap import overlapped
 from flexp.config import AlignConfig, ServerConfig
 from flexp.errors import ConfigError, LinkError, TrainingError
 from flexp.links.emulated import EmulatedLink, Network
-from flexp.links.grpc import loopback
 from flexp.links.messages import BackwardRequest, ForwardRequest
+from flexp.links.opening import loopback
 from flexp.methods import METHODS
 from flexp.run.settle import build_world
 from tests.harness import RecordingLink, World, equal, gradients, shared_weights, world
 from tests.tiny import bert_folder, config
 
-ONE = {"clients": {"names": ["north"], "cuts": [[2, 3]]}}
+ONE = {"clients": {"names": ["north"], "each": [{"cut": [2, 3]}]}}
 
 
 def method_of(home: Path, in_flight: int, **settings: Any) -> Any:

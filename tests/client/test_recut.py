@@ -20,12 +20,12 @@ from flexp.config import OptimizerConfig, TrainConfig
 from flexp.data.types import ClientData
 from flexp.errors import ConfigError, LinkError, LinkLostError, ModelError, StorageError
 from flexp.links.base import Link
-from flexp.links.grpc import loopback
 from flexp.links.messages import FetchRequest
+from flexp.links.opening import loopback
 from flexp.models.parts import Part
 from flexp.models.stage import Stage
 from flexp.optim import Updater
-from flexp.run.parked import ParkedOnDisk
+from flexp.run.store import ParkedOnDisk
 from tests.harness import World, copied, equal, party, shared_weights, world
 
 SGD = OptimizerConfig(name="sgd", lr=0.05, clip=None)
@@ -217,7 +217,7 @@ def test_what_is_parked_of_another_run_or_tuning_or_damaged_is_not_used(tmp_path
     recut(trainer, (1, 4), blocks_of(here), ParkedOnDisk(tmp_path, 1))
     assert ParkedOnDisk(tmp_path, 1).get(1)
     assert ParkedOnDisk(tmp_path, 2).get(1) is None  # another run's
-    file = next(tmp_path.rglob("state.safetensors"))
+    file = next(tmp_path.rglob("*.safetensors"))
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)

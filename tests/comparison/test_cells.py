@@ -5,28 +5,39 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from flexp.comparison.cells import _work
+from flexp.comparison.cells import _same_work
 from flexp.config import RunConfig
 
 
-def run(cuts: Any, lr: float = 1e-4, **clients: Any) -> RunConfig:
+def run(cut: Any = (1, None), lr: float = 1e-4, **clients: Any) -> RunConfig:
     content = {
         "model": {"id": "arch:bert"},
-        "data": {"source": "rows.jsonl", "clients": {"cuts": cuts, **clients}},
+        "data": {"source": "rows.jsonl", "clients": {"cut": cut, **clients}},
         "train": {"personal": {"lr": lr}},
     }
     return RunConfig.model_validate(content)
 
 
+PLANNED = [{"name": "a", "cut": [1, 4], "micro_batch": 2, "checkpointing": False}, {"name": "b", "cut": [2, 4]}]
+
+
 def test_a_run_with_planned_cuts_is_the_cell_that_asked_for_a_plan(tmp_path: Path) -> None:
-    asked, done = run("auto"), run([[1, 4]], micro_batches=[2], checkpointing=[False])
-    assert _work(done, asked) == _work(asked, asked)
-    assert _work(run([[1, 4]], lr=2e-4), asked) != _work(asked, asked)
-    by_file = run([[1, None]], plan=str(tmp_path / "plan.json"))
-    assert _work(done, by_file) == _work(by_file, by_file)
+    asked, done = run("auto"), run(each=PLANNED)
+    assert _same_work(done, asked)
+    assert not _same_work(run(each=PLANNED, lr=2e-4), asked)
+    assert _same_work(done, run(plan=str(tmp_path / "plan.json")))
+
+
+def test_a_plan_leaves_devices_as_they_were() -> None:
+    asked = run("auto", each=[{"device": "phone"}, {"device": "laptop"}])
+    classes = ("phone", "laptop", "phone")
+    done = [{"name": name, "cut": [1, 4], "device": own} for name, own in zip("abc", classes, strict=True)]
+    assert _same_work(run(each=done), asked)
+    assert not _same_work(run(each=[{**one, "device": "phone"} for one in done]), asked)
 
 
 def test_cuts_that_were_written_down_must_be_those() -> None:
-    asked = run([[1, 4]])
-    assert _work(run([[1, 4]]), asked) == _work(asked, asked)
-    assert _work(run([[2, 4]]), asked) != _work(asked, asked)
+    asked = run([1, 4])
+    assert _same_work(run([1, 4]), asked)
+    assert not _same_work(run([2, 4]), asked)
+    assert not _same_work(run([1, 4], each=[{"cut": [2, 4]}]), asked)

@@ -69,7 +69,7 @@ def test_nothing_said_compares_the_headline_methods(tmp_path: Path) -> None:
         ('methods = ["local", "local"]', r"compare.methods names 'local' twice"),
         ('methods = ["local"]\nreference = "fedavg"', r"compare.reference = 'fedavg' is not compared"),
         ("seeds = [1, 1]", r"compare.seeds: seeds must be different"),
-        ("lrs = [-1.0]", r"compare.lrs.0 = -1.0 is not allowed: expected greater than 0"),
+        ("lrs = [-1.0]", r"compare.lrs = -1.0 is not allowed: expected greater than 0"),
         ("[compare.variants.x]\nmethd = 'local'", r"unknown key compare.variants.x.methd; did you mean 'method'\?"),
         ("[compare.variants.'a/b']\nmethod = 'local'", r"compare.variants.'a/b': a variant's name is"),
         ("[compare.grids.fedavgg]\na = [1]", r"compare.grids: there is no 'fedavgg'"),

@@ -24,9 +24,9 @@ def written(folder: Path, text: str) -> Path:
 
 def test_overrides_and_seed(tmp_path: Path) -> None:
     path = written(tmp_path, MINIMAL)
-    run = load(path, ["train.rounds=7", "model.dtype=bfloat16", "data.clients.cuts=[[2, 5]]"], seed=3)
-    assert load(path, ["data.clients.cuts=[[2], [1, 4]]"]).data.clients.cuts == [(2, None), (1, 4)]
-    assert (run.train.rounds, run.model.dtype, run.data.clients.cuts, run.seed) == (7, "bfloat16", [(2, 5)], 3)
+    run = load(path, ["train.rounds=7", "model.dtype=bfloat16", "data.clients.cut=[2, 5]"], seed=3)
+    assert load(path, ["data.clients.cut=[2]"]).data.clients.cut == (2, None)
+    assert (run.train.rounds, run.model.dtype, run.data.clients.cut, run.seed) == (7, "bfloat16", (2, 5), 3)
 
 
 @pytest.mark.parametrize(
@@ -45,15 +45,26 @@ def test_overrides_and_seed(tmp_path: Path) -> None:
         ("train.micro_batch=99", r"train.micro_batch = 99 is larger than train.batch_size = 8"),
         ("data.test_fraction=1.5", r"data.test_fraction = 1.5 is not allowed: expected less than or equal to 1"),
         ("train.personal.lr=-1", r"train.personal.lr = -1 is not allowed: expected greater than 0"),
-        ("data.clients.cuts=[[-1, 2]]", r"data.clients.cuts = -1 is not allowed"),
+        ("data.clients.cut=[-1, 2]", r"data.clients.cut = -1 is not allowed"),
         ("train", r"expected key=value"),
-        ("data.clients.cuts=[1, 4]", r"data.clients.cuts: 1 is no cut: expected a list of cuts \[s, e\] or \[s\]"),
-        ("data.clients.cuts=[[1, 4, 5]]", r"data.clients.cuts: \[1, 4, 5\] is no cut"),
-        ("data.clients.cuts=[]", r"data.clients.cuts = \[\] is not allowed: expected 1 or more entries"),
+        ("data.clients.cut=1", r"data.clients.cut: 1 is no cut: expected \[s, e\] or \[s\]"),
+        ("data.clients.each=[{cut=[1, 4, 5]}]", r"data.clients.each.cut: \[1, 4, 5\] is no cut"),
+        (
+            "data.clients.each=[{cuts=[1, 4]}]",
+            r"unknown key data.clients.each.cuts; did you mean 'cut'\? known here: ch",
+        ),
+        (
+            "data.clients.cuts=[[1, 4]]",
+            r"the list data.clients.cuts is gone: write data.clients.cut for all clients, or cut in ",
+        ),
+        (
+            "devices.assign=['phone']",
+            r"the list devices.assign is gone: write data.clients.device for all clients, or device in",
+        ),
+        ("devices.server=laptop", r"\[devices\] is there, but no client has a device class: set data.clients.device"),
         ("train.personal.betas=[1.5, 0.9]", r"train.personal.betas = 1.5 is not allowed: expected less than 1"),
         ("train.personal.lr=inf", r"train.personal.lr = inf is not allowed: expected a finite number"),
         ("method.align.weight=inf", r"method.align.weight = inf is not allowed: expected a finite number"),
-        ("devices.assign=[]", r"devices.assign = \[\] is not allowed: expected 1 or more entries"),
         ("threads=100000", r"threads = 100000 is not allowed: expected less than or equal to 1024"),
     ],
 )
@@ -72,7 +83,7 @@ def test_one_line(tmp_path: Path, setting: str, message: str) -> None:
 )
 def test_one_line_for_names_of_ones_own(tmp_path: Path, setting: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        load(written(tmp_path, MINIMAL + '[devices]\nassign = ["phone"]\n'), [f"devices.classes.phone.{setting}"])
+        load(written(tmp_path, MINIMAL + '[data.clients]\ndevice = "phone"\n'), [f"devices.classes.phone.{setting}"])
 
 
 def test_embeddings_are_not_trained_beside_adapters(tmp_path: Path) -> None:
@@ -130,15 +141,18 @@ def test_every_key_is_documented_with_its_default() -> None:
         value = defaults
         for part in key.split("."):
             value = (value[0] if isinstance(value, list) else value)[part]
-        required = ("model.id", "data.source", "devices.assign", "devices.changes.before_round", "devices.changes.to")
+        required = ("model.id", "data.source", "devices.changes.before_round", "devices.changes.to")
         shown = "**required**" if key in required else json.dumps(value).strip('"')
         assert value is None or shown in line.replace('"', ""), line
 
 
 def load_defaults() -> Any:
-    """With a table of devices, which stands for none in other runs."""
-    devices = {"assign": ["phone"], "classes": {"NAME": {}}, "changes": [{"before_round": 2, "to": "phone"}]}
-    made = RunConfig.model_validate({"model": {"id": "m"}, "data": {"source": "d"}, "devices": devices}).resolved()
+    """With tables that hold nothing in other runs; a device class is of no consequence."""
+    clients = {"each": [{"device": "phone"}]}
+    devices = {"classes": {"NAME": {}}, "changes": [{"before_round": 2, "to": "phone"}]}
+    content = {"model": {"id": "m"}, "data": {"source": "d", "clients": clients}, "devices": devices}
+    made = RunConfig.model_validate(content).resolved()
+    made["data"]["clients"]["each"][0]["device"] = None
     for method in METHODS.values():  # of which a run has its own method's only
         if method.Config is not None:
             made["method"][method.table] = method.Config().model_dump(mode="json")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flexp.config import DeviceClassConfig, DevicesConfig
+from flexp.config import ClientConfig, ClientsConfig, DeviceClassConfig, DevicesConfig
 from flexp.cost.profile import READY, Profile, assign
 from flexp.errors import ConfigError
 
@@ -12,7 +12,8 @@ FIGURES = {"memory_bytes": 5, "flops": 1.0, "uplink_bps": 2.0, "downlink_bps": 3
 
 
 def test_classes_are_repeated_for_more_clients() -> None:
-    devices = assign(DevicesConfig(assign=["phone", "laptop"]), ["a", "b", "c"])
+    clients = ClientsConfig(each=[ClientConfig(device="phone"), ClientConfig(device="laptop")])
+    devices = assign(DevicesConfig(), clients.devices(["a", "b", "c"]))
     assert [devices[name].name for name in "abc"] == ["phone", "laptop", "phone"]
 
 
@@ -22,7 +23,7 @@ def test_ready_classes_are_ordered_as_one_would_expect() -> None:
     speeds = [READY[name].flops for name in order]
     assert speeds == sorted(speeds)
     assert READY["phone"].memory_bytes == min(device.memory_bytes for device in READY.values())
-    assert all(device.always_on for device in READY.values())
+    assert all(device.mean_off_s is None for device in READY.values())
 
 
 def test_figures_of_a_ready_class_can_be_others() -> None:
@@ -32,7 +33,7 @@ def test_figures_of_a_ready_class_can_be_others() -> None:
         "old", {"old": DeviceClassConfig(base="phone", flops=1.0, mean_on_s=2.0, mean_off_s=3.0)}
     )
     assert (other.name, other.flops, other.uplink_bps) == ("old", 1.0, READY["phone"].uplink_bps)
-    assert not other.always_on
+    assert other.mean_off_s == 3.0
 
 
 def test_a_class_of_ones_own_needs_all_figures() -> None:
@@ -43,7 +44,7 @@ def test_a_class_of_ones_own_needs_all_figures() -> None:
 
 def test_what_is_not_known_is_named() -> None:
     with pytest.raises(ConfigError, match=r"device class 'fone' is not known; expected one of phone, .*, mine"):
-        assign(DevicesConfig(assign=["fone"], classes={"mine": DeviceClassConfig(**FIGURES)}), ["a"])
+        assign(DevicesConfig(classes={"mine": DeviceClassConfig(**FIGURES)}), {"a": "fone"})
     with pytest.raises(ConfigError, match="device class 'fone' is not known"):
         Profile.from_class("mine", {"mine": DeviceClassConfig(base="fone")})
 

@@ -16,10 +16,10 @@ SERVER = Profile(name="server", memory_bytes=1, flops=100.0, uplink_bps=1e12, do
 # 10 operations and 8 bits (a byte) up, 16 bits (two bytes) down a second; half a second on the way.
 DEVICE = Profile(name="device", memory_bytes=1, flops=10.0, uplink_bps=8.0, downlink_bps=16.0, latency_s=0.5)
 SLOW = DEVICE.model_copy(update={"flops": 1.0})
-WHOLE = ClientWork([2, 2], before=30.0, weights_down=6, weights_up=4)
+WHOLE = ClientWork(steps=[2, 2], before=30.0, weights_down=6, weights_up=4)
 # before 1 s, up 2 + 0.5, server 1, down 1 + 0.5, between 3, up 2 + 0.5, server 2, down 1 + 0.5, after 2
 SPLIT = ClientWork(
-    [1, 1],
+    steps=[1, 1],
     before=10.0,
     between=30.0,
     after=20.0,
@@ -185,7 +185,7 @@ def test_equal_seeds_give_equal_times_and_other_seeds_others() -> None:
 
 
 def test_absence_pauses_work_in_proportion() -> None:
-    work = ClientWork([400], before=100.0)  # 4,000 s of work, and 30 s away for every 20 s there
+    work = ClientWork(steps=[400], before=100.0)  # 4,000 s of work, and 30 s away for every 20 s there
     found = run("alone", {"a": work}, {"a": COMING_AND_GOING}).clients["a"]
     assert found.computing == pytest.approx(4000.0)
     assert found.finished == pytest.approx(found.computing + found.offline)

@@ -9,8 +9,8 @@ import pytest
 import transformers
 
 from flexp.config import AlignConfig, ModelConfig, OptimizerConfig
-from flexp.cost.choice import CODECS, Choice
-from flexp.cost.model_cost import ModelCost, model_cost
+from flexp.cost.choice import Choice, codec_names, codec_share
+from flexp.cost.model_cost import model_cost
 from flexp.cost.predict import ADAPTERS, CHECKPOINTING, OVERHEAD, memory, predict, server_memory
 from flexp.cost.probe import Probe, measure
 from flexp.errors import ConfigError
@@ -82,12 +82,12 @@ def test_bytes_and_link_by_hand() -> None:
     assert slower.link_seconds == pytest.approx(0.04 + 8 * slower.bytes_up / 1e9 + 8 * slower.bytes_down / 4e6)
 
 
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", codec_names())
 def test_codecs_change_what_crosses_alone(codec: str) -> None:
     cost, mask = cost_of("bert"), 4 * 10
     plain, coded = (predict(cost, plain_profile(), Choice((1, 4), 4, codec=name), SERVER) for name in ("none", codec))
-    assert coded.bytes_down == round(CODECS[codec] * plain.bytes_down)
-    assert coded.bytes_up == pytest.approx(CODECS[codec] * (plain.bytes_up - mask) + mask, abs=1)
+    assert coded.bytes_down == round(codec_share(codec) * plain.bytes_down)
+    assert coded.bytes_up == pytest.approx(codec_share(codec) * (plain.bytes_up - mask) + mask, abs=1)
     assert coded.memory_bytes == plain.memory_bytes
     half = cost_of("bert", dtype="bfloat16")
     assert predict(half, plain_profile(), Choice((1, 4), 4, codec="bf16"), SERVER).bytes_down == plain.bytes_down // 2

@@ -12,7 +12,8 @@ import torch
 from flexp.client.trainer import party_state
 from flexp.config import RunConfig
 from flexp.config.loading import validate
-from flexp.export.client_folder import ClientFolder, open_client
+from flexp.export.client_folder import ClientModel
+from flexp.export.opening import open_trained
 from flexp.files import write_json
 from flexp.links.base import Link
 from flexp.links.grpc import connect, serve
@@ -20,7 +21,7 @@ from flexp.report.metrics import MetricsLog
 from flexp.run.folder import write_facts
 from flexp.run.server import make_server
 from flexp.run.settle import ClientSetup, settle_client
-from flexp.run.store import Snapshots
+from flexp.run.store import Store, party_of
 from flexp.server import Server
 
 from .tools import content_of
@@ -36,8 +37,10 @@ class Remote:
         self.state = folder / "client"
 
     @property
-    def opened(self) -> ClientFolder:
-        return open_client(self.state)
+    def opened(self) -> ClientModel:
+        found = open_trained(self.state, connect=self.reach)
+        assert isinstance(found, ClientModel)
+        return found
 
     @property
     def url(self) -> str:
@@ -53,8 +56,7 @@ class Remote:
 
     def expected(self) -> torch.Tensor:
         """Logits of the personal model, its middle over the link."""
-        taken = self.opened.taken()
-        model = self.opened.split(taken, self.reach(self.opened.client)).eval()
+        model = self.opened.split.eval()
         with torch.no_grad():
             logits: torch.Tensor = model(**self.batch()).logits
         model.link.close()
@@ -86,6 +88,7 @@ def save(state: Path, trainer: Any, model: Any, setup: ClientSetup, config: RunC
     """As ``flexp client`` does."""
     numbering = model.steps.numbering
     facts = {"run": "r", "client": setup.data.name, "numbering": numbering, "steps": trainer.steps}
-    Snapshots(state / "snapshots").save(number, party_state(trainer), {**facts, "cut": list(model.cut)})
+    parties = {party_of(setup.data.name): party_state(trainer)}
+    Store(state / "snapshots").save(number, parties, {**facts, "cut": list(model.cut)})
     write_json(state / "config.json", config.resolved())
     write_facts(state, setup.data, setup.run.federation, setup.cut)

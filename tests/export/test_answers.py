@@ -11,10 +11,11 @@ import pytest
 
 from flexp.cli.main import main
 from flexp.errors import ConfigError, DataError, StorageError
-from flexp.export.answers import predict, score, score_pretrained
+from flexp.export.answers import predict, score
 from flexp.export.folder import export
+from flexp.export.opening import open_trained
 from flexp.export.saved import open_run
-from flexp.export.usable import EVERYBODY, OWN, of_folder, open_model
+from flexp.export.trained import EVERYBODY, OWN
 from tests.data.tools import jsonl
 
 from .tools import train
@@ -24,7 +25,7 @@ from .tools import train
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("answers")
     place = train(folder, "bert", evaluation={"global_examples": 7, "measure_memory": False})
-    export(open_run(place), "south", folder / "out")
+    export(open_trained(place, "south"), folder / "out")
     return place
 
 
@@ -34,34 +35,34 @@ def diary(run: Path, number: int) -> dict[str, dict[str, float]]:
 
 
 def test_scores_are_the_runs_own(run: Path) -> None:
-    model = open_model(run, "south")
+    model = open_trained(run, "south")
     assert score(model) == {OWN: diary(run, 1)["personal"], EVERYBODY: diary(run, 1)["global"]}
-    assert score_pretrained(model) == {OWN: diary(run, 0)["personal"], EVERYBODY: diary(run, 0)["global"]}
-    exported = open_model(run.parent / "out", None, run=run)
+    assert score(model, pretrained=True) == {OWN: diary(run, 0)["personal"], EVERYBODY: diary(run, 0)["global"]}
+    exported = open_trained(run.parent / "out", run=run)
     assert score(exported) == score(model)
 
 
 def test_a_file_with_labels(run: Path, tmp_path: Path) -> None:
     rows = [{"text": f"the w{k} dog runs", "label": ("no", "yes")[k % 2]} for k in range(9)]
     source = str(jsonl(tmp_path / "rows.jsonl", rows))
-    found = [score(open_model(place, "south"), source, batch_size=4) for place in (run, run.parent / "out")]
+    found = [score(open_trained(place, "south"), source, batch_size=4) for place in (run, run.parent / "out")]
     assert found[0] == found[1]
     assert found[0][source]["n"] == 9
     out = tmp_path / "out.jsonl"
-    assert predict(open_model(run, "south"), source, out) == 9
+    assert predict(open_trained(run, "south"), source, out) == 9
     lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     right = sum(line["predicted"] == row["label"] for line, row in zip(lines, rows, strict=True))
     assert right / 9 == found[0][source]["accuracy"]
     jsonl(tmp_path / "rows.jsonl", [*rows, {"text": "the dog", "label": "maybe"}])
     with pytest.raises(DataError, match=r"rows.jsonl, line 10: the label 'maybe' is none of .* no, yes"):
-        score(open_model(run, "south"), source)
+        score(open_trained(run, "south"), source)
 
 
 def test_predictions_keep_the_rows_order_and_need_no_labels(run: Path, tmp_path: Path) -> None:
     texts = ["the", "the red dog sleeps now", "a cat", "the w3 dog w1 runs fast slowly now"]
     source, out = tmp_path / "in.csv", tmp_path / "out.csv"
     source.write_text("text\n" + "\n".join(texts) + "\n", encoding="utf-8")
-    model = of_folder(run.parent / "out")
+    model = open_trained(run.parent / "out")
     predict(model, str(source), out, batch_size=2)
     rows = list(csv.DictReader(out.open(encoding="utf-8")))
     assert [row["row"] for row in rows] == ["1", "2", "3", "4"]
@@ -77,25 +78,25 @@ def test_predictions_keep_the_rows_order_and_need_no_labels(run: Path, tmp_path:
 def test_what_cannot_be_answered(run: Path, tmp_path: Path) -> None:
     exported = run.parent / "out"
     with pytest.raises(ConfigError, match="say --data FILE, or --run RUN"):
-        score(of_folder(exported))
+        score(open_trained(exported))
     with pytest.raises(ConfigError, match="holds the personal model of 'south', not of 'north'"):
-        of_folder(exported, "north")
+        open_trained(exported, "north")
     with pytest.raises(StorageError, match="neither a run"):
-        open_model(tmp_path, None)
+        open_trained(tmp_path)
     with pytest.raises(ConfigError, match=r"expected a name that ends in \.csv or \.jsonl"):
-        predict(of_folder(exported), "in.csv", tmp_path / "out.txt")
+        predict(open_trained(exported), "in.csv", tmp_path / "out.txt")
     source = tmp_path / "in.csv"
     source.write_text("words\nthe dog\n", encoding="utf-8")
     with pytest.raises(DataError, match="there is no column 'text'"):
-        predict(of_folder(exported), str(source), tmp_path / "out.csv")
+        predict(open_trained(exported), str(source), tmp_path / "out.csv")
     assert not (tmp_path / "out.csv").exists()
 
 
 def test_an_adapter_of_a_language_model(tmp_path: Path) -> None:
     place = train(tmp_path, "gpt2", model={"id": str(tmp_path / "model"), "tuning": "lora"})
-    export(open_run(place), "north", tmp_path / "out", form="adapter")
-    model = of_folder(tmp_path / "out", run=place)
-    assert score(model) == score(open_model(place, "north"))
+    export(open_trained(place, "north"), tmp_path / "out", form="adapter")
+    model = open_trained(tmp_path / "out", run=place)
+    assert score(model) == score(open_trained(place, "north"))
     with pytest.raises(ConfigError, match="flexp predict is for classifiers; the task of this model is causal-lm"):
         predict(model, "in.csv", tmp_path / "out.csv")
 
@@ -103,11 +104,11 @@ def test_an_adapter_of_a_language_model(tmp_path: Path) -> None:
 def test_images(tmp_path: Path) -> None:
     place = train(tmp_path, "vit")
     client = open_run(place).world.federation.clients[0].name
-    export(open_run(place), client, tmp_path / "out")
+    export(open_trained(place, client), tmp_path / "out")
     images = str(tmp_path / "images")
-    found = score(of_folder(tmp_path / "out"), images)[images]
-    assert found == score(open_model(place, client), images)[images]
-    assert found["n"] == predict(of_folder(tmp_path / "out"), images, tmp_path / "out.csv") == 24
+    found = score(open_trained(tmp_path / "out"), images)[images]
+    assert found == score(open_trained(place, client), images)[images]
+    assert found["n"] == predict(open_trained(tmp_path / "out"), images, tmp_path / "out.csv") == 24
 
 
 def test_the_commands(

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from flexp.errors import ConfigError, StorageError
 from flexp.export.backup import back_up, read, restore, write
 from flexp.files import sha256
-from flexp.run import checkpoints, runner
+from flexp.run import runner
 from tests.methods.tools import equal
-from tests.tiny import bert_folder, config
+from tests.tiny import bert_folder, checkpoint, config
 
 FOLLOWS = {"kind": "weights", "teach": True, "follow": True, "pull": 1.0}
 
@@ -39,9 +39,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def last(run: Path) -> Any:
-    place = checkpoints.latest(run / "checkpoints")
-    assert place is not None
-    return checkpoints.load(place)[1]
+    return checkpoint(run)
 
 
 @pytest.mark.parametrize("passphrase", [None, "four words of one's own"])
@@ -52,7 +50,7 @@ def test_backup_restore_continue_is_bit_identical(home: Path, tmp_path: Path, pa
     assert (facts["client"], facts["round"], facts["steps"], facts["cut"]) == ("south", 1, 2, [2, 4])
     assert read(file, passphrase).encrypted == (passphrase is not None)
     before = last(lost)
-    victim = next((lost / "checkpoints/round-00001").glob("*south*"))
+    victim = next((lost / "checkpoints/checkpoint-00000001").glob("*south*"))
     victim.unlink()  # what was read is mapped from it
     victim.write_bytes(b"lost")
     with pytest.raises(StorageError, match="SHA-256"):
@@ -83,7 +81,10 @@ def test_it_holds_one_client_alone_and_names_no_folder(home: Path) -> None:
 @pytest.mark.parametrize(
     ("tables", "message"),
     [
-        ({"data": {"clients": {"cuts": [[1, 4], [1, None], [3, 4]]}}}, r"another cut .*\[2, 4\], not \[1, 4\]"),
+        (
+            {"data": {"clients": {"each": [{"cut": [1, 4]}, {"cut": [1, None]}, {"cut": [3, 4]}]}}},
+            r"another cut .*\[2, 4\], not \[1, 4\]",
+        ),
         ({"model": {"tuning": "lora"}}, r"another model.tuning than .*\(full, not lora\)"),
         ({"method": {"name": "fedper"}}, r"another method.name .*\(flexp-sfl, not fedper\)"),
         ({"train": {"personal": {"name": "sgd"}}}, r"another train.personal.name .*\(adamw, not sgd\)"),

@@ -15,21 +15,22 @@ from safetensors.torch import load_file
 
 from flexp.config import DeploymentConfig
 from flexp.errors import ConfigError, StorageError
-from flexp.export.answers import predict, score, score_pretrained
+from flexp.export.answers import predict, score
 from flexp.export.backup import back_up, read, restore
-from flexp.export.client_folder import open_client
-from flexp.export.folder import export as export_run
-from flexp.export.places import export
-from flexp.export.saved import is_run, open_run, run_config
-from flexp.export.usable import OWN, open_model
-from flexp.links.grpc import connect
+from flexp.export.folder import export
+from flexp.export.opening import open_trained
+from flexp.export.saved import is_run, run_config
+from flexp.export.trained import OWN
+from flexp.links.grpc import connect, serve
 from flexp.report.metrics import read as read_log
 from flexp.run import runner
-from flexp.serving.opened import open_writer
+from flexp.run.server import load, make_server
+from flexp.run.store import Store
+from flexp.serving.writer import open_writer
 from tests import tiny
 from tests.data.tools import jsonl
 from tests.harness import equal
-from tests.run.tools import Client, Server, newest, parties, plain, simulated, without_meters
+from tests.run.tools import Client, Server, newest, parties, plain, without_meters
 from tests.serving.test_opened import answer
 
 from .remote_tools import Remote, remote
@@ -69,14 +70,14 @@ def test_a_fleets_models_are_the_simulations(tmp_path: Path) -> None:
         client.join()
     until(lambda: any("the run is over; staying" in line for line in server.lines))
     for name in NAMES:
-        facts = export(out / "clients" / name, None, tmp_path / name, connect=reach_of(server))
-        alike = export_run(open_run(tmp_path / "sim"), name, tmp_path / f"sim-{name}")
+        facts = export(open_trained(out / "clients" / name, connect=reach_of(server)), tmp_path / name)
+        alike = export(open_trained(tmp_path / "sim", name), tmp_path / f"sim-{name}")
         assert equal(tensors(tmp_path / name), tensors(tmp_path / f"sim-{name}"))
         for key in ("client", "cut", "kind", "labels", "round", "metric", "train_examples", "test_examples", "data"):
             assert facts[key] == alike[key]
         assert facts["scores"]["after"]["personal"] == alike["scores"]["after"]["personal"]
         assert "| private examples |" in (tmp_path / name / "README.md").read_text(encoding="utf-8")
-        usable = open_model(out / "clients" / name, None, connect=reach_of(server))
+        usable = open_trained(out / "clients" / name, connect=reach_of(server))
         told = [record["personal"] for record in read_log(tmp_path / "sim/metrics.jsonl") if record["kind"] == "eval"
                 and record["client"] == name and record["round"] == 3]  # fmt: skip
         assert score(usable)[OWN] == told[0]
@@ -87,7 +88,7 @@ def test_a_fleets_models_are_the_simulations(tmp_path: Path) -> None:
 
     again = Server(config, FIXED, out / "server", allow_export=True)  # clients need not all come before it gives
     assert any("back to snapshot" in line for line in again.lines)
-    export(out / "clients/north", None, tmp_path / "again", connect=reach_of(again))
+    export(open_trained(out / "clients/north", connect=reach_of(again)), tmp_path / "again")
     assert equal(tensors(tmp_path / "again"), tensors(tmp_path / "north"))
     again.end()
 
@@ -113,7 +114,7 @@ def test_a_lost_device_goes_on_from_its_backup(tmp_path: Path) -> None:
         server.conductor.run,
     )
     shutil.rmtree(south / "snapshots")
-    with pytest.raises(StorageError, match="has no whole snapshot"):
+    with pytest.raises(StorageError, match="has no whole checkpoint"):
         back_up(south, None, tmp_path / "x")
     found = restore(tmp_path / "south.safetensors", south, passphrase="some words")
     assert found["into"] == facts["snapshot"]["number"]
@@ -123,7 +124,7 @@ def test_a_lost_device_goes_on_from_its_backup(tmp_path: Path) -> None:
         client.join()
         assert client.over
     server.end()
-    there, here = simulated(tmp_path / "sim"), parties(out, NAMES)
+    there, here = tiny.checkpoint(tmp_path / "sim"), parties(out, NAMES)
     for party, state in there.items():
         assert equal(without_meters(state), without_meters(here[party])), party
 
@@ -134,15 +135,19 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Remote]:
         yield made
 
 
+def newest_number(folder: Path) -> int:
+    return Store(folder / "snapshots").numbers()[-1]
+
+
 def test_an_older_backup_is_what_it_goes_on_from(here: Remote, tmp_path: Path) -> None:
     folder = shutil.copytree(here.state, tmp_path / "client")
     back_up(folder, "north", tmp_path / "four.safetensors")
-    shutil.copytree(folder / "snapshots/snapshot-00000004", folder / "snapshots/snapshot-00000009")
+    shutil.copytree(folder / "snapshots/checkpoint-00000004", folder / "snapshots/checkpoint-00000009")
     assert read(tmp_path / "four.safetensors").facts["snapshot"]["number"] == 4
-    assert open_client(folder).taken().number == 9
+    assert newest_number(folder) == 9
     restore(tmp_path / "four.safetensors", folder)
-    assert open_client(folder).taken().number == 4
-    assert (folder / "snapshots/snapshot-00000009.aside/snapshot.json").is_file()
+    assert newest_number(folder) == 4
+    assert (folder / "snapshots/checkpoint-00000009.quarantined/checkpoint.json").is_file()
 
 
 def test_it_goes_nowhere_else(here: Remote, tmp_path: Path) -> None:
@@ -157,46 +162,66 @@ def test_it_goes_nowhere_else(here: Remote, tmp_path: Path) -> None:
     (folder / "client.json").write_text(json.dumps({**facts, "schema": 0}), encoding="utf-8")
     with pytest.raises(StorageError, match="start flexp client there again"):
         back_up(folder, None, tmp_path / "x")
-    run = train(tmp_path, "bert", data={"clients": {"cuts": [[2, 3]]}, "source": here.config.data.source},
+    run = train(tmp_path, "bert", data={"clients": {"each": [{"cut": [2, 3]}]}, "source": here.config.data.source},
                 model={"id": here.config.model.id})  # fmt: skip
     back_up(run, "north", tmp_path / "run.safetensors")
     with pytest.raises(ConfigError, match="the file is from a run of flexp run"):
         restore(tmp_path / "run.safetensors", here.state)
-    assert here.opened.taken().number == 4
+    assert here.opened.checkpoint.number == 4
 
 
 def test_scores_and_predictions_are_the_exported_models(here: Remote, tmp_path: Path) -> None:
     assert not is_run(here.state)
-    export(here.state, None, tmp_path / "out", connect=here.reach)
+    export(here.opened, tmp_path / "out")
     source = str(
         jsonl(tmp_path / "rows.jsonl", [{"text": f"the w{k} dog", "label": ("no", "yes")[k % 2]} for k in range(9)])
     )
-    usable, exported = open_model(here.state, None, connect=here.reach), open_model(tmp_path / "out", None)
+    usable, exported = here.opened, open_trained(tmp_path / "out")
     assert score(usable, source) == score(exported, source)
     assert score(usable).keys() == {OWN}
     for number, model in enumerate((usable, exported)):
         assert predict(model, source, tmp_path / f"{number}.csv") == 9
     assert (tmp_path / "0.csv").read_text(encoding="utf-8") == (tmp_path / "1.csv").read_text(encoding="utf-8")
     with pytest.raises(ConfigError, match="--pretrained needs the run"):
-        score_pretrained(usable)
+        score(usable, pretrained=True)
     usable.close()
-    for place, message in ((here.state, "say where with --server"), (tmp_path / "out", None)):
-        if message is not None:
-            with pytest.raises(ConfigError, match=message):
-                open_model(place, None)
+    with pytest.raises(ConfigError, match="say where with --server"):
+        score(open_trained(here.state), source)
     with pytest.raises(ConfigError, match="leave out --server"):
-        open_model(tmp_path / "out", None, connect=here.reach)
+        open_trained(tmp_path / "out", connect=here.reach)
     with pytest.raises(ConfigError, match="leave out --run"):
-        open_model(here.state, None, run=tmp_path, connect=here.reach)
+        open_trained(here.state, run=tmp_path, connect=here.reach)
     with pytest.raises(ConfigError, match="writes no text: its task is classification"):
         open_writer(here.state, connect=here.reach)
 
 
 def test_it_writes_what_the_exported_model_writes(tmp_path: Path) -> None:
     with remote(tmp_path, "llama") as here:
-        export(here.state, None, tmp_path / "out", connect=here.reach)
+        export(here.opened, tmp_path / "out")
         writer = open_writer(here.state, connect=here.reach)
         assert "its middle on a server" in writer.about
         assert answer(writer) == answer(open_writer(tmp_path / "out"))
         with pytest.raises(ConfigError, match="say where with --server"):
             open_writer(here.state)
+
+
+def test_a_runs_folder_with_its_middle_on_a_server(tmp_path: Path) -> None:
+    """Of the run the client's own part alone is read; scores and exported weights are the run's."""
+    place = train(tmp_path, "bert")
+    config = run_config(place)
+    server = make_server(config, 1, None, "sequence-classification", ["north"])
+    load(server, Store(place / "checkpoints"))
+    server.allow_export = True
+    (place / "checkpoints/checkpoint-00000001/002-client-south.safetensors").rename(tmp_path / "south")
+    with serve(server) as serving:
+        url = f"grpc://{serving.address}"
+        model = open_trained(place, "north", connect=lambda name: connect(url, name, codec="off"))
+        found = score(model)[OWN]
+        model.close()  # a client has one link at a time
+        export(model, tmp_path / "out")
+    (tmp_path / "south").rename(place / "checkpoints/checkpoint-00000001/002-client-south.safetensors")
+    whole = open_trained(place, "north")
+    assert found == score(whole)[OWN]
+    facts = export(whole, tmp_path / "whole")
+    assert equal(tensors(tmp_path / "out"), tensors(tmp_path / "whole"))
+    assert (facts["cut"], facts["round"]) == ([1, 3], 1)

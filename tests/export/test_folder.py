@@ -12,10 +12,10 @@ import transformers
 
 from flexp.errors import ConfigError, StorageError
 from flexp.export import folder as exporting
-from flexp.export.card import card
-from flexp.export.facts import origin
+from flexp.export.card import card, origin
 from flexp.export.folder import export
-from flexp.export.saved import SavedRun, open_run
+from flexp.export.opening import open_trained
+from flexp.export.saved import RunModel, SavedRun, open_run
 
 from .tools import train
 
@@ -28,7 +28,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> SavedRun:
 
 
 def test_a_hostile_name_is_only_a_name(run: SavedRun, tmp_path: Path) -> None:
-    facts = export(run, HOSTILE.strip(), tmp_path / "sub/out")
+    facts = export(RunModel(run, HOSTILE.strip()), tmp_path / "sub/out")
     assert [path.name for path in tmp_path.iterdir()] == ["sub"]
     assert [path.name for path in (tmp_path / "sub").iterdir()] == ["out"]
     text = (tmp_path / "sub/out/README.md").read_text(encoding="utf-8")
@@ -40,7 +40,7 @@ def test_a_hostile_name_is_only_a_name(run: SavedRun, tmp_path: Path) -> None:
 
 
 def test_the_card_says_what_the_run_says(run: SavedRun, tmp_path: Path) -> None:
-    facts = export(run, "south", tmp_path / "out")
+    facts = export(RunModel(run, "south"), tmp_path / "out")
     text = (tmp_path / "out/README.md").read_text(encoding="utf-8")
     south = run.client("south")
     after = run.scored[1]["south"]["personal"]
@@ -56,9 +56,9 @@ def test_the_card_says_what_the_run_says(run: SavedRun, tmp_path: Path) -> None:
     assert tokenizer(["the dog", "the"], padding=True)["attention_mask"] == [[1, 1, 1, 1], [1, 1, 1, 0]]
 
 
-def test_licences_come_from_the_registry(run: SavedRun) -> None:
+def test_licences_come_from_the_registry(run: SavedRun, tmp_path: Path) -> None:
     assert origin("asset:minilm-l6")["licence"] == "Apache-2.0"
-    facts = exporting.gather(run, run.client("south"), "whole", "float32")
+    facts = export(RunModel(run, "south"), tmp_path / "out")
     text = card({**facts, "model": origin("asset:minilm-l6"), "source": origin("asset:digits")})
     assert "license: apache-2.0\n" in text
     assert 'base_model: "sentence-transformers/all-MiniLM-L6-v2"' in text
@@ -71,7 +71,7 @@ def test_a_full_disk_leaves_nothing(run: SavedRun, tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(exporting, "write_text", full)  # the card: all else is written by then
     with pytest.raises(StorageError, match="the disk is full"):
-        export(run, "south", tmp_path / "out")
+        export(RunModel(run, "south"), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
@@ -79,7 +79,7 @@ def test_what_is_there_stays(run: SavedRun, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine", encoding="utf-8")
     for taken in (tmp_path, tmp_path / "mine.txt"):
         with pytest.raises(ConfigError, match="exists already"):
-            export(run, "south", taken)
+            export(RunModel(run, "south"), taken)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
@@ -92,7 +92,7 @@ def test_what_is_there_stays(run: SavedRun, tmp_path: Path) -> None:
 )
 def test_what_cannot_be_exported(run: SavedRun, tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        export(run, "south", tmp_path / "out", **options)
+        export(RunModel(run, "south"), tmp_path / "out", **options)
     assert not list(tmp_path.iterdir())
 
 
@@ -100,11 +100,11 @@ def test_whole_weights_beside_adapters_need_merging(tmp_path: Path) -> None:
     model = {"id": str(tmp_path / "model"), "tuning": "lora"}
     run = open_run(train(tmp_path, "bert", model=model, server={"tuning": "full"}))
     with pytest.raises(ConfigError, match="besides adapters, whole weights of blocks were trained"):
-        export(run, "north", tmp_path / "out", form="adapter")
+        export(RunModel(run, "north"), tmp_path / "out", form="adapter")
 
 
 def test_decoders_are_ready_to_generate(tmp_path: Path) -> None:
-    export(open_run(train(tmp_path, "gpt2")), "north", tmp_path / "out")
+    export(open_trained(train(tmp_path, "gpt2"), "north"), tmp_path / "out")
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert (tokenizer.padding_side, tokenizer.pad_token) == ("left", "[EOS]")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")

@@ -17,8 +17,7 @@ from flexp.cli.main import main
 from flexp.errors import ConfigError
 from flexp.export.folder import export
 from flexp.export.harness import HarnessModel, run_harness
-from flexp.export.saved import open_run
-from flexp.export.usable import of_folder, open_model
+from flexp.export.opening import open_trained
 from tests.data.tools import jsonl
 
 from .tools import train
@@ -60,7 +59,7 @@ metric_list: [{{ metric: exact_match }}]
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("harness")
-    export(open_run(train(folder, "gpt2", train={"steps_per_round": 30})), "north", folder / "out")
+    export(open_trained(train(folder, "gpt2", train={"steps_per_round": 30}), "north"), folder / "out")
     rows = jsonl(folder / "tasks.jsonl", [{"q": f"w{k}", "answer": k % 3} for k in range(12)])
     for name, text in (("pick", CHOICES), ("texts", TEXTS), ("words", WORDS)):
         (folder / "tasks").mkdir(exist_ok=True)
@@ -83,7 +82,7 @@ def by_hand(model: Any, context: list[int], continuation: list[int]) -> float:
 
 
 def test_log_probabilities_are_those_computed_by_hand(home: Path) -> None:
-    model = open_model(home / "run", "north")
+    model = open_trained(home / "run", "north")
     adapter = HarnessModel(model, batch_size=2)
     encode = adapter.tok_encode
     pairs = [("the w1", " dog runs"), ("the", " dog"), ("", "a cat sleeps"), ("the red dog ", "runs"), ("w3", " w4")]
@@ -96,7 +95,7 @@ def test_log_probabilities_are_those_computed_by_hand(home: Path) -> None:
 
 
 def test_what_is_greedy_is_generated(home: Path) -> None:
-    adapter = HarnessModel(open_model(home / "run", "north"))
+    adapter = HarnessModel(open_trained(home / "run", "north"))
     (text,) = adapter.generate_until(ask(("the w1 dog", {"until": [], "max_gen_toks": 4})))
     assert 1 <= len(text.split()) <= 4
     assert adapter.loglikelihood(ask(("the w1 dog", " " + text)), disable_tqdm=True)[0][1]
@@ -108,7 +107,7 @@ def test_what_is_greedy_is_generated(home: Path) -> None:
 
 
 def test_texts_longer_than_the_model_go_in_windows(home: Path) -> None:
-    model = open_model(home / "run", "north")
+    model = open_trained(home / "run", "north")
     adapter = HarnessModel(model)
     adapter.max_length = 4
     ids = adapter.tok_encode("the w1 dog runs fast slowly")
@@ -124,8 +123,8 @@ def test_tasks_with_local_data_score_as_under_the_harness_itself(home: Path) -> 
     from lm_eval.tasks import TaskManager
 
     names = ["pick", "texts", "words"]
-    split = run_harness(open_model(home / "run", "north"), names, home / "tasks")
-    exported = run_harness(of_folder(home / "out"), names, home / "tasks", batch_size=5)
+    split = run_harness(open_trained(home / "run", "north"), names, home / "tasks")
+    exported = run_harness(open_trained(home / "out"), names, home / "tasks", batch_size=5)
     theirs = simple_evaluate(
         model="hf",
         model_args={"pretrained": str(home / "out"), "dtype": "float32"},

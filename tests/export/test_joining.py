@@ -16,12 +16,14 @@ from flexp.export.answers import predict, score
 from flexp.export.backup import back_up
 from flexp.export.folder import export
 from flexp.export.joining import beginning, join
+from flexp.export.opening import open_trained
 from flexp.export.saved import SavedRun, open_run
-from flexp.export.usable import OWN, of_folder, of_run
+from flexp.export.trained import OWN
 from flexp.files import sha256
-from flexp.run import checkpoints, runner
+from flexp.run import runner
 from tests.data.tools import jsonl, labelled
 from tests.methods.tools import equal
+from tests.tiny import checkpoint
 
 from .tools import CUTS, answer, batch_of, train
 
@@ -33,7 +35,7 @@ STILL = ("train.personal.name=sgd", "train.personal.lr=1e-30")
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> SavedRun:
     folder = tmp_path_factory.mktemp("joining")
-    clients = {"names": ["north", "south"], "cuts": CUTS}
+    clients = {"names": ["north", "south"], "each": [{"cut": cut} for cut in CUTS]}
     data = {"source": str(folder / "rows.jsonl"), "train_examples": 8, "clients": clients}
     jsonl(folder / "new.jsonl", [{"text": f"w{k} the dog", "label": ("no", "yes")[k % 2]} for k in range(20)])
     return open_run(train(folder, "bert", clients=CLIENTS, data=data))
@@ -43,14 +45,8 @@ def files(folder: Path) -> dict[Path, str]:
     return {path: sha256(path) for path in folder.rglob("*") if path.is_file()}
 
 
-def state(folder: Path) -> checkpoints.State:
-    place = checkpoints.latest(folder / "checkpoints")
-    assert place is not None
-    return checkpoints.load(place)[1]
-
-
 def middle(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: value for name, value in state(folder)["server"].items() if name.startswith("shared/weights/")}
+    return {name: value for name, value in checkpoint(folder)["server"].items() if name.startswith("shared/weights/")}
 
 
 def test_its_folder_is_a_run_like_any_other(run: SavedRun, tmp_path: Path) -> None:
@@ -60,14 +56,14 @@ def test_its_folder_is_a_run_like_any_other(run: SavedRun, tmp_path: Path) -> No
     assert files(run.folder) == before
     assert (summary["name"], summary["rounds"], summary["finished"]) == ("run + newcomer", 2, True)
     assert [(c["name"], c["cut"], c["train_examples"]) for c in summary["clients"]] == [("newcomer", [1, 4], 8)]
-    model = of_run(tmp_path / "run", None)
+    model = open_trained(tmp_path / "run")
     assert score(model)[OWN]["accuracy"] == summary["clients"][0]["last"]["personal"]
     joined = open_run(tmp_path / "run")
-    export(joined, None, tmp_path / "out")
+    export(model, tmp_path / "out")
     plain: Any = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     batch = batch_of(joined, "newcomer")
     assert torch.equal(answer(plain, batch), answer(joined.method.personal("newcomer"), batch))
-    assert score(of_folder(tmp_path / "out", run=tmp_path / "run")) == score(model)
+    assert score(open_trained(tmp_path / "out", run=tmp_path / "run")) == score(model)
     assert predict(model, new, tmp_path / "labels.csv") == 20
     facts = json.loads((tmp_path / "run/join.json").read_text(encoding="utf-8"))
     assert facts["others"]["personal_mean"] == pytest.approx(
@@ -82,7 +78,7 @@ def test_the_middle_is_the_runs_and_stays(run: SavedRun, tmp_path: Path) -> None
     join(run.folder, "east", tmp_path / "frozen", steps=2)
     join(run.folder, "east", tmp_path / "trained", steps=2, train_shared=True)
     join(run.folder, "east", tmp_path / "none", steps=2, middle="pretrained")
-    assert json.loads((tmp_path / "frozen/config.json").read_text())["data"]["clients"]["cuts"] == [CUTS[0]]
+    assert json.loads((tmp_path / "frozen/config.json").read_text())["data"]["clients"]["cut"] == CUTS[0]
     found = middle(tmp_path / "frozen")
     assert equal(found, {name: trained[name] for name in found})
     assert {name.split(".layer.")[1][0] for name in found} == {"1", "2"}
@@ -91,18 +87,18 @@ def test_the_middle_is_the_runs_and_stays(run: SavedRun, tmp_path: Path) -> None
     assert sum(not torch.equal(value, found[name]) for name, value in moved.items()) > 20
     none = middle(tmp_path / "none")
     assert all(torch.equal(value, pretrained[name.removeprefix("shared/weights/")]) for name, value in none.items())
-    assert int(state(tmp_path / "frozen")["server"]["shared/version"]) == 0
-    assert int(state(tmp_path / "trained")["server"]["shared/version"]) == 2
+    assert int(checkpoint(tmp_path / "frozen")["server"]["shared/version"]) == 0
+    assert int(checkpoint(tmp_path / "trained")["server"]["shared/version"]) == 2
 
 
 def test_without_the_runs_training_it_is_a_client_of_a_frozen_server(run: SavedRun, tmp_path: Path) -> None:
     join(run.folder, "east", tmp_path / "joined", steps=4, middle="pretrained")
     content = run.config.resolved()
-    content["data"]["clients"] |= {"names": ["east"], "cuts": [CUTS[0]]}
+    content["data"]["clients"] |= {"names": ["east"], "each": [{"cut": cut} for cut in [CUTS[0]]]}
     content["train"] |= {"rounds": 1, "steps_per_round": 4}
     content["server"]["tuning"] = "frozen"
     runner.run(validate(content, "frozen"), tmp_path / "alone")
-    left, right = (state(tmp_path / name)["client-east"] for name in ("joined", "alone"))
+    left, right = (checkpoint(tmp_path / name)["client-east"] for name in ("joined", "alone"))
     assert equal(*({n: v for n, v in side.items() if n.startswith(("personal/", "optim"))} for side in (left, right)))
     assert int(left["steps"]) == 4
 
@@ -126,7 +122,11 @@ def test_what_its_own_parts_start_from(run: SavedRun, tmp_path: Path) -> None:
     ):
         out = tmp_path / str(number)
         join(run.folder, "east", out, start=start, cut=(2, None), steps=1, settings=STILL, passphrase="words")
-        own = {n.removeprefix("personal/"): v for n, v in state(out)["client-east"].items() if n.startswith("personal")}
+        own = {
+            n.removeprefix("personal/"): v
+            for n, v in checkpoint(out)["client-east"].items()
+            if n.startswith("personal")
+        }
         for name, value in own.items():
             where = first if ".layer.0." in name else second if ".layer.1." in name else head
             assert torch.allclose(value, where[name], rtol=0.0, atol=1e-25), (start, name)
@@ -176,7 +176,9 @@ def test_language_models_with_adapters_and_weights_pulled_from_a_frozen_server(t
     join(place, "new", tmp_path / "out", data=str(tmp_path / "rows.jsonl"), cut=(2, None), steps=2)
     shared = {name.removeprefix("shared/weights/"): value for name, value in middle(place).items()}
     own = {
-        n.removeprefix("personal/"): v for n, v in state(tmp_path / "out")["client-new"].items() if n[:9] == "personal/"
+        n.removeprefix("personal/"): v
+        for n, v in checkpoint(tmp_path / "out")["client-new"].items()
+        if n[:9] == "personal/"
     }
     pulled = {name: value for name, value in own.items() if ".h.1." in name}
     assert pulled
@@ -185,14 +187,14 @@ def test_language_models_with_adapters_and_weights_pulled_from_a_frozen_server(t
 
 def test_who_follows_takes_over_what_the_run_has_taught(tmp_path: Path) -> None:
     align = {"kind": "weights", "teach": True, "follow": True, "pull": 1.0, "every": 100}
-    clients = {"names": ["north", "south"], "cuts": [[1, 4], [3, 4]]}
+    clients = {"names": ["north", "south"], "each": [{"cut": [1, 4]}, {"cut": [3, 4]}]}
     data = {"train_examples": 8, "clients": clients}
     folder = train(tmp_path, "bert", clients=CLIENTS, data=data, method={"align": align})
     for start in ((), ("south",)):
         out = tmp_path / f"joined{len(start)}"
         join(folder, "east", out, steps=3, cut=(3, 4), start=start)
         shared = {f"personal/{key.removeprefix('shared/weights/')}": value for key, value in middle(folder).items()}
-        own = state(out)["client-east"]
+        own = checkpoint(out)["client-east"]
         followed = own.keys() & shared.keys()
         assert followed
         assert all(torch.equal(own[key], shared[key]) for key in followed)

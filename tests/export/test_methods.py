@@ -48,9 +48,9 @@ def check(method: Any, exact: bool) -> None:
 
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_the_model_that_is_scored(home: Path, name: str) -> None:
-    own = {"ranks": [1, 4, 2]} if name == "hetlora" else {"cut_rank": 3} if name == "splitft" else {}
+    own = {"own": {"cut_rank": 3}} if name == "splitft" else {"ranks": [1, 4, 2]} if name == "hetlora" else {}
     rate = {"lr": 1e-2}
-    check(trained(home, name, rounds=1, own=own, train={"personal": rate, "shared": rate}), exact=name not in ADAPTERS)
+    check(trained(home, name, rounds=1, **own, train={"personal": rate, "shared": rate}), exact=name not in ADAPTERS)
 
 
 @pytest.mark.parametrize(

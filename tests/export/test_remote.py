@@ -17,9 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from flexp.errors import ConfigError, LinkError, StorageError
 from flexp.export import remote as exporting
-from flexp.export.folder import Form
-from flexp.export.places import export
-from flexp.export.remote import export_remote
+from flexp.export.folder import Form, export
+from flexp.export.opening import open_trained
 from flexp.links.base import Link
 from flexp.links.messages import FetchReply, FetchRequest
 from tests.harness import RecordingLink
@@ -47,7 +46,7 @@ def load(arch: str, folder: Path) -> Any:
 @pytest.mark.parametrize(("arch", "model"), FULL)
 def test_full(tmp_path: Path, arch: str, model: dict[str, Any]) -> None:
     with remote(tmp_path, arch, model={"id": str(tmp_path / "model"), **model}) as here:
-        facts = export(here.state, None, tmp_path / "out", connect=here.reach)
+        facts = export(here.opened, tmp_path / "out")
         expected = here.expected()
     loaded = load(arch, tmp_path / "out")
     assert str(loaded.dtype) == f"torch.{model.get('dtype', 'float32')}"
@@ -76,8 +75,8 @@ def test_lora(tmp_path: Path, arch: str, model: dict[str, Any]) -> None:
             links.append(RecordingLink(here.reach(name)))
             return links[-1]  # type: ignore[return-value]
 
-        export(here.state, None, tmp_path / "whole", connect=reach)
-        export(here.state, None, tmp_path / "adapter", "adapter", connect=here.reach)
+        export(open_trained(here.state, connect=reach), tmp_path / "whole")
+        export(here.opened, tmp_path / "adapter", "adapter")
         expected = here.expected()
     sent = {name for reply in links[0].sent(FetchReply) for name in reply.weights}
     assert sent
@@ -95,9 +94,8 @@ def test_it_equals_what_a_run_exports(tmp_path: Path, monkeypatch: pytest.Monkey
     """Tensor for tensor, the shards are the file that ``save_pretrained`` writes of the whole model."""
     monkeypatch.setattr(exporting, "FILE_BYTES", 4096)
     with remote(tmp_path, "llama") as here:
-        export(here.state, None, tmp_path / "out", dtype="bfloat16", connect=here.reach)
-        taken = here.opened.taken()
-        weights = {**here.server.shared.updater.parameters, **taken.personal()}
+        export(here.opened, tmp_path / "out", dtype="bfloat16")
+        weights = {**here.server.shared.updater.parameters, **here.opened.personal()}
     whole = exporting.fill(here.opened.stage(exporting.Part.whole(4)).model, weights, 2.0, torch.bfloat16)
     whole.save_pretrained(tmp_path / "whole")
     expected = load_file(tmp_path / "whole/model.safetensors")
@@ -123,7 +121,7 @@ def test_without_permission_nothing_is_given(here: Remote, tmp_path: Path) -> No
     here.server.allow_export = False
     try:
         with pytest.raises(LinkError, match=r"gives no shared blocks away; .*--allow-export") as caught:
-            export(here.state, None, tmp_path / "out", connect=here.reach)
+            export(here.opened, tmp_path / "out")
     finally:
         here.server.allow_export = True
     assert "\n" not in str(caught.value)
@@ -132,7 +130,7 @@ def test_without_permission_nothing_is_given(here: Remote, tmp_path: Path) -> No
 
 @pytest.mark.parametrize(("block", "first", "most"), [(0, 0, 1), (4, 0, 1), (-1, 0, 1), (1, -1, 1), (1, 0, 0)])
 def test_only_the_clients_own_blocks_of_the_server(here: Remote, block: int, first: int, most: int) -> None:
-    link = here.opened.split(here.opened.taken(), here.reach(here.opened.client)).link
+    link = here.opened.split.link
     with pytest.raises(
         LinkError, match=rf"block {block} from tensor {first} on.*expected one of the shared blocks \[1, 4\)"
     ):
@@ -141,7 +139,7 @@ def test_only_the_clients_own_blocks_of_the_server(here: Remote, block: int, fir
 
 
 def test_a_block_comes_in_parts_that_are_bounded(here: Remote) -> None:
-    link = here.opened.split(here.opened.taken(), here.reach(here.opened.client)).link
+    link = here.opened.split.link
     parameters = here.server.shared.updater.parameters
     own = {name: value for name, value in parameters.items() if here.server.shared.stage.block_of(name) == 2}
     most = max(value.nbytes for value in own.values())
@@ -183,11 +181,11 @@ class Disturbed:
 
 def test_blocks_of_two_versions_are_never_mixed(here: Remote, tmp_path: Path) -> None:
     once = Disturbed(here, 1)
-    export(here.state, None, tmp_path / "once", connect=once)
+    export(open_trained(here.state, connect=once), tmp_path / "once")
     assert once.asked == 4  # both blocks twice
     assert torch.equal(answer(load("llama", tmp_path / "once"), here.batch()), here.expected())
     with pytest.raises(LinkError, match=r"updated each of the 3 times .* export when the run rests"):
-        export(here.state, None, tmp_path / "out", connect=Disturbed(here, 3))
+        export(open_trained(here.state, connect=Disturbed(here, 3)), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["once"]
 
 
@@ -195,7 +193,7 @@ def test_a_server_without_its_state_is_noticed(here: Remote, tmp_path: Path) -> 
     version, here.server.shared.version = here.server.shared.version, 0
     try:
         with pytest.raises(LinkError, match=r"never updated, and this client has done 3 steps: .* --state"):
-            export(here.state, None, tmp_path / "out", connect=here.reach)
+            export(here.opened, tmp_path / "out")
     finally:
         here.server.shared.version = version
     assert not list(tmp_path.iterdir())
@@ -223,7 +221,7 @@ def test_no_more_than_a_shard_is_in_memory(tmp_path: Path, monkeypatch: pytest.M
         monkeypatch.setattr(exporting._Shards, "write", counting)
         gc.collect()
         before = live()
-        export_remote(here.opened, here.reach, tmp_path / "out")
+        export(here.opened, tmp_path / "out")
     assert len(counted) == 5
     shards = [path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")]
     whole = sum(shards)
@@ -234,28 +232,28 @@ def test_no_more_than_a_shard_is_in_memory(tmp_path: Path, monkeypatch: pytest.M
 
 def test_which_snapshot(here: Remote, tmp_path: Path) -> None:
     for which, error, message in (
-        ("best", ConfigError, "of a client's folder it is last, or the number of a snapshot"),
-        ("7", StorageError, "has no snapshot 7; it has 4"),
+        ("best", ConfigError, "expected a number or last"),
+        ("7", StorageError, "has no checkpoint 7; it has 4"),
     ):
         with pytest.raises(error, match=message):
-            export(here.state, None, tmp_path / "out", which=which, connect=here.reach)
+            export(open_trained(here.state, None, which, here.reach), tmp_path / "out")
     with pytest.raises(ConfigError, match="is of the client 'north', not of 'south'"):
-        export(here.state, "south", tmp_path / "out", connect=here.reach)
+        open_trained(here.state, "south", connect=here.reach)
     with pytest.raises(ConfigError, match="the middle of its model is on a server: say where with --server"):
-        export(here.state, None, tmp_path / "out")
+        export(open_trained(here.state), tmp_path / "out")
     form: Form = "adapter"
     with pytest.raises(ConfigError, match=r"has no adapters .* use --merge"):
-        export(here.state, None, tmp_path / "out", form, connect=here.reach)
-    newer = here.state / "snapshots/snapshot-00000009"
+        export(here.opened, tmp_path / "out", form)
+    newer = here.state / "snapshots/checkpoint-00000009"
     newer.mkdir()
-    (newer / "snapshot.json").write_text("{}", encoding="utf-8")
-    half = here.state / "snapshots/.snapshot-00000010.part"
+    (newer / "checkpoint.json").write_text("{}", encoding="utf-8")
+    half = here.state / "snapshots/.checkpoint-00000010.part"
     half.mkdir()
-    assert here.opened.taken().number == 4  # nothing is changed there, not even what is damaged or being written
+    assert here.opened.checkpoint.number == 4  # nothing is changed there, not even what is damaged or being written
     assert newer.is_dir()
     assert half.is_dir()
-    newer.joinpath("snapshot.json").unlink()
+    newer.joinpath("checkpoint.json").unlink()
     newer.rmdir()
     half.rmdir()
-    with safe_open(here.opened.taken().file, framework="pt") as file:
+    with safe_open(here.opened.checkpoint.checked("client-north"), framework="pt") as file:
         assert any(name.startswith("optimizer/") for name in file.keys())  # noqa: SIM118

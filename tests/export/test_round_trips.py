@@ -17,7 +17,7 @@ from transformers import (
 
 from flexp.errors import ModelError
 from flexp.export.folder import export
-from flexp.export.saved import open_run
+from flexp.export.saved import RunModel, open_run
 
 from .tools import answer, batch_of, train
 
@@ -51,7 +51,7 @@ LORA = [
 def test_full(tmp_path: Path, arch: str, model: dict[str, Any]) -> None:
     run = open_run(train(tmp_path, arch, model={"id": str(tmp_path / "model"), **model}))
     for number, data in enumerate(run.world.federation.clients):
-        export(run, data.name, tmp_path / f"out{number}")
+        export(RunModel(run, data.name), tmp_path / f"out{number}")
         batch = batch_of(run, data.name)
         loaded = AUTO.get(arch, AutoModelForCausalLM).from_pretrained(tmp_path / f"out{number}")
         assert str(loaded.dtype) == f"torch.{model.get('dtype', 'float32')}"
@@ -71,12 +71,12 @@ def test_lora(tmp_path: Path, arch: str, model: dict[str, Any]) -> None:
     expected = answer(run.method.personal(client), batch)
     assert not torch.allclose(answer(run.world.source.model, batch), expected, atol=1e-3)
 
-    export(run, client, tmp_path / "whole")
+    export(RunModel(run, client), tmp_path / "whole")
     merged = answer(auto.from_pretrained(tmp_path / "whole"), batch)
     rounding = 0.05 if "dtype" in model else 2e-5  # of bfloat16 weights, of float32 products
     assert float((merged - expected).abs().max()) <= rounding * max(1.0, float(expected.abs().max()))
 
-    export(run, client, tmp_path / "adapter", form="adapter")
+    export(RunModel(run, client), tmp_path / "adapter", form="adapter")
     settings = AutoConfig.from_pretrained(tmp_path / "adapter")
     base = auto.from_pretrained(tmp_path / "model", config=settings, dtype=settings.dtype, ignore_mismatched_sizes=True)
     assert torch.equal(answer(PeftModel.from_pretrained(base, tmp_path / "adapter"), batch), expected)
@@ -87,9 +87,9 @@ def test_what_peft_would_rewrite_is_refused(tmp_path: Path) -> None:
     model = {"id": str(tmp_path / "model"), "tuning": "lora"}
     run = open_run(train(tmp_path, "qwen3_moe", model=model))
     with pytest.raises(ModelError, match=r"peft does not load this adapter of a qwen3_moe model.*use --merge"):
-        export(run, "north", tmp_path / "adapter", form="adapter")
+        export(RunModel(run, "north"), tmp_path / "adapter", form="adapter")
     assert not (tmp_path / "adapter").exists()
-    export(run, "north", tmp_path / "whole")
+    export(RunModel(run, "north"), tmp_path / "whole")
     batch = batch_of(run, "north")
     found = answer(AutoModelForCausalLM.from_pretrained(tmp_path / "whole"), batch)
     assert torch.allclose(found, answer(run.method.personal("north"), batch), atol=2e-5)
@@ -97,8 +97,8 @@ def test_what_peft_would_rewrite_is_refused(tmp_path: Path) -> None:
 
 def test_another_dtype_is_the_rounded_model(tmp_path: Path) -> None:
     run = open_run(train(tmp_path, "gpt2"))
-    export(run, "north", tmp_path / "full")
-    export(run, "north", tmp_path / "half", dtype="bfloat16")
+    export(RunModel(run, "north"), tmp_path / "full")
+    export(RunModel(run, "north"), tmp_path / "half", dtype="bfloat16")
     full = AutoModelForCausalLM.from_pretrained(tmp_path / "full").state_dict()
     half = AutoModelForCausalLM.from_pretrained(tmp_path / "half").state_dict()
     assert full.keys() == half.keys()

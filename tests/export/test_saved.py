@@ -17,7 +17,7 @@ from .tools import train
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    data = {"max_length": 16, "validation_fraction": 0.3, "clients": {"cuts": [[1, 3], [2, None]]}}
+    data = {"max_length": 16, "validation_fraction": 0.3, "clients": {"each": [{"cut": [1, 3]}, {"cut": [2, None]}]}}
     folder = tmp_path_factory.mktemp("saved")
     data["source"] = str(folder / "rows.jsonl")
     return train(folder, "bert", data=data, train={"rounds": 3})
@@ -54,8 +54,8 @@ def test_the_only_client_need_not_be_named(run: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("which", "message"),
     [
-        ("7", r"no checkpoint of round 7; it has those of round (1, )?2, 3"),
-        ("first", r"--round first: expected a round's number, last or best"),
+        ("7", r"no checkpoint 7; it has (1, )?2, 3"),
+        ("first", r"--round first: expected a number or last"),
         ("-1", r"--round -1: expected"),
     ],
 )
@@ -87,7 +87,7 @@ def test_no_checkpoints(tmp_path: Path) -> None:
 
 def test_a_damaged_checkpoint(run: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(run, tmp_path / "run")
-    victim = next((copy / "checkpoints/round-00003").glob("*north*"))
+    victim = next((copy / "checkpoints/checkpoint-00000003").glob("*north*"))
     victim.write_bytes(victim.read_bytes()[:-1] + b"\x01")
     with pytest.raises(StorageError, match="SHA-256"):
         open_run(copy)

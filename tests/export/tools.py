@@ -30,13 +30,13 @@ def train(folder: Path, arch: str, clients: tuple[str, ...] = CLIENTS, **tables:
 def content_of(folder: Path, arch: str, clients: tuple[str, ...] = CLIENTS, **tables: Any) -> dict[str, Any]:
     """The configuration of such a run, its model and its data being in ``folder``."""
     model = save_tiny(arch, folder / "model")
-    data: dict[str, Any] = {"max_length": 16, "clients": {"cuts": CUTS}}
+    data: dict[str, Any] = {"max_length": 16, "clients": {"each": [{"cut": cut} for cut in CUTS]}}
     if arch == "vit":
         _images(folder, model)
         data |= {
             "source": str(folder / "images"),
             "task": "image-classification",
-            "clients": {"by": "iid", "count": 2, "cuts": CUTS},
+            "clients": {"by": "iid", "count": 2, "each": [{"cut": cut} for cut in CUTS]},
         }
     elif arch == "bert":
         tokenizer(bert=True).save_pretrained(model)

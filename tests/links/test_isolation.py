@@ -16,9 +16,10 @@ from torch import Tensor
 
 from flexp.config import AlignConfig, CodecConfig
 from flexp.errors import LinkError
-from flexp.links.base import Link, ask, connected
+from flexp.links.base import Link, ask
 from flexp.links.grpc import connect, serve
 from flexp.links.messages import Abort, BackwardRequest, EndGeneration, ExtendRequest, ForwardRequest, Join, PullRequest
+from flexp.links.opening import connected
 from flexp.rng import RandomStream
 from tests.harness import World, equal, seeded, world
 
@@ -146,7 +147,7 @@ def test_what_is_answered_to_one_is_not_in_what_is_answered_to_the_other(kind: s
         again = pair.b.call(gradient).result(SOON).grad_BTH
         assert not torch.equal(down, again)
         # a's step 1 has been applied and answered; b's step 1 is b's own, and asks for no answer of a's.
-        assert pair.here.server.regulars["a"].progress.newest == pair.here.server.regulars["b"].progress.newest == 1
+        assert pair.here.server.clients["a"].progress.newest == pair.here.server.clients["b"].progress.newest == 1
 
 
 @LINKS
@@ -161,4 +162,4 @@ def test_leaving_and_being_put_aside_concern_nobody_else(kind: str) -> None:
         assert pair.here.server.aside("b") is not None
         assert pair.here.server.aside("a") is None
         pair.a.call(BackwardRequest(1, drawn(21), step=1)).result(SOON)
-        assert pair.here.server.regulars["b"].progress.newest == 0
+        assert pair.here.server.clients["b"].progress.newest == 0

@@ -20,12 +20,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import flexp
 from flexp.config import OptimizerConfig
 from flexp.models.zoo import save_tiny
 from flexp.optim import Updater
+from flexp.run.store import Store
 from tests.harness import equal
 
 MBIT, ROUND_TRIP, STEPS = 4, 0.05, 2
@@ -106,10 +106,11 @@ def test_a_slow_line_of_the_kernel_changes_no_bit(tmp_path: Path) -> None:
         folder = save_tiny("llama", tmp_path / "model")
         tokens = tmp_path / "tokens"
         tokens.write_text(hashlib.sha256(b"secret").hexdigest() + " a\n", encoding="utf-8")
-        state = tmp_path / "state.safetensors"
-        options = ("--base-depth", "1", "--insecure", "--tokens", str(tokens), "--state", str(state), "--lr", "0.01")
+        state = tmp_path / "state"
+        options = ("--base-depth", "1", "--insecure", "--tokens", str(tokens), "--state", str(state))
+        options += ("--set", "train.shared.lr=0.01")
         command = inside(near, "-m", "flexp.cli.main", "server", "--model", str(folder), "--listen", LISTEN, *options)
-        server = subprocess.Popen([*command, "--threads", "1"], stdout=subprocess.PIPE, text=True)
+        server = subprocess.Popen([*command, "--set", "threads=1"], stdout=subprocess.PIPE, text=True)
         try:
             assert server.stdout is not None
             assert any("serving blocks" in line for line in server.stdout)
@@ -126,7 +127,9 @@ def test_a_slow_line_of_the_kernel_changes_no_bit(tmp_path: Path) -> None:
         link = reference.connect("a")
         model = flexp.SplitModelForCausalLM.from_pretrained(folder, cut=(2, 4), link=link).train()
         assert told["losses"] == steps(model)
-        saved = {name: value for name, value in load_file(state).items() if name.startswith("shared/weights/")}
+        saved = {
+            name: value for name, value in Store(state).load(1)["server"].items() if name.startswith("shared/weights/")
+        }
         assert saved
         assert equal(saved, {name: value for name, value in reference.state().items() if name in saved})
         meter = link.meter.training

@@ -13,8 +13,8 @@ from flexp.methods import METHODS
 from .tools import equal, trained
 
 CLOCKS = ("seconds",)
-PAIR = {"clients": {"names": ["north", "south"], "cuts": [[1, 4], [2, 4]]}}
-TRIO = {"clients": {"names": ["north", "south", "west"], "cuts": [[1, 4], [2, 4], [3, 4]]}}
+PAIR = {"clients": {"names": ["north", "south"], "each": [{"cut": [1, 4]}, {"cut": [2, 4]}]}}
+TRIO = {"clients": {"names": ["north", "south", "west"], "each": [{"cut": [1, 4]}, {"cut": [2, 4]}, {"cut": [3, 4]}]}}
 SETTINGS: dict[str, Any] = {"rounds": 2, "train": {"steps_per_round": 4}}
 
 
@@ -47,7 +47,7 @@ def test_the_others_train_as_without_them(home: Path, name: str) -> None:
 def test_they_are_scored_with_the_average(home: Path, name: str) -> None:
     method = trained(home, name, data=TRIO, absent=["west"], **SETTINGS)
     logits(method, "west")
-    assert equal(method.bench.take(), method.server.weights)
+    assert equal(method.harness.take(), method.server.weights)
     assert method.account("west").evaluation.bytes_down == 4 * sum(v.numel() for v in method.server.weights.values())
     assert method.account("west").personal_parameters == 0
 
@@ -57,7 +57,7 @@ def test_what_is_personal_is_the_pretrained_models(home: Path) -> None:
     fresh = trained(home, "fedper", data=TRIO, own={"last_blocks": 1}, rounds=1)
     start = {name: fresh.world.source.model.get_parameter(name) for name in fresh.clients["west"].kept["personal"]}
     logits(method, "west")
-    assert equal(method.bench.take(), {**start, **method.server.weights})
+    assert equal(method.harness.take(), {**start, **method.server.weights})
 
 
 def test_without_an_average_they_have_the_pretrained_model(home: Path) -> None:
@@ -70,7 +70,7 @@ def test_without_an_average_they_have_the_pretrained_model(home: Path) -> None:
 @pytest.mark.parametrize("name", ["splitfed-v1", "splitfed-v2", "splitlora", "split-fedavg", "splitft"])
 def test_split_methods_give_them_the_average(home: Path, name: str) -> None:
     """Where all hold the same, an absent client's model is everybody's."""
-    data = {"clients": {"names": ["north", "south", "west"], "cuts": [[1, 4]]}}
+    data = {"clients": {"names": ["north", "south", "west"], "each": [{"cut": [1, 4]}]}}
     method = trained(home, name, data=data, absent=["west"], **SETTINGS)
     assert torch.equal(logits(method, "west"), logits(method, "north"))
     before = trained(home, "pretrained", data=data, rounds=1)

@@ -16,9 +16,9 @@ from flexp.client.model import SplitModel
 from flexp.client.personal import WholeModel
 from flexp.client.trainer import Step
 from flexp.errors import ConfigError
-from flexp.methods.split_bench import SplitBench
-from flexp.methods.workbench import Worker
-from flexp.run import checkpoints
+from flexp.methods.harness import Worker
+from flexp.methods.two_sided import SplitHarness
+from flexp.run.store import Store
 from tests.tiny import CLIENTS
 
 from .tools import ADAPTERS, ONE, equal, make, trained
@@ -87,7 +87,7 @@ def test_fedper_with_everything_shared_is_fedavg(home: Path, tuning: str) -> Non
 def test_the_last_layers_are_personal(home: Path, name: str) -> None:
     method = trained(home, name, own={"last_blocks": 1})
     personal = of(method, "north").keys() - method.server.weights.keys()
-    assert personal == {key for key in method.bench.parameters if ".layer.3." in key or key.startswith("classifier.")}
+    assert personal == {key for key in method.harness.parameters if ".layer.3." in key or key.startswith("classifier.")}
     north, south = of(method, "north"), of(method, "south")
     assert all(torch.equal(north[key], south[key]) == (key not in personal) for key in north)
 
@@ -192,7 +192,7 @@ def test_every_client_spends_the_budget_to_the_last_gradient(
 ) -> None:
     """Three rounds of four gradient evaluations of four examples for each of three clients, whatever the method."""
     evaluated: list[int] = []
-    calls: list[tuple[Any, str]] = [(WholeModel, "__call__"), (SplitBench, "__call__"), (SplitModel, "forward")]
+    calls: list[tuple[Any, str]] = [(WholeModel, "__call__"), (SplitHarness, "__call__"), (SplitModel, "forward")]
     for kind, name_of_call in calls:
 
         def counted(self: Any, call: Any = getattr(kind, name_of_call), **batch: Any) -> Any:
@@ -276,11 +276,10 @@ def test_resumed_equals_undisturbed_and_scoring_disturbs_nothing(
             batch = first.world.federation.task.collate(first.world.federation.clients[0].test[:2])
             batch.pop("labels")
             scored = [first.personal(client)(batch).logits for client in CLIENTS]
-    checkpoints.save(tmp_path, 2, first.state())
+    store = Store(tmp_path)
+    store.save(2, first.state())
     second = make(home, name, **settings)
-    place = checkpoints.latest(tmp_path)
-    assert place is not None
-    second.load(checkpoints.load(place)[1])
+    second.load(store.load(2))
     if batch is not None:
         assert all(
             torch.equal(second.personal(client)(batch).logits, one) for client, one in zip(CLIENTS, scored, strict=True)
@@ -331,11 +330,11 @@ def test_bytes_are_the_tensors_sizes(home: Path) -> None:
 def test_clients_share_one_set_of_modules(home: Path) -> None:
     method = make(home, "ditto")
     assert {id(worker.model) for client in method.clients.values() for worker in client.workers.values()} == {
-        id(method.bench)
+        id(method.harness)
     }
     frozen = {value.data_ptr() for value in method.world.source.model.parameters()}
-    own = {value.data_ptr() for value in method.bench.parameters.values()}
-    rest = {value.data_ptr() for value in method.bench.stage.model.parameters()} - own
+    own = {value.data_ptr() for value in method.harness.parameters.values()}
+    rest = {value.data_ptr() for value in method.harness.stage.model.parameters()} - own
     assert rest <= frozen
     assert own.isdisjoint(frozen)
 
@@ -364,7 +363,7 @@ def test_no_optimiser_outlives_its_turn(home: Path) -> None:
         ("splitft", {"own": {"cut_rank": 9}}, r"cut_rank = 9 is larger than model.lora.rank = 8"),
         ("splitfed-v1", {"own": {"cut": 4}}, r"splitfed-v1: cut = \(4, 4\) does not fit a model of 4 blocks"),
         ("splitfed-v2", {"own": {"cut": 0}}, r"splitfed-v2: with a cut of 0 .*expose_embeddings"),
-        ("hetlora", {"own": {"ranks": []}}, r"method.hetlora.ranks"),
+        ("hetlora", {"own": {"ranks": [2]}}, r"the list method.hetlora.ranks is gone: write data.clients.rank for all"),
     ],
 )
 def test_impossible_settings_are_named(home: Path, name: str, settings: dict[str, Any], message: str) -> None:

@@ -18,7 +18,7 @@ from flexp.methods.turns import turns
 from flexp.run.settle import build_world
 from tests.tiny import bert_folder, config
 
-ONE = {"clients": {"names": ["north"], "cuts": [[2, 3]]}}
+ONE = {"clients": {"names": ["north"], "each": [{"cut": [2, 3]}]}}
 PLAIN = {"clip": None}
 SGD = {"name": "sgd", "lr": 0.1}
 
@@ -52,7 +52,7 @@ def test_one_client_without_alignment_is_local_training(tmp_path: Path, tuning: 
 def test_alignment_changes_the_personal_blocks_alone(tmp_path: Path) -> None:
     """One step: λ acts on head blocks; tail and shared blocks get the task's gradient only."""
     bert_folder(tmp_path / "model")
-    clients = {"clients": {"names": ["north"], "cuts": [[2, 3]]}}
+    clients = {"clients": {"names": ["north"], "each": [{"cut": [2, 3]}]}}
     settings: dict[str, Any] = {"data": clients, "train": {"steps_per_round": 1, "personal": PLAIN, "shared": PLAIN}}
 
     def once(weight: float) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

@@ -18,8 +18,8 @@ LORA = {"tuning": "lora"}
 
 def test_equal_ranks_are_fedavg_with_lora(home: Path) -> None:
     plain = trained(home, "fedavg", model={**LORA, "lora": {"rank": 4}})
-    for ranks, settings in (({"ranks": [4]}, {}), ({}, {"model": {"lora": {"rank": 4}}})):
-        method = trained(home, "hetlora", own={**ranks, "weighting": "examples"}, **settings)
+    for ranks, settings in (([4], {}), (None, {"model": {"lora": {"rank": 4}}})):
+        method = trained(home, "hetlora", own={"weighting": "examples"}, ranks=ranks, **settings)
         assert equal(method.server.weights, plain.server.weights)
         assert method.account("north").training == plain.account("north").training
 
@@ -27,7 +27,7 @@ def test_equal_ranks_are_fedavg_with_lora(home: Path) -> None:
 def test_a_client_of_a_lower_rank_trains_as_such(home: Path) -> None:
     """Rank 2 of 8 at scaling 16/8, against FedAvg of rank 2 at scaling 4/2, to the rounding of sums with zeros."""
     settings: dict[str, Any] = {"absent": ["south", "west"], "rounds": 1, "train": {"steps_per_round": 5}}
-    method = trained(home, "hetlora", own={"ranks": [2, 8, 8]}, **settings)
+    method = trained(home, "hetlora", ranks=[2, 8, 8], **settings)
     plain = trained(home, "fedavg", model={**LORA, "lora": {"rank": 2, "alpha": 4.0}}, **settings)
     assert [step.loss for step in method.seen] == pytest.approx([step.loss for step in plain.seen], rel=1e-5)
     moved = 0
@@ -41,7 +41,7 @@ def test_a_client_of_a_lower_rank_trains_as_such(home: Path) -> None:
 
 
 def test_a_low_rank_gets_sends_and_is_scored_with_its_part(home: Path) -> None:
-    method = trained(home, "hetlora", own={"ranks": [2, 8, 4]})
+    method = trained(home, "hetlora", ranks=[2, 8, 4])
     shapes = {name: value.shape for name, value in method.server.weights.items()}
     adapters = sum(shape.numel() for name, shape in shapes.items() if "lora_" in name)
     head = sum(shape.numel() for name, shape in shapes.items() if "lora_" not in name)
@@ -75,13 +75,13 @@ def test_adapters_are_weighted_by_sparsity_by_hand() -> None:
 
 def test_sparsity_weighs_otherwise_than_examples(home: Path) -> None:
     settings: dict[str, Any] = {"rounds": 2}
-    plain = trained(home, "hetlora", own={"ranks": [2, 8], "weighting": "examples"}, **settings)
-    other = trained(home, "hetlora", own={"ranks": [2, 8]}, **settings)
+    plain = trained(home, "hetlora", own={"weighting": "examples"}, ranks=[2, 8], **settings)
+    other = trained(home, "hetlora", ranks=[2, 8], **settings)
     assert not equal(plain.server.weights, other.server.weights)
 
 
 def test_the_scaling_is_that_of_the_largest_rank(home: Path) -> None:
-    method = make(home, "hetlora", own={"ranks": [2, 4]})
-    layers = [module for module in method.bench.stage.model.modules() if hasattr(module, "lora_A")]
+    method = make(home, "hetlora", ranks=[2, 4])
+    layers = [module for module in method.harness.stage.model.modules() if hasattr(module, "lora_A")]
     assert layers
     assert {layer.scaling["default"] for layer in layers} == {16.0 / 4}

@@ -16,20 +16,23 @@ from flexp.config import RunConfig
 from flexp.data.types import ClientData, Federation
 from flexp.methods import METHODS, World, federated
 from flexp.run.settle import build_world
-from tests.tiny import config
+from tests.tiny import CUTS, config, each
 
 ADAPTERS = {"splitlora", "splitft", "hetlora"}
 """Methods that need ``model.tuning = "lora"``."""
 
-ONE = {"clients": {"names": ["north"], "cuts": [[2, 3]]}}
+ONE = {"clients": {"names": ["north"], "each": [{"cut": [2, 3]}]}}
 
 
 def make(home: Path, name: str, *, budget: str = "equal", **settings: Any) -> Any:
     """A method on the tiny BERT with dropout; ``settings`` are tables, of which ``own`` is the method's.
 
-    ``absent`` are the clients that take no part, ``align`` is the table of the alignment.
+    ``absent`` are the clients that take no part, ``align`` is the table of the alignment, ``ranks`` are of the
+    clients' adapters, in turn.
     """
-    own, absent = settings.pop("own", {}), settings.pop("absent", ())
+    own, absent, ranks = settings.pop("own", {}), settings.pop("absent", ()), settings.pop("ranks", None)
+    if ranks:
+        settings["data"] = {"clients": each(cut=CUTS, rank=ranks)}
     table = _table(name, own, budget) | ({"align": settings.pop("align")} if "align" in settings else {})
     if name in ADAPTERS:
         settings["model"] = {"tuning": "lora", **settings.get("model", {})}

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import combinations_with_replacement, product
 from typing import Any
 
-from flexp.cost.choice import CODECS, Choice, Prediction
+from flexp.cost.choice import Choice, Prediction, codec_share
 from flexp.cost.profile import Profile
 from flexp.planner.fleet import Fleet, TaskShape, parse_fleet
 from flexp.planner.problem import Counts, Problem
@@ -31,7 +31,7 @@ class FakeCosts:
         self.asked += 1
         start, stop = choice.cut
         own, examples = start + self.blocks - stop, choice.micro_batch * choice.accumulation
-        crossing = round(2 * MB * examples * CODECS[choice.codec])
+        crossing = round(2 * MB * examples * codec_share(choice.codec))
         client = 1e9 * own * examples * (1.33 if choice.checkpointing else 1.0) / profile.flops
         client += 0.001 * choice.accumulation
         server = 1e9 * (stop - start) * examples / self.server_flops

@@ -11,8 +11,7 @@ import pytest
 from flexp.errors import ConfigError
 from flexp.files import write_json
 from flexp.planner.accuracy import AccuracyCurve, CurvePoint
-from flexp.planner.document import document, read_plan
-from flexp.planner.explain import Reasons, holding
+from flexp.planner.document import Reasons, document, holding, read_plan
 from flexp.planner.pareto import front
 from flexp.planner.plan import make_plan
 from flexp.report.planning import alike, render
@@ -75,7 +74,8 @@ def test_the_document_is_read_back_and_says_it_all(tmp_path: Path) -> None:
     for client in saved.clients:
         choice = plan.choice(client.name)
         assert asdict(choice) == client.model_dump(exclude={"name"})
-    assert content["settings"]["data.clients.cuts"] == [list(plan.choice(client.name).cut) for client in saved.clients]
+    each = [(one["name"], one["cut"]) for one in content["settings"]["data.clients.each"]]
+    assert each == [(client.name, list(plan.choice(client.name).cut)) for client in saved.clients]
     assert content["totals"]["objective"] == plan.measures.objective
     assert json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))["accuracy"]["source"] == "prior"
     page = render(content)

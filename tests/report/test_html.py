@@ -47,12 +47,18 @@ def own_part(path: Path) -> str:
     return text.replace(get_plotlyjs(), "").replace("\u00a0", " ")
 
 
-def test_one_page_with_numbers_table_plots_config_and_versions(tmp_path: Path) -> None:
-    path = write_report(synthetic.run_folder(tmp_path / "run"))
-    assert path == tmp_path / "run" / "report.html"
-    text = own_part(path)
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole run's folder, with its report."""
+    made = synthetic.run_folder(tmp_path_factory.mktemp("full") / "run")
+    assert write_report(made) == made / "report.html"
+    return made
+
+
+def test_one_page_with_numbers_table_plots_config_and_versions(run: Path) -> None:
+    text = own_part(run / "report.html")
     page = Page(text)
-    summary = read_json(tmp_path / "run" / "summary.json")
+    summary = read_json(run / "summary.json")
     assert f"{100 * summary['scores']['last']['personal_mean']:.1f} %" in text
     assert page.tags["tr"] == 1 + len(synthetic.NAMES) + 2
     assert len(re.findall(r'id="plot-\w+"', text)) == 7
@@ -61,8 +67,8 @@ def test_one_page_with_numbers_table_plots_config_and_versions(tmp_path: Path) -
     assert "not finished" not in text
 
 
-def test_nothing_is_loaded_from_elsewhere(tmp_path: Path) -> None:
-    text = own_part(write_report(synthetic.run_folder(tmp_path)))
+def test_nothing_is_loaded_from_elsewhere(run: Path) -> None:
+    text = own_part(run / "report.html")
     assert Page(text).addresses == []
     assert "default-src 'none'" in text
     assert not re.search(r"""(?:src|href)\s*=|url\(|@import|https?://(?!plot\.ly)""", text)
@@ -88,14 +94,13 @@ def test_a_label_and_a_machine_stay_text_too(tmp_path: Path) -> None:
     assert text.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 8
 
 
-def test_equal_folders_give_equal_pages(tmp_path: Path) -> None:
-    run = synthetic.run_folder(tmp_path)
-    first = write_report(run).read_bytes()
+def test_equal_folders_give_equal_pages(run: Path) -> None:
+    first = (run / "report.html").read_bytes()
     assert write_report(run).read_bytes() == first
 
 
 def test_an_interrupted_run_says_so(tmp_path: Path) -> None:
-    run = synthetic.run_folder(tmp_path, metric="perplexity", finished=False)
+    run = synthetic.run_folder(tmp_path, ("a", "b"), metric="perplexity", finished=False)
     with (run / "metrics.jsonl").open("ab") as file:
         file.write(b'{"kind": "st')
     assert "This run is not finished." in own_part(write_report(run))

@@ -10,8 +10,9 @@ from flexp.config import DeploymentConfig
 from flexp.links.grpc import connect
 from flexp.run import runner
 from tests.harness import equal
+from tests.tiny import checkpoint
 
-from .tools import Client, Server, parties, simulated, without_meters
+from .tools import Client, Server, parties, without_meters
 
 
 def test_the_weights_are_those_of_a_good_network(tmp_path: Path) -> None:
@@ -37,6 +38,6 @@ def test_the_weights_are_those_of_a_good_network(tmp_path: Path) -> None:
     network.close()
     assert network.faults.total() >= 15
     assert len(network.faults) >= 4
-    there, here = simulated(tmp_path / "sim"), parties(tmp_path / "fleet", names)
+    there, here = checkpoint(tmp_path / "sim"), parties(tmp_path / "fleet", names)
     for party, state in there.items():
         assert equal(without_meters(state), without_meters(here[party])), party

@@ -10,12 +10,10 @@ import pytest
 from flexp.config import TrainConfig
 from flexp.errors import LinkError
 from flexp.links.messages import Order, Ready
-from flexp.links.orders import read_order, read_ready, to_text
-from flexp.methods.turns import turns
-from flexp.run.conduct import Place, schedule
+from flexp.methods.turns import Place, schedule, turns
 from flexp.run.deterministic import Deterministic
 from flexp.run.free import Free
-from flexp.run.store import Snapshots
+from flexp.run.store import Store
 from tests.harness import world
 
 TRAIN = TrainConfig(rounds=2, steps_per_round=2, order="random")
@@ -57,7 +55,7 @@ class Word:
 
 
 def deterministic(folder: Path | None) -> Deterministic:
-    snapshots = None if folder is None else Snapshots(folder)
+    snapshots = None if folder is None else Store(folder)
     places = schedule(NAMES, TRAIN, 3, evaluate_every=1, save_every=1)
     return Deterministic(world("bert").server, snapshots, "run", lambda _: None, TRAIN, NAMES, places)
 
@@ -152,7 +150,7 @@ def test_a_client_with_a_run_of_another_length_is_refused() -> None:
 
 def test_in_a_free_run_nobody_waits(tmp_path: Path) -> None:
     conductor = Free(
-        world("bert").server, Snapshots(tmp_path), "run", lambda _: None, TRAIN, NAMES, evaluate_every=2, save_every=1
+        world("bert").server, Store(tmp_path), "run", lambda _: None, TRAIN, NAMES, evaluate_every=2, save_every=1
     )
     words = [Word(name, conductor) for name in NAMES]
     words[0].say()
@@ -179,15 +177,3 @@ def test_everybody_is_in_step_where_all_save() -> None:
             saves.append(done["a"])
     assert saves == [0, 12, 12]  # with whole rounds in a row, all are equal after 6 and 12 steps only
     assert places[-2:] == [Place("evaluate", number=2), Place("save")]
-
-
-def test_words_cross_as_they_are() -> None:
-    ready = Ready(3, None, "run", (1, 4), 2, {"loss": 0.5, "odd": float("nan")})
-    assert read_ready(to_text(ready)) == Ready(3, None, "run", (1, 4), 2, {"loss": 0.5})
-    order = Order("step", "run", 7, count=3, save=4)
-    assert read_order(to_text(order)) == order
-    for text in ("", "[]", "{}", '{"steps": "many"}', '{"what": "dance", "run": ""}'):
-        with pytest.raises(LinkError, match="cannot be read"):
-            read_order(text)
-        with pytest.raises(LinkError, match="cannot be read"):
-            read_ready(text)

@@ -9,28 +9,27 @@ from typing import Any
 import pytest
 
 from flexp.client.personal import WholeModel
+from flexp.cost.choice import ExchangeCost
 from flexp.cost.counting import counting
 from flexp.cost.echo import random_batch
-from flexp.cost.flops import ExchangeCost
 from flexp.cost.model_cost import model_cost
 from flexp.cost.probe import Probe
 from flexp.methods.parties import own_stage
 from flexp.models.parts import Part
 from flexp.run.costs import Costs
 from flexp.run.settle import build_world
-from tests.tiny import config
+from tests.tiny import config, each
 
 OFF = {"align": {"kind": "off"}}
-CUTS = {"clients": {"cuts": [[1, 3], [2, None], [3, 4]]}}
+SOME = [[1, 3], [2, None], [3, 4]]
+CUTS = {"clients": each(cut=SOME)}
 
 
-def costs(home: Path, name: str = "flexp-sfl", part: str | None = None, **changes: Any) -> Costs:
-    """Of a run; ``part`` stands for a method of another shape."""
+def costs(home: Path, name: str = "flexp-sfl", **changes: Any) -> Costs:
+    """Of a run."""
     settings = {"data": CUTS, **changes}
     settings["method"] = {"name": name, **changes.get("method", OFF)}
-    found = Costs(build_world(config(home, **settings)))
-    found.part = part or found.part  # type: ignore[assignment]
-    return found
+    return Costs(build_world(config(home, **settings)))
 
 
 def total(cost: ExchangeCost) -> float:
@@ -72,13 +71,13 @@ def test_what_the_planner_counts_without_weights_is_what_runs(home: Path, rank: 
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])
-@pytest.mark.parametrize("part", ["ends", "start"])
-def test_the_parts_of_a_split_step_are_the_whole_step(home: Path, tuning: str, part: str) -> None:
+@pytest.mark.parametrize("name", ["flexp-sfl", "splitfed-v1"], ids=["ends", "start"])
+def test_the_parts_of_a_split_step_are_the_whole_step(home: Path, tuning: str, name: str) -> None:
     model = {"tuning": tuning}
     whole = costs(home, "fedavg", model=model)
-    split = costs(home, part=part, model=model)
-    for name in ("north", "south", "west"):
-        one, other = whole.of(name), split.of(name)
+    split = costs(home, name, model=model)
+    for client in ("north", "south", "west"):
+        one, other = whole.of(client), split.of(client)
         assert one.server_step == 0.0
         assert other.server_step > 0.0 < other.client_step
         assert total(other) == pytest.approx(total(one))
@@ -86,7 +85,7 @@ def test_the_parts_of_a_split_step_are_the_whole_step(home: Path, tuning: str, p
 
 
 def test_deeper_cuts_leave_more_to_the_client(home: Path) -> None:
-    found = costs(home, data={"clients": {"cuts": [[1, 4], [2, 4], [3, 4]]}})
+    found = costs(home, data={"clients": {"each": [{"cut": [1, 4]}, {"cut": [2, 4]}, {"cut": [3, 4]}]}})
     one, two, three = (found.of(name) for name in ("north", "south", "west"))
     assert one.client_step < two.client_step < three.client_step
     assert one.server_step > two.server_step > three.server_step
@@ -101,7 +100,7 @@ def test_messages_are_those_of_the_protocol(home: Path) -> None:
     activation = examples * length * 32 * 4
     assert (cost.forward_up, cost.forward_down) == (activation + examples * length, activation)
     assert (cost.backward_up, cost.backward_down) == (activation, activation)
-    assert costs(home, part="start").of("north").forward_up == activation + examples * length + examples * 8
+    assert costs(home, "splitfed-v1").of("north").forward_up == activation + examples * length + examples * 8
 
 
 def test_alignment_is_the_servers_work_and_one_more_upload(home: Path) -> None:
@@ -157,8 +156,7 @@ def test_a_recomputing_server_computes_its_forward_twice(home: Path) -> None:
 
 def test_adapters_cost_what_the_clients_rank_does(home: Path) -> None:
     """Ranks 2 and 16 in turn: each client costs what it does where all have its rank."""
-    method = {"hetlora": {"ranks": [2, 16]}}
-    found = costs(home, "hetlora", model={"tuning": "lora"}, method=method)
+    found = costs(home, "hetlora", model={"tuning": "lora"}, data={"clients": each(cut=SOME, rank=[2, 16])})
     for name, rank in (("north", 2), ("south", 16), ("west", 2)):
         alone = costs(home, "fedavg", model={"tuning": "lora", "lora": {"rank": rank}}).of(name)
         assert found.of(name) == alone

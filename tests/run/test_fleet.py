@@ -20,12 +20,12 @@ from flexp.run import runner
 from flexp.run.client import run_client
 from flexp.run.fleet import Fleet
 from flexp.run.settle import settle, settle_client
-from flexp.run.store import Snapshots
+from flexp.run.store import Store
 from tests import tiny
 from tests.harness import equal
 from tests.links.grpc_tools import make_certificates
 
-from .tools import Client, Server, fleet, newest, parties, plain, simulated, without_meters
+from .tools import Client, Server, fleet, newest, parties, plain, without_meters
 
 NAMES = list(tiny.CLIENTS)
 FIXED = DeploymentConfig(schedule="deterministic", clients=NAMES, save_every=1)
@@ -45,7 +45,7 @@ def configured(folder: Path, kind: str = "weights", steps: int = 2, **changes: o
 
 
 def check(sim: Path, out: Path) -> None:
-    there, here = simulated(sim), parties(out, NAMES)
+    there, here = tiny.checkpoint(sim), parties(out, NAMES)
     assert there.keys() == here.keys()
     for party, state in there.items():
         assert equal(without_meters(state), without_meters(here[party])), party
@@ -139,7 +139,7 @@ def test_nobody_waits_in_a_free_run(folder: Path, tmp_path: Path) -> None:
         assert client.over
     server.end()
     assert server.server.shared.version == 3 * 20
-    assert {name: server.server.regulars[name].progress.newest for name in NAMES} == dict.fromkeys(NAMES, 20)
+    assert {name: server.server.clients[name].progress.newest for name in NAMES} == dict.fromkeys(NAMES, 20)
     for name in NAMES:
         steps = [r["step"] for r in read(out / "clients" / name / "metrics.jsonl") if r["kind"] == "step"]
         assert sorted(steps) == list(range(1, 21))
@@ -182,10 +182,11 @@ def test_a_cut_changes_before_the_first_step(folder: Path, tmp_path: Path) -> No
     server = Server(config, free, None)
     where = settle_client(config, "south", None)
     run_client(where, free, lambda: plain(server)("south"), state, console=Console(quiet=True), stop=stopped)
-    snapshots = Snapshots(state / "snapshots")
-    tensors, facts = snapshots.load(0)
+    snapshots = Store(state / "snapshots")
+    facts = snapshots.open(0).facts
     assert (facts["steps"], tuple(facts["cut"])) == (0, where.cut) != (0, (3, 4))
-    snapshots.save(0, tensors, facts | {"run": server.conductor.run})  # as if the server had told it to save
+    saved = snapshots.load(0)
+    snapshots.save(0, saved, facts | {"run": server.conductor.run})  # as if the server had told it to save
     Client(config, free, "south", plain(server), state, cut=(3, None)).join()
     server.end()
     assert tuple(newest(state / "snapshots")["cut"].tolist()) == (3, 4)

@@ -46,9 +46,9 @@ def child(address: str, tables: dict[str, Any], state: Path, mib: int) -> subpro
 def test_a_planned_client_trains_where_the_whole_model_does_not(tmp_path: Path) -> None:
     wide_bert(tmp_path / "model")
     tables = content(tmp_path, train={"rounds": 1, "steps_per_round": 2}, method={"align": {"kind": "off"}})
-    tables["data"]["clients"] = {"cuts": [[1, None]]}
+    tables["data"]["clients"] = {"each": [{"cut": [1, None]}]}
     server = Server(validate(tables, "server"), DeploymentConfig(clients=["north"]), tmp_path / "server")
-    tables["data"]["clients"] = {"cuts": "auto"}
+    tables["data"]["clients"] = {"cut": "auto", "each": []}
     try:
         done = child(server.address, tables, tmp_path / "north", 110)
         assert done.returncode == 0, done.stderr

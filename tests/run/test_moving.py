@@ -15,7 +15,7 @@ from flexp.planner.policy import Situation
 from flexp.report.metrics import read
 from flexp.run import recutting
 from flexp.run.recutting import Mover, in_words
-from flexp.run.store import Snapshots
+from flexp.run.store import Store
 
 from .tools import Client, Server, plain
 
@@ -26,7 +26,7 @@ BIG = 1 << 40
 
 def config(folder: Path, **recut: Any) -> RunConfig:
     base = tiny_run(folder, rounds=2, steps_per_round=16, dropout=0.1)
-    clients = base.data.clients.model_copy(update={"names": [NAME], "cuts": [(3, 4)]})
+    clients = base.data.clients.model_copy(update={"names": [NAME], "cut": (3, 4), "each": []})
     rules = RecutConfig(on=True, **{"every": 1, "patience": 1, "pause": 4, **recut})
     model = base.model.model_copy(update={"base_depth": 1})
     data = base.data.model_copy(update={"clients": clients})
@@ -90,7 +90,7 @@ def test_it_sheds_when_memory_is_short_and_takes_back_what_it_gave_when_that_pay
     assert all(in_words(record).startswith(NAME) for record in found)
     steps = [record["step"] for record in read(tmp_path / "client" / "metrics.jsonl") if record["kind"] == "step"]
     assert steps == list(range(1, 33))
-    assert server.server.regulars[NAME].progress.newest == 32  # each once
+    assert server.server.clients[NAME].progress.newest == 32  # each once
 
 
 def test_stopped_after_a_move_it_goes_on_with_the_cut_that_it_has(
@@ -100,15 +100,15 @@ def test_stopped_after_a_move_it_goes_on_with_the_cut_that_it_has(
     situations.append((5, Situation(int(1.2 * peak_of(settings, (1, 4), 1)))))
     server = Server(settings, DEPLOYMENT, tmp_path / "server")
     client = Client(settings, DEPLOYMENT, NAME, plain(server), tmp_path / "client")
-    snapshots = Snapshots(tmp_path / "client" / "snapshots", 50)
+    snapshots = Store(tmp_path / "client" / "snapshots", 50)
     while not (tmp_path / "client" / "metrics.jsonl").exists() or not moves(tmp_path / "client"):
         assert client.thread.is_alive()
     client.stop.set()
     client.join()
     moved = moves(tmp_path / "client")[0]["cut"]
-    facts = snapshots.newest_whole()
-    assert facts is not None
-    assert facts["cut"] == moved != [3, 4]
+    newest = snapshots.newest_whole()
+    assert newest is not None
+    assert newest.facts["cut"] == moved != [3, 4]
     again = Client(settings, DEPLOYMENT, NAME, plain(server), tmp_path / "client")
     again.join()
     server.end()
@@ -169,7 +169,7 @@ def test_a_step_that_runs_out_of_memory_is_done_again_with_less(
     assert sizes[0][0] < 4  # first a smaller exchange
     steps = [record["step"] for record in read(tmp_path / "client" / "metrics.jsonl") if record["kind"] == "step"]
     assert steps == list(range(1, 33))
-    assert server.server.regulars[NAME].progress.newest == 32
+    assert server.server.clients[NAME].progress.newest == 32
 
 
 def test_memory_that_runs_out_with_nothing_left_to_give_up_ends_it_in_a_line(

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from flexp.cost import probe as memory
+from flexp.cost.choice import ExchangeCost
 from flexp.cost.clock import SPLIT_ASYNC, SPLIT_SYNC, SYNCHRONOUS, Schedule
-from flexp.cost.flops import ExchangeCost
 from flexp.cost.probe import Measured, Probe
 from flexp.errors import ConfigError
 from flexp.links.base import Traffic
@@ -26,7 +26,7 @@ from flexp.run.costs import Costs, MemoryProbes
 from flexp.run.participants import NobodyFitsError
 from flexp.run.settle import build_world
 from flexp.run.virtual import client_work
-from tests.tiny import CLIENTS, config
+from tests.tiny import CLIENTS, CUTS, config, each
 
 MB = 10**6
 DEVICES: dict[str, Any] = {
@@ -129,7 +129,8 @@ def test_adapters_are_measured_at_the_clients_rank(home: Path, measured: list[Pr
         config(
             home,
             model={"tuning": "lora"},
-            method={"name": "hetlora", "hetlora": {"ranks": [2, 16]}},
+            method={"name": "hetlora"},
+            data={"clients": each(cut=CUTS, rank=[2, 16])},
             evaluation={"measure_memory": True},
         )
     )

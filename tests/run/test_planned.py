@@ -18,7 +18,7 @@ from flexp.planner.infeasible import InfeasibleError
 from flexp.report.metrics import read
 from flexp.run import runner
 from flexp.run.settle import build_world
-from tests.tiny import CLIENTS, config
+from tests.tiny import CLIENTS, config, each
 
 MB = 10**6
 SIZES = {"small": 26 * MB, "large": 2**31}
@@ -52,7 +52,7 @@ def plan_file(home: Path, *clients: dict[str, Any], **changes: Any) -> str:
 
 def test_auto_on_the_classes_of_devices(home: Path) -> None:
     devices = {"assign": ["phone", "laptop", "phone"], "server": "server"}
-    world = build_world(planned(home, {"cuts": "auto"}, devices=devices))
+    world = build_world(planned(home, {"cut": "auto", "each": []}, devices=devices))
     assert world.plan is not None
     assert [client["name"] for client in world.plan["clients"]] == list(CLIENTS)
     assert [tuple(client["cut"]) for client in world.plan["clients"]] == list(world.cuts.values())
@@ -61,20 +61,20 @@ def test_auto_on_the_classes_of_devices(home: Path) -> None:
 
 def test_auto_on_profiles_of_the_clients(home: Path) -> None:
     files = [phone(home, name, size) for name, size in SIZES.items()]
-    world = build_world(planned(home, {"cuts": "auto", "profiles": files}))
+    world = build_world(planned(home, {"cut": "auto", **each(profile=files)}))
     assert world.plan is not None
     assert [client["memory_available_bytes"] for client in world.plan["clients"]] == [26 * MB, 2**31, 26 * MB]
-    assert any(note.startswith("cuts planned from data.clients.profiles: ") for note in world.federation.notes)
+    assert any(note.startswith("cuts planned from data.clients.profile: ") for note in world.federation.notes)
     server = phone(home, "rack", 2**31, role="server")
     with pytest.raises(ConfigError, match=r"rack\.json is of a server; expected one of `flexp profile --as client`"):
-        build_world(planned(home, {"cuts": "auto", "profiles": [server]}))
+        build_world(planned(home, {"cut": "auto", "each": [], "profile": server}))
     with pytest.raises(StorageError, match=r"none\.json"):
-        build_world(planned(home, {"cuts": "auto", "profiles": [str(home / "none.json")]}))
+        build_world(planned(home, {"cut": "auto", "each": [], "profile": str(home / "none.json")}))
 
 
 def test_auto_on_this_process_says_what_it_assumes(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     memory(monkeypatch, 2**30)
-    wanted = planned(home, {"cuts": "auto"}, train={"batch_size": 4, "micro_batch": 4})
+    wanted = planned(home, {"cut": "auto", "each": []}, train={"batch_size": 4, "micro_batch": 4})
     world = build_world(wanted)
     note = next(note for note in world.federation.notes if "planned" in note)
     assert note.startswith("cuts planned from a test, 1.07 GB; speed and network are a laptop's, not measured: ")
@@ -97,17 +97,18 @@ def test_auto_on_this_process_says_what_it_assumes(home: Path, monkeypatch: pyte
 def test_a_run_goes_on_with_the_cuts_that_it_began_with(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     memory(monkeypatch, 2**30)
     out = home / "out"
-    wanted = planned(home, {"cuts": "auto"}, train={"rounds": 1, "steps_per_round": 1, "batch_size": 4})
+    wanted = planned(home, {"cut": "auto", "each": []}, train={"rounds": 1, "steps_per_round": 1, "batch_size": 4})
     runner.run(wanted, out)
     kept = json.loads((out / "config.json").read_text(encoding="utf-8"))
     plan = (out / "plan.json").read_bytes()
-    assert kept["data"]["clients"]["cuts"] == [client["cut"] for client in json.loads(plan)["clients"]]
+    cuts = [own["cut"] for own in kept["data"]["clients"]["each"]]
+    assert cuts == [client["cut"] for client in json.loads(plan)["clients"]]
     kept["train"]["rounds"] = 2
     write_json(out / "config.json", kept)
     memory(monkeypatch, 1)  # with which nothing could be planned
     summary = runner.resume(out)
     assert summary["rounds"] == 2
-    assert [client["cut"] for client in summary["clients"]] == kept["data"]["clients"]["cuts"]
+    assert [client["cut"] for client in summary["clients"]] == cuts
     assert (out / "plan.json").read_bytes() == plan
 
 

@@ -11,9 +11,9 @@ import torch
 from flexp.errors import ConfigError
 from flexp.methods.flexp_sfl import FlexpSfl
 from flexp.report.metrics import read
-from flexp.run import checkpoints, runner
+from flexp.run import runner
 from flexp.run.settle import build_world
-from tests.tiny import CLIENTS, bert_folder, config
+from tests.tiny import CLIENTS, bert_folder, checkpoint, config
 
 NORTH, SOUTH, WEST = CLIENTS
 FAST_THEN_SLOW: dict[str, Any] = {
@@ -71,11 +71,10 @@ def test_cuts_follow_the_devices_and_nobody_moves_without_need(folder: Path, tmp
 
 def test_the_clock_without_moves_is_slower(folder: Path, tmp_path: Path) -> None:
     """Deep cuts on a device that has become slow take longer than those that follow it."""
-    deep = {"cuts": [[3, 4]]}
     base = changing(folder, {}, changes=[{"before_round": 2, "to": "slow"}],
                     classes={"slow": {"base": "phone", "flops": 1e6}}, server="server")  # fmt: skip
-    base = base.model_copy(update={"data": base.data.model_copy(
-        update={"clients": base.data.clients.model_copy(update=deep)})})  # fmt: skip
+    clients = base.data.clients
+    base = base.with_clients(clients.written(CLIENTS, cut=[(3, 4)] * len(CLIENTS)))
     still = runner.run(base, tmp_path / "still")
     moved = runner.run(base.model_copy(update={"recut": base.recut.model_copy(update={"on": True})}), tmp_path / "on")
     assert {tuple(client["cut"]) for client in still["clients"]} == {(3, 4)}
@@ -88,7 +87,7 @@ def test_resumed_after_a_move_equals_undisturbed(folder: Path, tmp_path: Path) -
         {"before_round": 3, "clients": [NORTH], "to": "workstation"},
     ])  # fmt: skip
     runner.run(settings, tmp_path / "whole")
-    wanted = checkpoints.load(checkpoints.latest(tmp_path / "whole" / "checkpoints"))[1]  # type: ignore[arg-type]
+    wanted = checkpoint(tmp_path / "whole")
 
     stopped = tmp_path / "stopped"
     evaluate = runner._Run._evaluate
@@ -103,7 +102,7 @@ def test_resumed_after_a_move_equals_undisturbed(folder: Path, tmp_path: Path) -
         with pytest.raises(KeyboardInterrupt):
             runner.run(settings, stopped)
     runner.resume(stopped)
-    got = checkpoints.load(checkpoints.latest(stopped / "checkpoints"))[1]  # type: ignore[arg-type]
+    got = checkpoint(stopped)
     moves = [record for record in read(stopped / "metrics.jsonl") if record["kind"] == "move"]
     assert [record["restored"] != [] for record in moves if record["client"] == NORTH][-1]  # blocks came back
     for party, state in wanted.items():

@@ -19,10 +19,10 @@ from flexp.errors import ConfigError, DataError, FlexpError, StorageError, Train
 from flexp.methods.flexp_sfl import FlexpSfl
 from flexp.models.zoo import tiny_model
 from flexp.report.metrics import read
-from flexp.run import checkpoints, runner
+from flexp.run import runner, store
 from flexp.run.settle import build_world
 from tests.data.tools import jsonl, labelled, tokenizer
-from tests.tiny import CLIENTS, config, content
+from tests.tiny import CLIENTS, checkpoint, config, content
 
 VALIDATION_EXAMPLES = 3  # a quarter of 12
 
@@ -36,15 +36,9 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 
 
-def final(out: Path) -> dict[str, dict[str, torch.Tensor]]:
-    place = checkpoints.latest(out / "checkpoints")
-    assert place is not None
-    return checkpoints.load(place)[1]
-
-
 def same(left: Path, right: Path) -> None:
     """Equal weights, optimiser states and generators, bit for bit; seconds differ, of course."""
-    one, two = final(left), final(right)
+    one, two = checkpoint(left), checkpoint(right)
     assert one.keys() == two.keys()
     for party, tensors in one.items():
         assert tensors.keys() == two[party].keys()
@@ -115,11 +109,11 @@ def test_killed_at_any_moment_resumes_to_equal_weights(home: Path) -> None:
         stderr=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 120
-    while not list((home / "killed/checkpoints").glob("round-*")) and time.monotonic() < deadline:
+    while not list((home / "killed/checkpoints").glob("checkpoint-*")) and time.monotonic() < deadline:
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    assert checkpoints.latest(home / "killed/checkpoints") is not None
+    assert checkpoint(home / "killed")
     with (home / "killed/metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"kind": "step", "rou')  # as a kill in the middle of a line leaves it
     assert runner.resume(home / "killed")["finished"]
@@ -154,8 +148,8 @@ def test_equal_seeds_give_equal_runs_and_other_seeds_others(home: Path) -> None:
     same(home / "a", home / "b")
     assert one["scores"] == two["scores"]
     assert any(
-        not torch.equal(value, final(home / "c")["client-north"][name])
-        for name, value in final(home / "a")["client-north"].items()
+        not torch.equal(value, checkpoint(home / "c")["client-north"][name])
+        for name, value in checkpoint(home / "a")["client-north"].items()
         if name.startswith("personal/")
     )
     assert other["seed"] == 1
@@ -181,20 +175,22 @@ def test_a_run_is_not_written_over(home: Path) -> None:
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(home: Path) -> None:
     runner.run(config(home), home / "out")
-    place = checkpoints.latest(home / "out/checkpoints")
-    assert place is not None
-    file = place / "000-server.safetensors"
+    file = home / "out/checkpoints/checkpoint-00000003/000-server.safetensors"
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(bytes(data))
-    with pytest.raises(StorageError, match=r"000-server.safetensors is not what was saved.*delete .* round-00003"):
+    with pytest.raises(
+        StorageError, match=r"000-server.safetensors is not what was saved.*delete .* checkpoint-00000003"
+    ):
         runner.resume(home / "out")
 
 
 def test_an_empty_index_of_a_checkpoint_is_mended_alike(home: Path) -> None:
     runner.run(config(home), home / "out")
-    (home / "out/checkpoints/round-00003/checkpoint.json").write_text("")
-    with pytest.raises(StorageError, match=r"checkpoint.json is not what was saved; delete the folder round-00003"):
+    (home / "out/checkpoints/checkpoint-00000003/checkpoint.json").write_text("")
+    with pytest.raises(
+        StorageError, match=r"checkpoint.json is not what was saved .*; delete the folder checkpoint-00000003"
+    ):
         runner.resume(home / "out")
 
 
@@ -209,7 +205,7 @@ def test_clients_may_be_called_what_no_file_can_be_called(home: Path) -> None:
     (home / "out/config.json").write_text(json.dumps(run.resolved()), encoding="utf-8")
     summary = runner.resume(home / "out")
     assert {client["name"] for client in summary["clients"]} == set(NAMES)
-    assert set(final(home / "out")) == {"server", *(f"client-{name}" for name in NAMES)}
+    assert set(checkpoint(home / "out")) == {"server", *(f"client-{name}" for name in NAMES)}
     same(home / "whole", home / "out")
     assert {path.name for path in home.iterdir()} == {"model", "rows.jsonl", "odd.jsonl", "whole", "out"}
 
@@ -238,7 +234,7 @@ def test_the_best_round_on_validation_data_is_kept(home: Path, monkeypatch: pyte
     assert summary["scores"]["picked_on"] == "validation"
     assert summary["scores"]["best"]["round"] == 2
     kept = sorted(path.name for path in (home / "out/checkpoints").iterdir())
-    assert kept == ["round-00002", "round-00004", "round-00005"]
+    assert kept == [f"checkpoint-{number:08d}" for number in (2, 4, 5)]
     records = [record for record in read(home / "out/metrics.jsonl") if record["kind"] == "eval"]
     assert all(record["validation"]["n"] == VALIDATION_EXAMPLES for record in records)
     assert "The best round on validation data was round 2" in (home / "out/report.html").read_text(encoding="utf-8")
@@ -254,7 +250,7 @@ def test_full_tuning_in_bfloat16_is_warned_of(home: Path) -> None:
 
 def test_halves_of_checkpoints_go_when_a_run_is_resumed(home: Path) -> None:
     runner.run(config(home), home / "out")
-    half = home / "out/checkpoints/.round-00004.0123abcd.part"
+    half = home / "out/checkpoints/.checkpoint-00000004.0123abcd.part"
     half.mkdir()
     (half / "000-server.safetensors").write_bytes(b"half")
     runner.resume(home / "out")
@@ -264,7 +260,7 @@ def test_halves_of_checkpoints_go_when_a_run_is_resumed(home: Path) -> None:
 def test_a_full_disk_while_saving_loses_nothing(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = config(home)
     saves = 0
-    save_file = checkpoints.save_file
+    save_file = store.save_file
 
     def full(tensors: Any, path: Path) -> None:
         nonlocal saves
@@ -274,11 +270,11 @@ def test_a_full_disk_while_saving_loses_nothing(home: Path, monkeypatch: pytest.
             raise OSError(28, "No space left on device")
         save_file(tensors, path)
 
-    monkeypatch.setattr(checkpoints, "save_file", full)
+    monkeypatch.setattr(store, "save_file", full)
     with pytest.raises(StorageError, match="the disk is full; what was saved before is intact"):
         runner.run(run, home / "out")
     monkeypatch.undo()
-    assert [path.name for path in (home / "out/checkpoints").iterdir()] == ["round-00001"]
+    assert [path.name for path in (home / "out/checkpoints").iterdir()] == ["checkpoint-00000001"]
     runner.resume(home / "out")
     runner.run(run, home / "undisturbed")
     same(home / "out", home / "undisturbed")
@@ -298,11 +294,11 @@ def test_an_empty_client_is_named(home: Path) -> None:
 
 def test_a_cut_outside_of_the_model_is_named(home: Path) -> None:
     with pytest.raises(ConfigError, match=r"cuts of client north = \(2, 9\) does not fit a model of 4 blocks"):
-        runner.run(config(home, data={"clients": {"cuts": [[2, 9]]}}), home / "out")
+        runner.run(config(home, data={"clients": {"each": [{"cut": [2, 9]}]}}), home / "out")
 
 
 def test_sending_embeddings_must_be_asked_for(home: Path) -> None:
-    data = {"clients": {"names": ["north"], "cuts": [[0, 3]]}}
+    data = {"clients": {"names": ["north"], "each": [{"cut": [0, 3]}]}}
     with pytest.raises(ConfigError, match=r"the server can read every token.*s >= 1"):
         runner.run(config(home, data=data), home / "out")
     with pytest.raises(ConfigError, match="the server can read every token"):

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 import flexp
 from flexp.errors import StorageError
@@ -19,6 +18,7 @@ from flexp.links.grpc import connect
 from flexp.models.zoo import save_tiny
 from flexp.rng import RandomStream
 from flexp.run.server import load, run_server, save
+from flexp.run.store import Store
 from tests.harness import World, equal, shared_weights, world
 
 ADDRESS = re.compile(r"at (127\.0\.0\.1:\d+)")
@@ -63,7 +63,7 @@ def test_it_stops_and_goes_on(tmp_path: Path) -> None:
         link.close()
 
     undisturbed, first, second = (world("bert", dropout=0.2) for _ in range(3))
-    state = tmp_path / "folder" / "server.safetensors"
+    state = tmp_path / "folder" / "server"
     running = Running(undisturbed, None)
     for seed in range(4):
         step(undisturbed, running.url, seed)
@@ -79,7 +79,7 @@ def test_it_stops_and_goes_on(tmp_path: Path) -> None:
         assert ("going on from" in said) == (here is second)
     assert "stopped after 4 updates" in said
     assert equal(shared_weights(second.server), shared_weights(undisturbed.server))
-    assert {path.name for path in state.parent.iterdir()} == {state.name}
+    assert {path.name for path in state.iterdir()} == {"checkpoint-00000001", "checkpoint-00000002"}
 
 
 def test_an_unfinished_step_does_not_hold_it_up_for_ever(tmp_path: Path) -> None:
@@ -92,28 +92,40 @@ def test_an_unfinished_step_does_not_hold_it_up_for_ever(tmp_path: Path) -> None
     assert "saved in" in running.stop()
     assert not here.server._sessions
     other = world("llama")
-    load(other.server, state)
+    load(other.server, Store(state))
     assert equal(shared_weights(other.server), before)
     link.close()
 
 
 def test_odd_states_are_refused(tmp_path: Path) -> None:
-    here, path = world("llama"), tmp_path / "state"
-    path.write_bytes(b"no safetensors")
-    with pytest.raises(StorageError, match="no state of a server"):
-        load(here.server, path)
-    save_file({"x": torch.zeros(1)}, path)
+    here, store = world("llama"), Store(tmp_path / "state")
+    store.save(1, {"server": {"x": torch.zeros(1)}})
     with pytest.raises(StorageError, match=r"no state of a server|not this server's"):
-        load(here.server, path)
-    save(here.server, path)
+        load(here.server, store)
+    save(here.server, store)
+    assert store.numbers() == [1, 2]
     with pytest.raises(StorageError, match="not this server's"):
-        load(world("llama", base_depth=2).server, path)
+        load(world("llama", base_depth=2).server, store)
+    file = next((tmp_path / "state").glob("checkpoint-00000002/*.safetensors"))
+    file.write_bytes(b"no safetensors")
+    with pytest.raises(StorageError, match=r"SHA-256 differs\); delete the folder checkpoint-00000002"):
+        load(here.server, store)
+
+
+def test_where_it_cannot_save_it_does_not_start(tmp_path: Path) -> None:
+    """And it says what to do with the file that an older version kept its state in."""
+    here = world("llama")
+    (tmp_path / "file").write_bytes(b"an older state")
+    for state, message in ((tmp_path / "file", "older versions"), (tmp_path / "file/in", "cannot be written")):
+        with pytest.raises(StorageError, match=message) as caught:
+            run_server(here.server, "127.0.0.1:0", state=state, say=lambda _: None)
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.slow
 def test_the_command_as_a_user_types_it(tmp_path: Path) -> None:
     folder, state = save_tiny("llama", tmp_path / "model"), tmp_path / "state"
-    arguments = ["--model", str(folder), "--listen", "127.0.0.1:0", "--state", str(state), "--threads", "1"]
+    arguments = ["--model", str(folder), "--listen", "127.0.0.1:0", "--state", str(state), "--set", "threads=1"]
     process = subprocess.Popen(
         [sys.executable, "-u", "-m", "flexp.cli.main", "server", *arguments],
         stdout=subprocess.PIPE,
@@ -135,6 +147,6 @@ def test_the_command_as_a_user_types_it(tmp_path: Path) -> None:
     assert "clinic-a: joined with cut (2, 4)" in rest
     assert f"stopped after 1 updates; saved in {state}" in rest
     server = flexp.Server.from_pretrained(folder)
-    load(server, state)
+    load(server, Store(state))
     assert server.shared.version == 1
     model.link.close()

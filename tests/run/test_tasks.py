@@ -28,7 +28,11 @@ def run(folder: Path, place: Path, source: Path, data: dict[str, Any], **tables:
     content = {
         "threads": 1,
         "model": {"id": str(place)},
-        "data": {"source": str(source), "clients": {"cuts": [[1, 3], [2, None], [3, 4]]}, **data},
+        "data": {
+            "source": str(source),
+            "clients": {"each": [{"cut": [1, 3]}, {"cut": [2, None]}, {"cut": [3, 4]}]},
+            **data,
+        },
         "train": {"rounds": 2, "steps_per_round": 3, "batch_size": 4, "micro_batch": 2, "personal": {"lr": 1e-3}},
         "evaluation": {"measure_memory": False},
         "output": {"tensorboard": False, "html": True},
@@ -89,7 +93,7 @@ def test_image_folder(tmp_path: Path, tuning: str) -> None:
         Image.fromarray(pixels).save(place)
     data = {
         "task": "image-classification",
-        "clients": {"by": "iid", "count": 3, "cuts": [[1, 3], [2, None], [3, 4]]},
+        "clients": {"by": "iid", "count": 3, "each": [{"cut": [1, 3]}, {"cut": [2, None]}, {"cut": [3, 4]}]},
     }
     tables = {"model": {"id": str(model), "tuning": tuning}}
     run(tmp_path, model, tmp_path / "images", data, **tables)

@@ -14,11 +14,10 @@ from benchmarks.chaos import METERS
 from flexp.config import DeploymentConfig, RunConfig
 from flexp.links.base import Link
 from flexp.links.grpc import connect
-from flexp.run import checkpoints
 from flexp.run.client import run_client
 from flexp.run.server import make_conductor, make_server, run_server
 from flexp.run.settle import settle, settle_client
-from flexp.run.store import Snapshots
+from flexp.run.store import Store
 
 
 class Server:
@@ -123,21 +122,15 @@ def fleet(
 
 def newest(folder: Path) -> Mapping[str, Tensor]:
     """The content of a party's newest snapshot."""
-    snapshots = Snapshots(folder)
-    return snapshots.load(max(snapshots.numbers()))[0]
+    store = Store(folder)
+    (tensors,) = store.load(max(store.numbers())).values()
+    return tensors
 
 
 def parties(out: Path, names: list[str]) -> dict[str, Mapping[str, Tensor]]:
     """What every party of a fleet ended with, named as a simulation's checkpoint names them."""
     clients = {f"client-{name}": newest(out / "clients" / name / "snapshots") for name in names}
     return {"server": newest(out / "server"), **clients}
-
-
-def simulated(out: Path) -> dict[str, dict[str, Tensor]]:
-    """What every party of a simulation ended with."""
-    place = checkpoints.latest(out / "checkpoints")
-    assert place is not None
-    return checkpoints.load(place)[1]
 
 
 def without_meters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

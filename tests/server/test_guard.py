@@ -12,8 +12,8 @@ import torch
 from flexp.config import AlignConfig, GuardConfig, ServerConfig
 from flexp.errors import BadValuesError, LinkError
 from flexp.links.messages import Abort, BackwardRequest, FetchRequest, ForwardRequest, PullRequest
-from flexp.server.bounds import Bounds
-from flexp.server.guard import Guard
+from flexp.server.clients import Guard
+from flexp.server.shared import Bounds
 from tests.harness import World, equal, seeded, shared_weights, world
 
 HIDDEN = 32
@@ -158,7 +158,7 @@ def test_a_numbering_that_no_state_could_hold_is_refused() -> None:
         with pytest.raises(LinkError, match=r"expected 0 to 2\*\*63 - 1"):
             here.join("a", (1, 4), numbering=numbering)
     here.join("a", (1, 4), numbering=(1 << 63) - 1)
-    assert here.server.regulars["a"].progress.state()[0] == (1 << 63) - 1
+    assert here.server.clients["a"].progress.state()[0] == (1 << 63) - 1
 
 
 def strike(here: World, client: str, number: int) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from flexp.errors import LinkError
 from flexp.links.messages import BackwardRequest, ForwardRequest, Leave, PullRequest
-from flexp.server.progress import WINDOW, Progress
+from flexp.server.session import WINDOW, Progress
 from tests.harness import World, equal, seeded, shared_weights, world
 
 MINE, OTHERS = 77, 78
@@ -119,7 +119,7 @@ def test_answers_are_kept_from_the_last_snapshot_on() -> None:
     here.server.keep_answers_after("a", 0)
     for step in (1, 2, 3):
         do(here, step)
-    progress = here.server.regulars["a"].progress
+    progress = here.server.clients["a"].progress
     assert all(progress.answer(step, ("forward", step << 16 | 1)) is not None for step in (1, 2, 3))
     here.server.keep_answers_after("a", 2)
     assert progress.answer(2, ("forward", 2 << 16 | 1)) is None

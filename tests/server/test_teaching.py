@@ -9,7 +9,7 @@ import torch
 
 from flexp.config import AlignConfig, OptimizerConfig, ServerConfig
 from flexp.links.messages import ForwardReply, ForwardRequest
-from flexp.server import session
+from flexp.server import alignment
 from tests.harness import RecordingLink, World, copied, disturb, equal, gradients, shared_weights, world
 
 SGD = OptimizerConfig(name="sgd", lr=1.0, clip=None)
@@ -122,8 +122,8 @@ def test_inner_activations_go_up_for_a_term_alone(align: dict[str, Any], inner: 
 def test_a_term_of_weight_zero_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Teaching goes on as with alignment off, to the last bit."""
     calls: list[int] = []
-    term = session.alignment
-    monkeypatch.setattr(session, "alignment", lambda *arguments: calls.append(1) or term(*arguments))
+    term = alignment.alignment
+    monkeypatch.setattr(alignment, "alignment", lambda *arguments: calls.append(1) or term(*arguments))
     moved = []
     for align in ({"kind": "kl", "weight": 0.5}, {"kind": "kl", "weight": 0.0}, {"kind": "off"}):
         here = world("llama", optimizer=SGD)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -10,18 +9,18 @@ import torch
 
 from flexp.errors import ConfigError, StorageError
 from flexp.export.folder import export
+from flexp.export.opening import open_trained
 from flexp.export.saved import open_run
 from flexp.links.grpc import connect, serve
 from flexp.links.messages import ExtendRequest
-from flexp.run import checkpoints
 from flexp.run.server import load
+from flexp.run.store import Store
 from flexp.server import Server
-from flexp.serving.opened import open_writer
-from flexp.serving.writer import Wishes, Writer
+from flexp.serving.writer import GenerationConfig, Writer, open_writer
 from tests.export.tools import train
 from tests.harness import RecordingLink
 
-GREEDY = Wishes(max_new_tokens=8, temperature=0.0)
+GREEDY = GenerationConfig(max_new_tokens=8, temperature=0.0)
 
 
 def answer(writer: Writer) -> str:
@@ -35,16 +34,14 @@ def test_run_folder_and_server_write_the_same(tmp_path: Path) -> None:
     run = train(tmp_path, "llama", train={"rounds": 2, "steps_per_round": 6})
     texts = {client: answer(open_writer(run, client)) for client in ("north", "south")}
     assert all(texts.values())
-    export(open_run(run), "north", tmp_path / "north")
+    export(open_trained(run, "north"), tmp_path / "north")
     assert answer(open_writer(tmp_path / "north")) == texts["north"]
 
     (tmp_path / "rows.jsonl").unlink()  # with a server, nobody's data are needed
-    found = checkpoints.kept(run / "checkpoints")
-    shutil.copy(next(found[2].glob("000-server*")), tmp_path / "state")
-    for other in found[2].glob("*south*"):
-        other.unlink()
     server = Server.from_pretrained(tmp_path / "model")
-    load(server, tmp_path / "state")
+    load(server, Store(run / "checkpoints"))
+    for other in (run / "checkpoints/checkpoint-00000002").glob("*south*"):
+        other.unlink()
     links: list[RecordingLink] = []
     with serve(server) as serving:
 
@@ -57,7 +54,7 @@ def test_run_folder_and_server_write_the_same(tmp_path: Path) -> None:
         assert answer(writer) == texts["north"]
         with pytest.raises(ConfigError, match="the run has no client 'west'"):
             open_writer(run, "west", connect=reach)
-        with pytest.raises(StorageError, match=r"has no checkpoint of round 7; it has those of round 1, 2"):
+        with pytest.raises(StorageError, match=r"has no checkpoint 7; it has 1, 2"):
             open_writer(run, "north", "7", connect=reach)
         with pytest.raises(StorageError, match="south"):
             open_writer(run, "south", connect=reach)
@@ -80,9 +77,9 @@ def test_every_method_writes(tmp_path: Path, method: str, tuning: str) -> None:
 
 def test_what_cannot_write_says_so(tmp_path: Path) -> None:
     run = train(tmp_path, "bert")
-    with pytest.raises(ConfigError, match="write no text: their task is classification; use flexp predict"):
+    with pytest.raises(ConfigError, match="writes no text: its task is classification; use flexp predict"):
         open_writer(run, "north")
-    export(open_run(run), "north", tmp_path / "north")
+    export(open_trained(run, "north"), tmp_path / "north")
     with pytest.raises(ConfigError, match="writes no text"):
         open_writer(tmp_path / "north")
     with pytest.raises(ConfigError, match="leave out --server"):

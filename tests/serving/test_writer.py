@@ -1,4 +1,4 @@
-"""Prompts, wishes and answers of a personal model."""
+"""Prompts, generation and answers of a personal model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from flexp.errors import ConfigError, DataError
-from flexp.serving.writer import Wishes
+from flexp.serving.writer import GenerationConfig
 
 from .tools import Scripted, writer
 
@@ -20,9 +20,9 @@ def test_an_answer_its_counts_and_why_it_ends() -> None:
     assert (full.text, full.prompt_tokens, full.tokens, full.reason) == ("the red dog runs fast now", 3, 7, "stop")
     assert "".join(said) == full.text
     assert len(said) == 6
-    cut = subject.write(ids, Wishes(max_new_tokens=2))
+    cut = subject.write(ids, GenerationConfig(max_new_tokens=2))
     assert (cut.text, cut.tokens, cut.reason) == ("the red", 2, "length")
-    stopped = subject.write(ids, Wishes(stop=(" runs", "zzz")))
+    stopped = subject.write(ids, GenerationConfig(stop=(" runs", "zzz")))
     assert (stopped.text, stopped.tokens, stopped.reason) == ("the red dog", 4, "stop")
     assert model.prompts == [ids] * 3
 
@@ -34,7 +34,7 @@ def test_it_ends_when_nobody_listens_any_more() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wishes", "expected"),
+    ("generation", "expected"),
     [
         ({}, {}),
         ({"temperature": 0.7, "top_k": 5}, {"do_sample": True, "temperature": 0.7, "top_k": 5}),
@@ -43,18 +43,18 @@ def test_it_ends_when_nobody_listens_any_more() -> None:
         ({"temperature": 0.0, "top_p": 0.5}, {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}),
     ],
 )
-def test_wishes_are_options_of_generate(wishes: dict[str, Any], expected: dict[str, Any]) -> None:
+def test_wishes_are_options_of_generate(generation: dict[str, Any], expected: dict[str, Any]) -> None:
     model = Scripted()
-    writer(model).write([5], Wishes(**wishes))
+    writer(model).write([5], GenerationConfig(**generation))
     fixed = ("attention_mask", "max_new_tokens", "max_length", "eos_token_id", "pad_token_id")
     assert {key: value for key, value in model.calls[0].items() if key not in fixed} == expected
     assert model.calls[0]["eos_token_id"] == [1]
 
 
-@pytest.mark.parametrize("wishes", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_k": 0}])
-def test_wishes_that_make_no_sense(wishes: dict[str, Any]) -> None:
+@pytest.mark.parametrize("generation", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_k": 0}])
+def test_wishes_that_make_no_sense(generation: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="is not allowed"):
-        writer(Scripted()).write([5], Wishes(**wishes))
+        writer(Scripted()).write([5], GenerationConfig(**generation))
 
 
 def test_prompts_that_do_not_fit() -> None:
@@ -122,6 +122,6 @@ def test_the_same_seed_gives_the_same_answer() -> None:
     subject = writer(model)
     outer = torch.get_rng_state()
     for seed in (1, 1, 2):
-        subject.write([5], Wishes(max_new_tokens=1, seed=seed))
+        subject.write([5], GenerationConfig(max_new_tokens=1, seed=seed))
     assert drawn[0] == drawn[1] != drawn[2]
     assert torch.equal(torch.get_rng_state(), outer)

@@ -50,4 +50,4 @@ class Scripted:
 def writer(model: Scripted, chats: bool = True, prompt: str | None = None) -> Writer:
     if chats:
         model.tokenizer.chat_template = TEMPLATE
-    return Writer("north", model.tokenizer, model, model.config, prompt=prompt, about="scripted")
+    return Writer("north", model.tokenizer, model, 64, prompt=prompt, about="scripted")

@@ -37,9 +37,7 @@ def join(
     train_shared: Annotated[
         bool, typer.Option("--train-shared", help="Train the shared blocks as well; the run keeps its own.")
     ] = False,
-    cut: Annotated[
-        str | None, typer.Option("--cut", metavar="S:E", help="Default: the next of data.clients.cuts.")
-    ] = None,
+    cut: Annotated[str | None, typer.Option("--cut", metavar="S:E", help="Default: the next of the clients'.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps; default: as many as the others'.")] = None,
     every: Annotated[int | None, typer.Option(min=1, help="Score after so many steps.")] = None,
     settings: Annotated[

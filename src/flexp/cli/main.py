@@ -15,6 +15,7 @@ from flexp.cli import (
     compare,
     fleet,
     join,
+    methods,
     plan,
     profile,
     readmit,
@@ -34,6 +35,8 @@ app = typer.Typer(
     name="flexp",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    context_settings={"max_content_width": 120},
+    rich_markup_mode=None,  # plain help: rich would take longer to import than all else together
     help="Personalized split federated fine-tuning of transformers.",
 )
 app.command("demo")(run.demo)
@@ -57,6 +60,7 @@ app.add_typer(token.app, name="token")
 app.command("join")(join.join)
 app.add_typer(state.app, name="state")
 app.command("profile")(profile.profile)
+app.command("methods")(methods.methods)
 app.add_typer(assets.app, name="assets")
 
 

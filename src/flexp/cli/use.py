@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +15,7 @@ from flexp.errors import ConfigError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from flexp.export.usable import Usable
+    from flexp.export.trained import Trained
 
 Client = Annotated[
     str | None, typer.Option("--client", metavar="NAME", help="Whose model; of a run with one client, its own.")
@@ -47,10 +46,13 @@ def export(
     """Write a client's personal model as a folder that transformers (or peft) loads."""
     if merge and adapter:
         raise ConfigError("--merge gives the whole model, --adapter only what was added to it: choose one")
-    from flexp.export.places import export as write
+    from flexp.export.folder import check_target
+    from flexp.export.folder import export as write
+    from flexp.export.opening import open_trained
 
-    connect = reaching(server, token, ca, cert, key, insecure)
-    facts = write(run, client, out, "adapter" if adapter else "whole", dtype, number, connect)
+    check_target(out, dtype)
+    opened = open_trained(run, client, number, reaching(server, token, ca, cert, key, insecure))
+    facts = write(opened, out, "adapter" if adapter else "whole", dtype)
     what = "a peft adapter" if adapter else "a whole model"
     typer.echo(f"{facts['client']!r} after round {facts['round']}: {what} ({facts['dtype']}) in {out}")
 
@@ -86,11 +88,10 @@ def evaluate(
     insecure: Insecure = False,
 ) -> None:
     """Score a personal model on its client's own test data and on everybody's, or on a file."""
-    from flexp.export.answers import score, score_pretrained
-    from flexp.export.usable import open_model
+    from flexp.export.answers import score
+    from flexp.export.opening import open_trained
 
-    connect = reaching(server, token, ca, cert, key, insecure)
-    opened = open_model(model, client, number, run, connect, own_data=data is None and harness is None)
+    opened = open_trained(model, client, number, reaching(server, token, ca, cert, key, insecure), run)
     try:
         if harness is not None:
             _harness(opened, harness, tasks_dir, limit, batch_size, pretrained, as_json)
@@ -99,7 +100,7 @@ def evaluate(
             raise ConfigError("--tasks-dir and --limit go with --harness TASKS: say which tasks")
         scores = {"personal": score(opened, data, batch_size)}
         if pretrained:
-            scores = {"pretrained": score_pretrained(opened, data, batch_size), **scores}
+            scores = {"pretrained": score(opened, data, batch_size, pretrained=True), **scores}
     finally:
         opened.close()
     metric = opened.task.metric
@@ -131,10 +132,9 @@ def predict(
 ) -> None:
     """Let a classifier label a file: one line a row, with the probability of every label."""
     from flexp.export.answers import predict as write
-    from flexp.export.usable import open_model
+    from flexp.export.opening import open_trained
 
-    connect = reaching(server, token, ca, cert, key, insecure)
-    opened = open_model(model, client, number, connect=connect, own_data=False)
+    opened = open_trained(model, client, number, reaching(server, token, ca, cert, key, insecure))
     try:
         count = write(opened, data, out, batch_size)
     finally:
@@ -164,7 +164,7 @@ def _table(scores: dict[str, dict[str, dict[str, float]]], metric: str, client: 
 
 
 def _harness(
-    opened: Usable,
+    opened: Trained,
     tasks: str,
     folder: Path | None,
     limit: int | None,
@@ -177,13 +177,9 @@ def _harness(
     except ImportError as error:
         raise ConfigError(f"--harness needs lm-eval ({error}): pip install 'flexp[lm-eval]'") from error
     names = [name.strip() for name in tasks.split(",") if name.strip()]
-    models = {"personal": opened}
-    if pretrained:
-        if opened.pretrained is None:
-            raise ConfigError("--pretrained needs the run: an exported folder does not hold the pretrained model")
-        models = {"pretrained": replace(opened, forward=opened.pretrained), **models}
     found = {
-        which: run_harness(model, names, folder, limit=limit, batch_size=batch_size) for which, model in models.items()
+        which: run_harness(opened, names, folder, limit=limit, batch_size=batch_size, pretrained=which == "pretrained")
+        for which in (["pretrained"] if pretrained else []) + ["personal"]
     }
     if as_json:
         facts = {"client": opened.client, "round": opened.round, "harness": _finite(found)}

@@ -14,7 +14,7 @@ from flexp.cli.use import Client, Round
 from flexp.errors import FlexpError
 
 if TYPE_CHECKING:
-    from flexp.serving.writer import Wishes, Writer, Written
+    from flexp.serving.writer import GenerationConfig, Writer, Written
 
 Model = Annotated[Path, typer.Argument(help="The folder of a run, an exported one, or what flexp client left.")]
 MaxTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Of an answer.")]
@@ -50,12 +50,12 @@ def generate(
     threads: Threads = None,
 ) -> None:
     """Let a personal language model go on from a prompt, token by token."""
-    wishes = _wishes(max_new_tokens, temperature, top_p, top_k, repetition_penalty, stop, seed)
-    wishes.options()  # a mistake is told before a model is loaded
+    generation = _generation(max_new_tokens, temperature, top_p, top_k, repetition_penalty, stop, seed)
+    generation.options()  # a mistake is told before a model is loaded
     text = sys.stdin.read() if prompt == "-" else prompt
     writer = _open(model, client, number, reaching(server, token, ca, cert, key, insecure), threads)
     try:
-        found = writer.write(writer.ids_of(text), wishes, _show)
+        found = writer.write(writer.ids_of(text), generation, _show)
         typer.echo()
         typer.echo(_facts(writer, found), err=True)
     finally:
@@ -83,8 +83,8 @@ def chat(
     threads: Threads = None,
 ) -> None:
     """Talk with a personal language model; /reset forgets what was said, /quit (or Ctrl-D) ends."""
-    wishes = _wishes(max_new_tokens, temperature, top_p, top_k, repetition_penalty, stop, seed)
-    wishes.options()
+    generation = _generation(max_new_tokens, temperature, top_p, top_k, repetition_penalty, stop, seed)
+    generation.options()
     writer = _open(model, client, number, reaching(server, token, ca, cert, key, insecure), threads)
     begin: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
     said = list(begin)
@@ -98,7 +98,7 @@ def chat(
             elif line:
                 question = {"role": "user", "content": line}
                 try:
-                    found = writer.write(writer.ids_of_chat([*said, question]), wishes, _show)
+                    found = writer.write(writer.ids_of_chat([*said, question]), generation, _show)
                 except FlexpError as error:  # what was said before is still there
                     typer.secho(f"flexp: {error}", fg="red", err=True)
                     continue
@@ -146,14 +146,14 @@ def _open(
 ) -> Writer:
     import torch
 
-    from flexp.serving.opened import open_writer
+    from flexp.serving.writer import open_writer
 
     if threads is not None:
         torch.set_num_threads(threads)
     return open_writer(model, client, number, connect)
 
 
-def _wishes(
+def _generation(
     max_new_tokens: int,
     temperature: float | None,
     top_p: float | None,
@@ -161,10 +161,10 @@ def _wishes(
     repetition_penalty: float | None,
     stop: list[str] | None,
     seed: int | None,
-) -> Wishes:
-    from flexp.serving.writer import Wishes
+) -> GenerationConfig:
+    from flexp.serving.writer import GenerationConfig
 
-    return Wishes(max_new_tokens, temperature, top_p, top_k, repetition_penalty, tuple(stop or ()), seed)
+    return GenerationConfig(max_new_tokens, temperature, top_p, top_k, repetition_penalty, tuple(stop or ()), seed)
 
 
 def _ask() -> str | None:

@@ -122,11 +122,12 @@ def execute(cell: Cell, out: Path, threads: int) -> None:
 
     from flexp.errors import BadValuesError, TrainingError
     from flexp.report.progress import Progress
-    from flexp.run import checkpoints, runner
+    from flexp.run import runner
     from flexp.run.participants import NobodyFitsError
+    from flexp.run.store import CHECKPOINTS, Store
 
     folder = out / cell.folder
-    if folder.exists() and (not _holds(cell, folder) or checkpoints.latest(folder / "checkpoints") is None):
+    if folder.exists() and (not _holds(cell, folder) or not Store(folder / CHECKPOINTS).numbers()):
         shutil.rmtree(folder)  # another version's defaults, or nothing that could be gone on with
     folder.mkdir(parents=True, exist_ok=True)
     config = cell.config.model_copy(update={"threads": threads})
@@ -143,7 +144,7 @@ def execute(cell: Cell, out: Path, threads: int) -> None:
             write_json(folder / DIVERGED, {"error": str(error)})
         except NobodyFitsError as error:
             write_json(folder / DROPPED, {"config": config.resolved(), "clients": error.dropped, "error": str(error)})
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # gigabytes, and nobody goes on from them
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # gigabytes, and nobody goes on from them
 
 
 def validation(cell: Cell, out: Path) -> tuple[float, float] | None:
@@ -170,11 +171,7 @@ def dropped(cell: Cell, out: Path) -> list[dict[str, Any]]:
     try:
         content = read_json(path)
         clients: list[dict[str, Any]] = content["clients"]
-        return (
-            clients
-            if _work(validate(content["config"], str(path)), cell.config) == _work(cell.config, cell.config)
-            else []
-        )
+        return clients if _same_work(validate(content["config"], str(path)), cell.config) else []
     except (FlexpError, KeyError, TypeError):
         return []
 
@@ -199,16 +196,20 @@ def _holds(cell: Cell, folder: Path) -> bool:
         found = validate(read_json(folder / "config.json"), str(folder))
     except FlexpError:
         return False
-    return _work(found, cell.config) == _work(cell.config, cell.config)
+    return _same_work(found, cell.config)
 
 
-def _work(config: RunConfig, asked: RunConfig) -> dict[str, Any]:
-    """What is computed; where a plan was ``asked`` for, a run's configuration says instead what it was planned."""
-    content = config.model_dump(mode="json", exclude={"name", "threads", "output"})
-    if asked.data.clients.cuts == "auto" or asked.data.clients.plan is not None:
-        for key in ("cuts", "plan", "micro_batches", "checkpointing", "codecs"):
-            del content["data"]["clients"][key]
-    return content
+def _same_work(found: RunConfig, asked: RunConfig) -> bool:
+    """Whether the same is computed; where a plan was asked for, ``found`` says of each client what was planned."""
+    names = [own.name or "" for own in found.data.clients.each]
+    blank = dict.fromkeys(("cut", "micro_batch", "checkpointing", "codec"), [None] * len(names))
+
+    def work(config: RunConfig) -> dict[str, Any]:
+        if asked.data.clients.planned:
+            config = config.with_clients(config.data.clients.written(names, **blank))
+        return config.model_dump(mode="json", exclude={"name", "threads", "output"})
+
+    return work(found) == work(asked)
 
 
 def _cell(

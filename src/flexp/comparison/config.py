@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, PositiveInt, ValidationError, field_validator
+from pydantic import Field, PositiveInt, field_validator
 
 from flexp.config import Rate, RunConfig, Section
 from flexp.config import loading as settings
@@ -108,10 +107,7 @@ def load(path: Path, overrides: Iterable[str] = (), changes: Mapping[str, Any] |
     table = content["compare"]
     if not isinstance(table, dict):
         raise ConfigError(f"{path}: compare = {table!r} is not allowed: expected a table [compare]")
-    try:
-        config = CompareConfig.model_validate({**table, **(changes or {})})
-    except ValidationError as error:
-        raise ConfigError(f"{path}: {_explain(error.errors()[0])}") from error
+    config = CompareConfig.checked({**table, **(changes or {})}, str(path), "compare")
     return make(base, config)
 
 
@@ -151,16 +147,3 @@ def _entry(name: str, config: CompareConfig) -> Entry:
 def _known(name: str, known: Collection[str], where: str) -> None:
     if name not in known:
         raise ConfigError(f"{where}: there is no {name!r}; {METHODS.hint(name, known)}")
-
-
-def _explain(problem: Mapping[str, Any]) -> str:
-    place = [str(part) for part in problem["loc"] if part not in ("int", "list[int]", "constrained-int")]
-    key = ".".join(["compare", *place])
-    if problem["type"] == "extra_forbidden":
-        known = list((VariantConfig if len(place) > 1 else CompareConfig).model_fields)
-        near = difflib.get_close_matches(place[-1], known, n=1, cutoff=0.5)
-        did = f"did you mean {near[0]!r}? " if near else ""
-        return f"unknown key {key}; {did}known here: {', '.join(known)}"
-    if problem["type"] == "value_error":
-        return f"{key}: {problem['ctx']['error']}"
-    return f"{key} = {problem['input']!r} is not allowed: expected {problem['msg'].removeprefix('Input should be ')}"

@@ -1,6 +1,6 @@
 """The one schema of a run: one file a table."""
 
-from flexp.config.data import ClientsConfig, Cut, DataConfig, Task
+from flexp.config.data import ClientConfig, ClientsConfig, Cut, DataConfig, Task
 from flexp.config.deployment import DeploymentConfig
 from flexp.config.devices import DeviceChange, DeviceClassConfig, DevicesConfig, RecutConfig
 from flexp.config.link import CodecConfig, CodecName, LinkConfig
@@ -14,6 +14,7 @@ from flexp.config.train import OptimizerConfig, TrainConfig
 __all__ = [
     "AlignConfig",
     "Beta",
+    "ClientConfig",
     "ClientsConfig",
     "CodecConfig",
     "CodecName",

@@ -31,10 +31,11 @@ class DeviceChange(Section):
 
 
 class DevicesConfig(Section):
-    """What the clients run on: who can take part in a method, and how long it would take (a virtual clock)."""
+    """What the device classes of clients are (``data.clients.device``), and the server's.
 
-    # the class of each client, repeated for more clients
-    assign: Annotated[list[str], Field(min_length=1)]
+    With them it is known who can take part in a method, and how long it would take (a virtual clock).
+    """
+
     server: str = "server"  # the class of the server
     server_slots: PositiveInt = 1  # requests that the server works on at once, each at its full speed
     # beside phone, raspberry-pi, jetson, laptop, workstation, server

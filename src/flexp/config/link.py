@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated
 
-from flexp.config.section import Section
+from flexp.config.section import Section, named
+from flexp.registry import CODECS
 
-CodecName = Literal["off", "fp32", "bf16", "fp16", "int8-channel", "int8-row", "fp8", "int4"]
+CodecName = Annotated[str, named(CODECS, "off")]
 
 
 class CodecConfig(Section):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,25 @@ def load(path: Path, overrides: Iterable[str] = (), seed: int | None = None) -> 
     Raises:
         ConfigError: the file cannot be read, or a key is unknown, of the wrong type or impossible.
     """
-    content = {table: keys for table, keys in read(path).items() if table not in OTHERS}
-    _locate(content, [path.parent, Path()])
+    content = overridden(path, overrides)
+    if seed is not None:
+        content["seed"] = seed
+    return validate({table: keys for table, keys in content.items() if table not in OTHERS}, str(path))
+
+
+def overridden(path: Path | None, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """What a file (``None``: nothing) and overrides say, with absolute paths, not validated; see :func:`load`.
+
+    Raises:
+        ConfigError: the file cannot be read, or an override is none.
+    """
+    content = {} if path is None else read(path)
+    if path is not None:
+        _locate(content, [path.parent, Path()])
     for text in overrides:
         override(content, text)
     _locate(content, [Path()])
-    if seed is not None:
-        content["seed"] = seed
-    return validate(content, str(path))
+    return content
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -54,28 +65,44 @@ OTHERS: frozenset[str] = frozenset({"compare", "deployment"})
 :mod:`flexp.config.deployment` read them."""
 
 PLACES = (
-    ("model", "id"),
-    ("data", "source"),
-    ("data", "test_source"),
-    ("data.clients", "plan"),
-    ("data.clients", "profiles"),
+    "model.id",
+    "data.source",
+    "data.test_source",
+    "data.clients.plan",
+    "data.clients.profile",
+    "data.clients.each.profile",
 )
-"""Keys that may name a file or a folder, or a list of them."""
+"""Keys that may name a file or a folder."""
+
+MOVED = {
+    "data.clients.cuts": "cut",
+    "data.clients.profiles": "profile",
+    "data.clients.micro_batches": "micro_batch",
+    "data.clients.checkpointing": "checkpointing",
+    "data.clients.codecs": "codec",
+    "devices.assign": "device",
+    "method.hetlora.ranks": "rank",
+}
+"""Lists of former versions, one value a client, and what a client's own key is called now."""
+
+
+def _tables(content: Any, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The tables at a path, of which there are several where a part of it is an array of tables."""
+    for table in content if isinstance(content, list) else [content]:
+        if isinstance(table, dict):
+            if names:
+                yield from _tables(table.get(names[0]), names[1:])
+            else:
+                yield table
 
 
 def _locate(content: dict[str, Any], folders: Sequence[Path]) -> None:
     """Make the paths of :data:`PLACES` absolute, where there is such a file or folder; leave other names alone."""
-    for table, key in PLACES:
-        keys: Any = content
-        for name in table.split("."):
-            keys = keys.get(name) if isinstance(keys, dict) else None
-        value = keys.get(key) if isinstance(keys, dict) else None
-        if not isinstance(keys, dict):
-            continue
-        if isinstance(value, list):
-            keys[key] = [_located(item, folders) for item in value]
-        elif value is not None:
-            keys[key] = _located(value, folders)
+    for place in PLACES:
+        *names, key = place.split(".")
+        for table in _tables(content, names):
+            if key in table:
+                table[key] = _located(table[key], folders)
 
 
 def _located(value: Any, folders: Sequence[Path]) -> Any:
@@ -96,6 +123,14 @@ def validate(content: Mapping[str, Any], where: str) -> RunConfig:
     Raises:
         ConfigError: see :func:`load`.
     """
+    for old, key in MOVED.items():
+        *names, last = old.split(".")
+        found = [table[last] for table in _tables(content, names) if last in table]
+        if any(last != key or isinstance(value, list) for value in found):
+            raise ConfigError(
+                f"{where}: the list {old} is gone: write data.clients.{key} for all clients, or {key} in "
+                "[[data.clients.each]], one record a client in their order, repeated for more"
+            )
     return RunConfig.checked(content, where)
 
 

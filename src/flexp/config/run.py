@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, PositiveInt, model_validator
 
-from flexp.config.data import DataConfig
+from flexp.config.data import ClientsConfig, DataConfig
 from flexp.config.devices import DevicesConfig, RecutConfig
 from flexp.config.link import LinkConfig
 from flexp.config.methods import DEFAULT, MethodConfig
@@ -53,7 +53,7 @@ class RunConfig(Section):
     link: LinkConfig = LinkConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     output: OutputConfig = OutputConfig()
-    devices: DevicesConfig | None = None  # None: nobody is short of memory, and no virtual clock
+    devices: DevicesConfig = DevicesConfig()
     recut: RecutConfig = RecutConfig()
 
     @model_validator(mode="after")
@@ -68,8 +68,10 @@ class RunConfig(Section):
                 f"train.in_flight = {self.train.in_flight} is more than "
                 f"server.max_in_flight = {self.server.max_in_flight}"
             )
-        changes = () if self.devices is None else self.devices.changes
-        if (self.recut.on or changes) and not METHODS[self.method.name].recuts:
+        if self.devices != DevicesConfig() and not self.on_devices:
+            raise ValueError("[devices] is there, but no client has a device class: set data.clients.device, or device "
+                             "in [[data.clients.each]]")  # fmt: skip
+        if (self.recut.on or self.devices.changes) and not METHODS[self.method.name].recuts:
             what = "recut.on" if self.recut.on else "devices.changes"
             raise ValueError(f'{what} needs a method that moves cuts while it trains, such as "{DEFAULT}"')
         if self.recut.on and self.server.tuning not in (None, self.model.tuning):
@@ -87,6 +89,15 @@ class RunConfig(Section):
                 "choose one"
             )
         return self
+
+    @property
+    def on_devices(self) -> bool:
+        """Whether the clients' device classes are known; without them nobody is short of memory."""
+        return self.data.clients.on_devices
+
+    def with_clients(self, clients: ClientsConfig) -> RunConfig:
+        """The same run, whose clients have other settings."""
+        return self.model_copy(update={"data": self.data.model_copy(update={"clients": clients})})
 
     def resolved(self) -> dict[str, Any]:
         """The configuration with every default written out, as JSON-ready values; of other methods what was said."""

@@ -1,28 +1,36 @@
-"""What can be chosen for a device, and what is predicted of it."""
+"""What can be chosen for a device, and what an exchange or a step of it costs, counted or predicted."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from flexp.errors import ConfigError
+from flexp.registry import CODECS
 
-CODECS: dict[str, float] = {
-    "none": 1.0,
-    "off": 1.0,
-    "bf16": 0.5,
-    "fp16": 0.5,
-    "int8": 0.25,
-    "int8-channel": 0.25,
-    "int8-row": 0.25,
-    "fp8": 0.25,
-    "int4": 0.16,
-}
-"""Bytes of an activation on the wire ÷ those of float32, by the codec's name; ``none`` and ``off``: as it is."""
+ALIASES = {"none": "off", "fp32": "off", "int8": "int8-channel"}
+"""Other names for codecs in fleets and plans."""
 
 
 def form(codec: str) -> str:
-    """What a run's configuration calls ``codec``, a key of :data:`CODECS`."""
-    return "off" if codec in ("none", "fp32") else {"int8": "int8-channel"}.get(codec, codec)
+    """What a run's configuration calls ``codec``."""
+    return ALIASES.get(codec, codec)
+
+
+def codec_names() -> list[str]:
+    """What :attr:`Choice.codec` may be."""
+    return list(dict.fromkeys([*ALIASES, "off", *CODECS]))
+
+
+def codec_share(codec: str) -> float:
+    """Bytes of an activation on the wire ÷ those of float32; 1 where it crosses as it is."""
+    name = form(codec)
+    return 1.0 if name == "off" else float(CODECS[name].share)
+
+
+def codec_loss(codec: str) -> float:
+    """What rounding is taken to cost, as a fraction of accuracy."""
+    name = form(codec)
+    return 0.0 if name == "off" else float(CODECS[name].accuracy_loss)
 
 
 @dataclass(frozen=True)
@@ -35,7 +43,7 @@ class Choice:
         accumulation: exchanges of one step, so that a step has ``micro_batch · accumulation`` examples.
         checkpointing: whether the client's own blocks run again in the backward instead of keeping their activations.
         rank: of the LoRA adapters; ``None``: full tuning.
-        codec: of what crosses the link, a key of :data:`CODECS`.
+        codec: of what crosses the link, one of :func:`codec_names`.
     """
 
     cut: tuple[int, int]
@@ -51,8 +59,8 @@ class Choice:
             raise ConfigError(f"cut = ({start}, {stop}) is none: expected 0 <= s < e, the server runs blocks [s, e)")
         if self.micro_batch < 1 or self.accumulation < 1 or (self.rank is not None and self.rank < 1):
             raise ConfigError(f"{self}: micro_batch, accumulation and rank are at least 1")
-        if self.codec not in CODECS:
-            raise ConfigError(f"codec {self.codec!r} is not known: expected one of {', '.join(CODECS)}")
+        if form(self.codec) != "off" and form(self.codec) not in CODECS:
+            raise ConfigError(f"codec {self.codec!r} is not known: expected one of {', '.join(codec_names())}")
 
 
 @dataclass(frozen=True)
@@ -80,3 +88,45 @@ class Prediction:
     bytes_up: int
     bytes_down: int
     server_memory_bytes: int
+
+
+@dataclass(frozen=True)
+class ExchangeCost:
+    """One exchange of a client, forward and backward.
+
+    A step is ``exchanges`` times: compute ``before``, exchange, compute ``between``, exchange, compute ``after``.
+    Without a server ``before`` is all there is.
+
+    Attributes:
+        before, between, after: the client's floating-point operations.
+        server_forward, server_backward: the server's.
+        forward_up, forward_down, backward_up, backward_down: bytes.
+        pull_down: bytes of the shared weights that the client fetches now and then.
+        combined: the labels go up with the forward, so that the server's forward and backward are one visit, and the
+            gradient comes back as ``backward_down``; there is nothing ``between``.
+        weights: bytes of what the client trains.
+    """
+
+    before: float
+    between: float = 0.0
+    after: float = 0.0
+    server_forward: float = 0.0
+    server_backward: float = 0.0
+    forward_up: float = 0.0
+    forward_down: float = 0.0
+    backward_up: float = 0.0
+    backward_down: float = 0.0
+    pull_down: float = 0.0
+    combined: bool = False
+    weights: float = 0.0
+    exchanges: int = 1
+
+    @property
+    def client_step(self) -> float:
+        """The client's operations in a step."""
+        return (self.before + self.between + self.after) * self.exchanges
+
+    @property
+    def server_step(self) -> float:
+        """The server's operations for a step of this client."""
+        return (self.server_forward + self.server_backward) * self.exchanges

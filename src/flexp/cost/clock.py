@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 import simpy
 
+from flexp.cost.choice import ExchangeCost
 from flexp.cost.profile import Profile
 from flexp.data.ordering import generator
 
@@ -60,40 +61,19 @@ SPLIT_ASYNC, SPLIT_SYNC = Schedule("split-async"), Schedule("split-sync")
 
 
 @dataclass(frozen=True)
-class ClientWork:
-    """What one client does.
-
-    A step is ``exchanges`` times: compute ``before``, exchange, compute ``between``, exchange, compute ``after``.
-    Without a server ``before`` is all there is. Bytes and operations are of one
-    exchange where nothing else is said.
+class ClientWork(ExchangeCost):
+    """What one client does in a run.
 
     Attributes:
         steps: in each round.
-        before, between, after: the client's floating-point operations.
-        server_forward, server_backward: the server's.
-        forward_up, forward_down, backward_up, backward_down: bytes.
-        combined: the labels go up with the forward, so that the server's forward and backward are one visit, and the
-            gradient comes back as ``backward_down``; there is nothing ``between``.
-        pull_down: bytes of the shared weights that the client fetches after every ``pull_every``-th step; 0: never.
+        pull_every: steps after which ``pull_down`` is fetched; 0: never.
         weights_down, weights_up: bytes of an average.
         weights_every: rounds between two averages.
         final: the client's operations when training is over. The newest average, which it fetches for them, is on
             nobody's account: it is what all averaging methods are scored with.
     """
 
-    steps: Sequence[int]
-    before: float
-    between: float = 0.0
-    after: float = 0.0
-    server_forward: float = 0.0
-    server_backward: float = 0.0
-    forward_up: float = 0.0
-    forward_down: float = 0.0
-    backward_up: float = 0.0
-    backward_down: float = 0.0
-    exchanges: int = 1
-    combined: bool = False
-    pull_down: float = 0.0
+    steps: Sequence[int] = ()
     pull_every: int = 0
     weights_down: float = 0.0
     weights_up: float = 0.0

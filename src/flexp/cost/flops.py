@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, TypeVar
 
@@ -17,6 +16,7 @@ import torch
 
 from flexp.client.personal import WholeModel
 from flexp.config import TrainConfig
+from flexp.cost.choice import ExchangeCost
 from flexp.cost.counting import counting
 from flexp.cost.echo import EchoLink, client_model, random_batch, without_tail
 from flexp.cost.probe import Probe
@@ -26,40 +26,6 @@ from flexp.models.stage import Stage
 from flexp.server import Server
 
 R = TypeVar("R")
-
-
-@dataclass(frozen=True)
-class ExchangeCost:
-    """One exchange of a client, forward and backward; the names are those of :class:`flexp.cost.clock.ClientWork`.
-
-    Attributes:
-        weights: bytes of what the client trains.
-        exchanges: in a step.
-    """
-
-    before: float
-    between: float = 0.0
-    after: float = 0.0
-    server_forward: float = 0.0
-    server_backward: float = 0.0
-    forward_up: int = 0
-    forward_down: int = 0
-    backward_up: int = 0
-    backward_down: int = 0
-    pull_down: int = 0
-    combined: bool = False
-    weights: int = 0
-    exchanges: int = 1
-
-    @property
-    def client_step(self) -> float:
-        """The client's operations in a step."""
-        return (self.before + self.between + self.after) * self.exchanges
-
-    @property
-    def server_step(self) -> float:
-        """The server's operations for a step of this client."""
-        return (self.server_forward + self.server_backward) * self.exchanges
 
 
 def count_exchange(

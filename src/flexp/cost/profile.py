@@ -7,7 +7,7 @@ marked so, and so is the share of the memory. Peaks are those of single precisio
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -116,10 +116,6 @@ class Profile(Section):
             if len({len(shape.blocks) for shape in item.shapes}) != 1:
                 raise ValueError("measured: every shape must have all blocks of the model")
         return self
-
-    @property
-    def always_on(self) -> bool:
-        return self.mean_off_s is None
 
     @classmethod
     def from_class(
@@ -261,11 +257,10 @@ READY: dict[str, Profile] = {
 }
 
 
-def assign(config: DevicesConfig, clients: Sequence[str]) -> dict[str, Profile]:
-    """The device of each client: ``devices.assign`` in order, repeated when there are more clients.
+def assign(config: DevicesConfig, classes: Mapping[str, str]) -> dict[str, Profile]:
+    """The device of each client, of whom ``classes`` has the class.
 
     Raises:
         ConfigError: a class is not known.
     """
-    names = config.assign
-    return {client: Profile.from_class(names[i % len(names)], config.classes) for i, client in enumerate(clients)}
+    return {client: Profile.from_class(name, config.classes) for client, name in classes.items()}

@@ -9,10 +9,10 @@ from typing import Any
 from flexp.config import DataConfig
 from flexp.data.columns import as_text, check_present, label_texts, sort_labels
 from flexp.data.grouping import check_apart, check_whole
-from flexp.data.partition import Facts, Partition, partition, partition_test
+from flexp.data.partition import Facts, Partition, partition, partition_test, partitioner
 from flexp.data.sources import Rows, read_rows
 from flexp.data.split import Split, split_client
-from flexp.data.tasks import LABELLED, limit_of, make_task, needed_columns, text_columns
+from flexp.data.tasks import limit_of, make_task, task_of
 from flexp.data.types import ClientData, Example, Federation, Task
 from flexp.errors import DataError
 
@@ -71,7 +71,7 @@ def load_federation(
         _check(client, config)
         notes += _cut_note(client, limit.tokens)
         clients.append(client)
-    if limit.of_model and config.block_length is None and config.task != "image-classification":
+    if limit.of_model and config.block_length is None and not task_of(config).images:
         notes.append(
             f"data.max_length = {config.max_length} is more than the model's {limit.tokens} positions, which are used"
         )
@@ -82,13 +82,14 @@ class _Source:
     """Rows that were checked against the task, and what partitioners need to know of them."""
 
     def __init__(self, config: DataConfig, source: str, split: str | None) -> None:
-        by = config.clients.by
+        self.how = partitioner(config.clients)
         self.config = config
-        self.rows: Rows = read_rows(source, split, config.config, by_file=by == "file")
-        self.needed = needed_columns(config)
+        self.rows: Rows = read_rows(source, split, config.config, by_file=self.how.owners == "file")
+        self.task = task_of(config)
+        self.needed = self.task.needed_columns(config)
         for name, key in self.needed.items():
             self.rows.require(name, key)
-        if by in ("column", "skew"):
+        if self.how.owners == "column":
             self.rows.require(config.clients.column, "data.clients.column")
         for column, key in ((config.group, "data.group"), (config.clients.over, "data.clients.over")):
             if column is not None:
@@ -97,7 +98,7 @@ class _Source:
         for name in self.needed:
             if name not in gaps and name != config.image:
                 check_present(self.rows.values(name), name, self.rows.place)
-        self.labels = self._labels() if config.task in LABELLED else None
+        self.labels = self._labels() if self.task.labelled else None
         kinds = None if config.clients.over is None else self._texts(config.clients.over)
         self.facts = Facts(len(self.rows), self.labels, self._owners(), self._lengths(), self._groups(), kinds)
 
@@ -109,7 +110,7 @@ class _Source:
                 row[self.config.label] = self.labels[index]
             image = row.get(self.config.image)
             folder = self.rows.part(index).folder
-            if self.config.task == "image-classification" and isinstance(image, str) and folder is not None:
+            if self.task.images and isinstance(image, str) and folder is not None:
                 row[self.config.image] = str(folder / Path(image))
         return task.encode(rows)
 
@@ -118,9 +119,9 @@ class _Source:
         return label_texts(self.rows.values(name), self.rows.class_names(name), name, self.rows.place)
 
     def _owners(self) -> list[str] | None:
-        if self.config.clients.by == "file":
+        if self.how.owners == "file":
             return [str(self.rows.part(index).group) for index in range(len(self.rows))]
-        if self.config.clients.by not in ("column", "skew"):
+        if self.how.owners is None:
             return None
         return self._texts(self.config.clients.column)
 
@@ -136,8 +137,8 @@ class _Source:
         ]
 
     def _lengths(self) -> list[int] | None:
-        columns = text_columns(self.config)
-        if self.config.clients.by != "length" or not columns:
+        columns = self.task.text_columns(self.config)
+        if not self.how.lengths or not columns:
             return None
         texts = [self.rows.values(name) for name in columns]
         return [sum(len(str(values[index])) for values in texts) for index in range(len(self.rows))]
@@ -175,7 +176,7 @@ def _label_names(
     config: DataConfig, source: _Source, made: Partition, test_source: _Source, tests: Partition | None
 ) -> list[str]:
     """All clients' classes: those of a ``ClassLabel`` in its order, else the sorted union over training and test."""
-    if config.task not in ("classification", "image-classification"):
+    if not task_of(config).classes:
         return []
     given = source.rows.class_names(config.label)
     assert source.labels is not None
@@ -194,7 +195,7 @@ def _label_names(
 
 
 def _known_labels(labels: Sequence[str], config: DataConfig, parts: list[tuple[_Source, Partition]]) -> list[str]:
-    if config.task not in ("classification", "image-classification"):
+    if not task_of(config).classes:
         return []
     for source, made in parts:
         assert source.labels is not None

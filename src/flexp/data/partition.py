@@ -13,7 +13,7 @@ import warnings
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -23,9 +23,7 @@ from flexp.data.grouping import deal
 from flexp.data.ordering import generator
 from flexp.data.split import stratified_order
 from flexp.errors import ConfigError, DataError
-
-NATURAL = ("column", "file")
-BY_LABEL = ("dirichlet", "pathological", "skew")
+from flexp.registry import PARTITIONERS
 
 
 @dataclass(frozen=True)
@@ -57,35 +55,23 @@ def partition(facts: Facts, config: ClientsConfig, seed: int) -> Partition:
         ConfigError: the settings do not fit together, or the task has not what the partitioner needs.
         DataError: the data cannot be divided that way.
     """
-    if config.by in NATURAL:
-        return _select(Partition(_owned(facts)), config)
-    if config.over is not None and config.by not in ("dirichlet", "pathological"):
+    how = partitioner(config)
+    if config.over is not None and not how.kinds and not how.natural:
         raise ConfigError(
             f'data.clients.over is for by = "dirichlet" or "pathological", not for "{config.by}"; remove it'
         )
-    if config.by in BY_LABEL and facts.labels is None and facts.kinds is None:
+    if how.by_label and facts.labels is None and facts.kinds is None:
         raise ConfigError(
             f'data.clients.by = "{config.by}" divides by labels, but the task has none; name a column with '
             "data.clients.over, or use column, iid, size or length"
         )
-    if config.by == "skew":
-        return _select(_skewed(facts, config.skew, seed), config)
+    if how.owners is not None:
+        return _select(how.divide(facts, config, seed), config)
     if config.names is not None:
         raise ConfigError(
             f'data.clients.names is for by = "column", "file" or "skew", not for "{config.by}"; remove it'
         )
-    if config.count is None:
-        raise ConfigError(f'data.clients.by = "{config.by}" needs data.clients.count, the number of clients')
-    if config.count > facts.count:
-        raise DataError(f"{facts.count} rows cannot be divided among {config.count} clients; lower data.clients.count")
-    width = len(str(config.count))
-    names = [f"client-{number:0{width}d}" for number in range(1, config.count + 1)]
-    owned = _partitioned(facts, config, seed)
-    if facts.groups is not None:
-        owned = _regrouped(owned, facts, config, seed)
-    unused = facts.count - sum(map(len, owned))
-    notes = [f"{unused} of {facts.count} rows are not used: their labels fell to no client"] if unused else []
-    return Partition(dict(zip(names, owned, strict=True)), notes)
+    return how.divide(facts, config, seed)
 
 
 def partition_test(train: Partition, facts: Facts, test: Facts, config: ClientsConfig, seed: int) -> Partition:
@@ -94,7 +80,7 @@ def partition_test(train: Partition, facts: Facts, test: Facts, config: ClientsC
     Natural clients, ``length`` and ``skew`` apply the same rule again; for the others every label's test rows are
     dealt out in proportion to the clients' training rows of that label (or of that value of ``over``).
     """
-    if config.by in (*NATURAL, "length", "skew"):
+    if partitioner(config).again:
         again = partition(test, config.model_copy(update={"names": None}), seed)
         strangers = [name for name in again.clients if name not in train.clients]
         notes = [f"test rows of {', '.join(strangers)} are not used: no such client"] if strangers else []
@@ -119,6 +105,164 @@ def partition_test(train: Partition, facts: Facts, test: Facts, config: ClientsC
     return Partition({name: sorted(rows) for name, rows in clients.items()}, notes)
 
 
+class Partitioner:
+    """A way to divide rows among clients; another package may add one (:mod:`flexp.registry`).
+
+    Attributes:
+        owners: where the rows' owners are read: in the column ``data.clients.column``, or the file that a row is in.
+        natural: the clients are those owners, whatever their rows.
+        by_label: it needs labels, or, with ``kinds``, another column in their place (``data.clients.over``).
+        lengths: it needs the length of every row's text.
+        again: it divides a separate test source by the same rule; else test rows follow the training rows' labels.
+        exclusive: rows whose label is none of the client's are left out where whole groups are dealt.
+    """
+
+    name: ClassVar[str]
+    owners: ClassVar[Literal["column", "file"] | None] = None
+    natural: ClassVar[bool] = False
+    by_label: ClassVar[bool] = False
+    kinds: ClassVar[bool] = False
+    lengths: ClassVar[bool] = False
+    again: ClassVar[bool] = False
+    exclusive: ClassVar[bool] = False
+
+    def divide(self, facts: Facts, config: ClientsConfig, seed: int) -> Partition:
+        """See :func:`partition`."""
+        raise NotImplementedError
+
+    def least(self, config: ClientsConfig) -> int:
+        """The smallest admissible client."""
+        return 1
+
+
+def partitioner(config: ClientsConfig) -> Partitioner:
+    """The partitioner that ``config`` names.
+
+    Raises:
+        ConfigError: there is none of that name, or it cannot be imported.
+    """
+    how: Partitioner = PARTITIONERS[config.by]()
+    return how
+
+
+class Column(Partitioner):
+    """A column names each row's client."""
+
+    name = "column"
+    owners: ClassVar[Literal["column", "file"] | None] = "column"
+    natural = True
+    again = True
+
+    def divide(self, facts: Facts, config: ClientsConfig, seed: int) -> Partition:
+        return Partition(_owned(facts))
+
+
+class File(Column):
+    """Every file is a client."""
+
+    name = "file"
+    owners = "file"
+
+
+class Skew(Partitioner):
+    """Two equally large clients for each value of a column, with opposite label proportions."""
+
+    name = "skew"
+    owners = "column"
+    by_label = True
+    again = True
+
+    def divide(self, facts: Facts, config: ClientsConfig, seed: int) -> Partition:
+        return _skewed(facts, config.skew, seed)
+
+
+class Counted(Partitioner):
+    """``data.clients.count`` clients of no name of their own, divided by a partitioner of flwr-datasets.
+
+    Attributes:
+        mend: what helps where the data cannot be divided that way.
+    """
+
+    mend: ClassVar[str] = "lower data.clients.count"
+
+    def make(self, flwr: Any, config: ClientsConfig, draw: int) -> Any:
+        """A partitioner of ``flwr_datasets.partitioner``, for columns ``row`` and ``kind``; ``draw`` is its seed."""
+        raise NotImplementedError
+
+    def divide(self, facts: Facts, config: ClientsConfig, seed: int) -> Partition:
+        count = config.count
+        if count is None:
+            raise ConfigError(f'data.clients.by = "{self.name}" needs data.clients.count, the number of clients')
+        if count > facts.count:
+            raise DataError(f"{facts.count} rows cannot be divided among {count} clients; lower data.clients.count")
+        width = len(str(count))
+        names = [f"client-{number:0{width}d}" for number in range(1, count + 1)]
+        owned = _partitioned(self, facts, config, count, seed)
+        if facts.groups is not None:
+            owned = _regrouped(owned, facts, config, seed)
+        unused = facts.count - sum(map(len, owned))
+        notes = [f"{unused} of {facts.count} rows are not used: their labels fell to no client"] if unused else []
+        return Partition(dict(zip(names, owned, strict=True)), notes)
+
+
+class Iid(Counted):
+    """Rows at random, equally many each."""
+
+    name = "iid"
+
+    def make(self, flwr: Any, config: ClientsConfig, draw: int) -> Any:
+        return flwr.IidPartitioner(config.count)
+
+
+class Length(Iid):
+    """Texts sorted by their length."""
+
+    name = "length"
+    lengths = True
+    again = True
+
+
+class Size(Counted):
+    """Client k has k times as many rows as the first."""
+
+    name = "size"
+
+    def make(self, flwr: Any, config: ClientsConfig, draw: int) -> Any:
+        return flwr.LinearPartitioner(config.count)
+
+
+class Dirichlet(Counted):
+    """Shares of every label drawn from a Dirichlet distribution (Yurochkin et al., 2019, arXiv 1905.12022)."""
+
+    name = "dirichlet"
+    by_label = True
+    kinds = True
+    mend = "raise data.clients.alpha, or lower min_examples or count"
+
+    def least(self, config: ClientsConfig) -> int:
+        return config.min_examples
+
+    def make(self, flwr: Any, config: ClientsConfig, draw: int) -> Any:
+        return flwr.DirichletPartitioner(
+            config.count, "kind", config.alpha, min_partition_size=config.min_examples, seed=draw
+        )
+
+
+class Pathological(Counted):
+    """So many labels for every client (Li et al., 2021, arXiv 2102.02079)."""
+
+    name = "pathological"
+    by_label = True
+    kinds = True
+    exclusive = True
+    mend = "lower count or classes"
+
+    def make(self, flwr: Any, config: ClientsConfig, draw: int) -> Any:
+        return flwr.PathologicalPartitioner(
+            config.count, "kind", config.classes, class_assignment_mode="first-deterministic", seed=draw
+        )
+
+
 def _owned(facts: Facts) -> dict[str, list[int]]:
     assert facts.owners is not None
     clients: dict[str, list[int]] = {name: [] for name in sort_labels(facts.owners)}
@@ -135,7 +279,7 @@ def _select(made: Partition, config: ClientsConfig) -> Partition:
     for name in config.names:
         if name not in made.clients:
             listed = ", ".join(list(made.clients)[:12]) + (" ..." if len(made.clients) > 12 else "")
-            where = f"column {config.column!r}" if config.by != "file" else "the folder"
+            where = f"column {config.column!r}" if partitioner(config).owners == "column" else "the folder"
             raise DataError(
                 f"client {name!r} of data.clients.names is empty: {where} has 0 rows of it; "
                 f"there are {listed}{nearest(name, made.clients)}"
@@ -221,15 +365,16 @@ def _regrouped(owned: list[list[int]], facts: Facts, config: ClientsConfig, seed
     """
     assert facts.groups is not None
     kinds: Sequence[Hashable] = facts.kinds or facts.labels or [0] * facts.count
-    if config.by == "length":
+    how = partitioner(config)
+    if how.lengths:
         owner = {row: client for client, rows in enumerate(owned) for row in rows}
         kinds = [owner.get(row) for row in range(facts.count)]
     wanted = [dict(Counter(kinds[row] for row in rows)) for rows in owned]
     rng = generator(seed, "partition-groups", config.by)
     made = deal([row for rows in owned for row in rows], facts.groups, kinds, wanted, rng)
-    if config.by == "pathological":
+    if how.exclusive:
         made = [[row for row in rows if kinds[row] in part] for rows, part in zip(made, wanted, strict=True)]
-    least = config.min_examples if config.by == "dirichlet" else 1
+    least = how.least(config)
     if any(len(rows) < min(least, len(before)) for rows, before in zip(made, owned, strict=True)):
         raise DataError(
             f'data.clients.by = "{config.by}" cannot divide whole groups (data.group) among {len(owned)} clients; '
@@ -238,19 +383,19 @@ def _regrouped(owned: list[list[int]], facts: Facts, config: ClientsConfig, seed
     return made
 
 
-def _partitioned(facts: Facts, config: ClientsConfig, seed: int) -> list[list[int]]:
+def _partitioned(how: Counted, facts: Facts, config: ClientsConfig, count: int, seed: int) -> list[list[int]]:
     """Row numbers per client by a partitioner of flwr-datasets, which sees row numbers and label numbers only."""
     os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
     import datasets
     from flwr_datasets import partitioner as flwr
 
-    count = config.count
-    assert count is not None
     order = [int(row) for row in generator(seed, "partition", config.by).permutation(facts.count)]
-    if config.by == "length":
+    if how.lengths:
         lengths = facts.lengths
         if lengths is None:
-            raise ConfigError('data.clients.by = "length" needs texts, but the task has none; use another partitioner')
+            raise ConfigError(
+                f'data.clients.by = "{how.name}" needs texts, but the task has none; use another partitioner'
+            )
         order.sort(key=lambda row: lengths[row])  # stable: equal lengths stay in random order
     columns: dict[str, Any] = {"row": order}
     kinds = facts.kinds if facts.kinds is not None else facts.labels
@@ -261,19 +406,7 @@ def _partitioned(facts: Facts, config: ClientsConfig, seed: int) -> list[list[in
     reason = ""
     for attempt in range(20):  # a draw may be impossible where the next one is not
         draw = int(generator(seed, "partition", config.by, attempt).integers(2**31))
-        made: Any
-        if config.by == "dirichlet":
-            made = flwr.DirichletPartitioner(
-                count, "kind", config.alpha, min_partition_size=config.min_examples, seed=draw
-            )
-        elif config.by == "pathological":
-            made = flwr.PathologicalPartitioner(
-                count, "kind", config.classes, class_assignment_mode="first-deterministic", seed=draw
-            )
-        elif config.by == "size":
-            made = flwr.LinearPartitioner(count)
-        else:
-            made = flwr.IidPartitioner(count)
+        made = how.make(flwr, config, draw)
         made.dataset = dataset
         try:
             with warnings.catch_warnings():
@@ -282,13 +415,8 @@ def _partitioned(facts: Facts, config: ClientsConfig, seed: int) -> list[list[in
         except ValueError as error:
             reason = re.sub(r"\s+", " ", str(error)).split(". ")[0].strip(". ")
             continue
-    mend = {
-        "dirichlet": "raise data.clients.alpha, or lower min_examples or count",
-        "pathological": "lower count or classes",
-    }
     raise DataError(
-        f'data.clients.by = "{config.by}" cannot divide {facts.count} rows among {count} clients ({reason}); '
-        f"{mend.get(config.by, 'lower data.clients.count')}"
+        f'data.clients.by = "{how.name}" cannot divide {facts.count} rows among {count} clients ({reason}); {how.mend}'
     )
 
 

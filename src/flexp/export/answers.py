@@ -4,58 +4,48 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from flexp.config import DataConfig
+from flexp.data.columns import check_present, label_texts
 from flexp.data.scores import evaluate
-from flexp.data.types import Forward
-from flexp.errors import ConfigError
-from flexp.export.rows import read_examples
-from flexp.export.usable import Usable
+from flexp.data.sources import Rows, read_rows
+from flexp.data.tasks import task_of
+from flexp.data.types import Example, Task
+from flexp.errors import ConfigError, DataError
+from flexp.export.trained import Trained
 from flexp.files import replacing
 
 WRITERS = (".csv", ".jsonl")
 
 
-def score(model: Usable, source: str | None = None, batch_size: int | None = None) -> dict[str, dict[str, float]]:
+def score(
+    model: Trained, source: str | None = None, batch_size: int | None = None, *, pretrained: bool = False
+) -> dict[str, dict[str, float]]:
     """The scores of a model by data set: those of its run, or ``source`` alone where a file is named.
 
+    Args:
+        pretrained: of the model as it was before training; only of a run.
+
     Raises:
-        ConfigError: there is nothing to score it on.
+        ConfigError: there is nothing to score it on, or the model's beginning is not known.
         DataError: the file does not fit the task.
     """
-    return _score(model, model.forward, source, batch_size)
-
-
-def score_pretrained(
-    model: Usable, source: str | None = None, batch_size: int | None = None
-) -> dict[str, dict[str, float]]:
-    """The same for the model as it was before training; only of a run.
-
-    Raises:
-        ConfigError: the model is an exported one, to which its beginning is not known.
-    """
-    if model.pretrained is None:
-        raise ConfigError("--pretrained needs the run: an exported folder does not hold the pretrained model")
-    return _score(model, model.pretrained, source, batch_size)
-
-
-def _score(model: Usable, forward: Forward, source: str | None, batch_size: int | None) -> dict[str, dict[str, float]]:
-    sets = model.sets
-    if source is not None:
-        sets = {source: read_examples(source, model.data, model.task)[0]}
+    forward = model.pretrained if pretrained else model.forward
+    sets = model.sets if source is None else {source: read_examples(source, model.config.data, model.task)[0]}
     if not sets:
         raise ConfigError(
             "an exported folder has no data of its own: say --data FILE, or --run RUN for that run's test data"
         )
-    size = batch_size or model.batch_size
+    size = batch_size or model.config.evaluation.batch_size
     return {name: evaluate(forward, model.task, examples, size) for name, examples in sets.items()}
 
 
-def predict(model: Usable, source: str, out: Path, batch_size: int | None = None) -> int:
+def predict(model: Trained, source: str, out: Path, batch_size: int | None = None) -> int:
     """Write the label and the probabilities of every row of ``source`` to ``out``, in their order; how many there were.
 
     A row of a ``.csv`` has ``row``, ``predicted``, ``probability`` and one column for each label; a line of a
@@ -71,7 +61,7 @@ def predict(model: Usable, source: str, out: Path, batch_size: int | None = None
         raise ConfigError(f"flexp predict is for classifiers; the task of this model is {model.task.name}")
     if out.suffix.lower() not in WRITERS:
         raise ConfigError(f"--out {out}: expected a name that ends in {' or '.join(WRITERS)}")
-    found = _probabilities(model, source, batch_size or model.batch_size)
+    found = _probabilities(model, source, batch_size or model.config.evaluation.batch_size)
     rows = [dict(zip(labels, values, strict=True)) for values in found]
     with replacing(out) as part, part.open("w", encoding="utf-8", newline="") as file:
         if out.suffix.lower() == ".jsonl":
@@ -90,8 +80,8 @@ def _chosen(number: int, row: Mapping[str, float]) -> dict[str, Any]:
     return {"row": number, "predicted": label, "probability": row[label]}
 
 
-def _probabilities(model: Usable, source: str, size: int) -> Iterator[list[float]]:
-    examples, _ = read_examples(source, model.data, model.task, labelled=False)
+def _probabilities(model: Trained, source: str, size: int) -> Iterator[list[float]]:
+    examples, _ = read_examples(source, model.config.data, model.task, labelled=False)
     order = sorted(range(len(examples)), key=lambda index: -len(examples[index].get("input_ids", ())))
     found: dict[int, list[float]] = {}
     for start in range(0, len(order), size):
@@ -102,3 +92,49 @@ def _probabilities(model: Usable, source: str, size: int) -> Iterator[list[float
             logits_BC = model.forward(batch).logits
         found |= dict(zip(chosen, torch.softmax(logits_BC.double(), dim=-1).tolist(), strict=True))
     return iter([found[index] for index in range(len(examples))])
+
+
+def read_examples(
+    source: str, data: DataConfig, task: Task, *, labelled: bool = True
+) -> tuple[list[Example], list[str]]:
+    """All rows of ``source`` (what ``data.source`` may name) as examples, in their order, and the place of each.
+
+    Args:
+        labelled: whether the labels matter; without, classifiers need no column of them, and examples have the first.
+
+    Raises:
+        DataError: the file does not hold what the task needs, or a label that the model does not know.
+    """
+    rows = read_rows(source, None, data.config)
+    kind = task_of(data)
+    needed = kind.needed_columns(data)
+    classes = task.label_names
+    if not labelled and classes is not None:
+        needed.pop(data.label, None)
+    for name, key in needed.items():
+        rows.require(name, key)
+    gaps = () if isinstance(data.choices, str) else data.choices
+    for name in needed:
+        if name not in gaps and name != data.image:
+            check_present(rows.values(name), name, rows.place)
+    taken = rows.take(range(len(rows)), list(needed))
+    if kind.labelled:
+        labels = _labels(rows, data, classes) if data.label in needed else [(classes or [""])[0]] * len(rows)
+        for row, label in zip(taken, labels, strict=True):
+            row[data.label] = label
+    for index, row in enumerate(taken):
+        image, folder = row.get(data.image), rows.part(index).folder
+        if kind.images and isinstance(image, str) and folder is not None:
+            row[data.image] = str(folder / Path(image))
+    return task.encode(taken), [rows.place(index) for index in range(len(rows))]
+
+
+def _labels(rows: Rows, data: DataConfig, classes: Sequence[str] | None) -> list[str]:
+    labels = label_texts(rows.values(data.label), rows.class_names(data.label), data.label, rows.place)
+    for index, label in enumerate(labels):
+        if classes is not None and label not in classes:
+            raise DataError(
+                f"{rows.place(index)}: the label {label[:40]!r} is none of those that the model knows: "
+                + ", ".join(classes[:16])
+            )
+    return labels

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,23 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from flexp.client.recut import PERSONAL
+from flexp.config import RunConfig
+from flexp.data.types import ModelKind
 from flexp.errors import ConfigError, StorageError
-from flexp.export.homes import KIND, SCHEMA, Backup, home_of
-from flexp.export.saved import LAST
+from flexp.export.card import run_facts
+from flexp.export.opening import open_trained
+from flexp.export.saved import is_run, run_config
 from flexp.export.sealed import is_sealed, seal, unseal
+from flexp.export.trained import LAST, FromCheckpoint
 from flexp.files import replacing
+from flexp.methods.base import method_of
+from flexp.models.fingerprint import fingerprint
+from flexp.models.stage import Stage
+from flexp.run.folder import is_client
+
+SCHEMA = 1
+KIND = "flexp personal state"
 
 MUST_MATCH = {
     "fingerprint": "configuration of the model",
@@ -44,6 +57,24 @@ OLDER = {"follow": False}
 """Facts that files of older versions do not have."""
 
 
+@dataclass(frozen=True)
+class Backup:
+    """What a file holds.
+
+    Attributes:
+        tensors: the client's state, as its method names it; with FlexP-SFL ``personal/NAME`` are the weights.
+    """
+
+    facts: dict[str, Any]
+    tensors: dict[str, Tensor]
+    encrypted: bool
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The personal weights by their names in the whole model."""
+        return {name.removeprefix(PERSONAL): value for name, value in self.tensors.items() if name.startswith(PERSONAL)}
+
+
 def back_up(
     folder: Path, client: str | None, out: Path, passphrase: str | None = None, which: str = LAST
 ) -> dict[str, Any]:
@@ -51,7 +82,7 @@ def back_up(
 
     Args:
         passphrase: encrypt with it.
-        which: after which round (:func:`flexp.export.saved.open_run`).
+        which: after which round (:func:`flexp.export.opening.open_trained`).
 
     Returns:
         The facts that the file has.
@@ -62,9 +93,12 @@ def back_up(
     """
     if out.exists():
         raise ConfigError(f"{out} exists already; choose another --out, or remove it first")
-    home = home_of(folder, client, which)
-    tensors = home.tensors()
-    facts = home.facts | {"steps": int(tensors["steps"]) if "steps" in tensors else None}
+    model = _opened(folder, client, which)
+    tensors = model.state()
+    facts = _facts(model, model.cut) | {"round": model.round, "steps": model.steps}
+    numbers = {key: model.checkpoint.facts[key] for key in ("run", "numbering") if key in model.checkpoint.facts}
+    if numbers:  # of a server's run, to which the client is to come back
+        facts["snapshot"] = {**numbers, "number": model.checkpoint.number}
     write(out, tensors, facts, passphrase)
     return facts
 
@@ -73,7 +107,8 @@ def restore(file: Path, folder: Path, client: str | None = None, passphrase: str
     """Put a file's content into the last checkpoint of the run ``folder``; ``flexp run --resume`` goes on from there.
 
     The client's part of the checkpoint may be damaged or missing; the other parts stay as they are, byte for byte. In
-    what ``flexp client`` left it becomes the newest snapshot, from which the client goes on; later ones are put aside.
+    what ``flexp client`` left it becomes the newest snapshot, from which the client goes on; later ones are
+    quarantined.
 
     Args:
         client: into whose place; the file's own client without.
@@ -86,8 +121,9 @@ def restore(file: Path, folder: Path, client: str | None = None, passphrase: str
         StorageError: the file or the run is damaged; the run is untouched.
     """
     found = read(file, passphrase)
-    home = home_of(folder, client or str(found.facts["client"]), LAST, into=True)
-    there = home.facts
+    model = _opened(folder, client or str(found.facts["client"]), LAST)
+    cut, fresh = model.place()
+    there = _facts(model, cut)
     for key, called in MUST_MATCH.items():
         saved = found.facts.get(key, OLDER.get(key))
         if saved != there[key]:
@@ -95,9 +131,38 @@ def restore(file: Path, folder: Path, client: str | None = None, passphrase: str
                 f"{file}: was saved with another {called} than {folder} has "
                 f"({_short(saved)}, not {_short(there[key])}); restore it into the run that it is of"
             )
-    _check_shapes(found.tensors, home.fresh(), file)
-    number = home.put(found)
-    return found.facts | {"client": there["client"], "into": number}
+    _check_shapes(found.tensors, fresh, file)
+    number = model.put(found.tensors, found.facts)
+    return found.facts | {"client": model.client, "into": number}
+
+
+def belonging(config: RunConfig, source: Stage, kind: ModelKind, labels: list[str] | None) -> dict[str, Any]:
+    """What the states of a run's clients belong to, JSON-ready.
+
+    Args:
+        source: of the pretrained model, any part.
+    """
+    return run_facts(config, labels) | {
+        "fingerprint": fingerprint(source.model.config),
+        "weights": source.weights,
+        "model_kind": kind,
+        "train_embeddings": config.model.train_embeddings,
+        "optimizer": config.train.personal.name,
+        "follow": method_of(config).aligns and config.method.align.follow,
+    }
+
+
+def _facts(model: FromCheckpoint, cut: tuple[int, int]) -> dict[str, Any]:
+    head = {"kind": KIND, "schema": SCHEMA, "client": model.client, "cut": list(cut)}
+    return head | belonging(model.config, model.source(), model.kind, model.labels)
+
+
+def _opened(folder: Path, client: str | None, which: str) -> FromCheckpoint:
+    if not (is_client(folder) or is_run(folder)):
+        run_config(folder)  # says what it is not
+    model = open_trained(folder, client, which)
+    assert isinstance(model, FromCheckpoint)
+    return model
 
 
 def write(out: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], passphrase: str | None = None) -> None:

@@ -1,29 +1,89 @@
-"""The model card: what a person who finds the folder needs to know. Pure text; names are written as they are."""
+"""What an exported folder says of itself: ``flexp.json`` for FlexP, and the card for a person who finds it.
+
+Of the card names are written as they are: nothing in them is markup.
+"""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from flexp._version import __version__
+from flexp.assets.registry import ASSETS, Asset
+from flexp.assets.store import PREFIX
+from flexp.config import RunConfig
+from flexp.models.loading import AUTO
 from flexp.report import formats
+
+FILE = "flexp.json"
+SCHEMA = 1
+TASK_KEYS = (
+    "task", "text", "text_pair", "label", "image", "prompt", "answer", "choices", "template", "max_length",
+    "long_texts", "block_length",
+)  # fmt: skip
+"""Of ``[data]``, what turns rows into examples; where the run's data are is nobody else's business."""
 
 _PIPELINES = {
     "causal-lm": "text-generation",
     "sequence-classification": "text-classification",
     "image-classification": "image-classification",
 }
-_AUTO = {
-    "causal-lm": "AutoModelForCausalLM",
-    "sequence-classification": "AutoModelForSequenceClassification",
-    "image-classification": "AutoModelForImageClassification",
-}
 _UNKNOWN = "not known to FlexP; see where it came from"
 
 
+def described(config: RunConfig, form: str, dtype: str, kind: str, labels: list[str] | None) -> dict[str, Any]:
+    """What the configuration says of a personal model, JSON-ready.
+
+    Args:
+        form: ``whole`` or ``adapter``.
+        dtype: of the weights in the folder.
+    """
+    data = config.data.model_dump(mode="json")
+    return run_facts(config, labels) | {
+        "schema": SCHEMA,
+        "form": form,
+        "rounds": config.train.rounds,
+        "kind": kind,
+        "dtype": dtype,
+        "autocast": config.model.autocast,
+        "attention": config.model.attention,
+        "data": {key: data[key] for key in TASK_KEYS},
+        "source": origin(config.data.source),
+    }
+
+
+def run_facts(config: RunConfig, labels: list[str] | None) -> dict[str, Any]:
+    """What an exported model and a backup both say of the run that they are from."""
+    return {
+        "flexp": __version__,
+        "run": config.name,
+        "seed": config.seed,
+        "model": origin(config.model.id),
+        "labels": labels,
+        "method": config.method.name,
+        "tuning": config.model.tuning,
+        "lora": config.model.lora.model_dump(mode="json") if config.model.tuning == "lora" else None,
+        "dtype": config.model.dtype,
+    }
+
+
+def origin(name: str) -> dict[str, str | None]:
+    """Name, address and licence of a model or of data, as far as the registry of assets knows them.
+
+    Of a local file or folder only its own name is told.
+    """
+    asset: Asset | None = ASSETS.get(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else None
+    if asset is not None:
+        return {"name": name, "address": asset.source, "licence": asset.licence}
+    shown = Path(name).name if Path(name).is_absolute() or Path(name).exists() else name
+    return {"name": shown or name, "address": None, "licence": None}
+
+
 def card(facts: Mapping[str, Any]) -> str:
-    """The content of ``README.md`` for the facts of :func:`flexp.export.facts.gather`."""
+    """The content of ``README.md``; ``facts`` are those of ``flexp.json``."""
     adapter = facts["form"] == "adapter"
     lines = [
         *_front(facts, adapter),
@@ -121,7 +181,7 @@ def _scores(facts: Mapping[str, Any]) -> list[str]:
 
 
 def _use(facts: Mapping[str, Any], adapter: bool) -> list[str]:
-    auto, image = _AUTO[facts["kind"]], facts["kind"] == "image-classification"
+    auto, image = AUTO[facts["kind"]].__name__, facts["kind"] == "image-classification"
     processor = "AutoImageProcessor" if image else "AutoTokenizer"
     if not adapter:
         code = [

@@ -1,151 +1,117 @@
-"""What ``flexp client`` leaves, opened to use its personal model; the middle of that is on a server.
+"""A client's own parts, with the middle of its model on a server: of what ``flexp client`` left, or of a run's folder.
 
-Nothing in the folder changes, also while the client trains. Of a snapshot only the tensors that are asked for are read.
+Nothing in the folder changes, also while the client trains; of a checkpoint only the tensors that are asked for are
+read, and nobody's data but for scores.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor
 
+from flexp.client.generation import SplitGenerator
 from flexp.client.model import SplitModel
+from flexp.client.recut import PERSONAL
 from flexp.config import CodecConfig, RunConfig
 from flexp.config.loading import validate
-from flexp.data.types import ModelKind
+from flexp.data.types import Example, Forward
 from flexp.errors import ConfigError, StorageError
-from flexp.export.saved import LAST
+from flexp.export.trained import LAST, OWN, FromCheckpoint, answering, numbered
 from flexp.files import read_json
 from flexp.links.base import Link
+from flexp.methods.base import method_of
 from flexp.methods.parties import split_model, tune_own
 from flexp.models.loading import load_config
 from flexp.models.parts import Part
 from flexp.models.stage import Stage
+from flexp.report.metrics import read
 from flexp.run.folder import is_client, read_facts
-from flexp.run.settle import load_part, load_processor, model_folder, own_pad
-from flexp.run.store import Snapshots
+from flexp.run.settle import load_part, model_folder, own_pad, settle_client
+from flexp.run.store import CHECKPOINTS, SNAPSHOTS, Checkpoint, Store, party_of
 
-PERSONAL = "personal/"
+Connect = Callable[[str], Link]
+"""Gives a link of the client that is named to a running server."""
 
 
-@dataclass(frozen=True)
-class Taken:
-    """One of the client's snapshots, whole.
+class ClientModel(FromCheckpoint):
+    """See above.
 
-    Attributes:
-        facts: run, numbering, steps and cut, as the client saved them.
+    Args:
+        known: name, cut, kind, labels, metric and numbers of examples, as ``client.json`` has them.
+        which: ``last`` (the newest whole checkpoint), or a number.
+        connect: called again when a link breaks; ``None``: whatever needs the middle is refused.
     """
 
-    number: int
-    file: Path
-    facts: dict[str, Any]
+    def __init__(
+        self,
+        folder: Path,
+        config: RunConfig,
+        known: Mapping[str, Any],
+        store: Store,
+        which: str = LAST,
+        connect: Connect | None = None,
+    ) -> None:
+        self.folder, self.config, self.store = folder, config, store
+        self.client, self.kind, self.labels = str(known["client"]), known["kind"], known["labels"]
+        self.planned_cut = (int(known["cut"][0]), int(known["cut"][1]))
+        self._known, self._which, self._connect = known, which, connect
 
-    @property
-    def steps(self) -> int:
-        """That the client had done."""
-        return int(self.facts["steps"])
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """That was asked for, whole."""
+        if self._which != LAST:
+            found = numbered(self.store, self._which)
+            found.checked(party_of(self.client))
+            return found
+        newest = self.store.newest_whole()
+        if newest is None:
+            raise StorageError(
+                f"{self.folder} has no whole checkpoint, so its personal weights are not there; restore one"
+            )
+        return newest
 
-    @property
-    def cut(self) -> tuple[int, int]:
-        """(s, e) of then; a client may have moved since."""
-        start, stop = self.facts["cut"]
-        return int(start), int(stop)
-
-    def tensors(self, wanted: Callable[[str], bool] = lambda _: True) -> dict[str, Tensor]:
-        """Of the client's state those with a ``wanted`` name, copied."""
-        with safe_open(self.file, framework="pt") as file:
-            return {name: file.get_tensor(name).clone() for name in file.keys() if wanted(name)}  # noqa: SIM118
-
-    def personal(self, wanted: Callable[[str], bool] = lambda _: True) -> dict[str, Tensor]:
-        """The personal weights with a ``wanted`` name in the whole model."""
-        size = len(PERSONAL)
-        found = self.tensors(lambda name: name.startswith(PERSONAL) and wanted(name[size:]))
-        return {name[size:]: value for name, value in found.items()}
-
-
-@dataclass(frozen=True)
-class ClientFolder:
-    """A client's state folder.
-
-    Attributes:
-        config: as the client was started with.
-        facts: see :func:`flexp.run.folder.write_facts`.
-    """
-
-    folder: Path
-    config: RunConfig
-    facts: dict[str, Any]
-
-    @property
-    def client(self) -> str:
-        """Its name."""
-        return str(self.facts["client"])
-
-    @property
-    def kind(self) -> ModelKind:
-        """What its model is for."""
-        kind: ModelKind = self.facts["kind"]
-        return kind
-
-    @property
-    def labels(self) -> list[str] | None:
-        """Of a classifier."""
-        labels: list[str] | None = self.facts["labels"]
-        return labels
-
-    @property
-    def snapshots(self) -> Snapshots:
-        """Where its state is."""
-        return Snapshots(self.folder / "snapshots", tidy=False)
-
-    @property
-    def model_id(self) -> str:
-        """Its pretrained model: a folder, or an id."""
-        return model_folder(self.config)
+    @cached_property
+    def round(self) -> int:
+        """So many of its own steps."""
+        return (self.steps or 0) // self.config.train.steps_per_round
 
     @property
     def blocks(self) -> int:
         """L of its model."""
-        return int(load_config(self.model_id).get_text_config().num_hidden_layers)
+        return int(load_config(model_folder(self.config)).get_text_config().num_hidden_layers)
 
-    def processor(self) -> Any:
-        """Its tokenizer or image processor."""
-        return load_processor(self.model_id, self.config)
+    @property
+    def numbering(self) -> int | None:
+        """Of its steps, where a server has counted them."""
+        found: int | None = self.checkpoint.facts.get("numbering")
+        return found
 
-    def taken(self, which: str = LAST) -> Taken:
-        """A snapshot: ``last`` is the newest that is whole, or a snapshot's number.
+    def reach(self) -> Link:
+        """A new link to the server.
 
         Raises:
-            ConfigError: ``which`` is something else.
-            StorageError: there is no such snapshot, or none that is whole.
+            ConfigError: none was named.
+            LinkError: it cannot be reached.
         """
-        numbers = self.snapshots.numbers()
-        if which != LAST:
-            if not which.isdecimal():
-                raise ConfigError(f"--round {which}: of a client's folder it is last, or the number of a snapshot")
-            if int(which) not in numbers:
-                there = ", ".join(map(str, numbers)) or "none"
-                raise StorageError(f"{self.folder} has no snapshot {which}; it has {there}")
-            return self._taken(int(which))
-        for number in reversed(numbers):
-            try:
-                return self._taken(number)
-            except StorageError:
-                continue  # the one before it may be whole
-        raise StorageError(f"{self.folder} has no whole snapshot, so its personal weights are not there; restore one")
+        if self._connect is None:
+            raise ConfigError(
+                f"{self.folder} holds a client's own parts; the middle of its model is on a server: say where with "
+                "--server grpcs://HOST:PORT"
+            )
+        return self._connect(self.client)
 
-    def _taken(self, number: int) -> Taken:
-        file, facts = self.snapshots.checked(number)
-        return Taken(number, file, facts)
-
-    def stage(self, part: Part, processor: Any = None) -> Stage:
+    def stage(self, part: Part) -> Stage:
         """A part of the pretrained model as the client itself would load it; nothing of it is trained."""
-        pad = own_pad(self.kind, processor if processor is not None else self.processor())
-        return load_part(self.config, self.model_id, self.kind, self.labels, pad, part)
+        pad = own_pad(self.kind, self.processor)
+        return load_part(self.config, model_folder(self.config), self.kind, self.labels, pad, part)
+
+    def source(self) -> Stage:
+        """Its ends, without any block."""
+        return self.stage(Part(frozenset(), ends=True))
 
     def own_stage(self, cut: tuple[int, int]) -> Stage:
         """All that the client has, tuned, without its training."""
@@ -153,57 +119,140 @@ class ClientFolder:
         tune_own(stage, self.config)
         return stage
 
-    def split(self, taken: Taken, link: Link) -> SplitModel:
-        """The personal model, its middle over ``link``, where everything crosses as it is.
+    @cached_property
+    def split(self) -> SplitModel:
+        """The personal model, its middle over a link, where everything crosses as it is.
 
         Raises:
             LinkError: the server refuses.
-            ModelError: the snapshot is of another tuning.
+            ModelError: the checkpoint is of another tuning.
         """
-        stage, numbering = self.own_stage(taken.cut), int(taken.facts["numbering"])
-        codec = CodecConfig()
-        model = split_model(self.config, stage, taken.cut, link, self.kind, codec=codec, numbering=numbering)
-        model.load_personal_state(taken.personal())
+        link = self.reach()
+        numbering, codec = self.numbering, CodecConfig()
+        stage = self.own_stage(self.cut)
+        model = split_model(self.config, stage, self.cut, link, self.kind, codec=codec, numbering=numbering)
+        model.load_personal_state(self.personal())
         return model
 
-    def records(self) -> Iterator[dict[str, Any]]:
-        """Of its diary the scores."""
-        from flexp.report.metrics import read
+    @cached_property
+    def about(self) -> str:
+        """Where it is split."""
+        return f"split at {self.cut}, its middle on a server"
 
+    @cached_property
+    def forward(self) -> Forward:
+        """Over the link."""
+        return answering(self.split)
+
+    @cached_property
+    def generator(self) -> Any:
+        """The same; an answer goes on over a new link when one breaks."""
+        return SplitGenerator(self.split, self.reach)
+
+    @cached_property
+    def sets(self) -> dict[str, list[Example]]:
+        """Its own test data, which are read for that."""
+        own = settle_client(self.config, self.client, self.cut).data.test
+        return {OWN: own} if own else {}
+
+    def facts(self) -> dict[str, Any]:
+        """As its own diary has them."""
+        metric = self._known["metric"]
+        scores = {int(record["round"]): record["personal"].get(metric) for record in self._records()}
+        steps = self.steps or 0
+        number, rest = divmod(steps, self.config.train.steps_per_round)
+        before, after = ({"personal": value} if value is not None else None for value in map(scores.get, (0, number)))
+        return {
+            "client": self.client,
+            "round": number,
+            "steps": steps,
+            "picked_on": None,
+            "cut": list(self.cut),
+            "absent": False,
+            "train_examples": self._known["train_examples"],
+            "test_examples": self._known["test_examples"],
+            "metric": metric,
+            "scores": {"before": before, "after": None if rest else after},
+        }
+
+    def _records(self) -> Iterator[dict[str, Any]]:
         path = self.folder / "metrics.jsonl"
-        return (record for record in (read(path) if path.is_file() else []) if record["kind"] == "eval")
+        records = read(path) if path.is_file() else []
+        return (record for record in records if record["kind"] == "eval" and record["client"] == self.client)
+
+    def place(self) -> tuple[tuple[int, int], Mapping[str, Tensor]]:
+        """See :class:`FromCheckpoint`: the cut that the client goes on with, and what it trains."""
+        stage = self.own_stage(self.planned_cut)
+        return self.planned_cut, {f"{PERSONAL}{name}": value for name, value in stage.trainable().items()}
+
+    def put(self, tensors: Mapping[str, Tensor], said: Mapping[str, Any]) -> int:
+        """As the snapshot that it was; later ones are quarantined.
+
+        Raises:
+            ConfigError: the backup is of a simulation, which knows nothing of a server's run.
+        """
+        snapshot = said.get("snapshot")
+        if not isinstance(snapshot, dict):
+            raise ConfigError(
+                f"the file is from a run of flexp run, and {self.folder} is a client's: restore it into a run"
+            )
+        number = int(snapshot["number"])
+        kept = {"run": snapshot["run"], "client": self.client, "numbering": snapshot["numbering"]}
+        for later in [later for later in self.store.numbers() if later > number]:
+            self.store.quarantine(later)
+        facts = {**kept, "steps": said["steps"], "cut": list(self.planned_cut)}
+        self.store.save(number, {party_of(self.client): tensors}, facts)
+        return number
+
+    def close(self) -> None:
+        """Let go of the link, if there is one."""
+        if "split" in self.__dict__:
+            self.split.link.close()
 
 
-def open_client(folder: Path, client: str | None = None) -> ClientFolder:
-    """Open what ``flexp client`` left.
-
-    Args:
-        client: must be the folder's own, if it is said.
+def of_client(folder: Path, client: str | None, which: str, connect: Connect | None) -> ClientModel:
+    """What ``flexp client`` left.
 
     Raises:
         StorageError: ``folder`` holds nothing of the kind.
-        ConfigError: it is somebody else's.
+        ConfigError: it is another client's.
     """
     if not is_client(folder):
-        if not folder.is_dir():
-            raise StorageError(f"there is no folder {folder}; expected what flexp client leaves")
         raise StorageError(f"{folder} is not what flexp client leaves: expected its client.json and snapshots")
-    facts = read_facts(folder)
-    if client not in (None, facts["client"]):
-        raise ConfigError(f"{folder} is of the client {facts['client']!r}, not of {client!r}; leave out --client")
-    path = folder / "config.json"
-    return ClientFolder(folder, validate(read_json(path), str(path)), facts)
+    known, path = read_facts(folder), folder / "config.json"
+    if client not in (None, known["client"]):
+        raise ConfigError(f"{folder} is of the client {known['client']!r}, not of {client!r}; leave out --client")
+    config, store = validate(read_json(path), str(path)), Store(folder / SNAPSHOTS, keep=None)
+    return ClientModel(folder, config, known, store, which, connect)
 
 
-def middle(folder: Path, connect: Callable[[str], Link] | None) -> Callable[[str], Link]:
-    """``connect``, without which a client's model has no middle.
+def of_run(folder: Path, config: RunConfig, client: str | None, which: str, connect: Connect) -> ClientModel:
+    """A client of a run whose models are split, known from the run's own summary, so that nobody's data need be there.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: the run's models are not split, or it has no such client.
+        StorageError: its summary does not name it.
     """
-    if connect is None:
-        raise ConfigError(
-            f"{folder} holds a client's own parts; the middle of its model is on a server: say where with "
-            "--server grpcs://HOST:PORT"
-        )
-    return connect
+    if not method_of(config).recuts:
+        raise ConfigError(f"--server needs a split model, and the method of {folder} is {config.method.name}")
+    path = folder / "summary.json"
+    try:
+        summary = read_json(path)
+        shared = {"metric": summary["metric"], "kind": summary["model"]["kind"], "labels": summary["model"]["labels"]}
+        rows = {
+            str(row["name"]): {key: row[key] for key in ("cut", "train_examples", "test_examples")}
+            for row in summary["clients"]
+        }
+    except (KeyError, TypeError) as error:
+        raise StorageError(
+            f"{path} does not tell the clients' cuts; run flexp report {folder}, or train again"
+        ) from error
+    if client is None and len(rows) == 1:
+        client = next(iter(rows))
+    if client not in rows:
+        known = ", ".join(map(repr, list(rows)[:16]))
+        raise ConfigError(f"the run has no client {client!r}: say whose model with --client; it has {known}")
+    store = Store(folder / CHECKPOINTS)
+    if which == LAST and store.numbers():  # its own part of it is checked, and the others' need not be there
+        which = str(store.numbers()[-1])
+    return ClientModel(folder, config, {**shared, **rows[client], "client": client}, store, which, connect)

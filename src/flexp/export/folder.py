@@ -13,25 +13,26 @@ from safetensors import SafetensorError
 from flexp.data.types import ModelKind
 from flexp.errors import ConfigError, ModelError
 from flexp.export.adapter import write_adapter
-from flexp.export.card import card
-from flexp.export.facts import FILE, gather
-from flexp.export.saved import SavedRun
+from flexp.export.card import FILE, card, described
+from flexp.export.client_folder import ClientModel
+from flexp.export.remote import write_remote
+from flexp.export.saved import RunModel
+from flexp.export.trained import Trained
 from flexp.export.whole import merged
 from flexp.files import replacing, storage_error, write_json, write_text
 from flexp.models.loading import quietly
-from flexp.run.checkpoints import os_error
-from flexp.run.settle import load_processor, model_folder
+from flexp.run.settle import model_folder
+from flexp.run.store import os_error
 
 Form = Literal["whole", "adapter"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def export(
-    run: SavedRun, client: str | None, out: Path, form: Form = "whole", dtype: str | None = None
-) -> dict[str, Any]:
-    """Write the personal model of ``client`` into the new folder ``out``.
+def export(model: Trained, out: Path, form: Form = "whole", dtype: str | None = None) -> dict[str, Any]:
+    """Write a trained model into the new folder ``out``.
 
     Args:
+        model: of a run, with all of its blocks; or of a client, whose middle is fetched from a server block by block.
         form: ``whole``, adapters merged into the weights; or ``adapter``, without the base model.
         dtype: of the weights, a key of :data:`DTYPES`; ``None``: as they were trained.
 
@@ -39,24 +40,29 @@ def export(
         The facts of the model, as ``flexp.json`` has them.
 
     Raises:
-        ConfigError: ``out`` is taken, there is no such client or type, or the model has no adapter.
-        StorageError: the disk is full or cannot be written; nothing is left in ``out``.
+        ConfigError: ``out`` is taken, there is no such type, or the model has no adapter or was exported already.
+        LinkError: a server does not give its blocks, or they are updated all the time.
+        StorageError: a checkpoint is damaged, or the disk cannot be written; nothing is left in ``out``.
     """
-    data = run.client(client)
     check_target(out, dtype)
-    source, kind = run.world.source, run.world.federation.task.model_kind
-    lora, weights = run.method.world.config.model.lora, run.method.trained_weights(data.name)
-    wanted = None if dtype is None else DTYPES[dtype]
-    facts = gather(run, data, form, dtype or run.config.model.dtype)
-    processor = ready(load_processor(model_folder(run.config), run.config), kind)
-    with writing(out, run.config.model.id, processor, facts) as part:
-        if form == "adapter":
-            cast = {name: value if wanted is None else value.to(wanted) for name, value in weights.items()}
-            write_adapter(part, source, cast, lora, kind, model_folder(run.config))
-            source.model.config.save_pretrained(part)
-        else:
-            merged(source, weights, lora.alpha / lora.rank, wanted).save_pretrained(part)
+    config, wanted = model.config, None if dtype is None else DTYPES[dtype]
+    facts = described(config, form, dtype or config.model.dtype, model.kind, model.labels) | model.facts()
+    with writing(out, config.model.id, ready(model.processor, model.kind), facts) as part:
+        if isinstance(model, ClientModel):
+            write_remote(part, model, form, wanted)
+        elif isinstance(model, RunModel):
+            _write(part, model, form, wanted)
     return facts
+
+
+def _write(folder: Path, model: RunModel, form: Form, dtype: torch.dtype | None) -> None:
+    source, weights = model.source(), model.weights()
+    if form == "adapter":
+        cast = {name: value if dtype is None else value.to(dtype) for name, value in weights.items()}
+        write_adapter(folder, source, cast, model.lora, model.kind, model_folder(model.config))
+        source.model.config.save_pretrained(folder)
+    else:
+        merged(source, weights, model.lora.alpha / model.lora.rank, dtype).save_pretrained(folder)
 
 
 def check_target(out: Path, dtype: str | None) -> None:

@@ -20,20 +20,21 @@ from torch import Tensor
 
 from flexp.data.types import Forward
 from flexp.errors import ConfigError
-from flexp.export.usable import Usable
+from flexp.export.trained import Trained
 
 MOST_NEW = 256  # tokens of a generated answer, where a task says nothing, as in the harness
 NO_LIMIT = 2048  # tokens that a model without a limit of its own is shown, as in the harness
 
 
 def run_harness(
-    model: Usable,
+    model: Trained,
     tasks: Sequence[str],
     folder: Path | None = None,
     *,
     limit: int | None = None,
     shots: int | None = None,
     batch_size: int | None = None,
+    pretrained: bool = False,
 ) -> dict[str, Any]:
     """The harness's results of ``tasks`` by name: a metric's name with its filter → its value.
 
@@ -41,11 +42,12 @@ def run_harness(
         folder: with YAML files of tasks of one's own; then the harness's own, which may fetch data, are not looked at.
         limit: only so many examples of each task.
         shots: examples shown before each question; as the task says without.
+        pretrained: the model as it was before training; only of a run.
 
     Raises:
         ConfigError: the model is no language model, or there is no such task.
     """
-    adapter = HarnessModel(model, batch_size)
+    adapter = HarnessModel(model, batch_size, pretrained=pretrained)
     manager = TaskManager(include_path=None if folder is None else str(folder), include_defaults=folder is None)
     unknown = [name for name in tasks if name not in manager.all_tasks]
     if unknown:
@@ -85,15 +87,15 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         ConfigError: it is no language model, or its tokenizer knows no end of a text.
     """
 
-    def __init__(self, model: Usable, batch_size: int | None = None) -> None:
+    def __init__(self, model: Trained, batch_size: int | None = None, *, pretrained: bool = False) -> None:
         super().__init__()
-        if model.task.model_kind != "causal-lm":
+        if model.kind != "causal-lm":
             raise ConfigError(f"the harness is for language models; this model's task is {model.task.name}")
-        self.tokenizer: Any = model.task.tokenizer  # type: ignore[attr-defined]
+        self.tokenizer = model.processor
         if self.tokenizer.eos_token_id is None:
             raise ConfigError("the harness needs a tokenizer with an end-of-text token, and this model's has none")
-        self.forward: Forward = model.forward
-        self.batch_size = batch_size or model.batch_size
+        self.forward: Forward = model.pretrained if pretrained else model.forward
+        self.batch_size = batch_size or model.config.evaluation.batch_size
         self.max_length = model.positions or NO_LIMIT
 
     @property

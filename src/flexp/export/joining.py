@@ -14,10 +14,10 @@ from flexp.config import RunConfig
 from flexp.config.loading import override, validate
 from flexp.errors import ConfigError
 from flexp.export import backup
-from flexp.export.saved import LAST, SavedRun, open_run
+from flexp.export.saved import SavedRun, open_run
+from flexp.export.trained import LAST
 from flexp.files import write_json
 from flexp.methods.split import Split
-from flexp.models.fingerprint import fingerprint
 from flexp.models.parts import check_cut
 from flexp.report.progress import Progress
 from flexp.report.summary import aggregate
@@ -60,7 +60,7 @@ def join(
             there are several.
         middle: the run's shared blocks, or the pretrained ones, as if nobody had trained (to compare).
         train_shared: let the newcomer's gradients train the middle too; its folder keeps the result.
-        cut: (s, e); without, the next one in the turn of ``data.clients.cuts``.
+        cut: (s, e); without, the next one in the turn of the clients'.
         steps: optimiser steps; as many as a client of the run had without.
         every: score after so many steps; before and after all of them without.
         settings: ``key=value`` of the tables :data:`FREE` and keys of ``data`` in :data:`FREE_DATA`.
@@ -141,17 +141,10 @@ def _of_client(run: SavedRun, item: str, passphrase: str | None) -> dict[str, Te
             "nor a file of flexp state backup"
         )
     found = backup.read(Path(item), passphrase)
-    source, model = run.world.source, run.config.model
-    there = {
-        "fingerprint": fingerprint(source.model.config),
-        "weights": source.weights,
-        "model_kind": run.world.federation.task.model_kind,
-        "labels": run.world.federation.task.label_names,
-        "tuning": model.tuning,
-        "lora": model.lora.model_dump(mode="json") if model.tuning == "lora" else None,
-    }
-    for key, value in there.items():
-        if found.facts.get(key) != value:
+    task = run.world.federation.task
+    there = backup.belonging(run.config, run.world.source, task.model_kind, task.label_names)
+    for key in ("fingerprint", "weights", "model_kind", "labels", "tuning", "lora"):
+        if found.facts.get(key) != there[key]:
             raise ConfigError(f"--start {item}: was saved with another {backup.MUST_MATCH[key]} than the run has")
     return _of_server(run) | found.weights
 
@@ -205,11 +198,13 @@ def _config(
     if total % size:
         raise ConfigError(f"--steps {total} must be a multiple of --every {size}")
     content["name"] = f"{run.config.name} + {name}"
-    content["devices"] = None
+    content["devices"] = {}
     content["model"]["base_depth"] = base
     content["train"] |= {"rounds": total // size, "steps_per_round": size}
     content["evaluation"] |= {"every": 1}
-    content["data"]["clients"] |= {"cuts": [[start, end]]}
+    clients = content["data"]["clients"]
+    each = [{**one, "cut": None, "device": None} for one in clients["each"] if one["name"] in (None, name)]
+    clients |= {"cut": [start, end], "device": None, "each": each}
     if data is None:
         _left_out(run, name)
         content["data"]["clients"] |= {"names": [name]}

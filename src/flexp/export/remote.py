@@ -12,20 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
+from flexp.client.recut import fetched
+from flexp.config import CodecConfig
 from flexp.errors import LinkError, ModelError
 from flexp.export.adapter import write_adapter
-from flexp.export.client_folder import ClientFolder, Taken
-from flexp.export.facts import of_client
-from flexp.export.fetching import ChangedError, Fetched, check_names
-from flexp.export.folder import DTYPES, Form, check_target, ready, writing
+from flexp.export.client_folder import ClientModel
 from flexp.export.whole import fill, let_go
 from flexp.files import write_json
-from flexp.links.base import Link, connected
+from flexp.links.base import Link, ask
+from flexp.links.messages import Join
+from flexp.links.opening import connected
+from flexp.models.fingerprint import fingerprint, read_header
 from flexp.models.parts import Part
 from flexp.models.stage import Stage
+from flexp.run.settle import model_folder
 
 TRIES = 3
 """How often all shared blocks are fetched when they are updated meanwhile."""
@@ -34,55 +36,37 @@ FILE_BYTES = 256 << 20
 """Of one file, at most; a larger tensor has one of its own. Writing takes as much memory again."""
 
 
-def export_remote(
-    opened: ClientFolder,
-    connect: Callable[[str], Link],
-    out: Path,
-    form: Form = "whole",
-    dtype: str | None = None,
-    which: str = "last",
-) -> dict[str, Any]:
-    """Write the personal model of a client into the new folder ``out``.
+def write_remote(folder: Path, model: ClientModel, form: str, dtype: torch.dtype | None = None) -> None:
+    """Write the weights and the configuration of a client's model into ``folder``.
 
     Args:
-        connect: gives a link of the client that is named to the running server.
         form: ``whole``, adapters merged into the weights; or ``adapter``, without the base model.
         dtype: of the weights; ``None``: as they were trained.
-        which: the snapshot (:meth:`ClientFolder.taken`).
-
-    Returns:
-        The facts of the model, as ``flexp.json`` has them.
 
     Raises:
-        ConfigError: ``out`` is taken, there is no such type, or the model has no adapter.
+        ConfigError: no server was named, or the model has no adapter.
         LinkError: the server does not give its blocks, or they are updated all the time.
-        StorageError: no snapshot is whole, or the disk cannot be written; nothing is left in ``out``.
+        StorageError: no checkpoint is whole.
     """
-    check_target(out, dtype)
-    taken = opened.taken(which)
-    processor = ready(opened.processor(), opened.kind)
-    facts = of_client(opened, taken, form, dtype or opened.config.model.dtype)
-    work = _Export(opened, taken, processor, None if dtype is None else DTYPES[dtype])
-    with connected(connect(opened.client)) as link, writing(out, opened.config.model.id, processor, facts) as part:
+    with connected(model.reach()) as link:
+        work = _Export(model, dtype)
         if form == "adapter":
-            work.adapter(part, link)
+            work.adapter(folder, link)
         else:
-            work.whole(part, link)
-    return facts
+            work.whole(folder, link)
 
 
 class _Export:
-    def __init__(self, opened: ClientFolder, taken: Taken, processor: Any, dtype: torch.dtype | None) -> None:
-        self.opened, self.taken, self.processor, self.dtype = opened, taken, processor, dtype
-        lora = opened.config.model.lora
+    def __init__(self, client: ClientModel, dtype: torch.dtype | None) -> None:
+        self.client, self.dtype = client, dtype
+        lora = client.config.model.lora
         self.scaling = lora.alpha / lora.rank
-        self.blocks = opened.blocks
-        self.shared = range(*taken.cut)
+        self.blocks, self.shared = client.blocks, range(*client.cut)
 
     def whole(self, folder: Path, link: Link) -> None:
         """The ends, then every block, each a shard; and their index."""
-        stage = self._stage(Part(frozenset(), ends=True))
-        fetched = Fetched(link, self.opened, self.taken, stage)
+        stage = self.client.stage(Part(frozenset(), ends=True))
+        fetched = Fetched(link, self.client, stage)
         shards = _Shards(folder)
         shards.write(0, self._filled(stage, self._own(stage, None)), settings=True)
         let_go(stage.model)
@@ -98,7 +82,7 @@ class _Export:
         shards.finish()
 
     def _block(self, shards: _Shards, index: int, fetched: Fetched | None) -> None:
-        stage = self._stage(Part(frozenset([index]), ends=False))
+        stage = self.client.stage(Part(frozenset([index]), ends=False))
         if fetched is None:
             weights = self._own(stage, index)
         else:
@@ -108,13 +92,13 @@ class _Export:
         let_go(stage.model)
 
     def _own(self, stage: Stage, block: int | None) -> dict[str, Tensor]:
-        return self.taken.personal(lambda name: stage.block_of(name) == block)
+        return self.client.personal(lambda name: stage.block_of(name) == block)
 
     def adapter(self, folder: Path, link: Link) -> None:
         """All adapters are one small file; peft tries them block by block."""
-        first = self._stage(Part(frozenset([0]), ends=True))
-        fetched = Fetched(link, self.opened, self.taken, first)
-        weights = self.taken.personal()
+        first = self.client.stage(Part(frozenset([0]), ends=True))
+        fetched = Fetched(link, self.client, first)
+        weights = self.client.personal()
 
         def middle() -> None:
             for index in self.shared:
@@ -123,25 +107,106 @@ class _Export:
         of_one_version(fetched, middle)
         if self.dtype is not None:
             weights = {name: value.to(self.dtype) for name, value in weights.items()}
-        lora, base = self.opened.config.model.lora, self.opened.model_id
-        write_adapter(folder, first, weights, lora, self.opened.kind, base, self._parts())
+        lora, base = self.client.config.model.lora, model_folder(self.client.config)
+        write_adapter(folder, first, weights, lora, self.client.kind, base, self._parts())
         first.model.config.save_pretrained(folder)
 
     def _parts(self) -> Iterator[Stage]:
         for index in range(self.blocks):
-            stage = self._stage(Part(frozenset([index]), ends=True))
+            stage = self.client.stage(Part(frozenset([index]), ends=True))
             yield stage
             let_go(stage.model)
-
-    def _stage(self, part: Part) -> Stage:
-        return self.opened.stage(part, self.processor)
 
     def _filled(self, stage: Stage, weights: Mapping[str, Tensor]) -> Any:
         try:
             return fill(stage.model, weights, self.scaling, self.dtype)
         except (AttributeError, KeyError, RuntimeError) as error:
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ModelError(f"{self.opened.folder}: weights do not fit this model ({first})") from error
+            raise ModelError(f"{self.client.folder}: weights do not fit this model ({first})") from error
+
+
+class ChangedError(LinkError):
+    """The shared blocks were updated in the middle."""
+
+
+class Fetched:
+    """Joins a server as the client that it is, without a model, and asks for blocks.
+
+    Args:
+        stage: any part of the client's model, as it is in the server's eyes.
+
+    Raises:
+        LinkError: the server refuses this client.
+    """
+
+    def __init__(self, link: Link, client: ClientModel, stage: Stage) -> None:
+        self._link, self._client = link, client
+        config = client.config
+        self.version: int | None = None
+        ask(
+            link,
+            Join(
+                client=link.client,
+                fingerprint=fingerprint(stage.model.config),
+                cut=client.cut,
+                dtype=str(stage.model.dtype),
+                tuning=config.model.tuning,
+                align=config.method.align,
+                lora=config.model.lora,
+                weights=stage.weights,
+                autocast=stage.autocast_name,
+                numbering=client.numbering or 0,
+                codec=CodecConfig(),
+            ),
+        )
+
+    def begin(self) -> None:
+        """Whatever version comes next is the one that all blocks must have."""
+        self.version = None
+
+    def block(self, index: int) -> dict[str, Tensor]:
+        """The trained weights of one block, by their names in the model; none, if the server trains none.
+
+        Raises:
+            ChangedError: they are of another version than the blocks before.
+            LinkError: the server does not give them, or does not have what this client has trained with.
+        """
+        found: dict[str, Tensor] = {}
+        for reply in fetched(self._link, index):
+            if self.version is None:
+                self.version = reply.version
+            if reply.version != self.version:
+                raise ChangedError(f"the shared blocks went from version {self.version} to {reply.version}")
+            self._check_trained(reply.version, reply.total)
+            found |= reply.weights
+        return found
+
+    def _check_trained(self, version: int, total: int) -> None:
+        server, steps = self._client.config.server, self._client.steps or 0
+        sure = server.mean_over if server.update == "mean" else 1
+        if version == 0 and total and steps >= sure:
+            raise LinkError(
+                f"the server's shared blocks were never updated, and this client has done {steps} steps: start the "
+                "server with the run's --state"
+            )
+
+
+def check_names(weights: dict[str, Tensor], model: Any, index: int) -> None:
+    """Refuse weights that are no parameters of the block, or of another shape.
+
+    Raises:
+        ModelError: see above.
+    """
+    for name, value in weights.items():
+        plain = name.replace(".base_layer.", ".")
+        if ".lora_" in plain:
+            continue
+        try:
+            own = model.get_parameter(plain)
+        except AttributeError:
+            own = None
+        if own is None or own.shape != value.shape:
+            raise ModelError(f"the server's block {index} does not fit this model: {name} is {tuple(value.shape)}")
 
 
 class _Shards:
@@ -171,22 +236,14 @@ class _Shards:
         size = 0
         for number, old in enumerate(files, start=1):
             name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-            with safe_open(old, framework="pt") as file:
-                slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-                places |= dict.fromkeys(slices, name)
-                size += sum(map(_bytes, slices.values()))
+            with old.open("rb") as file:
+                tensors = read_header(file)
+            places |= dict.fromkeys(tensors, name)
+            size += sum(entry.stop - entry.start for entry in tensors.values())
             old.replace(self.folder / name)
         for place in self._parts.values():
             shutil.rmtree(place)
         write_json(self.folder / INDEX, {"metadata": {"total_size": size}, "weight_map": places})
-
-
-def _bytes(entry: Any) -> int:
-    width = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}.get(entry.get_dtype(), 1)
-    size = width
-    for length in entry.get_shape():
-        size *= length
-    return size
 
 
 def of_one_version(fetched: Fetched, work: Callable[[], None]) -> None:

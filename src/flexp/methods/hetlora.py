@@ -1,6 +1,6 @@
 """HetLoRA: federated averaging of LoRA adapters of unequal ranks (Cho et al., EMNLP 2024, arXiv 2401.06432).
 
-The server holds adapters of the largest rank R. A client of rank r (``method.hetlora.ranks``) gets the first r rows of
+The server holds adapters of the largest rank R. A client of rank r (``data.clients.rank``) gets the first r rows of
 A and columns of B, takes local steps, and sends them back; padded with zeros they are averaged:
 
     A ← Σ p_k pad(A_k),  B ← Σ p_k pad(B_k)    p_k: the client's share of Σ ‖B_k A_k‖_F, for each adapter by itself,
@@ -17,18 +17,17 @@ The personal model is the average cut to the client's rank. Budget: exact. Bytes
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from flexp.config import Section
 from flexp.errors import ConfigError
 from flexp.methods.base import Adapters, World
 from flexp.methods.federated import Averaging, Client, Federated
+from flexp.methods.harness import Weights, size
 from flexp.methods.parties import with_model
 from flexp.methods.ranks import fit, of_rank
-from flexp.methods.workbench import Weights, size
 
 
 class HetLora(Federated):
@@ -41,18 +40,15 @@ class HetLora(Federated):
     name = "hetlora"
 
     class Config(Section):
-        """Averaged adapters of unequal ranks."""
+        """Averaged adapters of unequal ranks, which ``data.clients.rank`` says."""
 
-        # of the clients in their order, repeated for more; None: model.lora.rank for all
-        ranks: Annotated[list[PositiveInt], Field(min_length=1)] | None = None
         weighting: Literal["examples", "sparsity"] = "sparsity"  # by the norm of B·A, as in the paper
 
     @classmethod
     def adapters(cls, world: World, client: str) -> Adapters:
-        settings: HetLora.Config = cls.own(world.config)
         lora, names = world.config.model.lora, [data.name for data in world.federation.clients]
-        ranks = settings.ranks or [lora.rank]
-        return Adapters(lora.model_copy(update={"rank": ranks[names.index(client) % len(ranks)]}))
+        rank = world.config.data.clients.every(names)[client].rank or lora.rank
+        return Adapters(lora.model_copy(update={"rank": rank}))
 
     def __init__(self, world: World) -> None:
         config = world.config

@@ -9,7 +9,7 @@ from typing import Any
 
 from flexp.client.model import SPLIT_MODELS, SplitModel
 from flexp.client.trainer import Trainable, Trainer
-from flexp.config import CodecConfig, RunConfig
+from flexp.config import ClientConfig, CodecConfig, RunConfig
 from flexp.data.types import ClientData, Task
 from flexp.links.base import Link
 from flexp.methods.base import World
@@ -76,17 +76,15 @@ def own_trainer(config: RunConfig, data: ClientData, task: Task, model: Trainabl
     return Trainer(data, task, model, updater, config.train, seed=client_seed(config.seed, data.name))
 
 
-def own_config(config: RunConfig, index: int) -> RunConfig:
-    """The configuration with the exchange's size, the checkpointing and the codec of the client at ``index``."""
-    clients, train, model, link = config.data.clients, config.train, config.model, config.link
-    if clients.micro_batches is not None:
-        size = clients.micro_batches[index % len(clients.micro_batches)]
-        train = train.model_copy(update={"micro_batch": min(size, train.batch_size)})
-    if clients.checkpointing is not None:
-        on = clients.checkpointing[index % len(clients.checkpointing)]
-        model = model.model_copy(update={"gradient_checkpointing": on})
-    if clients.codecs is not None:
-        name = clients.codecs[index % len(clients.codecs)]
+def own_config(config: RunConfig, own: ClientConfig) -> RunConfig:
+    """The configuration with the exchange's size, the checkpointing and the codec that a client has."""
+    train, model, link = config.train, config.model, config.link
+    if own.micro_batch is not None:
+        train = train.model_copy(update={"micro_batch": min(own.micro_batch, train.batch_size)})
+    if own.checkpointing is not None:
+        model = model.model_copy(update={"gradient_checkpointing": own.checkpointing})
+    if own.codec is not None:
+        name = own.codec
         both = {"activation": name, "gradient": name, "aligned": name, "activation_down": None, "gradient_down": None}
         link = link.model_copy(update={"codec": link.codec.model_copy(update=both)})
     return config.model_copy(update={"train": train, "model": model, "link": link})
@@ -95,7 +93,8 @@ def own_config(config: RunConfig, index: int) -> RunConfig:
 def own_world(world: World, client: str) -> World:
     """The world as ``client`` sees it: with its own configuration (:func:`own_config`)."""
     names = [data.name for data in world.federation.clients]
-    return replace(world, config=own_config(world.config, names.index(client)))
+    own = world.config.data.clients.every(names)[client]
+    return replace(world, config=own_config(world.config, own))
 
 
 def with_model(world: World, **changes: Any) -> World:

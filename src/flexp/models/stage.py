@@ -200,6 +200,11 @@ class Stage:
         prefix = self.anatomy.path + "."
         return int(name[len(prefix) :].partition(".")[0]) if name.startswith(prefix) else None
 
+    def within(self, name: str, start: int, stop: int) -> bool:
+        """Whether a parameter belongs to one of the blocks [start, stop)."""
+        block = self.block_of(name)
+        return block is not None and start <= block < stop
+
 
 def carve(source: Stage, part: Part) -> Stage:
     """Make another party's stage out of one that is in memory already, sharing every tensor with it.

@@ -21,7 +21,7 @@ from pydantic import Field, ValidationError, model_validator
 from scipy.optimize import isotonic_regression
 
 from flexp.config import Section
-from flexp.cost.choice import Choice
+from flexp.cost.choice import Choice, codec_loss
 from flexp.data.ordering import generator
 from flexp.errors import ConfigError
 from flexp.files import read_json, write_json
@@ -30,8 +30,6 @@ from flexp.registry import METHODS
 PRIOR = 0.06
 """Of the prior: lost when the whole model is personal. On scarce data, s = 3 instead of s = 1 of MiniLM's six blocks
 cost 2.2 points of personal accuracy (docs/results.md, experiment 1: 88.0 against 85.8); that is 0.066 for all six."""
-CODEC_LOSS: dict[str, float] = {"int4": 0.004}
-"""Of codecs that are not free: measured as validation loss after 500 steps, taken as a fraction of accuracy."""
 RANK_LOSS, RANK_ENOUGH = 0.005, 16
 """Assumed: each halving of the adapters' rank below 16 costs half a point."""
 
@@ -89,7 +87,7 @@ class AccuracyCurve(Section):
         start, stop = choice.cut
         personal = (start if followed is None else min(start, followed), stop)
         rank = 0.0 if choice.rank is None else RANK_LOSS * max(0.0, math.log2(RANK_ENOUGH / choice.rank))
-        return self.at(personal, blocks).loss + CODEC_LOSS.get(choice.codec, 0.0) + rank
+        return self.at(personal, blocks).loss + codec_loss(choice.codec) + rank
 
     def write(self, path: Path) -> None:
         """Save as JSON."""
@@ -182,7 +180,7 @@ def fit(pilots: Iterable[Pilot], model: str = "", score: str = "accuracy", resam
     given = list(pilots)
     shares = sorted({pilot.share for pilot in given})
     if len(shares) < 2:
-        raise ConfigError("the pilots have only one personal share; run them with several values of data.clients.cuts")
+        raise ConfigError("the pilots have only one personal share; run them with several values of data.clients.cut")
     seen = _by_level(given)
     paired = {level: own for level, own in seen.items() if len({pilot.share for pilot in own}) > 1}
     if paired and {pilot.share for own in paired.values() for pilot in own} == set(shares):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveInt, ValidationError, model_validator
 
 from flexp.config import DeviceClassConfig, DevicesConfig, ModelConfig, Rate, Section, Tuning
-from flexp.cost.choice import CODECS
+from flexp.cost.choice import codec_names
 from flexp.cost.profile import FIGURES, Profile
 from flexp.errors import ConfigError
 
@@ -59,8 +59,8 @@ class Choices(Section):
     @model_validator(mode="after")
     def _known(self) -> Choices:
         for codec in self.codecs:
-            if codec not in CODECS:
-                raise ValueError(f"codecs: {codec!r} is not known; expected some of {', '.join(CODECS)}")
+            if codec not in codec_names():
+                raise ValueError(f"codecs: {codec!r} is not known; expected some of {', '.join(codec_names())}")
         return self
 
 
@@ -257,25 +257,13 @@ def parse_fleet(content: Mapping[str, Any], where: str, folder: Path = Path()) -
     )
 
 
-def of_run(
-    config: DevicesConfig | None,
-    names: Sequence[str],
-    task: TaskShape,
-    choices: Choices,
-    machine: Callable[[], Profile],
-) -> Fleet:
-    """The fleet of a run's clients: the classes of ``[devices]``, or without any ``machine`` for everybody.
+def of_run(config: DevicesConfig | None, profiles: Mapping[str, Profile], task: TaskShape, choices: Choices) -> Fleet:
+    """The fleet of a run's clients, by name, and of the server of ``[devices]`` (``None``: a usual one).
 
     Raises:
         ConfigError: a class is not known.
     """
-    if config is None:
-        here = machine()
-        server = Profile.from_class("server")
-        devices = tuple(Device(name, here) for name in names)
-        return Fleet("this run", devices, server, task=task, choices=choices, of_run=True)
-    assign = config.assign
-    profiles = {name: Profile.from_class(name, config.classes) for name in dict.fromkeys(assign)}
-    devices = tuple(Device(name, profiles[assign[i % len(assign)]]) for i, name in enumerate(names))
+    config = config or DevicesConfig()
+    devices = tuple(Device(name, profile) for name, profile in profiles.items())
     server = Profile.from_class(config.server, config.classes, role="server")
     return Fleet("this run", devices, server, config.server_slots, task, choices, of_run=True)

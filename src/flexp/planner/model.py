@@ -72,7 +72,7 @@ class ModelCosts:
 def own_cut(
     model: ModelConfig, kind: ModelKind, largest: tuple[int, int], *, labels: int = 2, align: AlignConfig | None = None
 ) -> tuple[int, int]:
-    """The cut (s, e) that ``data.clients.cuts = "auto"`` would give a single client in this process; it is logged.
+    """The cut (s, e) that ``data.clients.cut = "auto"`` would give a single client in this process; it is logged.
 
     It is what ``flexp.SplitModel….from_pretrained(cut="auto")`` asks for.
 
@@ -99,7 +99,7 @@ def own_cut(
     choices = Choices(micro_batches=[task.batch_size], checkpointing=[model.gradient_checkpointing])
     costs = ModelCosts(model.id, task, choices, Profile.from_class("server"))
     costs.block_bytes(task.adapters)  # counting takes memory: it comes before measuring
-    plan = make_plan(of_run(None, ["this process"], task, choices, this_machine), costs)
+    plan = make_plan(of_run(None, {"this process": this_machine()}, task, choices), costs)
     here, option = plan.fleet.devices[0].profile, plan.solution.options["this process"]
     log.info(
         "cut %s planned: %s of the %s that %s leaves", shown(option.choice.cut),

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -23,11 +22,10 @@ from flexp.report.metrics import read as read_log
 from flexp.report.progress import Progress
 from flexp.run.diary import Diary
 from flexp.run.folder import write_facts
-from flexp.run.parked import ParkedOnDisk
 from flexp.run.party import Party
 from flexp.run.recutting import Mover
 from flexp.run.settle import ClientSetup
-from flexp.run.store import Snapshots
+from flexp.run.store import SNAPSHOTS, Checkpoint, ParkedOnDisk, Store, party_of
 from flexp.signals import stopped_by_signal
 
 
@@ -50,21 +48,23 @@ def run_client(
     Raises:
         LinkError: the server refuses, or cannot be reached.
         ConfigError: ``state`` belongs to another client or cut.
+        StorageError: it cannot be written, or is of another version of FlexP.
     """
     config, name, federation = setup.config, setup.data.name, setup.run.federation
-    state.mkdir(parents=True, exist_ok=True)
-    snapshots = Snapshots(state / "snapshots", deployment.keep)
+    snapshots = Store(state / SNAPSHOTS, deployment.keep)
+    snapshots.claim()
     may_move = deployment.schedule == "free"
-    facts = _known(snapshots, setup, state, may_move=may_move)
+    newest = _known(snapshots, setup, state, may_move=may_move)
+    facts = {} if newest is None else newest.facts
     recuts = config.recut.on and may_move
     if recuts and facts and not setup.cut_is_given:  # where it moved to
         setup = replace(setup, cut=(int(facts["cut"][0]), int(facts["cut"][1])))
     with Progress(config.train.total_steps, name, metric=federation.task.metric, console=console) as progress:
         trainer, model = _joined(setup, reach, facts.get("numbering"), codec, deployment.patience, progress.note)
         parking = ParkedOnDisk(state / "parked", model.steps.numbering)
-        moved = bool(facts) and facts["cut"] != list(setup.cut)
-        if moved:
-            new = move_party(trainer, snapshots.load(int(facts["number"]))[0], parking)
+        moved = newest is not None and newest.facts["cut"] != list(setup.cut)
+        if newest is not None and moved:
+            new = move_party(trainer, newest.load(party_of(name)), parking)
             progress.note(f"{name}: from cut {tuple(facts['cut'])} to {setup.cut}, {len(new)} parameters are new")
         diary = Diary(MetricsLog(state / "metrics.jsonl"), progress)
         party = Party(
@@ -78,8 +78,8 @@ def run_client(
             mover=Mover(setup, trainer, parking) if recuts else None,
             tell_cut=lambda cut: write_facts(state, setup.data, federation, cut),
         )
-        if moved:  # or the server, going back to that snapshot, would undo it
-            party.save(int(facts["number"]))
+        if newest is not None and moved:  # or the server, going back to that snapshot, would undo it
+            party.save(newest.number)
         write_json(state / "config.json", setup.run.config.resolved())
         write_facts(state, setup.data, federation, setup.cut)
         try:
@@ -89,24 +89,25 @@ def run_client(
             diary.close()
             _once_each(state / "metrics.jsonl")
             model.link.close()
-        newest = max(snapshots.numbers(), default=None)
+        last = max(snapshots.numbers(), default=None)
         progress.note(f"{name}: {'the run is over' if over else 'stopped'} after {trainer.steps} steps; "
-                   f"snapshot {newest} is in {snapshots.folder}")  # fmt: skip
+                   f"snapshot {last} is in {snapshots.folder}")  # fmt: skip
     return over
 
 
-def _known(snapshots: Snapshots, setup: ClientSetup, state: Path, *, may_move: bool) -> dict[str, Any]:
-    """What the newest snapshot that is whole says of the client; nothing, if there is none."""
-    facts = snapshots.newest_whole()
-    if facts is None:
-        return {}
+def _known(snapshots: Store, setup: ClientSetup, state: Path, *, may_move: bool) -> Checkpoint | None:
+    """The newest snapshot that is whole, if it is of this client; ``None``: there is none."""
+    newest = snapshots.newest_whole(quarantine=True)
+    if newest is None:
+        return None
+    facts = newest.facts
     if facts["client"] != setup.data.name or (facts["cut"] != list(setup.cut) and not may_move):
         raise ConfigError(
             f"{state} holds snapshots of {facts['client']} with cut {tuple(facts['cut'])}, not of {setup.data.name} "
             f"with cut {setup.cut}; give another --state"
             + ("" if may_move else " (a cut may change between sessions in a free run only)")
         )
-    return facts
+    return newest
 
 
 def _joined(

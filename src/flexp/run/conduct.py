@@ -1,60 +1,19 @@
-"""What the two ways to conduct a run have in common: the order of things, who waits for what, and the run's name."""
+"""What the two ways to conduct a run have in common: who waits for what, the server's snapshots, and the run's name."""
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Literal
 
 from flexp.config import TrainConfig
 from flexp.errors import LinkError, StorageError
 from flexp.links.messages import Order, Ready
-from flexp.methods.turns import turns
-from flexp.run.store import Snapshots
+from flexp.run.store import Store
 from flexp.server import Server
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Place:
-    """One thing to do: a ``step`` of ``client``; scores of everybody after round ``number`` (``evaluate``); a snapshot
-    of everybody (``save``); an update of the shared blocks with what waits (``flush``)."""
-
-    what: Literal["step", "evaluate", "save", "flush"]
-    client: str = ""
-    number: int = 0
-
-
-def scored_rounds(train: TrainConfig, every: int) -> list[int]:
-    """The rounds after which personal models are scored, 0 being before training."""
-    return [0] + [number for number in range(1, train.rounds + 1) if number % every == 0 or number == train.rounds]
-
-
-def schedule(
-    clients: Sequence[str], train: TrainConfig, seed: int, evaluate_every: int, save_every: int
-) -> list[Place]:
-    """The run that a simulation makes of the same settings, step for step.
-
-    Everybody saves at the beginning, whenever all clients have done a multiple of ``save_every`` steps, and at the end.
-    """
-    scored = set(scored_rounds(train, evaluate_every))
-    places = [Place("evaluate"), Place("save")]
-    done = dict.fromkeys(clients, 0)
-    for number in range(1, train.rounds + 1):
-        for client in turns(clients, train, seed, number):
-            places.append(Place("step", client))
-            done[client] += 1
-            steps = set(done.values())
-            if len(steps) == 1 and steps.pop() % save_every == 0:
-                places.append(Place("save"))
-        if number == train.rounds:
-            places.append(Place("flush"))
-        if number in scored:
-            places.append(Place("evaluate", number=number))
-    return [*places, Place("save")]
 
 
 @dataclass
@@ -79,7 +38,7 @@ class Conductor:
         run: the run's name; a server that goes on with one has the name from its snapshots.
     """
 
-    def __init__(self, server: Server, snapshots: Snapshots | None, run: str, say: Say, train: TrainConfig) -> None:
+    def __init__(self, server: Server, snapshots: Store | None, run: str, say: Say, train: TrainConfig) -> None:
         self.server, self.snapshots, self.run, self.say, self.train = server, snapshots, run, say, train
         self.members: dict[str, Member] = {}
 
@@ -137,19 +96,18 @@ class Conductor:
             return
         try:
             state = self.server.state(unfinished=unfinished)
-            self.snapshots.save(number, state, {"run": self.run, "updates": self.server.shared.version})
+            self.snapshots.save(number, {"server": state}, {"run": self.run, "updates": self.server.shared.version})
         except StorageError as error:
             self.say(f"snapshot {number} was not saved: {error}")
 
     def restore(self, number: int) -> None:
         """Go back to one of :attr:`numbers`."""
         assert self.snapshots is not None
-        state, _ = self.snapshots.load(number)
-        self.server.load(state)
+        self.server.load(self.snapshots.open(number).load("server"))
         self.say(f"back to snapshot {number}: {self.server.shared.version} updates of the shared blocks")
 
 
-def run_name(snapshots: Snapshots | None) -> str:
+def run_name(snapshots: Store | None) -> str:
     """The name of the run that the newest snapshot belongs to, or a new one."""
-    facts = None if snapshots is None else snapshots.newest_whole()
-    return secrets.token_hex(4) if facts is None else str(facts["run"])
+    newest = None if snapshots is None else snapshots.newest_whole(quarantine=True)
+    return secrets.token_hex(4) if newest is None else str(newest.facts["run"])

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from flexp.config import RunConfig
-from flexp.cost.flops import ExchangeCost, count_exchange, mean_shape
+from flexp.cost.choice import ExchangeCost
+from flexp.cost.flops import count_exchange, mean_shape
 from flexp.cost.probe import Measured, Probe, measure_once
 from flexp.errors import FlexpError
 from flexp.files import read_json, write_json
@@ -46,7 +47,7 @@ class MemoryProbes:
         A failure is said and leaves the figure out.
         """
         config = self.world.config
-        wanted = config.evaluation.measure_memory or config.devices is not None
+        wanted = config.evaluation.measure_memory or config.on_devices
         if not wanted or self.holds.part is None:
             return
         missing = {key: probe for key, probe in self._probes().items() if "peak" not in self.found.get(key, {})}
@@ -91,36 +92,16 @@ class MemoryProbes:
         return ", ".join([part, *words])
 
     def _config(self, client: str) -> RunConfig:
-        """The client's own, where the method's clients have one."""
-        return own_world(self.world, client).config if self.holds.part == "ends" else self.world.config
+        return _own_world(self.world, client).config
 
     def _probes(self) -> dict[str, Probe]:
         """One probe per distinct cut, at the size of the largest exchange of any client with that cut."""
-        world_config, task = self.world.config, self.world.federation.task
-        depth = base_depth(world_config, self.world.cuts)
-        aligned = self.world.method.aligns
         probes: dict[str, Probe] = {}
         for client in self.world.federation.clients:
-            key, config = self._key(client.name), self._config(client.name)
-            own = self.world.adapters(client.name)
+            key, train = self._key(client.name), self._config(client.name).train
             longest = max((len(example.get("input_ids", ())) for example in client.train), default=1)
             length = max(longest, probes[key].length if key in probes else 0)
-            probes[key] = Probe(
-                model=model_folder(config),
-                kind=task.model_kind,
-                cut=None if self.holds.part == "whole" else self.world.cuts[client.name],
-                examples=config.train.micro_batch or config.train.batch_size,
-                length=length,
-                labels=task.label_names,
-                model_config=config.model.model_copy(update={"lora": own.lora}).model_dump(mode="json"),
-                optimizer=config.train.personal.model_dump(mode="json"),
-                align=config.method.align.model_dump(mode="json") if aligned else None,
-                base_depth=depth if aligned else None,
-                tail=self.holds.part != "start",
-                extra_weights=self.holds.weights,
-                extra_optimizers=self.holds.optimizers,
-                ranks=tuple(own.beside.items()),
-            )
+            probes[key] = _probe(self.world, client.name, train.micro_batch or train.batch_size, length)
         return probes
 
     def _try(self, probe: Probe) -> Measured | FlexpError:
@@ -135,39 +116,21 @@ class Costs:
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self.part = world.method.held.part
         self._known: dict[Any, ExchangeCost] = {}
 
     def of(self, client: str, only: Collection[str] | None = None) -> ExchangeCost:
         """An exchange of ``client`` at its mean shape; ``only``: of a whole model of which just these weights train."""
-        world = own_world(self.world, client) if self.part == "ends" else self.world
         examples, length, exchanges = self.shape(client)
-        cut = None if self.part == "whole" else self.world.cuts[client]
-        own = self.world.adapters(client)
-        again = world.config.model.gradient_checkpointing
-        key = (cut, examples, length, own.lora.rank, again, None if only is None else frozenset(only))
+        probe = _probe(self.world, client, examples, length)
+        key = (repr(probe), None if only is None else frozenset(only))
         if key not in self._known:
-            aligned = world.method.aligns
-            probe = Probe(
-                model="",
-                kind=self.world.federation.task.model_kind,
-                cut=cut,
-                examples=examples,
-                length=length,
-                labels=None,
-                model_config={"tuning": self.world.config.model.tuning},
-                optimizer={},
-                align=world.config.method.align.model_dump(mode="json") if aligned else None,
-                base_depth=base_depth(world.config, world.cuts) if aligned else None,
-                tail=self.part != "start",
-                ranks=tuple(own.beside.items()),
-            )
-            self._known[key] = self._count(with_model(world, lora=own.lora), probe, only)
+            world = with_model(_own_world(self.world, client), lora=self.world.adapters(client).lora)
+            self._known[key] = self._count(world, probe, only)
         return replace(self._known[key], exchanges=exchanges)
 
     def shape(self, client: str) -> tuple[int, int, int]:
         """Examples and tokens of the mean exchange of ``client``, and exchanges in a step."""
-        config = (own_world(self.world, client) if self.part == "ends" else self.world).config
+        config = _own_world(self.world, client).config
         train = next(data.train for data in self.world.federation.clients if data.name == client)
         lengths = [len(example.get("input_ids", (0,))) for example in train]
         return mean_shape(config.train, lengths, client_seed(config.seed, client))
@@ -179,6 +142,33 @@ class Costs:
         base = probe.cut[0] if probe.base_depth is None else probe.base_depth
         stage = own_stage(world, Part.client(probe.cut, blocks), dict(probe.ranks))
         return count_exchange(probe, stage, _server(world, (base, probe.cut[1])))
+
+
+def _own_world(world: World, client: str) -> World:
+    """The client's own, where the method's clients have one."""
+    return own_world(world, client) if world.method.held.part == "ends" else world
+
+
+def _probe(world: World, client: str, examples: int, length: int) -> Probe:
+    """What ``client`` does in an exchange of so many examples and tokens."""
+    method, task, config = world.method, world.federation.task, _own_world(world, client).config
+    held, own = method.holds(world.config), world.adapters(client)
+    return Probe(
+        model=model_folder(config),
+        kind=task.model_kind,
+        cut=None if held.part == "whole" else world.cuts[client],
+        examples=examples,
+        length=length,
+        labels=task.label_names,
+        model_config=config.model.model_copy(update={"lora": own.lora}).model_dump(mode="json"),
+        optimizer=config.train.personal.model_dump(mode="json"),
+        align=config.method.align.model_dump(mode="json") if method.aligns else None,
+        base_depth=base_depth(world.config, world.cuts) if method.aligns else None,
+        tail=held.part != "start",
+        extra_weights=held.weights,
+        extra_optimizers=held.optimizers,
+        ranks=tuple(own.beside.items()),
+    )
 
 
 def _server(world: World, blocks: tuple[int, int]) -> Server:

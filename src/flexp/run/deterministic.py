@@ -1,6 +1,6 @@
 """Conducting a run in a fixed order, so that its weights are those of a simulation with the same settings, bit for bit.
 
-One client steps at a time, in the order of :func:`flexp.run.conduct.schedule`. Whoever is away is waited for:
+One client steps at a time, in the order of :func:`flexp.methods.turns.schedule`. Whoever is away is waited for:
 determinism has that price. A client that comes back without its last steps goes back to its newest snapshot and does
 them again, and gets the answers that it got then. When the server itself comes back, everybody goes back to the newest
 snapshot that all have.
@@ -15,8 +15,9 @@ from itertools import accumulate
 from flexp.config import TrainConfig
 from flexp.errors import LinkError
 from flexp.links.messages import Order, Ready
-from flexp.run.conduct import Conductor, Place, Say
-from flexp.run.store import Snapshots
+from flexp.methods.turns import Place
+from flexp.run.conduct import Conductor, Say
+from flexp.run.store import Store
 from flexp.server import Server
 
 
@@ -30,7 +31,7 @@ class Deterministic(Conductor):
     def __init__(
         self,
         server: Server,
-        snapshots: Snapshots | None,
+        snapshots: Store | None,
         run: str,
         say: Say,
         train: TrainConfig,

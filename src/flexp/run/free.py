@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 
 from flexp.config import TrainConfig
 from flexp.links.messages import Order, Ready
-from flexp.run.conduct import Conductor, Member, Say, scored_rounds
-from flexp.run.store import Snapshots
+from flexp.methods.turns import scored_rounds
+from flexp.run.conduct import Conductor, Member, Say
+from flexp.run.store import Store
 from flexp.server import Server
 
 MOST_STEPS = 8
@@ -40,7 +41,7 @@ class Free(Conductor):
     def __init__(
         self,
         server: Server,
-        snapshots: Snapshots | None,
+        snapshots: Store | None,
         run: str,
         say: Say,
         train: TrainConfig,
@@ -112,7 +113,7 @@ class Free(Conductor):
 
     def _compare(self, client: str, ready: Ready) -> None:
         """Say what was lost, on either side."""
-        here = self.server.regulars[client].progress.newest
+        here = self.server.clients[client].progress.newest
         if ready.steps > here:
             self.say(
                 f"{client} has done {ready.steps} steps, of which the shared blocks have the first {here}: the other "

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypedDict
 
-from flexp.config import DevicesConfig
+from flexp.config import DevicesConfig, RunConfig
 from flexp.cost.profile import Profile, assign
 from flexp.errors import ConfigError
 from flexp.methods.base import World
@@ -32,7 +32,7 @@ class NobodyFitsError(ConfigError):
 
 
 def place(world: World, probes: MemoryProbes) -> tuple[World, list[Dropped]]:
-    """Measure what clients need, and name those absent whose device has less; without ``[devices]`` nobody is.
+    """Measure what clients need, and name those absent whose device has less; without devices nobody is.
 
     A client whose peak could not be measured takes part, and a note says so.
 
@@ -41,10 +41,11 @@ def place(world: World, probes: MemoryProbes) -> tuple[World, list[Dropped]]:
         ConfigError: a device class is not known, or ``devices.changes`` names a client that there is not.
     """
     config = world.config
-    if config.devices is None:
+    if not config.on_devices:
         return world, []
-    _check_changes(config.devices, [client.name for client in world.federation.clients])
-    devices = assign(config.devices, [client.name for client in world.federation.clients])
+    names = [client.name for client in world.federation.clients]
+    _check_changes(config.devices, names)
+    devices = assign(config.devices, config.data.clients.devices(names))
     Profile.from_class(config.devices.server, config.devices.classes)
     notes = list(world.federation.notes)
     probes.measure(notes.append)
@@ -76,13 +77,13 @@ def _why(facts: Dropped) -> str:
     return f"needs {needs} to train, and its {facts['device']} has {has}"
 
 
-def devices_at(config: DevicesConfig, names: Sequence[str], number: int) -> DevicesConfig:
-    """The devices as they are in a round: ``assign`` has the class of each client."""
-    classes = {name: config.assign[index % len(config.assign)] for index, name in enumerate(names)}
-    for change in sorted(config.changes, key=lambda change: change.before_round):
+def devices_at(config: RunConfig, names: Sequence[str], number: int) -> dict[str, str]:
+    """The device class of each client as it is in a round."""
+    classes = config.data.clients.devices(names)
+    for change in sorted(config.devices.changes, key=lambda change: change.before_round):
         if change.before_round <= number:
             classes |= dict.fromkeys(names if change.clients is None else change.clients, change.to)
-    return config.model_copy(update={"assign": [classes[name] for name in names], "changes": []})
+    return classes
 
 
 def _check_changes(config: DevicesConfig, names: Sequence[str]) -> None:

@@ -21,7 +21,7 @@ from flexp.rng import RandomStream
 from flexp.run.diary import Diary
 from flexp.run.recutting import Mover
 from flexp.run.settle import ClientSetup
-from flexp.run.store import Snapshots
+from flexp.run.store import Store, party_of
 
 
 class Party:
@@ -39,7 +39,7 @@ class Party:
         trainer: Trainer,
         reach: Callable[[], Link],
         *,
-        snapshots: Snapshots,
+        snapshots: Store,
         diary: Diary,
         run: str = "",
         patience: float = 300.0,
@@ -84,7 +84,7 @@ class Party:
             "cut": list(self.model.cut),
         }
         try:
-            self.snapshots.save(number, party_state(self.trainer), facts)
+            self.snapshots.save(number, {party_of(self.data.name): party_state(self.trainer)}, facts)
             self._saved_steps = self.trainer.steps
         except StorageError as error:
             self.diary.note(f"snapshot {number} was not saved: {error}")
@@ -184,7 +184,8 @@ class Party:
         self.diary.note(f"{self.data.name}: round {number}, {self.task.metric} {value:.4g} on its own test data")
 
     def _restore(self, number: int) -> None:
-        state, facts = self.snapshots.load(number)
+        snapshot = self.snapshots.open(number)
+        state = snapshot.load(party_of(self.data.name))
         cut = cut_in(state)
         if cut is not None:
             fit(self.trainer, cut, self.setup.load)
@@ -193,7 +194,7 @@ class Party:
         self._pull_due = False
         if self._mover is not None:
             self._mover.begin()
-        self.diary.note(f"{self.data.name}: back to snapshot {number}, after {facts['steps']} steps")
+        self.diary.note(f"{self.data.name}: back to snapshot {number}, after {snapshot.facts['steps']} steps")
 
     def _reconnect(self, why: LinkError) -> None:
         """A new link, joined; then the pull that is still due.

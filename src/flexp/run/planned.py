@@ -1,16 +1,15 @@
-"""Cuts that are planned instead of written down: ``data.clients.cuts = "auto"`` and ``data.clients.plan``."""
+"""Cuts that are planned instead of written down: ``data.clients.cut = "auto"`` and ``data.clients.plan``."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from flexp.assets import resolve
 from flexp.config import RunConfig
 from flexp.config.loading import override, read
-from flexp.cost.choice import CODECS, Choice, form
+from flexp.cost.choice import Choice, form
 from flexp.cost.device import this_machine
 from flexp.cost.profile import Profile
 from flexp.data.types import Federation
@@ -19,7 +18,7 @@ from flexp.files import read_json
 from flexp.limits import maps_count
 from flexp.methods.base import method_of
 from flexp.planner.document import PlannedClient, SavedPlan, document, read_plan
-from flexp.planner.fleet import Choices, Device, Fleet, TaskShape, of_run, parse_fleet
+from flexp.planner.fleet import Choices, Fleet, TaskShape, of_run, parse_fleet
 from flexp.planner.model import ModelCosts
 from flexp.planner.plan import Plan, make_plan
 from flexp.report.formats import cut, size
@@ -57,57 +56,66 @@ def with_cuts(config: RunConfig, federation: Federation, blocks: int) -> tuple[R
         path = Path(clients.plan)
         saved = read_plan(path)
         chosen = _of_file(config, saved, names, blocks, path)
-        return _written(config, chosen), [f"cuts of {path.name}: {_told(names, chosen)}"], read_json(path)
-    if clients.cuts != "auto":
+        return _written(config, names, chosen), [f"cuts of {path.name}: {_told(names, chosen)}"], read_json(path)
+    if clients.cut != "auto":
         return config, [], None
     made = auto_plan(config, federation)
     chosen_now = [made.choice(name) for name in names]
-    if clients.profiles is not None:
-        where = "data.clients.profiles"
-    elif config.devices is not None:
+    if any(own.profile is not None for own in clients.every(names).values()):
+        where = "data.clients.profile"
+    elif config.on_devices:
         where = "the classes of [devices]"
     else:
         here = made.fleet.devices[0].profile
         where = f"{here.memory_from}, {size(here.memory_bytes)}; speed and network are a laptop's, not measured"
     note = f"cuts planned from {where}: {_told(names, chosen_now)}"
-    return _written(config, chosen_now), [note], document(made)
+    return _written(config, names, chosen_now), [note], document(made)
 
 
 def auto_plan(config: RunConfig, federation: Federation) -> Plan:
-    """What ``cuts = "auto"`` plans for the run's clients on the devices of :func:`auto_fleet`.
+    """What ``cut = "auto"`` plans for the run's clients on the devices of :func:`auto_fleet`.
 
     Raises:
         InfeasibleError: a device lacks something.
         ConfigError: see :func:`auto_fleet`.
     """
     shape, choices = _task(config, federation)
-    server = of_run(config.devices, (), shape, choices, this_machine).server
+    server = of_run(config.devices if config.on_devices else None, {}, shape, choices).server
     costs = ModelCosts(str(resolve(config.model.id)), shape, choices, server)
     # Counting takes memory that stays: it is done before this machine's is measured.
     costs.block_bytes(config.model.lora.rank if config.model.tuning == "lora" else None)
     return make_plan(auto_fleet(config, federation), costs)
 
 
-def auto_fleet(config: RunConfig, federation: Federation) -> Fleet:
-    """The run's clients on the devices of ``data.clients.profiles``, else of the classes of ``[devices]``, else all on
-    this machine.
+def auto_fleet(config: RunConfig, federation: Federation, classes: Mapping[str, str] | None = None) -> Fleet:
+    """The run's clients, each on the device of its profile, else of its class, else on this machine.
+
+    Args:
+        classes: of clients; ``None``: as configured.
 
     Raises:
         ConfigError: a profile is none, or of no client; a class is not known.
     """
     names = [client.name for client in federation.clients]
-    shape, choices = _task(config, federation)
-    if config.data.clients.profiles is None:
-        return of_run(config.devices, names, shape, choices, this_machine)
-    found = [_client_profile(Path(name)) for name in config.data.clients.profiles]
-    devices = tuple(Device(name, found[i % len(found)]) for i, name in enumerate(names))
-    return replace(of_run(config.devices, (), shape, choices, this_machine), devices=devices)
+    if classes is None:
+        classes = config.data.clients.devices(names) if config.on_devices else {}
+    known: dict[str, Profile] = {}  # this machine, say, is measured once
+    profiles = {}
+    for name, own in config.data.clients.every(names).items():
+        key = own.profile or classes.get(name, "")
+        if key not in known:
+            if own.profile is not None:
+                known[key] = _client_profile(Path(own.profile))
+            else:
+                known[key] = Profile.from_class(key, config.devices.classes) if key else this_machine()
+        profiles[name] = known[key]
+    return of_run(config.devices if classes else None, profiles, *_task(config, federation))
 
 
 def _client_profile(path: Path) -> Profile:
     found = Profile.read(path)
     if found.role != "client":
-        raise ConfigError(f"data.clients.profiles: {path} is of a server; expected one of `flexp profile --as client`")
+        raise ConfigError(f"data.clients.profile: {path} is of a server; expected one of `flexp profile --as client`")
     return found
 
 
@@ -117,8 +125,8 @@ def _task(config: RunConfig, federation: Federation) -> tuple[TaskShape, Choices
     longest = max(
         (len(example.get("input_ids", ())) for client in federation.clients for example in client.train), default=1
     )
-    codec = config.link.codec.activation
-    here = config.devices is None and config.data.clients.profiles is None
+    names = [client.name for client in federation.clients]
+    here = any(own.profile is None and own.device is None for own in config.data.clients.every(names).values())
     shape = TaskShape.of_model(
         model,
         kind=task.model_kind,
@@ -140,7 +148,7 @@ def _task(config: RunConfig, federation: Federation) -> tuple[TaskShape, Choices
         starts=None if model.base_depth is None else list(range(max(1, model.base_depth), 10_000)),
         micro_batches=None if micro is None else [micro],
         checkpointing=again,
-        codecs=[codec if codec in CODECS else "none"],
+        codecs=[config.link.codec.activation],
     )
     return shape, choices
 
@@ -175,21 +183,20 @@ def _of_file(config: RunConfig, saved: SavedPlan, names: Sequence[str], blocks: 
     return chosen
 
 
-def _written(config: RunConfig, chosen: Sequence[PlannedClient | Choice]) -> RunConfig:
+def _written(config: RunConfig, names: Sequence[str], chosen: Sequence[PlannedClient | Choice]) -> RunConfig:
     """``config`` with the choices as keys, so that whoever reads it plans nothing any more."""
-    update: dict[str, Any] = {"cuts": [tuple(choice.cut) for choice in chosen], "plan": None}
+    update: dict[str, list[Any]] = {"cut": [tuple(choice.cut) for choice in chosen]}
     if _own_exchanges(config) and config.train.in_flight == 1:
-        update["micro_batches"] = [choice.micro_batch for choice in chosen]
+        update["micro_batch"] = [choice.micro_batch for choice in chosen]
         update["checkpointing"] = [choice.checkpointing for choice in chosen]
     codecs = [form(choice.codec) for choice in chosen]
     if _own_exchanges(config) and set(codecs) != {form(config.link.codec.activation)}:
-        update["codecs"] = codecs  # or else the run's own word stays, with all that it says of directions and kinds
-    clients = config.data.clients.model_copy(update=update)
+        update["codec"] = codecs  # or else the run's own word stays, with all that it says of directions and kinds
     method, model = config.method, config.model
     if method_of(config).aligns and method.align.follow and model.base_depth is None:
         # Planned was that all of a deep head but its first block is followed, however shallow the others cut.
         config = config.model_copy(update={"model": model.model_copy(update={"base_depth": 1})})
-    return config.model_copy(update={"data": config.data.model_copy(update={"clients": clients})})
+    return config.with_clients(config.data.clients.written(names, **update))
 
 
 def _told(names: Sequence[str], chosen: Sequence[PlannedClient | Choice], most: int = 8) -> str:

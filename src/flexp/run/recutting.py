@@ -15,7 +15,7 @@ from flexp.client.model import SplitModel
 from flexp.client.recut import Parking, recut
 from flexp.client.trainer import Trainer
 from flexp.config import RunConfig
-from flexp.cost.choice import CODECS, Choice
+from flexp.cost.choice import Choice
 from flexp.cost.device import free_bytes
 from flexp.errors import FlexpError, LinkLostError, StorageError
 from flexp.methods.base import Method, World
@@ -41,7 +41,7 @@ WARM_UP = 3
 class Mover:
     """Looks at a client's own device every few steps, and does what :class:`flexp.planner.policy.DevicePolicy` says.
 
-    Its speed is what its profile says (``data.clients.profiles``), else a laptop's; what is measured corrects that.
+    Its speed is what its profile says (``data.clients.profile``), else a laptop's; what is measured corrects that.
 
     Raises:
         ModelError: the model's costs cannot be counted.
@@ -51,13 +51,13 @@ class Mover:
         assert isinstance(trainer.model, SplitModel)
         self.trainer, self.model, self.parking, self.blocks = trainer, trainer.model, parking, setup.load
         config, total, (start, stop) = setup.config, setup.run.blocks, self.model.cut
-        fleet = auto_fleet(config.model_copy(update={"devices": None}), setup.run.federation)
+        fleet = auto_fleet(config, setup.run.federation, classes={})
         choices = fleet.choices.model_copy(update={
             "starts": list(range(max(1, self.model.base_depth), total)),
             "tails": [0, 1] if stop == total else [total - stop],  # of what is behind e the server may have nothing
             "checkpointing": [config.model.gradient_checkpointing],
         })  # fmt: skip
-        current = _choice(config, (start, stop), trainer.micro_batch, choices)
+        current = _choice(config, (start, stop), trainer.micro_batch)
         costs, curve = ModelCosts(model_folder(config), fleet.task, choices, fleet.server), prior()
         known = list(dict.fromkeys([current, *grid(choices, total, config.train.batch_size, current.rank)]))
         device = next((device for device in fleet.devices if device.name == trainer.name), fleet.devices[0])
@@ -164,8 +164,8 @@ class Recutting:
         config = world.config
         self.world, self.method = world, method
         self.names = [client.name for client in world.federation.clients]
-        devices = config.devices  # without any there is nothing to follow: all clients share this machine
-        self.active = devices is not None and (config.recut.on or bool(devices.changes))
+        # without any there is nothing to follow: all clients share this machine
+        self.active = config.on_devices and (config.recut.on or bool(config.devices.changes))
 
     def before_round(self, number: int) -> list[Record]:
         """Move cuts, let clients go that their device cannot hold, and take them in again; gives what was done.
@@ -207,9 +207,8 @@ class Recutting:
 
     def _fleet(self, number: int) -> Fleet:
         config = self.world.config
-        if config.devices is not None:
-            config = config.model_copy(update={"devices": devices_at(config.devices, self.names, number)})
-        return replace(auto_fleet(config, self.world.federation), choices=self._choices)
+        classes = devices_at(config, self.names, number)
+        return replace(auto_fleet(config, self.world.federation, classes), choices=self._choices)
 
     @cached_property
     def _choices(self) -> Choices:
@@ -229,20 +228,20 @@ class Recutting:
         return ModelCosts(model_folder(self.world.config), fleet.task, fleet.choices, fleet.server)
 
     def _current(self, method: Split, name: str) -> Choice:
-        own = own_config(self.world.config, self.names.index(name))
-        return _choice(own, method.cut_of(name), method.clients[name].micro_batch, self._choices)
+        own = own_config(self.world.config, self.world.config.data.clients.every(self.names)[name])
+        return _choice(own, method.cut_of(name), method.clients[name].micro_batch)
 
 
-def _choice(config: RunConfig, cut: tuple[int, int], micro_batch: int, choices: Choices) -> Choice:
+def _choice(config: RunConfig, cut: tuple[int, int], micro_batch: int) -> Choice:
     """What a client with a configuration of its own has now."""
-    codec, model = config.link.codec.activation, config.model
+    model = config.model
     return Choice(
         cut=cut,
         micro_batch=micro_batch,
         accumulation=-(-config.train.batch_size // micro_batch),
         checkpointing=model.gradient_checkpointing,
         rank=model.lora.rank if model.tuning == "lora" else None,
-        codec=codec if codec in CODECS else choices.codecs[0],
+        codec=config.link.codec.activation,
     )
 
 

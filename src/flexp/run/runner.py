@@ -17,6 +17,7 @@ from flexp.errors import ConfigError, StorageError
 from flexp.files import read_json, write_json
 from flexp.machine import machine, versions
 from flexp.methods import Method, World
+from flexp.methods.turns import scored_rounds
 from flexp.report import write_report
 from flexp.report.metrics import MetricsLog, read
 from flexp.report.progress import Progress
@@ -30,14 +31,13 @@ from flexp.report.summary import (
     scores_by_round,
 )
 from flexp.report.tensorboard import EventWriter
-from flexp.run import checkpoints
-from flexp.run.conduct import scored_rounds
 from flexp.run.costs import MemoryProbes
 from flexp.run.diary import Diary
 from flexp.run.folder import is_joined
 from flexp.run.participants import Dropped, place
 from flexp.run.recutting import Recutting
 from flexp.run.settle import build_world
+from flexp.run.store import CHECKPOINTS, Store
 from flexp.run.virtual import client_facts, cuts_by_round
 
 Summary = dict[str, Any]
@@ -87,7 +87,7 @@ def refuse_taken(out: Path) -> None:
     Raises:
         ConfigError: it does.
     """
-    if (out / "config.json").exists() or checkpoints.latest(out / "checkpoints") is not None:
+    if (out / "config.json").exists() or Store(out / CHECKPOINTS).numbers():
         raise ConfigError(
             f"{out} holds a run already; continue it with flexp run --resume {out}, or choose another --out"
         )
@@ -112,7 +112,7 @@ def _prepared(config: RunConfig, out: Path, cache: Path | None) -> tuple[World, 
     """The world without those whose device cannot hold what the method trains, and what was measured to know that."""
     world = build_world(config)
     probes = MemoryProbes(world, out, cache)
-    world, dropped = (world, []) if config.devices is None else place(world, probes)
+    world, dropped = place(world, probes) if config.on_devices else (world, [])
     return world, probes, dropped
 
 
@@ -130,11 +130,12 @@ class _Run:
     ) -> None:
         self.world, self.config, self.out = world, world.config, out
         self.method, self.probes, self.dropped = method, probes, dropped
+        self.store = Store(out / CHECKPOINTS)
         self.names = [client.name for client in world.federation.clients]
         self.everybody = sample(world.federation.test, self.config.evaluation.global_examples, self.config.seed)
         self.scoring = scored_rounds(self.config.train, self.config.evaluation.every)
         self.first_round = self._restore()
-        self.recutting = None if self.config.devices is None else Recutting(world, method)
+        self.recutting = Recutting(world, method) if self.config.on_devices else None
         log = MetricsLog(out / "metrics.jsonl")
         log.truncate_after(self.first_round - 1)
         kept = read(log.path)
@@ -198,7 +199,7 @@ class _Run:
             best = best_round(self.scored, self.world.federation.task.higher_is_better)
         every = self.config.output.checkpoint_every
         if every and (last or number == best or number % every == 0):
-            checkpoints.save(self.out / "checkpoints", number, self.method.state(), best)
+            self.store.save(number, self.method.state(), best=best)
 
     def _evaluate(self, number: int) -> None:
         task, size = self.world.federation.task, self.config.evaluation.batch_size
@@ -224,12 +225,12 @@ class _Run:
 
     def _restore(self) -> int:
         """Load the last checkpoint; the round to go on with, 0 being the scores before training."""
-        checkpoints.clear_halves(self.out / "checkpoints")
-        place = checkpoints.latest(self.out / "checkpoints")
-        if place is None:
+        if self.config.output.checkpoint_every:
+            self.store.claim()
+        if not self.store.numbers():
             return 0
-        number, state = checkpoints.load(place)
-        self.method.load(state)
+        number = max(self.store.numbers())
+        self.method.load(self.store.load(number))
         return number + 1
 
     def _summary(self) -> Summary:
@@ -257,7 +258,7 @@ class _Run:
         facts, virtual = client_facts(world, self.method, records)
         clients = [{**client, **facts.get(str(client["name"]), {})} for client in clients]
         evaluation = [account.evaluation for account in accounts.values()]
-        devices = {} if self.config.devices is None else {"dropped": self.dropped, "virtual": virtual}
+        devices = {} if not self.config.on_devices else {"dropped": self.dropped, "virtual": virtual}
         return (
             build_summary(
                 name=self.config.name,

@@ -9,52 +9,49 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-
 from flexp.config import DeploymentConfig, RunConfig
-from flexp.config import deployment as deployment_config
-from flexp.config import loading as settings
+from flexp.config.loading import OTHERS, overridden, validate
 from flexp.errors import LinkError, StorageError
-from flexp.files import replacing
 from flexp.links.grpc import Serving, serve
+from flexp.methods.turns import schedule
 from flexp.models.loading import ModelKind
-from flexp.run.conduct import Conductor, run_name, schedule
+from flexp.run.conduct import Conductor, run_name
 from flexp.run.deterministic import Deterministic
 from flexp.run.free import Free
-from flexp.run.status import Observed, Teller
-from flexp.run.store import Snapshots
+from flexp.run.status import StatusReporter, observed
+from flexp.run.store import Store
 from flexp.server import Server
 from flexp.signals import stopped_by_signal
 
 Say = Callable[[str], None]
 
 
-def read_config(
-    path: Path, overrides: Sequence[str], clients: str | None, schedule: str | None
-) -> tuple[RunConfig, DeploymentConfig]:
-    """A run's configuration as the server needs it: without ``[data]``, if need be.
+def read_config(path: Path | None, overrides: Sequence[str]) -> tuple[RunConfig, DeploymentConfig]:
+    """A run's configuration as the server needs it: without ``[data]`` and a file, if need be.
 
     Raises:
         ConfigError: a key is unknown or impossible.
     """
-    content = settings.read(path)
-    table = dict(content.get("deployment", {}))
-    if clients is not None:
-        table["clients"] = [name.strip() for name in clients.split(",")]
-    if schedule is not None:
-        table["schedule"] = schedule
-    extra = [] if "data" in content else ["data.source=none"]
-    return settings.load(path, [*extra, *overrides]), deployment_config.validate(table, str(path))
+    content, where = overridden(path, overrides), "flexp server" if path is None else str(path)
+    content.setdefault("data", {}).setdefault("source", "none")
+    deployment = DeploymentConfig.checked(content.get("deployment", {}), where, "deployment")
+    return validate({table: keys for table, keys in content.items() if table not in OTHERS}, where), deployment
 
 
 def make_server(
-    config: RunConfig, base_depth: int, end: int | None, kind: ModelKind, clients: Sequence[str] | None
+    config: RunConfig,
+    base_depth: int,
+    end: int | None,
+    kind: ModelKind,
+    clients: Sequence[str] | None,
+    *,
+    remembers: bool = True,
 ) -> Server:
     """The server that a simulation of ``config`` would have, loaded by itself.
 
     Args:
         clients: who takes part, if that is known: for schedules of the shared learning rate.
+        remembers: keep the answers of clients' last steps, for clients that may go back to a snapshot.
     """
     return Server.from_pretrained(
         config.model,
@@ -65,15 +62,21 @@ def make_server(
         config=config.server,
         optimizer=config.train.shared,
         total_steps=None if clients is None else config.train.total_steps * len(clients),
-        remembers=True,
+        remembers=remembers,
     )
 
 
 def make_conductor(
     server: Server, config: RunConfig, deployment: DeploymentConfig, state: Path | None, say: Say
 ) -> Conductor:
-    """Who conducts the run, going on from the snapshots in the folder ``state``, if there are any."""
-    snapshots = None if state is None else Snapshots(state, deployment.keep)
+    """Who conducts the run, going on from the snapshots in the folder ``state``, if there are any.
+
+    Raises:
+        StorageError: ``state`` cannot be written, or is of another version of FlexP.
+    """
+    snapshots = None if state is None else Store(state, deployment.keep)
+    if snapshots is not None:
+        snapshots.claim()
     run, clients, train = run_name(snapshots), deployment.clients, config.train
     every, save_every = config.evaluation.every, deployment.save_every
     if deployment.schedule == "free":
@@ -100,7 +103,7 @@ def run_server(
     """Serve until SIGINT or SIGTERM, or until a conducted run is over; then let steps end, save, and leave.
 
     Args:
-        state: the file to go on from, if it is there, and to save in.
+        state: the folder to save in, and to go on from if something is there.
         say: told one line at a time, from several threads.
         every: seconds between two lines of progress.
         grace: seconds that unfinished steps get; what is unfinished then is dropped, without effect on the weights.
@@ -115,32 +118,34 @@ def run_server(
         ConfigError: it may not, or cannot, listen there.
         StorageError: the state is damaged, belongs to other blocks, or cannot be written.
     """
-    if state is not None and state.exists():
-        load(server, state)
-        say(f"going on from {state}: {server.shared.version} updates of the shared blocks so far")
+    store = None if state is None else Store(state)
+    if store is not None:
+        store.claim()
+        if store.numbers():
+            load(server, store)
+            say(f"going on from {state}: {server.shared.version} updates of the shared blocks so far")
     server.guard.say, server.conductor = say, conductor
-    teller = Teller(server, conductor)
-    options |= {"say": say, "facts": teller.facts}
+    reporter = StatusReporter(server, conductor)
+    options |= {"say": say, "facts": reporter.facts}
     server.allow_export = server.allow_export or allow_export
     if allow_export and conductor is not None and conductor.numbers and not server.shared.version:
         conductor.restore(max(conductor.numbers))  # clients may fetch before all have come to go on
     with stopped_by_signal(stop) as stopped, serve(server, listen, **options) as serving, ExitStack() as stack:
         if metrics is not None:
-            observed = Observed(metrics, lambda: teller.facts(serving), lambda: not stopped.is_set())
-            stack.callback(observed.close)
-            say(f"metrics at http://{observed.address}/metrics")
+            at = stack.enter_context(observed(metrics, lambda: reporter.facts(serving), lambda: not stopped.is_set()))
+            say(f"metrics at http://{at}/metrics")
         say(f"serving blocks [{server.blocks[0]}, {server.blocks[1]}) at {serving.address}")
         _wait(server, serving, conductor, stopped, say, every)
         over = conductor is not None and conductor.finished
         say("the run is over" if over else "stopping")
-        saved = _save_between_steps(server, serving, state, 0.0 if over else grace)
+        saved = _save_between_steps(server, serving, store, 0.0 if over else grace)
         if conductor is not None:
             where = serving.at_rest(conductor.close)
             say(f"stopped after {server.shared.version} updates; {where}")
             return
-    if state is not None and not saved:
-        save(server, state)  # everybody has left, so no step is unfinished any more
-    where = f"saved in {state}" if state is not None else "nothing was saved, as no --state FILE was given"
+    if store is not None and not saved:
+        save(server, store)  # everybody has left, so no step is unfinished any more
+    where = f"saved in {state}" if state is not None else "nothing was saved, as no --state DIR was given"
     say(f"stopped after {server.shared.version} updates; {where}")
 
 
@@ -168,39 +173,36 @@ def _wait(
             say(f"{now[0]} updates, {server.compute_seconds:.0f} s of computing; clients: {names}")
 
 
-def save(server: Server, path: Path) -> None:
-    """Write :meth:`Server.state` beside ``path``, then rename it.
+def save(server: Server, store: Store) -> None:
+    """Save :meth:`Server.state`, after what is there already.
 
     Raises:
-        StorageError: it cannot be written; what stood at ``path`` is untouched.
+        StorageError: it cannot be written; what was saved before is untouched.
         LinkError: steps are unfinished.
     """
-    tensors = {name: value.detach().contiguous() for name, value in server.state().items()}
-    with replacing(path) as part:
-        try:
-            save_file(tensors, part)
-        except SafetensorError as error:
-            raise StorageError(f"{path}: the state cannot be written ({error})") from error
+    number = max(store.numbers(), default=0) + 1
+    store.save(number, {"server": server.state()}, {"updates": server.shared.version})
 
 
-def load(server: Server, path: Path) -> None:
-    """Go on from what :func:`save` wrote.
+def load(server: Server, store: Store) -> None:
+    """Go on from the newest that :func:`save` wrote, or from the server's part of a simulation's checkpoint.
 
     Raises:
-        StorageError: the file is damaged, or of another server.
+        StorageError: it is damaged, or of another server.
     """
+    newest = store.open(max(store.numbers()))
     try:
-        server.load(load_file(path))
-    except (OSError, SafetensorError, KeyError) as error:
-        raise StorageError(f"{path}: no state of a server can be read from it ({error})") from error
+        server.load(newest.load("server"))
+    except KeyError as error:
+        raise StorageError(f"{newest.place}: no state of a server can be read from it ({error})") from error
 
 
-def _save_between_steps(server: Server, serving: Serving, state: Path | None, grace: float) -> bool:
+def _save_between_steps(server: Server, serving: Serving, store: Store | None, grace: float) -> bool:
     """Save when no client is in the middle of a step, and take no request after; gives whether that came in time."""
 
     def action() -> None:
-        if state is not None:
-            save(server, state)
+        if store is not None:
+            save(server, store)
         serving.refuse_more()
 
     end = time.monotonic() + grace

@@ -21,6 +21,7 @@ from flexp.client.model import SplitModel
 from flexp.client.trainer import Trainer
 from flexp.config import CodecConfig, DataConfig, RunConfig
 from flexp.data import load_federation, pad_id
+from flexp.data.tasks import task_of
 from flexp.data.types import ClientData, Federation
 from flexp.errors import ConfigError, DataError, ModelError, StorageError
 from flexp.files import read_json
@@ -58,19 +59,21 @@ class Settled:
 
     @property
     def cuts(self) -> dict[str, tuple[int, int]]:
-        """The cut of each client: ``data.clients.cuts``, in order, repeated when there are more clients.
+        """The cut of each client.
 
         Raises:
-            ConfigError: a cut does not fit the model, or starts below the base depth.
+            ConfigError: a cut does not fit the model, or starts below the base depth; or a client that has settings of
+                its own is none of the clients.
         """
-        given, base = self.config.data.clients.cuts, self.config.model.base_depth
-        assert given != "auto", "with_cuts comes first"
-        cuts = {
-            client.name: check_cut(
-                given[index % len(given)], self.blocks, where=f"data.clients.cuts of client {client.name}"
-            )
-            for index, client in enumerate(self.federation.clients)
-        }
+        clients, base = self.config.data.clients, self.config.model.base_depth
+        names = [client.name for client in self.federation.clients]
+        odd = [one.name for one in clients.each if one.name not in (None, *names)]
+        if odd and len(names) > 1:  # who has its own data alone knows nobody else
+            raise ConfigError(f"data.clients.each: there is no client {odd[0]!r}; expected some of {', '.join(names)}")
+        cuts = {}
+        for name, own in clients.every(names).items():
+            assert own.cut is not None, "with_cuts comes first"
+            cuts[name] = check_cut(own.cut, self.blocks, where=f"data.clients.cut of client {name}")
         depths = [start for start, _ in cuts.values()] + ([] if base is None else [base])
         if min(depths) == 0 and not self.config.model.expose_embeddings:
             raise ConfigError(
@@ -100,7 +103,7 @@ def settle(config: RunConfig, federate: Federate = load_federation, *, plan: boo
 
     Args:
         federate: what makes the clients out of ``config.data``, the processor, the seed and the longest input.
-        plan: follow ``data.clients.plan`` and ``cuts = "auto"``; or else somebody else says what the cut is.
+        plan: follow ``data.clients.plan`` and ``cut = "auto"``; or else somebody else says what the cut is.
 
     Raises:
         FlexpError: what is wrong with the model, the data or the configuration.
@@ -112,8 +115,8 @@ def settle(config: RunConfig, federate: Federate = load_federation, *, plan: boo
     processor = load_processor(model_id, config)
     federation = federate(config.data, processor, config.seed, max_positions(model_config))
     blocks = int(getattr(model_config.get_text_config(), "num_hidden_layers", 0))
-    notes, planned, clients = _precision_notes(config), None, config.data.clients
-    if plan and (clients.cuts == "auto" or clients.plan is not None):  # before anything is loaded
+    notes, planned = _precision_notes(config), None
+    if plan and config.data.clients.planned:  # before anything is loaded
         config, more, planned = with_cuts(config, federation, blocks)
         notes += more
     federation = replace(federation, notes=[*federation.notes, *notes])
@@ -217,15 +220,21 @@ def settle_client(config: RunConfig, name: str | None, cut: tuple[int, int | Non
     Raises:
         FlexpError: what is wrong with data or model; or there is no such client.
     """
-    run = settle(config, plan=cut is None)
-    clients = run.federation.clients
-    names = [client.name for client in clients]
-    if len(names) > 1 and name not in names:
-        raise DataError(f"the data have no client {name}; expected one of {', '.join(names)} (--name)")
-    index = names.index(name) if name in names else 0
-    chosen = run.cuts[names[index]] if cut is None else check_cut(cut, run.blocks, where="--cut")
-    data = replace(clients[index], name=name or names[index])
-    return ClientSetup(run, data, own_config(run.config, index), chosen, cut is not None)
+
+    def federate(*of: Any) -> Federation:
+        found = load_federation(*of)
+        if name is None or len(found.clients) > 1:
+            return found
+        return replace(found, clients=[replace(found.clients[0], name=name)])
+
+    run = settle(config, federate, plan=cut is None)
+    clients = {client.name: client for client in run.federation.clients}
+    wanted = next(iter(clients)) if name is None and len(clients) == 1 else name
+    if wanted not in clients:
+        raise DataError(f"the data have no client {wanted}; expected one of {', '.join(clients)} (--name)")
+    chosen = run.cuts[wanted] if cut is None else check_cut(cut, run.blocks, where="--cut")
+    own = run.config.data.clients.every(list(clients))[wanted]
+    return ClientSetup(run, clients[wanted], own_config(run.config, own), chosen, cut is not None)
 
 
 def load_part(
@@ -255,7 +264,7 @@ def load_processor(model_id: str, config: RunConfig) -> Any:
     Raises:
         ModelError: the model has none.
     """
-    image = config.data.task == "image-classification"
+    image = task_of(config.data).images
     auto = transformers.AutoImageProcessor if image else transformers.AutoTokenizer
     kind = "image processor" if image else "tokenizer"
     if model_id.startswith("arch:"):

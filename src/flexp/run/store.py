@@ -1,10 +1,33 @@
-"""One party's snapshots: numbered, whole or not there, checked when they are read, the last few kept."""
+"""What a run saves: numbered checkpoints, there whole or not at all, checked when they are read.
+
+One layout for a simulation's checkpoints (every party in one), for what a deployed client or server saves of itself
+(one party each) and for blocks that a client has parked::
+
+    FOLDER/checkpoint-00000012/checkpoint.json                 version, facts, and each party's file with its SHA-256
+    FOLDER/checkpoint-00000012/000-server.safetensors
+    FOLDER/checkpoint-00000012/001-client-north.safetensors
+
+A party may be called what no file can be called: the index says whose a file is. Nothing is ever unpickled. In use::
+
+    store = Store(folder, keep=2)
+    store.claim()                                              # whoever writes, once: removes what a kill left
+    store.save(12, {"server": tensors, "client-north": more}, {"steps": 40})
+    store.numbers()                                            # [11, 12]
+    store.load(12)["server"]                                   # checked and copied
+    newest = store.newest_whole(quarantine=True)               # a Checkpoint: number, facts, parties
+    newest.load("client-north", lambda name: name.startswith("personal/"))
+    store.quarantine(12)                                       # nobody goes on from it any more
+"""
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,90 +36,299 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flexp.errors import StorageError
-from flexp.files import read_json, replacing, sha256, write_json
-from flexp.run.checkpoints import os_error
+from flexp.files import replacing, sha256, storage_error, write_json
 
-STATE, FACTS = "state.safetensors", "snapshot.json"
+INDEX, VERSION = "checkpoint.json", 2
+QUARANTINED = ".quarantined"
+CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"
+"""Where a run's folder and a client's have theirs."""
+
+_PREFIX = "checkpoint-"
+_OLDER = ("round-*/checkpoint.json", "snapshot-*/snapshot.json")
+
+Parties = dict[str, dict[str, Tensor]]
+Entry = tuple[Path, str]
+"""A party's file, and its SHA-256."""
 
 
-class Snapshots:
-    """In ``folder``; a full disk or a kill in the middle of saving leaves the earlier ones as they were.
+def party_of(client: str) -> str:
+    """What a client's part of a checkpoint is called; the server's is ``server``."""
+    return f"client-{client}"
 
-    Args:
-        keep: how many stay, the newest first.
-        tidy: remove what a killed process left half written; not where one may be writing.
+
+class OtherVersionError(StorageError):
+    """Another version of FlexP has saved this; it is whole, and nothing is done with it."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One saved state, whose index was read and whose files are read, and checked once, when they are asked for.
+
+    Attributes:
+        facts: what was saved with it, JSON.
+        files: each party's file, inside ``place``, with its SHA-256.
     """
 
-    def __init__(self, folder: Path, keep: int = 3, *, tidy: bool = True) -> None:
+    number: int
+    place: Path
+    facts: dict[str, Any]
+    files: dict[str, Entry]
+    _whole: set[str] = field(default_factory=set, repr=False)
+
+    def check(self) -> None:
+        """Read every file.
+
+        Raises:
+            StorageError: one is missing or is not what was saved.
+        """
+        for party in self.files:
+            self.checked(party)
+
+    def checked(self, party: str) -> Path:
+        """The safetensors file of a party.
+
+        Raises:
+            StorageError: there is no such party, or its file is missing or is not what was saved.
+        """
+        if party not in self.files:
+            raise StorageError(self.lacks(party))
+        file, expected = self.files[party]
+        try:
+            if party not in self._whole and sha256(file) != expected:
+                raise StorageError(f"{file} is not what was saved (its SHA-256 differs); {_mend(self.place)}")
+        except OSError as error:
+            raise StorageError(f"{file} is missing or cannot be read; {_mend(self.place)}") from error
+        self._whole.add(party)
+        return file
+
+    def lacks(self, party: str) -> str:
+        """What to say of a party that is not in it."""
+        return f"{self.place} has nothing of {party}; it has {', '.join(sorted(self.files))}"
+
+    def load(self, party: str, wanted: Callable[[str], bool] = lambda _: True) -> dict[str, Tensor]:
+        """The party's tensors with a ``wanted`` name, copied; no other is read into memory.
+
+        Raises:
+            StorageError: see :meth:`checked`.
+        """
+        place = self.checked(party)
+        try:
+            with safe_open(place, framework="pt") as file:
+                return {name: file.get_tensor(name).clone() for name in file.keys() if wanted(name)}  # noqa: SIM118
+        except SafetensorError as error:
+            raise StorageError(f"{place} holds no tensors ({error}); {_mend(self.place)}") from error
+
+
+class Store:
+    """The checkpoints in ``folder``. A full disk, or a kill in the middle of saving, leaves earlier ones as they were.
+
+    Args:
+        keep: how many stay, the newest; ``None``: all.
+    """
+
+    def __init__(self, folder: Path, keep: int | None = 2) -> None:
         self.folder, self.keep = folder, keep
-        for half in folder.glob(".snapshot-*") if tidy else ():
+
+    def claim(self) -> None:
+        """Make the folder, see that it can be written, and remove what a killed process left half written.
+
+        Raises:
+            StorageError: it cannot be written, or an older version of FlexP has saved there.
+        """
+        if self.folder.is_file():
+            raise StorageError(
+                f"{self.folder} is a file, in which older versions of FlexP kept a server's state; this one saves in a "
+                "folder: choose another"
+            )
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            trial = self.folder / f".{os.getpid()}.trial"
+            trial.touch()
+            trial.unlink()
+        except OSError as error:
+            raise storage_error(self.folder, error) from error
+        self.numbers()
+        for half in self.folder.glob(f".{_PREFIX}*"):
             shutil.rmtree(half, ignore_errors=True)
 
     def numbers(self) -> list[int]:
-        """Those that are complete, ascending."""
-        found = [path.parent.name.removeprefix("snapshot-") for path in self.folder.glob(f"snapshot-*/{FACTS}")]
-        return sorted(int(number) for number in found if number.isdigit())
-
-    def save(self, number: int, state: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Write ``state`` and ``facts`` (JSON) beside their place, rename, and let the oldest go.
+        """Those that were written to their end, ascending.
 
         Raises:
-            StorageError: the disk is full or cannot be written.
+            StorageError: there are only those of an older version.
+        """
+        found = [place.parent.name.removeprefix(_PREFIX) for place in self.folder.glob(f"{_PREFIX}*/{INDEX}")]
+        if not found and any(next(self.folder.glob(pattern), None) for pattern in _OLDER):
+            raise OtherVersionError(
+                f"{self.folder} was saved by an older version of FlexP, whose checkpoints this one does not read: go "
+                "on with that version, or train again in another folder"
+            )
+        return sorted(int(number) for number in found if number.isdigit())
+
+    def save(
+        self,
+        number: int,
+        parties: Mapping[str, Mapping[str, Tensor] | Entry],
+        facts: Mapping[str, Any] | None = None,
+        best: int | None = None,
+    ) -> None:
+        """Write a checkpoint beside its place, rename, and let the oldest go.
+
+        Args:
+            parties: the tensors of each; or a file of another checkpoint, which is copied.
+            facts: JSON.
+            best: one that stays, however old it is.
+
+        Raises:
+            StorageError: the disk is full or cannot be written; earlier checkpoints are untouched.
         """
         with replacing(self._place(number)) as part:
             part.mkdir()
-            try:
-                save_file({name: value.detach().contiguous() for name, value in state.items()}, part / STATE)
-            except SafetensorError as error:
-                raise os_error(error) from error
-            write_json(part / FACTS, {**facts, "number": number, "sha256": sha256(part / STATE)})
-        for old in self.numbers()[: -self.keep]:
-            shutil.rmtree(self._place(old), ignore_errors=True)
+            entries = {}
+            for index, (party, content) in enumerate(parties.items()):
+                file = part / f"{index:03d}-{_slug(party)}.safetensors"
+                entries[party] = {"file": file.name, "sha256": _write(file, content)}
+            write_json(part / INDEX, {"version": VERSION, "facts": dict(facts or {}), "parties": entries})
+        if self.keep is not None:
+            for old in set(self.numbers()[: -self.keep]) - {number, best}:
+                shutil.rmtree(self._place(old), ignore_errors=True)
 
-    def load(self, number: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The state and the facts of one of :meth:`numbers`.
+    def replace(self, number: int, party: str, tensors: Mapping[str, Tensor]) -> None:
+        """Put other tensors in the place of a party's, whose file need not be there; other files stay as they are.
 
         Raises:
-            StorageError: it is not what was saved.
+            StorageError: the checkpoint has no such party, lacks other files, or the disk is full; it is untouched.
         """
-        file, facts = self.checked(number)
-        with safe_open(file, framework="pt") as opened:
-            return {name: opened.get_tensor(name).clone() for name in opened.keys()}, facts  # noqa: SIM118
+        there = self.open(number)
+        if party not in there.files:
+            raise StorageError(there.lacks(party))
+        Store(self.folder, keep=None).save(number, {**there.files, party: tensors}, there.facts)
 
-    def checked(self, number: int) -> tuple[Path, dict[str, Any]]:
-        """The safetensors file and the facts of one of :meth:`numbers`, for who reads tensor by tensor.
+    def open(self, number: int) -> Checkpoint:
+        """One of :meth:`numbers`; only its index is read.
 
         Raises:
-            StorageError: it is not what was saved.
+            StorageError: that is damaged, of another version, or names files outside of its folder.
         """
         place = self._place(number)
         try:
-            facts: dict[str, Any] = read_json(place / FACTS)
-            if sha256(place / STATE) != facts["sha256"]:
-                raise StorageError(f"{place / STATE} is not what was saved (its SHA-256 differs)")
-            with safe_open(place / STATE, framework="pt"):
-                return place / STATE, facts
-        except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise StorageError(f"{place} is damaged ({error}); delete it to go on from an earlier snapshot") from error
+            index = json.loads((place / INDEX).read_text(encoding="utf-8"))
+            version, facts = index["version"], dict(index["facts"])
+            files = {p: (_inside(place, entry["file"]), str(entry["sha256"])) for p, entry in index["parties"].items()}
+        except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise StorageError(f"{place / INDEX} is not what was saved ({error}); {_mend(place)}") from error
+        if version != VERSION:
+            raise OtherVersionError(
+                f"{place / INDEX} is of version {version}, and this FlexP reads {VERSION}: go on with the FlexP that "
+                "wrote it"
+            )
+        return Checkpoint(number, place, facts, files)
 
-    def newest_whole(self) -> dict[str, Any] | None:
-        """The facts, ``number`` among them, of the newest whose content is what was saved.
+    def load(self, number: int) -> Parties:
+        """The tensors of every party of one of :meth:`numbers`.
 
-        Damaged ones are put aside under another name.
+        Raises:
+            StorageError: something is missing or is not what was saved.
+        """
+        checkpoint = self.open(number)
+        return {party: checkpoint.load(party) for party in checkpoint.files}
+
+    def newest_whole(self, *, quarantine: bool = False) -> Checkpoint | None:
+        """The newest whose files are all what was saved; ``None`` without any.
+
+        Args:
+            quarantine: damaged ones on the way; else nothing changes.
+
+        Raises:
+            OtherVersionError: another version of FlexP has saved there.
         """
         for number in reversed(self.numbers()):
             try:
-                return self.load(number)[1]
+                checkpoint = self.open(number)
+                checkpoint.check()
+                return checkpoint
+            except OtherVersionError:
+                raise
             except StorageError:
-                self.put_aside(number, "damaged")
+                if quarantine:
+                    self.quarantine(number)
         return None
 
-    def put_aside(self, number: int, why: str = "aside") -> None:
-        """Give a snapshot another name, under which nobody goes on from it."""
+    def quarantine(self, number: int) -> None:
+        """Give a checkpoint another name, under which nobody goes on from it."""
         place = self._place(number)
-        aside = place.with_suffix(f".{why}")
+        aside = place.with_name(place.name + QUARANTINED)
         shutil.rmtree(aside, ignore_errors=True)
         place.rename(aside)
 
     def _place(self, number: int) -> Path:
-        return self.folder / f"snapshot-{number:08d}"
+        return self.folder / f"{_PREFIX}{number:08d}"
+
+
+class ParkedOnDisk:
+    """Blocks that a client has given up for want of memory, and may have back: a checkpoint for each.
+
+    Args:
+        numbering: of the client's steps (:class:`flexp.client.exchange.Steps`), which tells its blocks from those that
+            an earlier run left in the same folder.
+    """
+
+    def __init__(self, folder: Path, numbering: int) -> None:
+        self._store, self._numbering = Store(folder, keep=None), numbering
+
+    def put(self, block: int, tensors: Mapping[str, Tensor]) -> None:
+        """Write it beside its place and rename.
+
+        Raises:
+            StorageError: the disk is full or cannot be written.
+        """
+        self._store.save(block, {"block": tensors}, {"numbering": self._numbering})
+
+    def get(self, block: int) -> dict[str, Tensor] | None:
+        """What was put there; ``None``: nothing, or it is damaged, or another run's."""
+        try:
+            if block not in self._store.numbers():
+                return None
+            found = self._store.open(block)
+            return found.load("block") if found.facts.get("numbering") == self._numbering else None
+        except StorageError:
+            return None
+
+
+def os_error(error: SafetensorError) -> OSError:
+    """safetensors tells a full disk, as everything else, in words only."""
+    full = "No space left" in str(error)
+    return OSError(errno.ENOSPC if full else errno.EIO, str(error))
+
+
+def _write(file: Path, content: Mapping[str, Tensor] | Entry) -> str:
+    """Write one party's tensors, or copy them; the file's SHA-256."""
+    if isinstance(content, tuple):
+        shutil.copyfile(content[0], file)
+        return content[1]
+    try:
+        save_file({name: value.detach().contiguous() for name, value in content.items()}, file)
+    except SafetensorError as error:
+        raise os_error(error) from error
+    return sha256(file)
+
+
+def _inside(place: Path, name: str) -> Path:
+    """The file ``name`` of a checkpoint; an index that came from elsewhere could name any file of this machine.
+
+    Raises:
+        ValueError: it is not directly in the folder.
+    """
+    file = place / name
+    if Path(name).name != name or file.resolve().parent != place.resolve():
+        raise ValueError(f"it names {name!r}, which is not in its folder")
+    return file
+
+
+def _mend(place: Path) -> str:
+    return f"delete the folder {place.name} to go on from the checkpoint before it"
+
+
+def _slug(party: str) -> str:
+    """What of a name any file system takes; the index before it tells equal ones apart."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", party).strip("-")[:40] or "party"

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from flexp.cost.choice import ExchangeCost
 from flexp.cost.clock import ClientTime, ClientWork, Schedule, simulate
-from flexp.cost.flops import ExchangeCost
 from flexp.cost.profile import Profile, assign
 from flexp.methods.base import Account, Method, World
 from flexp.report.metrics import Record
@@ -26,13 +26,13 @@ def client_facts(
         records: the run's diary; every step in it is one gradient evaluation.
 
     Returns:
-        Facts by client (none without ``[devices]``), and ``{"rounds": [seconds], "clients": {name: {account:
+        Facts by client (none without devices), and ``{"rounds": [seconds], "clients": {name: {account:
         seconds}}}``; ``None`` where no client computes.
     """
-    config = world.config.devices
-    if config is None:
+    config, names = world.config, [client.name for client in world.federation.clients]
+    if not config.on_devices:
         return {}, None
-    devices = assign(config, [client.name for client in world.federation.clients])
+    devices = assign(config.devices, config.data.clients.devices(names))
     facts: dict[str, dict[str, Any]] = {
         name: {"device": device.name, "client_flops": 0.0, "server_flops": 0.0} for name, device in devices.items()
     }
@@ -77,16 +77,7 @@ def client_work(cost: ExchangeCost, account: Account | None, steps: list[int], s
         down += cost.pull_down * (total // pull_every) if pull_every else 0
     else:
         up, down = float(account.training.bytes_up), float(account.training.bytes_down)
-    work = ClientWork(
-        steps,
-        before=cost.before,
-        between=cost.between,
-        after=cost.after,
-        server_forward=cost.server_forward,
-        server_backward=cost.server_backward,
-        exchanges=cost.exchanges,
-        combined=cost.combined,
-    )
+    work = ClientWork(**vars(cost), steps=steps)
     if schedule.kind == "synchronous":
         extra = max(
             0, (total if account is None else account.gradient_evaluations) - total
@@ -95,12 +86,12 @@ def client_work(cost: ExchangeCost, account: Account | None, steps: list[int], s
     if schedule.kind == "alone" or not total:
         return work
     if schedule.kind == "split-sync":
-        weights = float(cost.weights)
+        weights = cost.weights
         work = replace(work, weights_up=weights, weights_down=weights, weights_every=average_every)
         up = max(0.0, up - weights * (rounds // average_every))
         down = max(0.0, down - weights * math.ceil(rounds / average_every))
     if pull_every and cost.pull_down:
-        work = replace(work, pull_every=pull_every, pull_down=float(cost.pull_down))
+        work = replace(work, pull_every=pull_every)
         down = max(0.0, down - cost.pull_down * (total // pull_every))
     up_each, down_each = up / total / cost.exchanges, down / total / cost.exchanges
     up_known, down_known = cost.forward_up + cost.backward_up, cost.forward_down + cost.backward_down
@@ -117,11 +108,9 @@ def _in_phase(world: World, phase: Phase) -> World:
     """The world with the cuts and exchanges of a phase."""
     if phase.only:
         return world
-    sizes = list(phase.micro_batches.values())
-    clients = world.config.data.clients
-    if None not in sizes:
-        clients = clients.model_copy(update={"micro_batches": sizes})
-    config = world.config.model_copy(update={"data": world.config.data.model_copy(update={"clients": clients})})
+    sizes, config = phase.micro_batches, world.config
+    if None not in sizes.values():
+        config = config.with_clients(config.data.clients.written(list(sizes), micro_batch=list(sizes.values())))
     return replace(world, config=config, cuts=dict(phase.cuts))
 
 
@@ -179,13 +168,11 @@ class Phase:
 
 
 def phases(world: World, records: Sequence[Record], rounds: int) -> list[Phase]:
-    """The phases of a run with ``[devices]``, of which ``rounds`` are done."""
-    config = world.config.devices
-    assert config is not None
+    """The phases of a run whose clients have devices, of which ``rounds`` are done."""
     names = [client.name for client in world.federation.clients]
     settings = []
     for number, clients in enumerate(cuts_by_round(world, records, rounds), start=1):
-        settings.append((tuple(devices_at(config, names, number).assign), clients))
+        settings.append((devices_at(world.config, names, number), clients))
     found: list[Phase] = []
     for number, (classes, clients) in enumerate(settings, start=1):
         same = number > 1 and classes == settings[number - 2][0] and not _changed(settings[number - 2][1], clients)
@@ -196,7 +183,7 @@ def phases(world: World, records: Sequence[Record], rounds: int) -> list[Phase]:
             Phase(
                 [number],
                 False,
-                assign(config.model_copy(update={"assign": list(classes)}), names),
+                assign(world.config.devices, classes),
                 {name: own["cut"] for name, own in clients.items()},
                 {name: own["micro_batch"] for name, own in clients.items()},
                 [name for name, own in clients.items() if own["there"]],
@@ -219,9 +206,7 @@ class VirtualTime:
     and so is what moving fetched."""
 
     def __init__(self, world: World, schedule: Schedule) -> None:
-        config = world.config.devices
-        assert config is not None
-        self._world, self._schedule, self._config = world, schedule, config
+        self._world, self._schedule, self._config = world, schedule, world.config.devices
         self.rounds: list[float] = []
         self.clients: dict[str, ClientTime] = {}
 

@@ -10,12 +10,15 @@ a mean over the N tokens.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flexp.config import AlignConfig
+from flexp.links.messages import ForwardRequest
+from flexp.models.stage import Stage
 from flexp.registry import ALIGNMENTS
 
 EPSILON = 1e-6
@@ -43,6 +46,53 @@ def alignment(
         grad_BTH = _through_standardise(grad_BTH, student, deviation)
     value = float((term_BT * counts).sum() / tokens)
     return value, grad_BTH * (counts / tokens).unsqueeze(-1)
+
+
+def aligned(
+    config: AlignConfig, stage: Stage, request: ForwardRequest, start: int
+) -> tuple[float | None, list[Tensor]]:
+    """The mean alignment term over the aligned boundaries, and the gradients at them, the cut last.
+
+    The shared blocks [s_min, s) run on z_base without gradients and without dropout: they are the teacher.
+    """
+    if request.base_BTH is None or not config.has_term:
+        return None, []
+    plan = stage.plan_without_inputs(request.base_BTH, request.mask_BT, request.positions_BT)
+    students = [*request.inner_BTH, request.hidden_BTH]
+    every = len(request.inner_BTH) > 0
+    values: list[float] = []
+    grads: list[Tensor] = []
+    stage.model.train(False)
+    with torch.no_grad():
+        teacher_BTH = request.base_BTH
+        for index in range(min(stage.part.blocks), start):
+            teacher_BTH = stage.run(teacher_BTH, plan, index, index + 1)
+            if every or index == start - 1:
+                value, grad = alignment(config, teacher_BTH, students[len(values)], request.mask_BT)
+                values.append(value)
+                grads.append(grad)
+    count = len(values)
+    return sum(values) / count, [grad / count for grad in grads]
+
+
+def taught(
+    stage: Stage, request: ForwardRequest, start: int, parameters: Mapping[str, nn.Parameter], task_BTH: Tensor
+) -> dict[str, Tensor]:
+    """Gradients of the shared blocks [s_min, s), of which the client trains copies of its own, on its data.
+
+    The server's z' = server[s_min, s)(z_base) goes nowhere, so it has no gradient; ∂task/∂z at the client's z, which is
+    here, stands for it. Where the copies are equal it is exact. Without, shared blocks would learn only from clients
+    that cut below them.
+    """
+    first = min(stage.part.blocks)
+    names = [name for name in parameters if stage.within(name, first, start)]
+    if request.base_BTH is None or not names:
+        return {}  # nothing was sent, or they are frozen
+    plan = stage.plan_without_inputs(request.base_BTH, request.mask_BT, request.positions_BT)
+    stage.model.train(True)
+    own_BTH = stage.run(request.base_BTH, plan, first, start)
+    gradients = torch.autograd.grad(own_BTH, [parameters[name] for name in names], task_BTH, allow_unused=True)
+    return {name: value for name, value in zip(names, gradients, strict=True) if value is not None}
 
 
 def combine(task_BTH: Tensor, align_BTH: Tensor, how: str) -> Tensor:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import singledispatchmethod
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
-import torch
 from torch import Tensor
 
 from flexp.assets import resolve
@@ -43,16 +39,18 @@ from flexp.models.loading import ModelKind, load_config, load_stage
 from flexp.models.parts import Part, check_cut
 from flexp.models.stage import Stage
 from flexp.models.tuning import tune
-from flexp.server.admission import alike, check_backward, check_fetch, check_forward, check_join, check_pull
-from flexp.server.bounds import Bounds, check_finite
-from flexp.server.fetching import give
-from flexp.server.generations import check_extend, drop_unused
-from flexp.server.guard import Guard
-from flexp.server.progress import Key
-from flexp.server.regulars import Regulars
-from flexp.server.session import Session
-from flexp.server.sessions import Sessions
-from flexp.server.shared import SharedBlocks
+from flexp.server.admission import (
+    alike,
+    check_backward,
+    check_extend,
+    check_fetch,
+    check_finite,
+    check_forward,
+    check_join,
+    check_pull,
+)
+from flexp.server.session import Key, Session
+from flexp.server.state import ServerState
 
 R = TypeVar("R")
 
@@ -69,7 +67,7 @@ class Conductor(Protocol):
         ...
 
 
-class Server:
+class Server(ServerState):
     """Runs and trains the shared blocks for all clients; each request as it arrives, one at a time.
 
     Args:
@@ -97,18 +95,10 @@ class Server:
         remembers: bool = False,
         allow_export: bool = False,
     ) -> None:
-        self.config = config or ServerConfig()
-        self.tuning = tuning
-        self.lora = lora
-        self.shared = SharedBlocks(stage, self.config, optimizer or OptimizerConfig(), total_steps)
-        self.compute_seconds = 0.0
-        self.bounds, self.guard = Bounds(self.config.guard), Guard(self.config.guard)
-        self.remembers, self.allow_export = remembers, allow_export
-        self.regulars = Regulars(seed, self._device)
+        chosen = config or ServerConfig()
+        super().__init__(stage, chosen, optimizer or OptimizerConfig(), total_steps, seed, remembers)
+        self.tuning, self.lora, self.allow_export = tuning, lora, allow_export
         self.conductor: Conductor | None = None
-        self._sessions = Sessions()
-        self._lock = threading.RLock()
-        self.guard.listeners.append(lambda client, _: self._sessions.end(client))
 
     @classmethod
     def from_pretrained(
@@ -163,17 +153,6 @@ class Server:
             allow_export=allow_export,
         )
 
-    @property
-    def blocks(self) -> tuple[int, int]:
-        """(s_min, e_max): the shared blocks are [s_min, e_max)."""
-        owned = self.shared.stage.part.blocks
-        return min(owned), max(owned) + 1
-
-    @property
-    def _device(self) -> torch.device:
-        device: torch.device = self.shared.stage.model.device
-        return device
-
     def connect(self, client: str) -> InProcessLink:
         """A link for ``client`` inside this process."""
         return InProcessLink(self, client)
@@ -207,12 +186,10 @@ class Server:
         """Open a client's session, or open it anew with another cut."""
         check_join(client, request, self.shared.stage, self.tuning, self.lora, self.config.codecs)
         self._sessions.end(client)
-        regular = self.regulars[client]
-        progress = regular.numbered(request.numbering)
-        regular.cuts(request.cut)
-        self._sessions[client] = Session(
-            request, self.shared, self.config, regular.random, progress, bounds=self.bounds
-        )
+        record = self.clients[client]
+        progress = record.numbered(request.numbering)
+        record.cuts(request.cut)
+        self._sessions[client] = Session(request, self.shared, self.config, record.random, progress)
         anatomy = self.shared.stage.anatomy
         return Welcome(self.blocks[0], anatomy.blocks, anatomy.hidden, self.config.max_in_flight)
 
@@ -263,13 +240,14 @@ class Server:
     def _fetch(self, request: FetchRequest, client: str) -> FetchReply:
         """The trained shared weights of one block, as they are between two updates."""
         check_fetch(self._sessions[client], request, self.blocks, self.allow_export)
-        return give(self.shared, request)
+        return self.shared.give(request)
 
     @_handle.register
     def _extend(self, request: ExtendRequest, client: str) -> ExtendReply:
         """Blocks [s, e) on the next tokens of an answer, whose cache is kept here."""
         session = self._sessions[client]
-        drop_unused(self._sessions.values(), self.config.generation_seconds)
+        for other in self._sessions.values():
+            other.generations.drop_unused(self.config.generation_seconds)
         check_extend(session, request, self.shared.stage, self._sessions.values())
         return ExtendReply(session.generations.extend(request, self.shared.stage, session.join.cut))
 
@@ -290,123 +268,9 @@ class Server:
             self.conductor.gone(client)
         return Done()
 
-    def flush(self) -> None:
-        """At the end of a run: update the shared blocks with the steps that ``update = "mean"`` has gathered so far."""
-        with self._lock, self._computing():
-            self.shared.flush()
-
-    def freeze(self) -> None:
-        """From now on serve the shared blocks as they are, without training them.
-
-        Raises:
-            LinkError: exchanges are in flight, which would train them.
-        """
-        with self._lock:
-            self._sessions.refuse_busy("frozen")
-            self.shared.freeze()
-
-    def counts(self) -> dict[str, float]:
-        """``updates``, ``compute_seconds``, forwards ``in_flight`` and ``versions`` of the weights that are held.
-
-        And ``bad_requests``, which were refused for their values, and how many ``clients_aside`` there are.
-        """
-        with self._lock:
-            return {
-                "updates": self.shared.version,
-                "compute_seconds": self.compute_seconds,
-                "in_flight": self._sessions.in_flight,
-                "versions": 1 + len(self.shared.stashed),
-                "bad_requests": self.guard.bad(),
-                "clients_aside": len(self.guard.all_aside),
-            }
-
-    def aside(self, client: str) -> str | None:
-        """Why the requests of a client are refused that was put aside; ``None``: it was not."""
-        return self.guard.aside(client)  # without the lock, for a link must not wait for what is computed
-
-    def readmit(self, client: str) -> bool:
-        """Let a client in again that was put aside; gives whether it was."""
-        return self.guard.readmit(client)
-
-    @property
-    def aside_listeners(self) -> list[Callable[[str, str], None]]:
-        """Told the name of each client that is put aside, and why."""
-        return self.guard.listeners
-
-    def cut_of(self, client: str) -> tuple[int, int] | None:
-        """The cut of a client that has joined and not left."""
-        with self._lock:
-            session = self._sessions.get(client)
-            return None if session is None else session.join.cut
-
-    def keep_answers_after(self, client: str, step: int) -> None:
-        """A client has saved its state after ``step``: keep the answers of its later steps, and drop the others."""
-        with self._lock:
-            progress = self.regulars[client].progress
-            progress.kept_from = step
-            progress.forget(step)
-
-    def residuals(self, client: str) -> dict[str, Tensor]:
-        """Of error feedback in what a client is sent: see :class:`flexp.links.coding.Coding`, which writes in it."""
-        return self.regulars[client].residuals
-
-    def state(self, *, unfinished: bool = False) -> dict[str, Tensor]:
-        """Everything that :meth:`load` needs to go on bit for bit.
-
-        These are the live tensors: write them, or copy them, before the next step.
-
-        Args:
-            unfinished: take the state in the middle of clients' steps as well; they are not part of it.
-
-        Raises:
-            LinkError: exchanges are in flight, whose clients would wait for ever.
-        """
-        with self._lock:
-            if not unfinished:
-                self._sessions.refuse_busy("saved")
-            flat = {f"shared/{name}": value for name, value in self.shared.state().items()}
-            flat |= self.regulars.state(self._sessions.begun(), progress=self.remembers)
-            flat |= {f"guard/{name}": value for name, value in (self.bounds.state() | self.guard.state()).items()}
-            return flat | {"compute_seconds": torch.tensor(self.compute_seconds, dtype=torch.float64)}
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from :meth:`state`, whether clients joined already or will.
-
-        Raises:
-            LinkError: exchanges are in flight, which belong to other weights.
-            StorageError: the state belongs to other blocks or another tuning.
-        """
-        with self._lock:
-            self._sessions.refuse_busy("restored")
-            self.shared.load(_under("shared/", state))
-            self.bounds.load(_under("guard/", state))
-            self.guard.load(_under("guard/", state))
-            self.compute_seconds = float(state["compute_seconds"])
-            self.regulars.load(state)
-            for name, session in self._sessions.items():
-                session.progress = self.regulars[name].numbered(session.join.numbering)
-
     def _remember(self, session: Session, step: int, key: Key, reply: Any) -> None:
         if self.remembers:
             session.progress.remember(step, key, reply, self.config.keep_answers_bytes)
-
-    @contextmanager
-    def _computing(self) -> Iterator[None]:
-        """Count the seconds, and let none of the caller's modes in, which a link to another process would not carry.
-
-        A backward in the same process, for instance, arrives with gradients switched off, a Trainer's forward perhaps
-        with mixed precision switched on.
-        """
-        began = time.perf_counter()
-        try:
-            with torch.inference_mode(False), torch.enable_grad(), torch.autocast(self._device.type, enabled=False):
-                yield
-        finally:
-            self.compute_seconds += time.perf_counter() - began
-
-
-def _under(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def _activations(request: ForwardRequest) -> list[Tensor]:

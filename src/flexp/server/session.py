@@ -1,22 +1,31 @@
-"""One client's side of the server: its cut, its exchanges in flight, and its step so far."""
+"""One client's side of the server: its cut, its exchanges in flight, its step so far, and the steps that were taken.
+
+A step that comes again, after its answer was lost or after the client went back to a snapshot, gets the answers that
+it got the first time and is never applied twice (:class:`Progress`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flexp.config import AlignConfig, ServerConfig
-from flexp.errors import BadValuesError
-from flexp.links.messages import BackwardReply, BackwardRequest, ForwardReply, ForwardRequest, Join
+from flexp.errors import BadValuesError, LinkError
+from flexp.links.messages import BackwardReply, BackwardRequest, ForwardReply, ForwardRequest, Join, size
 from flexp.rng import RandomStream, drawing_from
-from flexp.server.alignment import alignment, combine
-from flexp.server.bounds import Bounds
+from flexp.server.alignment import aligned, combine, taught
 from flexp.server.generations import Generations
-from flexp.server.progress import Progress
 from flexp.server.shared import SharedBlocks
+
+WINDOW = 256
+"""Steps may complete in another order than they began; so far back it is remembered which ones did."""
+
+Key = tuple[str, int]
+"""What was asked in a step: the kind of request, and its exchange or block."""
 
 
 @dataclass
@@ -54,6 +63,81 @@ class Gathered:
 
 
 @dataclass
+class Progress:
+    """One client's steps. ``numbering`` is what tells its steps 1, 2, … from those of another run of that client.
+
+    Attributes:
+        newest: the highest step that was applied.
+        kept_from: steps after this one keep their answers; ``None``: only the newest does.
+    """
+
+    numbering: int = 0
+    newest: int = 0
+    kept_from: int | None = None
+    _recent: set[int] = field(default_factory=set)
+    _answers: dict[int, dict[Key, Any]] = field(default_factory=dict)
+    _bytes: int = 0
+
+    def goes_on(self, numbering: int) -> bool:
+        """Whether a client that joins with ``numbering`` goes on with these steps."""
+        return 0 < numbering == self.numbering
+
+    def applied(self, step: int) -> bool:
+        """Whether the shared blocks have taken this step; never, if it is not numbered."""
+        return step > 0 and (step in self._recent or step <= self.newest - WINDOW)
+
+    def apply(self, step: int) -> None:
+        """The step is complete and was given to the shared blocks."""
+        if step <= 0:
+            return
+        self._recent.add(step)
+        self.newest = max(self.newest, step)
+        self._recent = {number for number in self._recent if number > self.newest - WINDOW}
+
+    def answer(self, step: int, key: Key) -> Any | None:
+        """What was answered to ``key`` in a step that was applied, if it is still known."""
+        return self._answers.get(step, {}).get(key)
+
+    def remember(self, step: int, key: Key, reply: Any, most_bytes: int) -> None:
+        """Keep an answer of a numbered step; the oldest steps' go first when all take more than ``most_bytes``."""
+        if step <= 0:
+            return
+        known = self._answers.setdefault(step, {})
+        self._bytes += size(reply) - (size(known[key]) if key in known else 0)
+        known[key] = reply
+        self.forget(step - 1 if self.kept_from is None else self.kept_from)
+        while self._bytes > most_bytes and len(self._answers) > 1:
+            self._drop(min(self._answers))
+
+    def forget(self, step: int) -> None:
+        """Drop the answers of ``step`` and those before it."""
+        for number in [number for number in self._answers if number <= step]:
+            self._drop(number)
+
+    def give_up(self, steps: set[int]) -> None:
+        """Drop what was answered in steps that will not be completed as they began."""
+        for number in steps & self._answers.keys():
+            self._drop(number)
+
+    def unapplied(self) -> set[int]:
+        """Steps with answers that are not complete."""
+        return {number for number in self._answers if not self.applied(number)}
+
+    def state(self) -> Tensor:
+        """Numbering and applied steps, int64; answers are not part of it."""
+        return torch.tensor([self.numbering, self.newest, *sorted(self._recent)], dtype=torch.int64)
+
+    @classmethod
+    def restored(cls, state: Tensor) -> Progress:
+        """From :meth:`state`."""
+        numbering, newest, *recent = (int(value) for value in state)
+        return cls(numbering, newest, _recent=set(recent))
+
+    def _drop(self, step: int) -> None:
+        self._bytes -= sum(size(reply) for reply in self._answers.pop(step).values())
+
+
+@dataclass
 class Session:
     """What the server knows of one client. ``random`` is active while it computes."""
 
@@ -65,7 +149,6 @@ class Session:
     pending: dict[int, Pending] = field(default_factory=dict)
     gathered: dict[int, Gathered] = field(default_factory=dict)
     boundary: Tensor | None = None  # the random generator's state when the step under way began
-    bounds: Bounds = field(default_factory=Bounds)
     generations: Generations = field(default_factory=Generations)
 
     @property
@@ -94,7 +177,7 @@ class Session:
         generator = self.random.state
         with torch.set_grad_enabled(keep_graph):
             h_BTH = stage.run(z_BTH, plan, start, stop)
-        value, align_BTH = self._align(request)
+        value, align_BTH = aligned(self.align, stage, request, start)
         self.pending[request.exchange] = Pending(
             request, self.shared.hold(), z_BTH, h_BTH if keep_graph else None, generator, align_BTH
         )
@@ -103,11 +186,12 @@ class Session:
     def backward(self, request: BackwardRequest) -> BackwardReply:
         """The gradient at z, from the very weights of the forward; then train the shared blocks."""
         pending = self.pending.pop(request.exchange)
+        own: dict[str, Tensor] = {}
         try:
             parameters = self.shared.parameters_of(pending.version)
             with self.shared.installed(pending.version):
                 z_BTH, h_BTH = self._graph(pending)
-                reached = [name for name in parameters if self._within(name, *self.join.cut)]
+                reached = [name for name in parameters if self.shared.stage.within(name, *self.join.cut)]
                 gradients = torch.autograd.grad(
                     h_BTH,
                     [z_BTH, *(parameters[name] for name in reached)],
@@ -115,11 +199,12 @@ class Session:
                     allow_unused=True,
                 )
                 task_BTH = gradients[0]
-                taught = self._teach(pending.request, parameters, task_BTH)
+                if self.align.teach:
+                    own = taught(self.shared.stage, pending.request, self.join.cut[0], parameters, task_BTH)
         finally:
             self.shared.release(pending.version)
         trained = {name: value for name, value in zip(reached, gradients[1:], strict=True) if value is not None}
-        trained |= taught
+        trained |= own
         self._refuse_nan(request.exchange, task_BTH, trained)
         step = self.gathered.setdefault(request.step, Gathered(request.exchanges))
         if step.take(trained, request.weight):
@@ -157,56 +242,6 @@ class Session:
         with drawing_from(pending.generator, self.random.device):
             return z_BTH, stage.run(z_BTH, plan, *self.join.cut)
 
-    def _align(self, request: ForwardRequest) -> tuple[float | None, list[Tensor]]:
-        """The mean alignment term over the aligned boundaries, and the gradients at them, the cut last.
-
-        The shared blocks [s_min, s) run on z_base without gradients and without dropout: they are the teacher.
-        """
-        if request.base_BTH is None or not self.align.has_term:
-            return None, []
-        stage, first = self.shared.stage, min(self.shared.stage.part.blocks)
-        plan = stage.plan_without_inputs(request.base_BTH, request.mask_BT, request.positions_BT)
-        students = [*request.inner_BTH, request.hidden_BTH]
-        every = len(request.inner_BTH) > 0
-        values: list[float] = []
-        grads: list[Tensor] = []
-        stage.model.train(False)
-        with torch.no_grad():
-            teacher_BTH = request.base_BTH
-            for index in range(first, self.join.cut[0]):
-                teacher_BTH = stage.run(teacher_BTH, plan, index, index + 1)
-                if every or index == self.join.cut[0] - 1:
-                    value, grad = alignment(self.align, teacher_BTH, students[len(values)], request.mask_BT)
-                    values.append(value)
-                    grads.append(grad)
-        count = len(values)
-        return sum(values) / count, [grad / count for grad in grads]
-
-    def _teach(
-        self, request: ForwardRequest, parameters: Mapping[str, nn.Parameter], task_BTH: Tensor
-    ) -> dict[str, Tensor]:
-        """Gradients of the shared blocks [s_min, s), of which the client trains copies of its own, on its data.
-
-        The server's z' = server[s_min, s)(z_base) goes nowhere, so it has no gradient; ∂task/∂z at the client's z,
-        which is here, stands for it. Where the copies are equal it is exact. Without, shared blocks would learn only
-        from clients that cut below them.
-        """
-        if request.base_BTH is None or not self.align.teach:
-            return {}
-        stage, first = self.shared.stage, min(self.shared.stage.part.blocks)
-        names = [name for name in parameters if self._within(name, first, self.join.cut[0])]
-        if not names:
-            return {}  # they are frozen
-        plan = stage.plan_without_inputs(request.base_BTH, request.mask_BT, request.positions_BT)
-        stage.model.train(True)
-        own_BTH = stage.run(request.base_BTH, plan, first, self.join.cut[0])
-        gradients = torch.autograd.grad(own_BTH, [parameters[name] for name in names], task_BTH, allow_unused=True)
-        return {name: value for name, value in zip(names, gradients, strict=True) if value is not None}
-
-    def _within(self, name: str, start: int, stop: int) -> bool:
-        block = self.shared.stage.block_of(name)
-        return block is not None and start <= block < stop
-
     def _refuse_nan(self, exchange: int, task_BTH: Tensor, trained: dict[str, Tensor]) -> None:
         # One norm over all of them reads every gradient once; it is finite only if they all are.
         if not torch.isfinite(torch.nn.utils.get_total_norm([task_BTH, *trained.values()])):
@@ -218,7 +253,43 @@ class Session:
 
     def _judged(self, step: int, gradients: dict[str, Tensor]) -> Mapping[str, Tensor]:
         try:
-            return self.bounds.judge(self.join.client, step, gradients)
+            return self.shared.bounds.judge(self.join.client, step, gradients)
         except BadValuesError:
             self.drop()
             raise
+
+
+class Sessions(dict[str, Session]):
+    """By name. Who asks for one that is not there is told that the client has not joined.
+
+    Raises:
+        LinkError: from ``sessions[client]``, see above.
+    """
+
+    def __missing__(self, client: str) -> Session:
+        raise LinkError(f"client {client} has not joined: Join comes first")
+
+    @property
+    def in_flight(self) -> int:
+        """Forwards of all clients whose backward has not come yet."""
+        return sum(len(session.pending) for session in self.values())
+
+    def end(self, client: str) -> None:
+        """Close a client's session, if it has one, and drop what it has in flight."""
+        session = self.pop(client, None)
+        if session is not None:
+            session.drop()
+
+    def refuse_busy(self, what: str) -> None:
+        """Refuse to have the server ``what`` (saved, restored, frozen) in the middle of a step.
+
+        Raises:
+            LinkError: a client has begun a step and not ended it.
+        """
+        busy = [name for name, session in self.items() if session.busy]
+        if busy:
+            raise LinkError(f"the server cannot be {what} in the middle of a step of {', '.join(busy)}")
+
+    def begun(self) -> dict[str, Tensor]:
+        """Of clients in the middle of a step: the state of their random generator when it began."""
+        return {name: own.boundary for name, own in self.items() if own.busy and own.boundary is not None}

@@ -7,17 +7,78 @@ on with copies of them (weight stashing). Nothing is copied when nothing is in f
 
 from __future__ import annotations
 
-from collections import Counter
+import statistics
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from flexp.config import OptimizerConfig, ServerConfig
-from flexp.errors import StorageError
+from flexp.config import GuardConfig, OptimizerConfig, ServerConfig
+from flexp.errors import BadValuesError, StorageError
+from flexp.links.frames import MOST_FIELDS
+from flexp.links.messages import FetchReply, FetchRequest
 from flexp.models.stage import Stage
 from flexp.optim import Updater
+
+SMALL = 1.0
+"""A median below this counts as this: where training has converged, an ordinary gradient is many times the median."""
+MOST_BYTES = 64 << 20
+"""Bytes of an answer to a fetch, whatever is asked for; but for a tensor that is larger."""
+
+
+class Bounds:
+    """Judges gradients by their global norm, and remembers the norms that it accepted."""
+
+    def __init__(self, config: GuardConfig | None = None) -> None:
+        self.config = config or GuardConfig()
+        self._norms: deque[float] = deque(maxlen=self.config.median_over)
+
+    @property
+    def most(self) -> float | None:
+        """The largest norm that is accepted now; ``None``: any that is finite."""
+        limits = [] if self.config.max_norm is None else [self.config.max_norm]
+        if self.config.explode is not None and len(self._norms) >= min(self.config.settle, self.config.median_over):
+            limits.append(self.config.explode * max(SMALL, statistics.median(self._norms)))
+        return min(limits, default=None)
+
+    def judge(self, client: str, step: int, gradients: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """A whole step's gradient as it may reach the shared weights, clipped if that is asked for.
+
+        Raises:
+            BadValuesError: its norm is not finite, or beyond a bound.
+        """
+        if not gradients:
+            return gradients
+        norm = float(torch.nn.utils.get_total_norm([gradients[name] for name in sorted(gradients)]))
+        most = self.most
+        if not norm < float("inf"):
+            raise BadValuesError(f"client {client}: the gradient of step {step} is not finite")
+        if most is not None and norm > most:
+            raise BadValuesError(
+                f"client {client}: the gradient of step {step} has the norm {norm:.3g}, the server takes at most "
+                f"{most:.3g} ({self._why(most)}), so the shared blocks were not updated; lower train.personal.lr"
+            )
+        self._norms.append(norm)
+        clip = self.config.clip
+        if clip is None or norm <= clip:
+            return gradients
+        return {name: value * (clip / norm) for name, value in gradients.items()}
+
+    def state(self) -> dict[str, Tensor]:
+        """The norms accepted last; nothing before the first."""
+        return {"norms": torch.tensor(list(self._norms), dtype=torch.float64)} if self._norms else {}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from :meth:`state`."""
+        self._norms.clear()
+        self._norms.extend(float(value) for value in state.get("norms", ()))
+
+    def _why(self, most: float) -> str:
+        if most == self.config.max_norm:
+            return "server.guard.max_norm"
+        return f"server.guard.explode = {self.config.explode:g} times the median of the last {len(self._norms)}"
 
 
 class SharedBlocks:
@@ -44,6 +105,7 @@ class SharedBlocks:
         self.version = 0
         self.frozen = False
         self._config = config
+        self.bounds = Bounds(config.guard)
         if total_steps is not None and config.update == "mean":
             total_steps = -(-total_steps // config.mean_over)
         self.updater = Updater(stage.trainable(), optimizer, total_steps)
@@ -125,6 +187,26 @@ class SharedBlocks:
         self._sums, self._weights, self._waiting = {}, {}, 0
         self._apply({name: mean.to(self.updater.parameters[name].dtype) for name, mean in means.items()})
         return True
+
+    def give(self, request: FetchRequest) -> FetchReply:
+        """Copies of a block's trained tensors from the first that is asked for, until ``request.most`` bytes, or
+        :data:`MOST_BYTES`, are full.
+
+        A tensor that is larger than that comes alone, so that every answer brings the client further. What was not
+        trained (the base weights under LoRA, frozen blocks) is not sent: the client has it.
+        """
+        block_of = self.stage.block_of
+        trained = sorted(
+            (name, value) for name, value in self.updater.parameters.items() if block_of(name) == request.block
+        )
+        chosen: dict[str, Tensor] = {}
+        size = 0
+        for name, value in trained[request.first :]:
+            size += value.numel() * value.element_size()
+            if chosen and (size > min(request.most, MOST_BYTES) or len(chosen) == MOST_FIELDS):
+                break
+            chosen[name] = value.detach().clone()
+        return FetchReply(self.version, len(trained), chosen)
 
     def state(self) -> dict[str, Tensor]:
         """Weights, optimiser, and what the ``mean`` rule has gathered; nothing may be in flight that matters."""

@@ -22,7 +22,7 @@ from starlette.routing import Route
 
 from flexp.errors import ConfigError, DataError, FlexpError, LinkError
 from flexp.serving.requests import ChatRequest, CompletionRequest, Refused, read
-from flexp.serving.writer import Wishes, Writer, Written
+from flexp.serving.writer import GenerationConfig, Writer, Written
 
 MOST_BYTES = 4 << 20
 MOST_WAITING = 32
@@ -83,8 +83,8 @@ class Endpoint:
             ids = self._writer.ids_of_chat([message.plain() for message in asked.messages])
         except (ConfigError, DataError) as error:
             raise Refused(400, str(error), "messages") from error
-        wishes = asked.wishes(asked.most or self._chat_tokens)
-        return await self._answer(request, asked, CHAT, [ids], wishes)
+        generation = asked.generation(asked.most or self._chat_tokens)
+        return await self._answer(request, asked, CHAT, [ids], generation)
 
     async def completion(self, request: Request) -> Response:
         asked: CompletionRequest = await self._read(request, CompletionRequest)
@@ -95,29 +95,34 @@ class Endpoint:
         if not prompts or len(prompts) > MOST_WAITING:
             raise Refused(400, f"{len(prompts)} prompts came, expected 1 to {MOST_WAITING}", "prompt")
         return await self._answer(
-            request, asked, COMPLETION, prompts, asked.wishes(asked.max_tokens or COMPLETION_TOKENS)
+            request, asked, COMPLETION, prompts, asked.generation(asked.max_tokens or COMPLETION_TOKENS)
         )
 
     async def _answer(
-        self, request: Request, asked: Any, shape: Shape, prompts: list[list[int]], wishes: Wishes
+        self, request: Request, asked: Any, shape: Shape, prompts: list[list[int]], generation: GenerationConfig
     ) -> Response:
         head = {"id": f"{shape.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": self._writer.client}
         if asked.stream:
-            pieces = self._stream(head, shape, prompts, wishes, asked.usage_in_stream)
+            pieces = self._stream(head, shape, prompts, generation, asked.usage_in_stream)
             first = await anext(pieces)  # what is refused at once is an error, not a stream
             return StreamingResponse(_after(first, pieces), media_type="text/event-stream")
         choices, found = [], []
         async with self._turn():
             for index, ids in enumerate(prompts):
                 cancelled = threading.Event()
-                work = asyncio.create_task(_in_thread(self._writer, ids, wishes, lambda _: None, cancelled))
+                work = asyncio.create_task(_in_thread(self._writer, ids, generation, lambda _: None, cancelled))
                 written = await _unless_gone(request, work, cancelled)
                 found.append(written)
                 choices.append(_choice(index, shape.whole(written.text), written.reason))
         return JSONResponse({**head, "object": shape.name, "choices": choices, "usage": _usage(found)})
 
     async def _stream(
-        self, head: dict[str, Any], shape: Shape, prompts: list[list[int]], wishes: Wishes, with_usage: bool
+        self,
+        head: dict[str, Any],
+        shape: Shape,
+        prompts: list[list[int]],
+        generation: GenerationConfig,
+        with_usage: bool,
     ) -> AsyncIterator[bytes]:
         head = {**head, "object": shape.piece_name}
         found: list[Written] = []
@@ -130,7 +135,7 @@ class Endpoint:
                 def say(text: str, pieces: asyncio.Queue[str | None] = pieces) -> None:
                     loop.call_soon_threadsafe(pieces.put_nowait, text)
 
-                work = asyncio.create_task(_in_thread(self._writer, ids, wishes, say, cancelled))
+                work = asyncio.create_task(_in_thread(self._writer, ids, generation, say, cancelled))
                 work.add_done_callback(lambda _, pieces=pieces: pieces.put_nowait(None))  # type: ignore[misc]
                 try:
                     text = await pieces.get()
@@ -216,10 +221,10 @@ def make_app(writer: Writer, api_key: str | None = None, chat_tokens: int = 512,
 
 
 async def _in_thread(
-    writer: Writer, ids: list[int], wishes: Wishes, say: Callable[[str], None], cancelled: threading.Event
+    writer: Writer, ids: list[int], generation: GenerationConfig, say: Callable[[str], None], cancelled: threading.Event
 ) -> Written:
     try:
-        return await asyncio.to_thread(writer.write, ids, wishes, say, cancelled.is_set)
+        return await asyncio.to_thread(writer.write, ids, generation, say, cancelled.is_set)
     except LinkError as error:
         raise Refused(503, f"the server of the model's middle: {error}", code="link") from error
     except DataError as error:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from flexp.serving.writer import Wishes
+from flexp.serving.writer import GenerationConfig
 
 MOST_STOPS = 16
 NOT_HERE: dict[str, tuple[Any, ...]] = {
@@ -69,12 +69,14 @@ class _Asked(BaseModel):
     def usage_in_stream(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def wishes(self, most: int) -> Wishes:
+    def generation(self, most: int) -> GenerationConfig:
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
         if len(stops) > MOST_STOPS:
             raise Refused(400, f"stop has {len(stops)} texts, expected at most {MOST_STOPS}", "stop")
         seed = None if self.seed is None else self.seed % 2**62
-        return Wishes(most, self.temperature, self.top_p, self.top_k, self.repetition_penalty, tuple(stops), seed)
+        return GenerationConfig(
+            most, self.temperature, self.top_p, self.top_k, self.repetition_penalty, tuple(stops), seed
+        )
 
 
 class ChatRequest(_Asked):

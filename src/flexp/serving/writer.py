@@ -1,4 +1,4 @@
-"""A personal language model and its tokenizer: prompts in, text out."""
+"""A trained language model and its tokenizer: prompts in, text out."""
 
 from __future__ import annotations
 
@@ -7,21 +7,26 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
+from flexp.data.tasks import task_of
 from flexp.data.tasks.base import fill
 from flexp.data.tasks.text import pad_id
 from flexp.errors import ConfigError, DataError
+from flexp.export.client_folder import Connect
+from flexp.export.opening import open_trained
+from flexp.export.trained import LAST
 from flexp.rng import RandomStream
-from flexp.run.settle import max_positions
 from flexp.serving.stream import Ending, TextStream
 
 ROLES = ("system", "user", "assistant")
+"""Tasks whose models write text."""
 Message = Mapping[str, str]
 
 
 @dataclass(frozen=True)
-class Wishes:
+class GenerationConfig:
     """How to write; ``None`` leaves it to the model's own ``generation_config.json``.
 
     Attributes:
@@ -92,7 +97,7 @@ class Writer:
     Args:
         client: whose model it is.
         model: what has transformers' ``generate``: a whole model, or a split one.
-        config: the model's.
+        positions: the longest text in tokens, where there is a limit.
         prompt: stands for the chat template where the tokenizer has none: a text with ``{prompt}``.
         close: lets go of links.
     """
@@ -102,7 +107,7 @@ class Writer:
         client: str,
         tokenizer: Any,
         model: Any,
-        config: Any,
+        positions: int | None,
         *,
         prompt: str | None = None,
         about: str = "",
@@ -111,7 +116,7 @@ class Writer:
         self.client, self.tokenizer, self.about = client, tokenizer, about
         self.close = close
         self._model, self._prompt = model, prompt
-        self._most = max_positions(config)
+        self._most = positions
         self._lock = threading.Lock()
         settings = getattr(getattr(model, "model", model), "generation_config", None) or model.generation_config
         ends = settings.eos_token_id
@@ -171,7 +176,7 @@ class Writer:
     def write(
         self,
         ids: Sequence[int],
-        wishes: Wishes | None = None,
+        generation: GenerationConfig | None = None,
         say: Callable[[str], None] = _nothing,
         cancelled: Callable[[], bool] = _never,
     ) -> Written:
@@ -183,23 +188,23 @@ class Writer:
             cancelled: asked after every token; the answer ends there when it says yes.
 
         Raises:
-            ConfigError: a wish makes no sense.
+            ConfigError: a setting makes no sense.
             DataError: the prompt leaves no room, or has tokens that the model does not know.
             LinkError: the server refuses, or cannot be reached any more.
         """
         import torch
 
-        wishes = wishes or Wishes()
-        options = wishes.options()
-        room = wishes.max_new_tokens if self._most is None else self._most - len(ids)
+        generation = generation or GenerationConfig()
+        options = generation.options()
+        room = generation.max_new_tokens if self._most is None else self._most - len(ids)
         if not ids or room < 1:
             raise DataError(f"the prompt has {len(ids)} tokens, expected 1 to {(self._most or 2) - 1}; shorten it")
         if min(ids) < 0 or max(ids) >= len(self.tokenizer):
             raise DataError(f"the prompt has tokens that do not exist: expected 0 to {len(self.tokenizer) - 1}")
-        most = min(wishes.max_new_tokens, room)
-        stream = TextStream(self.tokenizer, say, wishes.stop)
+        most = min(generation.max_new_tokens, room)
+        stream = TextStream(self.tokenizer, say, generation.stop)
         prompt = torch.tensor([list(ids)], device=self._model.device)
-        seed = secrets.randbits(62) if wishes.seed is None else wishes.seed
+        seed = secrets.randbits(62) if generation.seed is None else generation.seed
         with self._lock, RandomStream(seed).active():
             began = time.perf_counter()
             self._model.generate(
@@ -216,3 +221,25 @@ class Writer:
             seconds = time.perf_counter() - began
         ended = stream.stopped or (bool(stream.ids) and stream.ids[-1] in self._ends)
         return Written(stream.text, len(ids), len(stream.ids), "stop" if ended else "length", seconds)
+
+
+def open_writer(place: Path, client: str | None = None, which: str = LAST, connect: Connect | None = None) -> Writer:
+    """The trained language model in ``place``, ready to write; see :func:`flexp.export.opening.open_trained`.
+
+    Raises:
+        FlexpError: there is no such model, or it writes no text.
+    """
+    model = open_trained(place, client, which, connect)
+    data = model.config.data
+    task = task_of(data)
+    if task.model_kind != "causal-lm":
+        raise ConfigError(f"the model in {place} writes no text: its task is {data.task}; use flexp predict")
+    return Writer(
+        model.client,
+        model.processor,
+        model.generator,
+        model.positions,
+        prompt=task.chat_prompt(data),
+        about=model.about,
+        close=model.close,
+    )

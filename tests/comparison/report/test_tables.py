@@ -6,8 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from flexp.comparison.report import terminal_table
-from flexp.comparison.report.tables import lead, tables
+from flexp.comparison.report.tables import lead, tables, terminal_table
 from flexp.comparison.statistics import Interval
 from flexp.report.pages import ROWS_A_FLOAT, latex, markdown
 from flexp.report.tables import Table

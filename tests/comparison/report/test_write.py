@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from flexp.comparison.report import terminal_table, write_all
+from flexp.comparison.report.tables import terminal_table
+from flexp.comparison.report.write import write_all
 from flexp.errors import StorageError
 from tests.report.test_html import EVIL, Page, own_part
 
@@ -14,15 +15,20 @@ from . import synthetic
 FILES = ["table.md", "table.csv", "table.tex", "clients.csv", "comparison.html"]
 
 
-def test_every_file_is_written_and_nothing_else(tmp_path: Path) -> None:
-    paths = write_all(synthetic.comparison(devices=True), tmp_path / "new")
-    assert paths == [tmp_path / "new" / name for name in FILES]
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == sorted(FILES)
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The files of a whole comparison, in a folder that was not there."""
+    return write_all(synthetic.comparison(devices=True), tmp_path_factory.mktemp("full") / "new")
 
 
-def test_the_page_has_tables_plots_and_numbers(tmp_path: Path) -> None:
-    made = synthetic.comparison(devices=True)
-    text = own_part(write_all(made, tmp_path)[-1])
+def test_every_file_is_written_and_nothing_else(full: list[Path]) -> None:
+    assert [path.name for path in full] == FILES
+    assert {path.parent.name for path in full} == {"new"}
+    assert sorted(full[0].parent.iterdir()) == sorted(full)
+
+
+def test_the_page_has_tables_plots_and_numbers(full: list[Path]) -> None:
+    text = own_part(full[-1])
     page = Page(text)
     assert len(re.findall(r'id="plot-[\w-]+"', text)) == 8
     assert page.tags["table"] == 6
@@ -49,8 +55,11 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
 
 
 def test_equal_comparisons_give_equal_files(tmp_path: Path) -> None:
-    first = [path.read_bytes() for path in write_all(synthetic.comparison(), tmp_path)]
-    assert [path.read_bytes() for path in write_all(synthetic.comparison(), tmp_path)] == first
+    def files() -> list[bytes]:
+        made = synthetic.comparison(synthetic.METHODS[:3], ("a", "b"), (0, 1), devices=True)
+        return [path.read_bytes() for path in write_all(made, tmp_path)]
+
+    assert files() == files()
 
 
 def test_a_comparison_that_has_just_begun(tmp_path: Path) -> None:
@@ -69,7 +78,7 @@ def test_a_comparison_that_has_just_begun(tmp_path: Path) -> None:
 
 
 def test_missing_runs_are_named(tmp_path: Path) -> None:
-    made = synthetic.comparison(seeds=(0, 1))
+    made = synthetic.comparison(synthetic.METHODS[:4], ("a", "b"), (0, 1))
     del made["methods"][3]["runs"][1]
     assert "Runs are missing of: fedavg-ft." in own_part(write_all(made, tmp_path)[-1])
     assert "Runs are missing of: fedavg-ft." in (tmp_path / "table.md").read_text(encoding="utf-8")
@@ -78,7 +87,7 @@ def test_missing_runs_are_named(tmp_path: Path) -> None:
 def test_a_method_that_no_device_can_hold_is_a_result(tmp_path: Path) -> None:
     """Also when it is the reference."""
     for which in (0, 2):
-        made = synthetic.comparison(devices=True, seeds=(0, 1))
+        made = synthetic.comparison(synthetic.METHODS[:3], devices=True, seeds=(0, 1))
         for run in made["methods"][which]["runs"]:
             run.update(rounds=[], best_round=None, picked_on=None, dropped=list(synthetic.NAMES))
             run["before"] = {"personal": {}, "global": {}}
@@ -96,8 +105,8 @@ def test_a_method_that_no_device_can_hold_is_a_result(tmp_path: Path) -> None:
         assert next(rows).count("–") >= 5  # no score of any kind
 
 
-def test_costs_are_said_to_be_those_of_participants(tmp_path: Path) -> None:
-    text = own_part(write_all(synthetic.comparison(devices=True), tmp_path)[-1])
+def test_costs_are_said_to_be_those_of_participants(full: list[Path]) -> None:
+    text = own_part(full[-1])
     assert "sent and received, mean over clients and seeds" not in text
     assert text.count("sent and received, mean over the clients that take part and over seeds") == 2
     assert "those that train compute on as many examples" not in text

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from string import Formatter
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,19 +18,86 @@ from flexp.data.types import PLACE, Batch, Example, Forward, ModelKind, Row, Tal
 from flexp.errors import ConfigError
 
 
-class TextTask:
-    """A task on a causal language model, scored by perplexity: what causal-lm and instruction are."""
+class BaseTask(ABC):
+    """A :class:`~flexp.data.types.Task`, and what its class says of the data; another package may add one
+    (:mod:`flexp.registry`).
+
+    Attributes:
+        labelled: the label column says what is right, and clients may be divided by it.
+        classes: of a classifier over the labels of all clients, ``label_names``.
+        images: the input is an image, which an image processor encodes.
+    """
 
     name: str
     model_kind: ModelKind = "causal-lm"
     metric: str = "perplexity"
     higher_is_better: bool = False
-    label_names: list[str] | None = None
+    labelled: ClassVar[bool] = False
+    classes: ClassVar[bool] = False
+    images: ClassVar[bool] = False
 
-    def __init__(self, config: DataConfig, tokenizer: Any, limit: Limit) -> None:
-        self.config = config
-        self.tokenizer = tokenizer
-        self.limit = limit
+    def __init__(self, config: DataConfig, processor: Any, limit: Limit, label_names: Sequence[str] = ()) -> None:
+        self.config, self.processor, self.limit = config, processor, limit
+        self.label_names: list[str] | None = list(label_names) if self.classes else None
+        self._number = {name: index for index, name in enumerate(label_names)}
+
+    @classmethod
+    def text_columns(cls, config: DataConfig) -> list[str]:
+        """The columns whose text makes up an example's input; empty for images."""
+        return []
+
+    @classmethod
+    def own_columns(cls, config: DataConfig) -> dict[str, str]:
+        """Further columns that the task reads, besides the label's, each with the configuration's key that names it."""
+        return {}
+
+    @classmethod
+    def needed_columns(cls, config: DataConfig) -> dict[str, str]:
+        """The columns that the task reads, each with the configuration's key that names it.
+
+        Raises:
+            ConfigError: the template cannot be read.
+        """
+        needed = dict.fromkeys(cls.text_columns(config), "data.template")
+        for name, key in ((config.text, "text"), (config.prompt, "prompt")):
+            if name in needed:
+                needed[name] = f"data.{key}"
+        return needed | cls.own_columns(config) | ({config.label: "data.label"} if cls.labelled else {})
+
+    @classmethod
+    def chat_prompt(cls, config: DataConfig) -> str | None:
+        """What stands for a chat template, with the field ``{prompt}``, in a model that was tuned to follow prompts."""
+        return None
+
+    @abstractmethod
+    def encode(self, rows: Sequence[Row]) -> list[Example]:
+        """See :class:`~flexp.data.types.Task`, as for what follows."""
+
+    @abstractmethod
+    def collate(self, examples: Sequence[Example]) -> Batch: ...
+
+    @abstractmethod
+    def measure(self, logits: Tensor, labels: Tensor, examples: Sequence[Example]) -> Tally: ...
+
+    def score(self, forward: Forward, examples: Sequence[Example], batch_size: int) -> dict[str, float]:
+        """Nothing further."""
+        return {}
+
+
+class TextTask(BaseTask):
+    """A task on a causal language model, scored by perplexity: what causal-lm and instruction are.
+
+    Attributes:
+        template: of the input, where the configuration has none.
+        made: fields of the template that the task itself makes.
+    """
+
+    template: ClassVar[str] = "{text}"
+    made: ClassVar[Sequence[str]] = ()
+
+    @classmethod
+    def text_columns(cls, config: DataConfig) -> list[str]:
+        return template_columns(config.template or cls.template, config, own=cls.made)
 
     def texts(self, rows: Sequence[Row]) -> list[str]:
         """The rows' input: the filled template, or without one the text column."""
@@ -40,15 +108,11 @@ class TextTask:
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """``input_ids``, ``attention_mask``, ``labels`` (B, T), and ``token_type_ids`` if the tokenizer gives them."""
-        return pad(examples, self.tokenizer)
+        return pad(examples, self.processor)
 
     def measure(self, logits: Tensor, labels: Tensor, examples: Sequence[Example]) -> Tally:
         """Next-token losses."""
         return token_tally(logits, labels)
-
-    def score(self, forward: Forward, examples: Sequence[Example], batch_size: int) -> dict[str, float]:
-        """Nothing further."""
-        return {}
 
 
 def roles(config: DataConfig) -> dict[str, str]:

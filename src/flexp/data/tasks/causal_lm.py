@@ -23,10 +23,10 @@ class CausalLM(TextTask):
             return self._blocks(texts, length)
         places = [place(row) for row in rows]
         examples = []
-        for plain, where in zip(encode_texts(self.tokenizer, texts, None, places, self.limit), places, strict=True):
+        for plain, where in zip(encode_texts(self.processor, texts, None, places, self.limit), places, strict=True):
             ids = plain["input_ids"]
             if "cut" not in plain:
-                ids = with_end(self.tokenizer, ids)[: self.limit.tokens]
+                ids = with_end(self.processor, ids)[: self.limit.tokens]
             if len(ids) < 2:
                 raise DataError(
                     f"{where}: the text is a single token, so there is nothing to predict; remove the row, or join "
@@ -38,7 +38,7 @@ class CausalLM(TextTask):
     def _blocks(self, texts: list[str], length: int) -> list[Example]:
         if not texts:
             return []
-        encoded = self.tokenizer(texts, verbose=False)["input_ids"]
-        stream = list(chain.from_iterable(with_end(self.tokenizer, list(ids)) for ids in encoded))
+        encoded = self.processor(texts, verbose=False)["input_ids"]
+        stream = list(chain.from_iterable(with_end(self.processor, list(ids)) for ids in encoded))
         blocks = [stream[start : start + length] for start in range(0, len(stream), length)]
         return [answer_example(block, range(len(block))) for block in blocks if len(block) > 1]

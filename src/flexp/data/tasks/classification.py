@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
 from flexp.config import DataConfig
 from flexp.data.columns import as_text
 from flexp.data.tasks.base import TextTask, class_tally, place
-from flexp.data.tasks.text import Limit, encode_texts
+from flexp.data.tasks.text import encode_texts
 from flexp.data.types import Example, ModelKind, Row, Tally
 
 
@@ -21,11 +20,12 @@ class Classification(TextTask):
     model_kind: ModelKind = "sequence-classification"
     metric = "accuracy"
     higher_is_better = True
+    labelled = True
+    classes = True
 
-    def __init__(self, config: DataConfig, tokenizer: Any, limit: Limit, label_names: list[str]) -> None:
-        super().__init__(config, tokenizer, limit)
-        self.label_names = label_names
-        self._number = {name: index for index, name in enumerate(label_names)}
+    @classmethod
+    def own_columns(cls, config: DataConfig) -> dict[str, str]:
+        return {} if config.text_pair is None else {config.text_pair: "data.text_pair"}
 
     def encode(self, rows: Sequence[Row]) -> list[Example]:
         """The text (or the filled template), with ``labels`` a class number."""
@@ -33,7 +33,7 @@ class Classification(TextTask):
         pairs = None
         if config.text_pair is not None:
             pairs = [as_text(row[config.text_pair], config.text_pair, place(row)) for row in rows]
-        examples = encode_texts(self.tokenizer, self.texts(rows), pairs, [place(row) for row in rows], self.limit)
+        examples = encode_texts(self.processor, self.texts(rows), pairs, [place(row) for row in rows], self.limit)
         for example, row in zip(examples, rows, strict=True):
             example["labels"] = self._number[row[config.label]]
         return examples

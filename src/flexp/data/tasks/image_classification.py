@@ -12,26 +12,27 @@ import torch
 from torch import Tensor
 
 from flexp.config import DataConfig
-from flexp.data.tasks.base import class_tally, place
-from flexp.data.types import Batch, Example, Forward, ModelKind, Row, Tally
+from flexp.data.tasks.base import BaseTask, class_tally, place
+from flexp.data.types import Batch, Example, ModelKind, Row, Tally
 from flexp.errors import DataError
 
 _AT_ONCE = 64
 
 
-class ImageClassification:
+class ImageClassification(BaseTask):
     """A classifier over ``label_names``. Images are files, or bytes inside a table; all become RGB."""
 
     name = "image-classification"
     model_kind: ModelKind = "image-classification"
     metric = "accuracy"
     higher_is_better = True
+    labelled = True
+    classes = True
+    images = True
 
-    def __init__(self, config: DataConfig, processor: Any, label_names: list[str]) -> None:
-        self.config = config
-        self.processor = processor
-        self.label_names: list[str] | None = label_names
-        self._number = {name: index for index, name in enumerate(label_names)}
+    @classmethod
+    def own_columns(cls, config: DataConfig) -> dict[str, str]:
+        return {config.image: "data.image"}
 
     def encode(self, rows: Sequence[Row]) -> list[Example]:
         """``pixel_values`` of shape (channels, height, width) as the processor makes them, and ``labels``."""
@@ -56,10 +57,6 @@ class ImageClassification:
     def measure(self, logits: Tensor, labels: Tensor, examples: Sequence[Example]) -> Tally:
         """Cross-entropy and hits."""
         return class_tally(logits, labels)
-
-    def score(self, forward: Forward, examples: Sequence[Example], batch_size: int) -> dict[str, float]:
-        """Nothing further."""
-        return {}
 
 
 def _open(value: Any, where: str) -> Any:

@@ -22,7 +22,6 @@ from flexp.data.tasks.text import Limit, answer_example, continuation, fit_end, 
 from flexp.data.types import Example, Forward, Row, Tally
 from flexp.errors import ConfigError, DataError
 
-TEMPLATE = "{prompt}\n{choices}\nAnswer:"
 LETTERS = string.ascii_uppercase
 
 
@@ -32,15 +31,23 @@ class MultipleChoice(TextTask):
     name = "multiple-choice"
     metric = "accuracy"
     higher_is_better = True
+    labelled = True
+    template = "{prompt}\n{choices}\nAnswer:"
+    made = ("choices",)
 
-    def __init__(self, config: DataConfig, tokenizer: Any, limit: Limit) -> None:
-        super().__init__(config, tokenizer, limit)
-        self.template = config.template or TEMPLATE
-        if "{choices}" not in self.template:
+    @classmethod
+    def own_columns(cls, config: DataConfig) -> dict[str, str]:
+        names = [config.choices] if isinstance(config.choices, str) else config.choices
+        return dict.fromkeys(names, "data.choices")
+
+    def __init__(self, config: DataConfig, processor: Any, limit: Limit, label_names: Sequence[str] = ()) -> None:
+        super().__init__(config, processor, limit, label_names)
+        self.wording = config.template or self.template
+        if "{choices}" not in self.wording:
             raise ConfigError(
                 "data.template of a multiple-choice task must have the field {choices}, where the lettered choices go"
             )
-        self._before, self.letter_ids = _letters(tokenizer, self.template)
+        self._before, self.letter_ids = _letters(processor, self.wording)
 
     def encode(self, rows: Sequence[Row]) -> list[Example]:
         """Question, lettered choices, ``Answer:`` and the right letter.
@@ -51,7 +58,7 @@ class MultipleChoice(TextTask):
         examples = []
         for row in rows:
             options = choices_of(row, self.config)
-            letters = set(self.letter_ids[: len(options)]) - {self.tokenizer.unk_token_id}
+            letters = set(self.letter_ids[: len(options)]) - {self.processor.unk_token_id}
             if len(letters) < len(options):
                 raise DataError(
                     f"{place(row)}: the tokenizer has no {len(options)} different tokens for the letters A to "
@@ -59,11 +66,11 @@ class MultipleChoice(TextTask):
                 )
             answer = answer_of(row, self.config, len(options))
             listed = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
-            ids = prompt_ids(self.tokenizer, self._prompt(row, self.template, listed)) + self._before
+            ids = prompt_ids(self.processor, self._prompt(row, self.wording, listed)) + self._before
             ids = [*ids, self.letter_ids[answer]]
-            ids, start, cut = fit_end(self.tokenizer, ids, len(ids) - 1, self.limit, place(row))
+            ids, start, cut = fit_end(self.processor, ids, len(ids) - 1, self.limit, place(row))
             example = answer_example(ids, [start], cut, place(row))
-            bare = "\n".join(line for line in self.template.split("\n") if line.strip() != "{choices}")
+            bare = "\n".join(line for line in self.wording.split("\n") if line.strip() != "{choices}")
             example |= {"answer": answer, "options": options, "question": self._prompt(row, bare, "")}
             examples.append(example)
         return examples
@@ -83,8 +90,8 @@ class MultipleChoice(TextTask):
         rows: list[Example] = []
         for example in examples:
             for option in example["options"]:
-                ids, start = continuation(self.tokenizer, example["question"], option)
-                ids, start, _ = fit_end(self.tokenizer, ids, start, Limit(self.limit.tokens), "")
+                ids, start = continuation(self.processor, example["question"], option)
+                ids, start, _ = fit_end(self.processor, ids, start, Limit(self.limit.tokens), "")
                 rows.append(answer_example(ids, range(start, len(ids))))
         tally = scored(forward, self.collate, lambda logits, labels, _: token_tally(logits, labels), rows, batch_size)
         per_token = [loss / max(items, 1) for loss, items in zip(tally.loss, tally.items, strict=True)]

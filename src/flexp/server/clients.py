@@ -1,4 +1,7 @@
-"""Clients that keep sending what cannot be used are put aside, and the operator is told."""
+"""What the server keeps of a client between its sessions, and who may come.
+
+Who comes back goes on. Clients that keep sending what cannot be used are quarantined, and the operator is told.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +17,88 @@ from torch import Tensor
 
 from flexp.config import GuardConfig
 from flexp.errors import BadValuesError, LinkError
+from flexp.links.coding import load_residuals, save_residuals
+from flexp.rng import RandomStream, derived_seed
+from flexp.server.session import Progress
 
 FOREVER = float("inf")
 log = logging.getLogger("flexp.server")
 
 
 @dataclass
-class Record:
+class ClientRecord:
+    """One client: its dropout on this side, its steps, what error feedback owes it, and the cut it joined with last."""
+
+    random: RandomStream
+    progress: Progress = field(default_factory=Progress)
+    residuals: dict[str, Tensor] = field(default_factory=dict)
+    cut: tuple[int, int] | None = None
+
+    def numbered(self, numbering: int) -> Progress:
+        """Its progress in the run whose steps it numbers so; if that is another run, it begins anew."""
+        if not self.progress.goes_on(numbering):
+            self.progress = Progress(numbering)
+        return self.progress
+
+    def cuts(self, cut: tuple[int, int]) -> None:
+        """It joins with that cut. Answers to steps with another one would be wrong: a step that comes again is computed
+        again, and not applied again."""
+        if self.cut not in (None, cut):
+            self.progress.forget(self.progress.newest)
+        self.cut = cut
+
+
+class ClientRegistry(dict[str, ClientRecord]):
+    """All clients that ever joined, by name.
+
+    Args:
+        seed: of the clients' dropout.
+    """
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        super().__init__()
+        self._seed, self._device = seed, device
+
+    def __missing__(self, client: str) -> ClientRecord:
+        random = RandomStream(derived_seed(self._seed, "server", client), self._device)
+        self[client] = ClientRecord(random)
+        return self[client]
+
+    def state(self, begun: Mapping[str, Tensor], *, progress: bool) -> dict[str, Tensor]:
+        """As flat named tensors.
+
+        Args:
+            begun: the random generators' states of clients in the middle of a step, when it began.
+            progress: whether their steps are part of it.
+        """
+        flat: dict[str, Tensor] = {}
+        for name, record in self.items():
+            flat[f"random/{name}"] = begun.get(name, record.random.state)
+            if progress:
+                flat[f"progress/{name}"] = record.progress.state()
+            flat |= save_residuals(record.residuals, f"residuals/{name}/")
+        return flat
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from :meth:`state`, whose entries may stand among others."""
+        owed: dict[str, dict[str, Tensor]] = {name: {} for name in self}
+        for record in self.values():
+            record.progress = Progress()
+        for key, value in state.items():
+            kind, _, name = key.partition("/")
+            if kind == "random":
+                self[name].random.state = value
+            elif kind == "progress":
+                self[name].progress = Progress.restored(value)
+            elif kind == "residuals":
+                name, _, what = name.rpartition("/")
+                owed.setdefault(name, {})[what] = value
+        for name, residuals in owed.items():
+            load_residuals(self[name].residuals, residuals)
+
+
+@dataclass
+class Conduct:
     """What is known of one client: its requests, and which of them were bad.
 
     Attributes:
@@ -47,7 +125,7 @@ class Guard:
         self.say: Callable[[str], None] = log.warning
         self.listeners: list[Callable[[str, str], None]] = []
         self._clock = clock
-        self._records: dict[str, Record] = {}
+        self._records: dict[str, Conduct] = {}
 
     @contextmanager
     def request(self, client: str) -> Iterator[None]:
@@ -59,7 +137,7 @@ class Guard:
         why = self.aside(client)
         if why is not None:
             raise LinkError(why)
-        record = self._records.setdefault(client, Record())
+        record = self._records.setdefault(client, Conduct())
         record.requests += 1
         try:
             yield
@@ -98,7 +176,7 @@ class Guard:
 
     def bad(self, client: str | None = None) -> int:
         """How many requests were refused for their values: of one client, or of all."""
-        records = list(self._records.values()) if client is None else [self._records.get(client, Record())]
+        records = list(self._records.values()) if client is None else [self._records.get(client, Conduct())]
         return sum(record.bad for record in records)
 
     def state(self) -> dict[str, Tensor]:
@@ -111,9 +189,9 @@ class Guard:
         for key, value in state.items():
             kind, _, name = key.partition("/")
             if kind == "aside":
-                self._records[name] = Record(until=float(value))
+                self._records[name] = Conduct(until=float(value))
 
-    def _strike(self, client: str, record: Record) -> None:
+    def _strike(self, client: str, record: Conduct) -> None:
         record.bad += 1
         record.strikes.append(record.requests)
         while record.strikes[0] <= record.requests - self.config.within:

@@ -1,0 +1,137 @@
+"""One opener for all that holds a trained model: a run, what ``flexp client`` left, or an exported folder."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from flexp.config import DataConfig, ModelConfig, RunConfig
+from flexp.data.types import Example
+from flexp.errors import ConfigError, FlexpError, ModelError, StorageError
+from flexp.export.card import FILE, SCHEMA
+from flexp.export.client_folder import Connect, of_client, of_run
+from flexp.export.saved import RunModel, client_of, examples_of, is_run, look_into, run_config
+from flexp.export.trained import LAST, Trained
+from flexp.files import read_json
+from flexp.models.loading import AUTO, quietly
+from flexp.run.folder import is_client
+from flexp.run.settle import world_of
+
+
+def open_trained(
+    place: Path,
+    client: str | None = None,
+    which: str = LAST,
+    connect: Connect | None = None,
+    run: Path | None = None,
+) -> Trained:
+    """The trained model of a client, whatever ``place`` is.
+
+    Args:
+        client: whose; may be left out where there is only one.
+        which: of a run ``last``, ``best`` or a round's number; of a client's folder ``last`` or a snapshot's.
+        connect: gives a link of the client that is named to a running server, for the blocks that are not the client's
+            own. Of a run, too, only the client's part is then read and loaded.
+        run: of an exported model: a run on whose test data it is to be scored.
+
+    Raises:
+        StorageError: there is nothing of the kind, or it is damaged.
+        ConfigError: there is no such client; or an argument does not fit what ``place`` is.
+        FlexpError: model or data are not what they were.
+    """
+    if run is not None and (is_client(place) or is_run(place)):
+        raise ConfigError(f"{place} is no exported model, and has its own test data: leave out --run")
+    if is_client(place):
+        return of_client(place, client, which, connect)
+    if is_run(place):
+        if connect is not None:
+            return of_run(place, run_config(place), client, which, connect)
+        return RunModel(look_into(place, which), client)
+    if connect is not None and place.is_dir():
+        raise ConfigError(f"{place} holds a whole model: leave out --server, or name the run")
+    return ExportedModel(place, client, run)
+
+
+class ExportedModel(Trained):
+    """What ``flexp export`` wrote, loaded with transformers or peft alone.
+
+    Args:
+        client: must be the model's own, if it is said.
+        run: see :func:`open_trained`.
+
+    Raises:
+        StorageError: ``folder`` holds no exported model.
+        ConfigError: it is somebody else's.
+    """
+
+    def __init__(self, folder: Path, client: str | None = None, run: Path | None = None) -> None:
+        if not folder.is_dir():
+            raise StorageError(f"there is no folder {folder}; expected that of a run, or what flexp export wrote")
+        if not (folder / FILE).is_file():
+            raise StorageError(f"{folder} holds neither a run (metrics.jsonl) nor what flexp export wrote ({FILE})")
+        facts = read_json(folder / FILE)
+        try:
+            if facts["schema"] != SCHEMA:
+                raise StorageError(f"{folder / FILE} is of another version of FlexP; export the model again")
+            self.folder, self.client, self.labels = folder, str(facts["client"]), facts["labels"]
+            data = DataConfig(source=str(folder), **facts["data"])
+            self.kind, self._form, self._attention = facts["kind"], facts["form"], str(facts["attention"])
+            self._round = int(facts["round"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise StorageError(f"{folder / FILE} is not what flexp export wrote ({error}); export it again") from error
+        if client not in (None, self.client):
+            raise ConfigError(
+                f"{folder} holds the personal model of {self.client!r}, not of {client!r}; leave out --client"
+            )
+        self.config, self._run = RunConfig(model=ModelConfig(id=str(folder)), data=data), run
+        if run is not None:
+            self.config = self.config.model_copy(update={"evaluation": run_config(run).evaluation})
+
+    @cached_property
+    def round(self) -> int:
+        """As ``flexp.json`` says."""
+        return self._round
+
+    @cached_property
+    def sets(self) -> dict[str, list[Example]]:
+        """Of the run that was named."""
+        if self._run is None:
+            return {}
+        world = world_of(self._run, run_config(self._run))
+        return examples_of(world, client_of(world, self.client).name)
+
+    @cached_property
+    def generator(self) -> Any:
+        """The loaded model.
+
+        Raises:
+            ModelError: it cannot be loaded.
+        """
+        with quietly():
+            try:
+                return self._load().eval()
+            except FlexpError:
+                raise
+            except Exception as error:
+                first = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise ModelError(
+                    f"{self.folder}: the exported model cannot be loaded ({first}); export it again"
+                ) from error
+
+    def _load(self) -> Any:
+        where, settings = str(self.folder), transformers.AutoConfig.from_pretrained(self.folder)
+        if self._form == "adapter":
+            where = str(read_json(self.folder / "adapter_config.json")["base_model_name_or_path"])
+        known = {"config": settings, "dtype": settings.dtype, "use_safetensors": True, "ignore_mismatched_sizes": True}
+        try:
+            model = AUTO[self.kind].from_pretrained(where, attn_implementation=self._attention, **known)
+        except ValueError:  # the architecture has another attention only
+            model = AUTO[self.kind].from_pretrained(where, **known)
+        if self._form == "adapter":
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, str(self.folder))
+        return model

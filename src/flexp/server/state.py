@@ -1,0 +1,165 @@
+"""What a server holds, how it is saved and restored, and what its operator may see and do."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from flexp.config import OptimizerConfig, ServerConfig
+from flexp.models.stage import Stage
+from flexp.server.clients import ClientRegistry, Guard
+from flexp.server.session import Sessions
+from flexp.server.shared import SharedBlocks
+
+
+class ServerState:
+    """The shared blocks, the clients that ever joined, and the sessions of those that are here."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        config: ServerConfig,
+        optimizer: OptimizerConfig,
+        total_steps: int | None,
+        seed: int,
+        remembers: bool,
+    ) -> None:
+        self.config = config
+        self.remembers = remembers
+        self.shared = SharedBlocks(stage, config, optimizer, total_steps)
+        self.bounds, self.guard = self.shared.bounds, Guard(config.guard)
+        self.clients = ClientRegistry(seed, self._device)
+        self.compute_seconds = 0.0
+        self._sessions = Sessions()
+        self._lock = threading.RLock()
+        self.guard.listeners.append(lambda client, _: self._sessions.end(client))
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """(s_min, e_max): the shared blocks are [s_min, e_max)."""
+        owned = self.shared.stage.part.blocks
+        return min(owned), max(owned) + 1
+
+    @property
+    def _device(self) -> torch.device:
+        device: torch.device = self.shared.stage.model.device
+        return device
+
+    def flush(self) -> None:
+        """At the end of a run: update the shared blocks with the steps that ``update = "mean"`` has gathered so far."""
+        with self._lock, self._computing():
+            self.shared.flush()
+
+    def freeze(self) -> None:
+        """From now on serve the shared blocks as they are, without training them.
+
+        Raises:
+            LinkError: exchanges are in flight, which would train them.
+        """
+        with self._lock:
+            self._sessions.refuse_busy("frozen")
+            self.shared.freeze()
+
+    def counts(self) -> dict[str, float]:
+        """``updates``, ``compute_seconds``, forwards ``in_flight`` and ``versions`` of the weights that are held.
+
+        And ``bad_requests``, which were refused for their values, and how many ``clients_aside`` there are.
+        """
+        with self._lock:
+            return {
+                "updates": self.shared.version,
+                "compute_seconds": self.compute_seconds,
+                "in_flight": self._sessions.in_flight,
+                "versions": 1 + len(self.shared.stashed),
+                "bad_requests": self.guard.bad(),
+                "clients_aside": len(self.guard.all_aside),
+            }
+
+    def aside(self, client: str) -> str | None:
+        """Why the requests of a client are refused that was put aside; ``None``: it was not."""
+        return self.guard.aside(client)  # without the lock, for a link must not wait for what is computed
+
+    def readmit(self, client: str) -> bool:
+        """Let a client in again that was put aside; gives whether it was."""
+        return self.guard.readmit(client)
+
+    @property
+    def aside_listeners(self) -> list[Callable[[str, str], None]]:
+        """Told the name of each client that is put aside, and why."""
+        return self.guard.listeners
+
+    def cut_of(self, client: str) -> tuple[int, int] | None:
+        """The cut of a client that has joined and not left."""
+        with self._lock:
+            session = self._sessions.get(client)
+            return None if session is None else session.join.cut
+
+    def keep_answers_after(self, client: str, step: int) -> None:
+        """A client has saved its state after ``step``: keep the answers of its later steps, and drop the others."""
+        with self._lock:
+            progress = self.clients[client].progress
+            progress.kept_from = step
+            progress.forget(step)
+
+    def residuals(self, client: str) -> dict[str, Tensor]:
+        """Of error feedback in what a client is sent: see :class:`flexp.links.coding.Coding`, which writes in it."""
+        return self.clients[client].residuals
+
+    def state(self, *, unfinished: bool = False) -> dict[str, Tensor]:
+        """Everything that :meth:`load` needs to go on bit for bit.
+
+        These are the live tensors: write them, or copy them, before the next step.
+
+        Args:
+            unfinished: take the state in the middle of clients' steps as well; they are not part of it.
+
+        Raises:
+            LinkError: exchanges are in flight, whose clients would wait for ever.
+        """
+        with self._lock:
+            if not unfinished:
+                self._sessions.refuse_busy("saved")
+            flat = {f"shared/{name}": value for name, value in self.shared.state().items()}
+            flat |= self.clients.state(self._sessions.begun(), progress=self.remembers)
+            flat |= {f"guard/{name}": value for name, value in (self.bounds.state() | self.guard.state()).items()}
+            return flat | {"compute_seconds": torch.tensor(self.compute_seconds, dtype=torch.float64)}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from :meth:`state`, whether clients joined already or will.
+
+        Raises:
+            LinkError: exchanges are in flight, which belong to other weights.
+            StorageError: the state belongs to other blocks or another tuning.
+        """
+        with self._lock:
+            self._sessions.refuse_busy("restored")
+            self.shared.load(_under("shared/", state))
+            self.bounds.load(_under("guard/", state))
+            self.guard.load(_under("guard/", state))
+            self.compute_seconds = float(state["compute_seconds"])
+            self.clients.load(state)
+            for name, session in self._sessions.items():
+                session.progress = self.clients[name].numbered(session.join.numbering)
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Count the seconds, and let none of the caller's modes in, which a link to another process would not carry.
+
+        A backward in the same process, for instance, arrives with gradients switched off, a Trainer's forward perhaps
+        with mixed precision switched on.
+        """
+        began = time.perf_counter()
+        try:
+            with torch.inference_mode(False), torch.enable_grad(), torch.autocast(self._device.type, enabled=False):
+                yield
+        finally:
+            self.compute_seconds += time.perf_counter() - began
+
+
+def _under(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
