@@ -10,7 +10,7 @@ import transformers
 
 from flexp.config import AlignConfig, ModelConfig, OptimizerConfig
 from flexp.cost.choice import Choice, codec_names, codec_share
-from flexp.cost.model_cost import model_cost
+from flexp.cost.model_cost import ModelCost, model_cost
 from flexp.cost.predict import ADAPTERS, CHECKPOINTING, OVERHEAD, memory, predict, server_memory
 from flexp.cost.probe import Probe, measure
 from flexp.errors import ConfigError
