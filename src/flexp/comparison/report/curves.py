@@ -11,7 +11,7 @@ from flexp.comparison.report.results import TAKING_PART, ordered, results
 from flexp.comparison.report.styles import Style, label_points, styles, translucent
 from flexp.comparison.statistics import Interval, interval, mean
 from flexp.report import formats
-from flexp.report.figures import SIDE_NAME, Plot, blank, byte_unit, literal, score_axis, score_title
+from flexp.report.figures import SIDE_NAME, Plot, blank, byte_unit, literal, log_ticks, score_axis, score_title
 
 HEIGHT = 470
 MOST_BANDS = 4
@@ -99,24 +99,22 @@ def against_cost(comparison: Mapping[str, Any], axis: views.Axis) -> Plot | None
 def against_memory(comparison: Mapping[str, Any]) -> Plot | None:
     """The last personal score against the peak memory of a client, one labelled point a method."""
     metric, look = str(comparison["metric"]), styles(comparison)
-    found = [result for result in results(comparison) if result.memory is not None and result.personal is not None]
+    everything = results(comparison)
+    found = [(at, at.memory, at.personal) for at in everything if at.memory is not None and at.personal is not None]
     if not found:
         return None
-    largest = max(result.memory or 0.0 for result in found)
+    largest = max(memory for _, memory, _ in found)
     factor, unit = byte_unit(largest)
     figure = blank(height=HEIGHT)
     points = []
-    for result in found:
-        if result.personal is None or result.memory is None:
-            continue
-        score, style = result.personal, look[result.name]
-        points.append((result.name + (" †" if result.dropped.most else ""), result.memory / factor, score.mean))
+    for result, memory, score in found:
+        points.append((result.name + (" †" if result.dropped.most else ""), memory / factor, score.mean))
         figure.add_scatter(
-            x=[result.memory / factor],
+            x=[memory / factor],
             y=[score.mean],
             name=literal(result.name),
             mode="markers",
-            marker=style.marker(11),
+            marker=look[result.name].marker(11),
             showlegend=False,
             hovertemplate=f"%{{fullData.name}}<br>%{{x:.4g}} {unit}: {_shown(score, metric)}<extra></extra>",
         )
@@ -127,10 +125,10 @@ def against_memory(comparison: Mapping[str, Any]) -> Plot | None:
     ticks = {"tickformat": ".0%"} if formats.is_fraction(metric) else {}
     figure.update_yaxes(title=score_title(metric), **ticks)
     caption = "Own test data after the last round, mean over clients and seeds. Memory: the highest of any client."
-    unknown = [result.name for result in results(comparison) if result.memory is None]
+    unknown = [result.name for result in everything if result.memory is None]
     if unknown:
         caption += f" Not measured: {', '.join(unknown)}."
-    if any(result.dropped.most for result in found):
+    if any(result.dropped.most for result, _, _ in found):
         caption += " † Some clients' devices cannot hold this method."
     return Plot("against-memory", "Score against memory", caption, figure)
 
@@ -197,9 +195,4 @@ def _log_ticks(least: float, most: float) -> dict[str, Any]:
     firsts = (1, 2, 5) if len(decades) <= 3 else (1, 3) if len(decades) <= 4 else (1,)
     ticks = [first * 10.0**decade for decade in decades for first in firsts]
     low, high = math.log10(least / 1.15), math.log10(most * 1.15)
-    return {
-        "type": "log",
-        "tickvals": ticks,
-        "ticktext": [f"{tick:,.12g}" for tick in ticks],
-        "range": [low, high],
-    }
+    return {"type": "log", **log_ticks(ticks), "range": [low, high]}

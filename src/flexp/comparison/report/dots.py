@@ -15,30 +15,28 @@ from flexp.report.figures import Plot, blank, literal, name_axis, score_axis, sc
 def differences(comparison: Mapping[str, Any]) -> Plot | None:
     """A forest plot of how much better the reference is than each other method."""
     metric, reference, look = str(comparison["metric"]), comparison["reference"], styles(comparison)
-    found = [result for result in reversed(results(comparison)) if result.difference is not None]
+    found = [(at.name, at.difference) for at in reversed(results(comparison)) if at.difference is not None]
     if not found:
         return None
     scale = 100 if formats.is_fraction(metric) else 1
     figure = blank(height=130 + 34 * len(found))
     figure.add_vline(x=0, line={"color": "rgba(128,128,128,0.8)", "width": 1.5})
-    for place, result in enumerate(found):
-        value = result.difference
-        if value is None:
-            continue
+    for place, (name, value) in enumerate(found):
         text = formats.difference(value.mean, value.half, metric, f"n = {value.n}" if value.half is None else "")
+        symbol = "square" if value.excludes_zero else "square-open"
         figure.add_scatter(
             x=[scale * value.mean],
             y=[place],
             error_x={"array": [scale * (value.half or 0.0)], "thickness": 2.2, "width": 5},
-            name=literal(result.name),
+            name=literal(name),
             mode="markers",
-            marker=look[result.name].marker(11, filled=value.excludes_zero) | {"symbol": _square(value.excludes_zero)},
+            marker={**look[name].marker(11), "symbol": symbol},
             showlegend=False,
             hovertemplate=f"%{{fullData.name}}: {text}<extra></extra>",
         )
     unit = "points" if formats.is_fraction(metric) else metric
     figure.update_xaxes(title=f"Lead of {literal(reference)} ({unit})")
-    name_axis(figure, [result.name for result in found])
+    name_axis(figure, [name for name, _ in found])
     caption = (
         "Own test data after the last round, paired by seed, with 95 % interval. "
         f"Right of zero {reference} is better, left of it worse. Filled: the interval excludes zero. Hollow: it does "
@@ -126,7 +124,3 @@ def trials(comparison: Mapping[str, Any]) -> Plot | None:
     name_axis(figure, [method["name"] for method in tuned])
     caption = "Hollow: tried. Filled: chosen, and run with all seeds. Point at one to see its settings."
     return Plot("trials", "Trials", caption, figure)
-
-
-def _square(filled: bool) -> str:
-    return "square" if filled else "square-open"

@@ -29,10 +29,9 @@ class Style:
     def line(self) -> dict[str, Any]:
         return {"color": self.colour, "width": 3.5 if self.heavy else 2, "dash": self.dash}
 
-    def marker(self, size: int = 8, filled: bool = True) -> dict[str, Any]:
-        symbol = self.symbol if filled else f"{self.symbol}-open"
-        grown = size + 2 if self.heavy else size
-        return {"color": self.colour, "symbol": symbol, "size": grown, "line": {"width": 1.5, "color": self.colour}}
+    def marker(self, size: int = 8) -> dict[str, Any]:
+        grown, line = size + 2 if self.heavy else size, {"width": 1.5, "color": self.colour}
+        return {"color": self.colour, "symbol": self.symbol, "size": grown, "line": line}
 
 
 def styles(comparison: Mapping[str, Any]) -> dict[str, Style]:
