@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from transformers import BertConfig, BertForSequenceClassification
 
-from benchmarks import codec, embeddings, link, recut, slow_link
+from benchmarks import codec, embeddings, house, link, recut, slow_link
 from benchmarks.tools import paired as module
 from benchmarks.tools.one_client import without_dropout
 from benchmarks.tools.paired import WARM_UP, paired
@@ -123,3 +123,17 @@ def test_a_cut_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     config = tiny_run(tmp_path, rounds=1, steps_per_round=1)
     with pytest.raises(ConfigError, match="--cuts"):
         recut.compare(config, [(1, 4), (7, 9)], "north")
+
+
+def test_a_step_stays_within_few_files(tmp_path: Path) -> None:
+    """A reader should not have to open more than these; whoever makes it more raises the figure knowingly."""
+    config = tiny_run(tmp_path, rounds=1, steps_per_round=1)
+    walk = house.walk_of_step(config)
+    assert {"client/trainer.py", "client/model.py", "server/server.py", "server/session.py"} <= set(walk.files)
+    assert len(walk.files) <= 20
+    assert walk.moves > len(walk.files)
+
+
+def test_circles_are_all_that_reach_themselves() -> None:
+    arrows = {"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}, "e": {"e"}}
+    assert house.circles_of(arrows) == [["b", "c"], ["e"]]
