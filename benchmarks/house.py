@@ -32,7 +32,7 @@ from benchmarks.tools.command import Result
 from benchmarks.tools.tiny_run import tiny_run
 from flexp.config import RunConfig
 from flexp.links.base import Link
-from flexp.links.grpc import loopback
+from flexp.links.opening import loopback
 from flexp.methods.flexp_sfl import FlexpSfl
 from flexp.optim import Updater
 from flexp.report.progress import Progress

@@ -20,9 +20,8 @@ from benchmarks.tools.command import Dtype, Result, Threads, fetched
 from benchmarks.tools.paired import paired
 from benchmarks.tools.parties import blocks_of, cut_of, parties, random_model
 from flexp.client.generation import SplitGenerator
-from flexp.links.base import connected
 from flexp.links.emulated import EmulatedLink, Network
-from flexp.links.grpc import loopback
+from flexp.links.opening import connected, loopback
 
 
 def measure(

@@ -14,7 +14,7 @@ from benchmarks.tools.command import Cut, Dtype, Examples, Kind, Length, Model, 
 from benchmarks.tools.paired import paired
 from benchmarks.tools.parties import parties
 from flexp.config import OptimizerConfig
-from flexp.links.grpc import loopback
+from flexp.links.opening import loopback
 from flexp.server import Server
 
 

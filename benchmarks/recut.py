@@ -23,8 +23,8 @@ from flexp.client.recut import Move, recut
 from flexp.client.trainer import Trainer
 from flexp.config import RunConfig
 from flexp.config.loading import load
-from flexp.links.base import connected
 from flexp.links.grpc import connect, serve
+from flexp.links.opening import connected
 from flexp.models.parts import check_cut
 from flexp.run.server import make_server
 from flexp.run.settle import ClientSetup, settle_client

@@ -77,7 +77,7 @@ def measure(
 
 @contextmanager
 def _server(model: str, log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    command = ["server", "--model", model, "--kind", "sequence-classification", "--threads", "1"]
+    command = ["server", "--model", model, "--kind", "sequence-classification", "--set", "threads=1"]
     with log.open("wb") as file:
         process = subprocess.Popen(
             [sys.executable, "-m", "flexp.cli.main", *command, "--end", "4", "--listen", "127.0.0.1:0", "--every", "5"],

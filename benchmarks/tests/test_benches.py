@@ -45,7 +45,7 @@ def test_both_links_train_and_bytes_are_counted() -> None:
     assert result["ratio"] > 0.2
     assert result["ratio_quartiles"][0] <= result["ratio"] <= result["ratio_quartiles"][1]
     assert 4 * activation <= result["tensor_bytes"] <= 4 * activation + 2 * 8  # the mask, if there is one
-    assert 0 < result["header_bytes"] < 400
+    assert 0 < result["header_bytes"] < 1000  # protocol 3 names its tensors in JSON: 903; before, 324
 
 
 @pytest.fixture

@@ -17,7 +17,8 @@ import torch
 from flexp.config import AlignConfig, CodecConfig, LoraConfig
 from flexp.errors import LinkError
 from flexp.links.coding import Coding
-from flexp.links.frames import encode
+from flexp.links.declaring import MESSAGES
+from flexp.links.frames import TYPES, Field, Head, encode, head_bytes, parse, signed
 from flexp.links.messages import (
     Abort,
     BackwardRequest,
@@ -26,12 +27,10 @@ from flexp.links.messages import (
     FetchRequest,
     ForwardRequest,
     Join,
+    Leave,
     PullRequest,
     Ready,
 )
-from flexp.links.orders import to_text
-from flexp.links.translate import to_frame
-from flexp.links.wire import DTYPES, MOST_TEXT, Field, Head, Kind, head_bytes, parse, signed
 
 STRANGER, HANDSHAKE = 0, 7
 CODECS: dict[int, CodecConfig] = {
@@ -82,10 +81,10 @@ def seeds(join: Join) -> list[bytes]:
             ExtendRequest(4, 2, value(1, 1, 32)),
             EndGeneration(4),
             Abort(),
+            Ready(3, 2, "run", (1,), 2, {"loss": 1.0}),
+            Leave(),
         ]
-        frames = [b"".join(encode(to_frame(message, 7, coding=coding))) for message in messages]
-        frames.append(head_bytes(Head(Kind.READY, 7, text=to_text(Ready(3, 2, "run", (1,), 2, {"loss": 1.0})))))
-        frames.append(head_bytes(Head(Kind.LEAVE, 7)))
+        frames = [b"".join(encode(coding.frame(message, 7))) for message in messages]
         found += [bytes([state | RAW]) + frame for frame in frames]
     return found
 
@@ -136,17 +135,17 @@ def _moved(data: bytes, draw: random.Random, _: list[bytes]) -> bytes:
 
 def _renumbered(data: bytes, draw: random.Random, pool: list[bytes]) -> bytes | None:
     def change(head: Head) -> Head:
-        numbers = [
-            draw.choice(_REALS) if isinstance(number, float) else draw.choice(_NUMBERS) for number in head.numbers
-        ]
-        kept = [new if draw.random() < 0.5 else old for new, old in zip(numbers, head.numbers, strict=True)]
-        return replace(head, numbers=tuple(kept), call=draw.choice((head.call, draw.choice(_NUMBERS))))
+        scalars = {
+            name: str(draw.choice(_REALS if "." in text else _NUMBERS)) if draw.random() < 0.5 else text
+            for name, text in head.scalars.items()
+        }
+        return replace(head, scalars=scalars, call=draw.choice((head.call, draw.choice(_NUMBERS))))
 
     return _rebuilt(data, draw, change)
 
 
 def _rekinded(data: bytes, draw: random.Random, pool: list[bytes]) -> bytes | None:
-    return _rebuilt(data, draw, lambda head: replace(head, kind=draw.choice(list(Kind))))
+    return _rebuilt(data, draw, lambda head: replace(head, message=draw.choice([*MESSAGES, ""])))
 
 
 def _reshaped(data: bytes, draw: random.Random, pool: list[bytes]) -> bytes | None:
@@ -156,18 +155,16 @@ def _reshaped(data: bytes, draw: random.Random, pool: list[bytes]) -> bytes | No
             return head
         place = draw.randrange(len(fields))
         item = fields[place]
-        match draw.randrange(6):
+        match draw.randrange(5):
             case 0:
-                fields[place] = replace(item, dtype=draw.choice(list(DTYPES.values())))
+                fields[place] = replace(item, dtype=draw.choice(list(TYPES.values())))
             case 1:
                 shape = [draw.choice((size, 1, 2, 3, 33)) for size in item.shape]
                 fields[place] = replace(item, shape=tuple(shape[: draw.randrange(9)]))
             case 2:
-                fields[place] = replace(item, packed=not item.packed)
-            case 3:
-                names = ("hidden_BTH", "grad_BTH", "mask_BT", "inner_BTH", "rows_B", "hidden_BTH.scale", "", "é")
+                names = ("hidden_BTH", "grad_BTH", "mask_BT", "inner_BTH.1", "rows_B", "hidden_BTH.scale", "", "é")
                 fields[place] = replace(item, name=draw.choice(names))
-            case 4:
+            case 3:
                 fields.insert(place, Field("rows_B", torch.int64, (draw.randrange(1, 4),)))
             case _:
                 del fields[place]
@@ -194,13 +191,17 @@ def _revalued(data: bytes, draw: random.Random, pool: list[bytes]) -> bytes | No
 
 
 def _reworded(data: bytes, draw: random.Random, pool: list[bytes]) -> bytes | None:
-    """Another value, or another key, in a JSON text."""
+    """Another value, or another key, in the JSON text of a scalar."""
 
     def change(head: Head) -> Head:
-        pieces = head.text.split(draw.choice((":", ",", '"', "{")))
+        if not head.scalars:
+            return head
+        name = draw.choice(list(head.scalars))
+        pieces = head.scalars[name].split(draw.choice((":", ",", '"', "{")))
         values = ("null", "-1", "1e999", "9" * 400, "[" * 200, "{}", '""', "true", '"\\ud800"', "1.5", "NaN", "é" * 300)
         pieces[draw.randrange(len(pieces))] = draw.choice(values)
-        return replace(head, text=draw.choice((":", ",", '"')).join(pieces)[: MOST_TEXT // 4])
+        text = draw.choice((":", ",", '"')).join(pieces)
+        return replace(head, scalars={**head.scalars, draw.choice((name, name, "odd")): text})
 
     return _rebuilt(data, draw, change)
 

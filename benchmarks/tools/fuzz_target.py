@@ -18,19 +18,18 @@ from benchmarks.tools.fuzz_inputs import CODECS, CUT, HANDSHAKE, IN_FLIGHT, RAW,
 from flexp.config import AlignConfig, GuardConfig, OptimizerConfig, ServerConfig
 from flexp.errors import FlexpError, LinkError
 from flexp.links import frames
-from flexp.links.frames import Frame, Incoming, encode
+from flexp.links.coding import PLAIN
+from flexp.links.frames import VERSION, Frame, Head, Incoming, parse, signed
 from flexp.links.grpc.gate import Gate
-from flexp.links.grpc.security import CLIENT_KEY, TOKEN_KEY
+from flexp.links.grpc.security import CLIENT_KEY, PROTOCOL_KEY, TOKEN_KEY
 from flexp.links.grpc.serving import Serving
 from flexp.links.grpc.tokens import Tokens
-from flexp.links.messages import Abort, ForwardRequest, Join, Leave
+from flexp.links.messages import Abort, ForwardRequest, Join, Leave, Refusal
 from flexp.links.rules import Agreement, Limits, check_reply, check_request
-from flexp.links.translate import error_frame, read_welcome, to_message
-from flexp.links.wire import Kind, signed
 from flexp.models.fingerprint import fingerprint
 from flexp.server import Server
 
-MESSAGE = 1024
+MESSAGE = 2048
 """Bytes of a message here, so that small frames have several; elsewhere it is a mebibyte."""
 KEPT = 10
 CPU = torch.device("cpu")
@@ -44,7 +43,7 @@ class _Context:
     """A stream's context, as far as the gate knows it."""
 
     def __init__(self, name: bytes, token: bytes, host: int) -> None:
-        self._said = ((CLIENT_KEY, name), (TOKEN_KEY, token))
+        self._said = ((PROTOCOL_KEY, str(VERSION)), (CLIENT_KEY, name), (TOKEN_KEY, token))
         self._host = host
 
     def invocation_metadata(self) -> Any:
@@ -76,7 +75,7 @@ class Target:
         stage = self.server.shared.stage
         self._join = Join("", fingerprint(stage.model.config), (2, 4), "torch.float32", "full", AlignConfig(kind="off"))
         self.seeds = seeds(self._join)
-        self._joins = {data[0] & 7: data[1:] for data in self.seeds if data[:1] and _kind(data) == Kind.JOIN}
+        self._joins = {data[0] & 7: data[1:] for data in self.seeds if b'"Join"' in data}
         self._agreements: dict[int, Agreement] = {}
         self._serving = Serving(self.server, limits=Limits(max_tokens=64, frame_bytes=1 << 16))
         self._gate = Gate(Tokens({"a": hashlib.sha256(b"secret").digest()}), None, self.server.aside, lambda _: None)
@@ -138,30 +137,28 @@ class Target:
             frame = _received(list(_messages(content, data[0])), self._agreements.get(state), name_of(state))
         except LinkError:
             return "refused"
-        became = self._answer(state, frame, data)
-        if became == "answered" and frame.head.kind in (Kind.JOIN, Kind.LEAVE):
+        became = self._judged(state, frame, data)
+        if became == "answered" and frame.head.message in (Join.__name__, Leave.__name__):
             self._agreements.pop(state, None)  # it is not in its state any more, and joins anew
         return became
 
     def _accept(self, state: int, content: bytes) -> None:
         frame = _received(list(_messages(content, 0)), None, name_of(state))
-        answer = self._serving._answer(name_of(state), frame)
-        assert isinstance(answer, Frame)
-        _, self._agreements[state] = read_welcome(answer.head.text, to_message(frame, CPU))
+        welcome, _ = self._answer(state, frame)
+        self._agreements[state] = Agreement.of(PLAIN.message(frame, CPU), welcome)
 
-    def _answer(self, state: int, frame: Frame, data: bytes) -> str:
-        client, head = name_of(state), frame.head
-        answer = self._serving._answer(client, frame)
-        assert isinstance(answer, Frame)  # only an order would come later, and nobody conducts a run here
-        try:
-            encode(answer)
-        except LinkError as error:
-            answer = error_frame(error, head.call)
-        if answer.head.kind == Kind.ERROR:
-            if "the server failed (" in answer.head.text:
-                self._found(answer.head.text, data)
+    def _answer(self, state: int, frame: Frame) -> tuple[Any, Head]:
+        answer = self._serving._work(name_of(state), frame)
+        assert isinstance(answer, tuple)  # only an order would come later, and nobody conducts a run here
+        return answer[0], parse(answer[1][0])
+
+    def _judged(self, state: int, frame: Frame, data: bytes) -> str:
+        answer, head = self._answer(state, frame)
+        if isinstance(answer, Refusal):
+            if "the server failed (" in answer.error:
+                self._found(answer.error, data)
             return "denied"
-        check_reply(answer.head, head, self._agreements.get(state))
+        check_reply(head, frame.head, self._agreements.get(state))
         return "answered"
 
     def _found(self, what: str, data: bytes) -> None:
@@ -213,10 +210,6 @@ def _received(messages: list[bytes], agreement: Agreement | None, client: str) -
     if not incoming.done:
         raise LinkError("the stream ended in the middle of a frame")
     return incoming.frame()
-
-
-def _kind(data: bytes) -> int:
-    return data[6] if len(data) > 6 and data[0] & 7 != HANDSHAKE else 0
 
 
 def _driven(work: Coroutine[Any, Any, Any]) -> Any:

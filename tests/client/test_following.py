@@ -15,8 +15,8 @@ from flexp.client.trainer import Trainer, cut_in, load_party, party_state
 from flexp.config import AlignConfig, OptimizerConfig, TrainConfig
 from flexp.data.types import ClientData
 from flexp.links.base import Link
-from flexp.links.grpc import loopback
 from flexp.links.messages import Leave
+from flexp.links.opening import loopback
 from flexp.optim import Updater
 from tests.client.test_recut import Words, blocks_of, model_of
 from tests.harness import World, copied, equal, shared_weights, world

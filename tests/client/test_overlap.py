@@ -17,8 +17,8 @@ from flexp.client.overlap import overlapped
 from flexp.config import AlignConfig, ServerConfig
 from flexp.errors import ConfigError, LinkError, TrainingError
 from flexp.links.emulated import EmulatedLink, Network
-from flexp.links.grpc import loopback
 from flexp.links.messages import BackwardRequest, ForwardRequest
+from flexp.links.opening import loopback
 from flexp.methods import METHODS
 from flexp.run.settle import build_world
 from tests.harness import RecordingLink, World, equal, gradients, shared_weights, world

@@ -20,8 +20,8 @@ from flexp.config import OptimizerConfig, TrainConfig
 from flexp.data.types import ClientData
 from flexp.errors import ConfigError, LinkError, LinkLostError, ModelError, StorageError
 from flexp.links.base import Link
-from flexp.links.grpc import loopback
 from flexp.links.messages import FetchRequest
+from flexp.links.opening import loopback
 from flexp.models.parts import Part
 from flexp.models.stage import Stage
 from flexp.optim import Updater

@@ -62,7 +62,6 @@ def test_overrides_and_seed(tmp_path: Path) -> None:
             r"the list devices.assign is gone: write data.clients.device for all clients, or device in",
         ),
         ("devices.server=laptop", r"\[devices\] is there, but no client has a device class: set data.clients.device"),
-        ("deployment.clients=[]", r"unknown key deployment"),
         ("train.personal.betas=[1.5, 0.9]", r"train.personal.betas = 1.5 is not allowed: expected less than 1"),
         ("train.personal.lr=inf", r"train.personal.lr = inf is not allowed: expected a finite number"),
         ("method.align.weight=inf", r"method.align.weight = inf is not allowed: expected a finite number"),

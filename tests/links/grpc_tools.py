@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 
+from flexp.links.frames import Head
 from flexp.links.grpc.link import GrpcLink, _Call
 from flexp.links.grpc.loop import background
 from flexp.links.grpc.security import ServerTls
 from flexp.links.messages import Abort
-from flexp.links.wire import Head, Kind
 
 SOON = 20.0
 
@@ -71,7 +71,7 @@ def make_certificates(folder: Path) -> Certificates:
 def send_raw(link: GrpcLink, messages: Callable[[int], list[bytes]]) -> Future[Any]:
     """Send bytes past every check of this side, as the request of a number; what comes of it."""
     number = next(link._numbers)
-    call = _Call(Abort(), Head(Kind.ABORT, number), Future(), None, torch.device("cpu"))
+    call = _Call(Abort(), Head("Abort", number), Future(), None, torch.device("cpu"))
     background().call_soon_threadsafe(link._enqueue, call, messages(number))
     return call.future
 

@@ -15,15 +15,14 @@ from torch import Tensor
 
 from flexp.config import AlignConfig, CodecConfig, CodecName, OptimizerConfig, ServerConfig
 from flexp.errors import LinkError
-from flexp.links.base import Link, connected
+from flexp.links.base import Link
 from flexp.links.codecs import GROUP, codec_of
 from flexp.links.coding import Coding
-from flexp.links.frames import Incoming, encode
+from flexp.links.frames import Field, Head, Incoming, encode
 from flexp.links.grpc import connect, serve
 from flexp.links.messages import BackwardReply, BackwardRequest, ForwardReply, ForwardRequest
+from flexp.links.opening import connected
 from flexp.links.rules import Agreement, check_reply, check_request
-from flexp.links.translate import to_frame, to_message
-from flexp.links.wire import Field, Head, Kind
 from flexp.optim import Updater
 from flexp.registry import CODECS
 from tests.harness import copied, equal, seeded, shared_weights, world
@@ -135,7 +134,7 @@ def test_bytes_are_those_that_cross(name: str) -> None:
         (BackwardRequest(1, z), 1, 0),
         (BackwardReply(z, (z, z)), 3, 0),
     ):
-        assert coding.size(message) == to_frame(message, 1, coding=coding).head.payload == count * one + rest
+        assert coding.size(message) == coding.frame(message, 1).head.payload == count * one + rest
 
 
 MIXED = CodecConfig(
@@ -154,7 +153,7 @@ def test_each_direction_and_kind_has_its_own() -> None:
         (BackwardRequest(1, z), ["fp8"]),
         (BackwardReply(z, (2 * z, 3 * z)), ["int8-row"] * 3),
     ):
-        frame = to_frame(message, 7, coding=ours)
+        frame = ours.frame(message, 7)
         if isinstance(message, ForwardRequest | BackwardRequest):
             asked = frame.head
             check_request(asked, AGREED, "a")
@@ -163,7 +162,7 @@ def test_each_direction_and_kind_has_its_own() -> None:
         (octets,) = encode(frame)
         incoming = Incoming(octets)
         incoming.allocate()
-        got = to_message(incoming.frame(), CPU, theirs)
+        got = theirs.message(incoming.frame(), CPU)
         sent, found = values(message), values(got)
         for name, before, after in zip(names, sent, found, strict=True):
             assert torch.equal(after, round_trip(name, before))
@@ -176,7 +175,7 @@ def values(message: Any) -> list[Tensor]:
 
 
 def test_other_types_shapes_or_scales_than_agreed_are_refused_by_the_head() -> None:
-    head = to_frame(ForwardRequest(1, draw(2, 5, H), base_BTH=draw(2, 5, H)), 7, coding=Coding(MIXED, torch.float32, H))
+    head = Coding(MIXED, torch.float32, H).frame(ForwardRequest(1, draw(2, 5, H), base_BTH=draw(2, 5, H)), 7)
     fields = list(head.head.fields)
     assert [item.name for item in fields] == ["hidden_BTH", "hidden_BTH.scale", "base_BTH", "base_BTH.scale"]
     stranger = Field("hidden_BTH.scale", torch.float32, (2, 5, H))
@@ -185,27 +184,26 @@ def test_other_types_shapes_or_scales_than_agreed_are_refused_by_the_head() -> N
         [fields[0], *fields[2:]],
         [*fields, fields[1]],
         [*fields, fields[3]],
-        [fields[1], fields[0], *fields[2:]],
         [replace(fields[0], dtype=torch.float32), *fields[1:]],
         [fields[0], replace(fields[1], shape=(H + 1,)), *fields[2:]],
         [fields[0], replace(fields[1], shape=(10,)), *fields[2:]],
         [*fields[:2], replace(fields[2], shape=(2, 5, H)), fields[3]],
         [*fields[:3], replace(fields[3], dtype=torch.float32)],
-        [*fields[:3], replace(fields[3], packed=True)],
+        [*fields[:3], replace(fields[3], dtype=torch.uint8)],
     ):
         with pytest.raises(LinkError):
-            check_request(Head(Kind.FORWARD, 1, 0.0, (1, 1), "", tuple(wrong)), AGREED, "a")
+            check_request(Head("ForwardRequest", 1, fields=tuple(wrong)), AGREED, "a")
     exact = replace(AGREED, codec=CodecConfig())
     plain = [Field("hidden_BTH", torch.float32, (2, 5, H)), stranger]
     with pytest.raises(LinkError):
-        check_request(Head(Kind.FORWARD, 1, 0.0, (1, 1), "", tuple(plain)), exact, "a")
+        check_request(Head("ForwardRequest", 1, fields=tuple(plain)), exact, "a")
     for wrong in (
         [],
         [Field("hidden_BTH", torch.float32, (2, 5, H))],
         [Field("hidden_BTH", torch.bfloat16, (2, 6, H))],
     ):
-        with pytest.raises(LinkError, match="as the codecs have it"):
-            check_reply(Head(Kind.FORWARD_REPLY, 7, 0.0, (0, 0.0), "", tuple(wrong)), head.head, AGREED)
+        with pytest.raises(LinkError, match="the server: "):
+            check_reply(Head("ForwardReply", 7, fields=tuple(wrong)), head.head, AGREED)
 
 
 @pytest.mark.parametrize("name", ["int4", "int8-row", "bf16"])
@@ -219,7 +217,7 @@ def test_error_feedback_owes_no_more_than_one_tensor(name: CodecName) -> None:
         for number in range(60):
             grad = draw(2, 3 + number % 3, 64, seed=number) + 0.013  # other lengths each time
             grad[1, -1] = 0.0
-            got = to_message(to_frame(BackwardRequest(1, grad), 1, coding=sender), CPU, receiver).grad_BTH
+            got = receiver.message(sender.frame(BackwardRequest(1, grad), 1), CPU).grad_BTH
             assert torch.equal(got[1, -1], grad[1, -1])  # what has no gradient gets none
             meant += grad.double().sum((0, 1))
             arrived += got.double().sum((0, 1))
@@ -231,15 +229,15 @@ def test_error_feedback_owes_no_more_than_one_tensor(name: CodecName) -> None:
 
 def test_error_feedback_survives_what_is_not_finite_and_leaves_activations_alone() -> None:
     coding = Coding(CodecConfig.all("int4", error_feedback=True), torch.float32, 64)
-    to_frame(ForwardRequest(1, draw(1, 2, 64)), 1, coding=coding)
+    coding.frame(ForwardRequest(1, draw(1, 2, 64)), 1)
     assert not coding.residuals
-    to_frame(BackwardRequest(1, draw(1, 2, 64)), 1, coding=coding)
-    assert list(coding.residuals) == ["BACKWARD.1"]
-    frame = to_frame(BackwardRequest(1, draw(1, 2, 64) / 0), 1, coding=coding)
-    assert not bool(to_message(frame, CPU, coding).grad_BTH.isfinite().any())
+    coding.frame(BackwardRequest(1, draw(1, 2, 64)), 1)
+    assert list(coding.residuals) == ["gradient.1"]
+    frame = coding.frame(BackwardRequest(1, draw(1, 2, 64) / 0), 1)
+    assert not bool(coding.message(frame, CPU).grad_BTH.isfinite().any())
     assert not coding.residuals
-    to_frame(BackwardReply(draw(1, 2, 64), (draw(1, 2, 64, seed=1),)), 1, coding=coding)
-    assert list(coding.residuals) == ["BACKWARD_REPLY.1", "BACKWARD_REPLY.2"]
+    coding.frame(BackwardReply(draw(1, 2, 64), (draw(1, 2, 64, seed=1),)), 1)
+    assert list(coding.residuals) == ["gradient_down.1", "gradient_down.2"]
 
 
 SGD = OptimizerConfig(name="sgd", lr=1e-2, clip=None)
@@ -317,6 +315,6 @@ def test_residuals_go_on_from_where_they_were() -> None:
     link = here.server.connect("a")
     trained(link, here, codec)
     state = {name: value.clone() for name, value in here.server.state().items()}
-    assert any(name.startswith("residuals/a/BACKWARD_REPLY") for name in state)
+    assert any(name.startswith("residuals/a/gradient_down") for name in state)
     there.server.load(state)
     assert equal(there.server.residuals("a"), here.server.residuals("a"))

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 import flexp
 from flexp.config import AlignConfig, CodecConfig, OptimizerConfig
 from flexp.errors import ConfigError, LinkError
-from flexp.links.base import Link, Meter, as_link, connected
-from flexp.links.emulated import EmulatedLink, Line, Network
-from flexp.links.emulated_url import split_url
+from flexp.links.base import Link, Meter
+from flexp.links.emulated import EmulatedLink, Line, Network, split_url
 from flexp.links.grpc import connect, serve
 from flexp.links.messages import ForwardReply, ForwardRequest
+from flexp.links.opening import as_link, connected
 from flexp.models.zoo import save_tiny
 from flexp.optim import Updater
 from flexp.rng import RandomStream

@@ -16,15 +16,15 @@ from torch import Tensor
 from flexp.client.exchange import Piece
 from flexp.config import AlignConfig, ServerConfig
 from flexp.errors import LinkError, LinkLostError
-from flexp.links.base import Link, connected
-from flexp.links.frames import encode
-from flexp.links.grpc import connect, loopback, serve
+from flexp.links.base import Link
+from flexp.links.coding import PLAIN
+from flexp.links.frames import CHUNK, encode
+from flexp.links.grpc import connect, serve
 from flexp.links.grpc.link import _Call
 from flexp.links.grpc.loop import background
 from flexp.links.messages import BackwardRequest, ForwardRequest, PullRequest
+from flexp.links.opening import connected, loopback
 from flexp.links.rules import Limits
-from flexp.links.translate import to_frame
-from flexp.links.wire import CHUNK
 from flexp.rng import RandomStream
 from tests.harness import World, copied, equal, seeded, shared_weights, world
 
@@ -162,7 +162,7 @@ def test_who_vanishes_is_dropped_and_the_others_go_on() -> None:
         lost, other = here.client("a", (2, 4), link=a), here.client("b", (3, 4), link=b)
         lost(**here.batch())
         assert len(here.server._sessions["a"].pending) == 1
-        frame = encode(to_frame(ForwardRequest(2, torch.zeros(60, 200, 32)), 9))
+        frame = encode(PLAIN.frame(ForwardRequest(2, torch.zeros(60, 200, 32)), 9))
         half = send_raw(a, lambda _: frame[:1])  # the first of its two messages
         vanish(a)
         assert eventually(lambda: "a" not in here.server._sessions)
@@ -194,9 +194,9 @@ def test_a_late_answer_gives_the_link_up(monkeypatch: pytest.MonkeyPatch) -> Non
         link = connect(f"grpc://{serving.address}", "a", timeout=0.3)
         here.client("a", (2, 4), link=link)
         monkeypatch.setattr(here.server, "answer", lambda *_: held.wait(SOON))
-        with pytest.raises(LinkError, match=r"no answer to PULL within 0.3 s"):
+        with pytest.raises(LinkError, match=r"no answer to PullRequest within 0.3 s"):
             link.call(PullRequest(1, 2)).result(SOON)
-        with pytest.raises(LinkError, match=r"no answer to PULL within 0.3 s"):
+        with pytest.raises(LinkError, match=r"no answer to PullRequest within 0.3 s"):
             link.call(ForwardRequest(1, torch.zeros(1, 2, 32))).result(SOON)
         held.set()
         link.close()
@@ -284,7 +284,7 @@ def test_frames_that_come_twice_or_too_late_are_computed_once_or_never() -> None
 
         def send(exchange: int, *, before: list[bytes] = [], twice: bool = False) -> Future[Any]:  # noqa: B006
             request = ForwardRequest(exchange, z)
-            frame = to_frame(request, next(link._numbers))
+            frame = PLAIN.frame(request, next(link._numbers))
             call = _Call(request, frame.head, Future(), link.meter.evaluation, torch.device("cpu"))
             messages = [*before, *encode(frame) * (2 if twice else 1)]
             background().call_soon_threadsafe(link._enqueue, call, messages)
@@ -293,7 +293,7 @@ def test_frames_that_come_twice_or_too_late_are_computed_once_or_never() -> None
         assert send(1, twice=True).result(SOON).hidden_BTH.shape == z.shape
         late = next(link._numbers)
         assert send(2).result(SOON).hidden_BTH.shape == z.shape  # the second copy harmed nothing
-        lost = send(4, before=encode(to_frame(ForwardRequest(3, z), late)))
+        lost = send(4, before=encode(PLAIN.frame(ForwardRequest(3, z), late)))
         with pytest.raises(LinkLostError, match="came after one that was sent later"):  # told at once, to be done again
             lost.result(SOON)
         assert counted == [1, 2]

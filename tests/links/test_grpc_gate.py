@@ -14,10 +14,9 @@ import torch
 from flexp.config import GuardConfig, ServerConfig
 from flexp.errors import ConfigError, LinkError
 from flexp.links.grpc import Tokens, connect, serve
-from flexp.links.grpc.attempts import Attempts, host_of
-from flexp.links.grpc.operator import ask_readmit
-from flexp.links.grpc.rate import Bucket, Rates
-from flexp.links.grpc.status import ask_status
+from flexp.links.grpc.gate import Attempts, host_of
+from flexp.links.grpc.status import ask_readmit, ask_status
+from flexp.links.grpc.stream import Bucket, Rates
 from flexp.links.grpc.tokens import issue
 from flexp.links.messages import ForwardRequest
 from flexp.links.rules import Limits

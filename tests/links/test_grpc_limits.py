@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from flexp.errors import LinkError
+from flexp.links.coding import PLAIN
 from flexp.links.frames import encode
 from flexp.links.grpc import connect, serve
-from flexp.links.grpc.memory import Memory
+from flexp.links.grpc.stream import Memory
 from flexp.links.messages import ForwardRequest
 from flexp.links.rules import Limits
-from flexp.links.translate import to_frame
 from tests.harness import world
 
 from .grpc_tools import SOON, eventually, send_raw
@@ -65,7 +65,7 @@ def test_memory_of_a_frame_that_never_ends_is_given_back() -> None:
     with serve(here.server, limits=Limits(frame_seconds=0.3)) as serving:
         link = connect(f"grpc://{serving.address}", "a", codec="off")
         here.client("a", (2, 4), link=link)
-        frame = encode(to_frame(ForwardRequest(1, torch.zeros(60, 200, 32)), 9))
+        frame = encode(PLAIN.frame(ForwardRequest(1, torch.zeros(60, 200, 32)), 9))
         lost = send_raw(link, lambda _: frame[:1])
         assert "the rest of a frame did not arrive within 0.3 s" in str(lost.exception(SOON))
         assert eventually(lambda: serving._memory.used == 0 and not serving.clients)

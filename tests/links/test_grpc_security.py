@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from flexp.errors import ConfigError, LinkError, StorageError
-from flexp.links.base import connected
 from flexp.links.grpc import Tokens, connect, serve
 from flexp.links.grpc.security import Address, check_connecting, check_listening
+from flexp.links.opening import connected
 from tests.harness import world
 
 from .grpc_tools import Certificates, make_certificates

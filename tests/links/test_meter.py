@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from flexp.config import AlignConfig
-from flexp.links.base import Link, Meter, connected
+from flexp.links.base import Link, Meter
 from flexp.links.inprocess import InProcessLink
 from flexp.links.messages import Leave, PullReply, PullRequest, size, tensors
+from flexp.links.opening import connected
 from tests.harness import RecordingLink, world
 
 B, T, H = 3, 10, 32

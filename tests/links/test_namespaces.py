@@ -107,9 +107,10 @@ def test_a_slow_line_of_the_kernel_changes_no_bit(tmp_path: Path) -> None:
         tokens = tmp_path / "tokens"
         tokens.write_text(hashlib.sha256(b"secret").hexdigest() + " a\n", encoding="utf-8")
         state = tmp_path / "state"
-        options = ("--base-depth", "1", "--insecure", "--tokens", str(tokens), "--state", str(state), "--lr", "0.01")
+        options = ("--base-depth", "1", "--insecure", "--tokens", str(tokens), "--state", str(state))
+        options += ("--set", "train.shared.lr=0.01")
         command = inside(near, "-m", "flexp.cli.main", "server", "--model", str(folder), "--listen", LISTEN, *options)
-        server = subprocess.Popen([*command, "--threads", "1"], stdout=subprocess.PIPE, text=True)
+        server = subprocess.Popen([*command, "--set", "threads=1"], stdout=subprocess.PIPE, text=True)
         try:
             assert server.stdout is not None
             assert any("serving blocks" in line for line in server.stdout)

@@ -14,18 +14,26 @@ from flexp.client.exchange import Piece
 from flexp.client.model import SplitModel
 from flexp.config import AlignConfig
 from flexp.errors import ConfigError
+from flexp.links.declaring import MESSAGES
 from flexp.links.messages import (
     Abort,
     BackwardReply,
     BackwardRequest,
     Done,
+    EndGeneration,
+    ExtendReply,
+    ExtendRequest,
     FetchReply,
     FetchRequest,
     ForwardReply,
     ForwardRequest,
     Join,
+    Leave,
+    Order,
     PullReply,
     PullRequest,
+    Ready,
+    Refusal,
     Welcome,
     tensors,
 )
@@ -46,7 +54,8 @@ VOCABULARY = {
         "numbering",
         "codec",
     },
-    Welcome: {"base_depth", "blocks", "hidden", "max_in_flight"},
+    Welcome: {"base_depth", "blocks", "hidden", "max_in_flight", "max_tokens", "frame_bytes"},
+    Refusal: {"error", "again"},
     ForwardRequest: {"exchange", "hidden_BTH", "mask_BT", "positions_BT", "base_BTH", "inner_BTH", "train", "step"},
     ForwardReply: {"hidden_BTH", "align"},
     BackwardRequest: {"exchange", "grad_BTH", "step", "exchanges", "tokens", "weight"},
@@ -57,6 +66,12 @@ VOCABULARY = {
     PullReply: {"weights"},
     FetchRequest: {"block", "first", "most"},
     FetchReply: {"version", "total", "weights"},
+    ExtendRequest: {"generation", "past", "hidden_BTH", "mask_BT", "positions_BT", "rows_B"},
+    ExtendReply: {"hidden_BTH"},
+    EndGeneration: {"generation"},
+    Leave: set(),
+    Ready: {"steps", "done", "run", "snapshots", "saved", "facts", "planned"},
+    Order: {"what", "run", "place", "number", "count", "save"},
 }
 UP = {Join, ForwardRequest, BackwardRequest, Abort, PullRequest, FetchRequest}
 ACTIVATIONS = {"hidden_BTH", "base_BTH", "inner_BTH", "grad_BTH"}
@@ -64,6 +79,7 @@ WINDOW = 4  # values in a row that no two unrelated tensors share
 
 
 def test_messages_have_no_other_fields() -> None:
+    assert set(VOCABULARY) == set(MESSAGES.values())
     for kind, names in VOCABULARY.items():
         assert {field.name for field in fields(kind)} == names
 

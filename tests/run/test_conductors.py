@@ -10,7 +10,6 @@ import pytest
 from flexp.config import TrainConfig
 from flexp.errors import LinkError
 from flexp.links.messages import Order, Ready
-from flexp.links.orders import read_order, read_ready, to_text
 from flexp.methods.turns import Place, schedule, turns
 from flexp.run.deterministic import Deterministic
 from flexp.run.free import Free
@@ -178,15 +177,3 @@ def test_everybody_is_in_step_where_all_save() -> None:
             saves.append(done["a"])
     assert saves == [0, 12, 12]  # with whole rounds in a row, all are equal after 6 and 12 steps only
     assert places[-2:] == [Place("evaluate", number=2), Place("save")]
-
-
-def test_words_cross_as_they_are() -> None:
-    ready = Ready(3, None, "run", (1, 4), 2, {"loss": 0.5, "odd": float("nan")})
-    assert read_ready(to_text(ready)) == Ready(3, None, "run", (1, 4), 2, {"loss": 0.5})
-    order = Order("step", "run", 7, count=3, save=4)
-    assert read_order(to_text(order)) == order
-    for text in ("", "[]", "{}", '{"steps": "many"}', '{"what": "dance", "run": ""}'):
-        with pytest.raises(LinkError, match="cannot be read"):
-            read_order(text)
-        with pytest.raises(LinkError, match="cannot be read"):
-            read_ready(text)

@@ -125,7 +125,7 @@ def test_where_it_cannot_save_it_does_not_start(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_command_as_a_user_types_it(tmp_path: Path) -> None:
     folder, state = save_tiny("llama", tmp_path / "model"), tmp_path / "state"
-    arguments = ["--model", str(folder), "--listen", "127.0.0.1:0", "--state", str(state), "--threads", "1"]
+    arguments = ["--model", str(folder), "--listen", "127.0.0.1:0", "--state", str(state), "--set", "threads=1"]
     process = subprocess.Popen(
         [sys.executable, "-u", "-m", "flexp.cli.main", "server", *arguments],
         stdout=subprocess.PIPE,

@@ -7,23 +7,26 @@ import json
 import urllib.error
 import urllib.request
 
+import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from typer.testing import CliRunner
 
 from flexp.cli.main import app
-from flexp.errors import LinkError
+from flexp.errors import ConfigError, LinkError
 from flexp.links.grpc import connect, serve
 from flexp.links.grpc.security import Tokens
 from flexp.links.grpc.status import ask_status
-from flexp.run.status import Observed, Teller
+from flexp.run.status import StatusReporter, observed
 from tests.harness import world
+from tests.links.grpc_tools import eventually
 
 
 def test_status_and_metrics() -> None:
     here = world("bert")
-    teller = Teller(here.server)
+    reporter = StatusReporter(here.server)
     ready = [True]
-    with serve(here.server, facts=teller.facts) as serving:
+    with serve(here.server, facts=reporter.facts) as serving:
         link = connect(f"grpc://{serving.address}", "a")
         model = here.client("a", (2, 4), link=link)
         model(**here.batch()).loss.backward()
@@ -39,23 +42,35 @@ def test_status_and_metrics() -> None:
         as_json = CliRunner().invoke(app, ["status", str(serving.address), "--json"])
         assert json.loads(as_json.stdout)["clients"]["a"]["applied_steps"] == 1
 
-        observed = Observed("127.0.0.1:0", lambda: teller.facts(serving), lambda: ready[0])
-        text = _get(f"http://{observed.address}/metrics")
-        assert "flexp_server_updates_total 1.0" in text
-        assert 'flexp_client_applied_steps{client="a"} 1.0' in text
-        assert _get(f"http://{observed.address}/healthz") == "ok\n"
-        assert _get(f"http://{observed.address}/readyz") == "ready\n"
-        ready[0] = False
-        with pytest.raises(urllib.error.HTTPError, match="503"):
-            _get(f"http://{observed.address}/readyz")
-        observed.close()
+        with observed("127.0.0.1:0", lambda: reporter.facts(serving), lambda: ready[0]) as address:
+            text = _get(f"http://{address}/metrics")
+            assert "flexp_server_updates_total 1.0" in text
+            assert 'flexp_client_applied_steps{client="a"} 1.0' in text
+            assert _get(f"http://{address}/healthz") == "ok\n"
+            assert _get(f"http://{address}/readyz") == "ready\n"
+            ready[0] = False
+            with pytest.raises(urllib.error.HTTPError, match="503"):
+                _get(f"http://{address}/readyz")
+            with pytest.raises(ConfigError, match="cannot listen there"):
+                observed(str(address), dict, bool).__enter__()
         link.close()
+
+
+def test_grpcs_own_health_service_says_whether_clients_are_served() -> None:
+    """Anybody may ask, tokens or not: it says nothing of clients."""
+    tokens = Tokens({"a": hashlib.sha256(b"a").digest()})
+    with serve(world("bert").server, tokens=tokens) as serving, grpc.insecure_channel(str(serving.address)) as channel:
+        ask = health_pb2_grpc.HealthStub(channel).Check
+        request = health_pb2.HealthCheckRequest(service="flexp.Link")
+        assert ask(request).status == health_pb2.HealthCheckResponse.SERVING
+        serving.refuse_more()
+        assert eventually(lambda: ask(request).status == health_pb2.HealthCheckResponse.NOT_SERVING)
 
 
 def test_only_the_operator_may_ask_a_server_with_tokens() -> None:
     here = world("bert")
     tokens = Tokens({name: hashlib.sha256(name.encode() * 8).digest() for name in ("a", "operator")})
-    with serve(here.server, facts=Teller(here.server).facts, tokens=tokens) as serving:
+    with serve(here.server, facts=StatusReporter(here.server).facts, tokens=tokens) as serving:
         url = f"grpc://{serving.address}"
         assert ask_status(url, token="operator" * 8)["updates"] == 0
         for token in (None, "a" * 8, "wrong"):

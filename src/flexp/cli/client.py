@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from flexp.cli.settings import Settings, overrides
 from flexp.errors import ConfigError
 
 
@@ -30,20 +31,18 @@ def client(
     cert: Annotated[Path | None, typer.Option(help="Mutual TLS: this client's certificate (PEM).")] = None,
     key: Annotated[Path | None, typer.Option(help="Mutual TLS: the key of --cert (PEM).")] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Allow plaintext beyond this machine.")] = False,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. threads=1.")
-    ] = None,
+    settings: Settings = None,
 ) -> None:
     """Take part in the run that a server conducts, with this device's private data; go on where it was stopped."""
     from flexp.cli.verify import parse_cut
     from flexp.config.loading import load, read
 
-    overrides = list(settings or ())
+    said = list(settings or ())
     if data is not None:
         if name is None:
             raise ConfigError("--data needs --name, what the client is called")
-        overrides += [f"data.source={data.resolve()}", "data.clients.by=iid", "data.clients.count=1"]
-    loaded = load(config, overrides)
+        said += overrides(None, source=str(data.resolve()), by="iid", count=1)
+    loaded = load(config, said)
     wanted = None if cut is None else parse_cut(cut)
 
     from flexp.config.deployment import load as load_deployment
@@ -57,7 +56,7 @@ def client(
         typer.echo(f"{setup.data.name}: {note}")
     url = server if "://" in server else f"grpc://{server}"
 
-    deployment = load_deployment(config)
+    deployment = load_deployment(config, said)
 
     def reach() -> Link:
         return connect(
@@ -73,7 +72,7 @@ def client(
 
     folder = state or Path("clients") / setup.data.name
     clients = setup.config.data.clients
-    said = "link" in read(config) or any([clients.codec, *(one.codec for one in clients.each)])
-    codec = setup.config.link.codec if said else None  # who says nothing gets the network's default
+    coded = "link" in read(config) or any([clients.codec, *(one.codec for one in clients.each)])
+    codec = setup.config.link.codec if coded else None  # who says nothing gets the network's default
     if not run_client(setup, deployment, reach, folder, codec=codec):
         typer.echo("go on with the same command")

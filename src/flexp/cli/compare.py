@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flexp.cli.settings import Settings
 from flexp.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -25,9 +26,7 @@ def compare(
     trials: Annotated[int | None, typer.Option(help="Settings to try for each method.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at the same time.")] = max(1, min(2, os.cpu_count() or 1)),
     out: Annotated[Path | None, typer.Option("--out", help="Folder; default: comparisons/NAME.")] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. train.rounds=3.")
-    ] = None,
+    settings: Settings = None,
     no_tune: Annotated[bool, typer.Option("--no-tune", help="Run all with the configuration's own settings.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the runs.")] = False,
     report_only: Annotated[bool, typer.Option("--report-only", help="Only make the report of --out anew.")] = False,

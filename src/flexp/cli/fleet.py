@@ -7,19 +7,19 @@ from typing import Annotated
 
 import typer
 
+from flexp.cli.settings import Settings
+
 
 def fleet(
     config: Annotated[Path, typer.Argument(help="A run's configuration, as for flexp run.")],
     out: Annotated[Path | None, typer.Option("--out", help="Folder of the fleet; default: runs/NAME-DATE.")] = None,
-    schedule: Annotated[
-        str | None, typer.Option(help="free or deterministic; default: deployment.schedule, or deterministic.")
-    ] = None,
     threads: Annotated[int, typer.Option(min=1, help="Torch threads of each process.")] = 1,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. train.rounds=3.")
-    ] = None,
+    settings: Settings = None,
 ) -> None:
-    """Run a configuration as one server process and a process for each client, and go on if --out holds such a run."""
+    """Run a configuration as one server process and a process for each client, and go on if --out holds such a run.
+
+    It is deterministic unless deployment.schedule says otherwise.
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -31,11 +31,11 @@ def fleet(
     found = settle(files.load(config, settings or ()))
     for note in found.federation.notes:
         typer.echo(f"flexp fleet: {note}")
-    table = files.read(config).get("deployment", {})
+    table = files.overridden(config, settings or ()).get("deployment", {})
     made = Fleet(
         found,
         out or fresh(found.config.name),
-        schedule=schedule or table.get("schedule", "deterministic"),
+        schedule=table.get("schedule", "deterministic"),
         save_every=table.get("save_every", 10),
         threads=threads,
         say=lambda line: typer.echo(f"flexp fleet: {line}"),

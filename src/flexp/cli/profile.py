@@ -102,7 +102,7 @@ def profile(
 
 def _network(server: str, cost: object, examples: int, tuning: str) -> dict[str, float]:
     from flexp.cost.link import measure_link
-    from flexp.links.base import as_link, connected
+    from flexp.links.opening import as_link, connected
 
     url = server if "://" in server else f"grpc://profile@{server}"
     with connected(as_link(url)) as link:

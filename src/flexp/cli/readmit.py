@@ -20,7 +20,7 @@ def readmit(
     insecure: Annotated[bool, typer.Option("--insecure", help="Allow plaintext beyond this machine.")] = False,
 ) -> None:
     """Let a client in again that kept sending what cannot be used."""
-    from flexp.links.grpc.operator import ask_readmit
+    from flexp.links.grpc.status import ask_readmit
 
     ask_readmit(server if "://" in server else f"grpc://{server}", client, token=token, ca=ca, insecure=insecure)
     typer.echo(f"{client} may join again")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flexp.cli.settings import Settings
 from flexp.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,9 +20,7 @@ Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run; defa
 
 def run(
     config: Annotated[Path | None, typer.Argument(help="The run's configuration, a TOML file.")] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. train.rounds=3.")
-    ] = None,
+    settings: Settings = None,
     out: Out = None,
     seed: Annotated[int | None, typer.Option(help="Override the run's seed.")] = None,
     resume: Annotated[Path | None, typer.Option(metavar="DIR", help="Continue the run in DIR.")] = None,

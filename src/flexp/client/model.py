@@ -16,8 +16,9 @@ from flexp.client.exchange import Piece, RemoteCall, RemoteMiddle, items_of
 from flexp.client.joined import OFF, JoinedModel
 from flexp.config import AlignConfig, CodecConfig, ModelConfig
 from flexp.errors import ConfigError, LinkError
-from flexp.links.base import Link, as_link, ask
+from flexp.links.base import Link, ask
 from flexp.links.messages import Abort, ForwardRequest
+from flexp.links.opening import as_link
 from flexp.models.execution import ExecutionPlan
 from flexp.models.loading import ModelKind, load_config, load_stage
 from flexp.models.parts import Part, check_cut

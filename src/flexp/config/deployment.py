@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import PositiveInt
+from pydantic import PositiveInt, model_validator
 
-from flexp.config import loading as settings
+from flexp.config.loading import overridden
 from flexp.config.section import Rate, Section
-from flexp.errors import ConfigError
 
 
 class DeploymentConfig(Section):
@@ -23,24 +23,22 @@ class DeploymentConfig(Section):
     patience: Rate = 300.0  # seconds that a client tries to reach a server that has gone
     allow_export: bool = False  # the server gives clients the trained weights of the blocks that it runs for them
     answer_seconds: Rate = 120.0  # that a client waits for an answer before it connects anew and asks again
+    end: PositiveInt | None = None  # behind the last block that the server holds; None: all blocks
+    max_tokens: PositiveInt = 32_768  # batch × length of an exchange, at most
+    requests_per_second: Rate = 1000.0  # of a client; requests of a faster one wait
+    bytes_per_second: Rate | None = None  # of tensors that a client sends; None: no limit
+
+    @model_validator(mode="after")
+    def _known_to_all(self) -> DeploymentConfig:
+        if self.schedule == "deterministic" and not self.clients:
+            raise ValueError('schedule = "deterministic" needs deployment.clients, the names of all clients')
+        return self
 
 
-def load(path: Path) -> DeploymentConfig:
-    """The table of a ``CONFIG.toml``; the defaults without one.
+def load(path: Path, overrides: Iterable[str] = ()) -> DeploymentConfig:
+    """The table of a ``CONFIG.toml`` with overrides; the defaults without one.
 
     Raises:
         ConfigError: the file cannot be read, or a key is unknown or impossible.
     """
-    return validate(settings.read(path).get("deployment", {}), str(path))
-
-
-def validate(content: Any, where: str) -> DeploymentConfig:
-    """Check the table that came from ``where``.
-
-    Raises:
-        ConfigError: see :func:`load`.
-    """
-    made = DeploymentConfig.checked(content, where, "deployment")
-    if made.schedule == "deterministic" and not made.clients:
-        raise ConfigError(f'{where}: schedule = "deterministic" needs deployment.clients, the names of all clients')
-    return made
+    return DeploymentConfig.checked(overridden(path, overrides).get("deployment", {}), str(path), "deployment")

@@ -22,14 +22,25 @@ def load(path: Path, overrides: Iterable[str] = (), seed: int | None = None) -> 
     Raises:
         ConfigError: the file cannot be read, or a key is unknown, of the wrong type or impossible.
     """
-    content = {table: keys for table, keys in read(path).items() if table not in OTHERS}
-    _locate(content, [path.parent, Path()])
+    content = overridden(path, overrides)
+    if seed is not None:
+        content["seed"] = seed
+    return validate({table: keys for table, keys in content.items() if table not in OTHERS}, str(path))
+
+
+def overridden(path: Path | None, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """What a file (``None``: nothing) and overrides say, with absolute paths, not validated; see :func:`load`.
+
+    Raises:
+        ConfigError: the file cannot be read, or an override is none.
+    """
+    content = {} if path is None else read(path)
+    if path is not None:
+        _locate(content, [path.parent, Path()])
     for text in overrides:
         override(content, text)
     _locate(content, [Path()])
-    if seed is not None:
-        content["seed"] = seed
-    return validate(content, str(path))
+    return content
 
 
 def read(path: Path) -> dict[str, Any]:

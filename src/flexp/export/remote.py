@@ -21,8 +21,9 @@ from flexp.export.adapter import write_adapter
 from flexp.export.client_folder import ClientModel
 from flexp.export.whole import fill, let_go
 from flexp.files import write_json
-from flexp.links.base import Link, ask, connected
+from flexp.links.base import Link, ask
 from flexp.links.messages import Join
+from flexp.links.opening import connected
 from flexp.models.fingerprint import fingerprint, read_header
 from flexp.models.parts import Part
 from flexp.models.stage import Stage

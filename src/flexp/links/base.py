@@ -6,16 +6,15 @@ several exchanges of one client may be in flight.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from flexp.links.messages import Request
+from flexp.links.declaring import Request
 from flexp.rng import current_turn, resting
 
 R = TypeVar("R")
@@ -184,31 +183,3 @@ def finished(make: Callable[[], R]) -> Future[R]:
     except Exception as error:
         future.set_exception(error)
     return future
-
-
-@contextmanager
-def connected(link: Link) -> Iterator[Link]:
-    """Close ``link`` when the ``with`` block ends."""
-    try:
-        yield link
-    finally:
-        link.close()
-
-
-def as_link(link: Link | str) -> Link:
-    """``link``, or what a URL with the client's name in it leads to: ``grpc://clinic-a@HOST:PORT``.
-
-    A query makes the network in between slower than it is (:mod:`flexp.links.emulated_url`).
-
-    Raises:
-        ConfigError, LinkError: as :func:`flexp.connect`.
-    """
-    if not isinstance(link, str):
-        return link
-    from flexp.links.emulated import EmulatedLink  # these only for those who use them
-    from flexp.links.emulated_url import split_url
-    from flexp.links.grpc import connect
-
-    address, network = split_url(link)
-    far: Link = connect(address)
-    return far if network is None else EmulatedLink(far, network)

@@ -1,4 +1,4 @@
-"""Which codec each tensor of a message crosses in, and what rounding took from the gradients so far.
+"""Messages as frames and back: in what codec each tensor crosses, and what rounding took from the gradients so far.
 
 Both ends of every link use this, so that a codec changes numbers in the same way over each of them.
 """
@@ -6,7 +6,6 @@ Both ends of every link use this, so that a codec changes numbers in the same wa
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -15,31 +14,15 @@ from torch import Tensor
 from flexp.config import CodecConfig
 from flexp.errors import LinkError
 from flexp.links.codecs import SCALE, Codec, codec_of
-from flexp.links.messages import BackwardReply, BackwardRequest, ForwardReply, ForwardRequest, tensors
-from flexp.links.wire import Kind
-
-KINDS: dict[type[Any], Kind] = {
-    ForwardRequest: Kind.FORWARD,
-    ForwardReply: Kind.FORWARD_REPLY,
-    BackwardRequest: Kind.BACKWARD,
-    BackwardReply: Kind.BACKWARD_REPLY,
-}
+from flexp.links.declaring import MESSAGES, Tensors, declared
+from flexp.links.frames import NAMES, TYPES, Frame, Head, describe
 
 
-def codec_name(config: CodecConfig, kind: Kind, field: str) -> str | None:
-    """The name of the codec of a field; ``None`` for masks, positions and weights, which cross as they are."""
-    match kind, field:
-        case (Kind.FORWARD, "hidden_BTH"):
-            return config.activation
-        case (Kind.FORWARD, "base_BTH" | "inner_BTH"):
-            return config.aligned
-        case (Kind.FORWARD_REPLY, "hidden_BTH"):
-            return config.activation_down or config.activation
-        case (Kind.BACKWARD, "grad_BTH"):
-            return config.gradient
-        case (Kind.BACKWARD_REPLY, "grad_BTH" | "inner_BTH"):
-            return config.gradient_down or config.gradient
-    return None
+def codec_name(config: CodecConfig, tensors: Tensors) -> str:
+    """The codec of a field's tensors; ``off``: they cross as they are."""
+    if tensors.codec is None:
+        return "off"
+    return str(getattr(config, tensors.codec) or getattr(config, tensors.codec.removesuffix("_down")))
 
 
 class Coding:
@@ -58,9 +41,9 @@ class Coding:
 
     def __init__(
         self,
-        config: CodecConfig | None,
-        dtype: torch.dtype,
-        hidden: int,
+        config: CodecConfig | None = None,
+        dtype: torch.dtype = torch.float32,
+        hidden: int = 0,
         residuals: dict[str, Tensor] | None = None,
     ) -> None:
         self.config = config or CodecConfig()
@@ -72,49 +55,73 @@ class Coding:
         """Whether everything crosses as it is."""
         return self.config.exact
 
-    def encode(self, kind: Kind, named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """(field, tensor) of a message as (field, tensor) of its frame: payloads, each with its scales behind it."""
-        place = 0
-        for name, value in named:
-            codec = self._codec(kind, name)
-            if codec is None:
-                yield name, value
-                continue
-            if self.config.error_feedback and kind in (Kind.BACKWARD, Kind.BACKWARD_REPLY):
-                place += 1  # inner gradients have one name, and each a residual of its own
-                parts = self._with_feedback(f"{kind.name}.{place}", value, codec)
-            else:
-                parts = codec.encode(value)
-            yield from zip((name, name + SCALE), parts, strict=False)
+    def frame(self, message: Any, call: int, seconds: float = 0.0) -> Frame:
+        """The frame that carries a message. With error feedback a frame that is sent twice is made once.
 
-    def decode(self, kind: Kind, named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """What :meth:`encode` was given, as near as the codec comes; the head was accepted by the rules already."""
-        given = list(named)
-        while given:
-            name, value = given.pop(0)
-            codec = self._codec(kind, name)
-            if codec is None:
-                yield name, value
-                continue
-            parts = [value]
-            if given and given[0][0] == name + SCALE:
-                parts.append(given.pop(0)[1])
-            yield name, codec.decode(tuple(parts), self._hidden, self._dtype)
+        Raises:
+            LinkError: the message holds what cannot cross.
+        """
+        declaration = declared(type(message))
+        scalars, sent = declaration.texts(message), dict[str, Tensor]()
+        place = 0
+        for entry in declaration.entries:
+            for name, value in entry.split(getattr(message, entry.field)):
+                if entry.tensors.flags:
+                    scalars[name], sent[name] = NAMES[value.dtype], _flags(name, value)
+                    continue
+                place += 1  # inner gradients have each a residual of their own
+                parts = self._encoded(entry.tensors, f"{entry.tensors.codec}.{place}", value)
+                sent |= zip((name, name + SCALE), parts, strict=False)
+        fields = tuple(describe(name, value) for name, value in sent.items())
+        return Frame(Head(declaration.name, call, seconds, scalars, fields), tuple(sent.values()))
+
+    def message(self, frame: Frame, device: torch.device) -> Any:
+        """What :meth:`frame` was given, as near as the codecs come, on ``device``; its head was accepted already.
+
+        Raises:
+            LinkError: a scalar is not what was declared, or a mask holds other values than zeros and ones.
+        """
+        kind = MESSAGES[frame.head.message]
+        declaration, named, scalars = declared(kind), frame.named(), dict(frame.head.scalars)
+        values: dict[str, Any] = {}
+        for entry in declaration.entries:
+            found = {}
+            for name in entry.names(named):
+                if entry.tensors.flags:
+                    found[name] = _restored(name, named[name], scalars.pop(name, "")).to(device)
+                    continue
+                parts = [named[part].to(device) for part in (name, name + SCALE) if part in named]
+                found[name] = self._decoded(entry.tensors, parts)
+            values[entry.field] = entry.join(found)
+        return kind(**values, **declaration.values(scalars))
 
     def size(self, message: Any) -> int:
         """The bytes of a message's tensors as they cross."""
-        kind, total = KINDS.get(type(message)), 0
-        for name, value in tensors(message):
-            codec = None if kind is None else self._codec(kind, name)
-            if codec is not None:
-                total += sum(dtype.itemsize * math.prod(shape) for dtype, shape in codec.layout(tuple(value.shape)))
-            else:
-                total += value.numel() * (1 if name == "mask_BT" else value.element_size())
+        total = 0
+        for entry in declared(type(message)).entries:
+            for _, value in entry.split(getattr(message, entry.field)):
+                codec = self._codec(entry.tensors)
+                layout = ((value.dtype, value.shape),) if codec is None else codec.layout(tuple(value.shape))
+                total += sum(
+                    (1 if entry.tensors.flags else dtype.itemsize) * math.prod(shape) for dtype, shape in layout
+                )
         return total
 
-    def _codec(self, kind: Kind, field: str) -> Codec | None:
-        name = codec_name(self.config, kind, field)
-        return None if name is None or name == "off" else codec_of(name, self._dtype)
+    def _codec(self, tensors: Tensors) -> Codec | None:
+        name = codec_name(self.config, tensors)
+        return None if name == "off" else codec_of(name, self._dtype)
+
+    def _encoded(self, tensors: Tensors, key: str, value: Tensor) -> tuple[Tensor, ...]:
+        codec = self._codec(tensors)
+        if codec is None:
+            return (value,)
+        if self.config.error_feedback and key.startswith("gradient"):
+            return self._with_feedback(key, value, codec)
+        return codec.encode(value)
+
+    def _decoded(self, tensors: Tensors, parts: list[Tensor]) -> Tensor:
+        codec = self._codec(tensors)
+        return parts[0] if codec is None else codec.decode(tuple(parts), self._hidden, self._dtype)
 
     def _with_feedback(self, key: str, value: Tensor, codec: Codec) -> tuple[Tensor, ...]:
         rows = value.float().reshape(-1, value.shape[-1])
@@ -134,6 +141,10 @@ class Coding:
         return parts
 
 
+PLAIN = Coding()
+"""Everything crosses as it is."""
+
+
 def save_residuals(residuals: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Copies, as flat named tensors."""
     return {f"{prefix}{key}": value.clone() for key, value in residuals.items()}
@@ -150,3 +161,15 @@ def load_residuals(residuals: dict[str, Tensor], state: dict[str, Tensor]) -> No
         raise LinkError(f"the saved residual {odd[0]} of error feedback is no float32 vector")
     residuals.clear()
     residuals.update({key: value.clone() for key, value in state.items()})
+
+
+def _flags(name: str, value: Tensor) -> Tensor:
+    if value.dtype not in NAMES or not bool(((value == 0) | (value == 1)).all()):
+        raise LinkError(f"{name} holds other values than 0 and 1")
+    return value.to(torch.uint8)
+
+
+def _restored(name: str, value: Tensor, dtype: str) -> Tensor:
+    if dtype not in TYPES or int(value.max()) > 1:
+        raise LinkError(f"{name} holds other values than 0 and 1, or would be of the type {dtype!r}")
+    return value.to(TYPES[dtype])

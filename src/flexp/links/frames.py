@@ -1,22 +1,94 @@
-"""Frames as messages of a stream: heads (:mod:`flexp.links.wire`) with the bytes of their tensors.
+"""Frames: messages as bytes. docs/protocol.md says the same for other languages.
 
-A frame travels as messages of exactly :data:`~flexp.links.wire.CHUNK` bytes, the last one shorter; the head is always
-within the first. So a receiver knows all sizes, and can refuse, before it allocates anything; then bytes go straight
-into the tensors that will be used. Nothing is unpickled or evaluated.
+A frame is a start with two check sums, and behind it a file in the safetensors format: the size of a JSON text, that
+text (every tensor's type, shape and place; the message's scalars as metadata) and the tensors' bytes. Start and text
+are the *head*. A frame travels as messages of a stream of exactly :data:`CHUNK` bytes, the last one shorter; the head
+is always within the first. So a receiver knows all sizes, and can refuse, before it allocates anything; then bytes go
+straight into the tensors that will be used. Nothing is unpickled or evaluated.
 """
 
 from __future__ import annotations
 
+import math
+import struct
 import zlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
+from pydantic_core import from_json, to_json
 from torch import Tensor
 
 from flexp.errors import LinkError, LinkLostError
-from flexp.links.wire import CHUNK, CODES, DAMAGED, Field, Head, head_bytes, parse
+
+MAGIC = b"FLXP"
+VERSION = 3
+CHUNK = 1 << 20
+MOST_TEXT = 768 << 10
+MOST_FIELDS = 2048
+MOST_NAME = 220
+MOST_DIMENSIONS = 8
+DAMAGED = "a frame was damaged on its way: its checksum differs"
+TYPES: dict[str, torch.dtype] = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
+"""By their names in safetensors."""
+NAMES = {dtype: name for name, dtype in TYPES.items()}
+
+_START = struct.Struct("<4sBI")  # magic, version, CRC-32 of the rest of the head
+_SIZES = struct.Struct("<IQ")  # CRC-32 of the tensors' bytes; here safetensors begins, with the bytes of the text
+
+
+@dataclass(frozen=True)
+class Field:
+    """One tensor of a frame."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Its bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Head:
+    """All of a frame but its tensors' bytes.
+
+    Attributes:
+        message: what type of message it is.
+        call: numbers a client's requests; an answer repeats its request's. 0: about the stream as a whole.
+        seconds: that the server computed, in its answers.
+        scalars: of the message, JSON texts by their names.
+        fields: in the order in which the tensors' bytes come.
+        size: bytes of the head itself.
+        check: CRC-32 of the tensors' bytes, one after the other.
+    """
+
+    message: str
+    call: int
+    seconds: float = 0.0
+    scalars: Mapping[str, str] = field(default_factory=dict)
+    fields: tuple[Field, ...] = ()
+    size: int = 0
+    check: int = 0
+
+    @property
+    def payload(self) -> int:
+        """Bytes of all tensors."""
+        return sum(item.size for item in self.fields)
 
 
 @dataclass(frozen=True)
@@ -26,33 +98,91 @@ class Frame:
     head: Head
     tensors: tuple[Tensor, ...] = ()
 
-    def named(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) in order."""
-        return ((item.name, value) for item, value in zip(self.head.fields, self.tensors, strict=True))
+    def named(self) -> dict[str, Tensor]:
+        """The tensors by their names."""
+        return {item.name: value for item, value in zip(self.head.fields, self.tensors, strict=True)}
 
 
 def describe(name: str, value: Tensor) -> Field:
     """The field that carries ``value``.
 
     Raises:
-        LinkError: tensors of this type cannot cross.
+        LinkError: tensors of this type or shape cannot cross.
     """
-    if value.dtype not in CODES:
-        raise LinkError(f"{name} is {value.dtype}, which cannot cross; use {', '.join(map(str, CODES))}")
-    return Field(name, value.dtype, tuple(value.shape), packed=name == "mask_BT")
+    if value.dtype not in NAMES:
+        raise LinkError(f"{name} is {value.dtype}, which cannot cross; use {', '.join(map(str, NAMES))}")
+    if len(name.encode()) > MOST_NAME or value.dim() > MOST_DIMENSIONS or not value.numel():
+        raise LinkError(f"the tensor {name!r} of shape {tuple(value.shape)} is empty or too strange to cross")
+    return Field(name, value.dtype, tuple(value.shape))
+
+
+def head_bytes(head: Head, check: int = 0) -> bytes:
+    """A frame's head, for :func:`parse`; ``check``: CRC-32 of the tensors' bytes.
+
+    Raises:
+        LinkError: it is too large.
+    """
+    table: dict[str, Any] = {
+        "__metadata__": {"message": head.message, "call": str(head.call), "seconds": str(head.seconds), **head.scalars}
+    }
+    place = 0
+    for item in head.fields:
+        places = [place, place := place + item.size]
+        table[item.name] = {"dtype": NAMES[item.dtype], "shape": item.shape, "data_offsets": places}
+    text = to_json(table)
+    if len(head.fields) > MOST_FIELDS or len(text) > MOST_TEXT:
+        raise LinkError(
+            f"a message of {len(head.fields)} tensors and {len(text)} bytes of text is too large: "
+            f"at most {MOST_FIELDS} and {MOST_TEXT} can cross"
+        )
+    rest = _SIZES.pack(check, len(text)) + text
+    return _START.pack(MAGIC, VERSION, zlib.crc32(rest)) + rest
+
+
+def parse(message: bytes) -> Head:
+    """The head at the beginning of a frame's first message. Nothing is allocated but what it says.
+
+    Raises:
+        LinkLostError: it was damaged on its way.
+        LinkError: it is no head of this version, or is cut short, or goes beyond a limit.
+    """
+    magic, version, check = _START.unpack(_piece(message, 0, _START.size))
+    if magic != MAGIC:
+        raise LinkError(f"a frame begins with {magic!r}, expected {MAGIC!r}: the other side speaks another protocol")
+    if version != VERSION:
+        raise LinkError(f"the frame is of version {version}, expected {VERSION}: use the same FlexP on both sides")
+    begin = _START.size + _SIZES.size
+    tensors, size = _SIZES.unpack(_piece(message, _START.size, begin))
+    if size > MOST_TEXT:
+        raise LinkError(f"the frame announces {size} bytes of text, expected at most {MOST_TEXT}")
+    text = _piece(message, begin, begin + size)
+    if zlib.crc32(memoryview(message)[_START.size : begin + size]) != check:
+        raise LinkLostError(DAMAGED)
+    try:
+        table = from_json(text)
+        said = table.pop("__metadata__")
+        if not all(isinstance(value, str) for value in said.values()):
+            raise ValueError("its metadata are not texts")
+        kind, call, seconds = said.pop("message"), int(said.pop("call")), float(said.pop("seconds"))
+        fields = _fields(table)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise LinkError(f"the frame's head cannot be read ({type(error).__name__}: {error})") from error
+    if not (0 <= call < 2**64 and math.isfinite(seconds)):
+        raise LinkError(f"the frame has the number {call} and {seconds} seconds, which cannot be")
+    return Head(kind, call, seconds, said, fields, begin + size, tensors)
 
 
 def encode(frame: Frame) -> list[bytes]:
-    """The messages that carry ``frame``; its tensors are copied, so they may change afterwards.
+    """The messages of a stream that carry ``frame``; its tensors are copied, so they may change afterwards.
 
     Raises:
-        LinkError: a name, a number or a text has no place in a frame, or a mask is not made of zeros and ones.
+        LinkError: the head is too large.
     """
-    content = [_bytes_of(item, value) for item, value in zip(frame.head.fields, frame.tensors, strict=True)]
+    content = [_octets(value.detach().cpu().contiguous()) for value in frame.tensors]
     check = 0
     for piece in content:
         check = zlib.crc32(piece, check)
-    return list(_chunks([head_bytes(replace(frame.head, check=check)), *content]))
+    return list(_chunks([head_bytes(frame.head, check), *content]))
 
 
 class Incoming:
@@ -70,7 +200,7 @@ class Incoming:
         self._left = self.head.size + self.head.payload
         self._check = 0
         self._expect(len(message))
-        self._tensors: list[Tensor] = []
+        self._tensors: tuple[Tensor, ...] = ()
         self._spaces: list[memoryview] = []
 
     @property
@@ -80,10 +210,8 @@ class Incoming:
 
     def allocate(self) -> None:
         """Make the tensors, and fill them with what came with the head."""
-        for item in self.head.fields:
-            value = torch.empty(item.shape, dtype=torch.uint8 if item.packed else item.dtype)
-            self._tensors.append(value)
-            self._spaces.append(_octets(value))
+        self._tensors = tuple(torch.empty(item.shape, dtype=item.dtype) for item in self.head.fields)
+        self._spaces = [_octets(value) for value in self._tensors]
         self._fill(self._first)
 
     def add(self, message: bytes) -> None:
@@ -99,7 +227,7 @@ class Incoming:
         """
         if self._check != self.head.check:
             raise LinkLostError(DAMAGED)
-        return Frame(self.head, tuple(map(_restored, self.head.fields, self._tensors)))
+        return Frame(self.head, self._tensors)
 
     def _expect(self, size: int) -> None:
         expected = min(CHUNK, self._left)
@@ -119,21 +247,43 @@ class Incoming:
                 del self._spaces[0]
 
 
-def _bytes_of(item: Field, value: Tensor) -> memoryview:
-    value = value.detach().cpu()
-    if item.packed:
-        if not bool(((value == 0) | (value == 1)).all()):
-            raise LinkError(f"{item.name} holds other values than 0 and 1")
-        value = value.to(torch.uint8)
-    return _octets(value.contiguous())
+def signed(message: bytes) -> bytes:
+    """A frame in one message with its two check sums made right, whatever else it is: for tests and fuzzing."""
+    begin = _START.size + _SIZES.size
+    if len(message) < begin:
+        return message
+    magic, version, _ = _START.unpack(message[: _START.size])
+    _, size = _SIZES.unpack(message[_START.size : begin])
+    text, content = message[begin : begin + size], message[begin + size :]
+    rest = _SIZES.pack(zlib.crc32(content), size) + text
+    return _START.pack(magic, version, zlib.crc32(rest)) + rest + content
 
 
-def _restored(item: Field, value: Tensor) -> Tensor:
-    if not item.packed:
-        return value
-    if int(value.max()) > 1:
-        raise LinkError(f"{item.name} holds other values than 0 and 1")
-    return value.to(item.dtype)
+def _piece(message: bytes, start: int, stop: int) -> bytes:
+    if stop > len(message):
+        raise LinkError(f"the frame's head is cut short after {len(message)} bytes")
+    return message[start:stop]
+
+
+def _fields(table: Mapping[str, Any]) -> tuple[Field, ...]:
+    """The tensors of a safetensors text, in the order of their bytes, which leave no room between them."""
+    if len(table) > MOST_FIELDS:
+        raise ValueError(f"it has {len(table)} tensors, expected at most {MOST_FIELDS}")
+    found: list[tuple[int, int, Field]] = []
+    for name, said in table.items():
+        dtype, shape, (start, stop) = TYPES[said["dtype"]], tuple(said["shape"]), said["data_offsets"]
+        if len(said) > 3 or not all(type(size) is int and 0 < size < 2**32 for size in shape):
+            raise ValueError(f"the tensor {name!r} has the shape {shape} and {len(said)} keys")
+        if len(shape) > MOST_DIMENSIONS or len(name.encode()) > MOST_NAME:
+            raise ValueError(f"a tensor has {len(shape)} dimensions and a name of {len(name)} letters")
+        found.append((start, stop, Field(name, dtype, shape)))
+    found.sort(key=lambda each: each[0])
+    place = 0
+    for start, stop, item in found:
+        if start != place or stop != place + item.size:
+            raise ValueError(f"the tensor {item.name!r} does not lie where the one before ends")
+        place = stop
+    return tuple(item for _, _, item in found)
 
 
 def _chunks(pieces: Iterable[bytes | memoryview]) -> Iterator[bytes]:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from flexp.links.base import Meter, Service
 from flexp.links.coding import Coding
-from flexp.links.messages import Join, Leave, Request, Welcome, size
-from flexp.links.translate import dtype_of, to_frame, to_message
+from flexp.links.declaring import Request
+from flexp.links.messages import Join, Leave, Welcome, size
+from flexp.links.rules import dtype_of
 
 R = TypeVar("R")
 CPU = torch.device("cpu")
@@ -72,6 +73,6 @@ class InProcessLink:
         if self._ends is None:
             return message, size(message)
         sender, receiver = self._ends if up else self._ends[::-1]
-        frame = to_frame(message, 0, coding=sender)
+        frame = sender.frame(message, 0)
         device = frame.tensors[0].device if frame.tensors else CPU
-        return to_message(frame, device, receiver), frame.head.payload
+        return receiver.message(frame, device), frame.head.payload

@@ -1,48 +1,64 @@
 """What crosses a link. Nothing else ever does: no token id, label, pixel or personal weight has a place here.
 
-Shapes: B examples, T tokens, H hidden width. Every tensor is detached; every message is a plain value.
+A message is declared here alone: its answer, its tensors, their shapes and codecs, the bounds of its numbers
+(:mod:`flexp.links.declaring`). :class:`flexp.server.Server` has a handler for each request; links carry whatever is
+declared. Every tensor is detached. Shapes: B examples, T tokens, H hidden width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Generic, Literal, TypeVar, get_args
+from dataclasses import field
+from typing import Annotated, Any, ClassVar, Literal
 
 from torch import Tensor
 
 from flexp.config import AlignConfig, CodecConfig, LoraConfig
+from flexp.errors import LinkError, LinkLostError
+from flexp.links.declaring import MASK, POSITIONS, ROWS, WEIGHTS, Count, Integer, Request, declared, hidden, message
 
 What = Literal["step", "evaluate", "save", "restore", "stop"]
-Reply = TypeVar("Reply")
 
 
-class Request(Generic[Reply]):
-    """What a client sends. The server answers it with a ``Reply``, or refuses it.
+@message
+class Refusal:
+    """The answer to what is refused: one line that says why; ``again``: connecting and joining again may help."""
+
+    error: str
+    again: bool = False
+
+    @classmethod
+    def of(cls, error: Exception | str) -> Refusal:
+        """What an error comes to."""
+        return cls(str(error)[:4000], isinstance(error, LinkLostError))
+
+    def as_error(self) -> LinkError:
+        """The error on the other side, with the words of this one."""
+        return (LinkLostError if self.again else LinkError)(self.error)
+
+
+@message
+class Welcome:
+    """The server lets a client in, and says what it has to keep to.
 
     Attributes:
-        reply: the type of its answer.
-        trains: whether the tensors of request and reply count as training's or evaluation's; ``None``: it has none.
+        base_depth: s_min, at which the shared blocks start.
+        blocks: of the whole model.
+        hidden: H.
+        max_in_flight: forwards of a client that may wait for their backward.
+        max_tokens: B·T of a message, at most; 0: within one process nothing is bounded.
+        frame_bytes: bytes of a message's tensors, at most; 0: likewise.
     """
 
-    reply: ClassVar[type[Any]]
-    trains: ClassVar[bool | None] = None
-
-    def __init_subclass__(cls) -> None:
-        (cls.reply,) = get_args(cls.__orig_bases__[0])  # type: ignore[attr-defined]
-
-
-@dataclass(frozen=True)
-class Welcome:
-    """The server's answer: the base depth s_min that its shared blocks start at, and what it lets be in flight."""
-
-    base_depth: int
-    blocks: int
-    hidden: int
-    max_in_flight: int = 1
+    base_depth: Count
+    blocks: Count
+    hidden: Count
+    max_in_flight: Count = 1
+    max_tokens: Count = 0
+    frame_bytes: Count = 0
 
 
-@dataclass(frozen=True)
+@message
 class Join(Request[Welcome]):
     """A client's first message: who it is, what it keeps, and what it wants the server to do.
 
@@ -61,26 +77,26 @@ class Join(Request[Welcome]):
 
     client: str
     fingerprint: str
-    cut: tuple[int, int]
+    cut: tuple[Integer, Integer]
     dtype: str
     tuning: str
     align: AlignConfig
     lora: LoraConfig | None = None
     weights: str | None = None
     autocast: str = "off"
-    numbering: int = 0
+    numbering: Integer = 0
     codec: CodecConfig | None = None
 
 
-@dataclass(frozen=True)
+@message
 class ForwardReply:
     """``hidden_BTH``: what comes out of block e−1. ``align``: the alignment term, when it was due."""
 
-    hidden_BTH: Tensor
+    hidden_BTH: Annotated[Tensor, hidden("activation_down")]
     align: float | None = None
 
 
-@dataclass(frozen=True)
+@message
 class ForwardRequest(Request[ForwardReply]):
     """Run blocks [s, e).
 
@@ -97,25 +113,25 @@ class ForwardRequest(Request[ForwardReply]):
 
     trains: ClassVar[bool | None] = True
 
-    exchange: int
-    hidden_BTH: Tensor
-    mask_BT: Tensor | None = None
-    positions_BT: Tensor | None = None
-    base_BTH: Tensor | None = None
-    inner_BTH: tuple[Tensor, ...] = ()
+    exchange: Integer
+    hidden_BTH: Annotated[Tensor, hidden("activation")]
+    mask_BT: Annotated[Tensor | None, MASK] = None
+    positions_BT: Annotated[Tensor | None, POSITIONS] = None
+    base_BTH: Annotated[Tensor | None, hidden("aligned")] = None
+    inner_BTH: Annotated[tuple[Tensor, ...], hidden("aligned")] = ()
     train: bool = False
-    step: int = 0
+    step: Integer = 0
 
 
-@dataclass(frozen=True)
+@message
 class BackwardReply:
     """``grad_BTH``: ∂total/∂z_k. ``inner_BTH``: gradients at the inner activations, where alignment was due."""
 
-    grad_BTH: Tensor
-    inner_BTH: tuple[Tensor, ...] = ()
+    grad_BTH: Annotated[Tensor, hidden("gradient_down")]
+    inner_BTH: Annotated[tuple[Tensor, ...], hidden("gradient_down")] = ()
 
 
-@dataclass(frozen=True)
+@message
 class BackwardRequest(Request[BackwardReply]):
     """Run blocks [s, e) backward, for an earlier forward.
 
@@ -130,22 +146,22 @@ class BackwardRequest(Request[BackwardReply]):
 
     trains: ClassVar[bool | None] = True
 
-    exchange: int
-    grad_BTH: Tensor
-    step: int = 0
-    exchanges: int = 1
+    exchange: Integer
+    grad_BTH: Annotated[Tensor, hidden("gradient")]
+    step: Integer = 0
+    exchanges: Integer = 1
     tokens: float = 1.0
     weight: float = 1.0
 
 
-@dataclass(frozen=True)
+@message
 class PullReply:
     """The trained shared parameters of the aligned blocks, by their names in the model."""
 
-    weights: dict[str, Tensor] = field(default_factory=dict)
+    weights: Annotated[dict[str, Tensor], WEIGHTS] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@message
 class PullRequest(Request[PullReply]):
     """Ask for the shared weights of blocks [start, stop), which lie in [s_min, s), for alignment in weight space.
 
@@ -154,12 +170,12 @@ class PullRequest(Request[PullReply]):
 
     trains: ClassVar[bool | None] = True
 
-    start: int
-    stop: int
-    step: int = 0
+    start: Integer
+    stop: Integer
+    step: Integer = 0
 
 
-@dataclass(frozen=True)
+@message
 class FetchReply:
     """Trained shared parameters of one block, by their names in the model.
 
@@ -168,12 +184,12 @@ class FetchReply:
         total: how many trained tensors the block has; ``weights`` holds some of them.
     """
 
-    version: int
-    total: int
-    weights: dict[str, Tensor] = field(default_factory=dict)
+    version: Integer
+    total: Integer
+    weights: Annotated[dict[str, Tensor], WEIGHTS] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@message
 class FetchRequest(Request[FetchReply]):
     """Ask for the trained shared weights of one block: one that the client keeps a copy of itself (to begin with), or
     with the operator's permission one of the blocks [s, e) that the server runs for it.
@@ -187,19 +203,19 @@ class FetchRequest(Request[FetchReply]):
 
     trains: ClassVar[bool | None] = False
 
-    block: int
-    first: int = 0
-    most: int = 64 << 20
+    block: Integer
+    first: Integer = 0
+    most: Integer = 64 << 20
 
 
-@dataclass(frozen=True)
+@message
 class ExtendReply:
     """``hidden_BTH``: what comes out of block e−1, for the new tokens."""
 
-    hidden_BTH: Tensor
+    hidden_BTH: Annotated[Tensor, hidden()]
 
 
-@dataclass(frozen=True)
+@message
 class ExtendRequest(Request[ExtendReply]):
     """Run blocks [s, e) on the next tokens of an answer, with the keys and values of those before.
 
@@ -214,37 +230,37 @@ class ExtendRequest(Request[ExtendReply]):
 
     trains: ClassVar[bool | None] = False
 
-    generation: int
-    past: int
-    hidden_BTH: Tensor
-    mask_BT: Tensor | None = None
-    positions_BT: Tensor | None = None
-    rows_B: Tensor | None = None
+    generation: Integer
+    past: Integer
+    hidden_BTH: Annotated[Tensor, hidden()]
+    mask_BT: Annotated[Tensor | None, MASK] = None
+    positions_BT: Annotated[Tensor | None, POSITIONS] = None
+    rows_B: Annotated[Tensor | None, ROWS] = None
 
 
-@dataclass(frozen=True)
+@message
 class Done:
     """The answer to what only makes the server forget something."""
 
 
-@dataclass(frozen=True)
+@message
 class EndGeneration(Request[Done]):
     """An answer is complete, or given up: the server forgets its cache, if it has one."""
 
-    generation: int
+    generation: Integer
 
 
-@dataclass(frozen=True)
+@message
 class Abort(Request[Done]):
     """Give up all that this client has in flight, and what its unfinished steps have gathered."""
 
 
-@dataclass(frozen=True)
+@message
 class Leave(Request[Done]):
     """The client goes; what it has in flight is dropped, and so are its caches."""
 
 
-@dataclass(frozen=True)
+@message
 class Order:
     """What a client does next.
 
@@ -258,13 +274,13 @@ class Order:
 
     what: What
     run: str
-    place: int = 0
-    number: int = 0
-    count: int = 1
-    save: int | None = None
+    place: Integer = 0
+    number: Integer = 0
+    count: Integer = 1
+    save: Integer | None = None
 
 
-@dataclass(frozen=True)
+@message
 class Ready(Request[Order]):
     """A client waits for its next order.
 
@@ -278,31 +294,23 @@ class Ready(Request[Order]):
         planned: steps that the whole run has for it, by which its learning rate falls; 0: it does not fall.
     """
 
-    steps: int
-    done: int | None = None
+    steps: Integer
+    done: Integer | None = None
     run: str = ""
-    snapshots: tuple[int, ...] = ()
-    saved: int = 0
+    snapshots: tuple[Integer, ...] = ()
+    saved: Integer = 0
     facts: dict[str, float] = field(default_factory=dict)
-    planned: int = 0
+    planned: Integer = 0
 
 
-def tensors(message: Any) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor in a message, with the name of its field."""
-    for item in fields(message):
-        value = getattr(message, item.name)
-        if isinstance(value, Tensor):
-            yield item.name, value
-        elif isinstance(value, tuple):
-            yield from ((item.name, entry) for entry in value if isinstance(entry, Tensor))
-        elif isinstance(value, dict):
-            yield from ((f"{item.name}.{key}", entry) for key, entry in value.items() if isinstance(entry, Tensor))
+def tensors(said: Any) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor in a message, with the name of its field (and, of weights, its own)."""
+    for entry in declared(type(said)).entries:
+        for name, value in entry.split(getattr(said, entry.field)):
+            yield entry.field if entry.holds == "many" else name, value
 
 
-def size(message: Any) -> int:
+def size(said: Any) -> int:
     """The bytes of a message's tensors, as they cross without a codec (:meth:`flexp.links.coding.Coding.size`)."""
-    total = 0
-    for name, value in tensors(message):
-        # A mask of zeros and ones crosses as one byte an entry, whatever type the model wants it in.
-        total += value.numel() * (1 if name == "mask_BT" else value.element_size())
-    return total
+    # A mask crosses as one byte an entry, whatever type the model wants it in.
+    return sum(value.numel() * (1 if name == "mask_BT" else value.element_size()) for name, value in tensors(said))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -13,27 +14,11 @@ from flexp.config import CodecConfig
 from flexp.errors import LinkError
 from flexp.links.codecs import SCALE, codec_of
 from flexp.links.coding import codec_name
-from flexp.links.wire import Field, Head, Kind
+from flexp.links.declaring import MESSAGES, Entry, Request, Tensors, declared
+from flexp.links.frames import Field, Head
+from flexp.links.messages import Join, Leave, Refusal, Welcome
 
-REQUESTS = {Kind.JOIN, Kind.FORWARD, Kind.BACKWARD, Kind.PULL, Kind.ABORT, Kind.LEAVE} | {
-    Kind.EXTEND,
-    Kind.END_GENERATION,
-    Kind.READY,
-    Kind.FETCH,
-}
-ANSWERS = {
-    Kind.JOIN: Kind.WELCOME,
-    Kind.FORWARD: Kind.FORWARD_REPLY,
-    Kind.BACKWARD: Kind.BACKWARD_REPLY,
-    Kind.PULL: Kind.PULL_REPLY,
-    Kind.ABORT: Kind.DONE,
-    Kind.LEAVE: Kind.DONE,
-    Kind.READY: Kind.ORDER,
-    Kind.EXTEND: Kind.EXTEND_REPLY,
-    Kind.END_GENERATION: Kind.DONE,
-    Kind.FETCH: Kind.FETCH_REPLY,
-}
-_TEXTS = {Kind.JOIN, Kind.WELCOME, Kind.ERROR, Kind.READY, Kind.ORDER}
+DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 
 
 @dataclass(frozen=True)
@@ -47,7 +32,7 @@ class Limits:
         unanswered: requests of a client that wait for their answer; more wait outside.
         frame_seconds: between two messages of one frame, and for a client to take an answer.
         join_seconds: for a client to join after it has connected.
-        requests_per_second: of a client; one that sends faster is read more slowly.
+        requests_per_second: of a client; one that sends faster is slowed down.
         bytes_per_second: likewise, of tensors.
         burst_seconds: what so many seconds allow may come at once.
     """
@@ -61,6 +46,10 @@ class Limits:
     requests_per_second: float = 1000.0
     bytes_per_second: float = math.inf
     burst_seconds: float = 2.0
+
+    def told(self, welcome: Welcome) -> Welcome:
+        """A welcome that tells the client what it has to keep to."""
+        return replace(welcome, max_tokens=self.max_tokens, frame_bytes=self.frame_bytes)
 
 
 @dataclass(frozen=True)
@@ -77,11 +66,38 @@ class Agreement:
     frame_bytes: int
     codec: CodecConfig = field(default_factory=CodecConfig)
 
-    def layout(self, kind: Kind, name: str, rows: tuple[int, ...]) -> list[Field]:
-        """The fields, payload and scales, of an activation or gradient of (B, T) = ``rows``."""
-        codec = codec_of(codec_name(self.codec, kind, name) or "off", self.dtype)
-        parts = codec.layout((*rows, self.hidden))
-        return [Field(part, *what) for part, what in zip((name, name + SCALE), parts, strict=False)]
+    @classmethod
+    def of(cls, join: Join, welcome: Welcome) -> Agreement:
+        """What holds for all frames after a client was let in."""
+        return cls(
+            dtype_of(join), welcome.hidden, welcome.blocks, welcome.max_tokens, welcome.frame_bytes,
+            join.codec or CodecConfig(),
+        )  # fmt: skip
+
+    def forms(self, entry: Entry, name: str, rows: tuple[int, ...]) -> list[list[Field]]:
+        """As what a tensor of a message with (B, T) = ``rows`` may cross: payload and scales, in each of its shapes."""
+        return _forms(entry.tensors, codec_name(self.codec, entry.tensors), self.dtype, self.hidden, name, rows)
+
+
+@lru_cache(maxsize=1024)
+def _forms(
+    tensors: Tensors, codec: str, dtype: torch.dtype, hidden: int, name: str, rows: tuple[int, ...]
+) -> list[list[Field]]:
+    sizes = dict(zip("BT1H", (*rows, 1, hidden), strict=True))
+    forms = []
+    for letters in tensors.shapes:
+        shape = tuple(sizes[letter] for letter in letters)
+        fixed = torch.uint8 if tensors.flags else tensors.dtype
+        parts = codec_of(codec, dtype).layout(shape) if fixed is None else ((fixed, shape),)
+        forms.append([Field(part, *what) for part, what in zip((name, name + SCALE), parts, strict=False)])
+    return forms
+
+
+def dtype_of(join: Join) -> torch.dtype:
+    """The type that a client's model computes in."""
+    if join.dtype not in DTYPES:
+        raise LinkError(f"activations of {join.dtype} cannot cross; expected one of {', '.join(DTYPES)}")
+    return DTYPES[join.dtype]
 
 
 def check_request(head: Head, agreement: Agreement | None, client: str) -> None:
@@ -90,24 +106,14 @@ def check_request(head: Head, agreement: Agreement | None, client: str) -> None:
     Raises:
         LinkError: see above.
     """
-    if head.kind not in REQUESTS:
-        raise LinkError(f"client {client}: a frame of kind {head.kind.name} does not come from a client")
+    kind = MESSAGES.get(head.message)
+    if kind is None or not issubclass(kind, Request):
+        raise LinkError(f"client {client}: a {head.message[:40]!r} frame does not come from a client")
     if not head.call:
         raise LinkError(f"client {client}: a request has the number 0, expected 1 or more")
-    if head.kind not in _TEXTS and head.text:
-        raise LinkError(f"client {client}: a {head.kind.name} frame has a text, expected none")
-    if agreement is None and head.kind not in (Kind.JOIN, Kind.LEAVE):
+    if agreement is None and kind not in (Join, Leave):
         raise LinkError(f"client {client} has not joined: Join comes first")
-    if agreement is None or head.kind not in (Kind.FORWARD, Kind.BACKWARD, Kind.EXTEND):
-        _no_tensors(head, client)
-        return
-    if head.kind == Kind.FORWARD:
-        _names(head, client, "hidden_BTH", optional=("mask_BT", "positions_BT", "base_BTH", "inner_BTH"))
-    elif head.kind == Kind.EXTEND:
-        _names(head, client, "hidden_BTH", optional=("mask_BT", "positions_BT", "rows_B"))
-    else:
-        _names(head, client, "grad_BTH")
-    _check_activations(head, agreement, client)
+    _check(head, kind, agreement, f"client {client}", None)
 
 
 def check_reply(head: Head, asked: Head, agreement: Agreement | None) -> None:
@@ -116,98 +122,65 @@ def check_reply(head: Head, asked: Head, agreement: Agreement | None) -> None:
     Raises:
         LinkError: see above.
     """
-    if head.kind == Kind.ERROR:
-        _no_tensors(head, "server")
-        return
-    expected = ANSWERS[asked.kind]
-    if head.kind != expected:
-        raise LinkError(f"the server answers {asked.kind.name} with {head.kind.name}, expected {expected.name}")
-    if head.kind in (Kind.PULL_REPLY, Kind.FETCH_REPLY):
-        _check_weights(head, agreement)
-        return
-    sent = next((item for item in asked.fields if item.name in ("hidden_BTH", "grad_BTH")), None)
-    wanted: list[Field] = []
-    if sent is not None and agreement is not None:
-        wanted = agreement.layout(head.kind, sent.name, sent.shape[:2])
-        inner = agreement.layout(head.kind, "inner_BTH", sent.shape[:2])
-        count, odd = divmod(len(head.fields) - len(wanted), len(inner))
-        most = agreement.blocks if head.kind == Kind.BACKWARD_REPLY else 0
-        wanted += inner * count if not odd and 0 < count <= most else []
-    if list(head.fields) != wanted:
-        raise LinkError(
-            f"the server answers {asked.kind.name} of {_facts([sent] if sent else [])} with {_facts(head.fields)}, "
-            "expected the same size, as the codecs have it"
-        )
+    expected: type[Any] = MESSAGES[asked.message].reply
+    if head.message not in (expected.__name__, Refusal.__name__):
+        raise LinkError(f"the server answers {asked.message} with {head.message[:40]!r}, expected {expected.__name__}")
+    main = next((item.shape[:2] for item in asked.fields if len(item.shape) == 3), None)
+    _check(head, MESSAGES[head.message], agreement, "the server", main)
 
 
-def _check_activations(head: Head, agreement: Agreement, client: str) -> None:
-    """Every activation and gradient must be of the size of the first, in the form that its codec has it."""
-    main = next(item for item in head.fields if item.name in ("hidden_BTH", "grad_BTH"))
-    what = "activation" if main.name == "hidden_BTH" else "gradient"
-    rows = main.shape[:2]
-    payload, *_ = agreement.layout(head.kind, main.name, rows)
-    if len(main.shape) != 3 or main != payload:
-        expected = ", ".join(["B", "T", *map(str, payload.shape[2:])])
-        raise LinkError(f"client {client}: the {what} is {_fact(main)}, expected ({expected}) {payload.dtype}")
-    if rows[0] * rows[1] > agreement.max_tokens:
+def _check(head: Head, kind: type[Any], agreement: Agreement | None, who: str, rows: tuple[int, ...] | None) -> None:
+    """Every tensor must be declared, of the size (B, T) = ``rows`` or else of the first one's, as its codec has it."""
+    left = {item.name: item for item in head.fields}
+    for entry in declared(kind).entries if agreement is not None else ():
+        assert agreement is not None
+        names = entry.names(left)
+        if entry.needed and not names:
+            raise LinkError(f"{who}: a {head.message} frame has no {entry.field}: it has {_list(left)}")
+        if entry.holds == "many" and len(names) > agreement.blocks:
+            raise LinkError(
+                f"{who}: a {head.message} frame has {len(names)} {entry.field}, more than the model's blocks"
+            )
+        for name in names:
+            found = left.pop(name)
+            if not entry.tensors.shapes:
+                if not found.dtype.is_floating_point:
+                    raise LinkError(f"{who}: {name} is {found.dtype}, which no weight is")
+                continue
+            first = rows is None
+            rows = found.shape[:2] if rows is None else rows
+            forms = agreement.forms(entry, name, rows) if len(rows) == 2 else [[found]]
+            if first:
+                _check_first(found, forms[0][0], agreement, who)
+            given = [found, *(left.pop(part) for part in (name + SCALE,) if len(forms[0]) > 1 and part in left)]
+            if given not in forms:
+                raise LinkError(f"{who}: {_facts(given)}, expected {' or '.join(map(_facts, forms))}")
+    if left or len({item.name for item in head.fields}) < len(head.fields):
+        known = ", ".join(entry.field for entry in declared(kind).entries) or "none"
+        raise LinkError(f"{who}: a {head.message} frame has the tensors {_list(left)}, expected {known}, each once")
+    if agreement is not None and head.payload > agreement.frame_bytes:
         raise LinkError(
-            f"client {client}: the {what} has {rows[0]} × {rows[1]} tokens, the server takes at most "
-            f"{agreement.max_tokens}; use smaller (micro-)batches or shorter texts"
-        )
-    due: list[Field] = []  # the scales that must come next
-    for item in head.fields:
-        if due:
-            fits = item == due.pop(0)
-        elif item.name == "mask_BT":
-            fits = item.packed and item.shape == rows
-        elif item.name == "positions_BT":
-            fits = item.shape in {rows, (1, rows[1])} and item.dtype == torch.int64 and not item.packed
-        elif item.name == "rows_B":
-            fits = item.shape == rows[:1] and item.dtype == torch.int64 and not item.packed
-        else:
-            first, *due = agreement.layout(head.kind, item.name, rows)
-            fits = item == first and not item.name.endswith(SCALE)
-        if not fits:
-            raise LinkError(f"client {client}: {item.name} is {_fact(item)}, which does not go with {_fact(main)}")
-    if due:
-        raise LinkError(f"client {client}: the {head.kind.name} frame ends where {due[0].name} should be")
-    if head.payload > agreement.frame_bytes:
-        raise LinkError(
-            f"client {client}: the frame has {head.payload} bytes, the server takes at most {agreement.frame_bytes}; "
+            f"{who}: the frame has {head.payload} bytes, at most {agreement.frame_bytes} are taken; "
             "use smaller (micro-)batches"
         )
 
 
-def _check_weights(head: Head, agreement: Agreement | None) -> None:
-    names = [item.name for item in head.fields]
-    odd = [item for item in head.fields if not item.dtype.is_floating_point or item.packed]
-    most = agreement.frame_bytes if agreement else 0
-    if odd or len(set(names)) < len(names) or head.payload > most:
+def _check_first(found: Field, expected: Field, agreement: Agreement, who: str) -> None:
+    """The first tensor of a message says what (B, T) is."""
+    if len(found.shape) != 3 or found != expected:
+        wanted = f"(B, T, {expected.shape[-1]}) {expected.dtype}" if len(found.shape) == 3 else "(B, T, H)"
+        raise LinkError(f"{who}: {found.name} is {found.shape} {found.dtype}, expected {wanted}")
+    batch, length, _ = found.shape
+    if batch * length > agreement.max_tokens:
         raise LinkError(
-            f"the server sends weights that cannot be used: {len(names)} tensors of {head.payload} bytes "
-            f"(at most {most} are taken), of which {len(odd)} are no weights"
+            f"{who}: {found.name} has {batch} × {length} tokens, the server takes at most "
+            f"{agreement.max_tokens}; use smaller (micro-)batches or shorter texts"
         )
-
-
-def _names(head: Head, client: str, needed: str, optional: Collection[str] = ()) -> None:
-    counts = Counter(item.name for item in head.fields if not item.name.endswith(SCALE))  # the codec says about these
-    odd = [name for name in counts if name != needed and name not in optional]
-    twice = [name for name, count in counts.items() if count > 1 and name != "inner_BTH"]
-    if odd or twice or not counts[needed]:
-        raise LinkError(
-            f"client {client}: a {head.kind.name} frame has the fields {sorted(counts.elements())[:8]}, expected "
-            f"{needed} and none but {', '.join(optional) or 'that'} besides, each once"
-        )
-
-
-def _no_tensors(head: Head, who: str) -> None:
-    if head.fields:
-        raise LinkError(f"{who}: a {head.kind.name} frame has {len(head.fields)} tensors, expected none")
 
 
 def _facts(items: Collection[Field]) -> str:
-    return ", ".join(f"{item.name} {_fact(item)}" for item in list(items)[:4]) or "nothing"
+    return " with ".join(f"{item.name} {item.shape} {item.dtype}" for item in items)
 
 
-def _fact(item: Field) -> str:
-    return f"{item.shape} {item.dtype}"
+def _list(names: Collection[str]) -> str:
+    return ", ".join(sorted(names)[:8]) or "none"

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flexp.config import DeploymentConfig, RunConfig
-from flexp.config import deployment as deployment_config
-from flexp.config import loading as settings
+from flexp.config.loading import OTHERS, overridden, validate
 from flexp.errors import LinkError, StorageError
 from flexp.links.grpc import Serving, serve
 from flexp.methods.turns import schedule
@@ -19,7 +18,7 @@ from flexp.models.loading import ModelKind
 from flexp.run.conduct import Conductor, run_name
 from flexp.run.deterministic import Deterministic
 from flexp.run.free import Free
-from flexp.run.status import Observed, Teller
+from flexp.run.status import StatusReporter, observed
 from flexp.run.store import Store
 from flexp.server import Server
 from flexp.signals import stopped_by_signal
@@ -27,31 +26,32 @@ from flexp.signals import stopped_by_signal
 Say = Callable[[str], None]
 
 
-def read_config(
-    path: Path, overrides: Sequence[str], clients: str | None, schedule: str | None
-) -> tuple[RunConfig, DeploymentConfig]:
-    """A run's configuration as the server needs it: without ``[data]``, if need be.
+def read_config(path: Path | None, overrides: Sequence[str]) -> tuple[RunConfig, DeploymentConfig]:
+    """A run's configuration as the server needs it: without ``[data]`` and a file, if need be.
 
     Raises:
         ConfigError: a key is unknown or impossible.
     """
-    content = settings.read(path)
-    table = dict(content.get("deployment", {}))
-    if clients is not None:
-        table["clients"] = [name.strip() for name in clients.split(",")]
-    if schedule is not None:
-        table["schedule"] = schedule
-    extra = [] if "data" in content else ["data.source=none"]
-    return settings.load(path, [*extra, *overrides]), deployment_config.validate(table, str(path))
+    content, where = overridden(path, overrides), "flexp server" if path is None else str(path)
+    content.setdefault("data", {}).setdefault("source", "none")
+    deployment = DeploymentConfig.checked(content.get("deployment", {}), where, "deployment")
+    return validate({table: keys for table, keys in content.items() if table not in OTHERS}, where), deployment
 
 
 def make_server(
-    config: RunConfig, base_depth: int, end: int | None, kind: ModelKind, clients: Sequence[str] | None
+    config: RunConfig,
+    base_depth: int,
+    end: int | None,
+    kind: ModelKind,
+    clients: Sequence[str] | None,
+    *,
+    remembers: bool = True,
 ) -> Server:
     """The server that a simulation of ``config`` would have, loaded by itself.
 
     Args:
         clients: who takes part, if that is known: for schedules of the shared learning rate.
+        remembers: keep the answers of clients' last steps, for clients that may go back to a snapshot.
     """
     return Server.from_pretrained(
         config.model,
@@ -62,7 +62,7 @@ def make_server(
         config=config.server,
         optimizer=config.train.shared,
         total_steps=None if clients is None else config.train.total_steps * len(clients),
-        remembers=True,
+        remembers=remembers,
     )
 
 
@@ -125,16 +125,15 @@ def run_server(
             load(server, store)
             say(f"going on from {state}: {server.shared.version} updates of the shared blocks so far")
     server.guard.say, server.conductor = say, conductor
-    teller = Teller(server, conductor)
-    options |= {"say": say, "facts": teller.facts}
+    reporter = StatusReporter(server, conductor)
+    options |= {"say": say, "facts": reporter.facts}
     server.allow_export = server.allow_export or allow_export
     if allow_export and conductor is not None and conductor.numbers and not server.shared.version:
         conductor.restore(max(conductor.numbers))  # clients may fetch before all have come to go on
     with stopped_by_signal(stop) as stopped, serve(server, listen, **options) as serving, ExitStack() as stack:
         if metrics is not None:
-            observed = Observed(metrics, lambda: teller.facts(serving), lambda: not stopped.is_set())
-            stack.callback(observed.close)
-            say(f"metrics at http://{observed.address}/metrics")
+            at = stack.enter_context(observed(metrics, lambda: reporter.facts(serving), lambda: not stopped.is_set()))
+            say(f"metrics at http://{at}/metrics")
         say(f"serving blocks [{server.blocks[0]}, {server.blocks[1]}) at {serving.address}")
         _wait(server, serving, conductor, stopped, say, every)
         over = conductor is not None and conductor.finished

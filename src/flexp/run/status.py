@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import contextmanager
 from typing import Any
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, make_wsgi_app, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -45,7 +44,7 @@ _OF_SERVER = {
 _COUNTERS = ("updates", "compute_seconds", "bad_requests")
 
 
-class Teller:
+class StatusReporter:
     """Gathers the facts.
 
     Args:
@@ -103,44 +102,33 @@ class _Metrics(Collector):
             yield metric
 
 
-class Observed:
-    """An HTTP server with /metrics (Prometheus), /healthz (the process answers) and /readyz (clients are served).
+@contextmanager
+def observed(listen: str, facts: Callable[[], Facts], ready: Callable[[], bool]) -> Iterator[Address]:
+    """Inside the ``with`` block an HTTP server answers /metrics (Prometheus), /healthz (the process answers) and
+    /readyz (clients are served); gives where. The same two are on the server's own port, as gRPC's health service.
 
     Raises:
         ConfigError: it cannot listen there.
     """
+    registry, address = CollectorRegistry(), Address.of_text(listen)
+    registry.register(_Metrics(facts))
+    try:
+        server, _ = start_http_server(address.port, address.host, registry)
+    except OSError as error:
+        raise ConfigError(f"--metrics {listen}: cannot listen there ({error.strerror})") from error
+    metrics = make_wsgi_app(registry)
 
-    def __init__(self, listen: str, facts: Callable[[], Facts], ready: Callable[[], bool]) -> None:
-        registry = CollectorRegistry()
-        registry.register(_Metrics(facts))
-        address = Address.of_text(listen)
+    def answer(environ: Any, start: Any) -> Any:
+        pages = {"/healthz": (True, "ok"), "/readyz": (ready(), "ready")}
+        if environ["PATH_INFO"] not in pages:
+            return metrics(environ, start)
+        well, word = pages[environ["PATH_INFO"]]
+        start("200 OK" if well else "503 Service Unavailable", [("Content-Type", "text/plain; charset=utf-8")])
+        return [f"{word}\n".encode() if well else f"not {word}\n".encode()]
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                pages: dict[str, Callable[[], tuple[int, bytes]]] = {
-                    "/metrics": lambda: (200, generate_latest(registry)),
-                    "/healthz": lambda: (200, b"ok\n"),
-                    "/readyz": lambda: (200, b"ready\n") if ready() else (503, b"not ready\n"),
-                }
-                page = pages.get(self.path.partition("?")[0], lambda: (404, b"/metrics, /healthz or /readyz\n"))
-                code, body = page()
-                self.send_response(code)
-                self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        try:
-            self._server = ThreadingHTTPServer((address.host, address.port), Handler)
-        except OSError as error:
-            raise ConfigError(f"--metrics {listen}: cannot listen there ({error.strerror})") from error
-        self.address = Address(address.host, self._server.server_address[1])
-        threading.Thread(target=self._server.serve_forever, name="flexp-metrics", daemon=True).start()
-
-    def close(self) -> None:
-        """Stop answering."""
-        self._server.shutdown()
-        self._server.server_close()
+    server.set_app(answer)
+    try:
+        yield Address(address.host, server.server_port)
+    finally:
+        server.shutdown()
+        server.server_close()

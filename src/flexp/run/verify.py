@@ -21,8 +21,8 @@ from flexp.assets.store import resolve
 from flexp.client.model import SPLIT_MODELS, SplitModel
 from flexp.config import ModelConfig, OptimizerConfig, ServerConfig
 from flexp.errors import ConfigError, FlexpError, ModelError
-from flexp.links.base import Link, connected
-from flexp.links.grpc import loopback
+from flexp.links.base import Link
+from flexp.links.opening import connected, loopback
 from flexp.models.anatomy import refuse_by_design
 from flexp.models.loading import AUTO, ModelKind, load_config, load_stage, quietly
 from flexp.models.parts import Part, check_cut

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from flexp.config import GuardConfig, OptimizerConfig, ServerConfig
 from flexp.errors import BadValuesError, StorageError
+from flexp.links.frames import MOST_FIELDS
 from flexp.links.messages import FetchReply, FetchRequest
-from flexp.links.wire import MOST_FIELDS
 from flexp.models.stage import Stage
 from flexp.optim import Updater
 

@@ -1,4 +1,4 @@
-"""The link over a network: gRPC streams that carry the frames of :mod:`flexp.links.wire`."""
+"""The link over a network: gRPC streams that carry the frames of :mod:`flexp.links.frames`."""
 
 import os
 
@@ -6,9 +6,8 @@ os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # gRPC logs every stream that 
 
 from flexp.links.grpc.connecting import connect
 from flexp.links.grpc.link import GrpcLink
-from flexp.links.grpc.loopback import loopback
 from flexp.links.grpc.security import ServerTls
 from flexp.links.grpc.serving import Serving, serve
 from flexp.links.grpc.tokens import Tokens
 
-__all__ = ["GrpcLink", "ServerTls", "Serving", "Tokens", "connect", "loopback", "serve"]
+__all__ = ["GrpcLink", "ServerTls", "Serving", "Tokens", "connect", "serve"]

@@ -9,12 +9,13 @@ import grpc
 
 from flexp.config import CodecConfig, CodecName
 from flexp.errors import ConfigError, LinkError, LinkLostError
+from flexp.links.frames import VERSION
 from flexp.links.grpc.link import GrpcLink, reason
 from flexp.links.grpc.loop import METHOD, OPTIONS, SERVICE, wait_for, within
 from flexp.links.grpc.security import (
     CLIENT_KEY,
+    PROTOCOL_KEY,
     TOKEN_KEY,
-    WELCOME_KEY,
     Address,
     channel_credentials,
     check_connecting,
@@ -65,7 +66,9 @@ def connect(
     check_connecting(address, secure, insecure=insecure)
     paths = [None if path is None else Path(path) for path in (ca, certificate, key)]
     credentials = channel_credentials(*paths) if secure else None
-    metadata = [(CLIENT_KEY, name.encode())] + ([(TOKEN_KEY, token.encode())] if token else [])
+    metadata = [(PROTOCOL_KEY, str(VERSION)), (CLIENT_KEY, name.encode())] + (
+        [(TOKEN_KEY, token.encode())] if token else []
+    )
 
     async def open_stream() -> GrpcLink:
         target = str(address)
@@ -76,9 +79,15 @@ def connect(
         try:
             stream = channel.stream_stream(f"/{SERVICE}/{METHOD}")(metadata=metadata)
             async with within(connect_timeout, f"no server answered at {target}"):
-                if WELCOME_KEY not in dict(await stream.initial_metadata() or ()):
+                version = dict(await stream.initial_metadata() or ()).get(PROTOCOL_KEY)
+                if version is None:
                     await stream.read()  # raises what the server, or whoever answers there, says instead
                     raise LinkError(f"what answers at {target} is no FlexP server")
+                if version != str(VERSION):
+                    raise LinkError(
+                        f"the server at {target} speaks version {version} of the protocol, this client {VERSION}: "
+                        "use the same FlexP on both sides"
+                    )
         except BaseException as error:
             await channel.close()
             if isinstance(error, grpc.aio.AioRpcError):

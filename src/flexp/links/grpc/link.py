@@ -17,14 +17,12 @@ from torch import Tensor
 from flexp.config import CodecConfig
 from flexp.errors import LinkError, LinkLostError
 from flexp.links.base import Meter, Traffic
-from flexp.links.coding import Coding
-from flexp.links.frames import Frame, encode
+from flexp.links.coding import PLAIN, Coding
+from flexp.links.frames import Frame, Head, encode
 from flexp.links.grpc.loop import background, read_frame, wait_for
 from flexp.links.grpc.security import Address
-from flexp.links.messages import Join, Leave, Request
+from flexp.links.messages import Join, Leave, Refusal, Request, Welcome
 from flexp.links.rules import Agreement, check_reply, check_request
-from flexp.links.translate import read_error, read_welcome, to_frame, to_message
-from flexp.links.wire import Head, Kind
 from flexp.rng import current_turn, resting
 
 R = TypeVar("R")
@@ -58,7 +56,7 @@ class GrpcLink:
         self.header_bytes = [0, 0]
         self.codec = CodecConfig.all("bf16")
         self.residuals: dict[str, Tensor] = {}
-        self._coding: Coding | None = None
+        self._coding = PLAIN
         self._channel, self._stream = channel, stream
         self._address, self._client, self._timeout = address, client, timeout
         self._agreement: Agreement | None = None
@@ -81,7 +79,7 @@ class GrpcLink:
         if isinstance(request, Join) and request.codec is None:
             sent = replace(request, codec=self.codec)
         try:
-            frame = to_frame(sent, next(self._numbers), coding=self._coding)
+            frame = self._coding.frame(sent, next(self._numbers))
             check_request(frame.head, self._agreement, self._client)
             messages = encode(frame)  # in the caller's thread, which may change its tensors afterwards
         except LinkError as error:
@@ -112,7 +110,7 @@ class GrpcLink:
         self._outgoing.put_nowait(messages)
 
     def _late(self, head: Head) -> None:
-        self._fail(f"no answer to {head.kind.name} within {self._timeout:g} s; the link is given up")
+        self._fail(f"no answer to {head.message} within {self._timeout:g} s; the link is given up")
 
     async def _send_all(self) -> None:
         try:
@@ -143,7 +141,7 @@ class GrpcLink:
             raise
 
     def _check(self, head: Head) -> None:
-        if head.kind == Kind.ERROR and not head.call:
+        if head.message == Refusal.__name__ and not head.call and not head.fields:
             return
         call = self._calls.get(head.call)
         if call is not None:
@@ -154,26 +152,25 @@ class GrpcLink:
     def _answer(self, frame: Frame) -> None:
         head = frame.head
         self.header_bytes[1] += head.size
-        if not head.call:
-            raise read_error(head.text)
         call = self._calls.pop(head.call, None)
-        if call is None:
+        if call is None and head.call:
             return  # an answer that came twice
+        answer = self._coding.message(frame, CPU if call is None else call.device)
+        if call is None:
+            raise answer.as_error()
         if call.timer is not None:
             call.timer.cancel()
-        if head.kind == Kind.ERROR:
-            call.future.set_exception(read_error(head.text))
+        if isinstance(answer, Refusal):
+            call.future.set_exception(answer.as_error())
             return
         if call.traffic is not None:
             call.traffic.bytes_down += head.payload
             call.traffic.exchanges += 1
             call.traffic.server_seconds += head.seconds
-        if isinstance(call.request, Join):
-            answer, self._agreement = read_welcome(head.text, call.request)
+        if isinstance(call.request, Join) and isinstance(answer, Welcome):
+            self._agreement = Agreement.of(call.request, answer)
             self._coding = Coding(call.request.codec, self._agreement.dtype, answer.hidden, self.residuals)
-            call.future.set_result(answer)
-        else:
-            call.future.set_result(to_message(frame, call.device, self._coding))
+        call.future.set_result(answer)
 
     def _fail(self, text: str, kind: type[LinkError] = LinkLostError) -> None:
         if self._broken is None:

@@ -9,8 +9,7 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar
 
 from flexp.errors import LinkError, LinkLostError
-from flexp.links.frames import Frame, Incoming
-from flexp.links.wire import CHUNK, Head
+from flexp.links.frames import CHUNK, Frame, Head, Incoming
 from flexp.rng import current_turn, resting
 
 Value = TypeVar("Value")

@@ -18,7 +18,7 @@ __all__ = ["Address", "ServerTls", "Tokens", "channel_credentials", "check_conne
 SCHEMES = ("grpc", "grpcs")
 CLIENT_KEY = "flexp-client-bin"  # -bin: names need not be ASCII
 TOKEN_KEY = "flexp-token-bin"
-WELCOME_KEY = "flexp-protocol"  # the server's answer to a client that it lets in
+PROTOCOL_KEY = "flexp-protocol"  # the version, from the client and from a server that lets it in
 
 
 @dataclass(frozen=True)

@@ -15,23 +15,20 @@ from typing import Any, TypeVar
 
 import grpc
 import torch
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from flexp.errors import ConfigError, FlexpError, LinkError, LinkLostError
 from flexp.links.base import Service
-from flexp.links.coding import Coding
-from flexp.links.frames import Frame, encode
+from flexp.links.coding import PLAIN, Coding
+from flexp.links.frames import VERSION, Frame, encode
 from flexp.links.grpc.gate import Gate
 from flexp.links.grpc.loop import METHOD, OPTIONS, SERVICE, wait_for
-from flexp.links.grpc.memory import Memory
-from flexp.links.grpc.operator import operator_handlers
-from flexp.links.grpc.rate import Rates
-from flexp.links.grpc.security import WELCOME_KEY, Address, ServerTls, check_listening
-from flexp.links.grpc.stream import Answer, Stream
+from flexp.links.grpc.security import PROTOCOL_KEY, Address, ServerTls, check_listening
+from flexp.links.grpc.status import operator_handlers
+from flexp.links.grpc.stream import Answer, Memory, Rates, Stream, refused
 from flexp.links.grpc.tokens import Tokens
 from flexp.links.messages import Join, Leave
-from flexp.links.rules import Limits
-from flexp.links.translate import dtype_of, error_frame, to_frame, to_message, welcome_frame
-from flexp.links.wire import VERSION, Head, Kind
+from flexp.links.rules import Limits, dtype_of
 
 CPU = torch.device("cpu")
 Value = TypeVar("Value")
@@ -70,9 +67,9 @@ def _see_free(asked: Address) -> None:
 
 @dataclass(frozen=True)
 class Later:
-    """A reply that is not known yet."""
+    """A reply that is not known yet, to the request with the number ``call``."""
 
-    head: Head
+    call: int
     reply: Future[Any]
 
 
@@ -127,8 +124,9 @@ class Serving:
         return self._worker.submit(action).result()
 
     def refuse_more(self) -> None:
-        """Answer every further request with a refusal."""
+        """Answer every further request with a refusal, and say so to who asks for the server's health."""
         self._stopping = True
+        asyncio.run_coroutine_threadsafe(self._health.enter_graceful_shutdown(), self._loop)
 
     def stop(self, grace: float = 1.0) -> None:
         """Stop listening, give streams ``grace`` seconds to end, and drop what is in flight."""
@@ -149,6 +147,10 @@ class Serving:
         facts = None if self._facts is None else lambda told=self._facts: told(self)
         methods |= operator_handlers(facts, self._service.readmit, self._tokens)
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        for name in ("", SERVICE):
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         _see_free(asked)
         try:
             if credentials is None:
@@ -168,7 +170,7 @@ class Serving:
         stream = Stream(client, context, self.limits, self._memory, self._compute, self._rates)
         self._gate.enter(client, stream)
         try:
-            await context.send_initial_metadata(((WELCOME_KEY, str(VERSION)),))
+            await context.send_initial_metadata(((PROTOCOL_KEY, str(VERSION)),))
             await stream.run()
         finally:
             self._gate.leave(client)
@@ -186,58 +188,51 @@ class Serving:
     async def _known(self, computed: asyncio.Future[Answer | Later]) -> Answer:
         """The answer, once it is known; meanwhile nothing is computed for the client."""
         answer = await computed
-        if isinstance(answer, Later):
-            try:
-                return _encoded(to_frame(await asyncio.wrap_future(answer.reply), answer.head.call), answer.head)
-            except FlexpError as error:
-                return _encoded(error_frame(error, answer.head.call), answer.head)
-        return answer
+        if not isinstance(answer, Later):
+            return answer
+        try:
+            reply = await asyncio.wrap_future(answer.reply)
+            return reply, encode(PLAIN.frame(reply, answer.call))
+        except FlexpError as error:
+            return refused(error, answer.call)
 
     def _work(self, client: str, frame: Frame) -> Answer | Later:
-        answer = self._answer(client, frame)
-        return Later(frame.head, answer) if isinstance(answer, Future) else _encoded(answer, frame.head)
-
-    def _answer(self, client: str, frame: Frame) -> Frame | Future[Any]:
-        head, began = frame.head, time.perf_counter()
+        head = frame.head
         try:
-            if self._stopping and head.kind != Kind.LEAVE:
-                raise LinkLostError(STOPPING)
-            coding = self._codings.get(client)
-            message = to_message(frame, self._device, coding)
-            if isinstance(message, Leave):
-                self._codings.pop(client, None)
-            reply: Any = self._service.answer(client, message)
-            if isinstance(reply, Future):
-                return reply
-            if isinstance(message, Join):
-                kept = self._service.residuals(client)
-                self._codings[client] = Coding(message.codec, dtype_of(message), reply.hidden, kept)
-                self.say(f"{client}: joined with cut {message.cut}")
-                return welcome_frame(reply, self.limits, head.call)
-            answer = to_frame(reply, head.call, time.perf_counter() - began, coding)
-            if answer.head.payload > self.limits.frame_bytes:  # the client would have to refuse it, and end the stream
-                raise LinkError(
-                    f"the answer to {head.kind.name} has {answer.head.payload} bytes, and a frame holds at most "
-                    f"{self.limits.frame_bytes}"
-                )
-            return answer
+            return self._answer(client, frame)
         except FlexpError as error:
-            return error_frame(error, head.call)
+            return refused(error, head.call)
         except Exception as error:  # one client's request must not end the others' server
-            log.exception("the request %s of client %s failed", head.kind.name, client)
-            return error_frame(f"the server failed ({type(error).__name__}: {error})", head.call)
+            log.exception("the request %s of client %s failed", head.message, client)
+            return refused(f"the server failed ({type(error).__name__}: {error})", head.call)
+
+    def _answer(self, client: str, frame: Frame) -> Answer | Later:
+        head, began = frame.head, time.perf_counter()
+        coding = self._codings.get(client, PLAIN)
+        request = coding.message(frame, self._device)
+        if isinstance(request, Leave):
+            self._codings.pop(client, None)
+        elif self._stopping:
+            raise LinkLostError(STOPPING)
+        reply: Any = self._service.answer(client, request)
+        if isinstance(reply, Future):
+            return Later(head.call, reply)
+        if isinstance(request, Join):
+            reply = self.limits.told(reply)
+            kept = self._service.residuals(client)
+            self._codings[client] = Coding(request.codec, dtype_of(request), reply.hidden, kept)
+            self.say(f"{client}: joined with cut {request.cut}")
+        answer = coding.frame(reply, head.call, time.perf_counter() - began)
+        if answer.head.payload > self.limits.frame_bytes:  # the client would have to refuse it, and end the stream
+            raise LinkError(
+                f"the answer to {head.message} has {answer.head.payload} bytes, and a frame holds at most "
+                f"{self.limits.frame_bytes}"
+            )
+        return reply, encode(answer)
 
     def _leave(self, client: str) -> None:
         self._codings.pop(client, None)
         self._service.answer(client, Leave())
-
-
-def _encoded(answer: Frame, asked: Head) -> Answer:
-    try:
-        return answer.head, encode(answer)
-    except LinkError as error:
-        refusal = error_frame(error, asked.call)
-        return refusal.head, encode(refusal)
 
 
 @contextmanager

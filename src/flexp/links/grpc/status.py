@@ -1,4 +1,4 @@
-"""Asking a server how it is: one call beside the streams, answered with JSON and without any tensor."""
+"""What only the operator may ask of a server: how it is, and to let a client in again; calls beside the streams."""
 
 from __future__ import annotations
 
@@ -13,22 +13,30 @@ from pydantic_core import from_json, to_json
 from flexp.errors import LinkError
 from flexp.links.grpc.link import last_part
 from flexp.links.grpc.loop import SERVICE, wait_for, within
-from flexp.links.grpc.security import TOKEN_KEY, Address, Tokens, channel_credentials, check_connecting
+from flexp.links.grpc.security import TOKEN_KEY, Address, Tokens, channel_credentials, check_connecting, check_name
 
-STATUS = "Status"
+STATUS, READMIT = "Status", "Readmit"
 OPERATOR = "operator"
 """Whose token it takes to ask, on a server with tokens."""
 
 
-def status_handler(facts: Callable[[], dict[str, Any]], tokens: Tokens | None) -> grpc.RpcMethodHandler:
-    """The server's side: ``facts`` as JSON, for anybody on a server without tokens, else for the operator."""
+def operator_handlers(
+    facts: Callable[[], dict[str, Any]] | None, readmit: Callable[[str], bool], tokens: Tokens | None
+) -> dict[str, grpc.RpcMethodHandler]:
+    """The server's side, by the names of the methods. Without tokens, anybody who reaches the server may ask."""
 
-    async def answer(_: Any, context: Any) -> bytes:
+    async def let_in(client: bytes, context: Any) -> bytes:
         await check_operator(context, tokens)
+        return b"yes" if readmit(client.decode("utf-8", "replace")) else b"no"
+
+    async def status(_: Any, context: Any) -> bytes:
+        await check_operator(context, tokens)
+        assert facts is not None
         found = await asyncio.to_thread(facts)  # it waits for what is computed, which no stream need do
         return to_json(found, inf_nan_mode="null")
 
-    return grpc.unary_unary_rpc_method_handler(answer)
+    methods = {READMIT: let_in} if facts is None else {READMIT: let_in, STATUS: status}
+    return {name: grpc.unary_unary_rpc_method_handler(method) for name, method in methods.items()}
 
 
 async def check_operator(context: Any, tokens: Tokens | None) -> None:
@@ -49,6 +57,18 @@ def ask_status(
     """
     facts: dict[str, Any] = from_json(ask(url, STATUS, b"", token=token, ca=ca, insecure=insecure, timeout=timeout))
     return facts
+
+
+def ask_readmit(url: str, client: str, *, token: str | None = None, ca: Path | None = None, insecure: bool) -> None:
+    """Let a client in again.
+
+    Raises:
+        ConfigError: the address or the name is none, or plaintext would leave this machine.
+        LinkError: no server answers, or not to this token; or the client is not put aside.
+    """
+    answer = ask(url, READMIT, check_name(client).encode(), token=token, ca=ca, insecure=insecure)
+    if answer != b"yes":
+        raise LinkError(f"the server has not put {client} aside; flexp status shows whom it has")
 
 
 def ask(

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Any
 
 import grpc
 import torch
 
-from flexp.errors import LinkError
-from flexp.links.frames import Frame, encode
+from flexp.errors import LinkError, LinkLostError
+from flexp.links.coding import PLAIN
+from flexp.links.frames import Frame, Head, encode
 from flexp.links.grpc.loop import read_frame, within
-from flexp.links.grpc.memory import Memory
-from flexp.links.grpc.order import Order
-from flexp.links.grpc.rate import Rates
+from flexp.links.messages import Join, Leave, Refusal, Welcome
 from flexp.links.rules import Agreement, Limits, check_request
-from flexp.links.translate import error_frame, read_welcome, to_message
-from flexp.links.wire import Head, Kind
 
-Answer = tuple[Head, list[bytes]]
+Answer = tuple[Any, list[bytes]]
+"""A message, and the messages of the stream that carry it."""
 Compute = Callable[[str, Frame], "asyncio.Future[Answer]"]
+LATE = "a request came after one that was sent later, so its step must be done again"
+GAPS_KEPT = 64
 
 
 class Stream:
@@ -41,7 +43,7 @@ class Stream:
         self._last: LinkError | None = None
         self._agreement: Agreement | None = None
         self._held = 0  # bytes of memory
-        self._order = Order()
+        self._numbers = Numbers()
         self._answers: asyncio.Queue[tuple[asyncio.Future[Answer], int] | None] = asyncio.Queue(limits.unanswered)
 
     async def run(self) -> None:
@@ -78,22 +80,21 @@ class Stream:
                 )
                 if frame is None:
                     break
-                if not self._order.new(frame.head.call):
+                if not self._numbers.new(frame.head.call):
                     self._held -= frame.head.payload
                     self._memory.release(frame.head.payload)
                     continue
                 answer = self._compute(self._client, frame)
                 await self._answers.put((answer, frame.head.payload))
-                if frame.head.kind == Kind.JOIN:
-                    head, _ = await asyncio.shield(answer)
-                    if head.kind == Kind.WELCOME:
-                        _, self._agreement = read_welcome(head.text, to_message(frame, torch.device("cpu")))
-                if frame.head.kind == Kind.LEAVE:
+                if frame.head.message == Join.__name__:
+                    welcome, _ = await asyncio.shield(answer)
+                    if isinstance(welcome, Welcome):
+                        self._agreement = Agreement.of(PLAIN.message(frame, torch.device("cpu")), welcome)
+                if frame.head.message == Leave.__name__:
                     break
         except LinkError as error:  # whoever breaks the protocol has what came before answered, and this
             last: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-            refusal = error_frame(error)
-            last.set_result((refusal.head, encode(refusal)))
+            last.set_result(refused(error, 0))
             await self._answers.put((last, 0))
         await self._answers.put(None)
 
@@ -124,3 +125,103 @@ class Stream:
             await asyncio.sleep(wait)  # reading on later holds the sender back
         await self._memory.reserve(size)
         self._held += size
+
+
+class Numbers:
+    """Of one stream's requests: they rise; a client may leave some out, but none may come after a higher one.
+
+    What comes twice is passed over. gRPC keeps the order of a stream; what stands between client and server may not.
+    """
+
+    def __init__(self) -> None:
+        self._newest = 0
+        self._left_out: deque[range] = deque(maxlen=GAPS_KEPT)  # a client of ours leaves out few: refused requests
+
+    def new(self, number: int) -> bool:
+        """Whether this request is to be computed; otherwise it has come before.
+
+        Raises:
+            LinkLostError: it has not, and one that was sent later has been computed.
+        """
+        if number > self._newest:
+            if number > self._newest + 1:
+                self._left_out.append(range(self._newest + 1, number))
+            self._newest = number
+            return True
+        if any(number in gap for gap in self._left_out):
+            raise LinkLostError(LATE)
+        return False
+
+
+class Bucket:
+    """Lets ``rate`` units a second pass, and up to ``burst`` at once after a pause."""
+
+    def __init__(self, rate: float, burst: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._rate, self._burst, self._clock = rate, burst, clock
+        self._level, self._at = burst, clock()
+
+    def take(self, amount: float) -> float:
+        """Take so many units; gives the seconds to wait first. More than a burst passes too, and is waited for."""
+        now = self._clock()
+        self._level = min(self._burst, self._level + (now - self._at) * self._rate) - amount
+        self._at = now
+        return max(0.0, -self._level / self._rate)
+
+
+class Rates:
+    """The buckets of all clients. They outlive streams, so that connecting anew gains nothing; the oldest go first."""
+
+    def __init__(self, limits: Limits, most: int = 4096, clock: Callable[[], float] = time.monotonic) -> None:
+        self._limits, self._most, self._clock = limits, most, clock
+        self._buckets: OrderedDict[str, list[Bucket]] = OrderedDict()
+
+    def take(self, client: str, size: int) -> float:
+        """Seconds that a request of ``size`` bytes of tensors waits before it is read on."""
+        limits = self._limits
+        if client not in self._buckets:
+            self._buckets[client] = [
+                Bucket(rate, rate * limits.burst_seconds, self._clock)
+                for rate in (limits.requests_per_second, limits.bytes_per_second)
+            ]
+        self._buckets.move_to_end(client)
+        while len(self._buckets) > self._most:
+            self._buckets.popitem(last=False)
+        requests, volume = self._buckets[client]
+        return max(requests.take(1), volume.take(size))
+
+
+class Memory:
+    """Bytes that frames of all clients may take together, from their first message until they are answered."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.used = 0
+        self._turn = asyncio.Lock()  # first come, first served: small frames do not starve large ones
+        self._freed = asyncio.Event()
+
+    async def reserve(self, size: int) -> None:
+        """Wait until ``size`` bytes are free, and take them.
+
+        A whole frame at once: a part of it could wait for room that other parts hold.
+
+        Raises:
+            LinkError: there will never be so many.
+        """
+        if size > self.most:
+            raise LinkError(f"a frame of {size} bytes is more than the server's memory in flight, {self.most} bytes")
+        async with self._turn:
+            while self.used + size > self.most:
+                self._freed.clear()
+                await self._freed.wait()
+            self.used += size
+
+    def release(self, size: int) -> None:
+        """Give back what was reserved."""
+        self.used -= size
+        self._freed.set()
+
+
+def refused(error: Exception | str, call: int) -> Answer:
+    """The refusal of one request, or (``call`` = 0) of the whole stream."""
+    refusal = Refusal.of(error)
+    return refusal, encode(PLAIN.frame(refusal, call))

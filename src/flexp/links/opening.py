@@ -1,0 +1,45 @@
+"""Opening a link from what a user says, and closing it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from flexp.links.base import Link, Service
+
+
+@contextmanager
+def connected(link: Link) -> Iterator[Link]:
+    """Close ``link`` when the ``with`` block ends."""
+    try:
+        yield link
+    finally:
+        link.close()
+
+
+def as_link(link: Link | str) -> Link:
+    """``link``, or what a URL with the client's name in it leads to: ``grpc://clinic-a@HOST:PORT``.
+
+    A query makes the network in between slower than it is (:func:`flexp.links.emulated.split_url`).
+
+    Raises:
+        ConfigError, LinkError: as :func:`flexp.connect`.
+    """
+    if not isinstance(link, str):
+        return link
+    from flexp.links.emulated import EmulatedLink, split_url  # these only for those who use them
+    from flexp.links.grpc import connect
+
+    address, network = split_url(link)
+    far: Link = connect(address)
+    return far if network is None else EmulatedLink(far, network)
+
+
+@contextmanager
+def loopback(service: Service, client: str) -> Iterator[Link]:
+    """A link for ``client`` that goes through gRPC although ``service`` is in this process: in plaintext, over a free
+    port of this machine; nothing is rounded."""
+    from flexp.links.grpc import connect, serve
+
+    with serve(service) as serving, connected(connect(f"grpc://{serving.address}", client, codec="off")) as link:
+        yield link
