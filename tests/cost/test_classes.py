@@ -23,7 +23,7 @@ def test_ready_classes_are_ordered_as_one_would_expect() -> None:
     speeds = [READY[name].flops for name in order]
     assert speeds == sorted(speeds)
     assert READY["phone"].memory_bytes == min(device.memory_bytes for device in READY.values())
-    assert all(device.always_on for device in READY.values())
+    assert all(device.mean_off_s is None for device in READY.values())
 
 
 def test_figures_of_a_ready_class_can_be_others() -> None:
@@ -33,7 +33,7 @@ def test_figures_of_a_ready_class_can_be_others() -> None:
         "old", {"old": DeviceClassConfig(base="phone", flops=1.0, mean_on_s=2.0, mean_off_s=3.0)}
     )
     assert (other.name, other.flops, other.uplink_bps) == ("old", 1.0, READY["phone"].uplink_bps)
-    assert not other.always_on
+    assert other.mean_off_s == 3.0
 
 
 def test_a_class_of_ones_own_needs_all_figures() -> None:

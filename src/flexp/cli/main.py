@@ -35,6 +35,8 @@ app = typer.Typer(
     name="flexp",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    context_settings={"max_content_width": 120},
+    rich_markup_mode=None,  # plain help: rich would take longer to import than all else together
     help="Personalized split federated fine-tuning of transformers.",
 )
 app.command("demo")(run.demo)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
 from flexp.errors import ConfigError
-from flexp.registry import METHODS
 
 
 def methods() -> None:
     """Show every method: whether all get one model, whether the model is split, and what leaves a client."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from flexp.registry import METHODS
+
     table = Table(box=None, pad_edge=False)
     for title in ("name", "one model for all", "split", "sends", "from"):
         table.add_column(title, no_wrap=title == "name")

@@ -82,7 +82,7 @@ class ClientsConfig(Section):
         """Whether clients have device classes, so that there is a virtual clock."""
         return self.device is not None or any(one.device is not None for one in self.each)
 
-    def of(self, name: str, index: int) -> ClientConfig:
+    def _of(self, name: str, index: int) -> ClientConfig:
         """What the client ``name`` has, the ``index``-th of all."""
         turns = [one for one in self.each if one.name is None]
         turn = [turns[index % len(turns)]] if turns else []
@@ -93,7 +93,7 @@ class ClientsConfig(Section):
 
     def every(self, names: Sequence[str]) -> dict[str, ClientConfig]:
         """What each of these clients has, which are all."""
-        return {name: self.of(name, index) for index, name in enumerate(names)}
+        return {name: self._of(name, index) for index, name in enumerate(names)}
 
     def devices(self, names: Sequence[str]) -> dict[str, str]:
         """The device class of each client.

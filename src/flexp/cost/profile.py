@@ -117,10 +117,6 @@ class Profile(Section):
                 raise ValueError("measured: every shape must have all blocks of the model")
         return self
 
-    @property
-    def always_on(self) -> bool:
-        return self.mean_off_s is None
-
     @classmethod
     def from_class(
         cls, name: str, classes: Mapping[str, DeviceClassConfig] | None = None, role: Role | None = None

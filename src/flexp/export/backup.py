@@ -19,12 +19,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from flexp._version import __version__
 from flexp.client.recut import PERSONAL
 from flexp.config import RunConfig
 from flexp.data.types import ModelKind
 from flexp.errors import ConfigError, StorageError
-from flexp.export.card import origin
+from flexp.export.card import run_facts
 from flexp.export.opening import open_trained
 from flexp.export.saved import is_run, run_config
 from flexp.export.sealed import is_sealed, seal, unseal
@@ -143,26 +142,18 @@ def belonging(config: RunConfig, source: Stage, kind: ModelKind, labels: list[st
     Args:
         source: of the pretrained model, any part.
     """
-    return {
-        "run": config.name,
-        "seed": config.seed,
-        "model": origin(config.model.id),
+    return run_facts(config, labels) | {
         "fingerprint": fingerprint(source.model.config),
         "weights": source.weights,
         "model_kind": kind,
-        "labels": labels,
-        "method": config.method.name,
-        "tuning": config.model.tuning,
-        "lora": config.model.lora.model_dump(mode="json") if config.model.tuning == "lora" else None,
         "train_embeddings": config.model.train_embeddings,
-        "dtype": config.model.dtype,
         "optimizer": config.train.personal.name,
         "follow": method_of(config).aligns and config.method.align.follow,
     }
 
 
 def _facts(model: FromCheckpoint, cut: tuple[int, int]) -> dict[str, Any]:
-    head = {"kind": KIND, "schema": SCHEMA, "flexp": __version__, "client": model.client, "cut": list(cut)}
+    head = {"kind": KIND, "schema": SCHEMA, "client": model.client, "cut": list(cut)}
     return head | belonging(model.config, model.source(), model.kind, model.labels)
 
 

@@ -15,6 +15,7 @@ from flexp._version import __version__
 from flexp.assets.registry import ASSETS, Asset
 from flexp.assets.store import PREFIX
 from flexp.config import RunConfig
+from flexp.models.loading import AUTO
 from flexp.report import formats
 
 FILE = "flexp.json"
@@ -30,11 +31,6 @@ _PIPELINES = {
     "sequence-classification": "text-classification",
     "image-classification": "image-classification",
 }
-_AUTO = {
-    "causal-lm": "AutoModelForCausalLM",
-    "sequence-classification": "AutoModelForSequenceClassification",
-    "image-classification": "AutoModelForImageClassification",
-}
 _UNKNOWN = "not known to FlexP; see where it came from"
 
 
@@ -46,24 +42,31 @@ def described(config: RunConfig, form: str, dtype: str, kind: str, labels: list[
         dtype: of the weights in the folder.
     """
     data = config.data.model_dump(mode="json")
-    return {
+    return run_facts(config, labels) | {
         "schema": SCHEMA,
-        "flexp": __version__,
         "form": form,
-        "run": config.name,
-        "seed": config.seed,
-        "method": config.method.name,
         "rounds": config.train.rounds,
         "kind": kind,
-        "tuning": config.model.tuning,
-        "lora": config.model.lora.model_dump(mode="json") if config.model.tuning == "lora" else None,
         "dtype": dtype,
         "autocast": config.model.autocast,
         "attention": config.model.attention,
-        "labels": labels,
         "data": {key: data[key] for key in TASK_KEYS},
-        "model": origin(config.model.id),
         "source": origin(config.data.source),
+    }
+
+
+def run_facts(config: RunConfig, labels: list[str] | None) -> dict[str, Any]:
+    """What an exported model and a backup both say of the run that they are from."""
+    return {
+        "flexp": __version__,
+        "run": config.name,
+        "seed": config.seed,
+        "model": origin(config.model.id),
+        "labels": labels,
+        "method": config.method.name,
+        "tuning": config.model.tuning,
+        "lora": config.model.lora.model_dump(mode="json") if config.model.tuning == "lora" else None,
+        "dtype": config.model.dtype,
     }
 
 
@@ -178,7 +181,7 @@ def _scores(facts: Mapping[str, Any]) -> list[str]:
 
 
 def _use(facts: Mapping[str, Any], adapter: bool) -> list[str]:
-    auto, image = _AUTO[facts["kind"]], facts["kind"] == "image-classification"
+    auto, image = AUTO[facts["kind"]].__name__, facts["kind"] == "image-classification"
     processor = "AutoImageProcessor" if image else "AutoTokenizer"
     if not adapter:
         code = [

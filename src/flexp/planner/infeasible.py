@@ -135,21 +135,16 @@ def _changes(task: TaskShape, choice: Choice, keys: Mapping[str, str], may_map: 
 
     Each comes once more with embeddings in their file, which changes no result, where they may be there.
     """
-
-    def may(other: TaskShape) -> bool:
-        known = other.embeddings == "memory" and other.dtype == task.dtype  # the file has but one type
-        return may_map and known and not other.train_embeddings and other.kind != "image-classification"
-
-    if may(task):
-        yield _lean(Change(task, choice, ""), f"embeddings that stay in their file ({keys['embeddings']})")
-    for change in (*_lossless(task, choice, keys), *_lossy(task, choice, keys)):
-        yield change
-        if may(change.task):
-            yield _lean(change, f"{change.words} and embeddings in their file ({keys['embeddings']})")
-
-
-def _lean(change: Change, words: str) -> Change:
-    return Change(change.task.model_copy(update={"embeddings": "file"}), change.choice, words)
+    own = Change(task, choice, "")
+    for change in (own, *_lossless(task, choice, keys), *_lossy(task, choice, keys)):
+        if change is not own:
+            yield change
+        other = change.task
+        loaded = other.embeddings == "memory" and other.dtype == task.dtype  # the file has but one type
+        if may_map and loaded and not other.train_embeddings and other.kind != "image-classification":
+            words = f"{change.words} and embeddings" if change.words else "embeddings that stay"
+            lean = other.model_copy(update={"embeddings": "file"})
+            yield Change(lean, change.choice, f"{words} in their file ({keys['embeddings']})")
 
 
 def _lossless(task: TaskShape, choice: Choice, keys: Mapping[str, str]) -> Iterator[Change]:

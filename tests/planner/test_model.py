@@ -14,6 +14,7 @@ from flexp.cost.device import ARENA, OTHER_THREADS, Limit, for_training
 from flexp.cost.model_cost import model_cost
 from flexp.cost.predict import memory as least
 from flexp.cost.profile import Profile
+from flexp.errors import ConfigError
 from flexp.models.parts import Part
 from flexp.models.zoo import save_tiny
 from flexp.planner import model as own
@@ -55,6 +56,9 @@ def test_a_model_that_chooses_its_cut(
     assert model.stage.part == Part.client(model.cut, 4)
     assert f"cut ({model.cut[0]}, {model.cut[1]}) planned" in caplog.text
     assert "that a test leaves" in caplog.text
+    monkeypatch.setattr(type(model), "plan_cut", None)  # as where the class was not taken from flexp
+    with pytest.raises(ConfigError, match=r"take the class from there"):
+        type(model).from_pretrained(folder, cut="auto", link=server.connect("b"), labels=["x", "y"])
 
 
 def test_a_limit_on_addresses_counts_the_map_of_the_embeddings_too(
