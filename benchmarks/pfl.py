@@ -29,8 +29,8 @@ from flexp.errors import ConfigError, StorageError
 from flexp.methods import METHODS, World
 from flexp.methods.base import Method, OnStep
 from flexp.methods.federated import Client, Federated
+from flexp.methods.harness import Weights
 from flexp.methods.local import Local
-from flexp.methods.workbench import Weights
 from flexp.run.store import Store
 
 PUBLISHED: dict[Rule, dict[str, tuple[float, float]]] = {

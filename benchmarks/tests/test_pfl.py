@@ -68,7 +68,7 @@ def test_ditto_without_its_pull_is_local_training(home: Path) -> None:
 def test_the_head_is_the_last_layer(home: Path) -> None:
     for name in ("fedper", "fedrep"):
         method: Any = make_method(world(home, name))
-        assert sorted(method.bench.parameters.keys() - method.shared) == ["classifier.bias", "classifier.weight"]
+        assert sorted(method.harness.parameters.keys() - method.shared) == ["classifier.bias", "classifier.weight"]
 
 
 def test_pfedme_runs_with_the_benchmarks_settings() -> None:

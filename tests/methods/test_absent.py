@@ -47,7 +47,7 @@ def test_the_others_train_as_without_them(home: Path, name: str) -> None:
 def test_they_are_scored_with_the_average(home: Path, name: str) -> None:
     method = trained(home, name, data=TRIO, absent=["west"], **SETTINGS)
     logits(method, "west")
-    assert equal(method.bench.take(), method.server.weights)
+    assert equal(method.harness.take(), method.server.weights)
     assert method.account("west").evaluation.bytes_down == 4 * sum(v.numel() for v in method.server.weights.values())
     assert method.account("west").personal_parameters == 0
 
@@ -57,7 +57,7 @@ def test_what_is_personal_is_the_pretrained_models(home: Path) -> None:
     fresh = trained(home, "fedper", data=TRIO, own={"last_blocks": 1}, rounds=1)
     start = {name: fresh.world.source.model.get_parameter(name) for name in fresh.clients["west"].kept["personal"]}
     logits(method, "west")
-    assert equal(method.bench.take(), {**start, **method.server.weights})
+    assert equal(method.harness.take(), {**start, **method.server.weights})
 
 
 def test_without_an_average_they_have_the_pretrained_model(home: Path) -> None:

@@ -156,7 +156,7 @@ def test_splitfed_v2_trains_the_server_in_turn(monkeypatch: pytest.MonkeyPatch) 
                 own[name], bias = own[name] - 0.1 * slope, bias - 0.1 * slope
         common = sum(shares[name] * value for name, value in own.items())
     assert average(method) == pytest.approx(common, rel=1e-12)
-    assert method.bench.parameters["bias"].item() == pytest.approx(bias, rel=1e-12)
+    assert method.harness.parameters["bias"].item() == pytest.approx(bias, rel=1e-12)
     assert method.server_facts()["updates"] == 4 * 2 * 2
 
 
@@ -176,7 +176,7 @@ def test_splitlora_steps_together(monkeypatch: pytest.MonkeyPatch, every: int) -
             kept = dict.fromkeys(kept, common)
     assert {name: own(method, name) for name in kept} == pytest.approx(kept, rel=1e-12)
     assert average(method) == pytest.approx(common, rel=1e-12)
-    assert method.bench.parameters["bias"].item() == pytest.approx(bias, rel=1e-12)
+    assert method.harness.parameters["bias"].item() == pytest.approx(bias, rel=1e-12)
     assert method.server_facts()["updates"] == 6
 
 

@@ -16,8 +16,8 @@ from flexp.client.model import SplitModel
 from flexp.client.personal import WholeModel
 from flexp.client.trainer import Step
 from flexp.errors import ConfigError
-from flexp.methods.split_bench import SplitBench
-from flexp.methods.workbench import Worker
+from flexp.methods.harness import Worker
+from flexp.methods.two_sided import SplitHarness
 from flexp.run.store import Store
 from tests.tiny import CLIENTS
 
@@ -87,7 +87,7 @@ def test_fedper_with_everything_shared_is_fedavg(home: Path, tuning: str) -> Non
 def test_the_last_layers_are_personal(home: Path, name: str) -> None:
     method = trained(home, name, own={"last_blocks": 1})
     personal = of(method, "north").keys() - method.server.weights.keys()
-    assert personal == {key for key in method.bench.parameters if ".layer.3." in key or key.startswith("classifier.")}
+    assert personal == {key for key in method.harness.parameters if ".layer.3." in key or key.startswith("classifier.")}
     north, south = of(method, "north"), of(method, "south")
     assert all(torch.equal(north[key], south[key]) == (key not in personal) for key in north)
 
@@ -192,7 +192,7 @@ def test_every_client_spends_the_budget_to_the_last_gradient(
 ) -> None:
     """Three rounds of four gradient evaluations of four examples for each of three clients, whatever the method."""
     evaluated: list[int] = []
-    calls: list[tuple[Any, str]] = [(WholeModel, "__call__"), (SplitBench, "__call__"), (SplitModel, "forward")]
+    calls: list[tuple[Any, str]] = [(WholeModel, "__call__"), (SplitHarness, "__call__"), (SplitModel, "forward")]
     for kind, name_of_call in calls:
 
         def counted(self: Any, call: Any = getattr(kind, name_of_call), **batch: Any) -> Any:
@@ -330,11 +330,11 @@ def test_bytes_are_the_tensors_sizes(home: Path) -> None:
 def test_clients_share_one_set_of_modules(home: Path) -> None:
     method = make(home, "ditto")
     assert {id(worker.model) for client in method.clients.values() for worker in client.workers.values()} == {
-        id(method.bench)
+        id(method.harness)
     }
     frozen = {value.data_ptr() for value in method.world.source.model.parameters()}
-    own = {value.data_ptr() for value in method.bench.parameters.values()}
-    rest = {value.data_ptr() for value in method.bench.stage.model.parameters()} - own
+    own = {value.data_ptr() for value in method.harness.parameters.values()}
+    rest = {value.data_ptr() for value in method.harness.stage.model.parameters()} - own
     assert rest <= frozen
     assert own.isdisjoint(frozen)
 

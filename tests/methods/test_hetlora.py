@@ -82,6 +82,6 @@ def test_sparsity_weighs_otherwise_than_examples(home: Path) -> None:
 
 def test_the_scaling_is_that_of_the_largest_rank(home: Path) -> None:
     method = make(home, "hetlora", ranks=[2, 4])
-    layers = [module for module in method.bench.stage.model.modules() if hasattr(module, "lora_A")]
+    layers = [module for module in method.harness.stage.model.modules() if hasattr(module, "lora_A")]
     assert layers
     assert {layer.scaling["default"] for layer in layers} == {16.0 / 4}

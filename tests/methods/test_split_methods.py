@@ -16,7 +16,7 @@ from flexp.client.exchange import loss_items
 from flexp.errors import ConfigError, TrainingError
 from flexp.methods import split_fedavg
 from flexp.methods.ranks import average, fit
-from flexp.methods.split_bench import SplitBench
+from flexp.methods.two_sided import SplitHarness
 from tests.tiny import CLIENTS, bert_folder
 
 from .tools import ADAPTERS, ONE, equal, make, trained
@@ -41,7 +41,7 @@ def everything(method: Any, client: str = "north") -> dict[str, Tensor]:
     if isinstance(method, split_fedavg.SplitFedAvg):
         return method.clients[client].model.personal_state() | dict(method.server.shared.updater.parameters)
     method._hold(method.clients[client])
-    weights: dict[str, Tensor] = method.bench.take()
+    weights: dict[str, Tensor] = method.harness.take()
     return weights
 
 
@@ -155,7 +155,7 @@ def test_splitlora_with_one_client_and_no_average_is_local_training(home: Path) 
 
 def test_the_two_sides(home: Path) -> None:
     method = make(home, "splitfed-v2", own={"cut": 2}, model={"train_embeddings": True})
-    bench: SplitBench = method.bench
+    bench: SplitHarness = method.harness
     assert bench.client_side | bench.server_side == bench.parameters.keys()
     assert bench.client_side == {
         name for name in bench.parameters if "embeddings." in name or ".layer.0." in name or ".layer.1." in name
@@ -236,16 +236,16 @@ def test_splitft_starts_from_the_first_rows_of_the_full_adapter(plain: Path) -> 
 def test_bytes_of_an_l_shape(home: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Activations, masks (a byte an entry) and labels up, gradients down, and the client's side both ways."""
     shapes: list[tuple[int, int, int]] = []
-    call = SplitBench.__call__
+    call = SplitHarness.__call__
 
-    def noted(self: SplitBench, **batch: Any) -> Any:
+    def noted(self: SplitHarness, **batch: Any) -> Any:
         if self.stage.model.training:
             shapes.append((*batch["input_ids"].shape, loss_items(batch["labels"])))
         return call(self, **batch)
 
-    monkeypatch.setattr(SplitBench, "__call__", noted)
+    monkeypatch.setattr(SplitHarness, "__call__", noted)
     method = trained(home, name, data=ONE)
-    side = 4 * sum(method.bench.parameters[key].numel() for key in method.bench.client_side)
+    side = 4 * sum(method.harness.parameters[key].numel() for key in method.harness.client_side)
     hidden = sum(4 * 32 * examples * length for examples, length, _ in shapes)
     masks = sum(examples * length for examples, length, _ in shapes)
     labels = sum(8 * items for *_, items in shapes)
@@ -268,7 +268,7 @@ def test_bytes_of_an_l_shape(home: Path, name: str, monkeypatch: pytest.MonkeyPa
 def test_splitlora_sends_adapters_when_they_are_averaged(home: Path) -> None:
     plain = trained(home, "splitlora", rounds=4, data=ONE).account("north").training
     method = trained(home, "splitlora", own={"average_every": 2}, rounds=4, data=ONE)
-    side = 4 * sum(method.bench.parameters[key].numel() for key in method.bench.client_side)
+    side = 4 * sum(method.harness.parameters[key].numel() for key in method.harness.client_side)
     rare = method.account("north").training
     assert (plain.bytes_up - rare.bytes_up, plain.bytes_down - rare.bytes_down) == (2 * side, 2 * side)
 
@@ -306,13 +306,13 @@ def test_a_failed_step_leaves_no_gradient_on_either_side(home: Path) -> None:
     with pytest.raises(TrainingError, match="the loss is nan"):
         method.train_round(1, lambda step: None)
     assert len(calls) == 2
-    assert all(parameter.grad is None for parameter in method.bench.parameters.values())
+    assert all(parameter.grad is None for parameter in method.harness.parameters.values())
     assert method.updates == method.lasting.steps == 0
 
 
 def test_a_head_tied_to_trained_embeddings_is_refused(home: Path) -> None:
     method = make(home, "splitfed-v1", model={"train_embeddings": True})
-    bench, model = method.bench, method.bench.stage.model
+    bench, model = method.harness, method.harness.stage.model
     model.get_output_embeddings = model.get_input_embeddings
     with pytest.raises(ConfigError, match=r"train_embeddings = true: this model's head is tied"):
-        SplitBench(bench.stage, 1)
+        SplitHarness(bench.stage, 1)

@@ -94,8 +94,8 @@ class MethodConfig(Section):
 
 
 def _config_of(table: str) -> type[Section] | None:
-    """What checks ``[method.TABLE]``, if some method has it; the one whose name it is is looked at first."""
-    for name in sorted(METHODS, key=lambda name: name.replace("-", "_") != table):
+    """What checks ``[method.TABLE]``, if some method has it: the one of that name, else one of ours, else another's."""
+    for name in sorted(METHODS, key=lambda name: (name.replace("-", "_") != table, METHODS.owner(name) != "flexp")):
         if METHODS[name].table == table:
             config: type[Section] | None = METHODS[name].Config
             return config

@@ -91,7 +91,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         super().__init__()
         if model.kind != "causal-lm":
             raise ConfigError(f"the harness is for language models; this model's task is {model.task.name}")
-        self.tokenizer: Any = model.task.tokenizer  # type: ignore[attr-defined]
+        self.tokenizer = model.processor
         if self.tokenizer.eos_token_id is None:
             raise ConfigError("the harness needs a tokenizer with an end-of-text token, and this model's has none")
         self.forward: Forward = model.pretrained if pretrained else model.forward

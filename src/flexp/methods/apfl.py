@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from flexp.config import Fraction, Section
 from flexp.methods.base import Holds, OnStep, World
 from flexp.methods.federated import Client, Federated, spread
-from flexp.methods.workbench import Weights, optimizer_state
+from flexp.methods.harness import Weights, optimizer_state
 
 
 class Apfl(Federated):
@@ -51,7 +51,7 @@ class Apfl(Federated):
 
     def own_models(self) -> dict[str, Weights]:
         alpha = torch.tensor(self.settings.alpha, dtype=torch.float64)
-        return {"personal": self.bench.take(), "optimizer": {}, "mixture": {"alpha": alpha}}
+        return {"personal": self.harness.take(), "optimizer": {}, "mixture": {"alpha": alpha}}
 
     def turn(self, client: Client, received: Weights, number: int, on_step: OnStep) -> Weights:
         common, personal = client.workers["model"], client.workers["personal"]
@@ -60,11 +60,11 @@ class Apfl(Federated):
         with common.optimiser(w), personal.optimiser(v, client.kept["optimizer"]) as updater:
             for step in range(spread(self.steps, self.rounds, number)):
                 # v first: its mixture and α's slope are of both as they are before this step, with no copy of either.
-                self.bench.put(mix(v, w, self._alpha(client)))
-                with self.bench.before_update(self._hand_over(v, client, w if step == 0 else None)):
+                self.harness.put(mix(v, w, self._alpha(client)))
+                with self.harness.before_update(self._hand_over(v, client, w if step == 0 else None)):
                     on_step(personal.step())
-                self.bench.put(w)
-                with self.bench.before_update(self._hand_over(w)):
+                self.harness.put(w)
+                with self.harness.before_update(self._hand_over(w)):
                     on_step(common.step())
             client.kept["optimizer"] = optimizer_state(updater, v)
         client.kept["personal"] = {name: value.detach() for name, value in v.items()}
@@ -82,16 +82,16 @@ class Apfl(Federated):
         mixing: Client | None = None,
         common: Mapping[str, nn.Parameter] | None = None,
     ) -> Callable[[], None]:
-        """Give the bench's gradients to other parameters; for the mixture, by the chain rule, and to α as well.
+        """Give the harness's gradients to other parameters; for the mixture, by the chain rule, and to α as well.
 
         Args:
-            mixing: whose mixture the bench holds.
+            mixing: whose mixture the harness holds.
             common: w, when α is to move.
         """
 
         def act() -> None:
             gradients: Weights = {}
-            for name, parameter in self.bench.parameters.items():
+            for name, parameter in self.harness.parameters.items():
                 if parameter.grad is not None:
                     gradients[name], parameter.grad = parameter.grad, None
             alpha = 1.0 if mixing is None else self._alpha(mixing)

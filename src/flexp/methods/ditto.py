@@ -19,7 +19,7 @@ from pydantic import Field, PositiveInt
 from flexp.config import Section
 from flexp.methods.base import Holds, OnStep, World
 from flexp.methods.federated import Client, Federated
-from flexp.methods.workbench import Weights, optimizer_state
+from flexp.methods.harness import Weights, optimizer_state
 
 
 class Ditto(Federated):
@@ -49,18 +49,21 @@ class Ditto(Federated):
         return {"model": self.rounds * self.common_steps, "personal": self.rounds * self.personal_steps}
 
     def own_models(self) -> dict[str, Weights]:
-        return {"personal": self.bench.take(), "optimizer": {}, "personal-optimizer": {}}
+        return {"personal": self.harness.take(), "optimizer": {}, "personal-optimizer": {}}
 
     def turn(self, client: Client, received: Weights, number: int, on_step: OnStep) -> Weights:
         sent = self.local_steps(client, received, self.common_steps, on_step)
-        worker, parameters = client.workers["personal"], self.bench.parameters
-        self.bench.put(client.kept["personal"])
-        pull = self.bench.pulled(received, self.settings.lam)
-        with self.bench.before_update(pull), worker.optimiser(parameters, client.kept["personal-optimizer"]) as updater:
+        worker, parameters = client.workers["personal"], self.harness.parameters
+        self.harness.put(client.kept["personal"])
+        pull = self.harness.pulled(received, self.settings.lam)
+        with (
+            self.harness.before_update(pull),
+            worker.optimiser(parameters, client.kept["personal-optimizer"]) as updater,
+        ):
             for _ in range(self.personal_steps):
                 on_step(worker.step())
             client.kept["personal-optimizer"] = optimizer_state(updater, parameters)
-        client.kept["personal"] = self.bench.take()
+        client.kept["personal"] = self.harness.take()
         return sent
 
     def personal_weights(self, client: Client) -> Weights:

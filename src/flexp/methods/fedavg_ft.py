@@ -22,7 +22,7 @@ from flexp.config import Rate, Section
 from flexp.errors import ConfigError
 from flexp.methods.base import OnStep, World, of_a_round
 from flexp.methods.federated import Client, Federated, spread
-from flexp.methods.workbench import Weights
+from flexp.methods.harness import Weights
 
 
 class FedAvgFt(Federated):

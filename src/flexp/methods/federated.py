@@ -26,8 +26,8 @@ from flexp.data.types import ClientData
 from flexp.errors import ConfigError
 from flexp.links.base import Meter
 from flexp.methods.base import Account, Forward, Method, OnStep, State, World
+from flexp.methods.harness import Harness, Weights, Worker, optimizer_state, size
 from flexp.methods.parties import client_seed, own_stage
-from flexp.methods.workbench import Bench, Weights, Worker, optimizer_state, size
 from flexp.models.parts import Part
 from flexp.models.stage import Stage
 
@@ -122,18 +122,18 @@ class Federated(Method):
         super().__init__(world)
         self.per_round, self.rounds = world.config.train.steps_per_round, world.config.train.rounds
         self.equal_budget = world.config.method.budget == "equal"
-        self.bench = self.make_bench(own_stage(self.world, Part.whole(world.source.anatomy.blocks)))
-        self.shared = frozenset(name for name in self.bench.parameters if self.is_shared(name))
-        self.server = self.make_server(self.bench.take(self.shared))
+        self.harness = self.make_harness(own_stage(self.world, Part.whole(world.source.anatomy.blocks)))
+        self.shared = frozenset(name for name in self.harness.parameters if self.is_shared(name))
+        self.server = self.make_server(self.harness.take(self.shared))
         everything = sum(len(data.train) for data in world.participants)
         self.clients = {data.name: self._make_client(data, everything) for data in world.federation.clients}
         self.participants = [self.clients[data.name] for data in world.participants]
 
     # What methods override.
 
-    def make_bench(self, stage: Stage) -> Bench:
+    def make_harness(self, stage: Stage) -> Harness:
         """The modules that all clients train."""
-        return Bench(stage)
+        return Harness(stage)
 
     def make_server(self, weights: Weights) -> Averaging:
         """The server, whose average begins as ``weights``."""
@@ -161,7 +161,7 @@ class Federated(Method):
 
     def own_models(self) -> dict[str, Weights]:
         """What a client keeps to itself at the start: groups of weights, of which ``personal`` are scored."""
-        return {"personal": self.bench.take(self.bench.parameters.keys() - self.shared), "optimizer": {}}
+        return {"personal": self.harness.take(self.harness.parameters.keys() - self.shared), "optimizer": {}}
 
     def turn(self, client: Client, received: Weights, number: int, on_step: OnStep) -> Weights:
         """A client's part of round ``number``: from the average that it received to what it sends."""
@@ -176,15 +176,15 @@ class Federated(Method):
     def local_steps(self, client: Client, received: Weights, steps: int, on_step: OnStep) -> Weights:
         """Train the received weights and the client's own together; returns the shared ones."""
         worker, own = client.workers["model"], client.kept["personal"].keys() - self.shared
-        self.bench.put({**received, **{name: client.kept["personal"][name] for name in own}})
-        with worker.optimiser(self.bench.parameters, client.kept["optimizer"]) as updater:
+        self.harness.put({**received, **{name: client.kept["personal"][name] for name in own}})
+        with worker.optimiser(self.harness.parameters, client.kept["optimizer"]) as updater:
             for _ in range(steps):
                 on_step(worker.step())
             if own:
                 client.kept["optimizer"] = optimizer_state(updater, own)
         if own:
-            client.kept["personal"] = self.bench.take(own)
-        return self.bench.take(self.shared)
+            client.kept["personal"] = self.harness.take(own)
+        return self.harness.take(self.shared)
 
     def adapt(
         self, client: Client, steps: int, optimizer: OptimizerConfig | None = None, *, anew: bool = False
@@ -199,15 +199,15 @@ class Federated(Method):
             return self.server.weights
         began = time.perf_counter()
         worker = client.workers["model"].fork(steps if anew else None)
-        self.bench.put(self.server.weights)
+        self.harness.put(self.server.weights)
         with (
             torch.enable_grad(),
-            worker.optimiser(self.bench.parameters, config=optimizer),
+            worker.optimiser(self.harness.parameters, config=optimizer),
         ):  # whoever scores has it off
             for _ in range(steps):
                 worker.step()
         client.adapted, client.adapted_seconds = steps, time.perf_counter() - began
-        return self.bench.take()
+        return self.harness.take()
 
     def train_round(self, number: int, on_step: OnStep) -> None:
         for client in self.order(number):
@@ -228,20 +228,20 @@ class Federated(Method):
             client.meter.training.exchanges += 1
             self.server.receive(sent, client.share)
         self.server.finish(self.beta)
-        self.bench.holds = None
+        self.harness.holds = None
 
     def personal(self, client: str) -> Forward:
         def forward(batch: Mapping[str, Tensor]) -> Any:
             self._hold(self.clients[client])
-            self.bench.train(False)
+            self.harness.train(False)
             with torch.no_grad():
-                return self.bench(**batch)
+                return self.harness(**batch)
 
         return forward
 
     def trained_weights(self, client: str) -> Weights:
         self._hold(self.clients[client])
-        return self.bench.take()
+        return self.harness.take()
 
     def account(self, client: str) -> Account:
         found = self.clients[client]
@@ -277,7 +277,7 @@ class Federated(Method):
         self.server.version, self.server.seconds = int(server["version"]), float(server["seconds"])
         for name, client in self.clients.items():
             client.load(state[f"client-{name}"])
-        self.bench.holds = None
+        self.harness.holds = None
 
     def half_of_round(self, wanted: int | None, setting: str) -> tuple[int, int]:
         """A round's gradient evaluations divided between two phases or models: (the second's, the first's).
@@ -299,7 +299,7 @@ class Federated(Method):
         return self.per_round - first, first
 
     def _hold(self, client: Client) -> None:
-        if self.bench.holds == client.name:
+        if self.harness.holds == client.name:
             return
         absent = client.name in self.world.absent
         if (self.scored_with_average or absent) and client.version < self.server.version:
@@ -307,12 +307,12 @@ class Federated(Method):
             client.meter.evaluation.exchanges += 1
             client.version = self.server.version
         weights = {**client.kept["personal"], **self.received_by(client)} if absent else self.personal_weights(client)
-        self.bench.put(weights, holds=client.name)
+        self.harness.put(weights, holds=client.name)
 
     def _make_client(self, data: ClientData, everything: int) -> Client:
         world, seed = self.world, client_seed(self.world.config.seed, data.name)
         workers = {
-            name: Worker(data, world.federation.task, self.bench, world.config.train, seed=seed, total=total)
+            name: Worker(data, world.federation.task, self.harness, world.config.train, seed=seed, total=total)
             for name, total in self.evaluations().items()
         }
         share = 0.0 if data.name in world.absent else len(data.train) / everything

@@ -41,7 +41,7 @@ class FedPer(Federated):
         blocks = world.source.anatomy.blocks
         super().__init__(world)
         wanted = self.settings.classifier or self.settings.last_blocks
-        if wanted and len(self.shared) == len(self.bench.parameters):
+        if wanted and len(self.shared) == len(self.harness.parameters):
             raise ConfigError(
                 f"method {self.name}: this model has no head of its own that is trained (model.tuning = "
                 f"{world.config.model.tuning!r}), so nothing is personal; set last_blocks to 1 or more"
@@ -53,7 +53,7 @@ class FedPer(Federated):
             )
 
     def is_shared(self, name: str) -> bool:
-        stage = self.bench.stage
+        stage = self.harness.stage
         block = stage.block_of(name)
         if block is not None:
             return block < stage.anatomy.blocks - self.settings.last_blocks

@@ -15,7 +15,7 @@ from pydantic import Field
 from flexp.config import Section
 from flexp.methods.base import Holds, OnStep, World
 from flexp.methods.federated import Client, Federated
-from flexp.methods.workbench import Weights
+from flexp.methods.harness import Weights
 
 
 class FedProx(Federated):
@@ -37,5 +37,5 @@ class FedProx(Federated):
         super().__init__(world)
 
     def turn(self, client: Client, received: Weights, number: int, on_step: OnStep) -> Weights:
-        with self.bench.before_update(self.bench.pulled(received, self.settings.mu)):
+        with self.harness.before_update(self.harness.pulled(received, self.settings.mu)):
             return super().turn(client, received, number, on_step)

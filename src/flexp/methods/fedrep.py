@@ -20,7 +20,7 @@ from flexp.errors import ConfigError
 from flexp.methods.base import OnStep, World, of_a_round
 from flexp.methods.federated import Client
 from flexp.methods.fedper import FedPer
-from flexp.methods.workbench import Weights, optimizer_state
+from flexp.methods.harness import Weights, optimizer_state
 
 
 class FedRep(FedPer):
@@ -43,13 +43,13 @@ class FedRep(FedPer):
 
     def __init__(self, world: World) -> None:
         super().__init__(world)
-        if len(self.shared) == len(self.bench.parameters):
+        if len(self.shared) == len(self.harness.parameters):
             raise ConfigError("method fedrep: nothing is personal; set method.fedrep.classifier or last_blocks")
 
     @property
     def phases(self) -> Sequence[tuple[Collection[str] | None, float]]:
         head = self.head_steps / (self.head_steps + self.body_steps)
-        return [(self.shared, 1.0 - head), (self.bench.parameters.keys() - self.shared, head)]
+        return [(self.shared, 1.0 - head), (self.harness.parameters.keys() - self.shared, head)]
 
     def evaluations(self) -> dict[str, int]:
         self.body_steps, self.head_steps = self.half_of_round(self.settings.head_steps, "fedrep.head_steps")
@@ -57,15 +57,15 @@ class FedRep(FedPer):
 
     def turn(self, client: Client, received: Weights, number: int, on_step: OnStep) -> Weights:
         worker, own = client.workers["model"], client.kept["personal"].keys()
-        head = {name: self.bench.parameters[name] for name in own}
-        body = {name: self.bench.parameters[name] for name in sorted(self.shared)}
-        self.bench.put({**received, **client.kept["personal"]})
-        with self.bench.frozen_except(own), worker.optimiser(head, client.kept["optimizer"]) as updater:
+        head = {name: self.harness.parameters[name] for name in own}
+        body = {name: self.harness.parameters[name] for name in sorted(self.shared)}
+        self.harness.put({**received, **client.kept["personal"]})
+        with self.harness.frozen_except(own), worker.optimiser(head, client.kept["optimizer"]) as updater:
             for _ in range(self.head_steps):
                 on_step(worker.step())
             client.kept["optimizer"] = optimizer_state(updater, own)
-        client.kept["personal"] = self.bench.take(own)
-        with self.bench.frozen_except(self.shared), worker.optimiser(body):
+        client.kept["personal"] = self.harness.take(own)
+        with self.harness.frozen_except(self.shared), worker.optimiser(body):
             for _ in range(self.body_steps):
                 on_step(worker.step())
-        return self.bench.take(self.shared)
+        return self.harness.take(self.shared)

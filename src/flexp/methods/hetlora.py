@@ -25,9 +25,9 @@ from flexp.config import Section
 from flexp.errors import ConfigError
 from flexp.methods.base import Adapters, World
 from flexp.methods.federated import Averaging, Client, Federated
+from flexp.methods.harness import Weights, size
 from flexp.methods.parties import with_model
 from flexp.methods.ranks import fit, of_rank
-from flexp.methods.workbench import Weights, size
 
 
 class HetLora(Federated):

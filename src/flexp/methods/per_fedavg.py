@@ -27,7 +27,7 @@ from flexp.config import OptimizerConfig, Rate, RunConfig, Section
 from flexp.errors import ConfigError
 from flexp.methods.base import Holds, OnStep, World
 from flexp.methods.federated import Client, Federated, spread
-from flexp.methods.workbench import Weights, Worker
+from flexp.methods.harness import Weights, Worker
 from flexp.optim import Updater
 
 
@@ -80,38 +80,38 @@ class PerFedAvg(Federated):
         if self.equal_budget:
             steps = spread((self.world.total_steps - self.adapt_steps) // self.cost, self.rounds, number)
         worker = client.workers["model"]
-        self.bench.put(received)
-        inner = Updater(self.bench.parameters, self.inner)
-        with worker.optimiser(self.bench.parameters) as outer:
+        self.harness.put(received)
+        inner = Updater(self.harness.parameters, self.inner)
+        with worker.optimiser(self.harness.parameters) as outer:
             for _ in range(steps):
-                start = self.bench.take()
+                start = self.harness.take()
                 worker.updater = inner
                 on_step(worker.step())
                 worker.updater = outer
                 if self.cost == 2:
-                    with self.bench.before_update(partial(self.bench.put, start)):
+                    with self.harness.before_update(partial(self.harness.put, start)):
                         on_step(worker.step())
                 else:
                     self._hessian_free(worker, outer, start, on_step)
-        return self.bench.take()
+        return self.harness.take()
 
     def personal_weights(self, client: Client) -> Weights:
         return self.adapt(client, self.adapt_steps, self.inner) if self.adapt_steps else self.server.weights
 
     def _hessian_free(self, worker: Worker, outer: Updater, start: Weights, on_step: OnStep) -> None:
         alpha, delta = self.settings.alpha, self.settings.delta
-        worker.updater = collector = _Collector(self.bench.parameters, outer.config)
+        worker.updater = collector = _Collector(self.harness.parameters, outer.config)
         on_step(worker.step())
         meta = collector.gradients
         moved: list[Weights] = []
         for sign in (1.0, -1.0):
-            self.bench.put({name: start[name].add(value, alpha=sign * delta) for name, value in meta.items()})
+            self.harness.put({name: start[name].add(value, alpha=sign * delta) for name, value in meta.items()})
             on_step(worker.step(again=bool(moved), same_noise=bool(moved)))  # else dropout would be differentiated
             moved.append(collector.gradients)
-        self.bench.put(start)
+        self.harness.put(start)
         for name, value in meta.items():
             curvature = (moved[0][name] - moved[1][name]) / (2.0 * delta)  # ∇²f · g
-            self.bench.parameters[name].grad = value - alpha * curvature
+            self.harness.parameters[name].grad = value - alpha * curvature
         worker.updater = outer
         outer.steps = worker.steps - 1
         outer.step()

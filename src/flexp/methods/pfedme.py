@@ -26,7 +26,7 @@ from pydantic import PositiveInt
 from flexp.config import Rate, Section
 from flexp.methods.base import Holds, OnStep, World
 from flexp.methods.federated import Client, Federated
-from flexp.methods.workbench import Weights
+from flexp.methods.harness import Weights
 
 
 class PFedMe(Federated):
@@ -55,20 +55,20 @@ class PFedMe(Federated):
         return {"model": self.rounds * sum(self._inner_steps())}
 
     def own_models(self) -> dict[str, Weights]:
-        return {"personal": self.bench.take()}
+        return {"personal": self.harness.take()}
 
     def turn(self, client: Client, received: Weights, number: int, on_step: OnStep) -> Weights:
-        worker, parameters = client.workers["model"], self.bench.parameters
+        worker, parameters = client.workers["model"], self.harness.parameters
         local = {name: value.clone() for name, value in received.items()}
-        self.bench.put(received)
-        with self.bench.before_update(self.bench.pulled(local, self.lam)), worker.optimiser(parameters):
+        self.harness.put(received)
+        with self.harness.before_update(self.harness.pulled(local, self.lam)), worker.optimiser(parameters):
             for steps in self._inner_steps():
                 for inner in range(steps):
                     on_step(worker.step(again=inner > 0))
                 with torch.no_grad():
                     for name, value in local.items():
                         value.lerp_(parameters[name], self.outer)  # w − ηλ (w − θ)
-        client.kept["personal"] = self.bench.take()
+        client.kept["personal"] = self.harness.take()
         return local
 
     def personal_weights(self, client: Client) -> Weights:

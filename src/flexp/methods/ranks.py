@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from flexp.methods.workbench import Weights
+from flexp.methods.harness import Weights
 
 
 def fit(value: Tensor, shape: Sequence[int]) -> Tensor:

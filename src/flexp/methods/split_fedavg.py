@@ -27,9 +27,9 @@ import torch
 from flexp.config import AlignConfig, RunConfig
 from flexp.cost.clock import Schedule
 from flexp.methods.base import RATIO, Account, Axis, Cuts, Forward, OnStep, State, World
+from flexp.methods.harness import size
 from flexp.methods.ranks import average, fit
 from flexp.methods.split import Split
-from flexp.methods.workbench import size
 from flexp.optim import Updater
 
 

@@ -31,8 +31,8 @@ from flexp.cost.clock import Schedule
 from flexp.errors import ConfigError
 from flexp.methods.base import OnStep, World
 from flexp.methods.federated import Client
+from flexp.methods.harness import Weights, optimizer_state
 from flexp.methods.two_sided import TwoSided
-from flexp.methods.workbench import Weights, optimizer_state
 
 Own = dict[str, nn.Parameter]
 
@@ -66,7 +66,7 @@ class SplitLora(TwoSided):
         super().__init__(world)
 
     def own_models(self) -> dict[str, Weights]:
-        return {"personal": self.bench.take(self.shared), "optimizer": {}}
+        return {"personal": self.harness.take(self.shared), "optimizer": {}}
 
     def personal_weights(self, client: Client) -> Weights:
         return client.kept["personal"]
@@ -89,31 +89,31 @@ class SplitLora(TwoSided):
                 client.kept["optimizer"] = optimizer_state(client.workers["model"].updater, own)
         if number % self.every == 0:
             self._average()
-        self.bench.holds = None
+        self.harness.holds = None
 
     def _step_together(self, sides: list[tuple[Client, Own]], on_step: OnStep) -> None:
         gradients: list[tuple[Weights, int]] = []
         for client, own in sides:
-            self.bench.meter = client.meter
-            self.bench.put(own)
+            self.harness.meter = client.meter
+            self.harness.put(own)
             found: Weights = {}
 
             def hand_over(own: Own = own, found: Weights = found) -> None:
-                for name, parameter in self.bench.parameters.items():
+                for name, parameter in self.harness.parameters.items():
                     gradient, parameter.grad = parameter.grad, None
                     if name in own:
                         own[name].grad = gradient
                     elif gradient is not None:
                         found[name] = gradient
 
-            with self.bench.before_update(hand_over):
+            with self.harness.before_update(hand_over):
                 step = client.workers["model"].step()
             client.seconds += step.seconds
             gradients.append((found, step.items))
             on_step(step)
         began = time.perf_counter()
         for name, value in _mean(gradients).items():
-            self.bench.parameters[name].grad = value
+            self.harness.parameters[name].grad = value
         self.lasting.step()
         self.updates += 1
         self.server.seconds += time.perf_counter() - began

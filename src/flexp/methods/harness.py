@@ -25,7 +25,7 @@ Weights = dict[str, Tensor]
 """Trained parameters by their names in the model."""
 
 
-class Bench(WholeModel):
+class Harness(WholeModel):
     """A whole model whose trained weights are put in and taken out.
 
     Attributes:
@@ -89,7 +89,7 @@ class Bench(WholeModel):
 
 
 class Worker(Trainer):
-    """A client's loop over one of its models: the Trainer's batches, seeds and step, the Bench's modules.
+    """A client's loop over one of its models: the Trainer's batches, seeds and step, the Harness's modules.
 
     It counts gradient evaluations (``steps``), which also are its place in the learning rate's schedule, and batches
     (``drawn``), of which there are fewer where a method evaluates several gradients on one.
@@ -99,11 +99,11 @@ class Worker(Trainer):
     """
 
     def __init__(
-        self, data: ClientData, task: Task, bench: Bench, config: TrainConfig, *, seed: int, total: int
+        self, data: ClientData, task: Task, harness: Harness, config: TrainConfig, *, seed: int, total: int
     ) -> None:
         self._idle = Updater({}, config.personal)
-        super().__init__(data, task, bench, self._idle, config, seed=seed)
-        self.bench, self.config, self.total = bench, config, total
+        super().__init__(data, task, harness, self._idle, config, seed=seed)
+        self.harness, self.config, self.total = harness, config, total
         self.drawn = 0
         self.before = 0  # steps that belong to an earlier schedule
         self._noise = self._random.state
@@ -137,7 +137,7 @@ class Worker(Trainer):
         Args:
             state: of those parameters whose optimiser state outlives a round (:func:`optimizer_state`).
         """
-        self.updater = Updater(parameters, config or self.config.personal, self.total, self.bench.stage.new)
+        self.updater = Updater(parameters, config or self.config.personal, self.total, self.harness.stage.new)
         if state:
             self.updater.load({"steps": torch.tensor(self.steps), **state})
         try:
@@ -147,7 +147,7 @@ class Worker(Trainer):
 
     def fork(self, total: int | None = None) -> Worker:
         """A worker that goes on from here without moving this one; ``total``: with a new schedule of so many steps."""
-        fork = Worker(self.data, self.task, self.bench, self.config, seed=self._seed, total=total or self.total)
+        fork = Worker(self.data, self.task, self.harness, self.config, seed=self._seed, total=total or self.total)
         fork.load(self.state())
         fork.before, fork.seconds = 0 if total is None else fork.steps, 0.0
         return fork
