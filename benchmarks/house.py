@@ -52,12 +52,12 @@ def measure(repeats: Annotated[int, typer.Option(min=1, help="Of each start of a
         room[0] += len(text.splitlines())
         room[1] += 1
     arrows = {name: set(_imports(name, text, files.keys())) for name, text in files.items()}
-    circles, upward = _circles(arrows), _upward(arrows)
+    circles, upward = circles_of(arrows), _upward(arrows)
     with TemporaryDirectory() as folder:
         torch.set_num_threads(1)
         config = tiny_run(Path(folder), rounds=1, steps_per_round=1, dropout=0.0)
         config = config.model_copy(update={"method": type(config.method)()})  # with the default alignment
-        walks = {"step": _step(config), "exchange": _exchange(config), "run": _run(config, Path(folder))}
+        walks = {"step": walk_of_step(config), "exchange": _exchange(config), "run": _run(config, Path(folder))}
     times = {
         "help_seconds": _started("-m", "flexp.cli.main", "--help", repeats=repeats),
         "import_seconds": _started("-c", "import flexp", repeats=repeats),
@@ -126,7 +126,7 @@ class Walk:
         self._last[thread] = name
 
 
-def _step(config: RunConfig) -> Walk:
+def walk_of_step(config: RunConfig) -> Walk:
     """The second step of a client that is linked inside this process."""
     walk = Walk()
     trainer = next(iter(FlexpSfl(build_world(config)).clients.values()))
@@ -218,7 +218,7 @@ def _nodes(node: ast.AST) -> Iterator[ast.AST]:
         yield from _nodes(child)
 
 
-def _circles(arrows: dict[str, set[str]]) -> list[list[str]]:
+def circles_of(arrows: dict[str, set[str]]) -> list[list[str]]:
     """Sets of files that all reach each other."""
     reach = {name: _reached(name, arrows) for name in arrows}
     found = {tuple(sorted(o for o in reach[name] if name in reach[o])) for name in arrows if name in reach[name]}

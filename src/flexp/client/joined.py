@@ -132,12 +132,9 @@ class JoinedModel(PersonalModel):
         if cut[0] < self.base_depth:
             raise ConfigError(f"cut = {cut} starts below the server's base depth s_min = {self.base_depth}")
         what = "cut = (0, …)" if cut[0] == 0 else "alignment from a base depth of 0"
-        if not self._expose_embeddings and (cut[0] == 0 or (self.base_depth == 0 and self._aligns())):
+        bare = cut[0] == 0 or (self.base_depth == 0 and (self.align.teach or self.align.has_term))
+        if bare and not self._expose_embeddings:
             raise ConfigError(
                 f"{what} would send the bare embeddings, from which the server can read every token; keep a block "
                 "below what is sent (s and s_min of at least 1), or say expose_embeddings=True"
             )
-
-    def _aligns(self) -> bool:
-        """Whether z_base goes up when it is due."""
-        return self.cut[0] > self.base_depth and (self.align.teach or self.align.has_term)

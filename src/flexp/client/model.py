@@ -225,7 +225,10 @@ class SplitModel(JoinedModel):
         self._pulled = done
 
     def _align_due(self) -> bool:
-        return self._aligns() and (not self.align.has_term or self.steps.done % self.align.every == 0)
+        """Whether z_base goes up with the next exchange."""
+        if self.cut[0] == self.base_depth:
+            return False
+        return self.steps.done % self.align.every == 0 if self.align.has_term else self.align.teach
 
 
 class SplitModelForCausalLM(SplitModel):

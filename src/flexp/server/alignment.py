@@ -49,22 +49,20 @@ def alignment(
 
 
 def aligned(
-    config: AlignConfig, stage: Stage, request: ForwardRequest, start: int
-) -> tuple[float | None, list[Tensor]]:
+    config: AlignConfig, stage: Stage, request: ForwardRequest, base_BTH: Tensor, start: int
+) -> tuple[float, list[Tensor]]:
     """The mean alignment term over the aligned boundaries, and the gradients at them, the cut last.
 
     The shared blocks [s_min, s) run on z_base without gradients and without dropout: they are the teacher.
     """
-    if request.base_BTH is None or not config.has_term:
-        return None, []
-    plan = stage.plan_without_inputs(request.base_BTH, request.mask_BT, request.positions_BT)
+    plan = stage.plan_without_inputs(base_BTH, request.mask_BT, request.positions_BT)
     students = [*request.inner_BTH, request.hidden_BTH]
     every = len(request.inner_BTH) > 0
     values: list[float] = []
     grads: list[Tensor] = []
     stage.model.train(False)
     with torch.no_grad():
-        teacher_BTH = request.base_BTH
+        teacher_BTH = base_BTH
         for index in range(min(stage.part.blocks), start):
             teacher_BTH = stage.run(teacher_BTH, plan, index, index + 1)
             if every or index == start - 1:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import singledispatchmethod
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
+import torch
 from torch import Tensor
 
 from flexp.assets import resolve
@@ -268,9 +271,28 @@ class Server(ServerState):
             self.conductor.gone(client)
         return Done()
 
+    def flush(self) -> None:
+        """At the end of a run: update the shared blocks with the steps that ``update = "mean"`` has gathered so far."""
+        with self._lock, self._computing():
+            self.shared.flush()
+
     def _remember(self, session: Session, step: int, key: Key, reply: Any) -> None:
         if self.remembers:
             session.progress.remember(step, key, reply, self.config.keep_answers_bytes)
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Count the seconds, and let none of the caller's modes in, which a link to another process would not carry.
+
+        A backward in the same process, for instance, arrives with gradients switched off, a Trainer's forward perhaps
+        with mixed precision switched on.
+        """
+        began, device = time.perf_counter(), self.shared.stage.model.device
+        try:
+            with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+                yield
+        finally:
+            self.compute_seconds += time.perf_counter() - began
 
 
 def _activations(request: ForwardRequest) -> list[Tensor]:

@@ -177,7 +177,10 @@ class Session:
         generator = self.random.state
         with torch.set_grad_enabled(keep_graph):
             h_BTH = stage.run(z_BTH, plan, start, stop)
-        value, align_BTH = aligned(self.align, stage, request, start)
+        value: float | None = None
+        align_BTH: list[Tensor] = []
+        if request.base_BTH is not None and self.align.has_term:
+            value, align_BTH = aligned(self.align, stage, request, request.base_BTH, start)
         self.pending[request.exchange] = Pending(
             request, self.shared.hold(), z_BTH, h_BTH if keep_graph else None, generator, align_BTH
         )

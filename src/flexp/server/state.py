@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -33,7 +31,7 @@ class ServerState:
         self.remembers = remembers
         self.shared = SharedBlocks(stage, config, optimizer, total_steps)
         self.bounds, self.guard = self.shared.bounds, Guard(config.guard)
-        self.clients = ClientRegistry(seed, self._device)
+        self.clients = ClientRegistry(seed, stage.model.device)
         self.compute_seconds = 0.0
         self._sessions = Sessions()
         self._lock = threading.RLock()
@@ -44,16 +42,6 @@ class ServerState:
         """(s_min, e_max): the shared blocks are [s_min, e_max)."""
         owned = self.shared.stage.part.blocks
         return min(owned), max(owned) + 1
-
-    @property
-    def _device(self) -> torch.device:
-        device: torch.device = self.shared.stage.model.device
-        return device
-
-    def flush(self) -> None:
-        """At the end of a run: update the shared blocks with the steps that ``update = "mean"`` has gathered so far."""
-        with self._lock, self._computing():
-            self.shared.flush()
 
     def freeze(self) -> None:
         """From now on serve the shared blocks as they are, without training them.
@@ -145,20 +133,6 @@ class ServerState:
             self.clients.load(state)
             for name, session in self._sessions.items():
                 session.progress = self.clients[name].numbered(session.join.numbering)
-
-    @contextmanager
-    def _computing(self) -> Iterator[None]:
-        """Count the seconds, and let none of the caller's modes in, which a link to another process would not carry.
-
-        A backward in the same process, for instance, arrives with gradients switched off, a Trainer's forward perhaps
-        with mixed precision switched on.
-        """
-        began = time.perf_counter()
-        try:
-            with torch.inference_mode(False), torch.enable_grad(), torch.autocast(self._device.type, enabled=False):
-                yield
-        finally:
-            self.compute_seconds += time.perf_counter() - began
 
 
 def _under(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

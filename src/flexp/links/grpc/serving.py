@@ -192,7 +192,7 @@ class Serving:
             return answer
         try:
             reply = await asyncio.wrap_future(answer.reply)
-            return reply, encode(PLAIN.frame(reply, answer.call))
+            return None, encode(PLAIN.frame(reply, answer.call))
         except FlexpError as error:
             return refused(error, answer.call)
 
@@ -228,7 +228,7 @@ class Serving:
                 f"the answer to {head.message} has {answer.head.payload} bytes, and a frame holds at most "
                 f"{self.limits.frame_bytes}"
             )
-        return reply, encode(answer)
+        return reply if isinstance(request, Join) else None, encode(answer)
 
     def _leave(self, client: str) -> None:
         self._codings.pop(client, None)

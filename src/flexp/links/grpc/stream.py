@@ -18,8 +18,8 @@ from flexp.links.grpc.loop import read_frame, within
 from flexp.links.messages import Join, Leave, Refusal, Welcome
 from flexp.links.rules import Agreement, Limits, check_request
 
-Answer = tuple[Any, list[bytes]]
-"""A message, and the messages of the stream that carry it."""
+Answer = tuple[Welcome | Refusal | None, list[bytes]]
+"""What carries an answer over the stream, which holds it for a while: of the answer itself only what has no tensors."""
 Compute = Callable[[str, Frame], "asyncio.Future[Answer]"]
 LATE = "a request came after one that was sent later, so its step must be done again"
 GAPS_KEPT = 64
