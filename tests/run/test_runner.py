@@ -293,7 +293,7 @@ def test_an_empty_client_is_named(home: Path) -> None:
 
 
 def test_a_cut_outside_of_the_model_is_named(home: Path) -> None:
-    with pytest.raises(ConfigError, match=r"cuts of client north = \(2, 9\) does not fit a model of 4 blocks"):
+    with pytest.raises(ConfigError, match=r"clients.cut of client north = \(2, 9\) does not fit a model of 4 blocks"):
         runner.run(config(home, data={"clients": {"each": [{"cut": [2, 9]}]}}), home / "out")
 
 
