@@ -45,13 +45,13 @@ IMPORTED = ("<module>",)
 
 def measure(repeats: Annotated[int, typer.Option(min=1, help="Of each start of a process.")] = 3) -> Result:
     """Lines and files of every room, circles of imports, and the files that a step, an exchange and a run enter."""
-    files = {_name(path): path.read_text(encoding="utf-8") for path in sorted(SOURCE.rglob("*.py"))}
+    files = _files()
     rooms: dict[str, list[int]] = {}
     for name, text in files.items():
         room = rooms.setdefault(_room(name), [0, 0])
         room[0] += len(text.splitlines())
         room[1] += 1
-    arrows = {name: set(_imports(name, text, files.keys())) for name, text in files.items()}
+    arrows = imports_between_files()
     circles, upward = circles_of(arrows), _upward(arrows)
     with TemporaryDirectory() as folder:
         torch.set_num_threads(1)
@@ -189,6 +189,16 @@ def _started(*arguments: str, repeats: int) -> float:
         subprocess.run([sys.executable, *arguments], stdout=subprocess.DEVNULL, check=True)
         seconds.append(time.perf_counter() - began)
     return statistics.median(seconds)
+
+
+def imports_between_files() -> dict[str, set[str]]:
+    """Every file of the package, and those that it imports."""
+    files = _files()
+    return {name: set(_imports(name, text, files.keys())) for name, text in files.items()}
+
+
+def _files() -> dict[str, str]:
+    return {_name(path): path.read_text(encoding="utf-8") for path in sorted(SOURCE.rglob("*.py"))}
 
 
 def _name(path: Path) -> str:

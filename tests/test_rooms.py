@@ -6,6 +6,8 @@ import ast
 import re
 from pathlib import Path
 
+from benchmarks.house import circles_of, imports_between_files
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -40,3 +42,7 @@ def test_imports_run_downwards() -> None:
     order = rooms()
     upwards = {(room, other) for room, other in imports() if room in order and order[other] < order[room]}
     assert upwards == set()
+
+
+def test_no_file_imports_itself_by_way_of_others() -> None:
+    assert circles_of(imports_between_files()) == []
