@@ -7,6 +7,11 @@ import re
 import sys
 from pathlib import Path
 
+import pytest
+
+import flexp.cli
+from flexp.cli.main import commands
+
 sys.path.insert(0, str(Path(__file__).parents[2] / "docs/_hooks"))
 reference = importlib.import_module("reference")
 COMMANDS = list(reference.commands())
@@ -25,3 +30,11 @@ def test_the_reference_names_choices_and_both_forms_of_a_switch() -> None:
     assert "`--tuning full\\|lora`" in page
     assert "`--link in-process\\|grpc`" in page
     assert "`--probe / --no-probe`" in page
+
+
+def test_a_command_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "greet.py").write_text('def greet() -> None:\n    print("hello")\n\n\nCOMMANDS = {"greet": greet}\n')
+    monkeypatch.setattr(flexp.cli, "__path__", [*flexp.cli.__path__, str(tmp_path)])
+    found = commands()
+    assert {"run", "server", "state", "greet"} <= found.keys()
+    found["greet"]()

@@ -125,3 +125,6 @@ def _show(name: str, work: Callable[[str, Say], Path]) -> None:
 
 def _plain(name: str) -> str:
     return name.removeprefix("asset:")
+
+
+COMMANDS = {"assets": app}

@@ -76,3 +76,6 @@ def client(
     codec = setup.config.link.codec if coded else None  # who says nothing gets the network's default
     if not run_client(setup, deployment, reach, folder, codec=codec):
         typer.echo("go on with the same command")
+
+
+COMMANDS = {"client": client}

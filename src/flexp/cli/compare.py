@@ -112,3 +112,6 @@ def _show(comparison: dict[str, Any], folder: Path) -> None:
     for path in write_all(comparison, folder):
         console.print(f"{path}", soft_wrap=True, markup=False)
     console.print(f"Saved in {folder}", soft_wrap=True, markup=False)
+
+
+COMMANDS = {"compare": compare}

@@ -49,3 +49,6 @@ def fleet(
         shown.add_row(row["name"], str(row["cut"]), str(row["steps"]), f"{before:.4g}", f"{after:.4g}")
     Console().print(shown)
     typer.echo(f"Saved in {made.out}")
+
+
+COMMANDS = {"fleet": fleet}

@@ -81,3 +81,6 @@ def join(
         if record["kind"] == "eval":
             typer.echo(f"{record['round'] * size:>5}  {formats.score(record['personal'][metric], metric)}")
     typer.echo(f"Saved in {out}; use it with flexp evaluate, flexp predict and flexp export")
+
+
+COMMANDS = {"join": join}

@@ -1,33 +1,20 @@
-"""The ``flexp`` command. Commands parse, call and print; the work is done in the rooms below."""
+"""The ``flexp`` command. Commands parse, call and print; the work is done in the rooms below.
+
+A module of this folder says in ``COMMANDS`` which commands it has, by name.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Annotated, Any
 
 import typer
 
+import flexp.cli
 from flexp import __version__
-from flexp.cli import (
-    assets,
-    client,
-    compare,
-    fleet,
-    join,
-    methods,
-    plan,
-    profile,
-    readmit,
-    run,
-    server,
-    state,
-    status,
-    token,
-    use,
-    verify,
-    write,
-)
 from flexp.errors import USER_ERROR, FlexpError
 from flexp.limits import out_of_memory, reserve_less
 
@@ -39,29 +26,13 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help: rich would take longer to import than all else together
     help="Personalized split federated fine-tuning of transformers.",
 )
-app.command("demo")(run.demo)
-app.command("run")(run.run)
-app.command("compare")(compare.compare)
-app.command("report")(run.report)
-app.command("export")(use.export)
-app.command("evaluate")(use.evaluate)
-app.command("predict")(use.predict)
-app.command("generate")(write.generate)
-app.command("chat")(write.chat)
-app.command("serve")(write.serve)
-app.command("plan")(plan.plan)
-app.command("verify")(verify.verify)
-app.command("server")(server.server)
-app.command("client")(client.client)
-app.command("fleet")(fleet.fleet)
-app.command("status")(status.status)
-app.command("readmit")(readmit.readmit)
-app.add_typer(token.app, name="token")
-app.command("join")(join.join)
-app.add_typer(state.app, name="state")
-app.command("profile")(profile.profile)
-app.command("methods")(methods.methods)
-app.add_typer(assets.app, name="assets")
+
+
+def commands() -> dict[str, Any]:
+    """Every command, or group of commands, by name: what the modules of this folder call ``COMMANDS``."""
+    names = (found.name for found in iter_modules(flexp.cli.__path__) if found.name != "main")
+    modules = [import_module(f"flexp.cli.{name}") for name in names]
+    return dict(sorted(item for module in modules for item in getattr(module, "COMMANDS", {}).items()))
 
 
 def _show_version(wanted: bool) -> None:
@@ -77,6 +48,13 @@ def _options(
     ] = False,
 ) -> None:
     pass
+
+
+for _name, _command in commands().items():
+    if isinstance(_command, typer.Typer):
+        app.add_typer(_command, name=_name)
+    else:
+        app.command(_name)(_command)
 
 
 def main(command: typer.Typer = app, prog: str | None = None) -> None:

@@ -35,3 +35,6 @@ def methods() -> None:
 
 def _yes(value: bool) -> str:
     return "yes" if value else "no"
+
+
+COMMANDS = {"methods": methods}

@@ -139,3 +139,6 @@ def show(content: dict[str, Any]) -> None:
                 ", ".join(f"{count} × {text}" for text, count in sorted(cuts.items())),
             )  # fmt: skip
         console.print(front)
+
+
+COMMANDS = {"plan": plan}

@@ -145,3 +145,6 @@ def _print(found: Profile) -> None:
     table.add_row("latency, one way", f"{1e3 * found.latency_s:.2f} ms")
     table.add_row("network from", found.link_from)
     Console().print(table)
+
+
+COMMANDS = {"profile": profile}

@@ -24,3 +24,6 @@ def readmit(
 
     ask_readmit(server if "://" in server else f"grpc://{server}", client, token=token, ca=ca, insecure=insecure)
     typer.echo(f"{client} may join again")
+
+
+COMMANDS = {"readmit": readmit}

@@ -94,3 +94,6 @@ def _show(summary: dict[str, Any], folder: Path) -> None:
     page = folder / "report.html"
     if page.exists():
         console.print(f"Report: {page.resolve().as_uri()}", soft_wrap=True)
+
+
+COMMANDS = {"demo": demo, "run": run, "report": report}

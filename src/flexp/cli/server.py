@@ -111,3 +111,6 @@ def server(
         allow=allow,
         insecure=insecure,
     )
+
+
+COMMANDS = {"server": server}

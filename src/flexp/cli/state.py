@@ -129,3 +129,6 @@ def _passphrase(variable: str | None, confirm: bool = False) -> str:
 
 def _size(path: Path) -> str:
     return f"{path.stat().st_size:,} bytes"
+
+
+COMMANDS = {"state": app}

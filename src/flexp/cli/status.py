@@ -54,3 +54,6 @@ def status(
             *(formats.size(own[key]) if own.get(key) is not None else "–" for key in ("bytes_up", "bytes_down")),
         )
     Console(width=None if Console().is_terminal else 120).print(table)
+
+
+COMMANDS = {"status": status}

@@ -72,3 +72,6 @@ def check(client: Client, file: File = TOKENS) -> None:
     if not Tokens.read(file).accept(client, token.strip()):
         raise LinkError(f"{file}: this is no valid token of {client}")
     typer.echo(f"a valid token of {client}")
+
+
+COMMANDS = {"token": app}

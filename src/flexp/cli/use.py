@@ -195,3 +195,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+COMMANDS = {"export": export, "evaluate": evaluate, "predict": predict}

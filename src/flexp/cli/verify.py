@@ -210,3 +210,6 @@ def _settings(setup: Setup) -> str:
 def _differences(outcome: Outcome) -> dict[str, str]:
     values = {key: getattr(outcome, key) for key in ("logits", "gradients", "losses", "weights")}
     return {key: f"{value:.2g}" if value else "0.0" for key, value in values.items()}
+
+
+COMMANDS = {"verify": verify}

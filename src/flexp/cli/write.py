@@ -185,3 +185,6 @@ def _facts(writer: Writer, found: Written) -> str:
     rate = found.tokens / found.seconds if found.seconds else 0.0
     end = "" if found.reason == "stop" else ", and would go on (--max-new-tokens)"
     return f"[{writer.client!r}, {writer.about}: {found.tokens} tokens, {rate:.1f} a second{end}]"
+
+
+COMMANDS = {"generate": generate, "chat": chat, "serve": serve}
