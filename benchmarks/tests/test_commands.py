@@ -44,7 +44,7 @@ def test_unknown_codecs_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     for arguments in (("codec", "--codec", "zip"), ("slow-link", "--codec", "zip")):
         code, shown = call(monkeypatch, capsys, *arguments)
         assert code != 0
-        assert "--codec zip: expected off, fp32, bf16, fp16, int8-channel" in shown
+        assert "--codec zip: expected off, bf16, fp16, fp32, fp8, int4, int8-channel" in shown
 
 
 def test_pfl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
