@@ -120,5 +120,5 @@ CODECS = Registry("codec", "links/codecs.py")
 TASKS = Registry("task", "data/tasks")
 """Classes with what :class:`flexp.data.types.Task` says."""
 
-PARTITIONERS = Registry("partitioner", "data/partition.py")
+PARTITIONERS = Registry("partitioner", "data/partitioners.py")
 """Subclasses of :class:`flexp.data.partition.Partitioner`."""
