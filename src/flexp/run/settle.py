@@ -17,12 +17,13 @@ import torch
 import transformers
 
 from flexp.assets import resolve
+from flexp.client.meeting import UNMASKED, classes_of
 from flexp.client.model import SplitModel
 from flexp.client.trainer import Trainer
 from flexp.config import CodecConfig, DataConfig, RunConfig
 from flexp.data import load_federation, pad_id
 from flexp.data.tasks import task_of
-from flexp.data.types import ClientData, Federation
+from flexp.data.types import ClientData, Federation, Task
 from flexp.errors import ConfigError, DataError, ModelError, StorageError
 from flexp.files import read_json
 from flexp.links.base import Link
@@ -115,7 +116,7 @@ def settle(config: RunConfig, federate: Federate = load_federation, *, plan: boo
     processor = load_processor(model_id, config)
     federation = federate(config.data, processor, config.seed, max_positions(model_config))
     blocks = int(getattr(model_config.get_text_config(), "num_hidden_layers", 0))
-    notes, planned = _precision_notes(config), None
+    notes, planned = [*_precision_notes(config), *_meeting_notes(config, federation.task)], None
     if plan and config.data.clients.planned:  # before anything is loaded
         config, more, planned = with_cuts(config, federation, blocks)
         notes += more
@@ -288,6 +289,17 @@ def max_positions(model_config: Any) -> int | None:
     # RoBERTa counts positions from its padding index on.
     offset = 2 if getattr(text, "model_type", "") in ("roberta", "xlm-roberta", "camembert") else 0
     return None if positions is None else int(positions) - offset
+
+
+def _meeting_notes(config: RunConfig, task: Task) -> list[str]:
+    method = method_of(config)
+    if not method.meetings(config):
+        return []
+    if classes_of(task) is None:
+        return [f"clients do not meet: {task.name} has no closed form, so model.head and method.meet are left out"]
+    if not method.meets:
+        return [f"clients do not meet: {method.name} knows no meeting, so model.head and method.meet are left out"]
+    return [UNMASKED] if method.sends != "nothing" else []
 
 
 def _precision_notes(config: RunConfig) -> list[str]:
