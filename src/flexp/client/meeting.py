@@ -28,8 +28,10 @@ from flexp.client.personal_head import Choice, Common, choose, personal_head
 from flexp.config import RunConfig, TrainConfig
 from flexp.data.ordering import BatchOrder
 from flexp.data.scores import in_batches
+from flexp.data.tasks import task_of
 from flexp.data.types import Batch, Example, Task
 from flexp.errors import ConfigError
+from flexp.kinds import KINDS, take_targets
 from flexp.links.base import Link, Meter
 from flexp.links.messages import SumRequest
 from flexp.links.sums import Adder, Sums
@@ -60,8 +62,9 @@ class Meets:
 
     @classmethod
     def of(cls, config: RunConfig) -> Meets:
-        """As ``model.head`` and ``method.meet`` say."""
-        return cls(config.model.head == "closed-form" or config.method.meet.on, config.method.meet.on)
+        """As ``model.head`` and ``method.meet`` say; none where the task has no closed form."""
+        known, meet = closed_form_of(config), config.method.meet.on
+        return cls(known and (meet or config.model.head == "closed-form"), known and meet)
 
     def __bool__(self) -> bool:
         return self.first
@@ -86,10 +89,9 @@ class OverLink:
         return total
 
 
-def classes_of(task: Task) -> int | None:
-    """How many classes a closed form tells apart; ``None``: the task is none of one class for each example."""
-    names = task.label_names
-    return len(names) if task.metric == "accuracy" and task.model_kind != "causal-lm" and names else None
+def closed_form_of(config: RunConfig) -> bool:
+    """Whether the task has a closed form: one class for each example."""
+    return KINDS[task_of(config.data).model_kind].answers == "class"
 
 
 @dataclass
@@ -151,7 +153,7 @@ class Seat:
             counted = nullcontext() if self.meter is None else self.meter.as_training()
             with counted, RandomStream(0, layer.weight.device).active():  # a forward moves others' generator
                 for batch, _ in in_batches(self.task.collate, self.examples, self.config.evaluation.batch_size):
-                    labels.append(batch.pop("labels"))
+                    labels.append(take_targets(batch))
                     with torch.no_grad():
                         self.forward(batch)
                     found.append(seen[-1])  # a model that adapts itself for scoring runs more often
@@ -168,9 +170,9 @@ class Seat:
         return Common(total, *found.chosen(losses["losses"]))
 
     def _statistics(self, features_NH: Tensor, labels_N: Tensor) -> Statistics:
-        classes = classes_of(self.task)
-        assert classes is not None
-        return Statistics.of(features_NH, labels_N, classes, self.config.method.meet.gram)
+        names = self.task.label_names
+        assert names is not None
+        return Statistics.of(features_NH, labels_N, len(names), self.config.method.meet.gram)
 
     def _weights(self, head: LinearHead) -> dict[str, Tensor]:
         path, layer = classifier_of(self.model)

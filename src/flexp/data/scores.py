@@ -61,13 +61,13 @@ def scored(
     Batches are formed after sorting by length and content, longest first, so that there is little padding, the
     largest batch comes first, and the composition of batches does not depend on the examples' order.
     """
-    order = _order(examples)
     found = Tally()
     for batch, some in in_batches(collate, examples, batch_size):
         labels = batch.pop("labels")
         with torch.no_grad():
             logits = forward(batch).logits
             found.extend(measure(logits, labels, some))
+    order = _order(examples)
     back = sorted(range(len(order)), key=order.__getitem__)
     return Tally(
         loss=[found.loss[k] for k in back],

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from flexp.client.meeting import Meets, classes_of
+from flexp.client.meeting import Meets
 from flexp.client.personal_head import Choice
 from flexp.client.trainer import Step
 from flexp.config import LoraConfig, RunConfig, Section
@@ -97,8 +97,7 @@ class World:
     @property
     def meets(self) -> Meets:
         """Which meetings the run has: those that the settings ask for, where method and task know any."""
-        known = self.method.meets and classes_of(self.federation.task) is not None
-        return self.method.meetings(self.config) if known else Meets(False, False)
+        return self.method.meetings(self.config) if self.method.meets else Meets(False, False)
 
     @property
     def participants(self) -> list[ClientData]:

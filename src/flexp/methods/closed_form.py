@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flexp.client.meeting import FIRST, Meets, Seat, classifier_of, together
+from flexp.client.meeting import FIRST, Meets, Seat, classifier_of, closed_form_of, together
 from flexp.client.personal import WholeModel
 from flexp.client.personal_head import Choice
 from flexp.config import RunConfig
@@ -39,7 +39,8 @@ class ClosedForm(Method):
 
     @classmethod
     def meetings(cls, config: RunConfig) -> Meets:
-        return Meets(True, config.method.meet.on)
+        known = closed_form_of(config)
+        return Meets(known, known and config.method.meet.on)
 
     def __init__(self, world: World) -> None:
         super().__init__(world)

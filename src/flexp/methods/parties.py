@@ -15,10 +15,10 @@ from flexp.client.personal_head import Choice
 from flexp.client.trainer import Trainable, Trainer
 from flexp.config import ClientConfig, CodecConfig, RunConfig
 from flexp.data.types import ClientData, Task
+from flexp.kinds import ModelKind
 from flexp.links.base import Link
 from flexp.links.sums import Adder
 from flexp.methods.base import World
-from flexp.models.loading import ModelKind
 from flexp.models.parts import Part
 from flexp.models.stage import Stage, carve
 from flexp.models.tuning import tune

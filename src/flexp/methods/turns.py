@@ -52,7 +52,7 @@ def schedule(
     seed: int,
     evaluate_every: int,
     save_every: int,
-    meets: Meets = Meets(False, False),  # noqa: B008  (it never changes)
+    meets: Meets = Meets(False, False),
 ) -> list[Place]:
     """The run that a simulation makes of the same settings, step for step.
 

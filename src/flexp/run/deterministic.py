@@ -60,6 +60,8 @@ class Deterministic(Conductor):
             self._return(client, ready)
         elif self._begun and ready.done == self.place:
             self._has_done(client)
+        elif self._begun and self._ahead(client, ready):  # its snapshot is from after its step, whose word was lost
+            self._next()
         self._advance()
         return future
 
@@ -135,14 +137,19 @@ class Deterministic(Conductor):
         """How many meetings there were before the run came to ``place``."""
         return sum(number < place for number in self._meetings)
 
+    def _ahead(self, client: str, ready: Ready) -> bool:
+        """Whether it is this client's turn, and it has taken its step already."""
+        item = self.places[self.place] if self.place < len(self.places) else None
+        mine = item is not None and item.client == client
+        return mine and ready.steps == self.steps_of(client, self.place) + 1
+
     def _return(self, client: str, ready: Ready) -> None:
         """A client that was here before comes back, as it was or with less."""
         expected = self.steps_of(client, self.place)
         item = self.places[self.place] if self.place < len(self.places) else None
-        if ready.steps == expected or (
-            item is not None and item.client == client and ready.steps == expected + 1 and ready.steps
-        ):
-            if ready.steps > expected:  # it was its turn, and only the word that it had done it was lost
+        ahead = self._ahead(client, ready)
+        if ready.steps == expected or ahead:
+            if ahead:  # only the word that it had done its step was lost
                 self._next()
             elif item is not None and item.what == "meet" and ready.met > self._due(self.place):  # likewise
                 self._done.add(client)

@@ -17,20 +17,21 @@ import torch
 import transformers
 
 from flexp.assets import resolve
-from flexp.client.meeting import UNMASKED, classes_of
+from flexp.client.meeting import UNMASKED, closed_form_of
 from flexp.client.model import SplitModel
 from flexp.client.trainer import Trainer
 from flexp.config import CodecConfig, DataConfig, RunConfig
 from flexp.data import load_federation, pad_id
 from flexp.data.tasks import task_of
-from flexp.data.types import ClientData, Federation, Task
+from flexp.data.types import ClientData, Federation
 from flexp.errors import ConfigError, DataError, ModelError, StorageError
 from flexp.files import read_json
+from flexp.kinds import KINDS, ModelKind
 from flexp.links.base import Link
 from flexp.machine import imitates_bfloat16
 from flexp.methods.base import World, method_of
 from flexp.methods.parties import own_config, own_trainer, split_model, tune_own
-from flexp.models.loading import ModelKind, load_config, load_stage
+from flexp.models.loading import load_config, load_stage
 from flexp.models.parts import Part, check_cut
 from flexp.models.stage import Stage
 from flexp.run.folder import JOINED, JOINED_SCHEMA, is_joined
@@ -116,7 +117,7 @@ def settle(config: RunConfig, federate: Federate = load_federation, *, plan: boo
     processor = load_processor(model_id, config)
     federation = federate(config.data, processor, config.seed, max_positions(model_config))
     blocks = int(getattr(model_config.get_text_config(), "num_hidden_layers", 0))
-    notes, planned = [*_precision_notes(config), *_meeting_notes(config, federation.task)], None
+    notes, planned = [*_precision_notes(config), *_meeting_notes(config)], None
     if plan and config.data.clients.planned:  # before anything is loaded
         config, more, planned = with_cuts(config, federation, blocks)
         notes += more
@@ -256,7 +257,7 @@ def load_part(
 
 def own_pad(kind: ModelKind, processor: Any) -> int | None:
     """The padding token that a text model is told; images have none."""
-    return None if kind == "image-classification" else pad_id(processor)
+    return None if KINDS[kind].images else pad_id(processor)
 
 
 def load_processor(model_id: str, config: RunConfig) -> Any:
@@ -291,15 +292,14 @@ def max_positions(model_config: Any) -> int | None:
     return None if positions is None else int(positions) - offset
 
 
-def _meeting_notes(config: RunConfig, task: Task) -> list[str]:
-    method = method_of(config)
-    if not method.meetings(config):
-        return []
-    if classes_of(task) is None:
-        return [f"clients do not meet: {task.name} has no closed form, so model.head and method.meet are left out"]
-    if not method.meets:
-        return [f"clients do not meet: {method.name} knows no meeting, so model.head and method.meet are left out"]
-    return [UNMASKED] if method.sends != "nothing" else []
+def _meeting_notes(config: RunConfig) -> list[str]:
+    method, asked = method_of(config), config.model.head == "closed-form" or config.method.meet.on
+    why = "" if method.meets else f"{method.name} knows no meeting"
+    if asked and not closed_form_of(config):
+        why = f"the task {task_of(config.data).name} has no closed form"
+    if asked and why:
+        return [f"clients do not meet: {why}, so model.head and method.meet are left out"]
+    return [UNMASKED] if method.meets and method.meetings(config) and method.sends != "nothing" else []
 
 
 def _precision_notes(config: RunConfig) -> list[str]:
