@@ -11,6 +11,7 @@ import typer
 from flexp.cli.settings import Settings, overrides
 from flexp.cli.verify import Task
 from flexp.errors import ConfigError
+from flexp.texts import plain
 
 TASKS = {Task.sequence_classification: "classification"}
 """What ``data.task`` calls a kind of model that it has another word for."""
@@ -83,7 +84,7 @@ def server(
     from flexp.run.server import make_conductor, make_server, read_config, run_server
 
     def say(line: str) -> None:
-        typer.echo(f"flexp server: {line}")
+        typer.echo(f"flexp server: {plain(line)}")
 
     loaded, deployment = read_config(config, said)
     if loaded.threads is not None:

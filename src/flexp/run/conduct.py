@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -14,6 +15,8 @@ from flexp.run.store import Store
 from flexp.server import Server
 
 Say = Callable[[str], None]
+TOLD = ("loss", "lr", "score", "seconds", "bytes_up", "bytes_down", "waited_seconds", "compute_seconds")
+"""What a client may say of itself; anything else is left out."""
 
 
 @dataclass
@@ -23,6 +26,12 @@ class Member:
     ready: Ready = field(default_factory=lambda: Ready(0))
     waits: Future[Order] | None = None
     stopped: bool = False
+
+    @property
+    def facts(self) -> dict[str, float]:
+        """What the client says of itself, as far as it may and it is a number."""
+        said = self.ready.facts
+        return {name: said[name] for name in TOLD if name in said and math.isfinite(said[name])}
 
     def answer(self, order: Order) -> None:
         """Give the client its order, if it still listens."""

@@ -12,6 +12,7 @@ from typing import Any
 from flexp.config import DeploymentConfig, RunConfig
 from flexp.config.loading import OTHERS, overridden, validate
 from flexp.errors import LinkError, StorageError
+from flexp.limits import allow_many_files
 from flexp.links.grpc import Serving, serve
 from flexp.methods.turns import schedule
 from flexp.models.loading import ModelKind
@@ -118,6 +119,7 @@ def run_server(
         ConfigError: it may not, or cannot, listen there.
         StorageError: the state is damaged, belongs to other blocks, or cannot be written.
     """
+    allow_many_files()
     store = None if state is None else Store(state)
     if store is not None:
         store.claim()
