@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from flexp.errors import ModelError
 from flexp.limits import out_of_memory
 from flexp.models.anatomy import dissect, refuse_by_design
 from flexp.models.fingerprint import weights_fingerprint
+from flexp.models.heads import fit_head, name_classes, trained_classes
 from flexp.models.low_memory import low_memory_loading
 from flexp.models.parts import Part, prune
 from flexp.models.stage import Stage, carve, forget_ties
@@ -56,7 +58,8 @@ def load_stage(
             a name alone stands for the defaults. With ``embeddings = "file"`` and the ends, those of the tokens are
             read row by row where the checkpoint has them (:mod:`flexp.models.stored`), and must not be trained.
         kind: what the model is for.
-        labels: the names of the classes, for classifiers.
+        labels: the names of the classes, for classifiers. A class that the checkpoint's trained head knows keeps its
+            weights, whatever the order; ``None``: those of the checkpoint.
         dropout: the rate of every dropout; ``None``: as the model's configuration says.
         seed: of those weights that the checkpoint does not hold, such as a new classifier; equal for every part.
 
@@ -76,11 +79,11 @@ def load_stage(
     refuse_by_design(f"{name} ({config.model_type})", config)
     if kind == "causal-lm" and (part is None or part.ends):  # a server without the ends may serve classifiers
         _refuse_bidirectional(name, config)
+    head = [] if labels is None or (part is not None and not part.ends) else trained_classes(config, kind)
     if labels is not None:
         config.problem_type = "single_label_classification"  # what the checkpoint was trained for does not matter here
-        config.num_labels = len(labels)
-        config.id2label = dict(enumerate(labels))
-        config.label2id = {label: index for index, label in enumerate(labels)}
+        if not head:
+            name_classes(config, labels)
     if pad_token_id is not None and config.get_text_config().pad_token_id is None:
         config.get_text_config().pad_token_id = pad_token_id
     if dropout is not None:
@@ -121,6 +124,8 @@ def load_stage(
     replaceable = set() if kind == "causal-lm" else missing | (resized if labels is not None else set())
     _refuse_incomplete(name, loaded, missing | resized, replaceable)
     _initialise(loaded, missing | resized, seed)
+    if labels is not None and head:
+        resized |= fit_head(loaded, head, labels, partial(_initialise, seed=seed))
     anatomy = dissect(loaded)
     if part is not None and not part.blocks <= set(range(anatomy.blocks)):
         raise ModelError(f"{name} has {anatomy.blocks} blocks, so there is no block {max(part.blocks)}")
