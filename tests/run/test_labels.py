@@ -47,7 +47,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def changed(place: Path) -> dict[str, Any]:
-    found = content(place, train={"rounds": 1, "steps_per_round": 1}, data={"clients": {"cut": [1, 3], "names": ["north"]}})
+    found = content(
+        place, train={"rounds": 1, "steps_per_round": 1}, data={"clients": {"cut": [1, 3], "names": ["north"]}}
+    )
     found["data"]["source"] = str(place / "perfect.jsonl")
     found["train"] |= {"personal": {"lr": 1e-9}, "shared": {"lr": 1e-9}}
     return found

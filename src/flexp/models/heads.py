@@ -10,17 +10,21 @@ import torch
 from torch import nn
 
 from flexp.data.labels import rows_of
-
-GENERIC = "LABEL_"
-"""How transformers names classes that nobody has named."""
+from flexp.kinds import KINDS
 
 
-def trained_classes(config: Any, kind: str) -> list[str]:
-    """The names of the classes, row by row, of the head that a checkpoint brings; none where it brings no such head."""
-    suffixes = {"sequence-classification": "SequenceClassification", "image-classification": "ImageClassification"}
-    if kind not in suffixes or not any(name.endswith(suffixes[kind]) for name in config.architectures or ()):
+def trained_classes(config: Any, kind: str, pooling: str = "checkpoint") -> list[str]:
+    """The names of the classes, row by row, of the head that a checkpoint brings; none where it brings no such head.
+
+    Args:
+        pooling: ``model.pooling``, which may put another head in its place.
+    """
+    told = KINDS[kind]
+    wanted = told.auto.removeprefix("AutoModelFor")
+    brought = any(name.endswith(wanted) for name in config.architectures or ())
+    if not told.named or not brought or pooling not in ("checkpoint", getattr(config, "pooling", None)):
         return []
-    return [str(config.id2label.get(row, f"{GENERIC}{row}")) for row in range(config.num_labels)]
+    return [str(config.id2label.get(row, f"LABEL_{row}")) for row in range(config.num_labels)]
 
 
 def name_classes(config: Any, labels: Sequence[str]) -> None:

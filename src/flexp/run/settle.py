@@ -25,12 +25,13 @@ from flexp.data.tasks import task_of
 from flexp.data.types import ClientData, Federation
 from flexp.errors import ConfigError, DataError, ModelError, StorageError
 from flexp.files import read_json
+from flexp.kinds import KINDS, ModelKind
 from flexp.links.base import Link
 from flexp.machine import imitates_bfloat16
 from flexp.methods.base import World, method_of
 from flexp.methods.parties import own_config, own_trainer, split_model, tune_own
 from flexp.models.heads import trained_classes
-from flexp.models.loading import ModelKind, load_config, load_stage
+from flexp.models.loading import load_config, load_stage
 from flexp.models.parts import Part, check_cut
 from flexp.models.stage import Stage
 from flexp.run.folder import JOINED, JOINED_SCHEMA, is_joined
@@ -115,7 +116,7 @@ def settle(config: RunConfig, federate: Federate = load_federation, *, plan: boo
     model_id = str(resolve(config.model.id))
     model_config = load_config(model_id)
     processor = load_processor(model_id, config)
-    head = trained_classes(model_config, task_of(config.data).model_kind)
+    head = trained_classes(model_config, task_of(config.data).model_kind, config.model.pooling)
     federation = federate(config.data, processor, config.seed, max_positions(model_config), head)
     blocks = int(getattr(model_config.get_text_config(), "num_hidden_layers", 0))
     notes, planned = _precision_notes(config), None
@@ -270,7 +271,7 @@ def load_part(
 
 def own_pad(kind: ModelKind, processor: Any) -> int | None:
     """The padding token that a text model is told; images have none."""
-    return None if kind == "image-classification" else pad_id(processor)
+    return None if KINDS[kind].images else pad_id(processor)
 
 
 def load_processor(model_id: str, config: RunConfig) -> Any:
