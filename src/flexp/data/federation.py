@@ -14,6 +14,7 @@ from flexp.data.sources import Rows, read_rows
 from flexp.data.split import Split, split_client
 from flexp.data.tasks import limit_of, make_task, task_of
 from flexp.data.types import ClientData, Example, Federation, Task
+from flexp.data.warnings import warnings_of
 from flexp.errors import DataError
 
 
@@ -75,7 +76,7 @@ def load_federation(
         notes.append(
             f"data.max_length = {config.max_length} is more than the model's {limit.tokens} positions, which are used"
         )
-    return Federation(clients, task, notes)
+    return Federation(clients, task, notes, warnings_of(clients, task))
 
 
 class _Source:

@@ -100,6 +100,12 @@ class Federation:
     clients: list[ClientData]
     task: Task
     notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)  # what is suspicious about the data
+
+    @property
+    def remarks(self) -> list[str]:
+        """What to tell the user before anything is trained: notes, then warnings."""
+        return [*self.notes, *(f"warning: {line}" for line in self.warnings)]
 
     @property
     def test(self) -> list[Example]:

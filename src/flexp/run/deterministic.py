@@ -28,6 +28,8 @@ class Deterministic(Conductor):
         place: where in the schedule the run is.
     """
 
+    clients: Sequence[str]
+
     def __init__(
         self,
         server: Server,
@@ -39,7 +41,7 @@ class Deterministic(Conductor):
         places: Sequence[Place],
     ) -> None:
         super().__init__(server, snapshots, run, say, train, clients)
-        self.places, self.clients = list(places), list(clients)
+        self.places = list(places)
         self.place = 0
         self._begun = False
         self._done: set[str] = set()  # who has done the place that all do

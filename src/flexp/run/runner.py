@@ -185,7 +185,7 @@ class _Run:
     def go(self) -> Summary:
         try:
             with self.progress as progress:
-                for note in self.world.federation.notes:
+                for note in self.world.federation.remarks:
                     progress.note(note)
                 if self.first_round > 1:
                     progress.note(f"resumed after round {self.first_round - 1}")
@@ -319,6 +319,7 @@ class _Run:
                 },
                 machine=machine(),
                 versions=versions(),
+                warnings=world.federation.warnings,
                 rounds=done,
             )
             | devices

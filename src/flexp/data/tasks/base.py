@@ -69,6 +69,10 @@ class BaseTask(ABC):
         """What stands for a chat template, with the field ``{prompt}``, in a model that was tuned to follow prompts."""
         return None
 
+    def classes_in(self, example: Example) -> list[str]:
+        """The names of the classes that an encoded example has; none where the task has no classes."""
+        return [] if self.label_names is None else [self.label_names[example["labels"]]]
+
     @abstractmethod
     def encode(self, rows: Sequence[Row]) -> list[Example]:
         """See :class:`~flexp.data.types.Task`, as for what follows."""
