@@ -22,7 +22,6 @@ from torch import Tensor
 from flexp.client.recut import PERSONAL
 from flexp.config import RunConfig
 from flexp.data.identity import Identity, check_same, of_client
-from flexp.data.types import ModelKind
 from flexp.errors import ConfigError, StorageError
 from flexp.export.card import run_facts
 from flexp.export.opening import open_trained
@@ -30,6 +29,7 @@ from flexp.export.saved import is_run, run_config
 from flexp.export.sealed import is_sealed, seal, unseal
 from flexp.export.trained import LAST, FromCheckpoint
 from flexp.files import replacing
+from flexp.kinds import ModelKind
 from flexp.methods.base import method_of
 from flexp.models.fingerprint import fingerprint
 from flexp.models.stage import Stage

@@ -12,9 +12,9 @@ from typing import Any
 from flexp.config import DeploymentConfig, RunConfig
 from flexp.config.loading import OTHERS, overridden, validate
 from flexp.errors import LinkError, StorageError
+from flexp.kinds import ModelKind
 from flexp.links.grpc import Serving, serve
 from flexp.methods.turns import schedule
-from flexp.models.loading import ModelKind
 from flexp.run.conduct import Conductor, run_name
 from flexp.run.deterministic import Deterministic
 from flexp.run.free import Free

@@ -26,11 +26,12 @@ from flexp.data.tasks import task_of
 from flexp.data.types import ClientData, Federation
 from flexp.errors import ConfigError, DataError, ModelError, StorageError
 from flexp.files import read_json
+from flexp.kinds import KINDS, ModelKind
 from flexp.links.base import Link
 from flexp.machine import imitates_bfloat16
 from flexp.methods.base import World, method_of
 from flexp.methods.parties import own_config, own_trainer, split_model, tune_own
-from flexp.models.loading import ModelKind, load_config, load_stage
+from flexp.models.loading import load_config, load_stage
 from flexp.models.parts import Part, check_cut
 from flexp.models.stage import Stage
 from flexp.run.folder import JOINED, JOINED_SCHEMA, is_joined
@@ -261,7 +262,7 @@ def load_part(
 
 def own_pad(kind: ModelKind, processor: Any) -> int | None:
     """The padding token that a text model is told; images have none."""
-    return None if kind == "image-classification" else pad_id(processor)
+    return None if KINDS[kind].images else pad_id(processor)
 
 
 def load_processor(model_id: str, config: RunConfig) -> Any:

@@ -16,6 +16,7 @@ from torch import Tensor
 from flexp.assets import resolve
 from flexp.config import LoraConfig, ModelConfig, OptimizerConfig, ServerConfig
 from flexp.errors import LinkError
+from flexp.kinds import ModelKind
 from flexp.links.inprocess import InProcessLink
 from flexp.links.messages import (
     Abort,
@@ -38,7 +39,7 @@ from flexp.links.messages import (
     Request,
     Welcome,
 )
-from flexp.models.loading import ModelKind, load_config, load_stage
+from flexp.models.loading import load_config, load_stage
 from flexp.models.parts import Part, check_cut
 from flexp.models.stage import Stage
 from flexp.models.tuning import tune
