@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from flexp.client.model import SplitModel
 from flexp.client.trainer import Trainer
 from flexp.config import CodecConfig, DataConfig, RunConfig
 from flexp.data import load_federation, pad_id
+from flexp.data.identity import Identity, identity
 from flexp.data.tasks import task_of
 from flexp.data.types import ClientData, Federation
 from flexp.errors import ConfigError, DataError, ModelError, StorageError
@@ -200,6 +201,11 @@ class ClientSetup:
     config: RunConfig
     cut: tuple[int, int]
     cut_is_given: bool = False
+
+    @cached_property
+    def identity(self) -> Identity:
+        """Of its examples, as its snapshots know them."""
+        return identity([self.data], self.run.federation.task.label_names)
 
     def load(self, part: Part) -> Stage:
         """A part of the pretrained model, tuned as this client's.
