@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ class Table:
 
 
 def read_file(path: Path) -> Table:
-    """Read one data file by its suffix: csv, tsv, json, jsonl, parquet or txt.
+    """Read one data file by its suffix: csv, tsv, json, jsonl, parquet, txt or xlsx.
 
     Raises:
         DataError: the format is unknown, or the file cannot be read or is empty.
@@ -73,21 +74,27 @@ def written(value: Any) -> Any:
     return value if value is None or isinstance(value, str | bytes | dict) else str(value)
 
 
+_SAID = re.compile(r'"?sep=(.)"?\r?\n', re.IGNORECASE)
+"""A first line by which Excel is told what divides columns."""
+
+
 def _csv(path: Path) -> Table:
     encoding, note = _encoding(path)
     with path.open(encoding=encoding, newline="") as file:
         sample = file.read(1 << 16)
+    said = _SAID.match(sample)
+    skip, sample = (1, sample[said.end() :]) if said else (0, sample)
     if not sample.strip():
         raise DataError(f"{path}: is empty; its first line must name the columns")
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else _delimiter(sample)
-    if delimiter not in (",", "\t"):
+    delimiter = said[1] if said else "\t" if path.suffix.lower() == ".tsv" else _delimiter(sample)
+    if delimiter != ("\t" if path.suffix.lower() == ".tsv" else ","):
         note.append(f"columns divided by {delimiter!r}")
     names = next(csv.reader(sample.splitlines(keepends=True), delimiter=delimiter))
-    _unlike(path, names)
+    unlike(path, names)
     try:
         data = pa.csv.read_csv(
             path,
-            read_options=pa.csv.ReadOptions(encoding=encoding),
+            read_options=pa.csv.ReadOptions(encoding=encoding, skip_rows=skip),
             parse_options=pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
             convert_options=pa.csv.ConvertOptions(
                 column_types={name: pa.string() for name in names},
@@ -120,17 +127,18 @@ def _encoding(path: Path) -> tuple[str, list[str]]:
 
 
 def _delimiter(sample: str) -> str:
-    """What divides columns: a comma, unless the first line has none and another sign divides it."""
-    try:
-        first = next(csv.reader(sample.splitlines(keepends=True)), [])
-    except csv.Error:
-        return ","
-    if len(first) > 1:
-        return ","
-    return next((sign for sign in ";\t|" if sign in sample.splitlines()[0]), ",")
+    """What divides columns: the first of the usual signs that divides the first lines in equally many, else a comma."""
+    for sign in ",;\t|":
+        try:
+            rows = [row for row in islice(csv.reader(sample.splitlines(keepends=True), delimiter=sign), 20) if row]
+        except csv.Error:
+            continue
+        if len(rows[0]) > 1 and all(len(row) == len(rows[0]) for row in rows):
+            return sign
+    return ","
 
 
-def _unlike(path: Path, names: Iterable[str]) -> None:
+def unlike(path: Path, names: Iterable[str]) -> None:
     """Refuse a table that has two columns of one name."""
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
@@ -142,7 +150,7 @@ def _parquet(path: Path) -> Table:
         data = pa.parquet.read_table(path, partitioning=None)
     except pa.ArrowInvalid as error:
         raise DataError(f"{path}: is not a Parquet file ({_first_line(error)})") from error
-    _unlike(path, data.column_names)
+    unlike(path, data.column_names)
     for index, field in enumerate(data.schema):
         kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
         if kind != field.type or pa.types.is_string_view(kind) or pa.types.is_large_string(kind):
@@ -265,6 +273,12 @@ def _first_line(error: Exception) -> str:
     return re.sub(r"\s+", " ", str(error))[:160].rstrip(". ")
 
 
+def _excel(path: Path) -> Table:
+    from flexp.data.excel import read_excel
+
+    return read_excel(path)
+
+
 READERS: dict[str, Callable[[Path], Table]] = {
     ".csv": _csv,
     ".tsv": _csv,
@@ -273,4 +287,6 @@ READERS: dict[str, Callable[[Path], Table]] = {
     ".json": _json,
     ".parquet": _parquet,
     ".txt": _text,
+    ".xlsx": _excel,
+    ".xlsm": _excel,
 }
