@@ -16,11 +16,12 @@ from flexp.client.exchange import Piece, RemoteCall, RemoteMiddle, items_of
 from flexp.client.joined import OFF, JoinedModel
 from flexp.config import AlignConfig, CodecConfig, ModelConfig
 from flexp.errors import ConfigError, LinkError
+from flexp.kinds import ModelKind
 from flexp.links.base import Link, ask
 from flexp.links.messages import Abort, ForwardRequest
 from flexp.links.opening import as_link
 from flexp.models.execution import ExecutionPlan
-from flexp.models.loading import ModelKind, load_config, load_stage
+from flexp.models.loading import load_config, load_stage
 from flexp.models.parts import Part, check_cut
 from flexp.models.tuning import tune
 
@@ -162,7 +163,7 @@ class SplitModel(JoinedModel):
                 inner_BTH.append(z_BTH)
         if train and not z_BTH.requires_grad:
             z_BTH = z_BTH.detach().requires_grad_()  # the server's blocks need a backward even if nothing here does
-        place = self.steps.place(items_of(inputs)) if train else None
+        place = self.steps.place(items_of(self.kind, inputs)) if train else None
         request = ForwardRequest(
             exchange=0 if place is None else place.exchange,
             hidden_BTH=z_BTH.detach(),
@@ -249,7 +250,28 @@ class SplitModelForImageClassification(SplitModel):
     kind = "image-classification"
 
 
-SPLIT_MODELS: dict[str, type[SplitModel]] = {
-    cls.kind: cls
-    for cls in (SplitModelForCausalLM, SplitModelForSequenceClassification, SplitModelForImageClassification)
-}
+class SplitModelForMultiLabelClassification(SplitModel):
+    """A text classifier with any number of labels for a text; ``labels`` of a batch are floats, (B, labels)."""
+
+    kind = "multi-label-classification"
+
+
+class SplitModelForRegression(SplitModel):
+    """A model that gives a number for a text; ``labels`` of a batch are floats, (B,)."""
+
+    kind = "regression"
+
+
+class SplitModelForTokenClassification(SplitModel):
+    """A classifier of every token."""
+
+    kind = "token-classification"
+
+
+class SplitModelForQuestionAnswering(SplitModel):
+    """A model that finds where an answer begins and ends in a text."""
+
+    kind = "question-answering"
+
+
+SPLIT_MODELS: dict[str, type[SplitModel]] = {cls.kind: cls for cls in SplitModel.__subclasses__()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,17 @@ from flexp.client.model import SplitModel
 from flexp.client.trainer import Trainer
 from flexp.config import CodecConfig, DataConfig, RunConfig
 from flexp.data import load_federation, pad_id
+from flexp.data.identity import Identity, identity
 from flexp.data.tasks import task_of
 from flexp.data.types import ClientData, Federation
 from flexp.errors import ConfigError, DataError, ModelError, StorageError
 from flexp.files import read_json
+from flexp.kinds import KINDS, ModelKind
 from flexp.links.base import Link
 from flexp.machine import imitates_bfloat16
 from flexp.methods.base import World, method_of
 from flexp.methods.parties import own_config, own_trainer, split_model, tune_own
-from flexp.models.loading import ModelKind, load_config, load_stage
+from flexp.models.loading import load_config, load_stage
 from flexp.models.parts import Part, check_cut
 from flexp.models.stage import Stage
 from flexp.run.folder import JOINED, JOINED_SCHEMA, is_joined
@@ -185,6 +187,11 @@ class ClientSetup:
     cut: tuple[int, int]
     cut_is_given: bool = False
 
+    @cached_property
+    def identity(self) -> Identity:
+        """Of its examples, as its snapshots know them."""
+        return identity([self.data], self.run.federation.task.label_names)
+
     def load(self, part: Part) -> Stage:
         """A part of the pretrained model, tuned as this client's.
 
@@ -255,7 +262,7 @@ def load_part(
 
 def own_pad(kind: ModelKind, processor: Any) -> int | None:
     """The padding token that a text model is told; images have none."""
-    return None if kind == "image-classification" else pad_id(processor)
+    return None if KINDS[kind].images else pad_id(processor)
 
 
 def load_processor(model_id: str, config: RunConfig) -> Any:

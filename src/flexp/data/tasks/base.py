@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from flexp.config import DataConfig
 from flexp.data.columns import as_text
 from flexp.data.tasks.text import IGNORED, Limit, pad
-from flexp.data.types import PLACE, Batch, Example, Forward, ModelKind, Row, Tally
+from flexp.data.types import PLACE, Batch, Example, Forward, Row, Tally
 from flexp.errors import ConfigError
+from flexp.kinds import ModelKind
 
 
 class BaseTask(ABC):
