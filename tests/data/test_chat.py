@@ -132,5 +132,5 @@ def test_what_is_no_chat_is_refused(tmp_path: Path, chat: Any, template: str | N
 
 
 def test_a_template_for_chats_has_one_field(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="needs one field, {prompt}, for chats"):
+    with pytest.raises(ConfigError, match=r"needs one field, \{prompt\}, for chats"):
         examples(tmp_path, words(), [CHAT], template="{system} {prompt}")

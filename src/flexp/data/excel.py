@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from flexp.data.columns import missing
-from flexp.data.readers import Table, unlike, written
+from flexp.data.table import Table, unlike, written
 from flexp.errors import DataError
 
 

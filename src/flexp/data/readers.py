@@ -1,7 +1,7 @@
 """One file to one table, with the row numbers that messages need. Reads locally: no network, no cache.
 
 Values are text as it was written, in every format: ``007`` and ``7``, ``1e5`` and ``100000`` are different clients,
-groups and labels, and nobody guesses types. Parquet has types of its own; :func:`written` says how they are written.
+groups and labels, and nobody guesses types. Parquet has types of its own; `written` says how they are written.
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ import codecs
 import csv
 import json
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,19 +19,11 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
+from flexp.data.excel import read_excel
+from flexp.data.table import Table, unlike, written
 from flexp.errors import DataError
 
 IMAGES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
-
-
-@dataclass(frozen=True)
-class Table:
-    """The rows of a file; row i is ``unit`` number ``numbers[i]`` (i + 1 when None)."""
-
-    data: pa.Table
-    unit: str = "row"
-    numbers: Sequence[int] | None = None
-    note: str | None = None  # what had to be guessed about the file, for the user
 
 
 def read_file(path: Path) -> Table:
@@ -58,20 +48,6 @@ def read_file(path: Path) -> Table:
     if table.data.num_rows == 0:
         raise DataError(f"{path}: holds no rows; remove the file, or name another as data.source")
     return table
-
-
-def written(value: Any) -> Any:
-    """A value of a typed column as one would write it; lists and bytes keep their kind, None stays None.
-
-    Whole numbers have no fraction (7.0 is ``7``: that is how pandas stores whole numbers beside gaps).
-    """
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, float):
-        return None if value != value else str(int(value)) if value.is_integer() else repr(value)
-    if isinstance(value, list):
-        return [written(item) for item in value]
-    return value if value is None or isinstance(value, str | bytes | dict) else str(value)
 
 
 _SAID = re.compile(r'"?sep=(.)"?\r?\n', re.IGNORECASE)
@@ -136,13 +112,6 @@ def _delimiter(sample: str) -> str:
         if len(rows[0]) > 1 and all(len(row) == len(rows[0]) for row in rows):
             return sign
     return ","
-
-
-def unlike(path: Path, names: Iterable[str]) -> None:
-    """Refuse a table that has two columns of one name."""
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        raise DataError(f"{path}: has more than one column {twice[0]!r}; give each a name of its own")
 
 
 def _parquet(path: Path) -> Table:
@@ -273,12 +242,6 @@ def _first_line(error: Exception) -> str:
     return re.sub(r"\s+", " ", str(error))[:160].rstrip(". ")
 
 
-def _excel(path: Path) -> Table:
-    from flexp.data.excel import read_excel
-
-    return read_excel(path)
-
-
 READERS: dict[str, Callable[[Path], Table]] = {
     ".csv": _csv,
     ".tsv": _csv,
@@ -287,6 +250,6 @@ READERS: dict[str, Callable[[Path], Table]] = {
     ".json": _json,
     ".parquet": _parquet,
     ".txt": _text,
-    ".xlsx": _excel,
-    ".xlsm": _excel,
+    ".xlsx": read_excel,
+    ".xlsm": read_excel,
 }

@@ -122,7 +122,7 @@ def messages_of(value: Any, column: str, place: str) -> list[Message]:
         raise DataError(
             f"{place}: the column {column!r} holds no chat; expected a list of messages, each with role and content"
         )
-    messages = []
+    messages: list[Message] = []
     for number, item in enumerate(value, start=1):
         said = {key: held for key, held in item.items() if held is not None}
         role = said.pop("role", None) or _FROM.get(str(said.get("from")), said.get("from"))

@@ -14,8 +14,8 @@ from flexp.errors import ConfigError
 
 
 class Instruction(TextTask):
-    """``data.template`` makes the prompt; the answer column and the end-of-text token follow it. With
-    ``data.messages`` the model's own chat template makes the whole chat, if it has one and ``data.template`` is unset."""
+    """``data.template`` makes the prompt; the answer column and the end-of-text token follow it. Chats
+    (``data.messages``) are made by the model's own chat template, if it has one and ``data.template`` is unset."""
 
     name = "instruction"
     template = "### Instruction:\n{prompt}\n\n### Response:\n"
