@@ -46,6 +46,13 @@ class Attention(StrEnum):
     eager = "eager"
 
 
+class Pooling(StrEnum):
+    checkpoint = "checkpoint"
+    mean = "mean"
+    last = "last"
+    cls = "cls"
+
+
 class Memory(StrEnum):
     keep = "keep"
     recompute = "recompute"
@@ -73,6 +80,7 @@ def verify(
     attention: Annotated[Attention, typer.Option(help="Models without SDPA run eager anyway.")] = Attention.sdpa,
     memory: Annotated[Memory, typer.Option(help="What the server does with its activations.")] = Memory.keep,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Checkpoint the client's blocks.")] = False,
+    pooling: Annotated[Pooling, typer.Option(help="What a text classifier's head reads.")] = Pooling.checkpoint,
     batch: Annotated[int, typer.Option(min=1, help="Examples of a step.")] = 3,
     length: Annotated[int, typer.Option(min=2, help="Tokens of an example.")] = 10,
     seed: Annotated[int, typer.Option(help="Of the batches, and of weights that no checkpoint holds.")] = 0,
@@ -113,6 +121,7 @@ def verify(
         attention=attention.value,
         memory=memory.value,
         checkpointing=checkpointing,
+        pooling=pooling.value,
         batch=batch,
         length=length,
         seed=seed,

@@ -20,6 +20,7 @@ from flexp.errors import ModelError
 from flexp.models.anatomy import dissect, refuse_by_design
 from flexp.models.loading import AUTO, AUTOCAST, DTYPES, load_config, quietly
 from flexp.models.parts import Absent, Part
+from flexp.models.pooling import put_pooling
 from flexp.models.stage import Stage
 from flexp.models.tuning import tune
 
@@ -51,6 +52,7 @@ def bare_model(model: ModelConfig, kind: str, *, labels: int) -> Any:
     with quietly(), torch.device("meta"):
         attention = model.attention if cls._supports_sdpa else "eager"
         made = cls._from_config(config, dtype=DTYPES[model.dtype], attn_implementation=attention)
+        put_pooling(made, model.pooling, kind, model.id)
     dissect(made)
     return made
 

@@ -50,6 +50,7 @@ def described(config: RunConfig, form: str, dtype: str, kind: str, labels: list[
         "dtype": dtype,
         "autocast": config.model.autocast,
         "attention": config.model.attention,
+        "pooling": config.model.pooling,
         "data": {key: data[key] for key in TASK_KEYS},
         "source": origin(config.data.source),
     }
@@ -183,11 +184,13 @@ def _scores(facts: Mapping[str, Any]) -> list[str]:
 def _use(facts: Mapping[str, Any], adapter: bool) -> list[str]:
     auto, image = AUTO[facts["kind"]].__name__, facts["kind"] == "image-classification"
     processor = "AutoImageProcessor" if image else "AutoTokenizer"
+    own = facts.get("pooling", "checkpoint") != "checkpoint"
+    trust = ", trust_remote_code=True" if own else ""
     if not adapter:
         code = [
             f"from transformers import {auto}, {processor}",
             "",
-            f'model = {auto}.from_pretrained("FOLDER")',
+            f'model = {auto}.from_pretrained("FOLDER"{trust})',
         ]
     else:
         code = [
@@ -199,5 +202,11 @@ def _use(facts: Mapping[str, Any], adapter: bool) -> list[str]:
             'model = PeftModel.from_pretrained(base, "FOLDER")',
         ]
     length = "" if image else f"Texts were cut at {facts['data']['max_length']} tokens."
+    if own:
+        length += (
+            f" Its head is one linear layer on the pooled last hidden states ({facts['pooling']}), which no "
+            "architecture of transformers computes: `pooled.py` beside the weights does, and `trust_remote_code=True` "
+            "lets it."
+        )
     code += [f'processor = {processor}.from_pretrained("FOLDER")']
     return ["```python", *code, "```", *(["", length] if length else [])]

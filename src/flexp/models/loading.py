@@ -25,6 +25,7 @@ from flexp.models.anatomy import dissect, refuse_by_design
 from flexp.models.fingerprint import weights_fingerprint
 from flexp.models.low_memory import low_memory_loading
 from flexp.models.parts import Part, prune
+from flexp.models.pooling import put_pooling
 from flexp.models.stage import Stage, carve, forget_ties
 from flexp.models.stored import check_table, give_table, without_table
 from flexp.rng import RandomStream
@@ -120,14 +121,15 @@ def load_stage(
     missing, resized = set(info["missing_keys"]), {key for key, *_ in info["mismatched_keys"]}
     replaceable = set() if kind == "causal-lm" else missing | (resized if labels is not None else set())
     _refuse_incomplete(name, loaded, missing | resized, replaceable)
-    _initialise(loaded, missing | resized, seed)
+    new = _headed(loaded, wanted, kind, part, missing | resized)
+    _initialise(loaded, new, seed)
     anatomy = dissect(loaded)
     if part is not None and not part.blocks <= set(range(anatomy.blocks)):
         raise ModelError(f"{name} has {anatomy.blocks} blocks, so there is no block {max(part.blocks)}")
     loaded.requires_grad_(False)
     stage = Stage(loaded, anatomy, part or Part.whole(anatomy.blocks))
     stage.autocast = AUTOCAST[wanted.autocast]
-    stage.new = frozenset(missing | resized)
+    stage.new = frozenset(new)
     stage.weights = weights_fingerprint(name)
     return stage
 
@@ -166,10 +168,22 @@ def _from_zoo(wanted: ModelConfig, kind: ModelKind, labels: Sequence[str] | None
         raise ModelError(
             f"{wanted.id} has {model.config.num_labels} classes, but the data have {len(labels)}; use a real model"
         )
+    new = _headed(model, wanted, kind, None, set())
+    _initialise(model, new, seed)
     model.requires_grad_(False)
     stage = Stage.whole(model)
     stage.autocast = AUTOCAST[wanted.autocast]
+    stage.new = frozenset(new)
     return stage
+
+
+def _headed(model: Any, wanted: ModelConfig, kind: ModelKind, part: Part | None, missing: set[str]) -> set[str]:
+    """Put in the head that ``model.pooling`` asks for, where the part has one; gives what is to be drawn now."""
+    if part is not None and not part.ends:
+        return missing
+    drawn = put_pooling(model, wanted.pooling, kind, wanted.id)
+    there = {name for name, _ in model.named_parameters()} if drawn else missing
+    return missing & there | set(drawn)
 
 
 def _class_for(config: Any, kind: ModelKind, name: str) -> Any:

@@ -54,6 +54,7 @@ class Setup:
         base_depth: s_min, where the server's blocks begin; ``None``: s.
         memory: whether the server keeps its activations or computes them again.
         checkpointing: gradient checkpointing of the client's blocks.
+        pooling: what a text classifier's head reads (``model.pooling``).
         batch: examples of a step. length: tokens of an example.
     """
 
@@ -70,6 +71,7 @@ class Setup:
     attention: str = "sdpa"
     memory: Literal["keep", "recompute"] = "keep"
     checkpointing: bool = False
+    pooling: str = "checkpoint"
     batch: int = 3
     length: int = 10
     seed: int = 0
@@ -85,6 +87,7 @@ class Setup:
             tuning=self.tuning,
             train_embeddings=self.tuning == "full",
             gradient_checkpointing=self.checkpointing,
+            pooling=self.pooling,
         )
 
 
