@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 from rich.console import Console
@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from flexp.errors import ConfigError
+from flexp.kinds import KINDS, ModelKind
 
 if TYPE_CHECKING:
     from flexp.run.verify import Outcome, Setup
@@ -19,10 +20,7 @@ if TYPE_CHECKING:
 NOT_EXACT = 1
 
 
-class Task(StrEnum):
-    causal_lm = "causal-lm"
-    sequence_classification = "sequence-classification"
-    image_classification = "image-classification"
+Task = StrEnum("Task", {kind.replace("-", "_"): kind for kind in KINDS})  # type: ignore[misc]
 
 
 class Tuning(StrEnum):
@@ -109,7 +107,7 @@ def verify(
         torch.set_num_threads(threads)
     setup = Setup(
         model=model or "",
-        task=task.value if task else None,
+        task=cast(ModelKind, task.value) if task else None,
         cut=None if cut is None else parse_cut(cut),
         base_depth=base_depth,
         tuning=tuning.value,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from flexp.errors import ConfigError, LinkError
+from flexp.kinds import IGNORED, KINDS, ModelKind
 from flexp.links.base import Link
 from flexp.links.messages import BackwardReply, BackwardRequest, ForwardReply, ForwardRequest
 from flexp.rng import Turn, current_turn, resting
@@ -205,9 +206,9 @@ class Steps:
         finally:
             self.piece = None
 
-    def place(self, inputs: Mapping[str, Any]) -> Place:
+    def place(self, kind: ModelKind, inputs: Mapping[str, Any]) -> Place:
         """Where the exchange belongs that goes up now, with this batch."""
-        piece = self.piece or self._next(inputs)
+        piece = self.piece or self._next(kind, inputs)
         if piece.number == 1:
             self._number = self.done + 1
         if self.piece is None:
@@ -215,14 +216,14 @@ class Steps:
         self._begun = 0 if piece.last else piece.number
         return Place(self._number, piece.number, piece.of, piece.tokens, piece.weight)
 
-    def _next(self, inputs: Mapping[str, Any]) -> Piece:
+    def _next(self, kind: ModelKind, inputs: Mapping[str, Any]) -> Piece:
         """For loops that say nothing. Without ``num_items_in_batch`` their exchanges count alike."""
         number, of = self._begun + 1, self.accumulation
         even = 1.0 / of
         if self.loop is not None:
             of = number if self.loop.ends() else number + 1
             even = 1.0 / self.loop.group
-        share, weight = share_of(inputs, even)
+        share, weight = share_of(kind, inputs, even)
         return Piece(number, of, share, share, weight)
 
     def abandon(self) -> None:
@@ -254,36 +255,25 @@ class Steps:
             )
 
 
-def loss_items(labels: Tensor) -> int:
-    """How many items a model's loss is a mean of: classified examples, or predicted tokens.
-
-    Labels of classes are (B,); labels of tokens are (B, T), −100 where there is no loss, and are shifted by one.
-    """
-    if labels.dim() == 1:
-        return int((labels != -100).sum())
-    return int((labels[:, 1:] != -100).sum())
-
-
 def unmasked_tokens(batch: Mapping[str, Any]) -> int:
     """The tokens that a batch's alignment is a mean over; of images, whose tokens are equally many, their number."""
     mask, ids = batch.get("attention_mask"), batch.get("input_ids")
     if mask is not None:
         return int(mask.sum())
-    return int(ids.numel()) if ids is not None else len(batch["labels"])
+    return int(ids.numel()) if ids is not None else len(next(iter(batch.values())))
 
 
-def items_of(inputs: Mapping[str, Any]) -> float:
+def items_of(kind: ModelKind, inputs: Mapping[str, Any]) -> float:
     """The items of a batch's loss, for loops that do not say; a batch without any counts as one."""
     shifted = inputs.get("shift_labels")
     if isinstance(shifted, Tensor):
-        return float(max(1, int((shifted != -100).sum())))
-    labels = inputs.get("labels")
-    if isinstance(labels, Tensor):
-        return float(max(1, loss_items(labels)))
-    return float(len(next(value for value in inputs.values() if isinstance(value, Tensor))))
+        return float(max(1, int((shifted != IGNORED).sum())))
+    if _labelled(kind, inputs):
+        return float(max(1, KINDS[kind].items(inputs)))
+    return float(len(_first(inputs)))
 
 
-def share_of(inputs: Mapping[str, Any], even: float) -> tuple[float, float]:
+def share_of(kind: ModelKind, inputs: Mapping[str, Any], even: float) -> tuple[float, float]:
     """A batch's share of its step's items, and its items.
 
     Args:
@@ -292,8 +282,16 @@ def share_of(inputs: Mapping[str, Any], even: float) -> tuple[float, float]:
     """
     total = inputs.get("num_items_in_batch")
     if total is None:
-        return even, items_of(inputs)
+        return even, items_of(kind, inputs)
     whole = max(1.0, float(total))
-    if isinstance(inputs.get("labels"), Tensor) or isinstance(inputs.get("shift_labels"), Tensor):
-        return min(1.0, items_of(inputs) / whole), items_of(inputs)
-    return even, max(1.0, whole * even)
+    if _labelled(kind, inputs):
+        return min(1.0, items_of(kind, inputs) / whole), items_of(kind, inputs)
+    return even, min(max(1.0, whole * even), float(_first(inputs).shape[:2].numel()))  # no more than it has tokens
+
+
+def _first(inputs: Mapping[str, Any]) -> Tensor:
+    return next(value for value in inputs.values() if isinstance(value, Tensor))
+
+
+def _labelled(kind: ModelKind, inputs: Mapping[str, Any]) -> bool:
+    return all(isinstance(inputs.get(name), Tensor) for name in KINDS[kind].targets)

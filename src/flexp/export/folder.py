@@ -11,7 +11,6 @@ import torch
 from safetensors import SafetensorError
 
 from flexp.config import RunConfig
-from flexp.data.types import ModelKind
 from flexp.errors import ConfigError, ModelError
 from flexp.export.adapter import write_adapter
 from flexp.export.card import FILE, card, described
@@ -21,6 +20,7 @@ from flexp.export.saved import RunModel
 from flexp.export.trained import Trained
 from flexp.export.whole import merged
 from flexp.files import replacing, storage_error, write_json, write_text
+from flexp.kinds import KINDS, ModelKind
 from flexp.models.loading import quietly
 from flexp.models.pooling import saved_as
 from flexp.run.settle import model_folder
@@ -118,9 +118,9 @@ def writing(out: Path, model_id: str, processor: Any, facts: Mapping[str, Any]) 
 
 def ready(processor: Any, kind: ModelKind) -> Any:
     """A tokenizer or image processor, ready for batches of what the model is for."""
-    if kind == "image-classification":
+    if KINDS[kind].images:
         return processor
-    if kind == "causal-lm":
+    if KINDS[kind].answers == "next-token":
         processor.padding_side = "left"  # generation goes on from the last token
     processor.init_kwargs["padding_side"] = processor.padding_side  # else it is not saved
     if processor.pad_token is None:

@@ -15,6 +15,7 @@ import transformers
 from torch import nn
 
 from flexp.errors import ModelError
+from flexp.kinds import KINDS
 from flexp.models.pooled import PooledConfig, PooledForSequenceClassification, width_of, without_pooler
 
 CLASSIFIER = "classifier"
@@ -45,7 +46,7 @@ def put_pooling(model: Any, how: str, kind: str, name: str) -> list[str]:
     """
     if how == "checkpoint" or getattr(model, "pooling", None) == how:
         return []
-    if kind != "sequence-classification":
+    if KINDS[kind].pipeline != "text-classification":
         raise ModelError(
             f'{name}: model.pooling = "{how}" is for classifiers of texts, and this is {kind}: leave it at "checkpoint"'
         )
