@@ -52,7 +52,7 @@ def client(
     from flexp.run.settle import settle_client
 
     setup = settle_client(loaded, name, wanted)
-    for note in setup.run.federation.notes:
+    for note in setup.run.federation.remarks:
         typer.echo(f"{setup.data.name}: {note}")
     url = server if "://" in server else f"grpc://{server}"
 

@@ -23,7 +23,7 @@ class Side(StrEnum):
 
 def profile(
     model: Annotated[str, typer.Argument(help="Folder, Hugging Face id, asset:NAME or arch:NAME.")],
-    kind: Annotated[Task, typer.Option(help="What the model is for.")] = Task.causal_lm,
+    kind: Annotated[Task, typer.Option(help="What the model is for.")] = Task("causal-lm"),
     side: Annotated[Side, typer.Option("--as", help="A client has the model's ends; a server has blocks.")] = (
         Side.client
     ),

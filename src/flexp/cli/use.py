@@ -154,11 +154,13 @@ def _table(scores: dict[str, dict[str, dict[str, float]]], metric: str, client: 
     )
     for name in ("Model", "Data"):
         table.add_column(name)
-    for name in ("Examples", metric.capitalize(), "Loss"):
+    for name in ("Examples", metric.capitalize(), "Majority", "Loss"):
         table.add_column(name, justify="right")
     for which, by_set in scores.items():
         for name, found in by_set.items():
-            figures = (formats.count(found["n"]), formats.score(found[metric], metric), formats.number(found["loss"]))
+            majority = formats.score(found.get("majority"), metric)
+            shown = (formats.score(found[metric], metric), majority, formats.number(found["loss"]))
+            figures = (formats.count(found["n"]), *shown)
             table.add_row(Text(which), Text(name), *figures)
     return table
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from flexp.errors import ConfigError, LinkError
+from flexp.kinds import KINDS, ModelKind
 from flexp.links.base import Link
 from flexp.links.messages import BackwardReply, BackwardRequest, ForwardReply, ForwardRequest
 from flexp.rng import Turn, current_turn, resting
@@ -230,27 +231,17 @@ class Steps:
             )
 
 
-def loss_items(labels: Tensor) -> int:
-    """How many items a model's loss is a mean of: classified examples, or predicted tokens.
-
-    Labels of classes are (B,); labels of tokens are (B, T), −100 where there is no loss, and are shifted by one.
-    """
-    if labels.dim() == 1:
-        return int((labels != -100).sum())
-    return int((labels[:, 1:] != -100).sum())
-
-
 def unmasked_tokens(batch: Mapping[str, Any]) -> int:
     """The tokens that a batch's alignment is a mean over; of images, whose tokens are equally many, their number."""
     mask, ids = batch.get("attention_mask"), batch.get("input_ids")
     if mask is not None:
         return int(mask.sum())
-    return int(ids.numel()) if ids is not None else len(batch["labels"])
+    return int(ids.numel()) if ids is not None else len(next(iter(batch.values())))
 
 
-def items_of(inputs: Mapping[str, Any]) -> float:
+def items_of(kind: ModelKind, inputs: Mapping[str, Any]) -> float:
     """The items of a batch's loss, for loops that do not say; a batch without any counts as one."""
-    labels = inputs.get("labels")
-    if isinstance(labels, Tensor):
-        return float(max(1, loss_items(labels)))
+    head = KINDS[kind]
+    if all(isinstance(inputs.get(name), Tensor) for name in head.targets):
+        return float(max(1, head.items(inputs)))
     return float(len(next(value for value in inputs.values() if isinstance(value, Tensor))))

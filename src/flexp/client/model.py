@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -15,14 +16,19 @@ from flexp.assets import resolve
 from flexp.client.exchange import Piece, RemoteCall, RemoteMiddle, items_of
 from flexp.client.joined import OFF, JoinedModel
 from flexp.config import AlignConfig, CodecConfig, ModelConfig
+from flexp.data.labels import remarks
 from flexp.errors import ConfigError, LinkError
+from flexp.kinds import ModelKind
 from flexp.links.base import Link, ask
 from flexp.links.messages import Abort, ForwardRequest
 from flexp.links.opening import as_link
 from flexp.models.execution import ExecutionPlan
-from flexp.models.loading import ModelKind, load_config, load_stage
+from flexp.models.heads import trained_classes
+from flexp.models.loading import load_config, load_stage
 from flexp.models.parts import Part, check_cut
 from flexp.models.tuning import tune
+
+log = logging.getLogger("flexp")
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,8 @@ class SplitModel(JoinedModel):
         """Load only this client's part of a pretrained model and join the server.
 
         Args:
+            labels: the names of a classifier's classes. Those that the checkpoint's own head knows keep its weights;
+                what begins anew is logged. ``None``: the checkpoint's classes.
             cut: ``"auto"`` plans for the memory that this process may use, as ``data.clients.cut`` does, and logs what
                 it chose.
             link: may be a URL with the client's name.
@@ -102,13 +110,16 @@ class SplitModel(JoinedModel):
         """
         wanted = ModelConfig.of(model, **settings)
         wanted = wanted.at(resolve(wanted.id))
-        blocks = int(load_config(wanted.id).get_text_config().num_hidden_layers)
+        config = load_config(wanted.id)
+        blocks = int(config.get_text_config().num_hidden_layers)
         if cut == "auto":
             if cls.plan_cut is None:
                 raise ConfigError('cut = "auto" is planned for flexp.SplitModelFor…; take the class from there')
             cut = cls.plan_cut(wanted, cls.kind, largest, labels=len(labels or ("", "")), align=align)
         whole_cut = check_cut(cut, blocks)
         stage = load_stage(wanted, cls.kind, Part.client(whole_cut, blocks), labels=labels, seed=seed)
+        for remark in remarks(trained_classes(config, cls.kind, wanted.pooling), labels or ()):
+            log.warning(remark)
         tune(stage, wanted, seed=seed)
         return cls(
             stage,
@@ -162,7 +173,7 @@ class SplitModel(JoinedModel):
                 inner_BTH.append(z_BTH)
         if train and not z_BTH.requires_grad:
             z_BTH = z_BTH.detach().requires_grad_()  # the server's blocks need a backward even if nothing here does
-        place = self.steps.place(items_of(inputs)) if train else None
+        place = self.steps.place(items_of(self.kind, inputs)) if train else None
         request = ForwardRequest(
             exchange=0 if place is None else place.exchange,
             hidden_BTH=z_BTH.detach(),
@@ -249,7 +260,28 @@ class SplitModelForImageClassification(SplitModel):
     kind = "image-classification"
 
 
-SPLIT_MODELS: dict[str, type[SplitModel]] = {
-    cls.kind: cls
-    for cls in (SplitModelForCausalLM, SplitModelForSequenceClassification, SplitModelForImageClassification)
-}
+class SplitModelForMultiLabelClassification(SplitModel):
+    """A text classifier with any number of labels for a text; ``labels`` of a batch are floats, (B, labels)."""
+
+    kind = "multi-label-classification"
+
+
+class SplitModelForRegression(SplitModel):
+    """A model that gives a number for a text; ``labels`` of a batch are floats, (B,)."""
+
+    kind = "regression"
+
+
+class SplitModelForTokenClassification(SplitModel):
+    """A classifier of every token."""
+
+    kind = "token-classification"
+
+
+class SplitModelForQuestionAnswering(SplitModel):
+    """A model that finds where an answer begins and ends in a text."""
+
+    kind = "question-answering"
+
+
+SPLIT_MODELS: dict[str, type[SplitModel]] = {cls.kind: cls for cls in SplitModel.__subclasses__()}

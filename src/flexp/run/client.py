@@ -14,6 +14,7 @@ from flexp.client.model import SplitModel
 from flexp.client.recut import move_party
 from flexp.client.trainer import Trainer
 from flexp.config import CodecConfig, DeploymentConfig
+from flexp.data.identity import check_same
 from flexp.errors import ConfigError, LinkError, LinkLostError
 from flexp.files import write_json
 from flexp.links.base import Link
@@ -48,6 +49,7 @@ def run_client(
     Raises:
         LinkError: the server refuses, or cannot be reached.
         ConfigError: ``state`` belongs to another client or cut.
+        DataError: the client's examples are not those that it was trained on.
         StorageError: it cannot be written, or is of another version of FlexP.
     """
     config, name, federation = setup.config, setup.data.name, setup.run.federation
@@ -107,6 +109,8 @@ def _known(snapshots: Store, setup: ClientSetup, state: Path, *, may_move: bool)
             f"with cut {setup.cut}; give another --state"
             + ("" if may_move else " (a cut may change between sessions in a free run only)")
         )
+    mend = "going on could test with what was trained on: put the data back, or begin anew in another --state"
+    check_same(facts.get("data"), setup.identity, state, mend)
     return newest
 
 

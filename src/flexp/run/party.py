@@ -82,6 +82,7 @@ class Party:
             "numbering": self.model.steps.numbering,
             "steps": self.trainer.steps,
             "cut": list(self.model.cut),
+            "data": self.setup.identity,
         }
         try:
             self.snapshots.save(number, {party_of(self.data.name): party_state(self.trainer)}, facts)

@@ -16,6 +16,25 @@ from flexp.server.generations import Answer, bytes_of_token
 from flexp.server.session import Pending, Session
 
 
+def check_taking_part(client: str, request: Join, only: Collection[str] | None, tuning: str | None) -> None:
+    """Refuse a client that does not belong to the run, or tunes its blocks in another way than it.
+
+    Args:
+        only: who belongs to it; ``None``: everybody.
+        tuning: the run's; ``None``: any.
+
+    Raises:
+        LinkError: see above.
+    """
+    if only is not None and client not in only:
+        raise LinkError(f"client {client} takes no part in this run: it has {', '.join(only)} (deployment.clients)")
+    if tuning not in (None, request.tuning):
+        raise LinkError(
+            f"client {client} was refused: its tuning is {request.tuning}, that of this server's clients {tuning}; set "
+            "the same model.tuning on both sides"
+        )
+
+
 def check_join(
     client: str,
     request: Join,

@@ -17,6 +17,7 @@ from flexp.errors import ConfigError, DataError
 from flexp.export.client_folder import Connect
 from flexp.export.opening import open_trained
 from flexp.export.trained import LAST
+from flexp.kinds import KINDS
 from flexp.rng import RandomStream
 from flexp.serving.stream import Ending, TextStream
 
@@ -232,7 +233,7 @@ def open_writer(place: Path, client: str | None = None, which: str = LAST, conne
     model = open_trained(place, client, which, connect)
     data = model.config.data
     task = task_of(data)
-    if task.model_kind != "causal-lm":
+    if KINDS[task.model_kind].answers != "next-token":
         raise ConfigError(f"the model in {place} writes no text: its task is {data.task}; use flexp predict")
     return Writer(
         model.client,
