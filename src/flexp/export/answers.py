@@ -12,11 +12,12 @@ import torch
 
 from flexp.config import DataConfig
 from flexp.data.columns import check_present, label_texts
+from flexp.data.labels import check_known
 from flexp.data.scores import evaluate
 from flexp.data.sources import Rows, read_rows
 from flexp.data.tasks import task_of
 from flexp.data.types import Example, Task
-from flexp.errors import ConfigError, DataError
+from flexp.errors import ConfigError
 from flexp.export.trained import Trained
 from flexp.files import check_new, replacing
 
@@ -135,10 +136,6 @@ def read_examples(
 
 def _labels(rows: Rows, data: DataConfig, classes: Sequence[str] | None) -> list[str]:
     labels = label_texts(rows.values(data.label), rows.class_names(data.label), data.label, rows.place)
-    for index, label in enumerate(labels):
-        if classes is not None and label not in classes:
-            raise DataError(
-                f"{rows.place(index)}: the label {label[:40]!r} is none of those that the model knows: "
-                + ", ".join(classes[:16])
-            )
+    if classes is not None:
+        check_known(dict(enumerate(labels)), classes, rows.place)
     return labels
