@@ -139,10 +139,7 @@ def audit(
     blind: dict[str, float] = {}
     for depth in sorted({depth for _, depth in places}):
         known = known_to_all(world.source, depth, examples)
-        attacks = [
-            kind() for kind in ATTACKS if (full or not kind.slow) and (answers == "next-token" or not kind.causal)
-        ]
-        for attack in attacks:
+        for attack in (kind() for kind in ATTACKS if (full or not kind.slow) and (decoder or not kind.causal)):
             began = time.perf_counter()
             attack.learn(known)
             for of in [of for of, where in places if where == depth]:
