@@ -19,6 +19,7 @@ from flexp.files import read_json
 from flexp.models.autos import AUTO
 from flexp.models.loading import quietly
 from flexp.run.folder import is_client
+from flexp.run.going_on import check_scored, saved_facts
 from flexp.run.settle import world_of
 
 
@@ -102,6 +103,7 @@ class ExportedModel(Trained):
         if self._run is None:
             return {}
         world = world_of(self._run, run_config(self._run))
+        check_scored(self._run, saved_facts(self._run), world.federation)
         return examples_of(world, client_of(world, self.client).name)
 
     @cached_property

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from flexp.client.meeting import LAST, OverLink
+from flexp.client.meeting import FIRST, LAST, Meets, OverLink
 from flexp.client.model import SplitModel
 from flexp.client.recut import fit
 from flexp.client.trainer import Step, Trainer, cut_in, load_party, party_state
@@ -24,6 +24,11 @@ from flexp.run.diary import Diary
 from flexp.run.recutting import Mover
 from flexp.run.settle import ClientSetup
 from flexp.run.store import Store, party_of
+
+MOST_RUN = 200
+"""Letters of a run's name."""
+QUICK = 1.0
+"""A link that was lost sooner after the one before, in seconds, is not made anew at once."""
 
 
 class Party:
@@ -61,6 +66,8 @@ class Party:
         self._place = 0
         self._met = 0  # meetings that it has been at
         self._pull_due = False
+        self._linked = time.monotonic()
+        self._quick = 0.0  # seconds to rest before the link is made anew
 
     def work(self, stop: threading.Event) -> bool:
         """Obey until the run is over or ``stop`` is set, then end after the step; gives whether the run is over.
@@ -86,6 +93,7 @@ class Party:
             "steps": self.trainer.steps,
             "cut": list(self.model.cut),
             "met": self._met,
+            "data": self.setup.identity,
         }
         try:
             self.snapshots.save(number, {party_of(self.data.name): party_state(self.trainer)}, facts)
@@ -99,6 +107,7 @@ class Party:
             order = self._next_order(done)
             if order is None:
                 break
+            self._judge(order)
             self._run, self._place = order.run, order.place
             if order.save is not None:
                 self.save(order.save)
@@ -122,6 +131,29 @@ class Party:
             done = order.place
         self.save(self._place)  # to go on from here
         return False
+
+    def _judge(self, order: Order) -> None:
+        """Refuse what no server of this run would say: more steps would give it more gradients.
+
+        Raises:
+            LinkError: see above.
+        """
+        most = self.config.train.total_steps - self.trainer.steps
+        if order.what == "step" and not 1 <= order.count <= most:
+            raise LinkError(
+                f"the server orders {order.count} steps after {self.trainer.steps}, and this run has "
+                f"{self.config.train.total_steps}; set the same train.rounds and train.steps_per_round on both sides"
+            )
+        meets = Meets.of(self.config)
+        if order.what == "meet" and not (
+            (order.number == FIRST and meets.first) or (order.number == LAST and meets.last)
+        ):
+            raise LinkError(
+                f"the server orders a meeting (number {order.number}), and this client's settings have none: set the "
+                "same method.meet and model.head on both sides"
+            )
+        if len(order.run) > MOST_RUN or min(order.number, order.save or 0) < 0:
+            raise LinkError("the server's order names a run or a snapshot that cannot be")
 
     def _next_order(self, done: int | None) -> Order | None:
         """The next order; ``None`` if the client is to stop meanwhile."""
@@ -218,11 +250,14 @@ class Party:
             LinkError: the server cannot be reached within the time, or refuses.
         """
         end, pause = time.monotonic() + self._patience, 0.2
+        self._quick = min(2 * self._quick or pause, 5.0) if time.monotonic() - self._linked < QUICK else 0.0
+        self._stop.wait(self._quick)  # a server may take every client in and refuse whatever it sends
         while True:
             try:
                 with suppress(LinkError):
                     self.model.link.close()  # first: a client has one stream at a time
                 self.model.rejoin(self._keeping_the_meter(self.reach()))
+                self._linked = time.monotonic()
                 if self._pull_due:
                     self.model.after_step()
                     self._pull_due = False

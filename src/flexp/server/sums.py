@@ -12,6 +12,9 @@ from flexp.errors import BadValuesError, LinkError
 from flexp.links.messages import SumReply, SumRequest
 from flexp.links.sums import Sums, added
 
+MOST = 4
+"""Sums of a run: two meetings with two each."""
+
 
 class SumTable:
     """The sums of one run by their numbers.
@@ -47,6 +50,8 @@ class SumTable:
                 f"client {client} gives a sum, and this run has none of its: set method.meet.on (or model.head = "
                 '"closed-form") in the server\'s configuration as well'
             )
+        if number >= MOST:
+            raise LinkError(f"client {client} gives sum {number}, and a run has {MOST}, counted from 0")
         if number in self.done:
             answer.set_result(SumReply(self.done[number]))
             return answer
