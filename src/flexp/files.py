@@ -102,6 +102,14 @@ def write_text(path: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8")
 
 
+def write_private(path: Path, content: bytes) -> None:
+    """Write ``content`` to ``path`` atomically, readable by its owner alone."""
+    with replacing(path) as part:
+        handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with open(handle, "wb") as file:  # noqa: PTH123 - a file that is open
+            file.write(content)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON to ``path`` atomically. NaN and infinities become ``null``."""
     write_text(path, json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flexp.errors import ConfigError, LinkError
+from flexp.errors import ConfigError, LinkError, TrainingError
 
 FRACTION_BITS = 24
 """Of the fixed point: steps of 6e-8."""
@@ -47,11 +47,14 @@ def to_ring(values: Numbers) -> Ring:
     """Real numbers as integers modulo 2⁶⁴, rounded to :data:`FRACTION_BITS` binary places.
 
     Raises:
-        ValueError: a number is not finite, or not below :data:`LARGEST`.
+        TrainingError: a number is not finite, or not below :data:`LARGEST`.
     """
     values = np.asarray(values, dtype=np.float64)
     if not np.abs(values).max(initial=0.0) < LARGEST:  # nor is NaN
-        raise ValueError(f"a sum over clients takes finite numbers below {LARGEST:.0e}")
+        raise TrainingError(
+            f"a sum over clients takes finite numbers below {LARGEST:.0e}, and has others; lower the learning rates, "
+            "or set method.meet.gram = false"
+        )
     return np.rint(values * 2.0**FRACTION_BITS).astype(np.int64).view(np.uint64)
 
 
@@ -69,6 +72,11 @@ class Group:
 
     def __init__(self, key: bytes) -> None:
         self._key = key
+
+    @property
+    def mark(self) -> str:
+        """Sixteen letters that tell one key from another, and nothing of it."""
+        return _derived(self._key, "mark").hex()[:16]
 
     @classmethod
     def from_secret(cls, secret: bytes, run: str) -> Group:
@@ -140,10 +148,10 @@ class Identity:
         """To be kept, readable by the owner alone."""
         return bytes(self._key.private_bytes_raw())
 
-    def deal(self, publics: Mapping[str, bytes]) -> tuple[Group, dict[str, bytes]]:
-        """A new key for the group, and the same sealed for each of its clients."""
+    def deal(self, publics: Mapping[str, bytes]) -> dict[str, bytes]:
+        """A new key for the group, sealed for each of its clients."""
         key = secrets.token_bytes(KEY_BYTES)
-        return Group(key), {client: self._seal(key, client, publics) for client in publics}
+        return {client: self._seal(key, client, publics) for client in publics}
 
     def open(self, sealed: bytes, client: str, dealer: bytes, publics: Mapping[str, bytes]) -> Group:
         """The group of a key that another client sealed for this one.

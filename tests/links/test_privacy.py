@@ -66,8 +66,8 @@ VOCABULARY = {
     Done: set(),
     PullRequest: {"start", "stop", "step"},
     PullReply: {"weights"},
-    SumRequest: {"number", "weights"},  # only in runs that say so: method.meet, model.head
-    SumReply: {"weights"},
+    SumRequest: {"number", "values_N", "note"},  # only in runs that say so: method.meet, model.head
+    SumReply: {"values_N", "notes"},
     FetchRequest: {"block", "first", "most"},
     FetchReply: {"version", "total", "weights"},
     ExtendRequest: {"generation", "past", "hidden_BTH", "mask_BT", "positions_BT", "rows_B"},

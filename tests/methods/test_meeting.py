@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flexp.client import meeting as meetings
 from flexp.client.closed_form import Discriminant, Statistics
-from flexp.client.meeting import FIRST, LAST, UNMASKED, classifier_of
+from flexp.client.meeting import FIRST, LAST, classifier_of
 from flexp.client.personal_head import personal_head
 from flexp.config import RunConfig
 from flexp.errors import ConfigError, LinkError
@@ -149,10 +149,6 @@ def said(home: Path, **tables: Any) -> list[str]:
 
 
 def test_what_is_asked_for_and_left_out_is_said(home: Path, tmp_path: Path) -> None:
-    assert UNMASKED in said(home, method=ON)
-    assert UNMASKED in said(home, method={"name": "closed-form"})
-    assert UNMASKED not in said(home)
-    assert UNMASKED not in said(home, method={"name": "local", **ON})
     (line,) = [note for note in said(home, method={"name": "pretrained", **ON}) if "meet" in note]
     assert "pretrained knows no meeting" in line
     save_tiny("gpt2", tmp_path / "model")
@@ -179,26 +175,27 @@ def make_linear() -> Any:
     return model
 
 
-def given(number: int, value: float, name: str = "x") -> SumRequest:
-    return SumRequest(number, {name: torch.tensor([value])})
+def given(number: int, value: int, length: int = 1) -> SumRequest:
+    return SumRequest(number, torch.full((length,), value), f"said with {value}")
 
 
 def test_a_server_sums_for_those_it_knows_and_answers_again() -> None:
     table = SumTable()
     with pytest.raises(LinkError, match=r"set method\.meet\.on"):
-        table.give("a", given(0, 1.0))
+        table.give("a", given(0, 1))
     table.open(["a", "b"])
-    first = table.give("a", given(0, 1.0))
+    first = table.give("a", given(0, 1))
     assert not first.done()
     with pytest.raises(LinkError, match="other shapes"):
-        table.give("b", given(0, 1.0, "y"))
-    with pytest.raises(LinkError, match="a run has 4"):
-        table.give("a", given(4, 1.0))
-    with pytest.raises(LinkError, match="not finite"):
-        table.give("b", given(0, float("nan")))
-    table.give("a", given(0, 2.0))  # sent again over a new link: what came first is forgotten
-    assert table.give("b", given(0, 3.0)).result().weights["x"] == 5.0
+        table.give("b", given(0, 1, length=2))
+    with pytest.raises(LinkError, match="a run has 6"):
+        table.give("a", given(6, 1))
+    table.give("a", given(0, 2))  # sent again over a new link: what came first is forgotten
+    reply = table.give("b", given(0, 3)).result()
+    assert reply.notes == {"a": "said with 2", "b": "said with 3"}
+    assert reply.values_N is not None
+    assert reply.values_N == 5
     again = SumTable()
     again.open(["a", "b"])
     again.load(table.state())
-    assert again.give("a", given(0, 99.0)).result().weights["x"] == 5.0
+    assert again.give("a", given(0, 99)).result() == reply

@@ -220,7 +220,8 @@ def _until(there: Callable[[], bool], seconds: float = 60.0) -> None:
 
 
 def test_a_fleet_that_meets_equals_the_simulation(folder: Path, tmp_path: Path) -> None:
-    """One client vanishes after its first steps, with what it had met, and comes back."""
+    """One client vanishes after its first steps, with what it had met, and comes back; sums are masked, with keys that
+    the clients agree on through the server."""
     model = {"id": str(folder / "model"), "pooling": "mean"}
     config = tiny.config(
         folder,
@@ -239,7 +240,9 @@ def test_a_fleet_that_meets_equals_the_simulation(folder: Path, tmp_path: Path) 
     for client in clients:
         client.join()
     server.end()
-    assert any("class sums go to the server as they are" in line for line in server.lines)
+    assert not any("class sums go to the server as they are" in line for line in server.lines)
+    told = {re.search(r"fingerprint of their keys: ([\d ]+)", line) for client in clients for line in client.lines}
+    assert len({each[1] for each in told if each}) == 1
     check(tmp_path / "sim", out)
     free = DeploymentConfig(schedule="free", clients=NAMES)
     with pytest.raises(ConfigError, match=r'deployment\.schedule = "deterministic"'):

@@ -6,8 +6,8 @@ are what enters the classifier. Two sums cross at a meeting: class statistics, a
 temperature has left out, so that all choose the same. Everything else each client computes for itself; the classifier
 itself never crosses.
 
-How sums are added is the business of an :class:`flexp.links.sums.Adder`; :class:`OverLink` gives them to the server as
-they are.
+How sums are added is the business of an :class:`flexp.links.sums.Adder`; over a link they are masked
+(:mod:`flexp.client.adding`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flexp.client.closed_form import Discriminant, LinearHead, Statistics
-from flexp.client.exchange import waiting
 from flexp.client.personal_head import Choice, Common, choose, personal_head
 from flexp.config import RunConfig, TrainConfig
 from flexp.data.ordering import BatchOrder
@@ -32,11 +31,10 @@ from flexp.data.tasks import task_of
 from flexp.data.types import Batch, Example, Task
 from flexp.errors import ConfigError
 from flexp.kinds import KINDS, take_targets
-from flexp.links.base import Link, Meter
-from flexp.links.messages import SumRequest
+from flexp.links.base import Meter
 from flexp.links.sums import Adder, Sums
 from flexp.optim import Updater
-from flexp.rng import RandomStream, current_turn
+from flexp.rng import RandomStream
 
 R = TypeVar("R")
 Rounds = Generator[Sums, Sums, R]
@@ -48,8 +46,8 @@ ROUNDS = 2
 """Sums at one meeting."""
 
 UNMASKED = (
-    "method.meet: class sums go to the server as they are, and from them a server that knows the features can tell the "
-    "labels of clients' examples"
+    "method.meet.masked is off: class sums go to the server as they are, and from them a server that knows the "
+    "features can tell the labels of clients' examples"
 )
 
 
@@ -68,25 +66,6 @@ class Meets:
 
     def __bool__(self) -> bool:
         return self.first
-
-
-class OverLink:
-    """Sums that the server takes, of plain tensors."""
-
-    def __init__(self, link: Link) -> None:
-        self._link = link
-
-    def give(self, number: int, values: Sums) -> Callable[[], Sums]:
-        """See :class:`flexp.links.sums.Adder`."""
-        turn = current_turn()
-        with waiting(self._link, turn):
-            future = self._link.call(SumRequest(number, values))
-
-        def total() -> Sums:
-            with waiting(self._link, turn):
-                return future.result().weights
-
-        return total
 
 
 def closed_form_of(config: RunConfig) -> bool:

@@ -4,7 +4,7 @@ from flexp.config.data import ClientConfig, ClientsConfig, Cut, DataConfig, Task
 from flexp.config.deployment import DeploymentConfig
 from flexp.config.devices import DeviceChange, DeviceClassConfig, DevicesConfig, RecutConfig
 from flexp.config.link import CodecConfig, CodecName, LinkConfig
-from flexp.config.methods import AlignConfig, MethodConfig
+from flexp.config.methods import AlignConfig, MeetConfig, MethodConfig
 from flexp.config.model import LoraConfig, ModelConfig, Tuning
 from flexp.config.run import EvaluationConfig, OutputConfig, RunConfig
 from flexp.config.section import Beta, Fraction, Rate, Section, all_keys
@@ -29,6 +29,7 @@ __all__ = [
     "GuardConfig",
     "LinkConfig",
     "LoraConfig",
+    "MeetConfig",
     "MethodConfig",
     "ModelConfig",
     "OptimizerConfig",

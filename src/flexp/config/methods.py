@@ -58,6 +58,11 @@ class MeetConfig(Section):
 
     on: bool = False
     gram: bool = True  # also sum Σφφᵀ, H² numbers; without, class means alone
+    masked: bool = True  # over a network, sums are hidden from the server
+    secret: str | None = None  # a file that the clients' owners share; None: clients agree on a key through the server
+    group: str | None = (
+        None  # the fingerprint that the clients' public keys must have; None: it is told, to be compared
+    )
 
 
 class MethodConfig(Section):

@@ -42,7 +42,8 @@ class Tensors:
 
     Attributes:
         shapes: one of these, a letter a dimension: B and T are those of the message's first tensor (of the request's,
-            in an answer), H is the model's width, 1 is 1. None: any floating-point tensors.
+            in an answer), H is the model's width, 1 is 1. None: tensors of any shape; floating-point ones, if ``dtype``
+            says nothing.
         dtype: their type; ``None``: the model's.
         codec: the key of ``link.codec`` that says in what form they cross; ``None``: they cross as they are.
         flags: zeros and ones of any type, which cross as one byte each.
@@ -58,6 +59,7 @@ MASK = Tensors(("BT",), flags=True)
 POSITIONS = Tensors(("BT", "1T"), torch.int64)
 ROWS = Tensors(("B",), torch.int64)
 WEIGHTS = Tensors()
+INTEGERS = Tensors(dtype=torch.int64)
 
 
 def hidden(codec: str | None = None) -> Tensors:

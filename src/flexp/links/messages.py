@@ -11,11 +11,24 @@ from collections.abc import Iterator
 from dataclasses import field
 from typing import Annotated, Any, ClassVar, Literal
 
+from pydantic import Field
 from torch import Tensor
 
 from flexp.config import AlignConfig, CodecConfig, LoraConfig
 from flexp.errors import LinkError, LinkLostError
-from flexp.links.declaring import MASK, POSITIONS, ROWS, WEIGHTS, Count, Integer, Request, declared, hidden, message
+from flexp.links.declaring import (
+    INTEGERS,
+    MASK,
+    POSITIONS,
+    ROWS,
+    WEIGHTS,
+    Count,
+    Integer,
+    Request,
+    declared,
+    hidden,
+    message,
+)
 from flexp.texts import plain
 
 What = Literal["step", "evaluate", "meet", "save", "restore", "stop"]
@@ -179,17 +192,20 @@ class PullRequest(Request[PullReply]):
 
 @message
 class SumReply:
-    """``weights``: what the clients of the run gave under the request's number, added up."""
+    """``values_N``: what the clients of the run gave under the request's number, added up modulo 2⁶⁴; ``notes``: what
+    each said with it, by its name."""
 
-    weights: Annotated[dict[str, Tensor], WEIGHTS] = field(default_factory=dict)
+    values_N: Annotated[Tensor | None, INTEGERS] = None
+    notes: dict[str, str] = field(default_factory=dict)
 
 
 @message
 class SumRequest(Request[SumReply]):
-    """Give something to be added up over all clients of the run, who give tensors of the same names and shapes.
+    """Give integers to be added up over all clients of the run, modulo 2⁶⁴, with a note for all of them.
 
-    What that is, is the client's business (:mod:`flexp.client.meeting`: class sums, losses). The answer comes when all
-    have given theirs. The server sums in runs alone whose configuration says that clients meet.
+    What they stand for is the clients' business (:mod:`flexp.client.adding`: fixed-point numbers under masks; public
+    keys). The answer comes when all have given theirs. The server sums in runs alone whose configuration says that
+    clients meet.
 
     Attributes:
         number: which sum; asked again, it is the same one.
@@ -198,7 +214,8 @@ class SumRequest(Request[SumReply]):
     trains: ClassVar[bool | None] = True
 
     number: Count
-    weights: Annotated[dict[str, Tensor], WEIGHTS] = field(default_factory=dict)
+    values_N: Annotated[Tensor | None, INTEGERS] = None
+    note: Annotated[str, Field(max_length=1 << 16)] = ""
 
 
 @message

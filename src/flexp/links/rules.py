@@ -156,8 +156,9 @@ def _check(head: Head, kind: type[Any], agreement: Agreement | None, who: str, r
         for name in names:
             found = left.pop(name)
             if not entry.tensors.shapes:
-                if not found.dtype.is_floating_point:
-                    raise LinkError(f"{who}: {name} is {found.dtype}, which no weight is")
+                wanted = entry.tensors.dtype
+                if not (found.dtype.is_floating_point if wanted is None else found.dtype == wanted):
+                    raise LinkError(f"{who}: {name} is {found.dtype}, expected {wanted or 'weights'}")
                 continue
             first = rows is None
             rows = found.shape[:2] if rows is None else rows

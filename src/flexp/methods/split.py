@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from flexp.client.meeting import OverLink
+from flexp.client.adding import OverLink
 from flexp.client.model import SplitModel
 from flexp.client.personal_head import Choice
 from flexp.client.recut import Blocks, Move, ParkedInMemory, fit, recut

@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from flexp.client.meeting import FIRST, LAST, Meets, OverLink
+from flexp.client.adding import OverLink, agree
+from flexp.client.meeting import FIRST, LAST, UNMASKED, Meets
 from flexp.client.model import SplitModel
 from flexp.client.recut import fit
 from flexp.client.trainer import Step, Trainer, cut_in, load_party, party_state
@@ -223,7 +224,11 @@ class Party:
 
     def _meet(self, meeting: int) -> None:
         name = self.data.name
-        seat, adder = seat_of(self.trainer, self.config), OverLink(self.model.link)
+        meet, link = self.config.method.meet, self.model.link
+        if not meet.masked:
+            self.diary.note(UNMASKED)
+        group = agree(link, meet, self._run, self.snapshots.folder, self.diary.note)
+        seat, adder = seat_of(self.trainer, self.config), OverLink(link, group, self._run)
         choice = meet_at({name: seat}, {name: adder}, {name: self.trainer}, meeting)[name]
         self._met = meeting + 1
         if meeting == LAST:

@@ -86,7 +86,8 @@ def make_conductor(
     every, save_every = config.evaluation.every, deployment.save_every
     meets = Meets.of(config)
     if meets:
-        say(UNMASKED)
+        if not config.method.meet.masked:
+            say(UNMASKED)
         if deployment.schedule == "free":
             raise ConfigError(
                 'method.meet and model.head = "closed-form" need deployment.schedule = "deterministic": in a free run '

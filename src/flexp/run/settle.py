@@ -17,7 +17,7 @@ import torch
 import transformers
 
 from flexp.assets import resolve
-from flexp.client.meeting import UNMASKED, closed_form_of
+from flexp.client.meeting import closed_form_of
 from flexp.client.model import SplitModel
 from flexp.client.trainer import Trainer
 from flexp.config import CodecConfig, DataConfig, RunConfig
@@ -320,7 +320,7 @@ def _meeting_notes(config: RunConfig) -> list[str]:
         why = f"the task {task_of(config.data).name} has no closed form"
     if asked and why:
         return [f"clients do not meet: {why}, so model.head and method.meet are left out"]
-    return [UNMASKED] if method.meets and method.meetings(config) and method.sends != "nothing" else []
+    return []
 
 
 def _precision_notes(config: RunConfig) -> list[str]:

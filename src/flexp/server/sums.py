@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 
 import torch
 from torch import Tensor
 
-from flexp.errors import BadValuesError, LinkError
+from flexp.errors import LinkError
 from flexp.links.messages import SumReply, SumRequest
-from flexp.links.sums import Sums, added
 
-MOST = 4
-"""Sums of a run: two meetings with two each."""
+MOST = 6
+"""Sums of a run: two meetings with two each, and two in which clients agree on a key."""
 
 
 class SumTable:
-    """The sums of one run by their numbers.
+    """The sums of one run by their numbers: integers modulo 2⁶⁴, in which nothing need be readable here.
 
-    A sum is taken in the order of the clients' names, whoever came first, and stays: who asks again, after a broken
-    link or a snapshot, gets it again, whatever it gives the second time.
+    A sum stays: who asks again, after a broken link or a snapshot, gets it again, whatever it gives the second time.
 
     Attributes:
         clients: who must have given something; nobody: nothing is summed.
@@ -29,8 +28,8 @@ class SumTable:
 
     def __init__(self) -> None:
         self.clients: tuple[str, ...] = ()
-        self.done: dict[int, Sums] = {}
-        self._given: dict[int, dict[str, Sums]] = {}
+        self.done: dict[int, SumReply] = {}
+        self._given: dict[int, dict[str, SumRequest]] = {}
         self._waiting: dict[int, dict[str, Future[SumReply]]] = {}
 
     def open(self, clients: Iterable[str]) -> None:
@@ -41,8 +40,7 @@ class SumTable:
         """Take what a client gives; the sum, once all have.
 
         Raises:
-            LinkError: nothing is summed in this run, or not of this client, or others gave tensors of other shapes.
-            BadValuesError: a number is not finite.
+            LinkError: nothing is summed in this run, or not of this client, or others gave more or fewer numbers.
         """
         number, answer = request.number, Future[SumReply]()
         if client not in self.clients:
@@ -53,35 +51,45 @@ class SumTable:
         if number >= MOST:
             raise LinkError(f"client {client} gives sum {number}, and a run has {MOST}, counted from 0")
         if number in self.done:
-            answer.set_result(SumReply(self.done[number]))
+            answer.set_result(self.done[number])
             return answer
         given = self._given.setdefault(number, {})
-        for other in given.values():
-            if _shapes(other) != _shapes(request.weights):
-                raise LinkError(f"client {client} gives sums of other shapes than others: set the same [method.meet]")
-        if not all(bool(torch.isfinite(value).all()) for value in request.weights.values()):
-            raise BadValuesError(f"client {client}: a sum that it gives is not finite")
-        given[client] = {name: value.detach().clone() for name, value in request.weights.items()}
+        if any(_shape(other) != _shape(request) for other in given.values()):
+            raise LinkError(f"client {client} gives sums of other shapes than others: set the same [method.meet]")
+        given[client] = request
         self._waiting.setdefault(number, {})[client] = answer
         if all(name in given for name in self.clients):
-            self.done[number] = added([self._given[number][name] for name in self.clients])
-            del self._given[number]
+            self.done[number] = _added(self._given.pop(number))
             for future in self._waiting.pop(number).values():
                 if future.set_running_or_notify_cancel():
-                    future.set_result(SumReply(self.done[number]))
+                    future.set_result(self.done[number])
         return answer
 
-    def state(self) -> Sums:
+    def state(self) -> dict[str, Tensor]:
         """The sums that are known, flat."""
-        return {f"{number}/{name}": value for number, sums in self.done.items() for name, value in sums.items()}
+        flat = {f"{number}/values": reply.values_N for number, reply in self.done.items() if reply.values_N is not None}
+        return flat | {
+            f"{number}/notes": torch.tensor(list(json.dumps(reply.notes).encode()), dtype=torch.uint8)
+            for number, reply in self.done.items()
+        }
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Go on from :meth:`state`; what was given for other sums is forgotten."""
-        self.done, self._given, self._waiting = {}, {}, {}
-        for entry, value in state.items():
-            number, _, name = entry.partition("/")
-            self.done.setdefault(int(number), {})[name] = value.clone()
+        self._given, self._waiting = {}, {}
+        self.done = {
+            int(entry.removesuffix("/notes")): SumReply(
+                state.get(entry.removesuffix("notes") + "values"), json.loads(bytes(value.tolist()))
+            )
+            for entry, value in state.items()
+            if entry.endswith("/notes")
+        }
 
 
-def _shapes(sums: Sums) -> dict[str, torch.Size]:
-    return {name: value.shape for name, value in sums.items()}
+def _added(given: Mapping[str, SumRequest]) -> SumReply:
+    values = [request.values_N for request in given.values() if request.values_N is not None]
+    total = torch.stack(values).sum(0) if values else None  # int64 wraps around, as integers modulo 2⁶⁴ do
+    return SumReply(total, {client: request.note for client, request in given.items()})
+
+
+def _shape(request: SumRequest) -> torch.Size | None:
+    return None if request.values_N is None else request.values_N.shape

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import logging
-import os
 import re
 import secrets
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from flexp.errors import ConfigError, StorageError
-from flexp.files import replacing, storage_error
+from flexp.files import storage_error, write_private
 
 MOST_NAME = 200
 _NOBODY = hashlib.sha256(b"").digest()
@@ -241,10 +240,7 @@ def _changing(path: Path) -> Iterator[tuple[list[str], list[Token | None]]]:
         with FileLock(path.with_name(f".{path.name}.lock")):
             lines = _lines(path) if path.exists() else []
             yield lines, _parsed(path, lines)
-            with replacing(path) as part:
-                handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-                with open(handle, "w", encoding="utf-8") as file:  # noqa: PTH123 - a file that is open
-                    file.write("".join(f"{line}\n" for line in lines))
+            write_private(path, "".join(f"{line}\n" for line in lines).encode())
     except OSError as error:
         raise storage_error(path, error) from error
 

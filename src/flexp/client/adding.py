@@ -1,0 +1,163 @@
+"""A client's sums over a link: fixed-point numbers, under masks that the server cannot take off (:mod:`flexp.masking`).
+
+Masked or not, the same integers are added, so the sums are equal bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flexp.client.exchange import waiting
+from flexp.config import MeetConfig
+from flexp.errors import ConfigError, LinkError, StorageError
+from flexp.files import write_private
+from flexp.links.base import Link
+from flexp.links.messages import SumReply, SumRequest
+from flexp.links.sums import Sums
+from flexp.masking import NONCE_BYTES, Group, Identity, fingerprint, from_ring, to_ring
+from flexp.rng import current_turn
+
+KEYS, SEALED = 4, 5
+"""The numbers of the sums with which clients agree on a key: notes alone."""
+KEY_FILE = "meet.key"
+
+
+class OverLink:
+    """Sums that the server takes.
+
+    Args:
+        group: hides what this client gives; ``None``: the server reads it.
+        run: the run's name, so that no mask serves twice.
+    """
+
+    def __init__(self, link: Link, group: Group | None = None, run: str = "") -> None:
+        self._link, self._group, self._run = link, group, run
+
+    def give(self, number: int, values: Sums) -> Callable[[], Sums]:
+        """See :class:`flexp.links.sums.Adder`.
+
+        Raises:
+            TrainingError: a number is not finite, or too large.
+        """
+        group, client, purpose = self._group, self._link.client, f"{self._run} {number}"
+        flat = torch.cat([value.double().flatten() for value in values.values()]).numpy()
+        nonce = secrets.token_bytes(NONCE_BYTES)
+        ring = to_ring(flat) if group is None else group.hide(flat, client, purpose, nonce)
+        note = "" if group is None else f"{nonce.hex()} {group.mark}"
+        answer = _asked(self._link, SumRequest(number, torch.from_numpy(ring.view(np.int64)), note))
+
+        def total() -> Sums:
+            reply = answer()
+            if reply.values_N is None or reply.values_N.shape != (len(flat),) or client not in reply.notes:
+                raise LinkError(f"client {client}: the server gives a sum that is not of what was given")
+            added = reply.values_N.contiguous().numpy().view(np.uint64)
+            if group is None:
+                return _shaped(from_ring(added), values)
+            nonces = {}
+            for name, said in reply.notes.items():
+                hidden, _, mark = said.partition(" ")
+                if mark != group.mark:
+                    raise LinkError(
+                        f"client {client}: {name} hides its sums with another key of the group; set the same "
+                        "method.meet.masked and secret everywhere, and start the run anew"
+                    )
+                nonces[name] = _bytes(hidden)
+            return _shaped(group.reveal(added, nonces, purpose), values)
+
+        return total
+
+
+def agree(
+    link: Link, config: MeetConfig, run: str, folder: Path, clients: Callable[[str], None] = lambda _: None
+) -> Group | None:
+    """The key of the run's clients, which the server does not learn; ``None``: their settings want none.
+
+    With ``method.meet.secret`` it comes from what their owners share. Else the first of them by name draws it and seals
+    it for each other, and the server carries that: ``clients`` is told the fingerprint of their public keys.
+
+    Args:
+        folder: keeps this client's own key.
+
+    Raises:
+        ConfigError: the secret cannot be read or is too short, or the group is not the one in ``method.meet.group``.
+        LinkError: what the server carried is not what a client sealed for this one.
+    """
+    if not config.masked:
+        return None
+    if config.secret is not None:
+        try:
+            return Group.from_secret(Path(config.secret).read_bytes().strip(), run)
+        except OSError as error:
+            raise ConfigError(f"method.meet.secret = {config.secret!r} cannot be read ({error.strerror})") from error
+    own, client = _identity(folder / KEY_FILE), link.client
+    publics = {
+        name: _bytes(note) for name, note in _asked(link, SumRequest(KEYS, note=own.public.hex()))().notes.items()
+    }
+    if publics.get(client) != own.public:
+        raise LinkError(f"client {client}: the server holds another public key of it; start the run anew")
+    found = fingerprint(publics)
+    if config.group is not None and config.group.split() != found.split():
+        raise ConfigError(
+            f"method.meet.group is {config.group!r}, and the server names clients whose fingerprint is {found!r}: it "
+            "may have put keys of its own among them; compare with the other owners"
+        )
+    clients(
+        f"{client} meets {', '.join(sorted(publics))}; fingerprint of their keys: {found}. Compare it with the other "
+        "owners', or pin it with method.meet.group: a server with a key of its own in it could read the sums"
+    )
+    dealer = min(publics)
+    sealed = own.deal(publics) if dealer == client else {}
+    note = json.dumps({name: each.hex() for name, each in sealed.items()})
+    told = _asked(link, SumRequest(SEALED, note=note))().notes.get(dealer, "")
+    try:
+        mine = _bytes(json.loads(told)[client])
+    except (ValueError, KeyError, TypeError) as error:
+        raise LinkError(f"client {client}: the group's key did not arrive; start the run anew") from error
+    # The dealer, too, takes what is sealed: after a restart it is what the others have.
+    return own.open(mine, client, publics[dealer], publics)
+
+
+def _identity(file: Path) -> Identity:
+    """This client's own key, kept so that it is the same after a restart."""
+    try:
+        return Identity(file.read_bytes())
+    except FileNotFoundError:
+        made = Identity()
+        write_private(file, made.private)
+        return made
+    except (OSError, ValueError) as error:
+        raise StorageError(f"{file}: cannot be read as this client's key for meetings ({error})") from error
+
+
+def _asked(link: Link, request: SumRequest) -> Callable[[], SumReply]:
+    turn = current_turn()
+    with waiting(link, turn):
+        future = link.call(request)
+
+    def answer() -> SumReply:
+        with waiting(link, turn):
+            return future.result()
+
+    return answer
+
+
+def _bytes(note: str) -> bytes:
+    try:
+        return bytes.fromhex(note)
+    except ValueError as error:
+        raise LinkError(f"a note of a sum is not what a client sends: {note[:40]!r}") from error
+
+
+def _shaped(numbers: np.ndarray[tuple[int, ...], np.dtype[np.float64]], like: Sums) -> Sums:
+    flat: Tensor = torch.from_numpy(numbers)
+    parts = torch.split(flat, [value.numel() for value in like.values()])
+    return {
+        name: part.reshape(value.shape).to(value.dtype) for (name, value), part in zip(like.items(), parts, strict=True)
+    }
