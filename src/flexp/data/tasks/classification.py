@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
 from flexp.config import DataConfig
 from flexp.data.columns import as_text
+from flexp.data.survey import Column, label_column, text_column
 from flexp.data.tasks.base import TextTask, class_tally, place
 from flexp.data.tasks.text import encode_texts
 from flexp.data.types import Example, Row, Tally
@@ -23,6 +25,11 @@ class Classification(TextTask):
     higher_is_better = True
     labelled = True
     classes = True
+
+    @classmethod
+    def suits(cls, columns: Sequence[Column]) -> dict[str, Any] | None:
+        text, label = text_column(columns), label_column(columns)
+        return None if text is None or label is None else {"text": text, "label": label}
 
     @classmethod
     def own_columns(cls, config: DataConfig) -> dict[str, str]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flexp.config import DataConfig
+from flexp.data.survey import Column, column_of, label_column
 from flexp.data.tasks.base import BaseTask, class_tally, place
 from flexp.data.types import Batch, Example, Row, Tally
 from flexp.errors import DataError
@@ -30,6 +31,11 @@ class ImageClassification(BaseTask):
     labelled = True
     classes = True
     images = True
+
+    @classmethod
+    def suits(cls, columns: Sequence[Column]) -> dict[str, Any] | None:
+        image, label = column_of(columns, "image"), label_column(columns)
+        return None if image is None or label is None else {"image": image, "label": label}
 
     @classmethod
     def own_columns(cls, config: DataConfig) -> dict[str, str]:
