@@ -11,7 +11,7 @@ from flexp.client.personal import PersonalModel
 from flexp.config import AlignConfig, CodecConfig, LoraConfig
 from flexp.errors import ConfigError, LinkError
 from flexp.links.base import Link, ask
-from flexp.links.messages import Join, PullRequest
+from flexp.links.messages import Abort, Join, PullRequest
 from flexp.models.fingerprint import fingerprint
 from flexp.models.parts import check_cut
 from flexp.models.stage import Stage
@@ -80,6 +80,14 @@ class JoinedModel(PersonalModel):
         except (LinkError, ConfigError):
             self.cut = before
             raise
+
+    def abort(self) -> None:
+        """Give up the forwards that wait for a backward and the step that is not complete, on the server as well.
+
+        The gradients that such a step has left in the personal parameters are the caller's to drop.
+        """
+        self.steps.abandon()
+        ask(self.link, Abort())
 
     def following(self, cut: tuple[int, int]) -> range:
         """The blocks that this client would follow with ``cut``: which the server trains, and it takes over."""

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from flexp.assets import resolve
-from flexp.client.exchange import Piece, RemoteCall, RemoteMiddle, items_of
+from flexp.client.exchange import Piece, RemoteCall, RemoteMiddle
 from flexp.client.joined import OFF, JoinedModel
 from flexp.config import AlignConfig, CodecConfig, ModelConfig
 from flexp.data.labels import remarks
 from flexp.errors import ConfigError, LinkError
 from flexp.kinds import ModelKind
-from flexp.links.base import Link, ask
-from flexp.links.messages import Abort, ForwardRequest
+from flexp.links.base import Link
+from flexp.links.messages import ForwardRequest
 from flexp.links.opening import as_link
 from flexp.models.execution import ExecutionPlan
 from flexp.models.heads import trained_classes
@@ -55,8 +55,8 @@ class SplitModel(JoinedModel):
         align: the alignment, whose gradient the server computes.
         tuning: how ``stage`` was tuned.
         lora: with what adapters; the server's must be the same.
-        accumulation: exchanges that make up one step, for loops that know nothing of FlexP (a Trainer with gradient
-            accumulation, whose epochs must be a multiple of it); others say it with :meth:`part_of_step`.
+        accumulation: exchanges that make up one step, for loops of one's own that do not say it with
+            :meth:`part_of_step`; of a ``transformers.Trainer`` it is known.
         expose_embeddings: whether bare embeddings may go up, from which the server can read every token.
         numbering: of an earlier life of this client, whose steps it goes on with; ``None``: it begins anew.
         codec: in what form tensors cross; ``None``: as they are inside one process, bfloat16 over a network, or what
@@ -133,6 +133,14 @@ class SplitModel(JoinedModel):
             codec=codec,
         )
 
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """As of the model inside. A Trainer asks while it is made, which is when its callback has to come in."""
+        from flexp.client.callback import attend
+
+        attend()
+        return super().accepts_loss_kwargs
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -173,7 +181,7 @@ class SplitModel(JoinedModel):
                 inner_BTH.append(z_BTH)
         if train and not z_BTH.requires_grad:
             z_BTH = z_BTH.detach().requires_grad_()  # the server's blocks need a backward even if nothing here does
-        place = self.steps.place(items_of(self.kind, inputs)) if train else None
+        place = self.steps.place(self.kind, inputs) if train else None
         request = ForwardRequest(
             exchange=0 if place is None else place.exchange,
             hidden_BTH=z_BTH.detach(),
@@ -213,14 +221,6 @@ class SplitModel(JoinedModel):
             with suppress(LinkError):  # the first failure is the one to tell
                 self.abort()
             raise
-
-    def abort(self) -> None:
-        """Give up the forwards that wait for a backward and the step that is not complete, on the server as well.
-
-        The gradients that such a step has left in the personal parameters are the caller's to drop.
-        """
-        self.steps.abandon()
-        ask(self.link, Abort())
 
     def after_step(self) -> None:
         """Once the optimiser has stepped: pull the aligned blocks towards the server's, if the alignment says so.

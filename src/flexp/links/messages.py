@@ -139,7 +139,8 @@ class BackwardRequest(Request[BackwardReply]):
         grad_BTH: ∂task/∂h, scaled by what this exchange counts in its step.
         step: numbers this client's steps from 1; one that was applied already is answered, and not applied again. 0:
             not numbered. A step is complete when all of its exchanges have arrived, in whatever order.
-        exchanges: how many exchanges the step has: micro-batches share one.
+        exchanges: how many exchanges the step has, as far as is known: a later one may say more. Micro-batches share
+            one.
         tokens: this exchange's share of the step's unmasked tokens, 0 < tokens ≤ 1, which its alignment counts.
         weight: how many items (tokens, examples) of the loss this exchange stands for.
     """

@@ -150,10 +150,11 @@ def check_backward(session: Session, request: BackwardRequest) -> Pending:
             f"{request.weight}, expected 0 < tokens <= 1 and 0 < weight <= {most}, its tokens"
         )
     step = session.gathered.get(request.step)
-    if request.exchanges < 1 or (step is not None and step.exchanges != request.exchanges):
+    least = step.exchanges if step else 1
+    if request.exchanges < least:
         raise LinkError(
             f"client {client}: step {request.step} has {request.exchanges} exchanges now, "
-            f"expected {step.exchanges if step else 'at least 1'} as before"
+            f"expected {f'{least} as before, or more' if step else 'at least 1'}"
         )
     if step is None and len(session.gathered) >= session.config.max_in_flight:
         raise LinkError(

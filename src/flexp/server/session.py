@@ -46,19 +46,23 @@ class Pending:
 
 @dataclass
 class Gathered:
-    """A client's step of which some exchanges have arrived: the sum of their gradients, and of their items."""
+    """A client's step of which some exchanges have arrived: the sum of their gradients, and of their items.
 
-    exchanges: int
+    ``exchanges``: that it has, as far as its client has said.
+    """
+
+    exchanges: int = 0
     arrived: int = 0
     gradients: dict[str, Tensor] = field(default_factory=dict)
     weight: float = 0.0
 
-    def take(self, gradients: dict[str, Tensor], weight: float) -> bool:
+    def take(self, gradients: dict[str, Tensor], request: BackwardRequest) -> bool:
         """Add an exchange's gradients; gives whether the step is complete."""
         for name, value in gradients.items():
             self.gradients[name] = self.gradients[name] + value if name in self.gradients else value
-        self.weight += weight
+        self.weight += request.weight
         self.arrived += 1
+        self.exchanges = request.exchanges
         return self.arrived == self.exchanges
 
 
@@ -209,8 +213,8 @@ class Session:
         trained = {name: value for name, value in zip(reached, gradients[1:], strict=True) if value is not None}
         trained |= own
         self._refuse_nan(request.exchange, task_BTH, trained)
-        step = self.gathered.setdefault(request.step, Gathered(request.exchanges))
-        if step.take(trained, request.weight):
+        step = self.gathered.setdefault(request.step, Gathered())
+        if step.take(trained, request):
             del self.gathered[request.step]
             if not self.progress.applied(request.step):
                 self.shared.add(self._judged(request.step, step.gradients), step.weight)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flexp.data.tasks import task_of
-from flexp.data.tasks.base import fill
+from flexp.data.tasks.chat import ROLES, ChatForm
 from flexp.data.tasks.text import pad_id
 from flexp.errors import ConfigError, DataError
 from flexp.export.client_folder import Connect
@@ -21,8 +21,6 @@ from flexp.kinds import KINDS
 from flexp.rng import RandomStream
 from flexp.serving.stream import Ending, TextStream
 
-ROLES = ("system", "user", "assistant")
-"""Tasks whose models write text."""
 Message = Mapping[str, str]
 
 
@@ -99,7 +97,7 @@ class Writer:
         client: whose model it is.
         model: what has transformers' ``generate``: a whole model, or a split one.
         positions: the longest text in tokens, where there is a limit.
-        prompt: stands for the chat template where the tokenizer has none: a text with ``{prompt}``.
+        prompt: stands for the tokenizer's chat template: a text with ``{prompt}``.
         close: lets go of links.
     """
 
@@ -116,7 +114,7 @@ class Writer:
     ) -> None:
         self.client, self.tokenizer, self.about = client, tokenizer, about
         self.close = close
-        self._model, self._prompt = model, prompt
+        self._model, self._form = model, ChatForm(tokenizer, prompt)
         self._most = positions
         self._lock = threading.Lock()
         settings = getattr(getattr(model, "model", model), "generation_config", None) or model.generation_config
@@ -150,29 +148,11 @@ class Writer:
         """
         if not messages or any(message.get("role") not in ROLES for message in messages):
             raise DataError(f"a chat needs messages, each with one of the roles {', '.join(ROLES)}")
-        if getattr(self.tokenizer, "chat_template", None):
-            try:
-                text = self.tokenizer.apply_chat_template(
-                    [dict(message) for message in messages], add_generation_prompt=True, tokenize=False
-                )
-            except Exception as error:  # a template is a program of the model's maker, and says no in its own words
-                first = (str(error).strip() or type(error).__name__).splitlines()[0]
-                raise DataError(f"the model's chat template refuses these messages ({first})") from error
-            return [int(token) for token in self.tokenizer(text, add_special_tokens=False)["input_ids"]]
-        if self._prompt is None:
+        if self._form.template is None and not getattr(self.tokenizer, "chat_template", None):
             raise ConfigError(
                 "this model's tokenizer has no chat template, so it cannot chat; use flexp generate or completions"
             )
-        parts = []
-        end = self.tokenizer.eos_token or "\n\n"
-        system = "".join(message["content"] + "\n\n" for message in messages if message["role"] == "system")
-        for message in messages:
-            if message["role"] == "user":
-                parts.append(fill(self._prompt, {"prompt": system + message["content"]}))
-                system = ""
-            elif message["role"] == "assistant":
-                parts.append(message["content"] + end)
-        return self.ids_of("".join(parts))
+        return self._form.ids(self._form.text(messages, asks=True))
 
     def write(
         self,
@@ -240,7 +220,7 @@ def open_writer(place: Path, client: str | None = None, which: str = LAST, conne
         model.processor,
         model.generator,
         model.positions,
-        prompt=task.chat_prompt(data),
+        prompt=task.chat_template(data, own=bool(getattr(model.processor, "chat_template", None))),
         about=model.about,
         close=model.close,
     )
