@@ -69,7 +69,7 @@ class Kind:
         """How many items the loss of a batch with labels is a mean of: examples, or labelled tokens."""
         targets = batch[self.targets[0]]
         if self.answers == "next-token":
-            targets = batch.get("shift_labels", targets[:, 1:])  # else shifted by the model
+            targets = targets[:, 1:]  # shifted by the model
         elif self.answers in ("classes", "number", "span") or targets.is_floating_point():
             return len(targets)
         return int((targets != IGNORED).sum())
