@@ -21,6 +21,10 @@ from flexp.kinds import KINDS
 from flexp.rng import RandomStream
 from flexp.serving.stream import Ending, TextStream
 
+COLDEST = 1e-4
+"""A temperature below is 0: logits divided by it are more than a softmax can tell apart, or than a float holds."""
+MOST_LETTERS = 32
+"""Of a token, on average over a prompt; a longer text cannot fit the model, and is not tokenized to see that."""
 Message = Mapping[str, str]
 
 
@@ -55,16 +59,20 @@ class GenerationConfig:
             ("temperature", self.temperature, self.temperature is None or self.temperature >= 0),
             ("top_p", self.top_p, self.top_p is None or 0 < self.top_p <= 1),
             ("top_k", self.top_k, self.top_k is None or self.top_k >= 1),
-            ("repetition_penalty", self.repetition_penalty, (self.repetition_penalty or 1) > 0),
+            (
+                "repetition_penalty",
+                self.repetition_penalty,
+                self.repetition_penalty is None or 0.01 <= self.repetition_penalty <= 100,
+            ),
         ):
             if not fits:
                 raise ConfigError(
                     f"{name} = {value} is not allowed: expected at least one token, a temperature of 0 or more, "
-                    "0 < top_p <= 1, top_k of 1 or more and a positive penalty"
+                    "0 < top_p <= 1, top_k of 1 or more and a penalty from 0.01 to 100"
                 )
         named = {key: getattr(self, key) for key in ("temperature", "top_p", "top_k", "repetition_penalty")}
         chosen = {key: value for key, value in named.items() if value is not None}
-        if chosen.get("temperature") == 0:
+        if chosen.get("temperature", 1.0) < COLDEST:
             chosen = {key: value for key, value in chosen.items() if key == "repetition_penalty"}
             return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, **chosen, **self.others}
         sampling = {"do_sample": True} if chosen.keys() - {"repetition_penalty"} else {}
@@ -128,8 +136,9 @@ class Writer:
         """The tokens of a prompt.
 
         Raises:
-            DataError: there are none.
+            DataError: there are none, or more than fit.
         """
+        self._check_length(text)
         ids = [int(token) for token in self.tokenizer(text)["input_ids"]]
         if self._ends and len(ids) > 1 and ids[-1] in self._ends and not text.endswith(str(self.tokenizer.eos_token)):
             ids = ids[:-1]  # a tokenizer that closes every text
@@ -152,7 +161,15 @@ class Writer:
             raise ConfigError(
                 "this model's tokenizer has no chat template, so it cannot chat; use flexp generate or completions"
             )
-        return self._form.ids(self._form.text(messages, asks=True))
+        text = self._form.text(messages, asks=True)
+        self._check_length(text)
+        return self._form.ids(text)
+
+    def _check_length(self, text: str) -> None:
+        if self._most is not None and len(text) > MOST_LETTERS * self._most:
+            raise DataError(
+                f"the prompt has {len(text)} letters, which {self._most} tokens of this model cannot hold; shorten it"
+            )
 
     def write(
         self,
