@@ -90,7 +90,7 @@ def pools_at_padding(cls: Any) -> bool:
 
 def align_padding(model: Any, pad: int | None) -> None:
     """Let a classifier that looks for padding look for the tokenizer's, which batches are filled up with."""
-    if pad is not None and pools_at_padding(type(model)):
+    if pad is not None and pools_at_padding(model.__class__):
         for config in (model.config, model.config.get_text_config()):
             config.pad_token_id = pad
 
@@ -104,7 +104,7 @@ def check_padding(model: Any, inputs: Mapping[str, Any]) -> None:
         ModelError: see above.
     """
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
-    if not isinstance(ids, Tensor) or not pools_at_padding(type(model)):
+    if not isinstance(ids, Tensor) or not pools_at_padding(model.__class__):
         return
     pad = model.config.get_text_config().pad_token_id
     mend = "set model.config.pad_token_id = tokenizer.pad_token_id"
