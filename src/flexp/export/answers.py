@@ -12,12 +12,13 @@ import torch
 
 from flexp.config import DataConfig
 from flexp.data.columns import check_present
+from flexp.data.labels import check_known
 from flexp.data.scores import evaluate
 from flexp.data.sources import Rows, read_rows
 from flexp.data.tasks import task_of
 from flexp.data.tasks.base import BaseTask
 from flexp.data.types import Example, Task
-from flexp.errors import ConfigError, DataError
+from flexp.errors import ConfigError
 from flexp.export.trained import Trained
 from flexp.files import replacing
 from flexp.kinds import logits_of, take_targets
@@ -59,7 +60,7 @@ def predict(model: Trained, source: str, out: Path, batch_size: int | None = Non
         StorageError: ``out`` cannot be written; what stood there is untouched.
     """
     if not task_of(model.config.data).answers:
-        raise ConfigError(f"flexp predict writes labels and numbers; the task of this model is {model.task.name}")
+        raise ConfigError(f"flexp predict is for classifiers and their like; the task of this model is {model.task.name}")
     if out.suffix.lower() not in WRITERS:
         raise ConfigError(f"--out {out}: expected a name that ends in {' or '.join(WRITERS)}")
     rows = _answers(model, source, batch_size or model.config.evaluation.batch_size)
@@ -140,11 +141,6 @@ def read_examples(
 
 def _labels(rows: Rows, task: type[BaseTask], data: DataConfig, classes: Sequence[str] | None) -> list[Any]:
     labels = task.read_labels(rows.values(data.label), rows.class_names(data.label), data, rows.place)
-    for index, label in enumerate(labels):
-        for name in task.names_in(label):
-            if classes is not None and name not in classes:
-                raise DataError(
-                    f"{rows.place(index)}: the label {name[:40]!r} is none of those that the model knows: "
-                    + ", ".join(classes[:16])
-                )
+    if classes is not None:
+        check_known({row: task.names_in(label) for row, label in enumerate(labels)}, classes, rows.place)
     return labels

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from flexp.limits import out_of_memory
 from flexp.models.anatomy import dissect, refuse_by_design
 from flexp.models.autos import AUTO, set_head
 from flexp.models.fingerprint import weights_fingerprint
+from flexp.models.heads import fit_head, name_classes, trained_classes
 from flexp.models.low_memory import low_memory_loading
 from flexp.models.parts import Part, prune
 from flexp.models.pooling import put_pooling
@@ -53,7 +55,8 @@ def load_stage(
             a name alone stands for the defaults. With ``embeddings = "file"`` and the ends, those of the tokens are
             read row by row where the checkpoint has them (:mod:`flexp.models.stored`), and must not be trained.
         kind: what the model is for.
-        labels: the names of the classes, for classifiers.
+        labels: the names of the classes, for classifiers. A class that the checkpoint's trained head knows keeps its
+            weights, whatever the order; ``None``: those of the checkpoint.
         dropout: the rate of every dropout; ``None``: as the model's configuration says.
         seed: of those weights that the checkpoint does not hold, such as a new classifier; equal for every part.
 
@@ -75,12 +78,13 @@ def load_stage(
     if head.answers == "next-token" and (part is None or part.ends):  # a server without the ends may serve classifiers
         _refuse_bidirectional(name, config)
     set_head(config, kind)
+    ends = part is None or part.ends
+    trained = trained_classes(config, kind, wanted.pooling) if labels is not None and ends else []
     if labels is not None:
         # What the checkpoint was trained for does not matter here.
         config.problem_type = head.problem or "single_label_classification"
-        config.num_labels = len(labels)
-        config.id2label = dict(enumerate(labels))
-        config.label2id = {label: index for index, label in enumerate(labels)}
+        if not trained:
+            name_classes(config, labels)
     if pad_token_id is not None and config.get_text_config().pad_token_id is None:
         config.get_text_config().pad_token_id = pad_token_id
     if dropout is not None:
@@ -121,6 +125,8 @@ def load_stage(
     fitted = labels is not None or head.outputs is not None
     replaceable = set() if head.answers == "next-token" else missing | (resized if fitted else set())
     _refuse_incomplete(name, loaded, missing | resized, replaceable)
+    if labels is not None and trained:
+        resized |= fit_head(loaded, trained, labels, partial(_initialise, seed=seed))
     new = _headed(loaded, wanted, kind, part, missing | resized)
     _initialise(loaded, new, seed)
     anatomy = dissect(loaded)

@@ -111,8 +111,11 @@ class BaseTask(ABC):
         return names[0] if names else ""
 
     @classmethod
-    def chat_prompt(cls, config: DataConfig) -> str | None:
-        """What stands for a chat template, with the field ``{prompt}``, in a model that was tuned to follow prompts."""
+    def chat_template(cls, config: DataConfig, own: bool) -> str | None:
+        """What stands for a chat template, with the field ``{prompt}``, in a model that was tuned to follow prompts.
+
+        ``own``: whether the tokenizer has one, which is used where this is None.
+        """
         return None
 
     def classes_in(self, example: Example) -> list[str]:
@@ -153,7 +156,7 @@ class BaseTask(ABC):
         Raises:
             ConfigError: the task has no such answers.
         """
-        raise ConfigError(f"flexp predict writes labels and numbers; the task of this model is {self.name}")
+        raise ConfigError(f"flexp predict is for classifiers and their like; the task of this model is {self.name}")
 
 
 class OneClass(BaseTask):
