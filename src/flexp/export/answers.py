@@ -20,7 +20,7 @@ from flexp.data.tasks.base import BaseTask
 from flexp.data.types import Example, Task
 from flexp.errors import ConfigError
 from flexp.export.trained import Trained
-from flexp.files import replacing
+from flexp.files import check_new, replacing
 from flexp.kinds import logits_of, take_targets
 
 WRITERS = (".csv", ".jsonl")
@@ -48,21 +48,27 @@ def score(
     return {name: evaluate(forward, model.task, examples, size) for name, examples in sets.items()}
 
 
-def predict(model: Trained, source: str, out: Path, batch_size: int | None = None) -> int:
+def predict(model: Trained, source: str, out: Path, batch_size: int | None = None, *, force: bool = False) -> int:
     """Write what the model answers to every row of ``source`` to ``out``, in their order; how many there were.
 
     A line of a ``.jsonl`` has ``row``, ``predicted`` and what else the task says of a row, such as ``probabilities`` by
     label. In a ``.csv`` these are columns of their own, and the parts of a list are divided by ``|``.
 
+    Args:
+        force: replace what stands at ``out``; never ``source``.
+
     Raises:
-        ConfigError: the task has no such answers, or ``out`` has another ending.
+        ConfigError: the task has no such answers, or ``out`` has another ending or is taken.
         DataError: the file does not fit the task.
         StorageError: ``out`` cannot be written; what stood there is untouched.
     """
     if not task_of(model.config.data).answers:
-        raise ConfigError(f"flexp predict is for classifiers and their like; the task of this model is {model.task.name}")
+        raise ConfigError(
+            f"flexp predict is for classifiers and such; this model is for {model.task.name}"
+        )
     if out.suffix.lower() not in WRITERS:
         raise ConfigError(f"--out {out}: expected a name that ends in {' or '.join(WRITERS)}")
+    check_new(out, force=force, read=[source, source.partition("#")[0]])
     rows = _answers(model, source, batch_size or model.config.evaluation.batch_size)
     numbered = [{"row": number, **row} for number, row in enumerate(rows, start=1)]
     with replacing(out) as part, part.open("w", encoding="utf-8", newline="") as file:
@@ -71,19 +77,19 @@ def predict(model: Trained, source: str, out: Path, batch_size: int | None = Non
         else:
             flat = [_flat(row) for row in numbered]
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(flat[0] if flat else ["row", "predicted"])
-            writer.writerows(row.values() for row in flat)
+            writer.writerow([name for name, _ in flat[0]] if flat else ["row", "predicted"])
+            writer.writerows([value for _, value in row] for row in flat)
     return len(numbered)
 
 
-def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
+def _flat(row: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """One value a column: of a table of values one column each, of a list its parts in one."""
-    found: dict[str, Any] = {}
+    found: list[tuple[str, Any]] = []
     for name, value in row.items():
         if isinstance(value, Mapping):
-            found |= value
+            found += value.items()
         else:
-            found[name] = "|".join(map(str, value)) if isinstance(value, list) else value
+            found.append((name, "|".join(map(str, value)) if isinstance(value, list) else value))
     return found
 
 

@@ -156,7 +156,7 @@ class BaseTask(ABC):
         Raises:
             ConfigError: the task has no such answers.
         """
-        raise ConfigError(f"flexp predict is for classifiers and their like; the task of this model is {self.name}")
+        raise ConfigError(f"flexp predict is for classifiers and such; this model is for {self.name}")
 
 
 class OneClass(BaseTask):
