@@ -58,6 +58,13 @@ def chats(folder: Path) -> tuple[str, str]:
     return "chats.jsonl", "model"
 
 
+def tags(folder: Path) -> tuple[str, str]:
+    table = pd.DataFrame(labelled(24))[["client", "text"]]
+    table["labels"] = [[["red"], ["blue", "red"], []][k // 2 % 3] for k in range(24)]
+    table.to_parquet(folder / "tags.parquet")
+    return "tags.parquet", str(bert_folder(folder / "model"))
+
+
 def images(folder: Path) -> tuple[str, str]:
     model = save_tiny("vit", folder / "model")
     size = transformers.AutoConfig.from_pretrained(model).image_size
@@ -81,12 +88,14 @@ TOLD = {
         "<|im_start|> [UNK] w0 ? <|im_end|> <|im_start|> [UNK]«a red dog <|im_end|>»",
         "warning: fewer than 25 test examples (bern 3, graz 3)",
     ],
+    "tags": ["list   16       2          red (16), blue (8)", "fewer than 25 test examples (north 4, south 4)"],
     "images": ["label    text    24       2          cat (12), dog (12)", "an image, 3 × 12 × 12"],
 }
 
 
 @pytest.mark.parametrize(
-    ("make", "task"), [(csv, "classification"), (chats, "instruction"), (images, "image-classification")]
+    ("make", "task"),
+    [(csv, "classification"), (chats, "instruction"), (tags, "multi-label"), (images, "image-classification")],
 )
 def test_data_become_a_run(tmp_path: Path, call: Call, make: Callable[[Path], tuple[str, str]], task: str) -> None:
     data, model = make(tmp_path)

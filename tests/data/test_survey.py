@@ -31,8 +31,14 @@ def table(**columns: Any) -> list[dict[str, Any]]:
         (table(prompt=LONG, conversations=lambda k: [{"from": "human", "value": f"{k}"}]),
          "instruction", {"messages": "conversations"}, "4"),
         (table(note=lambda k: f"{LONG} {k}", author=lambda k: "xy"[k % 2]), "causal-lm", {"text": "note"}, "author"),
+        (table(text=lambda k: f"{LONG} {k}", tags=lambda k: [["a"], ["a", "b"], []][k % 3], kind=lambda k: "xy"[k % 2]),
+         "multi-label", {"text": "text", "label": "tags"}, "4"),
+        (table(text=lambda k: f"{LONG} {k}", score=lambda k: k / 4), "regression",
+         {"text": "text", "label": "score"}, "4"),
+        (table(tokens=lambda k: ["the", f"w{k}"], ner_tags=["O", "B-X"], text=lambda k: f"the w{k}"),
+         "token-classification", {"text": "tokens", "label": "ner_tags"}, "4"),
     ],
-    ids=["classes", "answers", "choices", "chats", "texts"],
+    ids=["classes", "answers", "choices", "chats", "texts", "labels", "numbers", "words"],
 )  # fmt: skip
 def test_what_a_table_is_good_for(
     tmp_path: Path, rows: list[dict[str, Any]], task: str, keys: dict[str, Any], owner: str

@@ -35,7 +35,7 @@ class Column:
     Attributes:
         kind: ``number``: all values are; ``chat``: lists of messages; ``image``: files or bytes of images.
         filled: rows that have a value.
-        distinct: different values, 0 of a kind that is not counted.
+        distinct: different values, or different items of a list; 0 of a kind that is not counted.
         length: characters of the mean value.
         long: characters that 19 of 20 values have at most.
         common: the most frequent values, and how often they are there.
@@ -70,7 +70,9 @@ class Survey:
 
     def client(self) -> Column | None:
         """The column that names owners, if one is known by its name."""
-        return next((column for column in _named(self.columns, CLIENTS) if column.repeats), None)
+        return next(
+            (column for column in _named(self.columns, CLIENTS) if column.repeats and column.kind != "list"), None
+        )
 
 
 def survey(source: str, split: str | None = None, config: str | None = None) -> Survey:
@@ -132,11 +134,12 @@ def _column(name: str, rows: Rows) -> Column:
     values = [value for value in rows.values(name) if not missing(value)]
     names = rows.class_names(name)
     if names is not None:
-        values = [names[value] for value in values]
+        values = [[names[item] for item in value] if isinstance(value, list) else names[value] for value in values]
     kind = _kind(values[:_ENOUGH])
     sizes = sorted(_size(value) for value in values)
     mean, long = (sum(sizes) / len(sizes), sizes[int(0.95 * (len(sizes) - 1))]) if sizes else (0.0, 0)
-    counted = Counter(value for value in values if isinstance(value, str)) if kind in ("text", "number") else Counter()
+    single = [item for value in values for item in (value if kind == "list" else [value])]
+    counted = Counter(item for item in single if isinstance(item, str)) if kind != "image" else Counter[str]()
     whole = kind != "number" or all(float(value.replace(",", ".")).is_integer() for value in counted)
     return Column(name, kind, len(values), len(counted), mean, long, counted.most_common(6), whole)
 
