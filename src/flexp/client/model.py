@@ -21,7 +21,7 @@ from flexp.errors import ConfigError, LinkError
 from flexp.kinds import ModelKind
 from flexp.links.base import Link
 from flexp.links.messages import ForwardRequest
-from flexp.links.opening import as_link
+from flexp.links.opening import kept
 from flexp.models.execution import ExecutionPlan
 from flexp.models.heads import trained_classes
 from flexp.models.loading import load_config, load_stage
@@ -123,18 +123,19 @@ class SplitModel(JoinedModel):
         for remark in remarks(trained_classes(config, cls.kind, wanted.pooling), labels or ()):
             log.warning(remark)
         tune(stage, wanted, seed=seed)
-        return cls(
-            stage,
-            whole_cut,
-            as_link(link),
-            align=align,
-            tuning=wanted.tuning,
-            lora=wanted.lora,
-            accumulation=accumulation,
-            expose_embeddings=wanted.expose_embeddings,
-            codec=codec,
-            base_depth=wanted.base_depth,
-        )
+        with kept(link) as chosen:
+            return cls(
+                stage,
+                whole_cut,
+                chosen,
+                align=align,
+                tuning=wanted.tuning,
+                lora=wanted.lora,
+                accumulation=accumulation,
+                expose_embeddings=wanted.expose_embeddings,
+                codec=codec,
+                base_depth=wanted.base_depth,
+            )
 
     @property
     def accepts_loss_kwargs(self) -> bool:
