@@ -20,6 +20,8 @@ from flexp.models.parts import Part, ZeroPatches, prune
 
 NOT_FOR_BLOCKS = frozenset({*LABELS, "num_items_in_batch"})
 """What a batch may hold that only the loss needs."""
+PACKED = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"})
+"""Where packed rows begin, for flash attention and state spaces; others take it from the positions, as a server does."""
 NEED_ALL_BLOCKS = ("output_hidden_states", "output_attentions", "output_router_logits")
 """What may be asked of a whole model, but not of one whose blocks are in several places."""
 
@@ -40,6 +42,7 @@ class Stage:
         self.followed: frozenset[str] = frozenset()  # names of what it has copies of its own of, without training them
         self.lent = False  # whether the tensors belong to another stage as well
         self.weights: str | None = None  # which pretrained weights these are, where that is known
+        self._ignored = NOT_FOR_BLOCKS | (PACKED if _only_masks(model) else frozenset())
         self._tuples: bool | None = None
         self._probed = not part.ends  # without the ends there is nothing to find out
         parameters = inspect.signature(type(model).forward).parameters
@@ -78,7 +81,7 @@ class Stage:
         for key in NEED_ALL_BLOCKS:
             if inputs.get(key):
                 raise ModelError(f"{key}=True was asked for, but a split model has its blocks in several places")
-        wanted = {key: value for key, value in inputs.items() if key not in NOT_FOR_BLOCKS} | self.no_cache
+        wanted = {key: value for key, value in inputs.items() if key not in self._ignored} | self.no_cache
         with self.computing():
             hidden_BTH, plan = execution.record(self.model, self.blocks, wanted, self._tuples)
         self._tuples = plan.tuples
@@ -153,12 +156,18 @@ class Stage:
         with self.computing():
             return plan.replay(self.blocks, hidden_BTH, start, stop)
 
-    def finish(self, hidden_BTH: Tensor, inputs: Mapping[str, Any], plan: ExecutionPlan) -> Any:
-        """Final norm, head and, with labels, loss: the model's own output object, from the last hidden state."""
+    def finish(
+        self, hidden_BTH: Tensor, inputs: Mapping[str, Any], plan: ExecutionPlan, *, headless: bool = False
+    ) -> Any:
+        """Final norm, head and, with labels, loss: the model's own output object, from the last hidden state.
+
+        ``headless``: the output of the model under the head, from the final norm.
+        """
         if not self.part.ends:
             raise ModelError("a stage without the ends of the model cannot compute its output")
         with self.computing():
-            return execution.finish(self.model, self.blocks, hidden_BTH, {**inputs, **self.no_cache}, plan.tuples)
+            model = self.model.base_model if headless else self.model
+            return execution.finish(model, self.blocks, hidden_BTH, {**inputs, **self.no_cache}, plan.tuples)
 
     def computing(self) -> AbstractContextManager[None]:
         """What the model computes in inside the ``with`` block: mixed precision, if :attr:`autocast` says so."""
@@ -230,6 +239,14 @@ def carve(source: Stage, part: Part) -> Stage:
     stage.weights = source.weights
     stage._probed = source._probed or not part.ends
     return stage
+
+
+def _only_masks(model: Any) -> bool:
+    """Whether the blocks know of packed rows by their attention masks alone."""
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or []
+    attention = all(str(kind).endswith("attention") and "linear" not in str(kind) for kind in kinds)
+    masked = getattr(model.config, "_attn_implementation", None) in ("sdpa", "eager")
+    return masked and attention and not getattr(model, "_is_stateful", False)
 
 
 def forget_ties(model: nn.Module) -> None:
