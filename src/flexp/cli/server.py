@@ -11,6 +11,7 @@ import typer
 from flexp.cli.settings import Settings, overrides
 from flexp.cli.verify import Task
 from flexp.errors import ConfigError
+from flexp.texts import plain
 
 
 def server(
@@ -76,7 +77,7 @@ def server(
     from flexp.run.server import make_conductor, make_server, read_config, run_server
 
     def say(line: str) -> None:
-        typer.echo(f"flexp server: {line}")
+        typer.echo(f"flexp server: {plain(line)}")
 
     if config is None:
         kind = kind or Task("causal-lm")

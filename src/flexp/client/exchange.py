@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flexp.client.judging import check_backward_reply, check_forward_reply
 from flexp.errors import ConfigError, LinkError
 from flexp.kinds import IGNORED, KINDS, ModelKind
 from flexp.links.base import Link
@@ -83,8 +84,7 @@ class RemoteMiddle(torch.autograd.Function):
             call.send(grad_BTH)
             return (None, None)
         reply = call.backward(grad_BTH)
-        inner = reply.inner_BTH or (None,) * len(call.request.inner_BTH)
-        return (None, reply.grad_BTH, *inner)
+        return (None, reply.grad_BTH, *reply.inner_BTH)
 
 
 class RemoteCall:
@@ -106,6 +106,7 @@ class RemoteCall:
         """h, (B, T, H), once it is here."""
         with self._waiting():
             reply = self._forward.result()
+        check_forward_reply(self.request, reply)
         self.align = reply.align
         return reply.hidden_BTH
 
@@ -133,6 +134,7 @@ class RemoteCall:
         assert self._backward is not None
         with self._waiting():
             reply = self._backward.result()
+        check_backward_reply(self.request, reply)
         self.answered = True
         return reply
 

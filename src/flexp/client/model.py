@@ -63,6 +63,8 @@ class SplitModel(JoinedModel):
         numbering: of an earlier life of this client, whose steps it goes on with; ``None``: it begins anew.
         codec: in what form tensors cross; ``None``: as they are inside one process, bfloat16 over a network, or what
             :func:`flexp.connect` was told.
+        base_depth: the s_min that the server must have; ``None``: the one that it says on joining first. Later it may
+            say no other, since what goes up for alignment comes out of block s_min − 1.
 
     Raises:
         ConfigError: bare embeddings would go up.
@@ -133,6 +135,7 @@ class SplitModel(JoinedModel):
             accumulation=accumulation,
             expose_embeddings=wanted.expose_embeddings,
             codec=codec,
+            base_depth=wanted.base_depth,
         )
         made.source = Source(wanted, labels, seed)
         return made

@@ -104,7 +104,7 @@ class Trainer:
         self.updater.forget()  # what a failed step may have left
 
         with self._random.undone_on_failure(), self._random.active():
-            pieces = self._pieces()
+            pieces = self.pieces()
             for done in self._exchanges(pieces):  # forward and backward, here and on the server
                 loss += done.loss * done.piece.share
                 align += (done.align or 0.0) * done.piece.tokens
@@ -156,8 +156,8 @@ class Trainer:
         self.micro_batch = int(state.get("micro_batch", self.micro_batch))
         self.steps, self.seconds = int(state["steps"]), float(state["seconds"])
 
-    def _pieces(self) -> list[tuple[Piece, Batch]]:
-        """The step's examples in exchanges, and what each counts; those without any item of the loss are left out."""
+    def pieces(self) -> list[tuple[Piece, Batch]]:
+        """The next step's exchanges, and what each counts; those without any item of the loss are left out."""
         indices, size = self._order.indices(self.steps), self.micro_batch
         loss_items = KINDS[self.task.model_kind].items
         groups = [indices[start : start + size] for start in range(0, len(indices), size)]

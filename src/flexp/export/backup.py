@@ -219,6 +219,11 @@ def read(file: Path, passphrase: str | None = None) -> Backup:
         raise StorageError(f"{file} is of another version of FlexP; expected schema {SCHEMA} of a {KIND}")
     if _digest(tensors, text) != digest:
         raise StorageError(f"{file} is damaged: its content is not what was saved (its SHA-256 differs)")
+    odd = [name for name, value in tensors.items() if value.is_floating_point() and not bool(value.isfinite().all())]
+    if odd:
+        raise StorageError(
+            f"{file}: {odd[0]} holds numbers that are not finite, and nothing can go on from them; use an earlier copy"
+        )
     return Backup(facts, tensors, encrypted)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from flexp.config import AlignConfig, CodecConfig, LoraConfig
 from flexp.errors import LinkError, LinkLostError
 from flexp.links.declaring import MASK, POSITIONS, ROWS, WEIGHTS, Count, Integer, Request, declared, hidden, message
+from flexp.texts import plain
 
 What = Literal["step", "evaluate", "save", "restore", "stop"]
 
@@ -30,11 +31,11 @@ class Refusal:
     @classmethod
     def of(cls, error: Exception | str) -> Refusal:
         """What an error comes to."""
-        return cls(str(error)[:4000], isinstance(error, LinkLostError))
+        return cls(plain(error), isinstance(error, LinkLostError))
 
     def as_error(self) -> LinkError:
         """The error on the other side, with the words of this one."""
-        return (LinkLostError if self.again else LinkError)(self.error)
+        return (LinkLostError if self.again else LinkError)(plain(self.error))
 
 
 @message

@@ -61,6 +61,7 @@ def split_model(
         expose_embeddings=config.model.expose_embeddings,
         numbering=numbering,
         codec=codec,
+        base_depth=config.model.base_depth,
     )
 
 

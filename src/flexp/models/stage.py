@@ -21,7 +21,7 @@ from flexp.models.parts import Part, ZeroPatches, prune
 NOT_FOR_BLOCKS = frozenset({*LABELS, "num_items_in_batch"})
 """What a batch may hold that only the loss needs."""
 PACKED = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"})
-"""Where packed rows begin, for flash attention and state spaces; others take it from the positions, as a server does."""
+"""Where packed rows begin, for flash attention and state spaces; others take it from the positions, as servers do."""
 NEED_ALL_BLOCKS = ("output_hidden_states", "output_attentions", "output_router_logits")
 """What may be asked of a whole model, but not of one whose blocks are in several places."""
 

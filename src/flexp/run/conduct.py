@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -15,6 +16,8 @@ from flexp.run.store import Store
 from flexp.server import Server
 
 Say = Callable[[str], None]
+TOLD = ("loss", "lr", "score", "seconds", "bytes_up", "bytes_down", "waited_seconds", "compute_seconds")
+"""What a client may say of itself; anything else is left out."""
 
 
 @dataclass
@@ -24,6 +27,12 @@ class Member:
     ready: Ready = field(default_factory=lambda: Ready(0))
     waits: Future[Order] | None = None
     stopped: bool = False
+
+    @property
+    def facts(self) -> dict[str, float]:
+        """What the client says of itself, as far as it may and it is a number."""
+        said = self.ready.facts
+        return {name: said[name] for name in TOLD if name in said and math.isfinite(said[name])}
 
     def answer(self, order: Order) -> None:
         """Give the client its order, if it still listens."""

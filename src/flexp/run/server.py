@@ -13,6 +13,7 @@ from flexp.config import DeploymentConfig, RunConfig
 from flexp.config.loading import OTHERS, overridden, validate
 from flexp.errors import LinkError, StorageError
 from flexp.kinds import ModelKind
+from flexp.limits import allow_many_files
 from flexp.links.grpc import Serving, serve
 from flexp.methods.turns import schedule
 from flexp.run.conduct import Conductor, run_name
@@ -121,6 +122,7 @@ def run_server(
         ConfigError: it may not, or cannot, listen there.
         StorageError: the state is damaged, belongs to other blocks, or cannot be written.
     """
+    allow_many_files()
     store = None if state is None else Store(state)
     if store is not None:
         store.claim()

@@ -204,7 +204,9 @@ class Server(ServerState):
         record = self.clients[client]
         progress = record.numbered(request.numbering)
         record.cuts(request.cut)
-        self._sessions[client] = Session(request, self.shared, self.config, record.random, progress)
+        self._sessions[client] = Session(
+            request, self.shared, self.config, record.random, progress, peers=self._sessions
+        )
         anatomy = self.shared.stage.anatomy
         return Welcome(self.blocks[0], anatomy.blocks, anatomy.hidden, self.config.max_in_flight)
 
@@ -215,6 +217,8 @@ class Server(ServerState):
         applied = session.progress.applied(request.step)
         if known is not None and applied and alike(request.hidden_BTH, known.hidden_BTH):
             return cast(ForwardReply, known)
+        for other in self._sessions.values():
+            other.drop_late(self.config.exchange_seconds)
         check_forward(session, request, self.shared.stage, self._sessions.in_flight)
         if request.train and self.sealed and not applied:
             raise LinkError(f"client {client}: the run is over, and this server trains no more")

@@ -6,6 +6,7 @@ it got the first time and is never applied twice (:class:`Progress`).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,7 @@ from flexp.links.messages import BackwardReply, BackwardRequest, ForwardReply, F
 from flexp.rng import RandomStream, drawing_from
 from flexp.server.alignment import aligned, combine, taught
 from flexp.server.generations import Generations
+from flexp.server.kept import bytes_of, counted
 from flexp.server.shared import SharedBlocks
 
 WINDOW = 256
@@ -32,8 +34,9 @@ Key = tuple[str, int]
 class Pending:
     """A forward whose backward has not come yet.
 
-    ``output_BTH`` holds the graph; with memory = "recompute" it is ``None`` and the input, the mask and the state of
-    the random generator are kept instead.
+    ``output_BTH`` holds the graph; with memory = "recompute", or where the graph has no room, it is ``None`` and the
+    input, the mask and the state of the random generator are kept instead. ``bytes`` are all of it, ``since`` in
+    seconds of the monotonic clock.
     """
 
     request: ForwardRequest
@@ -42,6 +45,8 @@ class Pending:
     output_BTH: Tensor | None
     generator: Tensor
     align_BTH: list[Tensor]
+    bytes: int = 0
+    since: float = field(default_factory=time.monotonic)
 
 
 @dataclass
@@ -55,6 +60,10 @@ class Gathered:
     arrived: int = 0
     gradients: dict[str, Tensor] = field(default_factory=dict)
     weight: float = 0.0
+
+    @property
+    def bytes(self) -> int:
+        return bytes_of(*self.gradients.values())
 
     def take(self, gradients: dict[str, Tensor], request: BackwardRequest) -> bool:
         """Add an exchange's gradients; gives whether the step is complete."""
@@ -154,6 +163,29 @@ class Session:
     gathered: dict[int, Gathered] = field(default_factory=dict)
     boundary: Tensor | None = None  # the random generator's state when the step under way began
     generations: Generations = field(default_factory=Generations)
+    peers: Mapping[str, Session] = field(default_factory=dict)  # all sessions, this one among them
+    late: set[int] = field(default_factory=set)  # exchanges that were given up, since no backward came
+
+    @property
+    def kept_bytes(self) -> int:
+        """What it holds until backwards come: activations with their graphs, and the gradients of unfinished steps."""
+        return sum(one.bytes for one in self.pending.values()) + sum(one.bytes for one in self.gathered.values())
+
+    @property
+    def share_bytes(self) -> int:
+        """Of ``server.max_kept_bytes``, what is this client's in any case."""
+        return self.config.max_kept_bytes // max(2, len(self.peers))
+
+    def has_room(self, size: int, *, graph: bool) -> bool:
+        """Whether so many more bytes may be kept.
+
+        Args:
+            graph: they are a graph's, which could be made again: it must be within this client's share, and within what
+                all may keep. Inputs may be either.
+        """
+        own = self.kept_bytes + size <= self.share_bytes
+        both = sum(one.kept_bytes for one in self.peers.values()) + size <= self.config.max_kept_bytes
+        return own and both if graph else own or both
 
     @property
     def align(self) -> AlignConfig:
@@ -179,14 +211,19 @@ class Session:
         keep_graph = self.config.memory == "keep"
         z_BTH = request.hidden_BTH.detach().requires_grad_(keep_graph)
         generator = self.random.state
-        with torch.set_grad_enabled(keep_graph):
+        with torch.set_grad_enabled(keep_graph), counted(stage.model) as graph:
             h_BTH = stage.run(z_BTH, plan, start, stop)
         value: float | None = None
         align_BTH: list[Tensor] = []
         if request.base_BTH is not None and self.align.has_term:
             value, align_BTH = aligned(self.align, stage, request, request.base_BTH, start)
+        size = size_kept(request) + bytes_of(*align_BTH)
+        if keep_graph and self.has_room(size + graph.bytes, graph=True):
+            size += graph.bytes
+        else:
+            keep_graph, z_BTH = False, request.hidden_BTH.detach()
         self.pending[request.exchange] = Pending(
-            request, self.shared.hold(), z_BTH, h_BTH if keep_graph else None, generator, align_BTH
+            request, self.shared.hold(), z_BTH, h_BTH if keep_graph else None, generator, align_BTH, size
         )
         return ForwardReply(h_BTH.detach(), value)
 
@@ -239,6 +276,14 @@ class Session:
         self.pending.clear()
         self.gathered.clear()
 
+    def drop_late(self, seconds: float) -> None:
+        """Give up everything that is in flight if a backward has not come in so long."""
+        oldest = time.monotonic() - seconds
+        late = {number for number, pending in self.pending.items() if pending.since < oldest}
+        if late:
+            self.late = late
+            self.drop()
+
     def _graph(self, pending: Pending) -> tuple[Tensor, Tensor]:
         if pending.output_BTH is not None:
             return pending.input_BTH, pending.output_BTH
@@ -264,6 +309,12 @@ class Session:
         except BadValuesError:
             self.drop()
             raise
+
+
+def size_kept(request: ForwardRequest) -> int:
+    """The bytes that a forward keeps in any case."""
+    given = (request.hidden_BTH, request.mask_BT, request.positions_BT, request.base_BTH, *request.inner_BTH)
+    return bytes_of(*given)
 
 
 class Sessions(dict[str, Session]):

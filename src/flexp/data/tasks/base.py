@@ -66,8 +66,11 @@ class BaseTask(ABC):
         return needed | cls.own_columns(config) | ({config.label: "data.label"} if cls.labelled else {})
 
     @classmethod
-    def chat_prompt(cls, config: DataConfig) -> str | None:
-        """What stands for a chat template, with the field ``{prompt}``, in a model that was tuned to follow prompts."""
+    def chat_template(cls, config: DataConfig, own: bool) -> str | None:
+        """What stands for a chat template, with the field ``{prompt}``, in a model that was tuned to follow prompts.
+
+        ``own``: whether the tokenizer has one, which is used where this is None.
+        """
         return None
 
     def classes_in(self, example: Example) -> list[str]:
