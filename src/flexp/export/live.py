@@ -41,7 +41,8 @@ class LiveModel:
 
     def stage(self, part: Part) -> Stage:
         """A part of the pretrained model; nothing of it is trained."""
-        return self._source.load(self.kind, part)
+        stage: Stage = self._source.load(self.kind, part)
+        return stage
 
     def personal(self, wanted: Callable[[str], bool] = lambda _: True) -> dict[str, Tensor]:
         """The personal weights with a ``wanted`` name in the whole model."""
