@@ -15,7 +15,7 @@ from flexp.errors import ModelError
 from flexp.models import execution
 from flexp.models.anatomy import Anatomy, dissect
 from flexp.models.execution import ExecutionPlan
-from flexp.models.parts import Part, ZeroPatches, prune
+from flexp.models.parts import Absent, Part, ZeroPatches, prune
 
 NOT_FOR_BLOCKS = frozenset({"labels", "num_items_in_batch"})
 """What a batch may hold that only the loss needs."""
@@ -217,6 +217,9 @@ def carve(source: Stage, part: Part) -> Stage:
         raise ModelError(f"cannot carve blocks {sorted(missing)} out of a stage that does not hold them")
     shared: dict[int, Any] = {id(tensor): tensor for tensor in source.model.parameters()}
     shared |= {id(tensor): tensor for tensor in source.model.buffers()}
+    for index, block in enumerate(source.blocks):
+        if index not in part.blocks:  # not copied only to be taken out
+            shared[id(block)] = Absent(index, block)
     model = copy.deepcopy(source.model, shared)
     prune(model, source.anatomy, part)
     if not part.ends:
