@@ -81,13 +81,14 @@ class World:
         expose_embeddings: bool = False,
         codec: CodecConfig | None = None,
         numbering: int | None = None,
+        base_depth: int | None = None,
     ) -> SplitModel:
         tuning = tuning or self.tuning
         stage = party(self.whole, Part.client(cut, self.whole.anatomy.blocks), tuning)
         cls = SPLIT_MODELS[self.kind]
         link = link or self.server.connect(name)
         options = {"accumulation": accumulation, "expose_embeddings": expose_embeddings, "codec": codec}
-        options["numbering"] = numbering
+        options |= {"numbering": numbering, "base_depth": base_depth}
         model = cls(stage, cut, link, align=align, tuning=tuning, **options)  # type: ignore[arg-type]
         return model.train()
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from flexp._version import __version__
 
 if TYPE_CHECKING:
+    from flexp.client.callback import TrainerCallback
     from flexp.client.generation import SplitGenerator
     from flexp.client.model import (
         SplitModelForCausalLM,
@@ -23,6 +24,7 @@ _HOMES = {
     "SplitModelForCausalLM": "flexp.client.model",
     "SplitModelForImageClassification": "flexp.client.model",
     "SplitModelForSequenceClassification": "flexp.client.model",
+    "TrainerCallback": "flexp.client.callback",
     "connect": "flexp.links.grpc",
     "serve": "flexp.links.grpc",
 }
@@ -33,6 +35,7 @@ __all__ = [
     "SplitModelForCausalLM",
     "SplitModelForImageClassification",
     "SplitModelForSequenceClassification",
+    "TrainerCallback",
     "__version__",
     "connect",
     "serve",

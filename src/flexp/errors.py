@@ -6,12 +6,17 @@ that line and exits with :data:`USER_ERROR`; a traceback is reserved for FlexP's
 
 from __future__ import annotations
 
+from flexp.texts import plain
+
 USER_ERROR = 2
 """Exit code of a command that failed because of what the user gave it."""
 
 
 class FlexpError(Exception):
-    """Base of everything that a caller may want to catch."""
+    """Base of everything that a caller may want to catch. What it says is one line that a terminal only shows."""
+
+    def __str__(self) -> str:
+        return plain(super().__str__())
 
 
 class ConfigError(FlexpError):

@@ -55,6 +55,15 @@ def reserve_less() -> None:
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE)
 
 
+def allow_many_files() -> None:
+    """Raise this process's soft limit of open files to its hard one: every connection is one, also a silent one."""
+    with suppress(ImportError, OSError, ValueError):
+        import resource
+
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def out_of_memory(error: BaseException) -> str | None:
     """One line for a user where ``error`` means that memory ran out; ``None``: it means something else."""
     text = str(error).lower()

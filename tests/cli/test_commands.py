@@ -58,13 +58,28 @@ def test_run_then_report_then_resume(
         return capsys.readouterr().out
 
     shown = call("run", str(path), "--set", "train.rounds=2", "--out", "out", "--seed", "5")
-    for word in ("north", "south", "west", "(1, 4)", "(3, 4)", "Report: file://", "personal weights in"):
+    few = "fewer than 25 test examples (north 9, south 9, west 9)"
+    for word in (
+        f"warning: {few}",
+        "12/9",
+        "Major-",
+        "north",
+        "south",
+        "west",
+        "(1, 4)",
+        "(3, 4)",
+        "Report: file://",
+        "personal weights in",
+    ):
         assert word in shown
     summary = json.loads((tmp_path / "out/summary.json").read_text(encoding="utf-8"))
     assert (summary["seed"], summary["rounds"], summary["finished"]) == (5, 2, True)
+    assert [line.startswith(few) for line in summary["warnings"]] == [True]
+    assert summary["clients"][0]["majority"]["personal"] == pytest.approx(5 / 9)  # two labels in turn
+    assert summary["test_examples"] == 27
     (tmp_path / "out/report.html").unlink()
     call("report", "out")
-    assert (tmp_path / "out/report.html").exists()
+    assert few in (tmp_path / "out/report.html").read_text(encoding="utf-8")
     call("run", "--resume", "out")
     assert json.loads((tmp_path / "out/summary.json").read_text(encoding="utf-8"))["scores"] == summary["scores"]
 

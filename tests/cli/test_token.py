@@ -11,7 +11,8 @@ import pytest
 from flexp.cli.main import main
 from flexp.config import GuardConfig, ServerConfig
 from flexp.errors import BadValuesError
-from flexp.links.grpc import serve
+from flexp.links.grpc import Tokens, serve
+from flexp.links.grpc.tokens import issue
 from tests.harness import world
 
 
@@ -63,13 +64,14 @@ def test_issue_list_check_revoke(flexp: Typed, tmp_path: Path, monkeypatch: pyte
     assert "cannot be read" in err
 
 
-def test_readmit(flexp: Typed) -> None:
+def test_readmit(flexp: Typed, tmp_path: Path) -> None:
     here = world("llama", config=ServerConfig(guard=GuardConfig(strikes=1)))
     with pytest.raises(BadValuesError), here.server.guard.request("a"):
         raise BadValuesError("bad")
-    with serve(here.server) as serving:
-        assert flexp("readmit", str(serving.address), "a")[:2] == (0, "a may join again\n")
-        code, _, err = flexp("readmit", str(serving.address), "a")
+    own = ("--token", issue(tmp_path / "tokens", "operator"))
+    with serve(here.server, tokens=Tokens.read(tmp_path / "tokens")) as serving:
+        assert flexp("readmit", str(serving.address), "a", *own)[:2] == (0, "a may join again\n")
+        code, _, err = flexp("readmit", str(serving.address), "a", *own)
     assert code == 2
     assert "has not put a aside" in err
     assert here.server.aside("a") is None

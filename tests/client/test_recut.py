@@ -35,7 +35,7 @@ ADAMW = OptimizerConfig(name="adamw", lr=1e-3, clip=None)
 class Words:
     """A task whose examples are rows of a tiny batch."""
 
-    metric, higher_is_better = "accuracy", True
+    model_kind, metric, higher_is_better = "sequence-classification", "accuracy", True
 
     def collate(self, examples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         return {name: torch.stack([example[name] for example in examples]) for name in examples[0]}

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from flexp.data.sources import read_rows
+from flexp.data.types import PLACE
 from flexp.errors import DataError
 
 from .tools import jsonl
@@ -109,7 +110,7 @@ IDENTITIES = [
 ]
 
 
-@pytest.mark.parametrize("suffix", ["csv", "tsv", "json", "jsonl", "parquet"])
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "json", "jsonl", "parquet", "xlsx"])
 def test_identities_are_text_as_written(tmp_path: Path, suffix: str) -> None:
     """No format guesses types: what differs on paper differs here. The truth is pandas' reading as text."""
     table = pd.DataFrame({"client": IDENTITIES, "text": "x"})
@@ -119,6 +120,8 @@ def test_identities_are_text_as_written(tmp_path: Path, suffix: str) -> None:
         assert pd.read_csv(path, dtype=str, sep="," if suffix == "csv" else "\t")["client"].tolist() == IDENTITIES
     elif suffix == "parquet":
         table.to_parquet(path)
+    elif suffix == "xlsx":
+        table.to_excel(path, index=False)
     else:
         table.to_json(path, orient="records", lines=suffix == "jsonl")
     rows = read_rows(str(path))
@@ -170,8 +173,50 @@ def test_tables_as_europe_writes_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "content",
+    ["sep=;\ntext;label\na,b;1\n", "text, short;label\na b;1\n", "text|label\na;b,c|1\n", "text\tlabel\n1,5;\t1\n"],
+)
+def test_the_sign_that_divides_columns_is_found(tmp_path: Path, content: str) -> None:
+    (tmp_path / "x.csv").write_text(content)
+    rows = read_rows(str(tmp_path / "x.csv"))
+    assert rows.dataset.column_names[1:] == ["label"]
+    assert rows.values("label") == ["1"]
+    assert rows.notes[0].startswith("x.csv: read as columns divided by")
+
+
+def test_the_first_sheet_of_a_workbook(tmp_path: Path) -> None:
+    import openpyxl
+
+    book = openpyxl.Workbook()
+    sheet = book.active
+    sheet.title = "reviews"
+    for row in ([], ["text", "n", "when", "ok", None], [], ["ä", 7.0, 0.5, True], [None, "007", None, None, " "]):
+        sheet.append(row)
+    book.create_sheet("notes")
+    book.save(tmp_path / "x.xlsx")
+    rows = read_rows(str(tmp_path / "x.xlsx"))
+    assert rows.take([0, 1], ["text", "n", "when", "ok"]) == [
+        {"text": "ä", "n": "7", "when": "0.5", "ok": "true", PLACE: "x.xlsx, row 4"},
+        {"text": None, "n": "007", "when": None, "ok": None, PLACE: "x.xlsx, row 5"},
+    ]
+    assert rows.notes == ["x.xlsx: read the sheet 'reviews', the first of 2"]
+    for name, cells, message in (
+        ("gap", [["text", None], ["a", "b"]], "gap.xlsx, row 1: column 2 has no name"),
+        ("twice", [["a", "a"], ["a", "b"]], "twice.xlsx: has more than one column 'a'"),
+        ("empty", [], "empty.xlsx: the sheet 'Sheet' is empty"),
+    ):
+        book = openpyxl.Workbook()
+        for row in cells:
+            book.active.append(row)
+        book.save(tmp_path / f"{name}.xlsx")
+        with pytest.raises(DataError, match=message):
+            read_rows(str(tmp_path / f"{name}.xlsx"))
+
+
+@pytest.mark.parametrize(
     ("name", "content", "message"),
     [
+        ("x.xlsx", b"no", r"x.xlsx: is not an Excel workbook"),
         ("x.csv", b"a,b,a\n1,2,3\n", r"x.csv: has more than one column 'a'"),
         ("x.jsonl", b'{"a": "x"}\n{"a": "\\ud83d"}\n', r"x.jsonl, line 2: the column 'a' holds half of a character"),
         ("x.jsonl", b'{"a": "7"}\n{"a": 7}\n', r"x.jsonl, line 2: the column 'a' mixes kinds"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,17 @@ def test_backup_restore_continue_is_bit_identical(home: Path, tmp_path: Path, pa
         timed = {name for name in state if "seconds" in name}
         assert equal(*({n: v for n, v in found[party].items() if n not in timed} for found in (left, right)))
     assert summaries[0]["scores"] == summaries[1]["scores"]
+
+
+def test_weights_that_are_no_numbers_do_not_come_back(home: Path, tmp_path: Path) -> None:
+    found = read(home / "south.safetensors")
+    name = next(name for name in found.tensors if name.startswith("personal/"))
+    spoilt = found.tensors | {name: torch.full_like(found.tensors[name], float("nan"))}
+    write(tmp_path / "spoilt.safetensors", spoilt, found.facts)
+    before = last(home / "run")
+    with pytest.raises(StorageError, match=f"{re.escape(name)} holds numbers that are not finite"):
+        restore(tmp_path / "spoilt.safetensors", home / "run")
+    assert all(equal(state, last(home / "run")[party]) for party, state in before.items())
 
 
 def test_it_holds_one_client_alone_and_names_no_folder(home: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from flexp.config import DeploymentConfig
-from flexp.errors import ConfigError, StorageError
+from flexp.errors import ConfigError, LinkError, StorageError
 from flexp.export.answers import predict, score
 from flexp.export.backup import back_up, read, restore
 from flexp.export.folder import export
@@ -82,6 +82,11 @@ def test_a_fleets_models_are_the_simulations(tmp_path: Path) -> None:
                 and record["client"] == name and record["round"] == 3]  # fmt: skip
         assert score(usable)[OWN] == told[0]
         usable.close()
+    updates, snapshots = server.server.shared.version, server.conductor.numbers
+    stray = Client(config, FIXED, NAMES[0], plain(server), tmp_path / "empty")
+    with pytest.raises(LinkError, match="comes with nothing"):
+        stray.join()
+    assert (server.server.shared.version, server.conductor.numbers) == (updates, snapshots)
     server.end()
     with pytest.raises(StorageError, match="one client's part of a run on several machines"):
         run_config(out / "clients/north")

@@ -44,8 +44,11 @@ def test_waits_double_and_end() -> None:
         assert attempts.wait("a", "192.0.2.1") == 0
     assert waits == [0, 0, 1, 2, 4, 8, 16, 32, 60, 60]
     attempts.failed("a", "192.0.2.1")
-    assert attempts.wait("b", "192.0.2.1") == 60  # the address waits, whatever name it says
-    assert attempts.wait("a", "192.0.2.2") == 60  # and the name, from wherever
+    assert attempts.wait("b", "192.0.2.1") == 0  # others behind the address do not wait
+    assert attempts.wait("a", "192.0.2.2") == 0  # nor does the name elsewhere, yet
+    for number in range(30):
+        attempts.failed("a", f"192.0.2.{number + 3}")
+    assert attempts.wait("a", "192.0.2.2") == 60  # the name, from wherever
     assert attempts.wait("b", "192.0.2.2") == 0
     clock.now += 121
     attempts.failed("a", "192.0.2.1")
@@ -53,7 +56,7 @@ def test_waits_double_and_end() -> None:
 
 
 def test_nobody_is_kept_out_by_what_others_try_in_its_name() -> None:
-    attempts = Attempts(free=3, clock=Clock())
+    attempts = Attempts(free=1, clock=Clock())
     attempts.succeeded("a", "192.0.2.9")
     for number in range(20):
         attempts.failed("a", f"192.0.2.{number + 20}")
@@ -92,7 +95,7 @@ def test_who_keeps_failing_waits_even_with_the_right_token(tmp_path: Path) -> No
         url = f"grpc://{serving.address}"
         for number in range(10):
             with pytest.raises(LinkError, match="client and token do not go together"):
-                connect(url, f"a{number}", token=token)
+                connect(url, "a", token=f"{token}{number}")
         with pytest.raises(LinkError, match=r"too many attempts to join have failed; try again in 1 s"):
             connect(url, "a", token=token)
         serving._gate._attempts._failures.clear()  # instead of waiting

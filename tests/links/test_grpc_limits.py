@@ -26,8 +26,8 @@ def test_frames_wait_for_memory_and_all_are_answered(monkeypatch: pytest.MonkeyP
     used: list[int] = []
     reserve = Memory.reserve
 
-    async def watched(self: Memory, size: int) -> None:
-        await reserve(self, size)
+    async def watched(self: Memory, client: str, size: int) -> None:
+        await reserve(self, client, size)
         used.append(self.used)
 
     monkeypatch.setattr(Memory, "reserve", watched)

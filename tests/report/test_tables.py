@@ -26,16 +26,28 @@ def test_rows_end_with_mean_and_worst() -> None:
     assert list(made.bold) == [8, 9]
     mean, worst = made.rows[-2:]
     before, last = (summary["scores"][when]["personal_mean"] for when in ("before", "last"))
-    assert mean[3] == f"{100 * before:.1f} → {100 * last:.1f} %"
-    assert made.changes[8, 3] == (f"+{100 * (last - before):.1f}", "up")
-    assert (worst[2], worst[5], worst[7]) == ("96", formats.size(78_000_000 + 7 * 9_000_000), "330 MB")
+    assert mean[4] == f"{100 * before:.1f} → {100 * last:.1f} %"
+    assert made.changes[8, 4] == (f"+{100 * (last - before):.1f}", "up")
+    assert (worst[2], worst[8], worst[10]) == ("96", formats.size(78_000_000 + 7 * 9_000_000), "330 MB")
+
+
+def test_test_counts_and_the_majority_stand_beside_every_accuracy() -> None:
+    made = tables.clients(synthetic.summary())
+    assert made.headers[3:8:2] == ["Test examples", "Majority, own", "Majority, everybody's"]
+    assert [row[3] for row in made.rows] == [*(str(120 + 11 * k) for k in range(8)), "158", "120"]
+    shares = [f"{51 + k}.0 %" for k in range(8)] + ["54.5 %", ""]
+    assert [row[5] for row in made.rows] == [row[7] for row in made.rows] == shares
+    assert "everybody's test data are 1268 examples" in made.caption
+    text = shown(synthetic.summary(), width=80)
+    assert "96/120" in text
+    assert " 58.0 " in text
 
 
 def test_the_terminal_shows_all_in_80_columns() -> None:
     text = shown(synthetic.summary(), width=80)
     assert "sentiment-8: accuracy before → after training" in text
     assert "52.6 → 78.7" in text
-    assert "78.0 MB" in text
+    assert "155 MB" in text  # up and down
     assert "330 MB" in text
     assert "…" not in text
 
@@ -58,7 +70,7 @@ def test_names_with_markup_are_shown_literally() -> None:
 def test_markdown_has_as_many_cells_in_every_line() -> None:
     lines = [line for line in markdown(synthetic.summary()).splitlines() if line.startswith("|")]
     assert len(lines) == 2 + len(synthetic.NAMES) + 2
-    assert {line.count("|") for line in lines} == {9}
+    assert {line.count("|") for line in lines} == {12}
     assert lines[-1].startswith("| **Worst** |")
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 
-from flexp.config import TrainConfig
-from flexp.errors import LinkError
+from flexp.config import OptimizerConfig, TrainConfig
+from flexp.errors import ConfigError, LinkError
 from flexp.links.messages import Order, Ready
 from flexp.methods.turns import Place, schedule, turns
 from flexp.run.deterministic import Deterministic
@@ -177,3 +178,72 @@ def test_everybody_is_in_step_where_all_save() -> None:
             saves.append(done["a"])
     assert saves == [0, 12, 12]  # with whole rounds in a row, all are equal after 6 and 12 steps only
     assert places[-2:] == [Place("evaluate", number=2), Place("save")]
+
+
+def free(folder: Path, train: TrainConfig = TRAIN) -> Free:
+    return Free(world("bert").server, Store(folder), "run", lambda _: None, train, NAMES, 2, save_every=1)
+
+
+def fixed(folder: Path, train: TrainConfig = TRAIN) -> Deterministic:
+    places = schedule(NAMES, train, 3, evaluate_every=1, save_every=1)
+    return Deterministic(world("bert").server, Store(folder), "run", lambda _: None, train, NAMES, places)
+
+
+@pytest.mark.parametrize("make", [free, fixed])
+def test_a_finished_run_is_sealed(tmp_path: Path, make: Callable[..., Free | Deterministic]) -> None:
+    """Also by a server that is started again; who has all of it is told that it is over, who has nothing is refused."""
+    first = make(tmp_path)
+    words = [Word(name, first) for name in NAMES]
+    for word in words:
+        word.say()
+    talk(words)
+    assert first.finished
+    assert first.server.sealed
+    first.close()
+    second = make(tmp_path)
+    assert second.server.sealed
+    assert not second.finished
+    with pytest.raises(LinkError, match=r"client b.* give it the --state folder that it had"):
+        Word("b", second).say()
+    numbers = second.numbers
+    for word in words:
+        word.conductor, word.done = second, None
+        word.say("run")
+        talk([word])
+        assert (word.heard[-1].what, word.steps) == ("stop", STEPS)
+    assert second.finished
+    second.close()
+    assert second.numbers == numbers  # nothing was rotated away
+
+
+def test_a_run_may_last_longer_where_nothing_depends_on_its_length(tmp_path: Path) -> None:
+    longer = TRAIN.model_copy(update={"rounds": 3})
+    falling = longer.model_copy(update={"shared": OptimizerConfig(schedule="linear")})
+    for name, make in (("free", free), ("fixed", fixed)):
+        words = [Word(client, make(tmp_path / name)) for client in NAMES[:1]]
+        first = words[0].conductor
+        words += [Word(client, first) for client in NAMES[1:]]
+        for word in words:
+            word.say()
+        talk(words)
+        for train in (longer, falling) if make is fixed else (falling,):
+            with pytest.raises(ConfigError, match="was planned with 4 steps of each client, not 6"):
+                make(tmp_path / name, train)
+    second = free(tmp_path / "free", longer)
+    assert not second.server.sealed
+    word = Word("a", second)
+    word.steps, word.kept = STEPS, {max(second.numbers): STEPS}
+    word.say("run")
+    talk([word])
+    assert word.steps == 6
+
+
+def test_who_lost_all_of_it_does_not_train_the_shared_blocks_again() -> None:
+    conductor = deterministic(None)
+    words = [Word(name, conductor) for name in NAMES]
+    for word in words:
+        word.say()
+    talk(words, 30)
+    conductor.gone("b")
+    with pytest.raises(LinkError, match=r"client b comes with nothing, and has done \d steps in this run"):
+        Word("b", conductor).say()

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import socket
+import threading
 import urllib.error
 import urllib.request
+from contextlib import suppress
+from types import SimpleNamespace
+from typing import Any, cast
 
 import grpc
 import pytest
@@ -17,6 +22,9 @@ from flexp.errors import ConfigError, LinkError
 from flexp.links.grpc import connect, serve
 from flexp.links.grpc.security import Tokens
 from flexp.links.grpc.status import ask_status
+from flexp.links.messages import Ready
+from flexp.run.conduct import Member
+from flexp.run.http import PatientServer
 from flexp.run.status import StatusReporter, observed
 from tests.harness import world
 from tests.links.grpc_tools import eventually
@@ -76,6 +84,52 @@ def test_only_the_operator_may_ask_a_server_with_tokens() -> None:
         for token in (None, "a" * 8, "wrong"):
             with pytest.raises(LinkError, match="token of 'operator'"):
                 ask_status(url, token=token)
+
+
+def test_what_a_client_says_of_itself_never_stands_for_what_the_server_knows() -> None:
+    facts = {
+        "connected": 1.0,
+        "cut": 9.0,
+        "applied_steps": 1e9,
+        "aside": 0.0,
+        "bad_requests": 0.0,
+        "loss": 0.5,
+        "x": 1.0,
+    }
+    conductor = SimpleNamespace(
+        members={"a": Member(Ready(7, facts=facts | {"score": float("nan")}))}, run="run", numbers=[]
+    )
+    here = world("bert")
+    serving: Any = SimpleNamespace(clients=[])
+    told = StatusReporter(here.server, cast(Any, conductor)).facts(serving)["clients"]["a"]
+    expected = {"connected": False, "cut": None, "bad_requests": 0, "aside": False, "applied_steps": 0}
+    assert told == expected | {"loss": 0.5, "steps": 7}
+
+
+def test_requests_that_never_end_are_ended() -> None:
+    def answer(environ: Any, start: Any) -> Any:
+        start("200 OK", [("Content-Type", "text/plain")])
+        return [b"well"]
+
+    server = PatientServer("127.0.0.1", 0, answer, most=4, seconds=0.3)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    try:
+        before, place = threading.active_count(), ("127.0.0.1", server.server_port)
+        halves = [socket.create_connection(place) for _ in range(40)]
+        for half in halves:
+            half.sendall(b"GET /metrics HTTP/1.1\r\nHost: ")
+        for half in halves:
+            half.settimeout(20)
+            with suppress(ConnectionResetError):
+                assert half.recv(1) == b""
+            assert threading.active_count() <= before + 2 * 4
+        assert eventually(lambda: server._free._value == 4)
+        assert _get(f"http://127.0.0.1:{server.server_port}/metrics") == "well"
+        for half in halves:
+            half.close()
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def _get(url: str) -> str:

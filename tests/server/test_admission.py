@@ -172,8 +172,33 @@ def test_adapters_are_agreed_upon() -> None:
     with pytest.raises(LinkError, match=r"LoRA settings \(.*rank=4.*rank=2.*same model\.lora"):
         SplitModelForCausalLM.from_pretrained("arch:llama", lora=LoraConfig(rank=4), **options)
     SplitModelForCausalLM.from_pretrained("arch:llama", lora=LoraConfig(rank=2), **options)
-    options["tuning"] = "full"  # who has no adapters has none to agree upon
-    SplitModelForCausalLM.from_pretrained("arch:llama", **options)
+
+
+@pytest.mark.parametrize("own", ["full", "lora"])
+def test_tuning_is_agreed_upon(own: str) -> None:
+    """Whatever the server does with its own blocks: its clients' is the model's."""
+    other = {"full": "lora", "lora": "full"}[own]
+    for config in (None, ServerConfig(tuning=other)):  # type: ignore[arg-type]
+        server = Server.from_pretrained("arch:llama", tuning=own, config=config)
+        link = server.connect("a")
+        SplitModelForCausalLM.from_pretrained("arch:llama", cut=(1, 3), link=link, tuning=own)
+        said = rf"its tuning is {other}, that of this server's clients {own}; set the same model\.tuning"
+        with pytest.raises(LinkError, match=said):
+            SplitModelForCausalLM.from_pretrained("arch:llama", cut=(1, 3), link=link, tuning=other)
+
+
+def test_the_list_is_a_list_and_what_is_over_is_not_trained() -> None:
+    here = world("llama")
+    here.server.only = ["a", "b"]
+    with pytest.raises(LinkError, match=r"client c takes no part in this run: it has a, b \(deployment.clients\)"):
+        here.client("c", (2, 4))
+    model = here.client("a", (2, 4), numbering=7)
+    before = shared_weights(here.server)
+    here.server.sealed = True
+    with pytest.raises(LinkError, match="client a: the run is over, and this server trains no more"):
+        model(**here.batch())
+    assert equal(shared_weights(here.server), before)
+    assert model.eval()(**here.batch()).logits.isfinite().all()
 
 
 def test_mixed_precision_is_agreed_upon() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -16,6 +17,7 @@ import uvicorn
 from flexp.errors import ConfigError, LinkError
 from flexp.serving.app import make_app
 from flexp.serving.listening import check_listening
+from flexp.serving.writer import GenerationConfig, Writer
 
 from .tools import Scripted, writer
 
@@ -92,6 +94,9 @@ def test_the_official_client() -> None:
         ({"messages": [{"role": "assistant", "content": "a"}]}, openai.BadRequestError, "the user begins"),
         ({"messages": [{"role": "user", "content": "the " * 70}]}, openai.BadRequestError, "the prompt has"),
         ({"stop": ["x"] * 17}, openai.BadRequestError, "stop has 17 texts"),
+        ({"messages": [{"role": "user", "content": "a" * 10_000}]}, openai.BadRequestError, "has .* letters"),
+        ({"extra_body": {"repetition_penalty": 1e-320}}, openai.BadRequestError, "repetition_penalty: "),
+        ({"max_tokens": 10**30}, openai.BadRequestError, "max_tokens: "),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -99,6 +104,47 @@ def test_the_official_client() -> None:
 def test_mistakes_are_errors_in_its_own_form(more: dict[str, Any], error: Any, message: str, stream: bool) -> None:
     with running(Scripted()) as url, client(url) as api, pytest.raises(error, match=message):
         api.chat.completions.create(**{"model": "north", "messages": HELLO, "stream": stream, **more})
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"model": "north", "messages": [{"role": "user", "content": "\\ud800"}]}',
+        b'{"model": "\\udfff", "messages": []}',
+        b'{"model": "north", "messages": [], "stop": "\\ud83d"}',
+        b'{"model": "north", "temperature": NaN, "messages": []}',
+        b"[" * 100_000,
+        b"\xff\xfe",
+    ],
+)
+def test_what_is_no_text_is_refused(body: bytes) -> None:
+    with running(Scripted()) as url:
+        answer = httpx.post(f"{url}/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
+    assert (answer.status_code, answer.json()["error"]["message"][:19]) == (400, "the body is no JSON")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 5e-324, 1e-320, 1e-5])
+def test_a_temperature_of_next_to_nothing_is_none(temperature: float) -> None:
+    assert GenerationConfig(temperature=temperature).options()["do_sample"] is False
+    assert GenerationConfig(temperature=0.01).options()["temperature"] == 0.01
+
+
+def test_a_long_prompt_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tokens are made in a thread, and others are answered meanwhile."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(self: Writer, text: str) -> list[int]:
+        begun.set()
+        assert go_on.wait(20)
+        return [5, 6]
+
+    monkeypatch.setattr(Writer, "ids_of", slow)
+    with running(Scripted()) as url, client(url) as api, ThreadPoolExecutor(1) as pool:
+        work = pool.submit(api.completions.create, model="north", prompt="the dog")
+        assert begun.wait(20)
+        assert api.models.list().data
+        go_on.set()
+        assert work.result(20).choices[0].text
 
 
 def test_a_model_that_cannot_chat_completes() -> None:

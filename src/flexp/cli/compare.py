@@ -109,6 +109,8 @@ def _show(comparison: dict[str, Any], folder: Path) -> None:
     if not console.is_terminal:
         console = Console(width=140)  # a log or a pipe need not be narrow
     console.print(terminal_table(comparison))
+    for line in comparison["warnings"]:
+        console.print(f"warning: {line}", soft_wrap=True, markup=False)
     for path in write_all(comparison, folder):
         console.print(f"{path}", soft_wrap=True, markup=False)
     console.print(f"Saved in {folder}", soft_wrap=True, markup=False)

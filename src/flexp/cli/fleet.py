@@ -25,11 +25,12 @@ def fleet(
 
     from flexp.cli.run import fresh
     from flexp.config import loading as files
+    from flexp.report import formats
     from flexp.run.fleet import Fleet
     from flexp.run.settle import settle
 
     found = settle(files.load(config, settings or ()))
-    for note in found.federation.notes:
+    for note in found.federation.remarks:
         typer.echo(f"flexp fleet: {note}")
     table = files.overridden(config, settings or ()).get("deployment", {})
     made = Fleet(
@@ -41,12 +42,19 @@ def fleet(
         say=lambda line: typer.echo(f"flexp fleet: {line}"),
     )
     made.run()
-    shown = Table("client", "cut", "steps", "before", "after")
+    metric = found.federation.task.metric
+    examples = {client.name: len(client.test) for client in found.federation.clients}
+    shown = Table("client", "cut", "steps", "test examples", f"{metric} before → after", "majority")
     for row in made.results():
-        before, after = (
-            (row[when] or {}).get("accuracy", (row[when] or {}).get("perplexity")) for when in ("first", "last")
+        first, last = row["first"] or {}, row["last"] or {}
+        shown.add_row(
+            row["name"],
+            str(row["cut"]),
+            str(row["steps"]),
+            str(examples[row["name"]]),
+            formats.pair(first.get(metric), last.get(metric), metric),
+            formats.score(last.get("majority"), metric),
         )
-        shown.add_row(row["name"], str(row["cut"]), str(row["steps"]), f"{before:.4g}", f"{after:.4g}")
     Console().print(shown)
     typer.echo(f"Saved in {made.out}")
 

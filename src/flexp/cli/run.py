@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,11 +30,9 @@ def run(
     from flexp.config.loading import load
 
     if resume is not None:
-        if config is not None or settings or seed is not None or out is not None:
-            raise ConfigError(
-                "--resume continues a run as it was configured: leave out CONFIG, --set, --seed and --out"
-            )
-        _go(resume)
+        if config is not None or seed is not None or out is not None:
+            raise ConfigError("--resume continues a run as it was configured: leave out CONFIG, --seed and --out")
+        _go(resume, rounds=_rounds(settings or ()))
         return
     if config is None:
         raise ConfigError("say which run: flexp run CONFIG.toml, or flexp run --resume DIR")
@@ -62,12 +61,27 @@ def report(folder: Annotated[Path, typer.Argument(help="The folder of a run.")])
     typer.echo(f"Report: {write_report(folder)}")
 
 
-def _go(folder: Path, config: RunConfig | None = None) -> None:
+def _rounds(settings: Sequence[str]) -> Any:
+    """What ``--set train.rounds=N`` says, the one setting that a run may have another of when it is resumed."""
+    from flexp.config.loading import override
+
+    said: dict[str, Any] = {}
+    for setting in settings:
+        override(said, setting)
+    if said and (said.keys() != {"train"} or said["train"].keys() != {"rounds"}):
+        raise ConfigError(
+            "--resume continues a run as it was configured: leave out --set, but for --set train.rounds=N, which makes "
+            "it longer"
+        )
+    return said["train"]["rounds"] if said else None
+
+
+def _go(folder: Path, config: RunConfig | None = None, rounds: int | None = None) -> None:
     """Start ``config`` in ``folder``, or resume what is there, and show the result."""
     from flexp.run import runner  # slow to import: only once the configuration is known to be right
 
     try:
-        summary = runner.resume(folder) if config is None else runner.run(config, folder)
+        summary = runner.resume(folder, rounds=rounds) if config is None else runner.run(config, folder)
     except KeyboardInterrupt:
         if (folder / "config.json").exists():
             typer.echo(f"go on after the last finished round with: flexp run --resume {folder}", err=True)

@@ -11,9 +11,7 @@ import typer
 from flexp.cli.settings import Settings, overrides
 from flexp.cli.verify import Task
 from flexp.errors import ConfigError
-
-TASKS = {Task.sequence_classification: "classification"}
-"""What ``data.task`` calls a kind of model that it has another word for."""
+from flexp.texts import plain
 
 
 def server(
@@ -71,20 +69,20 @@ def server(
         raise ConfigError("say what to serve: --model MODEL, or --config CONFIG.toml to conduct a run")
     if (cert is None) != (key is None) or (client_ca is not None and cert is None):
         raise ConfigError("TLS needs both --cert and --key; --client-ca comes on top of them")
-    if config is None:
-        kind = kind or Task.causal_lm
-    task = None if kind is None else TASKS.get(kind, kind.value)
-    said = overrides(settings, model=model, kind=task, base_depth=base_depth, end=end, allow_export=allow_export)
     import torch
 
-    from flexp.data.tasks import task_of
+    from flexp.data.tasks import task_for, task_of
     from flexp.links.grpc import ServerTls, Tokens
     from flexp.links.rules import Limits
     from flexp.run.server import make_conductor, make_server, read_config, run_server
 
     def say(line: str) -> None:
-        typer.echo(f"flexp server: {line}")
+        typer.echo(f"flexp server: {plain(line)}")
 
+    if config is None:
+        kind = kind or Task("causal-lm")
+    task = None if kind is None else task_for(kind.value)
+    said = overrides(settings, model=model, kind=task, base_depth=base_depth, end=end, allow_export=allow_export)
     loaded, deployment = read_config(config, said)
     if loaded.threads is not None:
         torch.set_num_threads(loaded.threads)

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from flexp.errors import ConfigError
+from flexp.texts import plain
 
 app = typer.Typer(
     name="state",
@@ -90,7 +91,7 @@ def show(
         typer.echo(json.dumps(facts, indent=2))
         return
     for name, value in _lines(facts):
-        typer.echo(f"{name:<13}{value}")
+        typer.echo(f"{name:<13}{plain(value)}")
 
 
 def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from flexp.texts import plain
+
 
 def status(
     server: Annotated[str, typer.Argument(metavar="HOST:PORT", help="Of flexp server; grpcs://HOST:PORT means TLS.")],
@@ -20,36 +22,36 @@ def status(
     json: Annotated[bool, typer.Option("--json", help="All facts as JSON.")] = False,
 ) -> None:
     """Show a server's clients: their cuts, steps, losses, scores and bytes."""
-    from pydantic_core import to_json
+    import json as form
 
     from flexp.links.grpc.status import ask_status
     from flexp.report import formats
 
     facts = ask_status(server if "://" in server else f"grpc://{server}", token=token, ca=ca, insecure=insecure)
     if json:
-        typer.echo(to_json(facts, indent=2).decode())
+        typer.echo(form.dumps(facts, indent=2))  # which escapes all that is not ASCII
         return
 
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     start, stop = facts["blocks"]
-    typer.echo(
+    said = (
         f"FlexP {facts['version']}, blocks [{start}, {stop}), {facts['tuning']} tuning, "
         f"{facts['updates']} updates, {facts['in_flight']} exchanges in flight, {facts['versions']} versions held, "
         f"up for {formats.seconds(facts['seconds'])}"
     )
+    typer.echo(plain(said))
     if facts["run"] is not None:
         newest = facts["snapshots"][-1] if facts["snapshots"] else "none yet"
-        typer.echo(f"run {facts['run']}, newest snapshot: {newest}")
+        typer.echo(plain(f"run {facts['run']}, newest snapshot: {newest}"))
     table = Table("client", "here", "cut", "steps", "applied", "loss", "score", "up", "down")
     for name, own in facts["clients"].items():
         table.add_row(
-            name,
+            Text(plain(name)),
             "aside" if own["aside"] else "yes" if own["connected"] else "no",
-            str(own["cut"] or "–"),
-            str(own.get("steps", "–")),
-            str(own["applied_steps"]),
+            *(Text(plain(said)) for said in (own["cut"] or "–", own.get("steps", "–"), own["applied_steps"])),
             *(f"{own[key]:.4g}" if own.get(key) is not None else "–" for key in ("loss", "score")),
             *(formats.size(own[key]) if own.get(key) is not None else "–" for key in ("bytes_up", "bytes_down")),
         )

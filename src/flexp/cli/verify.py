@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 from rich.console import Console
@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from flexp.errors import ConfigError
+from flexp.kinds import KINDS, ModelKind
 
 if TYPE_CHECKING:
     from flexp.run.verify import Outcome, Setup
@@ -19,10 +20,7 @@ if TYPE_CHECKING:
 NOT_EXACT = 1
 
 
-class Task(StrEnum):
-    causal_lm = "causal-lm"
-    sequence_classification = "sequence-classification"
-    image_classification = "image-classification"
+Task = StrEnum("Task", {kind.replace("-", "_"): kind for kind in KINDS})  # type: ignore[misc]
 
 
 class Tuning(StrEnum):
@@ -44,6 +42,13 @@ class Dtype(StrEnum):
 class Attention(StrEnum):
     sdpa = "sdpa"
     eager = "eager"
+
+
+class Pooling(StrEnum):
+    checkpoint = "checkpoint"
+    mean = "mean"
+    last = "last"
+    cls = "cls"
 
 
 class Memory(StrEnum):
@@ -73,6 +78,7 @@ def verify(
     attention: Annotated[Attention, typer.Option(help="Models without SDPA run eager anyway.")] = Attention.sdpa,
     memory: Annotated[Memory, typer.Option(help="What the server does with its activations.")] = Memory.keep,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Checkpoint the client's blocks.")] = False,
+    pooling: Annotated[Pooling, typer.Option(help="What a text classifier's head reads.")] = Pooling.checkpoint,
     batch: Annotated[int, typer.Option(min=1, help="Examples of a step.")] = 3,
     length: Annotated[int, typer.Option(min=2, help="Tokens of an example.")] = 10,
     seed: Annotated[int, typer.Option(help="Of the batches, and of weights that no checkpoint holds.")] = 0,
@@ -101,7 +107,7 @@ def verify(
         torch.set_num_threads(threads)
     setup = Setup(
         model=model or "",
-        task=task.value if task else None,
+        task=cast(ModelKind, task.value) if task else None,
         cut=None if cut is None else parse_cut(cut),
         base_depth=base_depth,
         tuning=tuning.value,
@@ -113,6 +119,7 @@ def verify(
         attention=attention.value,
         memory=memory.value,
         checkpointing=checkpointing,
+        pooling=pooling.value,
         batch=batch,
         length=length,
         seed=seed,

@@ -12,6 +12,7 @@ import typer
 from flexp.cli.reaching import Ca, Cert, Insecure, Key, Server, Token, reaching
 from flexp.cli.use import Client, Round
 from flexp.errors import FlexpError
+from flexp.texts import plain
 
 if TYPE_CHECKING:
     from flexp.serving.writer import GenerationConfig, Writer, Written
@@ -177,7 +178,7 @@ def _ask() -> str | None:
 
 
 def _show(text: str) -> None:
-    sys.stdout.write(text)
+    sys.stdout.write(plain(text, len(text), keep="\n\t") if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flexp.client.judging import check_backward_reply, check_forward_reply
 from flexp.errors import ConfigError, LinkError
+from flexp.kinds import IGNORED, KINDS, ModelKind
 from flexp.links.base import Link
 from flexp.links.messages import BackwardReply, BackwardRequest, ForwardReply, ForwardRequest
 from flexp.rng import Turn, current_turn, resting
@@ -27,7 +29,7 @@ class Piece:
     """One exchange's piece of a step, as the training loop sees it.
 
     Attributes:
-        number: from 1, of ``of`` pieces.
+        number: from 1, of ``of`` pieces; ``number + 1`` where it is only known that more will come.
         share: of the step's loss items: what the piece's loss is multiplied with, since a step's loss is a mean.
         tokens: its share of the step's unmasked tokens, which alignment is a mean over.
         weight: its loss items.
@@ -82,8 +84,7 @@ class RemoteMiddle(torch.autograd.Function):
             call.send(grad_BTH)
             return (None, None)
         reply = call.backward(grad_BTH)
-        inner = reply.inner_BTH or (None,) * len(call.request.inner_BTH)
-        return (None, reply.grad_BTH, *inner)
+        return (None, reply.grad_BTH, *reply.inner_BTH)
 
 
 class RemoteCall:
@@ -105,6 +106,7 @@ class RemoteCall:
         """h, (B, T, H), once it is here."""
         with self._waiting():
             reply = self._forward.result()
+        check_forward_reply(self.request, reply)
         self.align = reply.align
         return reply.hidden_BTH
 
@@ -132,6 +134,7 @@ class RemoteCall:
         assert self._backward is not None
         with self._waiting():
             reply = self._backward.result()
+        check_backward_reply(self.request, reply)
         self.answered = True
         return reply
 
@@ -160,6 +163,19 @@ def waiting(link: Link, turn: Turn | None, *, train: bool = True) -> Iterator[No
         link.meter.of(train).waited_seconds += time.perf_counter() - began
 
 
+@dataclass(frozen=True)
+class Loop:
+    """Somebody else's training loop, as far as it can be asked.
+
+    Attributes:
+        ends: whether its optimiser steps after the exchange that comes next.
+        group: exchanges in a step, but for shorter groups.
+    """
+
+    ends: Callable[[], bool]
+    group: int
+
+
 class Steps:
     """Counts a split model's steps and the exchanges in them.
 
@@ -170,6 +186,7 @@ class Steps:
         numbering: tells these steps from those of another run of the same client; goes on with them.
         done: complete steps.
         piece: what the loop said of the exchange that comes next.
+        loop: a loop whose steps these are, for lack of a piece.
     """
 
     def __init__(self, accumulation: int = 1) -> None:
@@ -177,6 +194,7 @@ class Steps:
         self.numbering = secrets.randbits(62) + 1
         self.done = 0
         self.piece: Piece | None = None
+        self.loop: Loop | None = None
         self._number = 0  # of the step, on the link: the same again when a step is tried again
         self._begun = 0  # exchanges of an unfinished step
         self._previous: RemoteCall | None = None
@@ -190,16 +208,25 @@ class Steps:
         finally:
             self.piece = None
 
-    def place(self, weight: float) -> Place:
-        """Where the exchange that goes up now belongs; ``weight`` is its loss items, if the loop does not say."""
-        even = 1.0 / self.accumulation  # whoever does not say more has exchanges of equal size
-        piece = self.piece or Piece(self._begun + 1, self.accumulation, even, even, weight)
+    def place(self, kind: ModelKind, inputs: Mapping[str, Any]) -> Place:
+        """Where the exchange belongs that goes up now, with this batch."""
+        piece = self.piece or self._next(kind, inputs)
         if piece.number == 1:
             self._number = self.done + 1
         if self.piece is None:
             self.done += int(piece.last)
         self._begun = 0 if piece.last else piece.number
         return Place(self._number, piece.number, piece.of, piece.tokens, piece.weight)
+
+    def _next(self, kind: ModelKind, inputs: Mapping[str, Any]) -> Piece:
+        """For loops that say nothing. Without ``num_items_in_batch`` their exchanges count alike."""
+        number, of = self._begun + 1, self.accumulation
+        even = 1.0 / of
+        if self.loop is not None:
+            of = number if self.loop.ends() else number + 1
+            even = 1.0 / self.loop.group
+        share, weight = share_of(kind, inputs, even)
+        return Piece(number, of, share, share, weight)
 
     def abandon(self) -> None:
         """Begin a new step with the next exchange."""
@@ -208,7 +235,7 @@ class Steps:
 
     def remember(self, call: RemoteCall) -> None:
         """For :meth:`refuse_half_steps`."""
-        if self.accumulation > 1:
+        if self.accumulation > 1 or self.loop is not None:
             self._previous = call
 
     def refuse_half_steps(self, personal: Iterable[nn.Parameter]) -> None:
@@ -224,20 +251,10 @@ class Steps:
         parameters = list(personal)
         if parameters and all(parameter.grad is None for parameter in parameters):
             raise ConfigError(
-                f"the optimiser stepped after {self._begun} of the accumulation = {self.accumulation} exchanges that "
-                "the server was told to expect in a step; drop the last, shorter group of an epoch "
-                "(examples = a multiple of batch size × accumulation), or use part_of_step"
+                f"the optimiser stepped after {self._begun} exchanges of a step (accumulation = {self.accumulation}), "
+                "and the server waits for the rest; drop the last, shorter group of an epoch (examples = a multiple of "
+                "batch size × accumulation), use part_of_step, or model.abort() to begin a new step"
             )
-
-
-def loss_items(labels: Tensor) -> int:
-    """How many items a model's loss is a mean of: classified examples, or predicted tokens.
-
-    Labels of classes are (B,); labels of tokens are (B, T), −100 where there is no loss, and are shifted by one.
-    """
-    if labels.dim() == 1:
-        return int((labels != -100).sum())
-    return int((labels[:, 1:] != -100).sum())
 
 
 def unmasked_tokens(batch: Mapping[str, Any]) -> int:
@@ -245,12 +262,38 @@ def unmasked_tokens(batch: Mapping[str, Any]) -> int:
     mask, ids = batch.get("attention_mask"), batch.get("input_ids")
     if mask is not None:
         return int(mask.sum())
-    return int(ids.numel()) if ids is not None else len(batch["labels"])
+    return int(ids.numel()) if ids is not None else len(next(iter(batch.values())))
 
 
-def items_of(inputs: Mapping[str, Any]) -> float:
+def items_of(kind: ModelKind, inputs: Mapping[str, Any]) -> float:
     """The items of a batch's loss, for loops that do not say; a batch without any counts as one."""
-    labels = inputs.get("labels")
-    if isinstance(labels, Tensor):
-        return float(max(1, loss_items(labels)))
-    return float(len(next(value for value in inputs.values() if isinstance(value, Tensor))))
+    shifted = inputs.get("shift_labels")
+    if isinstance(shifted, Tensor):
+        return float(max(1, int((shifted != IGNORED).sum())))
+    if _labelled(kind, inputs):
+        return float(max(1, KINDS[kind].items(inputs)))
+    return float(len(_first(inputs)))
+
+
+def share_of(kind: ModelKind, inputs: Mapping[str, Any], even: float) -> tuple[float, float]:
+    """A batch's share of its step's items, and its items.
+
+    Args:
+        even: the share, where nobody says how many items the step has (``num_items_in_batch``) or the labels are not
+            there (they are kept back where somebody else computes the loss).
+    """
+    total = inputs.get("num_items_in_batch")
+    if total is None:
+        return even, items_of(kind, inputs)
+    whole = max(1.0, float(total))
+    if _labelled(kind, inputs):
+        return min(1.0, items_of(kind, inputs) / whole), items_of(kind, inputs)
+    return even, min(max(1.0, whole * even), float(_first(inputs).shape[:2].numel()))  # no more than it has tokens
+
+
+def _first(inputs: Mapping[str, Any]) -> Tensor:
+    return next(value for value in inputs.values() if isinstance(value, Tensor))
+
+
+def _labelled(kind: ModelKind, inputs: Mapping[str, Any]) -> bool:
+    return all(isinstance(inputs.get(name), Tensor) for name in KINDS[kind].targets)

@@ -7,11 +7,12 @@ from contextlib import suppress
 import torch
 
 from flexp.client.exchange import Steps, waiting
+from flexp.client.judging import check_weights, check_welcome
 from flexp.client.personal import PersonalModel
 from flexp.config import AlignConfig, CodecConfig, LoraConfig
 from flexp.errors import ConfigError, LinkError
 from flexp.links.base import Link, ask
-from flexp.links.messages import Join, PullRequest
+from flexp.links.messages import Abort, Join, PullRequest
 from flexp.models.fingerprint import fingerprint
 from flexp.models.parts import check_cut
 from flexp.models.stage import Stage
@@ -36,6 +37,7 @@ class JoinedModel(PersonalModel):
         expose_embeddings: bool = False,
         numbering: int | None = None,
         codec: CodecConfig | None = None,
+        base_depth: int | None = None,
     ) -> None:
         super().__init__(stage)
         self.link = link
@@ -50,6 +52,7 @@ class JoinedModel(PersonalModel):
             self.steps.numbering = numbering
         self.codec = codec
         self._expose_embeddings = expose_embeddings
+        self._pinned = base_depth
         self._join(cut)
         self.settle()
         self.take_over()
@@ -69,17 +72,20 @@ class JoinedModel(PersonalModel):
                 self.link.close()
             self.link = link
         self.steps.abandon()
-        before, depth = self.cut, self.base_depth
+        before = self.cut
         try:
             self._join(cut or before)
-            if self.align.follow and self.base_depth != depth:
-                raise ConfigError(
-                    f"the server's base depth was {depth} and is {self.base_depth}, so client {self.link.client} would "
-                    "follow other blocks; start the server with the same --base-depth as before"
-                )
         except (LinkError, ConfigError):
             self.cut = before
             raise
+
+    def abort(self) -> None:
+        """Give up the forwards that wait for a backward and the step that is not complete, on the server as well.
+
+        The gradients that such a step has left in the personal parameters are the caller's to drop.
+        """
+        self.steps.abandon()
+        ask(self.link, Abort())
 
     def following(self, cut: tuple[int, int]) -> range:
         """The blocks that this client would follow with ``cut``: which the server trains, and it takes over."""
@@ -102,11 +108,12 @@ class JoinedModel(PersonalModel):
     def _pull(self, step: int, share: float) -> None:
         with waiting(self.link, current_turn()):
             shared = ask(self.link, PullRequest(self.base_depth, self.cut[0], step)).weights
-        personal = self.stage.own()
+        aligned = range(self.base_depth, self.cut[0])
+        personal = {name: value for name, value in self.stage.own().items() if self.stage.block_of(name) in aligned}
+        check_weights(shared, {name: value.shape for name, value in personal.items()}, all_of_them=bool(shared))
         with torch.no_grad():
             for name, value in shared.items():
-                if name in personal:
-                    personal[name].lerp_(value.to(personal[name]), share)
+                personal[name].lerp_(value.to(personal[name]), share)
 
     def _join(self, cut: tuple[int, int]) -> None:
         check_cut(cut, self.stage.anatomy.blocks)
@@ -127,7 +134,9 @@ class JoinedModel(PersonalModel):
                 codec=self.codec,
             ),
         )
-        self.base_depth = welcome.base_depth
+        anatomy = self.stage.anatomy
+        check_welcome(welcome, anatomy.blocks, anatomy.hidden, self._pinned)
+        self.base_depth = self._pinned = welcome.base_depth
         self.max_in_flight = welcome.max_in_flight
         if cut[0] < self.base_depth:
             raise ConfigError(f"cut = {cut} starts below the server's base depth s_min = {self.base_depth}")

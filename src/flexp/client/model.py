@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -12,17 +13,22 @@ import torch
 from torch import Tensor
 
 from flexp.assets import resolve
-from flexp.client.exchange import Piece, RemoteCall, RemoteMiddle, items_of
+from flexp.client.exchange import Piece, RemoteCall, RemoteMiddle
 from flexp.client.joined import OFF, JoinedModel
 from flexp.config import AlignConfig, CodecConfig, ModelConfig
+from flexp.data.labels import remarks
 from flexp.errors import ConfigError, LinkError
-from flexp.links.base import Link, ask
-from flexp.links.messages import Abort, ForwardRequest
+from flexp.kinds import ModelKind
+from flexp.links.base import Link
+from flexp.links.messages import ForwardRequest
 from flexp.links.opening import as_link
 from flexp.models.execution import ExecutionPlan
-from flexp.models.loading import ModelKind, load_config, load_stage
+from flexp.models.heads import trained_classes
+from flexp.models.loading import load_config, load_stage
 from flexp.models.parts import Part, check_cut
 from flexp.models.tuning import tune
+
+log = logging.getLogger("flexp")
 
 
 @dataclass(frozen=True)
@@ -49,12 +55,14 @@ class SplitModel(JoinedModel):
         align: the alignment, whose gradient the server computes.
         tuning: how ``stage`` was tuned.
         lora: with what adapters; the server's must be the same.
-        accumulation: exchanges that make up one step, for loops that know nothing of FlexP (a Trainer with gradient
-            accumulation, whose epochs must be a multiple of it); others say it with :meth:`part_of_step`.
+        accumulation: exchanges that make up one step, for loops of one's own that do not say it with
+            :meth:`part_of_step`; of a ``transformers.Trainer`` it is known.
         expose_embeddings: whether bare embeddings may go up, from which the server can read every token.
         numbering: of an earlier life of this client, whose steps it goes on with; ``None``: it begins anew.
         codec: in what form tensors cross; ``None``: as they are inside one process, bfloat16 over a network, or what
             :func:`flexp.connect` was told.
+        base_depth: the s_min that the server must have; ``None``: the one that it says on joining first. Later it may
+            say no other, since what goes up for alignment comes out of block s_min − 1.
 
     Raises:
         ConfigError: bare embeddings would go up.
@@ -83,6 +91,8 @@ class SplitModel(JoinedModel):
         """Load only this client's part of a pretrained model and join the server.
 
         Args:
+            labels: the names of a classifier's classes. Those that the checkpoint's own head knows keep its weights;
+                what begins anew is logged. ``None``: the checkpoint's classes.
             cut: ``"auto"`` plans for the memory that this process may use, as ``data.clients.cut`` does, and logs what
                 it chose.
             link: may be a URL with the client's name.
@@ -102,13 +112,16 @@ class SplitModel(JoinedModel):
         """
         wanted = ModelConfig.of(model, **settings)
         wanted = wanted.at(resolve(wanted.id))
-        blocks = int(load_config(wanted.id).get_text_config().num_hidden_layers)
+        config = load_config(wanted.id)
+        blocks = int(config.get_text_config().num_hidden_layers)
         if cut == "auto":
             if cls.plan_cut is None:
                 raise ConfigError('cut = "auto" is planned for flexp.SplitModelFor…; take the class from there')
             cut = cls.plan_cut(wanted, cls.kind, largest, labels=len(labels or ("", "")), align=align)
         whole_cut = check_cut(cut, blocks)
         stage = load_stage(wanted, cls.kind, Part.client(whole_cut, blocks), labels=labels, seed=seed)
+        for remark in remarks(trained_classes(config, cls.kind, wanted.pooling), labels or ()):
+            log.warning(remark)
         tune(stage, wanted, seed=seed)
         return cls(
             stage,
@@ -120,7 +133,16 @@ class SplitModel(JoinedModel):
             accumulation=accumulation,
             expose_embeddings=wanted.expose_embeddings,
             codec=codec,
+            base_depth=wanted.base_depth,
         )
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """As of the model inside. A Trainer asks while it is made, which is when its callback has to come in."""
+        from flexp.client.callback import attend
+
+        attend()
+        return super().accepts_loss_kwargs
 
     def forward(
         self,
@@ -162,7 +184,7 @@ class SplitModel(JoinedModel):
                 inner_BTH.append(z_BTH)
         if train and not z_BTH.requires_grad:
             z_BTH = z_BTH.detach().requires_grad_()  # the server's blocks need a backward even if nothing here does
-        place = self.steps.place(items_of(inputs)) if train else None
+        place = self.steps.place(self.kind, inputs) if train else None
         request = ForwardRequest(
             exchange=0 if place is None else place.exchange,
             hidden_BTH=z_BTH.detach(),
@@ -203,14 +225,6 @@ class SplitModel(JoinedModel):
                 self.abort()
             raise
 
-    def abort(self) -> None:
-        """Give up the forwards that wait for a backward and the step that is not complete, on the server as well.
-
-        The gradients that such a step has left in the personal parameters are the caller's to drop.
-        """
-        self.steps.abandon()
-        ask(self.link, Abort())
-
     def after_step(self) -> None:
         """Once the optimiser has stepped: pull the aligned blocks towards the server's, if the alignment says so.
 
@@ -249,7 +263,28 @@ class SplitModelForImageClassification(SplitModel):
     kind = "image-classification"
 
 
-SPLIT_MODELS: dict[str, type[SplitModel]] = {
-    cls.kind: cls
-    for cls in (SplitModelForCausalLM, SplitModelForSequenceClassification, SplitModelForImageClassification)
-}
+class SplitModelForMultiLabelClassification(SplitModel):
+    """A text classifier with any number of labels for a text; ``labels`` of a batch are floats, (B, labels)."""
+
+    kind = "multi-label-classification"
+
+
+class SplitModelForRegression(SplitModel):
+    """A model that gives a number for a text; ``labels`` of a batch are floats, (B,)."""
+
+    kind = "regression"
+
+
+class SplitModelForTokenClassification(SplitModel):
+    """A classifier of every token."""
+
+    kind = "token-classification"
+
+
+class SplitModelForQuestionAnswering(SplitModel):
+    """A model that finds where an answer begins and ends in a text."""
+
+    kind = "question-answering"
+
+
+SPLIT_MODELS: dict[str, type[SplitModel]] = {cls.kind: cls for cls in SplitModel.__subclasses__()}

@@ -1,4 +1,4 @@
-"""What a client owns of a model: its state, and what transformers' Trainer asks of a model.
+"""What a client owns of a model: its state.
 
 Tied parameters are one tensor in a saved state, written once: safetensors refuses two names for one tensor, and the
 Trainer saves the state of whatever is no PreTrainedModel as it is.
@@ -6,7 +6,6 @@ Trainer saves the state of whatever is no PreTrainedModel as it is.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -14,44 +13,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flexp.client.asked import AskedModel
 from flexp.client.exchange import Piece
 from flexp.errors import ModelError
 from flexp.models.stage import Stage
 
 
-class PersonalModel(nn.Module):
+class PersonalModel(AskedModel):
     """The client's stage as a module."""
 
     def __init__(self, stage: Stage) -> None:
-        super().__init__()
-        self.stage = stage
-        self.model: Any = stage.model
+        super().__init__(stage)
         save_ties_once(self)
-
-    @property
-    def config(self) -> Any:
-        """The Hugging Face configuration of the whole model."""
-        return self.model.config
+        self.register_load_state_dict_pre_hook(_refuse_other_blocks)  # type: ignore[no-untyped-call]
 
     @property
     def device(self) -> torch.device:
         """Where the personal parameters are."""
         device: torch.device = self.model.device
         return device
-
-    @property
-    def accepts_loss_kwargs(self) -> bool:
-        """Whether the loss divides by ``num_items_in_batch``, which transformers' Trainer asks."""
-        declared = getattr(self.model, "accepts_loss_kwargs", None)
-        if declared is not None:
-            return bool(declared)
-        parameters = inspect.signature(self.model.forward).parameters.values()
-        return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-
-    @property
-    def loss_type(self) -> str | None:
-        """The name of the model's loss, by which transformers' Trainer knows how to count its items."""
-        return getattr(self.model, "loss_type", None)
 
     def personal_state(self) -> dict[str, Tensor]:
         """All that is this client's own, by name: what it trains, and what it follows. It never leaves the client."""
@@ -125,6 +105,17 @@ def _aliases(module: nn.Module) -> dict[str, str]:
 def _drop(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
     for alias in _aliases(module):
         state.pop(prefix + alias, None)
+
+
+def _refuse_other_blocks(model: PersonalModel, state: dict[str, Any], *_: Any) -> None:
+    """Whoever loads without being strict (a Trainer) would go on with some blocks as they were pretrained."""
+    blocks = [model.stage.block_of(name.removeprefix("model.")) for name in state]
+    there = {block for block in blocks if block is not None}
+    if there and there != model.stage.part.blocks:
+        raise ModelError(
+            f"the saved state has the blocks {sorted(there)}, this client's are {sorted(model.stage.part.blocks)}; use "
+            "the cut that it was saved with"
+        )
 
 
 def _fill(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:

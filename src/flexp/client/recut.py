@@ -23,6 +23,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from flexp.client.judging import check_fetched
 from flexp.client.model import SplitModel
 from flexp.client.trainer import Trainer, cut_in, load_party, split_model_of
 from flexp.errors import ConfigError, LinkError, ModelError
@@ -196,6 +197,7 @@ def fetched(link: Link, block: int) -> Iterator[FetchReply]:
     names: set[str] = set()
     while True:
         reply = ask(link, FetchRequest(block, len(names), MOST))
+        check_fetched(reply, block, MOST)
         if len(names) < reply.total and not reply.weights.keys() - names:
             raise LinkError(f"the server gives {len(names)} of the {reply.total} weights of block {block}")
         names |= reply.weights.keys()

@@ -12,13 +12,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from flexp.client.exchange import Piece, loss_items, unmasked_tokens
+from flexp.client.exchange import Piece, unmasked_tokens
 from flexp.client.model import SplitModel
 from flexp.client.overlap import Done, overlapped
 from flexp.config import TrainConfig
 from flexp.data.ordering import BatchOrder
 from flexp.data.types import Batch, ClientData, Task
 from flexp.errors import DataError, TrainingError
+from flexp.kinds import KINDS
 from flexp.links.coding import load_residuals, save_residuals
 from flexp.optim import Updater
 from flexp.rng import RandomStream, derived_seed
@@ -103,7 +104,7 @@ class Trainer:
         self.updater.forget()  # what a failed step may have left
 
         with self._random.undone_on_failure(), self._random.active():
-            pieces = self._pieces()
+            pieces = self.pieces()
             for done in self._exchanges(pieces):  # forward and backward, here and on the server
                 loss += done.loss * done.piece.share
                 align += (done.align or 0.0) * done.piece.tokens
@@ -155,18 +156,19 @@ class Trainer:
         self.micro_batch = int(state.get("micro_batch", self.micro_batch))
         self.steps, self.seconds = int(state["steps"]), float(state["seconds"])
 
-    def _pieces(self) -> list[tuple[Piece, Batch]]:
-        """The step's examples in exchanges, and what each counts; those without any item of the loss are left out."""
+    def pieces(self) -> list[tuple[Piece, Batch]]:
+        """The next step's exchanges, and what each counts; those without any item of the loss are left out."""
         indices, size = self._order.indices(self.steps), self.micro_batch
+        loss_items = KINDS[self.task.model_kind].items
         groups = [indices[start : start + size] for start in range(0, len(indices), size)]
         collated = [self.task.collate([self.data.train[index] for index in group]) for group in groups]
-        batches = [batch for batch in collated if loss_items(batch["labels"])]
+        batches = [batch for batch in collated if loss_items(batch)]
         if not batches:
             raise DataError(
                 f"client {self.name}, step {self.steps + 1}: no token of the batch has a loss; "
                 "raise data.max_length, so that answers are not cut off"
             )
-        items = [loss_items(batch["labels"]) for batch in batches]
+        items = [loss_items(batch) for batch in batches]
         tokens = [unmasked_tokens(batch) for batch in batches]
         return [
             (Piece(number, len(batches), count / sum(items), part / sum(tokens), count), batch)

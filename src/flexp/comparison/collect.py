@@ -13,6 +13,7 @@ from flexp.comparison.grid import Settings
 from flexp.files import read_json, write_json
 from flexp.report.formats import size
 from flexp.report.metrics import Record, read
+from flexp.report.summary import SIDES, majorities
 
 SCHEMA = 1
 FILE = "comparison.json"
@@ -58,6 +59,7 @@ def gather(comparison: Comparison, out: Path, results: Sequence[Result]) -> dict
         "machine": summary.get("machine", {}),
         "versions": summary.get("versions", {}),
         "config": comparison.base.resolved(),
+        "warnings": summary.get("warnings", []),
         "tuning": {
             "seeds": comparison.tune_seeds if comparison.config.tune else [],
             "trials_per_method": comparison.config.trials if comparison.config.tune else 0,
@@ -119,10 +121,12 @@ def _run(cell: Cell, out: Path) -> dict[str, Any] | None:
     takes_part = len(summary["clients"]) - len(left_out)
     ends = (summary.get("virtual") or {}).get("rounds")
     before = [record for record in records if record["kind"] == "eval" and record["round"] == 0]
+    majority = majorities(records, [client["name"] for client in summary["clients"]])
     return {
         "seed": cell.seed,
         "folder": cell.folder.as_posix(),
-        "before": {side: {r["client"]: r[side][metric] for r in before} for side in ("personal", "global")},
+        "before": {side: {r["client"]: r[side][metric] for r in before} for side in SIDES},
+        "majority": {side: {name: shares[side] for name, shares in majority.items()} for side in SIDES},
         "dropped": list(left_out),
         "rounds": _rounds(records, metric, takes_part, ends),
         "best_round": summary["scores"]["best"]["round"],
@@ -185,7 +189,7 @@ def _rounds(records: Sequence[Record], metric: str, clients: int, ends: Sequence
 
 
 def _client(client: Mapping[str, Any]) -> dict[str, Any]:
-    keys = ("name", "cut", "device", "train_examples", "peak_memory_bytes", "bytes_up", "bytes_down")
+    keys = ("name", "cut", "device", "train_examples", "test_examples", "peak_memory_bytes", "bytes_up", "bytes_down")
     later = ("client_seconds", "client_flops", "server_flops", "personal_parameters", "available_bytes")
     return {key: client.get(key) for key in (*keys, *later)}
 

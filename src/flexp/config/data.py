@@ -131,6 +131,7 @@ class DataConfig(Section):
     image: str = "image"  # image-classification
     prompt: str = "prompt"  # instruction, multiple-choice: the question
     answer: str = "answer"  # instruction
+    messages: str | None = None  # instruction: a column of chats, instead of prompt and answer
     choices: str | list[str] = "choices"  # multiple-choice: a list column, or one column per choice
     template: str | None = None  # with {column} fields; instruction and multiple-choice have defaults
     max_length: PositiveInt = 128  # tokens; what is longer is cut off, and counted

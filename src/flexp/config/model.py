@@ -37,6 +37,9 @@ class ModelConfig(Section):
     # of tokens, frozen and not tied to the head; file: they stay in the checkpoint's file, which each batch reads the
     # rows of its tokens from: equal numbers, less memory
     embeddings: Literal["memory", "file"] = "memory"
+    # what a text classifier's head reads: the checkpoint's own head, or one linear layer on the mean of the tokens'
+    # last hidden states, on the last token's or on the first's
+    pooling: Literal["checkpoint", "mean", "last", "cls"] = "checkpoint"
     gradient_checkpointing: bool = False  # on the client's own blocks
     base_depth: Annotated[int, Field(ge=0)] | None = None  # s_min; None: the smallest s of the clients
     expose_embeddings: bool = False  # allow s = 0, where the server can read every token from what it receives

@@ -34,6 +34,10 @@ class ServerConfig(Section):
     memory: Literal["keep", "recompute"] = "keep"
     max_in_flight: PositiveInt = 8  # forwards of one client whose backward has not come yet
     max_in_flight_total: PositiveInt = 64  # the same over all clients
+    # what forwards keep until their backward, graphs included, of all clients; a client has at most half. Beyond
+    # that only inputs are kept, and the blocks run again (as with memory = "recompute": equal numbers, a third slower)
+    max_kept_bytes: PositiveInt = 2 * 2**30
+    exchange_seconds: Rate = 1800.0  # a forward whose backward has not come in that time is given up
     tuning: Literal["full", "lora", "frozen"] | None = None  # of the shared blocks; None: as model.tuning
     keep_answers_bytes: PositiveInt = 256 << 20  # of each client's last steps, for when it goes back to a snapshot
     codecs: list[CodecName] | None = None  # that clients may ask for; None: all

@@ -21,6 +21,7 @@ from flexp.client.personal import WholeModel
 from flexp.config import AlignConfig, ModelConfig, OptimizerConfig
 from flexp.cost.probe import Measured, Probe
 from flexp.errors import FlexpError
+from flexp.kinds import KINDS
 from flexp.links.base import Meter, finished
 from flexp.links.messages import (
     BackwardReply,
@@ -147,14 +148,15 @@ def client_model(probe: Probe, stage: Stage, link_type: type[EchoLink] = EchoLin
 def random_batch(probe: Probe, config: Any) -> dict[str, Any]:
     """A batch of random inputs and labels of the size that ``probe`` names."""
     generator = torch.Generator().manual_seed(0)
-    if probe.kind == "image-classification":
+    head = KINDS[probe.kind]
+    if head.images:
         size = getattr(config, "image_size", 224)
         pixels = torch.randn(probe.examples, getattr(config, "num_channels", 3), size, size, generator=generator)
-        return {"pixel_values": pixels, "labels": torch.zeros(probe.examples, dtype=torch.long)}
+        return {"pixel_values": pixels, **head.blank(probe.examples, None, config.num_labels)}
     shape = (probe.examples, probe.length)
     ids = torch.randint(1, config.get_text_config().vocab_size, shape, generator=generator)
-    labels = torch.zeros(probe.examples, dtype=torch.long) if probe.kind == "sequence-classification" else ids
-    return {"input_ids": ids, "attention_mask": torch.ones(shape, dtype=torch.long), "labels": labels}
+    labels = head.blank(probe.examples, ids, config.num_labels)
+    return {"input_ids": ids, "attention_mask": torch.ones(shape, dtype=torch.long), **labels}
 
 
 def _run(probe: Probe) -> Measured:

@@ -21,6 +21,7 @@ from flexp.cost.counting import counting
 from flexp.cost.echo import EchoLink, client_model, random_batch, without_tail
 from flexp.cost.probe import Probe
 from flexp.data.ordering import BatchOrder
+from flexp.kinds import LABELS
 from flexp.links.messages import BackwardRequest, ForwardRequest, Join, PullRequest, Request, size
 from flexp.models.stage import Stage
 from flexp.server import Server
@@ -125,13 +126,13 @@ def _start(probe: Probe, stage: Stage) -> ExchangeCost:
         total = flops()
     list(without_tail(stage))
     own = {name: value for name, value in stage.trainable().items() if (stage.block_of(name) or 0) < start}
-    labels, mask = batch["labels"], batch.get("attention_mask")
+    labels, mask = {key: value for key, value in batch.items() if key in LABELS}, batch.get("attention_mask")
     return ExchangeCost(
         before=before,
         after=total - before - server,  # what is left is the way back through [0, s)
         server_forward=server_forward,
         server_backward=server - server_forward,
-        forward_up=_bytes({"z": z_BTH, "labels": labels}) + (0 if mask is None else mask.numel()),
+        forward_up=_bytes({"z": z_BTH, **labels}) + (0 if mask is None else mask.numel()),
         backward_down=_bytes({"z": z_BTH}),
         combined=True,
         weights=_bytes(own),

@@ -11,6 +11,7 @@ import torch
 from flexp.config import AlignConfig
 from flexp.cost.model_cost import ModelCost
 from flexp.errors import LinkError
+from flexp.kinds import KINDS
 from flexp.links.base import Link, ask
 from flexp.links.messages import ForwardRequest, Join, PullRequest, size
 from flexp.models.loading import DTYPES
@@ -76,7 +77,7 @@ def measure_link(
         return max(0.0, best), hidden_BTH.numel() * hidden_BTH.element_size()
 
     # An image model takes as many tokens as its images have, and no fewer.
-    small, small_bytes = echo(1, tokens if cost.kind == "image-classification" else 1)
+    small, small_bytes = echo(1, tokens if KINDS[cost.kind].images else 1)
     both, large_bytes = echo(examples, tokens)
     round_trip = 8 * (large_bytes - small_bytes) / max(both - small, 1e-9)  # bits each way, over both ways' seconds
     latency = max(0.0, small - 2 * 8 * small_bytes / (2 * round_trip)) / 2

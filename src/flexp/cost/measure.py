@@ -23,7 +23,8 @@ from flexp.cost.model_cost import ModelCost, PieceCost
 from flexp.cost.predict import memory, overhead
 from flexp.cost.probe import Probe, measure
 from flexp.cost.profile import ModelSeconds, PieceSeconds, Role, ShapeSeconds
-from flexp.models.loading import ModelKind, load_stage
+from flexp.kinds import KINDS, ModelKind
+from flexp.models.loading import load_stage
 from flexp.models.parts import Part
 from flexp.models.stage import Stage
 from flexp.models.tuning import tune
@@ -104,7 +105,7 @@ def overhead_bytes(cost: ModelCost, examples: int, rank: int | None) -> int:
 
 
 def _labels(cost: ModelCost) -> list[str] | None:
-    return None if cost.kind == "causal-lm" else [str(number) for number in range(cost.labels)]
+    return [str(number) for number in range(cost.labels)] if KINDS[cost.kind].named else None
 
 
 def _load(cost: ModelCost, role: Role, rank: int | None) -> Stage:

@@ -261,7 +261,7 @@ def model_cost(
     Args:
         model: its ``id`` as everywhere (folder, id, ``asset:NAME``, ``arch:NAME``); a name alone stands for the
             defaults. With ``embeddings = "file"`` those of tokens cost no memory.
-        kind: causal-lm, sequence-classification or image-classification.
+        kind: a key of :data:`flexp.kinds.KINDS`.
         length: tokens of an example (images: not used).
         labels: classes, of classifiers.
         optimizer: a key of :data:`STATE`.

@@ -17,9 +17,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flexp.config import ModelConfig
 from flexp.errors import ModelError
+from flexp.kinds import KINDS
 from flexp.models.anatomy import dissect, refuse_by_design
-from flexp.models.loading import AUTO, AUTOCAST, DTYPES, load_config, quietly
+from flexp.models.autos import AUTO, set_head
+from flexp.models.loading import AUTOCAST, DTYPES, load_config, quietly
 from flexp.models.parts import Absent, Part
+from flexp.models.pooling import put_pooling
 from flexp.models.stage import Stage
 from flexp.models.tuning import tune
 
@@ -37,9 +40,10 @@ def bare_model(model: ModelConfig, kind: str, *, labels: int) -> Any:
     refuse_by_design(f"{model.id} ({config.model_type})", config)
     if kind not in AUTO:
         raise ModelError(f"kind {kind!r} is not known: expected one of {', '.join(AUTO)}")
-    if kind != "causal-lm":
+    if KINDS[kind].answers != "next-token":
         config.num_labels = labels
         config.problem_type = "single_label_classification"
+    set_head(config, kind)
     if getattr(config.get_text_config(), "pad_token_id", 0) is None:
         config.get_text_config().pad_token_id = 0
     config.output_hidden_states = config.output_attentions = False
@@ -51,6 +55,7 @@ def bare_model(model: ModelConfig, kind: str, *, labels: int) -> Any:
     with quietly(), torch.device("meta"):
         attention = model.attention if cls._supports_sdpa else "eager"
         made = cls._from_config(config, dtype=DTYPES[model.dtype], attn_implementation=attention)
+        put_pooling(made, model.pooling, kind, model.id)
     dissect(made)
     return made
 
@@ -113,17 +118,17 @@ class Skeleton:
         Texts are padded, as those of real batches mostly are: then models hand their blocks a mask, which costs memory.
         """
         config = self.stage.model.config
-        classes = torch.zeros(examples, dtype=torch.long)
-        if kind == "image-classification":
+        head = KINDS[kind]
+        if head.images:
             size, channels = getattr(config, "image_size", 224), getattr(config, "num_channels", 3)
             height, width = (size, size) if isinstance(size, int) else size
-            return {"pixel_values": torch.zeros(examples, channels, height, width), "labels": classes}
+            pixels = torch.zeros(examples, channels, height, width)
+            return {"pixel_values": pixels, **head.blank(examples, None, config.num_labels)}
         ids = torch.ones(examples, length, dtype=torch.long)
         mask = torch.ones(examples, length, dtype=torch.long)
         if self.real:  # without content nobody can see that there is no padding
             mask[:, -1] = 0
-        labels = classes if kind == "sequence-classification" else ids.clone()
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        return {"input_ids": ids, "attention_mask": mask, **head.blank(examples, ids, config.num_labels)}
 
 
 def _filled(value: Tensor) -> Tensor:

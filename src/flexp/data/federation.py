@@ -7,18 +7,25 @@ from pathlib import Path
 from typing import Any
 
 from flexp.config import DataConfig
-from flexp.data.columns import as_text, check_present, label_texts, sort_labels
+from flexp.data.columns import as_text, check_present, label_texts
 from flexp.data.grouping import check_apart, check_whole
+from flexp.data.labels import check_known, classes_of, settled
 from flexp.data.partition import Facts, Partition, partition, partition_test, partitioner
 from flexp.data.sources import Rows, read_rows
 from flexp.data.split import Split, split_client
 from flexp.data.tasks import limit_of, make_task, task_of
 from flexp.data.types import ClientData, Example, Federation, Task
+from flexp.data.warnings import warnings_of
 from flexp.errors import DataError
 
 
 def load_federation(
-    config: DataConfig, processor: Any, seed: int, max_positions: int | None, labels: Sequence[str] | None = None
+    config: DataConfig,
+    processor: Any,
+    seed: int,
+    max_positions: int | None,
+    head: Sequence[str] = (),
+    labels: Sequence[str] | None = None,
 ) -> Federation:
     """Read, check, divide and encode the data of all clients.
 
@@ -28,7 +35,8 @@ def load_federation(
         config: the run's ``data`` section; its own seed goes before ``seed``.
         processor: the model's tokenizer, or its image processor.
         max_positions: the longest input of the model in tokens, if it has one.
-        labels: a classifier's classes, where it was trained already; the data may have fewer, but no others.
+        head: the classes of the classifier that the pretrained model brings, if it brings one.
+        labels: the model's classes, where they are settled; the data may have fewer, but no others.
 
     Raises:
         ConfigError: settings that do not fit together.
@@ -52,10 +60,9 @@ def load_federation(
             check_whole(tests.clients, test_source.facts.groups)
             check_apart(made.clients, source.facts.groups, tests.clients, test_source.facts.groups)
     splits = {name: _split(name, config, source, rows, test_source, tests, seed) for name, rows in made.clients.items()}
-    if labels is None:
-        names = _label_names(config, source, made, test_source, tests)
-    else:
-        names = _known_labels(labels, config, [(source, made), *([] if tests is None else [(test_source, tests)])])
+    parts = [(source, made), *([] if tests is None else [(test_source, tests)])]
+    names, remarks = _classes(config, parts, head, labels)
+    notes += remarks
     task = make_task(config, processor, limit, names)
     clients = []
     for name, split in splits.items():
@@ -75,7 +82,7 @@ def load_federation(
         notes.append(
             f"data.max_length = {config.max_length} is more than the model's {limit.tokens} positions, which are used"
         )
-    return Federation(clients, task, notes)
+    return Federation(clients, task, notes, warnings_of(clients, task))
 
 
 class _Source:
@@ -172,40 +179,24 @@ def _split(
     )
 
 
-def _label_names(
-    config: DataConfig, source: _Source, made: Partition, test_source: _Source, tests: Partition | None
-) -> list[str]:
-    """All clients' classes: those of a ``ClassLabel`` in its order, else the sorted union over training and test."""
+def _classes(
+    config: DataConfig, parts: Sequence[tuple[_Source, Partition]], head: Sequence[str], labels: Sequence[str] | None
+) -> tuple[list[str], list[str]]:
+    """A classifier's classes over all clients' training and test data, and remarks on them; else none."""
     if not task_of(config).classes:
-        return []
-    given = source.rows.class_names(config.label)
-    assert source.labels is not None
-    assert test_source.labels is not None
-    found = {source.labels[row] for rows in made.clients.values() for row in rows}
-    if tests is not None:
-        found |= {test_source.labels[row] for rows in tests.clients.values() for row in rows}
-    if given is not None and found <= set(given):
-        return given
-    if len(found) < 2:
-        raise DataError(
-            f"{source.rows.name}: the clients have one label only ({', '.join(found)}) in column {config.label!r}; "
-            "a classifier needs two at least: check data.label"
-        )
-    return sort_labels(found)
-
-
-def _known_labels(labels: Sequence[str], config: DataConfig, parts: list[tuple[_Source, Partition]]) -> list[str]:
-    if not task_of(config).classes:
-        return []
+        return [], []
+    found: set[str] = set()
     for source, made in parts:
         assert source.labels is not None
-        for row in (row for rows in made.clients.values() for row in rows):
-            if source.labels[row] not in labels:
-                raise DataError(
-                    f"{source.rows.place(row)}: the label {source.labels[row][:40]!r} is none of those that the model "
-                    f"knows: {', '.join(labels[:16])}"
-                )
-    return list(labels)
+        own = {row: source.labels[row] for rows in made.clients.values() for row in rows}
+        found |= set(own.values())
+        if labels is not None:
+            check_known(own, labels, source.rows.place)
+    if labels is not None:
+        return list(labels), []
+    first = parts[0][0].rows
+    in_data = classes_of(found, first.class_names(config.label), head, first.name, config.label)
+    return settled(in_data, head)
 
 
 def _check(client: ClientData, config: DataConfig) -> None:

@@ -1,7 +1,7 @@
 """One file to one table, with the row numbers that messages need. Reads locally: no network, no cache.
 
 Values are text as it was written, in every format: ``007`` and ``7``, ``1e5`` and ``100000`` are different clients,
-groups and labels, and nobody guesses types. Parquet has types of its own; :func:`written` says how they are written.
+groups and labels, and nobody guesses types. Parquet has types of its own; `written` says how they are written.
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ import codecs
 import csv
 import json
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +19,15 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
+from flexp.data.excel import read_excel
+from flexp.data.table import Table, unlike, written
 from flexp.errors import DataError
 
 IMAGES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 
 
-@dataclass(frozen=True)
-class Table:
-    """The rows of a file; row i is ``unit`` number ``numbers[i]`` (i + 1 when None)."""
-
-    data: pa.Table
-    unit: str = "row"
-    numbers: Sequence[int] | None = None
-    note: str | None = None  # what had to be guessed about the file, for the user
-
-
 def read_file(path: Path) -> Table:
-    """Read one data file by its suffix: csv, tsv, json, jsonl, parquet or txt.
+    """Read one data file by its suffix: csv, tsv, json, jsonl, parquet, txt or xlsx.
 
     Raises:
         DataError: the format is unknown, or the file cannot be read or is empty.
@@ -59,35 +50,27 @@ def read_file(path: Path) -> Table:
     return table
 
 
-def written(value: Any) -> Any:
-    """A value of a typed column as one would write it; lists and bytes keep their kind, None stays None.
-
-    Whole numbers have no fraction (7.0 is ``7``: that is how pandas stores whole numbers beside gaps).
-    """
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, float):
-        return None if value != value else str(int(value)) if value.is_integer() else repr(value)
-    if isinstance(value, list):
-        return [written(item) for item in value]
-    return value if value is None or isinstance(value, str | bytes | dict) else str(value)
+_SAID = re.compile(r'"?sep=(.)"?\r?\n', re.IGNORECASE)
+"""A first line by which Excel is told what divides columns."""
 
 
 def _csv(path: Path) -> Table:
     encoding, note = _encoding(path)
     with path.open(encoding=encoding, newline="") as file:
         sample = file.read(1 << 16)
+    said = _SAID.match(sample)
+    skip, sample = (1, sample[said.end() :]) if said else (0, sample)
     if not sample.strip():
         raise DataError(f"{path}: is empty; its first line must name the columns")
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else _delimiter(sample)
-    if delimiter not in (",", "\t"):
+    delimiter = said[1] if said else "\t" if path.suffix.lower() == ".tsv" else _delimiter(sample)
+    if delimiter != ("\t" if path.suffix.lower() == ".tsv" else ","):
         note.append(f"columns divided by {delimiter!r}")
     names = next(csv.reader(sample.splitlines(keepends=True), delimiter=delimiter))
-    _unlike(path, names)
+    unlike(path, names)
     try:
         data = pa.csv.read_csv(
             path,
-            read_options=pa.csv.ReadOptions(encoding=encoding),
+            read_options=pa.csv.ReadOptions(encoding=encoding, skip_rows=skip),
             parse_options=pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
             convert_options=pa.csv.ConvertOptions(
                 column_types={name: pa.string() for name in names},
@@ -120,21 +103,15 @@ def _encoding(path: Path) -> tuple[str, list[str]]:
 
 
 def _delimiter(sample: str) -> str:
-    """What divides columns: a comma, unless the first line has none and another sign divides it."""
-    try:
-        first = next(csv.reader(sample.splitlines(keepends=True)), [])
-    except csv.Error:
-        return ","
-    if len(first) > 1:
-        return ","
-    return next((sign for sign in ";\t|" if sign in sample.splitlines()[0]), ",")
-
-
-def _unlike(path: Path, names: Iterable[str]) -> None:
-    """Refuse a table that has two columns of one name."""
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        raise DataError(f"{path}: has more than one column {twice[0]!r}; give each a name of its own")
+    """What divides columns: the first of the usual signs that divides the first lines in equally many, else a comma."""
+    for sign in ",;\t|":
+        try:
+            rows = [row for row in islice(csv.reader(sample.splitlines(keepends=True), delimiter=sign), 20) if row]
+        except csv.Error:
+            continue
+        if len(rows[0]) > 1 and all(len(row) == len(rows[0]) for row in rows):
+            return sign
+    return ","
 
 
 def _parquet(path: Path) -> Table:
@@ -142,7 +119,7 @@ def _parquet(path: Path) -> Table:
         data = pa.parquet.read_table(path, partitioning=None)
     except pa.ArrowInvalid as error:
         raise DataError(f"{path}: is not a Parquet file ({_first_line(error)})") from error
-    _unlike(path, data.column_names)
+    unlike(path, data.column_names)
     for index, field in enumerate(data.schema):
         kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
         if kind != field.type or pa.types.is_string_view(kind) or pa.types.is_large_string(kind):
@@ -273,4 +250,6 @@ READERS: dict[str, Callable[[Path], Table]] = {
     ".json": _json,
     ".parquet": _parquet,
     ".txt": _text,
+    ".xlsx": read_excel,
+    ".xlsm": read_excel,
 }

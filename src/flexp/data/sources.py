@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from flexp.data.columns import nearest, require
-from flexp.data.readers import IMAGES, READERS, Table, read_file, written
+from flexp.data.readers import IMAGES, READERS, read_file
+from flexp.data.table import Table, written
 from flexp.data.types import PLACE
 from flexp.errors import DataError
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
+
+from flexp.kinds import ModelKind
 
 Example = dict[str, Any]
 """One encoded example: ``input_ids``, ``attention_mask``, ``labels`` ... as lists, or ``pixel_values`` as a tensor.
@@ -22,8 +24,6 @@ PLACE = "\x00place"
 Batch = dict[str, Tensor]
 Forward = Callable[[Batch], Any]
 """A whole or a split model: takes a batch without labels, returns something with ``.logits``."""
-
-ModelKind = Literal["causal-lm", "sequence-classification", "image-classification"]
 
 
 @dataclass
@@ -100,6 +100,12 @@ class Federation:
     clients: list[ClientData]
     task: Task
     notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)  # what is suspicious about the data
+
+    @property
+    def remarks(self) -> list[str]:
+        """What to tell the user before anything is trained: notes, then warnings."""
+        return [*self.notes, *(f"warning: {line}" for line in self.warnings)]
 
     @property
     def test(self) -> list[Example]:

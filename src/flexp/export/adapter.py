@@ -18,16 +18,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from flexp.config import LoraConfig
-from flexp.data.types import ModelKind
 from flexp.errors import ConfigError, ModelError
 from flexp.export.whole import adapted, let_go, plain
+from flexp.kinds import KINDS, ModelKind
 from flexp.models.stage import Stage, carve
 
-TASKS: dict[ModelKind, str | None] = {
-    "causal-lm": "CAUSAL_LM",
-    "sequence-classification": "SEQ_CLS",
-    "image-classification": None,  # peft has no name for it; a plain PeftModel it is
-}
 PREFIX = "base_model.model."
 
 
@@ -79,7 +74,7 @@ def write_adapter(
         next(layer for layer in adapters if source.block_of(layer) in source.part.blocks)
     )
     PeftLoraConfig(
-        task_type=TASKS[kind],
+        task_type=KINDS[kind].peft,
         base_model_name_or_path=base,
         r=lora.rank,
         lora_alpha=lora.alpha,

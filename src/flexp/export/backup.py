@@ -21,7 +21,7 @@ from torch import Tensor
 
 from flexp.client.recut import PERSONAL
 from flexp.config import RunConfig
-from flexp.data.types import ModelKind
+from flexp.data.identity import Identity, check_same, of_client
 from flexp.errors import ConfigError, StorageError
 from flexp.export.card import run_facts
 from flexp.export.opening import open_trained
@@ -29,6 +29,7 @@ from flexp.export.saved import is_run, run_config
 from flexp.export.sealed import is_sealed, seal, unseal
 from flexp.export.trained import LAST, FromCheckpoint
 from flexp.files import replacing
+from flexp.kinds import ModelKind
 from flexp.methods.base import method_of
 from flexp.models.fingerprint import fingerprint
 from flexp.models.stage import Stage
@@ -95,7 +96,7 @@ def back_up(
         raise ConfigError(f"{out} exists already; choose another --out, or remove it first")
     model = _opened(folder, client, which)
     tensors = model.state()
-    facts = _facts(model, model.cut) | {"round": model.round, "steps": model.steps}
+    facts = _facts(model, model.cut) | {"round": model.round, "steps": model.steps, "data": _data(model, model.client)}
     numbers = {key: model.checkpoint.facts[key] for key in ("run", "numbering") if key in model.checkpoint.facts}
     if numbers:  # of a server's run, to which the client is to come back
         facts["snapshot"] = {**numbers, "number": model.checkpoint.number}
@@ -118,6 +119,7 @@ def restore(file: Path, folder: Path, client: str | None = None, passphrase: str
 
     Raises:
         ConfigError: the run is of another model, cut, tuning or method, or has no such client.
+        DataError: the client's data are others there.
         StorageError: the file or the run is damaged; the run is untouched.
     """
     found = read(file, passphrase)
@@ -131,6 +133,10 @@ def restore(file: Path, folder: Path, client: str | None = None, passphrase: str
                 f"{file}: was saved with another {called} than {folder} has "
                 f"({_short(saved)}, not {_short(there[key])}); restore it into the run that it is of"
             )
+    own = _data(model, str(found.facts["client"]))
+    if own is not None and client in (None, found.facts["client"]):
+        mend = "it would be tested with what it was trained on: restore it into the run that it is of"
+        check_same(found.facts.get("data"), own, file, mend)
     _check_shapes(found.tensors, fresh, file)
     number = model.put(found.tensors, found.facts)
     return found.facts | {"client": model.client, "into": number}
@@ -155,6 +161,14 @@ def belonging(config: RunConfig, source: Stage, kind: ModelKind, labels: list[st
 def _facts(model: FromCheckpoint, cut: tuple[int, int]) -> dict[str, Any]:
     head = {"kind": KIND, "schema": SCHEMA, "client": model.client, "cut": list(cut)}
     return head | belonging(model.config, model.source(), model.kind, model.labels)
+
+
+def _data(model: FromCheckpoint, client: str) -> Identity | None:
+    """Of a client's examples; ``None``: not known, as where all of its snapshots are gone."""
+    try:
+        return of_client(model.checkpoint.facts.get("data"), client)
+    except StorageError:
+        return None
 
 
 def _opened(folder: Path, client: str | None, which: str) -> FromCheckpoint:
@@ -205,6 +219,11 @@ def read(file: Path, passphrase: str | None = None) -> Backup:
         raise StorageError(f"{file} is of another version of FlexP; expected schema {SCHEMA} of a {KIND}")
     if _digest(tensors, text) != digest:
         raise StorageError(f"{file} is damaged: its content is not what was saved (its SHA-256 differs)")
+    odd = [name for name, value in tensors.items() if value.is_floating_point() and not bool(value.isfinite().all())]
+    if odd:
+        raise StorageError(
+            f"{file}: {odd[0]} holds numbers that are not finite, and nothing can go on from them; use an earlier copy"
+        )
     return Backup(facts, tensors, encrypted)
 
 

@@ -15,7 +15,8 @@ from flexp._version import __version__
 from flexp.assets.registry import ASSETS, Asset
 from flexp.assets.store import PREFIX
 from flexp.config import RunConfig
-from flexp.models.loading import AUTO
+from flexp.kinds import KINDS
+from flexp.models.autos import AUTO
 from flexp.report import formats
 
 FILE = "flexp.json"
@@ -26,11 +27,6 @@ TASK_KEYS = (
 )  # fmt: skip
 """Of ``[data]``, what turns rows into examples; where the run's data are is nobody else's business."""
 
-_PIPELINES = {
-    "causal-lm": "text-generation",
-    "sequence-classification": "text-classification",
-    "image-classification": "image-classification",
-}
 _UNKNOWN = "not known to FlexP; see where it came from"
 
 
@@ -50,6 +46,7 @@ def described(config: RunConfig, form: str, dtype: str, kind: str, labels: list[
         "dtype": dtype,
         "autocast": config.model.autocast,
         "attention": config.model.attention,
+        "pooling": config.model.pooling,
         "data": {key: data[key] for key in TASK_KEYS},
         "source": origin(config.data.source),
     }
@@ -133,7 +130,7 @@ def _front(facts: Mapping[str, Any], adapter: bool) -> list[str]:
     return [
         "---",
         f"library_name: {'peft' if adapter else 'transformers'}",
-        f"pipeline_tag: {_PIPELINES[facts['kind']]}",
+        f"pipeline_tag: {KINDS[facts['kind']].pipeline}",
         *([f"base_model: {json.dumps(base)}"] if base else []),
         *([f"license: {licence}"] if re.fullmatch(r"[a-z0-9.-]+", licence) else []),
         "tags: [flexp, personalized-federated-learning]",
@@ -181,13 +178,15 @@ def _scores(facts: Mapping[str, Any]) -> list[str]:
 
 
 def _use(facts: Mapping[str, Any], adapter: bool) -> list[str]:
-    auto, image = AUTO[facts["kind"]].__name__, facts["kind"] == "image-classification"
+    auto, image = AUTO[facts["kind"]].__name__, KINDS[facts["kind"]].images
     processor = "AutoImageProcessor" if image else "AutoTokenizer"
+    own = facts.get("pooling", "checkpoint") != "checkpoint"
+    trust = ", trust_remote_code=True" if own else ""
     if not adapter:
         code = [
             f"from transformers import {auto}, {processor}",
             "",
-            f'model = {auto}.from_pretrained("FOLDER")',
+            f'model = {auto}.from_pretrained("FOLDER"{trust})',
         ]
     else:
         code = [
@@ -199,5 +198,11 @@ def _use(facts: Mapping[str, Any], adapter: bool) -> list[str]:
             'model = PeftModel.from_pretrained(base, "FOLDER")',
         ]
     length = "" if image else f"Texts were cut at {facts['data']['max_length']} tokens."
+    if own:
+        length += (
+            f" Its head is one linear layer on the pooled last hidden states ({facts['pooling']}), which no "
+            "architecture of transformers computes: `pooled.py` beside the weights does, and `trust_remote_code=True` "
+            "lets it."
+        )
     code += [f'processor = {processor}.from_pretrained("FOLDER")']
     return ["```python", *code, "```", *(["", length] if length else [])]

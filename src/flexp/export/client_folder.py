@@ -30,6 +30,7 @@ from flexp.models.parts import Part
 from flexp.models.stage import Stage
 from flexp.report.metrics import read
 from flexp.run.folder import is_client, read_facts
+from flexp.run.going_on import check_scored
 from flexp.run.settle import load_part, model_folder, own_pad, settle_client
 from flexp.run.store import CHECKPOINTS, SNAPSHOTS, Checkpoint, Store, party_of
 
@@ -151,9 +152,14 @@ class ClientModel(FromCheckpoint):
 
     @cached_property
     def sets(self) -> dict[str, list[Example]]:
-        """Its own test data, which are read for that."""
-        own = settle_client(self.config, self.client, self.cut).data.test
-        return {OWN: own} if own else {}
+        """Its own test data, which are read for that.
+
+        Raises:
+            DataError: they are others than in training.
+        """
+        setup = settle_client(self.config, self.client, self.cut)
+        check_scored(self.folder, self.checkpoint.facts, setup.run.federation, self.client)
+        return {OWN: setup.data.test} if setup.data.test else {}
 
     def facts(self) -> dict[str, Any]:
         """As its own diary has them."""
@@ -200,7 +206,7 @@ class ClientModel(FromCheckpoint):
         kept = {"run": snapshot["run"], "client": self.client, "numbering": snapshot["numbering"]}
         for later in [later for later in self.store.numbers() if later > number]:
             self.store.quarantine(later)
-        facts = {**kept, "steps": said["steps"], "cut": list(self.planned_cut)}
+        facts = {**kept, "steps": said["steps"], "cut": list(self.planned_cut), "data": said.get("data")}
         self.store.save(number, {party_of(self.client): tensors}, facts)
         return number
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 
-from flexp.data.types import ModelKind
+from flexp.config import RunConfig
 from flexp.errors import ConfigError, ModelError
 from flexp.export.adapter import write_adapter
 from flexp.export.card import FILE, card, described
@@ -20,7 +20,9 @@ from flexp.export.saved import RunModel
 from flexp.export.trained import Trained
 from flexp.export.whole import merged
 from flexp.files import replacing, storage_error, write_json, write_text
+from flexp.kinds import KINDS, ModelKind
 from flexp.models.loading import quietly
+from flexp.models.pooling import saved_as
 from flexp.run.settle import model_folder
 from flexp.run.store import os_error
 
@@ -45,6 +47,7 @@ def export(model: Trained, out: Path, form: Form = "whole", dtype: str | None = 
         StorageError: a checkpoint is damaged, or the disk cannot be written; nothing is left in ``out``.
     """
     check_target(out, dtype)
+    refuse_adapter(model.config, form)
     config, wanted = model.config, None if dtype is None else DTYPES[dtype]
     facts = described(config, form, dtype or config.model.dtype, model.kind, model.labels) | model.facts()
     with writing(out, config.model.id, ready(model.processor, model.kind), facts) as part:
@@ -62,7 +65,7 @@ def _write(folder: Path, model: RunModel, form: Form, dtype: torch.dtype | None)
         write_adapter(folder, source, cast, model.lora, model.kind, model_folder(model.config))
         source.model.config.save_pretrained(folder)
     else:
-        merged(source, weights, model.lora.alpha / model.lora.rank, dtype).save_pretrained(folder)
+        saved_as(merged(source, weights, model.lora.alpha / model.lora.rank, dtype)).save_pretrained(folder)
 
 
 def check_target(out: Path, dtype: str | None) -> None:
@@ -75,6 +78,20 @@ def check_target(out: Path, dtype: str | None) -> None:
         raise ConfigError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists already; choose another --out, or remove it first")
+
+
+def refuse_adapter(config: RunConfig, form: str) -> None:
+    """Refuse an adapter of a model whose head the pretrained model has no place for: peft would put it elsewhere.
+
+    Raises:
+        ConfigError: see above.
+    """
+    pooling = config.model.pooling
+    if form == "adapter" and pooling != "checkpoint":
+        raise ConfigError(
+            f'an adapter goes on the pretrained model, whose head is not that of model.pooling = "{pooling}"; use '
+            "--merge for the whole model"
+        )
 
 
 @contextmanager
@@ -101,9 +118,9 @@ def writing(out: Path, model_id: str, processor: Any, facts: Mapping[str, Any]) 
 
 def ready(processor: Any, kind: ModelKind) -> Any:
     """A tokenizer or image processor, ready for batches of what the model is for."""
-    if kind == "image-classification":
+    if KINDS[kind].images:
         return processor
-    if kind == "causal-lm":
+    if KINDS[kind].answers == "next-token":
         processor.padding_side = "left"  # generation goes on from the last token
     processor.init_kwargs["padding_side"] = processor.padding_side  # else it is not saved
     if processor.pad_token is None:

@@ -16,8 +16,10 @@ from flexp.export.client_folder import Connect, of_client, of_run
 from flexp.export.saved import RunModel, client_of, examples_of, is_run, look_into, run_config
 from flexp.export.trained import LAST, Trained
 from flexp.files import read_json
-from flexp.models.loading import AUTO, quietly
+from flexp.models.autos import AUTO
+from flexp.models.loading import quietly
 from flexp.run.folder import is_client
+from flexp.run.going_on import check_scored, saved_facts
 from flexp.run.settle import world_of
 
 
@@ -101,6 +103,7 @@ class ExportedModel(Trained):
         if self._run is None:
             return {}
         world = world_of(self._run, run_config(self._run))
+        check_scored(self._run, saved_facts(self._run), world.federation)
         return examples_of(world, client_of(world, self.client).name)
 
     @cached_property

@@ -26,6 +26,7 @@ from flexp.links.messages import Join
 from flexp.links.opening import connected
 from flexp.models.fingerprint import fingerprint, read_header
 from flexp.models.parts import Part
+from flexp.models.pooling import saved_as
 from flexp.models.stage import Stage
 from flexp.run.settle import model_folder
 
@@ -224,8 +225,8 @@ class _Shards:
         """
         place = self._parts[number] = self.folder / f"part-{number}"
         shutil.rmtree(place, ignore_errors=True)
-        model.save_pretrained(place, max_shard_size=FILE_BYTES)
-        for file in place.glob("*.json"):
+        saved_as(model).save_pretrained(place, max_shard_size=FILE_BYTES)
+        for file in [*place.glob("*.json"), *place.glob("*.py")]:
             if settings and not file.name.endswith(".index.json"):
                 file.replace(self.folder / file.name)
 

@@ -28,6 +28,7 @@ from flexp.report.metrics import read
 from flexp.report.summary import Scores, best_round, picked_on, scores_by_round
 from flexp.run.costs import MemoryProbes
 from flexp.run.folder import is_client
+from flexp.run.going_on import check_scored
 from flexp.run.participants import place
 from flexp.run.runner import sample
 from flexp.run.settle import world_of
@@ -131,7 +132,12 @@ class RunModel(FromCheckpoint):
 
     @cached_property
     def sets(self) -> dict[str, list[Example]]:
-        """The test data that the run itself scores, example for example."""
+        """The test data that the run itself scores, example for example.
+
+        Raises:
+            DataError: they are others now.
+        """
+        check_scored(self.folder, self.checkpoint.facts, self.run.world.federation)
         return examples_of(self.run.world, self.client)
 
     @cached_property

@@ -18,8 +18,9 @@ from flexp.client.recut import PERSONAL
 from flexp.client.trainer import cut_in
 from flexp.config import RunConfig
 from flexp.data.tasks import limit_of, make_task
-from flexp.data.types import Example, Forward, ModelKind, Task
+from flexp.data.types import Example, Forward, Task
 from flexp.errors import ConfigError, StorageError
+from flexp.kinds import ModelKind
 from flexp.models.loading import load_config
 from flexp.models.stage import Stage
 from flexp.run.settle import load_processor, max_positions, model_folder

@@ -23,12 +23,15 @@ class InProcessLink:
     """Calls a server in the same process; tensors pass by reference, detached by whoever makes the message.
 
     With a codec they become frames and messages again, as over a network, and only the bytes in between are left out.
+
+    Attributes:
+        service: the server.
     """
 
     def __init__(self, service: Service, client: str) -> None:
         self.meter = Meter()
         self.residuals: dict[str, Tensor] = {}
-        self._service = service
+        self.service = service
         self._client = client
         self._ends: tuple[Coding, Coding] | None = None  # this one and the server's, if anything is coded
 
@@ -41,7 +44,7 @@ class InProcessLink:
         traffic, began = self.meter.counting(request), time.perf_counter()
         try:
             if traffic is None:
-                answer: Any = self._service.answer(self._client, request)
+                answer: Any = self.service.answer(self._client, request)
                 if isinstance(answer, Future):
                     return answer
                 if isinstance(request, Join) and isinstance(answer, Welcome):
@@ -50,7 +53,7 @@ class InProcessLink:
                 return future
             sent, up = self._cross(request, up=True)
             traffic.bytes_up += up
-            answer, down = self._cross(self._service.answer(self._client, sent), up=False)
+            answer, down = self._cross(self.service.answer(self._client, sent), up=False)
         except Exception as error:
             future.set_exception(error)
             return future
@@ -61,10 +64,10 @@ class InProcessLink:
         return future
 
     def close(self) -> None:
-        self._service.answer(self._client, Leave())
+        self.service.answer(self._client, Leave())
 
     def _agree(self, join: Join, welcome: Welcome) -> None:
-        kept = self.residuals, self._service.residuals(self._client)
+        kept = self.residuals, self.service.residuals(self._client)
         ours, theirs = (Coding(join.codec, dtype_of(join), welcome.hidden, where) for where in kept)
         self._ends = None if ours.exact else (ours, theirs)
 

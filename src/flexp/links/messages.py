@@ -16,6 +16,7 @@ from torch import Tensor
 from flexp.config import AlignConfig, CodecConfig, LoraConfig
 from flexp.errors import LinkError, LinkLostError
 from flexp.links.declaring import MASK, POSITIONS, ROWS, WEIGHTS, Count, Integer, Request, declared, hidden, message
+from flexp.texts import plain
 
 What = Literal["step", "evaluate", "save", "restore", "stop"]
 
@@ -30,11 +31,11 @@ class Refusal:
     @classmethod
     def of(cls, error: Exception | str) -> Refusal:
         """What an error comes to."""
-        return cls(str(error)[:4000], isinstance(error, LinkLostError))
+        return cls(plain(error), isinstance(error, LinkLostError))
 
     def as_error(self) -> LinkError:
         """The error on the other side, with the words of this one."""
-        return (LinkLostError if self.again else LinkError)(self.error)
+        return (LinkLostError if self.again else LinkError)(plain(self.error))
 
 
 @message
@@ -139,7 +140,8 @@ class BackwardRequest(Request[BackwardReply]):
         grad_BTH: ∂task/∂h, scaled by what this exchange counts in its step.
         step: numbers this client's steps from 1; one that was applied already is answered, and not applied again. 0:
             not numbered. A step is complete when all of its exchanges have arrived, in whatever order.
-        exchanges: how many exchanges the step has: micro-batches share one.
+        exchanges: how many exchanges the step has, as far as is known: a later one may say more. Micro-batches share
+            one.
         tokens: this exchange's share of the step's unmasked tokens, 0 < tokens ≤ 1, which its alignment counts.
         weight: how many items (tokens, examples) of the loss this exchange stands for.
     """

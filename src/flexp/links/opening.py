@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from flexp.links.base import Link, Service
+from flexp.links.base import Link, Service, Wrapping
+from flexp.links.inprocess import InProcessLink
 
 
 @contextmanager
@@ -33,6 +35,13 @@ def as_link(link: Link | str) -> Link:
     address, network = split_url(link)
     far: Link = connect(address)
     return far if network is None else EmulatedLink(far, network)
+
+
+def server_behind(link: Link) -> Any | None:
+    """The :class:`flexp.server.Server` itself, where it is in this process; ``None``: it is over a network."""
+    while isinstance(link, Wrapping):
+        link = link.inner
+    return link.service if isinstance(link, InProcessLink) else None
 
 
 @contextmanager

@@ -30,7 +30,9 @@ class Limits:
         frame_bytes: tensors of one frame.
         memory_bytes: tensors of all clients' frames that arrive or wait for their answer; more wait outside.
         unanswered: requests of a client that wait for their answer; more wait outside.
-        frame_seconds: between two messages of one frame, and for a client to take an answer.
+        frame_seconds: between two messages of one frame, either way.
+        slowest_bytes_per_second: a whole frame may take ``frame_seconds``, and its bytes at this rate, either way. One
+            that is larger than a client's share of the memory has ``frame_seconds`` alone while others wait for memory.
         join_seconds: for a client to join after it has connected.
         requests_per_second: of a client; one that sends faster is slowed down.
         bytes_per_second: likewise, of tensors.
@@ -42,14 +44,24 @@ class Limits:
     memory_bytes: int = 1 << 30
     unanswered: int = 16
     frame_seconds: float = 60.0
+    slowest_bytes_per_second: float = 32 << 10
     join_seconds: float = 30.0
     requests_per_second: float = 1000.0
     bytes_per_second: float = math.inf
     burst_seconds: float = 2.0
 
+    def seconds(self, size: int) -> float:
+        """That a whole frame of ``size`` bytes may take."""
+        return self.frame_seconds + size / self.slowest_bytes_per_second
+
     def told(self, welcome: Welcome) -> Welcome:
         """A welcome that tells the client what it has to keep to."""
         return replace(welcome, max_tokens=self.max_tokens, frame_bytes=self.frame_bytes)
+
+
+def bounded(welcome: Welcome) -> Welcome:
+    """A welcome with no larger frames than there is memory for, whatever the server names."""
+    return replace(welcome, frame_bytes=min(welcome.frame_bytes, Limits().frame_bytes))
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from flexp.client.model import SPLIT_MODELS, SplitModel
 from flexp.client.trainer import Trainable, Trainer
 from flexp.config import ClientConfig, CodecConfig, RunConfig
 from flexp.data.types import ClientData, Task
+from flexp.kinds import ModelKind
 from flexp.links.base import Link
 from flexp.methods.base import World
-from flexp.models.loading import ModelKind
 from flexp.models.parts import Part
 from flexp.models.stage import Stage, carve
 from flexp.models.tuning import tune
@@ -61,6 +61,7 @@ def split_model(
         expose_embeddings=config.model.expose_embeddings,
         numbering=numbering,
         codec=codec,
+        base_depth=config.model.base_depth,
     )
 
 

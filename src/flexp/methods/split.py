@@ -143,6 +143,7 @@ class Split(Method):
             optimizer=config.train.shared,
             total_steps=world.total_steps * len(world.participants),
             seed=config.seed,
+            clients_tuning=config.model.tuning,
         )
 
     def _blocks(self, client: str) -> Blocks:

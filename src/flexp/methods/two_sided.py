@@ -28,6 +28,7 @@ from flexp.client.exchange import Piece
 from flexp.config import RunConfig, Section
 from flexp.cost.clock import Schedule
 from flexp.errors import ConfigError
+from flexp.kinds import LABELS, logits_of
 from flexp.links.base import Meter
 from flexp.links.messages import ForwardRequest
 from flexp.links.messages import size as message_size
@@ -209,13 +210,13 @@ class SplitHarness(Harness):
         if train and not z_BTH.requires_grad:
             z_BTH = z_BTH.detach().requires_grad_()  # the server sends a gradient all the same
         arrived_BTH = _Crossing.apply(self, z_BTH)  # type: ignore[no-untyped-call]
-        traffic, labels = self.meter.of(train), batch.get("labels")
+        traffic, labels = self.meter.of(train), [batch[name] for name in LABELS if name in batch]
         sent = ForwardRequest(0, z_BTH.detach(), batch.get("attention_mask"), batch.get("position_ids"))
-        traffic.bytes_up += message_size(sent) + (_bytes(labels) if labels is not None else 0)
+        traffic.bytes_up += message_size(sent) + sum(map(_bytes, labels))
         traffic.exchanges += 1
         output = stage.finish(stage.run(arrived_BTH, plan, self.cut, last), batch, plan)
         if not train:
-            traffic.bytes_down += _bytes(output.logits)
+            traffic.bytes_down += _bytes(logits_of(output))
             traffic.server_seconds += time.perf_counter() - self._began
         return output
 

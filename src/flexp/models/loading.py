@@ -10,8 +10,9 @@ import contextlib
 import hashlib
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
@@ -20,21 +21,19 @@ from transformers.utils import logging as transformers_logging
 
 from flexp.config import ModelConfig
 from flexp.errors import ModelError
+from flexp.kinds import KINDS, ModelKind
 from flexp.limits import out_of_memory
 from flexp.models.anatomy import dissect, refuse_by_design
+from flexp.models.autos import AUTO, set_head
 from flexp.models.fingerprint import weights_fingerprint
+from flexp.models.heads import fit_head, name_classes, trained_classes
 from flexp.models.low_memory import low_memory_loading
 from flexp.models.parts import Part, prune
+from flexp.models.pooling import put_pooling
 from flexp.models.stage import Stage, carve, forget_ties
 from flexp.models.stored import check_table, give_table, without_table
 from flexp.rng import RandomStream
 
-ModelKind = Literal["causal-lm", "sequence-classification", "image-classification"]
-AUTO: dict[str, Any] = {
-    "causal-lm": transformers.AutoModelForCausalLM,
-    "sequence-classification": transformers.AutoModelForSequenceClassification,
-    "image-classification": transformers.AutoModelForImageClassification,
-}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 AUTOCAST = {"off": None, "bfloat16": torch.bfloat16}
 
@@ -56,7 +55,8 @@ def load_stage(
             a name alone stands for the defaults. With ``embeddings = "file"`` and the ends, those of the tokens are
             read row by row where the checkpoint has them (:mod:`flexp.models.stored`), and must not be trained.
         kind: what the model is for.
-        labels: the names of the classes, for classifiers.
+        labels: the names of the classes, for classifiers. A class that the checkpoint's trained head knows keeps its
+            weights, whatever the order; ``None``: those of the checkpoint.
         dropout: the rate of every dropout; ``None``: as the model's configuration says.
         seed: of those weights that the checkpoint does not hold, such as a new classifier; equal for every part.
 
@@ -74,13 +74,17 @@ def load_stage(
         return whole if part is None else carve(whole, part)
     config = load_config(name)
     refuse_by_design(f"{name} ({config.model_type})", config)
-    if kind == "causal-lm" and (part is None or part.ends):  # a server without the ends may serve classifiers
+    head = KINDS[kind]
+    if head.answers == "next-token" and (part is None or part.ends):  # a server without the ends may serve classifiers
         _refuse_bidirectional(name, config)
+    set_head(config, kind)
+    ends = part is None or part.ends
+    trained = trained_classes(config, kind, wanted.pooling) if labels is not None and ends else []
     if labels is not None:
-        config.problem_type = "single_label_classification"  # what the checkpoint was trained for does not matter here
-        config.num_labels = len(labels)
-        config.id2label = dict(enumerate(labels))
-        config.label2id = {label: index for index, label in enumerate(labels)}
+        # What the checkpoint was trained for does not matter here.
+        config.problem_type = head.problem or "single_label_classification"
+        if not trained:
+            name_classes(config, labels)
     if pad_token_id is not None and config.get_text_config().pad_token_id is None:
         config.get_text_config().pad_token_id = pad_token_id
     if dropout is not None:
@@ -118,16 +122,20 @@ def load_stage(
     if in_file:
         give_table(loaded, name, dtype)
     missing, resized = set(info["missing_keys"]), {key for key, *_ in info["mismatched_keys"]}
-    replaceable = set() if kind == "causal-lm" else missing | (resized if labels is not None else set())
+    fitted = labels is not None or head.outputs is not None
+    replaceable = set() if head.answers == "next-token" else missing | (resized if fitted else set())
     _refuse_incomplete(name, loaded, missing | resized, replaceable)
-    _initialise(loaded, missing | resized, seed)
+    if labels is not None and trained:
+        resized |= fit_head(loaded, trained, labels, partial(_initialise, seed=seed))
+    new = _headed(loaded, wanted, kind, part, missing | resized)
+    _initialise(loaded, new, seed)
     anatomy = dissect(loaded)
     if part is not None and not part.blocks <= set(range(anatomy.blocks)):
         raise ModelError(f"{name} has {anatomy.blocks} blocks, so there is no block {max(part.blocks)}")
     loaded.requires_grad_(False)
     stage = Stage(loaded, anatomy, part or Part.whole(anatomy.blocks))
     stage.autocast = AUTOCAST[wanted.autocast]
-    stage.new = frozenset(missing | resized)
+    stage.new = frozenset(new)
     stage.weights = weights_fingerprint(name)
     return stage
 
@@ -166,10 +174,22 @@ def _from_zoo(wanted: ModelConfig, kind: ModelKind, labels: Sequence[str] | None
         raise ModelError(
             f"{wanted.id} has {model.config.num_labels} classes, but the data have {len(labels)}; use a real model"
         )
+    new = _headed(model, wanted, kind, None, set())
+    _initialise(model, new, seed)
     model.requires_grad_(False)
     stage = Stage.whole(model)
     stage.autocast = AUTOCAST[wanted.autocast]
+    stage.new = frozenset(new)
     return stage
+
+
+def _headed(model: Any, wanted: ModelConfig, kind: ModelKind, part: Part | None, missing: set[str]) -> set[str]:
+    """Put in the head that ``model.pooling`` asks for, where the part has one; gives what is to be drawn now."""
+    if part is not None and not part.ends:
+        return missing
+    drawn = put_pooling(model, wanted.pooling, kind, wanted.id)
+    there = {name for name, _ in model.named_parameters()} if drawn else missing
+    return missing & there | set(drawn)
 
 
 def _class_for(config: Any, kind: ModelKind, name: str) -> Any:

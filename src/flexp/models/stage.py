@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from flexp.errors import ModelError
+from flexp.kinds import LABELS
 from flexp.models import execution
 from flexp.models.anatomy import Anatomy, dissect
 from flexp.models.execution import ExecutionPlan
 from flexp.models.parts import Absent, Part, ZeroPatches, prune
 
-NOT_FOR_BLOCKS = frozenset({"labels", "num_items_in_batch"})
+NOT_FOR_BLOCKS = frozenset({*LABELS, "num_items_in_batch"})
 """What a batch may hold that only the loss needs."""
 NEED_ALL_BLOCKS = ("output_hidden_states", "output_attentions", "output_router_logits")
 """What may be asked of a whole model, but not of one whose blocks are in several places."""

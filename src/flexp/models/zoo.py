@@ -13,36 +13,28 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageClassification,
     AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
     PreTrainedConfig,
     PreTrainedModel,
 )
 
 from flexp.errors import ModelError
+from flexp.kinds import IGNORED, KINDS, ModelKind
 from flexp.models.architectures import ARCHITECTURES, FIRST_TOKEN, LABELS, PAD, Attention, Spec
+from flexp.models.autos import AUTO, set_head
 
 __all__ = ["ARCHITECTURES", "Spec", "save_tiny", "tiny_batch", "tiny_model"]
 
-TaskKind = Literal["causal-lm", "sequence-classification", "image-classification"]
 Padding = Literal["none", "left", "right"]
 
-_IGNORED = -100  # what transformers' losses leave out
 _NOISE = 0.1  # standard deviation, on biases and norm weights
-_AUTO: dict[str, Any] = {
-    "causal-lm": AutoModelForCausalLM,
-    "sequence-classification": AutoModelForSequenceClassification,
-    "image-classification": AutoModelForImageClassification,
-    "sequence-to-sequence": AutoModelForSeq2SeqLM,
-}
+_AUTO: dict[str, Any] = {**AUTO, "sequence-to-sequence": AutoModelForSeq2SeqLM}
 
 
 def tiny_model(
     name: str,
     *,
-    task: TaskKind | None = None,
+    task: ModelKind | None = None,
     seed: int = 0,
     attention: Attention = "sdpa",
     dtype: torch.dtype = torch.float32,
@@ -63,11 +55,14 @@ def tiny_model(
     """
     spec = _spec(name)
     kind = spec.task if task is None else task
-    if kind not in spec.tasks:
-        raise ModelError(f"arch:{name} has no task {kind!r}; it has: {', '.join(spec.tasks)}")
     config = _config(spec, dropout)
-    if kind.endswith("classification"):
-        config.num_labels = LABELS
+    known = [*spec.tasks, *(other for other in KINDS if type(config) in AUTO[other]._model_mapping)]
+    if kind not in known:
+        raise ModelError(f"arch:{name} has no task {kind!r}; it has: {', '.join(dict.fromkeys(known))}")
+    if kind in KINDS:
+        if KINDS[kind].named:
+            config.num_labels = LABELS
+        set_head(config, kind)
     chosen = attention if attention in spec.attentions else spec.attentions[0]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -92,8 +87,8 @@ def tiny_batch(
 
     Tokens: ``input_ids`` (batch, length), the padding token only where there is padding. With ``padding``, rows grow
     shorter from the second on, and ``attention_mask`` (batch, length) tells how. ``labels`` are the tokens, −100 on
-    padding, (batch, length) of language models, and classes, (batch,), of classifiers. Images: ``pixel_values``
-    (batch, channels, height, width).
+    padding, (batch, length) of language models; classes, (batch,), of classifiers; and what transformers' losses of
+    other heads read. Images: ``pixel_values`` (batch, channels, height, width).
 
     Raises:
         ModelError: images are to be padded, or the batch is longer than the model's positions.
@@ -103,8 +98,7 @@ def tiny_batch(
     generator = torch.Generator().manual_seed(seed)
     config = model.config
     classes = torch.randint(0, max(2, config.num_labels), (batch,), generator=generator)
-    if config.num_labels == 1:
-        classes = classes.to(model.dtype)  # a regression
+    kind = _kind_of(model)
     if model.main_input_name == "pixel_values":
         if padding != "none":
             raise ModelError("images have no padding; use padding='none'")
@@ -129,12 +123,34 @@ def tiny_batch(
     out = {"input_ids": input_ids}
     if padding != "none":
         out["attention_mask"] = mask
-    classifies = type(model).__name__.endswith("ForSequenceClassification")
-    out["labels"] = classes if classifies else input_ids.masked_fill(mask == 0, _IGNORED)
+    match KINDS[kind].answers:
+        case "class":
+            out["labels"] = classes
+        case "number":
+            out["labels"] = classes.to(model.dtype)
+        case "classes":
+            out["labels"] = torch.randint(0, 2, (batch, config.num_labels), generator=generator).to(model.dtype)
+        case "tokens":
+            tags = torch.randint(0, config.num_labels, (batch, length), generator=generator)
+            out["labels"] = tags.masked_fill(mask == 0, IGNORED)
+        case "span":
+            ends = torch.randint(0, length, (2, batch), generator=generator).sort(dim=0).values
+            out["start_positions"], out["end_positions"] = ends
+        case _:
+            out["labels"] = input_ids.masked_fill(mask == 0, IGNORED)
     return out
 
 
-def save_tiny(name: str, folder: str | Path, *, task: TaskKind | None = None, seed: int = 0) -> Path:
+def _kind_of(model: PreTrainedModel) -> str:
+    """What a model is for, by its class and its configuration's ``problem_type``."""
+    name, problem = type(model).__name__, getattr(model.config, "problem_type", None)
+    suited = [kind for kind, head in KINDS.items() if name.endswith(head.auto.removeprefix("AutoModel"))]
+    if problem is None and model.config.num_labels == 1:
+        problem = "regression"  # as transformers takes it
+    return next((kind for kind in suited if KINDS[kind].problem == problem), suited[0] if suited else "causal-lm")
+
+
+def save_tiny(name: str, folder: str | Path, *, task: ModelKind | None = None, seed: int = 0) -> Path:
     """Save a model of :func:`tiny_model` as a checkpoint in ``folder`` (made if need be), and return that path."""
     path = Path(folder)
     tiny_model(name, task=task, seed=seed).save_pretrained(path)
@@ -150,6 +166,7 @@ def _spec(name: str) -> Spec:
 
 def set_dropout(config: PreTrainedConfig, rate: float) -> None:
     """Set every dropout that ``config`` names to ``rate``; other noise of training (dropped blocks, jitter) to zero."""
+    config.classifier_dropout = rate  # which some heads make up where it is not named
     for part in {id(part): part for part in (config, config.get_text_config())}.values():
         for key, value in vars(part).items():
             if key == "layerdrop" or (key.endswith("jitter_noise") and isinstance(value, float)):

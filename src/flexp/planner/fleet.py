@@ -13,6 +13,7 @@ from flexp.config import DeviceClassConfig, DevicesConfig, ModelConfig, Rate, Se
 from flexp.cost.choice import codec_names
 from flexp.cost.profile import FIGURES, Profile
 from flexp.errors import ConfigError
+from flexp.kinds import ModelKind
 
 Share = Annotated[float, Field(ge=0.0)]
 
@@ -74,7 +75,7 @@ class TaskShape(Section):
         follow: whether these leave the training of the aligned blocks to the server.
     """
 
-    kind: Literal["causal-lm", "sequence-classification", "image-classification"] = "sequence-classification"
+    kind: ModelKind = "sequence-classification"
     length: PositiveInt = 128
     labels: PositiveInt = 2
     batch_size: PositiveInt = 8

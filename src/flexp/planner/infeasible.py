@@ -8,6 +8,7 @@ from typing import Any
 
 from flexp.cost.choice import Choice
 from flexp.errors import ConfigError, ModelError
+from flexp.kinds import KINDS
 from flexp.planner.fleet import Device, TaskShape
 from flexp.planner.options import Option, in_time
 from flexp.planner.problem import Problem
@@ -141,7 +142,7 @@ def _changes(task: TaskShape, choice: Choice, keys: Mapping[str, str], may_map: 
             yield change
         other = change.task
         loaded = other.embeddings == "memory" and other.dtype == task.dtype  # the file has but one type
-        if may_map and loaded and not other.train_embeddings and other.kind != "image-classification":
+        if may_map and loaded and not other.train_embeddings and not KINDS[other.kind].images:
             words = f"{change.words} and embeddings" if change.words else "embeddings that stay"
             lean = other.model_copy(update={"embeddings": "file"})
             yield Change(lean, change.choice, f"{words} in their file ({keys['embeddings']})")
@@ -162,7 +163,7 @@ def _lossless(task: TaskShape, choice: Choice, keys: Mapping[str, str]) -> Itera
 def _lossy(task: TaskShape, choice: Choice, keys: Mapping[str, str]) -> Iterator[Change]:
     both = _lightest(task, choice)
     lengths = [length for length in (task.length // 2, task.length // 4, task.length // 8) if length >= 8]
-    text = task.kind != "image-classification"
+    text = not KINDS[task.kind].images
     for length in lengths if text else ():
         shorter = task.model_copy(update={"length": length})
         yield Change(shorter, both, f"texts of {length} tokens ({keys['length']} = {length})")

@@ -12,8 +12,8 @@ from flexp.cost.device import this_machine
 from flexp.cost.model_cost import ModelCost, model_cost
 from flexp.cost.predict import memory, predict, resting
 from flexp.cost.profile import Profile
+from flexp.kinds import ModelKind
 from flexp.limits import maps_count
-from flexp.models.loading import ModelKind
 from flexp.planner.fleet import Choices, TaskShape, of_run
 from flexp.planner.plan import make_plan
 from flexp.report.formats import cut as shown

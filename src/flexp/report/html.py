@@ -67,7 +67,7 @@ def render(summary: Mapping[str, Any], records: Sequence[Record], config: Any | 
             formats.plural(summary["rounds"], "round"),
             f"seed {summary['seed']}",
         ],
-        warnings=[] if summary["finished"] else [unfinished],
+        warnings=[*([] if summary["finished"] else [unfinished]), *summary.get("warnings", [])],
         run=summary,
         client_table=tables.clients(summary),
         figures=plots.all_plots(summary, records),

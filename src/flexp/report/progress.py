@@ -13,6 +13,7 @@ from rich.progress import Progress as RichProgress
 from rich.text import Text
 
 from flexp.report import formats
+from flexp.texts import plain
 
 DECAY = 0.9
 
@@ -106,7 +107,7 @@ class Progress:
 
     def note(self, text: str) -> None:
         """A line of text, above the bar if there is one."""
-        self._print(text)
+        self._print(plain(text))
 
     @property
     def elapsed(self) -> float:

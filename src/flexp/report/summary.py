@@ -43,6 +43,20 @@ def scores_by_round(records: Iterable[Record], clients: Sequence[str], metric: s
     return {number: rounds[number] for number in sorted(rounds) if len(rounds[number]) == len(set(clients))}
 
 
+def majorities(records: Iterable[Record], clients: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Client name → the majority's share of its own test data and of everybody's, where there are right answers.
+
+    It is what a model reaches that always gives the most frequent answer, and has learned nothing else.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for record in records:
+        if record.get("kind") == "eval" and record["client"] in clients:
+            shares = {side: record[side]["majority"] for side in SIDES if "majority" in (record.get(side) or {})}
+            if len(shares) == len(SIDES):
+                found[record["client"]] = shares
+    return found
+
+
 def aggregate(scores: Scores, higher_is_better: bool) -> dict[str, float | None]:
     """Mean and worst over clients: ``personal_mean``, ``personal_worst``, ``global_mean``, ``global_worst``, and
     ``validation_mean``, ``validation_worst`` where every client has validation data.
@@ -96,6 +110,7 @@ def build_summary(
     totals: Mapping[str, Any],
     machine: Mapping[str, Any],
     versions: Mapping[str, Any],
+    warnings: Sequence[str] = (),
     rounds: int | None = None,
 ) -> dict[str, Any]:
     """The content of ``summary.json`` (schema 1).
@@ -105,12 +120,15 @@ def build_summary(
             ``train_examples``, ``test_examples``, ``personal_parameters``, ``bytes_up``, ``bytes_down``,
             ``client_seconds``, ``server_seconds``, ``peak_memory_bytes``; further keys are kept.
         records: records of ``metrics.jsonl``; only those of kind ``eval`` are used.
+        warnings: what is suspicious about the data.
         rounds: rounds trained; None: the latest fully evaluated one.
 
     Returns:
         JSON-ready values. Scores that do not exist (yet) are None.
     """
-    names = [str(client["name"]) for client in clients]
+    names, records = [str(client["name"]) for client in clients], list(records)
+    majority = majorities(records, names)
+    everybody = [record["global"].get("n") for record in records if record.get("kind") == "eval" and "global" in record]
     by_round = scores_by_round(records, names, metric)
     last = max(by_round, default=None)
     best = best_round(by_round, higher_is_better)
@@ -127,6 +145,8 @@ def build_summary(
         "method": method,
         "seed": seed,
         "finished": finished,
+        "warnings": list(warnings),
+        "test_examples": everybody[-1] if everybody else None,
         "rounds": (last or 0) if rounds is None else rounds,
         "metric": metric,
         "higher_is_better": higher_is_better,
@@ -134,6 +154,7 @@ def build_summary(
         "clients": [
             {
                 **client,
+                **({"majority": majority[str(client["name"])]} if client["name"] in majority else {}),
                 "before": dict(at("before")[str(client["name"])]),
                 "last": dict(at("last")[str(client["name"])]),
                 "best": {"round": best, **at("best")[str(client["name"])]},

@@ -38,10 +38,10 @@ class Table:
     details: bool = False
     changes: Mapping[tuple[int, int], tuple[str, str]] = field(default_factory=dict)
 
-    def terminal(self, headers: Iterable[str]) -> RichTable:
+    def terminal(self, headers: Iterable[str], dense: bool = False) -> RichTable:
         """About 80 columns wide when names are short: ``headers`` may be broken and say the unit in place of the cells.
 
-        Cells are shown literally: markup in them has no effect.
+        Cells are shown literally: markup in them has no effect. ``dense``: one space between columns instead of two.
         """
         shown = RichTable(
             box=box.SIMPLE_HEAD,
@@ -51,7 +51,7 @@ class Table:
             caption_justify="left",
             pad_edge=False,
             show_edge=False,
-            padding=(0, 1, 0, 0),
+            padding=0 if dense else (0, 1, 0, 0),
         )
         first, *others = headers
         shown.add_column(first, overflow="fold", min_width=8)
@@ -69,63 +69,95 @@ class Table:
 def clients(summary: Mapping[str, Any]) -> Table:
     """The scores and costs of a run: one row a client, then *Mean* and *Worst*.
 
-    Worst is the worst score, the fewest examples and the highest cost of any client, each on its own.
+    Worst is the worst score, the fewest examples and the highest cost of any client, each on its own. Where there are
+    right answers, the score of the majority stands beside each score.
     """
     metric, higher = str(summary["metric"]), bool(summary["higher_is_better"])
-    known, scores = summary["clients"], summary["scores"]
-    rows = [
-        [
-            str(client["name"]),
-            formats.cut(client.get("cut")),
-            formats.count(client["train_examples"]),
-            *(formats.pair(client["before"][side], client["last"][side], metric) for side in SIDES),
-            *(formats.size(client.get(key)) for key in COSTS),
-        ]
+    known, scores, compared = summary["clients"], summary["scores"], _has_majority(summary)
+    pairs = [[(client["before"][side], client["last"][side]) for side in SIDES] for client in known]
+    majorities = [[client["majority"][side] for side in SIDES] for client in known] if compared else []
+    lines = [
+        (
+            [str(client["name"]), formats.cut(client.get("cut"))],
+            [client["train_examples"], client["test_examples"]],
+            [client.get(key) for key in COSTS],
+        )
         for client in known
     ]
-    pairs = [[(client["before"][side], client["last"][side]) for side in SIDES] for client in known]
     for over, fewest, highest in (("mean", _mean, _mean), ("worst", min, max)):
         pairs.append([(scores["before"][f"{side}_{over}"], scores["last"][f"{side}_{over}"]) for side in SIDES])
+        counts = [_over(fewest, known, key) for key in ("train_examples", "test_examples")]
+        lines.append(([over.capitalize(), ""], counts, [_over(highest, known, key) for key in COSTS]))
+    if compared:
+        majorities += [[_mean([shares[place] for shares in majorities]) for place in range(2)], [None, None]]
+    rows, step = [], 2 if compared else 1
+    for line, (names, counts, costs) in enumerate(lines):
+        shown = [formats.pair(*pair, metric) for pair in pairs[line]]
+        if compared:
+            beside = ["" if share is None else formats.score(share, metric) for share in majorities[line]]
+            shown = [cell for both in zip(shown, beside, strict=True) for cell in both]
         rows.append(
             [
-                over.capitalize(),
-                "",
-                formats.count(_over(fewest, known, "train_examples")),
-                *(formats.pair(*pair, metric) for pair in pairs[-1]),
-                *(formats.size(_over(highest, known, key)) for key in COSTS),
+                *names,
+                *(formats.count(count if count is None else round(count)) for count in counts),
+                *shown,
+                *map(formats.size, costs),
             ]
         )
     unit = "in points" if formats.is_fraction(metric) else "of the score"
-    name = metric.capitalize()
+    name, everybody = metric.capitalize(), summary.get("test_examples")
     titles = [f"{name}, own test data", f"{name}, everybody's"]
+    if compared:
+        titles = [titles[0], "Majority, own", titles[1], "Majority, everybody's"]
     return Table(
         key="clients",
         title="Clients",
-        caption=f"{name} before → after training (change {unit}). Worst: the {'lowest' if higher else 'highest'} "
-        "score, the fewest examples and the highest cost of any client.",
-        headers=["Client", "Cut", "Private examples", *titles, "Sent up", "Sent down", "Peak memory"],
+        caption=f"{name} before → after training (change {unit})"
+        + (", and of whoever always gives the most frequent answer" if compared else "")
+        + (f"; everybody's test data are {formats.plural(everybody, 'example')}" if everybody else "")
+        + f". Worst: the {'lowest' if higher else 'highest'} score, the fewest examples and the highest cost of any "
+        "client.",
+        headers=["Client", "Cut", "Private examples", "Test examples", *titles, "Sent up", "Sent down", "Peak memory"],
         rows=rows,
         bold=range(len(known), len(rows)),
         changes={
-            (line, place): _change(before, after, metric, higher)
+            (line, 4 + place * step): _change(before, after, metric, higher)
             for line, sides in enumerate(pairs)
-            for place, (before, after) in enumerate(sides, start=3)
+            for place, (before, after) in enumerate(sides)
             if before is not None and after is not None
         },
     )
 
 
 def client_table(summary: Mapping[str, Any]) -> RichTable:
-    """The same for the terminal."""
+    """The same for the terminal, where the traffic of both directions is one column."""
     metric = str(summary["metric"])
     unit = f"{metric.capitalize()} %" if formats.is_fraction(metric) else metric.capitalize()
+    made = clients(summary)
+    traffic = [{"both": _traffic(client)} for client in summary["clients"]]
+    totals = [*(client["both"] for client in traffic), *(_over(how, traffic, "both") for how in (_mean, max))]
+    rows = [
+        [*row[:2], f"{row[2]}/{row[3]}", *row[4:-3], formats.size(total), row[-1]]
+        for row, total in zip(made.rows, totals, strict=True)
+    ]
     made = replace(
-        clients(summary),
+        made,
+        rows=rows,
         title=f"{summary['name']}: {metric} before → after training, on test data",
         caption="" if summary["finished"] else "This run is not finished.",
     )
-    titles = ("Client", "Cut", "Private\nexamples", f"{unit}\nown data", f"{unit}\neverybody's")
-    return made.terminal((*titles, "Sent\nup", "Sent\ndown", "Peak\nmemory"))
+    beside = ["Major-\nity"] if _has_majority(summary) else []
+    titles = ("Client", "Cut", "Train/\ntest", f"{unit}\nown data", *beside, f"{unit}\neverybody's", *beside)
+    return made.terminal((*titles, "Up and\ndown", "Peak\nmemory"), dense=bool(beside))
+
+
+def _traffic(client: Mapping[str, Any]) -> float | None:
+    sent, received = (client.get(key) for key in COSTS[:2])
+    return None if sent is None or received is None else float(sent + received)
+
+
+def _has_majority(summary: Mapping[str, Any]) -> bool:
+    return bool(summary["clients"]) and all(client.get("majority") for client in summary["clients"])
 
 
 def _over(how: Callable[[list[float]], float], clients: Iterable[Mapping[str, Any]], key: str) -> float | None:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from flexp.config import TrainConfig
-from flexp.errors import LinkError, StorageError
+from flexp.errors import ConfigError, LinkError, StorageError
 from flexp.links.messages import Order, Ready
 from flexp.run.store import Store
 from flexp.server import Server
 
 Say = Callable[[str], None]
+TOLD = ("loss", "lr", "score", "seconds", "bytes_up", "bytes_down", "waited_seconds", "compute_seconds")
+"""What a client may say of itself; anything else is left out."""
 
 
 @dataclass
@@ -23,6 +27,12 @@ class Member:
     ready: Ready = field(default_factory=lambda: Ready(0))
     waits: Future[Order] | None = None
     stopped: bool = False
+
+    @property
+    def facts(self) -> dict[str, float]:
+        """What the client says of itself, as far as it may and it is a number."""
+        said = self.ready.facts
+        return {name: said[name] for name in TOLD if name in said and math.isfinite(said[name])}
 
     def answer(self, order: Order) -> None:
         """Give the client its order, if it still listens."""
@@ -36,21 +46,46 @@ class Conductor:
 
     Args:
         run: the run's name; a server that goes on with one has the name from its snapshots.
+        clients: who takes part; ``None``: whoever comes.
+
+    Attributes:
+        may_last: whether a run may have another length than it was planned with.
+        over: all clients that take part were told to stop, now or before the server was started again. A run that is
+            over is sealed: nobody trains its blocks any more, unless the configuration says more steps by now.
+
+    Raises:
+        ConfigError: see :func:`flexp.run.server.make_conductor`.
     """
 
-    def __init__(self, server: Server, snapshots: Store | None, run: str, say: Say, train: TrainConfig) -> None:
+    may_last: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        server: Server,
+        snapshots: Store | None,
+        run: str,
+        say: Say,
+        train: TrainConfig,
+        clients: Sequence[str] | None,
+    ) -> None:
         self.server, self.snapshots, self.run, self.say, self.train = server, snapshots, run, say, train
+        self.clients = clients
         self.members: dict[str, Member] = {}
+        saved = {} if snapshots is None or not snapshots.numbers() else snapshots.open(max(snapshots.numbers())).facts
+        planned = saved.get("planned", train.total_steps)
+        if planned != train.total_steps and (not self.may_last or train.shared.schedule != "constant"):
+            raise ConfigError(
+                f"the run {run} was planned with {planned} steps of each client, not {train.total_steps}, which only a "
+                "free run with a constant train.shared.schedule may change; set train.rounds as it was, or begin anew"
+            )
+        self.over = server.sealed = bool(saved.get("over")) and train.total_steps <= planned
+        if self.over:
+            say(f"the run {run} is over: nobody trains it any more")
 
     @property
     def numbers(self) -> list[int]:
         """The server's own snapshots."""
         return [] if self.snapshots is None else self.snapshots.numbers()
-
-    @property
-    def finished(self) -> bool:
-        """Whether all clients that take part were told to stop."""
-        raise NotImplementedError
 
     def ready(self, client: str, ready: Ready) -> Future[Order]:
         """Take what a client says, and see what can be done now.
@@ -90,13 +125,25 @@ class Conductor:
         if client in self.members:
             self.members[client].waits = None
 
+    def seal(self) -> None:
+        """The run is over; snapshots say so from now on."""
+        self.over = self.server.sealed = True
+
+    @property
+    def finished(self) -> bool:
+        """Whether all clients that take part were told to stop, since the server was started."""
+        return self.clients is not None and all(
+            name in self.members and self.members[name].stopped for name in self.clients
+        )
+
     def save(self, number: int, unfinished: bool = False) -> None:
         """The server's own snapshot; a failure is said, and what was saved before stays."""
         if self.snapshots is None:
             return
+        facts = {"run": self.run, "updates": self.server.shared.version, "planned": self.train.total_steps}
         try:
             state = self.server.state(unfinished=unfinished)
-            self.snapshots.save(number, {"server": state}, {"run": self.run, "updates": self.server.shared.version})
+            self.snapshots.save(number, {"server": state}, {**facts, "over": self.over})
         except StorageError as error:
             self.say(f"snapshot {number} was not saved: {error}")
 

@@ -28,6 +28,8 @@ class Deterministic(Conductor):
         place: where in the schedule the run is.
     """
 
+    clients: Sequence[str]
+
     def __init__(
         self,
         server: Server,
@@ -38,18 +40,18 @@ class Deterministic(Conductor):
         clients: Sequence[str],
         places: Sequence[Place],
     ) -> None:
-        super().__init__(server, snapshots, run, say, train)
-        self.places, self.clients = list(places), list(clients)
+        super().__init__(server, snapshots, run, say, train, clients)
+        self.places = list(places)
         self.place = 0
-        self._begun = self._ended = False
+        self._begun = False
         self._done: set[str] = set()  # who has done the place that all do
         self._saved = -1  # the last place at which the server has saved
         owners = [item.client if item.what == "step" else "" for item in self.places]
         self._steps = {name: [0, *accumulate(owner == name for owner in owners)] for name in self.clients}
-
-    @property
-    def finished(self) -> bool:
-        return self._ended
+        if self.over:
+            self._saved = max(self.numbers)
+            self.restore(self._saved)
+            self.place, self._begun = len(self.places), True
 
     def ready(self, client: str, ready: Ready) -> Future[Order]:
         if client not in self.clients:
@@ -105,7 +107,9 @@ class Deterministic(Conductor):
                 self._order(name, item)
             self._catch_up()
             return
-        self._ended = True
+        if not self.over:
+            self.seal()
+            self.save(self._saved)
         for name in self.clients:
             member = self.members.get(name)
             if member is not None and member.waits:
@@ -137,6 +141,11 @@ class Deterministic(Conductor):
                 self._next()
             return
         found = [number for number in ready.snapshots if number <= self.place]
+        if not found and not ready.steps:
+            raise LinkError(
+                f"client {client} comes with nothing, and has done {expected} steps in this run, which would train the "
+                "shared blocks again; give it the --state folder that it had, or begin the run anew"
+            )
         if found:
             self.say(f"{client} is back and goes on from its snapshot {max(found)}")
             self.members[client].answer(Order("restore", self.run, -1, max(found)))

@@ -12,6 +12,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from flexp.config import TrainConfig
+from flexp.errors import LinkError
 from flexp.links.messages import Order, Ready
 from flexp.methods.turns import scored_rounds
 from flexp.run.conduct import Conductor, Member, Say
@@ -38,6 +39,8 @@ class Free(Conductor):
         save_every: the server saves when the clients have done so many steps each, on average.
     """
 
+    may_last = True
+
     def __init__(
         self,
         server: Server,
@@ -49,8 +52,7 @@ class Free(Conductor):
         evaluate_every: int,
         save_every: int,
     ) -> None:
-        super().__init__(server, snapshots, run, say, train)
-        self.clients = clients
+        super().__init__(server, snapshots, run, say, train, clients)
         self._scored = scored_rounds(train, evaluate_every)
         self._save_every = save_every
         self._told: dict[str, _Told] = {}
@@ -59,27 +61,29 @@ class Free(Conductor):
             self.restore(self._number)
         self._saved_version = self.server.shared.version
 
-    @property
-    def finished(self) -> bool:
-        members = self.members
-        return self.clients is not None and all(name in members and members[name].stopped for name in self.clients)
-
     def ready(self, client: str, ready: Ready) -> Future[Order]:
         member, future = self.come(client, ready)
         told = self._told.setdefault(client, _Told())
         if ready.done is None and not ready.steps and ready.snapshots and ready.run:
             member.answer(Order("restore", self.run, self._number, max(ready.snapshots)))
             return future
+        here = self.server.clients[client].progress.newest
+        if self.over and max(here, ready.steps) < self.train.total_steps:
+            raise LinkError(
+                f"client {client}: the run {self.run} is over, and the client has done {ready.steps} of its "
+                f"{self.train.total_steps} steps; give it the --state folder that it had in this run"
+            )
         if ready.done is None:
-            self._compare(client, ready)
+            self._compare(client, ready, here)
         self.server.keep_answers_after(client, ready.saved)
         self._save_if_due()
         self._answer(member, ready, told)
         return future
 
     def close(self) -> str:
-        """Save once more, wherever clients are; gives what to tell the operator."""
-        self._save()
+        """Save once more, wherever clients are, unless the run is over; gives what to tell the operator."""
+        if not self.over:
+            self._save()
         if self.snapshots is None:
             return "nothing was saved, as no --state DIR was given"
         return f"saved as snapshot {self._number} in {self.snapshots.folder}"
@@ -96,8 +100,9 @@ class Free(Conductor):
             member.answer(Order("step", self.run, self._number, count=count, save=save))
         else:
             member.stopped = True
-            if self.finished:
+            if self.finished and not self.over:
                 self.server.flush()
+                self.seal()
                 self._save()
             member.answer(Order("stop", self.run, self._number, save=self._number))
 
@@ -111,9 +116,8 @@ class Free(Conductor):
         self._saved_version = self.server.shared.version
         self.save(self._number, unfinished=True)
 
-    def _compare(self, client: str, ready: Ready) -> None:
-        """Say what was lost, on either side."""
-        here = self.server.clients[client].progress.newest
+    def _compare(self, client: str, ready: Ready, here: int) -> None:
+        """Say what was lost, on either side; ``here``: so many of its steps the shared blocks have."""
         if ready.steps > here:
             self.say(
                 f"{client} has done {ready.steps} steps, of which the shared blocks have the first {here}: the other "

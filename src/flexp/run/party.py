@@ -23,6 +23,11 @@ from flexp.run.recutting import Mover
 from flexp.run.settle import ClientSetup
 from flexp.run.store import Store, party_of
 
+MOST_RUN = 200
+"""Letters of a run's name."""
+QUICK = 1.0
+"""A link that was lost sooner after the one before, in seconds, is not made anew at once."""
+
 
 class Party:
     """One client's part of a conducted run.
@@ -58,6 +63,8 @@ class Party:
         self._saved_steps = trainer.steps  # of a client that has moved to another cut, what it moved with
         self._place = 0
         self._pull_due = False
+        self._linked = time.monotonic()
+        self._quick = 0.0  # seconds to rest before the link is made anew
 
     def work(self, stop: threading.Event) -> bool:
         """Obey until the run is over or ``stop`` is set, then end after the step; gives whether the run is over.
@@ -82,6 +89,7 @@ class Party:
             "numbering": self.model.steps.numbering,
             "steps": self.trainer.steps,
             "cut": list(self.model.cut),
+            "data": self.setup.identity,
         }
         try:
             self.snapshots.save(number, {party_of(self.data.name): party_state(self.trainer)}, facts)
@@ -95,6 +103,7 @@ class Party:
             order = self._next_order(done)
             if order is None:
                 break
+            self._judge(order)
             self._run, self._place = order.run, order.place
             if order.save is not None:
                 self.save(order.save)
@@ -116,6 +125,21 @@ class Party:
             done = order.place
         self.save(self._place)  # to go on from here
         return False
+
+    def _judge(self, order: Order) -> None:
+        """Refuse what no server of this run would say: more steps would give it more gradients.
+
+        Raises:
+            LinkError: see above.
+        """
+        most = self.config.train.total_steps - self.trainer.steps
+        if order.what == "step" and not 1 <= order.count <= most:
+            raise LinkError(
+                f"the server orders {order.count} steps after {self.trainer.steps}, and this run has "
+                f"{self.config.train.total_steps}; set the same train.rounds and train.steps_per_round on both sides"
+            )
+        if len(order.run) > MOST_RUN or min(order.number, order.save or 0) < 0:
+            raise LinkError("the server's order names a run or a snapshot that cannot be")
 
     def _next_order(self, done: int | None) -> Order | None:
         """The next order; ``None`` if the client is to stop meanwhile."""
@@ -203,11 +227,14 @@ class Party:
             LinkError: the server cannot be reached within the time, or refuses.
         """
         end, pause = time.monotonic() + self._patience, 0.2
+        self._quick = min(2 * self._quick or pause, 5.0) if time.monotonic() - self._linked < QUICK else 0.0
+        self._stop.wait(self._quick)  # a server may take every client in and refuse whatever it sends
         while True:
             try:
                 with suppress(LinkError):
                     self.model.link.close()  # first: a client has one stream at a time
                 self.model.rejoin(self._keeping_the_meter(self.reach()))
+                self._linked = time.monotonic()
                 if self._pull_due:
                     self.model.after_step()
                     self._pull_due = False

@@ -10,11 +10,13 @@ from typing import Any
 
 from flexp.config import RunConfig
 from flexp.config.loading import validate
+from flexp.data import load_federation
+from flexp.data.identity import check_same
 from flexp.data.ordering import generator
 from flexp.data.scores import evaluate
-from flexp.data.types import Example
+from flexp.data.types import Example, Federation
 from flexp.errors import ConfigError, StorageError
-from flexp.files import read_json, write_json
+from flexp.files import check_free, read_json, write_json
 from flexp.machine import machine, versions
 from flexp.methods import Method, World
 from flexp.methods.turns import scored_rounds
@@ -34,13 +36,16 @@ from flexp.report.tensorboard import EventWriter
 from flexp.run.costs import MemoryProbes
 from flexp.run.diary import Diary
 from flexp.run.folder import is_joined
+from flexp.run.going_on import MEND, check_length, data_of, saved_facts
 from flexp.run.participants import Dropped, place
 from flexp.run.recutting import Recutting
-from flexp.run.settle import build_world
+from flexp.run.settle import Federate, build_world
 from flexp.run.store import CHECKPOINTS, Store
 from flexp.run.virtual import client_facts, cuts_by_round
 
 Summary = dict[str, Any]
+WRITES = ("metrics.jsonl", "summary.json", "report.html", "plan.json", "memory.json", "events")
+"""What a run writes beside its configuration and its checkpoints."""
 
 
 def run(
@@ -82,7 +87,7 @@ def train(world: World, method: Method, out: Path, *, progress: Callable[..., Pr
 
 
 def refuse_taken(out: Path) -> None:
-    """See that ``out`` holds no run.
+    """See that ``out`` holds no run, and nothing that a run would write over.
 
     Raises:
         ConfigError: it does.
@@ -91,26 +96,53 @@ def refuse_taken(out: Path) -> None:
         raise ConfigError(
             f"{out} holds a run already; continue it with flexp run --resume {out}, or choose another --out"
         )
+    check_free(out, WRITES, "a run")
 
 
-def resume(out: Path, *, progress: Callable[..., Progress] = Progress, memory_cache: Path | None = None) -> Summary:
+def resume(
+    out: Path,
+    *,
+    rounds: int | None = None,
+    progress: Callable[..., Progress] = Progress,
+    memory_cache: Path | None = None,
+) -> Summary:
     """Go on with a run that was stopped, from its last checkpoint; its final weights are those of an undisturbed run.
+
+    Args:
+        rounds: so many in all from now on, also of a run that is over; ``None``: as its ``config.json`` says.
 
     Raises:
         StorageError: ``out`` holds no run, or its checkpoint is damaged.
+        DataError: the data are not those that it was trained on.
+        ConfigError: it cannot have so many rounds.
     """
     if not (out / "config.json").exists():
         raise StorageError(f"{out} holds no run to resume: it has no config.json")
     if is_joined(out):
         raise ConfigError(f"{out} is of a client that joined a run, which is not resumed; run flexp join again")
-    config = validate(read_json(out / "config.json"), str(out / "config.json"))
-    world, probes, dropped = _prepared(config, out, memory_cache)
-    return _Run(world, world.method(world), probes, dropped, out, progress).go()
+    content, saved = read_json(out / "config.json"), saved_facts(out)
+    if rounds is not None:
+        content["train"]["rounds"] = rounds
+    config = validate(content, str(out / "config.json"))
+    check_length(config.train, saved, out)
+
+    def same_data(*of: Any) -> Federation:
+        found = load_federation(*of)
+        check_same(saved.get("data"), data_of(found), out, MEND)
+        return found
+
+    world, probes, dropped = _prepared(config, out, memory_cache, same_data)
+    run = _Run(world, world.method(world), probes, dropped, out, progress)
+    if rounds is not None:
+        write_json(out / "config.json", world.config.resolved())
+    return run.go()
 
 
-def _prepared(config: RunConfig, out: Path, cache: Path | None) -> tuple[World, MemoryProbes, list[Dropped]]:
+def _prepared(
+    config: RunConfig, out: Path, cache: Path | None, federate: Federate = load_federation
+) -> tuple[World, MemoryProbes, list[Dropped]]:
     """The world without those whose device cannot hold what the method trains, and what was measured to know that."""
-    world = build_world(config)
+    world = build_world(config, federate)
     probes = MemoryProbes(world, out, cache)
     world, dropped = place(world, probes) if config.on_devices else (world, [])
     return world, probes, dropped
@@ -131,6 +163,7 @@ class _Run:
         self.world, self.config, self.out = world, world.config, out
         self.method, self.probes, self.dropped = method, probes, dropped
         self.store = Store(out / CHECKPOINTS)
+        self.facts = {"data": data_of(world.federation), "rounds": self.config.train.rounds}
         self.names = [client.name for client in world.federation.clients]
         self.everybody = sample(world.federation.test, self.config.evaluation.global_examples, self.config.seed)
         self.scoring = scored_rounds(self.config.train, self.config.evaluation.every)
@@ -155,7 +188,7 @@ class _Run:
     def go(self) -> Summary:
         try:
             with self.progress as progress:
-                for note in self.world.federation.notes:
+                for note in self.world.federation.remarks:
                     progress.note(note)
                 if self.first_round > 1:
                     progress.note(f"resumed after round {self.first_round - 1}")
@@ -199,7 +232,7 @@ class _Run:
             best = best_round(self.scored, self.world.federation.task.higher_is_better)
         every = self.config.output.checkpoint_every
         if every and (last or number == best or number % every == 0):
-            self.store.save(number, self.method.state(), best=best)
+            self.store.save(number, self.method.state(), self.facts, best=best)
 
     def _evaluate(self, number: int) -> None:
         task, size = self.world.federation.task, self.config.evaluation.batch_size
@@ -289,6 +322,7 @@ class _Run:
                 },
                 machine=machine(),
                 versions=versions(),
+                warnings=world.federation.warnings,
                 rounds=done,
             )
             | devices

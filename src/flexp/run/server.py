@@ -12,9 +12,10 @@ from typing import Any
 from flexp.config import DeploymentConfig, RunConfig
 from flexp.config.loading import OTHERS, overridden, validate
 from flexp.errors import LinkError, StorageError
+from flexp.kinds import ModelKind
+from flexp.limits import allow_many_files
 from flexp.links.grpc import Serving, serve
 from flexp.methods.turns import schedule
-from flexp.models.loading import ModelKind
 from flexp.run.conduct import Conductor, run_name
 from flexp.run.deterministic import Deterministic
 from flexp.run.free import Free
@@ -50,10 +51,10 @@ def make_server(
     """The server that a simulation of ``config`` would have, loaded by itself.
 
     Args:
-        clients: who takes part, if that is known: for schedules of the shared learning rate.
+        clients: who takes part, if that is known: nobody else may join; for schedules of the shared learning rate.
         remembers: keep the answers of clients' last steps, for clients that may go back to a snapshot.
     """
-    return Server.from_pretrained(
+    made = Server.from_pretrained(
         config.model,
         kind,
         base_depth=base_depth,
@@ -64,6 +65,8 @@ def make_server(
         total_steps=None if clients is None else config.train.total_steps * len(clients),
         remembers=remembers,
     )
+    made.only = clients
+    return made
 
 
 def make_conductor(
@@ -72,6 +75,7 @@ def make_conductor(
     """Who conducts the run, going on from the snapshots in the folder ``state``, if there are any.
 
     Raises:
+        ConfigError: the run of ``state`` was to have another length, by which its learning rate falls.
         StorageError: ``state`` cannot be written, or is of another version of FlexP.
     """
     snapshots = None if state is None else Store(state, deployment.keep)
@@ -118,6 +122,7 @@ def run_server(
         ConfigError: it may not, or cannot, listen there.
         StorageError: the state is damaged, belongs to other blocks, or cannot be written.
     """
+    allow_many_files()
     store = None if state is None else Store(state)
     if store is not None:
         store.claim()

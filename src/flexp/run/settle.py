@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +21,24 @@ from flexp.client.model import SplitModel
 from flexp.client.trainer import Trainer
 from flexp.config import CodecConfig, DataConfig, RunConfig
 from flexp.data import load_federation, pad_id
+from flexp.data.identity import Identity, identity
 from flexp.data.tasks import task_of
 from flexp.data.types import ClientData, Federation
 from flexp.errors import ConfigError, DataError, ModelError, StorageError
 from flexp.files import read_json
+from flexp.kinds import KINDS, ModelKind
 from flexp.links.base import Link
 from flexp.machine import imitates_bfloat16
 from flexp.methods.base import World, method_of
 from flexp.methods.parties import own_config, own_trainer, split_model, tune_own
-from flexp.models.loading import ModelKind, load_config, load_stage
+from flexp.models.heads import trained_classes
+from flexp.models.loading import load_config, load_stage
 from flexp.models.parts import Part, check_cut
 from flexp.models.stage import Stage
 from flexp.run.folder import JOINED, JOINED_SCHEMA, is_joined
 from flexp.run.planned import with_cuts
 
-Federate = Callable[[DataConfig, Any, int, int | None], Federation]
+Federate = Callable[[DataConfig, Any, int, int | None, Sequence[str]], Federation]
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,8 @@ def settle(config: RunConfig, federate: Federate = load_federation, *, plan: boo
     """Read the data, divide them among clients, and write out the cuts.
 
     Args:
-        federate: what makes the clients out of ``config.data``, the processor, the seed and the longest input.
+        federate: what makes the clients out of ``config.data``, the processor, the seed, the longest input and the
+            classes that the pretrained model's head knows.
         plan: follow ``data.clients.plan`` and ``cut = "auto"``; or else somebody else says what the cut is.
 
     Raises:
@@ -113,7 +117,8 @@ def settle(config: RunConfig, federate: Federate = load_federation, *, plan: boo
     model_id = str(resolve(config.model.id))
     model_config = load_config(model_id)
     processor = load_processor(model_id, config)
-    federation = federate(config.data, processor, config.seed, max_positions(model_config))
+    head = trained_classes(model_config, task_of(config.data).model_kind, config.model.pooling)
+    federation = federate(config.data, processor, config.seed, max_positions(model_config), head)
     blocks = int(getattr(model_config.get_text_config(), "num_hidden_layers", 0))
     notes, planned = _precision_notes(config), None
     if plan and config.data.clients.planned:  # before anything is loaded
@@ -142,7 +147,12 @@ def world_of(folder: Path, config: RunConfig) -> World:
     Raises:
         FlexpError: model or data are not what they were.
     """
-    return joined_world(config, read_json(folder / JOINED)) if is_joined(folder) else build_world(config)
+    if is_joined(folder):
+        return joined_world(config, read_json(folder / JOINED))
+    # Its weights are in the order of the labels that it had, whatever order they would be given today.
+    summary = folder / "summary.json"
+    labels = read_json(summary)["model"]["labels"] if summary.is_file() else None
+    return build_world(config, partial(load_federation, labels=labels))
 
 
 def joined_world(config: RunConfig, facts: Mapping[str, Any]) -> World:
@@ -162,9 +172,16 @@ def joined_world(config: RunConfig, facts: Mapping[str, Any]) -> World:
 
 
 def _alone(
-    data: DataConfig, processor: Any, seed: int, max_positions: int | None, *, name: str, labels: list[str]
+    data: DataConfig,
+    processor: Any,
+    seed: int,
+    longest: int | None,
+    head: Sequence[str],
+    *,
+    name: str,
+    labels: list[str],
 ) -> Federation:
-    found = load_federation(data, processor, seed, max_positions, labels)
+    found = load_federation(data, processor, seed, longest, head, labels)
     (client,) = found.clients
     return replace(found, clients=[replace(client, name=name)])
 
@@ -184,6 +201,11 @@ class ClientSetup:
     config: RunConfig
     cut: tuple[int, int]
     cut_is_given: bool = False
+
+    @cached_property
+    def identity(self) -> Identity:
+        """Of its examples, as its snapshots know them."""
+        return identity([self.data], self.run.federation.task.label_names)
 
     def load(self, part: Part) -> Stage:
         """A part of the pretrained model, tuned as this client's.
@@ -255,7 +277,7 @@ def load_part(
 
 def own_pad(kind: ModelKind, processor: Any) -> int | None:
     """The padding token that a text model is told; images have none."""
-    return None if kind == "image-classification" else pad_id(processor)
+    return None if KINDS[kind].images else pad_id(processor)
 
 
 def load_processor(model_id: str, config: RunConfig) -> Any:

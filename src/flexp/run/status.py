@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from prometheus_client import CollectorRegistry, make_wsgi_app, start_http_server
+from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -16,6 +17,7 @@ from flexp.errors import ConfigError
 from flexp.links.grpc import Serving
 from flexp.links.grpc.security import Address
 from flexp.run.conduct import Conductor
+from flexp.run.http import PatientServer
 from flexp.server import Server
 
 Facts = dict[str, Any]
@@ -74,14 +76,14 @@ class StatusReporter:
     def _client(self, name: str, connected: bool, members: dict[str, Any]) -> Facts:
         regular = self._server.clients.get(name)
         member = members.get(name)
-        said = {} if member is None else {**member.ready.facts, "steps": member.ready.steps}
+        said = {} if member is None else {**member.facts, "steps": member.ready.steps}
         return {
+            **said,  # first: what a client says of itself never stands for what the server knows
             "connected": connected,
             "cut": self._server.cut_of(name),
             "bad_requests": self._server.guard.bad(name),
             "aside": self._server.aside(name) is not None,
             "applied_steps": 0 if regular is None else regular.progress.newest,
-            **said,
         }
 
 
@@ -112,10 +114,6 @@ def observed(listen: str, facts: Callable[[], Facts], ready: Callable[[], bool])
     """
     registry, address = CollectorRegistry(), Address.of_text(listen)
     registry.register(_Metrics(facts))
-    try:
-        server, _ = start_http_server(address.port, address.host, registry)
-    except OSError as error:
-        raise ConfigError(f"--metrics {listen}: cannot listen there ({error.strerror})") from error
     metrics = make_wsgi_app(registry)
 
     def answer(environ: Any, start: Any) -> Any:
@@ -126,7 +124,11 @@ def observed(listen: str, facts: Callable[[], Facts], ready: Callable[[], bool])
         start("200 OK" if well else "503 Service Unavailable", [("Content-Type", "text/plain; charset=utf-8")])
         return [f"{word}\n".encode() if well else f"not {word}\n".encode()]
 
-    server.set_app(answer)
+    try:
+        server = PatientServer(address.host, address.port, answer)
+    except OSError as error:
+        raise ConfigError(f"--metrics {listen}: cannot listen there ({error.strerror})") from error
+    threading.Thread(target=server.serve_forever, name="flexp-metrics", daemon=True).start()
     try:
         yield Address(address.host, server.server_port)
     finally:

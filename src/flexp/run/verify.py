@@ -21,10 +21,12 @@ from flexp.assets.store import resolve
 from flexp.client.model import SPLIT_MODELS, SplitModel
 from flexp.config import ModelConfig, OptimizerConfig, ServerConfig
 from flexp.errors import ConfigError, FlexpError, ModelError
+from flexp.kinds import KINDS, ModelKind, logits_of
 from flexp.links.base import Link
 from flexp.links.opening import connected, loopback
 from flexp.models.anatomy import refuse_by_design
-from flexp.models.loading import AUTO, ModelKind, load_config, load_stage, quietly
+from flexp.models.autos import AUTO
+from flexp.models.loading import load_config, load_stage, quietly
 from flexp.models.parts import Part, check_cut
 from flexp.models.stage import Stage
 from flexp.models.tuning import tune
@@ -54,6 +56,7 @@ class Setup:
         base_depth: s_min, where the server's blocks begin; ``None``: s.
         memory: whether the server keeps its activations or computes them again.
         checkpointing: gradient checkpointing of the client's blocks.
+        pooling: what a text classifier's head reads (``model.pooling``).
         batch: examples of a step. length: tokens of an example.
     """
 
@@ -70,6 +73,7 @@ class Setup:
     attention: str = "sdpa"
     memory: Literal["keep", "recompute"] = "keep"
     checkpointing: bool = False
+    pooling: str = "checkpoint"
     batch: int = 3
     length: int = 10
     seed: int = 0
@@ -85,6 +89,7 @@ class Setup:
             tuning=self.tuning,
             train_embeddings=self.tuning == "full",
             gradient_checkpointing=self.checkpointing,
+            pooling=self.pooling,
         )
 
 
@@ -193,7 +198,7 @@ def _train_both(setup: Setup, reference: Any, split: SplitModel, witness: _Witne
         with split.stage.computing():
             expected = reference(**batch)
         got = split(**batch)
-        logits = max(logits, difference(expected.logits, got.logits))
+        logits = max(logits, difference(logits_of(expected), logits_of(got)))
         losses = max(losses, difference(expected.loss, got.loss))
         expected.loss.backward()
         got.loss.backward()
@@ -234,7 +239,7 @@ def verify_all(setup: Setup, say: Callable[[str], None] = lambda _: None) -> Ite
         if spec.refused:
             continue
         say(name)
-        padding: Padding = "none" if spec.task == "image-classification" else setup.padding
+        padding: Padding = "none" if spec.task in KINDS and KINDS[spec.task].images else setup.padding
         one = replace(setup, model=ARCH + name, task=cast(ModelKind, spec.task), padding=padding)
         try:
             yield verify(one)
@@ -256,7 +261,8 @@ def kind_of(name: str) -> ModelKind:
     offered = {kind: str(auto._model_mapping.get(type(config), None)) for kind, auto in AUTO.items()}
     for kind, cls in offered.items():
         if saved and saved in cls:
-            return cast(ModelKind, kind)
+            alike = [other for other, head in KINDS.items() if head.auto == KINDS[kind].auto]
+            return cast(ModelKind, next((k for k in alike if KINDS[k].problem == config.problem_type), kind))
     for kind in ("sequence-classification", "image-classification", "causal-lm"):
         if offered[kind] != "None":
             return cast(ModelKind, kind)

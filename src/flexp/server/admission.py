@@ -8,12 +8,34 @@ import torch
 from torch import Tensor
 
 from flexp.config import CodecConfig, LoraConfig
-from flexp.errors import BadValuesError, LinkError
+from flexp.errors import BadValuesError, LinkError, LinkLostError
 from flexp.links.messages import BackwardRequest, ExtendRequest, FetchRequest, ForwardRequest, Join, PullRequest
 from flexp.models.fingerprint import fingerprint
 from flexp.models.stage import Stage
 from flexp.server.generations import Answer, bytes_of_token
-from flexp.server.session import Pending, Session
+from flexp.server.session import Pending, Session, size_kept
+
+LONGEST = 1 << 24
+"""Tokens of a text; where a model has no table of positions, it would take any number for one."""
+
+
+def check_taking_part(client: str, request: Join, only: Collection[str] | None, tuning: str | None) -> None:
+    """Refuse a client that does not belong to the run, or tunes its blocks in another way than it.
+
+    Args:
+        only: who belongs to it; ``None``: everybody.
+        tuning: the run's; ``None``: any.
+
+    Raises:
+        LinkError: see above.
+    """
+    if only is not None and client not in only:
+        raise LinkError(f"client {client} takes no part in this run: it has {', '.join(only)} (deployment.clients)")
+    if tuning not in (None, request.tuning):
+        raise LinkError(
+            f"client {client} was refused: its tuning is {request.tuning}, that of this server's clients {tuning}; set "
+            "the same model.tuning on both sides"
+        )
 
 
 def check_join(
@@ -88,6 +110,7 @@ def check_forward(session: Session, request: ForwardRequest, stage: Stage, in_fl
     ):
         if value is not None and tuple(value.shape) not in fits:
             raise LinkError(f"client {client}: the {name} has shape {tuple(value.shape)}, expected {shape}")
+    check_positions(client, request.positions_BT, stage)
     _check_aligned(session, request, min(stage.part.blocks))
     if request.exchange in session.pending:
         raise LinkError(f"client {client}: exchange {request.exchange} is in flight already")
@@ -104,6 +127,13 @@ def check_forward(session: Session, request: ForwardRequest, stage: Stage, in_fl
             f"client {client}: {in_flight} exchanges of all clients are in flight, the most that "
             "server.max_in_flight_total allows; try again when some are through, or raise the bound"
         )
+    size = size_kept(request)
+    if not session.has_room(size, graph=False):
+        raise LinkError(
+            f"client {client}: {session.kept_bytes} bytes wait for its backwards, and {size} more are beyond its share "
+            f"of server.max_kept_bytes, {session.share_bytes}, while others need theirs; send a backward first, use "
+            "smaller (micro-)batches, or raise the bound"
+        )
 
 
 def check_backward(session: Session, request: BackwardRequest) -> Pending:
@@ -114,6 +144,11 @@ def check_backward(session: Session, request: BackwardRequest) -> Pending:
     """
     client = session.join.client
     pending = session.pending.get(request.exchange)
+    if pending is None and request.exchange in session.late:
+        raise LinkLostError(
+            f"client {client}: the backward of exchange {request.exchange} comes after more than "
+            f"{session.config.exchange_seconds:g} s (server.exchange_seconds), so it was given up; do the step again"
+        )
     if pending is None:
         raise LinkError(
             f"client {client}: exchange {request.exchange} has no forward in flight "
@@ -131,10 +166,11 @@ def check_backward(session: Session, request: BackwardRequest) -> Pending:
             f"{request.weight}, expected 0 < tokens <= 1 and 0 < weight <= {most}, its tokens"
         )
     step = session.gathered.get(request.step)
-    if request.exchanges < 1 or (step is not None and step.exchanges != request.exchanges):
+    least = step.exchanges if step else 1
+    if request.exchanges < least:
         raise LinkError(
             f"client {client}: step {request.step} has {request.exchanges} exchanges now, "
-            f"expected {step.exchanges if step else 'at least 1'} as before"
+            f"expected {f'{least} as before, or more' if step else 'at least 1'}"
         )
     if step is None and len(session.gathered) >= session.config.max_in_flight:
         raise LinkError(
@@ -186,6 +222,22 @@ def check_fetch(session: Session, request: FetchRequest, shared: tuple[int, int]
         )
 
 
+def check_positions(client: str, positions_BT: Tensor | None, stage: Stage) -> None:
+    """Refuse positions that no text of this model has.
+
+    Raises:
+        BadValuesError: see above.
+    """
+    if positions_BT is None:
+        return
+    config = stage.model.config.get_text_config()
+    turned = any(name.startswith(("rope", "rotary")) for name in config.to_dict())  # positions have no table
+    most = LONGEST if turned else getattr(config, "max_position_embeddings", None) or LONGEST
+    low, high = int(positions_BT.min()), int(positions_BT.max())
+    if low < 0 or high >= most:
+        raise BadValuesError(f"client {client}: its positions go from {low} to {high}, expected 0 to {most - 1}")
+
+
 def check_finite(client: str, what: str, values: Iterable[Tensor]) -> None:
     """Refuse numbers that are not finite.
 
@@ -220,6 +272,7 @@ def check_extend(session: Session, request: ExtendRequest, stage: Stage, everybo
     ):
         if value is not None and tuple(value.shape) not in fits:
             raise LinkError(f"{who}: the {name} has shape {tuple(value.shape)}, expected {min(fits, key=len)}")
+    check_positions(client, request.positions_BT, stage)
     answer = own.answers.get(request.generation)
     held = answer.cache.length if answer is not None else 0
     if request.past and request.past != held:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from functools import singledispatchmethod
@@ -16,6 +16,7 @@ from torch import Tensor
 from flexp.assets import resolve
 from flexp.config import LoraConfig, ModelConfig, OptimizerConfig, ServerConfig
 from flexp.errors import LinkError
+from flexp.kinds import ModelKind
 from flexp.links.inprocess import InProcessLink
 from flexp.links.messages import (
     Abort,
@@ -38,7 +39,7 @@ from flexp.links.messages import (
     Request,
     Welcome,
 )
-from flexp.models.loading import ModelKind, load_config, load_stage
+from flexp.models.loading import load_config, load_stage
 from flexp.models.parts import Part, check_cut
 from flexp.models.stage import Stage
 from flexp.models.tuning import tune
@@ -51,6 +52,7 @@ from flexp.server.admission import (
     check_forward,
     check_join,
     check_pull,
+    check_taking_part,
 )
 from flexp.server.session import Key, Session
 from flexp.server.state import ServerState
@@ -80,9 +82,13 @@ class Server(ServerState):
         seed: of the clients' dropout on this side.
         remembers: keep the answers of clients' last steps, for clients that may go back to a snapshot.
         allow_export: give a client the trained weights of the blocks that it has computed here, if it asks.
+        clients_tuning: how clients tune their own blocks; ``None``: as they like.
 
     Attributes:
         conductor: tells clients what to do next, if this server conducts a run.
+        only: the clients that may join; ``None``: all.
+        sealed: the run is over: clients use and fetch what there is, and nobody trains. (A step that the shared blocks
+            have taken already is answered again.)
     """
 
     def __init__(
@@ -97,11 +103,15 @@ class Server(ServerState):
         seed: int = 0,
         remembers: bool = False,
         allow_export: bool = False,
+        clients_tuning: str | None = None,
     ) -> None:
         chosen = config or ServerConfig()
         super().__init__(stage, chosen, optimizer or OptimizerConfig(), total_steps, seed, remembers)
         self.tuning, self.lora, self.allow_export = tuning, lora, allow_export
+        self.clients_tuning = clients_tuning
         self.conductor: Conductor | None = None
+        self.only: Collection[str] | None = None
+        self.sealed = False
 
     @classmethod
     def from_pretrained(
@@ -154,6 +164,7 @@ class Server(ServerState):
             seed=seed,
             remembers=remembers,
             allow_export=allow_export,
+            clients_tuning=wanted.tuning,
         )
 
     def connect(self, client: str) -> InProcessLink:
@@ -187,12 +198,15 @@ class Server(ServerState):
     @_handle.register
     def _join(self, request: Join, client: str) -> Welcome:
         """Open a client's session, or open it anew with another cut."""
+        check_taking_part(client, request, self.only, self.clients_tuning)
         check_join(client, request, self.shared.stage, self.tuning, self.lora, self.config.codecs)
         self._sessions.end(client)
         record = self.clients[client]
         progress = record.numbered(request.numbering)
         record.cuts(request.cut)
-        self._sessions[client] = Session(request, self.shared, self.config, record.random, progress)
+        self._sessions[client] = Session(
+            request, self.shared, self.config, record.random, progress, peers=self._sessions
+        )
         anatomy = self.shared.stage.anatomy
         return Welcome(self.blocks[0], anatomy.blocks, anatomy.hidden, self.config.max_in_flight)
 
@@ -203,7 +217,11 @@ class Server(ServerState):
         applied = session.progress.applied(request.step)
         if known is not None and applied and alike(request.hidden_BTH, known.hidden_BTH):
             return cast(ForwardReply, known)
+        for other in self._sessions.values():
+            other.drop_late(self.config.exchange_seconds)
         check_forward(session, request, self.shared.stage, self._sessions.in_flight)
+        if request.train and self.sealed and not applied:
+            raise LinkError(f"client {client}: the run is over, and this server trains no more")
         if request.train:  # without training nothing but its own answer comes of it
             check_finite(client, f"an activation of exchange {request.exchange}", _activations(request))
         with session.random.active():

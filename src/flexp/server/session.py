@@ -6,6 +6,7 @@ it got the first time and is never applied twice (:class:`Progress`).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,7 @@ from flexp.links.messages import BackwardReply, BackwardRequest, ForwardReply, F
 from flexp.rng import RandomStream, drawing_from
 from flexp.server.alignment import aligned, combine, taught
 from flexp.server.generations import Generations
+from flexp.server.kept import bytes_of, counted
 from flexp.server.shared import SharedBlocks
 
 WINDOW = 256
@@ -32,8 +34,9 @@ Key = tuple[str, int]
 class Pending:
     """A forward whose backward has not come yet.
 
-    ``output_BTH`` holds the graph; with memory = "recompute" it is ``None`` and the input, the mask and the state of
-    the random generator are kept instead.
+    ``output_BTH`` holds the graph; with memory = "recompute", or where the graph has no room, it is ``None`` and the
+    input, the mask and the state of the random generator are kept instead. ``bytes`` are all of it, ``since`` in
+    seconds of the monotonic clock.
     """
 
     request: ForwardRequest
@@ -42,23 +45,33 @@ class Pending:
     output_BTH: Tensor | None
     generator: Tensor
     align_BTH: list[Tensor]
+    bytes: int = 0
+    since: float = field(default_factory=time.monotonic)
 
 
 @dataclass
 class Gathered:
-    """A client's step of which some exchanges have arrived: the sum of their gradients, and of their items."""
+    """A client's step of which some exchanges have arrived: the sum of their gradients, and of their items.
 
-    exchanges: int
+    ``exchanges``: that it has, as far as its client has said.
+    """
+
+    exchanges: int = 0
     arrived: int = 0
     gradients: dict[str, Tensor] = field(default_factory=dict)
     weight: float = 0.0
 
-    def take(self, gradients: dict[str, Tensor], weight: float) -> bool:
+    @property
+    def bytes(self) -> int:
+        return bytes_of(*self.gradients.values())
+
+    def take(self, gradients: dict[str, Tensor], request: BackwardRequest) -> bool:
         """Add an exchange's gradients; gives whether the step is complete."""
         for name, value in gradients.items():
             self.gradients[name] = self.gradients[name] + value if name in self.gradients else value
-        self.weight += weight
+        self.weight += request.weight
         self.arrived += 1
+        self.exchanges = request.exchanges
         return self.arrived == self.exchanges
 
 
@@ -150,6 +163,29 @@ class Session:
     gathered: dict[int, Gathered] = field(default_factory=dict)
     boundary: Tensor | None = None  # the random generator's state when the step under way began
     generations: Generations = field(default_factory=Generations)
+    peers: Mapping[str, Session] = field(default_factory=dict)  # all sessions, this one among them
+    late: set[int] = field(default_factory=set)  # exchanges that were given up, since no backward came
+
+    @property
+    def kept_bytes(self) -> int:
+        """What it holds until backwards come: activations with their graphs, and the gradients of unfinished steps."""
+        return sum(one.bytes for one in self.pending.values()) + sum(one.bytes for one in self.gathered.values())
+
+    @property
+    def share_bytes(self) -> int:
+        """Of ``server.max_kept_bytes``, what is this client's in any case."""
+        return self.config.max_kept_bytes // max(2, len(self.peers))
+
+    def has_room(self, size: int, *, graph: bool) -> bool:
+        """Whether so many more bytes may be kept.
+
+        Args:
+            graph: they are a graph's, which could be made again: it must be within this client's share, and within what
+                all may keep. Inputs may be either.
+        """
+        own = self.kept_bytes + size <= self.share_bytes
+        both = sum(one.kept_bytes for one in self.peers.values()) + size <= self.config.max_kept_bytes
+        return own and both if graph else own or both
 
     @property
     def align(self) -> AlignConfig:
@@ -175,14 +211,19 @@ class Session:
         keep_graph = self.config.memory == "keep"
         z_BTH = request.hidden_BTH.detach().requires_grad_(keep_graph)
         generator = self.random.state
-        with torch.set_grad_enabled(keep_graph):
+        with torch.set_grad_enabled(keep_graph), counted(stage.model) as graph:
             h_BTH = stage.run(z_BTH, plan, start, stop)
         value: float | None = None
         align_BTH: list[Tensor] = []
         if request.base_BTH is not None and self.align.has_term:
             value, align_BTH = aligned(self.align, stage, request, request.base_BTH, start)
+        size = size_kept(request) + bytes_of(*align_BTH)
+        if keep_graph and self.has_room(size + graph.bytes, graph=True):
+            size += graph.bytes
+        else:
+            keep_graph, z_BTH = False, request.hidden_BTH.detach()
         self.pending[request.exchange] = Pending(
-            request, self.shared.hold(), z_BTH, h_BTH if keep_graph else None, generator, align_BTH
+            request, self.shared.hold(), z_BTH, h_BTH if keep_graph else None, generator, align_BTH, size
         )
         return ForwardReply(h_BTH.detach(), value)
 
@@ -209,8 +250,8 @@ class Session:
         trained = {name: value for name, value in zip(reached, gradients[1:], strict=True) if value is not None}
         trained |= own
         self._refuse_nan(request.exchange, task_BTH, trained)
-        step = self.gathered.setdefault(request.step, Gathered(request.exchanges))
-        if step.take(trained, request.weight):
+        step = self.gathered.setdefault(request.step, Gathered())
+        if step.take(trained, request):
             del self.gathered[request.step]
             if not self.progress.applied(request.step):
                 self.shared.add(self._judged(request.step, step.gradients), step.weight)
@@ -234,6 +275,14 @@ class Session:
             self.shared.release(pending.version)
         self.pending.clear()
         self.gathered.clear()
+
+    def drop_late(self, seconds: float) -> None:
+        """Give up everything that is in flight if a backward has not come in so long."""
+        oldest = time.monotonic() - seconds
+        late = {number for number, pending in self.pending.items() if pending.since < oldest}
+        if late:
+            self.late = late
+            self.drop()
 
     def _graph(self, pending: Pending) -> tuple[Tensor, Tensor]:
         if pending.output_BTH is not None:
@@ -260,6 +309,12 @@ class Session:
         except BadValuesError:
             self.drop()
             raise
+
+
+def size_kept(request: ForwardRequest) -> int:
+    """The bytes that a forward keeps in any case."""
+    given = (request.hidden_BTH, request.mask_BT, request.positions_BT, request.base_BTH, *request.inner_BTH)
+    return bytes_of(*given)
 
 
 class Sessions(dict[str, Session]):

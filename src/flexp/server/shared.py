@@ -229,7 +229,19 @@ class SharedBlocks:
             kind, slash, name = entry.partition("/")
             if slash:
                 parts.setdefault(kind, {})[name] = value
-        odd = sorted(parts["weights"].keys() ^ self.updater.parameters.keys())
+        self.load_weights(parts["weights"])
+        self.updater.load(parts["optimizer"])
+        self._sums = {name: value.clone() for name, value in parts["sums"].items()}
+        self._weights = {name: float(value) for name, value in parts["sum-weights"].items()}
+        self.version, self._waiting = int(state["version"]), int(state["waiting"])
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Take these weights, as if by an update; nothing may be in flight.
+
+        Raises:
+            StorageError: they belong to other blocks or another tuning.
+        """
+        odd = sorted(weights.keys() ^ self.updater.parameters.keys())
         if odd:
             raise StorageError(
                 f"the saved shared blocks are not this server's: {odd[0]} is on one side only; "
@@ -237,11 +249,8 @@ class SharedBlocks:
             )
         with torch.no_grad():
             for name, parameter in self.updater.parameters.items():
-                parameter.copy_(parts["weights"][name])
-        self.updater.load(parts["optimizer"])
-        self._sums = {name: value.clone() for name, value in parts["sums"].items()}
-        self._weights = {name: float(value) for name, value in parts["sum-weights"].items()}
-        self.version, self._waiting = int(state["version"]), int(state["waiting"])
+                parameter.copy_(weights[name])
+        self.version += 1
 
     def _apply(self, gradients: Mapping[str, Tensor]) -> None:
         if self._held[self.version] > 0:

@@ -117,8 +117,16 @@ class ServerState:
             flat |= {f"guard/{name}": value for name, value in (self.bounds.state() | self.guard.state()).items()}
             return flat | {"compute_seconds": torch.tensor(self.compute_seconds, dtype=torch.float64)}
 
-    def load(self, state: Mapping[str, Tensor]) -> None:
+    def trained(self) -> dict[str, list[int]]:
+        """By client: which run of it was here last (its numbering), and the newest of its steps that was applied."""
+        with self._lock:
+            return {name: [own.progress.numbering, own.progress.newest] for name, own in self.clients.items()}
+
+    def load(self, state: Mapping[str, Tensor], *, only_weights: bool = False) -> None:
         """Go on from :meth:`state`, whether clients joined already or will.
+
+        Args:
+            only_weights: take the shared weights alone, and go on otherwise as before.
 
         Raises:
             LinkError: exchanges are in flight, which belong to other weights.
@@ -126,6 +134,9 @@ class ServerState:
         """
         with self._lock:
             self._sessions.refuse_busy("restored")
+            if only_weights:
+                self.shared.load_weights(_under("shared/weights/", state))
+                return
             self.shared.load(_under("shared/", state))
             self.bounds.load(_under("guard/", state))
             self.guard.load(_under("guard/", state))

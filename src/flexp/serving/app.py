@@ -8,11 +8,13 @@ import json
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+from pydantic_core import from_json
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -29,6 +31,10 @@ MOST_WAITING = 32
 COMPLETION_TOKENS = 16  # as OpenAI's /v1/completions
 DONE = b"data: [DONE]\n\n"
 LOOPBACK = ["127.0.0.1", "localhost", "[::1]", "testserver"]
+
+
+Prompt = Callable[[], list[int]]
+"""Makes a prompt's tokens."""
 
 
 @dataclass(frozen=True)
@@ -79,27 +85,24 @@ class Endpoint:
 
     async def chat(self, request: Request) -> Response:
         asked: ChatRequest = await self._read(request, ChatRequest)
-        try:
-            ids = self._writer.ids_of_chat([message.plain() for message in asked.messages])
-        except (ConfigError, DataError) as error:
-            raise Refused(400, str(error), "messages") from error
+        messages = [message.plain() for message in asked.messages]
         generation = asked.generation(asked.most or self._chat_tokens)
-        return await self._answer(request, asked, CHAT, [ids], generation)
+        return await self._answer(request, asked, CHAT, [lambda: self._writer.ids_of_chat(messages)], generation)
 
     async def completion(self, request: Request) -> Response:
         asked: CompletionRequest = await self._read(request, CompletionRequest)
-        try:
-            prompts = [self._writer.ids_of(item) if isinstance(item, str) else item for item in asked.prompts]
-        except DataError as error:
-            raise Refused(400, str(error), "prompt") from error
+        prompts = [partial(self._ids, item) for item in asked.prompts]
         if not prompts or len(prompts) > MOST_WAITING:
             raise Refused(400, f"{len(prompts)} prompts came, expected 1 to {MOST_WAITING}", "prompt")
         return await self._answer(
             request, asked, COMPLETION, prompts, asked.generation(asked.max_tokens or COMPLETION_TOKENS)
         )
 
+    def _ids(self, prompt: str | list[int]) -> list[int]:
+        return self._writer.ids_of(prompt) if isinstance(prompt, str) else prompt
+
     async def _answer(
-        self, request: Request, asked: Any, shape: Shape, prompts: list[list[int]], generation: GenerationConfig
+        self, request: Request, asked: Any, shape: Shape, prompts: Sequence[Prompt], generation: GenerationConfig
     ) -> Response:
         head = {"id": f"{shape.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": self._writer.client}
         if asked.stream:
@@ -108,8 +111,8 @@ class Endpoint:
             return StreamingResponse(_after(first, pieces), media_type="text/event-stream")
         choices, found = [], []
         async with self._turn():
-            for index, ids in enumerate(prompts):
-                cancelled = threading.Event()
+            for index, prompt in enumerate(prompts):
+                ids, cancelled = await _tokens(prompt, shape), threading.Event()
                 work = asyncio.create_task(_in_thread(self._writer, ids, generation, lambda _: None, cancelled))
                 written = await _unless_gone(request, work, cancelled)
                 found.append(written)
@@ -120,7 +123,7 @@ class Endpoint:
         self,
         head: dict[str, Any],
         shape: Shape,
-        prompts: list[list[int]],
+        prompts: Sequence[Prompt],
         generation: GenerationConfig,
         with_usage: bool,
     ) -> AsyncIterator[bytes]:
@@ -128,9 +131,9 @@ class Endpoint:
         found: list[Written] = []
         loop, begun = asyncio.get_running_loop(), False
         async with self._turn():
-            for index, ids in enumerate(prompts):
+            for index, prompt in enumerate(prompts):
                 pieces: asyncio.Queue[str | None] = asyncio.Queue()
-                cancelled = threading.Event()
+                ids, cancelled = await _tokens(prompt, shape), threading.Event()
 
                 def say(text: str, pieces: asyncio.Queue[str | None] = pieces) -> None:
                     loop.call_soon_threadsafe(pieces.put_nowait, text)
@@ -182,9 +185,9 @@ class Endpoint:
             if len(body) > MOST_BYTES:
                 raise Refused(413, f"the request is larger than {MOST_BYTES} bytes")
         try:
-            content = json.loads(bytes(body))
-        except (ValueError, RecursionError) as error:
-            raise Refused(400, "the body is no JSON") from error
+            content = from_json(bytes(body), allow_inf_nan=False)  # and no half of a surrogate pair
+        except ValueError as error:
+            raise Refused(400, f"the body is no JSON ({error})") from error
         asked = read(kind, content)
         self._check_model(asked.model)
         return asked
@@ -220,6 +223,14 @@ def make_app(writer: Writer, api_key: str | None = None, chat_tokens: int = 512,
     )
 
 
+async def _tokens(prompt: Prompt, shape: Shape) -> list[int]:
+    """A prompt's tokens, which take their time."""
+    try:
+        return await asyncio.to_thread(prompt)
+    except (ConfigError, DataError) as error:
+        raise Refused(400, str(error), "messages" if shape is CHAT else "prompt") from error
+
+
 async def _in_thread(
     writer: Writer, ids: list[int], generation: GenerationConfig, say: Callable[[str], None], cancelled: threading.Event
 ) -> Written:
@@ -231,6 +242,10 @@ async def _in_thread(
         raise Refused(400, str(error), "prompt", "context_length_exceeded") from error
     except FlexpError as error:
         raise Refused(400, str(error)) from error
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        raise Refused(400, "these settings leave no probabilities to choose by; use milder ones") from error
 
 
 async def _unless_gone(request: Request, work: asyncio.Task[Written], cancelled: threading.Event) -> Written:

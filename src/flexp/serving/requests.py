@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from flexp.serving.writer import GenerationConfig
 
 MOST_STOPS = 16
+MOST_TOKENS = 1 << 24
 NOT_HERE: dict[str, tuple[Any, ...]] = {
     "n": (1,), "best_of": (1,), "echo": (False,), "suffix": ("",), "logprobs": (False,), "top_logprobs": (0,),
     "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "tools": ([],), "functions": ([],),
@@ -60,10 +61,10 @@ class _Asked(BaseModel):
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
     top_k: int | None = Field(default=None, ge=1)  # not OpenAI's, but many servers'
-    repetition_penalty: float | None = Field(default=None, gt=0)  # the same
+    repetition_penalty: float | None = Field(default=None, ge=0.01, le=100)  # the same
     seed: int | None = None
     stop: str | list[str] | None = None
-    max_tokens: int | None = Field(default=None, ge=1)
+    max_tokens: int | None = Field(default=None, ge=1, le=MOST_TOKENS)
 
     @property
     def usage_in_stream(self) -> bool:
@@ -83,7 +84,7 @@ class ChatRequest(_Asked):
     """``POST /v1/chat/completions``."""
 
     messages: list[_Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1, le=MOST_TOKENS)
 
     @property
     def most(self) -> int | None:

@@ -11,17 +11,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flexp.data.tasks import task_of
-from flexp.data.tasks.base import fill
+from flexp.data.tasks.chat import ROLES, ChatForm
 from flexp.data.tasks.text import pad_id
 from flexp.errors import ConfigError, DataError
 from flexp.export.client_folder import Connect
 from flexp.export.opening import open_trained
 from flexp.export.trained import LAST
+from flexp.kinds import KINDS
 from flexp.rng import RandomStream
 from flexp.serving.stream import Ending, TextStream
 
-ROLES = ("system", "user", "assistant")
-"""Tasks whose models write text."""
+COLDEST = 1e-4
+"""A temperature below is 0: logits divided by it are more than a softmax can tell apart, or than a float holds."""
+MOST_LETTERS = 32
+"""Of a token, on average over a prompt; a longer text cannot fit the model, and is not tokenized to see that."""
 Message = Mapping[str, str]
 
 
@@ -56,16 +59,20 @@ class GenerationConfig:
             ("temperature", self.temperature, self.temperature is None or self.temperature >= 0),
             ("top_p", self.top_p, self.top_p is None or 0 < self.top_p <= 1),
             ("top_k", self.top_k, self.top_k is None or self.top_k >= 1),
-            ("repetition_penalty", self.repetition_penalty, (self.repetition_penalty or 1) > 0),
+            (
+                "repetition_penalty",
+                self.repetition_penalty,
+                self.repetition_penalty is None or 0.01 <= self.repetition_penalty <= 100,
+            ),
         ):
             if not fits:
                 raise ConfigError(
                     f"{name} = {value} is not allowed: expected at least one token, a temperature of 0 or more, "
-                    "0 < top_p <= 1, top_k of 1 or more and a positive penalty"
+                    "0 < top_p <= 1, top_k of 1 or more and a penalty from 0.01 to 100"
                 )
         named = {key: getattr(self, key) for key in ("temperature", "top_p", "top_k", "repetition_penalty")}
         chosen = {key: value for key, value in named.items() if value is not None}
-        if chosen.get("temperature") == 0:
+        if chosen.get("temperature", 1.0) < COLDEST:
             chosen = {key: value for key, value in chosen.items() if key == "repetition_penalty"}
             return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, **chosen, **self.others}
         sampling = {"do_sample": True} if chosen.keys() - {"repetition_penalty"} else {}
@@ -98,7 +105,7 @@ class Writer:
         client: whose model it is.
         model: what has transformers' ``generate``: a whole model, or a split one.
         positions: the longest text in tokens, where there is a limit.
-        prompt: stands for the chat template where the tokenizer has none: a text with ``{prompt}``.
+        prompt: stands for the tokenizer's chat template: a text with ``{prompt}``.
         close: lets go of links.
     """
 
@@ -115,7 +122,7 @@ class Writer:
     ) -> None:
         self.client, self.tokenizer, self.about = client, tokenizer, about
         self.close = close
-        self._model, self._prompt = model, prompt
+        self._model, self._form = model, ChatForm(tokenizer, prompt)
         self._most = positions
         self._lock = threading.Lock()
         settings = getattr(getattr(model, "model", model), "generation_config", None) or model.generation_config
@@ -129,8 +136,9 @@ class Writer:
         """The tokens of a prompt.
 
         Raises:
-            DataError: there are none.
+            DataError: there are none, or more than fit.
         """
+        self._check_length(text)
         ids = [int(token) for token in self.tokenizer(text)["input_ids"]]
         if self._ends and len(ids) > 1 and ids[-1] in self._ends and not text.endswith(str(self.tokenizer.eos_token)):
             ids = ids[:-1]  # a tokenizer that closes every text
@@ -149,29 +157,19 @@ class Writer:
         """
         if not messages or any(message.get("role") not in ROLES for message in messages):
             raise DataError(f"a chat needs messages, each with one of the roles {', '.join(ROLES)}")
-        if getattr(self.tokenizer, "chat_template", None):
-            try:
-                text = self.tokenizer.apply_chat_template(
-                    [dict(message) for message in messages], add_generation_prompt=True, tokenize=False
-                )
-            except Exception as error:  # a template is a program of the model's maker, and says no in its own words
-                first = (str(error).strip() or type(error).__name__).splitlines()[0]
-                raise DataError(f"the model's chat template refuses these messages ({first})") from error
-            return [int(token) for token in self.tokenizer(text, add_special_tokens=False)["input_ids"]]
-        if self._prompt is None:
+        if self._form.template is None and not getattr(self.tokenizer, "chat_template", None):
             raise ConfigError(
                 "this model's tokenizer has no chat template, so it cannot chat; use flexp generate or completions"
             )
-        parts = []
-        end = self.tokenizer.eos_token or "\n\n"
-        system = "".join(message["content"] + "\n\n" for message in messages if message["role"] == "system")
-        for message in messages:
-            if message["role"] == "user":
-                parts.append(fill(self._prompt, {"prompt": system + message["content"]}))
-                system = ""
-            elif message["role"] == "assistant":
-                parts.append(message["content"] + end)
-        return self.ids_of("".join(parts))
+        text = self._form.text(messages, asks=True)
+        self._check_length(text)
+        return self._form.ids(text)
+
+    def _check_length(self, text: str) -> None:
+        if self._most is not None and len(text) > MOST_LETTERS * self._most:
+            raise DataError(
+                f"the prompt has {len(text)} letters, which {self._most} tokens of this model cannot hold; shorten it"
+            )
 
     def write(
         self,
@@ -232,14 +230,14 @@ def open_writer(place: Path, client: str | None = None, which: str = LAST, conne
     model = open_trained(place, client, which, connect)
     data = model.config.data
     task = task_of(data)
-    if task.model_kind != "causal-lm":
+    if KINDS[task.model_kind].answers != "next-token":
         raise ConfigError(f"the model in {place} writes no text: its task is {data.task}; use flexp predict")
     return Writer(
         model.client,
         model.processor,
         model.generator,
         model.positions,
-        prompt=task.chat_prompt(data),
+        prompt=task.chat_template(data, own=bool(getattr(model.processor, "chat_template", None))),
         about=model.about,
         close=model.close,
     )

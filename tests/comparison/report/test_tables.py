@@ -147,3 +147,16 @@ def test_latex_tables_are_closed_and_short() -> None:
         assert all(len(re.findall(r"(?<!\\)&", line)) == len(columns[1]) - 1 for line in body)
     assert "±" not in tex
     assert "−" not in tex
+
+
+def test_the_majority_is_a_row_with_the_scores_and_test_examples_are_counted() -> None:
+    made = synthetic.tiny({"mine": [[0.9, 0.8], [0.8, 0.8]], "other": [[0.5, 0.4], [0.5, 0.5]]})
+    for method in made["methods"]:
+        for run in method["runs"]:
+            run["majority"] = {"personal": {"c0": 0.6, "c1": 0.5}, "global": {"c0": 0.4, "c1": 0.4}}
+            for place, client in enumerate(run["clients"]):
+                client["test_examples"] = 30 + place
+    scores = grid(made, "scores")
+    assert scores.rows[-1] == ["majority", "55.0 ± 0.0 %", "50.0 ± 0.0 %", "40.0 ± 0.0 %", "", "", ""]
+    assert "A client has 30–31 test examples." in scores.caption
+    assert "majority 55.0 ± 0.0" in re.sub(" +", " ", shown(made))

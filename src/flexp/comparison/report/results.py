@@ -83,6 +83,15 @@ class Standing:
     is_reference: bool
 
 
+@dataclass(frozen=True)
+class Majority:
+    """What whoever always gives the most frequent answer scores on the test data, as in :class:`Result`."""
+
+    personal: Interval | None
+    worst: Interval | None
+    everybody: Interval | None
+
+
 def checked(comparison: Mapping[str, Any]) -> Mapping[str, Any]:
     """``comparison`` if it is of this schema; while no run is finished, its metric is called *score*.
 
@@ -103,6 +112,23 @@ def checked(comparison: Mapping[str, Any]) -> Mapping[str, Any]:
 def results(comparison: Mapping[str, Any]) -> list[Result]:
     """One result a method, the reference first, the others in the order of the comparison."""
     return [_result(comparison, method) for method in ordered(comparison)]
+
+
+def majority(comparison: Mapping[str, Any]) -> Majority | None:
+    """The majority's scores, on which all methods of a seed agree; ``None`` where there are no right answers."""
+    runs = {int(run["seed"]): run for method in ordered(comparison) for run in method["runs"] if run.get("majority")}
+    shares = [[list(run["majority"][side].values()) for run in runs.values()] for side in ("personal", "global")]
+    own, everybody = shares
+    if not any(own):
+        return None
+    worst = interval(worst_decile(values, higher_is_better=True) for values in own)
+    return Majority(interval(map(mean, own)), worst, interval(map(mean, everybody)))
+
+
+def tested(comparison: Mapping[str, Any]) -> tuple[int, int] | None:
+    """The fewest and the most test examples of a client."""
+    clients = [client for method in comparison["methods"] for run in method["runs"] for client in run["clients"]]
+    return _range(client["test_examples"] for client in clients if client.get("test_examples") is not None)
 
 
 def ordered(comparison: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -14,10 +14,12 @@ from flexp.comparison.report.results import (
     Standing,
     checked,
     chosen,
+    majority,
     ordered,
     results,
     settings_text,
     standings,
+    tested,
 )
 from flexp.comparison.statistics import Interval
 from flexp.report import formats
@@ -25,6 +27,8 @@ from flexp.report.tables import Table
 
 MARK = "*"
 """Beside a difference whose interval excludes zero."""
+MAJORITY = "majority"
+"""The row of whoever always gives the most frequent answer."""
 DROPPED = "†"
 """Beside a method that some clients' devices cannot hold."""
 
@@ -67,6 +71,10 @@ def terminal_table(comparison: Mapping[str, Any]) -> RichTable:
         ]
         for result in found
     ]
+    if beside := majority(comparison):
+        middle = formats.score(None if beside.worst is None else beside.worst.mean, metric)
+        shown = [MAJORITY, score(beside.personal, metric), middle, score(beside.everybody, metric)]
+        rows.append(shown + [""] * (len(rows[0]) - len(shown)))
     title = f"{comparison['name']}: {metric} after the last round, on test data"
     unit = " %" if formats.is_fraction(metric) else ""
     headers = ["Method", f"Own\ndata{unit}", f"Worst\ndecile{unit}", f"Every-\nbody's{unit}", "Lead", "Up and\ndown"]
@@ -140,6 +148,12 @@ def _scores(comparison: Mapping[str, Any], found: list[Result]) -> Table:
         for result in found
     ]
     caption = _reading(comparison)
+    if beside := majority(comparison):
+        shares = [score(share, metric, seeds) for share in (beside.personal, beside.worst, beside.everybody)]
+        rows.append([MAJORITY, *shares, "", "", ""])
+        caption += f" {MAJORITY.capitalize()}: always the most frequent answer of the test data."
+    if counts := tested(comparison):
+        caption += f" A client has {_rounds(counts)} test examples."
     if any(result.picked_on_test for result in found):
         caption += " Best rounds are picked by looking at the test data, hence optimistic."
     else:

@@ -17,6 +17,7 @@ from flexp.report.tables import Table
 
 TABLE_MD, TABLE_CSV, TABLE_TEX = "table.md", "table.csv", "table.tex"
 CLIENTS_CSV, PAGE = "clients.csv", "comparison.html"
+PAGES = (TABLE_MD, TABLE_CSV, TABLE_TEX, CLIENTS_CSV, PAGE)
 
 
 def write_all(comparison: Mapping[str, Any], folder: Path) -> list[Path]:
@@ -86,7 +87,11 @@ def _page(comparison: Mapping[str, Any], made: Sequence[Table]) -> str:
             formats.plural(max((result.dropped.clients for result in found), default=0), "client"),
             f"seed{'' if len(seeds) == 1 else 's'} {', '.join(str(seed) for seed in seeds)}",
         ],
-        warnings=[*([f"This comparison is not finished. {missing}"] if missing else []), *dropped_lines(found)],
+        warnings=[
+            *([f"This comparison is not finished. {missing}"] if missing else []),
+            *dropped_lines(found),
+            *comparison.get("warnings", []),
+        ],
         cards=_cards(comparison, found),
         tables={table.key: table for table in made},
         figures=all_plots(comparison),

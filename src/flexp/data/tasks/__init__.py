@@ -9,9 +9,10 @@ from flexp.config import DataConfig
 from flexp.data.tasks.base import BaseTask
 from flexp.data.tasks.text import Limit, pad_id
 from flexp.errors import ConfigError
+from flexp.kinds import KINDS
 from flexp.registry import TASKS
 
-__all__ = ["limit_of", "make_task", "pad_id", "task_of"]
+__all__ = ["limit_of", "make_task", "pad_id", "task_for", "task_of"]
 
 
 def task_of(config: DataConfig) -> type[BaseTask]:
@@ -22,6 +23,18 @@ def task_of(config: DataConfig) -> type[BaseTask]:
     """
     task: type[BaseTask] = TASKS[config.task]
     return task
+
+
+def task_for(kind: str) -> str:
+    """The name of a task whose models are of that kind, for a server, to which its other sides do not matter.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    for name, task in TASKS.items():
+        if task.model_kind == kind:
+            return name
+    raise ConfigError(f"no task has a model for {kind}; expected one of {', '.join(KINDS)}")
 
 
 def make_task(config: DataConfig, processor: Any, limit: Limit, label_names: Sequence[str]) -> BaseTask:

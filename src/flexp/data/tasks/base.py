@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from flexp.config import DataConfig
 from flexp.data.columns import as_text
 from flexp.data.tasks.text import IGNORED, Limit, pad
-from flexp.data.types import PLACE, Batch, Example, Forward, ModelKind, Row, Tally
+from flexp.data.types import PLACE, Batch, Example, Forward, Row, Tally
 from flexp.errors import ConfigError
+from flexp.kinds import ModelKind
 
 
 class BaseTask(ABC):
@@ -65,9 +66,16 @@ class BaseTask(ABC):
         return needed | cls.own_columns(config) | ({config.label: "data.label"} if cls.labelled else {})
 
     @classmethod
-    def chat_prompt(cls, config: DataConfig) -> str | None:
-        """What stands for a chat template, with the field ``{prompt}``, in a model that was tuned to follow prompts."""
+    def chat_template(cls, config: DataConfig, own: bool) -> str | None:
+        """What stands for a chat template, with the field ``{prompt}``, in a model that was tuned to follow prompts.
+
+        ``own``: whether the tokenizer has one, which is used where this is None.
+        """
         return None
+
+    def classes_in(self, example: Example) -> list[str]:
+        """The names of the classes that an encoded example has; none where the task has no classes."""
+        return [] if self.label_names is None else [self.label_names[example["labels"]]]
 
     @abstractmethod
     def encode(self, rows: Sequence[Row]) -> list[Example]:

@@ -10,7 +10,8 @@ from flexp.config import DataConfig
 from flexp.data.columns import as_text
 from flexp.data.tasks.base import TextTask, class_tally, place
 from flexp.data.tasks.text import encode_texts
-from flexp.data.types import Example, ModelKind, Row, Tally
+from flexp.data.types import Example, Row, Tally
+from flexp.kinds import ModelKind
 
 
 class Classification(TextTask):

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from flexp.config import DataConfig
 from flexp.data.tasks.base import BaseTask, class_tally, place
-from flexp.data.types import Batch, Example, ModelKind, Row, Tally
+from flexp.data.types import Batch, Example, Row, Tally
 from flexp.errors import DataError
+from flexp.kinds import ModelKind
 
 _AT_ONCE = 64
 

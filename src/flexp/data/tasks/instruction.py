@@ -1,4 +1,4 @@
-"""Instruction tuning: a prompt and its answer, with loss on the answer only."""
+"""Instruction tuning: a prompt and its answer, or a chat, with loss on the answers only."""
 
 from __future__ import annotations
 
@@ -7,22 +7,31 @@ from collections.abc import Sequence
 from flexp.config import DataConfig
 from flexp.data.columns import as_text
 from flexp.data.tasks.base import TextTask, fields, fill_row, place
+from flexp.data.tasks.chat import ChatForm, messages_of
 from flexp.data.tasks.text import answer_example, continuation, fit_end, with_end
 from flexp.data.types import Example, Row
+from flexp.errors import ConfigError
 
 
 class Instruction(TextTask):
-    """``data.template`` makes the prompt; the answer column and the end-of-text token follow it."""
+    """``data.template`` makes the prompt; the answer column and the end-of-text token follow it. Chats
+    (``data.messages``) are made by the model's own chat template, if it has one and ``data.template`` is unset."""
 
     name = "instruction"
     template = "### Instruction:\n{prompt}\n\n### Response:\n"
 
     @classmethod
-    def own_columns(cls, config: DataConfig) -> dict[str, str]:
-        return {config.answer: "data.answer"}
+    def text_columns(cls, config: DataConfig) -> list[str]:
+        return super().text_columns(config) if config.messages is None else [config.messages]
 
     @classmethod
-    def chat_prompt(cls, config: DataConfig) -> str | None:
+    def own_columns(cls, config: DataConfig) -> dict[str, str]:
+        return {config.answer: "data.answer"} if config.messages is None else {config.messages: "data.messages"}
+
+    @classmethod
+    def chat_template(cls, config: DataConfig, own: bool) -> str | None:
+        if own and (config.messages is None or config.template is None):
+            return None
         template = config.template or cls.template
         names = fields(template)
         return template.replace("{" + names[0] + "}", "{prompt}") if len(names) == 1 else None
@@ -30,6 +39,8 @@ class Instruction(TextTask):
     def encode(self, rows: Sequence[Row]) -> list[Example]:
         """Prompt + answer; where both are too long the prompt loses its beginning, so that the answer stays."""
         config = self.config
+        if config.messages is not None:
+            return self._chats(rows, config.messages)
         examples = []
         for row in rows:
             prompt = fill_row(config.template or self.template, config, row)
@@ -39,3 +50,15 @@ class Instruction(TextTask):
             ids, start, cut = fit_end(self.processor, ids, start, self.limit, place(row))
             examples.append(answer_example(ids, range(start, len(ids)), cut, place(row)))
         return examples
+
+    def _chats(self, rows: Sequence[Row], column: str) -> list[Example]:
+        own = bool(getattr(self.processor, "chat_template", None))
+        template = self.chat_template(self.config, own)
+        if template is None and (self.config.template is not None or not own):
+            raise ConfigError(f"data.template = {self.config.template!r} needs one field, {{prompt}}, for chats")
+        form = ChatForm(self.processor, template)
+        return [
+            example
+            for row in rows
+            for example in form.examples(messages_of(row[column], column, place(row)), self.limit, place(row))
+        ]

@@ -107,6 +107,13 @@ def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
     return _open_ended(tokenizer, prompt)
 
 
+def opening_ids(tokenizer: Any) -> list[int]:
+    """The special tokens that the tokenizer puts before any text."""
+    encoded = tokenizer("a", return_special_tokens_mask=True, verbose=False)
+    mask = encoded["special_tokens_mask"]
+    return list(encoded["input_ids"][: next((at for at, special in enumerate(mask) if not special), 0)])
+
+
 def with_end(tokenizer: Any, ids: list[int]) -> list[int]:
     """``ids`` closed by the end-of-text token, if the tokenizer has one."""
     end = tokenizer.eos_token_id
@@ -119,15 +126,21 @@ def fit_end(tokenizer: Any, ids: list[int], start: int, limit: Limit, place: str
     Returns the ids, the answer's new start and the number of tokens cut. An opening special token is kept. If the
     answer alone is too long it loses its end.
     """
-    cut = len(ids) - limit.tokens
+    positions, start, cut = kept(tokenizer, ids, start, limit, place)
+    return [ids[at] for at in positions], start, cut
+
+
+def kept(tokenizer: Any, ids: list[int], start: int, limit: Limit, place: str) -> tuple[Sequence[int], int, int]:
+    """:func:`fit_end`, with the positions of the tokens that stay instead of the tokens."""
+    cut, every = len(ids) - limit.tokens, range(len(ids))
     if cut <= 0:
-        return ids, start, 0
+        return every, start, 0
     limit.refuse(len(ids), place)
     keep = 1 if start > 0 and ids[0] in (tokenizer.bos_token_id, tokenizer.cls_token_id) else 0
     room = limit.tokens - (len(ids) - start)
     front = max(min(start, room), min(start, 1))  # one token at least: what has no context cannot be predicted
-    head = ids[:keep] + ids[start - (front - keep) : start]
-    return (head + ids[start:])[: limit.tokens], len(head), cut
+    head = [*every[:keep], *every[start - (front - keep) : start]]
+    return [*head, *every[start:]][: limit.tokens], len(head), cut
 
 
 def answer_example(ids: list[int], labelled: Sequence[int], cut: int = 0, place: str | None = None) -> Example:

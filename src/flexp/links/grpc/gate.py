@@ -15,7 +15,7 @@ import grpc
 
 from flexp.errors import ConfigError, LinkError
 from flexp.links.frames import VERSION
-from flexp.links.grpc.security import CLIENT_KEY, PROTOCOL_KEY, TOKEN_KEY
+from flexp.links.grpc.security import CLIENT_KEY, OPERATOR, PROTOCOL_KEY, TOKEN_KEY
 from flexp.links.grpc.stream import Stream
 from flexp.links.grpc.tokens import Tokens, check_name
 
@@ -33,21 +33,20 @@ class _Failures:
 
 
 class Attempts:
-    """Joining attempts that failed, by client and by address: who keeps failing waits, twice as long each time.
+    """Guesses of a token that were wrong: who keeps guessing one waits, twice as long each time.
 
-    What it remembers is bounded: the names and addresses that failed longest ago are forgotten.
-
-    A name is locked for strangers only: an address from which its token was right once is not kept out by what others
-    try in that name.
+    It is the token that is locked, for the address that guesses it, and after ten times as many guesses for all
+    addresses: other clients behind the same address are not kept out. Nor is one whose token was right there once,
+    whatever others try in its name. What is remembered is bounded: what failed longest ago is forgotten.
 
     Args:
         free: failures before the first wait, of 1 s; each further one doubles it.
         longest: of the waits, in seconds. So long after the last failure all of them are forgotten, too.
-        most: names, and addresses, that are remembered.
+        most: of each kind that are remembered.
     """
 
     def __init__(
-        self, free: int = 10, longest: float = 900.0, most: int = 4096, clock: Callable[[], float] = time.monotonic
+        self, free: int = 10, longest: float = 60.0, most: int = 4096, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._free, self._longest, self._most, self._clock = free, longest, most, clock
         self._failures: OrderedDict[tuple[str, str], _Failures] = OrderedDict()
@@ -58,21 +57,21 @@ class Attempts:
 
     def wait(self, client: str, address: str) -> float:
         """Seconds until this client may try again from this address; 0: now."""
-        keys = [("address", address)]
-        if (client, address) not in self._good:
-            keys.append(("client", client))
+        if (client, address) in self._good:
+            return 0.0
         now = self._clock()
-        return max(0.0, *(self._failures[key].until - now for key in keys if key in self._failures), 0.0)
+        known = [self._failures[key] for key in self._keys(client, address) if key in self._failures]
+        return max(0.0, *(one.until - now for one in known), 0.0)
 
     def failed(self, client: str, address: str) -> None:
         """It tried, and may not come in."""
         now = self._clock()
-        for key in (("address", address), ("client", client)):
+        for key, free in self._keys(client, address).items():
             known = self._failures.setdefault(key, _Failures())
             if now - known.last > self._longest:
                 known.count = 0
             known.count, known.last = known.count + 1, now
-            over = known.count - self._free
+            over = known.count - free
             if over >= 0:
                 known.until = now + min(self._longest, 2.0 ** min(over, 60))
             self._failures.move_to_end(key)
@@ -80,11 +79,49 @@ class Attempts:
 
     def succeeded(self, client: str, address: str) -> None:
         """It came in."""
-        for key in (("address", address), ("client", client)):
+        for key in self._keys(client, address):
             self._failures.pop(key, None)
         self._good[client, address] = None
         self._good.move_to_end((client, address))
         _bound(self._good, self._most)
+
+    def _keys(self, client: str, address: str) -> dict[tuple[str, str], int]:
+        return {(client, address): self._free, (client, ""): 10 * self._free}
+
+
+class Seldom:
+    """Says what happens for one reason a few times at once, then every few seconds, and how often it was silent.
+
+    Args:
+        burst: lines of one reason before the first pause.
+        seconds: of the pauses.
+        most: reasons that are remembered.
+    """
+
+    def __init__(
+        self,
+        say: Callable[[str], None],
+        burst: int = 10,
+        seconds: float = 10.0,
+        most: int = 1024,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._say, self._burst, self._seconds, self._most, self._clock = say, burst, seconds, most, clock
+        self._known: OrderedDict[tuple[str, str], list[float]] = OrderedDict()
+
+    def __call__(self, reason: str, line: str) -> None:
+        now = self._clock()
+        said = self._known.setdefault((reason, ""), [0.0, now, 0.0])  # lines at once, when the last was, silent since
+        self._known.move_to_end((reason, ""))
+        _bound(self._known, self._most)
+        if now - said[1] >= self._seconds:
+            said[0] = max(0.0, said[0] - (now - said[1]) // self._seconds)
+        if said[0] >= self._burst:
+            said[2] += 1
+            return
+        more = f" ({said[2]:.0f} more like this since)" if said[2] else ""
+        said[0], said[1], said[2] = said[0] + 1, now, 0.0
+        self._say(line + more)
 
 
 class Gate:
@@ -107,7 +144,7 @@ class Gate:
     ) -> None:
         self._tokens = tokens
         self._allow = None if allow is None else frozenset(allow)
-        self._aside, self._say = aside, say
+        self._aside, self._say, self._seldom = aside, say, Seldom(say)
         self._attempts = attempts or Attempts()
         self.inside: dict[str, Stream] = {}
         self._marks: dict[str, bytes | None] = {}
@@ -124,21 +161,13 @@ class Gate:
         try:
             client = check_name(_text(name))
         except (ConfigError, UnicodeDecodeError):
-            await self._refuse(context, None, host, "the client does not say a name that can be used")
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "the client does not say a name that can be used")
             raise
-        wait = self._attempts.wait(client, host)
-        if wait > 0:
-            text = f"too many attempts to join have failed; try again in {math.ceil(wait)} s"
-            await context.abort(grpc.StatusCode.UNAUTHENTICATED, text)
-        try:
-            token = _text(said.get(TOKEN_KEY, b""))
-        except UnicodeDecodeError:
-            token = ""
-        known = self._tokens is None or self._tokens.accept(client, token)  # also for names that are not allowed
+        known = await self._knows(context, client, host)  # also for names that are not allowed
         allowed = self._allow is None or client in self._allow
         if not (known and allowed):
             why = "its token is not the one on file" if allowed else "its name is not on the list"
-            await self._refuse(context, client, host, STRANGER, f"{client}: refused, since {why}")
+            await self._refuse(context, client, host, STRANGER, f"refused, since {why}")
         self._attempts.succeeded(client, host)
         why_aside = self._aside(client)
         if why_aside is not None:
@@ -146,6 +175,25 @@ class Gate:
         if client in self.inside:
             await context.abort(grpc.StatusCode.ALREADY_EXISTS, f"client {client} is connected already")
         return client
+
+    async def admit_operator(self, context: Any) -> None:
+        """End a call that has not the operator's token, where there are tokens."""
+        host = host_of(context.peer())
+        if not await self._knows(context, OPERATOR, host):
+            await self._refuse(context, OPERATOR, host, f"this needs the token of {OPERATOR!r}", "asked in vain")
+        self._attempts.succeeded(OPERATOR, host)
+
+    async def _knows(self, context: Any, client: str, host: str) -> bool:
+        """Whether the call has the client's token, where there are tokens; ends one that comes too soon."""
+        wait = self._attempts.wait(client, host)
+        if wait > 0:
+            text = f"too many attempts to join have failed; try again in {math.ceil(wait)} s"
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, text)
+        try:
+            token = _text(dict(context.invocation_metadata() or ()).get(TOKEN_KEY, b""))
+        except UnicodeDecodeError:
+            token = ""
+        return self._tokens is None or self._tokens.accept(client, token)
 
     def enter(self, client: str, stream: Stream) -> None:
         """``client`` has been let in and has a stream."""
@@ -172,10 +220,9 @@ class Gate:
                     self._say(f"{client}: thrown out, since its token is not valid any more")
                     stream.end(LinkError(f"client {client}: its token is not valid any more"))
 
-    async def _refuse(self, context: Any, client: str | None, host: str, text: str, said: str = "") -> None:
-        self._attempts.failed(client or "", host)
-        if said:
-            self._say(said)
+    async def _refuse(self, context: Any, client: str, host: str, text: str, said: str) -> None:
+        self._attempts.failed(client, host)
+        self._seldom(host, f"{client}: {said} (from {host})")
         await context.abort(grpc.StatusCode.UNAUTHENTICATED, text)
 
 

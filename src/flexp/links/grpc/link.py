@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 import re
+import time
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import grpc
@@ -22,8 +23,9 @@ from flexp.links.frames import Frame, Head, encode
 from flexp.links.grpc.loop import background, read_frame, wait_for
 from flexp.links.grpc.security import Address
 from flexp.links.messages import Join, Leave, Refusal, Request, Welcome
-from flexp.links.rules import Agreement, check_reply, check_request
+from flexp.links.rules import Agreement, bounded, check_reply, check_request
 from flexp.rng import current_turn, resting
+from flexp.texts import plain
 
 R = TypeVar("R")
 CPU = torch.device("cpu")
@@ -40,6 +42,7 @@ class _Call:
     traffic: Traffic | None
     device: torch.device
     timer: asyncio.TimerHandle | None = None
+    began: float = field(default_factory=time.monotonic)
 
 
 class GrpcLink:
@@ -166,9 +169,10 @@ class GrpcLink:
         if call.traffic is not None:
             call.traffic.bytes_down += head.payload
             call.traffic.exchanges += 1
-            call.traffic.server_seconds += head.seconds
+            passed = time.monotonic() - call.began  # whatever the server says that it computed
+            call.traffic.server_seconds += min(max(head.seconds, 0.0), passed)
         if isinstance(call.request, Join) and isinstance(answer, Welcome):
-            self._agreement = Agreement.of(call.request, answer)
+            self._agreement = Agreement.of(call.request, bounded(answer))
             self._coding = Coding(call.request.codec, self._agreement.dtype, answer.hidden, self.residuals)
         call.future.set_result(answer)
 
@@ -199,13 +203,13 @@ def _failed(error: LinkError) -> Future[Any]:
 
 def last_part(details: str | None) -> str:
     """Of what gRPC says about a failed connection, the part that a reader can use."""
-    return re.sub(r"^.*last error: (UNKNOWN|UNAVAILABLE): ", "", details or "no reason given")
+    return re.sub(r"^.*last error: (UNKNOWN|UNAVAILABLE): ", "", plain(details or "no reason given"))
 
 
 def reason(error: grpc.aio.AioRpcError, address: Address) -> str:
-    details = error.details() or "no reason given"
+    details = plain(error.details() or "no reason given")
     if error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.ALREADY_EXISTS, grpc.StatusCode.ABORTED):
-        return str(details)
+        return details
     if error.code() == grpc.StatusCode.UNAVAILABLE:
         return f"the server at {address} cannot be reached, or has gone ({last_part(details)})"
     return f"the link to {address} failed ({error.code().name}: {details})"

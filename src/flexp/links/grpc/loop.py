@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from flexp.errors import LinkError, LinkLostError
@@ -28,6 +30,16 @@ OPTIONS: list[tuple[str, int]] = [
     ("grpc.so_reuseport", 0),  # two servers on one port are a mistake
 ]
 """What both sides ask of gRPC; each uses what is meant for it."""
+
+SERVER_OPTIONS = [
+    *OPTIONS,
+    ("grpc.server_handshake_timeout_ms", 10_000),  # whoever connects and says nothing is let go
+    ("grpc.max_connection_idle_ms", 60_000),  # and whoever has no stream
+]
+"""What a server asks of it."""
+
+LOOK_SECONDS = 1.0
+"""How often it is looked whether a deadline has changed."""
 
 _lock = threading.Lock()
 _loop: asyncio.AbstractEventLoop | None = None
@@ -54,7 +66,7 @@ async def read_frame(
     end: object,
     check: Callable[[Head], None],
     reserve: Callable[[int], Awaitable[None]] | None = None,
-    seconds: float | None = None,
+    deadline: Deadline | None = None,
 ) -> Frame | None:
     """The next frame of a stream, or ``None`` at its end.
 
@@ -62,7 +74,7 @@ async def read_frame(
         read: gives the next message, or ``end``.
         check: refuses a head; called before anything is allocated.
         reserve: waits for room for so many bytes.
-        seconds: the longest pause between two messages of one frame.
+        deadline: when the rest of a frame must be there.
 
     Raises:
         LinkError: what arrives is no frame, or is refused, or ends in its middle.
@@ -76,14 +88,52 @@ async def read_frame(
     if reserve is not None:
         await reserve(incoming.head.payload)
     incoming.allocate()
+    began = time.monotonic()
     while not incoming.done:
-        async with within(seconds, "the rest of a frame did not arrive"):
+        if deadline is None:
             message = await read()
+        else:
+            message = await in_time(
+                read(), deadline, incoming.head.payload, began, "the rest of a frame did not arrive"
+            )
         if message is end:
             raise LinkError("the stream ended in the middle of a frame")
         with _damaged():
             incoming.add(message)
     return incoming.frame()
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """How long a frame may take, and its messages.
+
+    Attributes:
+        pause: seconds between two messages.
+        whole: seconds that a frame of so many bytes may take in all; it may change meanwhile.
+    """
+
+    pause: float
+    whole: Callable[[int], float]
+
+
+async def in_time(work: Awaitable[Value], deadline: Deadline, size: int, began: float, what: str) -> Value:
+    """What ``work`` gives: one message of a frame of ``size`` bytes that began at ``began``, of the monotonic clock.
+
+    Raises:
+        LinkLostError: the pause or the whole frame takes too long; it says ``what``.
+    """
+    task, since = asyncio.ensure_future(work), time.monotonic()
+    try:
+        while True:
+            whole = deadline.whole(size)
+            left = min(since + deadline.pause, began + whole) - time.monotonic()
+            if left <= 0:
+                seconds = whole if began + whole < since + deadline.pause else deadline.pause
+                raise LinkLostError(f"{what} within {seconds:g} s")
+            if (await asyncio.wait({task}, timeout=min(left, LOOK_SECONDS)))[0]:
+                return task.result()
+    finally:
+        task.cancel()
 
 
 @contextmanager

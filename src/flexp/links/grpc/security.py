@@ -18,6 +18,7 @@ __all__ = ["Address", "ServerTls", "Tokens", "channel_credentials", "check_conne
 SCHEMES = ("grpc", "grpcs")
 CLIENT_KEY = "flexp-client-bin"  # -bin: names need not be ASCII
 TOKEN_KEY = "flexp-token-bin"
+OPERATOR = "operator"  # whose token it takes to ask how a server is, on one with tokens
 PROTOCOL_KEY = "flexp-protocol"  # the version, from the client and from a server that lets it in
 
 

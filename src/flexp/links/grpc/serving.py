@@ -21,8 +21,8 @@ from flexp.errors import ConfigError, FlexpError, LinkError, LinkLostError
 from flexp.links.base import Service
 from flexp.links.coding import PLAIN, Coding
 from flexp.links.frames import VERSION, Frame, encode
-from flexp.links.grpc.gate import Gate
-from flexp.links.grpc.loop import METHOD, OPTIONS, SERVICE, wait_for
+from flexp.links.grpc.gate import Gate, Seldom
+from flexp.links.grpc.loop import METHOD, SERVER_OPTIONS, SERVICE, wait_for
 from flexp.links.grpc.security import PROTOCOL_KEY, Address, ServerTls, check_listening
 from flexp.links.grpc.status import operator_handlers
 from flexp.links.grpc.stream import Answer, Memory, Rates, Stream, refused
@@ -108,6 +108,7 @@ class Serving:
         self._rates = Rates(self.limits)
         self._codings: dict[str, Coding] = {}  # of clients that joined; used in the thread that computes
         self._stopping = False
+        self._seldom, self._failed = Seldom(say), set[str]()
         threads = torch.get_num_threads()
         self._worker = ThreadPoolExecutor(1, "flexp-server", lambda: torch.set_num_threads(threads))
         self._memory = Memory(self.limits.memory_bytes)
@@ -141,11 +142,13 @@ class Serving:
             await asyncio.sleep(0.005)
 
     async def _start(self, asked: Address, credentials: grpc.ServerCredentials | None) -> Address:
-        self._server = grpc.aio.server(options=OPTIONS)
+        self._server = grpc.aio.server(options=SERVER_OPTIONS)
         method = grpc.stream_stream_rpc_method_handler(self._stream)
         methods = {METHOD: method}
         facts = None if self._facts is None else lambda told=self._facts: told(self)
-        methods |= operator_handlers(facts, self._service.readmit, self._tokens)
+        methods |= operator_handlers(
+            facts, None if self._tokens is None else self._service.readmit, self._gate.admit_operator
+        )
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -203,7 +206,12 @@ class Serving:
         except FlexpError as error:
             return refused(error, head.call)
         except Exception as error:  # one client's request must not end the others' server
-            log.exception("the request %s of client %s failed", head.message, client)
+            kind = f"{head.message} {type(error).__name__}"
+            new = kind not in self._failed  # what a client can repeat would fill the log
+            self._failed.add(kind)
+            self._seldom(client, f"{client}: {head.message} failed: {type(error).__name__}: {error}")
+            if new:
+                log.exception("the request %s of client %s failed", head.message, client)
             return refused(f"the server failed ({type(error).__name__}: {error})", head.call)
 
     def _answer(self, client: str, frame: Frame) -> Answer | Later:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,38 +13,43 @@ from pydantic_core import from_json, to_json
 from flexp.errors import LinkError
 from flexp.links.grpc.link import last_part
 from flexp.links.grpc.loop import SERVICE, wait_for, within
-from flexp.links.grpc.security import TOKEN_KEY, Address, Tokens, channel_credentials, check_connecting, check_name
+from flexp.links.grpc.security import TOKEN_KEY, Address, channel_credentials, check_connecting, check_name
+from flexp.texts import plain
 
 STATUS, READMIT = "Status", "Readmit"
-OPERATOR = "operator"
-"""Whose token it takes to ask, on a server with tokens."""
+NOBODY_KNOWN = (
+    "this server has no tokens, so it cannot tell its operator from the client that it has put aside: wait until that "
+    "may come again (server.guard.aside_seconds), or start the server with --tokens"
+)
 
 
 def operator_handlers(
-    facts: Callable[[], dict[str, Any]] | None, readmit: Callable[[str], bool], tokens: Tokens | None
+    facts: Callable[[], dict[str, Any]] | None,
+    readmit: Callable[[str], bool] | None,
+    admit: Callable[[Any], Awaitable[None]],
 ) -> dict[str, grpc.RpcMethodHandler]:
-    """The server's side, by the names of the methods. Without tokens, anybody who reaches the server may ask."""
+    """The server's side, by the names of the methods.
+
+    Args:
+        readmit: ``None``: there are no tokens, and a client would readmit itself.
+        admit: ends a call that is not the operator's.
+    """
 
     async def let_in(client: bytes, context: Any) -> bytes:
-        await check_operator(context, tokens)
+        await admit(context)
+        if readmit is None:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, NOBODY_KNOWN)
+            return b"no"
         return b"yes" if readmit(client.decode("utf-8", "replace")) else b"no"
 
     async def status(_: Any, context: Any) -> bytes:
-        await check_operator(context, tokens)
+        await admit(context)
         assert facts is not None
         found = await asyncio.to_thread(facts)  # it waits for what is computed, which no stream need do
         return to_json(found, inf_nan_mode="null")
 
     methods = {READMIT: let_in} if facts is None else {READMIT: let_in, STATUS: status}
     return {name: grpc.unary_unary_rpc_method_handler(method) for name, method in methods.items()}
-
-
-async def check_operator(context: Any, tokens: Tokens | None) -> None:
-    """End a call that has not the operator's token, where there are tokens."""
-    said = dict(context.invocation_metadata() or ()).get(TOKEN_KEY, b"")
-    token = said.decode("utf-8", "replace") if isinstance(said, bytes) else said
-    if tokens is not None and not tokens.accept(OPERATOR, token):
-        await context.abort(grpc.StatusCode.UNAUTHENTICATED, f"this needs the token of {OPERATOR!r}")
 
 
 def ask_status(
@@ -55,7 +60,11 @@ def ask_status(
     Raises:
         ConfigError, LinkError: as :func:`ask`.
     """
-    facts: dict[str, Any] = from_json(ask(url, STATUS, b"", token=token, ca=ca, insecure=insecure, timeout=timeout))
+    said = ask(url, STATUS, b"", token=token, ca=ca, insecure=insecure, timeout=timeout)
+    try:
+        facts: dict[str, Any] = from_json(said)
+    except ValueError as error:
+        raise LinkError(f"{url}: what answers there says nothing of itself that can be read") from error
     return facts
 
 
@@ -106,7 +115,7 @@ def ask(
                     raise LinkError(
                         f"no flexp server can be reached at {target} ({last_part(error.details())})"
                     ) from error
-                raise LinkError(f"{target}: {error.details() or error.code().name}") from error
+                raise LinkError(f"{target}: {plain(error.details() or error.code().name)}") from error
             return answer
 
     return wait_for(call())

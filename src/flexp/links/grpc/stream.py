@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from flexp.errors import LinkError, LinkLostError
 from flexp.links.coding import PLAIN
 from flexp.links.frames import Frame, Head, encode
-from flexp.links.grpc.loop import read_frame, within
+from flexp.links.grpc.loop import Deadline, in_time, read_frame, within
 from flexp.links.messages import Join, Leave, Refusal, Welcome
 from flexp.links.rules import Agreement, Limits, check_request
 
@@ -23,6 +23,8 @@ Answer = tuple[Welcome | Refusal | None, list[bytes]]
 Compute = Callable[[str, Frame], "asyncio.Future[Answer]"]
 LATE = "a request came after one that was sent later, so its step must be done again"
 GAPS_KEPT = 64
+SHARES = 32
+"""Of so many clients at least each has a share of half of the memory."""
 
 
 class Stream:
@@ -42,7 +44,7 @@ class Stream:
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._last: LinkError | None = None
         self._agreement: Agreement | None = None
-        self._held = 0  # bytes of memory
+        self._deadline = Deadline(limits.frame_seconds, self._seconds)
         self._numbers = Numbers()
         self._answers: asyncio.Queue[tuple[asyncio.Future[Answer], int] | None] = asyncio.Queue(limits.unanswered)
 
@@ -63,7 +65,7 @@ class Stream:
             try:
                 await asyncio.gather(*tasks, return_exceptions=True)
             finally:  # gRPC cancels the stream of a client that has gone, here as well
-                self._memory.release(self._held)
+                self._memory.release(self._client)
 
     def end(self, why: LinkError, *, answered: bool = False) -> None:
         """End the stream: at once, or (``answered``) when all that was asked so far has its answer; on the loop."""
@@ -75,14 +77,11 @@ class Stream:
     async def _read_all(self) -> None:
         try:
             while True:
-                frame = await read_frame(
-                    self._read, grpc.aio.EOF, self._check, self._reserve, self._limits.frame_seconds
-                )
+                frame = await read_frame(self._read, grpc.aio.EOF, self._check, self._reserve, self._deadline)
                 if frame is None:
                     break
                 if not self._numbers.new(frame.head.call):
-                    self._held -= frame.head.payload
-                    self._memory.release(frame.head.payload)
+                    self._memory.release(self._client, frame.head.payload)
                     continue
                 answer = self._compute(self._client, frame)
                 await self._answers.put((answer, frame.head.payload))
@@ -102,11 +101,11 @@ class Stream:
         while (item := await self._answers.get()) is not None:
             answer, held = item
             _, messages = await answer
+            size, began = sum(map(len, messages)), time.monotonic()
             for message in messages:
-                async with within(self._limits.frame_seconds, f"client {self._client} did not take its answer"):
-                    await self._context.write(message)
-            self._held -= held
-            self._memory.release(held)
+                what = f"client {self._client} did not take its answer"
+                await in_time(self._context.write(message), self._deadline, size, began, what)
+            self._memory.release(self._client, held)
             if self._last is not None and self._answers.empty():
                 raise self._last
 
@@ -123,8 +122,12 @@ class Stream:
         wait = self._rates.take(self._client, size)
         if wait > 0:
             await asyncio.sleep(wait)  # reading on later holds the sender back
-        await self._memory.reserve(size)
-        self._held += size
+        await self._memory.reserve(self._client, size)
+
+    def _seconds(self, size: int) -> float:
+        """That a frame may take now: less while others wait for what it holds."""
+        held_up = self._memory.waiting and self._memory.held[self._client] > self._memory.share
+        return self._limits.frame_seconds if held_up else self._limits.seconds(size)
 
 
 class Numbers:
@@ -191,16 +194,35 @@ class Rates:
 
 
 class Memory:
-    """Bytes that frames of all clients may take together, from their first message until they are answered."""
+    """Bytes that frames of all clients may take together, from their first message until they are answered.
+
+    Half of it is in shares, one for each client: whoever is within its share waits for nobody, whatever others announce
+    and do not send. The other half is common; for that frames wait, first come, first served.
+
+    Attributes:
+        held: by the clients that hold any.
+        waiting: frames that wait for room.
+    """
 
     def __init__(self, most: int) -> None:
         self.most = most
-        self.used = 0
-        self._turn = asyncio.Lock()  # first come, first served: small frames do not starve large ones
+        self.held: Counter[str] = Counter()
+        self.waiting = 0
+        self._turn = asyncio.Lock()  # small frames do not starve large ones
         self._freed = asyncio.Event()
 
-    async def reserve(self, size: int) -> None:
-        """Wait until ``size`` bytes are free, and take them.
+    @property
+    def used(self) -> int:
+        """Of all clients."""
+        return self.held.total()
+
+    @property
+    def share(self) -> int:
+        """What each client has for itself."""
+        return self.most // 2 // max(SHARES, len(self.held))
+
+    async def reserve(self, client: str, size: int) -> None:
+        """Wait until ``size`` bytes are free for this client, and take them.
 
         A whole frame at once: a part of it could wait for room that other parts hold.
 
@@ -209,16 +231,33 @@ class Memory:
         """
         if size > self.most:
             raise LinkError(f"a frame of {size} bytes is more than the server's memory in flight, {self.most} bytes")
-        async with self._turn:
-            while self.used + size > self.most:
-                self._freed.clear()
-                await self._freed.wait()
-            self.used += size
+        if not (self._own(client, size) and self._free(client, size)):
+            self.waiting += 1
+            try:
+                async with self._turn:
+                    while not self._free(client, size):
+                        self._freed.clear()
+                        await self._freed.wait()
+            finally:
+                self.waiting -= 1
+        self.held[client] += size
 
-    def release(self, size: int) -> None:
-        """Give back what was reserved."""
-        self.used -= size
+    def release(self, client: str, size: int | None = None) -> None:
+        """Give back what was reserved; ``None``: all of it."""
+        self.held[client] -= self.held[client] if size is None else size
+        if self.held[client] <= 0:
+            del self.held[client]
         self._freed.set()
+
+    def _own(self, client: str, size: int) -> bool:
+        return self.held[client] + size <= self.share
+
+    def _free(self, client: str, size: int) -> bool:
+        if self.used + size > self.most:
+            return False
+        after = self.held | Counter({client: self.held[client] + size})
+        common = sum(max(0, own - self.share) for own in after.values())
+        return self._own(client, size) or common <= self.most - self.most // 2 or not self.used
 
 
 def refused(error: Exception | str, call: int) -> Answer:

@@ -1,0 +1,275 @@
+"""The audit: some steps of a run as the server sees them, and what it can read of them.
+
+An honest-but-curious server (it follows the protocol and looks) with public knowledge alone. What it cannot read here,
+a better attacker may: an audit shows what leaks, never that nothing does.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexp.audit import labels as label_attacks
+from flexp.audit.attacks import ATTACKS, Attack, Public, Sent
+from flexp.audit.public import MANUAL, encoded, known_to_all, paragraphs
+from flexp.audit.watching import Exchange, Watch, watchable
+from flexp.client.trainer import split_model_of
+from flexp.config import RunConfig
+from flexp.methods.base import Method
+from flexp.methods.split import Split
+from flexp.run.settle import build_world, load_processor, model_folder
+
+STOP = 100
+"""So many of the public text's most frequent tokens are no content words; of a small vocabulary, a twentieth of it."""
+SHOWN = 5
+"""Texts that are shown beside what was read of them."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one attack read of what crosses at one place.
+
+    Attributes:
+        of: ``z`` at the cut, or ``z_base``.
+        tokens, content, texts: shares read right: of all tokens but special ones, of content words, of whole texts.
+        by_step: ``content`` by the clients' step.
+        seconds: of learning and reading.
+    """
+
+    attack: str
+    about: str
+    of: str
+    depth: int
+    tokens: float
+    content: float
+    texts: float
+    by_step: dict[int, float]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What a server can read, as far as these attacks can.
+
+    Attributes:
+        cuts: (s, e) by client.
+        texts, tokens: how many were seen.
+        public: what the attacker learnt from.
+        blind: the share of tokens and of content words that the most frequent public token gives.
+        labels: what ∂task/∂h tells of labels, beside ``majority``, the most frequent label's share.
+        worst: texts of which most was read: the truth, and what the best attack read.
+    """
+
+    model: str
+    method: str
+    cuts: dict[str, tuple[int, int]]
+    steps: int
+    texts: int
+    tokens: int
+    public: str
+    blind: dict[str, float]
+    readings: list[Reading]
+    labels: dict[str, float] = field(default_factory=dict)
+    worst: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def content(self) -> float:
+        """The content words that the best attack reads."""
+        return max(reading.content for reading in self.readings)
+
+    @property
+    def line(self) -> str:
+        """What the server can read, in a line."""
+        best = max(self.readings, key=lambda reading: reading.content)
+        said = f"{100 * best.content:.0f} % of content words ({best.attack}, {best.of} at depth {best.depth})"
+        told = {key: value for key, value in self.labels.items() if key in ("clusters", "answers")}
+        return said + "".join(f", {100 * value:.0f} % of labels ({key})" for key, value in told.items())
+
+    def as_json(self) -> dict[str, Any]:
+        """Schema 1; without the texts, which stay on the client."""
+        return {"schema": 1, **{key: value for key, value in asdict(self).items() if key != "worst"}}
+
+
+def audit(
+    config: RunConfig,
+    *,
+    method: Method | None = None,
+    rounds: int = 1,
+    public: Path | None = None,
+    full: bool = False,
+) -> Audit:
+    """Train ``rounds`` rounds in memory and attack what the server was sent.
+
+    Args:
+        method: of a run that was trained already, whose next rounds these are; ``None``: the run begins.
+        public: a file of public texts, one a line; ``None``: :data:`~flexp.audit.public.MANUAL`.
+        full: with the slow attacks and more public text.
+
+    Raises:
+        ConfigError: the method sends no activations, or its input is no text.
+        FlexpError: what is wrong with model or data.
+    """
+    world = build_world(config) if method is None else method.world
+    watched = watchable(world.method(world) if method is None else method)
+    watch = Watch(watched)
+    with watch.watching():
+        for number in range(1, rounds + 1):
+            watched.train_round(number, watch.told)
+    tokenizer = load_processor(model_folder(world.config), world.config)
+    examples = encoded(
+        tokenizer,
+        paragraphs(public, 4000 if full else 1000),
+        vocabulary=len(tokenizer),
+        passes=2 if full else 1,
+    )
+    special = torch.tensor(sorted(tokenizer.all_special_ids))
+    causal = world.federation.task.model_kind == "causal-lm"
+    readings: list[Reading] = []
+    best: tuple[float, Tensor, Tensor, Tensor] | None = None
+    places = _places(watch.exchanges, watched)
+    blind: dict[str, float] = {}
+    for depth in sorted({depth for _, depth in places}):
+        known = known_to_all(world.source, depth, examples)
+        attacks = [kind() for kind in ATTACKS if (full or not kind.slow) and (causal or not kind.causal)]
+        for attack in attacks:
+            began = time.perf_counter()
+            attack.learn(known)
+            for of in [of for of, where in places if where == depth]:
+                truth = _truth(places[of, depth], of, known, special)
+                blind = blind or _blind(known, truth, special)
+                reading, read_N = _read(attack, known, truth, of, began)
+                readings.append(reading)
+                if best is None or reading.content > best[0]:
+                    best = reading.content, truth.ids_N, read_N, truth.sent.texts_N
+                began = time.perf_counter()
+    assert best is not None
+    return Audit(
+        model=config.model.id,
+        method=config.method.name,
+        cuts=dict(world.cuts),
+        steps=max(exchange.step for exchange in watch.exchanges),
+        texts=sum(len(exchange.z_BTH) for exchange in watch.exchanges),
+        tokens=sum(int(exchange.mask.sum()) for exchange in watch.exchanges),
+        public=MANUAL if public is None else str(public.name),
+        blind=blind,
+        readings=readings,
+        labels=_labels(watch.exchanges, world.source.model, causal),
+        worst=_worst(*best[1:], tokenizer),
+    )
+
+
+def _places(exchanges: Sequence[Exchange], method: Split) -> dict[tuple[str, int], list[Exchange]]:
+    """What was sent, by what it is and after how many blocks."""
+    places: dict[tuple[str, int], list[Exchange]] = {}
+    for exchange in exchanges:
+        places.setdefault(("z", method.cut_of(exchange.client)[0]), []).append(exchange)
+        if exchange.base_BTH is not None:
+            depth = split_model_of(method.clients[exchange.client]).base_depth
+            places.setdefault(("z_base", depth), []).append(exchange)
+    return places
+
+
+@dataclass(frozen=True)
+class _Truth:
+    """What was sent at one depth, and what it was.
+
+    Attributes:
+        real_N: no special token.
+        content_N: a content word.
+        steps_N: of the client, in which it was sent.
+    """
+
+    sent: Sent
+    ids_N: Tensor
+    real_N: Tensor
+    content_N: Tensor
+    steps_N: Tensor
+
+
+def _truth(exchanges: Sequence[Exchange], of: str, known: Public, special: Tensor) -> _Truth:
+    hiddens = [exchange.z_BTH if of == "z" else exchange.base_BTH for exchange in exchanges]
+    masks = [exchange.mask for exchange in exchanges]
+    ids_N = torch.cat([exchange.batch["input_ids"][mask] for exchange, mask in zip(exchanges, masks, strict=True)])
+    stop = min(STOP, len(known.embeddings) // 20)
+    frequent = [token for token, _ in Counter(known.ids_N.tolist()).most_common(stop)]
+    dull = torch.tensor(sorted({*special.tolist(), *frequent}))
+    return _Truth(
+        Sent.of([hidden for hidden in hiddens if hidden is not None], masks),
+        ids_N,
+        ~torch.isin(ids_N, special),
+        ~torch.isin(ids_N, dull),
+        torch.cat([torch.full((int(mask.sum()),), e.step) for e, mask in zip(exchanges, masks, strict=True)]),
+    )
+
+
+def _read(attack: Attack, known: Public, truth: _Truth, of: str, began: float) -> tuple[Reading, Tensor]:
+    read_N = attack.guess(truth.sent)
+    right_N, texts_N, content_N = read_N == truth.ids_N, truth.sent.texts_N, truth.content_N
+    wrong = torch.zeros(int(texts_N.max()) + 1).index_add_(0, texts_N, (truth.real_N & ~right_N).float())
+    by_step = {int(step): _share(right_N[content_N & (truth.steps_N == step)]) for step in torch.unique(truth.steps_N)}
+    reading = Reading(
+        attack=attack.name,
+        about=attack.about,
+        of=of,
+        depth=known.depth,
+        tokens=_share(right_N[truth.real_N]),
+        content=_share(right_N[content_N]),
+        texts=_share(wrong == 0),
+        by_step=by_step,
+        seconds=time.perf_counter() - began,
+    )
+    return reading, read_N
+
+
+def _blind(known: Public, truth: _Truth, special: Tensor) -> dict[str, float]:
+    usual, counts = torch.unique(known.ids_N[~torch.isin(known.ids_N, special)], return_counts=True)
+    right_N = truth.ids_N == usual[counts.argmax()]
+    return {"tokens": _share(right_N[truth.real_N]), "content": _share(right_N[truth.content_N])}
+
+
+def _labels(exchanges: Sequence[Exchange], model: Any, causal: bool) -> dict[str, float]:
+    """What the gradients of all clients together tell."""
+    done = [exchange for exchange in exchanges if exchange.grad_BTH is not None]
+    grads: list[Tensor] = [exchange.grad_BTH for exchange in done if exchange.grad_BTH is not None]
+    truth = [exchange.batch["labels"] for exchange in done]
+    found: Mapping[str, float | None]
+    if causal:
+        head = model.get_output_embeddings().weight.detach().float()
+        tokens = torch.cat([each[:, 1:][each[:, 1:] != -100] for each in truth])
+        found = {"answers": label_attacks.answers(grads, head, truth), "majority": _majority(tokens)}
+    elif truth[0].dim() == 1 and not truth[0].is_floating_point():
+        rows_NH, labels_N = label_attacks.directions(grads), torch.cat(truth)
+        found = {
+            "clusters": label_attacks.clustered(rows_NH, labels_N),
+            "known": label_attacks.with_known(rows_NH, labels_N),
+            "auc": label_attacks.auc(rows_NH, labels_N),
+            "majority": _majority(labels_N),
+        }
+    else:
+        found = {}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _majority(labels_N: Tensor) -> float:
+    return float(torch.unique(labels_N, return_counts=True)[1].max() / len(labels_N))
+
+
+def _worst(truth_N: Tensor, read_N: Tensor, texts_N: Tensor, tokenizer: Any) -> list[tuple[str, str]]:
+    right = torch.zeros(int(texts_N.max()) + 1).index_add_(0, texts_N, (truth_N == read_N).float())
+    order = (right / texts_N.bincount()).argsort(descending=True, stable=True)[:SHOWN]
+
+    def text_of(ids_N: Tensor, text: Tensor) -> str:
+        return str(tokenizer.decode(ids_N[texts_N == text], skip_special_tokens=True))
+
+    return [(text_of(truth_N, text), text_of(read_N, text)) for text in order]
+
+
+def _share(right: Tensor) -> float:
+    return float(right.float().mean()) if len(right) else 0.0

@@ -1,0 +1,96 @@
+"""An audit as tables, and as one self-contained HTML page, which holds private texts and stays with their owner."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import plotly.graph_objects as go
+
+from flexp import __version__
+from flexp.audit.auditing import Audit, Reading
+from flexp.report import formats, pages
+from flexp.report.figures import DASHES, PALETTE, Plot, blank
+from flexp.report.tables import Table
+
+_LABELS = {
+    "clusters": "classes, by clustering gradients alone",
+    "known": "classes, with two examples of each known",
+    "answers": "words of answers, by the model's own head",
+    "majority": "the most frequent label, without us",
+}
+
+
+def tables(found: Audit) -> list[Table]:
+    """What attacks read of tokens, and of labels."""
+    rows = [
+        [f"{one.attack}, {one.of}", str(one.depth), *map(_percent, (one.tokens, one.content, one.texts)),
+         formats.seconds(one.seconds)]
+        for one in found.readings
+    ]  # fmt: skip
+    rows.append(["blind guess", "", _percent(found.blind["tokens"]), _percent(found.blind["content"]), "", ""])
+    made = [
+        Table(
+            key="tokens",
+            title="Texts that the server can read",
+            caption=f"{found.texts} texts of {found.tokens} tokens; the attacker learnt from {found.public}.",
+            headers=["attack", "depth", "tokens", "content words", "whole texts", "took"],
+            rows=rows,
+        )
+    ]
+    labels = [[text, _percent(found.labels[key])] for key, text in _LABELS.items() if key in found.labels]
+    if labels:
+        if "auc" in found.labels:
+            labels.insert(2, ["area under the curve (AUC), with two of each known", f"{found.labels['auc']:.2f}"])
+        made.append(Table("labels", "Labels that the server can read", "Of all clients together, from ∂task/∂h.",
+                          ["labels", "right"], labels))  # fmt: skip
+    return made
+
+
+def render(found: Audit) -> str:
+    """The whole page as text."""
+    worst = Table(
+        key="worst",
+        title="The texts that were read best",
+        caption="Private: what was sent, and what the best attack read.",
+        headers=["text", "read"],
+        rows=[list(pair) for pair in found.worst],
+        words=(0, 1),
+    )
+    return pages.page(
+        "audit.html.j2",
+        kind="audit",
+        name=f"What the server can read: {found.model}",
+        facts=[f"method {found.method}", formats.plural(len(found.cuts), "client"), found.line],
+        warnings=["This page shows private texts: it stays with their owner.",
+                  "An audit shows what leaks to these attacks, never that nothing leaks to better ones."],
+        tables=[*tables(found), worst],
+        figures=[_by_step(found.readings)],
+        machine={},
+        config=None,
+        version=__version__,
+        source="the audit",
+    )  # fmt: skip
+
+
+def _by_step(readings: Sequence[Reading]) -> Plot:
+    figure = blank(height=360)
+    for number, one in enumerate(readings):
+        line = {"color": PALETTE[number % len(PALETTE)], "dash": DASHES[number // len(PALETTE) % len(DASHES)]}
+        figure.add_trace(
+            go.Scatter(
+                x=list(one.by_step),
+                y=[100 * value for value in one.by_step.values()],
+                name=f"{one.attack}, {one.of}",
+                mode="lines+markers",
+                line=line,
+            )
+        )
+    figure.update_xaxes(title="step of the clients", rangemode="tozero")
+    figure.update_yaxes(title="content words read (%)", range=[0, 102])
+    return Plot(
+        "steps", "What is read, step by step", "Content words of each step's texts that an attack reads.", figure
+    )
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"

@@ -1,0 +1,110 @@
+"""What a server is sent in a run, recorded where it arrives: after codecs, dropout and whatever else a client does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from flexp.client.trainer import Step
+from flexp.data.types import Batch
+from flexp.errors import ConfigError
+from flexp.links.declaring import Request
+from flexp.links.messages import BackwardRequest, ForwardRequest
+from flexp.methods.split import Split
+
+R = TypeVar("R")
+
+
+@dataclass
+class Exchange:
+    """What one exchange showed the server, and the truth, which only the owner has.
+
+    Attributes:
+        step: of the client, from 1.
+        batch: the truth: token ids (B, T) and labels.
+        z_BTH: what came up at the client's cut.
+        base_BTH: z_base, where alignment or teaching sent it.
+        grad_BTH: ∂task/∂h; ``None`` until the backward has come.
+    """
+
+    client: str
+    step: int
+    batch: Batch
+    z_BTH: Tensor
+    base_BTH: Tensor | None
+    grad_BTH: Tensor | None = None
+
+    @property
+    def mask(self) -> Tensor:
+        """Which places hold a token."""
+        return self.batch.get("attention_mask", torch.ones_like(self.batch["input_ids"])).bool()
+
+
+@dataclass
+class Watch:
+    """Records a method's training exchanges; :meth:`told` is its ``on_step``."""
+
+    method: Split
+    exchanges: list[Exchange] = field(default_factory=list)
+    _open: dict[tuple[str, int], Exchange] = field(default_factory=dict)
+    _batches: dict[str, list[Batch]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in self.method.clients:
+            self._look_ahead(name)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Inside the ``with`` block everything that reaches the server is seen first."""
+        server = self.method.server
+        inner = server.answer
+
+        def answer(client: str, request: Request[R]) -> R | Future[R]:
+            self._see(client, request)
+            return inner(client, request)
+
+        # Links look the verb up at each call, so shadowing it on this one server is enough.
+        vars(server)["answer"] = answer
+        try:
+            yield
+        finally:
+            del vars(server)["answer"]
+
+    def told(self, step: Step) -> None:
+        """A client's step is over: the next exchanges are of another batch."""
+        self._look_ahead(step.client)
+
+    def _look_ahead(self, client: str) -> None:
+        self._batches[client] = [batch for _, batch in self.method.clients[client].pieces()]
+
+    def _see(self, client: str, request: Request[Any]) -> None:
+        if isinstance(request, ForwardRequest) and request.train:
+            batch = self._batches[client].pop(0)
+            base_BTH = None if request.base_BTH is None else request.base_BTH.clone()
+            exchange = Exchange(client, request.step, batch, request.hidden_BTH.clone(), base_BTH)
+            self._open[client, request.exchange] = exchange
+            self.exchanges.append(exchange)
+        elif isinstance(request, BackwardRequest):
+            self._open.pop((client, request.exchange)).grad_BTH = request.grad_BTH.clone()
+
+
+def watchable(method: Any) -> Split:
+    """The method, if its clients send activations.
+
+    Raises:
+        ConfigError: they do not, or their input is no text.
+    """
+    if not isinstance(method, Split):
+        raise ConfigError(
+            f"the audit reads activations, and clients of {method.name!r} send {method.sends} instead; "
+            'it audits methods such as "flexp-sfl"'
+        )
+    if method.world.source.anatomy.image:
+        raise ConfigError("the audit reads texts out of activations; images are not audited yet")
+    return method

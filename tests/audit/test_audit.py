@@ -1,0 +1,190 @@
+"""The audit reads what it must, and nothing where there is nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from flexp.audit import audit
+from flexp.audit.attacks import ATTACKS, Decoder, Linear, Prefix, Public, Sent, Table
+from flexp.audit.labels import answers, auc, clustered, directions, with_known
+from flexp.audit.page import render
+from flexp.cli.main import app
+from flexp.config import RunConfig
+from flexp.errors import ConfigError
+from flexp.models.parts import Part
+from flexp.models.stage import carve
+from tests import tiny
+from tests.cli.test_commands import toml
+from tests.harness import seeded, whole_stage
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("audit")
+    tiny.bert_folder(place / "model", dropout=True)
+    return place
+
+
+@pytest.fixture(scope="module")
+def public(folder: Path) -> Path:
+    """A file of public texts that know nothing of the private ones."""
+    place = folder / "public.txt"
+    place.write_text("good bad fine poor and many other words that people use\n" * 20, encoding="utf-8")
+    return place
+
+
+def config(folder: Path, **changes: object) -> RunConfig:
+    return tiny.config(folder, **{"train": {"rounds": 1, "steps_per_round": 2}, **changes})
+
+
+def known(depth: int, name: str = "llama", texts: int = 60) -> Public:
+    """A tiny model, and what its head makes of random public texts of eight tokens."""
+    whole = whole_stage(name)
+    ids_BT = torch.randint(2, whole.model.config.vocab_size, (texts, 8), generator=seeded(0))
+    with torch.no_grad():
+        hidden_BTH, plan = whole.plan({"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT)})
+        hidden_BTH = whole.run(hidden_BTH, plan, 0, depth)
+    mask_BT = torch.ones_like(ids_BT).bool()
+    return Public(whole, depth, Sent.of([hidden_BTH], [mask_BT]), ids_BT.flatten())
+
+
+@pytest.mark.parametrize("kind", [Table, Linear, Decoder])
+def test_bare_embeddings_are_read_whole(kind: type) -> None:
+    """At depth 0 an activation is its token's row of the table: whoever cannot read that reads nothing."""
+    public, attack = known(0), kind()
+    attack.steps, attack.width = 100, 128
+    attack.learn(public)
+    private = known(0, texts=10)
+    # A network that is trained for a hundred steps only is not yet sure of every token.
+    assert (attack.guess(private.sent) == private.ids_N).float().mean() > (0.9 if kind is Decoder else 0.99)
+
+
+def test_prefix_search_reads_what_one_map_does_not() -> None:
+    """Random blocks of a decoder: its public head makes each activation anew, whatever the depth."""
+    public = known(3)
+    linear, prefix = Linear(), Prefix()
+    linear.learn(public)
+    prefix.learn(public)
+    some = Sent(public.sent.z_NH[:24], public.sent.positions_N[:24], public.sent.texts_N[:24])
+    assert (prefix.guess(some) == public.ids_N[:24]).all()
+    with pytest.raises(AssertionError):
+        assert (linear.guess(some) == public.ids_N[:24]).all()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ATTACKS if not kind.causal])
+def test_noise_tells_nothing(kind: type) -> None:
+    attack, public = kind(), known(1)
+    attack.steps, attack.width = 20, 64
+    attack.learn(public)
+    noise = Sent(torch.randn(400, public.sent.z_NH.shape[1], generator=seeded(1)), torch.zeros(400).long(),
+                 torch.arange(400))  # fmt: skip
+    truth = torch.randint(2, public.embeddings.shape[0], (400,), generator=seeded(2))
+    assert (attack.guess(noise) == truth).float().mean() < 0.1
+
+
+def test_rows_of_padding_are_no_tokens() -> None:
+    sent = Sent.of([torch.arange(12.0).view(2, 3, 2)], [torch.tensor([[1, 1, 0], [0, 1, 1]]).bool()])
+    assert sent.z_NH.tolist() == [[0, 1], [2, 3], [8, 9], [10, 11]]
+    assert sent.positions_N.tolist() == [0, 1, 0, 1]
+    assert sent.texts_N.tolist() == [0, 0, 1, 1]
+
+
+def test_classes_by_the_direction_of_their_gradients() -> None:
+    """(p − y) · W of a classifier with two classes has two directions; noise has none."""
+    labels = torch.randint(0, 2, (60,), generator=seeded(0))
+    share = torch.rand(60, 1, 1, generator=seeded(1)) + 0.1
+    grads = [share * (2 * labels[:, None, None] - 1) * torch.randn(1, 1, 16, generator=seeded(2))]
+    rows = directions(grads)
+    assert clustered(rows, labels) == with_known(rows, labels) == auc(rows, labels) == 1.0
+    noise = directions([torch.randn(60, 1, 16, generator=seeded(3))])
+    assert clustered(noise, labels) < 0.75
+
+
+def test_words_of_answers_by_the_head() -> None:
+    """The gradient of cross-entropy at h is Wᵀ(p − y): the row of the right token stands out."""
+    head_VH = torch.randn(50, 32, generator=seeded(0))
+    h_BTH = torch.randn(2, 6, 32, generator=seeded(1), requires_grad=True)
+    labels = torch.randint(0, 50, (2, 6), generator=seeded(2))
+    labels[0, :3] = -100
+    logits = h_BTH[:, :-1] @ head_VH.T
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten()).backward()
+    assert h_BTH.grad is not None
+    assert answers([h_BTH.grad], head_VH, [labels]) == 1.0
+
+
+def test_a_run_as_the_server_sees_it(folder: Path, public: Path) -> None:
+    found = audit(config(folder), public=public)
+    places = [("z", 1), ("z", 2), ("z", 3), ("z_base", 1)]
+    assert {(one.attack, one.of, one.depth) for one in found.readings} == {
+        (attack, of, depth) for attack in ("table", "linear") for of, depth in places
+    }
+    assert found.texts == 2 * 3 * 4  # steps, clients, examples of a step
+    assert found.content > 0.7 > found.blind["content"]
+    assert all(set(one.by_step) == {1, 2} for one in found.readings)
+    assert set(found.labels) == {"clusters", "known", "majority"} | ({"auc"} if "auc" in found.labels else set())
+    assert "worst" not in found.as_json()
+    page = render(found)
+    assert found.worst[0][0] in page
+    assert "never that nothing leaks" in page
+
+
+def test_what_is_seen_is_what_crosses_after_the_codec(folder: Path, public: Path) -> None:
+    plain = audit(config(folder), public=public)
+    coded = audit(config(folder, link={"codec": {"activation": "int4"}}), public=public)
+    told = [[one.tokens for one in found.readings if one.of == "z"] for found in (plain, coded)]
+    assert told[0] != told[1]
+
+
+def test_watching_changes_no_weight(folder: Path) -> None:
+    from flexp.audit.watching import Watch
+    from flexp.run.settle import build_world
+
+    ends = []
+    for watched in (False, True):
+        world = build_world(config(folder))
+        method = world.method(world)
+        watch = Watch(method)  # type: ignore[arg-type]
+        if watched:
+            with watch.watching():
+                method.train_round(1, watch.told)
+        else:
+            method.train_round(1, lambda step: None)
+        ends.append(method.state())
+    counted = ("seconds", "compute_seconds", "meter/training/server_seconds", "meter/training/waited_seconds")
+    for party, tensors in ends[0].items():
+        for name, value in tensors.items():
+            assert name in counted or torch.equal(value, ends[1][party][name]), (party, name)
+
+
+def test_who_sends_no_activations_is_refused(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"clients of 'fedavg' send .* instead"):
+        audit(config(folder, method={"name": "fedavg"}))
+
+
+def test_the_command(folder: Path, public: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    where = ["audit", str(toml(folder)), "--set", "train.steps_per_round=1", "--set", "train.rounds=1"]
+    ran = CliRunner().invoke(app, [*where, "--public", str(public), "--json", "--out", str(page)])
+    assert ran.exit_code == 0, ran.output
+    found = json.loads(ran.output)
+    assert found["schema"] == 1
+    assert found["public"] == "public.txt"
+    assert page.is_file()
+
+
+def test_carved_heads_are_enough(folder: Path) -> None:
+    """An attacker needs the ends and the first blocks alone."""
+    whole = whole_stage("llama")
+    head = carve(whole, Part(frozenset({0}), ends=True))
+    ids_BT = torch.randint(2, whole.model.config.vocab_size, (2, 8), generator=seeded(0))
+    inputs = {"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT)}
+    made = []
+    for stage in (whole, head):
+        hidden_BTH, plan = stage.plan(inputs)
+        made.append(stage.run(hidden_BTH, plan, 0, 1))
+    assert torch.equal(*made)

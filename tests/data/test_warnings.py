@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flexp.config import DataConfig
+from flexp.data import load_federation
+
+from .tools import jsonl, labelled, tokenizer
+
+TOK = tokenizer()
+
+
+def warnings(folder: Path, rows: list[dict[str, Any]], **settings: Any) -> list[str]:
+    config = DataConfig.model_validate({"source": str(jsonl(folder / "x.jsonl", rows)), **settings})
+    return load_federation(config, TOK, 0, None).warnings
+
+
+def rows(count: int = 200, **same: Any) -> list[dict[str, Any]]:
+    """Distinct texts, two clients, two labels, enough to test on."""
+    return [row | same for row in labelled(count)]
+
+
+def test_sound_data_have_no_warnings(tmp_path: Path) -> None:
+    assert warnings(tmp_path, rows()) == []
+
+
+def test_a_text_that_is_trained_on_and_tested_is_counted_by_whose_it_is(tmp_path: Path) -> None:
+    jsonl(tmp_path / "test.jsonl", [*rows()[:4], *rows(600)[400:480], {**rows()[0], "client": "south"}])
+    found = warnings(tmp_path, rows(), test_source=str(tmp_path / "test.jsonl"))
+    assert found[0].startswith("4 of 85 test and validation examples are also training examples of the same client "
+                               "(north 2, south 2), so scores are too good")  # fmt: skip
+    assert found[1].startswith("1 of 85 test and validation examples are also training examples of another client "
+                               "(south 1)")  # fmt: skip
+    assert len(found) == 2
+
+
+def test_repeats_and_contradictions(tmp_path: Path) -> None:
+    twice = [*rows(), {**rows()[0], "label": "yes"}, rows()[2]]
+    found = warnings(tmp_path, twice, test_fraction=0.0)
+    assert found == [
+        "2 of 202 training examples repeat another of the same client (north 2)",
+        "1 training inputs are there with more than one label: nobody can get all of them right",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([r | {"label": r["label"] if r["client"] == "south" else "no"} for r in rows()],
+         "client 'north' has training examples of one label only"),
+        ([*rows(), {**rows(202)[201], "label": "rare"}], "there is one example only of the label 'rare'"),
+        ([r | {"label": "Yes " if k % 3 else r["label"]} for k, r in enumerate(rows())],
+         "the labels 'Yes' and 'yes' differ in spelling only"),
+        ([r | {"label": f"case {k}"} for k, r in enumerate(rows())],
+         "there are 200 labels for 200 examples, nearly one each: is data.label the right column?"),
+        ([r | {"client": "North" if k % 4 else r["client"]} for k, r in enumerate(rows(400))],
+         "the clients 'North' and 'north' differ in spelling only"),
+        (rows(40), "fewer than 25 test examples (north 6, south 6): too few to tell anything"),
+    ],
+    ids=["one label", "one example", "spelling", "a class a row", "clients' spelling", "too few"],
+)  # fmt: skip
+def test_what_is_suspicious_is_one_line(tmp_path: Path, rows: list[dict[str, Any]], said: str) -> None:
+    assert [line for line in warnings(tmp_path, rows) if said in line.replace('"', "'")]
+
+
+def test_many_clients_are_one_line(tmp_path: Path) -> None:
+    names = tuple(f"c{k}" for k in range(10))
+    (line,) = warnings(tmp_path, labelled(100, names))
+    assert "(c0 3, c1 3, c2 3, c3 3, c4 3, c5 3 and 4 more)" in line

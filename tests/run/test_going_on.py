@@ -1,0 +1,143 @@
+"""What a run goes on with: the data that it was trained on, and for as many rounds as its learning rate allows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from flexp.cli.main import app
+from flexp.data.identity import identity
+from flexp.data.types import ClientData
+from flexp.errors import ConfigError, DataError
+from flexp.export.answers import score
+from flexp.export.backup import back_up, restore
+from flexp.export.folder import export
+from flexp.export.opening import open_trained
+from flexp.run import runner
+from flexp.run.client import _known
+from flexp.run.settle import settle_client
+from flexp.run.store import Store, party_of
+from tests.data.tools import jsonl
+from tests.tiny import checkpoint, config
+
+Rows = list[dict[str, Any]]
+EVERYTHING = {"train_examples": None}  # without it, a client's private examples are drawn anew
+
+
+def read(path: Path) -> Rows:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def appended(rows: Rows) -> Rows:
+    return rows + [{**row, "text": f"{row['text']} now"} for row in rows if row["client"] == "north"][:15]
+
+
+def reworded(rows: Rows) -> Rows:
+    return [{**row, "text": row["text"].replace("dog", "cat")} if row["client"] == "south" else row for row in rows]
+
+
+def relabelled(rows: Rows) -> Rows:
+    return [{**row, "label": {"no": "never"}.get(row["label"], row["label"])} for row in rows]
+
+
+CHANGES: list[tuple[Callable[[Rows], Rows], str]] = [
+    (appended, r"north has \d+ train examples, it had \d+; north has \d+ test examples, it had \d+"),
+    (reworded, r"south has other train examples \(or in another order\), \d+ as before"),
+    (relabelled, r"the labels are never, yes, they were no, yes"),
+    (lambda rows: rows + [{**row, "client": "east"} for row in rows[:12]], r"client east is new"),
+    (lambda rows: [row for row in rows if row["client"] != "west"], r"client west is gone"),
+]
+
+
+@pytest.fixture
+def stopped(home: Path) -> Path:
+    """A run of one round, of which two more are to come."""
+    run = config(home, data=EVERYTHING)
+    runner.run(run.model_copy(update={"train": run.train.model_copy(update={"rounds": 1})}), home / "run")
+    return home / "run"
+
+
+def test_other_data_are_named(home: Path, stopped: Path) -> None:
+    rows, before = read(home / "rows.jsonl"), (stopped / "config.json").read_bytes()
+    for change, said in CHANGES:
+        jsonl(home / "rows.jsonl", change(rows))
+        with pytest.raises(DataError, match=said) as caught:
+            runner.resume(stopped, rounds=3)
+        assert "\n" not in str(caught.value)
+        assert "put the data back" in str(caught.value)
+        assert (stopped / "config.json").read_bytes() == before
+
+
+def test_a_finished_run_is_made_longer(home: Path, stopped: Path) -> None:
+    """By the command, to the weights of a run that was to be so long, bit for bit."""
+    runner.run(config(home, data=EVERYTHING), home / "whole")
+    done = CliRunner().invoke(app, ["run", "--resume", str(stopped), "--set", "train.rounds=3"])
+    assert done.exit_code == 0, done.output
+    one, two = checkpoint(home / "whole"), checkpoint(stopped)
+    assert one.keys() == two.keys()
+    for party, tensors in one.items():
+        assert all(torch.equal(value, two[party][name]) for name, value in tensors.items() if "seconds" not in name)
+    assert json.loads((stopped / "summary.json").read_text(encoding="utf-8"))["rounds"] == 3
+    assert json.loads((stopped / "config.json").read_text(encoding="utf-8"))["train"]["rounds"] == 3
+    with pytest.raises(ConfigError, match=r"train.rounds = 2 is less than the 3 rounds that are done"):
+        runner.resume(stopped, rounds=2)
+    for setting in ("train.lr=1", "train.rounds=4 --set seed=3", "seed=1"):
+        asked = ["run", "--resume", str(stopped), "--set", *setting.split()]
+        assert isinstance(CliRunner().invoke(app, asked).exception, ConfigError), setting
+
+
+def test_a_rate_that_falls_is_not_made_longer(home: Path) -> None:
+    run = config(home, train={"rounds": 1, "shared": {"schedule": "cosine"}})
+    runner.run(run, home / "run")
+    with pytest.raises(ConfigError, match=r"train.shared.schedule .* until round 1, so the run cannot have 2 rounds"):
+        runner.resume(home / "run", rounds=2)
+
+
+def test_nothing_is_scored_on_what_it_was_trained_on(home: Path, stopped: Path) -> None:
+    rows = read(home / "rows.jsonl")
+    export(open_trained(stopped, "north"), home / "exported")
+    jsonl(home / "rows.jsonl", appended(rows))
+    for opened in (open_trained(stopped, "north"), open_trained(home / "exported", run=stopped)):
+        with pytest.raises(DataError, match=r"north has \d+ train examples, it had .* score on a file with --data"):
+            score(opened)
+        assert score(opened, str(home / "rows.jsonl"))
+    export(open_trained(stopped, "north"), home / "again")  # needs no data
+
+
+def test_a_backup_does_not_go_where_its_examples_are_tests(home: Path, stopped: Path) -> None:
+    back_up(stopped, "north", home / "north.safetensors")
+    runner.run(config(home, data=EVERYTHING, seed=1, train={"rounds": 1}), home / "other")
+    with pytest.raises(DataError, match="north has other train examples"):
+        restore(home / "north.safetensors", home / "other")
+    assert restore(home / "north.safetensors", stopped)["into"] == 1
+
+
+def test_a_client_of_a_server_notices_too(home: Path) -> None:
+    run, state = config(home, data=EVERYTHING), home / "state"
+    setup = settle_client(run, "north", None)
+    facts = {"client": "north", "cut": list(setup.cut), "steps": 1, "data": setup.identity}
+    Store(state).save(1, {party_of("north"): {"steps": torch.tensor(1)}}, facts)
+    assert _known(Store(state), setup, state, may_move=False) is not None
+    jsonl(home / "rows.jsonl", reworded(read(home / "rows.jsonl")))
+    assert _known(Store(state), settle_client(run, "north", None), state, may_move=False) is not None  # south's alone
+    jsonl(home / "rows.jsonl", appended(read(home / "rows.jsonl")))
+    with pytest.raises(DataError, match=r"north has \d+ train examples.* begin anew in another --state"):
+        _known(Store(state), settle_client(run, "north", None), state, may_move=False)
+
+
+def test_tensors_and_nested_values_count() -> None:
+    def of(**example: Any) -> Any:
+        return identity([ClientData("a", [example], [], [])], None)
+
+    pixels = torch.arange(6.0).reshape(2, 3)
+    base = of(pixel_values=pixels, labels=1, choices=[[1, 2], [3]])
+    assert base == of(choices=[[1, 2], [3]], labels=1, pixel_values=pixels.clone())
+    for other in (pixels + 1, pixels.reshape(3, 2), pixels.double(), pixels.to(torch.bfloat16)):
+        assert base != of(pixel_values=other, labels=1, choices=[[1, 2], [3]])
+    assert base != of(pixel_values=pixels, labels=1, choices=[[1], [2, 3]])
