@@ -193,12 +193,12 @@ def test_a_cut_changes_before_the_first_step(folder: Path, tmp_path: Path) -> No
 
 def test_processes_that_are_killed(folder: Path, tmp_path: Path) -> None:
     """Real processes, SIGKILL for a client and for the server in the middle of training."""
-    config = configured(folder, steps=30)
+    config = configured(folder, steps=16)
     runner.run(config, tmp_path / "sim")
     made = Fleet(settle(config), tmp_path / "fleet", schedule="deterministic", save_every=3, say=lambda _: None)
     made.start()
     try:
-        for party, steps in ((made.clients["west"], 20), (made.server, 60)):
+        for party, steps in ((made.clients["west"], 12), (made.server, 40)):
             _until(lambda steps=steps: sum(row["steps"] for row in made.results()) >= steps or made.watch(), 120, 0.05)
             assert party.process is not None
             party.process.kill()

@@ -11,11 +11,13 @@ import pytest
 import torch
 
 from flexp.config import RunConfig
+from flexp.cost import probe
 from flexp.errors import ConfigError, DataError, FlexpError, StorageError, TrainingError
 from flexp.methods.flexp_sfl import FlexpSfl
 from flexp.models.zoo import tiny_model
 from flexp.report.metrics import read
 from flexp.run import runner, store
+from flexp.run.processes import begin
 from flexp.run.settle import build_world
 from tests.data.tools import jsonl, labelled, tokenizer
 from tests.tiny import CLIENTS, checkpoint, config
