@@ -21,9 +21,9 @@ from flexp.client.model import SplitModel
 from flexp.errors import ConfigError, LinkError, LinkLostError, ModelError
 from flexp.links.base import Link, ask
 from flexp.links.messages import EndGeneration, ExtendRequest
+from flexp.models.batches import NEED_ALL_BLOCKS
 from flexp.models.caching import PartCache, check_cached
 from flexp.models.execution import shadowed
-from flexp.models.stage import NEED_ALL_BLOCKS
 from flexp.rng import current_turn
 
 PAUSES = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
