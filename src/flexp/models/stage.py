@@ -16,7 +16,7 @@ from flexp.models import execution
 from flexp.models.anatomy import Anatomy, dissect
 from flexp.models.batches import NOT_FOR_BLOCKS, USUAL, check_padding, for_blocks, longest_exact
 from flexp.models.execution import ExecutionPlan
-from flexp.models.parts import Part, ZeroPatches, prune
+from flexp.models.parts import Absent, Part, ZeroPatches, prune
 
 
 class Stage:
@@ -234,6 +234,9 @@ def carve(source: Stage, part: Part) -> Stage:
         raise ModelError(f"cannot carve blocks {sorted(missing)} out of a stage that does not hold them")
     shared: dict[int, Any] = {id(tensor): tensor for tensor in source.model.parameters()}
     shared |= {id(tensor): tensor for tensor in source.model.buffers()}
+    for index, block in enumerate(source.blocks):
+        if index not in part.blocks:  # not copied only to be taken out
+            shared[id(block)] = Absent(index, block)
     model = copy.deepcopy(source.model, shared)
     prune(model, source.anatomy, part)
     if not part.ends:
