@@ -215,8 +215,7 @@ def _until(there: Callable[[], bool], seconds: float = 60.0, pause: float = 0.01
     end = time.monotonic() + seconds
     while not there():
         assert time.monotonic() < end
-<<<<<<< HEAD
-        time.sleep(0.01)
+        time.sleep(pause)
 
 
 def test_a_fleet_that_meets_equals_the_simulation(folder: Path, tmp_path: Path) -> None:
@@ -244,6 +243,3 @@ def test_a_fleet_that_meets_equals_the_simulation(folder: Path, tmp_path: Path) 
     free = DeploymentConfig(schedule="free", clients=NAMES)
     with pytest.raises(ConfigError, match=r'deployment\.schedule = "deterministic"'):
         make_conductor(server.server, config, free, None, print)
-=======
-        time.sleep(pause)
->>>>>>> main

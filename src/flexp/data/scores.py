@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import math
-<<<<<<< HEAD
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-=======
-from collections.abc import Callable, Sequence
->>>>>>> main
 from typing import Any
 
 import torch
@@ -59,29 +54,12 @@ def scored(
     largest batch comes first, and the composition of batches does not depend on the examples' order.
     """
     found = Tally()
-<<<<<<< HEAD
     for batch, some in in_batches(collate, examples, batch_size):
-        labels = batch.pop("labels")
-        with torch.no_grad():
-            logits = forward(batch).logits
-            found.extend(measure(logits, labels, some))
-    order = _order(examples)
-    back = sorted(range(len(order)), key=order.__getitem__)
-    return Tally(
-        loss=[found.loss[k] for k in back],
-        items=[found.items[k] for k in back],
-        correct=[found.correct[k] for k in back] if found.correct else [],
-        targets=[found.targets[k] for k in back] if found.targets else [],
-    )
-=======
-    for start in range(0, len(order), batch_size):
-        some = [examples[index] for index in order[start : start + batch_size]]
-        batch = collate(some)
         labels = take_targets(batch)
         with torch.no_grad():
             found.extend(measure(logits_of(forward(batch)), labels, some))
+    order = _order(examples)
     return found.reordered(sorted(range(len(order)), key=order.__getitem__))
->>>>>>> main
 
 
 def in_batches(
