@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import threading
 import time
 from collections.abc import Callable
@@ -195,28 +194,28 @@ def test_a_cut_changes_before_the_first_step(folder: Path, tmp_path: Path) -> No
 
 def test_processes_that_are_killed(folder: Path, tmp_path: Path) -> None:
     """Real processes, SIGKILL for a client and for the server in the middle of training."""
-    config = configured(folder, steps=60)
+    config = configured(folder, steps=16)
     runner.run(config, tmp_path / "sim")
     made = Fleet(settle(config), tmp_path / "fleet", schedule="deterministic", save_every=3, say=lambda _: None)
     made.start()
     try:
-        for party, steps in ((made.clients["west"], 20), (made.server, 60)):
-            _until(lambda steps=steps: sum(row["steps"] for row in made.results()) >= steps or made.watch(), 120)
+        for party, steps in ((made.clients["west"], 12), (made.server, 40)):
+            _until(lambda steps=steps: sum(row["steps"] for row in made.results()) >= steps or made.watch(), 120, 0.05)
             assert party.process is not None
-            party.process.send_signal(signal.SIGKILL)
-            party.process.wait()
-        _until(made.watch, 120)
+            party.process.kill()
+            party.process.join()
+        _until(made.watch, 120, 0.05)
     finally:
         made.stop(5)
     assert made.clients["west"].starts == made.server.starts == 2
     check(tmp_path / "sim", tmp_path / "fleet")
 
 
-def _until(there: Callable[[], bool], seconds: float = 60.0) -> None:
+def _until(there: Callable[[], bool], seconds: float = 60.0, pause: float = 0.01) -> None:
     end = time.monotonic() + seconds
     while not there():
         assert time.monotonic() < end
-        time.sleep(0.01)
+        time.sleep(pause)
 
 
 def test_a_fleet_that_meets_equals_the_simulation(folder: Path, tmp_path: Path) -> None:

@@ -73,8 +73,9 @@ class Rows:
         return list(values) if self.class_names(column) else [written(value) for value in values]
 
     def class_names(self, column: str) -> list[str] | None:
-        """The names of a ``ClassLabel`` column, else None."""
-        names = getattr(self.dataset.features[column], "names", None)
+        """The names of a ``ClassLabel`` column, or of one with lists of them, else None."""
+        feature = self.dataset.features[column]
+        names = getattr(getattr(feature, "feature", feature), "names", None)
         return list(names) if names else None
 
     def part(self, index: int) -> Part:
@@ -221,6 +222,13 @@ def _of_split(path: Path, split: str | None) -> bool:
     words = re.split(r"[\W_]+|(?<=[a-z])\d+", path.stem.lower())
     split = (split or "train").lower()
     return path.stem.lower() == split or any(word in words for word in _SPLITS.get(split, (split,)))
+
+
+def splits_of(source: str) -> set[str]:
+    """The splits (``train``, ``validation``, ``test``) for which a folder has files or folders by their names."""
+    path = Path(source)
+    children = _children(path) if path.is_dir() else []
+    return {name for name in _SPLITS for child in children if _of_split(child, name)}
 
 
 def _images(folder: Path, group: str | None) -> list[tuple[Table, Part]]:

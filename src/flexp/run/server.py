@@ -106,6 +106,7 @@ def run_server(
     listen: str,
     *,
     state: Path | None = None,
+    keep: int = 2,
     say: Say,
     every: float = 30.0,
     grace: float = 10.0,
@@ -123,6 +124,7 @@ def run_server(
         every: seconds between two lines of progress.
         grace: seconds that unfinished steps get; what is unfinished then is dropped, without effect on the weights.
         stop: stops the server as a signal does; with it, signals are left alone.
+        keep: of what it saves, so many stay.
         conductor: conducts a run, and keeps snapshots of its own.
         metrics: HOST:PORT for /metrics, /healthz and /readyz.
         allow_export: give clients the trained weights of their shared blocks; the server then stays when a conducted
@@ -134,7 +136,7 @@ def run_server(
         StorageError: the state is damaged, belongs to other blocks, or cannot be written.
     """
     allow_many_files()
-    store = None if state is None else Store(state)
+    store = None if state is None else Store(state, keep)
     if store is not None:
         store.claim()
         if store.numbers():

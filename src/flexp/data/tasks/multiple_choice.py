@@ -8,7 +8,7 @@ score asks instead which choice *text* the model finds likeliest after the quest
 from __future__ import annotations
 
 import string
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from flexp.config import DataConfig
 from flexp.data.columns import as_text, missing
 from flexp.data.scores import scored
+from flexp.data.survey import Column, column_of, label_column, text_column
 from flexp.data.tasks.base import TextTask, deciding_logits, fill_row, place, token_tally
 from flexp.data.tasks.text import Limit, answer_example, continuation, fit_end, prompt_ids
 from flexp.data.types import Example, Forward, Row, Tally
@@ -36,9 +37,20 @@ class MultipleChoice(TextTask):
     made = ("choices",)
 
     @classmethod
+    def suits(cls, columns: Sequence[Column]) -> dict[str, Any] | None:
+        choices = column_of(columns, "list", ("choices", "options", "endings"))
+        prompt, label = text_column(columns, ("prompt", "question", "ctx")), label_column(columns, ("label", "answer"))
+        found = {"prompt": prompt, "choices": choices, "label": label}
+        return None if None in found.values() else found
+
+    @classmethod
     def own_columns(cls, config: DataConfig) -> dict[str, str]:
         names = [config.choices] if isinstance(config.choices, str) else config.choices
         return dict.fromkeys(names, "data.choices")
+
+    @classmethod
+    def gaps(cls, config: DataConfig) -> Collection[str]:
+        return () if isinstance(config.choices, str) else config.choices  # rows may have fewer choices than columns
 
     def __init__(self, config: DataConfig, processor: Any, limit: Limit, label_names: Sequence[str] = ()) -> None:
         super().__init__(config, processor, limit, label_names)
