@@ -16,7 +16,7 @@ from flexp.models import execution
 from flexp.models.anatomy import Anatomy, dissect
 from flexp.models.batches import NOT_FOR_BLOCKS, USUAL, check_padding, for_blocks, longest_exact
 from flexp.models.execution import ExecutionPlan
-from flexp.models.parts import Part, ZeroPatches, prune
+from flexp.models.parts import Absent, Part, ZeroPatches, prune
 
 
 class Stage:
@@ -163,12 +163,18 @@ class Stage:
         with self.computing():
             return plan.replay(self.blocks, hidden_BTH, start, stop)
 
-    def finish(self, hidden_BTH: Tensor, inputs: Mapping[str, Any], plan: ExecutionPlan) -> Any:
-        """Final norm, head and, with labels, loss: the model's own output object, from the last hidden state."""
+    def finish(
+        self, hidden_BTH: Tensor, inputs: Mapping[str, Any], plan: ExecutionPlan, *, headless: bool = False
+    ) -> Any:
+        """Final norm, head and, with labels, loss: the model's own output object, from the last hidden state.
+
+        ``headless``: the output of the model under the head, from the final norm.
+        """
         if not self.part.ends:
             raise ModelError("a stage without the ends of the model cannot compute its output")
         with self.computing():
-            return execution.finish(self.model, self.blocks, hidden_BTH, {**inputs, **self.no_cache}, plan.tuples)
+            model = self.model.base_model if headless else self.model
+            return execution.finish(model, self.blocks, hidden_BTH, {**inputs, **self.no_cache}, plan.tuples)
 
     def computing(self) -> AbstractContextManager[None]:
         """What the model computes in inside the ``with`` block: mixed precision, if :attr:`autocast` says so."""
@@ -228,6 +234,9 @@ def carve(source: Stage, part: Part) -> Stage:
         raise ModelError(f"cannot carve blocks {sorted(missing)} out of a stage that does not hold them")
     shared: dict[int, Any] = {id(tensor): tensor for tensor in source.model.parameters()}
     shared |= {id(tensor): tensor for tensor in source.model.buffers()}
+    for index, block in enumerate(source.blocks):
+        if index not in part.blocks:  # not copied only to be taken out
+            shared[id(block)] = Absent(index, block)
     model = copy.deepcopy(source.model, shared)
     prune(model, source.anatomy, part)
     if not part.ends:

@@ -17,6 +17,7 @@ import torch
 import transformers
 
 from flexp.assets import resolve
+from flexp.client.meeting import UNMASKED, closed_form_of
 from flexp.client.model import SplitModel
 from flexp.client.trainer import Trainer
 from flexp.config import CodecConfig, DataConfig, RunConfig
@@ -122,7 +123,7 @@ def settle(config: RunConfig, federate: Federate = load_federation, *, plan: boo
     head = trained_classes(model_config, task_of(config.data).model_kind, config.model.pooling)
     federation = federate(config.data, processor, config.seed, max_positions(model_config), head)
     blocks = block_count(model_id, model_config)
-    notes, planned = _precision_notes(config), None
+    notes, planned = [*_precision_notes(config), *_meeting_notes(config)], None
     if plan and config.data.clients.planned:  # before anything is loaded
         config, more, planned = with_cuts(config, federation, blocks)
         notes += more
@@ -303,6 +304,16 @@ def load_processor(model_id: str, config: RunConfig) -> Any:
     if not image:
         processor.padding_side = "right"  # on the left it would shift absolute positions (GPT-2)
     return processor
+
+
+def _meeting_notes(config: RunConfig) -> list[str]:
+    method, asked = method_of(config), config.model.head == "closed-form" or config.method.meet.on
+    why = "" if method.meets else f"{method.name} knows no meeting"
+    if asked and not closed_form_of(config):
+        why = f"the task {task_of(config.data).name} has no closed form"
+    if asked and why:
+        return [f"clients do not meet: {why}, so model.head and method.meet are left out"]
+    return [UNMASKED] if method.meets and method.meetings(config) and method.sends != "nothing" else []
 
 
 def _precision_notes(config: RunConfig) -> list[str]:
