@@ -163,8 +163,9 @@ half.
 |---|---|---|---|---|
 {chr(10).join(rows)}
 
-Seq2SeqTrainer's `predict_with_generate` (with `generation_max_length`) gives what the whole model writes. trl's `SFTTrainer` (extra `trl`) trains a causal language model on `messages`, with packing
-or without, as it trains the whole one.
+Seq2SeqTrainer's `predict_with_generate` (with `generation_max_length`) gives what the whole model writes. trl's
+`SFTTrainer` (extra `trl`) trains a causal language model on `messages`, with packing or without, as it trains the whole
+one.
 
 ## Refused
 
