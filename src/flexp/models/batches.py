@@ -15,6 +15,8 @@ from flexp.kinds import LABELS
 
 NOT_FOR_BLOCKS = frozenset({*LABELS, "shift_labels", "num_items_in_batch"})
 """What a batch may hold that only the loss needs."""
+PACKED = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"})
+"""Where packed rows begin, for flash attention and state spaces; others take it from the positions, as servers do."""
 NEED_ALL_BLOCKS = ("output_hidden_states", "output_attentions", "output_router_logits")
 """What may be asked of a whole model, but not of one whose blocks are in several places."""
 USUAL = frozenset({"input_ids", "inputs_embeds", "pixel_values", "attention_mask", "token_type_ids", "position_ids"})
@@ -33,7 +35,8 @@ def for_blocks(model: Any, inputs: Mapping[str, Any], longest: int | None) -> di
     for key in NEED_ALL_BLOCKS:
         if inputs.get(key):
             raise ModelError(f"{key}=True was asked for, but a split model has its blocks in several places")
-    wanted = {key: value for key, value in inputs.items() if key not in NOT_FOR_BLOCKS}
+    unread = NOT_FOR_BLOCKS | (PACKED if only_masks(model) else frozenset())
+    wanted = {key: value for key, value in inputs.items() if key not in unread}
     mask, places = wanted.get("attention_mask"), wanted.get("cache_position")
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
         what = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"type {type(mask).__name__}"
@@ -47,6 +50,14 @@ def for_blocks(model: Any, inputs: Mapping[str, Any], longest: int | None) -> di
             del wanted["cache_position"]  # what every model counts by itself
         check_length(model, length, wanted.get("position_ids"), longest)
     return wanted
+
+
+def only_masks(model: Any) -> bool:
+    """Whether the blocks know of packed rows by their attention masks alone."""
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or []
+    attention = all(str(kind).endswith("attention") and "linear" not in str(kind) for kind in kinds)
+    masked = getattr(model.config, "_attn_implementation", None) in ("sdpa", "eager")
+    return masked and attention and not getattr(model, "_is_stateful", False)
 
 
 def check_length(model: Any, length: int, positions: Tensor | None, longest: int | None) -> None:

@@ -163,12 +163,18 @@ class Stage:
         with self.computing():
             return plan.replay(self.blocks, hidden_BTH, start, stop)
 
-    def finish(self, hidden_BTH: Tensor, inputs: Mapping[str, Any], plan: ExecutionPlan) -> Any:
-        """Final norm, head and, with labels, loss: the model's own output object, from the last hidden state."""
+    def finish(
+        self, hidden_BTH: Tensor, inputs: Mapping[str, Any], plan: ExecutionPlan, *, headless: bool = False
+    ) -> Any:
+        """Final norm, head and, with labels, loss: the model's own output object, from the last hidden state.
+
+        ``headless``: the output of the model under the head, from the final norm.
+        """
         if not self.part.ends:
             raise ModelError("a stage without the ends of the model cannot compute its output")
         with self.computing():
-            return execution.finish(self.model, self.blocks, hidden_BTH, {**inputs, **self.no_cache}, plan.tuples)
+            model = self.model.base_model if headless else self.model
+            return execution.finish(model, self.blocks, hidden_BTH, {**inputs, **self.no_cache}, plan.tuples)
 
     def computing(self) -> AbstractContextManager[None]:
         """What the model computes in inside the ``with`` block: mixed precision, if :attr:`autocast` says so."""

@@ -12,7 +12,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from flexp.errors import FlexpError
+from flexp.errors import ConfigError, FlexpError
 from flexp.files import check_free, folder_name, write_json
 from flexp.report.metrics import read as read_log
 from flexp.run.processes import begin
@@ -55,9 +55,10 @@ class Fleet:
 
     Args:
         restarts: how often one party may fall before the fleet gives up.
+        deployment: keys of ``[deployment]``; without a ``schedule`` it is deterministic, and everybody takes part.
 
     Raises:
-        ConfigError: ``out`` holds something else.
+        ConfigError: ``out`` holds something else, or the table names other clients than the data have.
     """
 
     def __init__(
@@ -65,19 +66,18 @@ class Fleet:
         run: Settled,
         out: Path,
         *,
-        schedule: str,
-        save_every: int,
         restarts: int = 3,
         threads: int = 1,
-        answer_seconds: float = 120.0,
         say: Say = print,
+        **deployment: Any,
     ) -> None:
         self.config, self.cuts, self.out, self.say = run.config, run.cuts, out, say
         self.restarts, self.threads = restarts, threads
         self._file = out / "fleet.json"
         if not self._file.exists():
             check_free(out, ("config.json", "server", "clients"), "a fleet")
-        self._write_config(schedule, save_every, answer_seconds)
+        self._write_config(deployment)
+        self._stays = bool(deployment.get("allow_export"))  # the server, until it is told to go
         self.server = Process("server", [], out / "server" / "log.txt")
         self.clients = {name: Process(name, [], self.folder(name) / "log.txt") for name in self.cuts}
         self.address = ""
@@ -145,7 +145,7 @@ class Fleet:
                 raise FlexpError(f"{party.name} ended {party.starts} times with an error: {party.last_words()}")
             self.say(f"{party.name} ended with code {party.code}; starting it again")
             self.start_server() if party is self.server else self.start_client(party.name)
-        return self.server.ended and all(party.ended for party in self.clients.values())
+        return (self.server.ended or self._stays) and all(party.ended for party in self.clients.values())
 
     def run(self) -> None:
         """From the start to the end.
@@ -196,11 +196,16 @@ class Fleet:
             self.say(f"step {steps}/{total}")
         return max(told, tenth)
 
-    def _write_config(self, schedule: str, save_every: int, answer_seconds: float) -> None:
+    def _write_config(self, deployment: dict[str, Any]) -> None:
         """The run's configuration with the table ``[deployment]``, for all processes."""
-        content = self.config.resolved()
-        table = {"schedule": schedule, "clients": list(self.cuts), "save_every": save_every}
-        content["deployment"] = {**table, "answer_seconds": answer_seconds}
+        content, everybody = self.config.resolved(), list(self.cuts)
+        content["deployment"] = {"schedule": "deterministic", **deployment, "clients": everybody}
+        listed = deployment.get("clients")
+        if listed is not None and set(listed) != set(everybody):
+            raise ConfigError(
+                f"deployment.clients names {', '.join(listed)}, and the data have {', '.join(everybody)}: a fleet "
+                "starts all of them; choose among them with data.clients.names"
+            )
         self.out.mkdir(parents=True, exist_ok=True)
         write_json(self.out / "config.json", self.config.resolved())
         write_json(self._file, content)
