@@ -22,6 +22,7 @@ from flexp.run.free import Free
 from flexp.run.status import StatusReporter, observed
 from flexp.run.store import Store
 from flexp.server import Server
+from flexp.server.rules import Quota
 from flexp.signals import stopped_by_signal
 
 Say = Callable[[str], None]
@@ -84,6 +85,8 @@ def make_conductor(
     run, clients, train = run_name(snapshots), deployment.clients, config.train
     every, save_every = config.evaluation.every, deployment.save_every
     if deployment.schedule == "free":
+        if deployment.quota is not None:
+            server.shared.quota = Quota(deployment.quota, deployment.quota_ahead, train.total_steps, say)
         return Free(server, snapshots, run, say, train, clients, every, save_every)
     assert clients is not None
     places = schedule(clients, train, config.seed, every, save_every)
