@@ -1,7 +1,8 @@
 """Writing files so that nothing which was saved before is ever lost.
 
 Everything is written beside its destination, flushed to the disk and then renamed: a reader sees the old file or the
-new one, never half of either, also when the process is killed or the disk is full.
+new one, never half of either, also when the process is killed or the disk is full. What somebody else has written is
+left alone, and a client's name makes a folder's name in one way only.
 """
 
 from __future__ import annotations
@@ -11,13 +12,16 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from flexp.errors import StorageError
+from flexp.errors import ConfigError, StorageError
+
+_PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,59}")
 
 
 @contextlib.contextmanager
@@ -50,6 +54,46 @@ def replacing(path: Path) -> Iterator[Path]:
             shutil.rmtree(part, ignore_errors=True)
         else:
             part.unlink(missing_ok=True)
+
+
+def folder_name(name: str) -> str:
+    """What a client's folder is called: its name, where any file system takes that and it can lead nowhere else; or
+    else what is readable of it, ``~`` and a part of its SHA-256. Two names never get the same."""
+    if _PLAIN.fullmatch(name) and not name.endswith("."):
+        return name
+    readable = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")[:40]
+    return f"{readable}~{hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:12]}"
+
+
+def check_new(
+    path: Path | None, option: str = "--out", *, force: bool = False, read: Iterable[str | Path] = ()
+) -> None:
+    """Refuse to write over a file that is there already, unless with ``force``, and over what is ``read`` in any case.
+
+    Raises:
+        ConfigError: see above.
+    """
+    if path is None:
+        return
+    if any(path.resolve() == Path(one).resolve() for one in read):
+        raise ConfigError(f"{option} {path}: is what is read; choose another {option}")
+    if path.is_dir():
+        raise ConfigError(f"{option} {path}: is a folder; expected a file")
+    if path.exists() and not force:
+        raise ConfigError(f"{option} {path}: exists already; choose another {option}, or say --force to replace it")
+
+
+def check_free(folder: Path, names: Iterable[str], what: str, option: str = "--out") -> None:
+    """Refuse a folder in which somebody else has files of the names that ``what`` (a run, say) would write there.
+
+    Raises:
+        ConfigError: see above.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{option} {folder}: is a file; expected a folder")
+    taken = next((name for name in names if (folder / name).exists()), None)
+    if taken is not None:
+        raise ConfigError(f"{folder} holds {taken}, which is not of {what}; choose another {option}")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from flexp.cli.main import main
+from flexp.cli.main import app, main
 from flexp.errors import ConfigError, DataError, StorageError
 from flexp.export.answers import predict, score
 from flexp.export.folder import export
@@ -70,9 +71,28 @@ def test_predictions_keep_the_rows_order_and_need_no_labels(run: Path, tmp_path:
         assert abs(float(row["no"]) + float(row["yes"]) - 1.0) < 1e-9
         assert float(row["probability"]) == max(float(row["no"]), float(row["yes"])) == float(row[row["predicted"]])
         source.write_text(f"text\n{text}\n", encoding="utf-8")
-        predict(model, str(source), tmp_path / "one.csv")
+        predict(model, str(source), tmp_path / "one.csv", force=True)
         alone = next(csv.DictReader((tmp_path / "one.csv").open(encoding="utf-8")))
         assert float(alone["yes"]) == pytest.approx(float(row["yes"]), abs=1e-6)
+
+
+def test_nothing_is_written_over(run: Path, tmp_path: Path) -> None:
+    """Neither another file, unless it is asked for, nor in any case the rows themselves."""
+    source, other = tmp_path / "in.csv", tmp_path / "mine.csv"
+    for path in (source, other):
+        path.write_text("text\nthe dog\n", encoding="utf-8")
+    (tmp_path / "link.csv").symlink_to(source)
+    model = open_trained(run.parent / "out")
+    for out in (source, tmp_path / "link.csv"):
+        with pytest.raises(ConfigError, match="is what is read; choose another --out"):
+            predict(model, str(source), out, force=True)
+    asked = ["predict", str(run.parent / "out"), "--data", str(source), "--out", str(other)]
+    refused = CliRunner().invoke(app, asked)
+    assert isinstance(refused.exception, ConfigError)
+    assert "mine.csv: exists already; choose another --out, or say --force" in str(refused.exception)
+    assert source.read_text(encoding="utf-8") == other.read_text(encoding="utf-8") == "text\nthe dog\n"
+    assert CliRunner().invoke(app, [*asked, "--force"]).exit_code == 0
+    assert other.read_text(encoding="utf-8").startswith("row,predicted")
 
 
 def test_what_cannot_be_answered(run: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from flexp.errors import StorageError
-from flexp.report.tensorboard import EventWriter, folder_name
+from flexp.report.tensorboard import EventWriter, _of_client
 
 from . import synthetic
 
@@ -61,9 +61,9 @@ def test_closing_twice_is_fine_and_writing_after_is_refused(tmp_path: Path) -> N
 
 
 def test_folder_names_are_safe_and_distinct() -> None:
-    assert folder_name("Tweets") == "Tweets"
+    assert _of_client("Tweets") == "Tweets"
     names = ["../../etc", "a/b", "a b", "a-b", "federation", "Federation", "", "…", "x" * 300, "x" * 301]
-    made = [folder_name(name) for name in names]
+    made = [_of_client(name) for name in names]
     assert len(set(made)) == len(names)
     for name in made:
         assert "/" not in name

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from flexp.audit.public import MANUAL, encoded, known_to_all, paragraphs
 from flexp.audit.watching import Exchange, Watch, watchable
 from flexp.client.trainer import split_model_of
 from flexp.config import RunConfig
+from flexp.kinds import IGNORED, KINDS, Answers
 from flexp.methods.base import Method
 from flexp.methods.split import Split
 from flexp.run.settle import build_world, load_processor, model_folder
@@ -130,15 +131,15 @@ def audit(
         passes=2 if full else 1,
     )
     special = torch.tensor(sorted(tokenizer.all_special_ids))
-    causal = world.federation.task.model_kind == "causal-lm"
+    answers = KINDS[world.federation.task.model_kind].answers
+    decoder = answers == "next-token"
     readings: list[Reading] = []
     best: tuple[float, Tensor, Tensor, Tensor] | None = None
     places = _places(watch.exchanges, watched)
     blind: dict[str, float] = {}
     for depth in sorted({depth for _, depth in places}):
         known = known_to_all(world.source, depth, examples)
-        attacks = [kind() for kind in ATTACKS if (full or not kind.slow) and (causal or not kind.causal)]
-        for attack in attacks:
+        for attack in (kind() for kind in ATTACKS if (full or not kind.slow) and (decoder or not kind.causal)):
             began = time.perf_counter()
             attack.learn(known)
             for of in [of for of, where in places if where == depth]:
@@ -160,7 +161,7 @@ def audit(
         public=MANUAL if public is None else str(public.name),
         blind=blind,
         readings=readings,
-        labels=_labels(watch.exchanges, world.source.model, causal),
+        labels=_labels(watch.exchanges, world.source.model, answers),
         worst=_worst(*best[1:], tokenizer),
     )
 
@@ -234,17 +235,18 @@ def _blind(known: Public, truth: _Truth, special: Tensor) -> dict[str, float]:
     return {"tokens": _share(right_N[truth.real_N]), "content": _share(right_N[truth.content_N])}
 
 
-def _labels(exchanges: Sequence[Exchange], model: Any, causal: bool) -> dict[str, float]:
-    """What the gradients of all clients together tell."""
-    done = [exchange for exchange in exchanges if exchange.grad_BTH is not None]
-    grads: list[Tensor] = [exchange.grad_BTH for exchange in done if exchange.grad_BTH is not None]
-    truth = [exchange.batch["labels"] for exchange in done]
-    found: Mapping[str, float | None]
-    if causal:
+def _labels(exchanges: Sequence[Exchange], model: Any, kind: Answers) -> dict[str, float]:
+    """What the gradients of all clients together tell; nothing of heads that no attack here knows."""
+    pairs = [(exchange.grad_BTH, exchange.batch) for exchange in exchanges if exchange.grad_BTH is not None]
+    if not pairs or kind not in ("next-token", "class"):
+        return {}
+    grads, truth = [grad_BTH for grad_BTH, _ in pairs], [batch["labels"] for _, batch in pairs]
+    found: dict[str, float | None]
+    if kind == "next-token":
         head = model.get_output_embeddings().weight.detach().float()
-        tokens = torch.cat([each[:, 1:][each[:, 1:] != -100] for each in truth])
+        tokens = torch.cat([each[:, 1:][each[:, 1:] != IGNORED] for each in truth])
         found = {"answers": label_attacks.answers(grads, head, truth), "majority": _majority(tokens)}
-    elif truth[0].dim() == 1 and not truth[0].is_floating_point():
+    else:
         rows_NH, labels_N = label_attacks.directions(grads), torch.cat(truth)
         found = {
             "clusters": label_attacks.clustered(rows_NH, labels_N),
@@ -252,8 +254,6 @@ def _labels(exchanges: Sequence[Exchange], model: Any, causal: bool) -> dict[str
             "auc": label_attacks.auc(rows_NH, labels_N),
             "majority": _majority(labels_N),
         }
-    else:
-        found = {}
     return {key: value for key, value in found.items() if value is not None}
 
 

@@ -46,6 +46,7 @@ def client(
     wanted = None if cut is None else parse_cut(cut)
 
     from flexp.config.deployment import load as load_deployment
+    from flexp.files import folder_name
     from flexp.links.base import Link
     from flexp.links.grpc import connect
     from flexp.run.client import run_client
@@ -70,7 +71,7 @@ def client(
             timeout=deployment.answer_seconds,
         )
 
-    folder = state or Path("clients") / setup.data.name
+    folder = state or Path("clients") / folder_name(setup.data.name)
     clients = setup.config.data.clients
     coded = "link" in read(config) or any([clients.codec, *(one.codec for one in clients.each)])
     codec = setup.config.link.codec if coded else None  # who says nothing gets the network's default

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from flexp.cli.settings import Force
 from flexp.errors import ConfigError
 
 
@@ -28,8 +29,10 @@ def plan(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override the fleet, e.g. task.length=64.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON instead of a table.")] = False,
+    force: Force = False,
 ) -> None:
     """Choose every device's cut, micro-batch and more for a model; nothing is trained or loaded."""
+    from flexp.files import check_new
     from flexp.planner.accuracy import AccuracyCurve, fit, prior, read_pilots
     from flexp.planner.document import document
     from flexp.planner.model import ModelCosts
@@ -37,6 +40,10 @@ def plan(
     from flexp.planner.plan import make_plan
     from flexp.run.planned import load_fleet
 
+    check_new(out, force=force, read=[devices])
+    check_new(plot, "--plot", force=force, read=[devices])
+    if pilots:
+        check_new(curve, "--curve", force=force, read=[devices])
     fleet = load_fleet(devices, settings or ())
     known = prior()
     if pilots:

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from flexp.cli.settings import Force
 from flexp.cli.verify import Dtype, Task, Tuning
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def profile(
     ] = True,
     name: Annotated[str, typer.Option(help="Of the device.")] = "device",
     out: Annotated[Path | None, typer.Option(help="Save the profile here, as JSON.")] = None,
+    force: Force = False,
 ) -> None:
     """Measure this machine: usable memory, seconds of the model's blocks forward and backward, and the network."""
     import torch
@@ -59,7 +61,9 @@ def profile(
     from flexp.cost.measure import flops_per_second, measure_model
     from flexp.cost.model_cost import model_cost
     from flexp.cost.profile import Profile
+    from flexp.files import check_new
 
+    check_new(out, force=force)
     if threads is not None:
         torch.set_num_threads(threads)
     ready = Profile.from_class(like, role=side.value)

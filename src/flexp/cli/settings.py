@@ -12,6 +12,8 @@ Settings = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the configuration, e.g. train.rounds=3."),
 ]
 
+Force = Annotated[bool, typer.Option("--force", help="Replace a file that is there already.")]
+
 KEYS = {
     "model": "model.id",
     "kind": "data.task",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flexp.cli.reaching import Ca, Cert, Insecure, Key, Server, Token, reaching
+from flexp.cli.settings import Force
 from flexp.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -123,6 +124,7 @@ def predict(
     client: Client = None,
     number: Round = "last",
     batch_size: Batch = None,
+    force: Force = False,
     server: Server = None,
     token: Token = None,
     ca: Ca = None,
@@ -136,7 +138,7 @@ def predict(
 
     opened = open_trained(model, client, number, reaching(server, token, ca, cert, key, insecure))
     try:
-        count = write(opened, data, out, batch_size)
+        count = write(opened, data, out, batch_size, force=force)
     finally:
         opened.close()
     typer.echo(f"{count} rows labelled in {out}")

@@ -11,13 +11,15 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from flexp.comparison import collect
-from flexp.comparison.cells import Cell, final_cell, is_done, tuning_cell
+from flexp.comparison.cells import FOLDER, Cell, final_cell, is_done, tuning_cell
+from flexp.comparison.collect import FILE
 from flexp.comparison.config import CompareConfig, Comparison, Entry, make
 from flexp.comparison.grid import Settings, trials, untried
+from flexp.comparison.report.write import PAGES
 from flexp.comparison.workers import Pool
 from flexp.config.loading import validate
 from flexp.errors import ConfigError, StorageError
-from flexp.files import read_json, storage_error, write_json
+from flexp.files import check_free, read_json, storage_error, write_json
 
 PLAN = "plan.json"
 """What was asked for, with all defaults."""
@@ -95,6 +97,8 @@ def compare(comparison: Comparison, out: Path, jobs: int, watcher: Watcher | Non
     tracks = plan(comparison)
     if (out / "config.json").exists():
         raise ConfigError(f"{out} holds a run: choose another --out for the comparison")
+    if not _is_comparison(out):
+        check_free(out, (PLAN, FILE, FOLDER, *PAGES), "a comparison")
     with _alone(out):
         write_json(out / PLAN, {"base": comparison.base.resolved(), "compare": comparison.config.model_dump()})
         state = _State(comparison, out, watcher, tracks)
@@ -107,6 +111,11 @@ def compare(comparison: Comparison, out: Path, jobs: int, watcher: Watcher | Non
                 for cell, problem in pool.take():
                     state.ended(cell, problem)
         return Outcome(_gather(comparison, out, tracks), state.failures, state.done, state.kept)
+
+
+def _is_comparison(out: Path) -> bool:
+    found = read_json(out / PLAN) if (out / PLAN).is_file() else None
+    return isinstance(found, dict) and found.keys() == {"base", "compare"}
 
 
 def regather(out: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from flexp.data.tasks import task_of
 from flexp.data.types import Example, Task
 from flexp.errors import ConfigError
 from flexp.export.trained import Trained
-from flexp.files import replacing
+from flexp.files import check_new, replacing
 
 WRITERS = (".csv", ".jsonl")
 
@@ -46,14 +46,17 @@ def score(
     return {name: evaluate(forward, model.task, examples, size) for name, examples in sets.items()}
 
 
-def predict(model: Trained, source: str, out: Path, batch_size: int | None = None) -> int:
+def predict(model: Trained, source: str, out: Path, batch_size: int | None = None, *, force: bool = False) -> int:
     """Write the label and the probabilities of every row of ``source`` to ``out``, in their order; how many there were.
 
     A row of a ``.csv`` has ``row``, ``predicted``, ``probability`` and one column for each label; a line of a
     ``.jsonl`` the same with the labels' probabilities in ``probabilities``.
 
+    Args:
+        force: replace what stands at ``out``; never ``source``.
+
     Raises:
-        ConfigError: the model is no classifier, or ``out`` has another ending.
+        ConfigError: the model is no classifier, or ``out`` has another ending or is taken.
         DataError: the file does not fit the task.
         StorageError: ``out`` cannot be written; what stood there is untouched.
     """
@@ -62,6 +65,7 @@ def predict(model: Trained, source: str, out: Path, batch_size: int | None = Non
         raise ConfigError(f"flexp predict is for classifiers; the task of this model is {model.task.name}")
     if out.suffix.lower() not in WRITERS:
         raise ConfigError(f"--out {out}: expected a name that ends in {' or '.join(WRITERS)}")
+    check_new(out, force=force, read=[source, source.partition("#")[0]])
     found = _probabilities(model, source, batch_size or model.config.evaluation.batch_size)
     rows = [dict(zip(labels, values, strict=True)) for values in found]
     with replacing(out) as part, part.open("w", encoding="utf-8", newline="") as file:

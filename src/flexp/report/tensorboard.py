@@ -8,8 +8,6 @@ client's last step of that round).
 
 from __future__ import annotations
 
-import hashlib
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +16,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from flexp.errors import StorageError
-from flexp.files import storage_error
+from flexp.files import folder_name, storage_error
 from flexp.report.metrics import Record
 
 FEDERATION = "federation"
@@ -142,15 +140,13 @@ class EventWriter:
         if name not in self._writers:
             if name != FEDERATION and len(self._writers) > MOST_CLIENTS:
                 return None
-            place = self.folder / (FEDERATION if name == FEDERATION else folder_name(name))
+            place = self.folder / (FEDERATION if name == FEDERATION else _of_client(name))
             purge = self._purge.get(name, 0) if self._resumed else None
             self._writers[name] = SummaryWriter(str(place), purge_step=purge)
         return self._writers[name]
 
 
-def folder_name(client: str) -> str:
-    """A client's name as a folder name: itself where that is safe, else its safe part and a short hash."""
-    safe = re.sub(r"[^A-Za-z0-9._-]+", "-", client).strip(".-")[:48]
-    if safe and safe == client and safe.lower() != FEDERATION:
-        return safe
-    return f"{safe}-{hashlib.sha256(client.encode()).hexdigest()[:8]}".lstrip("-")
+def _of_client(name: str) -> str:
+    """Its folder, which is never that of all."""
+    found = folder_name(name)
+    return f"{found}~" if found.lower() == FEDERATION else found

@@ -16,13 +16,13 @@ from flexp.client.trainer import Trainer
 from flexp.config import CodecConfig, DeploymentConfig
 from flexp.data.identity import check_same
 from flexp.errors import ConfigError, LinkError, LinkLostError
-from flexp.files import write_json
+from flexp.files import check_free, write_json
 from flexp.links.base import Link
 from flexp.report.metrics import MetricsLog, write_records
 from flexp.report.metrics import read as read_log
 from flexp.report.progress import Progress
 from flexp.run.diary import Diary
-from flexp.run.folder import write_facts
+from flexp.run.folder import is_client, write_facts
 from flexp.run.party import Party
 from flexp.run.recutting import Mover
 from flexp.run.settle import ClientSetup
@@ -48,11 +48,13 @@ def run_client(
 
     Raises:
         LinkError: the server refuses, or cannot be reached.
-        ConfigError: ``state`` belongs to another client or cut.
+        ConfigError: ``state`` belongs to another client or cut, or to something else.
         DataError: the client's examples are not those that it was trained on.
         StorageError: it cannot be written, or is of another version of FlexP.
     """
     config, name, federation = setup.config, setup.data.name, setup.run.federation
+    if not is_client(state):
+        check_free(state, ("config.json", "metrics.jsonl"), "a client", "--state")
     snapshots = Store(state / SNAPSHOTS, deployment.keep)
     snapshots.claim()
     may_move = deployment.schedule == "free"
@@ -63,6 +65,7 @@ def run_client(
         setup = replace(setup, cut=(int(facts["cut"][0]), int(facts["cut"][1])))
     with Progress(config.train.total_steps, name, metric=federation.task.metric, console=console) as progress:
         trainer, model = _joined(setup, reach, facts.get("numbering"), codec, deployment.patience, progress.note)
+        write_facts(state, setup.data, federation, setup.cut)  # first: it says that what follows is this client's
         parking = ParkedOnDisk(state / "parked", model.steps.numbering)
         moved = newest is not None and newest.facts["cut"] != list(setup.cut)
         if newest is not None and moved:
@@ -83,7 +86,6 @@ def run_client(
         if newest is not None and moved:  # or the server, going back to that snapshot, would undo it
             party.save(newest.number)
         write_json(state / "config.json", setup.run.config.resolved())
-        write_facts(state, setup.data, federation, setup.cut)
         try:
             with stopped_by_signal(stop) as stopped:
                 over = party.work(stopped)

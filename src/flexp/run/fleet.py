@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from flexp.errors import FlexpError
-from flexp.files import write_json
+from flexp.files import check_free, folder_name, write_json
 from flexp.report.metrics import read as read_log
 from flexp.run.settle import Settled
 
@@ -57,6 +57,9 @@ class Fleet:
 
     Args:
         restarts: how often one party may fall before the fleet gives up.
+
+    Raises:
+        ConfigError: ``out`` holds something else.
     """
 
     def __init__(
@@ -75,11 +78,17 @@ class Fleet:
         self.restarts = restarts
         self.environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
         self._file = out / "fleet.json"
+        if not self._file.exists():
+            check_free(out, ("config.json", "server", "clients"), "a fleet")
         self._write_config(schedule, save_every, answer_seconds)
         self.server = Process("server", [], out / "server" / "log.txt")
-        self.clients = {name: Process(name, [], out / "clients" / name / "log.txt") for name in self.cuts}
+        self.clients = {name: Process(name, [], self.folder(name) / "log.txt") for name in self.cuts}
         self.address = ""
         self.way = ""  # how clients reach the server, if not at its address
+
+    def folder(self, client: str) -> Path:
+        """What a client has for itself."""
+        return self.out / "clients" / folder_name(client)
 
     def start_server(self, listen: str = "127.0.0.1:0") -> None:
         """Start the server and wait until it listens; it keeps its port when it is started again.
@@ -114,7 +123,7 @@ class Fleet:
         party = self.clients[name]
         party.arguments = [
             "client", "--config", str(self._file), "--server", self.way or self.address, "--name", name,
-            "--state", str(self.out / "clients" / name),
+            "--state", str(self.folder(name)),
         ]  # fmt: skip
         party.start(self.environment)
 
@@ -178,7 +187,7 @@ class Fleet:
         """The last score and the steps of every client, from what each has written."""
         rows = []
         for name in self.clients:
-            path = self.out / "clients" / name / "metrics.jsonl"
+            path = self.folder(name) / "metrics.jsonl"
             records = read_log(path) if path.exists() else []
             scores = [record["personal"] for record in records if record["kind"] == "eval"]
             steps = [record for record in records if record["kind"] == "step"]

@@ -16,7 +16,7 @@ from flexp.data.ordering import generator
 from flexp.data.scores import evaluate
 from flexp.data.types import Example, Federation
 from flexp.errors import ConfigError, StorageError
-from flexp.files import read_json, write_json
+from flexp.files import check_free, read_json, write_json
 from flexp.machine import machine, versions
 from flexp.methods import Method, World
 from flexp.methods.turns import scored_rounds
@@ -44,6 +44,8 @@ from flexp.run.store import CHECKPOINTS, Store
 from flexp.run.virtual import client_facts, cuts_by_round
 
 Summary = dict[str, Any]
+WRITES = ("metrics.jsonl", "summary.json", "report.html", "plan.json", "memory.json", "events")
+"""What a run writes beside its configuration and its checkpoints."""
 
 
 def run(
@@ -85,7 +87,7 @@ def train(world: World, method: Method, out: Path, *, progress: Callable[..., Pr
 
 
 def refuse_taken(out: Path) -> None:
-    """See that ``out`` holds no run.
+    """See that ``out`` holds no run, and nothing that a run would write over.
 
     Raises:
         ConfigError: it does.
@@ -94,6 +96,7 @@ def refuse_taken(out: Path) -> None:
         raise ConfigError(
             f"{out} holds a run already; continue it with flexp run --resume {out}, or choose another --out"
         )
+    check_free(out, WRITES, "a run")
 
 
 def resume(

@@ -24,7 +24,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -36,7 +35,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flexp.errors import StorageError
-from flexp.files import replacing, sha256, storage_error, write_json
+from flexp.files import folder_name, replacing, sha256, storage_error, write_json
 
 INDEX, VERSION = "checkpoint.json", 2
 QUARANTINED = ".quarantined"
@@ -186,7 +185,7 @@ class Store:
             part.mkdir()
             entries = {}
             for index, (party, content) in enumerate(parties.items()):
-                file = part / f"{index:03d}-{_slug(party)}.safetensors"
+                file = part / f"{index:03d}-{folder_name(party)}.safetensors"
                 entries[party] = {"file": file.name, "sha256": _write(file, content)}
             write_json(part / INDEX, {"version": VERSION, "facts": dict(facts or {}), "parties": entries})
         if self.keep is not None:
@@ -327,8 +326,3 @@ def _inside(place: Path, name: str) -> Path:
 
 def _mend(place: Path) -> str:
     return f"delete the folder {place.name} to go on from the checkpoint before it"
-
-
-def _slug(party: str) -> str:
-    """What of a name any file system takes; the index before it tells equal ones apart."""
-    return re.sub(r"[^A-Za-z0-9]+", "-", party).strip("-")[:40] or "party"

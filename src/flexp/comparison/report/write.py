@@ -17,6 +17,7 @@ from flexp.report.tables import Table
 
 TABLE_MD, TABLE_CSV, TABLE_TEX = "table.md", "table.csv", "table.tex"
 CLIENTS_CSV, PAGE = "clients.csv", "comparison.html"
+PAGES = (TABLE_MD, TABLE_CSV, TABLE_TEX, CLIENTS_CSV, PAGE)
 
 
 def write_all(comparison: Mapping[str, Any], folder: Path) -> list[Path]:

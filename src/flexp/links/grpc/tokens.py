@@ -126,6 +126,8 @@ def issue(path: Path, client: str, *, days: float | None = None, again: bool = F
     """
     if check_name(client) != client.strip():
         raise ConfigError(f"{client!r} has spaces around it; expected a name without")
+    if any(part in ("", ".", "..") for part in re.split(r"[/\\]", client)):
+        raise ConfigError(f"{client!r} is a path; expected a client's name, which leads nowhere")
     now = datetime.now(UTC)
     try:
         expires = None if days is None else now + timedelta(days=days)
