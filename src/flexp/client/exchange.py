@@ -87,11 +87,18 @@ class RemoteMiddle(torch.autograd.Function):
         return (None, reply.grad_BTH, *reply.inner_BTH)
 
 
-class RemoteCall:
-    """One exchange: sent when it is made, waited for when its result is needed."""
+Look = Callable[[ForwardRequest, Tensor, Tensor, Tensor, float], None]
 
-    def __init__(self, link: Link, request: ForwardRequest, place: Place | None) -> None:
+
+class RemoteCall:
+    """One exchange: sent when it is made, waited for when its result is needed.
+
+    ``look`` is shown the request, h, ∂task/∂h and the gradients once it is through.
+    """
+
+    def __init__(self, link: Link, request: ForwardRequest, place: Place | None, look: Look | None = None) -> None:
         self.request = request
+        self._look, self._seen = look, list[Tensor]()
         self.align: float | None = None
         self.answered = False  # whether the backward is through
         self.apart = False  # whether the backward through the tail ends with sending: see flexp.client.overlap
@@ -108,6 +115,7 @@ class RemoteCall:
             reply = self._forward.result()
         check_forward_reply(self.request, reply)
         self.align = reply.align
+        self._keep(reply.hidden_BTH)
         return reply.hidden_BTH
 
     def backward(self, grad_BTH: Tensor) -> BackwardReply:
@@ -126,6 +134,7 @@ class RemoteCall:
         request = BackwardRequest(
             self.request.exchange, grad_BTH.detach(), place.step, place.exchanges, place.tokens, place.weight
         )
+        self._keep(request.grad_BTH)
         with self._waiting():
             self._backward = self._link.call(request)
 
@@ -135,8 +144,14 @@ class RemoteCall:
         with self._waiting():
             reply = self._backward.result()
         check_backward_reply(self.request, reply)
+        if self._look is not None and self._place is not None:
+            self._look(self.request, *self._seen, reply.grad_BTH, self._place.tokens)
         self.answered = True
         return reply
+
+    def _keep(self, value_BTH: Tensor) -> None:
+        if self._look is not None:
+            self._seen.append(value_BTH)
 
     @property
     def answer(self) -> Future[Any]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from flexp.assets import resolve
 from flexp.client.exchange import Piece, RemoteCall, RemoteMiddle
 from flexp.client.joined import OFF, JoinedModel
+from flexp.client.watching import most_alignment
 from flexp.config import AlignConfig, CodecConfig, ModelConfig
 from flexp.data.labels import remarks
 from flexp.errors import ConfigError, LinkError
@@ -195,7 +196,7 @@ class SplitModel(JoinedModel):
             train=train,
             step=0 if place is None else place.step,
         )
-        call = RemoteCall(self.link, request, place)
+        call = RemoteCall(self.link, request, place, None if self.watch is None else self._look)
         if train:
             self.steps.remember(call)
         return Sent(call, z_BTH, tuple(inner_BTH), inputs, plan)
@@ -237,6 +238,10 @@ class SplitModel(JoinedModel):
         if self.align.kind == "weights" and self.cut[0] > self.base_depth:
             self._pull(done, self.align.pull)
         self._pulled = done
+
+    def _look(self, request: ForwardRequest, h_BTH: Tensor, sent_BTH: Tensor, got_BTH: Tensor, share: float) -> None:
+        assert self.watch is not None
+        self.watch.exchange(request, h_BTH, sent_BTH, got_BTH, most_alignment(self.align, request, share))
 
     def _align_due(self) -> bool:
         """Whether z_base goes up with the next exchange."""
