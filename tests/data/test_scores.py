@@ -43,6 +43,10 @@ def test_accuracy_loss_and_majority_by_hand() -> None:
         "n": 4,
         "accuracy": 0.5,
         "majority": 0.5,
+        "macro_f1": pytest.approx(2 / 9),
+        "auc": 0.5,
+        "f1_by_class": {"no": 0.0, "yes": pytest.approx(2 / 3), "perhaps": 0.0},
+        "confusion": [[0, 1, 0], [0, 2, 0], [0, 1, 0]],
     }
 
 

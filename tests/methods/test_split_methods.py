@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from flexp.client.exchange import loss_items
 from flexp.errors import ConfigError, TrainingError
+from flexp.kinds import KINDS
 from flexp.methods import split_fedavg
 from flexp.methods.ranks import average, fit
 from flexp.methods.two_sided import SplitHarness
@@ -240,7 +240,7 @@ def test_bytes_of_an_l_shape(home: Path, name: str, monkeypatch: pytest.MonkeyPa
 
     def noted(self: SplitHarness, **batch: Any) -> Any:
         if self.stage.model.training:
-            shapes.append((*batch["input_ids"].shape, loss_items(batch["labels"])))
+            shapes.append((*batch["input_ids"].shape, KINDS["sequence-classification"].items(batch)))
         return call(self, **batch)
 
     monkeypatch.setattr(SplitHarness, "__call__", noted)

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from flexp.assets import resolve
+from flexp.client.asked import Source
 from flexp.client.exchange import Piece, RemoteCall, RemoteMiddle
+from flexp.client.generation import SplitGenerator
 from flexp.client.joined import OFF, JoinedModel
 from flexp.client.watching import most_alignment
 from flexp.config import AlignConfig, CodecConfig, ModelConfig
@@ -22,7 +24,7 @@ from flexp.errors import ConfigError, LinkError
 from flexp.kinds import ModelKind
 from flexp.links.base import Link
 from flexp.links.messages import ForwardRequest
-from flexp.links.opening import as_link
+from flexp.links.opening import kept
 from flexp.models.execution import ExecutionPlan
 from flexp.models.heads import trained_classes
 from flexp.models.loading import load_config, load_stage
@@ -124,18 +126,26 @@ class SplitModel(JoinedModel):
         for remark in remarks(trained_classes(config, cls.kind, wanted.pooling), labels or ()):
             log.warning(remark)
         tune(stage, wanted, seed=seed)
-        return cls(
-            stage,
-            whole_cut,
-            as_link(link),
-            align=align,
-            tuning=wanted.tuning,
-            lora=wanted.lora,
-            accumulation=accumulation,
-            expose_embeddings=wanted.expose_embeddings,
-            codec=codec,
-            base_depth=wanted.base_depth,
-        )
+        with kept(link) as chosen:
+            made = cls(
+                stage,
+                whole_cut,
+                chosen,
+                align=align,
+                tuning=wanted.tuning,
+                lora=wanted.lora,
+                accumulation=accumulation,
+                expose_embeddings=wanted.expose_embeddings,
+                codec=codec,
+                base_depth=wanted.base_depth,
+            )
+        made.source = Source(wanted, labels, seed)
+        return made
+
+    @property
+    def base_model(self) -> Callable[..., Any]:
+        """The same without the head, for loops that apply the head themselves (trl)."""
+        return lambda **inputs: self.tail(self.head(inputs), headless=True)
 
     @property
     def accepts_loss_kwargs(self) -> bool:
@@ -201,18 +211,18 @@ class SplitModel(JoinedModel):
             self.steps.remember(call)
         return Sent(call, z_BTH, tuple(inner_BTH), inputs, plan)
 
-    def tail(self, sent: Sent, *, apart: bool = False) -> Any:
+    def tail(self, sent: Sent, *, apart: bool = False, headless: bool = False) -> Any:
         """Wait for h, run blocks [e, L), final norm, head and loss.
 
         ``apart``: the loss's backward then ends with sending ∂task/∂h, and the head has one of its own
-        (:mod:`flexp.client.overlap`).
+        (:mod:`flexp.client.overlap`). ``headless``: neither head nor loss.
         """
         sent.call.apart = apart
         ends = (sent.z_BTH.detach().requires_grad_(),) if apart else (sent.z_BTH, *sent.inner_BTH)
         h_BTH = RemoteMiddle.apply(sent.call, *ends)  # type: ignore[no-untyped-call]
         self.last_align = sent.call.align
         hidden_BTH = self.stage.run(h_BTH, sent.plan, self.cut[1], self.stage.anatomy.blocks)
-        return self.stage.finish(hidden_BTH, sent.inputs, sent.plan)
+        return self.stage.finish(hidden_BTH, sent.inputs, sent.plan, headless=headless)
 
     @contextmanager
     def part_of_step(self, piece: Piece) -> Iterator[None]:
@@ -254,6 +264,10 @@ class SplitModelForCausalLM(SplitModel):
     """A causal language model whose middle runs on a server."""
 
     kind = "causal-lm"
+
+    def generate(self, *inputs: Any, **options: Any) -> Any:
+        """transformers' ``generate``, as :class:`flexp.client.generation.SplitGenerator` has it."""
+        return SplitGenerator(self).generate(*inputs, **options)
 
 
 class SplitModelForSequenceClassification(SplitModel):

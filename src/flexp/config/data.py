@@ -127,7 +127,8 @@ class DataConfig(Section):
     test_source: str | None = None  # a file with test examples of all clients; else they are split off `source`
     text: str = "text"  # classification, causal-lm
     text_pair: str | None = None  # classification: a second text
-    label: str = "label"  # classification, multiple-choice (index or letter)
+    label: str = "label"  # classification, multiple-choice (index or letter), regression; a list: multi-label, tokens
+    label_separator: str | None = None  # multi-label: what divides labels in text, "|" for instance
     image: str = "image"  # image-classification
     prompt: str = "prompt"  # instruction, multiple-choice: the question
     answer: str = "answer"  # instruction

@@ -72,6 +72,30 @@ def as_text(value: Any, column: str, place: str) -> str:
     )
 
 
+def lists_of_labels(
+    values: Sequence[Any], names: list[str] | None, column: str, separator: str | None, place: Callable[[int], str]
+) -> list[list[str]]:
+    """Every row's labels: a list of texts, or of numbers of ``names``; or text that ``separator`` (``None``: space)
+    divides. A row with nothing has none.
+
+    Raises:
+        DataError: a value is something else; the message names its place.
+    """
+    found = []
+    for index, value in enumerate(values):
+        if isinstance(value, str):
+            value = value.split(separator)
+        elif value is None:
+            value = []
+        elif not isinstance(value, list):
+            _refuse(value, column, place(index))
+        if names is not None:
+            value = [names[one] if 0 <= one < len(names) else _refuse(one, column, place(index)) for one in value]
+        stripped = [one.strip() if isinstance(one, str) else _refuse(one, column, place(index)) for one in value]
+        found.append([one for one in stripped if one])
+    return found
+
+
 _NUMBER = re.compile(r"[-+]?\d*\.?\d+(e[-+]?\d+)?", re.IGNORECASE)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flexp.config import DataConfig
-from flexp.data.columns import as_text, check_present, label_texts
+from flexp.data.columns import as_text, check_present
 from flexp.data.grouping import check_apart, check_whole
 from flexp.data.labels import check_known, classes_of, settled
 from flexp.data.partition import Facts, Partition, partition, partition_test, partitioner
@@ -101,13 +101,13 @@ class _Source:
         for column, key in ((config.group, "data.group"), (config.clients.over, "data.clients.over")):
             if column is not None:
                 self.rows.require(column, key)
-        gaps = () if isinstance(config.choices, str) else config.choices  # rows may have fewer choices than columns
         for name in self.needed:
-            if name not in gaps and name != config.image:
+            if name not in self.task.gaps(config):
                 check_present(self.rows.values(name), name, self.rows.place)
         self.labels = self._labels() if self.task.labelled else None
+        self.strata = None if self.labels is None else self.task.strata(self.labels)
         kinds = None if config.clients.over is None else self._texts(config.clients.over)
-        self.facts = Facts(len(self.rows), self.labels, self._owners(), self._lengths(), self._groups(), kinds)
+        self.facts = Facts(len(self.rows), self.strata, self._owners(), self._lengths(), self._groups(), kinds)
 
     def encode(self, task: Task, indices: Sequence[int]) -> list[Example]:
         """The examples of the given rows."""
@@ -121,9 +121,9 @@ class _Source:
                 row[self.config.image] = str(folder / Path(image))
         return task.encode(rows)
 
-    def _labels(self) -> list[str]:
+    def _labels(self) -> list[Any]:
         name = self.config.label
-        return label_texts(self.rows.values(name), self.rows.class_names(name), name, self.rows.place)
+        return self.task.read_labels(self.rows.values(name), self.rows.class_names(name), self.config, self.rows.place)
 
     def _owners(self) -> list[str] | None:
         if self.how.owners == "file":
@@ -164,7 +164,7 @@ def _split(
     return split_client(
         name,
         rows,
-        None if source.labels is None else [source.labels[row] for row in rows],
+        None if source.strata is None else [source.strata[row] for row in rows],
         test_fraction=config.test_fraction,
         validation_fraction=config.validation_fraction,
         train_examples=config.train_examples,
@@ -173,8 +173,8 @@ def _split(
         private_seed=config.private_seed,
         test_rows=test_rows,
         test_labels=None
-        if test_rows is None or test_source.labels is None
-        else [test_source.labels[r] for r in test_rows],
+        if test_rows is None or test_source.strata is None
+        else [test_source.strata[r] for r in test_rows],
         groups=None if source.facts.groups is None else [source.facts.groups[row] for row in rows],
     )
 
@@ -188,8 +188,8 @@ def _classes(
     found: set[str] = set()
     for source, made in parts:
         assert source.labels is not None
-        own = {row: source.labels[row] for rows in made.clients.values() for row in rows}
-        found |= set(own.values())
+        own = {row: source.task.names_in(source.labels[row]) for rows in made.clients.values() for row in rows}
+        found.update(*own.values())
         if labels is not None:
             check_known(own, labels, source.rows.place)
     if labels is not None:

@@ -95,14 +95,14 @@ def classes_of(
     return sort_labels(found)
 
 
-def check_known(labels: Mapping[int, str], known: Sequence[str], place: Callable[[int], str]) -> None:
-    """Check that a model whose classes are ``known`` knows the label of every row, by its number.
+def check_known(labels: Mapping[int, Collection[str]], known: Sequence[str], place: Callable[[int], str]) -> None:
+    """Check that a model whose classes are ``known`` knows the labels of every row, by its number.
 
     Raises:
         DataError: one is none of its classes.
     """
     classes = set(known)
-    for row, label in labels.items():
+    for row, label in ((row, name) for row, names in labels.items() for name in names):
         if label not in classes:
             raise DataError(
                 f"{place(row)}: the label {label[:40]!r} is none of those that the model knows: {_listed(known)}"

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,9 +11,11 @@ from torch import Tensor
 
 from flexp.data.types import Batch, Example, Forward, Tally, Task
 from flexp.errors import DataError
+from flexp.kinds import logits_of, take_targets
 
-Scores = dict[str, float]
-"""``loss`` (mean over items: examples, or labelled tokens), ``n`` (examples) and the task's metrics."""
+Scores = dict[str, Any]
+"""``loss`` (mean over items: examples, or labelled tokens), ``n`` (examples) and the task's scores; ``None`` where the
+examples do not say (no F1 of a class that is not there). With extras also tables: lists, and scores by class."""
 
 
 def evaluate(forward: Forward, task: Task, examples: Sequence[Example], batch_size: int, extras: bool = True) -> Scores:
@@ -23,11 +24,10 @@ def evaluate(forward: Forward, task: Task, examples: Sequence[Example], batch_si
     Args:
         forward: given a collated batch without labels, returns something with ``.logits``. Putting the model into
             evaluation mode and the batch onto its device is the caller's business.
-        extras: also the scores for which the task needs passes of its own (multiple choice: ``cloze_accuracy``).
+        extras: also tables, and the scores for which the task needs passes of its own.
 
     Returns:
-        ``loss``, ``n``, and ``accuracy`` with ``majority`` (the share of the most frequent answer, which a model that
-        has learned nothing else reaches) or ``perplexity`` (exp of the loss) with ``tokens``.
+        ``loss``, ``n``, and what :meth:`~flexp.data.types.Task.figures` says.
 
     Raises:
         DataError: there are no examples.
@@ -35,17 +35,9 @@ def evaluate(forward: Forward, task: Task, examples: Sequence[Example], batch_si
     if not examples:
         raise DataError("there are no examples to score; set data.test_fraction above 0 or name data.test_source")
     tally = scored(forward, task.collate, task.measure, examples, batch_size)
-    items = sum(tally.items)
-    loss = math.fsum(tally.loss) / items
-    scores: Scores = {"loss": loss, "n": len(examples)}
-    if tally.correct:
-        scores["accuracy"] = sum(tally.correct) / len(examples)
-        scores["majority"] = max(Counter(tally.targets).values()) / len(examples)
-    else:
-        scores["perplexity"] = math.exp(loss) if loss < 700 else loss if math.isnan(loss) else math.inf
-        scores["tokens"] = items
+    scores: Scores = {"loss": math.fsum(tally.loss) / sum(tally.items), "n": len(examples), **task.figures(tally)}
     if extras:
-        scores.update(task.score(forward, examples, batch_size))
+        scores |= task.details(tally) | task.score(forward, examples, batch_size)
     return scores
 
 
@@ -61,22 +53,27 @@ def scored(
     Batches are formed after sorting by length and content, longest first, so that there is little padding, the
     largest batch comes first, and the composition of batches does not depend on the examples' order.
     """
-    order = sorted(range(len(examples)), key=lambda index: _rank(examples[index]))
     found = Tally()
+    for batch, some in in_batches(collate, examples, batch_size):
+        labels = take_targets(batch)
+        with torch.no_grad():
+            found.extend(measure(logits_of(forward(batch)), labels, some))
+    order = _order(examples)
+    return found.reordered(sorted(range(len(order)), key=order.__getitem__))
+
+
+def in_batches(
+    collate: Callable[[Sequence[Example]], Batch], examples: Sequence[Example], batch_size: int
+) -> Iterator[tuple[Batch, list[Example]]]:
+    """All examples once, in collated batches of like length, longest first."""
+    order = _order(examples)
     for start in range(0, len(order), batch_size):
         some = [examples[index] for index in order[start : start + batch_size]]
-        batch = collate(some)
-        labels = batch.pop("labels")
-        with torch.no_grad():
-            logits = forward(batch).logits
-            found.extend(measure(logits, labels, some))
-    back = sorted(range(len(order)), key=order.__getitem__)
-    return Tally(
-        loss=[found.loss[k] for k in back],
-        items=[found.items[k] for k in back],
-        correct=[found.correct[k] for k in back] if found.correct else [],
-        targets=[found.targets[k] for k in back] if found.targets else [],
-    )
+        yield collate(some), some
+
+
+def _order(examples: Sequence[Example]) -> list[int]:
+    return sorted(range(len(examples)), key=lambda index: _rank(examples[index]))
 
 
 def _rank(example: Example) -> Any:

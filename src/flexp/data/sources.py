@@ -73,8 +73,9 @@ class Rows:
         return list(values) if self.class_names(column) else [written(value) for value in values]
 
     def class_names(self, column: str) -> list[str] | None:
-        """The names of a ``ClassLabel`` column, else None."""
-        names = getattr(self.dataset.features[column], "names", None)
+        """The names of a ``ClassLabel`` column, or of one with lists of them, else None."""
+        feature = self.dataset.features[column]
+        names = getattr(getattr(feature, "feature", feature), "names", None)
         return list(names) if names else None
 
     def part(self, index: int) -> Part:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import chain
 from typing import Any, Protocol
 
@@ -33,14 +33,18 @@ class Tally:
     loss: list[float] = field(default_factory=list)  # summed over the example's items
     items: list[int] = field(default_factory=list)  # labelled tokens, or 1
     correct: list[bool] = field(default_factory=list)  # empty when the task has no right answer
-    targets: list[int] = field(default_factory=list)  # the right class, likewise
+    targets: list[Any] = field(default_factory=list)  # what is right (a class, a number), likewise
+    answers: list[Any] = field(default_factory=list)  # what the model gave, as the task's scores need it
 
     def extend(self, other: Tally) -> None:
         """Append the entries of ``other``."""
-        self.loss += other.loss
-        self.items += other.items
-        self.correct += other.correct
-        self.targets += other.targets
+        for entry in fields(self):
+            getattr(self, entry.name).extend(getattr(other, entry.name))
+
+    def reordered(self, order: Sequence[int]) -> Tally:
+        """The same with the entries in another order; what the task leaves empty stays so."""
+        every = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return Tally(**{name: [values[k] for k in order] if values else [] for name, values in every.items()})
 
 
 class Task(Protocol):
@@ -60,7 +64,7 @@ class Task(Protocol):
 
     @property
     def metric(self) -> str:
-        """``accuracy`` or ``perplexity``."""
+        """The name of the score by which models are compared."""
 
     @property
     def higher_is_better(self) -> bool:
@@ -78,6 +82,15 @@ class Task(Protocol):
 
     def measure(self, logits: Tensor, labels: Tensor, examples: Sequence[Example]) -> Tally:
         """Losses and hits of a collated batch."""
+
+    def figures(self, tally: Tally) -> dict[str, Any]:
+        """The scores of all examples, the metric among them, from what :meth:`measure` found."""
+
+    def details(self, tally: Tally) -> dict[str, Any]:
+        """Tables that are kept at the beginning and the end of a run only: scores by class, confusions."""
+
+    def answer(self, logits: Tensor, examples: Sequence[Example]) -> list[dict[str, Any]]:
+        """What to write of each row."""
 
     def score(self, forward: Forward, examples: Sequence[Example], batch_size: int) -> dict[str, float]:
         """Further scores that need forward passes of their own; usually none."""

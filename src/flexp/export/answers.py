@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from flexp.config import DataConfig
-from flexp.data.columns import check_present, label_texts
+from flexp.data.columns import check_present
 from flexp.data.labels import check_known
 from flexp.data.scores import evaluate
 from flexp.data.sources import Rows, read_rows
 from flexp.data.tasks import task_of
+from flexp.data.tasks.base import BaseTask
 from flexp.data.types import Example, Task
 from flexp.errors import ConfigError
 from flexp.export.trained import Trained
 from flexp.files import check_new, replacing
+from flexp.kinds import logits_of, take_targets
 
 WRITERS = (".csv", ".jsonl")
 
@@ -47,56 +49,61 @@ def score(
 
 
 def predict(model: Trained, source: str, out: Path, batch_size: int | None = None, *, force: bool = False) -> int:
-    """Write the label and the probabilities of every row of ``source`` to ``out``, in their order; how many there were.
+    """Write what the model answers to every row of ``source`` to ``out``, in their order; how many there were.
 
-    A row of a ``.csv`` has ``row``, ``predicted``, ``probability`` and one column for each label; a line of a
-    ``.jsonl`` the same with the labels' probabilities in ``probabilities``.
+    A line of a ``.jsonl`` has ``row``, ``predicted`` and what else the task says of a row, such as ``probabilities`` by
+    label. In a ``.csv`` these are columns of their own, and the parts of a list are divided by ``|``.
 
     Args:
         force: replace what stands at ``out``; never ``source``.
 
     Raises:
-        ConfigError: the model is no classifier, or ``out`` has another ending or is taken.
+        ConfigError: the task has no such answers, or ``out`` has another ending or is taken.
         DataError: the file does not fit the task.
         StorageError: ``out`` cannot be written; what stood there is untouched.
     """
-    labels = model.task.label_names
-    if labels is None:
-        raise ConfigError(f"flexp predict is for classifiers; the task of this model is {model.task.name}")
+    if not task_of(model.config.data).answers:
+        raise ConfigError(f"flexp predict is for classifiers and such; this model is for {model.task.name}")
     if out.suffix.lower() not in WRITERS:
         raise ConfigError(f"--out {out}: expected a name that ends in {' or '.join(WRITERS)}")
     check_new(out, force=force, read=[source, source.partition("#")[0]])
-    found = _probabilities(model, source, batch_size or model.config.evaluation.batch_size)
-    rows = [dict(zip(labels, values, strict=True)) for values in found]
+    rows = _answers(model, source, batch_size or model.config.evaluation.batch_size)
+    numbered = [{"row": number, **row} for number, row in enumerate(rows, start=1)]
     with replacing(out) as part, part.open("w", encoding="utf-8", newline="") as file:
         if out.suffix.lower() == ".jsonl":
-            for number, row in enumerate(rows, start=1):
-                file.write(json.dumps({**_chosen(number, row), "probabilities": row}, ensure_ascii=False) + "\n")
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in numbered)
         else:
+            flat = [_flat(row) for row in numbered]
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["row", "predicted", "probability", *labels])
-            for number, row in enumerate(rows, start=1):
-                writer.writerow([*_chosen(number, row).values(), *row.values()])
-    return len(rows)
+            writer.writerow([name for name, _ in flat[0]] if flat else ["row", "predicted"])
+            writer.writerows([value for _, value in row] for row in flat)
+    return len(numbered)
 
 
-def _chosen(number: int, row: Mapping[str, float]) -> dict[str, Any]:
-    label = max(row, key=row.__getitem__)
-    return {"row": number, "predicted": label, "probability": row[label]}
+def _flat(row: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """One value a column: of a table of values one column each, of a list its parts in one."""
+    found: list[tuple[str, Any]] = []
+    for name, value in row.items():
+        if isinstance(value, Mapping):
+            found += value.items()
+        else:
+            found.append((name, "|".join(map(str, value)) if isinstance(value, list) else value))
+    return found
 
 
-def _probabilities(model: Trained, source: str, size: int) -> Iterator[list[float]]:
+def _answers(model: Trained, source: str, size: int) -> list[dict[str, Any]]:
     examples, _ = read_examples(source, model.config.data, model.task, labelled=False)
     order = sorted(range(len(examples)), key=lambda index: -len(examples[index].get("input_ids", ())))
-    found: dict[int, list[float]] = {}
+    found: dict[int, dict[str, Any]] = {}
     for start in range(0, len(order), size):
         chosen = order[start : start + size]  # of like length, so that there is little padding
-        batch = model.task.collate([examples[index] for index in chosen])
-        del batch["labels"]
+        some = [examples[index] for index in chosen]
+        batch = model.task.collate(some)
+        take_targets(batch)
         with torch.no_grad():
-            logits_BC = model.forward(batch).logits
-        found |= dict(zip(chosen, torch.softmax(logits_BC.double(), dim=-1).tolist(), strict=True))
-    return iter([found[index] for index in range(len(examples))])
+            logits = logits_of(model.forward(batch))
+        found |= dict(zip(chosen, model.task.answer(logits, some), strict=True))
+    return [found[index] for index in range(len(examples))]
 
 
 def read_examples(
@@ -105,7 +112,7 @@ def read_examples(
     """All rows of ``source`` (what ``data.source`` may name) as examples, in their order, and the place of each.
 
     Args:
-        labelled: whether the labels matter; without, classifiers need no column of them, and examples have the first.
+        labelled: whether what is right matters; without, no column of it is needed.
 
     Raises:
         DataError: the file does not hold what the task needs, or a label that the model does not know.
@@ -114,17 +121,19 @@ def read_examples(
     kind = task_of(data)
     needed = kind.needed_columns(data)
     classes = task.label_names
-    if not labelled and classes is not None:
-        needed.pop(data.label, None)
+    if not labelled and kind.answers:
+        for column in kind.right_columns(data):
+            needed.pop(column, None)
     for name, key in needed.items():
         rows.require(name, key)
-    gaps = () if isinstance(data.choices, str) else data.choices
     for name in needed:
-        if name not in gaps and name != data.image:
+        if name not in kind.gaps(data):
             check_present(rows.values(name), name, rows.place)
     taken = rows.take(range(len(rows)), list(needed))
     if kind.labelled:
-        labels = _labels(rows, data, classes) if data.label in needed else [(classes or [""])[0]] * len(rows)
+        labels = (
+            _labels(rows, kind, data, classes) if data.label in needed else [kind.no_label(classes or [])] * len(rows)
+        )
         for row, label in zip(taken, labels, strict=True):
             row[data.label] = label
     for index, row in enumerate(taken):
@@ -134,8 +143,8 @@ def read_examples(
     return task.encode(taken), [rows.place(index) for index in range(len(rows))]
 
 
-def _labels(rows: Rows, data: DataConfig, classes: Sequence[str] | None) -> list[str]:
-    labels = label_texts(rows.values(data.label), rows.class_names(data.label), data.label, rows.place)
+def _labels(rows: Rows, task: type[BaseTask], data: DataConfig, classes: Sequence[str] | None) -> list[Any]:
+    labels = task.read_labels(rows.values(data.label), rows.class_names(data.label), data, rows.place)
     if classes is not None:
-        check_known(dict(enumerate(labels)), classes, rows.place)
+        check_known({row: task.names_in(label) for row, label in enumerate(labels)}, classes, rows.place)
     return labels

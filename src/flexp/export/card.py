@@ -22,8 +22,8 @@ from flexp.report import formats
 FILE = "flexp.json"
 SCHEMA = 1
 TASK_KEYS = (
-    "task", "text", "text_pair", "label", "image", "prompt", "answer", "choices", "template", "max_length",
-    "long_texts", "block_length",
+    "task", "text", "text_pair", "label", "label_separator", "image", "prompt", "answer", "choices", "template",
+    "max_length", "long_texts", "block_length",
 )  # fmt: skip
 """Of ``[data]``, what turns rows into examples; where the run's data are is nobody else's business."""
 

@@ -6,7 +6,7 @@ MISSING = "–"
 
 
 def score(value: float | None, metric: str) -> str:
-    """An accuracy as percent (``0.8391`` → ``83.9 %``), any other metric as a plain number (``24.2``)."""
+    """An accuracy or an F1 as percent (``0.8391`` → ``83.9 %``), any other metric as a plain number (``24.2``)."""
     if value is None:
         return MISSING
     return f"{100 * value:.1f} %" if is_fraction(metric) else number(value)
@@ -55,7 +55,7 @@ def pair(before: float | None, after: float | None, metric: str) -> str:
 
 def is_fraction(metric: str) -> bool:
     """Whether the metric lies in 0..1 and is shown as percent."""
-    return metric.endswith("accuracy")
+    return metric.endswith(("accuracy", "f1", "exact_match"))
 
 
 def number(value: float) -> str:

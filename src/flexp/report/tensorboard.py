@@ -107,11 +107,14 @@ class EventWriter:
             self._flush_scores()
             self._round = round
         for side in ("personal", "global", "validation"):
-            scores = {f"{side}/{key}": value for key, value in (record.get(side) or {}).items() if key != "n"}
+            scores = {
+                f"{side}/{key}": value
+                for key, value in (record.get(side) or {}).items()
+                if key != "n" and isinstance(value, int | float)
+            }
             self._add(client, scores, self._steps.get(client, 0))
             for tag, value in scores.items():
-                if value is not None:
-                    self._scores.setdefault(tag, {})[client] = float(value)
+                self._scores.setdefault(tag, {})[client] = float(value)
 
     def _write_round(self, record: Mapping[str, Any]) -> None:
         round = int(record["round"])

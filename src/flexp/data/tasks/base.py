@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from string import Formatter
 from typing import Any, ClassVar
 
@@ -12,8 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flexp.config import DataConfig
-from flexp.data.columns import as_text
-from flexp.data.tasks.text import IGNORED, Limit, pad
+from flexp.data.columns import as_text, label_texts
+from flexp.data.measures import MOST_CLASSES, class_scores, confusion, f1_by_class
+from flexp.data.tasks.text import IGNORED, Limit, encode_texts, pad
 from flexp.data.types import PLACE, Batch, Example, Forward, Row, Tally
 from flexp.errors import ConfigError
 from flexp.kinds import ModelKind
@@ -27,6 +30,7 @@ class BaseTask(ABC):
         labelled: the label column says what is right, and clients may be divided by it.
         classes: of a classifier over the labels of all clients, ``label_names``.
         images: the input is an image, which an image processor encodes.
+        answers: it can say of a row what the model gives for it, as ``flexp predict`` writes it.
     """
 
     name: str
@@ -36,6 +40,7 @@ class BaseTask(ABC):
     labelled: ClassVar[bool] = False
     classes: ClassVar[bool] = False
     images: ClassVar[bool] = False
+    answers: ClassVar[bool] = False
 
     def __init__(self, config: DataConfig, processor: Any, limit: Limit, label_names: Sequence[str] = ()) -> None:
         self.config, self.processor, self.limit = config, processor, limit
@@ -66,6 +71,46 @@ class BaseTask(ABC):
         return needed | cls.own_columns(config) | ({config.label: "data.label"} if cls.labelled else {})
 
     @classmethod
+    def right_columns(cls, config: DataConfig) -> Collection[str]:
+        """Those of the columns that say what is right, which nobody has who asks the model."""
+        return [config.label] if cls.labelled else ()
+
+    @classmethod
+    def gaps(cls, config: DataConfig) -> Collection[str]:
+        """Those of the columns in which a row may have nothing."""
+        return ()
+
+    @classmethod
+    def read_labels(
+        cls, values: Sequence[Any], names: list[str] | None, config: DataConfig, place: Callable[[int], str]
+    ) -> list[Any]:
+        """Every row's label as :meth:`encode` takes it.
+
+        Args:
+            names: of the classes, where the column holds their numbers.
+            place: where a row stands, for messages.
+
+        Raises:
+            DataError: a value is no such label.
+        """
+        return label_texts(values, names, config.label, place)
+
+    @classmethod
+    def names_in(cls, label: Any) -> Sequence[str]:
+        """The classes in the label of one row."""
+        return [label]
+
+    @classmethod
+    def strata(cls, labels: Sequence[Any]) -> list[str]:
+        """By what of their labels rows are divided among clients, and into training and test rows of one proportion."""
+        return list(labels)
+
+    @classmethod
+    def no_label(cls, names: Sequence[str]) -> Any:
+        """What stands in a row whose label is not known."""
+        return names[0] if names else ""
+
+    @classmethod
     def chat_template(cls, config: DataConfig, own: bool) -> str | None:
         """What stands for a chat template, with the field ``{prompt}``, in a model that was tuned to follow prompts.
 
@@ -87,9 +132,72 @@ class BaseTask(ABC):
     @abstractmethod
     def measure(self, logits: Tensor, labels: Tensor, examples: Sequence[Example]) -> Tally: ...
 
+    def figures(self, tally: Tally) -> dict[str, Any]:
+        """``accuracy`` with ``majority`` (the share of the most frequent answer, which a model that has learned nothing
+        else reaches); or ``perplexity`` (exp of the loss) with ``tokens``, where no answer is right or wrong."""
+        if tally.correct:
+            count = len(tally.correct)
+            return {"accuracy": sum(tally.correct) / count, "majority": max(Counter(tally.targets).values()) / count}
+        items = sum(tally.items)
+        loss = math.fsum(tally.loss) / items
+        return {"perplexity": math.exp(loss) if loss < 700 else loss if math.isnan(loss) else math.inf, "tokens": items}
+
+    def details(self, tally: Tally) -> dict[str, Any]:
+        """Nothing further."""
+        return {}
+
     def score(self, forward: Forward, examples: Sequence[Example], batch_size: int) -> dict[str, float]:
         """Nothing further."""
         return {}
+
+    def answer(self, logits: Tensor, examples: Sequence[Example]) -> list[dict[str, Any]]:
+        """What to write of each row: ``predicted``, and what else there is to say.
+
+        Raises:
+            ConfigError: the task has no such answers.
+        """
+        raise ConfigError(f"flexp predict is for classifiers and such; this model is for {self.name}")
+
+
+class OneClass(BaseTask):
+    """One class of ``label_names`` for each example."""
+
+    metric = "accuracy"
+    higher_is_better = True
+    labelled = True
+    classes = True
+    answers = True
+
+    def measure(self, logits: Tensor, labels: Tensor, examples: Sequence[Example]) -> Tally:
+        """Cross-entropy, hits and probabilities."""
+        return class_tally(logits, labels)
+
+    def figures(self, tally: Tally) -> dict[str, Any]:
+        """Besides accuracy and majority ``macro_f1`` and ``auc`` (with more than two classes the mean of each against
+        the others)."""
+        return super().figures(tally) | class_scores(tally.answers, tally.targets)
+
+    def details(self, tally: Tally) -> dict[str, Any]:
+        """``f1_by_class``, and the table of confusion: right answers are rows."""
+        assert self.label_names is not None
+        given = [max(range(len(row)), key=row.__getitem__) for row in tally.answers]
+        return class_details(self.label_names, confusion(tally.targets, given, len(self.label_names)))
+
+    def answer(self, logits: Tensor, examples: Sequence[Example]) -> list[dict[str, Any]]:
+        """The label, its probability and those of all."""
+        assert self.label_names is not None
+        found = []
+        for values in torch.softmax(logits.double(), dim=-1).tolist():
+            row = dict(zip(self.label_names, values, strict=True))
+            label = max(row, key=row.__getitem__)
+            found.append({"predicted": label, "probability": row[label], "probabilities": row})
+        return found
+
+
+def class_details(names: Sequence[str], table: Any) -> dict[str, Any]:
+    """F1 of each class by its name, and the table of confusion where there are not too many classes for one."""
+    found: dict[str, Any] = {"f1_by_class": dict(zip(names, f1_by_class(table), strict=True))}
+    return found | ({"confusion": table.tolist()} if len(names) <= MOST_CLASSES else {})
 
 
 class TextTask(BaseTask):
@@ -113,6 +221,17 @@ class TextTask(BaseTask):
         if template is not None:
             return [fill_row(template, self.config, row) for row in rows]
         return [as_text(row[column], column, place(row)) for row in rows]
+
+    def inputs(self, rows: Sequence[Row]) -> list[Example]:
+        """The rows' texts, or pairs of texts (``data.text_pair``), encoded."""
+        other, places = self.config.text_pair, [place(row) for row in rows]
+        pairs = None if other is None else [as_text(row[other], other, place(row)) for row in rows]
+        return encode_texts(self.processor, self.texts(rows), pairs, places, self.limit)
+
+    def with_floats(self, examples: Sequence[Example]) -> Batch:
+        """A padded batch whose ``labels`` are numbers of the examples as wholes."""
+        batch = pad([{key: value for key, value in e.items() if key != "labels"} for e in examples], self.processor)
+        return batch | {"labels": torch.tensor([example["labels"] for example in examples], dtype=torch.float32)}
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """``input_ids``, ``attention_mask``, ``labels`` (B, T), and ``token_type_ids`` if the tokenizer gives them."""
@@ -190,6 +309,7 @@ def class_tally(logits_BC: Tensor, labels_B: Tensor) -> Tally:
         items=[1] * len(labels_B),
         correct=(logits_BC.argmax(-1) == labels_B).tolist(),
         targets=labels_B.tolist(),
+        answers=torch.softmax(logits_BC, dim=-1).tolist(),
     )
 
 
@@ -208,3 +328,9 @@ def deciding_logits(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
     """The logits, shape (B, V), from which each example's only labelled token is predicted."""
     position_B = (labels_BT != IGNORED).int().argmax(-1).to(logits_BTV.device) - 1
     return logits_BTV[torch.arange(len(position_B), device=logits_BTV.device), position_B].float()
+
+
+def rarest(labels: Sequence[Sequence[str]]) -> list[str]:
+    """Of each row's labels the one that the fewest rows have; nothing of a row without any."""
+    rows = Counter(name for names in labels for name in set(names))
+    return [min(names, key=lambda name: (rows[name], name), default="") for names in labels]

@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from flexp.config import DataConfig
-from flexp.data.tasks.base import BaseTask, class_tally, place
-from flexp.data.types import Batch, Example, Row, Tally
+from flexp.data.tasks.base import OneClass, place
+from flexp.data.types import Batch, Example, Row
 from flexp.errors import DataError
 from flexp.kinds import ModelKind
 
 _AT_ONCE = 64
 
 
-class ImageClassification(BaseTask):
+class ImageClassification(OneClass):
     """A classifier over ``label_names``. Images are files, or bytes inside a table; all become RGB."""
 
     name = "image-classification"
     model_kind: ModelKind = "image-classification"
-    metric = "accuracy"
-    higher_is_better = True
-    labelled = True
-    classes = True
     images = True
 
     @classmethod
@@ -55,9 +50,9 @@ class ImageClassification(BaseTask):
             "labels": torch.tensor([example["labels"] for example in examples], dtype=torch.long),
         }
 
-    def measure(self, logits: Tensor, labels: Tensor, examples: Sequence[Example]) -> Tally:
-        """Cross-entropy and hits."""
-        return class_tally(logits, labels)
+    @classmethod
+    def gaps(cls, config: DataConfig) -> Collection[str]:
+        return [config.image]  # what is no image is said when it is opened
 
 
 def _open(value: Any, where: str) -> Any:

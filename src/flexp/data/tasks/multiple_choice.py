@@ -8,7 +8,7 @@ score asks instead which choice *text* the model finds likeliest after the quest
 from __future__ import annotations
 
 import string
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +39,10 @@ class MultipleChoice(TextTask):
     def own_columns(cls, config: DataConfig) -> dict[str, str]:
         names = [config.choices] if isinstance(config.choices, str) else config.choices
         return dict.fromkeys(names, "data.choices")
+
+    @classmethod
+    def gaps(cls, config: DataConfig) -> Collection[str]:
+        return () if isinstance(config.choices, str) else config.choices  # rows may have fewer choices than columns
 
     def __init__(self, config: DataConfig, processor: Any, limit: Limit, label_names: Sequence[str] = ()) -> None:
         super().__init__(config, processor, limit, label_names)

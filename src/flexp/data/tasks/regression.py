@@ -1,0 +1,91 @@
+"""A number for a text or a pair of texts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flexp.config import DataConfig
+from flexp.data.measures import number_scores
+from flexp.data.tasks.base import TextTask
+from flexp.data.types import Batch, Example, Row, Tally
+from flexp.errors import DataError
+from flexp.kinds import ModelKind
+
+STRATA = 10
+"""Rows are divided by the tenth of the numbers that theirs is in."""
+
+
+class Regression(TextTask):
+    """The label column holds numbers; they are learned as they are, by their squared error."""
+
+    name = "regression"
+    model_kind: ModelKind = "regression"
+    metric = "rmse"
+    labelled = True
+    answers = True
+
+    @classmethod
+    def own_columns(cls, config: DataConfig) -> dict[str, str]:
+        return {} if config.text_pair is None else {config.text_pair: "data.text_pair"}
+
+    @classmethod
+    def read_labels(
+        cls, values: Sequence[Any], names: list[str] | None, config: DataConfig, place: Callable[[int], str]
+    ) -> list[float]:
+        return [_number(value, config.label, place, index) for index, value in enumerate(values)]
+
+    @classmethod
+    def strata(cls, labels: Sequence[float]) -> list[str]:
+        """The tenth of all numbers that a row's is in."""
+        if not labels:
+            return []
+        edges = np.quantile(labels, np.linspace(0, 1, STRATA + 1)[1:-1])
+        return [str(place) for place in np.searchsorted(edges, labels, side="right")]
+
+    @classmethod
+    def no_label(cls, names: Sequence[str]) -> float:
+        return 0.0
+
+    def encode(self, rows: Sequence[Row]) -> list[Example]:
+        """The text (or the filled template), with ``labels`` a number."""
+        examples = self.inputs(rows)
+        for example, row in zip(examples, rows, strict=True):
+            example["labels"] = row[self.config.label]
+        return examples
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """A padded batch with ``labels`` (B,), floats."""
+        return self.with_floats(examples)
+
+    def measure(self, logits: Tensor, labels: Tensor, examples: Sequence[Example]) -> Tally:
+        """Squared errors."""
+        given_B, right_B = logits.double().reshape(len(labels)), labels.double().to(logits.device)
+        squared_B = (given_B - right_B) ** 2
+        return Tally(squared_B.tolist(), [1] * len(labels), targets=right_B.tolist(), answers=given_B.tolist())
+
+    def figures(self, tally: Tally) -> dict[str, Any]:
+        """``rmse``, ``mae``, ``r2`` and ``pearson``."""
+        return number_scores(tally.answers, tally.targets)
+
+    def answer(self, logits: Tensor, examples: Sequence[Example]) -> list[dict[str, Any]]:
+        """The number."""
+        return [{"predicted": value} for value in torch.reshape(logits.double(), (len(examples),)).tolist()]
+
+
+def _number(value: Any, column: str, place: Callable[[int], str], index: int) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise DataError(
+            f"{place(index)}: {str(value)[:40]!r} in column {column!r} is no number; write numbers with a point, or "
+            'use data.task = "classification" for labels'
+        )
+    return number
