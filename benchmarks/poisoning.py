@@ -89,7 +89,14 @@ def measure(
 
 
 def _played(
-    folder: str, data: str, steps: int, batch: int, length: int, tests: int, server: dict[str, Any], quota: Any
+    folder: str,
+    data: str,
+    steps: int,
+    batch: int,
+    length: int,
+    tests: int,
+    server: dict[str, Any],
+    quota: tuple[float, int] | None,
 ) -> dict[str, Any]:
     config = _config(folder, data, steps, batch, length, tests, server)
     scores: dict[str, Any] = {"skipped": 0}
@@ -98,7 +105,8 @@ def _played(
         method = Four(build_world(config))
         *honest, bad = method.clients
         if quota is not None:
-            method.server.shared.quota = Quota(*quota, None, lambda _: None)
+            ratio, ahead = quota
+            method.server.shared.quota = Quota(ratio, ahead, None, lambda _: None)
         for _ in range(steps):
             for name in honest:
                 method.clients[name].step()
@@ -120,7 +128,7 @@ def _played(
 def _score(method: Four, names: list[str]) -> float:
     task = method.world.federation.task
     clients = [method.clients[name] for name in names]
-    return mean(evaluate(one.personal, task, one.data.test, 32)[task.metric] for one in clients)
+    return float(mean(evaluate(one.personal, task, one.data.test, 32)[task.metric] for one in clients))
 
 
 def _repeat(times: int, action: Callable[[], Any]) -> None:

@@ -44,8 +44,7 @@ def test_a_server_that_makes_things_up_is_told(lies: type[Any] | None, said: str
     model = here.client("a", (2, 4), align, link=link)
     model.watch, link.lies = Watch(heard.append), lies
     for number in range(EXCHANGES + 2):
-        output = model(**here.batch(number, batch=6))
-        (output.loss if number % 2 else 10 * output.loss).backward()
+        (10 * model(**here.batch(number, batch=6)).loss).backward()
     assert len(heard) == (0 if lies is None else 1)
     assert all(line.startswith(f"the server's {said} hardly depend") for line in heard)
 

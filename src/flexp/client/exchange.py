@@ -98,7 +98,9 @@ class RemoteCall:
 
     def __init__(self, link: Link, request: ForwardRequest, place: Place | None, look: Look | None = None) -> None:
         self.request = request
-        self._look, self._seen = look, list[Tensor]()
+        self._look = look
+        self._h_BTH: Tensor | None = None  # and what was sent for it, for whoever looks
+        self._sent_BTH: Tensor | None = None
         self.align: float | None = None
         self.answered = False  # whether the backward is through
         self.apart = False  # whether the backward through the tail ends with sending: see flexp.client.overlap
@@ -115,7 +117,7 @@ class RemoteCall:
             reply = self._forward.result()
         check_forward_reply(self.request, reply)
         self.align = reply.align
-        self._keep(reply.hidden_BTH)
+        self._h_BTH = None if self._look is None else reply.hidden_BTH
         return reply.hidden_BTH
 
     def backward(self, grad_BTH: Tensor) -> BackwardReply:
@@ -134,7 +136,7 @@ class RemoteCall:
         request = BackwardRequest(
             self.request.exchange, grad_BTH.detach(), place.step, place.exchanges, place.tokens, place.weight
         )
-        self._keep(request.grad_BTH)
+        self._sent_BTH = None if self._look is None else request.grad_BTH
         with self._waiting():
             self._backward = self._link.call(request)
 
@@ -144,14 +146,15 @@ class RemoteCall:
         with self._waiting():
             reply = self._backward.result()
         check_backward_reply(self.request, reply)
-        if self._look is not None and self._place is not None:
-            self._look(self.request, *self._seen, reply.grad_BTH, self._place.tokens)
+        if (
+            self._look is not None
+            and self._h_BTH is not None
+            and self._sent_BTH is not None
+            and self._place is not None
+        ):
+            self._look(self.request, self._h_BTH, self._sent_BTH, reply.grad_BTH, self._place.tokens)
         self.answered = True
         return reply
-
-    def _keep(self, value_BTH: Tensor) -> None:
-        if self._look is not None:
-            self._seen.append(value_BTH)
 
     @property
     def answer(self) -> Future[Any]:

@@ -151,7 +151,7 @@ class Quota:
     def take(self, client: str) -> bool:
         """Whether one step more of this client counts."""
         others = [count for name, count in self._taken.items() if name != client]
-        bounds = [] if self._most is None else [self._most]
+        bounds: list[float] = [] if self._most is None else [self._most]
         bounds += [self._ahead + self._ratio * statistics.median(others)] if others else []
         if self._taken[client] >= min(bounds, default=float("inf")):
             if client not in self._told:
