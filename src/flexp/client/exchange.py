@@ -96,8 +96,17 @@ class RemoteCall:
     ``look`` is shown the request, h, ∂task/∂h and the gradients once it is through.
     """
 
-    def __init__(self, link: Link, request: ForwardRequest, place: Place | None, look: Look | None = None) -> None:
+    def __init__(
+        self,
+        link: Link,
+        request: ForwardRequest,
+        place: Place | None,
+        *,
+        back: bool = True,
+        look: Look | None = None,
+    ) -> None:
         self.request = request
+        self.back = back  # whether anything below the cut is trained, so that a gradient must come back
         self._look = look
         self._h_BTH: Tensor | None = None  # and what was sent for it, for whoever looks
         self._sent_BTH: Tensor | None = None
@@ -134,7 +143,13 @@ class RemoteCall:
                 "call model.train() before the forward"
             )
         request = BackwardRequest(
-            self.request.exchange, grad_BTH.detach(), place.step, place.exchanges, place.tokens, place.weight
+            self.request.exchange,
+            grad_BTH.detach(),
+            place.step,
+            place.exchanges,
+            place.tokens,
+            place.weight,
+            self.back,
         )
         self._sent_BTH = None if self._look is None else request.grad_BTH
         with self._waiting():
@@ -145,13 +160,11 @@ class RemoteCall:
         assert self._backward is not None
         with self._waiting():
             reply = self._backward.result()
-        check_backward_reply(self.request, reply)
-        if (
-            self._look is not None
-            and self._h_BTH is not None
-            and self._sent_BTH is not None
-            and self._place is not None
-        ):
+        if self.back or reply.grad_BTH is not None:
+            check_backward_reply(self.request, reply)
+        if self._look is not None and self._place is not None and reply.grad_BTH is not None:
+            assert self._h_BTH is not None
+            assert self._sent_BTH is not None
             self._look(self.request, self._h_BTH, self._sent_BTH, reply.grad_BTH, self._place.tokens)
         self.answered = True
         return reply
