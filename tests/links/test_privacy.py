@@ -34,6 +34,8 @@ from flexp.links.messages import (
     PullRequest,
     Ready,
     Refusal,
+    SumReply,
+    SumRequest,
     Welcome,
     tensors,
 )
@@ -58,19 +60,21 @@ VOCABULARY = {
     Refusal: {"error", "again"},
     ForwardRequest: {"exchange", "hidden_BTH", "mask_BT", "positions_BT", "base_BTH", "inner_BTH", "train", "step"},
     ForwardReply: {"hidden_BTH", "align"},
-    BackwardRequest: {"exchange", "grad_BTH", "step", "exchanges", "tokens", "weight"},
+    BackwardRequest: {"exchange", "grad_BTH", "step", "exchanges", "tokens", "weight", "back"},
     BackwardReply: {"grad_BTH", "inner_BTH"},
     Abort: set(),
     Done: set(),
     PullRequest: {"start", "stop", "step"},
     PullReply: {"weights"},
+    SumRequest: {"number", "weights"},  # only in runs that say so: method.meet, model.head
+    SumReply: {"weights"},
     FetchRequest: {"block", "first", "most"},
     FetchReply: {"version", "total", "weights"},
     ExtendRequest: {"generation", "past", "hidden_BTH", "mask_BT", "positions_BT", "rows_B"},
     ExtendReply: {"hidden_BTH"},
     EndGeneration: {"generation"},
     Leave: set(),
-    Ready: {"steps", "done", "run", "snapshots", "saved", "facts", "planned"},
+    Ready: {"steps", "done", "run", "snapshots", "saved", "facts", "planned", "met"},
     Order: {"what", "run", "place", "number", "count", "save"},
 }
 UP = {Join, ForwardRequest, BackwardRequest, Abort, PullRequest, FetchRequest}

@@ -18,6 +18,7 @@ from flexp.report.metrics import read
 from flexp.run import runner
 from flexp.run.client import run_client
 from flexp.run.fleet import Fleet
+from flexp.run.server import make_conductor
 from flexp.run.settle import settle, settle_client
 from flexp.run.store import Store
 from tests import tiny
@@ -215,3 +216,30 @@ def _until(there: Callable[[], bool], seconds: float = 60.0, pause: float = 0.01
     while not there():
         assert time.monotonic() < end
         time.sleep(pause)
+
+
+def test_a_fleet_that_meets_equals_the_simulation(folder: Path, tmp_path: Path) -> None:
+    """One client vanishes after its first steps, with what it had met, and comes back."""
+    model = {"id": str(folder / "model"), "pooling": "mean"}
+    config = tiny.config(
+        folder,
+        model=model,
+        method={"align": {"kind": "off"}, "meet": {"on": True}},
+        train={"rounds": 2, "steps_per_round": 4, "batch_size": 4},
+    )
+    runner.run(config, tmp_path / "sim")
+    out = tmp_path / "fleet"
+    server = Server(config, FIXED, out / "server")
+    clients = [Client(config, FIXED, name, plain(server), out / "clients" / name) for name in NAMES]
+    _until(lambda: server.server.shared.version >= 4)
+    clients[0].stop.set()
+    clients[0].join()
+    clients[0] = Client(config, FIXED, NAMES[0], plain(server), out / "clients" / NAMES[0])
+    for client in clients:
+        client.join()
+    server.end()
+    assert any("class sums go to the server as they are" in line for line in server.lines)
+    check(tmp_path / "sim", out)
+    free = DeploymentConfig(schedule="free", clients=NAMES)
+    with pytest.raises(ConfigError, match=r'deployment\.schedule = "deterministic"'):
+        make_conductor(server.server, config, free, None, print)

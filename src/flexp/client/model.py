@@ -57,8 +57,7 @@ class SplitModel(JoinedModel):
         align: the alignment, whose gradient the server computes.
         tuning: how ``stage`` was tuned.
         lora: with what adapters; the server's must be the same.
-        accumulation: exchanges that make up one step, for loops of one's own that do not say it with
-            :meth:`part_of_step`; of a ``transformers.Trainer`` it is known.
+        accumulation: exchanges of a step, for loops of one's own without :meth:`part_of_step`; a Trainer's are known.
         expose_embeddings: whether bare embeddings may go up, from which the server can read every token.
         numbering: of an earlier life of this client, whose steps it goes on with; ``None``: it begins anew.
         codec: in what form tensors cross; ``None``: as they are inside one process, bfloat16 over a network, or what
@@ -192,7 +191,8 @@ class SplitModel(JoinedModel):
             z_BTH = self.stage.run(z_BTH, plan, index, index + 1)
             if inner and index < start - 1:
                 inner_BTH.append(z_BTH)
-        if train and not z_BTH.requires_grad:
+        back = z_BTH.requires_grad
+        if train and not back:
             z_BTH = z_BTH.detach().requires_grad_()  # the server's blocks need a backward even if nothing here does
         place = self.steps.place(self.kind, inputs) if train else None
         request = ForwardRequest(
@@ -205,7 +205,7 @@ class SplitModel(JoinedModel):
             train=train,
             step=0 if place is None else place.step,
         )
-        call = RemoteCall(self.link, request, place)
+        call = RemoteCall(self.link, request, place, back=back)
         if train:
             self.steps.remember(call)
         return Sent(call, z_BTH, tuple(inner_BTH), inputs, plan)
@@ -235,19 +235,6 @@ class SplitModel(JoinedModel):
                 self.abort()
             raise
 
-    def after_step(self) -> None:
-        """Once the optimiser has stepped: pull the aligned blocks towards the server's, if the alignment says so.
-
-        θ_k ← θ_k + μ·(θ_server − θ_k) for the personal copies of blocks [s_min, s), every n-th step. With ``follow``
-        that is all that ever happens to them. Whoever does not call this has it done at the beginning of the next step.
-        """
-        done = self.steps.done
-        if done == self._pulled or done % self.align.every:
-            return
-        if self.align.kind == "weights" and self.cut[0] > self.base_depth:
-            self._pull(done, self.align.pull)
-        self._pulled = done
-
     def _align_due(self) -> bool:
         """Whether z_base goes up with the next exchange."""
         if self.cut[0] == self.base_depth:
@@ -263,6 +250,10 @@ class SplitModelForCausalLM(SplitModel):
     def generate(self, *inputs: Any, **options: Any) -> Any:
         """transformers' ``generate``, as :class:`flexp.client.generation.SplitGenerator` has it."""
         return SplitGenerator(self).generate(*inputs, **options)
+
+    def prepare_inputs_for_generation(self, *inputs: Any, **options: Any) -> Any:
+        """As of the model inside; peft asks before it can be refused."""
+        return self.model.prepare_inputs_for_generation(*inputs, **options)
 
 
 class SplitModelForSequenceClassification(SplitModel):
@@ -299,6 +290,12 @@ class SplitModelForQuestionAnswering(SplitModel):
     """A model that finds where an answer begins and ends in a text."""
 
     kind = "question-answering"
+
+    def forward(  # its signature says what the labels are
+        self, *inputs: Any, start_positions: Tensor | None = None, end_positions: Tensor | None = None, **others: Any
+    ) -> Any:
+        """See :meth:`SplitModel.forward`."""
+        return super().forward(*inputs, start_positions=start_positions, end_positions=end_positions, **others)
 
 
 SPLIT_MODELS: dict[str, type[SplitModel]] = {cls.kind: cls for cls in SplitModel.__subclasses__()}

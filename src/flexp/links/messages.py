@@ -18,7 +18,7 @@ from flexp.errors import LinkError, LinkLostError
 from flexp.links.declaring import MASK, POSITIONS, ROWS, WEIGHTS, Count, Integer, Request, declared, hidden, message
 from flexp.texts import plain
 
-What = Literal["step", "evaluate", "save", "restore", "stop"]
+What = Literal["step", "evaluate", "meet", "save", "restore", "stop"]
 
 
 @message
@@ -126,9 +126,10 @@ class ForwardRequest(Request[ForwardReply]):
 
 @message
 class BackwardReply:
-    """``grad_BTH``: ∂total/∂z_k. ``inner_BTH``: gradients at the inner activations, where alignment was due."""
+    """``grad_BTH``: ∂total/∂z_k, unless the client said that it needs none. ``inner_BTH``: gradients at the inner
+    activations, where alignment was due."""
 
-    grad_BTH: Annotated[Tensor, hidden("gradient_down")]
+    grad_BTH: Annotated[Tensor | None, hidden("gradient_down")] = None
     inner_BTH: Annotated[tuple[Tensor, ...], hidden("gradient_down")] = ()
 
 
@@ -144,6 +145,7 @@ class BackwardRequest(Request[BackwardReply]):
             one.
         tokens: this exchange's share of the step's unmasked tokens, 0 < tokens ≤ 1, which its alignment counts.
         weight: how many items (tokens, examples) of the loss this exchange stands for.
+        back: whether ∂total/∂z_k is to come back; a client that trains nothing below its cut needs none.
     """
 
     trains: ClassVar[bool | None] = True
@@ -154,6 +156,7 @@ class BackwardRequest(Request[BackwardReply]):
     exchanges: Integer = 1
     tokens: float = 1.0
     weight: float = 1.0
+    back: bool = True
 
 
 @message
@@ -175,6 +178,30 @@ class PullRequest(Request[PullReply]):
     start: Integer
     stop: Integer
     step: Integer = 0
+
+
+@message
+class SumReply:
+    """``weights``: what the clients of the run gave under the request's number, added up."""
+
+    weights: Annotated[dict[str, Tensor], WEIGHTS] = field(default_factory=dict)
+
+
+@message
+class SumRequest(Request[SumReply]):
+    """Give something to be added up over all clients of the run, who give tensors of the same names and shapes.
+
+    What that is, is the client's business (:mod:`flexp.client.meeting`: class sums, losses). The answer comes when all
+    have given theirs. The server sums in runs alone whose configuration says that clients meet.
+
+    Attributes:
+        number: which sum; asked again, it is the same one.
+    """
+
+    trains: ClassVar[bool | None] = True
+
+    number: Count
+    weights: Annotated[dict[str, Tensor], WEIGHTS] = field(default_factory=dict)
 
 
 @message
@@ -267,7 +294,8 @@ class Order:
     """What a client does next.
 
     Attributes:
-        what: ``step``: ``count`` steps. ``evaluate``: score the personal model after round ``number``. ``save``:
+        what: ``step``: ``count`` steps. ``evaluate``: score the personal model after round ``number``. ``meet``: the
+            meeting ``number``, 0 before the first step, 1 after the last (``method.meet``). ``save``:
             keep a snapshot with that number. ``restore``: go back to that snapshot. ``stop``: the run is over.
         run: the run's name, the same after a restart of the server.
         place: in the schedule; the client's next :class:`Ready` says that it is done.
@@ -293,6 +321,7 @@ class Ready(Request[Order]):
         snapshots: that it holds, by their numbers.
         saved: the steps that its newest snapshot has.
         facts: for the operator: losses, scores, seconds, bytes.
+        met: the meetings that it has been at (``method.meet``).
         planned: steps that the whole run has for it, by which its learning rate falls; 0: it does not fall.
     """
 
@@ -303,6 +332,7 @@ class Ready(Request[Order]):
     saved: Integer = 0
     facts: dict[str, float] = field(default_factory=dict)
     planned: Integer = 0
+    met: Count = 0
 
 
 def tensors(said: Any) -> Iterator[tuple[str, Tensor]]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from flexp.client.meeting import FIRST, LAST
+from flexp.client.personal_head import Choice
 from flexp.config import RunConfig
 from flexp.config.loading import validate
 from flexp.data import load_federation
@@ -196,6 +199,8 @@ class _Run:
                     progress.note(f"resumed after round {self.first_round - 1}")
                 if self.first_round == 0:
                     self._evaluate(0)
+                    if self.world.meets.first:
+                        self.method.meet(FIRST)
                 for number in range(max(1, self.first_round), self.config.train.rounds + 1):
                     self._round(number)
                 self.probes.measure(progress.note)
@@ -215,6 +220,8 @@ class _Run:
         self.method.train_round(number, lambda step: self.diary.step(number, step))
         self.progress.passed(number, self.config.train.rounds)
         last = number == self.config.train.rounds
+        if last and self.world.meets.last:
+            self._tell(self.method.meet(LAST))
         if number in self.scoring:
             self._evaluate(number)
         accounts = [self.method.account(name) for name in self.names]
@@ -236,6 +243,11 @@ class _Run:
         every = self.config.output.checkpoint_every
         if every and (last or number == best or number % every == 0):
             self.store.save(number, self.method.state(), self.facts, best=best)
+
+    def _tell(self, choices: dict[str, Choice]) -> None:
+        counted = Counter(choices.values())
+        said = ", ".join(f"{name} of {count}" for name, count in counted.most_common())
+        self.progress.note(f"after the last meeting the clients' classifiers are: {said}")
 
     def _evaluate(self, number: int) -> None:
         task, size = self.world.federation.task, self.config.evaluation.batch_size

@@ -9,9 +9,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from flexp.client.meeting import UNMASKED, Meets
 from flexp.config import DeploymentConfig, RunConfig
 from flexp.config.loading import OTHERS, overridden, validate
-from flexp.errors import LinkError, StorageError
+from flexp.errors import ConfigError, LinkError, StorageError
 from flexp.kinds import ModelKind
 from flexp.limits import allow_many_files
 from flexp.links.grpc import Serving, serve
@@ -83,10 +84,19 @@ def make_conductor(
         snapshots.claim()
     run, clients, train = run_name(snapshots), deployment.clients, config.train
     every, save_every = config.evaluation.every, deployment.save_every
+    meets = Meets.of(config)
+    if meets:
+        say(UNMASKED)
+        if deployment.schedule == "free":
+            raise ConfigError(
+                'method.meet and model.head = "closed-form" need deployment.schedule = "deterministic": in a free run '
+                "nobody waits for those who are to meet; switch one of the two off"
+            )
+        server.sums.open(deployment.clients or ())
     if deployment.schedule == "free":
         return Free(server, snapshots, run, say, train, clients, every, save_every)
     assert clients is not None
-    places = schedule(clients, train, config.seed, every, save_every)
+    places = schedule(clients, train, config.seed, every, save_every, meets)
     return Deterministic(server, snapshots, run, say, train, clients, places)
 
 
