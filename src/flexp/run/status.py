@@ -78,7 +78,11 @@ class StatusReporter:
     def _client(self, name: str, connected: bool, members: dict[str, Any]) -> Facts:
         regular = self._server.clients.get(name)
         member = members.get(name)
-        said = {} if member is None else {**member.facts, "steps": member.ready.steps}
+        # Who has just come, and is not back at its snapshot yet, says nothing of what it has done.
+        back = member is not None and (
+            member.ready.steps or member.ready.done is not None or not member.ready.snapshots
+        )
+        said = {**member.facts, "steps": member.ready.steps} if member is not None and back else {}
         return {
             **said,  # first: what a client says of itself never stands for what the server knows
             "connected": connected,
