@@ -9,6 +9,7 @@ import torch
 from flexp.client.exchange import Steps, waiting
 from flexp.client.judging import check_weights, check_welcome
 from flexp.client.personal import PersonalModel
+from flexp.client.watching import Watch
 from flexp.config import AlignConfig, CodecConfig, LoraConfig
 from flexp.errors import ConfigError, LinkError
 from flexp.links.base import Link, ask
@@ -45,6 +46,7 @@ class JoinedModel(PersonalModel):
         self.tuning = tuning
         self.lora = lora
         self.last_align: float | None = None
+        self.watch: Watch | None = None  # looks whether the server computes what was agreed, where somebody hears it
         self._pulled = 0  # the step after which the aligned blocks were pulled last
         self.cut: tuple[int, int] = cut
         self.steps = Steps(accumulation)
@@ -86,6 +88,19 @@ class JoinedModel(PersonalModel):
         """
         self.steps.abandon()
         ask(self.link, Abort())
+
+    def after_step(self) -> None:
+        """Once the optimiser has stepped: pull the aligned blocks towards the server's, if the alignment says so.
+
+        θ_k ← θ_k + μ·(θ_server − θ_k) for the personal copies of blocks [s_min, s), every n-th step. With ``follow``
+        that is all that ever happens to them. Whoever does not call this has it done at the beginning of the next step.
+        """
+        done = self.steps.done
+        if done == self._pulled or done % self.align.every:
+            return
+        if self.align.kind == "weights" and self.cut[0] > self.base_depth:
+            self._pull(done, self.align.pull)
+        self._pulled = done
 
     def following(self, cut: tuple[int, int]) -> range:
         """The blocks that this client would follow with ``cut``: which the server trains, and it takes over."""

@@ -17,6 +17,7 @@ from flexp.client.asked import Source
 from flexp.client.exchange import Piece, RemoteCall, RemoteMiddle
 from flexp.client.generation import SplitGenerator
 from flexp.client.joined import OFF, JoinedModel
+from flexp.client.watching import most_alignment
 from flexp.config import AlignConfig, CodecConfig, ModelConfig
 from flexp.data.labels import remarks
 from flexp.errors import ConfigError, LinkError
@@ -24,6 +25,7 @@ from flexp.kinds import ModelKind
 from flexp.links.base import Link
 from flexp.links.messages import ForwardRequest
 from flexp.links.opening import kept
+from flexp.models.anatomy import block_count
 from flexp.models.execution import ExecutionPlan
 from flexp.models.heads import trained_classes
 from flexp.models.loading import load_config, load_stage
@@ -57,8 +59,7 @@ class SplitModel(JoinedModel):
         align: the alignment, whose gradient the server computes.
         tuning: how ``stage`` was tuned.
         lora: with what adapters; the server's must be the same.
-        accumulation: exchanges that make up one step, for loops of one's own that do not say it with
-            :meth:`part_of_step`; of a ``transformers.Trainer`` it is known.
+        accumulation: exchanges of a step, for loops of one's own without :meth:`part_of_step`; a Trainer's are known.
         expose_embeddings: whether bare embeddings may go up, from which the server can read every token.
         numbering: of an earlier life of this client, whose steps it goes on with; ``None``: it begins anew.
         codec: in what form tensors cross; ``None``: as they are inside one process, bfloat16 over a network, or what
@@ -115,7 +116,7 @@ class SplitModel(JoinedModel):
         wanted = ModelConfig.of(model, **settings)
         wanted = wanted.at(resolve(wanted.id))
         config = load_config(wanted.id)
-        blocks = int(config.get_text_config().num_hidden_layers)
+        blocks = block_count(wanted.id, config)
         if cut == "auto":
             if cls.plan_cut is None:
                 raise ConfigError('cut = "auto" is planned for flexp.SplitModelFor…; take the class from there')
@@ -192,7 +193,8 @@ class SplitModel(JoinedModel):
             z_BTH = self.stage.run(z_BTH, plan, index, index + 1)
             if inner and index < start - 1:
                 inner_BTH.append(z_BTH)
-        if train and not z_BTH.requires_grad:
+        back = z_BTH.requires_grad
+        if train and not back:
             z_BTH = z_BTH.detach().requires_grad_()  # the server's blocks need a backward even if nothing here does
         place = self.steps.place(self.kind, inputs) if train else None
         request = ForwardRequest(
@@ -205,7 +207,8 @@ class SplitModel(JoinedModel):
             train=train,
             step=0 if place is None else place.step,
         )
-        call = RemoteCall(self.link, request, place)
+        look = None if self.watch is None else self._look
+        call = RemoteCall(self.link, request, place, back=back, look=look)
         if train:
             self.steps.remember(call)
         return Sent(call, z_BTH, tuple(inner_BTH), inputs, plan)
@@ -235,18 +238,9 @@ class SplitModel(JoinedModel):
                 self.abort()
             raise
 
-    def after_step(self) -> None:
-        """Once the optimiser has stepped: pull the aligned blocks towards the server's, if the alignment says so.
-
-        θ_k ← θ_k + μ·(θ_server − θ_k) for the personal copies of blocks [s_min, s), every n-th step. With ``follow``
-        that is all that ever happens to them. Whoever does not call this has it done at the beginning of the next step.
-        """
-        done = self.steps.done
-        if done == self._pulled or done % self.align.every:
-            return
-        if self.align.kind == "weights" and self.cut[0] > self.base_depth:
-            self._pull(done, self.align.pull)
-        self._pulled = done
+    def _look(self, request: ForwardRequest, h_BTH: Tensor, sent_BTH: Tensor, got_BTH: Tensor, share: float) -> None:
+        assert self.watch is not None
+        self.watch.exchange(request, h_BTH, sent_BTH, got_BTH, most_alignment(self.align, request, share))
 
     def _align_due(self) -> bool:
         """Whether z_base goes up with the next exchange."""
@@ -263,6 +257,10 @@ class SplitModelForCausalLM(SplitModel):
     def generate(self, *inputs: Any, **options: Any) -> Any:
         """transformers' ``generate``, as :class:`flexp.client.generation.SplitGenerator` has it."""
         return SplitGenerator(self).generate(*inputs, **options)
+
+    def prepare_inputs_for_generation(self, *inputs: Any, **options: Any) -> Any:
+        """As of the model inside; peft asks before it can be refused."""
+        return self.model.prepare_inputs_for_generation(*inputs, **options)
 
 
 class SplitModelForSequenceClassification(SplitModel):
@@ -299,6 +297,12 @@ class SplitModelForQuestionAnswering(SplitModel):
     """A model that finds where an answer begins and ends in a text."""
 
     kind = "question-answering"
+
+    def forward(  # its signature says what the labels are
+        self, *inputs: Any, start_positions: Tensor | None = None, end_positions: Tensor | None = None, **others: Any
+    ) -> Any:
+        """See :meth:`SplitModel.forward`."""
+        return super().forward(*inputs, start_positions=start_positions, end_positions=end_positions, **others)
 
 
 SPLIT_MODELS: dict[str, type[SplitModel]] = {cls.kind: cls for cls in SplitModel.__subclasses__()}

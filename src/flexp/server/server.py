@@ -41,6 +41,7 @@ from flexp.links.messages import (
     SumRequest,
     Welcome,
 )
+from flexp.models.anatomy import block_count
 from flexp.models.loading import load_config, load_stage
 from flexp.models.parts import Part, check_cut
 from flexp.models.stage import Stage
@@ -150,7 +151,7 @@ class Server(ServerState):
         """
         wanted = ModelConfig.of(model, **settings)
         wanted = wanted.at(resolve(wanted.id))
-        blocks = int(load_config(wanted.id).get_text_config().num_hidden_layers)
+        blocks = block_count(wanted.id, load_config(wanted.id))
         start, stop = check_cut((base_depth, end), blocks, where="server blocks (base_depth, end)")
         stage = load_stage(wanted, kind, Part.server(start, stop), seed=seed)
         config = config or ServerConfig()
@@ -237,7 +238,8 @@ class Server(ServerState):
         session, key = self._sessions[client], ("backward", request.exchange)
         known = session.progress.answer(request.step, key)
         complete = request.exchange not in session.pending
-        if known is not None and complete and alike(request.grad_BTH, known.grad_BTH):
+        fits = known is not None and (known.grad_BTH is None or alike(request.grad_BTH, known.grad_BTH))
+        if fits and complete:
             return cast(BackwardReply, known)
         check_backward(session, request)
         with session.random.active():
