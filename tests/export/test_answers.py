@@ -117,9 +117,7 @@ def test_an_adapter_of_a_language_model(tmp_path: Path) -> None:
     export(open_trained(place, "north"), tmp_path / "out", form="adapter")
     model = open_trained(tmp_path / "out", run=place)
     assert score(model) == score(open_trained(place, "north"))
-    with pytest.raises(
-        ConfigError, match="flexp predict is for classifiers and such; this model is for causal-lm"
-    ):
+    with pytest.raises(ConfigError, match="flexp predict is for classifiers and such; this model is for causal-lm"):
         predict(model, "in.csv", tmp_path / "out.csv")
 
 

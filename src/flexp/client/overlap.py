@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ class Done:
 
 
 def overlapped(
-    model: SplitModel, pieces: Sequence[tuple[Piece, Batch]], most: int, check: Callable[[Tensor], None]
+    model: SplitModel, pieces: Sequence[tuple[Piece, Batch]], most: int, loss_of: Callable[[Any, Batch], Tensor]
 ) -> Iterator[Done]:
     """Run a step's exchanges with up to ``most`` of them under way, or as many as the server lets be.
 
@@ -44,7 +45,7 @@ def overlapped(
     waits.
 
     Args:
-        check: raises if a loss is not finite.
+        loss_of: an output's loss; raises if it is not finite.
 
     Raises:
         LinkError: the server refused, or cannot be reached; the step is given up, on the server as well.
@@ -58,10 +59,10 @@ def overlapped(
             if at_server and at_server[0][1].call.here:
                 piece, sent = at_server.popleft()
                 output = model.tail(sent, apart=True)
-                check(output.loss)
-                (output.loss * piece.share).backward()  # tail only; sends ∂task/∂h
+                loss = loss_of(output, dict(sent.inputs))
+                torch.autograd.backward(loss * piece.share)  # tail only; sends ∂task/∂h
                 returning.append(sent)
-                yield Done(piece, output.loss.item(), sent.call.align)
+                yield Done(piece, loss.item(), sent.call.align)
             elif fresh and len(at_server) + len(returning) < most:
                 piece, batch = fresh.popleft()
                 with model.steps.during(piece):

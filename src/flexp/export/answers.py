@@ -63,9 +63,7 @@ def predict(model: Trained, source: str, out: Path, batch_size: int | None = Non
         StorageError: ``out`` cannot be written; what stood there is untouched.
     """
     if not task_of(model.config.data).answers:
-        raise ConfigError(
-            f"flexp predict is for classifiers and such; this model is for {model.task.name}"
-        )
+        raise ConfigError(f"flexp predict is for classifiers and such; this model is for {model.task.name}")
     if out.suffix.lower() not in WRITERS:
         raise ConfigError(f"--out {out}: expected a name that ends in {' or '.join(WRITERS)}")
     check_new(out, force=force, read=[source, source.partition("#")[0]])
