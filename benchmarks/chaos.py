@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import random
 import resource
-import signal
 import time
 from collections import Counter
 from contextlib import suppress
@@ -132,7 +131,7 @@ class _Hand:
         if self._full is not None and time.monotonic() > self._full[1]:
             _limit_files(self._full[0], resource.RLIM_INFINITY)
             self._full = None
-        if not self._plan or any(party.process is None or party.process.poll() is not None for party in parties):
+        if not self._plan or any(party.process is None or party.code is not None for party in parties):
             return
         steps = sum(row["steps"] for row in self._fleet.results())
         if steps < self._plan[0][0]:
@@ -143,7 +142,7 @@ class _Hand:
         if what == "kill":
             who = "server" if party is self._fleet.server else "client"
             self.faults[f"kill of a {who}"] += 1
-            party.process.send_signal(signal.SIGKILL)
+            party.process.kill()
         elif self._full is None:
             self.faults["full disk"] += 1
             process = psutil.Process(party.process.pid)

@@ -49,6 +49,7 @@ def __getattr__(name: str) -> Any:
     found = getattr(import_module(_HOMES[name]), name)
     if name.startswith("SplitModel"):
         found.plan_cut = staticmethod(_plan_cut)
+        found.write = staticmethod(_write)
     return found
 
 
@@ -57,6 +58,13 @@ def _plan_cut(*args: Any, **kwargs: Any) -> tuple[int, int]:
     from flexp.planner.model import own_cut
 
     return own_cut(*args, **kwargs)
+
+
+def _write(*args: Any, **kwargs: Any) -> None:
+    """For ``save_pretrained``: clients are below export, too."""
+    from flexp.export.live import save
+
+    save(*args, **kwargs)
 
 
 def __dir__() -> list[str]:

@@ -90,7 +90,7 @@ class Kind:
         targets = batch[self.targets[0]]
         if self.answers == "next-token":
             targets = targets[:, 1:]  # shifted by the model
-        elif self.answers in ("classes", "number", "span"):
+        elif self.answers in ("classes", "number", "span") or targets.is_floating_point():
             return len(targets)
         return int((targets != IGNORED).sum())
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
+from click.testing import Result
 from typer.testing import CliRunner
 
 from flexp.cli.main import app
@@ -27,6 +28,8 @@ from flexp.comparison.report.results import results
 from flexp.comparison.workers import Pool, Worker
 from flexp.cost import probe as memory
 from flexp.cost.probe import Measured, Probe
+from flexp.run.fleet import command
+from flexp.run.processes import begin
 from tests.comparison.tools import Inline
 from tests.report.test_html import own_part
 from tests.tiny import bert_folder
@@ -43,10 +46,6 @@ method = "local"
 """
 
 
-def called(folder: Path, *options: str) -> list[str]:
-    return [sys.executable, "-m", "flexp.cli.main", "compare", str(folder / "run.toml"), "--out", "out", *options]
-
-
 def alive(group: int) -> list[str]:
     """The processes of a group that have not ended."""
     found = []
@@ -61,25 +60,23 @@ def alive(group: int) -> list[str]:
 @pytest.mark.timeout(1800)  # a minute, but for a machine that is busy with other things
 def test_stopped_then_gone_on_with_then_nothing_to_do(tmp_path: Path) -> None:
     bert_folder(tmp_path / "model")
-    path = toml(tmp_path)
+    path = toml(tmp_path, train={"rounds": 1, "steps_per_round": 1})
     path.write_text(path.read_text(encoding="utf-8") + TABLE, encoding="utf-8")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-    def call(*options: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            called(tmp_path, *options), cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-        )
-
     where = tmp_path / "out"
-    listed = CliRunner().invoke(app, ["compare", str(path), "--out", str(where), "--dry-run"])
-    assert listed.exit_code == 0
+    arguments = ["compare", str(path), "--out", str(where)]
+
+    def call(*options: str) -> Result:
+        done = CliRunner().invoke(app, [*arguments, *options], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        return done
+
+    listed = call("--dry-run")
     assert listed.output.splitlines()[-1] == f"8 runs in {where}"
     assert not where.exists()
 
     process = subprocess.Popen(
-        called(tmp_path),
-        cwd=tmp_path,
-        env=environment,
+        [sys.executable, "-m", "flexp.cli.main", *arguments, "--jobs", "1"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -93,7 +90,7 @@ def test_stopped_then_gone_on_with_then_nothing_to_do(tmp_path: Path) -> None:
     os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does: to the workers too
     _, said = process.communicate(timeout=240)
     assert process.returncode == 130
-    assert "go on with the same command and --out out" in said
+    assert f"go on with the same command and --out {where}" in said
     assert "Traceback" not in said
     deadline = time.monotonic() + 20
     while alive(process.pid) and time.monotonic() < deadline:
@@ -104,7 +101,6 @@ def test_stopped_then_gone_on_with_then_nothing_to_do(tmp_path: Path) -> None:
     assert not (tmp_path / "out/comparison.json").exists()
 
     done = call("--jobs", "1")
-    assert done.returncode == 0, done.stderr
     assert f"{8 - kept} runs to do, {kept} done before" in done.stdout
     content = json.loads((tmp_path / "out/comparison.json").read_text(encoding="utf-8"))
     assert [(m["name"], m["method"], len(m["trials"]), len(m["runs"])) for m in content["methods"]] == [
@@ -113,16 +109,15 @@ def test_stopped_then_gone_on_with_then_nothing_to_do(tmp_path: Path) -> None:
     ]
 
     stamps = {place: place.stat().st_mtime_ns for place in finished.rglob("*")}
-    for log in (tmp_path / "out").glob("worker-*.log"):
+    for log in (where).glob("worker-*.log"):
         log.unlink()
     again = call()
-    assert again.returncode == 0
     assert "0 runs to do, 8 done before" in again.stdout
     assert {place: place.stat().st_mtime_ns for place in finished.rglob("*")} == stamps
     assert json.loads((tmp_path / "out/comparison.json").read_text(encoding="utf-8")) == content
-    for word in ("flexp-sfl", "alone", "Saved in out"):
+    for word in ("flexp-sfl", "alone", f"Saved in {where}"):
         assert word in again.stdout
-    assert not list((tmp_path / "out").glob("worker-*.log"))  # no worker was started
+    assert not list((where).glob("worker-*.log"))  # no worker was started
 
 
 MB = 10**6
@@ -253,18 +248,19 @@ def test_workers_end_with_a_comparison_that_is_killed(tmp_path: Path) -> None:
     bert_folder(tmp_path / "model")
     path = toml(tmp_path)
     path.write_text(path.read_text(encoding="utf-8") + TABLE, encoding="utf-8")
-    longer = ("--jobs", "2", "--no-tune", "--set", "train.rounds=5000")
-    with (tmp_path / "log.txt").open("w", encoding="utf-8") as log:
-        process = subprocess.Popen(
-            called(tmp_path, *longer), cwd=tmp_path, stdout=log, stderr=log, start_new_session=True
-        )
+    longer = ("--out", str(tmp_path / "out"), "--jobs", "2", "--no-tune", "--set", "train.rounds=5000")
+    process = begin(command, ["compare", str(path), *longer], log=tmp_path / "log.txt", threads=1, alone=True)
+    assert process.pid
+    forked_by = psutil.Process(process.pid).parent()  # the comparison, and its workers in their turn
+    assert forked_by
     end = time.monotonic() + 120
     while len(list(tmp_path.glob("out/cells/*/*/metrics.jsonl"))) < 2:  # both have begun
-        assert process.poll() is None, (tmp_path / "log.txt").read_text(encoding="utf-8")
+        assert process.is_alive(), (tmp_path / "log.txt").read_text(encoding="utf-8")
         assert time.monotonic() < end
         time.sleep(0.1)
+    assert len(forked_by.children()) == 3
     process.kill()
-    process.wait()
-    while alive(process.pid):
+    process.join()
+    while forked_by.children():
         assert time.monotonic() < end
         time.sleep(0.1)

@@ -19,14 +19,13 @@ from tests.harness import copied
 SAVING: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3}
 
 
-@pytest.mark.parametrize("name", ["bert", "llama"])
-def test_resuming_equals_never_having_stopped(tmp_path: Path, name: str) -> None:
+def test_resuming_equals_never_having_stopped(tmp_path: Path) -> None:
     """In a new process (a new server, a new client), and from a folder that is not the Trainer's own."""
-    here = federation(name)
+    here = federation("bert")
     split = here.client("a", (2, 3))
     made = trainer(split, here, tmp_path / "one", **SAVING)
     made.train()
-    again = federation(name)
+    again = federation("bert")
     resumed = again.client("a", (2, 3))
     other = trainer(resumed, again, tmp_path / "two", **SAVING)
     other.train(resume_from_checkpoint=str(tmp_path / "one/checkpoint-3"))
@@ -51,15 +50,14 @@ def test_resuming_equals_resuming_the_whole_model(tmp_path: Path) -> None:
     assert_equal(all_trained(again, split), copied(stage.trainable()))
 
 
-@pytest.mark.parametrize("name", ["bert", "llama"])
-def test_the_best_model_at_the_end_is_the_whole_models(tmp_path: Path, name: str) -> None:
+def test_the_best_model_at_the_end_is_the_whole_models(tmp_path: Path) -> None:
     """The metric is made up, so that the best checkpoint is not the last one."""
     settings = {
         **SAVING,
         **{"save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "save_total_limit": 1},
         **{"load_best_model_at_end": True, "metric_for_best_model": "made_up"},
     }
-    here = federation(name)
+    here = federation("llama")
     split, (model, stage) = here.client("a", (2, 3)), whole(here)
     both = [trainer(each, here, tmp_path / str(number), **settings) for number, each in enumerate((split, model))]
     for each in both:

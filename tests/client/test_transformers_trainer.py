@@ -7,18 +7,33 @@ import math
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 import flexp
 from flexp.config import ModelConfig, ServerConfig
 from flexp.errors import ConfigError
+from flexp.kinds import KINDS as ALL_KINDS
 from flexp.links.messages import ForwardRequest
 from flexp.models.parts import Part
 from flexp.models.stage import carve
 from flexp.models.tuning import tune
-from tests.client.trainer_tools import LR, STEPS, Rows, all_trained, assert_equal, federation, losses, trainer, whole
+from tests.client.trainer_tools import (
+    LR,
+    STEPS,
+    Rows,
+    all_trained,
+    arguments,
+    assert_equal,
+    federation,
+    losses,
+    quiet,
+    trainer,
+    whole,
+)
 from tests.harness import KINDS, copied, world
 
 
@@ -65,14 +80,20 @@ def test_lora_under_a_trainer_equals_lora_on_the_whole_model(tmp_path: Path) -> 
     assert_equal(all_trained(here, split), copied(stage.trainable()))
 
 
-def test_the_trainer_counts_the_tokens_of_a_language_model_alike(tmp_path: Path) -> None:
-    """It looks at ``loss_type`` to know that the first token is never predicted."""
-    here = federation("llama")
+@pytest.mark.parametrize("kind", ALL_KINDS)
+def test_the_trainer_sees_of_every_kind_what_it_sees_of_the_whole_model(tmp_path: Path, kind: str) -> None:
+    """What it counts, which columns it drops, what it takes for labels, whether evaluation has a loss."""
+    name = {"causal-lm": "llama", "image-classification": "vit"}.get(kind, "bert")
+    here = federation(name, kind=kind)
     split = trainer(here.client("a", (2, 3)), here, tmp_path)
     model = trainer(whole(here)[0], here, tmp_path)
+    for each in (split, model):
+        each._set_signature_columns_if_needed()
+    assert sorted(split._signature_columns) == sorted(model._signature_columns)
     assert split._loss_shifts_labels == model._loss_shifts_labels
     assert split.model_accepts_loss_kwargs == model.model_accepts_loss_kwargs
     assert split.label_names == model.label_names
+    assert split.evaluate()["eval_loss"] == model.evaluate()["eval_loss"]
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
@@ -103,6 +124,44 @@ def test_a_shorter_last_group_of_an_epoch_is_refused_not_silently_wrong() -> Non
     optimizer.zero_grad()
     with pytest.raises(ConfigError, match=r"stepped after 2 exchanges of a step \(accumulation = 4\)"):
         model(**here.batch())
+
+
+def test_a_loss_that_runs_the_model_twice_is_refused(tmp_path: Path) -> None:
+    """The server would take each run for a step of its own."""
+
+    class Twice(transformers.Trainer):
+        def compute_loss(self, model: Any, inputs: Any, **options: Any) -> Any:
+            return super().compute_loss(model, dict(inputs), **options) + super().compute_loss(model, inputs, **options)
+
+    here = federation("bert")
+    made = Twice(model=here.client("a", (2, 3)), args=arguments(tmp_path), train_dataset=Rows(here, 8))
+    with pytest.raises(ConfigError, match="the loss ran the model 2 times"):
+        quiet(made).train()
+
+
+def test_adapters_around_a_split_model_are_refused(tmp_path: Path) -> None:
+    here = federation("llama")
+    model = peft.get_peft_model(here.client("a", (2, 3)), peft.LoraConfig(task_type="CAUSAL_LM"))
+    with pytest.raises(ConfigError, match="would adapt this client's half alone; load model and server with tuning"):
+        trainer(model, here, tmp_path)
+
+
+def test_training_goes_on_after_it_broke_off_in_the_middle_of_a_step(tmp_path: Path) -> None:
+    """What the broken step had left on the server is gone, and in the parameters too."""
+
+    class Broken(transformers.TrainerCallback):
+        def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            raise KeyboardInterrupt
+
+    here, other = federation("bert"), federation("bert")
+    model, fresh = here.client("a", (2, 3)), other.client("a", (2, 3))
+    made = trainer(model, here, tmp_path, gradient_accumulation_steps=2)
+    made.add_callback(Broken())
+    with pytest.raises(KeyboardInterrupt):
+        made.train()
+    for each, where in ((model, here), (fresh, other)):
+        trainer(each, where, tmp_path, gradient_accumulation_steps=2).train()
+    assert_equal(all_trained(here, model), all_trained(other, fresh))
 
 
 def test_exchanges_of_a_step_may_be_in_flight_together() -> None:

@@ -27,12 +27,12 @@ class Rows(Dataset[dict[str, Tensor]]):
     def __init__(self, here: World, count: int = 24) -> None:
         self.batch = here.batch(batch=count, length=12, padding="right", seed=1)
         generator = torch.Generator().manual_seed(3)
-        if self.batch["labels"].dim() == 2:
+        if here.kind == "causal-lm":
             for row, skipped in enumerate(torch.randint(0, 8, (count,), generator=generator)):
                 self.batch["labels"][row, :skipped] = -100
 
     def __len__(self) -> int:
-        return len(self.batch["labels"])
+        return len(next(iter(self.batch.values())))
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {key: value[index] for key, value in self.batch.items()}

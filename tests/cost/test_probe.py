@@ -87,7 +87,8 @@ def test_pulled_weights_have_their_size() -> None:
 
 
 def test_a_process_of_its_own_measures_an_aligned_client() -> None:
-    found = measure(probe(align=AlignConfig(kind="weights").model_dump(mode="json"), base_depth=1))
+    """Also when only what its memory depends on is left of the probe."""
+    found = measure(memory.plain(probe(align=AlignConfig(kind="weights").model_dump(mode="json"), base_depth=1)))
     assert found.peak >= found.loaded >= 0
 
 
@@ -108,13 +109,12 @@ def peak(model: str) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("weights", "optimizers"), [(3, 0), (0, 1)])
-def test_extra_copies_and_optimisers_are_really_held(model: str, peak: int, weights: int, optimizers: int) -> None:
+def test_extra_copies_and_optimisers_are_really_held(model: str, peak: int) -> None:
     """A weight copy is as large as what is trained, a second AdamW twice that; the peak rises by just as much."""
     trained = 4 * sum(value.numel() for value in tuned(model).trainable().values())
     assert trained > 40e6
-    more = measure(probe(model=model, cut=None, extra_weights=weights, extra_optimizers=optimizers)).peak
-    assert more - peak == pytest.approx((weights + 2 * optimizers) * trained, rel=0.08)
+    more = measure(probe(model=model, cut=None, extra_weights=3, extra_optimizers=1)).peak
+    assert more - peak == pytest.approx((3 + 2 * 1) * trained, rel=0.08)
 
 
 @pytest.mark.slow
@@ -221,11 +221,6 @@ def test_what_memory_depends_on_is_measured_apart(
     monkeypatch.setattr(memory, "VERSION", memory.VERSION + 1)
     measure_once(probe(**one), tmp_path)
     assert len(measured) == 3
-
-
-def test_a_plain_probe_still_runs() -> None:
-    what = memory.plain(probe(base_depth=1, align=align(), model="arch:bert"))
-    assert measure(what).peak >= 0
 
 
 def test_two_processes_share_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

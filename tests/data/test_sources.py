@@ -10,9 +10,11 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
+from flexp.config import DataConfig
 from flexp.data.sources import read_rows
 from flexp.data.types import PLACE
 from flexp.errors import DataError
+from flexp.registry import TASKS
 
 from .tools import jsonl
 
@@ -291,3 +293,21 @@ def test_assets_are_resolved_by_their_own_room(tmp_path: Path, monkeypatch: pyte
     path = jsonl(tmp_path / "x.jsonl", [{"text": "x"}])
     monkeypatch.setattr(flexp.assets, "resolve", lambda reference: path if reference == "asset:mine" else None)
     assert read_rows("asset:mine").values("text") == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [(["3,5", "4", "-0,25"], True), (["1,234", "2,5"], True), (["1,234", "5,678"], False), (["1,234.5", "2"], False)],
+)
+def test_decimal_commas_are_numbers_where_they_can_be_nothing_else(
+    tmp_path: Path, written: list[str], read: bool
+) -> None:
+    (tmp_path / "x.csv").write_text("y;text\n" + "".join(f"{value};a\n" for value in written))
+    values = read_rows(str(tmp_path / "x.csv")).values("y")
+    config = DataConfig(source="x", task="regression", label="y")
+    if read:
+        right = pd.read_csv(tmp_path / "x.csv", sep=";", decimal=",")["y"].tolist()
+        assert TASKS["regression"].read_labels(values, None, config, str) == right
+    else:
+        with pytest.raises(DataError, match="is no number; write numbers with a point"):
+            TASKS["regression"].read_labels(values, None, config, str)

@@ -70,3 +70,15 @@ def test_many_clients_are_one_line(tmp_path: Path) -> None:
     names = tuple(f"c{k}" for k in range(10))
     (line,) = warnings(tmp_path, labelled(100, names))
     assert "(c0 3, c1 3, c2 3, c3 3, c4 3, c5 3 and 4 more)" in line
+
+
+@pytest.mark.parametrize(("words", "said"), [(["red"], True), (["red", "blue"], False), ([], False)])
+def test_several_labels_a_row(tmp_path: Path, words: list[str], said: bool) -> None:
+    """With one label everywhere there is nothing to tell apart; with one that is sometimes there, there is."""
+    made = [{**row, "label": ["red"] if row["client"] == "south" or k % 4 else words} for k, row in enumerate(rows())]
+    made = [row if row["client"] == "north" else {**row, "label": [["red"], ["blue"]][k % 4 // 2]}
+            for k, row in enumerate(made)]  # fmt: skip
+    found = warnings(tmp_path, made, task="multi-label")
+    assert [line for line in found if "of one label only" in line] == (
+        ["client 'north' has training examples of one label only, and there is nothing to tell apart"] if said else []
+    )

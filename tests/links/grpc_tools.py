@@ -32,6 +32,22 @@ class Certificates:
     client: tuple[Path, Path]
     stranger: Path
 
+    def expired(self) -> Path:
+        """The server's certificate as it was some years ago."""
+        folder = self.ca.parent
+        (folder / "index.txt").touch()
+        (folder / "serial").write_text("01", encoding="utf-8")
+        files = "database=index.txt\nserial=serial\nnew_certs_dir=.\n"
+        settings = f"[ca]\ndefault_ca=d\n[d]\n{files}default_md=sha256\npolicy=p\n[p]\ncommonName=supplied\n"
+        (folder / "ca.cnf").write_text(settings, encoding="utf-8")
+        subprocess.run(
+            ["openssl", "ca", "-batch", "-notext", "-config", "ca.cnf", "-in", "server.csr", "-cert", "ca.pem",
+             "-keyfile", "ca.key", "-out", "old.pem", "-startdate", "20200101000000Z", "-enddate", "20210101000000Z",
+             "-extfile", "server.ext"],
+            cwd=folder, check=True, capture_output=True,
+        )  # fmt: skip
+        return folder / "old.pem"
+
     def tls(self, mutual: bool = False) -> ServerTls:
         return ServerTls(*self.server, client_ca=self.ca if mutual else None)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from flexp.client.exchange import Piece
+from flexp.client.model import SplitModelForCausalLM
 from flexp.config import AlignConfig, ServerConfig
 from flexp.errors import LinkError, LinkLostError
 from flexp.links.base import Link
@@ -26,6 +27,7 @@ from flexp.links.messages import BackwardRequest, ForwardRequest, PullRequest
 from flexp.links.opening import connected, loopback
 from flexp.links.rules import Limits
 from flexp.rng import RandomStream
+from flexp.server import Server
 from tests.harness import World, copied, equal, seeded, shared_weights, world
 
 from .grpc_tools import SOON, Certificates, eventually, make_certificates, send_raw, vanish
@@ -185,6 +187,23 @@ def test_one_stream_a_client() -> None:
             connect(url, "a")
         assert eventually(lambda: not serving.clients)
         connect(url, "a").close()
+
+
+@pytest.mark.parametrize("how", ["url", "same", "new"])
+def test_after_a_refused_join_the_same_process_joins(how: str) -> None:
+    """Over a link of its own, over the same link, and over another while the first is still held."""
+    server = Server.from_pretrained("arch:llama")
+    with serve(server) as serving:
+        url = f"grpc://a@{serving.address}"
+        link: Any = url if how == "url" else connect(url)
+        with pytest.raises(LinkError, match=r"set the same model\.tuning on both sides"):
+            SplitModelForCausalLM.from_pretrained("arch:llama", cut=(1, 3), link=link, tuning="lora")
+        again = connect(url) if how == "new" else link
+        model = SplitModelForCausalLM.from_pretrained("arch:llama", cut=(1, 3), link=again)
+        ids = torch.arange(6)[None]
+        model.train()(input_ids=ids, labels=ids).loss.backward()
+        assert server.shared.version == 1
+        model.link.close()
 
 
 def test_a_late_answer_gives_the_link_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
-from flexp.errors import ConfigError, LinkError, StorageError
-from flexp.links.grpc import Tokens, connect, serve
+from flexp.errors import ConfigError, LinkError, LinkLostError, StorageError
+from flexp.links.grpc import ServerTls, Tokens, connect, serve
+from flexp.links.grpc.diagnosis import NO_TOKEN, proxy
 from flexp.links.grpc.security import Address, check_connecting, check_listening
+from flexp.links.grpc.status import ask_status
 from flexp.links.opening import connected
 from tests.harness import world
 
@@ -20,6 +22,14 @@ from .grpc_tools import Certificates, make_certificates
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
     return make_certificates(tmp_path_factory.mktemp("certificates"))
+
+
+def refusal_of(url: str, words: str, **options: Any) -> None:
+    """Waiting does not help, so this is no LinkLostError, which clients try again for a day."""
+    with pytest.raises(LinkError, match=words) as refused:
+        connect(url, "a", connect_timeout=10, **options)
+    assert not isinstance(refused.value, LinkLostError)
+    assert "\n" not in str(refused.value)
 
 
 def token_file(folder: Path, **tokens: str) -> Path:
@@ -46,7 +56,9 @@ def test_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             with pytest.raises(LinkError) as refused:
                 connect(url, name, token=token)
             refusals.add(str(refused.value))
-        assert refusals == {"client and token do not go together"}  # not even whether the name is known
+        refused_alike = "client and token do not go together"  # not even whether the name is known
+        assert refusals == {refused_alike, f"{refused_alike}; {NO_TOKEN}"}
+        assert "FLEXP_TOKEN" in NO_TOKEN
         assert not serving.clients
         with connected(connect(url, "a", token="secret-a")) as link:
             here.client("a", (2, 4), link=link)
@@ -80,21 +92,51 @@ def test_tls_refuses_strangers(certificates: Certificates) -> None:
     one, two = certificates.client
     with serve(here.server, tls=certificates.tls(mutual=True)) as serving:
         url = f"grpcs://{serving.address}"
-        wrong: list[dict[str, Any]] = [
-            {"ca": certificates.stranger, "certificate": one, "key": two},  # a server that the client does not trust
-            {"ca": certificates.ca},  # a client without a certificate
+        wrong: list[tuple[str, dict[str, Any], str]] = [
+            (url, {"ca": certificates.stranger, "certificate": one, "key": two}, r"not trusted .*other.pem.*say --ca"),
+            (url, {}, "not trusted .*no --ca was given.*say --ca"),
+            (url, {"ca": certificates.ca}, "asks for a client's certificate: say --cert and --key"),
+            (f"grpc://{serving.address}", {}, "it speaks TLS: say grpcs://"),
         ]
-        for options in wrong:
-            with pytest.raises(LinkError, match="cannot be reached"):
-                connect(url, "a", connect_timeout=10, **options)
-        with pytest.raises(LinkError, match="cannot be reached"):
-            connect(f"grpc://{serving.address}", "a", connect_timeout=10)  # plaintext to a port that speaks TLS
+        for place, options, words in wrong:
+            refusal_of(place, words, **options)
         assert not serving.clients
         connect(url, "a", ca=certificates.ca, certificate=one, key=two).close()
     with pytest.raises(ConfigError, match="go together"):
         connect(url, "a", ca=certificates.ca, certificate=one)
     with pytest.raises(StorageError, match="cannot be read"):
         connect(url, "a", ca="nowhere.pem")
+
+
+def test_tls_that_will_not_pass_ends_at_once(certificates: Certificates) -> None:
+    here = world("llama")
+    with serve(here.server, tls=ServerTls(certificates.expired(), certificates.server[1])) as serving:
+        refusal_of(f"grpcs://{serving.address}", "has expired.*have its operator renew it", ca=certificates.ca)
+        with pytest.raises(LinkError, match="has expired"):
+            ask_status(f"grpcs://{serving.address}", ca=certificates.ca)
+    with serve(here.server) as serving:
+        refusal_of(f"grpcs://{serving.address}", "speaks no TLS: start it with --cert and --key", ca=certificates.ca)
+        gone = serving.address
+    for scheme, options in (("grpcs", {"ca": certificates.ca}), ("grpc", {})):
+        with pytest.raises(LinkLostError, match="cannot be reached"):  # nobody is there, yet
+            connect(f"{scheme}://{gone}", "a", **options)  # type: ignore[arg-type]
+
+
+def test_proxies_are_for_others_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = world("llama")
+    for name in ("http_proxy", "https_proxy", "grpc_proxy"):
+        monkeypatch.setenv(name, "http://user:secret@127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "example.org, .internal")
+    with serve(here.server) as serving:
+        connect(f"grpc://{serving.address}", "a").close()
+        with pytest.raises(LinkError, match=r"FLEXP_TOKEN|conducts|Method not found"):
+            ask_status(f"grpc://{serving.address}")
+    with pytest.raises(LinkLostError, match=r"by way of the proxy 127.0.0.1:9 \(grpc_proxy; no_proxy=") as lost:
+        connect("grpc://192.0.2.1:7070", "a", insecure=True)
+    assert "secret" not in str(lost.value)
+    assert proxy(Address("a.internal", 1)) is None
+    assert proxy(Address("localhost", 1)) is None
+    assert proxy(Address("example.com", 1)) == ("grpc_proxy", "127.0.0.1:9")
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.0.2.1", "[::]", "example.org"])

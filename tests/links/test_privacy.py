@@ -34,6 +34,8 @@ from flexp.links.messages import (
     PullRequest,
     Ready,
     Refusal,
+    SumReply,
+    SumRequest,
     Welcome,
     tensors,
 )
@@ -64,13 +66,15 @@ VOCABULARY = {
     Done: set(),
     PullRequest: {"start", "stop", "step"},
     PullReply: {"weights"},
+    SumRequest: {"number", "weights"},  # only in runs that say so: method.meet, model.head
+    SumReply: {"weights"},
     FetchRequest: {"block", "first", "most"},
     FetchReply: {"version", "total", "weights"},
     ExtendRequest: {"generation", "past", "hidden_BTH", "mask_BT", "positions_BT", "rows_B"},
     ExtendReply: {"hidden_BTH"},
     EndGeneration: {"generation"},
     Leave: set(),
-    Ready: {"steps", "done", "run", "snapshots", "saved", "facts", "planned"},
+    Ready: {"steps", "done", "run", "snapshots", "saved", "facts", "planned", "met"},
     Order: {"what", "run", "place", "number", "count", "save"},
 }
 UP = {Join, ForwardRequest, BackwardRequest, Abort, PullRequest, FetchRequest}

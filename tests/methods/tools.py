@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from flexp.client.meeting import FIRST, LAST
 from flexp.config import RunConfig
 from flexp.data.types import ClientData, Federation
 from flexp.methods import METHODS, World, federated
@@ -50,8 +51,12 @@ def trained(home: Path, name: str, *, rounds: int = 3, **settings: Any) -> Any:
     train = settings.pop("train", {})
     method = make(home, name, train={"rounds": rounds, **train}, **settings)
     method.seen = []
+    if method.world.meets.first:
+        method.meet(FIRST)
     for number in range(1, rounds + 1):
         method.train_round(number, method.seen.append)
+    if method.world.meets.last:
+        method.meet(LAST)
     return method
 
 

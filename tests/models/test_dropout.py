@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flexp.client.model import SplitModel
+from flexp.client.model import SplitModelForCausalLM
 from flexp.config import ModelConfig
 from flexp.models.parts import Part
 from flexp.models.stage import Stage, carve
@@ -53,7 +53,7 @@ def test_checkpointed_blocks_drop_the_same_again() -> None:
         server, _ = parties("gpt2", (2, 3), dropout=0.2)
         stage = carve(source, Part.client((2, 3), 4))
         tune(stage, ModelConfig(id="any", train_embeddings=True, gradient_checkpointing=checkpointing))
-        split = SplitModel(stage, (2, 3), server.connect("b")).train()
+        split = SplitModelForCausalLM(stage, (2, 3), server.connect("b")).train()
         torch.manual_seed(0)
         split(**batch).loss.backward()
         gradients.append({name: value.grad for name, value in stage.trainable().items()})

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from flexp.client.model import SplitModel
+from flexp.client.model import SPLIT_MODELS, SplitModel
 from flexp.config import ModelConfig, OptimizerConfig, ServerConfig
 from flexp.models.architectures import ARCHITECTURES
 from flexp.models.loading import DTYPES
@@ -65,8 +65,10 @@ def parties(
 def client_of(server: Server, source: Stage, cut: tuple[int, int], name: str) -> SplitModel:
     stage = carve(source, Part.client(cut, source.anatomy.blocks))
     tune(stage, ModelConfig(id="any", train_embeddings=True))
-    model = SplitModel(stage, cut, server.connect(name), expose_embeddings=True)
-    return model.train()
+    called = type(stage.model).__name__
+    kind = next((kind for kind in ("sequence", "image") if kind in called.lower()), None)
+    cls = SPLIT_MODELS["causal-lm" if kind is None else f"{kind}-classification"]
+    return cls(stage, cut, server.connect(name), expose_embeddings=True).train()
 
 
 def tensors_of(model: Any) -> dict[str, Tensor]:

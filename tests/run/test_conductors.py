@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from flexp.client.meeting import Meets
 from flexp.config import OptimizerConfig, TrainConfig
 from flexp.errors import ConfigError, LinkError
 from flexp.links.messages import Order, Ready
@@ -27,14 +28,14 @@ class Word:
 
     def __init__(self, name: str, conductor: Deterministic | Free) -> None:
         self.name, self.conductor = name, conductor
-        self.steps = self.saved = 0
-        self.kept: dict[int, int] = {}
+        self.steps = self.saved = self.met = 0
+        self.kept: dict[int, tuple[int, int]] = {}
         self.heard: list[Order] = []
         self.waits: Future[Order] | None = None
         self.done: int | None = None
 
     def say(self, run: str = "") -> None:
-        ready = Ready(self.steps, self.done, run, tuple(sorted(self.kept)), self.saved)
+        ready = Ready(self.steps, self.done, run, tuple(sorted(self.kept)), self.saved, met=self.met)
         self.waits = self.conductor.ready(self.name, ready)
 
     def hear(self) -> bool:
@@ -44,20 +45,24 @@ class Word:
         order = self.waits.result()
         self.heard.append(order)
         for number in [order.number] * (order.what == "save") + ([] if order.save is None else [order.save]):
-            self.kept[number] = self.saved = self.steps
+            self.saved = self.steps
+            self.kept[number] = (self.steps, self.met)
+        if order.what == "meet":
+            self.met = order.number + 1
         if order.what == "step":
             self.steps += order.count
         if order.what == "restore":
-            self.steps = self.saved = self.kept[order.number]
+            self.steps, self.met = self.kept[order.number]
+            self.saved = self.steps
         self.done, self.waits = order.place, None
         if order.what != "stop":
             self.say(order.run)
         return True
 
 
-def deterministic(folder: Path | None) -> Deterministic:
+def deterministic(folder: Path | None, meets: Meets = Meets(False, False)) -> Deterministic:
     snapshots = None if folder is None else Store(folder)
-    places = schedule(NAMES, TRAIN, 3, evaluate_every=1, save_every=1)
+    places = schedule(NAMES, TRAIN, 3, evaluate_every=1, save_every=1, meets=meets)
     return Deterministic(world("bert").server, snapshots, "run", lambda _: None, TRAIN, NAMES, places)
 
 
@@ -87,7 +92,7 @@ def test_the_order_is_the_simulations() -> None:
     for word in words:
         assert [order.number for order in word.heard if order.what == "evaluate"] == [0, 1, 2]
         assert word.heard[-1].what == "stop"
-        assert list(word.kept.values()) == [0, 1, 2, 3, 4, 4]
+        assert [steps for steps, _ in word.kept.values()] == [0, 1, 2, 3, 4, 4]
 
 
 def test_who_comes_back_goes_back_to_what_it_has(tmp_path: Path) -> None:
@@ -114,6 +119,49 @@ def test_who_comes_back_goes_back_to_what_it_has(tmp_path: Path) -> None:
     talk(words)
     assert conductor.finished
     assert [word.steps for word in words] == [4, 4, 4]
+
+
+BOTH = Meets(True, True)
+
+
+def test_all_meet_before_the_first_step_and_after_the_last() -> None:
+    conductor = deterministic(None, BOTH)
+    words = [Word(name, conductor) for name in NAMES]
+    for word in words:
+        word.say()
+    talk(words)
+    for word in words:
+        heard = [(order.what, order.number) for order in word.heard if order.what in ("evaluate", "meet", "step")]
+        steps = [("step", 0)] * 2
+        assert heard == [("evaluate", 0), ("meet", 0), *steps, ("evaluate", 1), *steps, ("meet", 1), ("evaluate", 2)]
+        assert word.kept[max(word.kept)] == (4, 2)
+
+
+@pytest.mark.parametrize("orders", range(3, 48, 5))
+def test_who_lost_a_meeting_has_it_again_before_anything_else(tmp_path: Path, orders: int) -> None:
+    """Wherever the run is: a client that comes back with less never steps, scores or saves without what all have."""
+    conductor = deterministic(tmp_path, BOTH)
+    words = [Word(name, conductor) for name in NAMES]
+    for word in words:
+        word.say()
+    talk(words, orders)
+    conductor.gone("b")
+    again = Word("b", conductor)
+    again.kept = dict(list(words[1].kept.items())[:1])  # its first snapshot, or none
+    again.say("run" if again.kept else "")
+    words[1] = again
+    talk(words)
+    assert conductor.finished
+    met = 0
+    for order in again.heard:
+        if order.what == "restore":
+            met = again.kept[order.number][1]
+        if order.what == "meet":
+            assert order.number == met
+            met += 1
+        if order.what in ("step", "save"):
+            assert met >= 1
+    assert (again.steps, again.met) == (4, 2)
 
 
 def test_a_new_server_goes_on_from_what_all_have(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import threading
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from flexp.report.metrics import read
 from flexp.run import runner
 from flexp.run.client import run_client
 from flexp.run.fleet import Fleet
+from flexp.run.server import make_conductor
 from flexp.run.settle import settle, settle_client
 from flexp.run.store import Store
 from tests import tiny
@@ -194,25 +194,52 @@ def test_a_cut_changes_before_the_first_step(folder: Path, tmp_path: Path) -> No
 
 def test_processes_that_are_killed(folder: Path, tmp_path: Path) -> None:
     """Real processes, SIGKILL for a client and for the server in the middle of training."""
-    config = configured(folder, steps=60)
+    config = configured(folder, steps=16)
     runner.run(config, tmp_path / "sim")
     made = Fleet(settle(config), tmp_path / "fleet", schedule="deterministic", save_every=3, say=lambda _: None)
     made.start()
     try:
-        for party, steps in ((made.clients["west"], 20), (made.server, 60)):
-            _until(lambda steps=steps: sum(row["steps"] for row in made.results()) >= steps or made.watch(), 120)
+        for party, steps in ((made.clients["west"], 12), (made.server, 40)):
+            _until(lambda steps=steps: sum(row["steps"] for row in made.results()) >= steps or made.watch(), 120, 0.05)
             assert party.process is not None
-            party.process.send_signal(signal.SIGKILL)
-            party.process.wait()
-        _until(made.watch, 120)
+            party.process.kill()
+            party.process.join()
+        _until(made.watch, 120, 0.05)
     finally:
         made.stop(5)
     assert made.clients["west"].starts == made.server.starts == 2
     check(tmp_path / "sim", tmp_path / "fleet")
 
 
-def _until(there: Callable[[], bool], seconds: float = 60.0) -> None:
+def _until(there: Callable[[], bool], seconds: float = 60.0, pause: float = 0.01) -> None:
     end = time.monotonic() + seconds
     while not there():
         assert time.monotonic() < end
-        time.sleep(0.01)
+        time.sleep(pause)
+
+
+def test_a_fleet_that_meets_equals_the_simulation(folder: Path, tmp_path: Path) -> None:
+    """One client vanishes after its first steps, with what it had met, and comes back."""
+    model = {"id": str(folder / "model"), "pooling": "mean"}
+    config = tiny.config(
+        folder,
+        model=model,
+        method={"align": {"kind": "off"}, "meet": {"on": True}},
+        train={"rounds": 2, "steps_per_round": 4, "batch_size": 4},
+    )
+    runner.run(config, tmp_path / "sim")
+    out = tmp_path / "fleet"
+    server = Server(config, FIXED, out / "server")
+    clients = [Client(config, FIXED, name, plain(server), out / "clients" / name) for name in NAMES]
+    _until(lambda: server.server.shared.version >= 4)
+    clients[0].stop.set()
+    clients[0].join()
+    clients[0] = Client(config, FIXED, NAMES[0], plain(server), out / "clients" / NAMES[0])
+    for client in clients:
+        client.join()
+    server.end()
+    assert any("class sums go to the server as they are" in line for line in server.lines)
+    check(tmp_path / "sim", out)
+    free = DeploymentConfig(schedule="free", clients=NAMES)
+    with pytest.raises(ConfigError, match=r'deployment\.schedule = "deterministic"'):
+        make_conductor(server.server, config, free, None, print)

@@ -35,7 +35,7 @@ from .tools import fleet
 def test_patience(scores: list[float | None], higher: bool, stops: bool) -> None:
     said = EarlyStopping(patience=2, min_delta=0.01)
     assert ended(dict(enumerate(scores)), said, higher) is stops
-    assert not ended(dict(enumerate(scores)), None, higher)
+    assert not ended(dict(enumerate(scores)), EarlyStopping(), higher)
 
 
 def settings(home: Path, **train: Any) -> Any:

@@ -89,6 +89,19 @@ def test_a_step_says_how_many_exchanges_it_has_and_unfinished_ones_are_bounded()
     assert here.server.shared.version == 1
 
 
+def test_a_step_may_say_of_each_exchange_that_one_more_will_come() -> None:
+    """As of a loop whose groups end when it says so: 2, 3, and the third is the last."""
+    here, plain = joined(), joined()
+    for number, exchanges in ((1, 2), (2, 3), (3, 3)):
+        assert here.server.shared.version == 0
+        here.server.answer("a", forward(number))
+        here.server.answer("a", backward(number, step=1, exchanges=exchanges))
+        plain.server.answer("a", forward(number))
+        plain.server.answer("a", backward(number, step=1, exchanges=3))
+    assert here.server.shared.version == 1
+    assert equal(shared_weights(here.server), shared_weights(plain.server))
+
+
 @pytest.mark.parametrize("order", [(1, 2, 3, 4), (2, 1, 4, 3), (3, 1, 2, 4), (4, 3, 2, 1)])
 def test_exchanges_of_a_step_may_arrive_in_any_order(order: tuple[int, ...]) -> None:
     """Steps of exchanges {1, 2} and {3, 4}: each is one update by its own exchanges, when the last of them is there."""

@@ -35,6 +35,7 @@ def client(
 ) -> None:
     """Take part in the run that a server conducts, with this device's private data; go on where it was stopped."""
     from flexp.cli.verify import parse_cut
+    from flexp.config.deployment import load as load_deployment
     from flexp.config.loading import load, read
 
     said = list(settings or ())
@@ -42,13 +43,14 @@ def client(
         if name is None:
             raise ConfigError("--data needs --name, what the client is called")
         said += overrides(None, source=str(data.resolve()), by="iid", count=1)
-    loaded = load(config, said)
+    loaded, deployment = load(config, said), load_deployment(config, said)
     wanted = None if cut is None else parse_cut(cut)
 
-    from flexp.config.deployment import load as load_deployment
     from flexp.files import folder_name
     from flexp.links.base import Link
     from flexp.links.grpc import connect
+    from flexp.links.grpc.diagnosis import proxy
+    from flexp.links.grpc.security import Address
     from flexp.run.client import run_client
     from flexp.run.settle import settle_client
 
@@ -57,7 +59,9 @@ def client(
         typer.echo(f"{setup.data.name}: {note}")
     url = server if "://" in server else f"grpc://{server}"
 
-    deployment = load_deployment(config, said)
+    between = proxy(Address.of_url(url))
+    if between is not None:
+        typer.echo(f"{setup.data.name}: by way of the proxy {between[1]} ({between[0]})")
 
     def reach() -> Link:
         return connect(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flexp.cli.settings import Settings
+from flexp.cli.settings import Settings, check_others
 from flexp.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def compare(
     changes: dict[str, Any] = {"trials": trials, "tune": False if no_tune else None}
     changes["methods"] = None if methods is None else [name.strip() for name in methods.split(",") if name.strip()]
     changes["seeds"] = None if seeds is None else _numbers(seeds)
+    check_others(config, settings or ())
     wanted = load(config, settings or (), {key: value for key, value in changes.items() if value is not None})
     folder = out or Path("comparisons") / (re.sub(r"[^\w.-]+", "-", wanted.base.name).strip(".-")[:80] or "comparison")
     if dry_run:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from flexp.cli.settings import Settings
+from flexp.cli.settings import Settings, check_others
 
 
 def fleet(
@@ -29,17 +29,17 @@ def fleet(
     from flexp.run.fleet import Fleet
     from flexp.run.settle import settle
 
+    check_others(config, settings or ())
+    table = files.overridden(config, settings or ()).get("deployment", {})
     found = settle(files.load(config, settings or ()))
     for note in found.federation.remarks:
         typer.echo(f"flexp fleet: {note}")
-    table = files.overridden(config, settings or ()).get("deployment", {})
     made = Fleet(
         found,
         out or fresh(found.config.name),
-        schedule=table.get("schedule", "deterministic"),
-        save_every=table.get("save_every", 10),
         threads=threads,
         say=lambda line: typer.echo(f"flexp fleet: {line}"),
+        **table,
     )
     made.run()
     metric = found.federation.task.metric

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flexp.cli.settings import Settings
+from flexp.cli.settings import Settings, check_others
 from flexp.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def run(
     if config is None:
         raise ConfigError("say which run: flexp run CONFIG.toml, or flexp run --resume DIR")
     loaded = load(config, settings or (), seed)
+    check_others(config, settings or ())
     _go(out or fresh(loaded.name), loaded)
 
 

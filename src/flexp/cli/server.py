@@ -94,6 +94,7 @@ def server(
         made,
         listen,
         state=None if conducts else state,
+        keep=deployment.keep,
         conductor=make_conductor(made, loaded, deployment, state, say) if conducts else None,
         allow_export=deployment.allow_export,
         say=say,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -25,6 +27,30 @@ KEYS = {
     "count": "data.clients.count",
 }
 """The key that an option stands for, by the option's name."""
+
+
+def check_others(config: Path, settings: Sequence[str]) -> None:
+    """See that what a configuration says in tables of other commands could be meant.
+
+    A run leaves them alone, but a key that no command knows is a mistake that nobody else would tell.
+
+    Raises:
+        ConfigError: a key is unknown or impossible.
+    """
+    from flexp.config.loading import overridden
+
+    content = overridden(config, settings)
+    if "deployment" in content:
+        from flexp.config import DeploymentConfig
+
+        table = content["deployment"]
+        if isinstance(table, dict) and not table.get("clients"):  # whom a fleet knows from the data
+            table = table | {"clients": ["whoever the data have"]}
+        DeploymentConfig.checked(table, str(config), "deployment")
+    if "compare" in content:
+        from flexp.comparison.config import CompareConfig
+
+        CompareConfig.checked(content["compare"], str(config), "compare")
 
 
 def overrides(settings: list[str] | None, **options: Any) -> list[str]:

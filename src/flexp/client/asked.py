@@ -9,17 +9,46 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
+from flexp.config import ModelConfig
+from flexp.errors import ConfigError
+from flexp.kinds import ModelKind
+from flexp.models.loading import load_stage
+from flexp.models.parts import Part
 from flexp.models.stage import Stage
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where a model was loaded from, and how; so any part of it can be loaded again."""
+
+    model: ModelConfig
+    labels: Sequence[str] | None
+    seed: int
+
+    def load(self, kind: ModelKind, part: Part) -> Stage:
+        """A part, without any training."""
+        return load_stage(self.model, kind, part, labels=self.labels, seed=self.seed)
+
+
 class AskedModel(nn.Module):
-    """Wraps the client's stage. ``model`` is the Hugging Face model, of which blocks are missing."""
+    """Wraps the client's stage. ``model`` is the Hugging Face model, of which blocks are missing.
+
+    Attributes:
+        source: where it is from; ``None``: it was not loaded, but carved out of another model.
+    """
+
+    write: ClassVar[Callable[..., None] | None] = None
+    """What ``save_pretrained`` asks, as :func:`flexp.export.live.save` is called; ``flexp`` sets it."""
+
+    source: Source | None = None
 
     def __init__(self, stage: Stage) -> None:
         super().__init__()
@@ -90,6 +119,22 @@ class AskedModel(nn.Module):
         enable = getattr(self.model, "activation_checkpointing_enable", None)
         enable = enable or self.model.gradient_checkpointing_enable  # the older name
         enable({"use_reentrant": False} | dict(activation_checkpointing_kwargs or {}), **options)
+
+    def save_pretrained(self, folder: str | Path, *, adapter: bool = False) -> None:
+        """Write the personal model into a new folder that transformers loads; the server gives the middle, where it
+        may (``allow_export``). No step may be under way.
+
+        Args:
+            adapter: of a model that is tuned with LoRA: the adapter alone, which peft loads over the pretrained model.
+
+        Raises:
+            ConfigError: the folder is taken, ``from_pretrained`` did not make the model, or it has no adapter.
+            LinkError: the server does not give its blocks, or others train them all the time.
+            StorageError: the disk is full or cannot be written; nothing is left in the folder.
+        """
+        if self.write is None:
+            raise ConfigError("save_pretrained is there for flexp.SplitModelFor…; take the class from there")
+        self.write(self, Path(folder), adapter=adapter)
 
     def enable_input_require_grads(self) -> None:
         """Nothing: the server's blocks get their backward whatever is frozen here."""

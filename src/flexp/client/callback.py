@@ -48,6 +48,7 @@ class TrainerCallback(transformers.TrainerCallback, ExportableState):  # type: i
         self.mark = 0  # of the checkpoint that is being written, in both of its halves
         self.folder = ""
         self._model: JoinedModel | None = None
+        self._done = 0  # steps of the model before the Trainer's step that is under way
 
     def state(self) -> dict[str, Any]:
         """What the Trainer writes into a checkpoint: which server's half belongs to it, and where it was put."""
@@ -59,6 +60,11 @@ class TrainerCallback(transformers.TrainerCallback, ExportableState):  # type: i
         if isinstance(model, JoinedModel):
             self._model = model
             refuse_options(args, model)
+        elif any(isinstance(module, JoinedModel) for module in model.modules()):
+            raise ConfigError(
+                f"{type(model).__name__} around a split model would adapt this client's half alone; load model and "
+                "server with tuning='lora', and leave peft_config out"
+            )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Training begins, perhaps from a checkpoint, perhaps with a smaller batch after it ran out of memory."""
@@ -81,6 +87,19 @@ class TrainerCallback(transformers.TrainerCallback, ExportableState):  # type: i
             restore(model, self._place(args, state))
         model.steps.loop = Loop(_ends_step, group)
         self.folder = str(Path(args.output_dir).absolute())
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """The first batch of a step comes next."""
+        if isinstance(model, JoinedModel):
+            self._done = model.steps.done
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """The optimiser has stepped."""
+        if isinstance(model, JoinedModel) and model.steps.done > self._done + 1:
+            raise ConfigError(
+                f"the loss ran the model {model.steps.done - self._done} times after the step's last batch, and the "
+                "server took each for a step; run it once a batch, or use a loop of your own with part_of_step"
+            )
 
     def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """A checkpoint of the client's half was written."""

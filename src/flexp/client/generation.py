@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from flexp.client.exchange import waiting
-from flexp.client.model import SplitModel
+from flexp.client.joined import JoinedModel
 from flexp.errors import ConfigError, LinkError, LinkLostError, ModelError
 from flexp.links.base import Link, ask
 from flexp.links.messages import EndGeneration, ExtendRequest
+from flexp.models.batches import NEED_ALL_BLOCKS
 from flexp.models.caching import PartCache, check_cached
 from flexp.models.execution import shadowed
-from flexp.models.stage import NEED_ALL_BLOCKS
 from flexp.rng import current_turn
 
 PAUSES = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
@@ -38,7 +38,7 @@ class SplitCache(PartCache):
     Kept besides: all activations that went up, so that a server that lost its cache gets them again in one message.
     """
 
-    def __init__(self, model: SplitModel) -> None:
+    def __init__(self, model: JoinedModel) -> None:
         super().__init__(model.model, model.stage.part.blocks)
         self.generation = next(_numbers)
         self.sent: list[tuple[Tensor, Tensor | None, Tensor | None]] = []
@@ -92,7 +92,7 @@ class SplitGenerator:
         ModelError: the model is none that writes, or keeps more than keys and values between two tokens.
     """
 
-    def __init__(self, model: SplitModel, reconnect: Callable[[], Link] | None = None) -> None:
+    def __init__(self, model: JoinedModel, reconnect: Callable[[], Link] | None = None) -> None:
         if not model.model.can_generate():
             raise ModelError(f"{type(model.model).__name__} writes no text; use a causal language model")
         self.split = model

@@ -87,6 +87,19 @@ class JoinedModel(PersonalModel):
         self.steps.abandon()
         ask(self.link, Abort())
 
+    def after_step(self) -> None:
+        """Once the optimiser has stepped: pull the aligned blocks towards the server's, if the alignment says so.
+
+        θ_k ← θ_k + μ·(θ_server − θ_k) for the personal copies of blocks [s_min, s), every n-th step. With ``follow``
+        that is all that ever happens to them. Whoever does not call this has it done at the beginning of the next step.
+        """
+        done = self.steps.done
+        if done == self._pulled or done % self.align.every:
+            return
+        if self.align.kind == "weights" and self.cut[0] > self.base_depth:
+            self._pull(done, self.align.pull)
+        self._pulled = done
+
     def following(self, cut: tuple[int, int]) -> range:
         """The blocks that this client would follow with ``cut``: which the server trains, and it takes over."""
         return range(self.base_depth, cut[0]) if self.align.follow else range(0)

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from flexp.assets import resolve
+from flexp.client.asked import Source
 from flexp.client.exchange import Piece, RemoteCall, RemoteMiddle
+from flexp.client.generation import SplitGenerator
 from flexp.client.joined import OFF, JoinedModel
 from flexp.config import AlignConfig, CodecConfig, ModelConfig
 from flexp.data.labels import remarks
@@ -21,7 +23,7 @@ from flexp.errors import ConfigError, LinkError
 from flexp.kinds import ModelKind
 from flexp.links.base import Link
 from flexp.links.messages import ForwardRequest
-from flexp.links.opening import as_link
+from flexp.links.opening import kept
 from flexp.models.execution import ExecutionPlan
 from flexp.models.heads import trained_classes
 from flexp.models.loading import load_config, load_stage
@@ -55,8 +57,7 @@ class SplitModel(JoinedModel):
         align: the alignment, whose gradient the server computes.
         tuning: how ``stage`` was tuned.
         lora: with what adapters; the server's must be the same.
-        accumulation: exchanges that make up one step, for loops of one's own that do not say it with
-            :meth:`part_of_step`; of a ``transformers.Trainer`` it is known.
+        accumulation: exchanges of a step, for loops of one's own without :meth:`part_of_step`; a Trainer's are known.
         expose_embeddings: whether bare embeddings may go up, from which the server can read every token.
         numbering: of an earlier life of this client, whose steps it goes on with; ``None``: it begins anew.
         codec: in what form tensors cross; ``None``: as they are inside one process, bfloat16 over a network, or what
@@ -123,18 +124,26 @@ class SplitModel(JoinedModel):
         for remark in remarks(trained_classes(config, cls.kind, wanted.pooling), labels or ()):
             log.warning(remark)
         tune(stage, wanted, seed=seed)
-        return cls(
-            stage,
-            whole_cut,
-            as_link(link),
-            align=align,
-            tuning=wanted.tuning,
-            lora=wanted.lora,
-            accumulation=accumulation,
-            expose_embeddings=wanted.expose_embeddings,
-            codec=codec,
-            base_depth=wanted.base_depth,
-        )
+        with kept(link) as chosen:
+            made = cls(
+                stage,
+                whole_cut,
+                chosen,
+                align=align,
+                tuning=wanted.tuning,
+                lora=wanted.lora,
+                accumulation=accumulation,
+                expose_embeddings=wanted.expose_embeddings,
+                codec=codec,
+                base_depth=wanted.base_depth,
+            )
+        made.source = Source(wanted, labels, seed)
+        return made
+
+    @property
+    def base_model(self) -> Callable[..., Any]:
+        """The same without the head, for loops that apply the head themselves (trl)."""
+        return lambda **inputs: self.tail(self.head(inputs), headless=True)
 
     @property
     def accepts_loss_kwargs(self) -> bool:
@@ -200,18 +209,18 @@ class SplitModel(JoinedModel):
             self.steps.remember(call)
         return Sent(call, z_BTH, tuple(inner_BTH), inputs, plan)
 
-    def tail(self, sent: Sent, *, apart: bool = False) -> Any:
+    def tail(self, sent: Sent, *, apart: bool = False, headless: bool = False) -> Any:
         """Wait for h, run blocks [e, L), final norm, head and loss.
 
         ``apart``: the loss's backward then ends with sending ∂task/∂h, and the head has one of its own
-        (:mod:`flexp.client.overlap`).
+        (:mod:`flexp.client.overlap`). ``headless``: neither head nor loss.
         """
         sent.call.apart = apart
         ends = (sent.z_BTH.detach().requires_grad_(),) if apart else (sent.z_BTH, *sent.inner_BTH)
         h_BTH = RemoteMiddle.apply(sent.call, *ends)  # type: ignore[no-untyped-call]
         self.last_align = sent.call.align
         hidden_BTH = self.stage.run(h_BTH, sent.plan, self.cut[1], self.stage.anatomy.blocks)
-        return self.stage.finish(hidden_BTH, sent.inputs, sent.plan)
+        return self.stage.finish(hidden_BTH, sent.inputs, sent.plan, headless=headless)
 
     @contextmanager
     def part_of_step(self, piece: Piece) -> Iterator[None]:
@@ -225,19 +234,6 @@ class SplitModel(JoinedModel):
                 self.abort()
             raise
 
-    def after_step(self) -> None:
-        """Once the optimiser has stepped: pull the aligned blocks towards the server's, if the alignment says so.
-
-        θ_k ← θ_k + μ·(θ_server − θ_k) for the personal copies of blocks [s_min, s), every n-th step. With ``follow``
-        that is all that ever happens to them. Whoever does not call this has it done at the beginning of the next step.
-        """
-        done = self.steps.done
-        if done == self._pulled or done % self.align.every:
-            return
-        if self.align.kind == "weights" and self.cut[0] > self.base_depth:
-            self._pull(done, self.align.pull)
-        self._pulled = done
-
     def _align_due(self) -> bool:
         """Whether z_base goes up with the next exchange."""
         if self.cut[0] == self.base_depth:
@@ -249,6 +245,14 @@ class SplitModelForCausalLM(SplitModel):
     """A causal language model whose middle runs on a server."""
 
     kind = "causal-lm"
+
+    def generate(self, *inputs: Any, **options: Any) -> Any:
+        """transformers' ``generate``, as :class:`flexp.client.generation.SplitGenerator` has it."""
+        return SplitGenerator(self).generate(*inputs, **options)
+
+    def prepare_inputs_for_generation(self, *inputs: Any, **options: Any) -> Any:
+        """As of the model inside; peft asks before it can be refused."""
+        return self.model.prepare_inputs_for_generation(*inputs, **options)
 
 
 class SplitModelForSequenceClassification(SplitModel):
@@ -285,6 +289,12 @@ class SplitModelForQuestionAnswering(SplitModel):
     """A model that finds where an answer begins and ends in a text."""
 
     kind = "question-answering"
+
+    def forward(  # its signature says what the labels are
+        self, *inputs: Any, start_positions: Tensor | None = None, end_positions: Tensor | None = None, **others: Any
+    ) -> Any:
+        """See :meth:`SplitModel.forward`."""
+        return super().forward(*inputs, start_positions=start_positions, end_positions=end_positions, **others)
 
 
 SPLIT_MODELS: dict[str, type[SplitModel]] = {cls.kind: cls for cls in SplitModel.__subclasses__()}

@@ -10,7 +10,7 @@ so are the sums of gradients, here and on the server.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
 from contextlib import suppress
 from dataclasses import dataclass
@@ -36,7 +36,11 @@ class Done:
 
 
 def overlapped(
-    model: SplitModel, pieces: Sequence[tuple[Piece, Batch]], most: int, loss_of: Callable[[Any, Batch], Tensor]
+    model: SplitModel,
+    pieces: Sequence[tuple[Piece, Batch]],
+    most: int,
+    check: Callable[[Tensor], None],
+    loss_of: Callable[[Any, Mapping[str, Any]], Tensor] = lambda output, _: output.loss,
 ) -> Iterator[Done]:
     """Run a step's exchanges with up to ``most`` of them under way, or as many as the server lets be.
 
@@ -45,7 +49,8 @@ def overlapped(
     waits.
 
     Args:
-        loss_of: an output's loss; raises if it is not finite.
+        check: raises if a loss is not finite.
+        loss_of: the loss of an output and its batch.
 
     Raises:
         LinkError: the server refused, or cannot be reached; the step is given up, on the server as well.
@@ -59,7 +64,8 @@ def overlapped(
             if at_server and at_server[0][1].call.here:
                 piece, sent = at_server.popleft()
                 output = model.tail(sent, apart=True)
-                loss = loss_of(output, dict(sent.inputs))
+                loss = loss_of(output, sent.inputs)
+                check(loss)
                 torch.autograd.backward(loss * piece.share)  # tail only; sends ∂task/∂h
                 returning.append(sent)
                 yield Done(piece, loss.item(), sent.call.align)

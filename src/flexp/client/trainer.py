@@ -128,12 +128,13 @@ class Trainer:
 
     def _exchanges(self, pieces: list[tuple[Piece, Batch]]) -> Iterator[Done]:
         if self._in_flight > 1 and isinstance(self.model, SplitModel):
-            yield from overlapped(self.model, pieces, self._in_flight, self._loss_of)
+            yield from overlapped(self.model, pieces, self._in_flight, self._check, self._loss_of)
             return
         for piece, batch in pieces:
             with self.model.part_of_step(piece):
                 output = self.model(**batch)  # head → server → tail → loss
                 loss = self._loss_of(output, batch)
+                self._check(loss)
                 torch.autograd.backward(loss * piece.share)  # tail ← server ← head; the server trains its blocks
             yield Done(piece, loss.item(), self.model.last_align)
 
@@ -179,17 +180,19 @@ class Trainer:
             for number, (batch, count, own, part) in enumerate(zip(batches, items, mass, tokens, strict=True), start=1)
         ]
 
-    def _loss_of(self, output: Any, batch: Batch) -> Tensor:
+    def _loss_of(self, output: Any, batch: Mapping[str, Any]) -> Tensor:
         """The model's own loss, or with ``train.class_weights`` that of its logits."""
         loss: Tensor = output.loss
         if self._weights_C is not None:
             loss = KINDS[self.task.model_kind].weighted(output.logits, batch["labels"], self._weights_C)
+        return loss
+
+    def _check(self, loss: Tensor) -> None:
         if not math.isfinite(loss.item()):
             raise TrainingError(
                 f"client {self.name}, step {self.steps + 1}: the loss is {loss.item()}; lower train.personal.lr "
                 f"(now {self.updater.config.lr:g}) or train.shared.lr, set their clip, or use model.dtype = 'float32'"
             )
-        return loss
 
 
 def party_state(trainer: Trainer) -> dict[str, Tensor]:

@@ -59,7 +59,7 @@ REFUSED: dict[str, tuple[Callable[[Any, JoinedModel], bool], str]] = {
         f"is no optimiser that the server has for its blocks; use one of {', '.join(OPTIMISERS)}, or pass "
         "optimizers=(…) for the client's half alone",
     ),
-    "gradient_checkpointing_kwargs": (
+    "activation_checkpointing_kwargs": (
         lambda args, _: bool((args.activation_checkpointing_kwargs or {}).get("use_reentrant")),
         "has use_reentrant, which hides from the link what was computed; leave it out",
     ),

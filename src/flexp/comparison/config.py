@@ -120,7 +120,7 @@ def make(base: RunConfig, config: CompareConfig) -> Comparison:
     for name in config.variants:
         if not NAME.fullmatch(name):
             raise ConfigError(f"compare.variants.{name!r}: a variant's name is letters, digits and . _ + - only")
-    if base.train.early_stopping is not None:
+    if base.train.early_stopping.patience is not None:
         raise ConfigError("train.early_stopping: methods are compared after equally many steps; leave it out")
     names = config.methods
     doubled = next((name for name in names if names.count(name) > 1), None)

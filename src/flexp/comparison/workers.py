@@ -1,32 +1,30 @@
-"""Processes that do cells, one after the other: they live long, as loading torch takes longer than a small cell.
-
-Each has its share of the cores, told before torch is loaded. One that dies takes only its cell with it.
+"""Processes that do cells, one after the other, each with its share of the cores. One that dies takes only its cell
+with it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
-import signal
 import sys
 import threading
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from flexp.comparison.cells import Cell, execute
 from flexp.errors import FlexpError
+from flexp.run.processes import CONTEXT, begin
 
 
 @dataclass
 class Worker:
     """One process, what it is doing, and the way to talk to it."""
 
-    process: SpawnProcess
+    process: BaseProcess
     pipe: Connection
     cell: Cell | None = None
 
@@ -103,44 +101,16 @@ class Pool:
             yield cell, problem
 
     def _start(self, number: int) -> Worker:
-        context = multiprocessing.get_context("spawn")
-        here, there = context.Pipe()
+        here, there = CONTEXT.Pipe()
         log = self.out / f"worker-{number + 1}.log"
-        process = context.Process(target=_work, args=(there, self.out, self.threads, log), daemon=False)
-        with _inherited(self.threads):
-            process.start()
+        process = begin(_work, there, self.out, self.threads, log=log, threads=self.threads)
         there.close()
         return Worker(process, here)
 
 
-@contextlib.contextmanager
-def _inherited(threads: int) -> Iterator[None]:
-    """What a child must find set before it loads torch; and interruptions ignored: those are its parent's."""
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    wanted = dict.fromkeys(names, str(threads))
-    wanted |= {"OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    before = {name: os.environ.get(name) for name in wanted}
-    main = threading.current_thread() is threading.main_thread()
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
-    os.environ.update(wanted)
-    try:
-        yield
-    finally:
-        if main:
-            signal.signal(signal.SIGINT, handler)
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-def _work(pipe: Connection, out: Path, threads: int, log: Path) -> None:
+def _work(pipe: Connection, out: Path, threads: int) -> None:
     """A worker's life."""
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
-    with log.open("a", encoding="utf-8") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
     while True:
         try:
             cell: Cell = pipe.recv()

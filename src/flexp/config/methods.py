@@ -16,7 +16,7 @@ from flexp.registry import ALIGNMENTS, METHODS
 DEFAULT = "flexp-sfl"
 """The method when nothing is said."""
 
-HEADLINE = (DEFAULT, "local", "fedavg", "fedavg-ft", "pfedme", "ditto")
+HEADLINE = (DEFAULT, "closed-form", "local", "fedavg", "fedavg-ft", "pfedme", "ditto")
 """What ``flexp compare`` compares when nothing is said."""
 
 S = TypeVar("S", bound=Section)
@@ -52,6 +52,14 @@ class AlignConfig(Section):
         return self.kind not in ("off", "weights") and self.weight > 0
 
 
+class MeetConfig(Section):
+    """Clients meet in a classifier in closed form, made of their summed class statistics: before the first step, and
+    again after the last, from where each has its own (:mod:`flexp.client.closed_form`)."""
+
+    on: bool = False
+    gram: bool = True  # also sum Σφφᵀ, H² numbers; without, class means alone
+
+
 class MethodConfig(Section):
     """The method and its own settings.
 
@@ -68,6 +76,7 @@ class MethodConfig(Section):
     name: Annotated[str, named(METHODS)] = DEFAULT
     budget: Literal["equal", "paper"] = "equal"
     align: AlignConfig = AlignConfig()
+    meet: MeetConfig = MeetConfig()
 
     @model_validator(mode="before")
     @classmethod

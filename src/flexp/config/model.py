@@ -40,6 +40,8 @@ class ModelConfig(Section):
     # what a text classifier's head reads: the checkpoint's own head, or one linear layer on the mean of the tokens'
     # last hidden states, on the last token's or on the first's
     pooling: Literal["checkpoint", "mean", "last", "cls"] = "checkpoint"
+    # how a classifier begins: as drawn (or as in the checkpoint), or in closed form from all clients' class sums
+    head: Literal["random", "closed-form"] = "random"
     gradient_checkpointing: bool = False  # on the client's own blocks
     base_depth: Annotated[int, Field(ge=0)] | None = None  # s_min; None: the smallest s of the clients
     expose_embeddings: bool = False  # allow s = 0, where the server can read every token from what it receives

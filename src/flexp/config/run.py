@@ -64,7 +64,7 @@ class RunConfig(Section):
                 f"train.micro_batch = {self.train.micro_batch} is larger than "
                 f"train.batch_size = {self.train.batch_size}"
             )
-        if self.train.early_stopping is not None and not self.data.validation_fraction:
+        if self.train.early_stopping.patience is not None and not self.data.validation_fraction:
             raise ValueError(
                 "train.early_stopping looks at validation data: set data.validation_fraction, to 0.2 for instance"
             )

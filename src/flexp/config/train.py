@@ -26,7 +26,7 @@ class OptimizerConfig(Section):
 class EarlyStopping(Section):
     """When to stop before the last round: scores on validation data that get no better."""
 
-    patience: PositiveInt  # scored rounds in a row without a better one
+    patience: PositiveInt | None = None  # scored rounds in a row without a better one; None: never
     min_delta: Annotated[float, Field(ge=0.0)] = 0.0  # by how much a better score must be better
 
 
@@ -42,7 +42,7 @@ class TrainConfig(Section):
     turn: Literal["round", "step"] = "step"  # clients take turns after every step, or after a whole round
     # classifiers: what an example of a class counts in the loss; "balanced": all classes of a client's own count alike
     class_weights: Literal["balanced"] | dict[str, Rate] | None = None
-    early_stopping: EarlyStopping | None = None  # needs data.validation_fraction
+    early_stopping: EarlyStopping = EarlyStopping()  # needs data.validation_fraction
     personal: OptimizerConfig = OptimizerConfig()
     shared: OptimizerConfig = OptimizerConfig()
 

@@ -7,6 +7,7 @@ are counted and the others follow.
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import dataclass, fields
 from typing import Any
@@ -77,6 +78,10 @@ class ShapeCost:
     mask_bytes: int
 
 
+_COUNTED: dict[Any, ShapeCost] = {}
+"""What this process has counted, by all that it depends on: each client of a run asks for the same."""
+
+
 class ModelCost:
     """Counts when a rank or checkpointing is first asked for; see :func:`model_cost`.
 
@@ -103,6 +108,9 @@ class ModelCost:
             check_table(bare, config.id, DTYPES[config.dtype])
         anatomy = dissect(bare)
         self.fingerprint = fingerprint(bare.config)
+        own = {key: value for key, value in bare.config.to_dict().items() if key != "_name_or_path"}
+        of_run = config.model_dump(mode="json", exclude={"id"})
+        self._known_by = json.dumps([own, of_run, kind, length, labels], sort_keys=True, default=str)
         self.blocks, self.hidden = anatomy.blocks, anatomy.hidden
         self.kinds = kinds(bare)
         self._chosen = sorted(set(self.kinds))
@@ -124,8 +132,11 @@ class ModelCost:
 
     def exactly(self, micro_batch: int, rank: int | None = None, checkpointing: bool = False) -> ShapeCost:
         """:meth:`at`, counted at this very size instead of following from two others."""
+        key = (self._known_by, micro_batch, rank, checkpointing)
         try:
-            return self._count(micro_batch, rank, checkpointing)
+            if key not in _COUNTED:
+                _COUNTED[key] = self._count(micro_batch, rank, checkpointing)
+            return _COUNTED[key]
         except ModelError:
             raise
         except Exception as error:

@@ -105,7 +105,7 @@ class Skeleton:
             for index in set(range(anatomy.blocks)) - set(chosen):
                 blocks[index] = Absent(index, blocks[index])
         self.stage = Stage(bare, anatomy, Part.whole(anatomy.blocks) if not real else Part(frozenset(chosen), True))
-        self.stage._probed = True  # a plan cannot be compared without content; loading the real model does it
+        self.stage.compares = False  # a plan cannot be compared without content; loading the real model does it
         self.stage.autocast = AUTOCAST[config.autocast]
         tune(self.stage, config)
         with self.mode, torch.no_grad():

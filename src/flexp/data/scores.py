@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -53,15 +53,27 @@ def scored(
     Batches are formed after sorting by length and content, longest first, so that there is little padding, the
     largest batch comes first, and the composition of batches does not depend on the examples' order.
     """
-    order = sorted(range(len(examples)), key=lambda index: _rank(examples[index]))
     found = Tally()
-    for start in range(0, len(order), batch_size):
-        some = [examples[index] for index in order[start : start + batch_size]]
-        batch = collate(some)
+    for batch, some in in_batches(collate, examples, batch_size):
         labels = take_targets(batch)
         with torch.no_grad():
             found.extend(measure(logits_of(forward(batch)), labels, some))
+    order = _order(examples)
     return found.reordered(sorted(range(len(order)), key=order.__getitem__))
+
+
+def in_batches(
+    collate: Callable[[Sequence[Example]], Batch], examples: Sequence[Example], batch_size: int
+) -> Iterator[tuple[Batch, list[Example]]]:
+    """All examples once, in collated batches of like length, longest first."""
+    order = _order(examples)
+    for start in range(0, len(order), batch_size):
+        some = [examples[index] for index in order[start : start + batch_size]]
+        yield collate(some), some
+
+
+def _order(examples: Sequence[Example]) -> list[int]:
+    return sorted(range(len(examples)), key=lambda index: _rank(examples[index]))
 
 
 def _rank(example: Example) -> Any:

@@ -224,6 +224,13 @@ def _of_split(path: Path, split: str | None) -> bool:
     return path.stem.lower() == split or any(word in words for word in _SPLITS.get(split, (split,)))
 
 
+def splits_of(source: str) -> set[str]:
+    """The splits (``train``, ``validation``, ``test``) for which a folder has files or folders by their names."""
+    path = Path(source)
+    children = _children(path) if path.is_dir() else []
+    return {name for name in _SPLITS for child in children if _of_split(child, name)}
+
+
 def _images(folder: Path, group: str | None) -> list[tuple[Table, Part]]:
     """Rows (image, label) of the images in the sub-folders of ``folder``, each of which is a label."""
     found = []

@@ -75,17 +75,15 @@ def _labels(clients: Sequence[ClientData], task: BaseTask) -> Iterable[str]:
     }
     counts = Counter(name for rows in found.values() for names in rows for name in set(names))
     examples = sum(map(len, found.values()))
-    if len(counts) > examples / 2 and examples > 4:
+    one_each = all(len(names) == 1 for rows in found.values() for names in rows)
+    if one_each and len(counts) > examples / 2 and examples > 4:
         yield (
             f"there are {len(counts)} labels for {examples} examples, nearly one each: is data.label the right column?"
         )
     elif single := [name for name, count in counts.items() if count == 1]:
         yield f"there is one example only of {_named('the label', single)}: it is trained on or tested, never both"
-    of_one = [
-        client.name
-        for client in clients
-        if len({name for example in client.train for name in task.classes_in(example)}) == 1
-    ]
+    given = {client.name: {frozenset(task.classes_in(example)) for example in client.train} for client in clients}
+    of_one = [name for name, answers in given.items() if len(answers) == 1 and max(map(len, answers)) <= 1]
     if of_one:
         yield (
             f"{_named('client', of_one)} {'has' if len(of_one) == 1 else 'have'} training examples of one label only, "

@@ -17,10 +17,11 @@ from flexp.export.saved import RunModel, client_of, examples_of, is_run, look_in
 from flexp.export.trained import LAST, Trained
 from flexp.files import read_json
 from flexp.models.autos import AUTO
+from flexp.models.batches import align_padding
 from flexp.models.loading import quietly
 from flexp.run.folder import is_client
 from flexp.run.going_on import check_scored, saved_facts
-from flexp.run.settle import world_of
+from flexp.run.settle import own_pad, world_of
 
 
 def open_trained(
@@ -133,6 +134,7 @@ class ExportedModel(Trained):
             model = AUTO[self.kind].from_pretrained(where, attn_implementation=self._attention, **known)
         except ValueError:  # the architecture has another attention only
             model = AUTO[self.kind].from_pretrained(where, **known)
+        align_padding(model, own_pad(self.kind, self.processor))
         if self._form == "adapter":
             from peft import PeftModel
 

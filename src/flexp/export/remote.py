@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -29,6 +29,9 @@ from flexp.models.parts import Part
 from flexp.models.pooling import saved_as
 from flexp.models.stage import Stage
 from flexp.run.settle import model_folder
+
+if TYPE_CHECKING:
+    from flexp.export.live import LiveModel
 
 TRIES = 3
 """How often all shared blocks are fetched when they are updated meanwhile."""
@@ -50,15 +53,22 @@ def write_remote(folder: Path, model: ClientModel, form: str, dtype: torch.dtype
         StorageError: no checkpoint is whole.
     """
     with connected(model.reach()) as link:
-        work = _Export(model, dtype)
-        if form == "adapter":
-            work.adapter(folder, link)
-        else:
-            work.whole(folder, link)
+        write_with(folder, model, link, form, dtype)
+
+
+def write_with(
+    folder: Path, model: ClientModel | LiveModel, link: Link, form: str, dtype: torch.dtype | None = None
+) -> None:
+    """The same over a link that is there; raises as :func:`write_remote` does."""
+    work = _Export(model, dtype)
+    if form == "adapter":
+        work.adapter(folder, link)
+    else:
+        work.whole(folder, link)
 
 
 class _Export:
-    def __init__(self, client: ClientModel, dtype: torch.dtype | None) -> None:
+    def __init__(self, client: ClientModel | LiveModel, dtype: torch.dtype | None) -> None:
         self.client, self.dtype = client, dtype
         lora = client.config.model.lora
         self.scaling = lora.alpha / lora.rank
@@ -140,7 +150,7 @@ class Fetched:
         LinkError: the server refuses this client.
     """
 
-    def __init__(self, link: Link, client: ClientModel, stage: Stage) -> None:
+    def __init__(self, link: Link, client: ClientModel | LiveModel, stage: Stage) -> None:
         self._link, self._client = link, client
         config = client.config
         self.version: int | None = None

@@ -6,8 +6,9 @@ several exchanges of one client may be in flight.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -45,6 +46,17 @@ class Meter:
     def counting(self, request: Request[Any]) -> Traffic | None:
         """The account that a request and its answer go to, if they have tensors."""
         return None if request.trains is None else self.of(request.trains and getattr(request, "train", True))
+
+    @contextmanager
+    def as_training(self) -> Iterator[None]:
+        """Count what runs without a backward inside the ``with`` block as training's: training is what it is for."""
+        before, self.evaluation = self.evaluation, Traffic()
+        try:
+            yield
+        finally:
+            spent, self.evaluation = self.evaluation, before
+            for name, value in asdict(spent).items():
+                setattr(self.training, name, getattr(self.training, name) + value)
 
     def state(self) -> dict[str, dict[str, float]]:
         """All counts, JSON-ready."""

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from flexp.links.base import Meter, Service
+from flexp.links.base import Meter, Service, Traffic
 from flexp.links.coding import Coding
 from flexp.links.declaring import Request
 from flexp.links.messages import Join, Leave, Welcome, size
@@ -53,18 +53,31 @@ class InProcessLink:
                 return future
             sent, up = self._cross(request, up=True)
             traffic.bytes_up += up
-            answer, down = self._cross(self.service.answer(self._client, sent), up=False)
+            answer = self.service.answer(self._client, sent)
+            if isinstance(answer, Future):
+                answer.add_done_callback(lambda done: self._arrived(done, future, traffic))
+                return future
+            self._arrive(answer, future, traffic, began)
         except Exception as error:
             future.set_exception(error)
-            return future
-        traffic.bytes_down += down
-        traffic.exchanges += 1
-        traffic.server_seconds += time.perf_counter() - began
-        future.set_result(answer)
         return future
 
     def close(self) -> None:
         self.service.answer(self._client, Leave())
+
+    def _arrive(self, answer: Any, future: Future[Any], traffic: Traffic, began: float) -> None:
+        answer, down = self._cross(answer, up=False)
+        traffic.bytes_down += down
+        traffic.exchanges += 1
+        traffic.server_seconds += time.perf_counter() - began
+        future.set_result(answer)
+
+    def _arrived(self, done: Future[Any], future: Future[Any], traffic: Traffic) -> None:
+        """The same for an answer that came later, when others had come; what was waited for them was no computing."""
+        try:
+            self._arrive(done.result(), future, traffic, time.perf_counter())
+        except Exception as error:
+            future.set_exception(error)
 
     def _agree(self, join: Join, welcome: Welcome) -> None:
         kept = self.residuals, self.service.residuals(self._client)

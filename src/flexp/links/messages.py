@@ -18,7 +18,7 @@ from flexp.errors import LinkError, LinkLostError
 from flexp.links.declaring import MASK, POSITIONS, ROWS, WEIGHTS, Count, Integer, Request, declared, hidden, message
 from flexp.texts import plain
 
-What = Literal["step", "evaluate", "save", "restore", "stop"]
+What = Literal["step", "evaluate", "meet", "save", "restore", "stop"]
 
 
 @message
@@ -178,6 +178,30 @@ class PullRequest(Request[PullReply]):
 
 
 @message
+class SumReply:
+    """``weights``: what the clients of the run gave under the request's number, added up."""
+
+    weights: Annotated[dict[str, Tensor], WEIGHTS] = field(default_factory=dict)
+
+
+@message
+class SumRequest(Request[SumReply]):
+    """Give something to be added up over all clients of the run, who give tensors of the same names and shapes.
+
+    What that is, is the client's business (:mod:`flexp.client.meeting`: class sums, losses). The answer comes when all
+    have given theirs. The server sums in runs alone whose configuration says that clients meet.
+
+    Attributes:
+        number: which sum; asked again, it is the same one.
+    """
+
+    trains: ClassVar[bool | None] = True
+
+    number: Count
+    weights: Annotated[dict[str, Tensor], WEIGHTS] = field(default_factory=dict)
+
+
+@message
 class FetchReply:
     """Trained shared parameters of one block, by their names in the model.
 
@@ -267,7 +291,8 @@ class Order:
     """What a client does next.
 
     Attributes:
-        what: ``step``: ``count`` steps. ``evaluate``: score the personal model after round ``number``. ``save``:
+        what: ``step``: ``count`` steps. ``evaluate``: score the personal model after round ``number``. ``meet``: the
+            meeting ``number``, 0 before the first step, 1 after the last (``method.meet``). ``save``:
             keep a snapshot with that number. ``restore``: go back to that snapshot. ``stop``: the run is over.
         run: the run's name, the same after a restart of the server.
         place: in the schedule; the client's next :class:`Ready` says that it is done.
@@ -293,6 +318,7 @@ class Ready(Request[Order]):
         snapshots: that it holds, by their numbers.
         saved: the steps that its newest snapshot has.
         facts: for the operator: losses, scores, seconds, bytes.
+        met: the meetings that it has been at (``method.meet``).
         planned: steps that the whole run has for it, by which its learning rate falls; 0: it does not fall.
     """
 
@@ -303,6 +329,7 @@ class Ready(Request[Order]):
     saved: Integer = 0
     facts: dict[str, float] = field(default_factory=dict)
     planned: Integer = 0
+    met: Count = 0
 
 
 def tensors(said: Any) -> Iterator[tuple[str, Tensor]]:

@@ -37,6 +37,19 @@ def as_link(link: Link | str) -> Link:
     return far if network is None else EmulatedLink(far, network)
 
 
+@contextmanager
+def kept(link: Link | str) -> Iterator[Link]:
+    """:func:`as_link`, for the model that the ``with`` block makes: if that fails (the server refuses, say), a link
+    that was made for it is closed, so that the next attempt finds nobody connected."""
+    made = as_link(link)
+    try:
+        yield made
+    except BaseException:
+        if made is not link:
+            made.close()
+        raise
+
+
 def server_behind(link: Link) -> Any | None:
     """The :class:`flexp.server.Server` itself, where it is in this process; ``None``: it is over a network."""
     while isinstance(link, Wrapping):

@@ -15,6 +15,8 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
+from flexp.client.meeting import Meets
+from flexp.client.personal_head import Choice
 from flexp.client.trainer import Step
 from flexp.config import LoraConfig, RunConfig, Section
 from flexp.cost.clock import Schedule
@@ -93,6 +95,11 @@ class World:
         return self.method.adapters(self, client) if model.tuning == "lora" else Adapters(model.lora)
 
     @property
+    def meets(self) -> Meets:
+        """Which meetings the run has: those that the settings ask for, where method and task know any."""
+        return self.method.meetings(self.config) if self.method.meets else Meets(False, False)
+
+    @property
     def participants(self) -> list[ClientData]:
         """The clients that train, in their order."""
         return [client for client in self.federation.clients if client.name not in self.absent]
@@ -145,6 +152,7 @@ class Method(ABC):
         tuned: ``False``: nothing is trained, so there is nothing to tune.
         effort: how long it takes beside the others, roughly.
         aligns: ``method.align`` holds for its clients.
+        meets: its clients can meet in a classifier in closed form (``model.head``, ``method.meet``).
         recuts: it moves cuts while it trains, and is what a deployment runs.
         world: what it was made from, with the settings that it uses itself.
     """
@@ -160,6 +168,7 @@ class Method(ABC):
     tuned: ClassVar[bool] = True
     effort: ClassVar[float] = 1.0
     aligns: ClassVar[bool] = False
+    meets: ClassVar[bool] = False
     recuts: ClassVar[bool] = False
 
     world: World
@@ -186,6 +195,11 @@ class Method(ABC):
     def schedule(cls, config: RunConfig) -> Schedule | None:
         """Who waits for whom with the settings of ``config``."""
         return cls.timing
+
+    @classmethod
+    def meetings(cls, config: RunConfig) -> Meets:
+        """The meetings that a run with these settings has, if the method knows any."""
+        return Meets.of(config)
 
     @classmethod
     def cuts(cls, config: RunConfig, cuts: Mapping[str, tuple[int, int]], blocks: int) -> Cuts:
@@ -215,6 +229,11 @@ class Method(ABC):
     @abstractmethod
     def train_round(self, number: int, on_step: OnStep) -> None:
         """Let every client have its turn of ``train.steps_per_round`` steps. Rounds count from 1."""
+
+    def meet(self, meeting: int) -> dict[str, Choice]:
+        """Let the participants meet, before the first step or after the last (:mod:`flexp.client.meeting`); gives what
+        the classifier of each is made of from then on. Only where :attr:`meets`."""
+        raise NotImplementedError
 
     @abstractmethod
     def personal(self, client: str) -> Forward:

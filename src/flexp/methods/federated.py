@@ -19,12 +19,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from flexp.client.meeting import FIRST, Seat, together
+from flexp.client.personal_head import Choice
 from flexp.client.trainer import Step
 from flexp.config import OptimizerConfig
 from flexp.cost.clock import Schedule
 from flexp.data.types import ClientData
 from flexp.errors import ConfigError
 from flexp.links.base import Meter
+from flexp.links.sums import InOnePlace
 from flexp.methods.base import Account, Forward, Method, OnStep, State, World
 from flexp.methods.harness import Harness, Weights, Worker, optimizer_state, size
 from flexp.methods.parties import client_seed, own_stage
@@ -39,7 +42,7 @@ class Client:
     Attributes:
         share: of all participants' training examples; 0 of an absent client.
         workers: its loops, one for every model that it trains.
-        kept: groups of tensors that never leave it.
+        kept: groups of tensors that never leave it; ``met``: the classifier that it has since the last meeting.
         version: of the average that it has.
         adapted: gradient evaluations of its last adaptation for scoring (:meth:`Federated.adapt`).
     """
@@ -114,6 +117,7 @@ class Federated(Method):
 
     sends: ClassVar[str] = "weights"
     timing: ClassVar[Schedule | None] = Schedule("synchronous")
+    meets = True
     scored_with_average = True
     adapts = False
     beta = 1.0
@@ -128,6 +132,8 @@ class Federated(Method):
         everything = sum(len(data.train) for data in world.participants)
         self.clients = {data.name: self._make_client(data, everything) for data in world.federation.clients}
         self.participants = [self.clients[data.name] for data in world.participants]
+        if world.meets.last:
+            self.same_for_all = False  # type: ignore[misc]
 
     # What methods override.
 
@@ -230,6 +236,29 @@ class Federated(Method):
         self.server.finish(self.beta)
         self.harness.holds = None
 
+    def meet(self, meeting: int) -> dict[str, Choice]:
+        """The first classifier goes where any model of a client has one; the last is each client's own from then on."""
+        table = InOnePlace([client.name for client in self.participants])
+        seats = {client.name: self._seat(client) for client in self.participants}
+        adders = dict.fromkeys(seats, table)
+        choices: dict[str, Choice] = dict.fromkeys(seats, "closed-form")
+        if meeting == FIRST:
+            weights = together({name: seat.first() for name, seat in seats.items()}, adders, meeting)
+            common = next(iter(weights.values()))
+            self.server.weights |= {name: value for name, value in common.items() if name in self.server.weights}
+            for client in self.clients.values():
+                for group in client.kept.values():
+                    group.update({name: value.clone() for name, value in common.items() if name in group})
+        else:
+            for name, (own, choice) in together({n: seat.last() for n, seat in seats.items()}, adders, meeting).items():
+                self.clients[name].kept["met"], choices[name] = own, choice
+        for client in self.participants:
+            traffic = client.meter.training
+            traffic.bytes_up, traffic.bytes_down = traffic.bytes_up + table.bytes, traffic.bytes_down + table.bytes
+            client.seconds += seats[client.name].seconds
+        self.harness.holds = None
+        return choices
+
     def personal(self, client: str) -> Forward:
         def forward(batch: Mapping[str, Tensor]) -> Any:
             self._hold(self.clients[client])
@@ -249,7 +278,7 @@ class Federated(Method):
         if client in self.world.absent:
             own = {name: value for name, value in found.kept["personal"].items() if name not in self.server.weights}
         return Account(
-            personal_parameters=sum(value.numel() for value in own.values()),
+            personal_parameters=sum(value.numel() for value in (own | found.kept["met"]).values()),
             training=found.meter.training,
             evaluation=found.meter.evaluation,
             client_seconds=found.seconds + found.adapted_seconds,
@@ -307,7 +336,13 @@ class Federated(Method):
             client.meter.evaluation.exchanges += 1
             client.version = self.server.version
         weights = {**client.kept["personal"], **self.received_by(client)} if absent else self.personal_weights(client)
-        self.harness.put(weights, holds=client.name)
+        self.harness.put({**weights, **client.kept["met"]}, holds=client.name)
+
+    def _seat(self, client: Client) -> Seat:
+        config = self.world.config
+        train = next(data.train for data in self.world.participants if data.name == client.name)
+        task, forward = self.world.federation.task, self.personal(client.name)
+        return Seat(train, task, self.harness.stage.model, forward, config, client_seed(config.seed, client.name))
 
     def _make_client(self, data: ClientData, everything: int) -> Client:
         world, seed = self.world, client_seed(self.world.config.seed, data.name)
@@ -316,7 +351,7 @@ class Federated(Method):
             for name, total in self.evaluations().items()
         }
         share = 0.0 if data.name in world.absent else len(data.train) / everything
-        return Client(data.name, share, workers, self.own_models())
+        return Client(data.name, share, workers, {**self.own_models(), "met": {}})
 
 
 def exact(value: float) -> Tensor:

@@ -9,10 +9,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from flexp.client.personal import WholeModel
+from flexp.client.personal_head import Choice
 from flexp.client.trainer import Trainer
 from flexp.links.base import Traffic
+from flexp.links.sums import InOnePlace
 from flexp.methods.base import Account, Forward, Method, OnStep, State, World
-from flexp.methods.parties import make_trainer, own_stage
+from flexp.methods.parties import make_trainer, meet_at, own_stage, seat_of
 from flexp.methods.turns import turns
 from flexp.models.parts import Part
 
@@ -21,6 +23,7 @@ class Local(Method):
     """Every client trains the whole model on its own data alone."""
 
     name = "local"
+    meets = True
 
     def __init__(self, world: World) -> None:
         super().__init__(world)
@@ -30,6 +33,15 @@ class Local(Method):
         config = self.world.config
         for name in turns(self.world.participant_names, config.train, config.seed, number):
             on_step(self.clients[name].step())
+
+    def meet(self, meeting: int) -> dict[str, Choice]:
+        """Each with itself alone: its class statistics are all that there are."""
+        choices: dict[str, Choice] = {}
+        for name in self.world.participant_names:
+            trainer = {name: self.clients[name]}
+            seat, alone = {name: seat_of(self.clients[name], self.world.config)}, {name: InOnePlace([name])}
+            choices |= meet_at(seat, alone, trainer, meeting)
+        return choices
 
     def personal(self, client: str) -> Forward:
         return self.clients[client].personal

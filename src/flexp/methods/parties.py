@@ -7,12 +7,17 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
+
+from flexp.client.meeting import FIRST, Seat, together
 from flexp.client.model import SPLIT_MODELS, SplitModel
+from flexp.client.personal_head import Choice
 from flexp.client.trainer import Trainable, Trainer
 from flexp.config import ClientConfig, CodecConfig, RunConfig
 from flexp.data.types import ClientData, Task
 from flexp.kinds import ModelKind
 from flexp.links.base import Link
+from flexp.links.sums import Adder
 from flexp.methods.base import World
 from flexp.models.parts import Part
 from flexp.models.stage import Stage, carve
@@ -75,6 +80,34 @@ def own_trainer(config: RunConfig, data: ClientData, task: Task, model: Trainabl
     """The same for a client that has nobody else's data."""
     updater = Updater(stage.trainable(), config.train.personal, config.train.total_steps, stage.new)
     return Trainer(data, task, model, updater, config.train, seed=client_seed(config.seed, data.name))
+
+
+def seat_of(trainer: Trainer, config: RunConfig) -> Seat:
+    """A client at meetings, where its model is split or all its own."""
+    model: Any = trainer.model
+    meter = model.link.meter if isinstance(model, SplitModel) else None
+    seed = client_seed(config.seed, trainer.name)
+    return Seat(trainer.data.train, trainer.task, model.stage.model, trainer.personal, config, seed, meter)
+
+
+def meet_at(
+    seats: Mapping[str, Seat], adders: Mapping[str, Adder], trainers: Mapping[str, Trainer], meeting: int
+) -> dict[str, Choice]:
+    """Let clients with loops of their own meet, and give each the classifier that comes of it."""
+    choices: dict[str, Choice] = dict.fromkeys(seats, "closed-form")
+    if meeting == FIRST:
+        weights = together({name: seat.first() for name, seat in seats.items()}, adders, meeting)
+    else:
+        found = together({name: seat.last() for name, seat in seats.items()}, adders, meeting)
+        weights = {name: own for name, (own, _) in found.items()}
+        choices |= {name: choice for name, (_, choice) in found.items()}
+    for name, trainer in trainers.items():
+        parameters: Any = trainer.updater.parameters
+        with torch.no_grad():
+            for key, value in weights[name].items():
+                parameters[key].copy_(value)
+        trainer.seconds += seats[name].seconds
+    return choices
 
 
 def own_config(config: RunConfig, own: ClientConfig) -> RunConfig:

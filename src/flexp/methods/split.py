@@ -12,13 +12,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from flexp.client.meeting import OverLink
 from flexp.client.model import SplitModel
+from flexp.client.personal_head import Choice
 from flexp.client.recut import Blocks, Move, ParkedInMemory, fit, recut
 from flexp.client.trainer import Trainer, cut_in, load_party, party_state
 from flexp.cost.clock import Schedule
 from flexp.links.base import Link
 from flexp.methods.base import RATIO, Account, Axis, Forward, Holds, Method, OnStep, State, World, base_depth
-from flexp.methods.parties import make_trainer, own_stage, own_world, split_model
+from flexp.methods.parties import make_trainer, meet_at, own_stage, own_world, seat_of, split_model
 from flexp.methods.turns import turns
 from flexp.models.parts import Part
 from flexp.models.stage import carve
@@ -33,6 +35,7 @@ class Split(Method):
     held = Holds("ends")
     timing: ClassVar[Schedule | None] = Schedule("split-async")
     axis: ClassVar[Axis | None] = (RATIO, (1.0, 4.0))
+    meets = True
 
     def __init__(self, world: World) -> None:
         super().__init__(world)
@@ -48,6 +51,13 @@ class Split(Method):
             on_step(self.clients[name].step())
         if number == config.train.rounds:
             self.server.flush()  # update = "mean" may have steps left that are fewer than mean_over
+
+    def meet(self, meeting: int) -> dict[str, Choice]:
+        there = [name for name in self.world.participant_names if name not in self.gone]
+        self.server.sums.open(there)
+        seats = {name: seat_of(self.clients[name], own_world(self.world, name).config) for name in there}
+        adders = {name: OverLink(self._model(name).link) for name in there}
+        return meet_at(seats, adders, {name: self.clients[name] for name in there}, meeting)
 
     def recut(self, client: str, cut: tuple[int, int], micro_batch: int | None = None) -> Move:
         """Move a client's cut between two rounds, and change the size of its exchanges.

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from flexp.client.meeting import FIRST, LAST, Meets
 from flexp.config import TrainConfig
 from flexp.data.ordering import generator
 
@@ -32,9 +33,10 @@ def turns(clients: Sequence[str], config: TrainConfig, seed: int, round_number: 
 @dataclass(frozen=True)
 class Place:
     """One thing to do: a ``step`` of ``client``; scores of everybody after round ``number`` (``evaluate``); a snapshot
-    of everybody (``save``); an update of the shared blocks with what waits (``flush``)."""
+    of everybody (``save``); everybody's meeting ``number`` (``meet``); an update of the shared blocks with what waits
+    (``flush``)."""
 
-    what: Literal["step", "evaluate", "save", "flush"]
+    what: Literal["step", "evaluate", "meet", "save", "flush"]
     client: str = ""
     number: int = 0
 
@@ -45,14 +47,19 @@ def scored_rounds(train: TrainConfig, every: int) -> list[int]:
 
 
 def schedule(
-    clients: Sequence[str], train: TrainConfig, seed: int, evaluate_every: int, save_every: int
+    clients: Sequence[str],
+    train: TrainConfig,
+    seed: int,
+    evaluate_every: int,
+    save_every: int,
+    meets: Meets = Meets(False, False),
 ) -> list[Place]:
     """The run that a simulation makes of the same settings, step for step.
 
     Everybody saves at the beginning, whenever all clients have done a multiple of ``save_every`` steps, and at the end.
     """
     scored = set(scored_rounds(train, evaluate_every))
-    places = [Place("evaluate"), Place("save")]
+    places = [Place("evaluate"), *([Place("meet", number=FIRST)] if meets.first else []), Place("save")]
     done = dict.fromkeys(clients, 0)
     for number in range(1, train.rounds + 1):
         for client in turns(clients, train, seed, number):
@@ -62,7 +69,7 @@ def schedule(
             if len(steps) == 1 and steps.pop() % save_every == 0:
                 places.append(Place("save"))
         if number == train.rounds:
-            places.append(Place("flush"))
+            places += [Place("flush"), *([Place("meet", number=LAST)] if meets.last else [])]
         if number in scored:
             places.append(Place("evaluate", number=number))
     return [*places, Place("save")]

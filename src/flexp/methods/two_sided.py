@@ -63,6 +63,8 @@ class TwoSided(Federated):
 
         cut: Annotated[int, Field(ge=0)] | None = None  # s; None: the smallest s of the clients
 
+    meets = False  # the server has features and labels, and no client meets another
+
     harness: SplitHarness
     together = False
     copies = 1

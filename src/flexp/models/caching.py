@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 
 from flexp.errors import ModelError
 from flexp.models import execution
+from flexp.models.batches import check_length
 from flexp.models.execution import BlockCall, ExecutionPlan
 from flexp.models.parts import Part
 from flexp.models.stage import Stage, carve
@@ -127,7 +128,7 @@ def check_cached(stage: Stage) -> None:
                 plans.append(_record(party, tokens, mask, positions, cache))
         given = [ExecutionPlan(tuple(_without_caches(call) for call in plan.calls), plan.tuples) for plan in plans]
         cached = all(_has_cache(call) for call in plans[0].calls)
-        if not cached or not given[0].same(given[1]):
+        if not cached or given[0].difference(given[1]):
             why = "they would get other arguments on a server" if cached else "they are not given the cache"
             raise ModelError(
                 f"{name} cannot write answers while it is split: its blocks keep more than keys and values between two "
@@ -143,6 +144,7 @@ def _record(
         inputs["attention_mask"] = mask
     if positions is not None:
         inputs["position_ids"] = positions
+    check_length(stage.model, cache.length + ids.shape[1], positions, stage.longest)
     with torch.no_grad(), stage.computing():
         _, plan = execution.record(stage.model, stage.blocks, inputs, stage._tuples)
     stage._tuples = plan.tuples

@@ -35,13 +35,20 @@ class ExecutionPlan:
     calls: tuple[BlockCall, ...]
     tuples: bool
 
-    def same(self, other: ExecutionPlan) -> bool:
-        """Whether ``other`` calls every block with arguments that are equal bit for bit."""
-        return len(self.calls) == len(other.calls) and all(
-            mine.keyword == theirs.keyword
-            and same((mine.args, mine.kwargs or None), (theirs.args, theirs.kwargs or None))
-            for mine, theirs in zip(self.calls, other.calls, strict=True)
-        )
+    def difference(self, other: ExecutionPlan) -> str:
+        """Where ``other`` calls a block with arguments that are not equal bit for bit; empty: nowhere."""
+        known: set[tuple[int, int]] = set()  # most blocks get the very arguments of the block before
+        for index, (mine, theirs) in enumerate(zip(self.calls, other.calls, strict=True)):
+            if len(mine.args) != len(theirs.args) or mine.keyword != theirs.keyword:
+                return f"block {index} is called in another way there"
+            pairs: dict[Any, tuple[Any, Any]] = dict(enumerate(zip(mine.args, theirs.args, strict=True), start=1))
+            for name in {**mine.kwargs, **theirs.kwargs}:
+                pairs[name] = mine.kwargs.get(name, _NOTHING), theirs.kwargs.get(name, _NOTHING)
+            for name, (one, two) in pairs.items():
+                if (id(one), id(two)) not in known and not same(one, two):
+                    return f"block {index} gets another {name if isinstance(name, str) else f'argument {name}'} there"
+                known.add((id(one), id(two)))
+        return ""
 
     def replay(self, blocks: nn.ModuleList, hidden_BTH: Tensor, start: int, stop: int) -> Tensor:
         """Run blocks [start, stop) on a hidden state (B, T, H)."""
@@ -199,6 +206,7 @@ def same(one: Any, other: Any) -> bool:
     return isinstance(one, _PLAIN) and one == other
 
 
+_NOTHING = object()  # like nothing, itself included
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 

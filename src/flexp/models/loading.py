@@ -25,6 +25,7 @@ from flexp.kinds import KINDS, ModelKind
 from flexp.limits import out_of_memory
 from flexp.models.anatomy import dissect, refuse_by_design
 from flexp.models.autos import AUTO, set_head
+from flexp.models.batches import align_padding
 from flexp.models.fingerprint import weights_fingerprint
 from flexp.models.heads import fit_head, name_classes, trained_classes
 from flexp.models.low_memory import low_memory_loading
@@ -57,6 +58,7 @@ def load_stage(
         kind: what the model is for.
         labels: the names of the classes, for classifiers. A class that the checkpoint's trained head knows keeps its
             weights, whatever the order; ``None``: those of the checkpoint.
+        pad_token_id: what batches are filled up with, for classifiers that look for it and models that name none.
         dropout: the rate of every dropout; ``None``: as the model's configuration says.
         seed: of those weights that the checkpoint does not hold, such as a new classifier; equal for every part.
 
@@ -81,8 +83,8 @@ def load_stage(
     ends = part is None or part.ends
     trained = trained_classes(config, kind, wanted.pooling) if labels is not None and ends else []
     if labels is not None:
-        # What the checkpoint was trained for does not matter here.
-        config.problem_type = head.problem or "single_label_classification"
+        # What the checkpoint was trained for does not matter here; where there is a choice, the labels tell.
+        config.problem_type = head.problem
         if not trained:
             name_classes(config, labels)
     if pad_token_id is not None and config.get_text_config().pad_token_id is None:
@@ -119,6 +121,7 @@ def load_stage(
                 "it again, or save it anew with save_pretrained"
             ) from error
     loaded.__class__ = original
+    align_padding(loaded, pad_token_id)
     if in_file:
         give_table(loaded, name, dtype)
     missing, resized = set(info["missing_keys"]), {key for key, *_ in info["mismatched_keys"]}

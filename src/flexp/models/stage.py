@@ -12,16 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from flexp.errors import ModelError
-from flexp.kinds import LABELS
 from flexp.models import execution
 from flexp.models.anatomy import Anatomy, dissect
+from flexp.models.batches import NOT_FOR_BLOCKS, USUAL, check_padding, for_blocks, longest_exact
 from flexp.models.execution import ExecutionPlan
-from flexp.models.parts import Part, ZeroPatches, prune
-
-NOT_FOR_BLOCKS = frozenset({*LABELS, "num_items_in_batch"})
-"""What a batch may hold that only the loss needs."""
-NEED_ALL_BLOCKS = ("output_hidden_states", "output_attentions", "output_router_logits")
-"""What may be asked of a whole model, but not of one whose blocks are in several places."""
+from flexp.models.parts import Absent, Part, ZeroPatches, prune
 
 
 class Stage:
@@ -41,7 +36,9 @@ class Stage:
         self.lent = False  # whether the tensors belong to another stage as well
         self.weights: str | None = None  # which pretrained weights these are, where that is known
         self._tuples: bool | None = None
-        self._probed = not part.ends  # without the ends there is nothing to find out
+        self.compares = True  # every plan with a server's, where it has the ends
+        self.longest = longest_exact(model.config)
+        self._server: Stage | None = None  # the model as a server has it, of no blocks, to compare with
         parameters = inspect.signature(type(model).forward).parameters
         cached = getattr(model.config, "use_cache", None) is not None
         passed_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
@@ -75,16 +72,14 @@ class Stage:
         Raises:
             ModelError: the model cannot be split exactly, or the batch asks for what only a whole model can give.
         """
-        for key in NEED_ALL_BLOCKS:
-            if inputs.get(key):
-                raise ModelError(f"{key}=True was asked for, but a split model has its blocks in several places")
-        wanted = {key: value for key, value in inputs.items() if key not in NOT_FOR_BLOCKS} | self.no_cache
+        wanted = for_blocks(self.model, inputs, self.longest) | self.no_cache
+        if self.part.ends:
+            check_padding(self.model, inputs)
         with self.computing():
             hidden_BTH, plan = execution.record(self.model, self.blocks, wanted, self._tuples)
         self._tuples = plan.tuples
-        if not self._probed:
-            self._probe(hidden_BTH, plan, inputs)
-            self._probed = True
+        if self.part.ends and self.compares:
+            self._compare(hidden_BTH, plan, inputs)
         return hidden_BTH, plan
 
     def plan_without_inputs(
@@ -117,11 +112,12 @@ class Stage:
         with torch.no_grad(), execution.undisturbed(hidden_BTH.device):
             return self.plan(inputs)[1]
 
-    def _probe(self, hidden_BTH: Tensor, plan: ExecutionPlan, inputs: Mapping[str, Any]) -> None:
-        """Make the plan as a server will, without any weights, and refuse the model if it is another one.
+    def _compare(self, hidden_BTH: Tensor, plan: ExecutionPlan, inputs: Mapping[str, Any]) -> None:
+        """Make the plan as a server will, without any weights, and refuse the batch if it is another one.
 
         Some models (MPNet, DeBERTa) hand their blocks what they made of the token ids or of weights outside of the
-        blocks: a server, which has neither, would compute something else.
+        blocks: a server, which has neither, would compute something else. So it would with options of which it is not
+        told. A plan depends on what a batch brings, so every batch is looked at.
         """
         name = type(self.model).__name__
         expected = f"(B, T, {self.anatomy.hidden})"
@@ -131,19 +127,33 @@ class Stage:
                 "use an architecture that `flexp verify --list` names"
             )
         try:
-            stub = carve(self, Part(frozenset(), ends=False))
-            # Some models ask their first parameter for its type: a server has blocks, so it has one.
-            stub.blocks[0].register_parameter("any", nn.Parameter(hidden_BTH.detach().new_zeros(0)))
-            other = stub.plan_without_inputs(hidden_BTH, inputs.get("attention_mask"), inputs.get("position_ids"))
-            problem = "" if plan.same(other) else "they would get other arguments there"
+            server = self._as_server(hidden_BTH)
+            other = server.plan_without_inputs(hidden_BTH, inputs.get("attention_mask"), inputs.get("position_ids"))
+            problem = plan.difference(other)
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
-        if problem:
+        if not problem:
+            return
+        further = [key for key in inputs if key not in USUAL | NOT_FOR_BLOCKS]
+        if further:
             raise ModelError(
-                f"{name} cannot be split: its blocks need, besides the hidden state, what a server does not have, such "
-                f"as token ids or a table of relative positions ({problem}); use an architecture that "
-                "`flexp verify --list` names"
+                f"{name}: this batch brings {', '.join(further)}, which blocks need and a server is not told "
+                f"({problem}); leave it out"
             )
+        raise ModelError(
+            f"{name} cannot be split: its blocks need, besides the hidden state, what a server does not have, such "
+            f"as token ids or a table of relative positions ({problem}); use an architecture that "
+            "`flexp verify --list` names"
+        )
+
+    def _as_server(self, hidden_BTH: Tensor) -> Stage:
+        """The same model without blocks and ends, which costs no memory."""
+        if self._server is None or next(self._server.model.parameters()).device != hidden_BTH.device:
+            self._server = carve(self, Part(frozenset(), ends=False))
+            # Some models ask their first parameter for its type: a server has blocks, so it has one.
+            self._server.blocks[0].register_parameter("any", nn.Parameter(hidden_BTH.detach().new_zeros(0)))
+        self._server.model.train(self.model.training)
+        return self._server
 
     def run(self, hidden_BTH: Tensor, plan: ExecutionPlan, start: int, stop: int) -> Tensor:
         """Run blocks [start, stop) on a hidden state (B, T, H)."""
@@ -153,12 +163,18 @@ class Stage:
         with self.computing():
             return plan.replay(self.blocks, hidden_BTH, start, stop)
 
-    def finish(self, hidden_BTH: Tensor, inputs: Mapping[str, Any], plan: ExecutionPlan) -> Any:
-        """Final norm, head and, with labels, loss: the model's own output object, from the last hidden state."""
+    def finish(
+        self, hidden_BTH: Tensor, inputs: Mapping[str, Any], plan: ExecutionPlan, *, headless: bool = False
+    ) -> Any:
+        """Final norm, head and, with labels, loss: the model's own output object, from the last hidden state.
+
+        ``headless``: the output of the model under the head, from the final norm.
+        """
         if not self.part.ends:
             raise ModelError("a stage without the ends of the model cannot compute its output")
         with self.computing():
-            return execution.finish(self.model, self.blocks, hidden_BTH, {**inputs, **self.no_cache}, plan.tuples)
+            model = self.model.base_model if headless else self.model
+            return execution.finish(model, self.blocks, hidden_BTH, {**inputs, **self.no_cache}, plan.tuples)
 
     def computing(self) -> AbstractContextManager[None]:
         """What the model computes in inside the ``with`` block: mixed precision, if :attr:`autocast` says so."""
@@ -218,6 +234,9 @@ def carve(source: Stage, part: Part) -> Stage:
         raise ModelError(f"cannot carve blocks {sorted(missing)} out of a stage that does not hold them")
     shared: dict[int, Any] = {id(tensor): tensor for tensor in source.model.parameters()}
     shared |= {id(tensor): tensor for tensor in source.model.buffers()}
+    for index, block in enumerate(source.blocks):
+        if index not in part.blocks:  # not copied only to be taken out
+            shared[id(block)] = Absent(index, block)
     model = copy.deepcopy(source.model, shared)
     prune(model, source.anatomy, part)
     if not part.ends:
@@ -228,7 +247,7 @@ def carve(source: Stage, part: Part) -> Stage:
     stage.autocast = source.autocast
     stage.new = source.new
     stage.weights = source.weights
-    stage._probed = source._probed or not part.ends
+    stage.compares = source.compares
     return stage
 
 

@@ -137,9 +137,15 @@ def _joined(
     """The client, joined; the server may be started after its clients."""
     end, told = time.monotonic() + patience, False
     while True:
+        link: Link | None = None
         try:
-            return setup.join(reach(), numbering, codec)
-        except LinkLostError as error:
+            link = reach()
+            return setup.join(link, numbering, codec)
+        except LinkError as error:
+            if link is not None:
+                link.close()  # a client has one stream at a time
+            if not isinstance(error, LinkLostError):
+                raise
             if time.monotonic() > end:
                 raise LinkError(f"{error}; gave up after {patience:g} s") from error
             if not told:

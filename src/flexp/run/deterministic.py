@@ -47,6 +47,7 @@ class Deterministic(Conductor):
         self._done: set[str] = set()  # who has done the place that all do
         self._saved = -1  # the last place at which the server has saved
         owners = [item.client if item.what == "step" else "" for item in self.places]
+        self._meetings = [number for number, item in enumerate(self.places) if item.what == "meet"]
         self._steps = {name: [0, *accumulate(owner == name for owner in owners)] for name in self.clients}
         if self.over:
             self._saved = max(self.numbers)
@@ -61,6 +62,8 @@ class Deterministic(Conductor):
             self._return(client, ready)
         elif self._begun and ready.done == self.place:
             self._has_done(client)
+        elif self._begun and self._ahead(client, ready):  # its snapshot is from after its step, whose word was lost
+            self._next()
         self._advance()
         return future
 
@@ -77,7 +80,7 @@ class Deterministic(Conductor):
         item = self.places[self.place]
         if item.what == "step" and item.client == client:
             self._next()
-        elif item.what in ("evaluate", "save"):
+        elif item.what in ("evaluate", "meet", "save"):
             if item.what == "save":  # if it could: a full disk leaves it with what it saved before
                 self.server.keep_answers_after(client, self.members[client].ready.saved)
             self._done.add(client)
@@ -120,25 +123,40 @@ class Deterministic(Conductor):
         member = self.members.get(client)
         if member is None or not member.waits or client in self._done:
             return
-        if member.ready.steps == self.steps_of(client, self.place):
+        if member.ready.steps == self.steps_of(client, self.place) and member.ready.met >= self._due(self.place):
             number = self.place if item.what == "save" else item.number
             member.answer(Order(item.what, self.run, self.place, number))  # type: ignore[arg-type]
 
     def _catch_up(self) -> None:
         """Let those who went back do again what the run has already; nobody waits for that unless it is their turn."""
         for client, member in self.members.items():
-            if member.waits and member.ready.steps < self.steps_of(client, self.place):
+            met = member.ready.met
+            missed = self._meetings[met] if met < self._due(self.place) else None
+            if member.waits and missed is not None and member.ready.steps == self.steps_of(client, missed):
+                member.answer(Order("meet", self.run, -1, self.places[missed].number))  # the server still has the sums
+            elif member.waits and member.ready.steps < self.steps_of(client, self.place):
                 member.answer(Order("step", self.run, -1))
+
+    def _due(self, place: int) -> int:
+        """How many meetings there were before the run came to ``place``."""
+        return sum(number < place for number in self._meetings)
+
+    def _ahead(self, client: str, ready: Ready) -> bool:
+        """Whether it is this client's turn, and it has taken its step already."""
+        item = self.places[self.place] if self.place < len(self.places) else None
+        mine = item is not None and item.client == client
+        return mine and ready.steps == self.steps_of(client, self.place) + 1
 
     def _return(self, client: str, ready: Ready) -> None:
         """A client that was here before comes back, as it was or with less."""
         expected = self.steps_of(client, self.place)
         item = self.places[self.place] if self.place < len(self.places) else None
-        if ready.steps == expected or (
-            item is not None and item.client == client and ready.steps == expected + 1 and ready.steps
-        ):
-            if ready.steps > expected:  # it was its turn, and only the word that it had done it was lost
+        ahead = self._ahead(client, ready)
+        if ready.steps == expected or ahead:
+            if ahead:  # only the word that it had done its step was lost
                 self._next()
+            elif item is not None and item.what == "meet" and ready.met > self._due(self.place):  # likewise
+                self._done.add(client)
             return
         found = [number for number in ready.snapshots if number <= self.place]
         if not found and not ready.steps:

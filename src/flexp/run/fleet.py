@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from importlib import import_module
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from flexp.errors import FlexpError
+from flexp.errors import ConfigError, FlexpError
 from flexp.files import check_free, folder_name, write_json
 from flexp.report.metrics import read as read_log
+from flexp.run.processes import begin
 from flexp.run.settle import Settled
 
 Say = Callable[[str], None]
@@ -28,23 +29,20 @@ class Process:
     name: str
     arguments: list[str]
     log: Path
-    process: subprocess.Popen[bytes] | None = None
+    process: BaseProcess | None = None
     starts: int = 0
     ended: bool = False
-    _file: TextIO | None = field(default=None, repr=False)
 
-    def start(self, environment: dict[str, str]) -> None:
-        """Start it, or start it again."""
+    def start(self, threads: int) -> None:
+        """Start it, or start it again. The fleet itself passes signals on."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("ab") as file:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "flexp.cli.main", *self.arguments],
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,  # the fleet itself passes signals on
-            )
+        self.process = begin(command, self.arguments, log=self.log, threads=threads, alone=True)
         self.starts += 1
+
+    @property
+    def code(self) -> int | None:
+        """What its process ended with; ``None`` while it runs, or if it was never started."""
+        return None if self.process is None else self.process.exitcode
 
     def last_words(self) -> str:
         """The last line of its log."""
@@ -57,9 +55,10 @@ class Fleet:
 
     Args:
         restarts: how often one party may fall before the fleet gives up.
+        deployment: keys of ``[deployment]``; without a ``schedule`` it is deterministic, and everybody takes part.
 
     Raises:
-        ConfigError: ``out`` holds something else.
+        ConfigError: ``out`` holds something else, or the table names other clients than the data have.
     """
 
     def __init__(
@@ -67,20 +66,18 @@ class Fleet:
         run: Settled,
         out: Path,
         *,
-        schedule: str,
-        save_every: int,
         restarts: int = 3,
         threads: int = 1,
-        answer_seconds: float = 120.0,
         say: Say = print,
+        **deployment: Any,
     ) -> None:
         self.config, self.cuts, self.out, self.say = run.config, run.cuts, out, say
-        self.restarts = restarts
-        self.environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
+        self.restarts, self.threads = restarts, threads
         self._file = out / "fleet.json"
         if not self._file.exists():
             check_free(out, ("config.json", "server", "clients"), "a fleet")
-        self._write_config(schedule, save_every, answer_seconds)
+        self._write_config(deployment)
+        self._stays = bool(deployment.get("allow_export"))  # the server, until it is told to go
         self.server = Process("server", [], out / "server" / "log.txt")
         self.clients = {name: Process(name, [], self.folder(name) / "log.txt") for name in self.cuts}
         self.address = ""
@@ -106,15 +103,14 @@ class Fleet:
             "--listen", self.address or listen, "--every", "5",
         ]  # fmt: skip
         before = self.server.log.stat().st_size if self.server.log.exists() else 0
-        self.server.start(self.environment)
-        assert self.server.process is not None
+        self.server.start(self.threads)
         while True:
             text = self.server.log.read_bytes()[before:].decode(errors="replace")
             found = ADDRESS.search(text)
             if found:
                 self.address = found[1]
                 return
-            if self.server.process.poll() is not None:
+            if self.server.code is not None:
                 raise FlexpError(f"the server could not be started: {self.server.last_words()}")
             time.sleep(0.05)
 
@@ -125,7 +121,7 @@ class Fleet:
             "client", "--config", str(self._file), "--server", self.way or self.address, "--name", name,
             "--state", str(self.folder(name)),
         ]  # fmt: skip
-        party.start(self.environment)
+        party.start(self.threads)
 
     def start(self) -> None:
         """Everybody."""
@@ -140,16 +136,16 @@ class Fleet:
             FlexpError: somebody fell too often.
         """
         for party in (self.server, *self.clients.values()):
-            if party.ended or party.process is None or party.process.poll() is None:
+            if party.ended or party.code is None:
                 continue
-            if party.process.returncode == 0:
+            if party.code == 0:
                 party.ended = True
                 continue
             if party.starts > self.restarts:
                 raise FlexpError(f"{party.name} ended {party.starts} times with an error: {party.last_words()}")
-            self.say(f"{party.name} ended with code {party.process.returncode}; starting it again")
+            self.say(f"{party.name} ended with code {party.code}; starting it again")
             self.start_server() if party is self.server else self.start_client(party.name)
-        return self.server.ended and all(party.ended for party in self.clients.values())
+        return (self.server.ended or self._stays) and all(party.ended for party in self.clients.values())
 
     def run(self) -> None:
         """From the start to the end.
@@ -169,19 +165,15 @@ class Fleet:
 
     def stop(self, seconds: float = 20.0) -> None:
         """Ask whoever still runs to stop, and wait for it."""
-        running = [
-            p for p in (*self.clients.values(), self.server) if p.process is not None and p.process.poll() is None
-        ]
-        for party in running:
-            assert party.process is not None
-            party.process.terminate()
-        for party in running:
-            assert party.process is not None
-            try:
-                party.process.wait(seconds)
-            except subprocess.TimeoutExpired:
-                party.process.kill()
-                party.process.wait()
+        parties = (*self.clients.values(), self.server)
+        running = [p.process for p in parties if p.process is not None and p.code is None]
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.join(seconds)
+            if process.is_alive():
+                process.kill()
+                process.join()
 
     def results(self) -> list[dict[str, Any]]:
         """The last score and the steps of every client, from what each has written."""
@@ -204,11 +196,22 @@ class Fleet:
             self.say(f"step {steps}/{total}")
         return max(told, tenth)
 
-    def _write_config(self, schedule: str, save_every: int, answer_seconds: float) -> None:
+    def _write_config(self, deployment: dict[str, Any]) -> None:
         """The run's configuration with the table ``[deployment]``, for all processes."""
-        content = self.config.resolved()
-        table = {"schedule": schedule, "clients": list(self.cuts), "save_every": save_every}
-        content["deployment"] = {**table, "answer_seconds": answer_seconds}
+        content, everybody = self.config.resolved(), list(self.cuts)
+        content["deployment"] = {"schedule": "deterministic", **deployment, "clients": everybody}
+        listed = deployment.get("clients")
+        if listed is not None and set(listed) != set(everybody):
+            raise ConfigError(
+                f"deployment.clients names {', '.join(listed)}, and the data have {', '.join(everybody)}: a fleet "
+                "starts all of them; choose among them with data.clients.names"
+            )
         self.out.mkdir(parents=True, exist_ok=True)
         write_json(self.out / "config.json", self.config.resolved())
         write_json(self._file, content)
+
+
+def command(arguments: list[str]) -> None:
+    """``flexp`` with these arguments, in a process of its own."""
+    sys.argv = ["flexp", *arguments]
+    import_module("flexp.cli.main").main()

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
+from flexp.client.meeting import FIRST, LAST, Meets, OverLink
 from flexp.client.model import SplitModel
 from flexp.client.recut import fit
 from flexp.client.trainer import Step, Trainer, cut_in, load_party, party_state
@@ -16,6 +17,7 @@ from flexp.limits import out_of_memory
 from flexp.links.base import Link
 from flexp.links.coding import load_residuals
 from flexp.links.messages import Order, Ready
+from flexp.methods.parties import meet_at, seat_of
 from flexp.report.metrics import Record
 from flexp.report.summary import VALIDATION
 from flexp.rng import RandomStream
@@ -67,6 +69,7 @@ class Party:
         self._validated = validated or {}
         self._saved_steps = trainer.steps  # of a client that has moved to another cut, what it moved with
         self._place = 0
+        self._met = 0  # meetings that it has been at
         self._pull_due = False
         self._linked = time.monotonic()
         self._quick = 0.0  # seconds to rest before the link is made anew
@@ -94,6 +97,7 @@ class Party:
             "numbering": self.model.steps.numbering,
             "steps": self.trainer.steps,
             "cut": list(self.model.cut),
+            "met": self._met,
             "data": self.setup.identity,
         }
         try:
@@ -121,6 +125,8 @@ class Party:
                             break
                 case "evaluate":
                     self._evaluate(order.number)
+                case "meet":
+                    self._meet(order.number)
                 case "save":
                     self.save(order.number)
                 case "restore":
@@ -143,6 +149,14 @@ class Party:
                 f"the server orders {order.count} steps after {self.trainer.steps}, and this run has "
                 f"{self.config.train.total_steps}; set the same train.rounds and train.steps_per_round on both sides"
             )
+        meets = Meets.of(self.config)
+        if order.what == "meet" and not (
+            (order.number == FIRST and meets.first) or (order.number == LAST and meets.last)
+        ):
+            raise LinkError(
+                f"the server orders a meeting (number {order.number}), and this client's settings have none: set the "
+                "same method.meet and model.head on both sides"
+            )
         if len(order.run) > MOST_RUN or min(order.number, order.save or 0) < 0:
             raise LinkError("the server's order names a run or a snapshot that cannot be")
 
@@ -151,7 +165,7 @@ class Party:
         numbers = tuple(self.snapshots.numbers())
         train = self.config.train
         planned = 0 if train.personal.schedule == "constant" else train.total_steps
-        ready = Ready(self.trainer.steps, done, self._run, numbers, self._saved_steps, self._told(), planned)
+        ready = Ready(self.trainer.steps, done, self._run, numbers, self._saved_steps, self._told(), planned, self._met)
         future = self.model.link.call(ready)
         while True:
             try:
@@ -220,6 +234,14 @@ class Party:
             value = self.scores[self.task.metric]
             self.diary.note(f"{self.data.name}: round {number}, {self.task.metric} {value:.4g} on its own test data")
 
+    def _meet(self, meeting: int) -> None:
+        name = self.data.name
+        seat, adder = seat_of(self.trainer, self.config), OverLink(self.model.link)
+        choice = meet_at({name: seat}, {name: adder}, {name: self.trainer}, meeting)[name]
+        self._met = meeting + 1
+        if meeting == LAST:
+            self.diary.note(f"{name}: after the last meeting its classifier is: {choice}")
+
     def _restore(self, number: int) -> None:
         snapshot = self.snapshots.open(number)
         state = snapshot.load(party_of(self.data.name))
@@ -228,6 +250,7 @@ class Party:
             fit(self.trainer, cut, self.setup.load)
         load_party(self.trainer, state)
         self._saved_steps = self.trainer.steps
+        self._met = int(snapshot.facts.get("met", 0))
         self._pull_due = False
         if self._mover is not None:
             self._mover.begin()

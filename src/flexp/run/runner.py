@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from flexp.client.meeting import FIRST, LAST
+from flexp.client.personal_head import Choice
 from flexp.config import RunConfig
 from flexp.config.loading import validate
 from flexp.data import load_federation
@@ -144,6 +147,11 @@ def _prepared(
 ) -> tuple[World, MemoryProbes, list[Dropped]]:
     """The world without those whose device cannot hold what the method trains, and what was measured to know that."""
     world = build_world(config, federate)
+    if config.train.early_stopping.patience is not None and world.meets.last:
+        raise ConfigError(
+            "train.early_stopping: clients meet (method.meet) after the last step, and which that is nobody knows "
+            "beforehand; leave one of them out"
+        )
     probes = MemoryProbes(world, out, cache)
     world, dropped = place(world, probes) if config.on_devices else (world, [])
     return world, probes, dropped
@@ -195,6 +203,8 @@ class _Run:
                     progress.note(f"resumed after round {self.first_round - 1}")
                 if self.first_round == 0:
                     self._evaluate(0)
+                    if self.world.meets.first:
+                        self.method.meet(FIRST)
                 for number in range(max(1, self.first_round), self.config.train.rounds + 1):
                     if self._ended():
                         break
@@ -216,6 +226,8 @@ class _Run:
         for record in [] if self.recutting is None else self.recutting.before_round(number):
             self.diary.change(record)
         self.method.train_round(number, lambda step: self.diary.step(number, step))
+        if number == self.config.train.rounds and self.world.meets.last:
+            self._tell(self.method.meet(LAST))
         if number in self.scoring:
             self._evaluate(number)
         last = number == self.config.train.rounds or self._ended()
@@ -247,6 +259,11 @@ class _Run:
 
     def _complete(self) -> bool:
         return self.config.train.rounds in self.scored
+
+    def _tell(self, choices: dict[str, Choice]) -> None:
+        counted = Counter(choices.values())
+        said = ", ".join(f"{name} of {count}" for name, count in counted.most_common())
+        self.progress.note(f"after the last meeting the clients' classifiers are: {said}")
 
     def _evaluate(self, number: int) -> None:
         task, size = self.world.federation.task, self.config.evaluation.batch_size

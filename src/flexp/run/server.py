@@ -9,9 +9,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from flexp.client.meeting import UNMASKED, Meets
 from flexp.config import DeploymentConfig, RunConfig
 from flexp.config.loading import OTHERS, overridden, validate
-from flexp.errors import LinkError, StorageError
+from flexp.errors import ConfigError, LinkError, StorageError
 from flexp.kinds import ModelKind
 from flexp.limits import allow_many_files
 from flexp.links.grpc import Serving, serve
@@ -85,10 +86,19 @@ def make_conductor(
     check_conducted(config.train, deployment.schedule)
     run, clients, train = run_name(snapshots), deployment.clients, config.train
     every, save_every = config.evaluation.every, deployment.save_every
+    meets = Meets.of(config)
+    if meets:
+        say(UNMASKED)
+        if deployment.schedule == "free":
+            raise ConfigError(
+                'method.meet and model.head = "closed-form" need deployment.schedule = "deterministic": in a free run '
+                "nobody waits for those who are to meet; switch one of the two off"
+            )
+        server.sums.open(deployment.clients or ())
     if deployment.schedule == "free":
         return Free(server, snapshots, run, say, train, clients, every, save_every)
     assert clients is not None
-    places = schedule(clients, train, config.seed, every, save_every)
+    places = schedule(clients, train, config.seed, every, save_every, meets)
     return Deterministic(server, snapshots, run, say, train, clients, places)
 
 
@@ -97,6 +107,7 @@ def run_server(
     listen: str,
     *,
     state: Path | None = None,
+    keep: int = 2,
     say: Say,
     every: float = 30.0,
     grace: float = 10.0,
@@ -114,6 +125,7 @@ def run_server(
         every: seconds between two lines of progress.
         grace: seconds that unfinished steps get; what is unfinished then is dropped, without effect on the weights.
         stop: stops the server as a signal does; with it, signals are left alone.
+        keep: of what it saves, so many stay.
         conductor: conducts a run, and keeps snapshots of its own.
         metrics: HOST:PORT for /metrics, /healthz and /readyz.
         allow_export: give clients the trained weights of their shared blocks; the server then stays when a conducted
@@ -125,7 +137,7 @@ def run_server(
         StorageError: the state is damaged, belongs to other blocks, or cannot be written.
     """
     allow_many_files()
-    store = None if state is None else Store(state)
+    store = None if state is None else Store(state, keep)
     if store is not None:
         store.claim()
         if store.numbers():

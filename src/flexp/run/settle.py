@@ -17,6 +17,7 @@ import torch
 import transformers
 
 from flexp.assets import resolve
+from flexp.client.meeting import UNMASKED, closed_form_of
 from flexp.client.model import SplitModel
 from flexp.client.trainer import Trainer
 from flexp.config import CodecConfig, DataConfig, RunConfig
@@ -120,7 +121,7 @@ def settle(config: RunConfig, federate: Federate = load_federation, *, plan: boo
     head = trained_classes(model_config, task_of(config.data).model_kind, config.model.pooling)
     federation = federate(config.data, processor, config.seed, max_positions(model_config), head)
     blocks = int(getattr(model_config.get_text_config(), "num_hidden_layers", 0))
-    notes, planned = _precision_notes(config), None
+    notes, planned = [*_precision_notes(config), *_meeting_notes(config)], None
     if plan and config.data.clients.planned:  # before anything is loaded
         config, more, planned = with_cuts(config, federation, blocks)
         notes += more
@@ -310,6 +311,16 @@ def max_positions(model_config: Any) -> int | None:
     # RoBERTa counts positions from its padding index on.
     offset = 2 if getattr(text, "model_type", "") in ("roberta", "xlm-roberta", "camembert") else 0
     return None if positions is None else int(positions) - offset
+
+
+def _meeting_notes(config: RunConfig) -> list[str]:
+    method, asked = method_of(config), config.model.head == "closed-form" or config.method.meet.on
+    why = "" if method.meets else f"{method.name} knows no meeting"
+    if asked and not closed_form_of(config):
+        why = f"the task {task_of(config.data).name} has no closed form"
+    if asked and why:
+        return [f"clients do not meet: {why}, so model.head and method.meet are left out"]
+    return [UNMASKED] if method.meets and method.meetings(config) and method.sends != "nothing" else []
 
 
 def _precision_notes(config: RunConfig) -> list[str]:

@@ -9,13 +9,13 @@ from flexp.config.train import EarlyStopping
 from flexp.errors import ConfigError
 
 
-def ended(scores: Mapping[int, float | None], stopping: EarlyStopping | None, higher_is_better: bool) -> bool:
+def ended(scores: Mapping[int, float | None], stopping: EarlyStopping, higher_is_better: bool) -> bool:
     """Whether the last ``patience`` scored rounds brought nothing better, by more than ``min_delta``, than one before.
 
     Args:
         scores: on validation data, by round; ``None``: not a number, which is no better.
     """
-    if stopping is None:
+    if stopping.patience is None:
         return False
     best: float | None = None
     since, sign = 0, 1.0 if higher_is_better else -1.0
@@ -32,7 +32,7 @@ def check_conducted(train: TrainConfig, schedule: str) -> None:
     Raises:
         ConfigError: a deterministic run would have to know everybody's scores before anybody goes on.
     """
-    if train.early_stopping is not None and schedule != "free":
+    if train.early_stopping.patience is not None and schedule != "free":
         raise ConfigError(
             "train.early_stopping: in a deterministic run over a network nobody stops before the others; set "
             'deployment.schedule = "free", where every client stops for itself, or leave it out'

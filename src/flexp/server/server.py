@@ -37,6 +37,8 @@ from flexp.links.messages import (
     PullRequest,
     Ready,
     Request,
+    SumReply,
+    SumRequest,
     Welcome,
 )
 from flexp.models.loading import load_config, load_stage
@@ -262,6 +264,12 @@ class Server(ServerState):
         """The trained shared weights of one block, as they are between two updates."""
         check_fetch(self._sessions[client], request, self.blocks, self.allow_export)
         return self.shared.give(request)
+
+    @_handle.register
+    def _sum(self, request: SumRequest, client: str) -> Future[SumReply]:
+        """Clients' tensors, added up when all have come."""
+        self._sessions[client]  # it has joined
+        return self.sums.give(client, request)
 
     @_handle.register
     def _extend(self, request: ExtendRequest, client: str) -> ExtendReply:

@@ -13,6 +13,7 @@ from flexp.models.stage import Stage
 from flexp.server.clients import ClientRegistry, Guard
 from flexp.server.session import Sessions
 from flexp.server.shared import SharedBlocks
+from flexp.server.sums import SumTable
 
 
 class ServerState:
@@ -33,6 +34,7 @@ class ServerState:
         self.bounds, self.guard = self.shared.bounds, Guard(config.guard)
         self.clients = ClientRegistry(seed, stage.model.device)
         self.compute_seconds = 0.0
+        self.sums = SumTable()
         self._sessions = Sessions()
         self._lock = threading.RLock()
         self.guard.listeners.append(lambda client, _: self._sessions.end(client))
@@ -115,6 +117,7 @@ class ServerState:
             flat = {f"shared/{name}": value for name, value in self.shared.state().items()}
             flat |= self.clients.state(self._sessions.begun(), progress=self.remembers)
             flat |= {f"guard/{name}": value for name, value in (self.bounds.state() | self.guard.state()).items()}
+            flat |= {f"sums/{name}": value for name, value in self.sums.state().items()}
             return flat | {"compute_seconds": torch.tensor(self.compute_seconds, dtype=torch.float64)}
 
     def trained(self) -> dict[str, list[int]]:
@@ -140,6 +143,7 @@ class ServerState:
             self.shared.load(_under("shared/", state))
             self.bounds.load(_under("guard/", state))
             self.guard.load(_under("guard/", state))
+            self.sums.load(_under("sums/", state))
             self.compute_seconds = float(state["compute_seconds"])
             self.clients.load(state)
             for name, session in self._sessions.items():

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from flexp.config import DataConfig
 from flexp.data.columns import as_text, label_texts
 from flexp.data.measures import MOST_CLASSES, class_scores, confusion, f1_by_class
+from flexp.data.survey import Column
 from flexp.data.tasks.text import IGNORED, Limit, encode_texts, pad
 from flexp.data.types import PLACE, Batch, Example, Forward, Row, Tally
 from flexp.errors import ConfigError
@@ -46,6 +47,14 @@ class BaseTask(ABC):
         self.config, self.processor, self.limit = config, processor, limit
         self.label_names: list[str] | None = list(label_names) if self.classes else None
         self._number = {name: index for index, name in enumerate(label_names)}
+
+    @classmethod
+    def suits(cls, columns: Sequence[Column]) -> dict[str, Any] | None:
+        """The keys of ``[data]`` that name the columns which this task would read, if there are such: a guess.
+
+        Of several tasks the one that makes use of most of the data is offered first.
+        """
+        return None
 
     @classmethod
     def text_columns(cls, config: DataConfig) -> list[str]:

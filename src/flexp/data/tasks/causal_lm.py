@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
+from typing import Any
 
+from flexp.data.survey import Column, text_column
 from flexp.data.tasks.base import TextTask, place
 from flexp.data.tasks.text import answer_example, encode_texts, with_end
 from flexp.data.types import Example, Row
@@ -15,6 +17,11 @@ class CausalLM(TextTask):
     """One example per text; or, with ``block_length``, the texts joined and cut in blocks of that many tokens."""
 
     name = "causal-lm"
+
+    @classmethod
+    def suits(cls, columns: Sequence[Column]) -> dict[str, Any] | None:
+        text = text_column(columns)
+        return None if text is None else {"text": text}
 
     def encode(self, rows: Sequence[Row]) -> list[Example]:
         """Token ids closed by the end-of-text token, all labelled but the first; the last block may be shorter."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from flexp.config import DataConfig
+from flexp.data.survey import Column, label_column, text_column
 from flexp.data.tasks.base import OneClass, TextTask
 from flexp.data.types import Example, Row
 from flexp.kinds import ModelKind
@@ -15,6 +17,11 @@ class Classification(OneClass, TextTask):
 
     name = "classification"
     model_kind: ModelKind = "sequence-classification"
+
+    @classmethod
+    def suits(cls, columns: Sequence[Column]) -> dict[str, Any] | None:
+        text, label = text_column(columns), label_column(columns)
+        return None if text is None or label is None else {"text": text, "label": label}
 
     @classmethod
     def own_columns(cls, config: DataConfig) -> dict[str, str]:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from flexp.config import DataConfig
+from flexp.data.survey import Column, column_of, label_column
 from flexp.data.tasks.base import OneClass, place
 from flexp.data.types import Batch, Example, Row
 from flexp.errors import DataError
@@ -25,6 +26,11 @@ class ImageClassification(OneClass):
     name = "image-classification"
     model_kind: ModelKind = "image-classification"
     images = True
+
+    @classmethod
+    def suits(cls, columns: Sequence[Column]) -> dict[str, Any] | None:
+        image, label = column_of(columns, "image"), label_column(columns)
+        return None if image is None or label is None else {"image": image, "label": label}
 
     @classmethod
     def own_columns(cls, config: DataConfig) -> dict[str, str]:

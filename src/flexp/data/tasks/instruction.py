@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from flexp.config import DataConfig
 from flexp.data.columns import as_text
+from flexp.data.survey import Column, column_of
 from flexp.data.tasks.base import TextTask, fields, fill_row, place
 from flexp.data.tasks.chat import ChatForm, messages_of
 from flexp.data.tasks.text import answer_example, continuation, fit_end, with_end
 from flexp.data.types import Example, Row
 from flexp.errors import ConfigError
+
+PROMPTS = ("prompt", "instruction", "question", "query", "input")
+ANSWERS = ("answer", "response", "completion", "output", "reply")
 
 
 class Instruction(TextTask):
@@ -19,6 +24,13 @@ class Instruction(TextTask):
 
     name = "instruction"
     template = "### Instruction:\n{prompt}\n\n### Response:\n"
+
+    @classmethod
+    def suits(cls, columns: Sequence[Column]) -> dict[str, Any] | None:
+        if (messages := column_of(columns, "chat")) is not None:
+            return {"messages": messages}
+        prompt, answer = column_of(columns, "text", PROMPTS), column_of(columns, "text", ANSWERS)
+        return None if prompt is None or answer is None else {"prompt": prompt, "answer": answer}
 
     @classmethod
     def text_columns(cls, config: DataConfig) -> list[str]:

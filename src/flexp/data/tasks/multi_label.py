@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from flexp.config import DataConfig
 from flexp.data.columns import lists_of_labels
 from flexp.data.measures import several_f1, several_scores
+from flexp.data.survey import LABELS, Column, column_of, text_column
 from flexp.data.tasks.base import TextTask, rarest
 from flexp.data.types import Batch, Example, Row, Tally
 from flexp.errors import DataError
@@ -29,6 +30,14 @@ class MultiLabel(TextTask):
     labelled = True
     classes = True
     answers = True
+
+    @classmethod
+    def suits(cls, columns: Sequence[Column]) -> dict[str, Any] | None:
+        text, label = (
+            text_column(columns),
+            column_of(columns, "list", (*LABELS, "tags", "topics", "genres")),
+        )
+        return None if text is None or label is None else {"text": text, "label": label}
 
     @classmethod
     def own_columns(cls, config: DataConfig) -> dict[str, str]:

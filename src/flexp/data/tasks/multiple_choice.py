@@ -17,6 +17,7 @@ from torch import Tensor
 from flexp.config import DataConfig
 from flexp.data.columns import as_text, missing
 from flexp.data.scores import scored
+from flexp.data.survey import Column, column_of, label_column, text_column
 from flexp.data.tasks.base import TextTask, deciding_logits, fill_row, place, token_tally
 from flexp.data.tasks.text import Limit, answer_example, continuation, fit_end, prompt_ids
 from flexp.data.types import Example, Forward, Row, Tally
@@ -34,6 +35,13 @@ class MultipleChoice(TextTask):
     labelled = True
     template = "{prompt}\n{choices}\nAnswer:"
     made = ("choices",)
+
+    @classmethod
+    def suits(cls, columns: Sequence[Column]) -> dict[str, Any] | None:
+        choices = column_of(columns, "list", ("choices", "options", "endings"))
+        prompt, label = text_column(columns, ("prompt", "question", "ctx")), label_column(columns, ("label", "answer"))
+        found = {"prompt": prompt, "choices": choices, "label": label}
+        return None if None in found.values() else found
 
     @classmethod
     def own_columns(cls, config: DataConfig) -> dict[str, str]:

@@ -12,11 +12,13 @@ from torch import Tensor
 
 from flexp.config import DataConfig
 from flexp.data.measures import number_scores
+from flexp.data.survey import Column, column_of, text_column
 from flexp.data.tasks.base import TextTask
 from flexp.data.types import Batch, Example, Row, Tally
 from flexp.errors import DataError
 from flexp.kinds import ModelKind
 
+NUMBERS = ("score", "label", "target", "rating", "value", "y", "stars", "price")
 STRATA = 10
 """Rows are divided by the tenth of the numbers that theirs is in."""
 
@@ -31,6 +33,12 @@ class Regression(TextTask):
     answers = True
 
     @classmethod
+    def suits(cls, columns: Sequence[Column]) -> dict[str, Any] | None:
+        measured = [column for column in columns if not column.whole]
+        text, label = text_column(columns), column_of(measured, "number", NUMBERS) or column_of(measured, "number")
+        return None if text is None or label is None else {"text": text, "label": label}
+
+    @classmethod
     def own_columns(cls, config: DataConfig) -> dict[str, str]:
         return {} if config.text_pair is None else {config.text_pair: "data.text_pair"}
 
@@ -38,7 +46,9 @@ class Regression(TextTask):
     def read_labels(
         cls, values: Sequence[Any], names: list[str] | None, config: DataConfig, place: Callable[[int], str]
     ) -> list[float]:
-        return [_number(value, config.label, place, index) for index, value in enumerate(values)]
+        comma = _decimal_comma([value for value in values if isinstance(value, str)])
+        texts = [value.replace(",", ".") if comma and isinstance(value, str) else value for value in values]
+        return [_number(value, config.label, place, index) for index, value in enumerate(texts)]
 
     @classmethod
     def strata(cls, labels: Sequence[float]) -> list[str]:
@@ -76,6 +86,12 @@ class Regression(TextTask):
     def answer(self, logits: Tensor, examples: Sequence[Example]) -> list[dict[str, Any]]:
         """The number."""
         return [{"predicted": value} for value in torch.reshape(logits.double(), (len(examples),)).tolist()]
+
+
+def _decimal_comma(texts: Sequence[str]) -> bool:
+    """Whether numbers are written as ``3,5``; not where points stand too, or each comma might divide thousands."""
+    after = [text.strip().partition(",")[2] for text in texts if "," in text]
+    return not any("." in text for text in texts) and any(len(digits) != 3 for digits in after)
 
 
 def _number(value: Any, column: str, place: Callable[[int], str], index: int) -> float:

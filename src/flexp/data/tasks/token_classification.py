@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from flexp.config import DataConfig
 from flexp.data.columns import lists_of_labels
 from flexp.data.measures import class_scores, confusion, entity_scores
+from flexp.data.survey import Column, column_of
 from flexp.data.tasks.base import BaseTask, class_details, place, rarest
 from flexp.data.tasks.text import IGNORED, Limit, pad
 from flexp.data.types import Batch, Example, Row, Tally
@@ -36,6 +37,12 @@ class TokenClassification(BaseTask):
     labelled = True
     classes = True
     answers = True
+
+    @classmethod
+    def suits(cls, columns: Sequence[Column]) -> dict[str, Any] | None:
+        words = column_of(columns, "list", ("tokens", "words"))
+        tags = column_of(columns, "list", ("ner_tags", "tags", "ner", "pos_tags", "labels", "label"))
+        return None if words is None or tags is None else {"text": words, "label": tags}
 
     def __init__(self, config: DataConfig, processor: Any, limit: Limit, label_names: Sequence[str] = ()) -> None:
         super().__init__(config, processor, limit, label_names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import grpc
 from flexp.config import CodecConfig, CodecName
 from flexp.errors import ConfigError, LinkError, LinkLostError
 from flexp.links.frames import VERSION
+from flexp.links.grpc.diagnosis import NO_TOKEN, Way
 from flexp.links.grpc.link import GrpcLink, reason
 from flexp.links.grpc.loop import METHOD, OPTIONS, SERVICE, wait_for, within
 from flexp.links.grpc.security import (
@@ -53,7 +55,8 @@ def connect(
 
     Raises:
         ConfigError: the address is none, or plaintext would leave this machine.
-        LinkError: no server answers, or it refuses this client.
+        LinkLostError: no server answers, or not yet.
+        LinkError: it refuses this client, or its TLS and this client's do not go together.
     """
     address = Address.of_url(url)
     name = client or address.client
@@ -65,6 +68,7 @@ def connect(
     secure = address.secure or ca is not None
     check_connecting(address, secure, insecure=insecure)
     paths = [None if path is None else Path(path) for path in (ca, certificate, key)]
+    way = Way(address, secure, *paths)
     credentials = channel_credentials(*paths) if secure else None
     metadata = [(PROTOCOL_KEY, str(VERSION)), (CLIENT_KEY, name.encode())] + (
         [(TOKEN_KEY, token.encode())] if token else []
@@ -73,9 +77,9 @@ def connect(
     async def open_stream() -> GrpcLink:
         target = str(address)
         if credentials is None:
-            channel = grpc.aio.insecure_channel(target, OPTIONS)
+            channel = grpc.aio.insecure_channel(target, way.options(OPTIONS))
         else:
-            channel = grpc.aio.secure_channel(target, credentials, OPTIONS)
+            channel = grpc.aio.secure_channel(target, credentials, way.options(OPTIONS))
         try:
             stream = channel.stream_stream(f"/{SERVICE}/{METHOD}")(metadata=metadata)
             async with within(connect_timeout, f"no server answered at {target}"):
@@ -91,11 +95,23 @@ def connect(
         except BaseException as error:
             await channel.close()
             if isinstance(error, grpc.aio.AioRpcError):
-                lost = error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.ALREADY_EXISTS)
-                raise (LinkLostError if lost else LinkError)(reason(error, address)) from error
+                raise await refusal(error, way, token) from error
             raise
         return GrpcLink(channel, stream, address, name, timeout)
 
     link = wait_for(open_stream())
     link.codec = codec if isinstance(codec, CodecConfig) else CodecConfig.all(codec)
     return link
+
+
+async def refusal(error: grpc.aio.AioRpcError, way: Way, token: str | None) -> LinkError:
+    """What a stream that could not be opened comes to: a :class:`LinkLostError` where waiting may help."""
+    code = error.code()
+    if code == grpc.StatusCode.UNAVAILABLE:
+        for_good = await asyncio.to_thread(way.will_not_pass, error.details() or "")
+        if for_good is not None:
+            return LinkError(f"the server at {way.address} cannot be used: {for_good}")
+        return LinkLostError(reason(error, way.address) + way.by_proxy())
+    if code == grpc.StatusCode.UNAUTHENTICATED and not token:
+        return LinkError(f"{reason(error, way.address)}; {NO_TOKEN}")
+    return (LinkLostError if code == grpc.StatusCode.ALREADY_EXISTS else LinkError)(reason(error, way.address))

@@ -22,6 +22,9 @@ from flexp.links.grpc.tokens import Tokens, check_name
 CHECK_SECONDS = 1.0
 """How soon a stream ends after its token was revoked, at the latest."""
 
+CLEAR_SECONDS = 5.0
+"""What a stream that gives way gets to end."""
+
 STRANGER = "client and token do not go together"
 
 
@@ -172,6 +175,7 @@ class Gate:
         why_aside = self._aside(client)
         if why_aside is not None:
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, why_aside)
+        await self._clear(client)
         if client in self.inside:
             await context.abort(grpc.StatusCode.ALREADY_EXISTS, f"client {client} is connected already")
         return client
@@ -199,6 +203,16 @@ class Gate:
         """``client`` has been let in and has a stream."""
         self.inside[client] = stream
         self._marks[client] = None if self._tokens is None else self._tokens.mark(client)
+
+    async def _clear(self, client: str) -> None:
+        """A stream that was refused on joining gives way to the client's next one."""
+        known = self.inside.get(client)
+        if known is None or not known.refused:
+            return
+        known.end(LinkError(f"client {client} was refused here, and has connected anew"))
+        end = asyncio.get_running_loop().time() + CLEAR_SECONDS
+        while self.inside.get(client) is known and asyncio.get_running_loop().time() < end:
+            await asyncio.sleep(0.005)  # it has to leave before the next one joins
 
     def leave(self, client: str) -> None:
         """Its stream has ended."""

@@ -11,6 +11,7 @@ import grpc
 from pydantic_core import from_json, to_json
 
 from flexp.errors import LinkError
+from flexp.links.grpc.diagnosis import NO_TOKEN, Way
 from flexp.links.grpc.link import last_part
 from flexp.links.grpc.loop import SERVICE, wait_for, within
 from flexp.links.grpc.security import TOKEN_KEY, Address, channel_credentials, check_connecting, check_name
@@ -100,11 +101,15 @@ def ask(
     secure = address.secure or ca is not None
     check_connecting(address, secure, insecure=insecure)
     credentials = channel_credentials(ca, None, None) if secure else None
+    way = Way(address, secure, None if ca is None else Path(ca))
 
     async def call() -> bytes:
         target = str(address)
+        options = way.options([])
         made = (
-            grpc.aio.insecure_channel(target) if credentials is None else grpc.aio.secure_channel(target, credentials)
+            grpc.aio.insecure_channel(target, options)
+            if credentials is None
+            else grpc.aio.secure_channel(target, credentials, options)
         )
         async with made as channel, within(timeout, f"no server answered at {target}"):
             metadata = [(TOKEN_KEY, token.encode())] if token else []
@@ -112,10 +117,11 @@ def ask(
                 answer: bytes = await channel.unary_unary(f"/{SERVICE}/{method}")(request, metadata=metadata)
             except grpc.aio.AioRpcError as error:
                 if error.code() == grpc.StatusCode.UNAVAILABLE:
-                    raise LinkError(
-                        f"no flexp server can be reached at {target} ({last_part(error.details())})"
-                    ) from error
-                raise LinkError(f"{target}: {plain(error.details() or error.code().name)}") from error
+                    for_good = await asyncio.to_thread(way.will_not_pass, error.details() or "")
+                    why = for_good or f"{last_part(error.details())}{way.by_proxy()}"
+                    raise LinkError(f"no flexp server can be reached at {target} ({why})") from error
+                more = f"; {NO_TOKEN}" if error.code() == grpc.StatusCode.UNAUTHENTICATED and not token else ""
+                raise LinkError(f"{target}: {plain(error.details() or error.code().name)}{more}") from error
             return answer
 
     return wait_for(call())

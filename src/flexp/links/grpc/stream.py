@@ -33,11 +33,15 @@ class Stream:
     Args:
         compute: puts a request in the queue of the thread that computes; gives its answer, encoded.
         rates: how fast clients may send.
+
+    Attributes:
+        refused: it asked to join, and may not; it could ask again, and gives way to another stream of the same client.
     """
 
     def __init__(
         self, client: str, context: Any, limits: Limits, memory: Memory, compute: Compute, rates: Rates | None = None
     ) -> None:
+        self.refused = False
         self._client, self._context, self._limits = client, context, limits
         self._memory, self._compute = memory, compute
         self._rates = rates or Rates(limits)
@@ -87,6 +91,7 @@ class Stream:
                 await self._answers.put((answer, frame.head.payload))
                 if frame.head.message == Join.__name__:
                     welcome, _ = await asyncio.shield(answer)
+                    self.refused = isinstance(welcome, Refusal) and self._agreement is None
                     if isinstance(welcome, Welcome):
                         self._agreement = Agreement.of(PLAIN.message(frame, torch.device("cpu")), welcome)
                 if frame.head.message == Leave.__name__:

@@ -1,0 +1,104 @@
+"""One client's own classifier, from everybody's sums and its own private examples, on which alone it is chosen.
+
+Three things make the closed form of everybody's sums (:mod:`flexp.client.closed_form`) the client's own: how often it
+sees each class, what its classes look like, and what it has trained. The first two have one number each, which the
+client's examples choose; of the third, the closed form, the trained classifier or both together answer, whichever has
+the smaller loss on examples that it has not seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from flexp.client.closed_form import Discriminant, LinearHead, Statistics, loss, personal_means
+
+KAPPAS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
+CONCENTRATIONS = torch.logspace(-0.5, 5.0, 30, dtype=torch.float64)
+FEW = 16
+"""With fewer examples whose class the client has seen twice, its class means are everybody's."""
+FOLDS = 4
+
+Choice = Literal["closed-form", "trained", "both"]
+Retrain = Callable[[LinearHead, Tensor, Tensor], LinearHead]
+"""Trains a head on features and labels, as the client has trained its classifier."""
+
+
+@dataclass(frozen=True)
+class Common:
+    """What all clients agree on: everybody's sums, and the shrinkage and temperature that they chose together."""
+
+    total: Statistics
+    gamma: float
+    temperature: float
+
+    def head(self) -> LinearHead:
+        """One classifier for all."""
+        return Discriminant(self.total).head(self.gamma, self.temperature)
+
+
+def log_prior(counts_C: Tensor, total_C: Tensor) -> tuple[Tensor, float]:
+    """How often a client will see each class, log π (C,), and the concentration a behind it.
+
+    π = (n_k + a·p)/(N_k + a) with p everybody's (smoothed) frequencies. a has the largest evidence of the client's
+    own counts under a Dirichlet–multinomial (empirical Bayes): large where the client is like everybody.
+    """
+    base_C = (total_C + 1) / (total_C + 1).sum()
+    weight = CONCENTRATIONS[:, None] * base_C
+    evidence = torch.lgamma(weight + counts_C) - torch.lgamma(weight)
+    size = torch.lgamma(CONCENTRATIONS) - torch.lgamma(CONCENTRATIONS + counts_C.sum())
+    a = float(CONCENTRATIONS[int((size + evidence.sum(1)).argmax())])
+    return torch.log((counts_C + a * base_C) / (counts_C.sum() + a)), a
+
+
+def personal_head(common: Common, own: Statistics, features_NH: Tensor, labels_N: Tensor) -> LinearHead:
+    """The closed form with the client's own prior and its own class means, whose κ its examples choose."""
+    found = Discriminant(common.total)
+    prior_C, a = log_prior(own.counts, common.total.counts)
+    base_C = (common.total.counts + 1) / (common.total.counts + 1).sum()
+    # Of each example without itself: the prior of its class is that of one count less.
+    without_NC = (own.counts + a * base_C).repeat(len(labels_N), 1)
+    without_NC[torch.arange(len(labels_N)), labels_N] -= 1
+    without_NC = torch.log(without_NC.clamp(min=1e-12) / (own.counts.sum() - 1 + a))
+    best, means_CH = torch.inf, None
+    for kappa in (*KAPPAS, None):
+        logits, possible = found.left_out(features_NH, labels_N, common.gamma, own, 1e9 if kappa is None else kappa)
+        if int(possible.sum()) < FEW:
+            break
+        cost = loss((common.temperature * logits + without_NC)[possible], labels_N[possible])
+        if cost <= best:
+            best, means_CH = cost, None if kappa is None else personal_means(own, found.means, kappa)
+    head = found.head(common.gamma, common.temperature, means_CH)
+    return LinearHead(head.weight, head.bias + prior_C)
+
+
+def choose(
+    common: Common, own: Statistics, features_NH: Tensor, labels_N: Tensor, trained: LinearHead, retrain: Retrain
+) -> tuple[LinearHead, Choice]:
+    """The client's classifier: :func:`personal_head`, the ``trained`` one, or both (their summed log-probabilities).
+
+    Cross-fitted: each of a few folds is answered by heads that were made without it. What was trained has seen all
+    examples, so in its place stands one that ``retrain`` makes of the others, beginning with their closed form.
+    """
+    whole = personal_head(common, own, features_NH, labels_N)
+    if len(labels_N) < 2 * FOLDS:
+        return whole, "closed-form"
+    cost: dict[Choice, float] = {"closed-form": 0.0, "trained": 0.0, "both": 0.0}
+    place = torch.empty(len(labels_N), dtype=torch.long)
+    place[labels_N.argsort(stable=True)] = torch.arange(len(labels_N))  # each class falls evenly into all folds
+    for fold in range(FOLDS):
+        out = place % FOLDS == fold
+        x, y = features_NH[~out], labels_N[~out]
+        gone = Statistics.of(features_NH[out], labels_N[out], len(own.counts), own.gram is not None)
+        less = Common(common.total.without(gone), common.gamma, common.temperature)
+        closed = personal_head(less, own.without(gone), x, y)
+        again = retrain(less.head(), x, y)
+        for name, head in (("closed-form", closed), ("trained", again), ("both", closed.plus(again))):
+            cost[name] += loss(head(features_NH[out]), labels_N[out])  # type: ignore[index]
+    choice = min(cost, key=cost.__getitem__)
+    heads: dict[Choice, LinearHead] = {"closed-form": whole, "trained": trained, "both": whole.plus(trained)}
+    return heads[choice], choice

@@ -1,0 +1,94 @@
+"""trl's SFTTrainer, unchanged, trains a split model on chat messages as it trains the whole one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import transformers
+
+from flexp.errors import ConfigError
+from tests.client.trainer_tools import LR, Rows, all_trained, assert_equal, federation, losses, quiet, whole
+from tests.data.tools import tokenizer
+from tests.harness import copied
+
+trl = pytest.importorskip("trl")
+STEPS = 3
+CHAT = "{% for message in messages %}{{ message['role'] }} {{ message['content'] }} {% endfor %}"
+
+
+def messages(count: int) -> datasets.Dataset:
+    """Conversations of unequal lengths."""
+    rows = [
+        [
+            {"role": "user", "content": " ".join(f"w{word}" for word in range(row % 3 + 1))},
+            {"role": "assistant", "content": " ".join(f"w{row + word}" for word in range(row % 5 + 1))},
+        ]
+        for row in range(count)
+    ]
+    return datasets.Dataset.from_dict({"messages": rows})
+
+
+def train(folder: Path, *, split: bool, **options: Any) -> Any:
+    here = federation("llama", steps=STEPS)
+    model, stage = (here.client("a", (2, 3)), None) if split else whole(here)
+    settings: dict[str, Any] = {
+        **{"output_dir": str(folder), "per_device_train_batch_size": 4, "max_steps": STEPS, "learning_rate": LR},
+        **{"lr_scheduler_type": "linear", "max_grad_norm": 0.0, "logging_steps": 1, "report_to": "none", "bf16": False},
+        **{"use_cpu": True, "disable_tqdm": True, "max_length": 24, "save_strategy": "no"},
+    }
+    words = tokenizer()
+    words.chat_template = CHAT
+    made = trl.SFTTrainer(
+        model=model,
+        args=trl.SFTConfig(**settings | options),
+        train_dataset=messages(20),
+        eval_dataset=messages(5),
+        processing_class=words,
+    )
+    quiet(made).train()
+    weights = all_trained(here, model) if split else copied(stage.trainable())  # type: ignore[union-attr]
+    accuracy = [entry.get("mean_token_accuracy") for entry in made.state.log_history]
+    return losses(made), accuracy, made.evaluate()["eval_loss"], weights
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"gradient_accumulation_steps": 2, "save_strategy": "steps"}, {"packing": True, "label_smoothing_factor": 0.1}],
+    ids=["plain", "packed"],
+)
+def test_supervised_fine_tuning_on_messages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    monkeypatch.setenv("CI", "1")  # trl counts its users otherwise
+    monkeypatch.setattr(datasets.utils.logging, "is_progress_bar_enabled", lambda: False)
+    one, other = (train(tmp_path / str(split), split=split, **options) for split in (True, False))
+    assert len(one[0]) == STEPS
+    assert one[:3] == other[:3]
+    assert_equal(one[3], other[3])
+
+
+def test_what_trl_would_do_behind_the_link_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CI", "1")
+    with pytest.raises(ConfigError, match=r"TrainingArguments\.use_liger_kernel = True"):
+        train(tmp_path, split=True, use_liger_kernel=True)
+
+
+def test_generation_in_evaluation(tmp_path: Path) -> None:
+    """transformers' Seq2SeqTrainer with ``predict_with_generate``."""
+    here = federation("llama", steps=1)
+    answers = []
+    for name, model in (("split", here.client("a", (2, 3))), ("whole", whole(here)[0])):
+        model.generation_config.pad_token_id = 0
+        args = transformers.Seq2SeqTrainingArguments(
+            str(tmp_path / name),
+            **{"max_steps": 1, "learning_rate": LR, "max_grad_norm": 0.0, "save_strategy": "no", "report_to": "none"},
+            **{"use_cpu": True, "disable_tqdm": True, "predict_with_generate": True, "generation_max_length": 16},
+        )
+        made = transformers.Seq2SeqTrainer(model=model, args=args, train_dataset=Rows(here, 8))
+        quiet(made).train()
+        answers.append(made.predict(Rows(here, 4)))
+    assert (answers[0].predictions == answers[1].predictions).all()
+    assert answers[0].metrics["test_loss"] == answers[1].metrics["test_loss"]

@@ -1,0 +1,204 @@
+"""Clients meet: the first classifier is that of everybody's sums, the last is each client's own; and goes wherever the
+model goes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from flexp.client import meeting as meetings
+from flexp.client.closed_form import Discriminant, Statistics
+from flexp.client.meeting import FIRST, LAST, UNMASKED, classifier_of
+from flexp.client.personal_head import personal_head
+from flexp.config import RunConfig
+from flexp.errors import ConfigError, LinkError
+from flexp.export.folder import export
+from flexp.export.opening import open_trained
+from flexp.export.saved import RunModel, open_run
+from flexp.links.messages import SumRequest
+from flexp.models.zoo import save_tiny
+from flexp.run import runner
+from flexp.run.settle import settle
+from flexp.server.sums import SumTable
+from tests.data.tools import tokenizer
+from tests.tiny import CLIENTS, checkpoint, config
+
+from .tools import equal, make
+
+POOLED = {"pooling": "mean"}
+ON = {"meet": {"on": True}}
+
+
+def meeting(home: Path, name: str, **settings: Any) -> Any:
+    """A method on the tiny BERT that has not trained yet."""
+    return make(home, name, model={"id": str(home / "model"), **POOLED, **settings.pop("model", {})}, **settings)
+
+
+def classifier(method: Any, client: str) -> tuple[Tensor, Tensor]:
+    weights = method.trained_weights(client)
+    return weights["classifier.weight"], weights["classifier.bias"]
+
+
+def plain_features(home: Path, method: Any, examples: list[Any]) -> tuple[Tensor, Tensor]:
+    """Mean hidden states of transformers' own BERT."""
+    base: Any = transformers.AutoModel.from_pretrained(home / "model").eval()
+    batch = method.world.federation.task.collate(examples)
+    labels, mask = batch.pop("labels"), batch["attention_mask"][..., None]
+    with torch.no_grad():
+        hidden = base(**batch).last_hidden_state
+    return ((hidden * mask).sum(1) / mask.sum(1)).double(), labels
+
+
+@pytest.mark.parametrize("name", ["flexp-sfl", "split-fedavg", "fedavg", "ditto", "closed-form"])
+def test_all_begin_with_the_classifier_of_everybodys_examples(home: Path, name: str) -> None:
+    method = meeting(home, name, model={"head": "closed-form"})
+    method.meet(FIRST)
+    everybody = [example for data in method.world.federation.clients for example in data.train]
+    x, y = plain_features(home, method, everybody)
+    found = Discriminant(Statistics.of(x, y, 2))
+    head = found.head(*found.chosen(found.losses(x, y)))
+    for client in CLIENTS:
+        weight, bias = classifier(method, client)
+        assert torch.allclose(weight.double(), head.weight, atol=1e-3 * float(head.weight.abs().max()))
+        assert torch.allclose(bias.double(), head.bias, atol=1e-3 * float(head.bias.abs().max()))
+    assert method.account("north").training.bytes_up > 0
+
+
+def test_alone_each_has_its_own_sums(home: Path) -> None:
+    method = meeting(home, "local", model={"head": "closed-form"})
+    method.meet(FIRST)
+    x, y = plain_features(home, method, method.world.federation.clients[0].train)
+    found = Discriminant(Statistics.of(x, y, 2))
+    weight, _ = classifier(method, "north")
+    expected = found.head(*found.chosen(found.losses(x, y))).weight
+    assert torch.allclose(weight.double(), expected, atol=1e-3 * float(expected.abs().max()))
+    assert method.account("north").training.bytes_up == 0
+
+
+def test_without_a_gram_matrix_sums_are_small(home: Path) -> None:
+    bytes_of = []
+    for gram in (True, False):
+        method = meeting(home, "fedavg", model={"head": "closed-form"})
+        method.world.config.method.__dict__["meet"] = method.world.config.method.meet.model_copy(update={"gram": gram})
+        method.meet(FIRST)
+        bytes_of.append(method.account("north").training.bytes_up)
+    assert bytes_of[0] - bytes_of[1] == 4 * 32 * 33 // 2 + 8 * 5 * 12  # one triangle, and the losses of five shrinkages
+
+
+@pytest.mark.parametrize("name", ["flexp-sfl", "fedavg"])
+def test_at_the_end_each_has_its_own_on_the_same_features(
+    home: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(common: Any, own: Any, x: Tensor, y: Tensor, *_: Any) -> Any:
+        return personal_head(common, own, x, y), "closed-form"
+
+    monkeypatch.setattr(meetings, "choose", closed)
+    method = meeting(home, name)
+    method.world.config.method.__dict__["meet"] = method.world.config.method.meet.model_copy(update={"on": True})
+    before = {client: method.trained_weights(client) for client in CLIENTS}
+    method.meet(LAST)
+    after = {client: method.trained_weights(client) for client in CLIENTS}
+    for client in CLIENTS:
+        assert not torch.equal(after[client]["classifier.weight"], before[client]["classifier.weight"])
+        others = {key: value for key, value in after[client].items() if not key.startswith("classifier.")}
+        assert equal(others, {key: before[client][key] for key in others})
+
+
+@pytest.mark.parametrize("name", ["flexp-sfl", "fedavg", "split-fedavg", "closed-form"])
+def test_resumed_equals_undisturbed_and_goes_where_the_model_goes(home: Path, tmp_path: Path, name: str) -> None:
+    run = config(
+        home,
+        method={"name": name, **ON},
+        model={"id": str(home / "model"), **POOLED},
+        train={"rounds": 2, "steps_per_round": 2, "batch_size": 4},
+    )
+    runner.run(run, tmp_path / "whole")
+    half = run.model_copy(update={"train": run.train.model_copy(update={"rounds": 1})})
+    half = half.model_copy(
+        update={
+            "method": run.method.model_copy(update={"meet": run.method.meet.model_copy(update={"on": False})}),
+            "model": run.model.model_copy(update={"head": "closed-form"}),
+        }
+    )
+    runner.run(half, tmp_path / "out")  # the first meeting alone
+    (tmp_path / "out/config.json").write_text(
+        (tmp_path / "whole/config.json").read_text(encoding="utf-8"), encoding="utf-8"
+    )
+    runner.resume(tmp_path / "out")
+    there, here = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "out")
+    for party, state in there.items():
+        kept = {key for key in state if "seconds" not in key and not key.startswith("meter/")}
+        assert equal({key: state[key] for key in kept}, {key: here[party][key] for key in kept}), party
+
+    saved = open_run(tmp_path / "out")
+    batch = saved.world.federation.task.collate(saved.client("south").test[:4])
+    del batch["labels"]
+    expected = saved.method.personal("south")(batch).logits
+    export(RunModel(saved, "south"), tmp_path / "exported")
+    with torch.no_grad():
+        assert torch.equal(open_trained(tmp_path / "exported").generator(**batch).logits, expected)
+
+
+def said(home: Path, **tables: Any) -> list[str]:
+    return settle(config(home, **tables)).federation.notes
+
+
+def test_what_is_asked_for_and_left_out_is_said(home: Path, tmp_path: Path) -> None:
+    assert UNMASKED in said(home, method=ON)
+    assert UNMASKED in said(home, method={"name": "closed-form"})
+    assert UNMASKED not in said(home)
+    assert UNMASKED not in said(home, method={"name": "local", **ON})
+    (line,) = [note for note in said(home, method={"name": "pretrained", **ON}) if "meet" in note]
+    assert "pretrained knows no meeting" in line
+    save_tiny("gpt2", tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    settings: dict[str, Any] = {"data": {"task": "causal-lm"}, "method": ON}
+    (line,) = [note for note in said(tmp_path, **settings) if "meet" in note]
+    assert "the task causal-lm has no closed form" in line
+    summary = runner.run(config(tmp_path, **settings), tmp_path / "with")  # and the method is what it was
+    without: RunConfig = config(tmp_path, data={"task": "causal-lm"})
+    assert summary["scores"] == runner.run(without, tmp_path / "without")["scores"]
+
+
+def test_a_classifier_without_a_bias_is_refused(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "model", task="sequence-classification")
+    tokenizer().save_pretrained(tmp_path / "model")
+    with pytest.raises(ConfigError, match=r'set model\.pooling = "mean"'):
+        runner.run(config(tmp_path, method=ON), tmp_path / "out")
+    assert classifier_of(make_linear())[0] == "1"
+
+
+def make_linear() -> Any:
+    model: Any = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 2))
+    model.config = type("Config", (), {"num_labels": 2})
+    return model
+
+
+def given(number: int, value: float, name: str = "x") -> SumRequest:
+    return SumRequest(number, {name: torch.tensor([value])})
+
+
+def test_a_server_sums_for_those_it_knows_and_answers_again() -> None:
+    table = SumTable()
+    with pytest.raises(LinkError, match=r"set method\.meet\.on"):
+        table.give("a", given(0, 1.0))
+    table.open(["a", "b"])
+    first = table.give("a", given(0, 1.0))
+    assert not first.done()
+    with pytest.raises(LinkError, match="other shapes"):
+        table.give("b", given(0, 1.0, "y"))
+    with pytest.raises(LinkError, match="a run has 4"):
+        table.give("a", given(4, 1.0))
+    with pytest.raises(LinkError, match="not finite"):
+        table.give("b", given(0, float("nan")))
+    table.give("a", given(0, 2.0))  # sent again over a new link: what came first is forgotten
+    assert table.give("b", given(0, 3.0)).result().weights["x"] == 5.0
+    again = SumTable()
+    again.open(["a", "b"])
+    again.load(table.state())
+    assert again.give("a", given(0, 99.0)).result().weights["x"] == 5.0
