@@ -22,7 +22,8 @@ class Case:
 
     Attributes:
         rows: of training data, in batches of four.
-        also: options that say nothing by themselves, or need what is not there (several processes, a tracker).
+        also: options that say nothing by themselves, need what is not there (several processes, a tracker), or that
+            other tests try.
         resumed: training stops after the first step and goes on in a new process.
     """
 
@@ -158,13 +159,13 @@ client of a server. So `max_grad_norm` clips the client's half by its own norm, 
 norms on the client's side alone; 0 on both sides is equal to whole training. `total_flos` and `grad_norm` count this
 half.
 
-| what | options that were tried | causal LM | classifier |
-|---|---|---|---|
+| what | options that were tried | and with them, without a value of their own | causal LM | classifier |
+|---|---|---|---|---|
 {chr(10).join(rows)}
 
-Seq2SeqTrainer's `predict_with_generate`, `generation_max_length`, `generation_num_beams` and `generation_config` give
-what the whole model writes. trl's `SFTTrainer` (extra `trl`) trains a causal language model on `messages`, with packing
-or without, as it trains the whole one.
+Seq2SeqTrainer's `predict_with_generate` (with `generation_max_length`) gives what the whole model writes. trl's
+`SFTTrainer` (extra `trl`) trains a causal language model on `messages`, with packing or without, as it trains the whole
+one.
 
 ## Refused
 
@@ -189,8 +190,7 @@ adapter alone, for peft.
 
 
 def _row(case: Case, verdict: str) -> str:
-    tried = ", ".join(f"`{name}`" for name in case.values)
-    return f"| {case.about} | {tried} | {verdict} | {verdict} |"
+    return f"| {case.about} | {_names(tuple(case.values))} | {_names(case.also)} | {verdict} | {verdict} |"
 
 
 def _names(names: tuple[str, ...]) -> str:

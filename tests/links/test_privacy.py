@@ -60,7 +60,7 @@ VOCABULARY = {
     Refusal: {"error", "again"},
     ForwardRequest: {"exchange", "hidden_BTH", "mask_BT", "positions_BT", "base_BTH", "inner_BTH", "train", "step"},
     ForwardReply: {"hidden_BTH", "align"},
-    BackwardRequest: {"exchange", "grad_BTH", "step", "exchanges", "tokens", "weight"},
+    BackwardRequest: {"exchange", "grad_BTH", "step", "exchanges", "tokens", "weight", "back"},
     BackwardReply: {"grad_BTH", "inner_BTH"},
     Abort: set(),
     Done: set(),

@@ -266,7 +266,7 @@ def test_resumed_equals_undisturbed_and_scoring_disturbs_nothing(
     home: Path, tmp_path: Path, name: str, tuning: str, new_lr: float | None
 ) -> None:
     personal = SCHEDULED["personal"] | ({"new_lr": new_lr} if new_lr else {})
-    settings: dict[str, Any] = {"train": {"steps_per_round": 4, "personal": personal}, "model": {"tuning": tuning}}
+    settings: dict[str, Any] = {"train": {"steps_per_round": 2, "personal": personal}, "model": {"tuning": tuning}}
     whole = trained(home, name, rounds=3, **settings).state()
     settings["train"] = {**settings["train"], "rounds": 3}
     first, batch = make(home, name, **settings), None

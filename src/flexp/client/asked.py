@@ -136,9 +136,6 @@ class AskedModel(nn.Module):
             raise ConfigError("save_pretrained is there for flexp.SplitModelFor…; take the class from there")
         self.write(self, Path(folder), adapter=adapter)
 
-    def enable_input_require_grads(self) -> None:
-        """Nothing: the server's blocks get their backward whatever is frozen here."""
-
     def _get_name(self) -> str:
         return type(self.model).__name__
 

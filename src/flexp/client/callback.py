@@ -31,6 +31,10 @@ from flexp.links.opening import server_behind
 
 FILE = "flexp-server.safetensors"
 SERVER, OWED = "server/", "residuals/"
+ELSEWHERE = (
+    "a Trainer's checkpoint has this client's half alone, for the server's is over a network and went on; train anew, "
+    "without resume_from_checkpoint, or use flexp client, which goes on where its server is"
+)
 log = logging.getLogger("flexp.client")
 
 
@@ -84,7 +88,7 @@ class TrainerCallback(transformers.TrainerCallback, ExportableState):  # type: i
                 "accumulation out, it is taken from the Trainer"
             )
         if state.global_step:
-            restore(model, self._place(args, state))
+            restore(model, self._place(args, state, model))
         model.steps.loop = Loop(_ends_step, group)
         self.folder = str(Path(args.output_dir).absolute())
 
@@ -111,6 +115,10 @@ class TrainerCallback(transformers.TrainerCallback, ExportableState):  # type: i
         if not isinstance(model, JoinedModel):
             return
         model.steps.loop = None
+        log.warning(
+            "trainer.save_model(DIR) would write this client's half alone; model.save_pretrained(DIR) writes the whole "
+            "personal model, for transformers"
+        )
         if args.load_best_model_at_end and state.best_model_checkpoint:
             restore(model, Path(state.best_model_checkpoint) / FILE, only_weights=True)
 
@@ -119,8 +127,10 @@ class TrainerCallback(transformers.TrainerCallback, ExportableState):  # type: i
         if isinstance(model, JoinedModel):
             refuse_options(args, model, publishing=True)
 
-    def _place(self, args: Any, state: Any) -> Path:
+    def _place(self, args: Any, state: Any, model: JoinedModel) -> Path:
         """The server's half that belongs to the client's half that the Trainer has just loaded."""
+        if server_behind(model.link) is None:
+            raise ConfigError(ELSEWHERE)
         entry = state.stateful_callbacks.get(type(self).__name__) or []
         said = [one["attributes"] for one in (entry if isinstance(entry, list) else [entry])]
         folders = [args.output_dir, *(one["folder"] for one in said)]
@@ -176,7 +186,7 @@ def restore(model: JoinedModel, place: Path, *, only_weights: bool = False) -> N
     """
     server = server_behind(model.link)
     if server is None:
-        raise ConfigError("the server's half is on the server, which this client cannot set back; train anew")
+        raise ConfigError(ELSEWHERE)
     facts, me = _facts(place), model.link.client
     known = {name: list(steps) for name, steps in facts["others"].items()}
     lost = [name for name, steps in server.trained().items() if name != me and steps[1] and known.get(name) != steps]

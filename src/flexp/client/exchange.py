@@ -90,8 +90,9 @@ class RemoteMiddle(torch.autograd.Function):
 class RemoteCall:
     """One exchange: sent when it is made, waited for when its result is needed."""
 
-    def __init__(self, link: Link, request: ForwardRequest, place: Place | None) -> None:
+    def __init__(self, link: Link, request: ForwardRequest, place: Place | None, *, back: bool = True) -> None:
         self.request = request
+        self.back = back  # whether anything below the cut is trained, so that a gradient must come back
         self.align: float | None = None
         self.answered = False  # whether the backward is through
         self.apart = False  # whether the backward through the tail ends with sending: see flexp.client.overlap
@@ -124,7 +125,13 @@ class RemoteCall:
                 "call model.train() before the forward"
             )
         request = BackwardRequest(
-            self.request.exchange, grad_BTH.detach(), place.step, place.exchanges, place.tokens, place.weight
+            self.request.exchange,
+            grad_BTH.detach(),
+            place.step,
+            place.exchanges,
+            place.tokens,
+            place.weight,
+            self.back,
         )
         with self._waiting():
             self._backward = self._link.call(request)
@@ -134,7 +141,8 @@ class RemoteCall:
         assert self._backward is not None
         with self._waiting():
             reply = self._backward.result()
-        check_backward_reply(self.request, reply)
+        if self.back or reply.grad_BTH is not None:
+            check_backward_reply(self.request, reply)
         self.answered = True
         return reply
 

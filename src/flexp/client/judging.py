@@ -72,6 +72,8 @@ def check_backward_reply(request: ForwardRequest, reply: BackwardReply) -> None:
             f"the server sends gradients at {given} inner activations of exchange {request.exchange}, expected {sent} "
             "as were sent"
         )
+    if reply.grad_BTH is None:
+        raise LinkError(f"the server sends no gradient of exchange {request.exchange}, and one was asked for")
     for value in (reply.grad_BTH, *reply.inner_BTH):
         _finite(f"the gradient of exchange {request.exchange}", value)
 

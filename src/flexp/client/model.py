@@ -191,7 +191,8 @@ class SplitModel(JoinedModel):
             z_BTH = self.stage.run(z_BTH, plan, index, index + 1)
             if inner and index < start - 1:
                 inner_BTH.append(z_BTH)
-        if train and not z_BTH.requires_grad:
+        back = z_BTH.requires_grad
+        if train and not back:
             z_BTH = z_BTH.detach().requires_grad_()  # the server's blocks need a backward even if nothing here does
         place = self.steps.place(self.kind, inputs) if train else None
         request = ForwardRequest(
@@ -204,7 +205,7 @@ class SplitModel(JoinedModel):
             train=train,
             step=0 if place is None else place.step,
         )
-        call = RemoteCall(self.link, request, place)
+        call = RemoteCall(self.link, request, place, back=back)
         if train:
             self.steps.remember(call)
         return Sent(call, z_BTH, tuple(inner_BTH), inputs, plan)

@@ -60,6 +60,13 @@ class MeetConfig(Section):
     gram: bool = True  # also sum Σφφᵀ, H² numbers; without, class means alone
 
 
+class PersonalConfig(Section):
+    """What of its personal parts a client of a split method trains."""
+
+    # its first blocks, which stay as they came; where all blocks below its cut do, no gradient comes back to them
+    frozen_head_blocks: Annotated[int, Field(ge=0)] = 0
+
+
 class MethodConfig(Section):
     """The method and its own settings.
 
@@ -77,6 +84,7 @@ class MethodConfig(Section):
     budget: Literal["equal", "paper"] = "equal"
     align: AlignConfig = AlignConfig()
     meet: MeetConfig = MeetConfig()
+    personal: PersonalConfig = PersonalConfig()
 
     @model_validator(mode="before")
     @classmethod

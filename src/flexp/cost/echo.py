@@ -79,7 +79,7 @@ class EchoLink:
                 return ForwardReply(request.hidden_BTH.clone(), None if request.base_BTH is None else 0.0)
             case BackwardRequest():
                 inner = tuple(value.clone() for value in self._inner.pop(request.exchange, ()))
-                return BackwardReply(request.grad_BTH.clone(), inner)
+                return BackwardReply(request.grad_BTH.clone() if request.back else None, inner)
             case PullRequest():
                 return PullReply({name: value.detach().clone() for name, value in self.shared.items()})
             case ExtendRequest():
@@ -171,7 +171,7 @@ def _run(probe: Probe) -> Measured:
         blocks = int(load_config(probe.model).get_text_config().num_hidden_layers)
         part = Part.client(probe.cut if probe.tail else (probe.cut[0], blocks), blocks)
     stage = load_stage(config.at(probe.model), cast(Any, probe.kind), part, labels=probe.labels, pad_token_id=0)
-    tune(stage, config, ranks=dict(probe.ranks))
+    tune(stage, config, ranks=dict(probe.ranks), frozen=probe.frozen)
     own = stage.model.parameters() if probe.tail else without_tail(stage)
     in_file = {id(value) for value in stored(stage.model)}
     for value in own:  # weights are mapped from their file: read them once, so that they count

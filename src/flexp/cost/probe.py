@@ -39,7 +39,7 @@ class Probe:
     the client has nothing behind s: the server computes the loss, too. ``extra_weights`` are further copies of what it
     trains, ``extra_optimizers`` further states of the optimiser, that it holds all the while
     (:class:`flexp.methods.base.Holds`). ``ranks`` are those of the adapters in some blocks, (block, rank), where they
-    are not ``model_config``'s.
+    are not ``model_config``'s. ``frozen`` of its first blocks are not trained.
     """
 
     model: str
@@ -57,6 +57,7 @@ class Probe:
     extra_weights: int = 0
     extra_optimizers: int = 0
     ranks: tuple[tuple[int, int], ...] = ()
+    frozen: int = 0
 
 
 @dataclass(frozen=True)

@@ -126,9 +126,10 @@ class ForwardRequest(Request[ForwardReply]):
 
 @message
 class BackwardReply:
-    """``grad_BTH``: ∂total/∂z_k. ``inner_BTH``: gradients at the inner activations, where alignment was due."""
+    """``grad_BTH``: ∂total/∂z_k, unless the client said that it needs none. ``inner_BTH``: gradients at the inner
+    activations, where alignment was due."""
 
-    grad_BTH: Annotated[Tensor, hidden("gradient_down")]
+    grad_BTH: Annotated[Tensor | None, hidden("gradient_down")] = None
     inner_BTH: Annotated[tuple[Tensor, ...], hidden("gradient_down")] = ()
 
 
@@ -144,6 +145,7 @@ class BackwardRequest(Request[BackwardReply]):
             one.
         tokens: this exchange's share of the step's unmasked tokens, 0 < tokens ≤ 1, which its alignment counts.
         weight: how many items (tokens, examples) of the loss this exchange stands for.
+        back: whether ∂total/∂z_k is to come back; a client that trains nothing below its cut needs none.
     """
 
     trains: ClassVar[bool | None] = True
@@ -154,6 +156,7 @@ class BackwardRequest(Request[BackwardReply]):
     exchanges: Integer = 1
     tokens: float = 1.0
     weight: float = 1.0
+    back: bool = True
 
 
 @message

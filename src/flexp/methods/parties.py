@@ -38,7 +38,8 @@ def own_stage(world: World, part: Part, ranks: Mapping[int, int] | None = None) 
 
 def tune_own(stage: Stage, config: RunConfig, ranks: Mapping[int, int] | None = None) -> None:
     """Make a client's stage ready for training, as the configuration says."""
-    tune(stage, config.model, seed=config.seed, ranks=ranks)
+    frozen = config.method.personal.frozen_head_blocks
+    tune(stage, config.model, seed=config.seed, ranks=ranks, frozen=frozen)
 
 
 def split_model(

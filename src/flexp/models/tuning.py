@@ -27,6 +27,7 @@ def tune(
     *,
     seed: int = 0,
     ranks: Mapping[int, int] | None = None,
+    frozen: int = 0,
 ) -> None:
     """Make ``stage`` ready for training, in place. What it trains becomes its own: copied if another stage lent it.
 
@@ -46,6 +47,8 @@ def tune(
             scaling stays alpha / ``model.lora.rank``, so that an adapter padded with zeros to the full rank is the same
             function; and the first rows of A are those that the full rank would have.
 
+        frozen: so many of the first blocks are left as they are, by a party that has a part of the model alone.
+
     Raises:
         ConfigError: embeddings are to be trained without full tuning, or where they stay in their file.
         ModelError: LoRA finds no linear layer with the wanted names, or the model knows no gradient checkpointing.
@@ -59,7 +62,8 @@ def tune(
     stage.model.requires_grad_(False)
     if tuning == "lora" and stage.part.blocks:
         _inject(stage, model.lora, seed, ranks or {})
-    chosen = _chooser(stage, tuning, embeddings)
+    whole = len(stage.part.blocks) == stage.anatomy.blocks
+    chosen = _chooser(stage, tuning, embeddings, 0 if whole else frozen)
     copies: dict[int, nn.Parameter] = {}  # tied parameters stay tied
     for path, module in stage.model.named_modules():
         for name, parameter in module.named_parameters(recurse=False, prefix=path):
@@ -84,19 +88,20 @@ def _checkpoint(model: Any) -> None:
         raise ModelError(f"{type(model).__name__} knows no gradient checkpointing; switch it off") from error
 
 
-def _chooser(stage: Stage, tuning: str, embeddings: bool) -> Callable[[str], bool]:
+def _chooser(stage: Stage, tuning: str, embeddings: bool, frozen: int) -> Callable[[str], bool]:
     """Which parameters, by name, this party trains."""
     model, prefix = stage.model, stage.anatomy.path + "."
     embedding = embedding_names(stage)
 
     def full(name: str) -> bool:
         if name.startswith(prefix):
-            return stage.block_of(name) in stage.part.blocks
+            block = stage.block_of(name)
+            return block in stage.part.blocks and block not in range(frozen)
         return stage.part.ends and (embeddings or name not in embedding)
 
     def lora(name: str) -> bool:
         if name.startswith(prefix):
-            return "lora_" in name
+            return "lora_" in name and stage.block_of(name) not in range(frozen)
         if not stage.part.ends or not hasattr(model, "num_labels") or _is_language_model(model):
             return False
         return name not in embedding and not name.startswith(model.base_model_prefix + ".")

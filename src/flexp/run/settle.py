@@ -84,7 +84,13 @@ class Settled:
                 "with a cut or a base depth of 0 the clients would send their embeddings as they are, from which the "
                 "server can read every token; use s >= 1, or set model.expose_embeddings = true if that is acceptable"
             )
+        frozen = self.config.method.personal.frozen_head_blocks
         for name, (start, _) in cuts.items():
+            if start < frozen:
+                raise ConfigError(
+                    f"method.personal.frozen_head_blocks = {frozen} is more than client {name} has below its cut, "
+                    f"{start}; freeze fewer, or cut deeper"
+                )
             if base is not None and start < base:
                 raise ConfigError(
                     f"model.base_depth = {base} is deeper than the cut of client {name}, which starts at {start}; "

@@ -257,6 +257,8 @@ class Session:
                 self.shared.add(self._judged(request.step, step.gradients), step.weight)
                 self.progress.apply(request.step)
 
+        if not request.back:
+            return BackwardReply()
         # Micro-batches share one step. Each has a mean over its own tokens, so it counts by its share of the step's.
         scaled = [value * (self.align.weight * request.tokens) for value in pending.align_BTH]
         if not scaled:
