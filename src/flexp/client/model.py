@@ -17,6 +17,7 @@ from flexp.client.asked import Source
 from flexp.client.exchange import Piece, RemoteCall, RemoteMiddle
 from flexp.client.generation import SplitGenerator
 from flexp.client.joined import OFF, JoinedModel
+from flexp.client.watching import most_alignment
 from flexp.config import AlignConfig, CodecConfig, ModelConfig
 from flexp.data.labels import remarks
 from flexp.errors import ConfigError, LinkError
@@ -205,7 +206,8 @@ class SplitModel(JoinedModel):
             train=train,
             step=0 if place is None else place.step,
         )
-        call = RemoteCall(self.link, request, place, back=back)
+        look = None if self.watch is None else self._look
+        call = RemoteCall(self.link, request, place, back=back, look=look)
         if train:
             self.steps.remember(call)
         return Sent(call, z_BTH, tuple(inner_BTH), inputs, plan)
@@ -234,6 +236,10 @@ class SplitModel(JoinedModel):
             with suppress(LinkError):  # the first failure is the one to tell
                 self.abort()
             raise
+
+    def _look(self, request: ForwardRequest, h_BTH: Tensor, sent_BTH: Tensor, got_BTH: Tensor, share: float) -> None:
+        assert self.watch is not None
+        self.watch.exchange(request, h_BTH, sent_BTH, got_BTH, most_alignment(self.align, request, share))
 
     def _align_due(self) -> bool:
         """Whether z_base goes up with the next exchange."""
