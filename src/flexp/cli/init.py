@@ -38,7 +38,7 @@ def init(
 
     seen = survey(data)
     _tell(seen)
-    found = drafts.chosen_task(seen) if task is None else [drafts.columns_for(seen, task)]
+    found = drafts.candidates(seen) if task is None else [drafts.columns_for(seen, task)]
     asks = sys.stdin.isatty() and not yes
     chosen = _ask(seen, found) if asks else found[0]
     if clients is None and asks:

@@ -40,7 +40,10 @@ def written(example: Example, task: Any) -> str:
         size = " × ".join(map(str, values.shape))
         text = f"an image, {size} (channels × height × width), values {values.min():.2f} to {values.max():.2f}"
         return f"{text}\n→ {', '.join(task.classes_in(example))}"
-    ids, learnt = example["input_ids"], example["labels"]
+    ids, learnt = example["input_ids"], example.get("labels")
+    if learnt is None:  # a span
+        answer = ids[example["start_positions"] : example["end_positions"] + 1]
+        return f"{_short(_text(ids, task))}\n→ {_text(answer, task)}"
     words = isinstance(learnt, list) and len(learnt) == len(ids)
     if words and all(label in (IGNORED, token) for label, token in zip(learnt, ids, strict=True)):
         runs = groupby(zip(ids, learnt, strict=True), key=lambda pair: pair[1] != IGNORED)

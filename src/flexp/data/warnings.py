@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from flexp.data.tasks.base import BaseTask
 from flexp.data.types import ClientData, Example
+from flexp.kinds import LABELS
 
 FEW = 25
 """Test examples below which a score says little: with so many its standard error may be 10 points."""
@@ -60,7 +61,7 @@ def _repeated(clients: Sequence[ClientData]) -> Iterable[str]:
         repeats[client.name] = len(seen) - len(set(seen))
         total += len(seen)
         for key, example in zip(seen, client.train, strict=True):
-            answers[key].add(repr(example["labels"]))
+            answers[key].add(repr([example.get(label) for label in LABELS]))
     if repeats.total():
         yield f"{repeats.total()} of {total} training examples repeat another of the same client ({_counted(repeats)})"
     torn = sum(len(given) > 1 for given in answers.values())

@@ -15,7 +15,8 @@ from flexp.data.tasks.base import BaseTask
 from flexp.errors import ConfigError, DataError
 from flexp.registry import TASKS
 
-MODELS = {"sequence-classification": "asset:minilm-l6", "causal-lm": "asset:smollm2-135m"}
+_ENCODER = ("sequence-classification", "multi-label-classification", "regression", "token-classification")
+MODELS = dict.fromkeys(_ENCODER, "asset:minilm-l6") | {"causal-lm": "asset:smollm2-135m"}
 """A small model for a kind of head, where FlexP knows one."""
 
 CLIENTS = 4
@@ -53,7 +54,7 @@ _OFFERED = {
 
 @dataclass(frozen=True)
 class Draft:
-    """A task with the keys of ``[data]`` that it needs; further keys of the configuration by their full names."""
+    """A task, with the keys of ``[data]`` that name its columns."""
 
     task: str
     keys: Mapping[str, Any] = field(default_factory=dict)
@@ -133,7 +134,7 @@ def columns_for(survey: Survey, task: str) -> Draft:
     return Draft(task, chosen.suits(survey.columns) or {})
 
 
-def chosen_task(survey: Survey) -> list[Draft]:
+def candidates(survey: Survey) -> list[Draft]:
     """:func:`fitting`, of which there is one at least.
 
     Raises:
