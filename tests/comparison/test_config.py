@@ -60,6 +60,15 @@ def test_nothing_said_compares_the_headline_methods(tmp_path: Path) -> None:
     assert wanted.seeds == [3, 5]
 
 
+def test_without_classes_there_is_no_closed_form_to_compare(tmp_path: Path) -> None:
+    path = written(tmp_path, RUN)
+    wanted = load(path, ["data.task=causal-lm"])
+    assert [entry.name for entry in wanted.entries] == [name for name in HEADLINE if name != "closed-form"]
+    assert [e.name for e in load(path, ["data.task=causal-lm"], {"methods": ["closed-form"]}).entries] == [
+        "closed-form"
+    ]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

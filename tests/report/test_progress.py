@@ -86,6 +86,21 @@ def test_steps_beyond_the_total_have_no_share() -> None:
     assert "%" not in text
 
 
+def test_what_a_method_really_steps_is_the_whole() -> None:
+    """Where a round has fewer steps than were planned, as with some methods, the end is 100 % all the same."""
+    console = Console(file=io.StringIO(), width=100)
+    with Progress(30, "run", console=console) as progress:
+        for number, steps in ((1, 7), (2, 8), (3, 7)):
+            for _ in range(steps):
+                progress.step("a", 1.0)
+            progress.passed(number, 3)
+            progress.round(number, {})
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert ["step 7/21 (33 %)" in lines[1], "step 15/23 (65 %)" in lines[2]] == [True, True]  # 15 · 3 / 2, rounded
+    assert "step 22/22 (100 %)" in lines[3]
+    assert lines[4].endswith("step 22/22 (100 %)")
+
+
 def test_the_last_second_is_not_guessed() -> None:
     assert [formats.left(value) for value in (-3.0, 1.1e-13, 0.9, 1.0, 65.0)] == [
         "",

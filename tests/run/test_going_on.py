@@ -12,15 +12,16 @@ import torch
 from typer.testing import CliRunner
 
 from flexp.cli.main import app
+from flexp.config import DeploymentConfig
 from flexp.data.identity import identity
 from flexp.data.types import ClientData
-from flexp.errors import ConfigError, DataError
+from flexp.errors import ConfigError, DataError, FlexpError
 from flexp.export.answers import score
 from flexp.export.backup import back_up, restore
 from flexp.export.folder import export
 from flexp.export.opening import open_trained
 from flexp.run import runner
-from flexp.run.client import _known
+from flexp.run.client import _known, run_client
 from flexp.run.settle import settle_client
 from flexp.run.store import Store, party_of
 from tests.data.tools import jsonl
@@ -129,6 +130,17 @@ def test_a_client_of_a_server_notices_too(home: Path) -> None:
     jsonl(home / "rows.jsonl", appended(read(home / "rows.jsonl")))
     with pytest.raises(DataError, match=r"north has \d+ train examples.* begin anew in another --state"):
         _known(Store(state), settle_client(run, "north", None), state, may_move=False)
+
+
+@pytest.mark.parametrize("place", ["taken", "taken/in", "mine"])
+def test_a_state_that_cannot_be_written_is_refused_before_anything_is_joined(home: Path, place: str) -> None:
+    (home / "taken").write_text("a file")
+    (home / "mine").mkdir()
+    (home / "mine/metrics.jsonl").write_text("somebody's")
+    setup = settle_client(config(home), "north", None)
+    with pytest.raises(FlexpError, match=r"is a file|cannot be written|holds metrics.jsonl, which is not of a client"):
+        run_client(setup, DeploymentConfig(), lambda: pytest.fail("it has joined"), home / place)
+    assert (home / "mine/metrics.jsonl").read_text() == "somebody's"
 
 
 def test_tensors_and_nested_values_count() -> None:

@@ -102,8 +102,31 @@ def test_what_a_client_says_of_itself_never_stands_for_what_the_server_knows() -
     here = world("bert")
     serving: Any = SimpleNamespace(clients=[])
     told = StatusReporter(here.server, cast(Any, conductor)).facts(serving)["clients"]["a"]
-    expected = {"connected": False, "cut": None, "bad_requests": 0, "aside": False, "applied_steps": 0}
+    expected = {
+        "connected": False,
+        "cut": None,
+        "bad_requests": 0,
+        "aside": False,
+        "applied_steps": 0,
+        "skipped_steps": 0,
+    }
     assert told == expected | {"loss": 0.5, "steps": 7}
+
+
+def test_who_is_not_back_at_its_snapshot_has_no_zeros() -> None:
+    """A client that was started again has some steps; nobody knows how many before it has gone back to them."""
+    zeros = {"bytes_up": 0.0, "bytes_down": 0.0}
+    words = {
+        "back": Ready(0, done=None, run="run", snapshots=(1, 2), facts=zeros),
+        "new": Ready(0, done=None, facts=zeros),
+        "at work": Ready(3, done=4, run="run", snapshots=(1, 2), facts={"bytes_up": 9.0}),
+    }
+    conductor = SimpleNamespace(members={name: Member(word) for name, word in words.items()}, run="run", numbers=[])
+    serving: Any = SimpleNamespace(clients=[])
+    told = StatusReporter(world("bert").server, cast(Any, conductor)).facts(serving)["clients"]
+    assert not {"steps", "bytes_up", "bytes_down"} & told["back"].keys()
+    assert (told["new"]["steps"], told["new"]["bytes_up"]) == (0, 0.0)
+    assert (told["at work"]["steps"], told["at work"]["bytes_up"]) == (3, 9.0)
 
 
 def test_requests_that_never_end_are_ended() -> None:

@@ -121,6 +121,8 @@ def make(base: RunConfig, config: CompareConfig) -> Comparison:
         if not NAME.fullmatch(name):
             raise ConfigError(f"compare.variants.{name!r}: a variant's name is letters, digits and . _ + - only")
     names = config.methods
+    if "methods" not in config.model_fields_set and not METHODS["closed-form"].meetings(base):
+        names = [name for name in names if name != "closed-form"]  # the task has none
     doubled = next((name for name in names if names.count(name) > 1), None)
     if doubled is not None:
         raise ConfigError(f"compare.methods names {doubled!r} twice")

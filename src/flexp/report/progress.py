@@ -83,6 +83,10 @@ class Progress:
             most = max(self.total, self.done)
             self._bar.update(self._task, completed=self.done, total=most, state=f"{state}  {self._left()}")
 
+    def passed(self, rounds: int, of: int) -> None:
+        """So many rounds of all are over: some methods take more steps in one than were planned, some fewer."""
+        self.total = (2 * self.done * of + rounds) // (2 * rounds)
+
     def round(self, n: int, scores: Mapping[str, float | None]) -> None:
         """Round ``n`` has been evaluated; ``scores`` as :func:`flexp.report.summary.aggregate` gives them."""
         parts = [f"round {n}", self._count()]
@@ -121,7 +125,7 @@ class Progress:
         return formats.left(self.elapsed / passed * (self.total - self.done))
 
     def _count(self) -> str:
-        """Without a total where there is none, or it was passed: some methods take more steps than are planned."""
+        """Without a total where there is none, or it was passed."""
         if not self.done <= self.total > 0:
             return f"step {self.done}"
         return f"step {self.done}/{self.total} ({100 * self.done // self.total} %)"

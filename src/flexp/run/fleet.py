@@ -182,7 +182,7 @@ class Fleet:
             path = self.folder(name) / "metrics.jsonl"
             records = read_log(path) if path.exists() else []
             scores = [record["personal"] for record in records if record["kind"] == "eval"]
-            steps = [record for record in records if record["kind"] == "step"]
+            steps = {record["step"] for record in records if record["kind"] == "step"}  # some were done again
             cuts = [list(self.cuts[name]), *(record["cut"] for record in records if record["kind"] == "move")]
             rows.append({"name": name, "cut": cuts[-1], "steps": len(steps),
                          "first": scores[0] if scores else None, "last": scores[-1] if scores else None})  # fmt: skip

@@ -184,8 +184,10 @@ class _Run:
             self.config.train.rounds * per_round,
             self.config.name,
             metric=world.federation.task.metric,
-            done=max(0, self.first_round - 1) * per_round,
+            done=sum(record["kind"] == "step" for record in kept),
         )
+        if self.first_round > 1:
+            self.progress.passed(self.first_round - 1, self.config.train.rounds)
         self.diary = Diary(log, self.progress, events)
 
     def go(self) -> Summary:
@@ -216,6 +218,7 @@ class _Run:
         for record in [] if self.recutting is None else self.recutting.before_round(number):
             self.diary.change(record)
         self.method.train_round(number, lambda step: self.diary.step(number, step))
+        self.progress.passed(number, self.config.train.rounds)
         last = number == self.config.train.rounds
         if last and self.world.meets.last:
             self._tell(self.method.meet(LAST))
