@@ -15,6 +15,7 @@ from torch import Tensor
 from flexp.client.model import SplitModel
 from flexp.client.recut import fetched
 from flexp.config import AlignConfig
+from flexp.config.loading import validate
 from flexp.errors import FlexpError, LinkError, LinkLostError
 from flexp.links.base import Link, Wrapping, finished
 from flexp.links.messages import (
@@ -194,13 +195,15 @@ def test_a_client_may_say_the_base_depth_first() -> None:
         Order("evaluate", "run", number=-1),
         Order("save", "run", save=-5),
         Order("stop", "r" * 10_000),
+        Order("meet", "run", number=1),
     ],
 )
 def test_orders_that_no_server_of_this_run_gives(order: Order, tmp_path: Path) -> None:
     from flexp.run.party import Party
 
     party = Party.__new__(Party)
-    party.config = type("Config", (), {"train": type("Train", (), {"total_steps": 20})})()  # type: ignore[assignment]
+    train = {"rounds": 5, "steps_per_round": 4}
+    party.config = validate({"model": {"id": "m"}, "data": {"source": "d"}, "train": train}, "here")
     party.trainer = type("Trainer", (), {"steps": 12, "name": "a"})()  # type: ignore[assignment]
     party._judge(Order("step", "run", count=8))
     with pytest.raises(LinkError):

@@ -104,7 +104,7 @@ def test_the_mean_rule_loses_no_step_of_a_run(tmp_path: Path) -> None:
     for number, updates in ((1, 0), (2, 1), (3, 2)):
         method.train_round(number, lambda step: None)
         assert method.server_facts()["updates"] == updates
-    assert method.server.shared._waiting == 0
+    assert method.server.shared._gathered.steps == 0
 
 
 def test_micro_batches_change_memory_not_results(tmp_path: Path) -> None:

@@ -102,7 +102,14 @@ def test_what_a_client_says_of_itself_never_stands_for_what_the_server_knows() -
     here = world("bert")
     serving: Any = SimpleNamespace(clients=[])
     told = StatusReporter(here.server, cast(Any, conductor)).facts(serving)["clients"]["a"]
-    expected = {"connected": False, "cut": None, "bad_requests": 0, "aside": False, "applied_steps": 0}
+    expected = {
+        "connected": False,
+        "cut": None,
+        "bad_requests": 0,
+        "aside": False,
+        "applied_steps": 0,
+        "skipped_steps": 0,
+    }
     assert told == expected | {"loss": 0.5, "steps": 7}
 
 

@@ -91,8 +91,8 @@ def test_resumed_equals_undisturbed(
     undisturbed.steps(0, 3)
     undisturbed.save(tmp_path)
     if config.update == "mean":
-        assert undisturbed.here.server.shared._waiting in (0, 2)
-        assert (undisturbed.here.server.shared._waiting == 2) == (config.mean_over == 4)
+        assert undisturbed.here.server.shared._gathered.steps in (0, 2)
+        assert (undisturbed.here.server.shared._gathered.steps == 2) == (config.mean_over == 4)
     undisturbed.steps(3, 6)
 
     resumed = Federation(name, tuning, optimizer, config, kind)

@@ -272,7 +272,7 @@ def test_mean_weighs_a_step_by_the_items_of_all_its_micro_batches() -> None:
     for number, weight in ((1, 3.0), (2, 5.0)):
         with model.part_of_step(Piece(number, 2, 0.5, 0.5, weight)):
             model(**here.batch()).loss.backward()
-    assert set(here.server.shared._weights.values()) == {8.0}
+    assert set(here.server.shared._gathered._weights.values()) == {8.0}
 
 
 def test_a_loop_of_ones_own_is_weighed_by_the_items_of_its_labels() -> None:
@@ -281,7 +281,7 @@ def test_a_loop_of_ones_own_is_weighed_by_the_items_of_its_labels() -> None:
     model, batch = here.client("a", (2, 4)), here.batch(batch=3, length=10)
     batch["labels"][:, :6] = -100
     model(**batch).loss.backward()
-    assert set(here.server.shared._weights.values()) == {12.0}  # 3 rows × 4 predicted tokens
+    assert set(here.server.shared._gathered._weights.values()) == {12.0}  # 3 rows × 4 predicted tokens
 
 
 def test_frozen_shared_blocks_pass_gradients_and_never_move() -> None:

@@ -87,12 +87,29 @@ class RemoteMiddle(torch.autograd.Function):
         return (None, reply.grad_BTH, *reply.inner_BTH)
 
 
-class RemoteCall:
-    """One exchange: sent when it is made, waited for when its result is needed."""
+Look = Callable[[ForwardRequest, Tensor, Tensor, Tensor, float], None]
 
-    def __init__(self, link: Link, request: ForwardRequest, place: Place | None, *, back: bool = True) -> None:
+
+class RemoteCall:
+    """One exchange: sent when it is made, waited for when its result is needed.
+
+    ``look`` is shown the request, h, ∂task/∂h and the gradients once it is through.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        request: ForwardRequest,
+        place: Place | None,
+        *,
+        back: bool = True,
+        look: Look | None = None,
+    ) -> None:
         self.request = request
         self.back = back  # whether anything below the cut is trained, so that a gradient must come back
+        self._look = look
+        self._h_BTH: Tensor | None = None  # and what was sent for it, for whoever looks
+        self._sent_BTH: Tensor | None = None
         self.align: float | None = None
         self.answered = False  # whether the backward is through
         self.apart = False  # whether the backward through the tail ends with sending: see flexp.client.overlap
@@ -109,6 +126,7 @@ class RemoteCall:
             reply = self._forward.result()
         check_forward_reply(self.request, reply)
         self.align = reply.align
+        self._h_BTH = None if self._look is None else reply.hidden_BTH
         return reply.hidden_BTH
 
     def backward(self, grad_BTH: Tensor) -> BackwardReply:
@@ -133,6 +151,7 @@ class RemoteCall:
             place.weight,
             self.back,
         )
+        self._sent_BTH = None if self._look is None else request.grad_BTH
         with self._waiting():
             self._backward = self._link.call(request)
 
@@ -143,6 +162,10 @@ class RemoteCall:
             reply = self._backward.result()
         if self.back or reply.grad_BTH is not None:
             check_backward_reply(self.request, reply)
+        if self._look is not None and self._place is not None and reply.grad_BTH is not None:
+            assert self._h_BTH is not None
+            assert self._sent_BTH is not None
+            self._look(self.request, self._h_BTH, self._sent_BTH, reply.grad_BTH, self._place.tokens)
         self.answered = True
         return reply
 

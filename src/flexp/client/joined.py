@@ -9,6 +9,7 @@ import torch
 from flexp.client.exchange import Steps, waiting
 from flexp.client.judging import check_weights, check_welcome
 from flexp.client.personal import PersonalModel
+from flexp.client.watching import Watch
 from flexp.config import AlignConfig, CodecConfig, LoraConfig
 from flexp.errors import ConfigError, LinkError
 from flexp.links.base import Link, ask
@@ -45,6 +46,7 @@ class JoinedModel(PersonalModel):
         self.tuning = tuning
         self.lora = lora
         self.last_align: float | None = None
+        self.watch: Watch | None = None  # looks whether the server computes what was agreed, where somebody hears it
         self._pulled = 0  # the step after which the aligned blocks were pulled last
         self.cut: tuple[int, int] = cut
         self.steps = Steps(accumulation)

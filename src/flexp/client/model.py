@@ -17,6 +17,7 @@ from flexp.client.asked import Source
 from flexp.client.exchange import Piece, RemoteCall, RemoteMiddle
 from flexp.client.generation import SplitGenerator
 from flexp.client.joined import OFF, JoinedModel
+from flexp.client.watching import most_alignment
 from flexp.config import AlignConfig, CodecConfig, ModelConfig
 from flexp.data.labels import remarks
 from flexp.errors import ConfigError, LinkError
@@ -24,6 +25,7 @@ from flexp.kinds import ModelKind
 from flexp.links.base import Link
 from flexp.links.messages import ForwardRequest
 from flexp.links.opening import kept
+from flexp.models.anatomy import block_count
 from flexp.models.execution import ExecutionPlan
 from flexp.models.heads import trained_classes
 from flexp.models.loading import load_config, load_stage
@@ -114,7 +116,7 @@ class SplitModel(JoinedModel):
         wanted = ModelConfig.of(model, **settings)
         wanted = wanted.at(resolve(wanted.id))
         config = load_config(wanted.id)
-        blocks = int(config.get_text_config().num_hidden_layers)
+        blocks = block_count(wanted.id, config)
         if cut == "auto":
             if cls.plan_cut is None:
                 raise ConfigError('cut = "auto" is planned for flexp.SplitModelFor…; take the class from there')
@@ -205,7 +207,8 @@ class SplitModel(JoinedModel):
             train=train,
             step=0 if place is None else place.step,
         )
-        call = RemoteCall(self.link, request, place, back=back)
+        look = None if self.watch is None else self._look
+        call = RemoteCall(self.link, request, place, back=back, look=look)
         if train:
             self.steps.remember(call)
         return Sent(call, z_BTH, tuple(inner_BTH), inputs, plan)
@@ -234,6 +237,10 @@ class SplitModel(JoinedModel):
             with suppress(LinkError):  # the first failure is the one to tell
                 self.abort()
             raise
+
+    def _look(self, request: ForwardRequest, h_BTH: Tensor, sent_BTH: Tensor, got_BTH: Tensor, share: float) -> None:
+        assert self.watch is not None
+        self.watch.exchange(request, h_BTH, sent_BTH, got_BTH, most_alignment(self.align, request, share))
 
     def _align_due(self) -> bool:
         """Whether z_base goes up with the next exchange."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from flexp.config.loading import overridden
 from flexp.config.section import Rate, Section
@@ -18,6 +18,10 @@ class DeploymentConfig(Section):
     # free: nobody waits for anybody. deterministic: one client steps at a time, and the weights are a simulation's
     schedule: Literal["free", "deterministic"] = "free"
     clients: list[str] | None = None  # who takes part; None: whoever comes (schedule = "free")
+    # free: a client's steps train the shared blocks up to so many times the median of the others' steps, and
+    # quota_ahead more; further ones are answered alone. None: all of them do
+    quota: Annotated[float, Field(ge=1.0)] | None = 2.0
+    quota_ahead: PositiveInt = 8
     save_every: PositiveInt = 10  # steps of each client between two snapshots of all
     keep: PositiveInt = 3  # snapshots that every party keeps
     patience: Rate = 300.0  # seconds that a client tries to reach a server that has gone

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 
 from flexp.config.link import CodecName
 from flexp.config.section import Rate, Section
@@ -16,10 +16,13 @@ class GuardConfig(Section):
     """Bounds on what a client's step may do to the shared blocks. Norms are global, of a whole step's gradient."""
 
     max_norm: Rate | None = None  # a larger norm is refused; None: no bound
-    clip: Rate | None = None  # a larger norm is scaled down to it, step by step, before anything is averaged
+    # a larger norm is scaled down to it, step by step, before anything is averaged; median: of what others have
+    clip: Rate | Literal["median"] | None = None
+    # a step is answered and not applied if the cosine of its gradient with the last steps' is less; None: never
+    similar: Annotated[float, Field(ge=-1.0, lt=1.0)] | None = None
     explode: Factor | None = 1000.0  # more than so many times the median of the norms accepted last is refused
     median_over: PositiveInt = 64  # norms that the median is of, all clients' together
-    settle: PositiveInt = 16  # steps to be accepted before explode means anything
+    settle: PositiveInt = 16  # steps to be accepted before explode and similar mean anything
     strikes: PositiveInt = 5  # bad requests of a client …
     within: PositiveInt = 100  # … among so many of its last, and it is put aside
     aside_seconds: Rate | None = 3600.0  # for so long; None: until the operator lets it in again (flexp readmit)
@@ -28,9 +31,10 @@ class GuardConfig(Section):
 class ServerConfig(Section):
     """The shared blocks' side."""
 
-    update: Literal["every", "mean"] = "every"
-    # with update = "mean": client steps in one update, weighted by their items (classified examples, predicted tokens)
+    update: Literal["every", "mean", "trimmed"] = "every"
+    # client steps in one update; with "mean" weighted by their items (classified examples, predicted tokens)
     mean_over: PositiveInt = 4
+    trim: PositiveInt = 1  # with "trimmed": of each number so many of the largest and of the smallest are left out
     memory: Literal["keep", "recompute"] = "keep"
     max_in_flight: PositiveInt = 8  # forwards of one client whose backward has not come yet
     max_in_flight_total: PositiveInt = 64  # the same over all clients
@@ -47,3 +51,11 @@ class ServerConfig(Section):
     max_cached_bytes: PositiveInt = 4 * 2**30  # the caches of all clients
     generation_seconds: Rate = 600.0  # a cache that long unused is forgotten
     guard: GuardConfig = GuardConfig()
+
+    @model_validator(mode="after")
+    def _something_left(self) -> ServerConfig:
+        if self.update == "trimmed" and self.mean_over <= 2 * self.trim:
+            raise ValueError(
+                f'update = "trimmed" leaves out {2 * self.trim} of mean_over = {self.mean_over} steps; expected fewer'
+            )
+        return self

@@ -194,7 +194,7 @@ class Fetched:
 
     def _check_trained(self, version: int, total: int) -> None:
         server, steps = self._client.config.server, self._client.steps or 0
-        sure = server.mean_over if server.update == "mean" else 1
+        sure = 1 if server.update == "every" else server.mean_over
         if version == 0 and total and steps >= sure:
             raise LinkError(
                 f"the server's shared blocks were never updated, and this client has done {steps} steps: start the "

@@ -13,6 +13,7 @@ from rich.console import Console
 from flexp.client.model import SplitModel
 from flexp.client.recut import move_party
 from flexp.client.trainer import Trainer
+from flexp.client.watching import Watch
 from flexp.config import CodecConfig, DeploymentConfig
 from flexp.data.identity import check_same
 from flexp.errors import ConfigError, LinkError, LinkLostError
@@ -65,6 +66,7 @@ def run_client(
         setup = replace(setup, cut=(int(facts["cut"][0]), int(facts["cut"][1])))
     with Progress(config.train.total_steps, name, metric=federation.task.metric, console=console) as progress:
         trainer, model = _joined(setup, reach, facts.get("numbering"), codec, deployment.patience, progress.note)
+        model.watch = Watch(lambda line: progress.note(f"{name}: {line}"))
         write_facts(state, setup.data, federation, setup.cut)  # first: it says that what follows is this client's
         parking = ParkedOnDisk(state / "parked", model.steps.numbering)
         moved = newest is not None and newest.facts["cut"] != list(setup.cut)

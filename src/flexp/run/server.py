@@ -23,6 +23,7 @@ from flexp.run.free import Free
 from flexp.run.status import StatusReporter, observed
 from flexp.run.store import Store
 from flexp.server import Server
+from flexp.server.rules import Quota
 from flexp.signals import stopped_by_signal
 
 Say = Callable[[str], None]
@@ -94,6 +95,8 @@ def make_conductor(
             )
         server.sums.open(deployment.clients or ())
     if deployment.schedule == "free":
+        if deployment.quota is not None:
+            server.shared.quota = Quota(deployment.quota, deployment.quota_ahead, train.total_steps, say)
         return Free(server, snapshots, run, say, train, clients, every, save_every)
     assert clients is not None
     places = schedule(clients, train, config.seed, every, save_every, meets)

@@ -32,6 +32,7 @@ _OF_CLIENTS = {
     "compute_seconds": "Seconds that it has computed.",
     "waited_seconds": "Seconds that it has waited for the server or the network.",
     "bad_requests": "Of its requests those that were refused for their values.",
+    "skipped_steps": "Of its steps those that were answered and not applied.",
     "aside": "1 while it is put aside.",
     "connected": "1 while it is connected.",
 }
@@ -42,8 +43,9 @@ _OF_SERVER = {
     "versions": "Versions of the shared weights that are held.",
     "bad_requests": "Requests refused for their values.",
     "clients_aside": "Clients that are put aside.",
+    "skipped_steps": "Steps of clients that were answered and not applied.",
 }
-_COUNTERS = ("updates", "compute_seconds", "bad_requests")
+_COUNTERS = ("updates", "compute_seconds", "bad_requests", "skipped_steps")
 
 
 class StatusReporter:
@@ -86,6 +88,7 @@ class StatusReporter:
             "connected": connected,
             "cut": self._server.cut_of(name),
             "bad_requests": self._server.guard.bad(name),
+            "skipped_steps": self._server.shared.skipped[name],
             "aside": self._server.aside(name) is not None,
             "applied_steps": 0 if regular is None else regular.progress.newest,
         }

@@ -164,6 +164,7 @@ class Session:
     boundary: Tensor | None = None  # the random generator's state when the step under way began
     generations: Generations = field(default_factory=Generations)
     peers: Mapping[str, Session] = field(default_factory=dict)  # all sessions, this one among them
+    graph_rate: float = 0.0  # bytes of the last graph for each number that came: what has no room is not made at all
     late: set[int] = field(default_factory=set)  # exchanges that were given up, since no backward came
 
     @property
@@ -208,7 +209,9 @@ class Session:
 
         if not self.busy:
             self.boundary = self.random.state
-        keep_graph = self.config.memory == "keep"
+        size = size_kept(request)
+        expected = round(self.graph_rate * request.hidden_BTH.numel())
+        keep_graph = self.config.memory == "keep" and self.has_room(size + expected, graph=True)
         z_BTH = request.hidden_BTH.detach().requires_grad_(keep_graph)
         generator = self.random.state
         with torch.set_grad_enabled(keep_graph), counted(stage.model) as graph:
@@ -217,7 +220,9 @@ class Session:
         align_BTH: list[Tensor] = []
         if request.base_BTH is not None and self.align.has_term:
             value, align_BTH = aligned(self.align, stage, request, request.base_BTH, start)
-        size = size_kept(request) + bytes_of(*align_BTH)
+        size += bytes_of(*align_BTH)
+        if keep_graph:
+            self.graph_rate = graph.bytes / request.hidden_BTH.numel()
         if keep_graph and self.has_room(size + graph.bytes, graph=True):
             size += graph.bytes
         else:
@@ -254,7 +259,9 @@ class Session:
         if step.take(trained, request):
             del self.gathered[request.step]
             if not self.progress.applied(request.step):
-                self.shared.add(self._judged(request.step, step.gradients), step.weight)
+                judged = self._judged(request.step, step.gradients)
+                if self.shared.wanted(self.join.client, judged):
+                    self.shared.add(judged, step.weight)
                 self.progress.apply(request.step)
 
         if not request.back:

@@ -7,78 +7,24 @@ on with copies of them (weight stashing). Nothing is copied when nothing is in f
 
 from __future__ import annotations
 
-import statistics
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from flexp.config import GuardConfig, OptimizerConfig, ServerConfig
-from flexp.errors import BadValuesError, StorageError
+from flexp.config import OptimizerConfig, ServerConfig
+from flexp.errors import StorageError
 from flexp.links.frames import MOST_FIELDS
 from flexp.links.messages import FetchReply, FetchRequest
 from flexp.models.stage import Stage
 from flexp.optim import Updater
+from flexp.server.bounds import Bounds
+from flexp.server.rules import Mean, Past, Quota, Trimmed
 
-SMALL = 1.0
-"""A median below this counts as this: where training has converged, an ordinary gradient is many times the median."""
 MOST_BYTES = 64 << 20
 """Bytes of an answer to a fetch, whatever is asked for; but for a tensor that is larger."""
-
-
-class Bounds:
-    """Judges gradients by their global norm, and remembers the norms that it accepted."""
-
-    def __init__(self, config: GuardConfig | None = None) -> None:
-        self.config = config or GuardConfig()
-        self._norms: deque[float] = deque(maxlen=self.config.median_over)
-
-    @property
-    def most(self) -> float | None:
-        """The largest norm that is accepted now; ``None``: any that is finite."""
-        limits = [] if self.config.max_norm is None else [self.config.max_norm]
-        if self.config.explode is not None and len(self._norms) >= min(self.config.settle, self.config.median_over):
-            limits.append(self.config.explode * max(SMALL, statistics.median(self._norms)))
-        return min(limits, default=None)
-
-    def judge(self, client: str, step: int, gradients: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """A whole step's gradient as it may reach the shared weights, clipped if that is asked for.
-
-        Raises:
-            BadValuesError: its norm is not finite, or beyond a bound.
-        """
-        if not gradients:
-            return gradients
-        norm = float(torch.nn.utils.get_total_norm([gradients[name] for name in sorted(gradients)]))
-        most = self.most
-        if not norm < float("inf"):
-            raise BadValuesError(f"client {client}: the gradient of step {step} is not finite")
-        if most is not None and norm > most:
-            raise BadValuesError(
-                f"client {client}: the gradient of step {step} has the norm {norm:.3g}, the server takes at most "
-                f"{most:.3g} ({self._why(most)}), so the shared blocks were not updated; lower train.personal.lr"
-            )
-        self._norms.append(norm)
-        clip = self.config.clip
-        if clip is None or norm <= clip:
-            return gradients
-        return {name: value * (clip / norm) for name, value in gradients.items()}
-
-    def state(self) -> dict[str, Tensor]:
-        """The norms accepted last; nothing before the first."""
-        return {"norms": torch.tensor(list(self._norms), dtype=torch.float64)} if self._norms else {}
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from :meth:`state`."""
-        self._norms.clear()
-        self._norms.extend(float(value) for value in state.get("norms", ()))
-
-    def _why(self, most: float) -> str:
-        if most == self.config.max_norm:
-            return "server.guard.max_norm"
-        return f"server.guard.explode = {self.config.explode:g} times the median of the last {len(self._norms)}"
 
 
 class SharedBlocks:
@@ -90,6 +36,8 @@ class SharedBlocks:
     - ``mean``: ``mean_over`` completed client steps are one optimiser step with, for every parameter, the mean of the
       gradients of those client steps that reached it, weighted by their items. A sum would make the learning rate grow
       with the number of clients. What is left at the end of a run, :meth:`flush` applies.
+    - ``trimmed``: likewise, but of every number the ``trim`` largest and smallest are left out first, and the steps
+      count alike.
 
     A parameter that no gradient reached is left as it is, weight decay included.
     """
@@ -106,14 +54,15 @@ class SharedBlocks:
         self.frozen = False
         self._config = config
         self.bounds = Bounds(config.guard)
-        if total_steps is not None and config.update == "mean":
+        if total_steps is not None and config.update != "every":
             total_steps = -(-total_steps // config.mean_over)
         self.updater = Updater(stage.trainable(), optimizer, total_steps)
         self._held: Counter[int] = Counter()
         self.stashed: dict[int, dict[str, nn.Parameter]] = {}
-        self._sums: dict[str, Tensor] = {}
-        self._weights: dict[str, float] = {}
-        self._waiting = 0
+        self._gathered = Trimmed(config.trim) if config.update == "trimmed" else Mean()
+        self._past = None if config.guard.similar is None else Past(config.guard.similar, config.guard.settle)
+        self.quota: Quota | None = None
+        self.skipped: Counter[str] = Counter()  # steps of clients that were answered and not applied
         self.peak_versions = 1
 
     def hold(self) -> int:
@@ -163,28 +112,26 @@ class SharedBlocks:
         if self._config.update == "every":
             self._apply(gradients)
             return True
-        for name, gradient in gradients.items():
-            if name in self._sums:
-                self._sums[name].add_(gradient, alpha=weight)
-            else:
-                fine = torch.promote_types(gradient.dtype, torch.float32)  # many small gradients would be lost in bf16
-                self._sums[name] = gradient.to(fine) * weight
-            self._weights[name] = self._weights.get(name, 0.0) + weight
-        self._waiting += 1
-        if self._waiting < self._config.mean_over:
+        self._gathered.add(gradients, weight)
+        if self._gathered.steps < self._config.mean_over:
             return False
         return self.flush()
 
+    def wanted(self, client: str, gradients: Mapping[str, Tensor]) -> bool:
+        """Whether a client's completed step is to train the blocks, or only to be answered."""
+        wanted = (self.quota is None or self.quota.take(client)) and (self._past is None or self._past.fits(gradients))
+        self.skipped[client] += not wanted
+        return wanted
+
     def flush(self) -> bool:
-        """Update the weights with what the ``mean`` rule has gathered, however few steps that is.
+        """Update the weights with what the rule has gathered, however few steps that is.
 
         Returns:
             Whether there was anything.
         """
-        if not self._waiting:
+        if not self._gathered.steps:
             return False
-        means = {name: total / self._weights[name] for name, total in self._sums.items()}
-        self._sums, self._weights, self._waiting = {}, {}, 0
+        means = self._gathered.take()
         self._apply({name: mean.to(self.updater.parameters[name].dtype) for name, mean in means.items()})
         return True
 
@@ -212,11 +159,10 @@ class SharedBlocks:
         """Weights, optimiser, and what the ``mean`` rule has gathered; nothing may be in flight that matters."""
         flat = {f"weights/{name}": value.detach() for name, value in self.updater.parameters.items()}
         flat |= {f"optimizer/{name}": value for name, value in self.updater.state().items()}
-        flat |= {f"sums/{name}": value for name, value in self._sums.items()}
-        flat |= {
-            f"sum-weights/{name}": torch.tensor(value, dtype=torch.float64) for name, value in self._weights.items()
-        }
-        return flat | {"version": torch.tensor(self.version), "waiting": torch.tensor(self._waiting)}
+        flat |= self._gathered.state()
+        for extra in (self._past, self.quota):
+            flat |= {} if extra is None else extra.state()
+        return flat | {"version": torch.tensor(self.version)}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Go on from :meth:`state`; nothing may be in flight.
@@ -224,16 +170,17 @@ class SharedBlocks:
         Raises:
             StorageError: the state belongs to other blocks or another tuning.
         """
-        parts: dict[str, dict[str, Tensor]] = {"weights": {}, "optimizer": {}, "sums": {}, "sum-weights": {}}
+        parts: dict[str, dict[str, Tensor]] = {"weights": {}, "optimizer": {}}
         for entry, value in state.items():
             kind, slash, name = entry.partition("/")
             if slash:
                 parts.setdefault(kind, {})[name] = value
         self.load_weights(parts["weights"])
         self.updater.load(parts["optimizer"])
-        self._sums = {name: value.clone() for name, value in parts["sums"].items()}
-        self._weights = {name: float(value) for name, value in parts["sum-weights"].items()}
-        self.version, self._waiting = int(state["version"]), int(state["waiting"])
+        for extra in (self._gathered, self._past, self.quota):
+            if extra is not None:
+                extra.load(state)
+        self.version = int(state["version"])
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Take these weights, as if by an update; nothing may be in flight.

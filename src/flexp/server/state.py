@@ -58,7 +58,8 @@ class ServerState:
     def counts(self) -> dict[str, float]:
         """``updates``, ``compute_seconds``, forwards ``in_flight`` and ``versions`` of the weights that are held.
 
-        And ``bad_requests``, which were refused for their values, and how many ``clients_aside`` there are.
+        And ``bad_requests``, which were refused for their values, how many ``clients_aside`` there are, and how many
+        ``skipped_steps`` were answered and not applied.
         """
         with self._lock:
             return {
@@ -68,6 +69,7 @@ class ServerState:
                 "versions": 1 + len(self.shared.stashed),
                 "bad_requests": self.guard.bad(),
                 "clients_aside": len(self.guard.all_aside),
+                "skipped_steps": self.shared.skipped.total(),
             }
 
     def aside(self, client: str) -> str | None:

@@ -1,0 +1,187 @@
+"""Which completed steps of clients train the shared blocks, and what several of them come to.
+
+For clients that do not mean well: what each rule gave against a client that poisons, docs/security.md says.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+DECAY = 0.9
+"""Of the direction that the last steps took."""
+
+
+class Mean:
+    """For every parameter the mean of several steps' gradients, weighted by their items. Sums are fp32 at least."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self._sums: dict[str, Tensor] = {}
+        self._weights: dict[str, float] = {}
+
+    def add(self, gradients: Mapping[str, Tensor], weight: float) -> None:
+        """One step more."""
+        for name, gradient in gradients.items():
+            if name in self._sums:
+                self._sums[name].add_(gradient, alpha=weight)
+            else:
+                self._sums[name] = _fine(gradient) * weight
+            self._weights[name] = self._weights.get(name, 0.0) + weight
+        self.steps += 1
+
+    def take(self) -> dict[str, Tensor]:
+        """What they come to; then it begins anew."""
+        means = {name: total / self._weights[name] for name, total in self._sums.items()}
+        self.__init__()  # type: ignore[misc]
+        return means
+
+    def state(self) -> dict[str, Tensor]:
+        """As flat named tensors."""
+        weights = {name: torch.tensor(value, dtype=torch.float64) for name, value in self._weights.items()}
+        return _named("sums", self._sums) | _named("sum-weights", weights) | {"waiting": torch.tensor(self.steps)}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from :meth:`state`, which may stand among others."""
+        self._sums = {name: value.clone() for name, value in _under("sums", state).items()}
+        self._weights = {name: float(value) for name, value in _under("sum-weights", state).items()}
+        self.steps = int(state["waiting"])
+
+
+class Trimmed:
+    """For every number the mean over several steps, without the ``trim`` largest and smallest (Yin et al., 2018, arXiv
+    1803.01498); fewer are left out where fewer steps reached a parameter. Steps count alike, whatever they claim.
+    """
+
+    def __init__(self, trim: int) -> None:
+        self._trim = trim
+        self._steps: list[dict[str, Tensor]] = []
+
+    @property
+    def steps(self) -> int:
+        return len(self._steps)
+
+    def add(self, gradients: Mapping[str, Tensor], weight: float) -> None:
+        """One step more."""
+        self._steps.append(dict(gradients))
+
+    def take(self) -> dict[str, Tensor]:
+        """What they come to; then it begins anew."""
+        steps, self._steps = self._steps, []
+        found = {}
+        for name in {name: None for step in steps for name in step}:
+            values = torch.stack([_fine(step[name]) for step in steps if name in step])
+            trim = min(self._trim, (len(values) - 1) // 2)
+            found[name] = values.sort(0).values[trim : len(values) - trim].mean(0)
+        return found
+
+    def state(self) -> dict[str, Tensor]:
+        """As flat named tensors."""
+        flat = {"waiting": torch.tensor(self.steps)}
+        for number, step in enumerate(self._steps):
+            flat |= _named(f"step-{number}", step)
+        return flat
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from :meth:`state`, which may stand among others."""
+        self._steps = [_under(f"step-{number}", state) for number in range(int(state["waiting"]))]
+
+
+class Past:
+    """Compares a step's gradient with the direction that the last steps took.
+
+    Args:
+        least: the cosine between them that a step must have.
+        settle: steps before it is asked for.
+    """
+
+    def __init__(self, least: float, settle: int) -> None:
+        self._least, self._settle = least, settle
+        self._steps = 0
+        self._direction: dict[str, Tensor] = {}
+
+    def fits(self, gradients: Mapping[str, Tensor]) -> bool:
+        """Whether it goes on in that direction, as far as they have parameters in common; if so, it is part of it."""
+        norm = float(torch.nn.utils.get_total_norm(list(gradients.values()))) if gradients else 0.0
+        if not norm:
+            return True
+        common = [name for name in gradients if name in self._direction]
+        if self._steps >= self._settle and common:
+            there = torch.nn.utils.get_total_norm([self._direction[name] for name in common])
+            here = torch.nn.utils.get_total_norm([gradients[name] for name in common])
+            product = sum(float((gradients[name] * self._direction[name]).sum()) for name in common)
+            if product < self._least * float(there * here):
+                return False
+        for name, gradient in gradients.items():
+            fresh = _fine(gradient) * ((1 - DECAY) / norm)
+            known = self._direction.get(name)
+            self._direction[name] = fresh if known is None else known.mul_(DECAY).add_(fresh)
+        self._steps += 1
+        return True
+
+    def state(self) -> dict[str, Tensor]:
+        """As flat named tensors."""
+        return _named("past", self._direction) | {"past-steps": torch.tensor(self._steps)}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from :meth:`state`, which may stand among others, or may not be there."""
+        self._direction = {name: value.clone() for name, value in _under("past", state).items()}
+        self._steps = int(state.get("past-steps", 0))
+
+
+class Quota:
+    """Lets no client train the shared blocks much more than the others do.
+
+    Args:
+        ratio: a client's steps count up to so many times the median of the others' …
+        ahead: … and so many more.
+        most: that count of any client; ``None``: any number.
+        say: told once when a client's steps no longer count.
+    """
+
+    def __init__(self, ratio: float, ahead: int, most: int | None, say: Callable[[str], None]) -> None:
+        self._ratio, self._ahead, self._most, self._say = ratio, ahead, most, say
+        self._taken: Counter[str] = Counter()
+        self._told: set[str] = set()
+
+    def take(self, client: str) -> bool:
+        """Whether one step more of this client counts."""
+        others = [count for name, count in self._taken.items() if name != client]
+        bounds: list[float] = [] if self._most is None else [self._most]
+        bounds += [self._ahead + self._ratio * statistics.median(others)] if others else []
+        if self._taken[client] >= min(bounds, default=float("inf")):
+            if client not in self._told:
+                self._told.add(client)
+                self._say(
+                    f"{client} has done {self._taken[client]} steps, and others {statistics.median(others or [0]):g} "
+                    "(their median): further ones are answered, and train the shared blocks only when the others have "
+                    "come nearer (deployment.quota)"
+                )
+            return False
+        self._taken[client] += 1
+        self._told.discard(client)
+        return True
+
+    def state(self) -> dict[str, Tensor]:
+        """As flat named tensors."""
+        return _named("quota", {name: torch.tensor(count) for name, count in self._taken.items()})
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from :meth:`state`, which may stand among others."""
+        self._taken = Counter({name: int(count) for name, count in _under("quota", state).items()})
+
+
+def _fine(value: Tensor) -> Tensor:
+    return value.to(torch.promote_types(value.dtype, torch.float32))  # many small gradients would be lost in bf16
+
+
+def _named(kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{kind}/{name}": value for name, value in tensors.items()}
+
+
+def _under(kind: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(f"{kind}/"): value for name, value in state.items() if name.startswith(f"{kind}/")}

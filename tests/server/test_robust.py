@@ -1,0 +1,163 @@
+"""Rules against clients that do not mean well: what each does to a step, by hand, and that it outlives a restart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from flexp.config import GuardConfig, ServerConfig
+from flexp.links.messages import BackwardRequest, ForwardRequest
+from flexp.server.bounds import Bounds
+from flexp.server.rules import Past, Quota, Trimmed
+from tests.harness import World, equal, shared_weights, world
+
+
+def step(here: World, client: str, number: int, fill: float = 0.1) -> None:
+    here.server.answer(client, ForwardRequest(number, torch.full((2, 4, 32), 0.1), train=True, step=number))
+    here.server.answer(client, BackwardRequest(number, torch.full((2, 4, 32), fill), step=number))
+
+
+def joined(quota: Quota | None = None, names: str = "abc", **config: Any) -> World:
+    here = world("llama", config=ServerConfig(**config))
+    here.server.shared.quota = quota
+    for number, name in enumerate(names):
+        here.join(name, (2, 4), numbering=number + 1)
+    return here
+
+
+def nobody(_: str) -> None:
+    pass
+
+
+def test_the_trimmed_mean_leaves_out_the_ends_of_every_number() -> None:
+    rule = Trimmed(1)
+    for values in ([1.0, 9.0], [2.0, -50.0], [3.0, 5.0], [1e9, 7.0]):
+        rule.add({"w": torch.tensor(values)}, weight=1e6)
+    rule.add({"seldom": torch.tensor([4.0])}, 1.0)
+    rule.add({"seldom": torch.tensor([6.0])}, 1.0)
+    found = rule.take()
+    assert found["w"].tolist() == [2.5, 6.0]
+    assert found["seldom"].tolist() == [5.0]  # of two steps nothing can be left out
+    assert rule.steps == 0
+
+
+def test_nothing_may_be_left() -> None:
+    with pytest.raises(ValidationError, match="leaves out 4 of mean_over = 4 steps"):
+        ServerConfig(update="trimmed", mean_over=4, trim=2)
+
+
+def test_one_client_has_one_vote_on_the_median_to_which_norms_are_clipped() -> None:
+    bounds = Bounds(GuardConfig(clip="median", explode=None))
+
+    def judged(client: str, norm: float) -> float:
+        return float(bounds.judge(client, 1, {"w": torch.tensor([norm])})["w"])
+
+    assert judged("a", 5.0) == 5.0  # there are no others yet
+    assert [judged("b", 3.0), judged("c", 4.0)] == [3.0, 4.0]
+    for _ in range(50):
+        assert judged("greedy", 1e6) == pytest.approx(4.0)  # the median of 5, 3 and 4
+    assert judged("a", 100.0) == pytest.approx(4.0)  # of 3, 4 and 1e6
+    again = Bounds(bounds.config)
+    again.load(bounds.state())
+    assert float(again.judge("a", 1, {"w": torch.tensor([100.0])})["w"]) == pytest.approx(4.0)
+
+
+def test_a_step_against_the_last_ones_does_not_fit() -> None:
+    past = Past(0.0, settle=2)
+    ahead, back, aside = torch.tensor([1.0, 0.1]), torch.tensor([-1.0, 0.0]), torch.tensor([0.0, 1.0])
+    assert past.fits({"w": back * 0})
+    assert all(past.fits({"w": ahead * scale}) for scale in (1.0, 50.0, 2.0))
+    assert not past.fits({"w": back * 1e-3})
+    assert past.fits({"w": aside})
+    assert past.fits({"other": back})  # nothing to compare it with
+    again = Past(0.0, settle=2)
+    again.load(past.state())
+    assert equal(again.state(), past.state())
+    assert not again.fits({"w": back})
+
+
+def test_a_quota_by_hand() -> None:
+    heard: list[str] = []
+    quota = Quota(2.0, 3, 50, heard.append)
+    assert [quota.take("a") for _ in range(5)] == [True] * 5  # alone
+    assert quota.take("b")
+    assert not quota.take("a")  # 5 of 3 + 2 · 1
+    assert not quota.take("a")
+    assert len(heard) == 1
+    assert "a has done 5 steps" in heard[0]
+    for _ in range(3):
+        assert quota.take("b")
+        assert quota.take("c")
+    assert [quota.take("a") for _ in range(6)] == [True] * 5 + [False]  # up to 3 + 2 · 3.5
+    again = Quota(2.0, 3, 50, nobody)
+    again.load(quota.state())
+    assert not again.take("a")
+    assert [Quota(2.0, 3, 2, nobody).take("a") for _ in range(1)] == [True]
+    most = Quota(2.0, 3, 2, nobody)
+    assert [most.take("a") for _ in range(3)] == [True, True, False]  # no more than the run has, alone or not
+
+
+def test_a_client_that_sends_ten_steps_for_one_is_answered_and_trains_with_its_quota_alone() -> None:
+    here = joined(Quota(1.0, 2, None, nobody))
+    for number in range(1, 4):
+        for name in "ab":
+            step(here, name, number)
+        for each in range(10):
+            step(here, "c", number * 10 + each)
+    assert here.server.shared.version == 6 + 5
+    assert here.server.counts()["skipped_steps"] == 25
+    assert here.server.shared.skipped == {"a": 0, "b": 0, "c": 25}
+    step(here, "c", 39)  # comes again: it was answered, and counts no second time
+    assert here.server.counts()["skipped_steps"] == 25
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"update": "trimmed", "mean_over": 3},
+        {"guard": GuardConfig(similar=0.5, settle=2)},
+        {"guard": GuardConfig(clip="median")},
+        {"update": "mean", "mean_over": 3, "guard": GuardConfig(clip="median", similar=-0.5, settle=1)},
+    ],
+)
+def test_they_go_on_bit_for_bit_after_a_restart(config: dict[str, Any]) -> None:
+    undisturbed, stopped = joined(**config), joined(**config)
+    other = joined(**config)
+    for number in range(1, 6):
+        for name in "abc":
+            for each in (undisturbed, stopped):
+                step(each, name, number, 0.1 * number if name == "a" else -0.2)
+    other.server.load({name: value.clone() for name, value in stopped.server.state().items()})
+    for number in range(6, 9):
+        for name in "abc":
+            for each in (undisturbed, other):
+                step(each, name, number, 0.3)
+    assert equal(shared_weights(undisturbed.server), shared_weights(other.server))
+    assert equal(state(undisturbed), state(other))
+
+
+def state(here: World) -> dict[str, Tensor]:
+    return {name: value for name, value in here.server.state().items() if "seconds" not in name}
+
+
+def test_a_free_run_has_a_quota_and_no_other_has(tmp_path: Any) -> None:
+    from flexp.config import DeploymentConfig
+    from flexp.config.loading import validate
+    from flexp.run.server import make_conductor
+
+    run = validate(
+        {"model": {"id": "m"}, "data": {"source": "d"}, "train": {"rounds": 3, "steps_per_round": 4}}, "here"
+    )
+    for deployment, expected in (
+        (DeploymentConfig(), 12),
+        (DeploymentConfig(quota=None), None),
+        (DeploymentConfig(schedule="deterministic", clients=["a"]), None),
+    ):
+        here = joined()
+        make_conductor(here.server, run, deployment, None, nobody)
+        quota = here.server.shared.quota
+        assert (None if quota is None else quota._most) == expected
