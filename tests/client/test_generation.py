@@ -316,3 +316,11 @@ def test_a_model_that_keeps_more_than_keys_and_values_is_refused(monkeypatch: py
     monkeypatch.setattr(split.config, "layer_types", ["linear_attention"] * 4, raising=False)
     with pytest.raises(ModelError, match=r"it keeps Linear\w+, expected keys and values"):
         SplitGenerator(split)
+
+
+def test_a_cache_that_a_checkpoint_wants_of_whole_models_is_its_own_matter() -> None:
+    pair = Pair("gemma3")
+    expected = pair.answers(pair.whole)
+    split = pair.split()
+    split.model.generation_config.cache_implementation = "hybrid"  # as Gemma's checkpoints say
+    assert equal(expected, pair.answers(SplitGenerator(split)))

@@ -100,6 +100,7 @@ class SplitGenerator:
         self.rebuilt = 0  # how often a server got an answer anew
         model.eval()
         check_cached(model.stage)
+        self.model.generation_config.cache_implementation = None  # what a checkpoint says there is for whole models
 
     @property
     def model(self) -> Any:
@@ -124,7 +125,8 @@ class SplitGenerator:
         for key in NEED_ALL_BLOCKS:
             if options.get(key, getattr(settings, key, None)):
                 raise ConfigError(f"{key} was asked for, but a split model has its blocks in several places")
-        if options.get("use_cache") is False or options.get("cache_implementation"):
+        chosen = options.get("cache_implementation") or settings.cache_implementation
+        if options.get("use_cache") is False or chosen:
             raise ConfigError("a split model writes with its own cache: leave out use_cache and cache_implementation")
         given = options.pop("past_key_values", None)
         cache = given or self.new_cache()

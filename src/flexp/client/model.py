@@ -25,6 +25,7 @@ from flexp.kinds import ModelKind
 from flexp.links.base import Link
 from flexp.links.messages import ForwardRequest
 from flexp.links.opening import kept
+from flexp.models.anatomy import block_count
 from flexp.models.execution import ExecutionPlan
 from flexp.models.heads import trained_classes
 from flexp.models.loading import load_config, load_stage
@@ -115,7 +116,7 @@ class SplitModel(JoinedModel):
         wanted = ModelConfig.of(model, **settings)
         wanted = wanted.at(resolve(wanted.id))
         config = load_config(wanted.id)
-        blocks = int(config.get_text_config().num_hidden_layers)
+        blocks = block_count(wanted.id, config)
         if cut == "auto":
             if cls.plan_cut is None:
                 raise ConfigError('cut = "auto" is planned for flexp.SplitModelFor…; take the class from there')

@@ -39,6 +39,7 @@ from flexp.links.messages import (
     Request,
     Welcome,
 )
+from flexp.models.anatomy import block_count
 from flexp.models.loading import load_config, load_stage
 from flexp.models.parts import Part
 from flexp.models.stage import Stage
@@ -168,7 +169,7 @@ def _run(probe: Probe) -> Measured:
     _reset_peak()
     part = None
     if probe.cut is not None:
-        blocks = int(load_config(probe.model).get_text_config().num_hidden_layers)
+        blocks = block_count(probe.model, load_config(probe.model))
         part = Part.client(probe.cut if probe.tail else (probe.cut[0], blocks), blocks)
     stage = load_stage(config.at(probe.model), cast(Any, probe.kind), part, labels=probe.labels, pad_token_id=0)
     tune(stage, config, ranks=dict(probe.ranks), frozen=probe.frozen)

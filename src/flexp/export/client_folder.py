@@ -25,6 +25,7 @@ from flexp.files import read_json
 from flexp.links.base import Link
 from flexp.methods.base import method_of
 from flexp.methods.parties import split_model, tune_own
+from flexp.models.anatomy import block_count
 from flexp.models.loading import load_config
 from flexp.models.parts import Part
 from flexp.models.stage import Stage
@@ -83,7 +84,8 @@ class ClientModel(FromCheckpoint):
     @property
     def blocks(self) -> int:
         """L of its model."""
-        return int(load_config(model_folder(self.config)).get_text_config().num_hidden_layers)
+        model = model_folder(self.config)
+        return block_count(model, load_config(model))
 
     @property
     def numbering(self) -> int | None:

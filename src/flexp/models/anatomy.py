@@ -49,14 +49,15 @@ def dissect(model: nn.Module) -> Anatomy:
             f"{name} cannot be split: its attention implementation was never set, which makes attention silently "
             "non-causal; make the model with from_pretrained, or from_config(..., attn_implementation='sdpa')"
         )
-    blocks = int(getattr(text, "num_hidden_layers", None) or 0)
+    blocks = block_count(name, config)
     found = [
-        path
-        for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == blocks and blocks > 0
+        path for path, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == blocks
     ]
     # A mixture of experts may have as many experts as blocks: only the outermost lists count.
     outermost = [path for path in found if not any(path.startswith(other + ".") for other in found)]
+    if len(outermost) > 1:  # a tower for images or sounds has blocks as well
+        decoder = next((f"{path}." for path, module in model.named_modules() if module is _decoder_of(model)), "")
+        outermost = [path for path in outermost if path.startswith(decoder)]
     if len(outermost) != 1:
         where = ", ".join(outermost) or "none"
         raise ModelError(
@@ -66,6 +67,28 @@ def dissect(model: nn.Module) -> Anatomy:
     _refuse_sharing(name, model, outermost[0])
     image = getattr(model, "main_input_name", "input_ids") == "pixel_values"
     return Anatomy(path=outermost[0], blocks=blocks, hidden=int(text.hidden_size), image=image)
+
+
+def _decoder_of(model: Any) -> nn.Module:
+    """The part that reads text."""
+    found: nn.Module = model.get_decoder() if hasattr(model, "get_decoder") else model
+    return found
+
+
+def block_count(name: str, config: Any) -> int:
+    """The number of a model's blocks, L, as its configuration says it; ``name`` is the model's in the message.
+
+    Raises:
+        ModelError: it has no row of like blocks.
+    """
+    text: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
+    blocks = getattr(text, "num_hidden_layers", None)
+    if not isinstance(blocks, int) or blocks < 1:
+        raise ModelError(
+            f"{name} cannot be split: its configuration names no row of like blocks (num_hidden_layers), which "
+            "networks of convolutions or stages do not have; use an architecture that `flexp verify --list` names"
+        )
+    return blocks
 
 
 def refuse_by_design(name: str, config: Any) -> None:
@@ -96,6 +119,7 @@ def refuse_by_design(name: str, config: Any) -> None:
             f"{name} cannot be split: it applies the same block again and again, whose weights cannot belong to two "
             "parties; use BERT or RoBERTa instead"
         )
+    block_count(name, config)
     for key, why in _NOT_SPLIT.items():
         if getattr(text, key, None):
             raise ModelError(

@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
 from flexp.errors import ModelError
@@ -91,6 +92,28 @@ def longest_exact(config: Any) -> int | None:
     tables = [rope, *(value for value in rope.values() if isinstance(value, Mapping))]
     grows = any("dynamic" in str(table.get("rope_type", "")) for table in tables)
     return int(text.max_position_embeddings) if grows else None
+
+
+def max_positions(config: Any) -> int | None:
+    """The longest input of a model in tokens, if it has one."""
+    text = config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    if positions is None:
+        return None
+    pad = getattr(text, "pad_token_id", None)
+    # RoBERTa and its kin count positions from behind their padding token's id on.
+    return int(positions) - (pad + 1 if pad is not None and _counts_from_padding(text.__class__) else 0)
+
+
+@lru_cache(maxsize=64)
+def _counts_from_padding(config: Any) -> bool:
+    mapping: Any = transformers.AutoModel._model_mapping
+    if config not in mapping:
+        return False
+    found = mapping[config]
+    module = inspect.getmodule(found[0] if isinstance(found, tuple) else found)
+    parts = [module, *(part for part in vars(module).values() if inspect.isclass(part))]
+    return any(hasattr(part, "create_position_ids_from_input_ids") for part in parts)
 
 
 @lru_cache(maxsize=64)

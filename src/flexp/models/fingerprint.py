@@ -10,6 +10,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from huggingface_hub import try_to_load_from_cache
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -35,6 +38,18 @@ def read_header(stream: BinaryIO) -> dict[str, Entry]:
     }
 
 
+def files_of(source: str) -> list[Path]:
+    """The safetensors files of a folder, or of the Hub's cache, that transformers loads: one, or those of an index."""
+    folder = Path(source).absolute()
+    if not folder.is_dir():
+        known = try_to_load_from_cache(source, "config.json")
+        folder = Path(known).parent if isinstance(known, str) else folder
+    single, index = folder / SAFE_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
+    if single.is_file() or not index.is_file():
+        return [single] if single.is_file() else []
+    return [folder / name for name in sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))]
+
+
 _IGNORED = {
     "architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "id2label", "label2id",
     "num_labels", "problem_type", "use_cache", "_attn_implementation", "attn_implementation", "return_dict",
@@ -50,12 +65,13 @@ def fingerprint(config: Any) -> str:
 
 
 def weights_fingerprint(folder: str | Path) -> str | None:
-    """A hash of the blocks' weights in a folder of safetensors files: 16 hexadecimal digits.
+    """A hash of the blocks' weights in the files that are loaded: 16 hexadecimal digits.
 
     Names, types, shapes and some bytes of every tensor, so it costs little whatever the model's size; not how tensors
-    are spread over files, nor the ends of the model, which are no business of a server. ``None``: there are no files.
+    are spread over files, nor what other files stand beside them, nor the ends of the model, which are no business of
+    a server. ``None``: there are no files.
     """
-    files = sorted(Path(folder).glob("*.safetensors")) if Path(folder).is_dir() else []
+    files = files_of(str(folder))
     found: dict[str, str] = {}
     for file in files:
         facts = file.stat()

@@ -11,11 +11,13 @@ import hashlib
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
@@ -87,8 +89,9 @@ def load_stage(
         config.problem_type = head.problem
         if not trained:
             name_classes(config, labels)
-    if pad_token_id is not None and config.get_text_config().pad_token_id is None:
-        config.get_text_config().pad_token_id = pad_token_id
+    text = config.get_text_config()
+    if pad_token_id is not None and getattr(text, "pad_token_id", 0) is None:
+        text.pad_token_id = pad_token_id
     if dropout is not None:
         from flexp.models import zoo  # imports every architecture: only when it is needed
 
@@ -116,9 +119,14 @@ def load_stage(
             lacking = out_of_memory(error)
             if lacking is not None:
                 raise ModelError(f"{name}: the model cannot be loaded: {lacking}") from error
+            if isinstance(error, OSError | SafetensorError | JSONDecodeError):
+                raise ModelError(
+                    f"{name}: the model cannot be loaded ({_first_line(error)}); expected intact safetensors files: "
+                    "fetch it again, or save it anew with save_pretrained"
+                ) from error
             raise ModelError(
-                f"{name}: the model cannot be loaded ({_first_line(error)}); expected intact safetensors files: fetch "
-                "it again, or save it anew with save_pretrained"
+                f"{name}: transformers cannot make this {original.__name__} ({type(error).__name__}: "
+                f"{_first_line(error)}); if plain transformers loads it, this is a limit of FlexP: choose another model"
             ) from error
     loaded.__class__ = original
     align_padding(loaded, pad_token_id)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from flexp.errors import ConfigError, ModelError
 from flexp.models.anatomy import Anatomy
@@ -136,13 +137,16 @@ def prune(model: nn.Module, anatomy: Anatomy, part: Part) -> None:
     for path, module in list(outside_blocks(model, anatomy)):
         if any(path.startswith(other + ".") for other in replaced):
             continue
-        if isinstance(module, nn.Embedding):
-            stub: nn.Module = ZeroEmbedding(module.embedding_dim, module.weight.dtype)
+        own = anatomy.path.startswith(path + ".")
+        if isinstance(module, PreTrainedModel) and not own:  # such as a tower for images
+            stub: nn.Module = PassThrough(None)
+        elif isinstance(module, nn.Embedding):
+            stub = ZeroEmbedding(module.embedding_dim, module.weight.dtype)
         elif next(module.parameters(recurse=False), None) is not None:
             stub = PassThrough(getattr(module, "out_features", None))
         else:
             continue
-        if anatomy.path.startswith(path + "."):
+        if own:
             raise ModelError(
                 f"{type(model).__name__} cannot be split: {path}, which holds its blocks, has weights of its own; "
                 "use an architecture that `flexp verify --list` names"

@@ -40,7 +40,7 @@ class Stage:
         self.longest = longest_exact(model.config)
         self._server: Stage | None = None  # the model as a server has it, of no blocks, to compare with
         parameters = inspect.signature(type(model).forward).parameters
-        cached = getattr(model.config, "use_cache", None) is not None
+        cached = getattr(model.config.get_text_config(), "use_cache", None) is not None
         passed_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
         self.no_cache = {"use_cache": False} if "use_cache" in parameters or (cached and passed_on) else {}
 

@@ -8,7 +8,6 @@ bring in its neighbours, up to 64 KiB a row. The numbers are the same, bit for b
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import warnings
@@ -20,13 +19,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from flexp.errors import ModelError
 from flexp.limits import reserves_count
-from flexp.models.fingerprint import read_header
+from flexp.models.fingerprint import files_of, read_header
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Names of the safetensors format."""
@@ -233,18 +230,6 @@ def _tables(source: str) -> Iterator[tuple[str, StoredTable]]:
             if len(entry.shape) == 2 and entry.dtype in DTYPES:
                 rows, width = entry.shape
                 yield name, StoredTable(file, entry.start, (rows, width), DTYPES[entry.dtype], facts)
-
-
-def files_of(source: str) -> list[Path]:
-    """The safetensors files of a folder, or of the Hub's cache, that transformers loads: one, or those of an index."""
-    folder = Path(source).absolute()
-    if not folder.is_dir():
-        known = try_to_load_from_cache(source, "config.json")
-        folder = Path(known).parent if isinstance(known, str) else folder
-    single, index = folder / SAFE_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
-    if single.is_file() or not index.is_file():
-        return [single] if single.is_file() else []
-    return [folder / name for name in sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))]
 
 
 def _facts(found: os.stat_result) -> tuple[int, int]:

@@ -129,12 +129,18 @@ def embedding_names(stage: Stage) -> set[str]:
     return {name for name, parameter in stage.model.named_parameters(remove_duplicate=False) if id(parameter) in found}
 
 
+_STATE_SPACE = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
+"""Types whose kernels read the weight of ``out_proj`` past any adapter; peft loads none there."""
+
+
 def _inject(stage: Stage, config: LoraConfig, seed: int, ranks: Mapping[int, int]) -> None:
     # peft is shown the blocks, not the model: of a mixture of experts it would rewrite the targets, and otherwise for
     # every party, by what other linear layers that party has.
     blocks = stage.blocks
     linear = [name for name, module in blocks.named_modules() if isinstance(module, nn.Linear | Conv1D)]
     wanted = config.targets
+    if stage.model.config.model_type in _STATE_SPACE:
+        linear = [name for name in linear if name.rpartition(".")[2] != "out_proj"]
     if wanted != "all-linear":
         names = [wanted] if isinstance(wanted, str) else wanted
         linear_all, linear = linear, [name for name in linear if name.rpartition(".")[2] in names]

@@ -22,6 +22,7 @@ from flexp.errors import ModelError
 from flexp.kinds import IGNORED, KINDS, ModelKind
 from flexp.models.architectures import ARCHITECTURES, FIRST_TOKEN, LABELS, PAD, Attention, Spec
 from flexp.models.autos import AUTO, set_head
+from flexp.models.batches import max_positions
 
 __all__ = ["ARCHITECTURES", "Spec", "save_tiny", "tiny_batch", "tiny_model"]
 
@@ -102,12 +103,13 @@ def tiny_batch(
     if model.main_input_name == "pixel_values":
         if padding != "none":
             raise ModelError("images have no padding; use padding='none'")
-        size = config.image_size
-        shape = (batch, config.num_channels, *((size, size) if isinstance(size, int) else size))
+        vision = getattr(config, "vision_config", config)
+        size = vision.image_size
+        shape = (batch, vision.num_channels, *((size, size) if isinstance(size, int) else size))
         pixels = torch.randn(shape, generator=generator).to(model.dtype)
         return {"pixel_values": pixels, "labels": classes}
     text = config.get_text_config()
-    positions = getattr(text, "max_position_embeddings", None) or length
+    positions = max_positions(config) or length
     if not 1 <= length <= positions:
         raise ModelError(f"a batch of length {length} does not fit the model: expected 1 to {positions} tokens")
     input_ids = torch.randint(FIRST_TOKEN, text.vocab_size, (batch, length), generator=generator)

@@ -128,7 +128,7 @@ def resume(
     if rounds is not None:
         content["train"]["rounds"] = rounds
     config = validate(content, str(out / "config.json"))
-    check_length(config.train, saved, out)
+    check_length(config, saved, out)
 
     def same_data(*of: Any) -> Federation:
         found = load_federation(*of)

@@ -32,6 +32,8 @@ from flexp.links.base import Link
 from flexp.machine import imitates_bfloat16
 from flexp.methods.base import World, method_of
 from flexp.methods.parties import own_config, own_trainer, split_model, tune_own
+from flexp.models.anatomy import block_count
+from flexp.models.batches import max_positions
 from flexp.models.heads import trained_classes
 from flexp.models.loading import load_config, load_stage
 from flexp.models.parts import Part, check_cut
@@ -126,7 +128,7 @@ def settle(config: RunConfig, federate: Federate = load_federation, *, plan: boo
     processor = load_processor(model_id, config)
     head = trained_classes(model_config, task_of(config.data).model_kind, config.model.pooling)
     federation = federate(config.data, processor, config.seed, max_positions(model_config), head)
-    blocks = int(getattr(model_config.get_text_config(), "num_hidden_layers", 0))
+    blocks = block_count(model_id, model_config)
     notes, planned = [*_precision_notes(config), *_meeting_notes(config)], None
     if plan and config.data.clients.planned:  # before anything is loaded
         config, more, planned = with_cuts(config, federation, blocks)
@@ -308,15 +310,6 @@ def load_processor(model_id: str, config: RunConfig) -> Any:
     if not image:
         processor.padding_side = "right"  # on the left it would shift absolute positions (GPT-2)
     return processor
-
-
-def max_positions(model_config: Any) -> int | None:
-    """The longest input of a model in tokens, if it has one."""
-    text = model_config.get_text_config()
-    positions = getattr(text, "max_position_embeddings", None)
-    # RoBERTa counts positions from its padding index on.
-    offset = 2 if getattr(text, "model_type", "") in ("roberta", "xlm-roberta", "camembert") else 0
-    return None if positions is None else int(positions) - offset
 
 
 def _meeting_notes(config: RunConfig) -> list[str]:

@@ -41,6 +41,7 @@ from flexp.links.messages import (
     SumRequest,
     Welcome,
 )
+from flexp.models.anatomy import block_count
 from flexp.models.loading import load_config, load_stage
 from flexp.models.parts import Part, check_cut
 from flexp.models.stage import Stage
@@ -150,7 +151,7 @@ class Server(ServerState):
         """
         wanted = ModelConfig.of(model, **settings)
         wanted = wanted.at(resolve(wanted.id))
-        blocks = int(load_config(wanted.id).get_text_config().num_hidden_layers)
+        blocks = block_count(wanted.id, load_config(wanted.id))
         start, stop = check_cut((base_depth, end), blocks, where="server blocks (base_depth, end)")
         stage = load_stage(wanted, kind, Part.server(start, stop), seed=seed)
         config = config or ServerConfig()
