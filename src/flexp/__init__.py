@@ -13,7 +13,11 @@ if TYPE_CHECKING:
     from flexp.client.model import (
         SplitModelForCausalLM,
         SplitModelForImageClassification,
+        SplitModelForMultiLabelClassification,
+        SplitModelForQuestionAnswering,
+        SplitModelForRegression,
         SplitModelForSequenceClassification,
+        SplitModelForTokenClassification,
     )
     from flexp.links.grpc import connect, serve
     from flexp.server import Server
@@ -23,6 +27,10 @@ _HOMES = {
     "SplitGenerator": "flexp.client.generation",
     "SplitModelForCausalLM": "flexp.client.model",
     "SplitModelForImageClassification": "flexp.client.model",
+    "SplitModelForMultiLabelClassification": "flexp.client.model",
+    "SplitModelForQuestionAnswering": "flexp.client.model",
+    "SplitModelForRegression": "flexp.client.model",
+    "SplitModelForTokenClassification": "flexp.client.model",
     "SplitModelForSequenceClassification": "flexp.client.model",
     "TrainerCallback": "flexp.client.callback",
     "connect": "flexp.links.grpc",
@@ -34,7 +42,11 @@ __all__ = [
     "SplitGenerator",
     "SplitModelForCausalLM",
     "SplitModelForImageClassification",
+    "SplitModelForMultiLabelClassification",
+    "SplitModelForQuestionAnswering",
+    "SplitModelForRegression",
     "SplitModelForSequenceClassification",
+    "SplitModelForTokenClassification",
     "TrainerCallback",
     "__version__",
     "connect",

@@ -65,6 +65,26 @@ class Kind:
         """Whether it gives classes, which have names."""
         return self.answers in ("class", "classes", "tokens")
 
+    def weighted(self, logits: Tensor, targets: Tensor, weights_C: Tensor) -> Tensor:
+        """The loss in which an example (a token) of class c counts ``weights_C[c]``; of several classes, its positive.
+
+        It is torch's own: a mean that is weighted alike over what has one class, and ``pos_weight`` over several.
+        """
+        from torch.nn import functional as F
+
+        weights_C = weights_C.to(logits)
+        if self.answers == "classes":
+            return F.binary_cross_entropy_with_logits(logits, targets.to(logits), pos_weight=weights_C)
+        flat = logits.reshape(-1, logits.shape[-1])
+        return F.cross_entropy(flat, targets.reshape(-1).to(logits.device), weights_C, ignore_index=IGNORED)
+
+    def mass(self, batch: Mapping[str, Tensor], weights_C: Tensor) -> float:
+        """What the mean of :meth:`weighted` is taken over."""
+        targets = batch[self.targets[0]]
+        if self.answers == "classes":
+            return float(len(targets))
+        return float(weights_C[targets[targets != IGNORED]].sum())
+
     def items(self, batch: Mapping[str, Tensor]) -> int:
         """How many items the loss of a batch with labels is a mean of: examples, or labelled tokens."""
         targets = batch[self.targets[0]]

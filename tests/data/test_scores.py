@@ -12,6 +12,7 @@ from flexp.config import DataConfig
 from flexp.data.scores import evaluate
 from flexp.data.tasks.causal_lm import CausalLM
 from flexp.data.tasks.classification import Classification
+from flexp.data.tasks.instruction import Instruction
 from flexp.data.tasks.text import Limit
 from flexp.errors import DataError
 
@@ -118,3 +119,16 @@ def test_broken_models_and_empty_lists() -> None:
     assert math.isnan(evaluate(forward, MODEL_TEXT, [text(1, 2)], 1)["perplexity"])
     with pytest.raises(DataError, match="no examples to score"):
         evaluate(forward, MODEL_TEXT, [], 1)
+
+
+def test_exact_match_is_what_greedy_decoding_writes() -> None:
+    made = Instruction(CONFIG, TOKENIZER, Limit(99))
+
+    def forward(batch: dict[str, torch.Tensor]) -> Any:  # after token t comes t + 1
+        return SimpleNamespace(logits=torch.nn.functional.one_hot((batch["input_ids"] + 1) % 8, 8).float())
+
+    rows = [[1, 2, 3, 4], [1, 2, 3, 5], [1, 5, 6, 7]]
+    examples = [{"input_ids": ids, "attention_mask": [1] * 4, "labels": [-100, -100, *ids[2:]]} for ids in rows]
+    scores = evaluate(forward, made, examples, 2)
+    assert scores["exact_match"] == pytest.approx(2 / 3)
+    assert scores["perplexity"] == pytest.approx(math.exp(scores["loss"]))

@@ -100,6 +100,12 @@ def test_a_rate_that_falls_is_not_made_longer(home: Path) -> None:
         runner.resume(home / "run", rounds=2)
 
 
+def test_clients_that_met_for_the_last_time_do_not_go_on(home: Path) -> None:
+    runner.run(config(home, train={"rounds": 1}, method={"meet": {"on": True}}), home / "run")
+    with pytest.raises(ConfigError, match=r"have met after round 1, the last .* cannot have 2 rounds"):
+        runner.resume(home / "run", rounds=2)
+
+
 def test_nothing_is_scored_on_what_it_was_trained_on(home: Path, stopped: Path) -> None:
     rows = read(home / "rows.jsonl")
     export(open_trained(stopped, "north"), home / "exported")

@@ -10,10 +10,11 @@ so are the sums of gradients, here and on the server.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,11 @@ class Done:
 
 
 def overlapped(
-    model: SplitModel, pieces: Sequence[tuple[Piece, Batch]], most: int, check: Callable[[Tensor], None]
+    model: SplitModel,
+    pieces: Sequence[tuple[Piece, Batch]],
+    most: int,
+    check: Callable[[Tensor], None],
+    loss_of: Callable[[Any, Mapping[str, Any]], Tensor] = lambda output, _: output.loss,
 ) -> Iterator[Done]:
     """Run a step's exchanges with up to ``most`` of them under way, or as many as the server lets be.
 
@@ -45,6 +50,7 @@ def overlapped(
 
     Args:
         check: raises if a loss is not finite.
+        loss_of: the loss of an output and its batch.
 
     Raises:
         LinkError: the server refused, or cannot be reached; the step is given up, on the server as well.
@@ -58,10 +64,11 @@ def overlapped(
             if at_server and at_server[0][1].call.here:
                 piece, sent = at_server.popleft()
                 output = model.tail(sent, apart=True)
-                check(output.loss)
-                (output.loss * piece.share).backward()  # tail only; sends ∂task/∂h
+                loss = loss_of(output, sent.inputs)
+                check(loss)
+                torch.autograd.backward(loss * piece.share)  # tail only; sends ∂task/∂h
                 returning.append(sent)
-                yield Done(piece, output.loss.item(), sent.call.align)
+                yield Done(piece, loss.item(), sent.call.align)
             elif fresh and len(at_server) + len(returning) < most:
                 piece, batch = fresh.popleft()
                 with model.steps.during(piece):

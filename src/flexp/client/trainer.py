@@ -87,6 +87,8 @@ class Trainer:
         self.data, self.task, self.model, self.updater = data, task, model, updater
         self.steps = 0
         self.seconds = 0.0
+        wanted = config.class_weights
+        self._weights_C = None if wanted is None else task.class_weights(wanted, data.train)
         self._in_flight = config.in_flight
         self.micro_batch = config.micro_batch or -(-config.batch_size // config.in_flight)
         self._order = BatchOrder(len(data.train), config.batch_size, seed)
@@ -126,14 +128,15 @@ class Trainer:
 
     def _exchanges(self, pieces: list[tuple[Piece, Batch]]) -> Iterator[Done]:
         if self._in_flight > 1 and isinstance(self.model, SplitModel):
-            yield from overlapped(self.model, pieces, self._in_flight, self._check)
+            yield from overlapped(self.model, pieces, self._in_flight, self._check, self._loss_of)
             return
         for piece, batch in pieces:
             with self.model.part_of_step(piece):
                 output = self.model(**batch)  # head → server → tail → loss
-                self._check(output.loss)
-                (output.loss * piece.share).backward()  # tail ← server ← head; the server trains its blocks
-            yield Done(piece, output.loss.item(), self.model.last_align)
+                loss = self._loss_of(output, batch)
+                self._check(loss)
+                torch.autograd.backward(loss * piece.share)  # tail ← server ← head; the server trains its blocks
+            yield Done(piece, loss.item(), self.model.last_align)
 
     def state(self) -> dict[str, Tensor]:
         """Everything that :meth:`load` needs to go on bit for bit, as flat named tensors."""
@@ -169,11 +172,20 @@ class Trainer:
                 "raise data.max_length, so that answers are not cut off"
             )
         items = [loss_items(batch) for batch in batches]
+        weights_C, kind = self._weights_C, KINDS[self.task.model_kind]
+        mass = items if weights_C is None else [kind.mass(batch, weights_C) for batch in batches]
         tokens = [unmasked_tokens(batch) for batch in batches]
         return [
-            (Piece(number, len(batches), count / sum(items), part / sum(tokens), count), batch)
-            for number, (batch, count, part) in enumerate(zip(batches, items, tokens, strict=True), start=1)
+            (Piece(number, len(batches), own / sum(mass), part / sum(tokens), count), batch)
+            for number, (batch, count, own, part) in enumerate(zip(batches, items, mass, tokens, strict=True), start=1)
         ]
+
+    def _loss_of(self, output: Any, batch: Mapping[str, Any]) -> Tensor:
+        """The model's own loss, or with ``train.class_weights`` that of its logits."""
+        loss: Tensor = output.loss
+        if self._weights_C is not None:
+            loss = KINDS[self.task.model_kind].weighted(output.logits, batch["labels"], self._weights_C)
+        return loss
 
     def _check(self, loss: Tensor) -> None:
         if not math.isfinite(loss.item()):

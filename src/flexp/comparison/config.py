@@ -120,6 +120,8 @@ def make(base: RunConfig, config: CompareConfig) -> Comparison:
     for name in config.variants:
         if not NAME.fullmatch(name):
             raise ConfigError(f"compare.variants.{name!r}: a variant's name is letters, digits and . _ + - only")
+    if base.train.early_stopping.patience is not None:
+        raise ConfigError("train.early_stopping: methods are compared after equally many steps; leave it out")
     names = config.methods
     if "methods" not in config.model_fields_set and not METHODS["closed-form"].meetings(base):
         names = [name for name in names if name != "closed-form"]  # the task has none

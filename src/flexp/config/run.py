@@ -6,7 +6,7 @@ these modules, one a table, only state the shape.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
@@ -36,6 +36,7 @@ class OutputConfig(Section):
     # rounds; the last two stay, and with validation data the best; 0: none at all, so that nothing can be resumed
     checkpoint_every: Annotated[int, Field(ge=0)] = 1
     tensorboard: bool = True
+    report_to: list[Literal["mlflow", "wandb"]] = Field(default=[])  # further trackers
     html: bool = True
 
 
@@ -62,6 +63,10 @@ class RunConfig(Section):
             raise ValueError(
                 f"train.micro_batch = {self.train.micro_batch} is larger than "
                 f"train.batch_size = {self.train.batch_size}"
+            )
+        if self.train.early_stopping.patience is not None and not self.data.validation_fraction:
+            raise ValueError(
+                "train.early_stopping looks at validation data: set data.validation_fraction, to 0.2 for instance"
             )
         if self.train.in_flight > self.server.max_in_flight:
             raise ValueError(

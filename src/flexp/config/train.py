@@ -23,6 +23,13 @@ class OptimizerConfig(Section):
     clip: Rate | None = 1.0  # the largest global norm of a step's gradient
 
 
+class EarlyStopping(Section):
+    """When to stop before the last round: scores on validation data that get no better."""
+
+    patience: PositiveInt | None = None  # scored rounds in a row without a better one; None: never
+    min_delta: Annotated[float, Field(ge=0.0)] = 0.0  # by how much a better score must be better
+
+
 class TrainConfig(Section):
     """The client's loop. A round is one turn of every client; FlexP-SFL itself knows no rounds."""
 
@@ -33,6 +40,9 @@ class TrainConfig(Section):
     in_flight: PositiveInt = 1  # exchanges of a step that are under way at once: the next one's head does not wait
     order: Literal["round-robin", "random"] = "round-robin"
     turn: Literal["round", "step"] = "step"  # clients take turns after every step, or after a whole round
+    # classifiers: what an example of a class counts in the loss; "balanced": all classes of a client's own count alike
+    class_weights: Literal["balanced"] | dict[str, Rate] | None = None
+    early_stopping: EarlyStopping = EarlyStopping()  # needs data.validation_fraction
     personal: OptimizerConfig = OptimizerConfig()
     shared: OptimizerConfig = OptimizerConfig()
 

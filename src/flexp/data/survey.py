@@ -102,11 +102,13 @@ def text_column(columns: Sequence[Column], names: Collection[str] = TEXTS) -> st
 
 
 def label_column(columns: Sequence[Column], names: Collection[str] = LABELS) -> str | None:
-    """The column that holds a class for each row: by its name, else what repeats most, but no owner."""
+    """The column that holds a class for each row: by its name, else what repeats most, words before numbers."""
     labels = [c for c in columns if c.repeats and c.whole and c.kind in ("text", "number") and c.length < 60]
     named = next((column.name for column in _named(labels, names)), None)
     others = [column for column in labels if column.name.lower() not in CLIENTS]
-    return named or (min(others, key=lambda column: column.distinct).name if others else None)
+    return named or (
+        min(others, key=lambda column: (column.kind == "number", column.distinct)).name if others else None
+    )
 
 
 def column_of(columns: Sequence[Column], kind: Kind, names: Collection[str] = ()) -> str | None:

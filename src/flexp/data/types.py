@@ -83,6 +83,9 @@ class Task(Protocol):
     def measure(self, logits: Tensor, labels: Tensor, examples: Sequence[Example]) -> Tally:
         """Losses and hits of a collated batch."""
 
+    def class_weights(self, wanted: Any, examples: Sequence[Example]) -> Tensor:
+        """``train.class_weights`` for a client with these training examples, by the number of the class."""
+
     def figures(self, tally: Tally) -> dict[str, Any]:
         """The scores of all examples, the metric among them, from what :meth:`measure` found."""
 

@@ -100,8 +100,9 @@ def refuse_by_design(name: str, config: Any) -> None:
     text: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(
-            f"{name} cannot be split: it is an encoder–decoder, whose decoder blocks all read the encoder's output; "
-            "use a decoder-only or encoder-only model"
+            f"{name} cannot be split: it is an encoder–decoder, whose decoder blocks all read the encoder's output, "
+            "so every client would keep the whole decoder; use a decoder-only or encoder-only model (a decoder learns "
+            "sequence to sequence from prompts and answers)"
         )
     if getattr(text, "hidden_size_per_layer_input", 0):
         raise ModelError(

@@ -1,5 +1,5 @@
-"""The run's diary as TensorBoard events, one TensorBoard run a client, so that clients lie over one another
-in one chart.
+"""The run's diary for trackers: as TensorBoard events, one TensorBoard run a client, and for what else was asked for
+(:mod:`flexp.report.trackers`).
 
 ``events/federation`` has the means over the clients scored in a round, traffic and clock by **round**;
 ``events/NAME`` has a client's losses and scores by its **own steps** (a score after a round stands at the
@@ -8,16 +8,16 @@ client's last step of that round).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
-
+from flexp.config import RunConfig
 from flexp.errors import StorageError
 from flexp.files import folder_name, storage_error
 from flexp.report.metrics import Record
+from flexp.report.trackers import OneRun, event_files
 
 FEDERATION = "federation"
 MOST_CLIENTS = 64
@@ -31,13 +31,22 @@ class EventWriter:
         folder: the run's ``events`` folder.
         kept: when a run resumes, the records that its diary keeps (after ``truncate_after``); events later
             than these are purged, so that no curve doubles back. None: a new run.
+        others: further trackers.
+        tensorboard: whether there are events.
 
     Raises:
         StorageError: the events cannot be written.
     """
 
-    def __init__(self, folder: Path, kept: Iterable[Record] | None = None) -> None:
-        self.folder = Path(folder)
+    def __init__(
+        self,
+        folder: Path,
+        kept: Iterable[Record] | None = None,
+        others: Sequence[OneRun] = (),
+        *,
+        tensorboard: bool = True,
+    ) -> None:
+        self.folder, self._others, self._files = Path(folder), others, tensorboard
         self._writers: dict[str, Any] = {}
         self._steps: dict[str, int] = {}
         self._scores: dict[str, dict[str, float]] = {}
@@ -72,9 +81,9 @@ class EventWriter:
         self._closed = True
         failure: OSError | None = None
         self._flush_scores()
-        for writer in self._writers.values():
+        for writer in (*self._writers.values(), *self._others):
             try:
-                writer.close()
+                writer.finish()
             except OSError as error:
                 failure = failure or error
         self._writers.clear()
@@ -122,8 +131,8 @@ class EventWriter:
         self._round = round
         keys = ("seconds", "bytes_up", "bytes_down")
         self._add(FEDERATION, {f"federation/{key}": record.get(key) for key in keys}, round)
-        for writer in self._writers.values():
-            writer.flush()
+        for tracker in self._writers.values():
+            tracker.writer.flush()
 
     def _flush_scores(self) -> None:
         means = {f"{tag}_mean": sum(clients.values()) / len(clients) for tag, clients in self._scores.items()}
@@ -132,21 +141,43 @@ class EventWriter:
             self._add(FEDERATION, means, self._round)
 
     def _add(self, name: str, values: Mapping[str, Any], step: int) -> None:
-        writer = self._writer(name)
-        if writer is None:
-            return
-        for tag, value in values.items():
-            if isinstance(value, int | float):
-                writer.add_scalar(tag, float(value), step)
+        numbers = {tag: float(value) for tag, value in values.items() if isinstance(value, int | float)}
+        if (writer := self._writer(name)) is not None:
+            writer.log(numbers, step=step)
+        for other in self._others if numbers else ():
+            other.log(name, numbers, step)
 
     def _writer(self, name: str) -> Any:
+        if not self._files:
+            return None
         if name not in self._writers:
             if name != FEDERATION and len(self._writers) > MOST_CLIENTS:
                 return None
-            place = self.folder / (FEDERATION if name == FEDERATION else _of_client(name))
+            place = FEDERATION if name == FEDERATION else _of_client(name)
             purge = self._purge.get(name, 0) if self._resumed else None
-            self._writers[name] = SummaryWriter(str(place), purge_step=purge)
+            self._writers[name] = event_files(self.folder, place, purge)
         return self._writers[name]
+
+
+def writer_of(out: Path, config: RunConfig, kept: Iterable[Record] | None) -> EventWriter | None:
+    """What ``[output]`` asks for, of the run in the folder ``out``; ``None``: nothing.
+
+    Raises:
+        ConfigError: a tracker is not installed, or cannot begin.
+    """
+    wanted = config.output
+    if not wanted.tensorboard and not wanted.report_to:
+        return None
+    settings = {
+        "method": config.method.name,
+        "model": Path(config.model.id).name if Path(config.model.id).exists() else config.model.id,
+        "task": config.data.task,
+        "seed": config.seed,
+        "rounds": config.train.rounds,
+        "lr": config.train.personal.lr,
+    }
+    others = [OneRun(kind, out, config.name, settings) for kind in dict.fromkeys(wanted.report_to)]
+    return EventWriter(out / "events", kept, others, tensorboard=wanted.tensorboard)
 
 
 def _of_client(name: str) -> str:

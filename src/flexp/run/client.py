@@ -22,11 +22,13 @@ from flexp.links.base import Link
 from flexp.report.metrics import MetricsLog, write_records
 from flexp.report.metrics import read as read_log
 from flexp.report.progress import Progress
+from flexp.report.summary import VALIDATION
 from flexp.run.diary import Diary
 from flexp.run.folder import is_client, write_facts
 from flexp.run.party import Party
 from flexp.run.recutting import Mover
 from flexp.run.settle import ClientSetup
+from flexp.run.stopping import check_conducted
 from flexp.run.store import SNAPSHOTS, Checkpoint, ParkedOnDisk, Store, party_of
 from flexp.signals import stopped_by_signal
 
@@ -54,6 +56,7 @@ def run_client(
         StorageError: it cannot be written, or is of another version of FlexP.
     """
     config, name, federation = setup.config, setup.data.name, setup.run.federation
+    check_conducted(config.train, deployment.schedule)
     if not is_client(state):
         check_free(state, ("config.json", "metrics.jsonl"), "a client", "--state")
     snapshots = Store(state / SNAPSHOTS, deployment.keep)
@@ -83,6 +86,7 @@ def run_client(
             run=str(facts.get("run", "")),
             patience=deployment.patience,
             mover=Mover(setup, trainer, parking) if recuts else None,
+            validated=_validated(state / "metrics.jsonl", federation.task.metric),
             tell_cut=lambda cut: write_facts(state, setup.data, federation, cut),
         )
         if newest is not None and moved:  # or the server, going back to that snapshot, would undo it
@@ -99,6 +103,12 @@ def run_client(
         progress.note(f"{name}: {'the run is over' if over else 'stopped'} after {trainer.steps} steps; "
                    f"snapshot {last} is in {snapshots.folder}")  # fmt: skip
     return over
+
+
+def _validated(path: Path, metric: str) -> dict[int, float | None]:
+    """The scores on validation data that the diary has, by round."""
+    records = read_log(path) if path.is_file() else []
+    return {int(r["round"]): r[VALIDATION].get(metric) for r in records if r["kind"] == "eval" and VALIDATION in r}
 
 
 def _known(snapshots: Store, setup: ClientSetup, state: Path, *, may_move: bool) -> Checkpoint | None:

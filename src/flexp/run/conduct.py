@@ -15,6 +15,9 @@ from flexp.links.messages import Order, Ready
 from flexp.run.store import Store
 from flexp.server import Server
 
+ENDED = "ended"
+"""Among what a client tells: it stops before its last step, since it gets no better on its validation data."""
+
 Say = Callable[[str], None]
 TOLD = ("loss", "lr", "score", "seconds", "bytes_up", "bytes_down", "waited_seconds", "compute_seconds")
 """What a client may say of itself; anything else is left out."""

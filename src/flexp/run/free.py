@@ -15,7 +15,7 @@ from flexp.config import TrainConfig
 from flexp.errors import LinkError
 from flexp.links.messages import Order, Ready
 from flexp.methods.turns import scored_rounds
-from flexp.run.conduct import Conductor, Member, Say
+from flexp.run.conduct import ENDED, Conductor, Member, Say
 from flexp.run.store import Store
 from flexp.server import Server
 
@@ -68,7 +68,8 @@ class Free(Conductor):
             member.answer(Order("restore", self.run, self._number, max(ready.snapshots)))
             return future
         here = self.server.clients[client].progress.newest
-        if self.over and max(here, ready.steps) < self.train.total_steps:
+        ended = bool(ready.facts.get(ENDED))
+        if self.over and not ended and max(here, ready.steps) < self.train.total_steps:
             raise LinkError(
                 f"client {client}: the run {self.run} is over, and the client has done {ready.steps} of its "
                 f"{self.train.total_steps} steps; give it the --state folder that it had in this run"
@@ -95,7 +96,7 @@ class Free(Conductor):
         if not rest and round_number in self._scored and round_number not in told.scored:
             told.scored.add(round_number)
             member.answer(Order("evaluate", self.run, self._number, round_number, save=save))
-        elif ready.steps < self.train.total_steps:
+        elif ready.steps < self.train.total_steps and not ready.facts.get(ENDED):
             count = min(MOST_STEPS, self.train.steps_per_round - rest)
             member.answer(Order("step", self.run, self._number, count=count, save=save))
         else:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flexp.config import TrainConfig
+from flexp.client.meeting import Meets
+from flexp.config import RunConfig
 from flexp.data.identity import Identity, check_same, identity, of_client
 from flexp.data.types import Federation
 from flexp.errors import ConfigError
@@ -51,12 +52,14 @@ def check_scored(run: Path, saved: Mapping[str, Any], federation: Federation, cl
     check_same(then, now, run, mend)
 
 
-def check_length(train: TrainConfig, saved: Mapping[str, Any], run: Path) -> None:
+def check_length(config: RunConfig, saved: Mapping[str, Any], run: Path) -> None:
     """See that a run may have so many rounds, going by what :func:`saved_facts` found.
 
     Raises:
-        ConfigError: it had more already; or its learning rate falls to the end that was planned.
+        ConfigError: it had more already; its learning rate falls to the end that was planned; or its clients have met
+            for the last time.
     """
+    train = config.train
     planned = saved.get("rounds", train.rounds)
     if train.rounds < saved.get("number", 0):
         raise ConfigError(
@@ -67,4 +70,9 @@ def check_length(train: TrainConfig, saved: Mapping[str, Any], run: Path) -> Non
         raise ConfigError(
             f"{run}: train.{falling[0]}.schedule lets the learning rate fall until round {planned}, so the run cannot "
             f"have {train.rounds} rounds: start a new one"
+        )
+    if train.rounds != planned == saved.get("number") and Meets.of(config).last:
+        raise ConfigError(
+            f"{run}: its clients have met after round {planned}, the last (method.meet), so the run cannot have "
+            f"{train.rounds} rounds: start a new one"
         )

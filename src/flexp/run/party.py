@@ -12,7 +12,7 @@ from flexp.client.meeting import FIRST, LAST, UNMASKED, Meets
 from flexp.client.model import SplitModel
 from flexp.client.recut import fit
 from flexp.client.trainer import Step, Trainer, cut_in, load_party, party_state
-from flexp.data.scores import evaluate
+from flexp.data.scores import Scores, evaluate
 from flexp.errors import LinkError, LinkLostError, StorageError, TrainingError
 from flexp.limits import out_of_memory
 from flexp.links.base import Link
@@ -20,10 +20,13 @@ from flexp.links.coding import load_residuals
 from flexp.links.messages import Order, Ready
 from flexp.methods.parties import meet_at, seat_of
 from flexp.report.metrics import Record
+from flexp.report.summary import VALIDATION
 from flexp.rng import RandomStream
+from flexp.run.conduct import ENDED
 from flexp.run.diary import Diary
 from flexp.run.recutting import Mover
 from flexp.run.settle import ClientSetup
+from flexp.run.stopping import ended
 from flexp.run.store import Store, party_of
 
 MOST_RUN = 200
@@ -52,6 +55,7 @@ class Party:
         run: str = "",
         patience: float = 300.0,
         mover: Mover | None = None,
+        validated: dict[int, float | None] | None = None,
         tell_cut: Callable[[tuple[int, int]], None] = lambda _: None,
     ) -> None:
         self.setup, self.config, self.data, self.task = setup, setup.config, setup.data, setup.run.federation.task
@@ -63,6 +67,7 @@ class Party:
         self._run, self._patience = run, patience
         self._mover, self._tell_cut = mover, tell_cut
         self._facts: dict[str, float] = {}
+        self._validated = validated or {}
         self._saved_steps = trainer.steps  # of a client that has moved to another cut, what it moved with
         self._place = 0
         self._met = 0  # meetings that it has been at
@@ -213,14 +218,22 @@ class Party:
             self._tell_cut(self.model.cut)
 
     def _evaluate(self, number: int) -> None:
-        if not self.data.test:
-            return
+        sides: dict[str, Scores] = {}
         size, extras = self.config.evaluation.batch_size, number in (0, self.config.train.rounds)
         with RandomStream(0, self.model.device).active():  # a forward moves the generator, which others draw from
-            self.scores = evaluate(self.trainer.personal, self.task, self.data.test, size, extras=extras)
-        self.diary.scores(number, self.data.name, {"personal": self.scores})
-        value = self.scores[self.task.metric]
-        self.diary.note(f"{self.data.name}: round {number}, {self.task.metric} {value:.4g} on its own test data")
+            if self.data.test:
+                sides["personal"] = evaluate(self.trainer.personal, self.task, self.data.test, size, extras=extras)
+            if self.data.validation:
+                sides[VALIDATION] = evaluate(self.trainer.personal, self.task, self.data.validation, size, extras=False)
+        if not sides:
+            return
+        self.diary.scores(number, self.data.name, sides)
+        if VALIDATION in sides:
+            self._validated[number] = sides[VALIDATION][self.task.metric]
+        if "personal" in sides:
+            self.scores = sides["personal"]
+            value = self.scores[self.task.metric]
+            self.diary.note(f"{self.data.name}: round {number}, {self.task.metric} {value:.4g} on its own test data")
 
     def _meet(self, meeting: int) -> None:
         name = self.data.name
@@ -291,6 +304,8 @@ class Party:
             "waited_seconds": meter.waited_seconds,
             "compute_seconds": self.trainer.seconds - meter.waited_seconds,
         }
+        if ended(self._validated, self.config.train.early_stopping, self.task.higher_is_better):
+            facts[ENDED] = 1.0
         if self.task.metric in self.scores:
             facts["score"] = float(self.scores[self.task.metric])
         return facts

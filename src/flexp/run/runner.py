@@ -35,7 +35,7 @@ from flexp.report.summary import (
     picked_on,
     scores_by_round,
 )
-from flexp.report.tensorboard import EventWriter
+from flexp.report.tensorboard import writer_of
 from flexp.run.costs import MemoryProbes
 from flexp.run.diary import Diary
 from flexp.run.folder import is_joined
@@ -43,6 +43,7 @@ from flexp.run.going_on import MEND, check_length, data_of, saved_facts
 from flexp.run.participants import Dropped, place
 from flexp.run.recutting import Recutting
 from flexp.run.settle import Federate, build_world
+from flexp.run.stopping import ended
 from flexp.run.store import CHECKPOINTS, Store
 from flexp.run.virtual import client_facts, cuts_by_round
 
@@ -127,7 +128,7 @@ def resume(
     if rounds is not None:
         content["train"]["rounds"] = rounds
     config = validate(content, str(out / "config.json"))
-    check_length(config.train, saved, out)
+    check_length(config, saved, out)
 
     def same_data(*of: Any) -> Federation:
         found = load_federation(*of)
@@ -146,6 +147,11 @@ def _prepared(
 ) -> tuple[World, MemoryProbes, list[Dropped]]:
     """The world without those whose device cannot hold what the method trains, and what was measured to know that."""
     world = build_world(config, federate)
+    if config.train.early_stopping.patience is not None and world.meets.last:
+        raise ConfigError(
+            "train.early_stopping: clients meet (method.meet) after the last step, and which that is nobody knows "
+            "beforehand; leave one of them out"
+        )
     probes = MemoryProbes(world, out, cache)
     world, dropped = place(world, probes) if config.on_devices else (world, [])
     return world, probes, dropped
@@ -176,7 +182,7 @@ class _Run:
         log.truncate_after(self.first_round - 1)
         kept = read(log.path)
         self.scored = scores_by_round(kept, self.names, world.federation.task.metric)
-        events = EventWriter(out / "events", kept or None) if self.config.output.tensorboard else None
+        events = writer_of(out, self.config, kept or None)
         self.seconds_before = max((float(r["seconds"]) for r in kept if r["kind"] == "round"), default=0.0)
         self.began = time.perf_counter()
         per_round = self.config.train.steps_per_round * len(world.participants)
@@ -202,7 +208,11 @@ class _Run:
                     if self.world.meets.first:
                         self.method.meet(FIRST)
                 for number in range(max(1, self.first_round), self.config.train.rounds + 1):
+                    if self._ended():
+                        break
                     self._round(number)
+                if self._ended() and not self._complete():
+                    progress.note("stopped early: scores on validation data got no better (train.early_stopping)")
                 self.probes.measure(progress.note)
                 self.probes.save()
         finally:
@@ -219,11 +229,11 @@ class _Run:
             self.diary.change(record)
         self.method.train_round(number, lambda step: self.diary.step(number, step))
         self.progress.passed(number, self.config.train.rounds)
-        last = number == self.config.train.rounds
-        if last and self.world.meets.last:
+        if number == self.config.train.rounds and self.world.meets.last:
             self._tell(self.method.meet(LAST))
         if number in self.scoring:
             self._evaluate(number)
+        last = number == self.config.train.rounds or self._ended()
         accounts = [self.method.account(name) for name in self.names]
         spent = {data.name: self.method.account(data.name).client_seconds for data in self.world.participants}
         self.diary.write(
@@ -243,6 +253,15 @@ class _Run:
         every = self.config.output.checkpoint_every
         if every and (last or number == best or number % every == 0):
             self.store.save(number, self.method.state(), self.facts, best=best)
+
+    def _ended(self) -> bool:
+        """Whether scores on validation data got no better for long enough."""
+        higher = self.world.federation.task.higher_is_better
+        means = {number: aggregate(scores, higher).get("validation_mean") for number, scores in self.scored.items()}
+        return ended(means, self.config.train.early_stopping, higher)
+
+    def _complete(self) -> bool:
+        return self.config.train.rounds in self.scored
 
     def _tell(self, choices: dict[str, Choice]) -> None:
         counted = Counter(choices.values())
@@ -312,7 +331,7 @@ class _Run:
                 name=self.config.name,
                 method=self.config.method.name,
                 seed=self.config.seed,
-                finished=done == self.config.train.rounds,
+                finished=done == self.config.train.rounds or self._ended(),
                 metric=task.metric,
                 higher_is_better=task.higher_is_better,
                 model={

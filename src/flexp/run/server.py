@@ -21,6 +21,7 @@ from flexp.run.conduct import Conductor, run_name
 from flexp.run.deterministic import Deterministic
 from flexp.run.free import Free
 from flexp.run.status import StatusReporter, observed
+from flexp.run.stopping import check_conducted
 from flexp.run.store import Store
 from flexp.server import Server
 from flexp.server.rules import Quota
@@ -83,6 +84,7 @@ def make_conductor(
     snapshots = None if state is None else Store(state, deployment.keep)
     if snapshots is not None:
         snapshots.claim()
+    check_conducted(config.train, deployment.schedule)
     run, clients, train = run_name(snapshots), deployment.clients, config.train
     every, save_every = config.evaluation.every, deployment.save_every
     meets = Meets.of(config)

@@ -1,6 +1,6 @@
 """Which completed steps of clients train the shared blocks, and what several of them come to.
 
-For clients that do not mean well: what each rule gave against a client that poisons, docs/security.md says.
+Several are against clients that do not mean well; ``python -m benchmarks poisoning`` measures what each gives.
 """
 
 from __future__ import annotations

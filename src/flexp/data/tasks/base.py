@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from string import Formatter
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from flexp.data.survey import Column
 from flexp.data.tasks.text import IGNORED, Limit, encode_texts, pad
 from flexp.data.types import PLACE, Batch, Example, Forward, Row, Tally
 from flexp.errors import ConfigError
-from flexp.kinds import ModelKind
+from flexp.kinds import KINDS, ModelKind
 
 
 class BaseTask(ABC):
@@ -130,6 +130,35 @@ class BaseTask(ABC):
     def classes_in(self, example: Example) -> list[str]:
         """The names of the classes that an encoded example has; none where the task has no classes."""
         return [] if self.label_names is None else [self.label_names[example["labels"]]]
+
+    def class_weights(self, wanted: Literal["balanced"] | Mapping[str, float], examples: Sequence[Example]) -> Tensor:
+        """What each class counts in the loss, (C,).
+
+        ``balanced``: n / (classes · n_c) of the n examples (or tokens) of the client, of whose classes n_c are c; where
+        an example may have several classes, those without c by those with c. What the client does not have counts 1.
+
+        Raises:
+            ConfigError: the task has no classes, or not one that is named.
+        """
+        if self.label_names is None:
+            raise ConfigError(f"train.class_weights is for classifiers; data.task = {self.name!r} has no classes")
+        if wanted != "balanced":
+            odd = [name for name in wanted if name not in self.label_names]
+            if odd:
+                raise ConfigError(
+                    f"train.class_weights: there is no class {odd[0]!r}; expected some of {', '.join(self.label_names)}"
+                )
+            return torch.tensor([float(wanted.get(name, 1.0)) for name in self.label_names])
+        counts = Counter(name for example in examples for name in self.classes_in(example))
+        several = KINDS[self.model_kind].answers == "classes"
+        total, classes = len(examples) if several else counts.total(), len(counts)
+        return torch.tensor(
+            [
+                1.0 if not counts[name] else
+                max(total - counts[name], 1) / counts[name] if several else total / (classes * counts[name])
+                for name in self.label_names
+            ]
+        )  # fmt: skip
 
     @abstractmethod
     def encode(self, rows: Sequence[Row]) -> list[Example]:

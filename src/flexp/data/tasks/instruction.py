@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
+
+from torch import Tensor
 
 from flexp.config import DataConfig
 from flexp.data.columns import as_text
 from flexp.data.survey import Column, column_of
 from flexp.data.tasks.base import TextTask, fields, fill_row, place
 from flexp.data.tasks.chat import ChatForm, messages_of
-from flexp.data.tasks.text import answer_example, continuation, fit_end, with_end
-from flexp.data.types import Example, Row
+from flexp.data.tasks.text import IGNORED, answer_example, continuation, fit_end, with_end
+from flexp.data.types import Example, Row, Tally
 from flexp.errors import ConfigError
 
 PROMPTS = ("prompt", "instruction", "question", "query", "input")
@@ -62,6 +65,19 @@ class Instruction(TextTask):
             ids, start, cut = fit_end(self.processor, ids, start, self.limit, place(row))
             examples.append(answer_example(ids, range(start, len(ids)), cut, place(row)))
         return examples
+
+    def measure(self, logits: Tensor, labels: Tensor, examples: Sequence[Example]) -> Tally:
+        """Losses, and whether the likeliest token is right everywhere in the answer: then greedy decoding writes it."""
+        tally = super().measure(logits, labels, examples)
+        for logits_TV, labels_T in zip(logits, labels.to(logits.device), strict=True):
+            kept = labels_T[1:] != IGNORED
+            tally.correct.append(bool((logits_TV[:-1][kept].argmax(-1) == labels_T[1:][kept]).all()))
+        return tally
+
+    def figures(self, tally: Tally) -> dict[str, Any]:
+        """``perplexity``, ``tokens`` and ``exact_match``: the share of answers that greedy decoding writes."""
+        exact = sum(tally.correct) / len(tally.correct)
+        return super().figures(replace(tally, correct=[])) | {"exact_match": exact}
 
     def _chats(self, rows: Sequence[Row], column: str) -> list[Example]:
         own = bool(getattr(self.processor, "chat_template", None))
