@@ -21,6 +21,7 @@ from flexp.export.folder import export
 from flexp.export.opening import open_trained
 from flexp.export.saved import RunModel, open_run
 from flexp.links.messages import SumRequest
+from flexp.methods.base import method_of
 from flexp.models.zoo import save_tiny
 from flexp.run import runner
 from flexp.run.settle import settle
@@ -110,7 +111,9 @@ def test_at_the_end_each_has_its_own_on_the_same_features(
 
 
 @pytest.mark.parametrize("name", ["flexp-sfl", "fedavg", "split-fedavg", "closed-form"])
-def test_resumed_equals_undisturbed_and_goes_where_the_model_goes(home: Path, tmp_path: Path, name: str) -> None:
+def test_resumed_equals_undisturbed_and_goes_where_the_model_goes(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     run = config(
         home,
         method={"name": name, **ON},
@@ -118,17 +121,17 @@ def test_resumed_equals_undisturbed_and_goes_where_the_model_goes(home: Path, tm
         train={"rounds": 2, "steps_per_round": 2, "batch_size": 4},
     )
     runner.run(run, tmp_path / "whole")
-    half = run.model_copy(update={"train": run.train.model_copy(update={"rounds": 1})})
-    half = half.model_copy(
-        update={
-            "method": run.method.model_copy(update={"meet": run.method.meet.model_copy(update={"on": False})}),
-            "model": run.model.model_copy(update={"head": "closed-form"}),
-        }
-    )
-    runner.run(half, tmp_path / "out")  # the first meeting alone
-    (tmp_path / "out/config.json").write_text(
-        (tmp_path / "whole/config.json").read_text(encoding="utf-8"), encoding="utf-8"
-    )
+    kind = method_of(run)
+    round_of = kind.train_round
+
+    def stopped(self: Any, number: int, on_step: Any) -> None:
+        if number == 2:
+            raise KeyboardInterrupt
+        round_of(self, number, on_step)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(kind, "train_round", stopped)
+        runner.run(run, tmp_path / "out")  # the first meeting and a round
     runner.resume(tmp_path / "out")
     there, here = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "out")
     for party, state in there.items():
