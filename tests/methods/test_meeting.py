@@ -129,9 +129,10 @@ def test_resumed_equals_undisturbed_and_goes_where_the_model_goes(
             raise KeyboardInterrupt
         round_of(self, number, on_step)
 
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(kind, "train_round", stopped)
+    monkeypatch.setattr(kind, "train_round", stopped)
+    with pytest.raises(KeyboardInterrupt):
         runner.run(run, tmp_path / "out")  # the first meeting and a round
+    monkeypatch.undo()
     runner.resume(tmp_path / "out")
     there, here = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "out")
     for party, state in there.items():
