@@ -28,6 +28,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PretrainedConfig
 
 from flexp.assets import resolve
 from flexp.config import DataConfig
@@ -177,7 +178,7 @@ class SmallCnn(nn.Module):
 
     def __init__(self, channels: int = 1, side: int = 28, classes: int = 10) -> None:
         super().__init__()
-        self.config = SimpleNamespace(hidden_size=_FEATURES)
+        self.config = PretrainedConfig(hidden_size=_FEATURES)
         left = ((side - 4) // 2 - 4) // 2  # pixels of a side after two convolutions of 5 × 5 and two poolings
         self.base = nn.Module()
         self.base.blocks = nn.ModuleList(

@@ -251,16 +251,16 @@ def test_workers_end_with_a_comparison_that_is_killed(tmp_path: Path) -> None:
     longer = ("--out", str(tmp_path / "out"), "--jobs", "2", "--no-tune", "--set", "train.rounds=5000")
     process = begin(command, ["compare", str(path), *longer], log=tmp_path / "log.txt", threads=1, alone=True)
     assert process.pid
-    forked_by = psutil.Process(process.pid).parent()  # the comparison, and its workers in their turn
+    forked_by = psutil.Process(process.pid).parent()  # above the comparison, and all that it begins
     assert forked_by
     end = time.monotonic() + 120
     while len(list(tmp_path.glob("out/cells/*/*/metrics.jsonl"))) < 2:  # both have begun
         assert process.is_alive(), (tmp_path / "log.txt").read_text(encoding="utf-8")
         assert time.monotonic() < end
         time.sleep(0.1)
-    assert len(forked_by.children()) == 3
+    assert len(forked_by.children(recursive=True)) >= 3
     process.kill()
     process.join()
-    while forked_by.children():
+    while forked_by.children(recursive=True):
         assert time.monotonic() < end
         time.sleep(0.1)

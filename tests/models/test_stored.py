@@ -16,7 +16,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from flexp.config import ModelConfig
 from flexp.errors import ConfigError, ModelError
-from flexp.models import low_memory, stored
+from flexp.models import fingerprint, low_memory, stored
 from flexp.models.architectures import ARCHITECTURES
 from flexp.models.loading import load_stage
 from flexp.models.parts import Part
@@ -275,7 +275,7 @@ def test_trained_embeddings_stay_nowhere(tmp_path: Path) -> None:
 
 def test_a_file_of_the_hubs_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_model("bert").save_pretrained(tmp_path)
-    monkeypatch.setattr(stored, "try_to_load_from_cache", lambda repo, name: str(tmp_path / name))
+    monkeypatch.setattr(fingerprint, "try_to_load_from_cache", lambda repo, name: str(tmp_path / name))
     assert stored.files_of("somebody/something") == [tmp_path / "model.safetensors"]
-    monkeypatch.setattr(stored, "try_to_load_from_cache", lambda repo, name: None)
+    monkeypatch.setattr(fingerprint, "try_to_load_from_cache", lambda repo, name: None)
     assert stored.files_of("somebody/something") == []

@@ -70,7 +70,7 @@ def test_mixed_precision_computes_in_bfloat16_and_keeps_weights_in_float32() -> 
 def wrong_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = Stage.plan_without_inputs
     monkeypatch.setattr(Stage, "plan_without_inputs", lambda self, hidden, mask, *more: plan(self, hidden, None))
-    monkeypatch.setattr(Stage, "_probe", lambda *_: None)
+    monkeypatch.setattr(Stage, "_compare", lambda *_: None)
 
 
 def rounded_activations(monkeypatch: pytest.MonkeyPatch) -> None:

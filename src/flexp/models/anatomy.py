@@ -56,7 +56,8 @@ def dissect(model: nn.Module) -> Anatomy:
     # A mixture of experts may have as many experts as blocks: only the outermost lists count.
     outermost = [path for path in found if not any(path.startswith(other + ".") for other in found)]
     if len(outermost) > 1:  # a tower for images or sounds has blocks as well
-        decoder = next((f"{path}." for path, module in model.named_modules() if module is _decoder_of(model)), "")
+        within = next((path for path, module in model.named_modules() if module is _decoder_of(model)), "")
+        decoder = f"{within}." if within else ""
         outermost = [path for path in outermost if path.startswith(decoder)]
     if len(outermost) != 1:
         where = ", ".join(outermost) or "none"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 
@@ -42,7 +43,10 @@ def files_of(source: str) -> list[Path]:
     """The safetensors files of a folder, or of the Hub's cache, that transformers loads: one, or those of an index."""
     folder = Path(source).absolute()
     if not folder.is_dir():
-        known = try_to_load_from_cache(source, "config.json")
+        try:
+            known = try_to_load_from_cache(source, "config.json")
+        except HFValidationError:  # no name that the Hub could have
+            return []
         folder = Path(known).parent if isinstance(known, str) else folder
     single, index = folder / SAFE_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
     if single.is_file() or not index.is_file():
