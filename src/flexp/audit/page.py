@@ -80,7 +80,7 @@ def _by_step(readings: Sequence[Reading]) -> Plot:
             go.Scatter(
                 x=list(one.by_step),
                 y=[100 * value for value in one.by_step.values()],
-                name=f"{one.attack}, {one.of}",
+                name=f"{one.attack}, {one.of} at depth {one.depth}",
                 mode="lines+markers",
                 line=line,
             )
