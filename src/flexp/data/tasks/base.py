@@ -368,7 +368,16 @@ def deciding_logits(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
     return logits_BTV[torch.arange(len(position_B), device=logits_BTV.device), position_B].float()
 
 
-def rarest(labels: Sequence[Sequence[str]]) -> list[str]:
-    """Of each row's labels the one that the fewest rows have; nothing of a row without any."""
-    rows = Counter(name for names in labels for name in set(names))
-    return [min(names, key=lambda name: (rows[name], name), default="") for names in labels]
+class SeveralLabels(BaseTask):
+    """A task whose rows have a list of labels each: some of the classes, or one for every word."""
+
+    @classmethod
+    def names_in(cls, label: Sequence[str]) -> Sequence[str]:
+        return label
+
+    @classmethod
+    def strata(cls, labels: Sequence[Sequence[str]]) -> list[str]:
+        """Of each row's labels the one that the fewest rows have, so that rare ones are on every side; nothing of a row
+        without any."""
+        rows = Counter(name for names in labels for name in set(names))
+        return [min(names, key=lambda name: (rows[name], name), default="") for names in labels]

@@ -13,13 +13,13 @@ from flexp.config import DataConfig
 from flexp.data.columns import lists_of_labels
 from flexp.data.measures import several_f1, several_scores
 from flexp.data.survey import LABELS, Column, column_of, text_column
-from flexp.data.tasks.base import TextTask, rarest
+from flexp.data.tasks.base import SeveralLabels, TextTask
 from flexp.data.types import Batch, Example, Row, Tally
 from flexp.errors import DataError
 from flexp.kinds import ModelKind
 
 
-class MultiLabel(TextTask):
+class MultiLabel(SeveralLabels, TextTask):
     """Each class of ``label_names`` is there or not. The label column holds lists, or text that
     ``data.label_separator`` divides; it may be empty."""
 
@@ -61,15 +61,6 @@ class MultiLabel(TextTask):
             list(dict.fromkeys(labels))
             for labels in lists_of_labels(values, names, config.label, config.label_separator, place)
         ]
-
-    @classmethod
-    def names_in(cls, label: Sequence[str]) -> Sequence[str]:
-        return label
-
-    @classmethod
-    def strata(cls, labels: Sequence[Sequence[str]]) -> list[str]:
-        """The rarest label of each row, so that rare ones are on every side."""
-        return rarest(labels)
 
     @classmethod
     def no_label(cls, names: Sequence[str]) -> list[str]:

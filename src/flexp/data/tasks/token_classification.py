@@ -16,14 +16,14 @@ from flexp.config import DataConfig
 from flexp.data.columns import lists_of_labels
 from flexp.data.measures import class_scores, confusion, entity_scores
 from flexp.data.survey import Column, column_of
-from flexp.data.tasks.base import BaseTask, class_details, place, rarest
+from flexp.data.tasks.base import SeveralLabels, class_details, place
 from flexp.data.tasks.text import IGNORED, Limit, pad
 from flexp.data.types import Batch, Example, Row, Tally
 from flexp.errors import ConfigError, DataError
 from flexp.kinds import ModelKind
 
 
-class TokenClassification(BaseTask):
+class TokenClassification(SeveralLabels):
     """``data.text`` holds words and ``data.label`` a tag for each: lists, or text that spaces divide.
 
     The first token of a word has its tag, further ones have none. Words are joined by spaces and encoded as any text.
@@ -60,15 +60,6 @@ class TokenClassification(BaseTask):
         cls, values: Sequence[Any], names: list[str] | None, config: DataConfig, place: Callable[[int], str]
     ) -> list[list[str]]:
         return lists_of_labels(values, names, config.label, None, place)
-
-    @classmethod
-    def names_in(cls, label: Sequence[str]) -> Sequence[str]:
-        return label
-
-    @classmethod
-    def strata(cls, labels: Sequence[Sequence[str]]) -> list[str]:
-        """The rarest tag of each row."""
-        return rarest(labels)
 
     @classmethod
     def no_label(cls, names: Sequence[str]) -> None:
