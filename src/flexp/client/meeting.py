@@ -105,7 +105,8 @@ class Noise:
         """None of them longer."""
         if not self._noise:
             return features_NH
-        return features_NH * (self._clip / features_NH.norm(dim=1, keepdim=True)).clamp(max=1.0)
+        lengths_N: Tensor = features_NH.norm(dim=1, keepdim=True)
+        return features_NH * (self._clip / lengths_N).clamp(max=1.0)
 
 
 @dataclass
