@@ -21,6 +21,8 @@ from flexp.models.stage import Stage, carve
 from flexp.models.tuning import tune
 from flexp.models.zoo import tiny_model
 
+from .tools import warmly
+
 
 def probe(**changes: Any) -> Probe:
     arguments: dict[str, Any] = {
@@ -105,7 +107,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def peak(model: str) -> int:
     """Of a client that holds all of it."""
-    return measure(probe(model=model, cut=None)).peak
+    return warmly(probe(model=model, cut=None)).peak
 
 
 @pytest.mark.slow
@@ -113,13 +115,13 @@ def test_extra_copies_and_optimisers_are_really_held(model: str, peak: int) -> N
     """A weight copy is as large as what is trained, a second AdamW twice that; the peak rises by just as much."""
     trained = 4 * sum(value.numel() for value in tuned(model).trainable().values())
     assert trained > 40e6
-    more = measure(probe(model=model, cut=None, extra_weights=3, extra_optimizers=1)).peak
+    more = warmly(probe(model=model, cut=None, extra_weights=3, extra_optimizers=1)).peak
     assert more - peak == pytest.approx((3 + 2 * 1) * trained, rel=0.08)
 
 
 @pytest.mark.slow
 def test_a_client_without_a_tail_holds_its_first_blocks_only(model: str, peak: int) -> None:
-    start = measure(probe(model=model, cut=(1, 4), tail=False)).peak
+    start = warmly(probe(model=model, cut=(1, 4), tail=False)).peak
     assert 0.1 * peak < start < 0.5 * peak  # one block of four
 
 
