@@ -14,7 +14,7 @@ import transformers
 from flexp.config import AlignConfig, ModelConfig, OptimizerConfig
 from flexp.cost import probe as memory
 from flexp.cost.echo import client_model, random_batch, without_tail
-from flexp.cost.probe import Measured, Probe, measure, measure_once
+from flexp.cost.probe import Measured, Probe, measure_once
 from flexp.models.loading import load_stage
 from flexp.models.parts import Part
 from flexp.models.stage import Stage, carve
@@ -90,7 +90,7 @@ def test_pulled_weights_have_their_size() -> None:
 
 def test_a_process_of_its_own_measures_an_aligned_client() -> None:
     """Also when only what its memory depends on is left of the probe."""
-    found = measure(memory.plain(probe(align=AlignConfig(kind="weights").model_dump(mode="json"), base_depth=1)))
+    found = warmly(memory.plain(probe(align=AlignConfig(kind="weights").model_dump(mode="json"), base_depth=1)))
     assert found.peak >= found.loaded >= 0
 
 
