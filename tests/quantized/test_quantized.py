@@ -1,4 +1,7 @@
-"""Quantised blocks: split as whole, and whole as plain transformers and peft would have it."""
+"""Quantised blocks: split as whole, and whole as plain transformers and peft would have it.
+
+bitsandbytes makes peft's import slow wherever it is found, so it has a place of its own, which ``make test`` names.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,8 @@ from flexp.models.tuning import tune
 from flexp.models.zoo import tiny_batch
 from flexp.run.verify import Setup, verify
 
+pytest.importorskip("bitsandbytes", reason="needs flexp[quantized]; make test has it")
+
 HOW = ("nf4", "int8")
 
 
@@ -33,8 +38,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small Llama as transformers saves it."""
     out: Path = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
-    shape = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, vocab_size=99)
-    config = transformers.LlamaConfig(**shape, num_key_value_heads=2, pad_token_id=0)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(**shape, num_key_value_heads=2, vocab_size=99, pad_token_id=0)
     with quietly():
         transformers.LlamaForCausalLM(config).save_pretrained(out)
     return out

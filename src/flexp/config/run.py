@@ -95,8 +95,8 @@ class RunConfig(Section):
             )
         if self.model.quantization != "off" and self.model.tuning == "full":
             raise ValueError(
-                f'model.quantization = "{self.model.quantization}" keeps whole numbers, which full tuning cannot train; '
-                'set model.tuning = "lora"'
+                f'model.quantization = "{self.model.quantization}" keeps whole numbers, which full tuning cannot train;'
+                ' set model.tuning = "lora"'
             )
         if self.model.embeddings == "file" and self.model.train_embeddings:
             raise ValueError(

@@ -232,7 +232,7 @@ def _piece(counted: Counted, block: nn.Module, quantization: str) -> PieceCost:
     values = list(block.parameters())
     trained = [value for value in values if value.requires_grad]
     saved, unpacked = held_bytes(block, quantization)
-    kept, forward, backward, *others = _figures(counted)
+    kept, forward, backward, released, forward_flops, backward_flops = _figures(counted)
     return PieceCost(
         sum(value.numel() for value in values),
         sum(value.numel() * value.element_size() for value in [*values, *block.buffers()]) - saved,
@@ -241,7 +241,9 @@ def _piece(counted: Counted, block: nn.Module, quantization: str) -> PieceCost:
         kept,
         forward + unpacked,  # one weight after the other is unpacked for its product
         backward + unpacked,
-        *others,
+        released,
+        forward_flops,
+        backward_flops,
     )
 
 

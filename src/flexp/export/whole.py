@@ -31,8 +31,8 @@ def plain(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def merged(source: Stage, weights: Mapping[str, Tensor], scaling: float, dtype: torch.dtype | None = None) -> Any:
     """The whole pretrained model with trained weights in it; ``source`` is left as it is.
 
-    What was trained in full is taken over bit for bit, adapters are added in float32: W + scaling · B·A. Quantised blocks
-    become plain ones with the numbers that they stood for in training.
+    What was trained in full is taken over bit for bit, adapters are added in float32: W + scaling · B·A. Quantised
+    blocks become plain ones with the numbers that they stood for in training.
 
     Args:
         source: the whole pretrained model, with which tensors are shared that nothing changes.

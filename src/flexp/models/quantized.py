@@ -38,8 +38,8 @@ def quantizer(quantization: str, original: Any, config: Any, dtype: torch.dtype,
         return None
     if brought != "off":
         raise ModelError(
-            f"{name}: this checkpoint is quantised already ({brought}), so model.quantization = {quantization!r} cannot "
-            "be had of it; leave it off, or use the checkpoint that is not quantised"
+            f"{name}: this checkpoint is quantised already ({brought}), so model.quantization = {quantization!r} "
+            "cannot be had of it; leave it off, or use the checkpoint that is not quantised"
         )
     _refuse_missing(name)
     from transformers import BitsAndBytesConfig
@@ -82,13 +82,13 @@ def settle_blocks(model: nn.Module) -> None:
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a line for each product of matrices
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            vars(module)["support_avx512bf16_for_cpu"] = False
         if getattr(getattr(module, "weight", None), "CB", None) is not None:
             module.init_8bit_state()  # type: ignore[operator]
 
 
 def scales(model: nn.Module) -> dict[int, Any]:
-    """What belongs to quantised weights without being a tensor of the model, by identity: parties share it with them."""
+    """What belongs to quantised weights without being a tensor of the model, by identity: parties share it as well."""
     found = (vars(module).get(name) for module in model.modules() for name in ("state", "quant_state"))
     return {id(value): value for value in found if type(value).__name__ in ("MatmulLtState", "QuantState")}
 
