@@ -196,6 +196,10 @@ class BaseTask(ABC):
         """
         raise ConfigError(f"flexp predict is for classifiers and such; this model is for {self.name}")
 
+    def by_row(self, found: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+        """What :meth:`answer` says of all examples, in their order, as one for each row."""
+        return found
+
 
 class OneClass(BaseTask):
     """One class of ``label_names`` for each example."""
