@@ -34,9 +34,9 @@ class QuestionAnswering(BaseTask):
     """``data.text`` names the column of contexts, ``data.prompt`` that of questions, ``data.answer`` that of answers.
 
     An answer is ``{"text": [...], "answer_start": [...]}`` as in SQuAD, a list of ``{"text", "answer_start"}``, or
-    text, which is looked for in the context. The first one is learnt, and a score takes the best of them. A long context
-    becomes several windows that overlap, each an example; one without the answer is labelled with its first token, as
-    is a row without any answer (``data.unanswerable``).
+    text, which is looked for in the context. The first one is learnt, and a score takes the best of them. A long
+    context becomes several windows that overlap, each an example; one without the answer is labelled with its first
+    token, as is a row without any answer (``data.unanswerable``).
     """
 
     name = "question-answering"
