@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 
 import torch
+from torch import Tensor
 
-from flexp.client.exchange import Steps, waiting
+from flexp.client.exchange import Steps, check_finite, waiting
 from flexp.client.guarding import Guard
-from flexp.client.judging import check_weights, check_welcome
 from flexp.client.personal import PersonalModel
 from flexp.client.watching import Watch
 from flexp.config import AlignConfig, CodecConfig, LoraConfig
 from flexp.errors import ConfigError, LinkError
 from flexp.links.base import Link, ask
-from flexp.links.messages import Abort, Join, PullRequest
+from flexp.links.messages import Abort, Join, PullRequest, Welcome
 from flexp.models.fingerprint import fingerprint
 from flexp.models.parts import check_cut
 from flexp.models.stage import Stage
@@ -178,3 +179,53 @@ class JoinedModel(PersonalModel):
                 f"{what} would send the bare embeddings, from which the server can read every token; keep a block "
                 "below what is sent (s and s_min of at least 1), or say expose_embeddings=True"
             )
+
+
+def check_welcome(welcome: Welcome, blocks: int, hidden: int, pinned: int | None) -> None:
+    """Refuse a server whose words do not go with this client's model, or that moves s_min.
+
+    Args:
+        pinned: the s_min that was agreed on, in the configuration or on joining first: below it nothing may be asked
+            for. ``None``: the server says it.
+
+    Raises:
+        LinkError: see above.
+    """
+    if (welcome.blocks, welcome.hidden) != (blocks, hidden):
+        raise LinkError(
+            f"the server speaks of {welcome.blocks} blocks of width {welcome.hidden}, this client's model has {blocks} "
+            f"of width {hidden}; load the same pretrained model on both sides"
+        )
+    if welcome.max_in_flight < 1 or not welcome.base_depth < blocks:
+        raise LinkError(
+            f"the server lets {welcome.max_in_flight} exchanges be in flight from block {welcome.base_depth} on, "
+            f"expected at least one, from a block below {blocks}"
+        )
+    if pinned is not None and welcome.base_depth != pinned:
+        raise LinkError(
+            f"the server's base depth s_min is {welcome.base_depth}, and {pinned} was agreed on: what goes up to align "
+            "would come out of other blocks; start the server with the same --base-depth as before and as "
+            "model.base_depth says"
+        )
+
+
+def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, torch.Size], *, all_of_them: bool) -> None:
+    """Refuse weights that are not those that were asked for, or that are not finite.
+
+    Args:
+        expected: their shapes, by name.
+        all_of_them: none may be missing.
+
+    Raises:
+        LinkError: see above.
+    """
+    odd = sorted(weights.keys() - expected.keys())
+    if odd:
+        raise LinkError(f"the server sends the weight {odd[0]}, which nobody asked for; nothing was taken over")
+    missing = sorted(expected.keys() - weights.keys())
+    if missing and all_of_them:
+        raise LinkError(f"the server leaves out the weight {missing[0]}, which was asked for; nothing was taken over")
+    for name, value in weights.items():
+        if value.shape != expected[name]:
+            raise LinkError(f"the server's {name} is {tuple(value.shape)}, expected {tuple(expected[name])}")
+        check_finite(f"the weight {name}", value)

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from flexp.assets import resolve
-from flexp.client.asked import Source
 from flexp.client.exchange import Piece, RemoteCall, RemoteMiddle
 from flexp.client.generation import SplitGenerator
 from flexp.client.joined import OFF, JoinedModel
+from flexp.client.personal import Source
 from flexp.client.watching import most_alignment
 from flexp.config import AlignConfig, CodecConfig, ModelConfig
 from flexp.data.labels import remarks

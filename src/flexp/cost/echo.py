@@ -23,6 +23,7 @@ from flexp.cost.probe import Measured, Probe
 from flexp.errors import FlexpError
 from flexp.kinds import KINDS
 from flexp.links.base import Meter, finished
+from flexp.links.declaring import Request
 from flexp.links.messages import (
     BackwardReply,
     BackwardRequest,
@@ -36,7 +37,6 @@ from flexp.links.messages import (
     Join,
     PullReply,
     PullRequest,
-    Request,
     Welcome,
 )
 from flexp.models.anatomy import block_count
