@@ -21,11 +21,10 @@ from torch import Tensor
 from flexp.attacks.public import dull_tokens, encoded, known_to_all, paragraphs
 from flexp.attacks.tokens import Linear, Public, Sent, Table
 from flexp.config import PrivacyConfig
-from flexp.data.ordering import BatchOrder, generator
 from flexp.data.types import Example
 from flexp.errors import ConfigError, PrivacyError
 from flexp.models.stage import Stage
-from flexp.rng import RandomStream, derived_seed
+from flexp.rng import RandomStream, derived_seed, generator
 
 MOST = 256
 """Tokens of a batch whose distances are taken; more are drawn from."""
@@ -100,7 +99,7 @@ class Guard:
         everything = [*private, *public]
         kept_NH = _pooled_of(stage, depth, everything)
         spread = kept_NH.var(0).mean().clamp_min(1e-12)
-        orders = [BatchOrder(len(texts), warm.batch_size, self._seed) for texts in (private, public)]
+        draw = generator(self._seed, STREAM, "batches")
         optimiser = torch.optim.AdamW(trained, lr=warm.lr, weight_decay=0.0)
         for step in range(warm.steps + 1):
             last = step == warm.steps
@@ -111,7 +110,9 @@ class Guard:
             if last:
                 break
             side = step % 2  # private and public texts in turn
-            numbers = [side * len(private) + number for number in orders[side].indices(step // 2)]
+            count = len((private, public)[side])
+            chosen = draw.choice(count, min(warm.batch_size, count), replace=False)
+            numbers = [side * len(private) + int(number) for number in chosen]
             ids_BT, mask_BT = padded([everything[number] for number in numbers], stage.model.device)
             stage.model.train(True)
             z_BTH = _run(stage, depth, ids_BT, mask_BT)
@@ -132,7 +133,7 @@ class Guard:
     def _check(self, stage: Stage, depth: int, private: list[list[int]], public: list[list[int]]) -> float:
         """The share of content words of some private texts that the better of two attacks reads."""
         some = private[:CHECKED]
-        special, draw = set(self._tokenizer.all_special_ids), generator(self._seed, STREAM)
+        special, draw = set(self._tokenizer.all_special_ids), generator(self._seed, STREAM, "check")
         tokens = sorted({token for ids in some for token in ids} - special)
         mixed = [draw.permutation(tokens).tolist() for _ in range(3)]
         flat = [token for each in mixed for token in each]
