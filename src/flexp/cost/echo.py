@@ -164,9 +164,9 @@ def _run(probe: Probe) -> Measured:
     """In the process of its own: load, train, read the kernel's figures."""
     torch.set_num_threads(1)
     config = ModelConfig(**probe.model_config)
-    _warm_up()
-    before = _resident("VmRSS")
-    _reset_peak()
+    warm_up()
+    before = resident("VmRSS")
+    reset_peak()
     part = None
     if probe.cut is not None:
         blocks = block_count(probe.model, load_config(probe.model))
@@ -178,7 +178,7 @@ def _run(probe: Probe) -> Measured:
     for value in own:  # weights are mapped from their file: read them once, so that they count
         if id(value) not in in_file:
             value.detach().sum()
-    loaded = _resident("VmHWM") - before
+    loaded = resident("VmHWM") - before
     extra: list[Any] = [
         [value.detach().clone() for value in stage.trainable().values()] for _ in range(probe.extra_weights)
     ]
@@ -193,17 +193,17 @@ def _run(probe: Probe) -> Measured:
         if step == 0:  # the first step makes the optimiser's state; the others have theirs by then as well
             state = updater.state().values()
             extra += [[value.clone() for value in state] for _ in range(probe.extra_optimizers)]
-    return Measured(loaded=max(0, loaded), peak=max(0, _resident("VmHWM") - before))
+    return Measured(loaded=max(0, loaded), peak=max(0, resident("VmHWM") - before))
 
 
-def _warm_up() -> None:
+def warm_up() -> None:
     """Let torch allocate what it needs once whatever the model is."""
     weight = torch.randn(64, 64, requires_grad=True)
     torch.autograd.backward((torch.randn(64, 64) @ weight).sum())
     torch.optim.AdamW([weight], fused=True).step()
 
 
-def _resident(key: str) -> int:
+def resident(key: str) -> int:
     with open("/proc/self/status", encoding="ascii") as file:  # noqa: PTH123
         for line in file:
             if line.startswith(key + ":"):
@@ -211,7 +211,7 @@ def _resident(key: str) -> int:
     raise FlexpError("the kernel does not tell this process's memory: /proc/self/status is needed")
 
 
-def _reset_peak() -> None:
+def reset_peak() -> None:
     try:
         with open("/proc/self/clear_refs", "w", encoding="ascii") as file:  # noqa: PTH123
             file.write("5")

@@ -1,0 +1,25 @@
+"""Checkpoints of real shapes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from benchmarks.tools import big_model
+from flexp.models.loading import quietly
+
+
+def test_what_is_written_shard_by_shard_is_the_whole_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(big_model, "SHARD", 40_000)
+    folder = big_model.write_random("small", tmp_path / "model")
+    assert len(list(folder.glob("*.safetensors"))) > 3
+    with quietly():
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert {value.dtype for value in model.parameters()} == {torch.bfloat16}
+    deviations = [float(value.detach().std()) for value in model.parameters() if value.dim() == 2]
+    assert all(spread == pytest.approx(0.02, rel=0.1) for spread in deviations)
+    assert big_model.write_random("small", folder) == folder  # once there, it stays
