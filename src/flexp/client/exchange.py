@@ -21,6 +21,7 @@ from flexp.errors import ConfigError, LinkError
 from flexp.kinds import IGNORED, KINDS, ModelKind
 from flexp.links.base import Link
 from flexp.links.messages import BackwardReply, BackwardRequest, ForwardReply, ForwardRequest
+from flexp.links.packing import Kept, pack, sent, unpack
 from flexp.rng import Turn, current_turn, resting
 
 
@@ -93,7 +94,8 @@ Look = Callable[[ForwardRequest, Tensor, Tensor, Tensor, float], None]
 class RemoteCall:
     """One exchange: sent when it is made, waited for when its result is needed.
 
-    ``look`` is shown the request, h, ∂task/∂h and the gradients once it is through.
+    ``look`` is shown the request, h, ∂task/∂h and the gradients once it is through. ``kept`` are the tokens of the
+    request's activations that cross; all that this class gives and takes is whole.
     """
 
     def __init__(
@@ -104,8 +106,11 @@ class RemoteCall:
         *,
         back: bool = True,
         look: Look | None = None,
+        kept: Kept | None = None,
     ) -> None:
         self.request = request
+        self._kept = kept
+        self._reads = kept if request.rows_BT is None else Kept.of(request.rows_BT)
         self.back = back  # whether anything below the cut is trained, so that a gradient must come back
         self._look = look
         self._h_BTH: Tensor | None = None  # and what was sent for it, for whoever looks
@@ -118,16 +123,17 @@ class RemoteCall:
         self._place = place
         self._turn = current_turn()  # autograd may run the backward in a thread of its own
         with self._waiting():  # a link inside this process computes at once
-            self._forward: Future[ForwardReply] = link.call(request)
+            self._forward: Future[ForwardReply] = link.call(sent(request, kept))
 
     def forward(self) -> Tensor:
         """h, (B, T, H), once it is here."""
         with self._waiting():
             reply = self._forward.result()
-        check_forward_reply(self.request, reply)
+        check_forward_reply(self.request, reply, self._reads)
         self.align = reply.align
-        self._h_BTH = None if self._look is None else reply.hidden_BTH
-        return reply.hidden_BTH
+        h_BTH = unpack(reply.hidden_BTH, self._reads)
+        self._h_BTH = None if self._look is None else h_BTH
+        return h_BTH
 
     def backward(self, grad_BTH: Tensor) -> BackwardReply:
         """Send ∂task/∂h and wait for the gradients at what was sent up."""
@@ -144,14 +150,14 @@ class RemoteCall:
             )
         request = BackwardRequest(
             self.request.exchange,
-            grad_BTH.detach(),
+            pack(grad_BTH.detach(), self._reads),
             place.step,
             place.exchanges,
             place.tokens,
             place.weight,
             self.back,
         )
-        self._sent_BTH = None if self._look is None else request.grad_BTH
+        self._sent_BTH = None if self._look is None else grad_BTH.detach()
         with self._waiting():
             self._backward = self._link.call(request)
 
@@ -161,7 +167,10 @@ class RemoteCall:
         with self._waiting():
             reply = self._backward.result()
         if self.back or reply.grad_BTH is not None:
-            check_backward_reply(self.request, reply)
+            check_backward_reply(self.request, reply, self._kept)
+            assert reply.grad_BTH is not None
+            grad_BTH, *inner = (unpack(value, self._kept) for value in (reply.grad_BTH, *reply.inner_BTH))
+            reply = BackwardReply(grad_BTH, tuple(inner))
         if self._look is not None and self._place is not None and reply.grad_BTH is not None:
             assert self._h_BTH is not None
             assert self._sent_BTH is not None

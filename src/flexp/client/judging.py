@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flexp.errors import LinkError
 from flexp.links.messages import BackwardReply, FetchReply, ForwardReply, ForwardRequest, Welcome
+from flexp.links.packing import Kept
 
 MOST_TENSORS = 2048
 """That one block may have."""
@@ -46,12 +47,16 @@ def check_welcome(welcome: Welcome, blocks: int, hidden: int, pinned: int | None
         )
 
 
-def check_forward_reply(request: ForwardRequest, reply: ForwardReply) -> None:
-    """Refuse activations that are not finite, or an alignment that was not asked for.
+def check_forward_reply(request: ForwardRequest, reply: ForwardReply, reads: Kept | None = None) -> None:
+    """Refuse activations that are not finite or not those that were asked for, or an alignment that was not.
+
+    Args:
+        reads: the rows that were asked for; ``None``: all.
 
     Raises:
         LinkError: see above.
     """
+    _shaped(f"the activation of exchange {request.exchange}", reply.hidden_BTH, request.hidden_BTH, reads)
     _finite(f"the activation of exchange {request.exchange}", reply.hidden_BTH)
     if reply.align is not None and (request.base_BTH is None or not abs(reply.align) < float("inf")):
         raise LinkError(
@@ -60,8 +65,11 @@ def check_forward_reply(request: ForwardRequest, reply: ForwardReply) -> None:
         )
 
 
-def check_backward_reply(request: ForwardRequest, reply: BackwardReply) -> None:
+def check_backward_reply(request: ForwardRequest, reply: BackwardReply, kept: Kept | None = None) -> None:
     """Refuse gradients that are not finite, or at other activations than those that were sent.
+
+    Args:
+        kept: the tokens of them that crossed; ``None``: all.
 
     Raises:
         LinkError: see above.
@@ -75,6 +83,7 @@ def check_backward_reply(request: ForwardRequest, reply: BackwardReply) -> None:
     if reply.grad_BTH is None:
         raise LinkError(f"the server sends no gradient of exchange {request.exchange}, and one was asked for")
     for value in (reply.grad_BTH, *reply.inner_BTH):
+        _shaped(f"the gradient of exchange {request.exchange}", value, request.hidden_BTH, kept)
         _finite(f"the gradient of exchange {request.exchange}", value)
 
 
@@ -114,6 +123,12 @@ def check_fetched(reply: FetchReply, block: int, most: int) -> None:
         )
     for name, value in reply.weights.items():
         _finite(f"the weight {name} of block {block}", value)
+
+
+def _shaped(what: str, value: Tensor, whole_BTH: Tensor, kept: Kept | None) -> None:
+    shape = tuple(whole_BTH.shape if kept is None else (1, len(kept), whole_BTH.shape[2]))
+    if tuple(value.shape) != shape:
+        raise LinkError(f"{what} is {tuple(value.shape)}, expected {shape}, as was asked for")
 
 
 def _finite(what: str, value: Tensor) -> None:
