@@ -13,8 +13,10 @@ import pytest
 from flexp.client.trainer import Trainer
 from flexp.comparison.cells import Cell, final_cell, is_done, tuning_cell
 from flexp.comparison.compare import compare, regather
+from flexp.comparison.config import make
 from flexp.config import RunConfig
-from flexp.errors import BadValuesError, ConfigError, TrainingError
+from flexp.errors import BadValuesError, ConfigError, DataError, TrainingError
+from flexp.models.zoo import save_tiny
 from flexp.report.metrics import read
 from flexp.run import runner
 from flexp.run.costs import MemoryProbes
@@ -273,3 +275,27 @@ def test_places_that_are_taken(home: Path, ended: list[Cell]) -> None:
     path.write_text(json.dumps(stored), encoding="utf-8")
     os.utime(path)
     assert compare(wanted, home / "out", 1).done == 1
+
+
+def test_cells_of_other_data_or_weights_do_not_stand_beside_each_other(home: Path, ended: list[Cell]) -> None:
+    """A row that is appended, a label that is mended far from what the first seed draws, a model that is saved anew."""
+    wanted = comparison(home, {"methods": ["pretrained"], "seeds": 1, "tune": False}, train={"rounds": 1})
+    out, rows, weights = home / "out", home / "rows.jsonl", home / "model/model.safetensors"
+    compare(wanted, out, 1)
+    before, model = rows.read_text(encoding="utf-8"), weights.read_bytes()
+    more = wanted.config.model_copy(update={"seeds": 2})
+
+    def refused(pattern: str) -> None:
+        with pytest.raises(DataError, match=pattern):
+            compare(make(wanted.base, more), out, 1)
+
+    rows.write_text(before + before.splitlines()[0].replace("w0", "w39") + "\n", encoding="utf-8")
+    refused(r"not those of the cells that are there: north has 22 train examples, it had 21.*choose another --out")
+    lines = before.splitlines()
+    rows.write_text("\n".join([*lines[:-1], lines[-1].replace("dog", "cat")]) + "\n", encoding="utf-8")
+    refused("west has other .* examples")
+    rows.write_text(before, encoding="utf-8")
+    save_tiny("bert", home / "model", seed=3)
+    refused("the weights of .*model are not those")
+    weights.write_bytes(model)
+    assert compare(make(wanted.base, more), out, 1).kept == 1

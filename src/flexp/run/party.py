@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -242,6 +243,7 @@ class Party:
             self.diary.note(UNMASKED)
         group = agree(link, meet, self._run, self.snapshots.folder, self.diary.note)
         seat, adder = seat_of(self.trainer, self.config), OverLink(link, group, self._run)
+        seat.noise = secrets.randbits(63)  # nobody else knows it
         choice = meet_at({name: seat}, {name: adder}, {name: self.trainer}, meeting)[name]
         self._met = meeting + 1
         if meeting == LAST:
