@@ -4,7 +4,7 @@
 rows were left out. It is counted from the shapes of the exchanges that really ran; a test holds it to a run of the code
 of that time.
 
-- ``sentiment``: experiment 1 as its file has it (eight clients, three cuts, alignment), one round.
+- ``sentiment``: experiment 1 as its file has it (eight clients, three cuts, alignment), each client's first steps.
 - ``instructions``: a decoder of SmolLM2-135M's width with random weights, answers a quarter of the tokens.
 - ``frozen``: a classifier whose client trains nothing below its cut, ten epochs; ``frozen-int8``: likewise, coded.
 """
@@ -25,7 +25,7 @@ from benchmarks.tools.command import Result, Threads, say
 from benchmarks.tools.one_client import OneClient, one_client_world, without_dropout
 from flexp.client.exchange import Piece
 from flexp.client.model import SplitModelForCausalLM
-from flexp.config import CodecConfig
+from flexp.config import CodecConfig, OptimizerConfig
 from flexp.config.loading import load
 from flexp.links.base import Link, Wrapping
 from flexp.links.messages import BackwardRequest, ForwardRequest, Request
@@ -69,10 +69,13 @@ class Plainly(Wrapping):
 class Talking(FlexpSfl):
     """FlexP-SFL whose links are all counted twice."""
 
+    def __init__(self, world: World) -> None:
+        self.plainly: list[Plainly] = []
+        super().__init__(world)
+
     def connect(self, name: str) -> Link:
-        link = Plainly(super().connect(name), self.world.source.anatomy.hidden)
-        vars(self).setdefault("plainly", []).append(link)
-        return link
+        self.plainly.append(Plainly(super().connect(name), self.world.source.anatomy.hidden))
+        return self.plainly[-1]
 
     def figures(self) -> tuple[float, float, int]:
         """Bytes plainly, bytes that crossed, steps."""
@@ -85,11 +88,12 @@ class Talking(FlexpSfl):
         )
 
 
-def sentiment(rounds: int) -> tuple[float, float, int]:
-    """Experiment 1's first rounds."""
+def sentiment(steps: int) -> tuple[float, float, int]:
+    """Each client's first steps in experiment 1."""
     method = Talking(build_world(load(EXPERIMENT)))
-    for number in range(1, rounds + 1):
-        method.train_round(number, lambda _: None)
+    for _ in range(steps):
+        for trainer in method.clients.values():
+            trainer.step()
     return method.figures()
 
 
@@ -104,8 +108,8 @@ def instructions(steps: int) -> tuple[float, float, int]:
         transformers.LlamaForCausalLM(config).save_pretrained(folder)
         server = Server.from_pretrained(folder, "causal-lm", tuning="lora")
         link = Plainly(server.connect("one"), 576)
-        model = SplitModelForCausalLM.from_pretrained(folder, cut=(1, 4), link=link, tuning="lora")
-        updater = Updater(model.stage.trainable())
+        model = SplitModelForCausalLM.from_pretrained(folder, cut=(1, 4), link=link, tuning="lora", rows="loss")
+        updater = Updater(model.stage.trainable(), OptimizerConfig())
         for _ in range(steps):
             lengths_B1 = torch.randint(96, 129, (8, 1), generator=generator)
             place_T = torch.arange(int(lengths_B1.max()))
@@ -142,15 +146,14 @@ def _frozen(world: World) -> World:
 
 
 def measure(
-    rounds: Annotated[int, typer.Option(min=1, help="Of experiment 1.")] = 1,
-    steps: Annotated[int, typer.Option(min=1, help="On instructions.")] = 10,
+    steps: Annotated[int, typer.Option(min=1, help="Of each client in experiment 1, and on instructions.")] = 4,
     epochs: Annotated[int, typer.Option(min=1, help="With a frozen head.")] = 10,
     threads: Threads = 1,
 ) -> Result:
     """Bytes of a step beside whole activations: experiment 1, instructions, a frozen head, and that coded."""
     torch.set_num_threads(threads)
     cases: dict[str, Callable[[], tuple[float, ...]]] = {
-        "experiment 1": lambda: sentiment(rounds),
+        "experiment 1": lambda: sentiment(steps),
         "instructions": lambda: instructions(steps),
         "frozen head": lambda: frozen(epochs, "off"),
         "frozen head, int8": lambda: frozen(epochs, "int8-row"),

@@ -99,6 +99,8 @@ def pooled(model: Any) -> str | None:
     own = getattr(model, "pooling", None) or getattr(model.config, "pooling", None)
     if own is not None:
         return {"cls": "leading", "last": "last"}.get(own)
+    if getattr(model.config, "classifier_pooling", "cls") != "cls":
+        return None
     return "end" if pools_at_padding(model.__class__) else "first"
 
 
