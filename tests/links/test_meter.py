@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from flexp.config import AlignConfig
-from flexp.links.base import Link, Meter
-from flexp.links.inprocess import InProcessLink
-from flexp.links.messages import Leave, PullReply, PullRequest, size, tensors
+from flexp.links.base import InProcessLink, Link, Meter
+from flexp.links.declaring import size, tensors
+from flexp.links.messages import Leave, PullReply, PullRequest
 from flexp.links.opening import connected
 from tests.harness import RecordingLink, world
 

@@ -16,7 +16,7 @@ from flexp.kinds import KINDS
 from flexp.links.base import Link
 from flexp.links.messages import BackwardReply, BackwardRequest, ForwardReply, ForwardRequest
 from flexp.links.opening import loopback
-from flexp.links.packing import Kept, arrived, sent, without_padding
+from flexp.links.packing import Places, arrived, sent, without_padding
 from flexp.models.reading import Pooling
 from tests.harness import RecordingLink, seeded, world
 
@@ -149,4 +149,4 @@ def test_counts_that_do_not_fit_are_refused() -> None:
     with pytest.raises(LinkError, match=r"gradient is \(1, 3, 32\).*expected \(1, 2, 32\)"):
         here.server.answer("a", BackwardRequest(1, torch.ones(1, 3, H)))
     assert here.server.answer("a", BackwardRequest(1, torch.ones(1, 2, H))).grad_BTH.shape == (1, 3, H)
-    assert len(Kept.of(mask)) == 3
+    assert len(Places.of(mask)) == 3

@@ -14,7 +14,7 @@ from flexp.client.exchange import Piece
 from flexp.client.model import SplitModel
 from flexp.config import AlignConfig
 from flexp.errors import ConfigError
-from flexp.links.declaring import MESSAGES
+from flexp.links.declaring import MESSAGES, tensors
 from flexp.links.messages import (
     Abort,
     BackwardReply,
@@ -37,7 +37,6 @@ from flexp.links.messages import (
     SumReply,
     SumRequest,
     Welcome,
-    tensors,
 )
 from tests.harness import RecordingLink, World, copied, disturb, world
 

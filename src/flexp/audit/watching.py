@@ -16,7 +16,7 @@ from flexp.data.types import Batch
 from flexp.errors import ConfigError
 from flexp.links.declaring import Request
 from flexp.links.messages import BackwardRequest, ForwardRequest
-from flexp.links.packing import Kept, arrived, unpack
+from flexp.links.packing import Places, arrived, unpack
 from flexp.methods.split import Split
 
 R = TypeVar("R")
@@ -40,7 +40,7 @@ class Exchange:
     batch: Batch
     z_BTH: Tensor
     base_BTH: Tensor | None
-    reads: Kept | None = None
+    reads: Places | None = None
     grad_BTH: Tensor | None = None
 
     @property
@@ -90,7 +90,7 @@ class Watch:
         if isinstance(request, ForwardRequest) and request.train:
             batch = self._batches[client].pop(0)
             request, kept = arrived(request, client)
-            reads = kept if request.rows_BT is None else Kept.of(request.rows_BT)
+            reads = kept if request.rows_BT is None else Places.of(request.rows_BT)
             base_BTH = None if request.base_BTH is None else request.base_BTH.clone()
             exchange = Exchange(client, request.step, batch, request.hidden_BTH.clone(), base_BTH, reads)
             self._open[client, request.exchange] = exchange

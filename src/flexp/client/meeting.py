@@ -27,8 +27,8 @@ from torch.nn import functional as F
 from flexp.client.closed_form import Discriminant, LinearHead, Statistics
 from flexp.client.personal_head import Agreed, Choice, Common, choose
 from flexp.client.ridge import STRENGTHS, CommonRidge, Ridge, sums_of_numbers
+from flexp.client.trainer import BatchOrder
 from flexp.config import MeetConfig, RunConfig
-from flexp.data.ordering import BatchOrder
 from flexp.data.scores import in_batches
 from flexp.data.tasks import task_of
 from flexp.data.types import Batch, Example, Task

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from flexp.assets import resolve
-from flexp.client.asked import Source
 from flexp.client.exchange import Piece, RemoteCall, RemoteMiddle
 from flexp.client.generation import SplitGenerator
 from flexp.client.joined import OFF, JoinedModel
+from flexp.client.personal import Source
 from flexp.client.watching import most_alignment
 from flexp.config import AlignConfig, CodecConfig, ModelConfig, Rows
 from flexp.data.labels import remarks
@@ -25,7 +25,7 @@ from flexp.kinds import KINDS, ModelKind
 from flexp.links.base import Link
 from flexp.links.messages import ForwardRequest
 from flexp.links.opening import kept as connected
-from flexp.links.packing import Kept, without_padding
+from flexp.links.packing import Places, without_padding
 from flexp.models.anatomy import block_count
 from flexp.models.execution import ExecutionPlan
 from flexp.models.heads import trained_classes
@@ -193,6 +193,8 @@ class SplitModel(JoinedModel):
             self.steps.refuse_half_steps(self.stage.trainable().values())
             self.after_step()  # for loops that know nothing of FlexP
         start, base_depth = self.cut[0], self.base_depth
+        if self.guard is not None:
+            self.guard.teach(self.stage, start)  # before anything is sent
         align_now = train and self._align_due()
         inner = align_now and self.align.has_term and self.align.at == "every-block"  # teaching needs z_base alone
         embedded_BTH, plan = self.stage.plan(inputs)
@@ -219,7 +221,11 @@ class SplitModel(JoinedModel):
             step=0 if place is None else place.step,
         )
         look = None if self.watch is None else self._look
-        call = RemoteCall(self.link, request, place, back=back, look=look, kept=kept)
+        own_BTH = None
+        if self.guard is not None and self.guard.config.weight and place is not None:
+            ids_BT, mask_BT = inputs["input_ids"], inputs.get("attention_mask")
+            own_BTH = place.tokens * self.guard.gradient(self.stage, ids_BT, mask_BT, z_BTH)
+        call = RemoteCall(self.link, request, place, back=back, look=look, own_BTH=own_BTH, kept=kept)
         if train:
             self.steps.remember(call)
         return Sent(call, z_BTH, tuple(inner_BTH), inputs, plan)
@@ -255,7 +261,7 @@ class SplitModel(JoinedModel):
 
     def _crossing(
         self, inputs: Mapping[str, Any], plan: ExecutionPlan, z_BTH: Tensor, *, train: bool, headless: bool
-    ) -> tuple[Kept | None, Tensor | None]:
+    ) -> tuple[Places | None, Tensor | None]:
         """The tokens of z that cross (``None``: all), and flags (B, T) of the rows of h (``None``: the same tokens)."""
         mask_BT, per_token = inputs.get("attention_mask"), KINDS[self.kind].answers in PER_TOKEN
         kept = without_padding(mask_BT) if self.ignores_padding else None

@@ -13,7 +13,8 @@ from flexp.cost.model_cost import ModelCost
 from flexp.errors import LinkError
 from flexp.kinds import KINDS
 from flexp.links.base import Link, ask
-from flexp.links.messages import ForwardRequest, Join, PullRequest, size
+from flexp.links.declaring import size
+from flexp.links.messages import ForwardRequest, Join, PullRequest
 from flexp.models.loading import DTYPES
 
 LEAST = 2**16

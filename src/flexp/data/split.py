@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from flexp.data.grouping import deal, shares
-from flexp.data.ordering import generator
 from flexp.errors import DataError
+from flexp.rng import generator
 
 
 @dataclass(frozen=True)

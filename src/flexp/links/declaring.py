@@ -165,6 +165,22 @@ def declared(kind: type[Any]) -> Declaration:
     return _declared[kind]
 
 
+def tensors(said: Any) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor in a message, with the name of its field (and, of weights, its own)."""
+    for entry in declared(type(said)).entries:
+        for name, value in entry.split(getattr(said, entry.field)):
+            yield entry.field if entry.holds == "many" else name, value
+
+
+def size(said: Any) -> int:
+    """The bytes of a message's tensors, as they cross without a codec (:meth:`flexp.links.coding.Coding.size`)."""
+    return sum(
+        value.numel() * (1 if entry.tensors.flags else value.element_size())  # flags cross as one byte each
+        for entry in declared(type(said)).entries
+        for _, value in entry.split(getattr(said, entry.field))
+    )
+
+
 _declared: dict[type[Any], Declaration] = {}
 
 

@@ -7,9 +7,8 @@ declared. Every tensor is detached. Shapes: B examples, T tokens, H hidden width
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import field
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -25,7 +24,6 @@ from flexp.links.declaring import (
     Count,
     Integer,
     Request,
-    declared,
     hidden,
     message,
 )
@@ -355,19 +353,3 @@ class Ready(Request[Order]):
     facts: dict[str, float] = field(default_factory=dict)
     planned: Integer = 0
     met: Count = 0
-
-
-def tensors(said: Any) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor in a message, with the name of its field (and, of weights, its own)."""
-    for entry in declared(type(said)).entries:
-        for name, value in entry.split(getattr(said, entry.field)):
-            yield entry.field if entry.holds == "many" else name, value
-
-
-def size(said: Any) -> int:
-    """The bytes of a message's tensors, as they cross without a codec (:meth:`flexp.links.coding.Coding.size`)."""
-    return sum(
-        value.numel() * (1 if entry.tensors.flags else value.element_size())  # flags cross as one byte each
-        for entry in declared(type(said)).entries
-        for _, value in entry.split(getattr(said, entry.field))
-    )

@@ -20,7 +20,7 @@ S = TypeVar("S", ForwardRequest, ExtendRequest)
 
 
 @dataclass(frozen=True)
-class Kept:
+class Places:
     """The tokens of a (B, T) that cross.
 
     Attributes:
@@ -32,7 +32,7 @@ class Kept:
     places_N: Tensor
 
     @classmethod
-    def of(cls, flags_BT: Tensor) -> Kept:
+    def of(cls, flags_BT: Tensor) -> Places:
         """Those whose flag is not zero."""
         return cls((flags_BT.shape[0], flags_BT.shape[1]), flags_BT.flatten().nonzero().squeeze(1))
 
@@ -51,29 +51,29 @@ class Kept:
         return whole.view(*self.shape, width)
 
 
-def pack(value_BTH: Tensor, kept: Kept | None) -> Tensor:
+def pack(value_BTH: Tensor, kept: Places | None) -> Tensor:
     """What crosses of it; all of it where nothing is left out."""
     return value_BTH if kept is None else kept.pack(value_BTH)
 
 
-def unpack(value: Tensor, kept: Kept | None) -> Tensor:
+def unpack(value: Tensor, kept: Places | None) -> Tensor:
     """:func:`pack` undone."""
     return value if kept is None else kept.unpack(value)
 
 
-def without_padding(mask_BT: Tensor | None) -> Kept | None:
+def without_padding(mask_BT: Tensor | None) -> Places | None:
     """The tokens under a mask; ``None``: there is no padding, or nothing else."""
     if mask_BT is None or bool(mask_BT.all()) or not bool(mask_BT.any()):
         return None
-    return Kept.of(mask_BT)
+    return Places.of(mask_BT)
 
 
-def sent(request: S, kept: Kept | None) -> S:
+def sent(request: S, kept: Places | None) -> S:
     """A request with whole activations as what crosses of it."""
     return request if kept is None else _each(request, kept.pack)
 
 
-def arrived(request: S, who: str) -> tuple[S, Kept | None]:
+def arrived(request: S, who: str) -> tuple[S, Places | None]:
     """A request with its activations whole again, and the tokens that crossed (``None``: all).
 
     Raises:
@@ -82,7 +82,7 @@ def arrived(request: S, who: str) -> tuple[S, Kept | None]:
     mask_BT, given = request.mask_BT, request.hidden_BTH.shape
     if mask_BT is None or given[:2] == mask_BT.shape or given[0] != 1 or mask_BT.dim() != 2:
         return request, None
-    kept = Kept.of(mask_BT)
+    kept = Places.of(mask_BT)
     if len(kept) != given[1]:
         raise LinkError(f"{who}: {given[1]} tokens came, expected {len(kept)} as its mask says")
     return _each(request, kept.unpack), kept

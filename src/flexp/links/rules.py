@@ -140,7 +140,7 @@ def check_reply(head: Head, asked: Head, agreement: Agreement | None, reads: int
 
     Args:
         reads: rows that it asked for; ``None``: as many as it has itself. Those of a backward's answer are its
-            forward's, and judged later (:mod:`flexp.client.judging`).
+            forward's, and judged later (:mod:`flexp.client.exchange`).
 
     Raises:
         LinkError: see above.

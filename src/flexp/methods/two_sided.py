@@ -30,8 +30,8 @@ from flexp.cost.clock import Schedule
 from flexp.errors import ConfigError
 from flexp.kinds import LABELS, logits_of
 from flexp.links.base import Meter
+from flexp.links.declaring import size as message_size
 from flexp.links.messages import ForwardRequest
-from flexp.links.messages import size as message_size
 from flexp.links.packing import sent, without_padding
 from flexp.methods.base import RATIO, Account, Axis, Cuts, Holds, OnStep, State, World
 from flexp.methods.federated import Client, Federated, within

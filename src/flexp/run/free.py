@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+from flexp.client.meeting import FIRST, LAST, Meets
 from flexp.config import TrainConfig
 from flexp.errors import LinkError
 from flexp.links.messages import Order, Ready
@@ -37,6 +38,7 @@ class Free(Conductor):
     Args:
         clients: who takes part; ``None``: whoever comes.
         save_every: the server saves when the clients have done so many steps each, on average.
+        meets: for these alone a client waits for others, before its first step and after its last.
     """
 
     may_last = True
@@ -51,10 +53,11 @@ class Free(Conductor):
         clients: Sequence[str] | None,
         evaluate_every: int,
         save_every: int,
+        meets: Meets = Meets(False, False),
     ) -> None:
         super().__init__(server, snapshots, run, say, train, clients)
         self._scored = scored_rounds(train, evaluate_every)
-        self._save_every = save_every
+        self._save_every, self._meets = save_every, meets
         self._told: dict[str, _Told] = {}
         self._number = max(self.numbers, default=-1)
         if self._number >= 0:
@@ -93,10 +96,15 @@ class Free(Conductor):
         round_number, rest = divmod(ready.steps, self.train.steps_per_round)
         save = self._number if self._number > told.snapshot else None
         told.snapshot = max(told.snapshot, self._number)
-        if not rest and round_number in self._scored and round_number not in told.scored:
+        ended = ready.steps >= self.train.total_steps or bool(ready.facts.get(ENDED))
+        if self._meets.last and ended and ready.met <= LAST:
+            member.answer(Order("meet", self.run, self._number, LAST, save=save))
+        elif not rest and round_number in self._scored and round_number not in told.scored:
             told.scored.add(round_number)
             member.answer(Order("evaluate", self.run, self._number, round_number, save=save))
-        elif ready.steps < self.train.total_steps and not ready.facts.get(ENDED):
+        elif self._meets.first and not ready.steps and ready.met <= FIRST:
+            member.answer(Order("meet", self.run, self._number, FIRST, save=save))
+        elif not ended:
             count = min(MOST_STEPS, self.train.steps_per_round - rest)
             member.answer(Order("step", self.run, self._number, count=count, save=save))
         else:

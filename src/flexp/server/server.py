@@ -17,7 +17,8 @@ from flexp.assets import resolve
 from flexp.config import LoraConfig, ModelConfig, OptimizerConfig, ServerConfig
 from flexp.errors import LinkError
 from flexp.kinds import ModelKind
-from flexp.links.inprocess import InProcessLink
+from flexp.links.base import InProcessLink
+from flexp.links.declaring import Request
 from flexp.links.messages import (
     Abort,
     BackwardReply,
@@ -36,7 +37,6 @@ from flexp.links.messages import (
     PullReply,
     PullRequest,
     Ready,
-    Request,
     SumReply,
     SumRequest,
     Welcome,
@@ -59,7 +59,8 @@ from flexp.server.admission import (
     check_taking_part,
     same_exchange,
 )
-from flexp.server.session import Key, Session
+from flexp.server.clients import Key
+from flexp.server.session import Session
 from flexp.server.state import ServerState
 
 R = TypeVar("R")

@@ -19,10 +19,11 @@ from flexp.config import CodecConfig
 from flexp.errors import LinkError, LinkLostError
 from flexp.links.base import Meter, Traffic
 from flexp.links.coding import PLAIN, Coding
+from flexp.links.declaring import Request
 from flexp.links.frames import Frame, Head, encode
 from flexp.links.grpc.loop import background, read_frame, wait_for
 from flexp.links.grpc.security import Address
-from flexp.links.messages import Join, Leave, Refusal, Request, Welcome
+from flexp.links.messages import Join, Leave, Refusal, Welcome
 from flexp.links.rules import Agreement, bounded, check_reply, check_request
 from flexp.rng import current_turn, resting
 from flexp.texts import plain
