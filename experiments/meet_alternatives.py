@@ -25,8 +25,8 @@ from torch.nn import functional as F
 from flexp.client.closed_form import Discriminant, LinearHead, Statistics
 from flexp.client.meeting import LAST, Rounds, Seat, classifier_of, together
 from flexp.client.personal_head import Common, choose, log_prior, personal_head
+from flexp.client.trainer import BatchOrder
 from flexp.config.loading import load
-from flexp.data.ordering import BatchOrder
 from flexp.export.saved import open_run
 from flexp.links.sums import InOnePlace
 from flexp.methods.parties import seat_of

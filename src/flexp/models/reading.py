@@ -11,6 +11,7 @@ from torch import Tensor
 from flexp.kinds import IGNORED, KINDS
 from flexp.models.batches import only_masks, pools_at_padding
 from flexp.models.execution import ExecutionPlan, undisturbed
+from flexp.models.quantized import brought_by
 from flexp.models.stage import Stage
 
 PER_TOKEN = ("next-token", "tokens", "span")
@@ -19,11 +20,12 @@ PER_TOKEN = ("next-token", "tokens", "span")
 def ignores_padding(model: Any) -> bool:
     """Whether what stands in padding changes no bit of the other tokens: attention's masks give it no weight.
 
-    States that run along the text may pass it on, and experts compute tokens together, as many as chose them.
+    States that run along the text may pass it on, experts compute tokens together, as many as chose them, and blocks in
+    8 bits look for outliers among all tokens.
     """
     config = model.config.get_text_config().to_dict()
     experts = any("expert" in key and isinstance(value, int) and value > 1 for key, value in config.items())
-    return only_masks(model) and not experts
+    return only_masks(model) and not experts and brought_by(model.config) in ("off", "nf4")
 
 
 def labelled(kind: str, inputs: Mapping[str, Any]) -> Tensor | None:
