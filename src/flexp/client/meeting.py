@@ -26,7 +26,7 @@ from flexp.client.closed_form import Discriminant, LinearHead, Statistics
 from flexp.client.personal_head import Choice, Common, choose, personal_head
 from flexp.client.trainer import BatchOrder
 from flexp.config import RunConfig, TrainConfig
-from flexp.data.scores import in_batches
+from flexp.data.measures import in_batches
 from flexp.data.tasks import task_of
 from flexp.data.types import Batch, Example, Task
 from flexp.errors import ConfigError

@@ -19,7 +19,7 @@ from flexp.client.joined import OFF, JoinedModel
 from flexp.client.personal import Source
 from flexp.client.watching import most_alignment
 from flexp.config import AlignConfig, CodecConfig, ModelConfig
-from flexp.data.labels import remarks
+from flexp.data.columns import remarks
 from flexp.errors import ConfigError, LinkError
 from flexp.kinds import ModelKind
 from flexp.links.base import Link

@@ -194,6 +194,12 @@ class WholeModel:
         self.stage.model.train(mode)
         return self
 
+    def personal(self, batch: Mapping[str, Tensor]) -> Any:
+        """What it answers, for evaluation; gives an output with ``logits``."""
+        self.train(False)
+        with torch.no_grad():
+            return self(**batch)
+
     @contextmanager
     def part_of_step(self, piece: Piece) -> Iterator[None]:
         yield

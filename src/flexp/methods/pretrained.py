@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -31,12 +28,7 @@ class Pretrained(Method):
         pass
 
     def personal(self, client: str) -> Forward:
-        def forward(batch: Mapping[str, Tensor]) -> Any:
-            self.model.train(False)
-            with torch.no_grad():
-                return self.model(**batch)
-
-        return forward
+        return self.model.personal
 
     def trained_weights(self, client: str) -> dict[str, Tensor]:
         return {}

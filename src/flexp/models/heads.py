@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flexp.data.labels import rows_of
+from flexp.data.columns import rows_of
 from flexp.kinds import KINDS
 
 

@@ -7,17 +7,13 @@ goes back to a snapshot is said, step for step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from flexp.config import TrainConfig
 from flexp.errors import LinkError
 from flexp.links.messages import Order, Ready
 from flexp.methods.turns import scored_rounds
-from flexp.run.conduct import ENDED, Conductor, Member, Say
-from flexp.run.store import Store
-from flexp.server import Server
+from flexp.run.conduct import ENDED, Conductor, Member
 
 MOST_STEPS = 8
 """Of one order: so often a client hears of new snapshots, and the operator of the client."""
@@ -31,30 +27,23 @@ class _Told:
     scored: set[int] = field(default_factory=set)
 
 
+@dataclass(eq=False)
 class Free(Conductor):
     """See above.
 
     Args:
-        clients: who takes part; ``None``: whoever comes.
+        evaluate_every: rounds between two scores.
         save_every: the server saves when the clients have done so many steps each, on average.
     """
 
     may_last = True
 
-    def __init__(
-        self,
-        server: Server,
-        snapshots: Store | None,
-        run: str,
-        say: Say,
-        train: TrainConfig,
-        clients: Sequence[str] | None,
-        evaluate_every: int,
-        save_every: int,
-    ) -> None:
-        super().__init__(server, snapshots, run, say, train, clients)
-        self._scored = scored_rounds(train, evaluate_every)
-        self._save_every = save_every
+    evaluate_every: int
+    save_every: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._scored = scored_rounds(self.train, self.evaluate_every)
         self._told: dict[str, _Told] = {}
         self._number = max(self.numbers, default=-1)
         if self._number >= 0:
@@ -109,7 +98,7 @@ class Free(Conductor):
 
     def _save_if_due(self) -> None:
         new = self.server.shared.version - self._saved_version
-        if new >= self._save_every * max(1, len(self.members)) or self._number < 0:
+        if new >= self.save_every * max(1, len(self.members)) or self._number < 0:
             self._save()
 
     def _save(self) -> None:

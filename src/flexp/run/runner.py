@@ -15,7 +15,7 @@ from flexp.config import RunConfig
 from flexp.config.loading import validate
 from flexp.data import load_federation
 from flexp.data.identity import check_same
-from flexp.data.scores import evaluate
+from flexp.data.measures import evaluate
 from flexp.data.types import Example, Federation
 from flexp.errors import ConfigError, StorageError
 from flexp.files import check_free, read_json, write_json
