@@ -15,6 +15,7 @@ from benchmarks.tools.paired import WARM_UP, paired
 from benchmarks.tools.tiny_run import tiny_run
 from flexp.errors import ConfigError
 from flexp.models.loading import load_config
+from tests.cost.tools import warmly
 from tests.data.tools import jsonl, labelled
 from tests.tiny import bert_folder
 
@@ -97,7 +98,8 @@ def test_both_runs_of_the_slow_link_train_the_same(place: tuple[str, str]) -> No
 
 
 @pytest.mark.slow
-def test_the_file_saves_the_table_on_either_side(tmp_path: Path) -> None:
+def test_the_file_saves_the_table_on_either_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embeddings, "peak", warmly)
     sizes = {"vocab_size": 60_000, "hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 2}
     BertForSequenceClassification(BertConfig(num_hidden_layers=2, **sizes)).save_pretrained(tmp_path)
     found = embeddings.measure(str(tmp_path), examples=2, length=8, pairs=4)

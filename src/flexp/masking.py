@@ -52,8 +52,8 @@ def to_ring(values: Numbers) -> Ring:
     values = np.asarray(values, dtype=np.float64)
     if not np.abs(values).max(initial=0.0) < LARGEST:  # nor is NaN
         raise TrainingError(
-            f"a sum over clients takes finite numbers below {LARGEST:.0e}, and has others; lower the learning rates, "
-            "or set method.meet.gram = false"
+            f"a sum over clients takes finite numbers below {LARGEST:.0e}, and has others; lower the learning rates "
+            "(or scale the numbers that are learned), or set method.meet.gram = false"
         )
     return np.rint(values * 2.0**FRACTION_BITS).astype(np.int64).view(np.uint64)
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from flexp.cli.main import main
 from flexp.models.zoo import save_tiny
+from tests.planner.tools import counted_on_tensors
 
 FLEET = """name = "office"
 [task]
@@ -25,6 +27,12 @@ count = 2
 name = "laptop"
 class = "laptop"
 """
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _counted_on_tensors() -> Iterator[None]:
+    with counted_on_tensors():
+        yield
 
 
 @pytest.fixture

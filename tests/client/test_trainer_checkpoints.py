@@ -11,9 +11,10 @@ import transformers
 
 import flexp
 from flexp.client.callback import FILE
-from flexp.errors import ConfigError, ModelError, StorageError
+from flexp.errors import ConfigError, LinkError, ModelError, StorageError
 from flexp.links.opening import loopback
-from tests.client.trainer_tools import all_trained, assert_equal, federation, losses, trainer, whole
+from flexp.models.zoo import save_tiny
+from tests.client.trainer_tools import Rows, all_trained, assert_equal, federation, losses, trainer, whole
 from tests.harness import copied
 
 SAVING: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3}
@@ -102,7 +103,6 @@ def test_over_a_network_the_servers_half_is_not_taken_for_granted(tmp_path: Path
         made = trainer(model, here, tmp_path, max_steps=1, save_strategy="steps")
         made.train()
         assert "checkpoint-1 holds this client's half alone" in caplog.text
-        assert "save_model(DIR) would write this client's half alone" in caplog.text
         with pytest.raises(ConfigError, match="the server's is over a network and went on"):
             trainer(model, here, tmp_path, max_steps=2).train(resume_from_checkpoint=True)
         with pytest.raises(ConfigError, match="load_best_model_at_end = True would set back this client's half alone"):
@@ -132,3 +132,41 @@ def test_a_model_that_is_made_anew_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="model_init"):
         made.train()
     assert here.server.shared.version == 0
+
+
+def test_save_model_writes_what_transformers_loads(tmp_path: Path) -> None:
+    """Into the Trainer's own folder too, where checkpoints and an earlier half are."""
+    here, folder = federation("bert"), save_tiny("bert", tmp_path / "model")
+    server = flexp.Server.from_pretrained(folder, "sequence-classification", allow_export=True)
+    split = flexp.SplitModelForSequenceClassification.from_pretrained(folder, cut=(2, 3), link=server.connect("a"))
+    made = trainer(split, here, tmp_path / "out", max_steps=2, save_strategy="steps", save_steps=1)
+    made.train()
+    (tmp_path / "out/model.safetensors").write_bytes(b"of an earlier version")
+    answers = made.predict(Rows(here, 5)).predictions
+    made.save_model()
+    made.save_model()
+    plain = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    expected = trainer(plain, here, tmp_path / "plain").predict(Rows(here, 5)).predictions
+    assert (answers == expected).all()
+    assert (tmp_path / "out/checkpoint-2" / FILE).is_file()
+    assert not list(tmp_path.glob("out/flexp-*"))
+    kept = flexp.Server.from_pretrained(folder, "sequence-classification")
+    split = flexp.SplitModelForSequenceClassification.from_pretrained(folder, cut=(2, 3), link=kept.connect("a"))
+    with pytest.raises(LinkError, match="gives no shared blocks away"):
+        trainer(split, here, tmp_path / "none").save_model()
+    assert not list((tmp_path / "none").iterdir())
+
+
+def test_nothing_is_made_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = federation("bert")
+
+    def made(*_: Any, **__: Any) -> None:
+        raise AssertionError("a repository was asked for")
+
+    monkeypatch.setattr(transformers.trainer, "hf_api", made)
+    with pytest.raises(ConfigError, match="push_to_hub = True publishes this client's half"):
+        trainer(here.client("a", (2, 3)), here, tmp_path, push_to_hub=True)
+    with pytest.raises(ConfigError, match="push_to_hub"):
+        trainer(here.client("b", (2, 3)), here, tmp_path).push_to_hub()
+    with pytest.raises(AssertionError):  # a whole model's is
+        trainer(whole(here)[0], here, tmp_path, push_to_hub=True)

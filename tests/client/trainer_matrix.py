@@ -178,14 +178,14 @@ With one line, when the Trainer is made and once more when training begins; noth
 
 ## What is saved
 
-`trainer.save_model(DIR)` and a checkpoint's `model.safetensors` hold this client's half. Beside it the callback writes
-`flexp-server.safetensors`, the half of a server in this process with its optimiser. Resuming and
+A checkpoint's `model.safetensors` holds this client's half. Beside it the callback writes `flexp-server.safetensors`,
+the half of a server in this process with its optimiser. Resuming and
 `load_best_model_at_end` restore it, unless other clients have trained the server since. Over a network the server's
 half stays where it is: training goes on, but nothing can be resumed from such a checkpoint.
 
-`model.save_pretrained(DIR)` writes the whole personal model for transformers, with the middle from the server, which
-must allow it (`Server.from_pretrained(…, allow_export=True)`, `flexp server --allow-export`); `adapter=True` the LoRA
-adapter alone, for peft.
+`trainer.save_model(DIR)` and `model.save_pretrained(DIR)` write the whole personal model for transformers, with the
+middle from the server, which must allow it (`Server.from_pretrained(…, allow_export=True)`, `flexp server
+--allow-export`); `model.save_pretrained(DIR, adapter=True)` the LoRA adapter alone, for peft.
 """
 
 

@@ -13,8 +13,10 @@ import pytest
 from flexp.client.trainer import Trainer
 from flexp.comparison.cells import Cell, final_cell, is_done, tuning_cell
 from flexp.comparison.compare import compare, regather
+from flexp.comparison.config import make
 from flexp.config import RunConfig
-from flexp.errors import BadValuesError, ConfigError, TrainingError
+from flexp.errors import BadValuesError, ConfigError, DataError, TrainingError
+from flexp.models.zoo import save_tiny
 from flexp.report.metrics import read
 from flexp.run import runner
 from flexp.run.costs import MemoryProbes
@@ -78,12 +80,12 @@ def test_equal_clients_batches_and_test_rows_for_all_methods(home: Path, ended: 
 
 
 def test_tuning_picks_on_validation_and_finals_follow(home: Path, ended: list[Cell]) -> None:
-    outcome = compare(comparison(home, THREE), home / "out", 1)
+    outcome = compare(comparison(home, THREE, train={"rounds": 2}), home / "out", 1)
     assert (outcome.done, outcome.kept, outcome.failures) == (3 * 2 + 3 * 2, 0, [])
     content = json.loads((home / "out/comparison.json").read_text(encoding="utf-8"))
     assert content == outcome.comparison
     assert (content["schema"], content["seeds"], content["reference"]) == (1, [0, 1], "flexp-sfl")
-    assert RunConfig.model_validate(content["config"]).train.rounds == 3
+    assert RunConfig.model_validate(content["config"]).train.rounds == 2
     assert content["tuning"] == {
         "seeds": [0],
         "trials_per_method": 2,
@@ -97,7 +99,7 @@ def test_tuning_picks_on_validation_and_finals_follow(home: Path, ended: list[Ce
         scored = []
         for cell in sorted(tuned, key=lambda cell: cell.trial):
             last = [r for r in read(home / "out" / cell.folder / "metrics.jsonl") if r["kind"] == "eval"][-3:]
-            assert [record["round"] for record in last] == [3] * 3
+            assert [record["round"] for record in last] == [2] * 3
             mean = {key: sum(r["validation"][key] for r in last) / 3 for key in ("accuracy", "loss")}
             scored.append((-mean["accuracy"], mean["loss"], cell.trial))
         assert [trial["validation"] for trial in method["trials"]] == pytest.approx([-score for score, _, _ in scored])
@@ -145,7 +147,8 @@ def test_clients_whose_device_is_too_small_and_the_virtual_clock(
     monkeypatch.setattr(MemoryProbes, "peak", lambda self, client: needs[self.world.config.method.name])
     devices = {"assign": ["small", "phone"], "classes": {"small": {"base": "phone", "memory_bytes": 1000}}}
     compared = {"methods": list(needs), "seeds": 1, "tune": False}
-    content = compare(comparison(home, compared, devices=devices), home / "out", 1).comparison
+    settings = comparison(home, compared, devices=devices, train={"rounds": 2})
+    content = compare(settings, home / "out", 1).comparison
     small = {"fedavg": [sorted(CLIENTS)[0], sorted(CLIENTS)[2]], "flexp-sfl": []}
     for method in content["methods"]:
         (run,) = method["runs"]
@@ -162,8 +165,8 @@ def test_clients_whose_device_is_too_small_and_the_virtual_clock(
 
 
 def test_nothing_is_done_twice_and_a_change_is_another_cell(home: Path, ended: list[Cell]) -> None:
-    two = {"methods": ["fedavg", "local"], "seeds": 1, "trials": 2}
-    wanted = comparison(home, two)
+    two, short = {"methods": ["fedavg", "local"], "seeds": 1, "trials": 2}, {"rounds": 1, "steps_per_round": 1}
+    wanted = comparison(home, two, train=short)
     first = compare(wanted, home / "out", 1)
     before = {path: path.stat().st_mtime_ns for path in (home / "out/cells").rglob("*")}
     ended.clear()
@@ -172,13 +175,13 @@ def test_nothing_is_done_twice_and_a_change_is_another_cell(home: Path, ended: l
     assert again.comparison == first.comparison
     assert {path: path.stat().st_mtime_ns for path in (home / "out/cells").rglob("*")} == before
 
-    renamed = comparison(home, two, name="other", threads=2, output={"html": True})
+    renamed = comparison(home, two, name="other", threads=2, output={"html": True}, train=short)
     assert compare(renamed, home / "out", 1).done == 0
-    more = compare(comparison(home, two | {"seeds": 2}), home / "out", 1)
+    more = compare(comparison(home, two | {"seeds": 2}, train=short), home / "out", 1)
     assert sorted((cell.entry, cell.seed) for cell in ended) == [("fedavg", 1), ("local", 1)]
     assert [len(method["runs"]) for method in more.comparison["methods"]] == [2, 2]
     ended.clear()
-    changed = compare(comparison(home, two | {"tune": False}, train={"batch_size": 3}), home / "out", 1)
+    changed = compare(comparison(home, two | {"tune": False}, train={**short, "batch_size": 3}), home / "out", 1)
     assert (changed.done, changed.kept, len(ended)) == (2, 0, 2)
     assert all(path.exists() for path in before)
 
@@ -225,7 +228,9 @@ def test_a_failing_cell_is_told_and_the_others_go_on(
         train(self, number)
 
     monkeypatch.setattr(runner._Run, "_round", diverging)
-    outcome = compare(comparison(home, {"methods": ["local", "fedavg"], "seeds": 2, "trials": 2}), home / "out", 1)
+    compared = {"methods": ["local", "fedavg"], "seeds": 2, "trials": 2}
+    wanted = comparison(home, compared, train={"rounds": 1, "steps_per_round": 1})
+    outcome = compare(wanted, home / "out", 1)
     assert outcome.failures == ["local, seed 1: the loss is not a number"]
     local = outcome.comparison["methods"][0]
     assert [trial["validation"] is None for trial in local["trials"]] == [False, True]
@@ -234,7 +239,7 @@ def test_a_failing_cell_is_told_and_the_others_go_on(
     assert [len(method["runs"]) for method in outcome.comparison["methods"]] == [1, 2]
     ended.clear()
     monkeypatch.setattr(runner._Run, "_round", train)
-    mended = compare(comparison(home, {"methods": ["local", "fedavg"], "seeds": 2, "trials": 2}), home / "out", 1)
+    mended = compare(wanted, home / "out", 1)
     assert [(cell.entry, cell.purpose, cell.seed) for cell in ended] == [("local", "final", 1)]
     assert mended.failures == []
 
@@ -252,7 +257,8 @@ def test_what_a_trial_that_did_not_end_leaves_to_a_report(
         train(self, number)
 
     monkeypatch.setattr(runner._Run, "_round", failing)
-    outcome = compare(comparison(home, {"methods": ["fedavg"], "seeds": 1, "trials": 2}), home / "out", 1)
+    compared = {"methods": ["fedavg"], "seeds": 1, "trials": 2}
+    outcome = compare(comparison(home, compared, train={"rounds": 1, "steps_per_round": 1}), home / "out", 1)
     assert bool(outcome.failures) == (error is OSError)
     assert regather(home / "out") == outcome.comparison
     assert len(outcome.comparison["methods"][0]["runs"]) == 1
@@ -273,3 +279,27 @@ def test_places_that_are_taken(home: Path, ended: list[Cell]) -> None:
     path.write_text(json.dumps(stored), encoding="utf-8")
     os.utime(path)
     assert compare(wanted, home / "out", 1).done == 1
+
+
+def test_cells_of_other_data_or_weights_do_not_stand_beside_each_other(home: Path, ended: list[Cell]) -> None:
+    """A row that is appended, a label that is mended far from what the first seed draws, a model that is saved anew."""
+    wanted = comparison(home, {"methods": ["pretrained"], "seeds": 1, "tune": False}, train={"rounds": 1})
+    out, rows, weights = home / "out", home / "rows.jsonl", home / "model/model.safetensors"
+    compare(wanted, out, 1)
+    before, model = rows.read_text(encoding="utf-8"), weights.read_bytes()
+    more = wanted.config.model_copy(update={"seeds": 2})
+
+    def refused(pattern: str) -> None:
+        with pytest.raises(DataError, match=pattern):
+            compare(make(wanted.base, more), out, 1)
+
+    rows.write_text(before + before.splitlines()[0].replace("w0", "w39") + "\n", encoding="utf-8")
+    refused(r"not those of the cells that are there: north has 22 train examples, it had 21.*choose another --out")
+    lines = before.splitlines()
+    rows.write_text("\n".join([*lines[:-1], lines[-1].replace("dog", "cat")]) + "\n", encoding="utf-8")
+    refused("west has other .* examples")
+    rows.write_text(before, encoding="utf-8")
+    save_tiny("bert", home / "model", seed=3)
+    refused("the weights of .*model are not those")
+    weights.write_bytes(model)
+    assert compare(make(wanted.base, more), out, 1).kept == 1

@@ -14,12 +14,14 @@ import transformers
 from flexp.config import AlignConfig, ModelConfig, OptimizerConfig
 from flexp.cost import probe as memory
 from flexp.cost.echo import client_model, random_batch, without_tail
-from flexp.cost.probe import Measured, Probe, measure, measure_once
+from flexp.cost.probe import Measured, Probe, measure_once
 from flexp.models.loading import load_stage
 from flexp.models.parts import Part
 from flexp.models.stage import Stage, carve
 from flexp.models.tuning import tune
 from flexp.models.zoo import tiny_model
+
+from .tools import warmly
 
 
 def probe(**changes: Any) -> Probe:
@@ -88,7 +90,7 @@ def test_pulled_weights_have_their_size() -> None:
 
 def test_a_process_of_its_own_measures_an_aligned_client() -> None:
     """Also when only what its memory depends on is left of the probe."""
-    found = measure(memory.plain(probe(align=AlignConfig(kind="weights").model_dump(mode="json"), base_depth=1)))
+    found = warmly(memory.plain(probe(align=AlignConfig(kind="weights").model_dump(mode="json"), base_depth=1)))
     assert found.peak >= found.loaded >= 0
 
 
@@ -105,7 +107,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def peak(model: str) -> int:
     """Of a client that holds all of it."""
-    return measure(probe(model=model, cut=None)).peak
+    return warmly(probe(model=model, cut=None)).peak
 
 
 @pytest.mark.slow
@@ -113,13 +115,13 @@ def test_extra_copies_and_optimisers_are_really_held(model: str, peak: int) -> N
     """A weight copy is as large as what is trained, a second AdamW twice that; the peak rises by just as much."""
     trained = 4 * sum(value.numel() for value in tuned(model).trainable().values())
     assert trained > 40e6
-    more = measure(probe(model=model, cut=None, extra_weights=3, extra_optimizers=1)).peak
+    more = warmly(probe(model=model, cut=None, extra_weights=3, extra_optimizers=1)).peak
     assert more - peak == pytest.approx((3 + 2 * 1) * trained, rel=0.08)
 
 
 @pytest.mark.slow
 def test_a_client_without_a_tail_holds_its_first_blocks_only(model: str, peak: int) -> None:
-    start = measure(probe(model=model, cut=(1, 4), tail=False)).peak
+    start = warmly(probe(model=model, cut=(1, 4), tail=False)).peak
     assert 0.1 * peak < start < 0.5 * peak  # one block of four
 
 

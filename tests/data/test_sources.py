@@ -250,6 +250,14 @@ def test_what_is_called_test_never_joins_training(tmp_path: Path, files: tuple[s
     assert len(read_rows(str(tmp_path / "clients"), by_file=True)) == taken
 
 
+@pytest.mark.parametrize("name", ["test-00000-of-00001.jsonl", "dev.jsonl", "validation/rows.jsonl"])
+def test_what_is_called_test_is_no_client(tmp_path: Path, name: str) -> None:
+    jsonl(tmp_path / "north.jsonl", [{"text": "a"}])
+    jsonl(tmp_path / name, [{"text": "b"}])
+    with pytest.raises(DataError, match=r"split by its name, but clients.by = \"file\".*data.test_source"):
+        read_rows(str(tmp_path), by_file=True)
+
+
 def test_a_folder_of_tests_alone_is_refused(tmp_path: Path) -> None:
     jsonl(tmp_path / "test-00000-of-00001.jsonl", [{"text": "x"}])
     with pytest.raises(DataError, match=r"test-00000-of-00001.jsonl are not for training by their names"):

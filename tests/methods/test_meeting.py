@@ -4,7 +4,7 @@ model goes."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -12,21 +12,26 @@ import transformers
 from torch import Tensor
 
 from flexp.client import meeting as meetings
+from flexp.client.adding import OverLink
 from flexp.client.closed_form import Discriminant, Statistics
-from flexp.client.meeting import FIRST, LAST, classifier_of
+from flexp.client.meeting import FIRST, LAST, Noise, classifier_of
 from flexp.client.personal_head import personal_head
-from flexp.config import RunConfig
+from flexp.client.ridge import STRENGTHS, Ridge, sums_of_numbers
+from flexp.config import MeetConfig, RunConfig
 from flexp.errors import ConfigError, LinkError
 from flexp.export.folder import export
 from flexp.export.opening import open_trained
 from flexp.export.saved import RunModel, open_run
 from flexp.links.messages import SumRequest
+from flexp.methods import split
 from flexp.methods.base import method_of
 from flexp.models.zoo import save_tiny
 from flexp.run import runner
 from flexp.run.settle import settle
 from flexp.server.sums import SumTable
-from tests.data.tools import tokenizer
+from tests.data.tools import jsonl, tokenizer
+from tests.links.test_privacy import windows
+from tests.run.test_heads import rows as head_rows
 from tests.tiny import CLIENTS, checkpoint, config
 
 from .tools import equal, make
@@ -68,6 +73,108 @@ def test_all_begin_with_the_classifier_of_everybodys_examples(home: Path, name: 
         assert torch.allclose(weight.double(), head.weight, atol=1e-3 * float(head.weight.abs().max()))
         assert torch.allclose(bias.double(), head.bias, atol=1e-3 * float(head.bias.abs().max()))
     assert method.account("north").training.bytes_up > 0
+
+
+def of_kind(home: Path, task: str, name: str = "flexp-sfl", **settings: Any) -> Any:
+    source = jsonl(home / f"{task}.jsonl", head_rows(task))
+    return make(
+        home,
+        name,
+        model={"id": str(home / "model"), "head": "closed-form", **({} if task.startswith("token") else POOLED)},
+        data={"task": task, "source": str(source), "clients": {"cut": [1, 3]}},
+        **settings,
+    )
+
+
+@pytest.mark.parametrize("task", ["regression", "token-classification"])
+def test_numbers_and_tags_have_a_closed_form_too(home: Path, task: str) -> None:
+    method = of_kind(home, task)
+    method.meet(FIRST)
+    federation = method.world.federation
+    everybody = [example for data in federation.clients for example in data.train]
+    if task == "regression":
+        x, y = plain_features(home, method, everybody)
+        ridge = Ridge(sums_of_numbers(x, y, True))
+        head = ridge.head(float(STRENGTHS[int(ridge.losses(x, y).argmin())]))
+    else:
+        base: Any = transformers.AutoModel.from_pretrained(home / "model").eval()
+        batch = federation.task.collate(everybody)
+        labels = batch.pop("labels")
+        with torch.no_grad():
+            x = base(**batch).last_hidden_state[labels != -100].double()
+        y = labels[labels != -100]
+        found = Discriminant(Statistics.of(x, y, 3))
+        head = found.head(*found.chosen(found.losses(x, y)))
+    for client in ("north", "south"):
+        weight, bias = classifier(method, client)
+        assert torch.allclose(weight.double(), head.weight, atol=1e-3 * float(head.weight.abs().max()))
+        assert torch.allclose(bias.double(), head.bias, atol=1e-3 * float(head.bias.abs().max()))
+    method.train_round(1, lambda _: None)
+    trained = {client: classifier(method, client)[0] for client in ("north", "south")}
+    choices = method.meet(LAST)
+    for client, choice in choices.items():
+        assert torch.equal(classifier(method, client)[0], trained[client]) == (choice == "trained")
+
+
+class Watched(OverLink):
+    """Keeps what each gives."""
+
+    seen: ClassVar[list[tuple[int, dict[str, Tensor]]]] = []
+
+    def give(self, number: int, values: Any) -> Any:
+        self.seen.append((number, values))
+        return super().give(number, values)
+
+
+def test_neither_rare_classes_nor_the_classifier_cross(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(split, "OverLink", Watched)
+    Watched.seen.clear()
+    method = meeting(home, "flexp-sfl", meet={"on": True})
+    clients = method.world.federation.clients
+    rare = [example for data in clients for example in data.train]
+    for data in clients:  # of class 1 two examples are left, of two clients
+        for example in data.train:
+            example["labels"] = int(example is rare[0] or example is rare[-1])
+    method.meet(FIRST)
+    heads = [classifier(method, client) for client in CLIENTS]
+    method.train_round(1, lambda _: None)
+    heads += [classifier(method, client) for client in CLIENTS]
+    method.meet(LAST)
+    heads += [classifier(method, client) for client in CLIENTS]
+    assert sum(float(values["counts"][1]) for number, values in Watched.seen if number == 0) == 2
+    crossed = [values for number, values in Watched.seen if "sums" in values]
+    assert len(crossed) == 6
+    for values in crossed:
+        assert values["counts"][1] == 0
+        assert not values["sums"][1].any()
+    x, y = plain_features(home, method, [e for data in clients for e in data.train])
+    gram = Statistics.from_tensors({k: sum(v[k] for v in crossed[:3]) for k in crossed[0]}).gram  # type: ignore[misc]
+    assert gram is not None
+    torch.testing.assert_close(gram, x[y == 0].T @ x[y == 0], rtol=1e-3, atol=1e-3)
+    sent = set().union(*(windows(value) for _, values in Watched.seen for value in values.values()))
+    for weight, _ in heads:
+        assert windows(weight)
+        assert not windows(weight) & sent
+
+
+def test_noise_is_as_large_as_an_example(home: Path) -> None:
+    hidden = Noise(MeetConfig(noise=0.5, clip=2.0), 1)
+    lengths = hidden.clipped(torch.tensor([[3.0, 4.0], [0.6, 0.8]])).norm(dim=1)
+    assert torch.allclose(lengths, torch.tensor([2.0, 1.0]))
+    blank = {name: torch.zeros(20_000) for name in ("counts", "sums", "square", "gram")}
+    for name, one in (("counts", 1.0), ("sums", 2.0), ("square", 4.0), ("gram", 4.0)):
+        assert float(hidden(blank)[name].std()) == pytest.approx(0.5 * one, rel=0.05)
+    assert Noise(MeetConfig(), 1)(blank) is blank
+    noisy = {"on": True, "noise": 0.05, "clip": 6.0}
+    method = meeting(home, "flexp-sfl", meet=noisy)
+    method.meet(FIRST)
+    method.meet(LAST)
+    assert all(bool(torch.isfinite(value).all()) for client in CLIENTS for value in classifier(method, client))
+    with pytest.raises(ConfigError, match="set that, too"):
+        config(home, method={"meet": {"on": True, "noise": 1.0}})
+    numbers = {"task": "regression", "source": str(jsonl(home / "numbers.jsonl", head_rows("regression")))}
+    with pytest.raises(ConfigError, match="numbers that are learned have no bound"):
+        settle(config(home, method={"meet": noisy}, data={**numbers, "clients": {"cut": [1, 3]}}))
 
 
 def test_alone_each_has_its_own_sums(home: Path) -> None:
@@ -192,8 +299,8 @@ def test_a_server_sums_for_those_it_knows_and_answers_again() -> None:
     assert not first.done()
     with pytest.raises(LinkError, match="other shapes"):
         table.give("b", given(0, 1, length=2))
-    with pytest.raises(LinkError, match="a run has 6"):
-        table.give("a", given(6, 1))
+    with pytest.raises(LinkError, match="a run has 8"):
+        table.give("a", given(8, 1))
     table.give("a", given(0, 2))  # sent again over a new link: what came first is forgotten
     reply = table.give("b", given(0, 3)).result()
     assert reply.notes == {"a": "said with 2", "b": "said with 3"}

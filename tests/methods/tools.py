@@ -28,13 +28,13 @@ ONE = {"clients": {"names": ["north"], "each": [{"cut": [2, 3]}]}}
 def make(home: Path, name: str, *, budget: str = "equal", **settings: Any) -> Any:
     """A method on the tiny BERT with dropout; ``settings`` are tables, of which ``own`` is the method's.
 
-    ``absent`` are the clients that take no part, ``align`` is the table of the alignment, ``ranks`` are of the
-    clients' adapters, in turn.
+    ``absent`` are the clients that take no part, ``align`` and ``meet`` are those tables of the method, ``ranks`` are
+    of the clients' adapters, in turn.
     """
     own, absent, ranks = settings.pop("own", {}), settings.pop("absent", ()), settings.pop("ranks", None)
     if ranks:
         settings["data"] = {"clients": each(cut=CUTS, rank=ranks)}
-    table = _table(name, own, budget) | ({"align": settings.pop("align")} if "align" in settings else {})
+    table = _table(name, own, budget) | {key: settings.pop(key) for key in ("align", "meet") if key in settings}
     if name in ADAPTERS:
         settings["model"] = {"tuning": "lora", **settings.get("model", {})}
     world = build_world(config(home, method=table, **settings))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from flexp.models.loading import load_config, load_stage
 from flexp.models.parts import Part
 from flexp.models.stage import carve
 from flexp.models.zoo import tiny_batch, tiny_model
+from tests import warm
 from tests.models.tools import SPLIT, equal, save, tensors_of
 
 CUT = (1, 3)
@@ -165,7 +164,8 @@ stage = load_stage(sys.argv[1], "causal-lm", Part.server(3, 4))
 total = sum(value.clone().nbytes for value in stage.model.parameters())  # touch all that was mapped
 print(json.dumps([total, peak() - before]))
 """
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    done = warm.run(["-c", code, str(tmp_path)])
+    assert done.returncode == 0, done.stderr
     total, grown = json.loads(done.stdout.splitlines()[-1])
     assert total == own
     assert size > 8 * own

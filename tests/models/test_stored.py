@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from flexp.models.stored import StoredEmbedding, token_embedding
 from flexp.models.tuning import tune
 from flexp.models.zoo import tiny_batch, tiny_model
 from flexp.planner.fleet import TaskShape
+from tests import warm
 from tests.models.tools import SPLIT, equal, save, tensors_of
 from tests.run.test_runner import same
 from tests.tiny import bert_folder, config
@@ -123,7 +123,7 @@ for where in ("file", "memory"):
         os._exit(0)
     os.wait()
 """
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    done = warm.run(["-c", code, str(tmp_path)])
     assert done.stdout == "file (2, 4, 256)\n", done.stderr
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,15 @@ from flexp.planner import model as own
 from flexp.planner.infeasible import InfeasibleError
 from flexp.server import Server
 
+from .tools import counted_on_tensors
+
 MIB = 2**20
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _counted_on_tensors() -> Iterator[None]:
+    with counted_on_tensors():
+        yield
 
 
 def test_limits_that_count_reserves_leave_room_for_threads(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,7 +59,7 @@ def problem(draw: st.DrawFn) -> Problem:
     return Problem(groups, memory, (block,) * 3, weights, scales(groups), draw(st.integers(1, 2)), limits)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(problem())
 def test_the_optimum_is_that_of_all_plans(given_problem: Problem) -> None:
     best, found = best_by_hand(given_problem), solve(given_problem)
@@ -72,7 +72,7 @@ def test_the_optimum_is_that_of_all_plans(given_problem: Problem) -> None:
     assert set(found.options) == {name for group in given_problem.groups for name in group.clients}
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(problem(), st.booleans())
 def test_pruning_keeps_the_optimum(given_problem: Problem, roomy: bool) -> None:
     """With a server's memory that may run short, and with one that cannot (then more is pruned)."""

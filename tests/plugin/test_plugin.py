@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -15,9 +14,12 @@ from typer.testing import CliRunner
 
 from flexp import registry
 from flexp.cli.main import app
+from flexp.comparison import compare as comparing
 from flexp.errors import ConfigError
 from flexp.methods import METHODS
+from tests import warm
 from tests.cli.test_commands import toml
+from tests.comparison.tools import Inline
 from tests.tiny import bert_folder
 
 HERE, SOURCE = Path(__file__).parent, Path(registry.__file__).parent
@@ -104,7 +106,8 @@ def test_its_settings_are_checked_and_are_what_it_runs_with(installed: Path, tmp
 
 
 @pytest.mark.slow
-def test_a_comparison_tunes_it_like_any_other(installed: Path, tmp_path: Path) -> None:
+def test_a_comparison_tunes_it_like_any_other(installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparing, "Pool", Inline)
     bert_folder(tmp_path / "model")
     path = toml(tmp_path, train={"rounds": 1, "steps_per_round": 1})
     options = ("--seeds", 1, "--trials", 2, "--jobs", 1, "--out", tmp_path / "out")
@@ -167,8 +170,8 @@ def test_a_method_of_our_own_is_one_file(tmp_path: Path) -> None:
     path = toml(tmp_path, train={"rounds": 1, "steps_per_round": 1})
     shutil.copytree(SOURCE, tmp_path / "src/flexp", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "src/flexp/methods/lonely.py").write_text(ONE_FILE, encoding="utf-8")
-    command = [sys.executable, "-m", "flexp.cli.main", "run", str(path), "--out", "out", "--set", "method.name=lonely"]
+    command = ["-m", "flexp.cli.main", "run", str(path), "--out", "out", "--set", "method.name=lonely"]
     environment = {"PYTHONPATH": str(tmp_path / "src"), "PATH": "", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    done = warm.run(command, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "out/summary.json").read_text(encoding="utf-8"))["method"] == "lonely"

@@ -16,12 +16,12 @@ from .tools import Client, Server, parties, without_meters
 
 
 def test_the_weights_are_those_of_a_good_network(tmp_path: Path) -> None:
-    config = tiny_run(tmp_path, rounds=1, steps_per_round=30)
+    config = tiny_run(tmp_path, rounds=1, steps_per_round=15)
     runner.run(config, tmp_path / "sim")
     names = list(CLIENTS)
-    fixed = DeploymentConfig(schedule="deterministic", clients=names, save_every=10)
+    fixed = DeploymentConfig(schedule="deterministic", clients=names, save_every=5)
     server = Server(config, fixed, tmp_path / "fleet" / "server")
-    network = BadNetwork(server.address, rate=0.1, most=25, seed=1)
+    network = BadNetwork(server.address, rate=0.2, most=25, seed=1)
     clients = [
         Client(
             config,

@@ -76,7 +76,7 @@ def test_a_fleet_equals_the_simulation(folder: Path, tmp_path: Path, how: str) -
 
 def test_stopped_and_started_again_equals_undisturbed(folder: Path, tmp_path: Path) -> None:
     """A client stops after its step, then all of them and the server; each goes on from what it saved."""
-    config = configured(folder, steps=6)
+    config = configured(folder, steps=4)
     runner.run(config, tmp_path / "sim")
     out = tmp_path / "fleet"
 
@@ -85,18 +85,18 @@ def test_stopped_and_started_again_equals_undisturbed(folder: Path, tmp_path: Pa
 
     first = Server(config, FIXED, out / "server")
     clients = start(first)
-    _until(lambda: first.server.shared.version >= 5)
+    _until(lambda: first.server.shared.version >= 3)
     clients["south"].stop.set()
     clients["south"].join()
     assert clients["south"].over is False
     clients["south"] = Client(config, FIXED, "south", plain(first), out / "clients" / "south")
-    _until(lambda: first.server.shared.version >= 14)
+    _until(lambda: first.server.shared.version >= 8)
     for client in clients.values():
         client.stop.set()
     for client in clients.values():
         client.join()
     first.end()
-    assert first.server.shared.version < 36
+    assert first.server.shared.version < 24
 
     second = Server(config, FIXED, out / "server")
     for client in start(second).values():
@@ -108,12 +108,12 @@ def test_stopped_and_started_again_equals_undisturbed(folder: Path, tmp_path: Pa
 
 
 def test_the_server_comes_back_while_its_clients_live(folder: Path, tmp_path: Path) -> None:
-    config = configured(folder, "kl", steps=6)
+    config = configured(folder, "kl", steps=4)
     runner.run(config, tmp_path / "sim")
     out = tmp_path / "fleet"
     first = Server(config, FIXED, out / "server")
     clients = [Client(config, FIXED, name, plain(first), out / "clients" / name) for name in NAMES]
-    _until(lambda: first.server.shared.version >= 10)
+    _until(lambda: first.server.shared.version >= 7)
     first.end()
     second = Server(config, FIXED, out / "server", first.address)
     for client in clients:
@@ -124,12 +124,12 @@ def test_the_server_comes_back_while_its_clients_live(folder: Path, tmp_path: Pa
 
 def test_nobody_waits_in_a_free_run(folder: Path, tmp_path: Path) -> None:
     """One client comes late and goes back to a snapshot; nothing is applied twice, and all do all their steps."""
-    config = configured(folder, steps=10)
+    config = configured(folder, steps=5)
     free = DeploymentConfig(schedule="free", clients=NAMES, save_every=2)
     out = tmp_path / "fleet"
     server = Server(config, free, out / "server")
     early = [Client(config, free, name, plain(server), out / "clients" / name) for name in NAMES[:2]]
-    _until(lambda: server.server.shared.version >= 8)
+    _until(lambda: server.server.shared.version >= 5)
     early[0].stop.set()
     early[0].join()
     again = Client(config, free, NAMES[0], plain(server), out / "clients" / NAMES[0])
@@ -138,37 +138,37 @@ def test_nobody_waits_in_a_free_run(folder: Path, tmp_path: Path) -> None:
         client.join()
         assert client.over
     server.end()
-    assert server.server.shared.version == 3 * 20
-    assert {name: server.server.clients[name].progress.newest for name in NAMES} == dict.fromkeys(NAMES, 20)
+    assert server.server.shared.version == 3 * 10
+    assert {name: server.server.clients[name].progress.newest for name in NAMES} == dict.fromkeys(NAMES, 10)
     for name in NAMES:
         steps = [r["step"] for r in read(out / "clients" / name / "metrics.jsonl") if r["kind"] == "step"]
-        assert sorted(steps) == list(range(1, 21))
+        assert sorted(steps) == list(range(1, 11))
 
 
 def test_a_cut_changes_between_sessions(folder: Path, tmp_path: Path) -> None:
     """What a client keeps is as it was, what is new to it is the server's; the others do not notice."""
-    config = configured(folder, steps=10)
+    config = configured(folder, steps=6)
     free = DeploymentConfig(schedule="free", clients=NAMES, save_every=2)
     out = tmp_path / "fleet"
     server = Server(config, free, out / "server")
     clients = {name: Client(config, free, name, plain(server), out / "clients" / name) for name in NAMES}
-    _until(lambda: server.server.shared.version >= 9)
+    _until(lambda: server.server.shared.version >= 6)
     clients["south"].stop.set()
     clients["south"].join()
     before = newest(out / "clients/south/snapshots")
     stopped = int(before["steps"])
-    assert stopped < 20
+    assert stopped < 12
     again = Client(config, free, "south", plain(server), out / "clients/south", cut=(3, None))
     for client in (again, clients["north"], clients["west"]):
         client.join()
         assert client.over
     server.end()
     after = newest(out / "clients/south/snapshots")
-    assert int(after["steps"]) == 20
+    assert int(after["steps"]) == 12
     names = {key for key in after if key.startswith("personal/")}
     assert {key for key in before if key.startswith("personal/")} < names
     assert {key.split(".layer.")[1][0] for key in names if ".layer." in key} == {"0", "1", "2"}
-    assert server.server.shared.version == 3 * 20
+    assert server.server.shared.version == 3 * 12
     with pytest.raises(ConfigError, match="in a free run only"):
         Client(config, FIXED, "south", plain(server), out / "clients/south", cut=(1, 4)).join()
 
@@ -194,12 +194,12 @@ def test_a_cut_changes_before_the_first_step(folder: Path, tmp_path: Path) -> No
 
 def test_processes_that_are_killed(folder: Path, tmp_path: Path) -> None:
     """Real processes, SIGKILL for a client and for the server in the middle of training."""
-    config = configured(folder, steps=16)
+    config = configured(folder, steps=7)
     runner.run(config, tmp_path / "sim")
     made = Fleet(settle(config), tmp_path / "fleet", schedule="deterministic", save_every=3, say=lambda _: None)
     made.start()
     try:
-        for party, steps in ((made.clients["west"], 12), (made.server, 40)):
+        for party, steps in ((made.clients["west"], 6), (made.server, 16)):
             _until(lambda steps=steps: sum(row["steps"] for row in made.results()) >= steps or made.watch(), 120, 0.05)
             assert party.process is not None
             party.process.kill()

@@ -25,7 +25,7 @@ BIG = 1 << 40
 
 
 def config(folder: Path, **recut: Any) -> RunConfig:
-    base = tiny_run(folder, rounds=2, steps_per_round=16, dropout=0.1)
+    base = tiny_run(folder, rounds=2, steps_per_round=12, dropout=0.1)
     clients = base.data.clients.model_copy(update={"names": [NAME], "cut": (3, 4), "each": []})
     rules = RecutConfig(on=True, **{"every": 1, "patience": 1, "pause": 4, **recut})
     model = base.model.model_copy(update={"base_depth": 1})
@@ -73,7 +73,7 @@ def test_it_sheds_when_memory_is_short_and_takes_back_what_it_gave_when_that_pay
     small = peak_of(settings, (1, 4), 1)
     situations += [
         (8, Situation(int(1.2 * small))),  # less than (3, 4) takes, whatever the exchange
-        (20, Situation(BIG, server=1e6)),  # memory is back, and the server has become slow
+        (15, Situation(BIG, server=1e6)),  # memory is back, and the server has become slow
     ]
     situations[0] = (0, Situation(BIG, server=1e6))  # deep pays from the beginning
     server = Server(settings, DEPLOYMENT, tmp_path / "server")
@@ -85,12 +85,12 @@ def test_it_sheds_when_memory_is_short_and_takes_back_what_it_gave_when_that_pay
     assert shed["step"] == 8
     assert kept(shed["cut"]) < kept(shed["before"])
     assert (last["why"], kept(last["cut"])) == ("gain", 3)
-    assert last["step"] >= 20
+    assert last["step"] >= 15
     assert last["restored"]  # as it left them
     assert all(in_words(record).startswith(NAME) for record in found)
     steps = [record["step"] for record in read(tmp_path / "client" / "metrics.jsonl") if record["kind"] == "step"]
-    assert steps == list(range(1, 33))
-    assert server.server.clients[NAME].progress.newest == 32  # each once
+    assert steps == list(range(1, 25))
+    assert server.server.clients[NAME].progress.newest == 24  # each once
 
 
 def test_stopped_after_a_move_it_goes_on_with_the_cut_that_it_has(
@@ -114,7 +114,7 @@ def test_stopped_after_a_move_it_goes_on_with_the_cut_that_it_has(
     server.end()
     assert again.over
     steps = [record["step"] for record in read(tmp_path / "client" / "metrics.jsonl") if record["kind"] == "step"]
-    assert steps == list(range(1, 33))
+    assert steps == list(range(1, 25))
     assert len(moves(tmp_path / "client")) == 1  # it was not moved back to the configuration's cut and again
 
 
@@ -168,8 +168,8 @@ def test_a_step_that_runs_out_of_memory_is_done_again_with_less(
     sizes = [(record["micro_batch"], -kept(record["cut"])) for record in found]
     assert sizes[0][0] < 4  # first a smaller exchange
     steps = [record["step"] for record in read(tmp_path / "client" / "metrics.jsonl") if record["kind"] == "step"]
-    assert steps == list(range(1, 33))
-    assert server.server.clients[NAME].progress.newest == 32
+    assert steps == list(range(1, 25))
+    assert server.server.clients[NAME].progress.newest == 24
 
 
 def test_memory_that_runs_out_with_nothing_left_to_give_up_ends_it_in_a_line(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from flexp.run import runner, store
 from flexp.run.processes import begin
 from flexp.run.settle import build_world
 from tests.data.tools import jsonl, labelled, tokenizer
-from tests.tiny import CLIENTS, checkpoint, config
+from tests.tiny import CLIENTS, bert_folder, checkpoint, config
 
 VALIDATION_EXAMPLES = 3  # a quarter of 12
 
@@ -47,7 +48,7 @@ def same(left: Path, right: Path) -> None:
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=["full", "lora", "mean", "weights", "local", "validation"])
 def test_resumed_equals_undisturbed(home: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    run = config(home, **settings)
+    run = config(home, **settings | {"train": settings.get("train", {}) | {"rounds": 2}})
     whole = runner.run(run, home / "undisturbed")
     assert whole["finished"]
 
@@ -82,7 +83,7 @@ def test_a_model_whose_blocks_give_tuples_resumes_alike(home: Path) -> None:
     model: Any = tiny_model("gpt_neo", dropout=0.2)
     model.save_pretrained(home / "neo")
     tokenizer().save_pretrained(home / "neo")
-    run = config(home, model={"id": str(home / "neo")}, data={"task": "causal-lm"})
+    run = config(home, model={"id": str(home / "neo")}, data={"task": "causal-lm"}, train={"rounds": 2})
     runner.run(run, home / "whole")
     runner.run(run.model_copy(update={"train": run.train.model_copy(update={"rounds": 1})}), home / "out")
     (home / "out/config.json").write_text(json.dumps(run.resolved()), encoding="utf-8")
@@ -91,7 +92,7 @@ def test_a_model_whose_blocks_give_tuples_resumes_alike(home: Path) -> None:
 
 
 def test_killed_at_any_moment_resumes_to_equal_weights(home: Path) -> None:
-    run = config(home, train={"rounds": 6})
+    run = config(home, train={"rounds": 4})
     runner.run(run, home / "undisturbed")
     process = begin(runner.run, run, home / "killed", log=home / "log.txt", threads=1)
     deadline = time.monotonic() + 120
@@ -112,7 +113,8 @@ def test_the_folder_holds_what_the_docs_say(home: Path, monkeypatch: pytest.Monk
         return probe.Measured(1, 1000 * what.cut[0])
 
     monkeypatch.setattr(probe, "measure", measured)
-    run = config(home, output={"tensorboard": True, "html": True}, evaluation={"measure_memory": True})
+    output = {"tensorboard": True, "html": True}
+    run = config(home, output=output, evaluation={"measure_memory": True}, train={"rounds": 2})
     summary = runner.run(run, home / "out")
     assert summary == json.loads((home / "out/summary.json").read_text(encoding="utf-8"))
     assert (home / "out/report.html").stat().st_size > 10_000
@@ -129,15 +131,16 @@ def test_the_folder_holds_what_the_docs_say(home: Path, monkeypatch: pytest.Monk
     assert {name: client["peak_memory_bytes"] for name, client in clients.items()} == {
         "north": 1000, "south": 2000, "west": 3000,
     }  # fmt: skip
-    assert sum(record["kind"] == "eval" for record in records) == (1 + 3) * len(CLIENTS)
-    assert sum(record["kind"] == "step" for record in records) == 3 * 2 * len(CLIENTS)
-    assert summary["server"]["updates"] == 3 * 2 * len(CLIENTS)
+    assert sum(record["kind"] == "eval" for record in records) == (1 + 2) * len(CLIENTS)
+    assert sum(record["kind"] == "step" for record in records) == 2 * 2 * len(CLIENTS)
+    assert summary["server"]["updates"] == 2 * 2 * len(CLIENTS)
 
 
 def test_equal_seeds_give_equal_runs_and_other_seeds_others(home: Path) -> None:
-    one = runner.run(config(home), home / "a")
-    two = runner.run(config(home), home / "b")
-    other = runner.run(config(home, seed=1), home / "c")
+    short = {"rounds": 1}
+    one = runner.run(config(home, train=short), home / "a")
+    two = runner.run(config(home, train=short), home / "b")
+    other = runner.run(config(home, seed=1, train=short), home / "c")
     same(home / "a", home / "b")
     assert one["scores"] == two["scores"]
     assert any(
@@ -160,31 +163,44 @@ def test_simulated_clients_share_what_is_frozen(home: Path) -> None:
         assert rest <= set(frozen.values())
 
 
-def test_a_run_is_not_written_over(home: Path) -> None:
-    runner.run(config(home, train={"rounds": 1}), home / "out")
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Path]:
+    """A run of two rounds and its folder; tests that change it do so in copies."""
+    place: Path = tmp_path_factory.mktemp("short")
+    bert_folder(place / "model", dropout=True)
+    run = config(place, train={"rounds": 2})
+    runner.run(run, place / "out")
+    return run, place / "out"
+
+
+@pytest.fixture
+def out(short: tuple[RunConfig, Path], tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(short[1], tmp_path / "out"))
+
+
+def test_a_run_is_not_written_over(short: tuple[RunConfig, Path]) -> None:
     with pytest.raises(ConfigError, match=r"holds a run already.*--resume"):
-        runner.run(config(home), home / "out")
+        runner.run(*short)
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(home: Path) -> None:
-    runner.run(config(home), home / "out")
-    file = home / "out/checkpoints/checkpoint-00000003/000-server.safetensors"
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(out: Path) -> None:
+    file = out / "checkpoints/checkpoint-00000002/000-server.safetensors"
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(bytes(data))
     with pytest.raises(
-        StorageError, match=r"000-server.safetensors is not what was saved.*delete .* checkpoint-00000003"
+        StorageError, match=r"000-server.safetensors is not what was saved.*delete .* checkpoint-00000002"
     ):
-        runner.resume(home / "out")
+        runner.resume(out)
 
 
-def test_an_empty_index_of_a_checkpoint_is_mended_alike(home: Path) -> None:
-    runner.run(config(home), home / "out")
-    (home / "out/checkpoints/checkpoint-00000003/checkpoint.json").write_text("")
+def test_an_empty_index_of_a_checkpoint_is_mended_alike(out: Path) -> None:
+    (out / "checkpoints/checkpoint-00000002/checkpoint.json").write_text("")
     with pytest.raises(
-        StorageError, match=r"checkpoint.json is not what was saved .*; delete the folder checkpoint-00000003"
+        StorageError, match=r"checkpoint.json is not what was saved .*; delete the folder checkpoint-00000002"
     ):
-        runner.resume(home / "out")
+        runner.resume(out)
 
 
 NAMES = ("a/x", "../a", "[red]a[/]", "n" * 300, "a.x", "A.x")
@@ -192,7 +208,8 @@ NAMES = ("a/x", "../a", "[red]a[/]", "n" * 300, "a.x", "A.x")
 
 def test_clients_may_be_called_what_no_file_can_be_called(home: Path) -> None:
     jsonl(home / "odd.jsonl", labelled(90, NAMES))
-    run = config(home, data={"source": str(home / "odd.jsonl")}, output={"tensorboard": True, "html": True})
+    output = {"tensorboard": True, "html": True}
+    run = config(home, data={"source": str(home / "odd.jsonl")}, output=output, train={"rounds": 2})
     runner.run(run, home / "whole")
     runner.run(run.model_copy(update={"train": run.train.model_copy(update={"rounds": 1})}), home / "out")
     (home / "out/config.json").write_text(json.dumps(run.resolved()), encoding="utf-8")
@@ -211,7 +228,7 @@ def test_what_cannot_be_built_leaves_no_folder(home: Path) -> None:
 
 def test_the_best_round_on_validation_data_is_kept(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluate, calls = runner.evaluate, 0
-    rounds = [0.1, 0.2, 0.9, 0.3, 0.4, 0.5]  # accuracy on validation data before training, after round 1, ...
+    rounds = [0.1, 0.2, 0.9, 0.3, 0.4]  # accuracy on validation data before training, after round 1, ...
 
     def scored(forward: Any, task: Any, examples: Any, size: int, extras: bool = True) -> Any:
         nonlocal calls
@@ -221,13 +238,13 @@ def test_the_best_round_on_validation_data_is_kept(home: Path, monkeypatch: pyte
             calls += 1
         return scores
 
-    run = config(home, data={"validation_fraction": 0.25}, train={"rounds": 5}, output={"html": True})
+    run = config(home, data={"validation_fraction": 0.25}, train={"rounds": 4}, output={"html": True})
     monkeypatch.setattr(runner, "evaluate", scored)
     summary = runner.run(run, home / "out")
     assert summary["scores"]["picked_on"] == "validation"
     assert summary["scores"]["best"]["round"] == 2
     kept = sorted(path.name for path in (home / "out/checkpoints").iterdir())
-    assert kept == [f"checkpoint-{number:08d}" for number in (2, 4, 5)]
+    assert kept == [f"checkpoint-{number:08d}" for number in (2, 3, 4)]
     records = [record for record in read(home / "out/metrics.jsonl") if record["kind"] == "eval"]
     assert all(record["validation"]["n"] == VALIDATION_EXAMPLES for record in records)
     assert "The best round on validation data was round 2" in (home / "out/report.html").read_text(encoding="utf-8")
@@ -241,17 +258,18 @@ def test_full_tuning_in_bfloat16_is_warned_of(home: Path) -> None:
     assert "bfloat16" not in notes(dtype="bfloat16", tuning="lora") + notes()
 
 
-def test_halves_of_checkpoints_go_when_a_run_is_resumed(home: Path) -> None:
-    runner.run(config(home), home / "out")
-    half = home / "out/checkpoints/.checkpoint-00000004.0123abcd.part"
+def test_halves_of_checkpoints_go_when_a_run_is_resumed(out: Path) -> None:
+    half = out / "checkpoints/.checkpoint-00000003.0123abcd.part"
     half.mkdir()
     (half / "000-server.safetensors").write_bytes(b"half")
-    runner.resume(home / "out")
+    runner.resume(out)
     assert not half.exists()
 
 
-def test_a_full_disk_while_saving_loses_nothing(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = config(home)
+def test_a_full_disk_while_saving_loses_nothing(
+    short: tuple[RunConfig, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, undisturbed = short
     saves = 0
     save_file = store.save_file
 
@@ -265,12 +283,11 @@ def test_a_full_disk_while_saving_loses_nothing(home: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(store, "save_file", full)
     with pytest.raises(StorageError, match="the disk is full; what was saved before is intact"):
-        runner.run(run, home / "out")
+        runner.run(run, tmp_path / "out")
     monkeypatch.undo()
-    assert [path.name for path in (home / "out/checkpoints").iterdir()] == ["checkpoint-00000001"]
-    runner.resume(home / "out")
-    runner.run(run, home / "undisturbed")
-    same(home / "out", home / "undisturbed")
+    assert [path.name for path in (tmp_path / "out/checkpoints").iterdir()] == ["checkpoint-00000001"]
+    runner.resume(tmp_path / "out")
+    same(tmp_path / "out", undisturbed)
 
 
 def test_a_loss_that_is_no_number_stops_with_one_line(home: Path) -> None:

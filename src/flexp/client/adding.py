@@ -24,7 +24,7 @@ from flexp.links.sums import Sums
 from flexp.masking import NONCE_BYTES, Group, Identity, fingerprint, from_ring, to_ring
 from flexp.rng import current_turn
 
-KEYS, SEALED = 4, 5
+KEYS, SEALED = 6, 7
 """The numbers of the sums with which clients agree on a key: notes alone."""
 KEY_FILE = "meet.key"
 

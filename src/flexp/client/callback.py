@@ -7,10 +7,12 @@ nothing.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import secrets
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from transformers.trainer_callback import ExportableState
 
 from flexp.client.exchange import Loop
 from flexp.client.joined import JoinedModel
-from flexp.client.trainer_options import refuse_options
+from flexp.client.trainer_options import refuse, refuse_options
 from flexp.errors import ConfigError, StorageError
 from flexp.files import replacing
 from flexp.links.coding import load_residuals, save_residuals
@@ -115,17 +117,8 @@ class TrainerCallback(transformers.TrainerCallback, ExportableState):  # type: i
         if not isinstance(model, JoinedModel):
             return
         model.steps.loop = None
-        log.warning(
-            "trainer.save_model(DIR) would write this client's half alone; model.save_pretrained(DIR) writes the whole "
-            "personal model, for transformers"
-        )
         if args.load_best_model_at_end and state.best_model_checkpoint:
             restore(model, Path(state.best_model_checkpoint) / FILE, only_weights=True)
-
-    def on_push_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """Something is about to be published."""
-        if isinstance(model, JoinedModel):
-            refuse_options(args, model, publishing=True)
 
     def _place(self, args: Any, state: Any, model: JoinedModel) -> Path:
         """The server's half that belongs to the client's half that the Trainer has just loaded."""
@@ -145,10 +138,61 @@ class TrainerCallback(transformers.TrainerCallback, ExportableState):  # type: i
 
 
 def attend() -> None:
-    """Let every Trainer that is made from now on begin with the callback, if there are Trainers at all."""
+    """Let every Trainer that is made from now on begin with the callback, if there are Trainers at all.
+
+    No callback is told of what a user asks of a Trainer by name, so its methods look at the model first.
+    """
     trainer: Any = sys.modules.get("transformers.trainer")
-    if trainer is not None and TrainerCallback not in trainer.DEFAULT_CALLBACKS:
-        trainer.DEFAULT_CALLBACKS.append(TrainerCallback)
+    if trainer is None or TrainerCallback in trainer.DEFAULT_CALLBACKS:
+        return
+    trainer.DEFAULT_CALLBACKS.append(TrainerCallback)
+    for name, instead in (("save_model", _save_model), ("init_hf_repo", _publish)):
+        setattr(trainer.Trainer, name, _for_split(getattr(trainer.Trainer, name), instead))
+
+
+def _for_split(usual: Callable[..., Any], instead: Callable[..., Any]) -> Callable[..., Any]:
+    """``usual``, a Trainer's method, but ``instead`` where the model is a split one."""
+
+    @functools.wraps(usual)
+    def method(trainer: Any, *args: Any, **options: Any) -> Any:
+        chosen = functools.partial(instead, usual) if isinstance(trainer.model, JoinedModel) else usual
+        return chosen(trainer, *args, **options)
+
+    return method
+
+
+def _save_model(
+    usual: Callable[..., None], trainer: Any, output_dir: str | None = None, _internal_call: bool = False
+) -> None:
+    """The whole personal model, for transformers; a checkpoint's half (``_internal_call``) stays what it is.
+
+    Raises:
+        LinkError: the server does not give its blocks.
+        ConfigError: ``from_pretrained`` did not make the model.
+    """
+    if _internal_call:
+        usual(trainer, output_dir, _internal_call=True)
+        return
+    folder = Path(output_dir or trainer.args.output_dir)
+    part = folder / f"flexp-{secrets.token_hex(4)}"
+    trainer.model.save_pretrained(part)
+    for old in folder.glob("model*.safetensors*"):
+        old.unlink()
+    for file in part.iterdir():
+        file.replace(folder / file.name)
+    part.rmdir()
+    words = trainer.processing_class or getattr(trainer.data_collator, "tokenizer", None)
+    if words is not None:
+        words.save_pretrained(folder)
+
+
+def _publish(_: Callable[..., None], trainer: Any, *args: Any, **options: Any) -> None:
+    """A place on the Hub is about to be made.
+
+    Raises:
+        ConfigError: always.
+    """
+    refuse("push_to_hub", trainer.args)
 
 
 def keep(model: JoinedModel, place: Path, mark: int) -> None:

@@ -67,6 +67,16 @@ class Statistics:
         counts = (self.counts - other.counts).round()
         return Statistics(counts, self.sums - other.sums, self.square - other.square, gram)
 
+    def plus(self, other: Statistics) -> Statistics:
+        """The sums over the examples of both."""
+        gram = None if self.gram is None or other.gram is None else self.gram + other.gram
+        return Statistics(self.counts + other.counts, self.sums + other.sums, self.square + other.square, gram)
+
+    def of_classes(self, which_C: Tensor) -> Statistics:
+        """Where nothing but noise is in the other classes, and noise has made nothing negative."""
+        counts = torch.where(which_C, self.counts.clamp(min=1.0), 0.0)
+        return Statistics(counts, self.sums * which_C[:, None], self.square.clamp(min=0.0), self.gram)
+
     @property
     def means(self) -> Tensor:
         """Of each class, (C, H); zeros of one without examples."""
@@ -82,10 +92,6 @@ class LinearHead:
 
     def __call__(self, features_NH: Tensor) -> Tensor:
         return features_NH.double() @ self.weight.T + self.bias
-
-    def plus(self, other: LinearHead) -> LinearHead:
-        """The head whose probabilities are proportional to the products of both heads'."""
-        return LinearHead(self.weight + other.weight, self.bias + other.bias)
 
 
 class Discriminant:

@@ -2,9 +2,11 @@
 
 Before the first step all begin with the classifier in closed form of everybody's sums. After the last step they meet
 again, since features are others by then, and each makes its own of it (:mod:`flexp.client.personal_head`). Features φ
-are what enters the classifier. Two sums cross at a meeting: class statistics, and then the loss that each shrinkage and
-temperature has left out, so that all choose the same. Everything else each client computes for itself; the classifier
-itself never crosses.
+are what enters the classifier. Three sums cross at a meeting: how often each class was seen; class statistics, without
+the classes that fewer than ``method.meet.min_examples`` examples have, whose means would show them; and the loss that
+each shrinkage and temperature has left out, so that all choose the same. Everything else each client computes for
+itself; the classifier itself never crosses. What stands here for classes holds for numbers alike
+(:mod:`flexp.client.ridge`), and for tokens, each of which is an example.
 
 How sums are added is the business of an :class:`flexp.links.sums.Adder`; over a link they are masked
 (:mod:`flexp.client.adding`).
@@ -23,14 +25,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flexp.client.closed_form import Discriminant, LinearHead, Statistics
-from flexp.client.personal_head import Choice, Common, choose, personal_head
+from flexp.client.personal_head import Agreed, Choice, Common, choose
+from flexp.client.ridge import STRENGTHS, CommonRidge, Ridge, sums_of_numbers
 from flexp.client.trainer import BatchOrder
-from flexp.config import RunConfig, TrainConfig
+from flexp.config import MeetConfig, RunConfig
 from flexp.data.measures import in_batches
 from flexp.data.tasks import task_of
 from flexp.data.types import Batch, Example, Task
 from flexp.errors import ConfigError
-from flexp.kinds import KINDS, take_targets
+from flexp.kinds import IGNORED, KINDS, Answers, take_targets
 from flexp.links.base import Meter
 from flexp.links.sums import Adder, Sums
 from flexp.optim import Updater
@@ -42,8 +45,12 @@ Rounds = Generator[Sums, Sums, R]
 
 FIRST, LAST = 0, 1
 """The meetings: before the first step, and after the last."""
-ROUNDS = 2
+ROUNDS = 3
 """Sums at one meeting."""
+HOPELESS = 1e6
+"""The most that a client says of a loss; beyond it, where a covariance is no longer one, any number may come out."""
+CLOSED: tuple[Answers, ...] = ("class", "tokens", "number")
+"""What has a closed form: a class of an example or of each of its tokens, or a number."""
 
 UNMASKED = (
     "method.meet.masked is off: class sums go to the server as they are, and from them a server that knows the "
@@ -69,8 +76,37 @@ class Meets:
 
 
 def closed_form_of(config: RunConfig) -> bool:
-    """Whether the task has a closed form: one class for each example."""
-    return KINDS[task_of(config.data).model_kind].answers == "class"
+    """Whether the task has a closed form."""
+    return KINDS[task_of(config.data).model_kind].answers in CLOSED
+
+
+class Noise:
+    """What ``method.meet.noise`` adds to a client's sums, so that no single example shows in them.
+
+    Features in them are no longer than ``clip``; each sum gets Gaussian noise of ``noise`` times what one example can
+    change of it. Nothing without.
+    """
+
+    def __init__(self, config: MeetConfig, seed: int) -> None:
+        self._noise, self._clip = config.noise, config.clip or 0.0
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, sums: Sums) -> Sums:
+        """The same tensors with noise."""
+        if not self._noise:
+            return sums
+        most = {"counts": 1.0, "sums": self._clip, "square": self._clip**2, "gram": self._clip**2}
+        return {
+            name: value + self._noise * most[name] * torch.randn(value.shape, generator=self._generator)
+            for name, value in sums.items()
+        }
+
+    def clipped(self, features_NH: Tensor) -> Tensor:
+        """None of them longer."""
+        if not self._noise:
+            return features_NH
+        lengths_N: Tensor = features_NH.norm(dim=1, keepdim=True)
+        return features_NH * (self._clip / lengths_N).clamp(max=1.0)
 
 
 @dataclass
@@ -83,6 +119,7 @@ class Seat:
         forward: its personal model, in evaluation mode.
         seed: of the order of examples, where a classifier is trained again.
         meter: of its link; ``None``: nothing crosses for features.
+        noise: the seed of the noise in its sums. A simulation's is known; a client's is drawn where it runs.
         seconds: that its meetings took, waiting included.
     """
 
@@ -93,13 +130,14 @@ class Seat:
     config: RunConfig
     seed: int
     meter: Meter | None = None
+    noise: int | None = None
     seconds: float = 0.0
 
     def first(self) -> Rounds[dict[str, Tensor]]:
         """Everybody's classifier, as weights by their names in the model."""
         began = time.perf_counter()
         features_NH, labels_N = self.features()
-        common = yield from self._agree(features_NH, labels_N)
+        common = yield from self._agree(features_NH, labels_N, with_own=False)
         self.seconds += time.perf_counter() - began
         return self._weights(common.head())
 
@@ -110,19 +148,19 @@ class Seat:
         """
         began = time.perf_counter()
         features_NH, labels_N = self.features()
-        path, layer = classifier_of(self.model)
+        _, layer = classifier_of(self.model)
         before = LinearHead(layer.weight.detach().double().clone(), layer.bias.detach().double().clone())
-        common = yield from self._agree(features_NH, labels_N)
-        own = self._statistics(features_NH, labels_N)
+        common = yield from self._agree(features_NH, labels_N, with_own=True)
+        own = common.of(features_NH, labels_N)
         if trained:
-            head, choice = choose(common, own, features_NH, labels_N, before, self._retrain(path))
+            head, choice = choose(common, own, features_NH, labels_N, before, self._retrain(len(labels_N)))
         else:
-            head, choice = personal_head(common, own, features_NH, labels_N), "closed-form"
+            head, choice = common.personal(own, features_NH, labels_N), "closed-form"
         self.seconds += time.perf_counter() - began
         return self._weights(head), choice
 
     def features(self) -> tuple[Tensor, Tensor]:
-        """φ of all private examples (N, H) in float64, and their labels (N,)."""
+        """φ of all private examples, (N, H) in float64, and their labels (N,); where tokens have labels, of those."""
         _, layer = classifier_of(self.model)
         seen: list[Tensor] = []
         hook = layer.register_forward_pre_hook(lambda _, given: seen.append(given[0].detach()))
@@ -132,26 +170,47 @@ class Seat:
             counted = nullcontext() if self.meter is None else self.meter.as_training()
             with counted, RandomStream(0, layer.weight.device).active():  # a forward moves others' generator
                 for batch, _ in in_batches(self.task.collate, self.examples, self.config.evaluation.batch_size):
-                    labels.append(take_targets(batch))
+                    targets = take_targets(batch)
                     with torch.no_grad():
                         self.forward(batch)
-                    found.append(seen[-1])  # a model that adapts itself for scoring runs more often
+                    features = seen[-1]  # a model that adapts itself for scoring runs more often
+                    if self._answers == "tokens":
+                        labelled = (targets != IGNORED).to(features.device)
+                        features, targets = features[labelled], targets[targets != IGNORED]
+                    found.append(features)
+                    labels.append(targets)
                     seen.clear()
         finally:
             hook.remove()
         return torch.cat(found).double().cpu(), torch.cat(labels).cpu()
 
-    def _agree(self, features_NH: Tensor, labels_N: Tensor) -> Rounds[Common]:
-        own = self._statistics(features_NH, labels_N)
-        total = Statistics.from_tensors((yield own.tensors()))
-        found = Discriminant(total)
-        losses = yield {"losses": found.losses(features_NH, labels_N)}
-        return Common(total, *found.chosen(losses["losses"]))
+    @property
+    def _answers(self) -> Answers:
+        return KINDS[self.task.model_kind].answers
 
-    def _statistics(self, features_NH: Tensor, labels_N: Tensor) -> Statistics:
-        names = self.task.label_names
-        assert names is not None
-        return Statistics.of(features_NH, labels_N, len(names), self.config.method.meet.gram)
+    def _agree(self, features_NH: Tensor, labels_N: Tensor, *, with_own: bool) -> Rounds[Agreed]:
+        """What all agree on; ``with_own``: and this client's examples of classes that too few of all examples have."""
+        meet, number = self.config.method.meet, self._answers == "number"
+        classes = 1 if number else len(self.task.label_names or ())
+        places_N = torch.zeros(len(labels_N), dtype=torch.long) if number else labels_N
+        noised = Noise(meet, self.seed if self.noise is None else self.noise)
+        seen_C = torch.bincount(places_N, minlength=classes).float()
+        enough_C = (yield noised({"counts": seen_C}))["counts"] >= meet.min_examples
+        enough_N = enough_C[places_N]
+
+        def sums(which_N: Tensor) -> Statistics:
+            x, y = noised.clipped(features_NH[which_N]), labels_N[which_N]
+            return sums_of_numbers(x, y, meet.gram) if number else Statistics.of(x, y, classes, meet.gram)
+
+        total = Statistics.from_tensors((yield noised(sums(enough_N).tensors()))).of_classes(enough_C)
+        solved = Ridge(total) if number else Discriminant(total)
+        own = solved.losses(features_NH, labels_N).nan_to_num(HOPELESS).clamp(max=HOPELESS)
+        losses = (yield {"losses": own})["losses"]
+        if with_own:
+            total = total.plus(sums(~enough_N))
+        if isinstance(solved, Ridge):
+            return CommonRidge(total, float(STRENGTHS[int(losses.argmin())]))
+        return Common(total, *solved.chosen(losses))
 
     def _weights(self, head: LinearHead) -> dict[str, Tensor]:
         path, layer = classifier_of(self.model)
@@ -160,19 +219,21 @@ class Seat:
             f"{path}.bias": head.bias.to(layer.bias.dtype),
         }
 
-    def _retrain(self, path: str) -> Callable[[LinearHead, Tensor, Tensor], LinearHead]:
-        train: TrainConfig = self.config.train
+    def _retrain(self, items: int) -> Callable[[LinearHead, Tensor, Tensor], LinearHead]:
+        train, per_example = self.config.train, items / len(self.examples)
 
         def retrain(head: LinearHead, features_NH: Tensor, labels_N: Tensor) -> LinearHead:
             """As many steps of the client's optimiser as it takes in the run, on batches of as many examples."""
+            error = F.mse_loss if self._answers == "number" else F.cross_entropy
             weights = {"weight": nn.Parameter(head.weight.float()), "bias": nn.Parameter(head.bias.float())}
             updater = Updater(weights, train.personal, train.total_steps, weights)
-            order = BatchOrder(len(labels_N), train.batch_size, self.seed)
+            size = max(1, round(train.batch_size * per_example))  # of tokens there are several
+            order = BatchOrder(len(labels_N), size, self.seed)
             x = features_NH.float()
             with torch.enable_grad():
                 for step in range(train.total_steps):
                     batch = order.indices(step)
-                    F.cross_entropy(F.linear(x[batch], *weights.values()), labels_N[batch]).backward()  # type: ignore[no-untyped-call]
+                    error(F.linear(x[batch], *weights.values()).squeeze(-1), labels_N[batch]).backward()  # type: ignore[no-untyped-call]
                     updater.step()
             return LinearHead(weights["weight"].detach().double(), weights["bias"].detach().double())
 

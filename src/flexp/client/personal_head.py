@@ -9,8 +9,8 @@ the smaller loss on examples that it has not seen.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +28,39 @@ Retrain = Callable[[LinearHead, Tensor, Tensor], LinearHead]
 """Trains a head on features and labels, as the client has trained its classifier."""
 
 
+class Agreed(Protocol):
+    """What all clients agree on at a meeting, for one kind of answer."""
+
+    @property
+    def total(self) -> Statistics:
+        """Everybody's sums."""
+        ...
+
+    def head(self) -> LinearHead:
+        """One head for all."""
+        ...
+
+    def of(self, features_NH: Tensor, labels_N: Tensor) -> Statistics:
+        """A party's own sums."""
+        ...
+
+    def personal(self, own: Statistics, features_NH: Tensor, labels_N: Tensor) -> LinearHead:
+        """One client's own head."""
+        ...
+
+    def without(self, gone: Statistics) -> Agreed:
+        """The same of those examples that are not in ``gone``."""
+        ...
+
+    def loss(self, answers: Tensor, labels_N: Tensor) -> float:
+        """Of a head's answers, summed."""
+        ...
+
+    def both(self, one: LinearHead, other: LinearHead) -> LinearHead:
+        """The head in which two answer together."""
+        ...
+
+
 @dataclass(frozen=True)
 class Common:
     """What all clients agree on: everybody's sums, and the shrinkage and temperature that they chose together."""
@@ -37,8 +70,24 @@ class Common:
     temperature: float
 
     def head(self) -> LinearHead:
-        """One classifier for all."""
+        """See :class:`Agreed`, as for all that follows."""
         return Discriminant(self.total).head(self.gamma, self.temperature)
+
+    def of(self, features_NH: Tensor, labels_N: Tensor) -> Statistics:
+        return Statistics.of(features_NH, labels_N, len(self.total.counts), self.total.gram is not None)
+
+    def personal(self, own: Statistics, features_NH: Tensor, labels_N: Tensor) -> LinearHead:
+        return personal_head(self, own, features_NH, labels_N)
+
+    def without(self, gone: Statistics) -> Common:
+        return replace(self, total=self.total.without(gone))
+
+    def loss(self, answers: Tensor, labels_N: Tensor) -> float:
+        return loss(answers, labels_N)
+
+    def both(self, one: LinearHead, other: LinearHead) -> LinearHead:
+        """Whose log-probabilities are the sums of theirs."""
+        return LinearHead(one.weight + other.weight, one.bias + other.bias)
 
 
 def log_prior(counts_C: Tensor, total_C: Tensor) -> tuple[Tensor, float]:
@@ -77,14 +126,14 @@ def personal_head(common: Common, own: Statistics, features_NH: Tensor, labels_N
 
 
 def choose(
-    common: Common, own: Statistics, features_NH: Tensor, labels_N: Tensor, trained: LinearHead, retrain: Retrain
+    common: Agreed, own: Statistics, features_NH: Tensor, labels_N: Tensor, trained: LinearHead, retrain: Retrain
 ) -> tuple[LinearHead, Choice]:
-    """The client's classifier: :func:`personal_head`, the ``trained`` one, or both (their summed log-probabilities).
+    """The client's head: its own closed form (:meth:`Agreed.personal`), the ``trained`` one, or both together.
 
     Cross-fitted: each of a few folds is answered by heads that were made without it. What was trained has seen all
     examples, so in its place stands one that ``retrain`` makes of the others, beginning with their closed form.
     """
-    whole = personal_head(common, own, features_NH, labels_N)
+    whole = common.personal(own, features_NH, labels_N)
     if len(labels_N) < 2 * FOLDS:
         return whole, "closed-form"
     cost: dict[Choice, float] = {"closed-form": 0.0, "trained": 0.0, "both": 0.0}
@@ -93,12 +142,12 @@ def choose(
     for fold in range(FOLDS):
         out = place % FOLDS == fold
         x, y = features_NH[~out], labels_N[~out]
-        gone = Statistics.of(features_NH[out], labels_N[out], len(own.counts), own.gram is not None)
-        less = Common(common.total.without(gone), common.gamma, common.temperature)
-        closed = personal_head(less, own.without(gone), x, y)
+        gone = common.of(features_NH[out], labels_N[out])
+        less = common.without(gone)
+        closed = less.personal(own.without(gone), x, y)
         again = retrain(less.head(), x, y)
-        for name, head in (("closed-form", closed), ("trained", again), ("both", closed.plus(again))):
-            cost[name] += loss(head(features_NH[out]), labels_N[out])  # type: ignore[index]
+        heads: dict[Choice, LinearHead] = {"closed-form": closed, "trained": again, "both": common.both(closed, again)}
+        for name, head in heads.items():
+            cost[name] += common.loss(head(features_NH[out]), labels_N[out])
     choice = min(cost, key=cost.__getitem__)
-    heads: dict[Choice, LinearHead] = {"closed-form": whole, "trained": trained, "both": whole.plus(trained)}
-    return heads[choice], choice
+    return {"closed-form": whole, "trained": trained, "both": common.both(whole, trained)}[choice], choice

@@ -7,7 +7,7 @@ which a test makes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -85,21 +85,27 @@ REFUSED: dict[str, tuple[Callable[[Any, JoinedModel], bool], str]] = {
     ),
     "push_to_hub": (
         lambda args, _: args.push_to_hub,
-        "would publish this client's half alone; use model.save_pretrained(DIR), and push that folder",
+        "publishes this client's half with each checkpoint; leave it out, and push what trainer.save_model(DIR) wrote",
     ),
 }
 """Option → whether it is in the way, and the rest of the line."""
 
 
-def refuse_options(args: Any, model: JoinedModel, *, publishing: bool = False) -> None:
+def refuse_options(args: Any, model: JoinedModel) -> None:
     """Refuse what a split model cannot give.
-
-    Args:
-        publishing: a folder of the Trainer's is about to be pushed.
 
     Raises:
         ConfigError: one line: the option, why, and what to do.
     """
-    for option, (in_the_way, why) in REFUSED.items():
-        if in_the_way(args, model) or (publishing and option == "push_to_hub"):
-            raise ConfigError(f"TrainingArguments.{option} = {_name(getattr(args, option, True))} {why}")
+    for option, (in_the_way, _) in REFUSED.items():
+        if in_the_way(args, model):
+            refuse(option, args)
+
+
+def refuse(option: str, args: Any) -> NoReturn:
+    """Refuse one option.
+
+    Raises:
+        ConfigError: see above.
+    """
+    raise ConfigError(f"TrainingArguments.{option} = {_name(getattr(args, option, True))} {REFUSED[option][1]}")

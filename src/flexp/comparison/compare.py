@@ -11,18 +11,22 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from flexp.comparison import collect
-from flexp.comparison.cells import FOLDER, Cell, final_cell, is_done, tuning_cell
+from flexp.comparison.cells import FOLDER, Cell, final_cell, fingerprint, is_done, tuning_cell
 from flexp.comparison.collect import FILE
 from flexp.comparison.config import CompareConfig, Comparison, Entry, make
 from flexp.comparison.grid import Settings, trials, untried
 from flexp.comparison.report.write import PAGES
 from flexp.comparison.workers import Pool
+from flexp.config import RunConfig
 from flexp.config.loading import validate
-from flexp.errors import ConfigError, StorageError
+from flexp.data.identity import check_same, identity
+from flexp.errors import ConfigError, DataError, StorageError
 from flexp.files import check_free, read_json, storage_error, write_json
+from flexp.models.fingerprint import weights_fingerprint
+from flexp.run.settle import settle
 
 PLAN = "plan.json"
-"""What was asked for, with all defaults."""
+"""What was asked for, with all defaults, and what data and weights the cells are made of."""
 
 
 @dataclass
@@ -91,6 +95,7 @@ def compare(comparison: Comparison, out: Path, jobs: int, watcher: Watcher | Non
 
     Raises:
         ConfigError: the configuration is impossible, or ``out`` holds something else.
+        DataError: data or weights are not those of the cells that are there.
         StorageError: another process is at work in ``out``.
     """
     watcher = watcher or Watcher()
@@ -100,7 +105,8 @@ def compare(comparison: Comparison, out: Path, jobs: int, watcher: Watcher | Non
     if not _is_comparison(out):
         check_free(out, (PLAN, FILE, FOLDER, *PAGES), "a comparison")
     with _alone(out):
-        write_json(out / PLAN, {"base": comparison.base.resolved(), "compare": comparison.config.model_dump()})
+        asked = {"base": comparison.base.resolved(), "compare": comparison.config.model_dump()}
+        write_json(out / PLAN, {**asked, "made_of": _known_data(comparison.base, out)})
         state = _State(comparison, out, watcher, tracks)
         with Pool(jobs, out) as pool:
             while state.waiting or pool.busy:
@@ -115,7 +121,29 @@ def compare(comparison: Comparison, out: Path, jobs: int, watcher: Watcher | Non
 
 def _is_comparison(out: Path) -> bool:
     found = read_json(out / PLAN) if (out / PLAN).is_file() else None
-    return isinstance(found, dict) and found.keys() == {"base", "compare"}
+    return isinstance(found, dict) and found.keys() - {"made_of"} == {"base", "compare"}
+
+
+def _known_data(base: RunConfig, out: Path) -> dict[str, Any]:
+    """What the cells of ``base`` are made of, by what of the configuration it depends on; the folder may have others.
+
+    Raises:
+        DataError: with that configuration the folder's cells had other data or weights, which new ones do not go with.
+    """
+    known: dict[str, Any] = read_json(out / PLAN).get("made_of", {}) if (out / PLAN).is_file() else {}
+    # Seeds and tuning draw from all rows of a client.
+    whole = base.model_copy(update={"data": base.data.model_copy(update={"train_examples": None})})
+    found = settle(whole, plan=False)
+    now: dict[str, Any] = {
+        "weights": weights_fingerprint(found.model_id),
+        "data": identity(found.federation.clients, found.federation.task.label_names),
+    }
+    key = fingerprint(RunConfig(model=base.model, data=whole.data, seed=base.seed))
+    then, mend = known.get(key, now), "put them back, or choose another --out"
+    check_same(then["data"], now["data"], out, mend, "cells that are there")
+    if then["weights"] != now["weights"]:
+        raise DataError(f"{out}: the weights of {base.model.id} are not those of the cells that are there; {mend}")
+    return {**known, key: now}
 
 
 def regather(out: Path) -> dict[str, Any]:

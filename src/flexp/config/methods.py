@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import ConfigDict, Field, PositiveInt, create_model, model_validator
+from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, create_model, model_validator
 
 from flexp.config.section import Fraction, Rate, Section, named
 from flexp.registry import ALIGNMENTS, METHODS
@@ -58,11 +58,22 @@ class MeetConfig(Section):
 
     on: bool = False
     gram: bool = True  # also sum Σφφᵀ, H² numbers; without, class means alone
+    min_examples: PositiveInt = 3  # of all clients together; a class with fewer is left out of the sums
+    noise: Annotated[float, Field(ge=0.0)] = 0.0  # in each sum, as a multiple of what one example can change
+    clip: PositiveFloat | None = None  # with noise: no feature counts as longer
     masked: bool = True  # over a network, sums are hidden from the server
     secret: str | None = None  # a file that the clients' owners share; None: clients agree on a key through the server
     group: str | None = (
         None  # the fingerprint that the clients' public keys must have; None: it is told, to be compared
     )
+
+    @model_validator(mode="after")
+    def _noise_beside_what(self) -> MeetConfig:
+        if self.noise and self.clip is None:
+            raise ValueError(
+                "noise is a multiple of clip, the length that no feature exceeds in the sums: set that, too"
+            )
+        return self
 
 
 class PersonalConfig(Section):

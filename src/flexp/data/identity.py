@@ -42,12 +42,13 @@ def of_client(found: Identity | None, client: str) -> Identity | None:
     return {**found, "clients": {client: found["clients"][client]}}
 
 
-def check_same(then: Identity | None, now: Identity, where: object, mend: str) -> None:
+def check_same(then: Identity | None, now: Identity, where: object, mend: str, what: str = "run") -> None:
     """Refuse data that are not those of ``then``; ``None``: nobody knows what they were.
 
     Args:
         where: what was saved with them.
         mend: what to do about it.
+        what: it was.
 
     Raises:
         DataError: see above; it names what is different.
@@ -55,7 +56,7 @@ def check_same(then: Identity | None, now: Identity, where: object, mend: str) -
     found = [] if then is None else differences(then, now)
     if found:
         more = f" and {len(found) - _MOST} more" if len(found) > _MOST else ""
-        raise DataError(f"{where}: the data are not those of the run: {'; '.join(found[:_MOST])}{more}; {mend}")
+        raise DataError(f"{where}: the data are not those of the {what}: {'; '.join(found[:_MOST])}{more}; {mend}")
 
 
 def differences(then: Identity, now: Identity) -> list[str]:

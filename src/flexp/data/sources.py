@@ -159,6 +159,7 @@ def _folder(path: Path, split: str | None, by_file: bool) -> list[tuple[Table, P
     children = _children(path)
     if by_file:
         found = []
+        _refuse_tests(path, children)
         for child in children:
             if child.is_dir():
                 found += _inside(child, child.name)
@@ -180,6 +181,18 @@ def _folder(path: Path, split: str | None, by_file: bool) -> list[tuple[Table, P
             f"{path}: holds neither data files ({', '.join(READERS)}) nor folders of images named after their labels"
         )
     return found
+
+
+def _refuse_tests(path: Path, children: Sequence[Path]) -> None:
+    """Where files are clients, one that is called after a split is no client, and its test rows would be trained on."""
+    readable = [child for child in children if child.is_dir() or child.suffix.lower() in READERS]
+    for child in readable:
+        split = next((name for name in ("test", "validation") if _of_split(child, name)), None)
+        if split is not None:
+            raise DataError(
+                f'{child}: is of the {split} split by its name, but clients.by = "file" makes each file or folder a '
+                "client; move it elsewhere (data.test_source), or give it another name if it is a client"
+            )
 
 
 def _inside(folder: Path, group: str) -> list[tuple[Table, Part]]:

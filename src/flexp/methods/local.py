@@ -37,9 +37,12 @@ class Local(Method):
     def meet(self, meeting: int) -> dict[str, Choice]:
         """Each with itself alone: its class statistics are all that there are."""
         choices: dict[str, Choice] = {}
+        config, method = self.world.config, self.world.config.method
+        meet = method.meet.model_copy(update={"min_examples": 1, "noise": 0.0})  # there is nobody to hide anything from
+        config = config.model_copy(update={"method": method.model_copy(update={"meet": meet})})
         for name in self.world.participant_names:
             trainer = {name: self.clients[name]}
-            seat, alone = {name: seat_of(self.clients[name], self.world.config)}, {name: InOnePlace([name])}
+            seat, alone = {name: seat_of(self.clients[name], config)}, {name: InOnePlace([name])}
             choices |= meet_at(seat, alone, trainer, meeting)
         return choices
 

@@ -140,7 +140,7 @@ def check_padding(model: Any, inputs: Mapping[str, Any]) -> None:
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
     if not isinstance(ids, Tensor) or not pools_at_padding(model.__class__):
         return
-    pad = model.config.get_text_config().pad_token_id
+    pad = getattr(model.config.get_text_config(), "pad_token_id", None)
     mend = "set model.config.pad_token_id = tokenizer.pad_token_id"
     if pad is None and len(ids) > 1:
         raise ModelError(f"{type(model).__name__} knows no padding token, so it cannot tell where texts end: {mend}")

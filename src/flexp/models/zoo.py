@@ -121,7 +121,7 @@ def tiny_batch(
             mask[row, :short] = 0
         elif short and padding == "right":
             mask[row, -short:] = 0
-    input_ids = input_ids.masked_fill(mask == 0, text.pad_token_id or PAD)
+    input_ids = input_ids.masked_fill(mask == 0, getattr(text, "pad_token_id", None) or PAD)
     out = {"input_ids": input_ids}
     if padding != "none":
         out["attention_mask"] = mask

@@ -153,7 +153,7 @@ def _joined(
                 told = True
             raise
 
-    return patiently(attempt, patience, stop or threading.Event())
+    return patiently(attempt, patience, stop or threading.Event(), most=0.5)
 
 
 def _once_each(path: Path) -> None:

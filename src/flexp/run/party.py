@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -34,7 +35,7 @@ R = TypeVar("R")
 MOST_RUN = 200
 """Letters of a run's name."""
 PAUSE = 0.2
-"""Seconds between the first two attempts to reach a server; between later ones up to 5."""
+"""Seconds between the first two attempts to reach a server."""
 QUICK = 1.0
 """A link that was lost sooner after the one before, in seconds, is not made anew at once."""
 
@@ -246,6 +247,7 @@ class Party:
             self.diary.note(UNMASKED)
         group = agree(link, meet, self._run, self.snapshots.folder, self.diary.note)
         seat, adder = seat_of(self.trainer, self.config), OverLink(link, group, self._run)
+        seat.noise = secrets.randbits(63)  # nobody else knows it
         choice = meet_at({name: seat}, {name: adder}, {name: self.trainer}, meeting)[name]
         self._met = meeting + 1
         if meeting == LAST:
@@ -317,8 +319,8 @@ class Party:
         return (self.trainer.steps - 1) // self.config.train.steps_per_round + 1
 
 
-def patiently(attempt: Callable[[], R], seconds: float, stop: threading.Event) -> R:
-    """What ``attempt`` gives, made again and again for so long as the server cannot be reached.
+def patiently(attempt: Callable[[], R], seconds: float, stop: threading.Event, most: float = 5.0) -> R:
+    """What ``attempt`` gives, made again and again for so long as the server cannot be reached, ``most`` seconds apart.
 
     Raises:
         LinkLostError: it could not be reached in so many seconds, or until ``stop`` was set.
@@ -332,4 +334,4 @@ def patiently(attempt: Callable[[], R], seconds: float, stop: threading.Event) -
             if stop.is_set() or time.monotonic() + pause > end:
                 raise LinkLostError(f"the server could not be reached within {seconds:g} s ({error})") from error
             stop.wait(pause)
-            pause = min(2 * pause, 5.0)
+            pause = min(2 * pause, most)

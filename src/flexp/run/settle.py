@@ -315,6 +315,8 @@ def load_processor(model_id: str, config: RunConfig) -> Any:
 def _meeting_notes(config: RunConfig) -> list[str]:
     method, asked = method_of(config), config.model.head == "closed-form" or config.method.meet.on
     why = "" if method.meets else f"{method.name} knows no meeting"
+    if asked and config.method.meet.noise and KINDS[task_of(config.data).model_kind].answers == "number":
+        raise ConfigError("method.meet.noise is for classes: numbers that are learned have no bound; set it to 0")
     if asked and not closed_form_of(config):
         why = f"the task {task_of(config.data).name} has no closed form"
     if asked and why:

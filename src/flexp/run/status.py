@@ -1,5 +1,5 @@
-"""What a server says of itself: for ``flexp status``, for Prometheus and for whoever asks whether it is well; and a small
-HTTP server for that, which nobody can fill with requests that never end.
+"""What a server says of itself: for ``flexp status``, for Prometheus and for whoever asks whether it is well; and a
+small HTTP server for that, which nobody can fill with requests that never end.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ from torch import Tensor
 from flexp.errors import LinkError
 from flexp.links.messages import SumReply, SumRequest
 
-MOST = 6
-"""Sums of a run: two meetings with two each, and two in which clients agree on a key."""
+MOST = 8
+"""Sums of a run: two meetings with three each, and two in which clients agree on a key."""
 
 
 class SumTable:

@@ -1,0 +1,100 @@
+"""Processes of their own that begin with the libraries imported: forked from one that did nothing else.
+
+A new interpreter spends four seconds of processor time on importing torch, transformers and peft. Where a test needs a
+process for itself (its memory, its limits, its own path of packages) and not that import, it calls :func:`run` instead
+of :func:`subprocess.run`; FlexP itself is imported by the process, not before the fork.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Mapping
+from functools import lru_cache
+from importlib import import_module
+from pathlib import Path
+
+LIBRARIES = ("torch", "transformers.modeling_utils", "transformers.models.bert.modeling_bert", "peft", "datasets")
+# As flexp.cost.probe has it for the process in which it measures memory.
+MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_WAIT_POLICY": "passive"}
+
+
+def run(
+    command: list[str], *, env: Mapping[str, str] | None = None, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """What ``python -m MODULE ARGUMENTS`` or ``python -c CODE ARGUMENTS`` does, without the name of the interpreter."""
+    server = _server()
+    assert server.stdin
+    assert server.stdout
+    with tempfile.TemporaryDirectory() as place:
+        out, err = Path(place, "out"), Path(place, "err")
+        where = str(cwd or Path.cwd())
+        task = {"command": command, "env": dict(os.environ if env is None else env), "cwd": where}
+        server.stdin.write(json.dumps([task, str(out), str(err)]) + "\n")
+        server.stdin.flush()
+        code = int(server.stdout.readline())
+        return subprocess.CompletedProcess(command, code, out.read_text("utf-8"), err.read_text("utf-8"))
+
+
+@lru_cache
+def _server() -> subprocess.Popen[str]:
+    command = [sys.executable, str(Path(__file__))]
+    environment = {**os.environ, **MALLOC, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    atexit.register(_end, process)
+    return process
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    assert process.stdin
+    process.stdin.close()
+    process.wait()
+
+
+def _serve() -> None:
+    for name in LIBRARIES:
+        import_module(name)
+    for line in sys.stdin:
+        task, out, err = json.loads(line)
+        child = os.fork()
+        if not child:
+            _become(task["command"], task["env"], task["cwd"], out, err)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+def _become(command: list[str], env: Mapping[str, str], cwd: str, out: str, err: str) -> None:
+    """Never returns."""
+    code = 1
+    try:
+        for number, name in enumerate((os.devnull, out, err)):
+            os.dup2(os.open(name, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT, 0o600), number)
+        os.environ.clear()
+        os.environ.update(env)
+        os.chdir(cwd)
+        paths = [path for path in env.get("PYTHONPATH", "").split(os.pathsep) if path]
+        sys.path[0:1] = [cwd, *paths]  # what it replaces is the folder of this file
+        flag, what, *rest = command
+        sys.argv = [what, *rest]
+        if flag == "-m":
+            runpy.run_module(what, run_name="__main__", alter_sys=True)
+        else:
+            exec(compile(what, "<string>", "exec"), {"__name__": "__main__"})
+        code = 0
+    except SystemExit as left:
+        code = left.code if isinstance(left.code, int) else int(left.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    _serve()
