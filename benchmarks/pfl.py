@@ -24,7 +24,7 @@ import typer
 from benchmarks.tools.command import Result, Threads, say
 from benchmarks.tools.pictures import Pictures, Rule, divide, federation, read_pictures, small_cnn
 from flexp.config import RunConfig
-from flexp.data.measures import evaluate
+from flexp.data.scores import evaluate
 from flexp.errors import ConfigError, StorageError
 from flexp.methods import METHODS, World
 from flexp.methods.base import Method, OnStep

@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.tools.command import Data, Encoder, Examples, Length, Result, Steps, Tests, Threads, fetched, say
 from flexp.config import RunConfig
-from flexp.data.measures import evaluate
+from flexp.data.scores import evaluate
 from flexp.links.base import Link, Wrapping
 from flexp.links.declaring import Request
 from flexp.links.messages import BackwardRequest

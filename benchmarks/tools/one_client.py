@@ -18,7 +18,7 @@ import transformers
 from flexp.assets import resolve
 from flexp.client.model import SplitModel
 from flexp.config import CodecConfig, CodecName, RunConfig
-from flexp.data.measures import evaluate
+from flexp.data.scores import evaluate
 from flexp.errors import ConfigError
 from flexp.links.base import Link
 from flexp.methods.base import World

@@ -20,7 +20,7 @@ from flexp.links.base import Meter
 from flexp.links.messages import SumReply, SumRequest
 from flexp.links.sums import Sums
 from flexp.masking import Group, Identity, from_ring
-from flexp.server.sums import SumTable
+from flexp.server.state import SumTable
 from tests.harness import seeded
 
 NAMES = ("a", "b", "c")

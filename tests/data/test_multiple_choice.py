@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flexp.config import DataConfig
-from flexp.data.measures import evaluate
+from flexp.data.scores import evaluate
 from flexp.data.tasks import limit_of, make_task
 from flexp.data.types import PLACE
 from flexp.errors import ConfigError, DataError

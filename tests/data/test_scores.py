@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flexp.config import DataConfig
-from flexp.data.measures import evaluate
+from flexp.data.scores import evaluate
 from flexp.data.tasks.base import Limit
 from flexp.data.tasks.causal_lm import CausalLM
 from flexp.data.tasks.classification import Classification

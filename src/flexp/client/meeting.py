@@ -29,7 +29,7 @@ from flexp.client.personal_head import Agreed, Choice, Common, choose
 from flexp.client.ridge import STRENGTHS, CommonRidge, Ridge, sums_of_numbers
 from flexp.client.trainer import BatchOrder
 from flexp.config import MeetConfig, RunConfig
-from flexp.data.measures import in_batches
+from flexp.data.scores import in_batches
 from flexp.data.tasks import task_of
 from flexp.data.types import Batch, Example, Task
 from flexp.errors import ConfigError

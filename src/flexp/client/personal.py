@@ -21,8 +21,8 @@ from flexp.client.exchange import Piece
 from flexp.config import ModelConfig
 from flexp.errors import ConfigError, ModelError
 from flexp.kinds import ModelKind
+from flexp.models.anatomy import Part
 from flexp.models.loading import load_stage
-from flexp.models.parts import Part
 from flexp.models.stage import Stage
 
 

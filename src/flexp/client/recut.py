@@ -29,7 +29,7 @@ from flexp.client.trainer import Trainer, cut_in, load_party, split_model_of
 from flexp.errors import ConfigError, LinkError, ModelError
 from flexp.links.base import Link, ask
 from flexp.links.messages import FetchReply, FetchRequest
-from flexp.models.parts import Part, check_cut
+from flexp.models.anatomy import Part, check_cut
 from flexp.models.stage import Stage
 
 Blocks = Callable[[Part], Stage]

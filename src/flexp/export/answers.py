@@ -12,7 +12,7 @@ import torch
 
 from flexp.config import DataConfig
 from flexp.data.columns import check_known, check_present
-from flexp.data.measures import evaluate
+from flexp.data.scores import evaluate
 from flexp.data.sources import Rows, read_rows
 from flexp.data.tasks import task_of
 from flexp.data.tasks.base import BaseTask

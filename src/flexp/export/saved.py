@@ -27,8 +27,7 @@ from flexp.models.stage import Stage
 from flexp.report.metrics import read
 from flexp.report.summary import Scores, best_round, picked_on, scores_by_round
 from flexp.run.costs import MemoryProbes
-from flexp.run.folder import is_client
-from flexp.run.going_on import check_scored
+from flexp.run.folder import check_scored, is_client
 from flexp.run.participants import place
 from flexp.run.runner import sample
 from flexp.run.settle import world_of

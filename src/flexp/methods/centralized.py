@@ -19,7 +19,7 @@ from flexp.data.types import ClientData
 from flexp.links.base import Traffic
 from flexp.methods.base import Account, Forward, Holds, Method, OnStep, State, World
 from flexp.methods.parties import client_seed, own_stage
-from flexp.models.parts import Part
+from flexp.models.anatomy import Part
 from flexp.optim import Updater
 
 

@@ -14,7 +14,7 @@ from flexp.client.recut import move_party
 from flexp.client.trainer import Trainer
 from flexp.client.watching import Watch
 from flexp.config import CodecConfig, DeploymentConfig
-from flexp.data.identity import check_same
+from flexp.data.split import check_same
 from flexp.errors import ConfigError, LinkError, LinkLostError
 from flexp.files import check_free, write_json
 from flexp.links.base import Link
@@ -22,12 +22,11 @@ from flexp.report.metrics import MetricsLog, write_records
 from flexp.report.metrics import read as read_log
 from flexp.report.progress import Progress
 from flexp.report.summary import VALIDATION
-from flexp.run.diary import Diary
+from flexp.run.diary import Diary, check_conducted
 from flexp.run.folder import is_client, write_facts
 from flexp.run.party import Party, patiently
 from flexp.run.recutting import Mover
 from flexp.run.settle import ClientSetup
-from flexp.run.stopping import check_conducted
 from flexp.run.store import SNAPSHOTS, Checkpoint, ParkedOnDisk, Store, party_of
 from flexp.signals import stopped_by_signal
 

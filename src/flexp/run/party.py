@@ -14,7 +14,7 @@ from flexp.client.meeting import FIRST, LAST, UNMASKED, Meets
 from flexp.client.model import SplitModel
 from flexp.client.recut import fit
 from flexp.client.trainer import Step, Trainer, cut_in, load_party, party_state
-from flexp.data.measures import Scores, evaluate
+from flexp.data.scores import Scores, evaluate
 from flexp.errors import LinkError, LinkLostError, StorageError, TrainingError
 from flexp.limits import out_of_memory
 from flexp.links.base import Link
@@ -25,10 +25,9 @@ from flexp.report.metrics import Record
 from flexp.report.summary import VALIDATION
 from flexp.rng import RandomStream
 from flexp.run.conduct import ENDED
-from flexp.run.diary import Diary
+from flexp.run.diary import Diary, ended
 from flexp.run.recutting import Mover
 from flexp.run.settle import ClientSetup
-from flexp.run.stopping import ended
 from flexp.run.store import Store, party_of
 
 R = TypeVar("R")

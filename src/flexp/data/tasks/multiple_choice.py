@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flexp.config import DataConfig
 from flexp.data.columns import as_text, missing
-from flexp.data.measures import scored
+from flexp.data.scores import scored
 from flexp.data.survey import Column, column_of, label_column, text_column
 from flexp.data.tasks.base import Limit, place
 from flexp.data.tasks.text import (

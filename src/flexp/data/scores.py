@@ -1,0 +1,84 @@
+"""How good a model is on a list of examples, in batches of like length."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexp.data.types import Batch, Example, Forward, Tally, Task
+from flexp.errors import DataError
+from flexp.kinds import logits_of, take_targets
+
+Scores = dict[str, Any]
+"""``loss`` (mean over items: examples, or labelled tokens), ``n`` (examples) and the task's scores; ``None`` where the
+examples do not say (no F1 of a class that is not there). With extras also tables: lists, and scores by class."""
+
+
+def evaluate(forward: Forward, task: Task, examples: Sequence[Example], batch_size: int, extras: bool = True) -> Scores:
+    """Score a whole or a split model. The examples' order does not matter, nor does ``batch_size`` but for rounding.
+
+    Args:
+        forward: given a collated batch without labels, returns something with ``.logits``. Putting the model into
+            evaluation mode and the batch onto its device is the caller's business.
+        extras: also tables, and the scores for which the task needs passes of its own.
+
+    Returns:
+        ``loss``, ``n``, and what :meth:`~flexp.data.types.Task.figures` says.
+
+    Raises:
+        DataError: there are no examples.
+    """
+    if not examples:
+        raise DataError("there are no examples to score; set data.test_fraction above 0 or name data.test_source")
+    tally = scored(forward, task.collate, task.measure, examples, batch_size)
+    scores: Scores = {"loss": math.fsum(tally.loss) / sum(tally.items), "n": len(examples), **task.figures(tally)}
+    if extras:
+        scores |= task.details(tally) | task.score(forward, examples, batch_size)
+    return scores
+
+
+def scored(
+    forward: Forward,
+    collate: Callable[[Sequence[Example]], Batch],
+    measure: Callable[[Tensor, Tensor, Sequence[Example]], Tally],
+    examples: Sequence[Example],
+    batch_size: int,
+) -> Tally:
+    """What ``measure`` finds for each of ``examples``, in their order, without gradients.
+
+    Batches are formed after sorting by length and content, longest first, so that there is little padding, the
+    largest batch comes first, and the composition of batches does not depend on the examples' order.
+    """
+    found = Tally()
+    for batch, some in in_batches(collate, examples, batch_size):
+        labels = take_targets(batch)
+        with torch.no_grad():
+            found.extend(measure(logits_of(forward(batch)), labels, some))
+    order = _order(examples)
+    return found.reordered(sorted(range(len(order)), key=order.__getitem__))
+
+
+def in_batches(
+    collate: Callable[[Sequence[Example]], Batch], examples: Sequence[Example], batch_size: int
+) -> Iterator[tuple[Batch, list[Example]]]:
+    """All examples once, in collated batches of like length, longest first."""
+    order = _order(examples)
+    for start in range(0, len(order), batch_size):
+        some = [examples[index] for index in order[start : start + batch_size]]
+        yield collate(some), some
+
+
+def _order(examples: Sequence[Example]) -> list[int]:
+    return sorted(range(len(examples)), key=lambda index: _rank(examples[index]))
+
+
+def _rank(example: Example) -> Any:
+    ids = example.get("input_ids")
+    if ids is None:  # images have one size: keep their order
+        return 0
+    labels = example["labels"]
+    return (-len(ids), ids, labels if isinstance(labels, list) else [labels])
