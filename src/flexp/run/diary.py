@@ -1,6 +1,7 @@
 """What happens in a run, told once: in ``metrics.jsonl``, in TensorBoard's events if there are any, and to a person.
 
-A simulation keeps one diary of all its clients, a client of a deployment its own; the records are the same. Here it is also said whether it has ended early (``train.early_stopping``).
+A simulation keeps one diary of all its clients, a client of a deployment its own; the records are the same. From its
+scores follows whether the run ends early (``train.early_stopping``).
 """
 
 from __future__ import annotations
