@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from flexp.cli.reaching import Insecure, Pem, url_of
+from flexp.cli.settings import console
 from flexp.errors import plain
 
 Token = Annotated[
@@ -32,7 +33,6 @@ def status(
         typer.echo(form.dumps(facts, indent=2))  # which escapes all that is not ASCII
         return
 
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -55,7 +55,7 @@ def status(
             *(f"{own[key]:.4g}" if own.get(key) is not None else "–" for key in ("loss", "score")),
             *(formats.size(own[key]) if own.get(key) is not None else "–" for key in ("bytes_up", "bytes_down")),
         )
-    Console(width=None if Console().is_terminal else 120).print(table)
+    console().print(table)
 
 
 def readmit(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flexp.cli.reaching import SECURED, WHOSE, Secured, Whose, grouped, reaching
-from flexp.cli.settings import Force
+from flexp.cli.settings import Force, console
 from flexp.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -93,12 +93,8 @@ def evaluate(
         facts = {"client": opened.client, "round": opened.round, "metric": metric, "scores": _finite(scores)}
         typer.echo(json.dumps(facts, indent=2))
         return
-    from rich.console import Console
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)  # a log or a pipe need not be narrow
-    console.print(_table(scores, metric, opened.client, opened.round))
+    console().print(_table(scores, metric, opened.client, opened.round))
 
 
 @grouped

@@ -194,12 +194,6 @@ class WholeModel:
         self.stage.model.train(mode)
         return self
 
-    def personal(self, batch: Mapping[str, Tensor]) -> Any:
-        """What it answers, for evaluation; gives an output with ``logits``."""
-        self.train(False)
-        with torch.no_grad():
-            return self(**batch)
-
     @contextmanager
     def part_of_step(self, piece: Piece) -> Iterator[None]:
         yield
@@ -214,6 +208,17 @@ class WholeModel:
         with torch.no_grad():
             for name, parameter in self.stage.trainable().items():
                 parameter.copy_(state[name])
+
+
+def answering(model: Any) -> Callable[[Mapping[str, Tensor]], Any]:
+    """A model's answers, for evaluation: outputs with ``logits``, without gradients."""
+
+    def forward(batch: Mapping[str, Tensor]) -> Any:
+        model.train(False)
+        with torch.no_grad():
+            return model(**batch)
+
+    return forward
 
 
 def save_ties_once(module: nn.Module) -> None:

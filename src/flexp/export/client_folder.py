@@ -15,12 +15,13 @@ from torch import Tensor
 
 from flexp.client.generation import SplitGenerator
 from flexp.client.model import SplitModel
+from flexp.client.personal import answering
 from flexp.client.recut import PERSONAL
 from flexp.config import CodecConfig, RunConfig
 from flexp.config.loading import validate
 from flexp.data.types import Example, Forward
 from flexp.errors import ConfigError, StorageError
-from flexp.export.trained import LAST, OWN, FromCheckpoint, answering, numbered
+from flexp.export.trained import LAST, OWN, FromCheckpoint, numbered
 from flexp.files import read_json
 from flexp.links.base import Link
 from flexp.methods.base import method_of

@@ -52,7 +52,7 @@ class Centralized(Method):
                 on_step(replace(step, client=name, number=(step.number - 1) // len(self.names) + 1))
 
     def personal(self, client: str) -> Forward:
-        return self.model.personal
+        return self.trainer.personal
 
     def trained_weights(self, client: str) -> dict[str, Tensor]:
         return {name: value.clone() for name, value in self.model.personal_state().items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flexp.client.personal import WholeModel
+from flexp.client.personal import WholeModel, answering
 from flexp.links.base import Traffic
 from flexp.methods.base import Account, Forward, Holds, Method, OnStep, State, World
 
@@ -28,7 +28,7 @@ class Pretrained(Method):
         pass
 
     def personal(self, client: str) -> Forward:
-        return self.model.personal
+        return answering(self.model)
 
     def trained_weights(self, client: str) -> dict[str, Tensor]:
         return {}
