@@ -39,6 +39,22 @@ def test_new_weights_have_a_rate_of_their_own_on_the_same_schedule() -> None:
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+def test_a_transposed_gradient_goes_where_it_belongs(name: str) -> None:
+    """``torch.autograd.grad`` may give one, and a fused optimiser pairs elements by their place in memory."""
+    config = OptimizerConfig.model_validate({"name": name, "lr": 0.5, "clip": None})
+    mine, plain = (nn.Parameter(torch.arange(6.0).reshape(2, 3)) for _ in range(2))
+    updater, gradient = Updater({"w": mine}, config), torch.randn(3, 2, generator=torch.Generator().manual_seed(0)).T
+    cls = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name]
+    other = cls([plain], lr=0.5, weight_decay=config.weight_decay)
+    for step in range(3):
+        mine.grad, plain.grad = gradient * (step + 1), (gradient * (step + 1)).contiguous()
+        updater.step()
+        other.step()
+        updater.load(updater.state())
+    assert torch.allclose(mine, plain, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
 def test_without_it_all_weights_have_one_rate(name: str) -> None:
     config = OptimizerConfig.model_validate({"name": name, "lr": 0.5, "clip": None})
     old, new = moved(config, steps=3)

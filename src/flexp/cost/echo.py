@@ -154,7 +154,7 @@ def random_batch(probe: Probe, config: Any) -> dict[str, Any]:
         pixels = torch.randn(probe.examples, getattr(config, "num_channels", 3), size, size, generator=generator)
         return {"pixel_values": pixels, **head.blank(probe.examples, None, config.num_labels)}
     shape = (probe.examples, probe.length)
-    ids = torch.randint(1, config.get_text_config().vocab_size, shape, generator=generator)
+    ids = torch.randint(1, getattr(config.get_text_config(), "vocab_size", 100), shape, generator=generator)
     labels = head.blank(probe.examples, ids, config.num_labels)
     return {"input_ids": ids, "attention_mask": torch.ones(shape, dtype=torch.long), **labels}
 

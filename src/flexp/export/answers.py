@@ -102,7 +102,7 @@ def _answers(model: Trained, source: str, size: int) -> list[dict[str, Any]]:
         with torch.no_grad():
             logits = logits_of(model.forward(batch))
         found |= dict(zip(chosen, model.task.answer(logits, some), strict=True))
-    return [found[index] for index in range(len(examples))]
+    return list(model.task.by_row([found[index] for index in range(len(examples))]))
 
 
 def read_examples(

@@ -15,7 +15,10 @@ from flexp.data.tasks.base import BaseTask
 from flexp.errors import ConfigError, DataError
 from flexp.registry import TASKS
 
-_ENCODER = ("sequence-classification", "multi-label-classification", "regression", "token-classification")
+_ENCODER = (
+    *("sequence-classification", "multi-label-classification", "regression", "token-classification"),
+    "question-answering",
+)
 MODELS = dict.fromkeys(_ENCODER, "asset:minilm-l6") | {"causal-lm": "asset:smollm2-135m"}
 """A small model for a kind of head, where FlexP knows one."""
 
