@@ -271,11 +271,7 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check_fetched(reply: FetchReply, block: int, most: int) -> None:
-    """Refuse more of a block than was asked for, or than any block has.
-
-    Raises:
-        LinkError: see above.
-    """
+    """Refuse more of a block than was asked for, or than any block has. Raises LinkError."""
     size = sum(value.numel() * value.element_size() for value in reply.weights.values())
     if not 0 <= reply.total <= MOST_TENSORS or (len(reply.weights) > 1 and size > most):
         raise LinkError(

@@ -143,11 +143,7 @@ class Party:
         return False
 
     def _judge(self, order: Order) -> None:
-        """Refuse what no server of this run would say: more steps would give it more gradients.
-
-        Raises:
-            LinkError: see above.
-        """
+        """Refuse what no server of this run would say: more steps would give it more gradients. Raises LinkError."""
         most = self.config.train.total_steps - self.trainer.steps
         if order.what == "step" and not 1 <= order.count <= most:
             raise LinkError(
