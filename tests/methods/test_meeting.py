@@ -28,7 +28,7 @@ from flexp.methods.base import method_of
 from flexp.models.zoo import save_tiny
 from flexp.run import runner
 from flexp.run.settle import settle
-from flexp.server.state import SumTable
+from flexp.server.sums import SumTable
 from tests.data.tools import jsonl, tokenizer
 from tests.links.test_privacy import windows
 from tests.run.test_heads import rows as head_rows

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TypeVar
 
-from flexp.client.adding import OverLink, agree
+from flexp.client.adding import LateError, OverLink, agree
 from flexp.client.meeting import FIRST, LAST, UNMASKED, Meets
 from flexp.client.model import SplitModel
 from flexp.client.recut import fit
@@ -20,6 +20,7 @@ from flexp.limits import out_of_memory
 from flexp.links.base import Link
 from flexp.links.coding import load_residuals
 from flexp.links.messages import Order, Ready
+from flexp.links.sums import Adder, InOnePlace
 from flexp.methods.parties import meet_at, seat_of
 from flexp.report.metrics import Record
 from flexp.report.summary import VALIDATION
@@ -240,8 +241,14 @@ class Party:
         meet, link = self.config.method.meet, self.model.link
         if not meet.masked:
             self.diary.note(UNMASKED)
-        group = agree(link, meet, self._run, self.snapshots.folder, self.diary.note)
-        seat, adder = seat_of(self.trainer, self.config), OverLink(link, group, self._run)
+        adder: Adder
+        try:
+            group = agree(link, meet, self._run, self.snapshots.folder, self.diary.note)
+            adder = OverLink(link, group, self._run)
+        except LateError as error:
+            self.diary.note(f"{error}; it meets nobody (with method.meet.secret it could)")
+            adder = InOnePlace([name])
+        seat = seat_of(self.trainer, self.config)
         seat.noise = secrets.randbits(63)  # nobody else knows it
         choice = meet_at({name: seat}, {name: adder}, {name: self.trainer}, meeting)[name]
         self._met = meeting + 1

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import threading
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from flexp.config import OptimizerConfig, ServerConfig
-from flexp.errors import LinkError
-from flexp.links.messages import SumReply, SumRequest
 from flexp.models.stage import Stage
 from flexp.server.clients import ClientRegistry, Guard
 from flexp.server.session import Sessions
 from flexp.server.shared import SharedBlocks
+from flexp.server.sums import SumTable
 
 
 class ServerState:
@@ -157,86 +154,3 @@ class ServerState:
 
 def _under(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-
-
-MOST = 8
-"""Sums of a run: two meetings with three each, and two in which clients agree on a key."""
-
-
-class SumTable:
-    """The sums of one run by their numbers: integers modulo 2⁶⁴, in which nothing need be readable here.
-
-    A sum stays: who asks again, after a broken link or a snapshot, gets it again, whatever it gives the second time.
-
-    Attributes:
-        clients: who must have given something; nobody: nothing is summed.
-        done: what is known already.
-    """
-
-    def __init__(self) -> None:
-        self.clients: tuple[str, ...] = ()
-        self.done: dict[int, SumReply] = {}
-        self._given: dict[int, dict[str, SumRequest]] = {}
-        self._waiting: dict[int, dict[str, Future[SumReply]]] = {}
-
-    def open(self, clients: Iterable[str]) -> None:
-        """Add up what these give from now on."""
-        self.clients = tuple(clients)
-
-    def give(self, client: str, request: SumRequest) -> Future[SumReply]:
-        """Take what a client gives; the sum, once all have.
-
-        Raises:
-            LinkError: nothing is summed in this run, or not of this client, or others gave more or fewer numbers.
-        """
-        number, answer = request.number, Future[SumReply]()
-        if client not in self.clients:
-            raise LinkError(
-                f"client {client} gives a sum, and this run has none of its: set method.meet.on (or model.head = "
-                '"closed-form") in the server\'s configuration as well'
-            )
-        if number >= MOST:
-            raise LinkError(f"client {client} gives sum {number}, and a run has {MOST}, counted from 0")
-        if number in self.done:
-            answer.set_result(self.done[number])
-            return answer
-        given = self._given.setdefault(number, {})
-        if any(_shape(other) != _shape(request) for other in given.values()):
-            raise LinkError(f"client {client} gives sums of other shapes than others: set the same [method.meet]")
-        given[client] = request
-        self._waiting.setdefault(number, {})[client] = answer
-        if all(name in given for name in self.clients):
-            self.done[number] = _added(self._given.pop(number))
-            for future in self._waiting.pop(number).values():
-                if future.set_running_or_notify_cancel():
-                    future.set_result(self.done[number])
-        return answer
-
-    def state(self) -> dict[str, Tensor]:
-        """The sums that are known, flat."""
-        flat = {f"{number}/values": reply.values_N for number, reply in self.done.items() if reply.values_N is not None}
-        return flat | {
-            f"{number}/notes": torch.tensor(list(json.dumps(reply.notes).encode()), dtype=torch.uint8)
-            for number, reply in self.done.items()
-        }
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from :meth:`state`; what was given for other sums is forgotten."""
-        self._given, self._waiting = {}, {}
-        self.done = {
-            int(entry.removesuffix("/notes")): SumReply(
-                state.get(entry.removesuffix("notes") + "values"), json.loads(bytes(value.tolist()))
-            )
-            for entry, value in state.items()
-            if entry.endswith("/notes")
-        }
-
-
-def _added(given: Mapping[str, SumRequest]) -> SumReply:
-    values = [request.values_N for request in given.values() if request.values_N is not None]
-    total = torch.stack(values).sum(0) if values else None  # int64 wraps around, as integers modulo 2⁶⁴ do
-    return SumReply(total, {client: request.note for client, request in given.items()})
-
-
-def _shape(request: SumRequest) -> torch.Size | None:
-    return None if request.values_N is None else request.values_N.shape
