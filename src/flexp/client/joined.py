@@ -158,6 +158,7 @@ class JoinedModel(PersonalModel):
                 cut=cut,
                 dtype=str(self.model.dtype),
                 autocast=self.stage.autocast_name,
+                quantization=self.stage.quantization,
                 tuning=self.tuning,
                 align=self.align,
                 lora=self.lora,

@@ -166,6 +166,7 @@ class Fetched:
                 lora=config.model.lora,
                 weights=stage.weights,
                 autocast=stage.autocast_name,
+                quantization=stage.quantization,
                 numbering=client.numbering or 0,
                 codec=CodecConfig(),
             ),

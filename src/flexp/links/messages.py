@@ -80,6 +80,7 @@ class Join(Request[Welcome]):
         tuning: how the client trains its blocks; the `weights` alignment needs it to be the server's.
         lora: with what adapters, if it says so; they must be the server's if that has any.
         autocast: what it computes matrix products in, if not in ``dtype``; the server does the same.
+        quantization: of the client's own blocks.
         weights: which pretrained weights it has (:func:`flexp.models.fingerprint.weights_fingerprint`), if it knows.
         numbering: which run of this client its step numbers belong to, 1 to 2⁶³ − 1; 0: it numbers none. Joining again
             with the same one goes on with the same steps.
@@ -95,6 +96,7 @@ class Join(Request[Welcome]):
     lora: LoraConfig | None = None
     weights: str | None = None
     autocast: str = "off"
+    quantization: str = "off"
     numbering: Integer = 0
     codec: CodecConfig | None = None
 

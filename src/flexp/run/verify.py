@@ -69,6 +69,7 @@ class Setup:
     link: str = "in-process"
     dtype: str = "float32"
     autocast: str = "off"
+    quantization: str = "off"
     attention: str = "sdpa"
     memory: Literal["keep", "recompute"] = "keep"
     checkpointing: bool = False
@@ -84,6 +85,7 @@ class Setup:
             self.model,
             dtype=self.dtype,
             autocast=self.autocast,
+            quantization=self.quantization,
             attention=self.attention,
             tuning=self.tuning,
             train_embeddings=self.tuning == "full",
