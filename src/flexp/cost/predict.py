@@ -10,8 +10,8 @@ from flexp.cost.choice import Choice, Prediction, codec_share, form
 from flexp.cost.model_cost import STATE, ModelCost, PieceCost, ShapeCost
 from flexp.cost.profile import ModelSeconds, PieceSeconds, Profile, ShapeSeconds
 from flexp.kinds import KINDS
+from flexp.models.anatomy import check_cut
 from flexp.models.loading import DTYPES
-from flexp.models.parts import check_cut
 from flexp.models.reading import PER_TOKEN
 
 OVERHEAD = 20 * 2**20

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from flexp.config import AlignConfig, CodecConfig, LoraConfig
-from flexp.errors import LinkError, LinkLostError
+from flexp.errors import LinkError, LinkLostError, plain
 from flexp.links.declaring import (
     INTEGERS,
     MASK,
@@ -27,7 +27,6 @@ from flexp.links.declaring import (
     hidden,
     message,
 )
-from flexp.texts import plain
 
 What = Literal["step", "evaluate", "meet", "save", "restore", "stop"]
 

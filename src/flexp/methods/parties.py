@@ -21,8 +21,8 @@ from flexp.kinds import ModelKind
 from flexp.links.base import Link
 from flexp.links.sums import Adder
 from flexp.methods.base import World
+from flexp.models.anatomy import Part
 from flexp.models.loading import load_stage
-from flexp.models.parts import Part
 from flexp.models.stage import Stage, carve
 from flexp.models.tuning import tune
 from flexp.optim import Updater

@@ -22,7 +22,7 @@ from flexp.links.base import Link
 from flexp.methods.base import RATIO, Account, Axis, Forward, Holds, Method, OnStep, State, World, base_depth
 from flexp.methods.parties import make_trainer, meet_at, own_stage, own_world, seat_of, server_stage, split_model
 from flexp.methods.turns import turns
-from flexp.models.parts import Part
+from flexp.models.anatomy import Part
 from flexp.server import Server
 
 

@@ -36,7 +36,7 @@ from flexp.links.packing import sent, without_padding
 from flexp.methods.base import RATIO, Account, Axis, Cuts, Holds, OnStep, State, World
 from flexp.methods.federated import Client, Federated, within
 from flexp.methods.harness import Harness, Weights, size
-from flexp.models.parts import check_cut
+from flexp.models.anatomy import check_cut
 from flexp.models.reading import ignores_padding
 from flexp.models.stage import Stage
 from flexp.models.tuning import embedding_names

@@ -24,10 +24,9 @@ from flexp.errors import ConfigError, FlexpError, ModelError
 from flexp.kinds import KINDS, ModelKind, logits_of
 from flexp.links.base import Link
 from flexp.links.opening import connected, loopback
-from flexp.models.anatomy import refuse_by_design
-from flexp.models.autos import AUTO
+from flexp.models.anatomy import Part, check_cut, refuse_by_design
+from flexp.models.heads import AUTO
 from flexp.models.loading import load_config, load_stage, quietly
-from flexp.models.parts import Part, check_cut
 from flexp.models.stage import Stage
 from flexp.models.tuning import tune
 from flexp.models.zoo import ARCHITECTURES, Padding, tiny_batch

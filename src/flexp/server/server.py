@@ -42,9 +42,8 @@ from flexp.links.messages import (
     Welcome,
 )
 from flexp.links.packing import arrived, pack
-from flexp.models.anatomy import block_count
+from flexp.models.anatomy import Part, block_count, check_cut
 from flexp.models.loading import load_config, load_stage
-from flexp.models.parts import Part, check_cut
 from flexp.models.stage import Stage
 from flexp.models.tuning import tune
 from flexp.server.admission import (
