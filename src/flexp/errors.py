@@ -51,5 +51,9 @@ class StorageError(FlexpError):
     """A file could not be written, or what was saved is damaged."""
 
 
+class PrivacyError(FlexpError):
+    """What a client would send tells more than its owner allows; nothing was sent."""
+
+
 class TrainingError(FlexpError):
     """Training cannot go on, for instance because the loss is not a number."""

@@ -234,8 +234,10 @@ class BatchOrder:
 def party_state(trainer: Trainer) -> dict[str, Tensor]:
     """Everything that :func:`load_party` needs to go on bit for bit."""
     model = split_model_of(trainer)
-    cut = {"cut": torch.tensor(model.cut)}
-    return trainer.state() | cut | model.link.meter.tensors() | save_residuals(model.link.residuals, OWED)
+    own = {"cut": torch.tensor(model.cut)}
+    if model.guard is not None:
+        own["taught"] = torch.tensor(model.guard.taught)
+    return trainer.state() | own | model.link.meter.tensors() | save_residuals(model.link.residuals, OWED)
 
 
 def cut_in(state: Mapping[str, Tensor]) -> tuple[int, int] | None:
@@ -255,6 +257,8 @@ def load_party(trainer: Trainer, state: Mapping[str, Tensor]) -> None:
     model = split_model_of(trainer)
     trainer.load(state)
     model.go_on(trainer.steps)
+    if model.guard is not None:
+        model.guard.taught = int(state.get("taught", -1))
     model.link.meter.load_tensors(state)
     owed = {key.removeprefix(OWED): value for key, value in state.items() if key.startswith(OWED)}
     load_residuals(model.link.residuals, owed)

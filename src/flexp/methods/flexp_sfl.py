@@ -22,6 +22,7 @@ class FlexpSfl(Split):
     aligns = True
     recuts = True
     own_classifiers = True
+    guards = True
 
     @classmethod
     def schedule(cls, config: RunConfig) -> Schedule:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from flexp.client.guarding import Guard
 from flexp.client.meeting import FIRST, Seat, together
 from flexp.client.model import SPLIT_MODELS, SplitModel
 from flexp.client.personal_head import Choice
@@ -80,7 +81,10 @@ def make_trainer(world: World, name: str, model: Trainable, stage: Stage) -> Tra
 def own_trainer(config: RunConfig, data: ClientData, task: Task, model: Trainable, stage: Stage) -> Trainer:
     """The same for a client that has nobody else's data."""
     updater = Updater(stage.trainable(), config.train.personal, config.train.total_steps, stage.new)
-    return Trainer(data, task, model, updater, config.train, seed=client_seed(config.seed, data.name))
+    seed = client_seed(config.seed, data.name)
+    if config.privacy.on and isinstance(model, SplitModel):
+        model.guard_with(Guard(config.privacy, data.train, task.processor, seed))
+    return Trainer(data, task, model, updater, config.train, seed=seed)
 
 
 def seat_of(trainer: Trainer, config: RunConfig) -> Seat:

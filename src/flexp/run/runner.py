@@ -272,7 +272,8 @@ class _Run:
         task, size = self.world.federation.task, self.config.evaluation.batch_size
         scores: Scores = {}
         extras = number in (0, self.config.train.rounds)  # scores that need forward passes of their own
-        alike = number == 0 or getattr(self.method, "same_for_all", False)  # before training all have what came
+        alike = getattr(self.method, "same_for_all", False)
+        alike |= number == 0 and not self.config.privacy.on  # before training all have what came, or were taught
         everybody: dict[str, float] | None = None
         for client in self.world.federation.clients:
             forward = self.method.personal(client.name)
