@@ -16,8 +16,8 @@ from flexp.config import AlignConfig, CodecConfig, LoraConfig
 from flexp.errors import ConfigError, LinkError
 from flexp.links.base import Link, ask
 from flexp.links.messages import Abort, Join, PullRequest, Welcome
+from flexp.models.anatomy import check_cut
 from flexp.models.fingerprint import fingerprint
-from flexp.models.parts import check_cut
 from flexp.models.stage import Stage
 from flexp.rng import current_turn
 
@@ -158,6 +158,7 @@ class JoinedModel(PersonalModel):
                 cut=cut,
                 dtype=str(self.model.dtype),
                 autocast=self.stage.autocast_name,
+                quantization=self.stage.quantization,
                 tuning=self.tuning,
                 align=self.align,
                 lora=self.lora,

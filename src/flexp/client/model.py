@@ -19,17 +19,16 @@ from flexp.client.joined import OFF, JoinedModel
 from flexp.client.personal import Source
 from flexp.client.watching import most_alignment
 from flexp.config import AlignConfig, CodecConfig, ModelConfig
-from flexp.data.labels import remarks
+from flexp.data.columns import remarks
 from flexp.errors import ConfigError, LinkError
 from flexp.kinds import ModelKind
 from flexp.links.base import Link
 from flexp.links.messages import ForwardRequest
 from flexp.links.opening import kept
-from flexp.models.anatomy import block_count
+from flexp.models.anatomy import Part, block_count, check_cut
 from flexp.models.execution import ExecutionPlan
 from flexp.models.heads import trained_classes
 from flexp.models.loading import load_config, load_stage
-from flexp.models.parts import Part, check_cut
 from flexp.models.tuning import tune
 
 log = logging.getLogger("flexp")
