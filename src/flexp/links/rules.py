@@ -174,6 +174,8 @@ def _check(head: Head, kind: type[Any], agreement: Agreement | None, who: str, r
                 if not (found.dtype.is_floating_point if wanted is None else found.dtype == wanted):
                     raise LinkError(f"{who}: {name} is {found.dtype}, expected {wanted or 'weights'}")
                 continue
+            if rows is None and name == "mask_BT":
+                rows = mask  # nothing came with it
             first = rows is None
             rows = found.shape[:2] if rows is None else rows
             forms = agreement.forms(entry, name, rows, _packs(rows, mask)) if len(rows) == 2 else [[found]]
