@@ -55,6 +55,7 @@ VOCABULARY = {
         "weights",
         "numbering",
         "codec",
+        "quantization",
     },
     Welcome: {"base_depth", "blocks", "hidden", "max_in_flight", "max_tokens", "frame_bytes"},
     Refusal: {"error", "again"},

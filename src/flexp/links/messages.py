@@ -158,13 +158,13 @@ class KeptForwardRequest(Request[ForwardReply]):
 
     trains: ClassVar[bool | None] = True
 
-    hidden_BTH: Annotated[Tensor | None, hidden("activation")] = field(default=None, kw_only=True)
     exchange: Integer
     mask_BT: Annotated[Tensor, MASK]
     examples_B: Annotated[Tensor, ROWS]
     fresh_B: Annotated[Tensor, FLAGS]
     step: Integer = 0
     rows_BT: Annotated[Tensor | None, MASK] = None
+    hidden_BTH: Annotated[Tensor | None, hidden("activation")] = None
 
 
 @message

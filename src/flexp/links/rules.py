@@ -158,7 +158,9 @@ def _check(head: Head, kind: type[Any], agreement: Agreement | None, who: str, r
     """Every tensor must be declared, of the size (B, T) = ``rows`` or else of the first one's, as its codec has it."""
     left = {item.name: item for item in head.fields}
     mask = _mask(left.get("mask_BT"), agreement)
-    for entry in declared(kind).entries if agreement is not None else ():
+    # What (B, T) is, an activation says before all others.
+    entries = sorted(declared(kind).entries, key=lambda entry: "BTH" not in entry.tensors.shapes)
+    for entry in entries if agreement is not None else ():
         assert agreement is not None
         names = entry.names(left)
         if entry.needed and not names:

@@ -35,7 +35,7 @@ class Examples:
         came = 0 if request.hidden_BTH is None else request.hidden_BTH.shape[1]
         if sum(told) != came or (request.hidden_BTH is not None and request.hidden_BTH.shape[0] != 1):
             raise LinkError(f"client {client}: {came} tokens came, expected {sum(told)} as its mask says")
-        parts = iter(() if request.hidden_BTH is None else request.hidden_BTH[0].split(told))
+        parts = iter(() if request.hidden_BTH is None else torch.split(request.hidden_BTH[0], told))
         new = {number: next(parts) for number, is_new in zip(numbers, fresh, strict=True) if is_new}
         values = [new.get(number, self.kept.get(number)) for number in numbers]
         for number, value, length in zip(numbers, values, lengths, strict=True):
