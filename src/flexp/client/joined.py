@@ -17,8 +17,8 @@ from flexp.errors import ConfigError, LinkError
 from flexp.links.base import Link, ask
 from flexp.links.messages import Abort, Join, PullRequest, Welcome
 from flexp.models.anatomy import check_cut
+from flexp.models.batches import Pooling, ignores_padding
 from flexp.models.fingerprint import fingerprint
-from flexp.models.reading import Pooling, ignores_padding
 from flexp.models.stage import Stage
 from flexp.rng import current_turn
 

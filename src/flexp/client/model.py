@@ -28,10 +28,10 @@ from flexp.links.messages import ForwardRequest
 from flexp.links.opening import kept as connected
 from flexp.links.packing import Places, without_padding
 from flexp.models.anatomy import Part, block_count, check_cut
+from flexp.models.batches import PER_TOKEN, labelled
 from flexp.models.execution import ExecutionPlan
 from flexp.models.heads import trained_classes
 from flexp.models.loading import load_config, load_stage
-from flexp.models.reading import PER_TOKEN, labelled
 from flexp.models.tuning import tune
 
 log = logging.getLogger("flexp")
