@@ -1,8 +1,7 @@
 """How much clients and their server say to each other in a step, beside what they would say without leaving out.
 
-*Plain* is every activation and gradient whole, (B, T, H), padding included, as a model computes it: what crossed before
-rows were left out. It is counted from the shapes of the exchanges that really ran; a test holds it to a run of the code
-of that time.
+*Plain* is every activation and gradient whole, (B, T, H), in float32, padding included: what crossed before rows were
+left out. It is counted from the shapes of the exchanges that really ran, and was equal to that code's own meters.
 
 - ``sentiment``: experiment 1 as its file has it (eight clients, three cuts, alignment), each client's first steps.
 - ``instructions``: a decoder of SmolLM2-135M's width with random weights, answers a quarter of the tokens.
@@ -133,19 +132,20 @@ def frozen(epochs: int, codec: str) -> tuple[float, float, int, float]:
         world = one_client_world(
             folder, "asset:sentiment", blocks=blocks, steps=12, batch_size=8, max_length=32, test_examples=256
         )
-        run = OneClient(_frozen(world), CodecConfig.all(codec), wrap=lambda link: Plainly(link, 384))
+        run = OneClient(_frozen(world, epochs), CodecConfig.all(codec), wrap=lambda link: Plainly(link, 384))
         for _ in range(12 * epochs):
             run.step()
         link: Any = run.model.link
         return link.bytes, run.bytes(), 12 * epochs, run.scores()["loss"]
 
 
-def _frozen(world: World) -> World:
+def _frozen(world: World, epochs: int) -> World:
     method = world.config.method.model_copy(
         update={"personal": world.config.method.personal.model_copy(update={"frozen_head_blocks": 1})}
     )
     link = world.config.link.model_copy(update={"cache": "memory"})
-    config = world.config.model_copy(update={"method": method, "link": link})
+    train = world.config.train.model_copy(update={"rounds": epochs})  # so that the rate falls over all of them
+    config = world.config.model_copy(update={"method": method, "link": link, "train": train})
     return World(config, world.federation, world.source, world.cuts)
 
 
