@@ -42,10 +42,13 @@ class JoinedModel(PersonalModel):
         numbering: int | None = None,
         codec: CodecConfig | None = None,
         rows: Rows = "logits",
+        once: bool = False,
         base_depth: int | None = None,
     ) -> None:
         super().__init__(stage)
         self.rows = rows
+        self.once = once
+        self.known: set[int] = set()  # examples that the server keeps
         self._pooling = Pooling(stage)
         self.ignores_padding = ignores_padding(stage.model)
         self.link = link
@@ -155,6 +158,7 @@ class JoinedModel(PersonalModel):
     def _join(self, cut: tuple[int, int]) -> None:
         check_cut(cut, self.stage.anatomy.blocks)
         self.cut = cut
+        self.known = set()  # whatever a server kept, it forgets when its client is gone
         welcome = ask(
             self.link,
             Join(
