@@ -21,8 +21,8 @@ from flexp.cost.model_cost import model_cost
 from flexp.errors import ConfigError, LinkError, ModelError
 from flexp.export.whole import merged
 from flexp.models import quantized
+from flexp.models.anatomy import Part
 from flexp.models.loading import load_stage, quietly
-from flexp.models.parts import Part
 from flexp.models.stage import carve
 from flexp.models.tuning import tune
 from flexp.models.zoo import tiny_batch

@@ -16,20 +16,22 @@ from flexp.assets import resolve
 from flexp.client.exchange import Piece, RemoteCall, RemoteMiddle
 from flexp.client.generation import SplitGenerator
 from flexp.client.joined import OFF, JoinedModel
+from flexp.client.once import frozen, request_once, right_padded
 from flexp.client.personal import Source
 from flexp.client.watching import most_alignment
-from flexp.config import AlignConfig, CodecConfig, ModelConfig
-from flexp.data.labels import remarks
+from flexp.config import AlignConfig, CodecConfig, ModelConfig, Rows
+from flexp.data.columns import remarks
 from flexp.errors import ConfigError, LinkError
-from flexp.kinds import ModelKind
+from flexp.kinds import KINDS, ModelKind
 from flexp.links.base import Link
 from flexp.links.messages import ForwardRequest
-from flexp.links.opening import kept
-from flexp.models.anatomy import block_count
+from flexp.links.opening import kept as connected
+from flexp.links.packing import Places, without_padding
+from flexp.models.anatomy import Part, block_count, check_cut
+from flexp.models.batches import PER_TOKEN, labelled
 from flexp.models.execution import ExecutionPlan
 from flexp.models.heads import trained_classes
 from flexp.models.loading import load_config, load_stage
-from flexp.models.parts import Part, check_cut
 from flexp.models.tuning import tune
 
 log = logging.getLogger("flexp")
@@ -64,6 +66,9 @@ class SplitModel(JoinedModel):
         numbering: of an earlier life of this client, whose steps it goes on with; ``None``: it begins anew.
         codec: in what form tensors cross; ``None``: as they are inside one process, bfloat16 over a network, or what
             :func:`flexp.connect` was told.
+        once: whether z of an example may cross once, and be kept by the server, where nothing that makes it is trained.
+        rows: which rows of h cross where no block comes after them: all but padding (``all``), those that logits depend
+            on (``logits``), or of those that a training loss reads (``loss``), when other tokens' logits mean nothing.
         base_depth: the s_min that the server must have; ``None``: the one that it says on joining first. Later it may
             say no other, since what goes up for alignment comes out of block s_min − 1.
 
@@ -87,6 +92,7 @@ class SplitModel(JoinedModel):
         align: AlignConfig = OFF,
         accumulation: int = 1,
         codec: CodecConfig | None = None,
+        rows: Rows = "logits",
         largest: tuple[int, int] = (8, 128),
         seed: int = 0,
         **settings: Any,
@@ -126,7 +132,7 @@ class SplitModel(JoinedModel):
         for remark in remarks(trained_classes(config, cls.kind, wanted.pooling), labels or ()):
             log.warning(remark)
         tune(stage, wanted, seed=seed)
-        with kept(link) as chosen:
+        with connected(link) as chosen:
             made = cls(
                 stage,
                 whole_cut,
@@ -137,6 +143,7 @@ class SplitModel(JoinedModel):
                 accumulation=accumulation,
                 expose_embeddings=wanted.expose_embeddings,
                 codec=codec,
+                rows=rows,
                 base_depth=wanted.base_depth,
             )
         made.source = Source(wanted, labels, seed)
@@ -145,7 +152,7 @@ class SplitModel(JoinedModel):
     @property
     def base_model(self) -> Callable[..., Any]:
         """The same without the head, for loops that apply the head themselves (trl)."""
-        return lambda **inputs: self.tail(self.head(inputs), headless=True)
+        return lambda **inputs: self.tail(self.head(inputs, headless=True), headless=True)
 
     @property
     def accepts_loss_kwargs(self) -> bool:
@@ -177,8 +184,11 @@ class SplitModel(JoinedModel):
         inputs = {key: value for key, value in {**named, **others}.items() if value is not None}
         return self.tail(self.head(inputs))
 
-    def head(self, inputs: Mapping[str, Any]) -> Sent:
-        """Run embeddings and blocks [0, s) and send the activation: z_base = head[0, s_min), z = head[s_min, s)."""
+    def head(self, inputs: Mapping[str, Any], *, headless: bool = False) -> Sent:
+        """Run embeddings and blocks [0, s) and send the activation: z_base = head[0, s_min), z = head[s_min, s).
+
+        ``headless``: :meth:`tail` will be asked for neither head nor loss.
+        """
         train = self.training and torch.is_grad_enabled()
         if train:
             self.steps.refuse_half_steps(self.stage.trainable().values())
@@ -189,6 +199,10 @@ class SplitModel(JoinedModel):
         align_now = train and self._align_due()
         inner = align_now and self.align.has_term and self.align.at == "every-block"  # teaching needs z_base alone
         embedded_BTH, plan = self.stage.plan(inputs)
+        if train and not align_now and self._may_cross_once(inputs, embedded_BTH):
+            sent = self._head_once(inputs, embedded_BTH, plan, headless=headless)
+            if sent is not None:
+                return sent
         base_BTH = z_BTH = self.stage.run(embedded_BTH, plan, 0, min(base_depth, start))
         inner_BTH: list[Tensor] = []
         for index in range(base_depth, start):
@@ -199,6 +213,7 @@ class SplitModel(JoinedModel):
         if train and not back:
             z_BTH = z_BTH.detach().requires_grad_()  # the server's blocks need a backward even if nothing here does
         place = self.steps.place(self.kind, inputs) if train else None
+        kept, rows_BT = self._crossing(inputs, plan, z_BTH, train=train, headless=headless)
         request = ForwardRequest(
             exchange=0 if place is None else place.exchange,
             hidden_BTH=z_BTH.detach(),
@@ -206,6 +221,7 @@ class SplitModel(JoinedModel):
             positions_BT=inputs.get("position_ids"),
             base_BTH=base_BTH.detach() if align_now else None,
             inner_BTH=tuple(value.detach() for value in inner_BTH),
+            rows_BT=rows_BT,
             train=train,
             step=0 if place is None else place.step,
         )
@@ -214,10 +230,38 @@ class SplitModel(JoinedModel):
         if self.guard is not None and self.guard.config.weight and place is not None:
             ids_BT, mask_BT = inputs["input_ids"], inputs.get("attention_mask")
             own_BTH = place.tokens * self.guard.gradient(self.stage, ids_BT, mask_BT, z_BTH)
-        call = RemoteCall(self.link, request, place, back=back, look=look, own_BTH=own_BTH)
+        call = RemoteCall(self.link, request, place, back=back, look=look, own_BTH=own_BTH, kept=kept)
         if train:
             self.steps.remember(call)
         return Sent(call, z_BTH, tuple(inner_BTH), inputs, plan)
+
+    def _may_cross_once(self, inputs: Mapping[str, Any], embedded_BTH: Tensor) -> bool:
+        """Whether the examples have numbers, and nothing of what makes their z is trained."""
+        piece, mask_BT = self.steps.piece, inputs.get("attention_mask")
+        if not (
+            self.once and self.guard is None and self.ignores_padding and piece is not None and right_padded(mask_BT)
+        ):
+            return False
+        numbered = mask_BT is not None and len(piece.examples) == len(mask_BT) and "input_ids" in inputs
+        return numbered and not embedded_BTH.requires_grad and frozen(self.stage, self.cut[0])
+
+    def _head_once(
+        self, inputs: Mapping[str, Any], embedded_BTH: Tensor, plan: ExecutionPlan, *, headless: bool
+    ) -> Sent | None:
+        """:meth:`head` for examples that the server may keep; ``None``: their z is another one each time (dropout)."""
+        mask_BT = inputs["attention_mask"]
+        kept, rows_BT = self._crossing(inputs, plan, embedded_BTH, train=True, headless=headless)
+        if kept is None and not bool(mask_BT.all()):
+            return None  # padding is read
+        place = self.steps.place(self.kind, inputs)
+        like_BTH = embedded_BTH.new_zeros(1).expand(embedded_BTH.shape)  # of the size that would cross
+        whole = ForwardRequest(place.exchange, like_BTH, mask_BT, None, train=True, step=place.step, rows_BT=rows_BT)
+        crosses = request_once(whole, self.stage, inputs, place.examples, self.known, self.cut[0])
+        if crosses is None:
+            return None
+        call = RemoteCall(self.link, whole, place, back=False, kept=Places.of(mask_BT), crosses=crosses)
+        self.steps.remember(call)
+        return Sent(call, embedded_BTH.new_zeros(1).requires_grad_(), (), inputs, plan)
 
     def tail(self, sent: Sent, *, apart: bool = False, headless: bool = False) -> Any:
         """Wait for h, run blocks [e, L), final norm, head and loss.
@@ -229,6 +273,8 @@ class SplitModel(JoinedModel):
         ends = (sent.z_BTH.detach().requires_grad_(),) if apart else (sent.z_BTH, *sent.inner_BTH)
         h_BTH = RemoteMiddle.apply(sent.call, *ends)  # type: ignore[no-untyped-call]
         self.last_align = sent.call.align
+        if sent.call.kept and sent.call.place is not None:
+            self.known.update(sent.call.place.examples)
         hidden_BTH = self.stage.run(h_BTH, sent.plan, self.cut[1], self.stage.anatomy.blocks)
         return self.stage.finish(hidden_BTH, sent.inputs, sent.plan, headless=headless)
 
@@ -247,6 +293,28 @@ class SplitModel(JoinedModel):
     def _look(self, request: ForwardRequest, h_BTH: Tensor, sent_BTH: Tensor, got_BTH: Tensor, share: float) -> None:
         assert self.watch is not None
         self.watch.exchange(request, h_BTH, sent_BTH, got_BTH, most_alignment(self.align, request, share))
+
+    def _crossing(
+        self, inputs: Mapping[str, Any], plan: ExecutionPlan, z_BTH: Tensor, *, train: bool, headless: bool
+    ) -> tuple[Places | None, Tensor | None]:
+        """The tokens of z that cross (``None``: all), and flags (B, T) of the rows of h (``None``: the same tokens)."""
+        mask_BT, per_token = inputs.get("attention_mask"), KINDS[self.kind].answers in PER_TOKEN
+        kept = without_padding(mask_BT) if self.ignores_padding else None
+        if headless:
+            return kept, None
+        if per_token:
+            read_BT = labelled(self.kind, inputs)
+        else:
+            read_BT = self._pooling.rows(inputs, plan, tuple(z_BTH.shape))
+            if read_BT is None and kept is not None and self._pooling.reads_padding(inputs, plan, z_BTH):
+                kept = None
+        if kept is not None and read_BT is not None and bool(read_BT[mask_BT == 0].any()):
+            kept = None  # whoever labels padding trains on it
+        if self.rows == "all" or self.cut[1] < self.stage.anatomy.blocks:
+            return kept, None
+        if read_BT is None or not bool(read_BT.any()) or (per_token and (self.rows == "logits" or not train)):
+            return kept, None
+        return kept, read_BT
 
     def _align_due(self) -> bool:
         """Whether z_base goes up with the next exchange."""

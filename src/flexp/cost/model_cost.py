@@ -20,6 +20,7 @@ from flexp.cost.counting import Counted, count_pieces
 from flexp.cost.skeleton import Skeleton, bare_model, kinds
 from flexp.errors import ModelError
 from flexp.models.anatomy import dissect
+from flexp.models.batches import pooled
 from flexp.models.fingerprint import fingerprint
 from flexp.models.loading import DTYPES
 from flexp.models.quantized import held_bytes
@@ -90,6 +91,7 @@ class ModelCost:
         config: of the model, found where its ``id`` says; rank and checkpointing of the adapters are asked for.
         fingerprint: of the model's configuration, as :class:`flexp.cost.profile.ModelSeconds` names it.
         blocks: L; ``hidden``: H.
+        pooled: which token of a text a classifier's head reads (:func:`flexp.models.batches.pooled`).
         optimizer: of what is trained, a key of :data:`STATE`.
     """
 
@@ -115,6 +117,7 @@ class ModelCost:
         self.blocks, self.hidden = anatomy.blocks, anatomy.hidden
         self.kinds = kinds(bare)
         self._chosen = sorted(set(self.kinds))
+        self.pooled = pooled(bare)
         self._real = False
         self._shapes: dict[Any, ShapeCost] = {}
 

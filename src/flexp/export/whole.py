@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from flexp.models.parts import Part
+from flexp.models.anatomy import Part
 from flexp.models.quantized import unpacked
 from flexp.models.stage import Stage, carve
 

@@ -14,8 +14,9 @@ from pydantic import Field
 from torch import Tensor
 
 from flexp.config import AlignConfig, CodecConfig, LoraConfig
-from flexp.errors import LinkError, LinkLostError
+from flexp.errors import LinkError, LinkLostError, plain
 from flexp.links.declaring import (
+    FLAGS,
     INTEGERS,
     MASK,
     POSITIONS,
@@ -27,7 +28,6 @@ from flexp.links.declaring import (
     hidden,
     message,
 )
-from flexp.texts import plain
 
 What = Literal["step", "evaluate", "meet", "save", "restore", "stop"]
 
@@ -104,10 +104,12 @@ class Join(Request[Welcome]):
 
 @message
 class ForwardReply:
-    """``hidden_BTH``: what comes out of block e−1. ``align``: the alignment term, when it was due."""
+    """``hidden_BTH``: what comes out of block e−1, of the rows that were asked for. ``align``: the alignment term, when
+    it was due. ``kept``: whether the server keeps the examples that came, so that their numbers will do."""
 
     hidden_BTH: Annotated[Tensor, hidden("activation_down")]
     align: float | None = None
+    kept: bool = False
 
 
 @message
@@ -116,13 +118,16 @@ class ForwardRequest(Request[ForwardReply]):
 
     Attributes:
         exchange: numbers this client's exchanges; a backward names the forward that it belongs to.
-        hidden_BTH: the smashed activation z_k.
+        hidden_BTH: the smashed activation z_k; (1, N, H) are the N tokens under the mask, and so with the other
+            activations.
         mask_BT: the attention mask, if the client uses one.
         positions_BT: explicit positions, if the client uses any.
         base_BTH: z_base, when alignment is due on this exchange.
         inner_BTH: with alignment at every block, the activations after blocks s_min … s−2, in order.
         train: whether a backward will follow.
         step: of the client's steps the one that it belongs to, as in its backward; 0: not numbered.
+        rows_BT: the rows of h that the client reads: these alone come down, (1, R, H), and go up as ∂task/∂h; ``None``:
+            those of ``hidden_BTH``.
     """
 
     trains: ClassVar[bool | None] = True
@@ -135,6 +140,31 @@ class ForwardRequest(Request[ForwardReply]):
     inner_BTH: Annotated[tuple[Tensor, ...], hidden("aligned")] = ()
     train: bool = False
     step: Integer = 0
+    rows_BT: Annotated[Tensor | None, MASK] = None
+
+
+@message
+class KeptForwardRequest(Request[ForwardReply]):
+    """A training forward of examples whose z never changes, so that each crosses once.
+
+    Attributes:
+        hidden_BTH: (1, N, H): the tokens of the fresh examples, one after the other, without padding; ``None``: there
+            are none.
+        mask_BT: the attention mask of the exchange.
+        examples_B: the client's number of each example; the server knows nothing else of them.
+        fresh_B: which of them come along; the others are kept.
+        exchange, rows_BT, step: as in :class:`ForwardRequest`.
+    """
+
+    trains: ClassVar[bool | None] = True
+
+    exchange: Integer
+    mask_BT: Annotated[Tensor, MASK]
+    examples_B: Annotated[Tensor, ROWS]
+    fresh_B: Annotated[Tensor, FLAGS]
+    step: Integer = 0
+    rows_BT: Annotated[Tensor | None, MASK] = None
+    hidden_BTH: Annotated[Tensor | None, hidden("activation")] = None
 
 
 @message
@@ -151,7 +181,7 @@ class BackwardRequest(Request[BackwardReply]):
     """Run blocks [s, e) backward, for an earlier forward.
 
     Attributes:
-        grad_BTH: ∂task/∂h, scaled by what this exchange counts in its step.
+        grad_BTH: ∂task/∂h of the rows that came down, scaled by what this exchange counts in its step.
         step: numbers this client's steps from 1; one that was applied already is answered, and not applied again. 0:
             not numbered. A step is complete when all of its exchanges have arrived, in whatever order.
         exchanges: how many exchanges the step has, as far as is known: a later one may say more. Micro-batches share

@@ -21,8 +21,8 @@ from flexp.kinds import ModelKind
 from flexp.links.base import Link
 from flexp.links.sums import Adder
 from flexp.methods.base import World
+from flexp.models.anatomy import Part
 from flexp.models.loading import load_stage
-from flexp.models.parts import Part
 from flexp.models.stage import Stage, carve
 from flexp.models.tuning import tune
 from flexp.optim import Updater
@@ -82,6 +82,8 @@ def split_model(
         expose_embeddings=config.model.expose_embeddings,
         numbering=numbering,
         codec=codec,
+        rows=config.link.rows,
+        once=config.link.cache != "off",
         base_depth=config.model.base_depth,
     )
 

@@ -26,13 +26,11 @@ from flexp.config import ModelConfig
 from flexp.errors import ModelError
 from flexp.kinds import KINDS, ModelKind
 from flexp.limits import out_of_memory
-from flexp.models.anatomy import dissect, refuse_by_design
-from flexp.models.autos import AUTO, set_head
+from flexp.models.anatomy import Part, dissect, prune, refuse_by_design
 from flexp.models.batches import align_padding
 from flexp.models.fingerprint import weights_fingerprint
-from flexp.models.heads import fit_head, name_classes, trained_classes
+from flexp.models.heads import AUTO, fit_head, name_classes, set_head, trained_classes
 from flexp.models.low_memory import low_memory_loading
-from flexp.models.parts import Part, prune
 from flexp.models.pooling import put_pooling
 from flexp.models.quantized import brought_by, quantizer, settle_blocks
 from flexp.models.stage import Stage, carve, forget_ties

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 from flexp.errors import ModelError
 from flexp.models import execution
-from flexp.models.anatomy import Anatomy, dissect
+from flexp.models.anatomy import Anatomy, Part, dissect, prune
 from flexp.models.batches import NOT_FOR_BLOCKS, USUAL, check_padding, for_blocks, longest_exact
 from flexp.models.execution import Absent, ExecutionPlan, ZeroPatches
-from flexp.models.parts import Part, prune
 from flexp.models.quantized import scales
 
 

@@ -17,7 +17,7 @@ from flexp.errors import FlexpError
 from flexp.files import read_json, write_json
 from flexp.methods.base import World, base_depth
 from flexp.methods.parties import client_seed, own_stage, own_world, server_stage, with_model
-from flexp.models.parts import Part
+from flexp.models.anatomy import Part
 from flexp.run.settle import model_folder
 from flexp.server import Server
 
@@ -167,6 +167,7 @@ def _probe(world: World, client: str, examples: int, length: int) -> Probe:
         extra_optimizers=held.optimizers,
         ranks=tuple(own.beside.items()),
         frozen=config.method.personal.frozen_head_blocks,
+        rows=config.link.rows,
     )
 
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Collection, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import singledispatchmethod
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
@@ -32,6 +33,7 @@ from flexp.links.messages import (
     ForwardReply,
     ForwardRequest,
     Join,
+    KeptForwardRequest,
     Leave,
     Order,
     PullReply,
@@ -41,9 +43,9 @@ from flexp.links.messages import (
     SumRequest,
     Welcome,
 )
-from flexp.models.anatomy import block_count
+from flexp.links.packing import Places, arrived, pack
+from flexp.models.anatomy import Part, block_count, check_cut
 from flexp.models.loading import load_config, load_stage
-from flexp.models.parts import Part, check_cut
 from flexp.models.stage import Stage
 from flexp.models.tuning import tune
 from flexp.server.admission import (
@@ -56,6 +58,7 @@ from flexp.server.admission import (
     check_join,
     check_pull,
     check_taking_part,
+    same_exchange,
 )
 from flexp.server.clients import Key
 from flexp.server.session import Session
@@ -221,8 +224,33 @@ class Server(ServerState):
         session, key = self._sessions[client], ("forward", request.exchange)
         known = session.progress.answer(request.step, key) if request.train else None
         applied = session.progress.applied(request.step)
-        if known is not None and applied and alike(request.hidden_BTH, known.hidden_BTH):
+        if known is not None and applied and same_exchange(session, request, known):
             return cast(ForwardReply, known)
+        return self._run(session, *arrived(request, f"client {client}"))
+
+    @_handle.register
+    def _kept_forward(self, request: KeptForwardRequest, client: str) -> ForwardReply:
+        """A forward of examples some of which are here."""
+        session = self._sessions[client]
+        whole, new = session.examples.whole(request, client)
+        reads = whole.mask_BT if whole.rows_BT is None else whole.rows_BT
+        known = session.progress.answer(request.step, ("forward", request.exchange))
+        if known is not None and session.progress.applied(request.step):
+            assert reads is not None
+            if known.hidden_BTH.shape[1] == int(reads.sum()):
+                return cast(ForwardReply, replace(known, kept=self._keep(session, new)))
+        assert whole.mask_BT is not None
+        reply = self._run(session, whole, Places.of(whole.mask_BT))
+        return replace(reply, kept=self._keep(session, new))
+
+    def _keep(self, session: Session, new: dict[int, Tensor]) -> bool:
+        held = sum(other.examples.bytes for other in self._sessions.values())
+        return session.examples.keep(new, self.config.max_examples_bytes - held)
+
+    def _run(self, session: Session, request: ForwardRequest, sent: Places | None) -> ForwardReply:
+        """A forward with whole activations, of which ``sent`` crossed."""
+        client, key = session.join.client, ("forward", request.exchange)
+        applied = session.progress.applied(request.step)
         for other in self._sessions.values():
             other.drop_late(self.config.exchange_seconds)
         check_forward(session, request, self.shared.stage, self._sessions.in_flight)
@@ -231,7 +259,7 @@ class Server(ServerState):
         if request.train:  # without training nothing but its own answer comes of it
             check_finite(client, f"an activation of exchange {request.exchange}", _activations(request))
         with session.random.active():
-            reply = session.forward(request)
+            reply = session.forward(request, sent)
         self._remember(session, request.step, key, reply)
         return reply
 
@@ -241,7 +269,8 @@ class Server(ServerState):
         session, key = self._sessions[client], ("backward", request.exchange)
         known = session.progress.answer(request.step, key)
         complete = request.exchange not in session.pending
-        fits = known is not None and (known.grad_BTH is None or alike(request.grad_BTH, known.grad_BTH))
+        answered = session.progress.answer(request.step, ("forward", request.exchange))
+        fits = known is not None and answered is not None and alike(request.grad_BTH, answered.hidden_BTH)
         if fits and complete:
             return cast(BackwardReply, known)
         check_backward(session, request)
@@ -280,10 +309,11 @@ class Server(ServerState):
     def _extend(self, request: ExtendRequest, client: str) -> ExtendReply:
         """Blocks [s, e) on the next tokens of an answer, whose cache is kept here."""
         session = self._sessions[client]
+        request, sent = arrived(request, f"client {client}")
         for other in self._sessions.values():
             other.generations.drop_unused(self.config.generation_seconds)
         check_extend(session, request, self.shared.stage, self._sessions.values())
-        return ExtendReply(session.generations.extend(request, self.shared.stage, session.join.cut))
+        return ExtendReply(pack(session.generations.extend(request, self.shared.stage, session.join.cut), sent))
 
     @_handle.register
     def _end_generation(self, request: EndGeneration, client: str) -> Done:
