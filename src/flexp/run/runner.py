@@ -43,7 +43,7 @@ from flexp.run.going_on import MEND, check_length, data_of, saved_facts
 from flexp.run.participants import Dropped, place
 from flexp.run.recutting import Recutting
 from flexp.run.settle import Federate, build_world
-from flexp.run.stopping import ended
+from flexp.run.stopping import ended, may_be_last
 from flexp.run.store import CHECKPOINTS, Store
 from flexp.run.virtual import client_facts, cuts_by_round
 
@@ -271,7 +271,7 @@ class _Run:
     def _evaluate(self, number: int) -> None:
         task, size = self.world.federation.task, self.config.evaluation.batch_size
         scores: Scores = {}
-        extras = number in (0, self.config.train.rounds)  # scores that need forward passes of their own
+        extras = may_be_last(number, self.config.train)
         alike = number == 0 or getattr(self.method, "same_for_all", False)  # before training all have what came
         everybody: dict[str, float] | None = None
         for client in self.world.federation.clients:
