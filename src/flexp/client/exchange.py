@@ -80,7 +80,8 @@ Look = Callable[[ForwardRequest, Tensor, Tensor, Tensor, float], None]
 class RemoteCall:
     """One exchange: sent when it is made, waited for when its result is needed.
 
-    ``look`` is shown the request, h, ∂task/∂h and the gradients once it is through.
+    ``look`` is shown the request, h, ∂task/∂h and the gradients once it is through. ``own_BTH`` is a gradient at z of
+    the client's own, which the server does not see; it is added to what comes back.
     """
 
     def __init__(
@@ -91,8 +92,10 @@ class RemoteCall:
         *,
         back: bool = True,
         look: Look | None = None,
+        own_BTH: Tensor | None = None,
     ) -> None:
         self.request = request
+        self._own_BTH = own_BTH
         self.back = back  # whether anything below the cut is trained, so that a gradient must come back
         self._look = look
         self._h_BTH: Tensor | None = None  # and what was sent for it, for whoever looks
@@ -154,6 +157,8 @@ class RemoteCall:
             assert self._sent_BTH is not None
             self._look(self.request, self._h_BTH, self._sent_BTH, reply.grad_BTH, self._place.tokens)
         self.answered = True
+        if self._own_BTH is not None and reply.grad_BTH is not None:
+            reply = replace(reply, grad_BTH=reply.grad_BTH + self._own_BTH)
         return reply
 
     @property

@@ -95,6 +95,8 @@ class SplitGenerator:
     def __init__(self, model: JoinedModel, reconnect: Callable[[], Link] | None = None) -> None:
         if not model.model.can_generate():
             raise ModelError(f"{type(model.model).__name__} writes no text; use a causal language model")
+        if model.guard is not None:
+            model.guard.teach(model.stage, model.cut[0])  # before anything is sent
         self.split = model
         self.reconnect = reconnect
         self.rebuilt = 0  # how often a server got an answer anew

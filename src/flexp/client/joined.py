@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from flexp.client.exchange import Steps, check_finite, waiting
+from flexp.client.guarding import Guard
 from flexp.client.personal import PersonalModel
 from flexp.client.watching import Watch
 from flexp.config import AlignConfig, CodecConfig, LoraConfig
 from flexp.errors import ConfigError, LinkError
 from flexp.links.base import Link, ask
 from flexp.links.messages import Abort, Join, PullRequest, Welcome
+from flexp.models.anatomy import check_cut
 from flexp.models.fingerprint import fingerprint
-from flexp.models.parts import check_cut
 from flexp.models.stage import Stage
 from flexp.rng import current_turn
 
@@ -47,6 +48,7 @@ class JoinedModel(PersonalModel):
         self.tuning = tuning
         self.lora = lora
         self.last_align: float | None = None
+        self.guard: Guard | None = None  # teaches the head before anything is sent, and in training
         self.watch: Watch | None = None  # looks whether the server computes what was agreed, where somebody hears it
         self._pulled = 0  # the step after which the aligned blocks were pulled last
         self.cut: tuple[int, int] = cut
@@ -107,6 +109,20 @@ class JoinedModel(PersonalModel):
         """The blocks that this client would follow with ``cut``: which the server trains, and it takes over."""
         return range(self.base_depth, cut[0]) if self.align.follow else range(0)
 
+    def guard_with(self, guard: Guard) -> None:
+        """Send nothing before ``guard`` has taught the head.
+
+        Raises:
+            ConfigError: alignment would send z_base, which nobody teaches, or take over blocks of the server's.
+        """
+        if self.cut[0] > self.base_depth and (self.align.kind == "weights" or self.align.has_term or self.align.teach):
+            raise ConfigError(
+                f"privacy.penalty teaches what is sent at the cut (s = {self.cut[0]}), and method.align.kind = "
+                f"{self.align.kind!r} would send z_base of depth {self.base_depth}, or take over blocks that were not "
+                'taught: set method.align.kind = "off"'
+            )
+        self.guard = guard
+
     def settle(self) -> None:
         """Leave the training of the aligned blocks to the server, if the alignment says so; the stage's blocks have
         come or changed."""
@@ -142,6 +158,7 @@ class JoinedModel(PersonalModel):
                 cut=cut,
                 dtype=str(self.model.dtype),
                 autocast=self.stage.autocast_name,
+                quantization=self.stage.quantization,
                 tuning=self.tuning,
                 align=self.align,
                 lora=self.lora,

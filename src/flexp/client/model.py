@@ -19,17 +19,16 @@ from flexp.client.joined import OFF, JoinedModel
 from flexp.client.personal import Source
 from flexp.client.watching import most_alignment
 from flexp.config import AlignConfig, CodecConfig, ModelConfig
-from flexp.data.labels import remarks
+from flexp.data.columns import remarks
 from flexp.errors import ConfigError, LinkError
 from flexp.kinds import ModelKind
 from flexp.links.base import Link
 from flexp.links.messages import ForwardRequest
 from flexp.links.opening import kept
-from flexp.models.anatomy import block_count
+from flexp.models.anatomy import Part, block_count, check_cut
 from flexp.models.execution import ExecutionPlan
 from flexp.models.heads import trained_classes
 from flexp.models.loading import load_config, load_stage
-from flexp.models.parts import Part, check_cut
 from flexp.models.tuning import tune
 
 log = logging.getLogger("flexp")
@@ -184,6 +183,8 @@ class SplitModel(JoinedModel):
             self.steps.refuse_half_steps(self.stage.trainable().values())
             self.after_step()  # for loops that know nothing of FlexP
         start, base_depth = self.cut[0], self.base_depth
+        if self.guard is not None:
+            self.guard.teach(self.stage, start)  # before anything is sent
         align_now = train and self._align_due()
         inner = align_now and self.align.has_term and self.align.at == "every-block"  # teaching needs z_base alone
         embedded_BTH, plan = self.stage.plan(inputs)
@@ -208,7 +209,11 @@ class SplitModel(JoinedModel):
             step=0 if place is None else place.step,
         )
         look = None if self.watch is None else self._look
-        call = RemoteCall(self.link, request, place, back=back, look=look)
+        own_BTH = None
+        if self.guard is not None and self.guard.config.weight and place is not None:
+            ids_BT, mask_BT = inputs["input_ids"], inputs.get("attention_mask")
+            own_BTH = place.tokens * self.guard.gradient(self.stage, ids_BT, mask_BT, z_BTH)
+        call = RemoteCall(self.link, request, place, back=back, look=look, own_BTH=own_BTH)
         if train:
             self.steps.remember(call)
         return Sent(call, z_BTH, tuple(inner_BTH), inputs, plan)

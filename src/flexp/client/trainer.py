@@ -17,6 +17,7 @@ from torch import Tensor
 from flexp.client.exchange import Piece
 from flexp.client.model import SplitModel
 from flexp.client.overlap import Done, overlapped
+from flexp.client.personal import answering
 from flexp.config import TrainConfig
 from flexp.data.types import Batch, ClientData, Task
 from flexp.errors import DataError, TrainingError
@@ -123,9 +124,7 @@ class Trainer:
 
     def personal(self, batch: Mapping[str, Tensor]) -> Any:
         """The personal model on a batch, for evaluation; gives an output with ``logits``."""
-        self.model.train(False)
-        with torch.no_grad():
-            return self.model(**batch)
+        return answering(self.model)(batch)
 
     def _exchanges(self, pieces: list[tuple[Piece, Batch]]) -> Iterator[Done]:
         if self._in_flight > 1 and isinstance(self.model, SplitModel):
@@ -234,8 +233,10 @@ class BatchOrder:
 def party_state(trainer: Trainer) -> dict[str, Tensor]:
     """Everything that :func:`load_party` needs to go on bit for bit."""
     model = split_model_of(trainer)
-    cut = {"cut": torch.tensor(model.cut)}
-    return trainer.state() | cut | model.link.meter.tensors() | save_residuals(model.link.residuals, OWED)
+    own = {"cut": torch.tensor(model.cut)}
+    if model.guard is not None:
+        own["taught"] = torch.tensor(model.guard.taught)
+    return trainer.state() | own | model.link.meter.tensors() | save_residuals(model.link.residuals, OWED)
 
 
 def cut_in(state: Mapping[str, Tensor]) -> tuple[int, int] | None:
@@ -255,6 +256,8 @@ def load_party(trainer: Trainer, state: Mapping[str, Tensor]) -> None:
     model = split_model_of(trainer)
     trainer.load(state)
     model.go_on(trainer.steps)
+    if model.guard is not None:
+        model.guard.taught = int(state.get("taught", -1))
     model.link.meter.load_tensors(state)
     owed = {key.removeprefix(OWED): value for key, value in state.items() if key.startswith(OWED)}
     load_residuals(model.link.residuals, owed)

@@ -6,6 +6,7 @@ from flexp.config.devices import DeviceChange, DeviceClassConfig, DevicesConfig,
 from flexp.config.link import CodecConfig, CodecName, LinkConfig
 from flexp.config.methods import AlignConfig, MeetConfig, MethodConfig
 from flexp.config.model import LoraConfig, ModelConfig, Tuning
+from flexp.config.privacy import PrivacyConfig
 from flexp.config.run import EvaluationConfig, OutputConfig, RunConfig
 from flexp.config.section import Beta, Fraction, Rate, Section, all_keys
 from flexp.config.server import GuardConfig, ServerConfig
@@ -34,6 +35,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "OutputConfig",
+    "PrivacyConfig",
     "Rate",
     "RecutConfig",
     "RunConfig",

@@ -39,9 +39,8 @@ from flexp.links.messages import (
     PullRequest,
     Welcome,
 )
-from flexp.models.anatomy import block_count
+from flexp.models.anatomy import Part, block_count
 from flexp.models.loading import load_config, load_stage
-from flexp.models.parts import Part
 from flexp.models.stage import Stage
 from flexp.models.stored import stored
 from flexp.models.tuning import embedding_names, tune

@@ -8,8 +8,8 @@ from dataclasses import replace
 from flexp.cost.choice import Choice, Prediction, codec_share, form
 from flexp.cost.model_cost import STATE, ModelCost, PieceCost, ShapeCost
 from flexp.cost.profile import ModelSeconds, PieceSeconds, Profile, ShapeSeconds
+from flexp.models.anatomy import check_cut
 from flexp.models.loading import DTYPES
-from flexp.models.parts import check_cut
 
 OVERHEAD = 20 * 2**20
 """Bytes that are no tensor, where they were not measured: a model's code, what libraries and the allocator keep."""

@@ -59,6 +59,10 @@ class Task(Protocol):
         """Which head the model needs."""
 
     @property
+    def processor(self) -> Any:
+        """The tokenizer of a text's task, or the image processor."""
+
+    @property
     def label_names(self) -> list[str] | None:
         """Names of the classes by index, the same for every client; None without a classifier."""
 

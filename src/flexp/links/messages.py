@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from flexp.config import AlignConfig, CodecConfig, LoraConfig
-from flexp.errors import LinkError, LinkLostError
+from flexp.errors import LinkError, LinkLostError, plain
 from flexp.links.declaring import (
     INTEGERS,
     MASK,
@@ -27,7 +27,6 @@ from flexp.links.declaring import (
     hidden,
     message,
 )
-from flexp.texts import plain
 
 What = Literal["step", "evaluate", "meet", "save", "restore", "stop"]
 
@@ -81,6 +80,7 @@ class Join(Request[Welcome]):
         tuning: how the client trains its blocks; the `weights` alignment needs it to be the server's.
         lora: with what adapters, if it says so; they must be the server's if that has any.
         autocast: what it computes matrix products in, if not in ``dtype``; the server does the same.
+        quantization: of the client's own blocks.
         weights: which pretrained weights it has (:func:`flexp.models.fingerprint.weights_fingerprint`), if it knows.
         numbering: which run of this client its step numbers belong to, 1 to 2⁶³ − 1; 0: it numbers none. Joining again
             with the same one goes on with the same steps.
@@ -96,6 +96,7 @@ class Join(Request[Welcome]):
     lora: LoraConfig | None = None
     weights: str | None = None
     autocast: str = "off"
+    quantization: str = "off"
     numbering: Integer = 0
     codec: CodecConfig | None = None
 

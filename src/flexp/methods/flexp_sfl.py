@@ -21,6 +21,7 @@ class FlexpSfl(Split):
     timing = Schedule("split-async")
     aligns = True
     recuts = True
+    guards = True
 
     @classmethod
     def schedule(cls, config: RunConfig) -> Schedule:

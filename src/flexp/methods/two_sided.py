@@ -35,7 +35,7 @@ from flexp.links.messages import ForwardRequest
 from flexp.methods.base import RATIO, Account, Axis, Cuts, Holds, OnStep, State, World
 from flexp.methods.federated import Client, Federated, within
 from flexp.methods.harness import Harness, Weights, size
-from flexp.models.parts import check_cut
+from flexp.models.anatomy import check_cut
 from flexp.models.stage import Stage
 from flexp.models.tuning import embedding_names
 from flexp.optim import Updater

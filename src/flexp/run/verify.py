@@ -24,10 +24,9 @@ from flexp.errors import ConfigError, FlexpError, ModelError
 from flexp.kinds import KINDS, ModelKind, logits_of
 from flexp.links.base import Link
 from flexp.links.opening import connected, loopback
-from flexp.models.anatomy import refuse_by_design
-from flexp.models.autos import AUTO
+from flexp.models.anatomy import Part, check_cut, refuse_by_design
+from flexp.models.heads import AUTO
 from flexp.models.loading import load_config, load_stage, quietly
-from flexp.models.parts import Part, check_cut
 from flexp.models.stage import Stage
 from flexp.models.tuning import tune
 from flexp.models.zoo import ARCHITECTURES, Padding, tiny_batch
@@ -70,6 +69,7 @@ class Setup:
     link: str = "in-process"
     dtype: str = "float32"
     autocast: str = "off"
+    quantization: str = "off"
     attention: str = "sdpa"
     memory: Literal["keep", "recompute"] = "keep"
     checkpointing: bool = False
@@ -85,6 +85,7 @@ class Setup:
             self.model,
             dtype=self.dtype,
             autocast=self.autocast,
+            quantization=self.quantization,
             attention=self.attention,
             tuning=self.tuning,
             train_embeddings=self.tuning == "full",

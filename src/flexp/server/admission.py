@@ -19,23 +19,29 @@ LONGEST = 1 << 24
 """Tokens of a text; where a model has no table of positions, it would take any number for one."""
 
 
-def check_taking_part(client: str, request: Join, only: Collection[str] | None, tuning: str | None) -> None:
-    """Refuse a client that does not belong to the run, or tunes its blocks in another way than it.
+def check_taking_part(
+    client: str, request: Join, only: Collection[str] | None, tuning: str | None, quantization: str | None
+) -> None:
+    """Refuse a client that does not belong to the run, or has its blocks in another way than it.
 
     Args:
         only: who belongs to it; ``None``: everybody.
-        tuning: the run's; ``None``: any.
+        tuning: of the run's clients; ``None``: any. Likewise their ``quantization``.
 
     Raises:
         LinkError: see above.
     """
     if only is not None and client not in only:
         raise LinkError(f"client {client} takes no part in this run: it has {', '.join(only)} (deployment.clients)")
-    if tuning not in (None, request.tuning):
-        raise LinkError(
-            f"client {client} was refused: its tuning is {request.tuning}, that of this server's clients {tuning}; set "
-            "the same model.tuning on both sides"
-        )
+    for key, own, wanted in (
+        ("tuning", request.tuning, tuning),
+        ("quantization", request.quantization, quantization),
+    ):
+        if wanted not in (None, own):
+            raise LinkError(
+                f"client {client} was refused: its {key} is {own}, that of this server's clients {wanted}; set the "
+                f"same model.{key} on both sides"
+            )
 
 
 def check_join(

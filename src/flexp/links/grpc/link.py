@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from flexp.config import CodecConfig
-from flexp.errors import LinkError, LinkLostError
+from flexp.errors import LinkError, LinkLostError, plain
 from flexp.links.base import Meter, Traffic
 from flexp.links.coding import PLAIN, Coding
 from flexp.links.declaring import Request
@@ -26,7 +26,6 @@ from flexp.links.grpc.security import Address
 from flexp.links.messages import Join, Leave, Refusal, Welcome
 from flexp.links.rules import Agreement, bounded, check_reply, check_request
 from flexp.rng import current_turn, resting
-from flexp.texts import plain
 
 R = TypeVar("R")
 CPU = torch.device("cpu")
