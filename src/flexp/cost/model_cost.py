@@ -23,6 +23,7 @@ from flexp.models.anatomy import dissect
 from flexp.models.fingerprint import fingerprint
 from flexp.models.loading import DTYPES
 from flexp.models.quantized import held_bytes
+from flexp.models.reading import pooled
 from flexp.models.stored import check_table, token_embedding
 
 SIZES = (2, 16)
@@ -90,6 +91,7 @@ class ModelCost:
         config: of the model, found where its ``id`` says; rank and checkpointing of the adapters are asked for.
         fingerprint: of the model's configuration, as :class:`flexp.cost.profile.ModelSeconds` names it.
         blocks: L; ``hidden``: H.
+        pooled: which token of a text a classifier's head reads (:func:`flexp.models.reading.pooled`).
         optimizer: of what is trained, a key of :data:`STATE`.
     """
 
@@ -115,6 +117,7 @@ class ModelCost:
         self.blocks, self.hidden = anatomy.blocks, anatomy.hidden
         self.kinds = kinds(bare)
         self._chosen = sorted(set(self.kinds))
+        self.pooled = pooled(bare)
         self._real = False
         self._shapes: dict[Any, ShapeCost] = {}
 

@@ -103,7 +103,8 @@ class Join(Request[Welcome]):
 
 @message
 class ForwardReply:
-    """``hidden_BTH``: what comes out of block e−1. ``align``: the alignment term, when it was due."""
+    """``hidden_BTH``: what comes out of block e−1, of the rows that were asked for. ``align``: the alignment term, when
+    it was due."""
 
     hidden_BTH: Annotated[Tensor, hidden("activation_down")]
     align: float | None = None
@@ -115,13 +116,16 @@ class ForwardRequest(Request[ForwardReply]):
 
     Attributes:
         exchange: numbers this client's exchanges; a backward names the forward that it belongs to.
-        hidden_BTH: the smashed activation z_k.
+        hidden_BTH: the smashed activation z_k; (1, N, H) are the N tokens under the mask, and so with the other
+            activations.
         mask_BT: the attention mask, if the client uses one.
         positions_BT: explicit positions, if the client uses any.
         base_BTH: z_base, when alignment is due on this exchange.
         inner_BTH: with alignment at every block, the activations after blocks s_min … s−2, in order.
         train: whether a backward will follow.
         step: of the client's steps the one that it belongs to, as in its backward; 0: not numbered.
+        rows_BT: the rows of h that the client reads: these alone come down, (1, R, H), and go up as ∂task/∂h; ``None``:
+            those of ``hidden_BTH``.
     """
 
     trains: ClassVar[bool | None] = True
@@ -134,6 +138,7 @@ class ForwardRequest(Request[ForwardReply]):
     inner_BTH: Annotated[tuple[Tensor, ...], hidden("aligned")] = ()
     train: bool = False
     step: Integer = 0
+    rows_BT: Annotated[Tensor | None, MASK] = None
 
 
 @message
@@ -150,7 +155,7 @@ class BackwardRequest(Request[BackwardReply]):
     """Run blocks [s, e) backward, for an earlier forward.
 
     Attributes:
-        grad_BTH: ∂task/∂h, scaled by what this exchange counts in its step.
+        grad_BTH: ∂task/∂h of the rows that came down, scaled by what this exchange counts in its step.
         step: numbers this client's steps from 1; one that was applied already is answered, and not applied again. 0:
             not numbered. A step is complete when all of its exchanges have arrived, in whatever order.
         exchanges: how many exchanges the step has, as far as is known: a later one may say more. Micro-batches share

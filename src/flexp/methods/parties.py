@@ -82,6 +82,7 @@ def split_model(
         expose_embeddings=config.model.expose_embeddings,
         numbering=numbering,
         codec=codec,
+        rows=config.link.rows,
         base_depth=config.model.base_depth,
     )
 

@@ -34,6 +34,8 @@ class Split(Method):
     timing: ClassVar[Schedule | None] = Schedule("split-async")
     axis: ClassVar[Axis | None] = (RATIO, (1.0, 4.0))
     meets = True
+    own_classifiers: ClassVar[bool] = False
+    """A client's classifier is its own, and never averaged."""
 
     def __init__(self, world: World) -> None:
         super().__init__(world)
@@ -54,6 +56,8 @@ class Split(Method):
         there = [name for name in self.world.participant_names if name not in self.gone]
         self.server.sums.open(there)
         seats = {name: seat_of(self.clients[name], own_world(self.world, name).config) for name in there}
+        for seat in seats.values():
+            seat.personal = self.own_classifiers
         adders = {name: OverLink(self._model(name).link) for name in there}
         return meet_at(seats, adders, {name: self.clients[name] for name in there}, meeting)
 

@@ -167,6 +167,7 @@ def _probe(world: World, client: str, examples: int, length: int) -> Probe:
         extra_optimizers=held.optimizers,
         ranks=tuple(own.beside.items()),
         frozen=config.method.personal.frozen_head_blocks,
+        rows=config.link.rows,
     )
 
 

@@ -249,6 +249,7 @@ class Party:
             self.diary.note(f"{error}; it meets nobody (with method.meet.secret it could)")
             adder = InOnePlace([name])
         seat = seat_of(self.trainer, self.config)
+        seat.personal = True
         seat.noise = secrets.randbits(63)  # nobody else knows it
         choice = meet_at({name: seat}, {name: adder}, {name: self.trainer}, meeting)[name]
         self._met = meeting + 1

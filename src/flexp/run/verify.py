@@ -199,7 +199,7 @@ def _train_both(setup: Setup, reference: Any, split: SplitModel, witness: _Witne
         with split.stage.computing():
             expected = reference(**batch)
         got = split(**batch)
-        logits = max(logits, difference(logits_of(expected), logits_of(got)))
+        logits = max(logits, difference(*(_of_tokens(logits_of(output), batch) for output in (expected, got))))
         losses = max(losses, difference(expected.loss, got.loss))
         expected.loss.backward()
         got.loss.backward()
@@ -213,6 +213,13 @@ def _train_both(setup: Setup, reference: Any, split: SplitModel, witness: _Witne
         personal.step()
     weights = largest(whole, both_sides(personal.parameters, witness.updater.parameters))
     return Outcome(setup, split.stage.anatomy.blocks, len(whole), logits, gradients, losses, weights)
+
+
+def _of_tokens(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    """Without those of padding, which a split model does not send: nobody reads them."""
+    mask_BT = batch.get("attention_mask")
+    per_token = mask_BT is not None and logits.dim() == 3 and logits.shape[:2] == mask_BT.shape
+    return logits[mask_BT.bool()] if per_token and mask_BT is not None else logits
 
 
 def difference(expected: Tensor | None, got: Tensor | None) -> float:

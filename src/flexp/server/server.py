@@ -41,6 +41,7 @@ from flexp.links.messages import (
     SumRequest,
     Welcome,
 )
+from flexp.links.packing import arrived, pack
 from flexp.models.anatomy import Part, block_count, check_cut
 from flexp.models.loading import load_config, load_stage
 from flexp.models.stage import Stage
@@ -55,6 +56,7 @@ from flexp.server.admission import (
     check_join,
     check_pull,
     check_taking_part,
+    same_exchange,
 )
 from flexp.server.clients import Key
 from flexp.server.session import Session
@@ -220,8 +222,9 @@ class Server(ServerState):
         session, key = self._sessions[client], ("forward", request.exchange)
         known = session.progress.answer(request.step, key) if request.train else None
         applied = session.progress.applied(request.step)
-        if known is not None and applied and alike(request.hidden_BTH, known.hidden_BTH):
+        if known is not None and applied and same_exchange(session, request, known):
             return cast(ForwardReply, known)
+        request, sent = arrived(request, f"client {client}")
         for other in self._sessions.values():
             other.drop_late(self.config.exchange_seconds)
         check_forward(session, request, self.shared.stage, self._sessions.in_flight)
@@ -230,7 +233,7 @@ class Server(ServerState):
         if request.train:  # without training nothing but its own answer comes of it
             check_finite(client, f"an activation of exchange {request.exchange}", _activations(request))
         with session.random.active():
-            reply = session.forward(request)
+            reply = session.forward(request, sent)
         self._remember(session, request.step, key, reply)
         return reply
 
@@ -240,7 +243,8 @@ class Server(ServerState):
         session, key = self._sessions[client], ("backward", request.exchange)
         known = session.progress.answer(request.step, key)
         complete = request.exchange not in session.pending
-        fits = known is not None and (known.grad_BTH is None or alike(request.grad_BTH, known.grad_BTH))
+        answered = session.progress.answer(request.step, ("forward", request.exchange))
+        fits = known is not None and answered is not None and alike(request.grad_BTH, answered.hidden_BTH)
         if fits and complete:
             return cast(BackwardReply, known)
         check_backward(session, request)
@@ -279,10 +283,11 @@ class Server(ServerState):
     def _extend(self, request: ExtendRequest, client: str) -> ExtendReply:
         """Blocks [s, e) on the next tokens of an answer, whose cache is kept here."""
         session = self._sessions[client]
+        request, sent = arrived(request, f"client {client}")
         for other in self._sessions.values():
             other.generations.drop_unused(self.config.generation_seconds)
         check_extend(session, request, self.shared.stage, self._sessions.values())
-        return ExtendReply(session.generations.extend(request, self.shared.stage, session.join.cut))
+        return ExtendReply(pack(session.generations.extend(request, self.shared.stage, session.join.cut), sent))
 
     @_handle.register
     def _end_generation(self, request: EndGeneration, client: str) -> Done:
