@@ -70,6 +70,42 @@ def test_supervised_fine_tuning_on_messages(
     assert_equal(one[3], other[3])
 
 
+@pytest.mark.parametrize("reference", [True, False], ids=["reference", "precomputed"])
+def test_preferences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference: bool) -> None:
+    """DPO against a reference model on a server of its own, or against what the model said before it was trained."""
+    monkeypatch.setenv("CI", "1")
+    monkeypatch.setattr(datasets.utils.logging, "is_progress_bar_enabled", lambda: False)
+    rows = [
+        {
+            "prompt": f"w{k}",
+            "chosen": f" w{k + 1} w{k + 2}",
+            "rejected": " ".join(f" w{k + j}" for j in range(k % 4 + 1)),
+        }
+        for k in range(12)
+    ]
+    found = []
+    for split in (True, False):
+        here, other = federation("llama", steps=2), federation("llama")
+        model, stage = (here.client("a", (2, 3)), None) if split else whole(here)
+        made = trl.DPOTrainer(
+            model=model,
+            ref_model=(other.client("a", (2, 3)) if split else whole(other)[0]) if reference else None,
+            args=trl.DPOConfig(
+                str(tmp_path / str(split)),
+                **{"per_device_train_batch_size": 4, "max_steps": 2, "learning_rate": LR, "max_grad_norm": 0.0},
+                **{"logging_steps": 1, "report_to": "none", "bf16": False, "use_cpu": True, "disable_tqdm": True},
+                **{"lr_scheduler_type": "linear", "save_strategy": "no", "precompute_ref_log_probs": not reference},
+            ),
+            train_dataset=datasets.Dataset.from_list(rows),
+            processing_class=tokenizer(pad_token="[EOS]"),
+        )
+        quiet(made).train()
+        found.append((losses(made), all_trained(here, model) if split else copied(stage.trainable())))  # type: ignore[union-attr]
+    assert found[0][0] == found[1][0]
+    assert len(set(found[0][0])) == 2
+    assert_equal(found[0][1], found[1][1])
+
+
 def test_what_trl_would_do_behind_the_link_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CI", "1")
     with pytest.raises(ConfigError, match=r"TrainingArguments\.use_liger_kernel = True"):

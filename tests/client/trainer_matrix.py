@@ -165,7 +165,8 @@ half.
 
 Seq2SeqTrainer's `predict_with_generate` (with `generation_max_length`) gives what the whole model writes. trl's
 `SFTTrainer` (extra `trl`) trains a causal language model on `messages`, with packing or without, as it trains the whole
-one.
+one; so does its `DPOTrainer`, with `precompute_ref_log_probs=True`, or with a split `ref_model` on a server of its own.
+Without either it loads a whole reference model here.
 
 ## Refused
 

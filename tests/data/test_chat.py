@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from flexp.config import DataConfig
 from flexp.data import load_federation
 from flexp.data.tasks.chat import ChatForm
+from flexp.data.tasks.instruction import Instruction
 from flexp.errors import ConfigError, DataError
 
 from .tools import jsonl, tokenizer
@@ -98,6 +99,19 @@ def test_without_a_chat_template_the_tasks_own_form_is_trained_and_chatted(tmp_p
     assert example["input_ids"][: len(asked)] == asked
     assert [label != -100 for label in example["labels"]].index(True) < len(asked)
     assert example["labels"][len(asked) - 1] == -100 != example["labels"][len(asked)]
+
+
+def test_prompts_and_answers_are_trained_as_they_are_chatted(tmp_path: Path) -> None:
+    """By the model's own chat template, if it has one; or by ``data.template``, then in ``flexp chat`` as well."""
+    tok, row = words(), {"prompt": "what is it ?", "answer": "a red dog", "client": "a"}
+    data = {"source": str(jsonl(tmp_path / "x.jsonl", [row])), "task": "instruction", "test_fraction": 0.0}
+    config = DataConfig.model_validate(data)
+    (client,) = load_federation(config, tok, 0, None).clients
+    assert client.train == examples(tmp_path, tok, [CHAT[1:3]])
+    (asked,) = [client.train[0]["input_ids"][: client.train[0]["labels"].index(tok.convert_tokens_to_ids("a"))]]
+    assert asked == tok.apply_chat_template(CHAT[1:2], add_generation_prompt=True)["input_ids"]
+    own = config.model_copy(update={"template": "Q {prompt} A :"})
+    assert (Instruction.chat_template(config, True), Instruction.chat_template(own, True)) == (None, "Q {prompt} A :")
 
 
 def test_a_long_chat_loses_its_beginning_and_keeps_its_last_answer(tmp_path: Path) -> None:

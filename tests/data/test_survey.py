@@ -33,12 +33,14 @@ def table(**columns: Any) -> list[dict[str, Any]]:
         (table(note=lambda k: f"{LONG} {k}", author=lambda k: "xy"[k % 2]), "causal-lm", {"text": "note"}, "author"),
         (table(text=lambda k: f"{LONG} {k}", tags=lambda k: [["a"], ["a", "b"], []][k % 3], kind=lambda k: "xy"[k % 2]),
          "multi-label", {"text": "text", "label": "tags"}, "4"),
+        (table(context=lambda k: f"{LONG} {k}", question=lambda k: f"the {k} ?", answers=lambda k: {"text": [f"{k}"]}),
+         "question-answering", {"text": "context", "prompt": "question", "answer": "answers"}, "4"),
         (table(text=lambda k: f"{LONG} {k}", score=lambda k: k / 4), "regression",
          {"text": "text", "label": "score"}, "4"),
         (table(tokens=lambda k: ["the", f"w{k}"], ner_tags=["O", "B-X"], text=lambda k: f"the w{k}"),
          "token-classification", {"text": "tokens", "label": "ner_tags"}, "4"),
     ],
-    ids=["classes", "answers", "choices", "chats", "texts", "labels", "numbers", "words"],
+    ids=["classes", "answers", "choices", "chats", "texts", "labels", "spans", "numbers", "words"],
 )  # fmt: skip
 def test_what_a_table_is_good_for(
     tmp_path: Path, rows: list[dict[str, Any]], task: str, keys: dict[str, Any], owner: str
@@ -64,6 +66,18 @@ def test_files_and_folders_may_be_clients_but_not_those_of_splits(tmp_path: Path
     made = drafted(splits, fitting(splits.columns)[0], "model", None, tmp_path / "x.toml")
     assert made["data"]["test_source"] == "splits#test"
     assert "test_fraction" not in made["data"]
+
+
+def test_signs_between_labels_and_what_belongs_together(tmp_path: Path) -> None:
+    rows = table(
+        body=lambda k: f"{LONG} {k}", tags=lambda k: ["a|b", "b|c", "a"][k % 3], patient=lambda k: f"p{k // 2}"
+    )
+    seen = survey(str(jsonl(tmp_path / "x.jsonl", rows)))
+    drafts = {draft.task: draft for draft in fitting(seen.columns)}
+    assert drafts["multi-label"].keys == {"text": "body", "label": "tags", "label_separator": "|"}
+    made = drafted(seen, drafts["multi-label"], "model", None, tmp_path / "x.toml")["data"]
+    assert (made["label_separator"], made["group"]) == ("|", "patient")
+    assert "group" not in drafted(seen, drafts["multi-label"], "model", "patient", tmp_path / "x.toml")["data"]
 
 
 def test_columns_are_counted(tmp_path: Path) -> None:

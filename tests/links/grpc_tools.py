@@ -87,7 +87,7 @@ def make_certificates(folder: Path) -> Certificates:
 def send_raw(link: GrpcLink, messages: Callable[[int], list[bytes]]) -> Future[Any]:
     """Send bytes past every check of this side, as the request of a number; what comes of it."""
     number = next(link._numbers)
-    call = _Call(Abort(), Head("Abort", number), Future(), None, torch.device("cpu"))
+    call = _Call(Abort(), Head("Abort", number), Future(), None, torch.device("cpu"), None)
     background().call_soon_threadsafe(link._enqueue, call, messages(number))
     return call.future
 

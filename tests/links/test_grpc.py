@@ -304,7 +304,7 @@ def test_frames_that_come_twice_or_too_late_are_computed_once_or_never() -> None
         def send(exchange: int, *, before: list[bytes] = [], twice: bool = False) -> Future[Any]:  # noqa: B006
             request = ForwardRequest(exchange, z)
             frame = PLAIN.frame(request, next(link._numbers))
-            call = _Call(request, frame.head, Future(), link.meter.evaluation, torch.device("cpu"))
+            call = _Call(request, frame.head, Future(), link.meter.evaluation, torch.device("cpu"), None)
             messages = [*before, *encode(frame) * (2 if twice else 1)]
             background().call_soon_threadsafe(link._enqueue, call, messages)
             return call.future

@@ -114,6 +114,9 @@ def test_tls_that_will_not_pass_ends_at_once(certificates: Certificates) -> None
         refusal_of(f"grpcs://{serving.address}", "has expired.*have its operator renew it", ca=certificates.ca)
         with pytest.raises(LinkError, match="has expired"):
             ask_status(f"grpcs://{serving.address}", ca=certificates.ca)
+    with serve(here.server, "127.0.0.2:0", tls=certificates.tls()) as serving:  # it is for 127.0.0.1 and localhost
+        words = "its certificate is not for the name 127.0.0.2: say the name that it is for"
+        refusal_of(f"grpcs://{serving.address}", words, ca=certificates.ca)
     with serve(here.server) as serving:
         refusal_of(f"grpcs://{serving.address}", "speaks no TLS: start it with --cert and --key", ca=certificates.ca)
         gone = serving.address

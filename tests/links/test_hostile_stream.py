@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 import logging
 import socket
@@ -21,7 +22,7 @@ from flexp.links.grpc import Tokens, connect, serve
 from flexp.links.grpc.gate import Attempts, Seldom
 from flexp.links.grpc.loop import Deadline, in_time
 from flexp.links.grpc.status import ask_readmit, ask_status
-from flexp.links.grpc.stream import Memory
+from flexp.links.grpc.stream import Memory, Stream
 from flexp.links.messages import ForwardRequest
 from flexp.links.rules import Limits
 from tests.harness import world
@@ -52,6 +53,32 @@ def test_who_announces_large_frames_holds_up_nobody_who_sends_small_ones() -> No
         assert (memory.used, memory.waiting, dict(memory.held)) == (0, 0, {})
 
     asyncio.run(play())
+
+
+def test_a_stream_that_is_ended_leaves_nothing_unheard() -> None:
+    """asyncio complains of exceptions that nobody looked at, on the terminal of whoever runs the server."""
+    heard: list[Any] = []
+
+    class Context:
+        async def read(self) -> Any:
+            await asyncio.Event().wait()
+
+        async def abort(self, *_: Any) -> None:
+            raise RuntimeError("aborted")  # as gRPC's does
+
+    async def play() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: heard.append(context["message"]))
+        stream = Stream("a", Context(), Limits(), Memory(MIB), lambda *_: asyncio.get_running_loop().create_future())
+        running = asyncio.ensure_future(stream.run())
+        await asyncio.sleep(0)
+        stream.end(LinkError("over"))
+        with pytest.raises(RuntimeError, match="aborted"):
+            await running
+        await asyncio.sleep(0)
+
+    asyncio.run(play())
+    gc.collect()
+    assert heard == []
 
 
 @pytest.mark.parametrize("pause", [0.02, 10.0])

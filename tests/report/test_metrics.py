@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexp.errors import StorageError
-from flexp.report.metrics import MetricsLog, read, write_records
+from flexp.report.metrics import Follower, MetricsLog, read, write_records
 
 from . import synthetic
 
@@ -93,3 +93,16 @@ def test_a_line_is_plain_json(tmp_path: Path) -> None:
     with MetricsLog(path) as log:
         log.write({"cut": (1, 4)})
     assert json.loads(path.read_text()) == {"cut": [1, 4]}
+
+
+def test_a_follower_reads_what_is_new(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    follower = Follower(path)
+    assert follower.new() == []
+    path.write_bytes(b'{"step": 1}\n{"step": 2}\n{"st')
+    assert [record["step"] for record in follower.new()] == [1, 2]
+    with path.open("ab") as file:
+        file.write(b'ep": 3}\n')
+    assert follower.new() == [{"step": 3}]
+    path.write_bytes(b'{"step": 1}\n')  # cut short by whoever went back
+    assert follower.new() == [{"step": 1}]

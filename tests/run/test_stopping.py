@@ -55,6 +55,8 @@ def test_a_run_stops_and_does_not_go_on(tmp_path: Path) -> None:
     summary = run(settings(tmp_path), tmp_path / "out")
     assert (summary["finished"], summary["rounds"]) == (True, 2)
     assert max(Store(tmp_path / "out" / CHECKPOINTS).numbers()) == 2
+    last = [record for record in read(tmp_path / "out" / "metrics.jsonl") if record["kind"] == "eval"][-1]
+    assert last["personal"].keys() >= {"f1_by_class", "confusion"}  # of the round that came to be the last
     again = resume(tmp_path / "out")
     assert (again["rounds"], again["finished"]) == (2, True)
     assert [r["round"] for r in read(tmp_path / "out" / "metrics.jsonl") if r["kind"] == "round"] == [1, 2]

@@ -30,6 +30,7 @@ def init(
     force: Annotated[bool, typer.Option("--force", help="Write over an older file.")] = False,
 ) -> None:
     """Look at data, ask what cannot be seen, and write a configuration that runs."""
+    from flexp.assets.registry import ASSETS
     from flexp.cli.data import show
     from flexp.config.loading import load
     from flexp.data.survey import survey
@@ -47,7 +48,8 @@ def init(
         clients = _answer(text, drafts.owners(seen), [*names, "file"], numbers=True)
     if model is None:
         guess = drafts.model_for(chosen)
-        model = _answer("which model? a folder, a Hugging Face id, or asset:NAME", guess) if asks else guess
+        brought = ", ".join(f"asset:{asset.name}" for asset in ASSETS.values() if asset.kind == "model")
+        model = _answer(f"which model? a folder, a Hugging Face id, or {brought}", guess) if asks else guess
     if model is None:
         raise ConfigError(f"FlexP brings no model for {chosen.task}: say which, --model FOLDER or a Hugging Face id")
     name = Path(data.partition("#")[0].removeprefix("asset:")).stem or "run"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
+from secrets import token_hex
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -37,7 +38,7 @@ def profile(
     rank: Annotated[int, typer.Option(min=1, help="LoRA: rank of the adapters.")] = 8,
     threads: Annotated[int | None, typer.Option(min=1, max=1024, help="Torch's threads.", show_default=False)] = None,
     server: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="Measure the network to this `flexp server`.")
+        str | None, typer.Option(metavar="[NAME@]HOST:PORT", help="Measure the network to this `flexp server`.")
     ] = None,
     like: Annotated[
         str, typer.Option("--class", help="Device class whose network (and watts) stand where nothing is measured.")
@@ -108,8 +109,10 @@ def _network(server: str, cost: object, examples: int, tuning: str) -> dict[str,
     from flexp.cost.link import measure_link
     from flexp.links.opening import as_link, connected
 
-    url = server if "://" in server else f"grpc://profile@{server}"
-    with connected(as_link(url)) as link:
+    scheme, _, place = server.rpartition("://")
+    if "@" not in place:
+        place = f"profile-{token_hex(4)}@{place}"  # nobody's name: a server has one client of a name
+    with connected(as_link(f"{scheme or 'grpc'}://{place}")) as link:
         measured = measure_link(link, cost, examples=examples, tuning=tuning)  # type: ignore[arg-type]
     return {
         "uplink_bps": measured.uplink_bps,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,9 +15,10 @@ from flexp.cli.settings import Force, console
 from flexp.errors import ConfigError
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.table import Table as RichTable
 
     from flexp.export.trained import Trained
+    from flexp.report.tables import Table
 
 Batch = Annotated[int | None, typer.Option(min=1, help="Examples at once; default: as in the run.")]
 
@@ -94,7 +96,8 @@ def evaluate(
         typer.echo(json.dumps(facts, indent=2))
         return
 
-    console().print(_table(scores, metric, opened.client, opened.round))
+    for shown in _tables(scores, metric, opened.client, opened.round):
+        console().print(shown)
 
 
 @grouped
@@ -119,27 +122,19 @@ def predict(
     typer.echo(f"{count} rows labelled in {out}")
 
 
-def _table(scores: dict[str, dict[str, dict[str, float]]], metric: str, client: str, number: int) -> Table:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
+def _tables(scores: dict[str, dict[str, dict[str, float]]], metric: str, client: str, number: int) -> list[RichTable]:
+    from flexp.report.scores import score_tables
 
-    from flexp.report import formats
+    found = {f"{which}: {name}": own for which, by_set in scores.items() for name, own in by_set.items()}
+    tables = score_tables(found, metric, "Model: data", "on the data that are named")
+    tables[0] = replace(tables[0], title=f"{client} after round {number}", caption="")
 
-    table = Table(
-        box=box.SIMPLE_HEAD, title=Text(f"{client} after round {number}"), title_justify="left", pad_edge=False
-    )
-    for name in ("Model", "Data"):
-        table.add_column(name)
-    for name in ("Examples", metric.capitalize(), "Majority", "Loss"):
-        table.add_column(name, justify="right")
-    for which, by_set in scores.items():
-        for name, found in by_set.items():
-            majority = formats.score(found.get("majority"), metric)
-            shown = (formats.score(found[metric], metric), majority, formats.number(found["loss"]))
-            figures = (formats.count(found["n"]), *shown)
-            table.add_row(Text(which), Text(name), *figures)
-    return table
+    def titles(table: Table) -> list[str]:
+        """A cell's unit goes into its column's title."""
+        share = [any(row[at].endswith(" %") for row in table.rows) for at in range(len(table.headers))]
+        return [f"{title} %" if percent else title for title, percent in zip(table.headers, share, strict=True)]
+
+    return [table.terminal(titles(table)) for table in tables]
 
 
 def _harness(

@@ -89,6 +89,17 @@ class PersonalModel(nn.Module):
         return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the client's weights."""
+        found: torch.dtype = self.model.dtype
+        return found
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether the client's own blocks are computed again in the backward."""
+        return any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules())
+
+    @property
     def loss_type(self) -> str | None:
         """The name of the model's loss, by which its items are counted."""
         return getattr(self.model, "loss_type", None)
@@ -120,6 +131,14 @@ class PersonalModel(nn.Module):
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Of the client's part alone."""
         return int(self.model.num_parameters(only_trainable, exclude_embeddings))
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep the activations of the client's own blocks."""
+        self.model.gradient_checkpointing_disable()
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
+        """:meth:`activation_checkpointing_enable` by its older name."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: Mapping[str, Any] | None = None, **options: Any

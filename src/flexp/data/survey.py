@@ -21,6 +21,10 @@ CLIENTS = (
     "client", "site", "hospital", "clinic", "institution", "office", "organisation", "organization", "owner", "user",
     "user_id", "author", "device", "region", "branch", "department", "house", "shop", "store", "speaker", "domain",
 )  # fmt: skip
+GROUPS = (
+    "group", "patient", "patient_id", "subject", "subject_id", "document", "document_id", "doc_id", "conversation_id",
+    "thread_id", "session_id", "case_id", "passage_id",
+)  # fmt: skip
 """Names by which such a column is known at sight."""
 
 _NUMBER = re.compile(r"[-+]?\d*[.,]?\d+(e[-+]?\d+)?", re.IGNORECASE)
@@ -67,6 +71,12 @@ class Survey:
     files: Sequence[str] = ()  # clients, if every file or folder is one
     tests: bool = False  # there are files for testing beside those for training
     notes: Sequence[str] = field(default=())
+
+    def group(self) -> Column | None:
+        """The column whose equal values belong together (a patient, a document), if one is known by its name."""
+        found = [column for column in _named(self.columns, GROUPS) if column.kind in ("text", "number")]
+        client = self.client()
+        return next((one for one in found if one != client and 1 < one.distinct < one.filled), None)
 
     def client(self) -> Column | None:
         """The column that names owners, if one is known by its name."""

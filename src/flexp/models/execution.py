@@ -241,6 +241,10 @@ def undisturbed(device: torch.device) -> Iterator[None]:
         _set_random_state(state, device)
 
 
+def _unheard(*_: Any, **__: Any) -> None:
+    """What is said to a block that is not here."""
+
+
 class Absent(nn.Module):
     """Stands where a block is that another party owns. Keeps the plain attributes that a model may ask for."""
 
@@ -253,7 +257,9 @@ class Absent(nn.Module):
             for key, value in vars(holder).items()
             if not key.startswith("_") and isinstance(value, str | int | float | bool | None)
         }
-        self.__dict__.update({**plain, "index": index})
+        # A model may tell all of its blocks something (BigBird which attention to take); those elsewhere hear it there.
+        told = {key for kind in kinds for key in vars(kind) if key.startswith("set_")}
+        self.__dict__.update({**plain, **dict.fromkeys(told, _unheard), "index": index})
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         raise ModelError(f"block {self.index} was asked to run on a party that does not own it")

@@ -55,7 +55,7 @@ def pair(before: float | None, after: float | None, metric: str) -> str:
 
 def is_fraction(metric: str) -> bool:
     """Whether the metric lies in 0..1 and is shown as percent."""
-    return metric.endswith(("accuracy", "f1", "exact_match"))
+    return metric.endswith(("accuracy", "f1", "exact_match", "precision", "recall"))
 
 
 def number(value: float) -> str:

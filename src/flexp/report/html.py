@@ -11,7 +11,7 @@ from typing import Any
 
 from flexp.errors import StorageError
 from flexp.files import read_json, write_text
-from flexp.report import formats, metrics, pages, plots, tables
+from flexp.report import formats, metrics, pages, plots, scores, tables
 from flexp.report.metrics import Record
 from flexp.report.summary import SCHEMA
 
@@ -70,6 +70,7 @@ def render(summary: Mapping[str, Any], records: Sequence[Record], config: Any | 
         warnings=[*([] if summary["finished"] else [unfinished]), *summary.get("warnings", [])],
         run=summary,
         client_table=tables.clients(summary),
+        score_tables=scores.of_clients(records, str(summary["metric"])),
         figures=plots.all_plots(summary, records),
         machine={**summary["machine"], **summary["versions"]},
         config=config,

@@ -109,6 +109,27 @@ def read(path: Path) -> list[Record]:
     return records
 
 
+class Follower:
+    """Reads a diary that another process writes, a piece at a time: each call gives what came since the last."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._at = 0
+
+    def new(self) -> list[Record]:
+        """Whole records after those that were given before; all of them again where the diary was cut short."""
+        if not self.path.exists():
+            return []
+        with self.path.open("rb") as file:
+            if file.seek(0, 2) < self._at:
+                self._at = 0
+            file.seek(self._at)
+            content = file.read()
+        whole = content[: content.rfind(b"\n") + 1]
+        self._at += len(whole)
+        return [record for line in whole.splitlines() if (record := _parse(line)) is not None]
+
+
 def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Write a whole diary atomically, in place of what stood at ``path``."""
     with replacing(path) as part, part.open("wb") as file:

@@ -79,6 +79,11 @@ def ended(scores: Mapping[int, float | None], stopping: EarlyStopping, higher_is
     return since >= stopping.patience
 
 
+def may_be_last(number: int, train: TrainConfig) -> bool:
+    """Whether a round's scores are kept with all tables: the one before training, the last, and any that may be it."""
+    return number in (0, train.rounds) or train.early_stopping.patience is not None
+
+
 def check_conducted(train: TrainConfig, schedule: str) -> None:
     """Refuse what a conductor cannot follow.
 

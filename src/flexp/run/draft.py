@@ -36,6 +36,7 @@ _MEANING = {
     "data.source": "a file, a folder, asset:NAME or a datasets id",
     "data.test_source": "what is tested on; without it test_fraction of each client's examples",
     "data.task": "what a row is",
+    "data.group": "equal values share a client and a side of every split",
     "data.max_length": "tokens; what is longer is cut off, and counted",
     "data.test_fraction": "of each client's examples; they are never trained on",
     "data.clients.by": "whose a row is: a column, a file or folder, or a partitioner such as iid or dirichlet",
@@ -92,6 +93,9 @@ def drafted(survey: Survey, draft: Draft, model: str, clients: str | None, out: 
     clients = owners(survey) if clients is None else clients
     lengths = [column.long for column in survey.columns if column.name in draft.keys.values()]
     data = {"source": _beside(survey.source, out), "task": draft.task, **draft.keys}
+    group = survey.group()
+    if group is not None and group.name not in (clients, *draft.keys.values()):
+        data["group"] = group.name
     if survey.tests:
         data["test_source"] = f"{_beside(survey.source, out)}#test"
     if not TASKS[draft.task].images:

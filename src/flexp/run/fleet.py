@@ -14,6 +14,7 @@ from typing import Any
 
 from flexp.errors import ConfigError, FlexpError
 from flexp.files import check_free, folder_name, write_json
+from flexp.report.metrics import Follower
 from flexp.report.metrics import read as read_log
 from flexp.run.processes import begin
 from flexp.run.settle import Settled
@@ -80,6 +81,8 @@ class Fleet:
         self._stays = bool(deployment.get("allow_export"))  # the server, until it is told to go
         self.server = Process("server", [], out / "server" / "log.txt")
         self.clients = {name: Process(name, [], self.folder(name) / "log.txt") for name in self.cuts}
+        self._diaries = {name: Follower(self.folder(name) / "metrics.jsonl") for name in self.cuts}
+        self._steps: dict[str, set[int]] = {name: set() for name in self.cuts}  # some are done again
         self.address = ""
         self.way = ""  # how clients reach the server, if not at its address
 
@@ -189,7 +192,9 @@ class Fleet:
         return rows
 
     def _tell(self, told: int) -> int:
-        steps: int = sum(row["steps"] for row in self.results())
+        for name, diary in self._diaries.items():
+            self._steps[name] |= {record["step"] for record in diary.new() if record["kind"] == "step"}
+        steps = sum(map(len, self._steps.values()))
         total = self.config.train.total_steps * len(self.clients)
         tenth: int = 10 * steps // max(1, total)
         if tenth > told:

@@ -26,7 +26,7 @@ from flexp.report.metrics import Record
 from flexp.report.summary import VALIDATION
 from flexp.rng import RandomStream
 from flexp.run.conduct import ENDED
-from flexp.run.diary import Diary, ended
+from flexp.run.diary import Diary, ended, may_be_last
 from flexp.run.recutting import Mover
 from flexp.run.settle import ClientSetup
 from flexp.run.store import Store, party_of
@@ -220,7 +220,7 @@ class Party:
 
     def _evaluate(self, number: int) -> None:
         sides: dict[str, Scores] = {}
-        size, extras = self.config.evaluation.batch_size, number in (0, self.config.train.rounds)
+        size, extras = self.config.evaluation.batch_size, may_be_last(number, self.config.train)
         with RandomStream(0, self.model.device).active():  # a forward moves the generator, which others draw from
             if self.data.test:
                 sides["personal"] = evaluate(self.trainer.personal, self.task, self.data.test, size, extras=extras)

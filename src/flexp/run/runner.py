@@ -37,7 +37,7 @@ from flexp.report.summary import (
 from flexp.report.tensorboard import writer_of
 from flexp.rng import generator
 from flexp.run.costs import MemoryProbes
-from flexp.run.diary import Diary, ended
+from flexp.run.diary import Diary, ended, may_be_last
 from flexp.run.folder import MEND, check_length, data_of, is_joined, saved_facts
 from flexp.run.participants import Dropped, place
 from flexp.run.recutting import Recutting
@@ -269,7 +269,7 @@ class _Run:
     def _evaluate(self, number: int) -> None:
         task, size = self.world.federation.task, self.config.evaluation.batch_size
         scores: Scores = {}
-        extras = number in (0, self.config.train.rounds)  # scores that need forward passes of their own
+        extras = may_be_last(number, self.config.train)
         alike = getattr(self.method, "same_for_all", False)
         alike |= number == 0 and not self.config.privacy.on  # before training all have what came, or were taught
         everybody: dict[str, float] | None = None

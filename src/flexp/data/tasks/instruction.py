@@ -23,8 +23,11 @@ ANSWERS = ("answer", "response", "completion", "output", "reply")
 
 
 class Instruction(TextTask):
-    """``data.template`` makes the prompt; the answer column and the end-of-text token follow it. Chats
-    (``data.messages``) are made by the model's own chat template, if it has one and ``data.template`` is unset."""
+    """``data.template`` makes the prompt; the answer column and the end-of-text token follow it.
+
+    Where it is unset and the model has a chat template, that makes the text, of chats (``data.messages``) and of
+    prompts with answers alike: what is trained is what ``flexp chat`` asks for.
+    """
 
     name = "instruction"
     template = "### Instruction:\n{prompt}\n\n### Response:\n"
@@ -46,7 +49,7 @@ class Instruction(TextTask):
 
     @classmethod
     def chat_template(cls, config: DataConfig, own: bool) -> str | None:
-        if own and (config.messages is None or config.template is None):
+        if own and config.template is None:
             return None
         template = config.template or cls.template
         names = fields(template)
@@ -57,6 +60,9 @@ class Instruction(TextTask):
         config = self.config
         if config.messages is not None:
             return self._chats(rows, config.messages)
+        if config.template is None and getattr(self.processor, "chat_template", None):
+            form = ChatForm(self.processor)
+            return [example for row in rows for example in form.examples(self._turns(row), self.limit, place(row))]
         examples = []
         for row in rows:
             prompt = fill_row(config.template or self.template, config, row)
@@ -66,6 +72,11 @@ class Instruction(TextTask):
             ids, start, cut = fit_end(self.processor, ids, start, self.limit, place(row))
             examples.append(answer_example(ids, range(start, len(ids)), cut, place(row)))
         return examples
+
+    def _turns(self, row: Row) -> list[dict[str, str]]:
+        """A prompt and its answer as a chat."""
+        asked, answer = (as_text(row[name], name, place(row)) for name in (self.config.prompt, self.config.answer))
+        return [{"role": "user", "content": asked}, {"role": "assistant", "content": answer.strip()}]
 
     def measure(self, logits: Tensor, labels: Tensor, examples: Sequence[Example]) -> Tally:
         """Losses, and whether the likeliest token is right everywhere in the answer: then greedy decoding writes it."""

@@ -19,6 +19,9 @@ from flexp.data.types import Batch, Example, Row, Tally
 from flexp.errors import DataError
 from flexp.kinds import ModelKind
 
+TAGS = ("tags", "topics", "genres")
+SEPARATORS = ("|", ";", ",")
+
 
 class MultiLabel(SeveralLabels, TextTask):
     """Each class of ``label_names`` is there or not. The label column holds lists, or text that
@@ -36,9 +39,17 @@ class MultiLabel(SeveralLabels, TextTask):
     def suits(cls, columns: Sequence[Column]) -> dict[str, Any] | None:
         text, label = (
             text_column(columns),
-            column_of(columns, "list", (*LABELS, "tags", "topics", "genres")),
+            column_of(columns, "list", (*LABELS, *TAGS)),
         )
-        return None if text is None or label is None else {"text": text, "label": label}
+        if label is not None:
+            return None if text is None else {"text": text, "label": label}
+        for column in columns:  # text in which a sign divides the labels of most rows
+            values = [value for value, _ in column.common]
+            sign = next((s for s in SEPARATORS if sum(s in value for value in values) > len(values) / 2), None)
+            if sign is not None and column.kind == "text" and column.name.lower() in (*LABELS, *TAGS):
+                text = text_column([other for other in columns if other is not column])
+                return None if text is None else {"text": text, "label": column.name, "label_separator": sign}
+        return None
 
     @classmethod
     def own_columns(cls, config: DataConfig) -> dict[str, str]:

@@ -56,7 +56,9 @@ class Stream:
         """Serve until the client leaves or vanishes, or breaks the protocol, which ends its stream."""
         tasks = {asyncio.ensure_future(self._read_all()), asyncio.ensure_future(self._write_all())}
         try:
-            waiting: set[asyncio.Future[Any]] = {asyncio.gather(*tasks), self._ended}
+            both = asyncio.gather(*tasks)
+            both.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # whoever ends first is told
+            waiting: set[asyncio.Future[Any]] = {both, self._ended}
             done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             failed = next((future.exception() for future in done if future.exception()), None)
             if isinstance(failed, LinkError):
