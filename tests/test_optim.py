@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from flexp.config import OptimizerConfig
+from flexp.models.anatomy import Part
 from flexp.models.loading import load_stage
-from flexp.models.parts import Part
 from flexp.models.stage import carve
 from flexp.models.zoo import save_tiny
 from flexp.optim import Updater

@@ -16,7 +16,7 @@ from flexp.audit.page import render
 from flexp.cli.main import app
 from flexp.config import RunConfig
 from flexp.errors import ConfigError
-from flexp.models.parts import Part
+from flexp.models.anatomy import Part
 from flexp.models.stage import carve
 from tests import tiny
 from tests.cli.test_commands import toml

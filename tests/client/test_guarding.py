@@ -22,7 +22,7 @@ from flexp.links.opening import loopback
 from flexp.methods import World
 from flexp.methods.flexp_sfl import FlexpSfl
 from flexp.methods.parties import own_stage
-from flexp.models.parts import Part
+from flexp.models.anatomy import Part
 from flexp.run.settle import build_world, load_processor, model_folder
 from tests import tiny
 from tests.harness import seeded

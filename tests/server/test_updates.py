@@ -15,7 +15,7 @@ from flexp.client.exchange import Piece
 from flexp.config import AlignConfig, OptimizerConfig, ServerConfig
 from flexp.errors import TrainingError
 from flexp.kinds import unmasked_tokens
-from flexp.models.parts import Part
+from flexp.models.anatomy import Part
 from flexp.optim import Updater
 from flexp.server.shared import SharedBlocks
 from tests.harness import (

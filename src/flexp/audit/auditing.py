@@ -27,7 +27,7 @@ from flexp.kinds import IGNORED, KINDS, Answers
 from flexp.methods.base import Method, World
 from flexp.methods.parties import own_stage
 from flexp.methods.split import Split
-from flexp.models.parts import Part
+from flexp.models.anatomy import Part
 from flexp.run.settle import build_world, load_processor, model_folder
 
 PRETRAINED, TAUGHT = "pretrained", "taught"

@@ -20,6 +20,7 @@ from flexp.errors import ConfigError, LinkError
 from flexp.kinds import ModelKind, share_of
 from flexp.links.base import Link
 from flexp.links.messages import BackwardReply, BackwardRequest, ForwardReply, ForwardRequest
+from flexp.links.packing import Places, pack, sent, unpack
 from flexp.rng import Turn, current_turn, resting
 
 
@@ -81,7 +82,8 @@ class RemoteCall:
     """One exchange: sent when it is made, waited for when its result is needed.
 
     ``look`` is shown the request, h, ∂task/∂h and the gradients once it is through. ``own_BTH`` is a gradient at z of
-    the client's own, which the server does not see; it is added to what comes back.
+    the client's own, which the server does not see; it is added to what comes back. ``kept`` are the tokens of the
+    request's activations that cross; all that this class gives and takes is whole.
     """
 
     def __init__(
@@ -93,9 +95,12 @@ class RemoteCall:
         back: bool = True,
         look: Look | None = None,
         own_BTH: Tensor | None = None,
+        kept: Places | None = None,
     ) -> None:
         self.request = request
         self._own_BTH = own_BTH
+        self._kept = kept
+        self._reads = kept if request.rows_BT is None else Places.of(request.rows_BT)
         self.back = back  # whether anything below the cut is trained, so that a gradient must come back
         self._look = look
         self._h_BTH: Tensor | None = None  # and what was sent for it, for whoever looks
@@ -108,16 +113,17 @@ class RemoteCall:
         self._place = place
         self._turn = current_turn()  # autograd may run the backward in a thread of its own
         with self._waiting():  # a link inside this process computes at once
-            self._forward: Future[ForwardReply] = link.call(request)
+            self._forward: Future[ForwardReply] = link.call(sent(request, kept))
 
     def forward(self) -> Tensor:
         """h, (B, T, H), once it is here."""
         with self._waiting():
             reply = self._forward.result()
-        check_forward_reply(self.request, reply)
+        check_forward_reply(self.request, reply, self._reads)
         self.align = reply.align
-        self._h_BTH = None if self._look is None else reply.hidden_BTH
-        return reply.hidden_BTH
+        h_BTH = unpack(reply.hidden_BTH, self._reads)
+        self._h_BTH = None if self._look is None else h_BTH
+        return h_BTH
 
     def backward(self, grad_BTH: Tensor) -> BackwardReply:
         """Send ∂task/∂h and wait for the gradients at what was sent up."""
@@ -134,14 +140,14 @@ class RemoteCall:
             )
         request = BackwardRequest(
             self.request.exchange,
-            grad_BTH.detach(),
+            pack(grad_BTH.detach(), self._reads),
             place.step,
             place.of,
             place.tokens,
             place.weight,
             self.back,
         )
-        self._sent_BTH = None if self._look is None else request.grad_BTH
+        self._sent_BTH = None if self._look is None else grad_BTH.detach()
         with self._waiting():
             self._backward = self._link.call(request)
 
@@ -151,7 +157,10 @@ class RemoteCall:
         with self._waiting():
             reply = self._backward.result()
         if self.back or reply.grad_BTH is not None:
-            check_backward_reply(self.request, reply)
+            check_backward_reply(self.request, reply, self._kept)
+            assert reply.grad_BTH is not None
+            grad_BTH, *inner = (unpack(value, self._kept) for value in (reply.grad_BTH, *reply.inner_BTH))
+            reply = BackwardReply(grad_BTH, tuple(inner))
         if self._look is not None and self._place is not None and reply.grad_BTH is not None:
             assert self._h_BTH is not None
             assert self._sent_BTH is not None
@@ -280,12 +289,16 @@ class Steps:
             )
 
 
-def check_forward_reply(request: ForwardRequest, reply: ForwardReply) -> None:
-    """Refuse activations that are not finite, or an alignment that was not asked for.
+def check_forward_reply(request: ForwardRequest, reply: ForwardReply, reads: Places | None = None) -> None:
+    """Refuse activations that are not finite or not those that were asked for, or an alignment that was not.
+
+    Args:
+        reads: the rows that were asked for; ``None``: all.
 
     Raises:
         LinkError: see above.
     """
+    _check_shape(f"the activation of exchange {request.exchange}", reply.hidden_BTH, request.hidden_BTH, reads)
     check_finite(f"the activation of exchange {request.exchange}", reply.hidden_BTH)
     if reply.align is not None and (request.base_BTH is None or not abs(reply.align) < float("inf")):
         raise LinkError(
@@ -294,8 +307,11 @@ def check_forward_reply(request: ForwardRequest, reply: ForwardReply) -> None:
         )
 
 
-def check_backward_reply(request: ForwardRequest, reply: BackwardReply) -> None:
+def check_backward_reply(request: ForwardRequest, reply: BackwardReply, kept: Places | None = None) -> None:
     """Refuse gradients that are not finite, or at other activations than those that were sent.
+
+    Args:
+        kept: the tokens of them that crossed; ``None``: all.
 
     Raises:
         LinkError: see above.
@@ -309,7 +325,14 @@ def check_backward_reply(request: ForwardRequest, reply: BackwardReply) -> None:
     if reply.grad_BTH is None:
         raise LinkError(f"the server sends no gradient of exchange {request.exchange}, and one was asked for")
     for value in (reply.grad_BTH, *reply.inner_BTH):
+        _check_shape(f"the gradient of exchange {request.exchange}", value, request.hidden_BTH, kept)
         check_finite(f"the gradient of exchange {request.exchange}", value)
+
+
+def _check_shape(what: str, value: Tensor, whole_BTH: Tensor, kept: Places | None) -> None:
+    shape = tuple(whole_BTH.shape if kept is None else (1, len(kept), whole_BTH.shape[2]))
+    if tuple(value.shape) != shape:
+        raise LinkError(f"{what} is {tuple(value.shape)}, expected {shape}, as was asked for")
 
 
 def check_finite(what: str, value: Tensor) -> None:

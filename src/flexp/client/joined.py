@@ -12,12 +12,13 @@ from flexp.client.exchange import Steps, check_finite, waiting
 from flexp.client.guarding import Guard
 from flexp.client.personal import PersonalModel
 from flexp.client.watching import Watch
-from flexp.config import AlignConfig, CodecConfig, LoraConfig
+from flexp.config import AlignConfig, CodecConfig, LoraConfig, Rows
 from flexp.errors import ConfigError, LinkError
 from flexp.links.base import Link, ask
 from flexp.links.messages import Abort, Join, PullRequest, Welcome
+from flexp.models.anatomy import check_cut
 from flexp.models.fingerprint import fingerprint
-from flexp.models.parts import check_cut
+from flexp.models.reading import Pooling, ignores_padding
 from flexp.models.stage import Stage
 from flexp.rng import current_turn
 
@@ -40,9 +41,13 @@ class JoinedModel(PersonalModel):
         expose_embeddings: bool = False,
         numbering: int | None = None,
         codec: CodecConfig | None = None,
+        rows: Rows = "logits",
         base_depth: int | None = None,
     ) -> None:
         super().__init__(stage)
+        self.rows = rows
+        self._pooling = Pooling(stage)
+        self.ignores_padding = ignores_padding(stage.model)
         self.link = link
         self.align = align
         self.tuning = tuning
@@ -158,6 +163,7 @@ class JoinedModel(PersonalModel):
                 cut=cut,
                 dtype=str(self.model.dtype),
                 autocast=self.stage.autocast_name,
+                quantization=self.stage.quantization,
                 tuning=self.tuning,
                 align=self.align,
                 lora=self.lora,

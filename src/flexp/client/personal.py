@@ -21,8 +21,8 @@ from flexp.client.exchange import Piece
 from flexp.config import ModelConfig
 from flexp.errors import ConfigError, ModelError
 from flexp.kinds import ModelKind
+from flexp.models.anatomy import Part
 from flexp.models.loading import load_stage
-from flexp.models.parts import Part
 from flexp.models.stage import Stage
 
 
@@ -208,6 +208,17 @@ class WholeModel:
         with torch.no_grad():
             for name, parameter in self.stage.trainable().items():
                 parameter.copy_(state[name])
+
+
+def answering(model: Any) -> Callable[[Mapping[str, Tensor]], Any]:
+    """A model's answers, for evaluation: outputs with ``logits``, without gradients."""
+
+    def forward(batch: Mapping[str, Tensor]) -> Any:
+        model.train(False)
+        with torch.no_grad():
+            return model(**batch)
+
+    return forward
 
 
 def save_ties_once(module: nn.Module) -> None:

@@ -29,7 +29,7 @@ from flexp.client.trainer import Trainer, cut_in, load_party, split_model_of
 from flexp.errors import ConfigError, LinkError, ModelError
 from flexp.links.base import Link, ask
 from flexp.links.messages import FetchReply, FetchRequest
-from flexp.models.parts import Part, check_cut
+from flexp.models.anatomy import Part, check_cut
 from flexp.models.stage import Stage
 
 Blocks = Callable[[Part], Stage]
@@ -271,11 +271,7 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check_fetched(reply: FetchReply, block: int, most: int) -> None:
-    """Refuse more of a block than was asked for, or than any block has.
-
-    Raises:
-        LinkError: see above.
-    """
+    """Refuse more of a block than was asked for, or than any block has. Raises LinkError."""
     size = sum(value.numel() * value.element_size() for value in reply.weights.values())
     if not 0 <= reply.total <= MOST_TENSORS or (len(reply.weights) > 1 and size > most):
         raise LinkError(

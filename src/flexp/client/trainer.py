@@ -17,6 +17,7 @@ from torch import Tensor
 from flexp.client.exchange import Piece
 from flexp.client.model import SplitModel
 from flexp.client.overlap import Done, overlapped
+from flexp.client.personal import answering
 from flexp.config import TrainConfig
 from flexp.data.types import Batch, ClientData, Task
 from flexp.errors import DataError, TrainingError
@@ -123,9 +124,7 @@ class Trainer:
 
     def personal(self, batch: Mapping[str, Tensor]) -> Any:
         """The personal model on a batch, for evaluation; gives an output with ``logits``."""
-        self.model.train(False)
-        with torch.no_grad():
-            return self.model(**batch)
+        return answering(self.model)(batch)
 
     def _exchanges(self, pieces: list[tuple[Piece, Batch]]) -> Iterator[Done]:
         if self._in_flight > 1 and isinstance(self.model, SplitModel):

@@ -99,6 +99,16 @@ class RunConfig(Section):
             raise ValueError(
                 "model.train_embeddings = true needs model.tuning = 'full': LoRA trains adapters in the blocks only"
             )
+        if self.recut.on and self.server.quantization not in (None, self.model.quantization):
+            raise ValueError(
+                f"recut.on needs the same quantization on both sides: model.quantization is {self.model.quantization}, "
+                f"server.quantization {self.server.quantization}, so a block that moves would be another one"
+            )
+        if self.model.quantization != "off" and self.model.tuning == "full":
+            raise ValueError(
+                f'model.quantization = "{self.model.quantization}" keeps whole numbers, which full tuning cannot train;'
+                ' set model.tuning = "lora"'
+            )
         if self.model.embeddings == "file" and self.model.train_embeddings:
             raise ValueError(
                 'model.embeddings = "file" leaves them as they are, and model.train_embeddings = true trains them: '

@@ -61,6 +61,7 @@ def measure_link(
             cut=cut,
             dtype=str(DTYPES[cost.config.dtype]),
             autocast=cost.config.autocast,
+            quantization=cost.config.quantization,
             tuning=tuning,
             align=AlignConfig(kind="off"),
         ),

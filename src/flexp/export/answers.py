@@ -11,8 +11,7 @@ from typing import Any
 import torch
 
 from flexp.config import DataConfig
-from flexp.data.columns import check_present
-from flexp.data.labels import check_known
+from flexp.data.columns import check_known, check_present
 from flexp.data.scores import evaluate
 from flexp.data.sources import Rows, read_rows
 from flexp.data.tasks import task_of

@@ -42,8 +42,9 @@ class Tensors:
 
     Attributes:
         shapes: one of these, a letter a dimension: B and T are those of the message's first tensor (of the request's,
-            in an answer), H is the model's width, 1 is 1. None: tensors of any shape; floating-point ones, if ``dtype``
-            says nothing.
+            in an answer), H is the model's width, 1 is 1; b and t are those of its mask: B and T, unless B is 1 and T
+            are the tokens under the mask (:mod:`flexp.links.packing`). None: tensors of any shape; floating-point ones,
+            if ``dtype`` says nothing.
         dtype: their type; ``None``: the model's.
         codec: the key of ``link.codec`` that says in what form they cross; ``None``: they cross as they are.
         flags: zeros and ones of any type, which cross as one byte each.
@@ -55,9 +56,9 @@ class Tensors:
     flags: bool = False
 
 
-MASK = Tensors(("BT",), flags=True)
-POSITIONS = Tensors(("BT", "1T"), torch.int64)
-ROWS = Tensors(("B",), torch.int64)
+MASK = Tensors(("bt",), flags=True)
+POSITIONS = Tensors(("bt", "1t"), torch.int64)
+ROWS = Tensors(("b",), torch.int64)
 WEIGHTS = Tensors()
 INTEGERS = Tensors(dtype=torch.int64)
 
@@ -173,8 +174,11 @@ def tensors(said: Any) -> Iterator[tuple[str, Tensor]]:
 
 def size(said: Any) -> int:
     """The bytes of a message's tensors, as they cross without a codec (:meth:`flexp.links.coding.Coding.size`)."""
-    # A mask crosses as one byte an entry, whatever type the model wants it in.
-    return sum(value.numel() * (1 if name == "mask_BT" else value.element_size()) for name, value in tensors(said))
+    return sum(
+        value.numel() * (1 if entry.tensors.flags else value.element_size())  # flags cross as one byte each
+        for entry in declared(type(said)).entries
+        for _, value in entry.split(getattr(said, entry.field))
+    )
 
 
 _declared: dict[type[Any], Declaration] = {}

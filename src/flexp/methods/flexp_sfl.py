@@ -21,6 +21,7 @@ class FlexpSfl(Split):
     timing = Schedule("split-async")
     aligns = True
     recuts = True
+    own_classifiers = True
     guards = True
 
     @classmethod

@@ -3,7 +3,7 @@
 Every block's *instance* attribute ``forward`` is shadowed by a recorder and the model's own ``forward`` is called once.
 That yields the embedded hidden state and, per block, its exact arguments (masks, rotary tables, positions): the
 execution plan. Replaying it calls the very blocks with the very arguments, so that nothing can differ from the whole
-model.
+model. Here are also the stand-ins for what a party does not own, through which the model's own code makes its plan.
 """
 
 from __future__ import annotations

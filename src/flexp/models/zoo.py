@@ -21,8 +21,8 @@ from transformers import (
 from flexp.errors import ModelError
 from flexp.kinds import IGNORED, KINDS, ModelKind
 from flexp.models.architectures import ARCHITECTURES, FIRST_TOKEN, LABELS, PAD, VOCAB, Attention, Spec
-from flexp.models.autos import AUTO, set_head
 from flexp.models.batches import max_positions
+from flexp.models.heads import AUTO, set_head
 
 __all__ = ["ARCHITECTURES", "Spec", "save_tiny", "tiny_batch", "tiny_model"]
 

@@ -14,8 +14,8 @@ from flexp.client.personal_head import Choice
 from flexp.config import RunConfig
 from flexp.config.loading import validate
 from flexp.data import load_federation
-from flexp.data.identity import check_same
 from flexp.data.scores import evaluate
+from flexp.data.split import check_same
 from flexp.data.types import Example, Federation
 from flexp.errors import ConfigError, StorageError
 from flexp.files import check_free, read_json, write_json
@@ -37,13 +37,11 @@ from flexp.report.summary import (
 from flexp.report.tensorboard import writer_of
 from flexp.rng import generator
 from flexp.run.costs import MemoryProbes
-from flexp.run.diary import Diary
-from flexp.run.folder import is_joined
-from flexp.run.going_on import MEND, check_length, data_of, saved_facts
+from flexp.run.diary import Diary, ended
+from flexp.run.folder import MEND, check_length, data_of, is_joined, saved_facts
 from flexp.run.participants import Dropped, place
 from flexp.run.recutting import Recutting
 from flexp.run.settle import Federate, build_world
-from flexp.run.stopping import ended
 from flexp.run.store import CHECKPOINTS, Store
 from flexp.run.virtual import client_facts, cuts_by_round
 

@@ -19,9 +19,9 @@ from flexp.links.grpc import Serving, serve
 from flexp.methods.turns import schedule
 from flexp.run.conduct import Conductor, run_name
 from flexp.run.deterministic import Deterministic
+from flexp.run.diary import check_conducted
 from flexp.run.free import Free
 from flexp.run.status import StatusReporter, observed
-from flexp.run.stopping import check_conducted
 from flexp.run.store import Store
 from flexp.server import Server
 from flexp.server.rules import Quota

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from flexp.config import AlignConfig, ServerConfig
 from flexp.errors import BadValuesError, LinkError
 from flexp.links.messages import BackwardReply, BackwardRequest, ForwardReply, ForwardRequest, Join
+from flexp.links.packing import Places, pack, unpack
 from flexp.rng import RandomStream, drawing_from
 from flexp.server.alignment import aligned, combine, taught
 from flexp.server.clients import Progress
@@ -31,7 +32,7 @@ class Pending:
 
     ``output_BTH`` holds the graph; with memory = "recompute", or where the graph has no room, it is ``None`` and the
     input, the mask and the state of the random generator are kept instead. ``bytes`` are all of it, ``since`` in
-    seconds of the monotonic clock.
+    seconds of the monotonic clock. ``sent`` are the tokens that crossed of z, ``reads`` those of h; ``None``: all.
     """
 
     request: ForwardRequest
@@ -42,6 +43,8 @@ class Pending:
     align_BTH: list[Tensor]
     bytes: int = 0
     since: float = field(default_factory=time.monotonic)
+    sent: Places | None = None
+    reads: Places | None = None
 
 
 @dataclass
@@ -117,15 +120,21 @@ class Session:
         """Whether a step is under way."""
         return bool(self.pending or self.gathered)
 
-    def forward(self, request: ForwardRequest) -> ForwardReply:
-        """Run blocks [s, e); keep what the backward will need, with the weights that it belongs to."""
+    def forward(self, request: ForwardRequest, sent: Places | None = None) -> ForwardReply:
+        """Run blocks [s, e); keep what the backward will need, with the weights that it belongs to.
+
+        Args:
+            request: with whole activations.
+            sent: the tokens of them that crossed.
+        """
+        reads = sent if request.rows_BT is None else Places.of(request.rows_BT)
         stage = self.shared.stage
         start, stop = self.join.cut
         plan = stage.plan_without_inputs(request.hidden_BTH, request.mask_BT, request.positions_BT)
         stage.model.train(request.train)
         if not request.train:
             with torch.no_grad():
-                return ForwardReply(stage.run(request.hidden_BTH, plan, start, stop))
+                return ForwardReply(pack(stage.run(request.hidden_BTH, plan, start, stop), reads))
 
         if not self.busy:
             self.boundary = self.random.state
@@ -148,9 +157,17 @@ class Session:
         else:
             keep_graph, z_BTH = False, request.hidden_BTH.detach()
         self.pending[request.exchange] = Pending(
-            request, self.shared.hold(), z_BTH, h_BTH if keep_graph else None, generator, align_BTH, size
+            request,
+            self.shared.hold(),
+            z_BTH,
+            h_BTH if keep_graph else None,
+            generator,
+            align_BTH,
+            size,
+            sent=sent,
+            reads=reads,
         )
-        return ForwardReply(h_BTH.detach(), value)
+        return ForwardReply(pack(h_BTH.detach(), reads), value)
 
     def backward(self, request: BackwardRequest) -> BackwardReply:
         """The gradient at z, from the very weights of the forward; then train the shared blocks."""
@@ -164,7 +181,7 @@ class Session:
                 gradients = torch.autograd.grad(
                     h_BTH,
                     [z_BTH, *(parameters[name] for name in reached)],
-                    request.grad_BTH,
+                    unpack(request.grad_BTH, pending.reads),
                     allow_unused=True,
                 )
                 task_BTH = gradients[0]
@@ -189,10 +206,11 @@ class Session:
         # Micro-batches share one step. Each has a mean over its own tokens, so it counts by its share of the step's.
         scaled = [value * (self.align.weight * request.tokens) for value in pending.align_BTH]
         if not scaled:
-            return BackwardReply(task_BTH)
+            return BackwardReply(pack(task_BTH, pending.sent))
         *inner, at_cut = scaled
         return BackwardReply(
-            combine(task_BTH, at_cut, self.align.combine), tuple(value.to(task_BTH.dtype) for value in inner)
+            pack(combine(task_BTH, at_cut, self.align.combine), pending.sent),
+            tuple(pack(value.to(task_BTH.dtype), pending.sent) for value in inner),
         )
 
     def drop(self) -> None:

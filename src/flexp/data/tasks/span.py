@@ -15,8 +15,8 @@ from flexp.config import DataConfig
 from flexp.data.columns import as_text, missing
 from flexp.data.measures import plain_words, words_in_common
 from flexp.data.survey import Column, column_of
-from flexp.data.tasks.base import BaseTask, place
-from flexp.data.tasks.text import Limit, pad
+from flexp.data.tasks.base import BaseTask, Limit, place
+from flexp.data.tasks.text import pad
 from flexp.data.types import Batch, Example, Row, Tally
 from flexp.errors import ConfigError, DataError
 from flexp.kinds import ModelKind
