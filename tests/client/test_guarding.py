@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 
 from flexp.attacks.public import known_to_all
 from flexp.client.guarding import Guard, distance_correlation
+from flexp.client.noise import DELTA, Noise, epsilon
 from flexp.config import PrivacyConfig, RunConfig
 from flexp.errors import ConfigError, PrivacyError
 from flexp.links.messages import ForwardRequest
@@ -76,6 +78,13 @@ def test_what_a_taught_head_sends_depends_less_on_its_tokens(folder: Path, tunin
     assert dependence() < 0.8 * before
 
 
+@pytest.mark.parametrize(("align", "says"), [("kl", True), ("weights", False), ("off", False)])
+def test_a_run_says_that_alignment_sends_z_base(folder: Path, align: str, says: bool) -> None:
+    cuts, off = tiny.each(cut=[[1, 4], [2, 4]]), {"penalty": "off"}
+    world = build_world(config(folder, off, data={"clients": cuts}, method={"align": {"kind": align}}))
+    assert any("z_base, the activation of depth 1" in note for note in world.federation.notes) is says
+
+
 @contextmanager
 def seen(method: FlexpSfl) -> Iterator[list[Any]]:
     """What reaches the server inside the ``with`` block."""
@@ -128,7 +137,7 @@ def test_the_penalty_trains_along_with_the_task(folder: Path) -> None:
 @pytest.mark.parametrize("steps", [0, 1])
 def test_a_resumed_run_is_an_undisturbed_one(folder: Path, steps: int) -> None:
     """Also where it was stopped before its head was taught."""
-    world = build_world(config(folder))
+    world = build_world(config(folder, {"noise": 0.5}))
     whole, before, after = FlexpSfl(world), FlexpSfl(world), FlexpSfl(world)
     for _ in range(steps):
         before.clients["north"].step()
@@ -143,6 +152,41 @@ def test_a_resumed_run_is_an_undisturbed_one(folder: Path, steps: int) -> None:
     for party, tensors in expected.items():
         for name, value in tensors.items():
             assert "seconds" in name or torch.equal(value, found[party][name]), (party, name)
+
+
+def test_noise_belongs_to_the_text_and_the_key() -> None:
+    z_BTH = torch.randn(2, 5, 64, generator=seeded(0))
+    ids_BT = torch.tensor([[3, 4, 5, 0, 0], [3, 4, 6, 7, 8]])
+    mask_BT = ids_BT > 0
+    noise = Noise(2.0, key=7, clip=3.0)
+    covered = noise.cover(z_BTH, ids_BT, mask_BT) - noise.clipped(z_BTH)
+    alone = noise.cover(z_BTH[:1, :3], ids_BT[:1, :3], mask_BT[:1, :3]) - noise.clipped(z_BTH[:1, :3])
+    assert torch.allclose(covered[0, :3], alone[0], atol=1e-5)  # whatever else is in the batch
+    assert not torch.allclose(covered[0, :2], covered[1, :2], atol=0.1)  # another text
+    other = Noise(2.0, key=8, clip=3.0)
+    assert not torch.allclose(other.cover(z_BTH, ids_BT, mask_BT) - other.clipped(z_BTH), covered, atol=0.1)
+    assert float(covered.norm(dim=-1).mean()) == pytest.approx(6.0, rel=0.1)
+    assert float(noise.clipped(z_BTH).norm(dim=-1).max()) <= 3.0 + 1e-5
+    guards = [Guard(PrivacyConfig(noise=1.0), [], None, 0) for _ in range(2)]
+    assert (
+        len({guard.noise.key for guard in guards if guard.noise is not None}) == 2
+    )  # the seed, which the server knows, does not tell it
+
+
+def test_padding_is_not_sent() -> None:
+    ids_BT, mask_BT = torch.tensor([[3, 4, 0]]), torch.tensor([[1, 1, 0]])
+    guard = Guard(PrivacyConfig(noise=1.0, clip=1.0), [], None, 0, 1)
+    assert not guard.sent(ids_BT, mask_BT, torch.ones(1, 3, 8))[0, 2].any()
+
+
+@pytest.mark.parametrize(("ratio", "tokens"), [(20.0, 1), (60.0, 12)])
+def test_epsilon_is_that_of_two_gaussians(ratio: float, tokens: int) -> None:
+    """The hockey-stick divergence at it, integrated by hand, is δ; σ = ρ·C/√H, and 2C a token apart."""
+    far = 2 * math.sqrt(tokens) / (ratio / math.sqrt(384))
+    x = np.linspace(-12, 12 + far, 200_001)
+    p, q = (np.exp(-((x - at) ** 2) / 2) / math.sqrt(2 * math.pi) for at in (far, 0.0))
+    excess = np.maximum(p - math.exp(epsilon(ratio, 384, tokens)) * q, 0.0)
+    assert float(np.trapezoid(excess, x)) == pytest.approx(DELTA, rel=1e-2)
 
 
 class OverGrpc(FlexpSfl):
@@ -165,7 +209,9 @@ def test_over_grpc_it_is_the_same(folder: Path) -> None:
             way.__exit__(None, None, None)
         return found
 
-    world = build_world(config(folder, train={"rounds": 1, "steps_per_round": 2, "micro_batch": 2, "in_flight": 2}))
+    train = {"rounds": 1, "steps_per_round": 2, "micro_batch": 2, "in_flight": 2}
+    world = build_world(config(folder, {"noise": 0.5}, train=train))
+    assert any("no guarantee" in note for note in world.federation.notes)
     near, far = trained(FlexpSfl, world), trained(OverGrpc, world)
     assert all(torch.equal(near[name], far[name]) for name in near)
 

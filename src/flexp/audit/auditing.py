@@ -28,7 +28,6 @@ from flexp.methods.base import Method, World
 from flexp.methods.parties import own_stage
 from flexp.methods.split import Split
 from flexp.models.anatomy import Part
-from flexp.models.stage import Stage
 from flexp.run.settle import build_world, load_processor, model_folder
 
 PRETRAINED, TAUGHT = "pretrained", "taught"
@@ -151,8 +150,7 @@ def audit(
     blind: dict[str, float] = {}
     for depth in sorted({depth for _, depth in places}):
         kinds = [kind for kind in ATTACKS if (full or not kind.slow) and (decoder or not kind.causal)]
-        for head, stage in _heads(world, depth, examples, tokenizer).items():
-            known = known_to_all(stage, depth, examples)
+        for head, known in _heads(world, depth, examples, tokenizer).items():
             for attack in (kind() for kind in kinds):
                 began = time.perf_counter()
                 attack.learn(known)
@@ -180,16 +178,17 @@ def audit(
     )
 
 
-def _heads(world: World, depth: int, examples: Sequence[Example], tokenizer: Any) -> dict[str, Stage]:
-    """The heads that an attacker learns from: the pretrained one, and where clients teach theirs, one that it taught in
-    the same way on public text."""
-    heads, config = {PRETRAINED: world.source}, world.config.privacy
+def _heads(world: World, depth: int, examples: Sequence[Example], tokenizer: Any) -> dict[str, Public]:
+    """What the heads that an attacker learns from make of public text: the pretrained one, and where clients teach
+    theirs or add noise, one that it taught in the same way, with such noise."""
+    heads, config = {PRETRAINED: known_to_all(world.source, depth, examples)}, world.config.privacy
     if config.on and depth > 0:
         blocks = world.source.anatomy.blocks
         surrogate = own_stage(world, Part.client((depth, blocks), blocks))
         unbound = config.model_copy(update={"max_content_words": None})
-        Guard(unbound, examples[:SURROGATE], tokenizer, SURROGATE).teach(surrogate, depth)
-        heads[TAUGHT] = surrogate
+        guard = Guard(unbound, examples[:SURROGATE], tokenizer, SURROGATE, SURROGATE)
+        guard.teach(surrogate, depth)
+        heads[TAUGHT] = guard.covered(known_to_all(surrogate, depth, examples))
     return heads
 
 

@@ -97,6 +97,10 @@ class SplitGenerator:
         if not model.model.can_generate():
             raise ModelError(f"{type(model.model).__name__} writes no text; use a causal language model")
         if model.guard is not None:
+            if model.guard.noise is not None:
+                raise ConfigError(
+                    "privacy.noise covers whole texts, and an answer is sent token by token: leave it out"
+                )
             model.guard.teach(model.stage, model.cut[0])  # before anything is sent
         self.split = model
         self.reconnect = reconnect

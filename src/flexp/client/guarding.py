@@ -11,7 +11,9 @@ and every token of the private ones in random order, through it, and learns the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from flexp.attacks.public import dull_tokens, encoded, known_to_all, paragraphs
 from flexp.attacks.tokens import Linear, Public, Sent, Table
+from flexp.client.noise import Noise
 from flexp.config import PrivacyConfig
 from flexp.data.types import Example
 from flexp.errors import ConfigError, PrivacyError
@@ -42,16 +45,31 @@ class Guard:
         examples: its training examples.
         tokenizer: of the model.
         seed: of the client; what is drawn here is drawn by nobody else.
+        key: of its noise; ``None``: a secret one. The seed is none: every party of a run knows it.
 
     Attributes:
         taught: the cut's s that the head has been taught for; −1: for none yet.
         read: the share of content words that the last check read; ``None``: none was made.
     """
 
-    def __init__(self, config: PrivacyConfig, examples: Sequence[Example], tokenizer: Any, seed: int) -> None:
+    def __init__(
+        self,
+        config: PrivacyConfig,
+        examples: Sequence[Example],
+        tokenizer: Any,
+        seed: int,
+        key: int | None = None,
+    ) -> None:
         self.config, self.taught = config, -1
+        key = secrets.randbits(62) if key is None else key
+        self.noise = Noise(config.noise, key, config.clip) if config.noise else None
         self.read: float | None = None
         self._examples, self._tokenizer, self._seed = examples, tokenizer, seed
+
+    @property
+    def penalises(self) -> bool:
+        """Whether there is a penalty along with the task."""
+        return self.config.penalty != "off" and self.config.weight > 0
 
     def teach(self, stage: Stage, depth: int) -> None:
         """Teach blocks [0, ``depth``) of ``stage``, if they are not yet. Draws from a stream of its own.
@@ -63,7 +81,7 @@ class Guard:
         if self.taught == depth:
             return
         trained = [value for name, value in stage.trainable().items() if stage.within(name, 0, depth)]
-        if not trained:
+        if not trained and self.config.penalty != "off":
             raise ConfigError("privacy.penalty: nothing below the cut is trained; cut deeper, or freeze less")
         mode = stage.model.training
         with RandomStream(derived_seed(self._seed, STREAM), stage.model.device).active(), torch.enable_grad():
@@ -72,6 +90,28 @@ class Guard:
             finally:
                 stage.model.train(mode)
         self.taught = depth
+
+    def sent(self, ids_BT: Tensor, mask_BT: Tensor | None, z_BTH: Tensor) -> Tensor:
+        """What is sent of z, (B, T, H): nothing where there is padding, since it knows the text as well."""
+        mask_BT = torch.ones_like(ids_BT).bool() if mask_BT is None else mask_BT.bool()
+        if self.noise is not None:
+            z_BTH = self.noise.cover(z_BTH, ids_BT, mask_BT)
+        return z_BTH * mask_BT.unsqueeze(-1)
+
+    def state(self) -> dict[str, Tensor]:
+        """What :meth:`load` needs."""
+        clip = None if self.noise is None else self.noise.clip
+        own = {"taught": torch.tensor(self.taught)}
+        if self.noise is not None:
+            own["noise_key"] = torch.tensor(self.noise.key)
+        return own if clip is None else own | {"clip": torch.tensor(clip, dtype=torch.float64)}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from :meth:`state`."""
+        self.taught = int(state.get("taught", -1))
+        if self.noise is not None:
+            self.noise.key = int(state.get("noise_key", self.noise.key))
+            self.noise.clip = float(state["clip"]) if "clip" in state else self.config.clip
 
     def gradient(self, stage: Stage, ids_BT: Tensor, mask_BT: Tensor | None, z_BTH: Tensor) -> Tensor:
         """The gradient of the weighted penalty at z, (B, T, H)."""
@@ -92,17 +132,21 @@ class Guard:
 
     def _warm_up(self, stage: Stage, depth: int, trained: list[torch.nn.Parameter]) -> None:
         warm, bound, read = self.config.warm_up, self.config.max_content_words, 1.0
+        steps = 0 if self.config.penalty == "off" else warm.steps
         private = [_tokens(example) for example in self._examples]
         longest = max(map(len, private))
         texts = paragraphs(None if self.config.public is None else Path(self.config.public), PUBLIC)
         public = [example["input_ids"][:longest] for example in encoded(self._tokenizer, texts, passes=0)]
         everything = [*private, *public]
+        if self.noise is not None and self.noise.clip is None:
+            came = known_to_all(stage, depth, [{"input_ids": ids} for ids in public])
+            self.noise.clip = float(came.sent.z_NH.norm(dim=1).median())
         kept_NH = _pooled_of(stage, depth, everything)
         spread = kept_NH.var(0).mean().clamp_min(1e-12)
         draw = generator(self._seed, STREAM, "batches")
         optimiser = torch.optim.AdamW(trained, lr=warm.lr, weight_decay=0.0)
-        for step in range(warm.steps + 1):
-            last = step == warm.steps
+        for step in range(steps + 1):
+            last = step == steps
             if bound is not None and (last or step % warm.check_every == 0):
                 read = self.read = self._check(stage, depth, private, public)
                 if read <= bound:
@@ -117,6 +161,8 @@ class Guard:
             stage.model.train(True)
             z_BTH = _run(stage, depth, ids_BT, mask_BT)
             away = (pooled(z_BTH, mask_BT.bool()) - kept_NH[numbers]).square().mean() / spread
+            if self.noise is not None:
+                z_BTH = self.noise.cover(z_BTH, ids_BT, mask_BT.bool())
             loss = away + warm.weight * self._penalty(stage, ids_BT, mask_BT, z_BTH)
             for value, grad in zip(trained, torch.autograd.grad(loss, trained, allow_unused=True), strict=True):
                 value.grad = grad
@@ -125,10 +171,16 @@ class Guard:
             optimiser.zero_grad(set_to_none=True)
         if bound is not None:
             raise PrivacyError(
-                f"after {warm.steps} steps of the warm-up an attacker who has the head reads {100 * read:.0f} % "
+                f"after {steps} steps of the warm-up an attacker who has the head reads {100 * read:.0f} % "
                 f"of content words, and privacy.max_content_words is {bound:g}; nothing was sent. Cut deeper (now "
-                f"s = {depth}), raise privacy.warm_up.steps or privacy.warm_up.weight, or the bound"
+                f"s = {depth}), raise privacy.warm_up.steps or .weight, add privacy.noise, or raise the bound"
             )
+
+    def covered(self, known: Public) -> Public:
+        """What a client with this guard, whose noise is another, would have sent."""
+        if self.noise is None:
+            return known
+        return replace(known, sent=replace(known.sent, z_NH=self.noise.fresh(known.sent.z_NH)))
 
     def _check(self, stage: Stage, depth: int, private: list[list[int]], public: list[list[int]]) -> float:
         """The share of content words of some private texts that the better of two attacks reads."""
@@ -141,6 +193,7 @@ class Guard:
         shuffled = [flat[start : start + length] for start in range(0, len(flat), length)]
         known = known_to_all(stage, depth, [{"input_ids": ids} for ids in [*public[: PUBLIC // 2], *shuffled]])
         truth = known_to_all(stage, depth, [{"input_ids": ids} for ids in some])
+        known, truth = self.covered(known), self.covered(truth)
         return max(content_read(attack, known, truth.sent, truth.ids_N, special)
                    for attack in (Table(), Linear()))  # fmt: skip
 

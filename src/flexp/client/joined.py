@@ -125,7 +125,7 @@ class JoinedModel(PersonalModel):
         """
         if self.cut[0] > self.base_depth and (self.align.kind == "weights" or self.align.has_term or self.align.teach):
             raise ConfigError(
-                f"privacy.penalty teaches what is sent at the cut (s = {self.cut[0]}), and method.align.kind = "
+                f"[privacy] is about what is sent at the cut (s = {self.cut[0]}), and method.align.kind = "
                 f"{self.align.kind!r} would send z_base of depth {self.base_depth}, or take over blocks that were not "
                 'taught: set method.align.kind = "off"'
             )

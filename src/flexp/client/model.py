@@ -209,6 +209,8 @@ class SplitModel(JoinedModel):
             z_BTH = self.stage.run(z_BTH, plan, index, index + 1)
             if inner and index < start - 1:
                 inner_BTH.append(z_BTH)
+        if self.guard is not None:
+            z_BTH = self.guard.sent(inputs["input_ids"], inputs.get("attention_mask"), z_BTH)
         back = z_BTH.requires_grad
         if train and not back:
             z_BTH = z_BTH.detach().requires_grad_()  # the server's blocks need a backward even if nothing here does
@@ -227,7 +229,7 @@ class SplitModel(JoinedModel):
         )
         look = None if self.watch is None else self._look
         own_BTH = None
-        if self.guard is not None and self.guard.config.weight and place is not None:
+        if self.guard is not None and self.guard.penalises and place is not None:
             ids_BT, mask_BT = inputs["input_ids"], inputs.get("attention_mask")
             own_BTH = place.tokens * self.guard.gradient(self.stage, ids_BT, mask_BT, z_BTH)
         call = RemoteCall(self.link, request, place, back=back, look=look, own_BTH=own_BTH, kept=kept)

@@ -238,7 +238,7 @@ def party_state(trainer: Trainer) -> dict[str, Tensor]:
     model = split_model_of(trainer)
     own = {"cut": torch.tensor(model.cut)}
     if model.guard is not None:
-        own["taught"] = torch.tensor(model.guard.taught)
+        own |= model.guard.state()
     return trainer.state() | own | model.link.meter.tensors() | save_residuals(model.link.residuals, OWED)
 
 
@@ -260,7 +260,7 @@ def load_party(trainer: Trainer, state: Mapping[str, Tensor]) -> None:
     trainer.load(state)
     model.go_on(trainer.steps)
     if model.guard is not None:
-        model.guard.taught = int(state.get("taught", -1))
+        model.guard.load(state)
     model.link.meter.load_tensors(state)
     owed = {key.removeprefix(OWED): value for key, value in state.items() if key.startswith(OWED)}
     load_residuals(model.link.residuals, owed)

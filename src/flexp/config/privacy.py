@@ -20,11 +20,14 @@ class WarmUpConfig(Section):
 
 
 class PrivacyConfig(Section):
-    """A client teaches its head not to tell its tokens (:mod:`flexp.client.guarding`)."""
+    """A client teaches its head not to tell its tokens (:mod:`flexp.client.guarding`), and covers what it sends with
+    noise (:mod:`flexp.client.noise`)."""
 
     # nopeek: the distance correlation between what is sent and the input embeddings (NoPeek, arXiv 2008.09161)
     penalty: Literal["off", "nopeek"] = "off"
     weight: Annotated[float, Field(ge=0.0)] = 0.1  # of the penalty along with the task
+    noise: Annotated[float, Field(ge=0.0)] = 0.0  # ρ: its norm ÷ the norm that every token's activation is clipped to
+    clip: Rate | None = None  # that norm; None: the median that the head gives public texts when it comes
     public: str | None = None  # a file of public texts, one a line; None: the manual that comes with Python
     # what an attacker who is given the head itself may read when the warm-up ends; else nothing is sent. None: no bound
     max_content_words: Fraction | None = None
@@ -32,5 +35,5 @@ class PrivacyConfig(Section):
 
     @property
     def on(self) -> bool:
-        """Whether heads are taught."""
-        return self.penalty != "off"
+        """Whether anything is done."""
+        return self.penalty != "off" or self.noise > 0

@@ -87,12 +87,14 @@ class RunConfig(Section):
             what = "recut.on" if self.recut.on else "devices.changes"
             raise ValueError(f'{what} needs a method that moves cuts while it trains, such as "{DEFAULT}"')
         if self.privacy.on and not METHODS[self.method.name].guards:
-            raise ValueError(f'privacy.penalty needs a method whose heads stay on their clients, such as "{DEFAULT}"')
+            raise ValueError(f'[privacy] needs a method whose heads stay on their clients, such as "{DEFAULT}"')
         if self.privacy.on and (self.recut.on or self.devices.changes):
-            raise ValueError("privacy.penalty teaches a head for its cut, which recut.on and devices.changes move: "
+            raise ValueError("[privacy] is for one cut, which recut.on and devices.changes move: "
                              "choose one")  # fmt: skip
         if self.privacy.max_content_words is not None and not self.privacy.on:
-            raise ValueError("privacy.max_content_words holds taught heads to it: set privacy.penalty = 'nopeek'")
+            raise ValueError(
+                "privacy.max_content_words holds a defence to it: set privacy.penalty = 'nopeek' or privacy.noise"
+            )
         if self.recut.on and self.server.tuning not in (None, self.model.tuning):
             raise ValueError(
                 f"recut.on needs the same tuning on both sides: model.tuning is {self.model.tuning}, server.tuning "

@@ -26,6 +26,7 @@ from flexp.models.loading import load_stage
 from flexp.models.stage import Stage, carve
 from flexp.models.tuning import tune
 from flexp.optim import Updater
+from flexp.rng import derived_seed
 
 
 def own_stage(world: World, part: Part, ranks: Mapping[int, int] | None = None) -> Stage:
@@ -91,15 +92,18 @@ def split_model(
 def make_trainer(world: World, name: str, model: Trainable, stage: Stage) -> Trainer:
     """The loop of one client; data, batches, steps and optimiser are the same for every method."""
     data = next(data for data in world.federation.clients if data.name == name)
-    return own_trainer(world.config, data, world.federation.task, model, stage)
+    key = derived_seed(client_seed(world.config.seed, name), "noise")  # nobody is there to keep it from
+    return own_trainer(world.config, data, world.federation.task, model, stage, key)
 
 
-def own_trainer(config: RunConfig, data: ClientData, task: Task, model: Trainable, stage: Stage) -> Trainer:
-    """The same for a client that has nobody else's data."""
+def own_trainer(
+    config: RunConfig, data: ClientData, task: Task, model: Trainable, stage: Stage, key: int | None = None
+) -> Trainer:
+    """The same for a client that has nobody else's data. ``key``: of its noise; ``None``: a secret one."""
     updater = Updater(stage.trainable(), config.train.personal, config.train.total_steps, stage.new)
     seed = client_seed(config.seed, data.name)
     if config.privacy.on and isinstance(model, SplitModel):
-        model.guard_with(Guard(config.privacy, data.train, task.processor, seed))
+        model.guard_with(Guard(config.privacy, data.train, task.processor, seed, key))
     return Trainer(data, task, model, updater, config.train, seed=seed)
 
 

@@ -19,6 +19,7 @@ import transformers
 from flexp.assets import resolve
 from flexp.client.meeting import closed_form_of
 from flexp.client.model import SplitModel
+from flexp.client.noise import DELTA, epsilon
 from flexp.client.trainer import Trainer
 from flexp.config import CodecConfig, DataConfig, RunConfig
 from flexp.data import load_federation, pad_id
@@ -30,7 +31,7 @@ from flexp.files import read_json
 from flexp.kinds import KINDS, ModelKind
 from flexp.links.base import Link
 from flexp.machine import imitates_bfloat16
-from flexp.methods.base import World, method_of
+from flexp.methods.base import World, base_depth, method_of
 from flexp.methods.parties import own_config, own_trainer, split_model, tune_own
 from flexp.models.anatomy import Part, block_count, check_cut
 from flexp.models.batches import max_positions
@@ -132,6 +133,7 @@ def settle(config: RunConfig, federate: Federate = load_federation, *, plan: boo
     if plan and config.data.clients.planned:  # before anything is loaded
         config, more, planned = with_cuts(config, federation, blocks)
         notes += more
+    notes += _privacy_notes(config, federation, int(model_config.get_text_config().hidden_size))
     federation = replace(federation, notes=[*federation.notes, *notes])
     return Settled(config, federation, model_id, blocks, own_pad(federation.task.model_kind, processor), planned)
 
@@ -146,7 +148,8 @@ def build_world(config: RunConfig, federate: Federate = load_federation) -> Worl
     source = found.load()
     found = replace(found, blocks=source.anatomy.blocks)
     cuts = method_of(found.config).cuts(found.config, found.cuts, found.blocks)
-    return World(found.config, found.federation, source, cuts, plan=found.plan)
+    notes = [*found.federation.notes, *_base_notes(found.config, cuts)]
+    return World(found.config, replace(found.federation, notes=notes), source, cuts, plan=found.plan)
 
 
 def world_of(folder: Path, config: RunConfig) -> World:
@@ -321,6 +324,32 @@ def _meeting_notes(config: RunConfig) -> list[str]:
     if asked and why:
         return [f"clients do not meet: {why}, so model.head and method.meet are left out"]
     return []
+
+
+def _privacy_notes(config: RunConfig, federation: Federation, hidden: int) -> list[str]:
+    ratio = config.privacy.noise
+    if not ratio:
+        return []
+    longest = max((len(e.get("input_ids", ())) for client in federation.clients for e in client.train), default=1)
+    one, text = epsilon(ratio, hidden), epsilon(ratio, hidden, max(1, longest))
+    return [
+        f"privacy.noise = {ratio:g} guarantees ε = {one:.3g} for one activation and {text:.3g} for a text of {longest} "
+        f"tokens (δ = {DELTA:g}), sent once, and none for a run: more than about 10 is no guarantee"
+    ]
+
+
+def _base_notes(config: RunConfig, cuts: Mapping[str, tuple[int, int]]) -> list[str]:
+    align, method = config.method.align, method_of(config)
+    if not method.aligns or not (align.has_term or align.teach) or not cuts:
+        return []
+    base = base_depth(config, cuts)
+    deeper = sum(start > base for start, _ in cuts.values())
+    if not deeper:
+        return []
+    return [
+        f"alignment sends z_base, the activation of depth {base}, of {deeper} clients with deeper cuts, from which the "
+        "server reads their texts as from a shallow cut; method.align.kind = 'off' sends none"
+    ]
 
 
 def _precision_notes(config: RunConfig) -> list[str]:
