@@ -25,6 +25,7 @@ demo: $(VENV)/.stamp-run
 	$(BIN)/flexp demo
 
 test: $(VENV)/.stamp-dev
+	PYTHONPATH=$(VENV)/quantized OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/quantized
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.stamp-dev
@@ -61,6 +62,8 @@ $(VENV)/.stamp-run: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.stamp-dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing FlexP, what it needs and the tools of development into $(VENV) (a few minutes the first time) ..."
 	$(INSTALL) -e '.[dev]'
+	@# In a place of its own: where it is found, every process that imports peft takes seconds longer.
+	$(INSTALL) --no-deps --target $(VENV)/quantized bitsandbytes
 	@touch $(VENV)/.stamp-run $@
 
 $(VENV)/.stamp-docs: pyproject.toml constraints.txt | $(BIN)/python

@@ -17,8 +17,8 @@ from flexp.config import ModelConfig, OptimizerConfig
 from flexp.cost.echo import client_model, random_batch
 from flexp.cost.probe import Probe
 from flexp.cost.probe import measure as peak
+from flexp.models.anatomy import Part
 from flexp.models.loading import ModelKind, load_stage
-from flexp.models.parts import Part
 from flexp.models.stage import Stage
 from flexp.models.stored import token_embedding
 from flexp.models.tuning import tune

@@ -19,7 +19,8 @@ from benchmarks.tools.command import Data, Encoder, Examples, Length, Result, St
 from flexp.config import RunConfig
 from flexp.data.scores import evaluate
 from flexp.links.base import Link, Wrapping
-from flexp.links.messages import BackwardRequest, Request
+from flexp.links.declaring import Request
+from flexp.links.messages import BackwardRequest
 from flexp.methods.flexp_sfl import FlexpSfl
 from flexp.models.loading import load_config
 from flexp.run.settle import build_world

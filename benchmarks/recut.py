@@ -25,7 +25,7 @@ from flexp.config import RunConfig
 from flexp.config.loading import load
 from flexp.links.grpc import connect, serve
 from flexp.links.opening import connected
-from flexp.models.parts import check_cut
+from flexp.models.anatomy import check_cut
 from flexp.run.server import make_server
 from flexp.run.settle import ClientSetup, settle_client
 from flexp.run.store import ParkedOnDisk

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from flexp.client.model import OFF, SPLIT_MODELS, SplitModel
 from flexp.config import AlignConfig, CodecConfig, LoraConfig, ModelConfig, OptimizerConfig, ServerConfig
 from flexp.links.base import Link, Wrapping
-from flexp.links.messages import Join, Request, Welcome
+from flexp.links.declaring import Request
+from flexp.links.messages import Join, Welcome
+from flexp.models.anatomy import Part
 from flexp.models.fingerprint import fingerprint
-from flexp.models.parts import Part
 from flexp.models.stage import Stage, carve
 from flexp.models.tuning import tune
 from flexp.models.zoo import tiny_batch, tiny_model

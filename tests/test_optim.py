@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from flexp.config import OptimizerConfig
+from flexp.models.anatomy import Part
 from flexp.models.loading import load_stage
-from flexp.models.parts import Part
 from flexp.models.stage import carve
 from flexp.models.zoo import save_tiny
 from flexp.optim import Updater
@@ -36,6 +36,22 @@ def test_new_weights_have_a_rate_of_their_own_on_the_same_schedule() -> None:
     old, new = moved(config, steps=4, total=4)
     assert old == pytest.approx([0.5, 0.375, 0.25, 0.125])
     assert new == pytest.approx([2.0, 1.5, 1.0, 0.5])
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+def test_a_transposed_gradient_goes_where_it_belongs(name: str) -> None:
+    """``torch.autograd.grad`` may give one, and a fused optimiser pairs elements by their place in memory."""
+    config = OptimizerConfig.model_validate({"name": name, "lr": 0.5, "clip": None})
+    mine, plain = (nn.Parameter(torch.arange(6.0).reshape(2, 3)) for _ in range(2))
+    updater, gradient = Updater({"w": mine}, config), torch.randn(3, 2, generator=torch.Generator().manual_seed(0)).T
+    cls = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name]
+    other = cls([plain], lr=0.5, weight_decay=config.weight_decay)
+    for step in range(3):
+        mine.grad, plain.grad = gradient * (step + 1), (gradient * (step + 1)).contiguous()
+        updater.step()
+        other.step()
+        updater.load(updater.state())
+    assert torch.allclose(mine, plain, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])

@@ -17,7 +17,7 @@ from benchmarks.tools import pictures as module
 from benchmarks.tools.pictures import divide, federation, read_pictures, small_cnn
 from flexp.config import ModelConfig
 from flexp.errors import DataError
-from flexp.models.parts import Part
+from flexp.models.anatomy import Part
 from flexp.models.stage import carve
 from flexp.models.tuning import tune
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from benchmarks.pfl import make_method, settings
 from benchmarks.tools.pictures import divide, federation, read_pictures, small_cnn
+from flexp.client.trainer import BatchOrder
 from flexp.config import RunConfig
-from flexp.data.ordering import BatchOrder
 from flexp.data.types import Batch, ClientData
 from flexp.methods import World
 from flexp.methods.parties import client_seed

@@ -16,8 +16,8 @@ from flexp.config import CodecConfig, ModelConfig, OptimizerConfig
 from flexp.cost.echo import random_batch
 from flexp.cost.probe import Probe
 from flexp.links.base import Link
+from flexp.models.anatomy import Part, check_cut
 from flexp.models.loading import AUTO, ModelKind, load_config, load_stage, quietly
-from flexp.models.parts import Part, check_cut
 from flexp.models.stage import Stage, carve
 from flexp.models.tuning import tune
 from flexp.optim import Updater

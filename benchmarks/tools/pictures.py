@@ -36,8 +36,7 @@ from flexp.data.tasks import limit_of
 from flexp.data.tasks.image_classification import ImageClassification
 from flexp.data.types import ClientData, Example, Federation
 from flexp.errors import DataError
-from flexp.models.anatomy import Anatomy
-from flexp.models.parts import Part
+from flexp.models.anatomy import Anatomy, Part
 from flexp.models.stage import Stage
 
 Rule = Literal["dirichlet", "pathological"]

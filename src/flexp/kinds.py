@@ -144,3 +144,36 @@ KINDS: dict[str, Kind] = {
     "question-answering": Kind("AutoModelForQuestionAnswering", "span", "question-answering", "QUESTION_ANS"),
 }
 """By kind; where a checkpoint fits several, the first is meant."""
+
+
+def unmasked_tokens(batch: Mapping[str, Any]) -> int:
+    """The tokens that a batch's alignment is a mean over; of images, whose tokens are equally many, their number."""
+    mask, ids = batch.get("attention_mask"), batch.get("input_ids")
+    if mask is not None:
+        return int(mask.sum())
+    return int(ids.numel()) if ids is not None else len(next(iter(batch.values())))
+
+
+def share_of(kind: ModelKind, inputs: Mapping[str, Any], even: float) -> tuple[float, float]:
+    """A batch's share of its step's items, and its items, for loops that do not say; at least one.
+
+    Args:
+        even: the share, where nobody says how many items the step has (``num_items_in_batch``) or the labels are not
+            there (they are kept back where somebody else computes the loss).
+    """
+    from torch import Tensor
+
+    first: Tensor = next(value for value in inputs.values() if isinstance(value, Tensor))
+    labelled = all(isinstance(inputs.get(name), Tensor) for name in KINDS[kind].targets)
+    items, shifted = float(len(first)), inputs.get("shift_labels")
+    if isinstance(shifted, Tensor):
+        items = float(max(1, int((shifted != IGNORED).sum())))
+    elif labelled:
+        items = float(max(1, KINDS[kind].items(inputs)))
+    total = inputs.get("num_items_in_batch")
+    if total is None:
+        return even, items
+    whole = max(1.0, float(total))
+    if labelled:
+        return min(1.0, items / whole), items
+    return even, min(max(1.0, whole * even), float(first.shape[:2].numel()))  # no more than it has tokens

@@ -49,6 +49,9 @@ class Updater:
         """
         # Sorted, since a sum's last bits depend on its order, and a checkpoint may come back in another one.
         parameters = [self.parameters[name] for name in sorted(self.parameters)]
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad = _laid_out(parameter.grad, parameter)
         gradients = [value.grad for value in parameters if value.grad is not None]
         norm = 0.0
         if self._optimizer is not None and gradients:
@@ -103,7 +106,8 @@ class Updater:
         assert self._optimizer is not None
         for entry, value in state.items():
             key, _, name = entry.partition("/")
-            self._optimizer.state[self.parameters[name]][key] = value.clone()
+            parameter = self.parameters[name]
+            self._optimizer.state[parameter][key] = _laid_out(value.clone(), parameter)
 
     def state(self) -> dict[str, Tensor]:
         """Everything that :meth:`load` needs to go on bit for bit, as flat named tensors."""
@@ -132,7 +136,17 @@ class Updater:
             if name not in self.parameters:
                 raise StorageError(f"the optimiser's saved state names {name}, which is not trained here")
             parameter = self.parameters[name]
-            self._optimizer.state[parameter][key] = value.clone()
+            self._optimizer.state[parameter][key] = _laid_out(value.clone(), parameter)
+
+
+def _laid_out(value: Tensor, parameter: Tensor) -> Tensor:
+    """``value`` with its elements in memory as those of ``parameter``: torch's fused optimisers pair them by place.
+
+    ``torch.autograd.grad`` gives what an operation left, a transposed one too, unlike ``backward``.
+    """
+    if value.shape != parameter.shape or value.stride() == parameter.stride():
+        return value
+    return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def schedule(config: OptimizerConfig, step: int, total_steps: int | None) -> float:

@@ -9,14 +9,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from flexp.attacks.labels import answers, auc, clustered, directions, with_known
+from flexp.attacks.tokens import ATTACKS, Decoder, Linear, Prefix, Public, Sent, Table
 from flexp.audit import audit
-from flexp.audit.attacks import ATTACKS, Decoder, Linear, Prefix, Public, Sent, Table
-from flexp.audit.labels import answers, auc, clustered, directions, with_known
 from flexp.audit.page import render
 from flexp.cli.main import app
 from flexp.config import RunConfig
 from flexp.errors import ConfigError
-from flexp.models.parts import Part
+from flexp.models.anatomy import Part
 from flexp.models.stage import carve
 from tests import tiny
 from tests.cli.test_commands import toml

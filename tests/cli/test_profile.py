@@ -11,7 +11,7 @@ from flexp.cli.main import main
 from flexp.config import ModelConfig
 from flexp.cost.profile import Profile
 from flexp.links.grpc import serve
-from flexp.models.parts import Part
+from flexp.models.anatomy import Part
 from flexp.models.stage import Stage, carve
 from flexp.models.tuning import tune
 from flexp.models.zoo import tiny_model

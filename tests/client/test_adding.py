@@ -12,7 +12,7 @@ import torch
 from scipy.optimize import nnls
 from torch import Tensor
 
-from flexp.client.adding import KEYS, OverLink, agree
+from flexp.client.adding import KEYS, LateError, OverLink, agree
 from flexp.client.closed_form import Discriminant, Statistics
 from flexp.config import MeetConfig
 from flexp.errors import ConfigError, LinkError
@@ -133,6 +133,34 @@ def test_clients_agree_on_a_key_that_the_server_does_not_see(tmp_path: Path) -> 
     assert groups[0]._key.hex() not in said
     pinned = MeetConfig(group=told[0].split("keys: ")[1].split(". ")[0])
     assert agree(links["a"], pinned, "run", tmp_path / "a") is not None
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_the_lost_are_left_out_and_the_late_have_the_sum_with_their_own(masked: bool) -> None:
+    links, _ = wires()
+    table = links["a"]._table
+    table.open(NAMES, 0.2)
+    group = Group.from_secret(b"what the owners share", "run") if masked else None
+    adders = {name: OverLink(links[name], group, "run") for name in NAMES}
+    waiting = {name: adders[name].give(0, {"x": torch.full((2,), value)}) for name, value in (("a", 1.0), ("b", 2.0))}
+    assert [total()["x"].tolist() for total in waiting.values()] == [[3.0, 3.0]] * 2
+    assert adders["c"].give(0, {"x": torch.full((2,), 4.0)})()["x"].tolist() == [7.0, 7.0]
+    table.open(NAMES, 60.0)  # long enough to see who is waited for
+    table._late = {"c"}
+    waiting = {name: adders[name].give(1, {"x": torch.ones(2)}) for name in ("a", "b")}
+    assert waiting["a"]()["x"].tolist() == [2.0, 2.0]
+    waiting = {name: adders[name].give(2, {"x": torch.ones(2)}) for name in ("c", "a", "b")}  # it is back
+    assert waiting["a"]()["x"].tolist() == [3.0, 3.0]
+
+
+def test_who_comes_after_the_key_is_told(tmp_path: Path) -> None:
+    links, _ = wires()
+    table = links["a"]._table
+    table.open(NAMES, 0.05)
+    (tmp_path / "a").mkdir()
+    assert agree(links["a"], MeetConfig(), "run", tmp_path / "a") is not None
+    with pytest.raises(LateError, match="without it"):
+        agree(links["c"], MeetConfig(), "run", tmp_path)
 
 
 def test_a_key_of_the_servers_own_changes_the_fingerprint(tmp_path: Path) -> None:

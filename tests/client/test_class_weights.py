@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from flexp.client.trainer import Trainer
 from flexp.config import DataConfig, OptimizerConfig, TrainConfig
 from flexp.data.tasks import task_of
-from flexp.data.tasks.text import Limit
+from flexp.data.tasks.base import Limit
 from flexp.data.types import ClientData
 from flexp.errors import ConfigError
 from flexp.optim import Updater

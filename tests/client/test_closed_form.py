@@ -138,12 +138,35 @@ def test_a_client_that_is_like_all_gets_everybodys_head_and_an_odd_one_its_own()
     assert float((common.head()(fresh).argmax(1) == labels).double().mean()) < 0.2
 
 
+def test_a_client_that_means_something_else_goes_its_own_way_from_the_beginning() -> None:
+    x, y = examples(240)
+    odd = torch.cat([(y[:60] + 1) % CLASSES, *[(y[60 * i : 60 * (i + 1)] + 1 + i) % CLASSES for i in range(1, 4)]])
+    common = Common(Statistics.of(x, odd, CLASSES), 0.5, 0.5)  # four clients, four meanings: the means are alike
+    fresh, labels = examples(80, seed=1)
+    own = Statistics.of(x[:60], odd[:60], CLASSES)
+    for head in (common.begin(x[:60], odd[:60]), common.personal(own, x[:60], odd[:60])):
+        found = Discriminant(own)
+        alone = found.head(*found.chosen(found.losses(x[:60], odd[:60])))
+        assert torch.equal(head.weight, alone.weight)
+        assert float((head(fresh).argmax(1) == (labels + 1) % CLASSES).double().mean()) > 0.9
+    found = Discriminant(Statistics.of(x, y, CLASSES))
+    same = Common(found.total, *found.chosen(found.losses(x, y)))
+    assert torch.equal(same.begin(x[:20], y[:20]).weight, same.head().weight)  # who is like all begins like all
+
+
+class Opposite(Common):
+    """Whose closed form says the opposite of what it should."""
+
+    def personal(self, own: Statistics, features_NH: Tensor, labels_N: Tensor) -> LinearHead:
+        return Discriminant(self.total).head(self.gamma, -self.temperature)
+
+
 @pytest.mark.parametrize("good", [True, False])
 def test_what_answers_is_chosen_on_examples_that_it_has_not_seen(good: bool) -> None:
     x, y = examples(60)
     trained = LinearHead(torch.randn(CLASSES, WIDTH, dtype=torch.float64), torch.zeros(CLASSES, dtype=torch.float64))
     own = Statistics.of(x, y, CLASSES)
-    common, seen = Common(own, 0.5, -0.5 if good else 0.5), []  # a closed form that says the opposite, or a good one
+    common, seen = (Opposite if good else Common)(own, 0.5, 0.5), []
 
     def retrain(head: LinearHead, some: Tensor, labels: Tensor) -> LinearHead:
         seen.append(len(labels))

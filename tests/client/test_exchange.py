@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from flexp.client.exchange import share_of
+from flexp.kinds import share_of
 
 LABELS = torch.tensor([[1, 2, 3, -100], [4, 5, -100, -100]])  # shifted by one: 2 + 1 predicted tokens
 IDS = torch.zeros(2, 4, dtype=torch.long)

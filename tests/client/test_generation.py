@@ -14,10 +14,11 @@ from flexp.client.model import SplitModel, SplitModelForCausalLM
 from flexp.config import ModelConfig, ServerConfig
 from flexp.errors import ConfigError, LinkError, LinkLostError, ModelError
 from flexp.links.base import Link
+from flexp.links.declaring import tensors
 from flexp.links.grpc import connect, serve
-from flexp.links.messages import EndGeneration, ExtendRequest, tensors
+from flexp.links.messages import EndGeneration, ExtendRequest
+from flexp.models.anatomy import Part
 from flexp.models.architectures import ARCHITECTURES
-from flexp.models.parts import Part
 from flexp.models.stage import Stage, carve
 from flexp.models.tuning import tune
 from flexp.models.zoo import tiny_model

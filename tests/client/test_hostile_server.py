@@ -18,6 +18,7 @@ from flexp.config import AlignConfig
 from flexp.config.loading import validate
 from flexp.errors import FlexpError, LinkError, LinkLostError
 from flexp.links.base import Link, Wrapping, finished
+from flexp.links.declaring import Request
 from flexp.links.messages import (
     BackwardRequest,
     FetchRequest,
@@ -26,7 +27,6 @@ from flexp.links.messages import (
     Order,
     PullRequest,
     Refusal,
-    Request,
     Welcome,
 )
 from tests.harness import World, copied, equal, world

@@ -22,7 +22,7 @@ from flexp.errors import ConfigError, LinkError, LinkLostError, ModelError, Stor
 from flexp.links.base import Link
 from flexp.links.messages import FetchRequest
 from flexp.links.opening import loopback
-from flexp.models.parts import Part
+from flexp.models.anatomy import Part
 from flexp.models.stage import Stage
 from flexp.optim import Updater
 from flexp.run.store import ParkedOnDisk

@@ -64,6 +64,16 @@ def test_a_client_with_a_level_of_its_own_gets_it_and_one_that_is_alike_stays() 
         assert errors[1] < errors[0]
 
 
+def test_a_client_that_rates_the_other_way_round_goes_its_own_way() -> None:
+    x, y = examples(160)
+    odd = torch.cat([-y[:80], y[80:]])
+    common = CommonRidge(sums_of_numbers(x, odd, True), 1e-2)
+    fresh, right = examples(60, seed=1)
+    own = sums_of_numbers(x[:40], odd[:40], True)
+    for head in (common.begin(x[:40], odd[:40]), common.personal(own, x[:40], odd[:40])):
+        assert float((head(fresh)[:, 0] + right).square().mean()) < 0.25
+
+
 def test_what_answers_is_chosen_for_numbers_as_well() -> None:
     x, y = examples(60)
     total = sums_of_numbers(x, y, True)

@@ -18,7 +18,7 @@ from flexp.client.trainer_options import REFUSED
 from flexp.config import OptimizerConfig
 from flexp.errors import ConfigError
 from flexp.links.opening import loopback
-from flexp.models.parts import Part
+from flexp.models.anatomy import Part
 from flexp.models.stage import Stage
 from flexp.models.zoo import tiny_model
 from flexp.server import Server

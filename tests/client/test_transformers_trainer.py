@@ -18,7 +18,7 @@ from flexp.config import ModelConfig, ServerConfig
 from flexp.errors import ConfigError
 from flexp.kinds import KINDS as ALL_KINDS
 from flexp.links.messages import ForwardRequest
-from flexp.models.parts import Part
+from flexp.models.anatomy import Part
 from flexp.models.stage import carve
 from flexp.models.tuning import tune
 from tests.client.trainer_tools import (

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from flexp.client.model import SplitModel
 from flexp.config import ModelConfig, OptimizerConfig
-from flexp.models.parts import Part
+from flexp.models.anatomy import Part
 from flexp.models.stage import Stage, carve
 from flexp.models.tuning import tune
 from tests.harness import World, copied, shared_weights, world

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import transformers
 
-from flexp.config import AlignConfig, ModelConfig, OptimizerConfig
+from flexp.config import AlignConfig, ModelConfig, OptimizerConfig, Rows
 from flexp.cost.choice import Choice, codec_names, codec_share
 from flexp.cost.model_cost import ModelCost, model_cost
 from flexp.cost.predict import ADAPTERS, CHECKPOINTING, OVERHEAD, memory, predict, server_memory
@@ -68,27 +68,39 @@ def test_measured_overhead_replaces_the_assumed_one() -> None:
 
 def test_bytes_and_link_by_hand() -> None:
     cost = cost_of("bert")
-    message, mask = 4 * 10 * 32 * 4, 4 * 10
+    message, mask, rows = 4 * 10 * 32 * 4, 4 * 10, 4 * 32 * 4  # of h one row a text, and flags that say which
     found = predict(cost, plain_profile(), Choice((1, 4), 4, 3), SERVER)
-    assert found.bytes_up == 3 * (2 * message + mask)
-    assert found.bytes_down == 3 * 2 * message
+    assert found.bytes_up == 3 * (message + rows + 2 * mask)
+    assert found.bytes_down == 3 * (message + rows)
+    whole = predict(cost, plain_profile(), Choice((1, 4), 4, 3), SERVER, rows="all")
+    assert (whole.bytes_up, whole.bytes_down) == (3 * (2 * message + mask), 3 * 2 * message)
+    assert predict(cost, plain_profile(), Choice((1, 3), 4, 3), SERVER).bytes_up == whole.bytes_up
     link = 12 * 0.01 + 8 * found.bytes_up / 1e6 + 8 * found.bytes_down / 4e6
     assert found.link_seconds == pytest.approx(link)
     assert found.step_seconds == pytest.approx(found.client_seconds + found.server_seconds + link)
     assert found.energy_joules == pytest.approx(10.0 * found.client_seconds + 1.0 * link)
     aligned = predict(cost, plain_profile(), Choice((2, 4), 4, 3), SERVER, base_depth=1)
-    assert aligned.bytes_up == 3 * (3 * message + mask)
+    assert aligned.bytes_up == 3 * (2 * message + rows + 2 * mask)
     same_depth = predict(cost, plain_profile(), Choice((1, 4), 4, 3), SERVER, base_depth=1)
     assert same_depth.bytes_up == found.bytes_up
     slower = predict(cost, plain_profile(uplink_bps=1e12), Choice((1, 4), 4), SERVER)
     assert slower.link_seconds == pytest.approx(0.04 + 8 * slower.bytes_up / 1e9 + 8 * slower.bytes_down / 4e6)
 
 
+@pytest.mark.parametrize(("rows", "read", "share"), [("loss", 0.25, 0.225), ("loss", 1.0, 0.9), ("logits", 0.25, 1.0)])
+def test_rows_that_a_language_models_loss_reads(rows: Rows, read: float, share: float) -> None:
+    """Of ten tokens nine predict one."""
+    cost, message = cost_of("llama"), 4 * 10 * 32 * 4
+    found = predict(cost, plain_profile(), Choice((1, 4), 4), SERVER, rows=rows, read=read)
+    assert found.bytes_down == message + share * message
+    assert found.bytes_up == found.bytes_down + 4 * 10 * (1 if rows == "logits" else 2)
+
+
 @pytest.mark.parametrize("codec", codec_names())
 def test_codecs_change_what_crosses_alone(codec: str) -> None:
-    cost, mask = cost_of("bert"), 4 * 10
+    cost, mask = cost_of("bert"), 2 * 4 * 10
     plain, coded = (predict(cost, plain_profile(), Choice((1, 4), 4, codec=name), SERVER) for name in ("none", codec))
-    assert coded.bytes_down == round(codec_share(codec) * plain.bytes_down)
+    assert coded.bytes_down == pytest.approx(codec_share(codec) * plain.bytes_down, abs=1)
     assert coded.bytes_up == pytest.approx(codec_share(codec) * (plain.bytes_up - mask) + mask, abs=1)
     assert coded.memory_bytes == plain.memory_bytes
     half = cost_of("bert", dtype="bfloat16")

@@ -15,8 +15,8 @@ from flexp.config import AlignConfig, ModelConfig, OptimizerConfig
 from flexp.cost import probe as memory
 from flexp.cost.echo import client_model, random_batch, without_tail
 from flexp.cost.probe import Measured, Probe, measure_once
+from flexp.models.anatomy import Part
 from flexp.models.loading import load_stage
-from flexp.models.parts import Part
 from flexp.models.stage import Stage, carve
 from flexp.models.tuning import tune
 from flexp.models.zoo import tiny_model

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from flexp.data.labels import settled
+from flexp.data.columns import settled
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexp.data import BatchOrder
+from flexp.client.trainer import BatchOrder
 
 
 @given(n=st.integers(1, 40), batch=st.integers(1, 50), seed=st.integers(-5, 5), epoch=st.integers(0, 3))

@@ -10,10 +10,10 @@ import torch
 
 from flexp.config import DataConfig
 from flexp.data.scores import evaluate
+from flexp.data.tasks.base import Limit
 from flexp.data.tasks.causal_lm import CausalLM
 from flexp.data.tasks.classification import Classification
 from flexp.data.tasks.instruction import Instruction
-from flexp.data.tasks.text import Limit
 from flexp.errors import DataError
 
 TOKENIZER = SimpleNamespace(pad_token_id=0, eos_token_id=0, pad_token_type_id=0, padding_side="right")

@@ -10,8 +10,8 @@ from PIL import Image
 
 from flexp.config import DataConfig
 from flexp.data.tasks import limit_of, make_task, pad_id
-from flexp.data.tasks.base import fields, fill
-from flexp.data.tasks.text import Limit, continuation, fit_end, pad
+from flexp.data.tasks.base import Limit
+from flexp.data.tasks.text import continuation, fields, fill, fit_end, pad
 from flexp.data.types import PLACE
 from flexp.errors import ConfigError, DataError
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from flexp.config import AlignConfig
-from flexp.links.base import Link, Meter
-from flexp.links.inprocess import InProcessLink
-from flexp.links.messages import Leave, PullReply, PullRequest, size, tensors
+from flexp.links.base import InProcessLink, Link, Meter
+from flexp.links.declaring import size, tensors
+from flexp.links.messages import Leave, PullReply, PullRequest
 from flexp.links.opening import connected
 from tests.harness import RecordingLink, world
 
@@ -64,12 +64,14 @@ def test_evaluation_is_counted_apart() -> None:
         model.train()(**batch)  # without gradients nothing is trained, whatever the mode
     training, evaluation = model.link.meter.training, model.link.meter.evaluation
     assert training.bytes_up == training.bytes_down == training.exchanges == 0
-    assert evaluation.bytes_up == 2 * (FLOATS + B * T)
-    assert evaluation.bytes_down == 2 * FLOATS
+    tokens, rows, flags = 4 * H * int(batch["attention_mask"].sum()), 4 * H * B, 2 * B * T  # one row a text is read
+    assert evaluation.bytes_up == 2 * (tokens + flags)
+    assert evaluation.bytes_down == 2 * rows
     assert evaluation.exchanges == 2
     model(**batch).loss.backward()
     assert evaluation.exchanges == 2
-    assert training.bytes_up == 3 * FLOATS + B * T
+    assert training.bytes_up == 2 * tokens + rows + flags
+    assert training.bytes_down == rows + tokens
 
 
 def test_waiting_for_pulled_weights_is_waiting() -> None:

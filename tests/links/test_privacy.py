@@ -14,7 +14,7 @@ from flexp.client.exchange import Piece
 from flexp.client.model import SplitModel
 from flexp.config import AlignConfig
 from flexp.errors import ConfigError
-from flexp.links.declaring import MESSAGES
+from flexp.links.declaring import MESSAGES, tensors
 from flexp.links.messages import (
     Abort,
     BackwardReply,
@@ -37,7 +37,6 @@ from flexp.links.messages import (
     SumReply,
     SumRequest,
     Welcome,
-    tensors,
 )
 from tests.harness import RecordingLink, World, copied, disturb, world
 
@@ -58,7 +57,17 @@ VOCABULARY = {
     },
     Welcome: {"base_depth", "blocks", "hidden", "max_in_flight", "max_tokens", "frame_bytes"},
     Refusal: {"error", "again"},
-    ForwardRequest: {"exchange", "hidden_BTH", "mask_BT", "positions_BT", "base_BTH", "inner_BTH", "train", "step"},
+    ForwardRequest: {
+        "exchange",
+        "hidden_BTH",
+        "mask_BT",
+        "positions_BT",
+        "base_BTH",
+        "inner_BTH",
+        "train",
+        "step",
+        "rows_BT",
+    },
     ForwardReply: {"hidden_BTH", "align"},
     BackwardRequest: {"exchange", "grad_BTH", "step", "exchanges", "tokens", "weight", "back"},
     BackwardReply: {"grad_BTH", "inner_BTH"},
@@ -183,10 +192,14 @@ def test_nothing_private_goes_up(name: str, kind: str, padding: str, tuning: str
             assert set(value.unique().tolist()) <= {0, 1}
             assert any(mask is not None and torch.equal(value, mask) for mask in masks)
             continue
+        if field == "rows_BT":
+            assert value.dtype == torch.bool
+            assert value.sum(1).tolist() == [1] * 5  # a classifier's; a language model's are on its labels in a run
+            continue
         assert field in ACTIVATIONS
         assert value.is_floating_point()
         assert value.dim() == 3
-        assert value.shape[0] == 5
+        assert value.shape[0] in (1, 5)  # with and without padding
         assert value.shape[2] == hidden
         assert not windows(value) & private, (type(message).__name__, field)
     assert ("mask_BT" in seen) == (padding != "none")

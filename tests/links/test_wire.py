@@ -18,7 +18,7 @@ from flexp.config import AlignConfig, LoraConfig
 from flexp.errors import LinkError, LinkLostError
 from flexp.links import frames
 from flexp.links.coding import PLAIN
-from flexp.links.declaring import MESSAGES, Request
+from flexp.links.declaring import MESSAGES, Request, size
 from flexp.links.frames import CHUNK, TYPES, Field, Frame, Head, Incoming, describe, encode, head_bytes, parse, signed
 from flexp.links.grpc import connect, serve
 from flexp.links.messages import (
@@ -39,7 +39,6 @@ from flexp.links.messages import (
     Ready,
     Refusal,
     Welcome,
-    size,
 )
 from flexp.links.rules import Agreement, Limits, check_reply, check_request
 from tests.harness import equal, seeded, shared_weights, world

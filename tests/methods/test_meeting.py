@@ -202,7 +202,7 @@ def test_without_a_gram_matrix_sums_are_small(home: Path) -> None:
 def test_at_the_end_each_has_its_own_on_the_same_features(
     home: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def closed(common: Any, own: Any, x: Tensor, y: Tensor, *_: Any) -> Any:
+    def closed(common: Any, own: Any, x: Tensor, y: Tensor, *_: Any, **__: Any) -> Any:
         return personal_head(common, own, x, y), "closed-form"
 
     monkeypatch.setattr(meetings, "choose", closed)

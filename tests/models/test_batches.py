@@ -13,8 +13,8 @@ from torch import Tensor
 from flexp.client.model import SPLIT_MODELS, SplitModel
 from flexp.config import ModelConfig, ServerConfig
 from flexp.errors import ModelError
+from flexp.models.anatomy import Part
 from flexp.models.loading import load_stage
-from flexp.models.parts import Part
 from flexp.models.stage import Stage, carve
 from flexp.models.tuning import tune
 from flexp.models.zoo import save_tiny, tiny_model

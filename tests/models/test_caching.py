@@ -9,8 +9,8 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from flexp.errors import ModelError
+from flexp.models.anatomy import Part
 from flexp.models.caching import PartCache, cached_plan, check_cached
-from flexp.models.parts import Part
 from flexp.models.stage import Stage, carve
 from flexp.models.zoo import tiny_model
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flexp.client.model import SplitModelForCausalLM
 from flexp.config import ModelConfig
-from flexp.models.parts import Part
+from flexp.models.anatomy import Part
 from flexp.models.stage import Stage, carve
 from flexp.models.tuning import tune
 from flexp.models.zoo import tiny_batch, tiny_model

@@ -15,9 +15,9 @@ from transformers import AutoConfig, BertConfig, BertLMHeadModel, BertModel
 
 from flexp.config import ModelConfig
 from flexp.errors import ModelError
+from flexp.models.anatomy import Part
 from flexp.models.architectures import ARCHITECTURES
 from flexp.models.loading import load_config, load_stage
-from flexp.models.parts import Part
 from flexp.models.stage import carve
 from flexp.models.zoo import tiny_batch, tiny_model
 from tests import warm
@@ -155,7 +155,7 @@ def test_only_the_own_part_is_read(tmp_path: Path) -> None:
     code = """
 import json, resource, sys
 from flexp.models.loading import load_config, load_stage
-from flexp.models.parts import Part
+from flexp.models.anatomy import Part
 load_stage("arch:llama", "causal-lm", Part.server(1, 3))  # imports what loading needs
 load_config(sys.argv[1])
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -11,8 +11,8 @@ from flexp import limits
 from flexp.errors import ModelError
 from flexp.limits import out_of_memory
 from flexp.models import loading, low_memory
+from flexp.models.anatomy import Part
 from flexp.models.loading import load_stage
-from flexp.models.parts import Part
 from tests.models.tools import equal, save, tensors_of
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/maps tells what is mapped")

@@ -15,9 +15,9 @@ from transformers import AutoConfig
 import flexp
 from flexp.config import LoraConfig, ModelConfig
 from flexp.errors import FlexpError, ModelError
-from flexp.models.autos import AUTO
 from flexp.models.batches import max_positions
 from flexp.models.fingerprint import weights_fingerprint
+from flexp.models.heads import AUTO
 from flexp.models.loading import load_stage
 from flexp.models.stage import Stage
 from flexp.models.tuning import tune

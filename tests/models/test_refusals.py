@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from flexp.errors import ModelError
+from flexp.models.anatomy import Part
 from flexp.models.architectures import ARCHITECTURES
-from flexp.models.parts import Part
 from flexp.models.stage import Stage, carve
 from flexp.models.zoo import tiny_batch, tiny_model
 from tests.models.tools import parties, small, tensors_of, whole_of

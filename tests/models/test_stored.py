@@ -16,9 +16,9 @@ from transformers import BertConfig, BertForSequenceClassification
 from flexp.config import ModelConfig
 from flexp.errors import ConfigError, ModelError
 from flexp.models import fingerprint, low_memory, stored
+from flexp.models.anatomy import Part
 from flexp.models.architectures import ARCHITECTURES
 from flexp.models.loading import load_stage
-from flexp.models.parts import Part
 from flexp.models.stage import carve
 from flexp.models.stored import StoredEmbedding, token_embedding
 from flexp.models.tuning import tune
@@ -106,7 +106,7 @@ def test_a_limit_that_the_table_alone_would_break(tmp_path: Path) -> None:
 import os, resource, sys, torch, traceback
 from flexp.config import ModelConfig
 from flexp.models.loading import load_config, load_stage
-from flexp.models.parts import Part
+from flexp.models.anatomy import Part
 torch.set_num_threads(1)
 load_stage("arch:bert", "sequence-classification")  # imports what loading needs
 used = [int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData")][0]

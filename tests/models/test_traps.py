@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexp.errors import ConfigError, ModelError
+from flexp.models.anatomy import Part, check_cut
 from flexp.models.architectures import ARCHITECTURES
-from flexp.models.execution import same
-from flexp.models.parts import Absent, Part, check_cut
+from flexp.models.execution import Absent, same
 from flexp.models.stage import Stage, carve
 from flexp.models.zoo import tiny_batch, tiny_model
 from tests.models.tools import SPLIT, parties, small, whole_of

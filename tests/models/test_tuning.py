@@ -9,8 +9,8 @@ import torch
 
 from flexp.config import LoraConfig, ModelConfig
 from flexp.errors import ModelError
+from flexp.models.anatomy import Part
 from flexp.models.architectures import ARCHITECTURES
-from flexp.models.parts import Part
 from flexp.models.stage import Stage, carve
 from flexp.models.tuning import tune
 from flexp.models.zoo import tiny_model

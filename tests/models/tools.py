@@ -13,9 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from flexp.client.model import SPLIT_MODELS, SplitModel
 from flexp.config import ModelConfig, OptimizerConfig, ServerConfig
+from flexp.models.anatomy import Part
 from flexp.models.architectures import ARCHITECTURES
 from flexp.models.loading import DTYPES
-from flexp.models.parts import Part
 from flexp.models.stage import Stage, carve
 from flexp.models.tuning import tune
 from flexp.models.zoo import tiny_model

@@ -16,7 +16,7 @@ from flexp.cost.model_cost import model_cost
 from flexp.cost.predict import memory as least
 from flexp.cost.profile import Profile
 from flexp.errors import ConfigError
-from flexp.models.parts import Part
+from flexp.models.anatomy import Part
 from flexp.models.zoo import save_tiny
 from flexp.planner import model as own
 from flexp.planner.infeasible import InfeasibleError

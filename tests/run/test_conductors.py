@@ -124,6 +124,18 @@ def test_who_comes_back_goes_back_to_what_it_has(tmp_path: Path) -> None:
 BOTH = Meets(True, True)
 
 
+def test_in_a_free_run_a_client_waits_for_meetings_alone(tmp_path: Path) -> None:
+    conductor = free(tmp_path, meets=BOTH)
+    words = [Word(name, conductor) for name in NAMES]
+    for word in words:
+        word.say()
+    talk(words)
+    for word in words:
+        heard = [(order.what, order.number) for order in word.heard if order.what != "stop"]
+        assert heard == [("evaluate", 0), ("meet", 0), ("step", 0), ("step", 0), ("meet", 1), ("evaluate", 2)]
+    assert conductor.finished
+
+
 def test_all_meet_before_the_first_step_and_after_the_last() -> None:
     conductor = deterministic(None, BOTH)
     words = [Word(name, conductor) for name in NAMES]
@@ -228,8 +240,8 @@ def test_everybody_is_in_step_where_all_save() -> None:
     assert places[-2:] == [Place("evaluate", number=2), Place("save")]
 
 
-def free(folder: Path, train: TrainConfig = TRAIN) -> Free:
-    return Free(world("bert").server, Store(folder), "run", lambda _: None, train, NAMES, 2, save_every=1)
+def free(folder: Path, train: TrainConfig = TRAIN, meets: Meets = Meets(False, False)) -> Free:
+    return Free(world("bert").server, Store(folder), "run", lambda _: None, train, NAMES, 2, save_every=1, meets=meets)
 
 
 def fixed(folder: Path, train: TrainConfig = TRAIN) -> Deterministic:

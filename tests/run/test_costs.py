@@ -15,7 +15,7 @@ from flexp.cost.echo import random_batch
 from flexp.cost.model_cost import model_cost
 from flexp.cost.probe import Probe
 from flexp.methods.parties import own_stage
-from flexp.models.parts import Part
+from flexp.models.anatomy import Part
 from flexp.run.costs import Costs
 from flexp.run.settle import build_world
 from tests.tiny import config, each

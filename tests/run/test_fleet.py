@@ -241,6 +241,30 @@ def test_a_fleet_that_meets_equals_the_simulation(folder: Path, tmp_path: Path) 
     server.end()
     assert not any("class sums go to the server as they are" in line for line in server.lines)
     check(tmp_path / "sim", out)
-    free = DeploymentConfig(schedule="free", clients=NAMES)
-    with pytest.raises(ConfigError, match=r'deployment\.schedule = "deterministic"'):
-        make_conductor(server.server, config, free, None, print)
+    with pytest.raises(ConfigError, match=r"need deployment\.clients"):
+        make_conductor(server.server, config, DeploymentConfig(schedule="free"), None, print)
+
+
+def test_in_a_free_run_those_meet_that_are_there(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("0123456789abcdef0123456789abcdef", encoding="utf-8")
+    meet = {"on": True, "secret": str(tmp_path / "secret")}
+    config = tiny.config(
+        folder,
+        model={"id": str(folder / "model"), "pooling": "mean"},
+        method={"align": {"kind": "off"}, "meet": meet},
+        train={"rounds": 1, "steps_per_round": 2, "batch_size": 4},
+    )
+    here = DeploymentConfig(clients=NAMES, meeting_seconds=0.5)
+    server, out = Server(config, here, tmp_path / "server"), tmp_path / "clients"
+    for names in (NAMES[:2], NAMES[2:]):  # the last one comes when the others have gone
+        clients = [Client(config, here, name, plain(server), out / name) for name in names]
+        for client in clients:
+            client.join()
+            assert client.over
+    server.end()
+    sums = server.server.sums.done
+    assert sorted(sums) == list(range(6))
+    assert all(set(reply.notes) == set(NAMES[:2]) for reply in sums.values())
+    for name in NAMES:
+        snapshots = Store(out / name / "snapshots")
+        assert snapshots.open(max(snapshots.numbers())).facts["met"] == 2

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from flexp.cli.main import app
 from flexp.config import DeploymentConfig
-from flexp.data.identity import identity
+from flexp.data.split import identity
 from flexp.data.types import ClientData
 from flexp.errors import ConfigError, DataError, FlexpError
 from flexp.export.answers import score

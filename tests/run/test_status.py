@@ -24,8 +24,7 @@ from flexp.links.grpc.security import Tokens
 from flexp.links.grpc.status import ask_status
 from flexp.links.messages import Ready
 from flexp.run.conduct import Member
-from flexp.run.http import PatientServer
-from flexp.run.status import StatusReporter, observed
+from flexp.run.status import PatientServer, StatusReporter, observed
 from tests.harness import world
 from tests.links.grpc_tools import eventually
 

@@ -13,8 +13,8 @@ from flexp.config.train import EarlyStopping
 from flexp.errors import ConfigError
 from flexp.files import read_json
 from flexp.report.metrics import read
+from flexp.run.diary import check_conducted, ended
 from flexp.run.runner import resume, run
-from flexp.run.stopping import check_conducted, ended
 from flexp.run.store import CHECKPOINTS, Store
 from tests.tiny import bert_folder, config
 

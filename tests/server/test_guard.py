@@ -12,8 +12,8 @@ import torch
 from flexp.config import AlignConfig, GuardConfig, ServerConfig
 from flexp.errors import BadValuesError, LinkError
 from flexp.links.messages import Abort, BackwardRequest, FetchRequest, ForwardRequest, PullRequest
-from flexp.server.bounds import Bounds
 from flexp.server.clients import Guard
+from flexp.server.shared import Bounds
 from tests.harness import World, equal, seeded, shared_weights, world
 
 HIDDEN = 32

@@ -12,15 +12,7 @@ from torch import Tensor
 
 from flexp.config import AlignConfig, ServerConfig
 from flexp.errors import BadValuesError, LinkError, LinkLostError
-from flexp.links.messages import (
-    Abort,
-    BackwardRequest,
-    ExtendRequest,
-    FetchRequest,
-    ForwardRequest,
-    Join,
-    PullRequest,
-)
+from flexp.links.messages import Abort, BackwardRequest, ExtendRequest, FetchRequest, ForwardRequest, Join, PullRequest
 from tests.harness import World, equal, shared_weights, world
 
 NAN, INF = float("nan"), float("inf")
@@ -177,7 +169,7 @@ def test_what_is_kept_is_what_autograd_keeps() -> None:
     """Of a linear layer its input, by hand: 4 · 16 · 32 numbers of 4 bytes, once though three layers read them."""
     from torch import nn
 
-    from flexp.server.kept import counted
+    from flexp.server.session import counted
 
     layers = nn.ModuleList(nn.Linear(32, 32, bias=False) for _ in range(3))
     for number, layer in enumerate(layers, start=1):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flexp.config import OptimizerConfig, ServerConfig
 from flexp.links.messages import BackwardRequest, ForwardRequest, Leave
-from flexp.models.parts import Part
+from flexp.models.anatomy import Part
 from tests.harness import ADAMW, SGD, copied, equal, party, plain_optimizer, seeded, shared_weights, world
 
 CUTS = {"a": (1, 4), "b": (2, 3), "c": (3, 4)}

@@ -10,7 +10,7 @@ import torch
 
 from flexp.errors import LinkError
 from flexp.links.messages import BackwardRequest, ForwardRequest, Leave, PullRequest
-from flexp.server.session import WINDOW, Progress
+from flexp.server.clients import WINDOW, Progress
 from tests.harness import World, equal, seeded, shared_weights, world
 
 MINE, OTHERS = 77, 78

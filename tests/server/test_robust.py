@@ -11,8 +11,8 @@ from torch import Tensor
 
 from flexp.config import GuardConfig, ServerConfig
 from flexp.links.messages import BackwardRequest, ForwardRequest
-from flexp.server.bounds import Bounds
 from flexp.server.rules import Past, Quota, Trimmed
+from flexp.server.shared import Bounds
 from tests.harness import World, equal, shared_weights, world
 
 

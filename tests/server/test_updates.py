@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flexp import kinds
-from flexp.client.exchange import Piece, unmasked_tokens
+from flexp.client.exchange import Piece
 from flexp.config import AlignConfig, OptimizerConfig, ServerConfig
 from flexp.errors import TrainingError
-from flexp.models.parts import Part
+from flexp.kinds import unmasked_tokens
+from flexp.models.anatomy import Part
 from flexp.optim import Updater
 from flexp.server.shared import SharedBlocks
 from tests.harness import (

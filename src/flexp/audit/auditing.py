@@ -7,7 +7,6 @@ a better attacker may: an audit shows what leaks, never that nothing does.
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,19 +15,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexp.audit import labels as label_attacks
-from flexp.audit.attacks import ATTACKS, Attack, Public, Sent
-from flexp.audit.public import MANUAL, encoded, known_to_all, paragraphs
+from flexp.attacks import labels as label_attacks
+from flexp.attacks.public import MANUAL, dull_tokens, encoded, known_to_all, paragraphs
+from flexp.attacks.tokens import ATTACKS, Attack, Public, Sent
 from flexp.audit.watching import Exchange, Watch, watchable
+from flexp.client.guarding import Guard
 from flexp.client.trainer import split_model_of
 from flexp.config import RunConfig
+from flexp.data.types import Example
 from flexp.kinds import IGNORED, KINDS, Answers
-from flexp.methods.base import Method
+from flexp.methods.base import Method, World
+from flexp.methods.parties import own_stage
 from flexp.methods.split import Split
+from flexp.models.anatomy import Part
+from flexp.models.stage import Stage
 from flexp.run.settle import build_world, load_processor, model_folder
 
-STOP = 100
-"""So many of the public text's most frequent tokens are no content words; of a small vocabulary, a twentieth of it."""
+PRETRAINED, TAUGHT = "pretrained", "taught"
+"""The heads that an attacker learns from: as everybody has it, and taught in the way of the clients."""
+SURROGATE = 400
+"""Public texts on which an attacker teaches a head of its own, at most."""
 SHOWN = 5
 """Texts that are shown beside what was read of them."""
 
@@ -39,6 +45,7 @@ class Reading:
 
     Attributes:
         of: ``z`` at the cut, or ``z_base``.
+        head: that it learnt from: the ``pretrained`` one, or one that it ``taught`` as clients do.
         tokens, content, texts: shares read right: of all tokens but special ones, of content words, of whole texts.
         by_step: ``content`` by the clients' step.
         seconds: of learning and reading.
@@ -47,12 +54,18 @@ class Reading:
     attack: str
     about: str
     of: str
+    head: str
     depth: int
     tokens: float
     content: float
     texts: float
     by_step: dict[int, float]
     seconds: float
+
+    @property
+    def name(self) -> str:
+        """The attack, on what, and with what head."""
+        return f"{self.attack}, {self.of}" + (", taught head" if self.head == TAUGHT else "")
 
 
 @dataclass(frozen=True)
@@ -89,7 +102,7 @@ class Audit:
     def line(self) -> str:
         """What the server can read, in a line."""
         best = max(self.readings, key=lambda reading: reading.content)
-        said = f"{100 * best.content:.0f} % of content words ({best.attack}, {best.of} at depth {best.depth})"
+        said = f"{100 * best.content:.0f} % of content words ({best.name} at depth {best.depth})"
         told = {key: value for key, value in self.labels.items() if key in ("clusters", "answers")}
         return said + "".join(f", {100 * value:.0f} % of labels ({key})" for key, value in told.items())
 
@@ -110,7 +123,7 @@ def audit(
 
     Args:
         method: of a run that was trained already, whose next rounds these are; ``None``: the run begins.
-        public: a file of public texts, one a line; ``None``: :data:`~flexp.audit.public.MANUAL`.
+        public: a file of public texts, one a line; ``None``: :data:`~flexp.attacks.public.MANUAL`.
         full: with the slow attacks and more public text.
 
     Raises:
@@ -127,7 +140,6 @@ def audit(
     examples = encoded(
         tokenizer,
         paragraphs(public, 4000 if full else 1000),
-        vocabulary=len(tokenizer),
         passes=2 if full else 1,
     )
     special = torch.tensor(sorted(tokenizer.all_special_ids))
@@ -138,18 +150,20 @@ def audit(
     places = _places(watch.exchanges, watched)
     blind: dict[str, float] = {}
     for depth in sorted({depth for _, depth in places}):
-        known = known_to_all(world.source, depth, examples)
-        for attack in (kind() for kind in ATTACKS if (full or not kind.slow) and (decoder or not kind.causal)):
-            began = time.perf_counter()
-            attack.learn(known)
-            for of in [of for of, where in places if where == depth]:
-                truth = _truth(places[of, depth], of, known, special)
-                blind = blind or _blind(known, truth, special)
-                reading, read_N = _read(attack, known, truth, of, began)
-                readings.append(reading)
-                if best is None or reading.content > best[0]:
-                    best = reading.content, truth.ids_N, read_N, truth.sent.texts_N
+        kinds = [kind for kind in ATTACKS if (full or not kind.slow) and (decoder or not kind.causal)]
+        for head, stage in _heads(world, depth, examples, tokenizer).items():
+            known = known_to_all(stage, depth, examples)
+            for attack in (kind() for kind in kinds):
                 began = time.perf_counter()
+                attack.learn(known)
+                for of in [of for of, where in places if where == depth and (head == PRETRAINED or of == "z")]:
+                    truth = _truth(places[of, depth], of, known, special)
+                    blind = blind or _blind(known, truth, special)
+                    reading, read_N = _read(attack, known, truth, of, head, began)
+                    readings.append(reading)
+                    if best is None or reading.content > best[0]:
+                        best = reading.content, truth.ids_N, read_N, truth.sent.texts_N
+                    began = time.perf_counter()
     assert best is not None
     return Audit(
         model=config.model.id,
@@ -164,6 +178,19 @@ def audit(
         labels=_labels(watch.exchanges, world.source.model, answers),
         worst=_worst(*best[1:], tokenizer),
     )
+
+
+def _heads(world: World, depth: int, examples: Sequence[Example], tokenizer: Any) -> dict[str, Stage]:
+    """The heads that an attacker learns from: the pretrained one, and where clients teach theirs, one that it taught in
+    the same way on public text."""
+    heads, config = {PRETRAINED: world.source}, world.config.privacy
+    if config.on and depth > 0:
+        blocks = world.source.anatomy.blocks
+        surrogate = own_stage(world, Part.client((depth, blocks), blocks))
+        unbound = config.model_copy(update={"max_content_words": None})
+        Guard(unbound, examples[:SURROGATE], tokenizer, SURROGATE).teach(surrogate, depth)
+        heads[TAUGHT] = surrogate
+    return heads
 
 
 def _places(exchanges: Sequence[Exchange], method: Split) -> dict[tuple[str, int], list[Exchange]]:
@@ -198,9 +225,7 @@ def _truth(exchanges: Sequence[Exchange], of: str, known: Public, special: Tenso
     hiddens = [exchange.z_BTH if of == "z" else exchange.base_BTH for exchange in exchanges]
     masks = [exchange.mask for exchange in exchanges]
     ids_N = torch.cat([exchange.batch["input_ids"][mask] for exchange, mask in zip(exchanges, masks, strict=True)])
-    stop = min(STOP, len(known.embeddings) // 20)
-    frequent = [token for token, _ in Counter(known.ids_N.tolist()).most_common(stop)]
-    dull = torch.tensor(sorted({*special.tolist(), *frequent}))
+    dull = dull_tokens(known, special.tolist())
     return _Truth(
         Sent.of([hidden for hidden in hiddens if hidden is not None], masks),
         ids_N,
@@ -210,7 +235,7 @@ def _truth(exchanges: Sequence[Exchange], of: str, known: Public, special: Tenso
     )
 
 
-def _read(attack: Attack, known: Public, truth: _Truth, of: str, began: float) -> tuple[Reading, Tensor]:
+def _read(attack: Attack, known: Public, truth: _Truth, of: str, head: str, began: float) -> tuple[Reading, Tensor]:
     read_N = attack.guess(truth.sent)
     right_N, texts_N, content_N = read_N == truth.ids_N, truth.sent.texts_N, truth.content_N
     wrong = torch.zeros(int(texts_N.max()) + 1).index_add_(0, texts_N, (truth.real_N & ~right_N).float())
@@ -219,6 +244,7 @@ def _read(attack: Attack, known: Public, truth: _Truth, of: str, began: float) -
         attack=attack.name,
         about=attack.about,
         of=of,
+        head=head,
         depth=known.depth,
         tokens=_share(right_N[truth.real_N]),
         content=_share(right_N[content_N]),

@@ -23,7 +23,7 @@ _LABELS = {
 def tables(found: Audit) -> list[Table]:
     """What attacks read of tokens, and of labels."""
     rows = [
-        [f"{one.attack}, {one.of}", str(one.depth), *map(_percent, (one.tokens, one.content, one.texts)),
+        [one.name, str(one.depth), *map(_percent, (one.tokens, one.content, one.texts)),
          formats.seconds(one.seconds)]
         for one in found.readings
     ]  # fmt: skip
@@ -80,7 +80,7 @@ def _by_step(readings: Sequence[Reading]) -> Plot:
             go.Scatter(
                 x=list(one.by_step),
                 y=[100 * value for value in one.by_step.values()],
-                name=f"{one.attack}, {one.of} at depth {one.depth}",
+                name=f"{one.name} at depth {one.depth}",
                 mode="lines+markers",
                 line=line,
             )

@@ -16,6 +16,7 @@ from flexp.data.types import Batch
 from flexp.errors import ConfigError
 from flexp.links.declaring import Request
 from flexp.links.messages import BackwardRequest, ForwardRequest
+from flexp.links.packing import Places, arrived, unpack
 from flexp.methods.split import Split
 
 R = TypeVar("R")
@@ -30,6 +31,7 @@ class Exchange:
         batch: the truth: token ids (B, T) and labels.
         z_BTH: what came up at the client's cut.
         base_BTH: z_base, where alignment or teaching sent it.
+        reads: the rows of h that its client read; ``None``: all.
         grad_BTH: ∂task/∂h; ``None`` until the backward has come.
     """
 
@@ -38,6 +40,7 @@ class Exchange:
     batch: Batch
     z_BTH: Tensor
     base_BTH: Tensor | None
+    reads: Places | None = None
     grad_BTH: Tensor | None = None
 
     @property
@@ -86,12 +89,15 @@ class Watch:
     def _see(self, client: str, request: Request[Any]) -> None:
         if isinstance(request, ForwardRequest) and request.train:
             batch = self._batches[client].pop(0)
+            request, kept = arrived(request, client)
+            reads = kept if request.rows_BT is None else Places.of(request.rows_BT)
             base_BTH = None if request.base_BTH is None else request.base_BTH.clone()
-            exchange = Exchange(client, request.step, batch, request.hidden_BTH.clone(), base_BTH)
+            exchange = Exchange(client, request.step, batch, request.hidden_BTH.clone(), base_BTH, reads)
             self._open[client, request.exchange] = exchange
             self.exchanges.append(exchange)
         elif isinstance(request, BackwardRequest):
-            self._open.pop((client, request.exchange)).grad_BTH = request.grad_BTH.clone()
+            exchange = self._open.pop((client, request.exchange))
+            exchange.grad_BTH = unpack(request.grad_BTH.clone(), exchange.reads)
 
 
 def watchable(method: Any) -> Split:

@@ -7,10 +7,12 @@ from typing import Annotated
 
 import typer
 
+from flexp.cli.reaching import SECURED, Secured, grouped, url_of
 from flexp.cli.settings import Settings, overrides
 from flexp.errors import ConfigError
 
 
+@grouped
 def client(
     config: Annotated[Path, typer.Option(help="A run's configuration, as for flexp run; the server's must agree.")],
     server: Annotated[str, typer.Option(metavar="HOST:PORT", help="Of flexp server; grpcs://HOST:PORT means TLS.")],
@@ -22,15 +24,7 @@ def client(
     state: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where it saves, and goes on from; default: clients/NAME.")
     ] = None,
-    token: Annotated[
-        str | None, typer.Option(envvar="FLEXP_TOKEN", help="Its token, if the server asks for one.", show_envvar=True)
-    ] = None,
-    ca: Annotated[
-        Path | None, typer.Option(help="TLS: the certificate (PEM) that the server's is signed with.")
-    ] = None,
-    cert: Annotated[Path | None, typer.Option(help="Mutual TLS: this client's certificate (PEM).")] = None,
-    key: Annotated[Path | None, typer.Option(help="Mutual TLS: the key of --cert (PEM).")] = None,
-    insecure: Annotated[bool, typer.Option("--insecure", help="Allow plaintext beyond this machine.")] = False,
+    secured: Secured = SECURED,
     settings: Settings = None,
 ) -> None:
     """Take part in the run that a server conducts, with this device's private data; go on where it was stopped."""
@@ -48,7 +42,6 @@ def client(
 
     from flexp.files import folder_name
     from flexp.links.base import Link
-    from flexp.links.grpc import connect
     from flexp.links.grpc.diagnosis import proxy
     from flexp.links.grpc.security import Address
     from flexp.run.client import run_client
@@ -57,23 +50,14 @@ def client(
     setup = settle_client(loaded, name, wanted)
     for note in setup.run.federation.remarks:
         typer.echo(f"{setup.data.name}: {note}")
-    url = server if "://" in server else f"grpc://{server}"
+    url = url_of(server)
 
     between = proxy(Address.of_url(url))
     if between is not None:
         typer.echo(f"{setup.data.name}: by way of the proxy {between[1]} ({between[0]})")
 
     def reach() -> Link:
-        return connect(
-            url,
-            setup.data.name,
-            token=token,
-            ca=ca,
-            certificate=cert,
-            key=key,
-            insecure=insecure,
-            timeout=deployment.answer_seconds,
-        )
+        return secured.connect(url, setup.data.name, timeout=deployment.answer_seconds)
 
     folder = state or Path("clients") / folder_name(setup.data.name)
     clients = setup.config.data.clients

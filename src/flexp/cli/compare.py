@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flexp.cli.settings import Settings, check_others
+from flexp.cli.settings import Settings, check_others, console
 from flexp.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -101,20 +101,17 @@ def _numbers(text: str) -> int | list[int]:
 
 def _show(comparison: dict[str, Any], folder: Path) -> None:
     """The table in the terminal, and every file of the report."""
-    from rich.console import Console
 
     from flexp.comparison.report.tables import terminal_table
     from flexp.comparison.report.write import write_all
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=140)  # a log or a pipe need not be narrow
-    console.print(terminal_table(comparison))
+    shown = console(140)
+    shown.print(terminal_table(comparison))
     for line in comparison["warnings"]:
-        console.print(f"warning: {line}", soft_wrap=True, markup=False)
+        shown.print(f"warning: {line}", soft_wrap=True, markup=False)
     for path in write_all(comparison, folder):
-        console.print(f"{path}", soft_wrap=True, markup=False)
-    console.print(f"Saved in {folder}", soft_wrap=True, markup=False)
+        shown.print(f"{path}", soft_wrap=True, markup=False)
+    shown.print(f"Saved in {folder}", soft_wrap=True, markup=False)
 
 
 COMMANDS = {"compare": compare}

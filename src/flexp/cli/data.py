@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flexp.cli.settings import Settings
+from flexp.cli.settings import Settings, console
 from flexp.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ def show(config: RunConfig, client: str | None, examples: int, most: int = 2) ->
         FlexpError: what is wrong with the model, the data or the configuration.
     """
     from rich import box
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -46,27 +45,25 @@ def show(config: RunConfig, client: str | None, examples: int, most: int = 2) ->
     clients, task = found.clients, found.task
     if client is not None and client not in [one.name for one in clients]:
         raise ConfigError(f"there is no client {client!r}; expected one of {', '.join(one.name for one in clients)}")
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     titles = ["Client", "Train", "Validation", "Test", "Tokens: middle, most", "Labels"]
     for title in titles:
         table.add_column(title, justify="left" if title in ("Client", "Labels") else "right", overflow="fold")
     for one in clients:
         table.add_row(*map(Text, preview.facts(one, task)))
-    console.print(table)
+    shown = console()
+    shown.print(table)
     chosen = [one for one in clients if client in (None, one.name)][: most if client is None else 1]
     for one in chosen if examples else []:
         for number, example in enumerate(one.train[:examples], start=1):
-            console.print(Text(f"\n{one.name}, training example {number}:", style="bold"))
-            console.print(Text(preview.written(example, task)), soft_wrap=True)
+            shown.print(Text(f"\n{one.name}, training example {number}:", style="bold"))
+            shown.print(Text(preview.written(example, task)), soft_wrap=True)
     if examples and task.model_kind == "causal-lm":
-        console.print(Text(f"\n{preview.MARKS[0]} {preview.MARKS[1]} is what the model learns to write"))
+        shown.print(Text(f"\n{preview.MARKS[0]} {preview.MARKS[1]} is what the model learns to write"))
     if found.remarks:
-        console.print()
+        shown.print()
     for line in found.remarks:
-        console.print(Text(line), soft_wrap=True)
+        shown.print(Text(line), soft_wrap=True)
 
 
 COMMANDS = {"data": data}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flexp.cli.settings import Settings
+from flexp.cli.settings import Settings, console
 from flexp.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -67,28 +67,25 @@ def init(
 def _tell(seen: Survey) -> None:
     """The columns with what they hold."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)
     table = Table("Column", "Kind", "Filled", "Distinct", "For instance", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in seen.columns:
         often = ", ".join(f"{value[:24]} ({count})" for value, count in column.common) if column.repeats else ""
         once = ", ".join(value[:40] for value, _ in column.common[:1])
         cells = (column.name, column.kind, str(column.filled), str(column.distinct or ""), often or once)
         table.add_row(*map(Text, cells))
-    console.print(f"{seen.source}: {seen.rows} rows", markup=False, soft_wrap=True)
+    shown = console()
+    shown.print(f"{seen.source}: {seen.rows} rows", markup=False, soft_wrap=True)
     if seen.files:
         names = ", ".join(seen.files[:8]) + (" …" if len(seen.files) > 8 else "")
-        console.print(f"{len(seen.files)} files or folders that may be clients: {names}", markup=False, soft_wrap=True)
+        shown.print(f"{len(seen.files)} files or folders that may be clients: {names}", markup=False, soft_wrap=True)
     if seen.tests:
-        console.print("there are test data beside the training data", markup=False)
+        shown.print("there are test data beside the training data", markup=False)
     for note in seen.notes:
-        console.print(note, markup=False, soft_wrap=True)
-    console.print(table)
+        shown.print(note, markup=False, soft_wrap=True)
+    shown.print(table)
 
 
 def _ask(seen: Survey, found: list[Draft]) -> Draft:

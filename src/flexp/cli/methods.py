@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from flexp.cli.settings import console
 from flexp.errors import ConfigError
 
 
 def methods() -> None:
     """Show every method: whether all get one model, whether the model is split, and what leaves a client."""
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
@@ -27,10 +27,7 @@ def methods() -> None:
         split = method.held.part in ("ends", "start")
         cells = (name, _yes(method.same_for_all), _yes(split), method.sends, METHODS.owner(name), about)
         table.add_row(*map(escape, cells))
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)  # a log or a pipe need not be narrow
-    console.print(table)
+    console(160).print(table)
 
 
 def _yes(value: bool) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flexp.cli.settings import Settings, check_others
+from flexp.cli.settings import Settings, check_others, console
 from flexp.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -96,19 +96,16 @@ def fresh(name: str) -> Path:
 
 
 def _show(summary: dict[str, Any], folder: Path) -> None:
-    from rich.console import Console
 
     from flexp.report.tables import client_table
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)  # a log or a pipe need not be narrow
-    console.print(client_table(summary))
+    shown = console()
+    shown.print(client_table(summary))
     where = folder / "checkpoints"
-    console.print(f"Saved in {folder}; every client's personal weights in {where}", soft_wrap=True, markup=False)
+    shown.print(f"Saved in {folder}; every client's personal weights in {where}", soft_wrap=True, markup=False)
     page = folder / "report.html"
     if page.exists():
-        console.print(f"Report: {page.resolve().as_uri()}", soft_wrap=True)
+        shown.print(f"Report: {page.resolve().as_uri()}", soft_wrap=True)
 
 
 COMMANDS = {"demo": demo, "run": run, "report": report}

@@ -10,8 +10,7 @@ import typer
 
 from flexp.cli.settings import Settings, overrides
 from flexp.cli.verify import Task
-from flexp.errors import ConfigError
-from flexp.texts import plain
+from flexp.errors import ConfigError, plain
 
 
 def server(

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 Settings = Annotated[
     list[str] | None,
@@ -57,3 +60,10 @@ def overrides(settings: list[str] | None, **options: Any) -> list[str]:
     """What ``--set`` and options say, as overrides; an option that is ``None`` or ``False`` says nothing."""
     said = {KEYS[name]: value for name, value in options.items() if value is not None and value is not False}
     return [*(f"{key}={json.dumps(value)}" for key, value in said.items()), *(settings or ())]
+
+
+def console(width: int = 120) -> Console:
+    """Where tables go: a terminal, as wide as it is; a log or a pipe need not be narrow."""
+    from rich.console import Console
+
+    return Console(width=None if Console().is_terminal else width)

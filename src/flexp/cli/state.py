@@ -10,8 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flexp.errors import ConfigError
-from flexp.texts import plain
+from flexp.errors import ConfigError, plain
 
 app = typer.Typer(
     name="state",

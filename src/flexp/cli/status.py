@@ -1,24 +1,25 @@
-"""``flexp status``: how a server and its clients are doing."""
+"""``flexp status`` and ``flexp readmit``: how a server and its clients are doing, and who may come again."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from flexp.texts import plain
+from flexp.cli.reaching import Insecure, Pem, url_of
+from flexp.cli.settings import console
+from flexp.errors import plain
+
+Token = Annotated[
+    str | None, typer.Option(envvar="FLEXP_TOKEN", help="Of the name 'operator', if the server has tokens.")
+]
 
 
 def status(
     server: Annotated[str, typer.Argument(metavar="HOST:PORT", help="Of flexp server; grpcs://HOST:PORT means TLS.")],
-    token: Annotated[
-        str | None, typer.Option(envvar="FLEXP_TOKEN", help="The operator's, if the server has tokens.")
-    ] = None,
-    ca: Annotated[
-        Path | None, typer.Option(help="TLS: the certificate (PEM) that the server's is signed with.")
-    ] = None,
-    insecure: Annotated[bool, typer.Option("--insecure", help="Allow plaintext beyond this machine.")] = False,
+    token: Token = None,
+    ca: Pem = None,
+    insecure: Insecure = False,
     json: Annotated[bool, typer.Option("--json", help="All facts as JSON.")] = False,
 ) -> None:
     """Show a server's clients: their cuts, steps, losses, scores and bytes."""
@@ -27,12 +28,11 @@ def status(
     from flexp.links.grpc.status import ask_status
     from flexp.report import formats
 
-    facts = ask_status(server if "://" in server else f"grpc://{server}", token=token, ca=ca, insecure=insecure)
+    facts = ask_status(url_of(server), token=token, ca=ca, insecure=insecure)
     if json:
         typer.echo(form.dumps(facts, indent=2))  # which escapes all that is not ASCII
         return
 
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -55,7 +55,21 @@ def status(
             *(f"{own[key]:.4g}" if own.get(key) is not None else "–" for key in ("loss", "score")),
             *(formats.size(own[key]) if own.get(key) is not None else "–" for key in ("bytes_up", "bytes_down")),
         )
-    Console(width=None if Console().is_terminal else 120).print(table)
+    console().print(table)
 
 
-COMMANDS = {"status": status}
+def readmit(
+    server: Annotated[str, typer.Argument(metavar="HOST:PORT", help="Or grpcs://HOST:PORT.")],
+    client: Annotated[str, typer.Argument(metavar="CLIENT", help="Its name.")],
+    token: Token = None,
+    ca: Pem = None,
+    insecure: Insecure = False,
+) -> None:
+    """Let a client in again that kept sending what cannot be used."""
+    from flexp.links.grpc.status import ask_readmit
+
+    ask_readmit(url_of(server), client, token=token, ca=ca, insecure=insecure)
+    typer.echo(f"{client} may join again")
+
+
+COMMANDS = {"status": status, "readmit": readmit}

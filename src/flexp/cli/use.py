@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flexp.cli.reaching import Ca, Cert, Insecure, Key, Server, Token, reaching
-from flexp.cli.settings import Force
+from flexp.cli.reaching import SECURED, WHOSE, Secured, Whose, grouped, reaching
+from flexp.cli.settings import Force, console
 from flexp.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -18,31 +18,20 @@ if TYPE_CHECKING:
 
     from flexp.export.trained import Trained
 
-Client = Annotated[
-    str | None, typer.Option("--client", metavar="NAME", help="Whose model; of a run with one client, its own.")
-]
-Round = Annotated[
-    str, typer.Option("--round", metavar="N|best|last", help="Of a run: after which round; of a client: a snapshot.")
-]
 Batch = Annotated[int | None, typer.Option(min=1, help="Examples at once; default: as in the run.")]
 
 
+@grouped
 def export(
     run: Annotated[Path, typer.Argument(help="The folder of a run, or what flexp client left, with --server.")],
     out: Annotated[Path, typer.Option("--out", help="The new folder.")],
-    client: Client = None,
+    whose: Whose = WHOSE,
     merge: Annotated[
         bool, typer.Option("--merge", help="The whole model, adapters merged into it (the default).")
     ] = False,
     adapter: Annotated[bool, typer.Option("--adapter", help="With LoRA: a peft adapter over the base model.")] = False,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as trained.")] = None,
-    number: Round = "last",
-    server: Server = None,
-    token: Token = None,
-    ca: Ca = None,
-    cert: Cert = None,
-    key: Key = None,
-    insecure: Insecure = False,
+    secured: Secured = SECURED,
 ) -> None:
     """Write a client's personal model as a folder that transformers (or peft) loads."""
     if merge and adapter:
@@ -52,15 +41,16 @@ def export(
     from flexp.export.opening import open_trained
 
     check_target(out, dtype)
-    opened = open_trained(run, client, number, reaching(server, token, ca, cert, key, insecure))
+    opened = open_trained(run, whose.client, whose.number, reaching(whose, secured))
     facts = write(opened, out, "adapter" if adapter else "whole", dtype)
     what = "a peft adapter" if adapter else "a whole model"
     typer.echo(f"{facts['client']!r} after round {facts['round']}: {what} ({facts['dtype']}) in {out}")
 
 
+@grouped
 def evaluate(
     model: Annotated[Path, typer.Argument(help="The folder of a run, an exported one, or what flexp client left.")],
-    client: Client = None,
+    whose: Whose = WHOSE,
     data: Annotated[
         str | None, typer.Option("--data", metavar="FILE", help="Score on this file of the run's task.")
     ] = None,
@@ -68,7 +58,6 @@ def evaluate(
         Path | None, typer.Option("--run", help="Of an exported model: score on this run's test data.")
     ] = None,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Also the model before training.")] = False,
-    number: Round = "last",
     batch_size: Batch = None,
     harness: Annotated[
         str | None,
@@ -81,18 +70,13 @@ def evaluate(
         int | None, typer.Option(min=1, help="With --harness: only so many examples of each task.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-    server: Server = None,
-    token: Token = None,
-    ca: Ca = None,
-    cert: Cert = None,
-    key: Key = None,
-    insecure: Insecure = False,
+    secured: Secured = SECURED,
 ) -> None:
     """Score a personal model on its client's own test data and on everybody's, or on a file."""
     from flexp.export.answers import score
     from flexp.export.opening import open_trained
 
-    opened = open_trained(model, client, number, reaching(server, token, ca, cert, key, insecure), run)
+    opened = open_trained(model, whose.client, whose.number, reaching(whose, secured), run)
     try:
         if harness is not None:
             _harness(opened, harness, tasks_dir, limit, batch_size, pretrained, as_json)
@@ -109,34 +93,25 @@ def evaluate(
         facts = {"client": opened.client, "round": opened.round, "metric": metric, "scores": _finite(scores)}
         typer.echo(json.dumps(facts, indent=2))
         return
-    from rich.console import Console
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)  # a log or a pipe need not be narrow
-    console.print(_table(scores, metric, opened.client, opened.round))
+    console().print(_table(scores, metric, opened.client, opened.round))
 
 
+@grouped
 def predict(
     model: Annotated[Path, typer.Argument(help="The folder of a run, an exported one, or what flexp client left.")],
     data: Annotated[str, typer.Option("--data", metavar="FILE", help="Rows of the run's task; labels are not needed.")],
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where to: a .csv or a .jsonl.")],
-    client: Client = None,
-    number: Round = "last",
+    whose: Whose = WHOSE,
     batch_size: Batch = None,
     force: Force = False,
-    server: Server = None,
-    token: Token = None,
-    ca: Ca = None,
-    cert: Cert = None,
-    key: Key = None,
-    insecure: Insecure = False,
+    secured: Secured = SECURED,
 ) -> None:
     """Let a classifier label a file: one line a row, with the probability of every label."""
     from flexp.export.answers import predict as write
     from flexp.export.opening import open_trained
 
-    opened = open_trained(model, client, number, reaching(server, token, ca, cert, key, insecure))
+    opened = open_trained(model, whose.client, whose.number, reaching(whose, secured))
     try:
         count = write(opened, data, out, batch_size, force=force)
     finally:

@@ -39,6 +39,12 @@ class Dtype(StrEnum):
     bfloat16 = "bfloat16"
 
 
+class Quantization(StrEnum):
+    off = "off"
+    int8 = "int8"
+    nf4 = "nf4"
+
+
 class Attention(StrEnum):
     sdpa = "sdpa"
     eager = "eager"
@@ -64,7 +70,13 @@ def verify(
         str | None, typer.Option(metavar="S:E", help="The server runs blocks [S, E). Default: all but the outermost.")
     ] = None,
     task: Annotated[Task | None, typer.Option(help="What the model is for. Default: as its checkpoint says.")] = None,
-    tuning: Annotated[Tuning, typer.Option(help="Everything, embeddings included, or adapters.")] = Tuning.full,
+    tuning: Annotated[
+        Tuning | None,
+        typer.Option(
+            help="Everything, embeddings included, or adapters. Default: full; of quantised blocks lora.",
+            show_default=False,
+        ),
+    ] = None,
     padding: Annotated[Padding, typer.Option(help="Which side of the batches is padded.")] = Padding.none,
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 3,
     base_depth: Annotated[
@@ -75,6 +87,9 @@ def verify(
     ] = "in-process",
     dtype: Annotated[Dtype, typer.Option(help="Type of weights and activations.")] = Dtype.float32,
     autocast: Annotated[bool, typer.Option("--autocast", help="Compute matrix products in bfloat16.")] = False,
+    quantization: Annotated[
+        Quantization, typer.Option(help="Of the blocks' linear layers, on both sides.")
+    ] = Quantization.off,
     attention: Annotated[Attention, typer.Option(help="Models without SDPA run eager anyway.")] = Attention.sdpa,
     memory: Annotated[Memory, typer.Option(help="What the server does with its activations.")] = Memory.keep,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Checkpoint the client's blocks.")] = False,
@@ -110,12 +125,13 @@ def verify(
         task=cast(ModelKind, task.value) if task else None,
         cut=None if cut is None else parse_cut(cut),
         base_depth=base_depth,
-        tuning=tuning.value,
+        tuning=(tuning or (Tuning.full if quantization is Quantization.off else Tuning.lora)).value,
         padding=padding.value,
         steps=steps,
         link=link,
         dtype=dtype.value,
         autocast="bfloat16" if autocast else "off",
+        quantization=quantization.value,
         attention=attention.value,
         memory=memory.value,
         checkpointing=checkpointing,
@@ -207,8 +223,8 @@ def _print_one(outcome: Outcome) -> None:
 def _settings(setup: Setup) -> str:
     """What was done, in a few lines."""
     return (
-        f"{setup.tuning} tuning in {setup.dtype} (autocast: {setup.autocast}), {setup.steps} steps of AdamW without "
-        "clipping, dropout set to 0,\n"
+        f"{setup.tuning} tuning in {setup.dtype} (autocast: {setup.autocast}, quantization: {setup.quantization}), "
+        f"{setup.steps} steps of AdamW without clipping, dropout set to 0,\n"
         f"random inputs ({setup.batch} examples of {setup.length} tokens, padding: {setup.padding}; images unpadded),\n"
         f"server memory: {setup.memory}, checkpointing: {'on' if setup.checkpointing else 'off'}, link: {setup.link}"
     )

@@ -3,58 +3,67 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flexp.cli.reaching import Ca, Cert, Insecure, Key, Server, Token, reaching
-from flexp.cli.use import Client, Round
-from flexp.errors import FlexpError
-from flexp.texts import plain
+from flexp.cli.reaching import SECURED, WHOSE, Secured, Whose, grouped, reaching
+from flexp.errors import FlexpError, plain
 
 if TYPE_CHECKING:
     from flexp.serving.writer import GenerationConfig, Writer, Written
 
 Model = Annotated[Path, typer.Argument(help="The folder of a run, an exported one, or what flexp client left.")]
 MaxTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Of an answer.")]
-Temperature = Annotated[
-    float | None, typer.Option(min=0.0, help="0: always the likeliest token. Default: as the model's own settings say.")
-]
-TopP = Annotated[float | None, typer.Option("--top-p", help="Choose among the likeliest tokens with this share.")]
-TopK = Annotated[int | None, typer.Option("--top-k", min=1, help="Choose among so many tokens.")]
-Penalty = Annotated[float | None, typer.Option("--repetition-penalty", help="Above 1: less repetition.")]
-Stop = Annotated[list[str] | None, typer.Option("--stop", help="End before this text.")]
-Seed = Annotated[int | None, typer.Option(help="Of sampling; default: another each time.")]
 Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="Torch's threads.", show_default=False)]
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen."""
+
+    temperature: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="0: always the likeliest token. Default: as the model's own settings say."),
+    ] = None
+    top_p: Annotated[
+        float | None, typer.Option("--top-p", help="Choose among the likeliest tokens with this share.")
+    ] = None
+    top_k: Annotated[int | None, typer.Option("--top-k", min=1, help="Choose among so many tokens.")] = None
+    repetition_penalty: Annotated[
+        float | None, typer.Option("--repetition-penalty", help="Above 1: less repetition.")
+    ] = None
+    stop: Annotated[list[str] | None, typer.Option("--stop", help="End before this text.")] = None
+    seed: Annotated[int | None, typer.Option(help="Of sampling; default: another each time.")] = None
+
+    def generation(self, max_new_tokens: int) -> GenerationConfig:
+        """Settings for the writer; a mistake is told before a model is loaded."""
+        from flexp.serving.writer import GenerationConfig
+
+        made = GenerationConfig(max_new_tokens, **{**vars(self), "stop": tuple(self.stop or ())})
+        made.options()
+        return made
+
+
+SAMPLING = Sampling()
+
+
+@grouped
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Option("--prompt", help="What to go on from; - reads it from the standard input.")],
-    client: Client = None,
+    whose: Whose = WHOSE,
     max_new_tokens: MaxTokens = 256,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    top_k: TopK = None,
-    repetition_penalty: Penalty = None,
-    stop: Stop = None,
-    seed: Seed = None,
-    number: Round = "last",
-    server: Server = None,
-    token: Token = None,
-    ca: Ca = None,
-    cert: Cert = None,
-    key: Key = None,
-    insecure: Insecure = False,
+    sampling: Sampling = SAMPLING,
+    secured: Secured = SECURED,
     threads: Threads = None,
 ) -> None:
     """Let a personal language model go on from a prompt, token by token."""
-    generation = _generation(max_new_tokens, temperature, top_p, top_k, repetition_penalty, stop, seed)
-    generation.options()  # a mistake is told before a model is loaded
+    generation = sampling.generation(max_new_tokens)
     text = sys.stdin.read() if prompt == "-" else prompt
-    writer = _open(model, client, number, reaching(server, token, ca, cert, key, insecure), threads)
+    writer = _open(model, whose, secured, threads)
     try:
         found = writer.write(writer.ids_of(text), generation, _show)
         typer.echo()
@@ -63,30 +72,19 @@ def generate(
         writer.close()
 
 
+@grouped
 def chat(
     model: Model,
-    client: Client = None,
+    whose: Whose = WHOSE,
     system: Annotated[str | None, typer.Option("--system", help="What the model is told first.")] = None,
     max_new_tokens: MaxTokens = 512,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    top_k: TopK = None,
-    repetition_penalty: Penalty = None,
-    stop: Stop = None,
-    seed: Seed = None,
-    number: Round = "last",
-    server: Server = None,
-    token: Token = None,
-    ca: Ca = None,
-    cert: Cert = None,
-    key: Key = None,
-    insecure: Insecure = False,
+    sampling: Sampling = SAMPLING,
+    secured: Secured = SECURED,
     threads: Threads = None,
 ) -> None:
     """Talk with a personal language model; /reset forgets what was said, /quit (or Ctrl-D) ends."""
-    generation = _generation(max_new_tokens, temperature, top_p, top_k, repetition_penalty, stop, seed)
-    generation.options()
-    writer = _open(model, client, number, reaching(server, token, ca, cert, key, insecure), threads)
+    generation = sampling.generation(max_new_tokens)
+    writer = _open(model, whose, secured, threads)
     begin: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
     said = list(begin)
     try:
@@ -109,9 +107,10 @@ def chat(
         writer.close()
 
 
+@grouped
 def serve(
     model: Model,
-    client: Client = None,
+    whose: Whose = WHOSE,
     host: Annotated[
         str, typer.Option(help="Where to listen; beyond this machine (0.0.0.0, say) it needs an API key.")
     ] = "127.0.0.1",
@@ -122,50 +121,28 @@ def serve(
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", min=1, help="Of a chat's answer, where the application sets no limit.")
     ] = 512,
-    number: Round = "last",
-    server: Server = None,
-    token: Token = None,
-    ca: Ca = None,
-    cert: Cert = None,
-    key: Key = None,
-    insecure: Insecure = False,
+    secured: Secured = SECURED,
     threads: Threads = None,
 ) -> None:
     """Offer a personal language model to applications, as the OpenAI API does (needs the extra `serve`)."""
     from flexp.serving.listening import check_listening, run
 
     check_listening(host, api_key)
-    writer = _open(model, client, number, reaching(server, token, ca, cert, key, insecure), threads)
+    writer = _open(model, whose, secured, threads)
     try:
         run(writer, host, port, api_key, max_new_tokens, lambda line: typer.echo(f"flexp serve: {line}"))
     finally:
         writer.close()
 
 
-def _open(
-    model: Path, client: str | None, number: str, connect: Callable[[str], Any] | None, threads: int | None
-) -> Writer:
+def _open(model: Path, whose: Whose, secured: Secured, threads: int | None) -> Writer:
     import torch
 
     from flexp.serving.writer import open_writer
 
     if threads is not None:
         torch.set_num_threads(threads)
-    return open_writer(model, client, number, connect)
-
-
-def _generation(
-    max_new_tokens: int,
-    temperature: float | None,
-    top_p: float | None,
-    top_k: int | None,
-    repetition_penalty: float | None,
-    stop: list[str] | None,
-    seed: int | None,
-) -> GenerationConfig:
-    from flexp.serving.writer import GenerationConfig
-
-    return GenerationConfig(max_new_tokens, temperature, top_p, top_k, repetition_penalty, tuple(stop or ()), seed)
+    return open_writer(model, whose.client, whose.number, reaching(whose, secured))
 
 
 def _ask() -> str | None:

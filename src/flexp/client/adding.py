@@ -29,6 +29,10 @@ KEYS, SEALED = 6, 7
 KEY_FILE = "meet.key"
 
 
+class LateError(LinkError):
+    """Others met already, with a key that this client cannot have."""
+
+
 class OverLink:
     """Sums that the server takes.
 
@@ -55,11 +59,12 @@ class OverLink:
 
         def total() -> Sums:
             reply = answer()
-            if reply.values_N is None or reply.values_N.shape != (len(flat),) or client not in reply.notes:
+            if reply.values_N is None or reply.values_N.shape != (len(flat),):
                 raise LinkError(f"client {client}: the server gives a sum that is not of what was given")
+            late = 0.0 if client in reply.notes else flat  # who came too late adds its own to what the others have
             added = reply.values_N.contiguous().numpy().view(np.uint64)
             if group is None:
-                return _shaped(from_ring(added), values)
+                return _shaped(from_ring(added) + late, values)
             nonces = {}
             for name, said in reply.notes.items():
                 hidden, _, mark = said.partition(" ")
@@ -69,7 +74,7 @@ class OverLink:
                         "method.meet.masked and secret everywhere, and start the run anew"
                     )
                 nonces[name] = _bytes(hidden)
-            return _shaped(group.reveal(added, nonces, purpose), values)
+            return _shaped(group.reveal(added, nonces, purpose) + late, values)
 
         return total
 
@@ -86,6 +91,7 @@ def agree(
         folder: keeps this client's own key.
 
     Raises:
+        LateError: the others have agreed without this client, which came too late.
         ConfigError: the secret cannot be read or is too short, or the group is not the one in ``method.meet.group``.
         LinkError: what the server carried is not what a client sealed for this one.
     """
@@ -100,6 +106,8 @@ def agree(
     publics = {
         name: _bytes(note) for name, note in _asked(link, SumRequest(KEYS, note=own.public.hex()))().notes.items()
     }
+    if client not in publics:
+        raise LateError(f"client {client} comes when the others have agreed on their key without it")
     if publics.get(client) != own.public:
         raise LinkError(f"client {client}: the server holds another public key of it; start the run anew")
     found = fingerprint(publics)

@@ -10,29 +10,30 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flexp.client.judging import check_backward_reply, check_forward_reply
 from flexp.errors import ConfigError, LinkError
-from flexp.kinds import IGNORED, KINDS, ModelKind
+from flexp.kinds import ModelKind, share_of
 from flexp.links.base import Link
 from flexp.links.messages import BackwardReply, BackwardRequest, ForwardReply, ForwardRequest
+from flexp.links.packing import Places, pack, sent, unpack
 from flexp.rng import Turn, current_turn, resting
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One exchange's piece of a step, as the training loop sees it.
+    """One exchange's piece of a step.
 
     Attributes:
         number: from 1, of ``of`` pieces; ``number + 1`` where it is only known that more will come.
         share: of the step's loss items: what the piece's loss is multiplied with, since a step's loss is a mean.
         tokens: its share of the step's unmasked tokens, which alignment is a mean over.
         weight: its loss items.
+        step: the step's number on the link, once the exchange goes up.
     """
 
     number: int = 1
@@ -40,24 +41,11 @@ class Piece:
     share: float = 1.0
     tokens: float = 1.0
     weight: float = 1.0
+    step: int = 0
 
     @property
     def last(self) -> bool:
         return self.number == self.of
-
-
-@dataclass(frozen=True)
-class Place:
-    """The same as the server is told: see :class:`flexp.links.messages.BackwardRequest`.
-
-    ``number`` is the exchange's in its step, from 1.
-    """
-
-    step: int
-    number: int
-    exchanges: int
-    tokens: float
-    weight: float
 
     @property
     def exchange(self) -> int:
@@ -93,19 +81,26 @@ Look = Callable[[ForwardRequest, Tensor, Tensor, Tensor, float], None]
 class RemoteCall:
     """One exchange: sent when it is made, waited for when its result is needed.
 
-    ``look`` is shown the request, h, ∂task/∂h and the gradients once it is through.
+    ``look`` is shown the request, h, ∂task/∂h and the gradients once it is through. ``own_BTH`` is a gradient at z of
+    the client's own, which the server does not see; it is added to what comes back. ``kept`` are the tokens of the
+    request's activations that cross; all that this class gives and takes is whole.
     """
 
     def __init__(
         self,
         link: Link,
         request: ForwardRequest,
-        place: Place | None,
+        place: Piece | None,
         *,
         back: bool = True,
         look: Look | None = None,
+        own_BTH: Tensor | None = None,
+        kept: Places | None = None,
     ) -> None:
         self.request = request
+        self._own_BTH = own_BTH
+        self._kept = kept
+        self._reads = kept if request.rows_BT is None else Places.of(request.rows_BT)
         self.back = back  # whether anything below the cut is trained, so that a gradient must come back
         self._look = look
         self._h_BTH: Tensor | None = None  # and what was sent for it, for whoever looks
@@ -118,16 +113,17 @@ class RemoteCall:
         self._place = place
         self._turn = current_turn()  # autograd may run the backward in a thread of its own
         with self._waiting():  # a link inside this process computes at once
-            self._forward: Future[ForwardReply] = link.call(request)
+            self._forward: Future[ForwardReply] = link.call(sent(request, kept))
 
     def forward(self) -> Tensor:
         """h, (B, T, H), once it is here."""
         with self._waiting():
             reply = self._forward.result()
-        check_forward_reply(self.request, reply)
+        check_forward_reply(self.request, reply, self._reads)
         self.align = reply.align
-        self._h_BTH = None if self._look is None else reply.hidden_BTH
-        return reply.hidden_BTH
+        h_BTH = unpack(reply.hidden_BTH, self._reads)
+        self._h_BTH = None if self._look is None else h_BTH
+        return h_BTH
 
     def backward(self, grad_BTH: Tensor) -> BackwardReply:
         """Send ∂task/∂h and wait for the gradients at what was sent up."""
@@ -144,14 +140,14 @@ class RemoteCall:
             )
         request = BackwardRequest(
             self.request.exchange,
-            grad_BTH.detach(),
+            pack(grad_BTH.detach(), self._reads),
             place.step,
-            place.exchanges,
+            place.of,
             place.tokens,
             place.weight,
             self.back,
         )
-        self._sent_BTH = None if self._look is None else request.grad_BTH
+        self._sent_BTH = None if self._look is None else grad_BTH.detach()
         with self._waiting():
             self._backward = self._link.call(request)
 
@@ -161,12 +157,17 @@ class RemoteCall:
         with self._waiting():
             reply = self._backward.result()
         if self.back or reply.grad_BTH is not None:
-            check_backward_reply(self.request, reply)
+            check_backward_reply(self.request, reply, self._kept)
+            assert reply.grad_BTH is not None
+            grad_BTH, *inner = (unpack(value, self._kept) for value in (reply.grad_BTH, *reply.inner_BTH))
+            reply = BackwardReply(grad_BTH, tuple(inner))
         if self._look is not None and self._place is not None and reply.grad_BTH is not None:
             assert self._h_BTH is not None
             assert self._sent_BTH is not None
             self._look(self.request, self._h_BTH, self._sent_BTH, reply.grad_BTH, self._place.tokens)
         self.answered = True
+        if self._own_BTH is not None and reply.grad_BTH is not None:
+            reply = replace(reply, grad_BTH=reply.grad_BTH + self._own_BTH)
         return reply
 
     @property
@@ -239,7 +240,7 @@ class Steps:
         finally:
             self.piece = None
 
-    def place(self, kind: ModelKind, inputs: Mapping[str, Any]) -> Place:
+    def place(self, kind: ModelKind, inputs: Mapping[str, Any]) -> Piece:
         """Where the exchange belongs that goes up now, with this batch."""
         piece = self.piece or self._next(kind, inputs)
         if piece.number == 1:
@@ -247,7 +248,7 @@ class Steps:
         if self.piece is None:
             self.done += int(piece.last)
         self._begun = 0 if piece.last else piece.number
-        return Place(self._number, piece.number, piece.of, piece.tokens, piece.weight)
+        return replace(piece, step=self._number)
 
     def _next(self, kind: ModelKind, inputs: Mapping[str, Any]) -> Piece:
         """For loops that say nothing. Without ``num_items_in_batch`` their exchanges count alike."""
@@ -288,43 +289,60 @@ class Steps:
             )
 
 
-def unmasked_tokens(batch: Mapping[str, Any]) -> int:
-    """The tokens that a batch's alignment is a mean over; of images, whose tokens are equally many, their number."""
-    mask, ids = batch.get("attention_mask"), batch.get("input_ids")
-    if mask is not None:
-        return int(mask.sum())
-    return int(ids.numel()) if ids is not None else len(next(iter(batch.values())))
-
-
-def items_of(kind: ModelKind, inputs: Mapping[str, Any]) -> float:
-    """The items of a batch's loss, for loops that do not say; a batch without any counts as one."""
-    shifted = inputs.get("shift_labels")
-    if isinstance(shifted, Tensor):
-        return float(max(1, int((shifted != IGNORED).sum())))
-    if _labelled(kind, inputs):
-        return float(max(1, KINDS[kind].items(inputs)))
-    return float(len(_first(inputs)))
-
-
-def share_of(kind: ModelKind, inputs: Mapping[str, Any], even: float) -> tuple[float, float]:
-    """A batch's share of its step's items, and its items.
+def check_forward_reply(request: ForwardRequest, reply: ForwardReply, reads: Places | None = None) -> None:
+    """Refuse activations that are not finite or not those that were asked for, or an alignment that was not.
 
     Args:
-        even: the share, where nobody says how many items the step has (``num_items_in_batch``) or the labels are not
-            there (they are kept back where somebody else computes the loss).
+        reads: the rows that were asked for; ``None``: all.
+
+    Raises:
+        LinkError: see above.
     """
-    total = inputs.get("num_items_in_batch")
-    if total is None:
-        return even, items_of(kind, inputs)
-    whole = max(1.0, float(total))
-    if _labelled(kind, inputs):
-        return min(1.0, items_of(kind, inputs) / whole), items_of(kind, inputs)
-    return even, min(max(1.0, whole * even), float(_first(inputs).shape[:2].numel()))  # no more than it has tokens
+    _check_shape(f"the activation of exchange {request.exchange}", reply.hidden_BTH, request.hidden_BTH, reads)
+    check_finite(f"the activation of exchange {request.exchange}", reply.hidden_BTH)
+    if reply.align is not None and (request.base_BTH is None or not abs(reply.align) < float("inf")):
+        raise LinkError(
+            f"the server says that exchange {request.exchange} is aligned to {reply.align}, "
+            f"{'though nothing was sent for it' if request.base_BTH is None else 'expected a finite number'}"
+        )
 
 
-def _first(inputs: Mapping[str, Any]) -> Tensor:
-    return next(value for value in inputs.values() if isinstance(value, Tensor))
+def check_backward_reply(request: ForwardRequest, reply: BackwardReply, kept: Places | None = None) -> None:
+    """Refuse gradients that are not finite, or at other activations than those that were sent.
+
+    Args:
+        kept: the tokens of them that crossed; ``None``: all.
+
+    Raises:
+        LinkError: see above.
+    """
+    given, sent = len(reply.inner_BTH), len(request.inner_BTH)
+    if given != sent:
+        raise LinkError(
+            f"the server sends gradients at {given} inner activations of exchange {request.exchange}, expected {sent} "
+            "as were sent"
+        )
+    if reply.grad_BTH is None:
+        raise LinkError(f"the server sends no gradient of exchange {request.exchange}, and one was asked for")
+    for value in (reply.grad_BTH, *reply.inner_BTH):
+        _check_shape(f"the gradient of exchange {request.exchange}", value, request.hidden_BTH, kept)
+        check_finite(f"the gradient of exchange {request.exchange}", value)
 
 
-def _labelled(kind: ModelKind, inputs: Mapping[str, Any]) -> bool:
-    return all(isinstance(inputs.get(name), Tensor) for name in KINDS[kind].targets)
+def _check_shape(what: str, value: Tensor, whole_BTH: Tensor, kept: Places | None) -> None:
+    shape = tuple(whole_BTH.shape if kept is None else (1, len(kept), whole_BTH.shape[2]))
+    if tuple(value.shape) != shape:
+        raise LinkError(f"{what} is {tuple(value.shape)}, expected {shape}, as was asked for")
+
+
+def check_finite(what: str, value: Tensor) -> None:
+    """Refuse numbers of a server that are not finite.
+
+    Raises:
+        LinkError: see above.
+    """
+    if not bool(torch.isfinite(value).all()):
+        raise LinkError(
+            f"the server sends numbers that are not finite: {what}; its shared blocks have diverged (lower "
+            "train.shared.lr or train.personal.lr, or use float32), or it is broken"
+        )

@@ -21,6 +21,7 @@ from flexp.client.joined import JoinedModel
 from flexp.errors import ConfigError, LinkError, LinkLostError, ModelError
 from flexp.links.base import Link, ask
 from flexp.links.messages import EndGeneration, ExtendRequest
+from flexp.links.packing import sent, unpack, without_padding
 from flexp.models.batches import NEED_ALL_BLOCKS
 from flexp.models.caching import PartCache, check_cached
 from flexp.models.execution import shadowed
@@ -95,6 +96,8 @@ class SplitGenerator:
     def __init__(self, model: JoinedModel, reconnect: Callable[[], Link] | None = None) -> None:
         if not model.model.can_generate():
             raise ModelError(f"{type(model.model).__name__} writes no text; use a causal language model")
+        if model.guard is not None:
+            model.guard.teach(model.stage, model.cut[0])  # before anything is sent
         self.split = model
         self.reconnect = reconnect
         self.rebuilt = 0  # how often a server got an answer anew
@@ -197,9 +200,11 @@ class SplitGenerator:
             return self._rebuild(cache, error)[:, -new:]
 
     def _ask(self, request: ExtendRequest) -> Tensor:
-        link = self.split.link
+        link, mask_BT = self.split.link, request.mask_BT
+        ends = mask_BT is not None and bool(mask_BT[:, -1].all())  # else the next token is read off padding
+        kept = without_padding(mask_BT) if ends and self.split.ignores_padding else None
         with waiting(link, current_turn(), train=False):
-            return link.call(request).result().hidden_BTH
+            return unpack(link.call(sent(request, kept)).result().hidden_BTH, kept)
 
     def _rebuild(self, cache: SplitCache, why: LinkError) -> Tensor:
         """Send the whole answer to a server that has lost it, over a new link if the old one is broken."""

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 
 import torch
+from torch import Tensor
 
-from flexp.client.exchange import Steps, waiting
-from flexp.client.judging import check_weights, check_welcome
+from flexp.client.exchange import Steps, check_finite, waiting
+from flexp.client.guarding import Guard
 from flexp.client.personal import PersonalModel
 from flexp.client.watching import Watch
-from flexp.config import AlignConfig, CodecConfig, LoraConfig
+from flexp.config import AlignConfig, CodecConfig, LoraConfig, Rows
 from flexp.errors import ConfigError, LinkError
 from flexp.links.base import Link, ask
-from flexp.links.messages import Abort, Join, PullRequest
+from flexp.links.messages import Abort, Join, PullRequest, Welcome
+from flexp.models.anatomy import check_cut
 from flexp.models.fingerprint import fingerprint
-from flexp.models.parts import check_cut
+from flexp.models.reading import Pooling, ignores_padding
 from flexp.models.stage import Stage
 from flexp.rng import current_turn
 
@@ -38,14 +41,19 @@ class JoinedModel(PersonalModel):
         expose_embeddings: bool = False,
         numbering: int | None = None,
         codec: CodecConfig | None = None,
+        rows: Rows = "logits",
         base_depth: int | None = None,
     ) -> None:
         super().__init__(stage)
+        self.rows = rows
+        self._pooling = Pooling(stage)
+        self.ignores_padding = ignores_padding(stage.model)
         self.link = link
         self.align = align
         self.tuning = tuning
         self.lora = lora
         self.last_align: float | None = None
+        self.guard: Guard | None = None  # teaches the head before anything is sent, and in training
         self.watch: Watch | None = None  # looks whether the server computes what was agreed, where somebody hears it
         self._pulled = 0  # the step after which the aligned blocks were pulled last
         self.cut: tuple[int, int] = cut
@@ -106,6 +114,20 @@ class JoinedModel(PersonalModel):
         """The blocks that this client would follow with ``cut``: which the server trains, and it takes over."""
         return range(self.base_depth, cut[0]) if self.align.follow else range(0)
 
+    def guard_with(self, guard: Guard) -> None:
+        """Send nothing before ``guard`` has taught the head.
+
+        Raises:
+            ConfigError: alignment would send z_base, which nobody teaches, or take over blocks of the server's.
+        """
+        if self.cut[0] > self.base_depth and (self.align.kind == "weights" or self.align.has_term or self.align.teach):
+            raise ConfigError(
+                f"privacy.penalty teaches what is sent at the cut (s = {self.cut[0]}), and method.align.kind = "
+                f"{self.align.kind!r} would send z_base of depth {self.base_depth}, or take over blocks that were not "
+                'taught: set method.align.kind = "off"'
+            )
+        self.guard = guard
+
     def settle(self) -> None:
         """Leave the training of the aligned blocks to the server, if the alignment says so; the stage's blocks have
         come or changed."""
@@ -141,6 +163,7 @@ class JoinedModel(PersonalModel):
                 cut=cut,
                 dtype=str(self.model.dtype),
                 autocast=self.stage.autocast_name,
+                quantization=self.stage.quantization,
                 tuning=self.tuning,
                 align=self.align,
                 lora=self.lora,
@@ -162,3 +185,53 @@ class JoinedModel(PersonalModel):
                 f"{what} would send the bare embeddings, from which the server can read every token; keep a block "
                 "below what is sent (s and s_min of at least 1), or say expose_embeddings=True"
             )
+
+
+def check_welcome(welcome: Welcome, blocks: int, hidden: int, pinned: int | None) -> None:
+    """Refuse a server whose words do not go with this client's model, or that moves s_min.
+
+    Args:
+        pinned: the s_min that was agreed on, in the configuration or on joining first: below it nothing may be asked
+            for. ``None``: the server says it.
+
+    Raises:
+        LinkError: see above.
+    """
+    if (welcome.blocks, welcome.hidden) != (blocks, hidden):
+        raise LinkError(
+            f"the server speaks of {welcome.blocks} blocks of width {welcome.hidden}, this client's model has {blocks} "
+            f"of width {hidden}; load the same pretrained model on both sides"
+        )
+    if welcome.max_in_flight < 1 or not welcome.base_depth < blocks:
+        raise LinkError(
+            f"the server lets {welcome.max_in_flight} exchanges be in flight from block {welcome.base_depth} on, "
+            f"expected at least one, from a block below {blocks}"
+        )
+    if pinned is not None and welcome.base_depth != pinned:
+        raise LinkError(
+            f"the server's base depth s_min is {welcome.base_depth}, and {pinned} was agreed on: what goes up to align "
+            "would come out of other blocks; start the server with the same --base-depth as before and as "
+            "model.base_depth says"
+        )
+
+
+def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, torch.Size], *, all_of_them: bool) -> None:
+    """Refuse weights that are not those that were asked for, or that are not finite.
+
+    Args:
+        expected: their shapes, by name.
+        all_of_them: none may be missing.
+
+    Raises:
+        LinkError: see above.
+    """
+    odd = sorted(weights.keys() - expected.keys())
+    if odd:
+        raise LinkError(f"the server sends the weight {odd[0]}, which nobody asked for; nothing was taken over")
+    missing = sorted(expected.keys() - weights.keys())
+    if missing and all_of_them:
+        raise LinkError(f"the server leaves out the weight {missing[0]}, which was asked for; nothing was taken over")
+    for name, value in weights.items():
+        if value.shape != expected[name]:
+            raise LinkError(f"the server's {name} is {tuple(value.shape)}, expected {tuple(expected[name])}")
+        check_finite(f"the weight {name}", value)

@@ -27,8 +27,8 @@ from torch.nn import functional as F
 from flexp.client.closed_form import Discriminant, LinearHead, Statistics
 from flexp.client.personal_head import Agreed, Choice, Common, choose
 from flexp.client.ridge import STRENGTHS, CommonRidge, Ridge, sums_of_numbers
+from flexp.client.trainer import BatchOrder
 from flexp.config import MeetConfig, RunConfig
-from flexp.data.ordering import BatchOrder
 from flexp.data.scores import in_batches
 from flexp.data.tasks import task_of
 from flexp.data.types import Batch, Example, Task
@@ -119,6 +119,7 @@ class Seat:
         forward: its personal model, in evaluation mode.
         seed: of the order of examples, where a classifier is trained again.
         meter: of its link; ``None``: nothing crosses for features.
+        personal: its classifier is its own from the beginning, and need not be everybody's.
         noise: the seed of the noise in its sums. A simulation's is known; a client's is drawn where it runs.
         seconds: that its meetings took, waiting included.
     """
@@ -130,16 +131,18 @@ class Seat:
     config: RunConfig
     seed: int
     meter: Meter | None = None
+    personal: bool = False
     noise: int | None = None
     seconds: float = 0.0
 
     def first(self) -> Rounds[dict[str, Tensor]]:
-        """Everybody's classifier, as weights by their names in the model."""
+        """The classifier to begin with, as weights by their names in the model."""
         began = time.perf_counter()
         features_NH, labels_N = self.features()
         common = yield from self._agree(features_NH, labels_N, with_own=False)
+        head = common.begin(features_NH, labels_N) if self.personal else common.head()
         self.seconds += time.perf_counter() - began
-        return self._weights(common.head())
+        return self._weights(head)
 
     def last(self, *, trained: bool = True) -> Rounds[tuple[dict[str, Tensor], Choice]]:
         """The client's own classifier, and what it is made of; without ``trained`` nothing was, so nothing is chosen.
@@ -153,7 +156,8 @@ class Seat:
         common = yield from self._agree(features_NH, labels_N, with_own=True)
         own = common.of(features_NH, labels_N)
         if trained:
-            head, choice = choose(common, own, features_NH, labels_N, before, self._retrain(len(labels_N)))
+            retrain = self._retrain(len(labels_N))
+            head, choice = choose(common, own, features_NH, labels_N, before, retrain, own_begin=self.personal)
         else:
             head, choice = common.personal(own, features_NH, labels_N), "closed-form"
         self.seconds += time.perf_counter() - began

@@ -13,23 +13,24 @@ import torch
 from torch import Tensor
 
 from flexp.assets import resolve
-from flexp.client.asked import Source
 from flexp.client.exchange import Piece, RemoteCall, RemoteMiddle
 from flexp.client.generation import SplitGenerator
 from flexp.client.joined import OFF, JoinedModel
+from flexp.client.personal import Source
 from flexp.client.watching import most_alignment
-from flexp.config import AlignConfig, CodecConfig, ModelConfig
-from flexp.data.labels import remarks
+from flexp.config import AlignConfig, CodecConfig, ModelConfig, Rows
+from flexp.data.columns import remarks
 from flexp.errors import ConfigError, LinkError
-from flexp.kinds import ModelKind
+from flexp.kinds import KINDS, ModelKind
 from flexp.links.base import Link
 from flexp.links.messages import ForwardRequest
-from flexp.links.opening import kept
-from flexp.models.anatomy import block_count
+from flexp.links.opening import kept as connected
+from flexp.links.packing import Places, without_padding
+from flexp.models.anatomy import Part, block_count, check_cut
 from flexp.models.execution import ExecutionPlan
 from flexp.models.heads import trained_classes
 from flexp.models.loading import load_config, load_stage
-from flexp.models.parts import Part, check_cut
+from flexp.models.reading import PER_TOKEN, labelled
 from flexp.models.tuning import tune
 
 log = logging.getLogger("flexp")
@@ -64,6 +65,8 @@ class SplitModel(JoinedModel):
         numbering: of an earlier life of this client, whose steps it goes on with; ``None``: it begins anew.
         codec: in what form tensors cross; ``None``: as they are inside one process, bfloat16 over a network, or what
             :func:`flexp.connect` was told.
+        rows: which rows of h cross where no block comes after them: all but padding (``all``), those that logits depend
+            on (``logits``), or of those that a training loss reads (``loss``), when other tokens' logits mean nothing.
         base_depth: the s_min that the server must have; ``None``: the one that it says on joining first. Later it may
             say no other, since what goes up for alignment comes out of block s_min − 1.
 
@@ -87,6 +90,7 @@ class SplitModel(JoinedModel):
         align: AlignConfig = OFF,
         accumulation: int = 1,
         codec: CodecConfig | None = None,
+        rows: Rows = "logits",
         largest: tuple[int, int] = (8, 128),
         seed: int = 0,
         **settings: Any,
@@ -126,7 +130,7 @@ class SplitModel(JoinedModel):
         for remark in remarks(trained_classes(config, cls.kind, wanted.pooling), labels or ()):
             log.warning(remark)
         tune(stage, wanted, seed=seed)
-        with kept(link) as chosen:
+        with connected(link) as chosen:
             made = cls(
                 stage,
                 whole_cut,
@@ -137,6 +141,7 @@ class SplitModel(JoinedModel):
                 accumulation=accumulation,
                 expose_embeddings=wanted.expose_embeddings,
                 codec=codec,
+                rows=rows,
                 base_depth=wanted.base_depth,
             )
         made.source = Source(wanted, labels, seed)
@@ -145,7 +150,7 @@ class SplitModel(JoinedModel):
     @property
     def base_model(self) -> Callable[..., Any]:
         """The same without the head, for loops that apply the head themselves (trl)."""
-        return lambda **inputs: self.tail(self.head(inputs), headless=True)
+        return lambda **inputs: self.tail(self.head(inputs, headless=True), headless=True)
 
     @property
     def accepts_loss_kwargs(self) -> bool:
@@ -177,13 +182,18 @@ class SplitModel(JoinedModel):
         inputs = {key: value for key, value in {**named, **others}.items() if value is not None}
         return self.tail(self.head(inputs))
 
-    def head(self, inputs: Mapping[str, Any]) -> Sent:
-        """Run embeddings and blocks [0, s) and send the activation: z_base = head[0, s_min), z = head[s_min, s)."""
+    def head(self, inputs: Mapping[str, Any], *, headless: bool = False) -> Sent:
+        """Run embeddings and blocks [0, s) and send the activation: z_base = head[0, s_min), z = head[s_min, s).
+
+        ``headless``: :meth:`tail` will be asked for neither head nor loss.
+        """
         train = self.training and torch.is_grad_enabled()
         if train:
             self.steps.refuse_half_steps(self.stage.trainable().values())
             self.after_step()  # for loops that know nothing of FlexP
         start, base_depth = self.cut[0], self.base_depth
+        if self.guard is not None:
+            self.guard.teach(self.stage, start)  # before anything is sent
         align_now = train and self._align_due()
         inner = align_now and self.align.has_term and self.align.at == "every-block"  # teaching needs z_base alone
         embedded_BTH, plan = self.stage.plan(inputs)
@@ -197,6 +207,7 @@ class SplitModel(JoinedModel):
         if train and not back:
             z_BTH = z_BTH.detach().requires_grad_()  # the server's blocks need a backward even if nothing here does
         place = self.steps.place(self.kind, inputs) if train else None
+        kept, rows_BT = self._crossing(inputs, plan, z_BTH, train=train, headless=headless)
         request = ForwardRequest(
             exchange=0 if place is None else place.exchange,
             hidden_BTH=z_BTH.detach(),
@@ -204,11 +215,16 @@ class SplitModel(JoinedModel):
             positions_BT=inputs.get("position_ids"),
             base_BTH=base_BTH.detach() if align_now else None,
             inner_BTH=tuple(value.detach() for value in inner_BTH),
+            rows_BT=rows_BT,
             train=train,
             step=0 if place is None else place.step,
         )
         look = None if self.watch is None else self._look
-        call = RemoteCall(self.link, request, place, back=back, look=look)
+        own_BTH = None
+        if self.guard is not None and self.guard.config.weight and place is not None:
+            ids_BT, mask_BT = inputs["input_ids"], inputs.get("attention_mask")
+            own_BTH = place.tokens * self.guard.gradient(self.stage, ids_BT, mask_BT, z_BTH)
+        call = RemoteCall(self.link, request, place, back=back, look=look, own_BTH=own_BTH, kept=kept)
         if train:
             self.steps.remember(call)
         return Sent(call, z_BTH, tuple(inner_BTH), inputs, plan)
@@ -241,6 +257,28 @@ class SplitModel(JoinedModel):
     def _look(self, request: ForwardRequest, h_BTH: Tensor, sent_BTH: Tensor, got_BTH: Tensor, share: float) -> None:
         assert self.watch is not None
         self.watch.exchange(request, h_BTH, sent_BTH, got_BTH, most_alignment(self.align, request, share))
+
+    def _crossing(
+        self, inputs: Mapping[str, Any], plan: ExecutionPlan, z_BTH: Tensor, *, train: bool, headless: bool
+    ) -> tuple[Places | None, Tensor | None]:
+        """The tokens of z that cross (``None``: all), and flags (B, T) of the rows of h (``None``: the same tokens)."""
+        mask_BT, per_token = inputs.get("attention_mask"), KINDS[self.kind].answers in PER_TOKEN
+        kept = without_padding(mask_BT) if self.ignores_padding else None
+        if headless:
+            return kept, None
+        if per_token:
+            read_BT = labelled(self.kind, inputs)
+        else:
+            read_BT = self._pooling.rows(inputs, plan, tuple(z_BTH.shape))
+            if read_BT is None and kept is not None and self._pooling.reads_padding(inputs, plan, z_BTH):
+                kept = None
+        if kept is not None and read_BT is not None and bool(read_BT[mask_BT == 0].any()):
+            kept = None  # whoever labels padding trains on it
+        if self.rows == "all" or self.cut[1] < self.stage.anatomy.blocks:
+            return kept, None
+        if read_BT is None or not bool(read_BT.any()) or (per_token and (self.rows == "logits" or not train)):
+            return kept, None
+        return kept, read_BT
 
     def _align_due(self) -> bool:
         """Whether z_base goes up with the next exchange."""

@@ -15,13 +15,15 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from flexp.client.closed_form import Discriminant, LinearHead, Statistics, loss, personal_means
+from flexp.client.closed_form import UNSEEN, Discriminant, LinearHead, Statistics, loss, personal_means
 
 KAPPAS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 CONCENTRATIONS = torch.logspace(-0.5, 5.0, 30, dtype=torch.float64)
 FEW = 16
 """With fewer examples whose class the client has seen twice, its class means are everybody's."""
 FOLDS = 4
+CLEARLY = 0.9
+"""So much smaller must the loss of own examples alone be: their γ and T are chosen on them, which is some of it."""
 
 Choice = Literal["closed-form", "trained", "both"]
 Retrain = Callable[[LinearHead, Tensor, Tensor], LinearHead]
@@ -38,6 +40,10 @@ class Agreed(Protocol):
 
     def head(self) -> LinearHead:
         """One head for all."""
+        ...
+
+    def begin(self, features_NH: Tensor, labels_N: Tensor) -> LinearHead:
+        """What a client begins with whose head is its own."""
         ...
 
     def of(self, features_NH: Tensor, labels_N: Tensor) -> Statistics:
@@ -73,6 +79,9 @@ class Common:
         """See :class:`Agreed`, as for all that follows."""
         return Discriminant(self.total).head(self.gamma, self.temperature)
 
+    def begin(self, features_NH: Tensor, labels_N: Tensor) -> LinearHead:
+        return begin(self, features_NH, labels_N)
+
     def of(self, features_NH: Tensor, labels_N: Tensor) -> Statistics:
         return Statistics.of(features_NH, labels_N, len(self.total.counts), self.total.gram is not None)
 
@@ -105,7 +114,8 @@ def log_prior(counts_C: Tensor, total_C: Tensor) -> tuple[Tensor, float]:
 
 
 def personal_head(common: Common, own: Statistics, features_NH: Tensor, labels_N: Tensor) -> LinearHead:
-    """The closed form with the client's own prior and its own class means, whose κ its examples choose."""
+    """The closed form with the client's own prior and its own class means, whose κ its examples choose; or, where they
+    are answered better so, of its own examples alone, without anybody's."""
     found = Discriminant(common.total)
     prior_C, a = log_prior(own.counts, common.total.counts)
     base_C = (common.total.counts + 1) / (common.total.counts + 1).sum()
@@ -122,16 +132,54 @@ def personal_head(common: Common, own: Statistics, features_NH: Tensor, labels_N
         if cost <= best:
             best, means_CH = cost, None if kappa is None else personal_means(own, found.means, kappa)
     head = found.head(common.gamma, common.temperature, means_CH)
+    logits, possible = found.left_out(features_NH, labels_N, common.gamma)
+    seen = possible & (own.counts[labels_N] >= 2)  # of the others the client knows no second example of their class
+    rest = loss((common.temperature * logits + without_NC)[possible & ~seen], labels_N[possible & ~seen])
+    alone = _alone(features_NH, labels_N, without_NC, possible, best + rest)
+    head = head if alone is None else alone
     return LinearHead(head.weight, head.bias + prior_C)
 
 
+def begin(common: Common, features_NH: Tensor, labels_N: Tensor) -> LinearHead:
+    """What a client whose classifier is its own begins with: everybody's, or its own examples' where that is better."""
+    logits, possible = Discriminant(common.total).left_out(features_NH, labels_N, common.gamma)
+    cost = loss(common.temperature * logits[possible], labels_N[possible])
+    alone = _alone(features_NH, labels_N, torch.zeros_like(logits), possible, cost)
+    return common.head() if alone is None else alone
+
+
+def _alone(
+    features_NH: Tensor, labels_N: Tensor, prior_NC: Tensor, possible_N: Tensor, most: float
+) -> LinearHead | None:
+    """The closed form of these examples alone, if its loss with each left out is clearly below ``most``.
+
+    Those whose class has no second example count as classes without any do (:data:`UNSEEN`).
+    """
+    found = Discriminant(Statistics.of(features_NH, labels_N, prior_NC.shape[1]))
+    gamma, temperature = found.chosen(found.losses(features_NH, labels_N))
+    logits, again = found.left_out(features_NH, labels_N, gamma)
+    again &= possible_N
+    if int(again.sum()) < FEW:
+        return None
+    cost = loss((temperature * logits + prior_NC)[again], labels_N[again]) + UNSEEN * int((possible_N & ~again).sum())
+    return found.head(gamma, temperature) if cost < CLEARLY * most else None
+
+
 def choose(
-    common: Agreed, own: Statistics, features_NH: Tensor, labels_N: Tensor, trained: LinearHead, retrain: Retrain
+    common: Agreed,
+    own: Statistics,
+    features_NH: Tensor,
+    labels_N: Tensor,
+    trained: LinearHead,
+    retrain: Retrain,
+    *,
+    own_begin: bool = False,
 ) -> tuple[LinearHead, Choice]:
     """The client's head: its own closed form (:meth:`Agreed.personal`), the ``trained`` one, or both together.
 
     Cross-fitted: each of a few folds is answered by heads that were made without it. What was trained has seen all
-    examples, so in its place stands one that ``retrain`` makes of the others, beginning with their closed form.
+    examples, so in its place stands one that ``retrain`` makes of the others, beginning with their closed form
+    (``own_begin``: with :meth:`Agreed.begin`, as the client did).
     """
     whole = common.personal(own, features_NH, labels_N)
     if len(labels_N) < 2 * FOLDS:
@@ -145,7 +193,7 @@ def choose(
         gone = common.of(features_NH[out], labels_N[out])
         less = common.without(gone)
         closed = less.personal(own.without(gone), x, y)
-        again = retrain(less.head(), x, y)
+        again = retrain(less.begin(x, y) if own_begin else less.head(), x, y)
         heads: dict[Choice, LinearHead] = {"closed-form": closed, "trained": again, "both": common.both(closed, again)}
         for name, head in heads.items():
             cost[name] += common.loss(head(features_NH[out]), labels_N[out])

@@ -23,13 +23,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from flexp.client.judging import check_fetched
+from flexp.client.exchange import check_finite
 from flexp.client.model import SplitModel
 from flexp.client.trainer import Trainer, cut_in, load_party, split_model_of
 from flexp.errors import ConfigError, LinkError, ModelError
 from flexp.links.base import Link, ask
 from flexp.links.messages import FetchReply, FetchRequest
-from flexp.models.parts import Part, check_cut
+from flexp.models.anatomy import Part, check_cut
 from flexp.models.stage import Stage
 
 Blocks = Callable[[Part], Stage]
@@ -38,6 +38,8 @@ Blocks = Callable[[Part], Stage]
 PERSONAL, OPTIMIZER, PARKED = "personal/", "optimizer/", "parked/"
 MOST = 16 << 20
 """Bytes of tensors in one answer to a fetch."""
+MOST_TENSORS = 2048
+"""That one block may have."""
 
 
 class Parking(Protocol):
@@ -266,3 +268,15 @@ def _fill(trainer: Trainer, weights: Mapping[str, Tensor]) -> None:
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def check_fetched(reply: FetchReply, block: int, most: int) -> None:
+    """Refuse more of a block than was asked for, or than any block has. Raises LinkError."""
+    size = sum(value.numel() * value.element_size() for value in reply.weights.values())
+    if not 0 <= reply.total <= MOST_TENSORS or (len(reply.weights) > 1 and size > most):
+        raise LinkError(
+            f"the server sends {size} bytes in {len(reply.weights)} of {reply.total} weights of block {block}, "
+            f"expected at most {most} bytes, or one tensor, and {MOST_TENSORS} in all"
+        )
+    for name, value in reply.weights.items():
+        check_finite(f"the weight {name} of block {block}", value)

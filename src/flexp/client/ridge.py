@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from flexp.client.closed_form import LinearHead, Statistics
+from flexp.client.personal_head import CLEARLY
 
 STRENGTHS = torch.logspace(-4.0, 3.0, 15, dtype=torch.float64)
 """Of λ, relative to the mean eigenvalue."""
@@ -89,7 +90,21 @@ class CommonRidge:
             cost = float(mine.left_out(features_NH, over_N, strength).square().sum())
             if cost < best:
                 more, best = mine.head(strength), cost
-        return head if more is None else LinearHead(head.weight + more.weight, head.bias + more.bias)
+        if more is not None:
+            head = LinearHead(head.weight + more.weight, head.bias + more.bias)
+        return self._alone(features_NH, labels_N, best) or head
+
+    def begin(self, features_NH: Tensor, labels_N: Tensor) -> LinearHead:
+        cost = float(Ridge(self.total).left_out(features_NH, labels_N, self.strength).square().sum())
+        return self._alone(features_NH, labels_N, cost) or self.head()
+
+    def _alone(self, features_NH: Tensor, labels_N: Tensor, most: float) -> LinearHead | None:
+        """The ridge of these examples alone, if its error with each left out is clearly below ``most``."""
+        found = Ridge(sums_of_numbers(features_NH, labels_N, True))
+        losses = found.losses(features_NH, labels_N) * found.variance
+        if len(labels_N) < FEW or float(losses.min()) >= CLEARLY * most:
+            return None
+        return found.head(float(STRENGTHS[int(losses.argmin())]))
 
     def without(self, gone: Statistics) -> CommonRidge:
         return replace(self, total=self.total.without(gone))

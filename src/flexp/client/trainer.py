@@ -9,20 +9,22 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from flexp.client.exchange import Piece, unmasked_tokens
+from flexp.client.exchange import Piece
 from flexp.client.model import SplitModel
 from flexp.client.overlap import Done, overlapped
+from flexp.client.personal import answering
 from flexp.config import TrainConfig
-from flexp.data.ordering import BatchOrder
 from flexp.data.types import Batch, ClientData, Task
 from flexp.errors import DataError, TrainingError
-from flexp.kinds import KINDS
+from flexp.kinds import KINDS, unmasked_tokens
 from flexp.links.coding import load_residuals, save_residuals
 from flexp.optim import Updater
-from flexp.rng import RandomStream, derived_seed
+from flexp.rng import RandomStream, derived_seed, generator
 
 OWED = "residuals/"
 
@@ -122,9 +124,7 @@ class Trainer:
 
     def personal(self, batch: Mapping[str, Tensor]) -> Any:
         """The personal model on a batch, for evaluation; gives an output with ``logits``."""
-        self.model.train(False)
-        with torch.no_grad():
-            return self.model(**batch)
+        return answering(self.model)(batch)
 
     def _exchanges(self, pieces: list[tuple[Piece, Batch]]) -> Iterator[Done]:
         if self._in_flight > 1 and isinstance(self.model, SplitModel):
@@ -195,11 +195,48 @@ class Trainer:
             )
 
 
+class BatchOrder:
+    """Every epoch is a fresh permutation of the examples; a resumed run asks for any step and gets the same batch.
+
+    An epoch has ``ceil(n_examples / batch_size)`` steps; its last batch may be smaller.
+
+    Raises:
+        ValueError: ``n_examples`` or ``batch_size`` is not positive.
+    """
+
+    def __init__(self, n_examples: int, batch_size: int, seed: int) -> None:
+        if n_examples < 1 or batch_size < 1:
+            raise ValueError(f"n_examples = {n_examples} and batch_size = {batch_size} must be positive")
+        self.n_examples = n_examples
+        self.batch_size = batch_size
+        self.seed = seed
+        self._epoch = -1
+        self._order: npt.NDArray[np.int64] = np.arange(0)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps in which every example is used exactly once."""
+        return -(-self.n_examples // self.batch_size)
+
+    def indices(self, step: int) -> list[int]:
+        """The examples of ``step`` (0, 1, 2, ...), at most ``batch_size`` of them and never one twice."""
+        if step < 0:
+            raise ValueError(f"step = {step} must not be negative")
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:  # remembered for speed only
+            self._epoch = epoch
+            self._order = generator(self.seed, "order", epoch).permutation(self.n_examples)
+        start = position * self.batch_size
+        return [int(index) for index in self._order[start : start + self.batch_size]]
+
+
 def party_state(trainer: Trainer) -> dict[str, Tensor]:
     """Everything that :func:`load_party` needs to go on bit for bit."""
     model = split_model_of(trainer)
-    cut = {"cut": torch.tensor(model.cut)}
-    return trainer.state() | cut | model.link.meter.tensors() | save_residuals(model.link.residuals, OWED)
+    own = {"cut": torch.tensor(model.cut)}
+    if model.guard is not None:
+        own["taught"] = torch.tensor(model.guard.taught)
+    return trainer.state() | own | model.link.meter.tensors() | save_residuals(model.link.residuals, OWED)
 
 
 def cut_in(state: Mapping[str, Tensor]) -> tuple[int, int] | None:
@@ -219,6 +256,8 @@ def load_party(trainer: Trainer, state: Mapping[str, Tensor]) -> None:
     model = split_model_of(trainer)
     trainer.load(state)
     model.go_on(trainer.steps)
+    if model.guard is not None:
+        model.guard.taught = int(state.get("taught", -1))
     model.link.meter.load_tensors(state)
     owed = {key.removeprefix(OWED): value for key, value in state.items() if key.startswith(OWED)}
     load_residuals(model.link.residuals, owed)

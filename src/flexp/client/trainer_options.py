@@ -103,9 +103,5 @@ def refuse_options(args: Any, model: JoinedModel) -> None:
 
 
 def refuse(option: str, args: Any) -> NoReturn:
-    """Refuse one option.
-
-    Raises:
-        ConfigError: see above.
-    """
+    """Refuse one option. Raises ConfigError."""
     raise ConfigError(f"TrainingArguments.{option} = {_name(getattr(args, option, True))} {REFUSED[option][1]}")

@@ -19,7 +19,7 @@ from flexp.comparison.report.write import PAGES
 from flexp.comparison.workers import Pool
 from flexp.config import RunConfig
 from flexp.config.loading import validate
-from flexp.data.identity import check_same, identity
+from flexp.data.split import check_same, identity
 from flexp.errors import ConfigError, DataError, StorageError
 from flexp.files import check_free, read_json, storage_error, write_json
 from flexp.models.fingerprint import weights_fingerprint

@@ -3,9 +3,10 @@
 from flexp.config.data import ClientConfig, ClientsConfig, Cut, DataConfig, Task
 from flexp.config.deployment import DeploymentConfig
 from flexp.config.devices import DeviceChange, DeviceClassConfig, DevicesConfig, RecutConfig
-from flexp.config.link import CodecConfig, CodecName, LinkConfig
+from flexp.config.link import CodecConfig, CodecName, LinkConfig, Rows
 from flexp.config.methods import AlignConfig, MeetConfig, MethodConfig
 from flexp.config.model import LoraConfig, ModelConfig, Tuning
+from flexp.config.privacy import PrivacyConfig
 from flexp.config.run import EvaluationConfig, OutputConfig, RunConfig
 from flexp.config.section import Beta, Fraction, Rate, Section, all_keys
 from flexp.config.server import GuardConfig, ServerConfig
@@ -34,8 +35,10 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "OutputConfig",
+    "PrivacyConfig",
     "Rate",
     "RecutConfig",
+    "Rows",
     "RunConfig",
     "Section",
     "ServerConfig",

@@ -125,13 +125,14 @@ class DataConfig(Section):
     config: str | None = None  # the configuration of a datasets id
     split: str | None = None  # the split of a datasets id or asset that holds the examples (default: train)
     test_source: str | None = None  # a file with test examples of all clients; else they are split off `source`
-    text: str = "text"  # classification, causal-lm
+    text: str = "text"  # classification, causal-lm; question-answering: the context
     text_pair: str | None = None  # classification: a second text
     label: str = "label"  # classification, multiple-choice (index or letter), regression; a list: multi-label, tokens
     label_separator: str | None = None  # multi-label: what divides labels in text, "|" for instance
     image: str = "image"  # image-classification
-    prompt: str = "prompt"  # instruction, multiple-choice: the question
-    answer: str = "answer"  # instruction
+    prompt: str = "prompt"  # instruction; multiple-choice, question-answering: the question
+    answer: str = "answer"  # instruction, question-answering
+    unanswerable: bool = False  # question-answering: rows may have no answer, and a model may find none
     messages: str | None = None  # instruction: a column of chats, instead of prompt and answer
     choices: str | list[str] = "choices"  # multiple-choice: a list column, or one column per choice
     template: str | None = None  # with {column} fields; instruction and multiple-choice have defaults

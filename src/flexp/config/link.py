@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Literal
 
 from flexp.config.section import Section, named
 from flexp.registry import CODECS
@@ -37,7 +37,12 @@ class CodecConfig(Section):
         return all(name == "off" for name in self.names())
 
 
+Rows = Literal["all", "logits", "loss"]
+
+
 class LinkConfig(Section):
     """What crosses between clients and the server of FlexP-SFL."""
 
+    # of h and ∂task/∂h, where the client has no block in its tail: all but padding, what logits or what the loss reads
+    rows: Rows = "loss"
     codec: CodecConfig = CodecConfig()

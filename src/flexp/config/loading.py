@@ -71,6 +71,7 @@ PLACES = (
     "data.clients.plan",
     "data.clients.profile",
     "data.clients.each.profile",
+    "privacy.public",
 )
 """Keys that may name a file or a folder."""
 

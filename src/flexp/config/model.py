@@ -10,6 +10,7 @@ from pydantic import Field, PositiveInt
 from flexp.config.section import Fraction, Section
 
 Tuning = Literal["full", "lora"]
+Quantization = Literal["off", "int8", "nf4"]
 
 
 class LoraConfig(Section):
@@ -31,6 +32,8 @@ class ModelConfig(Section):
     autocast: Literal["off", "bfloat16"] = "off"
     # an architecture without SDPA (Gemma 2, GPT-Neo, GPT-J, BLOOM) runs eager whatever this says
     attention: Literal["sdpa", "eager"] = "sdpa"
+    # linear layers of the blocks in 8 or 4 bits, as they are loaded (bitsandbytes); what is trained are adapters
+    quantization: Quantization = "off"
     tuning: Tuning = "full"
     lora: LoraConfig = LoraConfig()
     train_embeddings: bool = False  # with full tuning: also the client's embeddings (and a head tied to them)
@@ -55,6 +58,10 @@ class ModelConfig(Section):
         """
         given = model.model_dump() if isinstance(model, ModelConfig) else {"id": str(model)}
         return cls.checked({**given, **settings}, str(given["id"]), "model")
+
+    def quantized(self, how: Quantization | None) -> ModelConfig:
+        """The same model with blocks quantised in another way; ``None``: as they are."""
+        return self if how is None else self.model_copy(update={"quantization": how})
 
     def at(self, place: str | Path) -> ModelConfig:
         """The same model, found at ``place``."""

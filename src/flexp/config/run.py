@@ -15,6 +15,7 @@ from flexp.config.devices import DevicesConfig, RecutConfig
 from flexp.config.link import LinkConfig
 from flexp.config.methods import DEFAULT, MethodConfig
 from flexp.config.model import ModelConfig
+from flexp.config.privacy import PrivacyConfig
 from flexp.config.section import Section
 from flexp.config.server import ServerConfig
 from flexp.config.train import TrainConfig
@@ -56,6 +57,7 @@ class RunConfig(Section):
     output: OutputConfig = OutputConfig()
     devices: DevicesConfig = DevicesConfig()
     recut: RecutConfig = RecutConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
@@ -79,6 +81,13 @@ class RunConfig(Section):
         if (self.recut.on or self.devices.changes) and not METHODS[self.method.name].recuts:
             what = "recut.on" if self.recut.on else "devices.changes"
             raise ValueError(f'{what} needs a method that moves cuts while it trains, such as "{DEFAULT}"')
+        if self.privacy.on and not METHODS[self.method.name].guards:
+            raise ValueError(f'privacy.penalty needs a method whose heads stay on their clients, such as "{DEFAULT}"')
+        if self.privacy.on and (self.recut.on or self.devices.changes):
+            raise ValueError("privacy.penalty teaches a head for its cut, which recut.on and devices.changes move: "
+                             "choose one")  # fmt: skip
+        if self.privacy.max_content_words is not None and not self.privacy.on:
+            raise ValueError("privacy.max_content_words holds taught heads to it: set privacy.penalty = 'nopeek'")
         if self.recut.on and self.server.tuning not in (None, self.model.tuning):
             raise ValueError(
                 f"recut.on needs the same tuning on both sides: model.tuning is {self.model.tuning}, server.tuning "
@@ -87,6 +96,16 @@ class RunConfig(Section):
         if self.model.tuning == "lora" and self.model.train_embeddings:
             raise ValueError(
                 "model.train_embeddings = true needs model.tuning = 'full': LoRA trains adapters in the blocks only"
+            )
+        if self.recut.on and self.server.quantization not in (None, self.model.quantization):
+            raise ValueError(
+                f"recut.on needs the same quantization on both sides: model.quantization is {self.model.quantization}, "
+                f"server.quantization {self.server.quantization}, so a block that moves would be another one"
+            )
+        if self.model.quantization != "off" and self.model.tuning == "full":
+            raise ValueError(
+                f'model.quantization = "{self.model.quantization}" keeps whole numbers, which full tuning cannot train;'
+                ' set model.tuning = "lora"'
             )
         if self.model.embeddings == "file" and self.model.train_embeddings:
             raise ValueError(

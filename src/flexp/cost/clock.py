@@ -25,7 +25,7 @@ import simpy
 
 from flexp.cost.choice import ExchangeCost
 from flexp.cost.profile import Profile
-from flexp.data.ordering import generator
+from flexp.rng import generator
 
 Kind = Literal["synchronous", "alone", "split-async", "split-sync"]
 Process = Generator[Any, Any, None]

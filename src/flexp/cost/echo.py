@@ -23,6 +23,7 @@ from flexp.cost.probe import Measured, Probe
 from flexp.errors import FlexpError
 from flexp.kinds import KINDS
 from flexp.links.base import Meter, finished
+from flexp.links.declaring import Request
 from flexp.links.messages import (
     BackwardReply,
     BackwardRequest,
@@ -36,12 +37,10 @@ from flexp.links.messages import (
     Join,
     PullReply,
     PullRequest,
-    Request,
     Welcome,
 )
-from flexp.models.anatomy import block_count
+from flexp.models.anatomy import Part, block_count
 from flexp.models.loading import load_config, load_stage
-from flexp.models.parts import Part
 from flexp.models.stage import Stage
 from flexp.models.stored import stored
 from flexp.models.tuning import embedding_names, tune
@@ -62,7 +61,7 @@ class EchoLink:
         self.meter = Meter()
         self.residuals: dict[str, Tensor] = {}
         self._welcome = Welcome(base_depth, blocks, hidden)
-        self._inner: dict[int, tuple[Any, ...]] = {}
+        self._sent: dict[int, ForwardRequest] = {}
         self.shared: dict[str, Any] = {}  # the parameters that a pull answers with, by name
 
     def call(self, request: Request[R]) -> Future[R]:
@@ -76,11 +75,12 @@ class EchoLink:
             case Join():
                 return self._welcome
             case ForwardRequest():
-                self._inner[request.exchange] = request.inner_BTH
-                return ForwardReply(request.hidden_BTH.clone(), None if request.base_BTH is None else 0.0)
+                self._sent[request.exchange] = request
+                return ForwardReply(_rows(request), None if request.base_BTH is None else 0.0)
             case BackwardRequest():
-                inner = tuple(value.clone() for value in self._inner.pop(request.exchange, ()))
-                return BackwardReply(request.grad_BTH.clone() if request.back else None, inner)
+                sent = self._sent.pop(request.exchange)
+                inner = tuple(value.clone() for value in sent.inner_BTH)
+                return BackwardReply(sent.hidden_BTH.clone() if request.back else None, inner)
             case PullRequest():
                 return PullReply({name: value.detach().clone() for name, value in self.shared.items()})
             case ExtendRequest():
@@ -88,6 +88,13 @@ class EchoLink:
             case FetchRequest():
                 return FetchReply(0, 0)
         return Done()
+
+
+def _rows(request: ForwardRequest) -> Tensor:
+    """As many rows as were asked for."""
+    if request.rows_BT is None:
+        return request.hidden_BTH.clone()
+    return request.hidden_BTH.flatten(0, 1)[: int(request.rows_BT.sum())].unsqueeze(0).clone()
 
 
 class StartModel(nn.Module):
@@ -143,7 +150,8 @@ def client_model(probe: Probe, stage: Stage, link_type: type[EchoLink] = EchoLin
     # Whatever comes every n-th step comes in these few, too.
     align = OFF if probe.align is None else AlignConfig(**{**probe.align, "every": 1})
     tuning = str(probe.model_config.get("tuning", "full"))
-    return SPLIT_MODELS[probe.kind](stage, probe.cut, link, align=align, tuning=tuning, expose_embeddings=True)
+    options: dict[str, Any] = {"align": align, "tuning": tuning, "expose_embeddings": True, "rows": probe.rows}
+    return SPLIT_MODELS[probe.kind](stage, probe.cut, link, **options)
 
 
 def random_batch(probe: Probe, config: Any) -> dict[str, Any]:
@@ -155,7 +163,7 @@ def random_batch(probe: Probe, config: Any) -> dict[str, Any]:
         pixels = torch.randn(probe.examples, getattr(config, "num_channels", 3), size, size, generator=generator)
         return {"pixel_values": pixels, **head.blank(probe.examples, None, config.num_labels)}
     shape = (probe.examples, probe.length)
-    ids = torch.randint(1, config.get_text_config().vocab_size, shape, generator=generator)
+    ids = torch.randint(1, getattr(config.get_text_config(), "vocab_size", 100), shape, generator=generator)
     labels = head.blank(probe.examples, ids, config.num_labels)
     return {"input_ids": ids, "attention_mask": torch.ones(shape, dtype=torch.long), **labels}
 

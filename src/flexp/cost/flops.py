@@ -15,14 +15,15 @@ from typing import Any, TypeVar
 import torch
 
 from flexp.client.personal import WholeModel
+from flexp.client.trainer import BatchOrder
 from flexp.config import TrainConfig
 from flexp.cost.choice import ExchangeCost
 from flexp.cost.counting import counting
 from flexp.cost.echo import EchoLink, client_model, random_batch, without_tail
 from flexp.cost.probe import Probe
-from flexp.data.ordering import BatchOrder
 from flexp.kinds import LABELS
-from flexp.links.messages import BackwardRequest, ForwardRequest, Join, PullRequest, Request, size
+from flexp.links.declaring import Request, size
+from flexp.links.messages import BackwardRequest, ForwardRequest, Join, PullRequest
 from flexp.models.stage import Stage
 from flexp.server import Server
 

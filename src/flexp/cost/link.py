@@ -13,7 +13,8 @@ from flexp.cost.model_cost import ModelCost
 from flexp.errors import LinkError
 from flexp.kinds import KINDS
 from flexp.links.base import Link, ask
-from flexp.links.messages import ForwardRequest, Join, PullRequest, size
+from flexp.links.declaring import size
+from flexp.links.messages import ForwardRequest, Join, PullRequest
 from flexp.models.loading import DTYPES
 
 LEAST = 2**16
@@ -60,6 +61,7 @@ def measure_link(
             cut=cut,
             dtype=str(DTYPES[cost.config.dtype]),
             autocast=cost.config.autocast,
+            quantization=cost.config.quantization,
             tuning=tuning,
             align=AlignConfig(kind="off"),
         ),

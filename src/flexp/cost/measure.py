@@ -24,8 +24,8 @@ from flexp.cost.predict import memory, overhead
 from flexp.cost.probe import Probe, measure
 from flexp.cost.profile import ModelSeconds, PieceSeconds, Role, ShapeSeconds
 from flexp.kinds import KINDS, ModelKind
+from flexp.models.anatomy import Part
 from flexp.models.loading import load_stage
-from flexp.models.parts import Part
 from flexp.models.stage import Stage
 from flexp.models.tuning import tune
 from flexp.optim import Updater

@@ -22,6 +22,8 @@ from flexp.errors import ModelError
 from flexp.models.anatomy import dissect
 from flexp.models.fingerprint import fingerprint
 from flexp.models.loading import DTYPES
+from flexp.models.quantized import held_bytes
+from flexp.models.reading import pooled
 from flexp.models.stored import check_table, token_embedding
 
 SIZES = (2, 16)
@@ -89,6 +91,7 @@ class ModelCost:
         config: of the model, found where its ``id`` says; rank and checkpointing of the adapters are asked for.
         fingerprint: of the model's configuration, as :class:`flexp.cost.profile.ModelSeconds` names it.
         blocks: L; ``hidden``: H.
+        pooled: which token of a text a classifier's head reads (:func:`flexp.models.reading.pooled`).
         optimizer: of what is trained, a key of :data:`STATE`.
     """
 
@@ -114,6 +117,7 @@ class ModelCost:
         self.blocks, self.hidden = anatomy.blocks, anatomy.hidden
         self.kinds = kinds(bare)
         self._chosen = sorted(set(self.kinds))
+        self.pooled = pooled(bare)
         self._real = False
         self._shapes: dict[Any, ShapeCost] = {}
 
@@ -184,7 +188,10 @@ class ModelCost:
             for name, value in stage.model.named_buffers()
             if stage.block_of(name) is None
         )
-        of_kind = {index: _piece(blocks[number], stage.blocks[index]) for number, index in enumerate(self._chosen)}
+        packed = self.config.quantization
+        of_kind = {
+            index: _piece(blocks[number], stage.blocks[index], packed) for number, index in enumerate(self._chosen)
+        }
         own = [value for _, value, _ in outside]
         in_file = token_embedding(stage.model).weight if self.config.embeddings == "file" else None
         held = [value for value in own if value is not in_file]
@@ -204,7 +211,7 @@ class ModelCost:
             hidden, _ = stage.plan(batch)
         return ShapeCost(
             embed=PieceCost(0, 0, 0, 0, *_figures(embed)),
-            first=_piece(firsts[0], stage.blocks[self._chosen[0]]),
+            first=_piece(firsts[0], stage.blocks[self._chosen[0]], packed),
             blocks=tuple(of_kind[index] for index in self.kinds),
             head=ends,
             message_bytes=hidden.numel() * hidden.element_size(),
@@ -224,15 +231,22 @@ def _figures(counted: Counted) -> tuple[int, int, int, int, float, float]:
     )
 
 
-def _piece(counted: Counted, block: nn.Module) -> PieceCost:
+def _piece(counted: Counted, block: nn.Module, quantization: str) -> PieceCost:
     values = list(block.parameters())
     trained = [value for value in values if value.requires_grad]
+    saved, unpacked = held_bytes(block, quantization)
+    kept, forward, backward, released, forward_flops, backward_flops = _figures(counted)
     return PieceCost(
         sum(value.numel() for value in values),
-        sum(value.numel() * value.element_size() for value in [*values, *block.buffers()]),
+        sum(value.numel() * value.element_size() for value in [*values, *block.buffers()]) - saved,
         sum(value.numel() for value in trained),
         sum(value.numel() * value.element_size() for value in trained),
-        *_figures(counted),
+        kept,
+        forward + unpacked,  # one weight after the other is unpacked for its product
+        backward + unpacked,
+        released,
+        forward_flops,
+        backward_flops,
     )
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+from flexp.config import Rows
 from flexp.cost.choice import Choice, Prediction, codec_share, form
 from flexp.cost.model_cost import STATE, ModelCost, PieceCost, ShapeCost
 from flexp.cost.profile import ModelSeconds, PieceSeconds, Profile, ShapeSeconds
+from flexp.kinds import KINDS
+from flexp.models.anatomy import check_cut
 from flexp.models.loading import DTYPES
-from flexp.models.parts import check_cut
+from flexp.models.reading import PER_TOKEN
 
 OVERHEAD = 20 * 2**20
 """Bytes that are no tensor, where they were not measured: a model's code, what libraries and the allocator keep."""
@@ -26,6 +29,8 @@ def predict(
     *,
     base_depth: int | None = None,
     followed: int | None = None,
+    rows: Rows = "loss",
+    read: float = 1.0,
 ) -> Prediction:
     """Predict one step of a client.
 
@@ -35,6 +40,8 @@ def predict(
         server: of the server; its links reach from the network to it.
         base_depth: s_min, when alignment sends z_base up as well; ``None``: nothing is aligned.
         followed: as for :func:`memory`. (The seconds are those of a client that trains all of its blocks.)
+        rows: ``link.rows``, of h.
+        read: the share of a text's predicted tokens that have a label, of heads that answer for every token.
 
     Raises:
         ConfigError: the cut does not fit the model.
@@ -42,11 +49,12 @@ def predict(
     start, stop = check_cut(choice.cut, cost.blocks)
     shape = cost.at(choice.micro_batch, choice.rank)
     base = base_depth is not None and base_depth < start
+    share, flags = rows_read(cost, choice, rows, read)
     sent = float(shape.message_bytes)
     if form(choice.codec) != "off":
         sent *= codec_share(choice.codec) * 4 / DTYPES[cost.config.dtype].itemsize
-    up = choice.accumulation * round((3 if base else 2) * sent + shape.mask_bytes)
-    down = choice.accumulation * round(2 * sent)
+    up = choice.accumulation * round(((2 if base else 1) + share) * sent + shape.mask_bytes + flags)
+    down = choice.accumulation * round((1 + share) * sent)
     here, there = Speed(cost, profile, choice), Speed(cost, server, choice)
     client, middle = here.client(start, stop), there.server(start, stop)
     if base and base_depth is not None:
@@ -65,6 +73,20 @@ def predict(
         bytes_down=down,
         server_memory_bytes=server_memory(cost, choice),
     )
+
+
+def rows_read(cost: ModelCost, choice: Choice, rows: Rows, read: float) -> tuple[float, int]:
+    """The share of the rows of h that cross, and the bytes of the flags that say which; texts without padding."""
+    tokens = cost.at(choice.micro_batch).message_bytes // (DTYPES[cost.config.dtype].itemsize * cost.hidden)
+    length = tokens // choice.micro_batch
+    answers, share = KINDS[cost.kind].answers, None
+    if rows == "all" or choice.cut[1] < cost.blocks:
+        return 1.0, 0
+    if answers not in PER_TOKEN:
+        share = None if cost.pooled is None else 1 / length
+    elif rows == "loss" and answers != "span":
+        share = read * ((length - 1) / length if answers == "next-token" else 1.0)
+    return (1.0, 0) if share is None else (share, tokens)
 
 
 def memory(

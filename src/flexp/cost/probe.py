@@ -22,7 +22,7 @@ from filelock import FileLock
 from flexp.errors import FlexpError
 from flexp.files import read_json, storage_error, write_json
 
-VERSION = 3
+VERSION = 4
 """Of what a probe does; measurements of another one are made anew."""
 
 RATES = ("lr", "new_lr", "schedule", "warmup_steps")
@@ -39,7 +39,7 @@ class Probe:
     the client has nothing behind s: the server computes the loss, too. ``extra_weights`` are further copies of what it
     trains, ``extra_optimizers`` further states of the optimiser, that it holds all the while
     (:class:`flexp.methods.base.Holds`). ``ranks`` are those of the adapters in some blocks, (block, rank), where they
-    are not ``model_config``'s. ``frozen`` of its first blocks are not trained.
+    are not ``model_config``'s. ``frozen`` of its first blocks are not trained. ``rows`` is the run's ``link.rows``.
     """
 
     model: str
@@ -58,6 +58,7 @@ class Probe:
     extra_optimizers: int = 0
     ranks: tuple[tuple[int, int], ...] = ()
     frozen: int = 0
+    rows: str = "loss"
 
 
 @dataclass(frozen=True)

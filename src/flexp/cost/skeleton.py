@@ -18,10 +18,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from flexp.config import ModelConfig
 from flexp.errors import ModelError
 from flexp.kinds import KINDS
-from flexp.models.anatomy import dissect, refuse_by_design
-from flexp.models.autos import AUTO, set_head
+from flexp.models.anatomy import Part, dissect, refuse_by_design
+from flexp.models.execution import Absent
+from flexp.models.heads import AUTO, set_head
 from flexp.models.loading import AUTOCAST, DTYPES, load_config, quietly
-from flexp.models.parts import Absent, Part
 from flexp.models.pooling import put_pooling
 from flexp.models.stage import Stage
 from flexp.models.tuning import tune

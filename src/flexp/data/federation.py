@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from flexp.config import DataConfig
-from flexp.data.columns import as_text, check_present
+from flexp.data.columns import as_text, check_known, check_present, classes_of, settled
 from flexp.data.grouping import check_apart, check_whole
-from flexp.data.labels import check_known, classes_of, settled
 from flexp.data.partition import Facts, Partition, partition, partition_test, partitioner
 from flexp.data.sources import Rows, read_rows
 from flexp.data.split import Split, split_client

@@ -13,9 +13,9 @@ from typing import ClassVar, Literal
 from flexp.config import ClientsConfig
 from flexp.data.columns import nearest
 from flexp.data.grouping import deal
-from flexp.data.ordering import generator
 from flexp.errors import ConfigError, DataError
 from flexp.registry import PARTITIONERS
+from flexp.rng import generator
 
 
 @dataclass(frozen=True)

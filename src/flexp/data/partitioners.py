@@ -19,10 +19,10 @@ import numpy as np
 from flexp.config import ClientsConfig
 from flexp.data.columns import sort_labels
 from flexp.data.grouping import deal
-from flexp.data.ordering import generator
 from flexp.data.partition import Facts, Partition, Partitioner, regrouped
 from flexp.data.split import stratified_order
 from flexp.errors import ConfigError, DataError
+from flexp.rng import generator
 
 
 class Column(Partitioner):

@@ -7,8 +7,8 @@ from itertools import groupby
 from statistics import median
 from typing import Any
 
-from flexp.data.tasks.text import IGNORED
 from flexp.data.types import ClientData, Example, Task
+from flexp.kinds import IGNORED
 
 MARKS = "«", "»"
 """Around what a language model learns to write."""

@@ -13,6 +13,7 @@ from flexp.data.types import Batch, Example, Forward, Tally, Task
 from flexp.errors import DataError
 from flexp.kinds import logits_of, take_targets
 
+SPANS = ("start_positions", "end_positions")
 Scores = dict[str, Any]
 """``loss`` (mean over items: examples, or labelled tokens), ``n`` (examples) and the task's scores; ``None`` where the
 examples do not say (no F1 of a class that is not there). With extras also tables: lists, and scores by class."""
@@ -80,5 +81,5 @@ def _rank(example: Example) -> Any:
     ids = example.get("input_ids")
     if ids is None:  # images have one size: keep their order
         return 0
-    labels = example["labels"]
+    labels = example.get("labels", [example.get(name) for name in SPANS])
     return (-len(ids), ids, labels if isinstance(labels, list) else [labels])

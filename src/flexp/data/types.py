@@ -59,6 +59,10 @@ class Task(Protocol):
         """Which head the model needs."""
 
     @property
+    def processor(self) -> Any:
+        """The tokenizer of a text's task, or the image processor."""
+
+    @property
     def label_names(self) -> list[str] | None:
         """Names of the classes by index, the same for every client; None without a classifier."""
 
@@ -93,7 +97,10 @@ class Task(Protocol):
         """Tables that are kept at the beginning and the end of a run only: scores by class, confusions."""
 
     def answer(self, logits: Tensor, examples: Sequence[Example]) -> list[dict[str, Any]]:
-        """What to write of each row."""
+        """What to write of each example."""
+
+    def by_row(self, found: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+        """The same of each row, of which there may be several examples."""
 
     def score(self, forward: Forward, examples: Sequence[Example], batch_size: int) -> dict[str, float]:
         """Further scores that need forward passes of their own; usually none."""

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 
 from flexp.config import DataConfig
-from flexp.data.columns import check_present
-from flexp.data.labels import check_known
+from flexp.data.columns import check_known, check_present
 from flexp.data.scores import evaluate
 from flexp.data.sources import Rows, read_rows
 from flexp.data.tasks import task_of
@@ -103,7 +102,7 @@ def _answers(model: Trained, source: str, size: int) -> list[dict[str, Any]]:
         with torch.no_grad():
             logits = logits_of(model.forward(batch))
         found |= dict(zip(chosen, model.task.answer(logits, some), strict=True))
-    return [found[index] for index in range(len(examples))]
+    return list(model.task.by_row([found[index] for index in range(len(examples))]))
 
 
 def read_examples(

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from flexp.client.recut import PERSONAL
 from flexp.config import RunConfig
-from flexp.data.identity import Identity, check_same, of_client
+from flexp.data.split import Identity, check_same, of_client
 from flexp.errors import ConfigError, StorageError
 from flexp.export.card import run_facts
 from flexp.export.opening import open_trained

@@ -16,7 +16,7 @@ from flexp.assets.registry import ASSETS, Asset
 from flexp.assets.store import PREFIX
 from flexp.config import RunConfig
 from flexp.kinds import KINDS
-from flexp.models.autos import AUTO
+from flexp.models.heads import AUTO
 from flexp.report import formats
 
 FILE = "flexp.json"

@@ -15,23 +15,22 @@ from torch import Tensor
 
 from flexp.client.generation import SplitGenerator
 from flexp.client.model import SplitModel
+from flexp.client.personal import answering
 from flexp.client.recut import PERSONAL
 from flexp.config import CodecConfig, RunConfig
 from flexp.config.loading import validate
 from flexp.data.types import Example, Forward
 from flexp.errors import ConfigError, StorageError
-from flexp.export.trained import LAST, OWN, FromCheckpoint, answering, numbered
+from flexp.export.trained import LAST, OWN, FromCheckpoint, numbered
 from flexp.files import read_json
 from flexp.links.base import Link
 from flexp.methods.base import method_of
 from flexp.methods.parties import split_model, tune_own
-from flexp.models.anatomy import block_count
+from flexp.models.anatomy import Part, block_count
 from flexp.models.loading import load_config
-from flexp.models.parts import Part
 from flexp.models.stage import Stage
 from flexp.report.metrics import read
-from flexp.run.folder import is_client, read_facts
-from flexp.run.going_on import check_scored
+from flexp.run.folder import check_scored, is_client, read_facts
 from flexp.run.settle import load_part, model_folder, own_pad, settle_client
 from flexp.run.store import CHECKPOINTS, SNAPSHOTS, Checkpoint, Store, party_of
 

@@ -69,11 +69,7 @@ def _write(folder: Path, model: RunModel, form: Form, dtype: torch.dtype | None)
 
 
 def check_target(out: Path, dtype: str | None) -> None:
-    """Refuse a folder that is taken and a type that there is not.
-
-    Raises:
-        ConfigError: see above.
-    """
+    """Refuse a folder that is taken and a type that there is not. Raises ConfigError."""
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

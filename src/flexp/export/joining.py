@@ -18,7 +18,7 @@ from flexp.export.saved import SavedRun, open_run
 from flexp.export.trained import LAST
 from flexp.files import write_json
 from flexp.methods.split import Split
-from flexp.models.parts import check_cut
+from flexp.models.anatomy import check_cut
 from flexp.report.progress import Progress
 from flexp.report.summary import aggregate
 from flexp.run import runner

@@ -17,8 +17,8 @@ from flexp.export.folder import check_target, refuse_adapter
 from flexp.export.remote import write_with
 from flexp.files import replacing
 from flexp.links.base import Link
+from flexp.models.anatomy import Part
 from flexp.models.loading import quietly
-from flexp.models.parts import Part
 from flexp.models.stage import Stage
 
 

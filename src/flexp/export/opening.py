@@ -16,11 +16,10 @@ from flexp.export.client_folder import Connect, of_client, of_run
 from flexp.export.saved import RunModel, client_of, examples_of, is_run, look_into, run_config
 from flexp.export.trained import LAST, Trained
 from flexp.files import read_json
-from flexp.models.autos import AUTO
 from flexp.models.batches import align_padding
+from flexp.models.heads import AUTO
 from flexp.models.loading import quietly
-from flexp.run.folder import is_client
-from flexp.run.going_on import check_scored, saved_facts
+from flexp.run.folder import check_scored, is_client, saved_facts
 from flexp.run.settle import own_pad, world_of
 
 

@@ -24,8 +24,8 @@ from flexp.files import write_json
 from flexp.links.base import Link, ask
 from flexp.links.messages import Join
 from flexp.links.opening import connected
+from flexp.models.anatomy import Part
 from flexp.models.fingerprint import fingerprint, read_header
-from flexp.models.parts import Part
 from flexp.models.pooling import saved_as
 from flexp.models.stage import Stage
 from flexp.run.settle import model_folder
@@ -166,6 +166,7 @@ class Fetched:
                 lora=config.model.lora,
                 weights=stage.weights,
                 autocast=stage.autocast_name,
+                quantization=stage.quantization,
                 numbering=client.numbering or 0,
                 codec=CodecConfig(),
             ),

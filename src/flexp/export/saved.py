@@ -12,13 +12,13 @@ from torch import Tensor
 
 from flexp.client.generation import SplitGenerator
 from flexp.client.model import SplitModel
-from flexp.client.personal import WholeModel
+from flexp.client.personal import WholeModel, answering
 from flexp.config import LoraConfig, RunConfig
 from flexp.config.loading import validate
 from flexp.data.columns import nearest
 from flexp.data.types import ClientData, Example, Forward, Task
 from flexp.errors import ConfigError, StorageError
-from flexp.export.trained import BEST, EVERYBODY, LAST, OWN, FromCheckpoint, answering, numbered
+from flexp.export.trained import BEST, EVERYBODY, LAST, OWN, FromCheckpoint, numbered
 from flexp.export.whole import merged
 from flexp.files import read_json
 from flexp.methods.base import Method, World, method_of
@@ -27,8 +27,7 @@ from flexp.models.stage import Stage
 from flexp.report.metrics import read
 from flexp.report.summary import Scores, best_round, picked_on, scores_by_round
 from flexp.run.costs import MemoryProbes
-from flexp.run.folder import is_client
-from flexp.run.going_on import check_scored
+from flexp.run.folder import check_scored, is_client
 from flexp.run.participants import place
 from flexp.run.runner import sample
 from flexp.run.settle import world_of

@@ -11,9 +11,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from flexp.client.personal import answering
 from flexp.client.recut import PERSONAL
 from flexp.client.trainer import cut_in
 from flexp.config import RunConfig
@@ -199,14 +199,3 @@ def numbered(store: Store, which: str) -> Checkpoint:
             "data.validation_fraction the best)"
         )
     return store.open(int(which))
-
-
-def answering(model: Any) -> Forward:
-    """A model's answers, without gradients."""
-
-    def forward(batch: Mapping[str, Tensor]) -> Any:
-        model.train(False)
-        with torch.no_grad():
-            return model(**batch)
-
-    return forward

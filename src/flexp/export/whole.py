@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from flexp.models.parts import Part
+from flexp.models.anatomy import Part
+from flexp.models.quantized import unpacked
 from flexp.models.stage import Stage, carve
 
 DOWN, UP = ".lora_A.default.weight", ".lora_B.default.weight"
@@ -30,7 +31,8 @@ def plain(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def merged(source: Stage, weights: Mapping[str, Tensor], scaling: float, dtype: torch.dtype | None = None) -> Any:
     """The whole pretrained model with trained weights in it; ``source`` is left as it is.
 
-    What was trained in full is taken over bit for bit, adapters are added in float32: W + scaling · B·A.
+    What was trained in full is taken over bit for bit, adapters are added in float32: W + scaling · B·A. Quantised
+    blocks become plain ones with the numbers that they stood for in training.
 
     Args:
         source: the whole pretrained model, with which tensors are shared that nothing changes.
@@ -46,6 +48,7 @@ def fill(model: Any, weights: Mapping[str, Tensor], scaling: float, dtype: torch
 
     What was trained in full is not copied, but becomes the model's own; the old tensors stay as they are.
     """
+    unpacked(model, model.dtype)
     new = {name: value.to(model.get_parameter(name).dtype) for name, value in plain(weights).items()}
     for layer, (down, up) in adapted(weights).items():
         module, name = model.get_submodule(layer), f"{layer}.weight"

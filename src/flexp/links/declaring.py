@@ -42,8 +42,9 @@ class Tensors:
 
     Attributes:
         shapes: one of these, a letter a dimension: B and T are those of the message's first tensor (of the request's,
-            in an answer), H is the model's width, 1 is 1. None: tensors of any shape; floating-point ones, if ``dtype``
-            says nothing.
+            in an answer), H is the model's width, 1 is 1; b and t are those of its mask: B and T, unless B is 1 and T
+            are the tokens under the mask (:mod:`flexp.links.packing`). None: tensors of any shape; floating-point ones,
+            if ``dtype`` says nothing.
         dtype: their type; ``None``: the model's.
         codec: the key of ``link.codec`` that says in what form they cross; ``None``: they cross as they are.
         flags: zeros and ones of any type, which cross as one byte each.
@@ -55,9 +56,9 @@ class Tensors:
     flags: bool = False
 
 
-MASK = Tensors(("BT",), flags=True)
-POSITIONS = Tensors(("BT", "1T"), torch.int64)
-ROWS = Tensors(("B",), torch.int64)
+MASK = Tensors(("bt",), flags=True)
+POSITIONS = Tensors(("bt", "1t"), torch.int64)
+ROWS = Tensors(("b",), torch.int64)
 WEIGHTS = Tensors()
 INTEGERS = Tensors(dtype=torch.int64)
 
@@ -162,6 +163,22 @@ def declared(kind: type[Any]) -> Declaration:
     if kind not in _declared:
         _declared[kind] = _read(kind)
     return _declared[kind]
+
+
+def tensors(said: Any) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor in a message, with the name of its field (and, of weights, its own)."""
+    for entry in declared(type(said)).entries:
+        for name, value in entry.split(getattr(said, entry.field)):
+            yield entry.field if entry.holds == "many" else name, value
+
+
+def size(said: Any) -> int:
+    """The bytes of a message's tensors, as they cross without a codec (:meth:`flexp.links.coding.Coding.size`)."""
+    return sum(
+        value.numel() * (1 if entry.tensors.flags else value.element_size())  # flags cross as one byte each
+        for entry in declared(type(said)).entries
+        for _, value in entry.split(getattr(said, entry.field))
+    )
 
 
 _declared: dict[type[Any], Declaration] = {}

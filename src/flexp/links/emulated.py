@@ -24,7 +24,8 @@ from urllib.parse import parse_qsl
 from flexp.errors import ConfigError, LinkError, LinkLostError
 from flexp.links.base import Link, Wrapping
 from flexp.links.coding import Coding
-from flexp.links.messages import Join, Request
+from flexp.links.declaring import Request
+from flexp.links.messages import Join
 from flexp.links.rules import dtype_of
 from flexp.rng import current_turn, resting
 

@@ -7,15 +7,14 @@ declared. Every tensor is detached. Shapes: B examples, T tokens, H hidden width
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import field
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
 
 from flexp.config import AlignConfig, CodecConfig, LoraConfig
-from flexp.errors import LinkError, LinkLostError
+from flexp.errors import LinkError, LinkLostError, plain
 from flexp.links.declaring import (
     INTEGERS,
     MASK,
@@ -25,11 +24,9 @@ from flexp.links.declaring import (
     Count,
     Integer,
     Request,
-    declared,
     hidden,
     message,
 )
-from flexp.texts import plain
 
 What = Literal["step", "evaluate", "meet", "save", "restore", "stop"]
 
@@ -83,6 +80,7 @@ class Join(Request[Welcome]):
         tuning: how the client trains its blocks; the `weights` alignment needs it to be the server's.
         lora: with what adapters, if it says so; they must be the server's if that has any.
         autocast: what it computes matrix products in, if not in ``dtype``; the server does the same.
+        quantization: of the client's own blocks.
         weights: which pretrained weights it has (:func:`flexp.models.fingerprint.weights_fingerprint`), if it knows.
         numbering: which run of this client its step numbers belong to, 1 to 2⁶³ − 1; 0: it numbers none. Joining again
             with the same one goes on with the same steps.
@@ -98,13 +96,15 @@ class Join(Request[Welcome]):
     lora: LoraConfig | None = None
     weights: str | None = None
     autocast: str = "off"
+    quantization: str = "off"
     numbering: Integer = 0
     codec: CodecConfig | None = None
 
 
 @message
 class ForwardReply:
-    """``hidden_BTH``: what comes out of block e−1. ``align``: the alignment term, when it was due."""
+    """``hidden_BTH``: what comes out of block e−1, of the rows that were asked for. ``align``: the alignment term, when
+    it was due."""
 
     hidden_BTH: Annotated[Tensor, hidden("activation_down")]
     align: float | None = None
@@ -116,13 +116,16 @@ class ForwardRequest(Request[ForwardReply]):
 
     Attributes:
         exchange: numbers this client's exchanges; a backward names the forward that it belongs to.
-        hidden_BTH: the smashed activation z_k.
+        hidden_BTH: the smashed activation z_k; (1, N, H) are the N tokens under the mask, and so with the other
+            activations.
         mask_BT: the attention mask, if the client uses one.
         positions_BT: explicit positions, if the client uses any.
         base_BTH: z_base, when alignment is due on this exchange.
         inner_BTH: with alignment at every block, the activations after blocks s_min … s−2, in order.
         train: whether a backward will follow.
         step: of the client's steps the one that it belongs to, as in its backward; 0: not numbered.
+        rows_BT: the rows of h that the client reads: these alone come down, (1, R, H), and go up as ∂task/∂h; ``None``:
+            those of ``hidden_BTH``.
     """
 
     trains: ClassVar[bool | None] = True
@@ -135,6 +138,7 @@ class ForwardRequest(Request[ForwardReply]):
     inner_BTH: Annotated[tuple[Tensor, ...], hidden("aligned")] = ()
     train: bool = False
     step: Integer = 0
+    rows_BT: Annotated[Tensor | None, MASK] = None
 
 
 @message
@@ -151,7 +155,7 @@ class BackwardRequest(Request[BackwardReply]):
     """Run blocks [s, e) backward, for an earlier forward.
 
     Attributes:
-        grad_BTH: ∂task/∂h, scaled by what this exchange counts in its step.
+        grad_BTH: ∂task/∂h of the rows that came down, scaled by what this exchange counts in its step.
         step: numbers this client's steps from 1; one that was applied already is answered, and not applied again. 0:
             not numbered. A step is complete when all of its exchanges have arrived, in whatever order.
         exchanges: how many exchanges the step has, as far as is known: a later one may say more. Micro-batches share
@@ -350,16 +354,3 @@ class Ready(Request[Order]):
     facts: dict[str, float] = field(default_factory=dict)
     planned: Integer = 0
     met: Count = 0
-
-
-def tensors(said: Any) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor in a message, with the name of its field (and, of weights, its own)."""
-    for entry in declared(type(said)).entries:
-        for name, value in entry.split(getattr(said, entry.field)):
-            yield entry.field if entry.holds == "many" else name, value
-
-
-def size(said: Any) -> int:
-    """The bytes of a message's tensors, as they cross without a codec (:meth:`flexp.links.coding.Coding.size`)."""
-    # A mask crosses as one byte an entry, whatever type the model wants it in.
-    return sum(value.numel() * (1 if name == "mask_BT" else value.element_size()) for name, value in tensors(said))

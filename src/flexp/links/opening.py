@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from flexp.links.base import Link, Service, Wrapping
-from flexp.links.inprocess import InProcessLink
+from flexp.links.base import InProcessLink, Link, Service, Wrapping
 
 
 @contextmanager

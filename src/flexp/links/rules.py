@@ -16,7 +16,7 @@ from flexp.links.codecs import SCALE, codec_of
 from flexp.links.coding import codec_name
 from flexp.links.declaring import MESSAGES, Entry, Request, Tensors, declared
 from flexp.links.frames import Field, Head
-from flexp.links.messages import Join, Leave, Refusal, Welcome
+from flexp.links.messages import BackwardReply, Join, Leave, Refusal, Welcome
 
 DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 
@@ -86,16 +86,23 @@ class Agreement:
             join.codec or CodecConfig(),
         )  # fmt: skip
 
-    def forms(self, entry: Entry, name: str, rows: tuple[int, ...]) -> list[list[Field]]:
-        """As what a tensor of a message with (B, T) = ``rows`` may cross: payload and scales, in each of its shapes."""
-        return _forms(entry.tensors, codec_name(self.codec, entry.tensors), self.dtype, self.hidden, name, rows)
+    def forms(self, entry: Entry, name: str, rows: tuple[int, ...], mask: tuple[int, ...]) -> list[list[Field]]:
+        """As what a tensor of a message with (B, T) = ``rows`` and (b, t) = ``mask`` may cross: payload and scales, in
+        each of its shapes."""
+        return _forms(entry.tensors, codec_name(self.codec, entry.tensors), self.dtype, self.hidden, name, rows, mask)
 
 
 @lru_cache(maxsize=1024)
 def _forms(
-    tensors: Tensors, codec: str, dtype: torch.dtype, hidden: int, name: str, rows: tuple[int, ...]
+    tensors: Tensors,
+    codec: str,
+    dtype: torch.dtype,
+    hidden: int,
+    name: str,
+    rows: tuple[int, ...],
+    mask: tuple[int, ...],
 ) -> list[list[Field]]:
-    sizes = dict(zip("BT1H", (*rows, 1, hidden), strict=True))
+    sizes = dict(zip("BTbt1H", (*rows, *mask, 1, hidden), strict=True))
     forms = []
     for letters in tensors.shapes:
         shape = tuple(sizes[letter] for letter in letters)
@@ -128,8 +135,12 @@ def check_request(head: Head, agreement: Agreement | None, client: str) -> None:
     _check(head, kind, agreement, f"client {client}", None)
 
 
-def check_reply(head: Head, asked: Head, agreement: Agreement | None) -> None:
+def check_reply(head: Head, asked: Head, agreement: Agreement | None, reads: int | None = None) -> None:
     """Refuse a server's frame that does not answer the request ``asked``.
+
+    Args:
+        reads: rows that it asked for; ``None``: as many as it has itself. Those of a backward's answer are its
+            forward's, and judged later (:mod:`flexp.client.exchange`).
 
     Raises:
         LinkError: see above.
@@ -138,12 +149,15 @@ def check_reply(head: Head, asked: Head, agreement: Agreement | None) -> None:
     if head.message not in (expected.__name__, Refusal.__name__):
         raise LinkError(f"the server answers {asked.message} with {head.message[:40]!r}, expected {expected.__name__}")
     main = next((item.shape[:2] for item in asked.fields if len(item.shape) == 3), None)
+    if reads is not None or expected is BackwardReply:
+        main = None if reads is None else (1, reads)
     _check(head, MESSAGES[head.message], agreement, "the server", main)
 
 
 def _check(head: Head, kind: type[Any], agreement: Agreement | None, who: str, rows: tuple[int, ...] | None) -> None:
     """Every tensor must be declared, of the size (B, T) = ``rows`` or else of the first one's, as its codec has it."""
     left = {item.name: item for item in head.fields}
+    mask = _mask(left.get("mask_BT"), agreement)
     for entry in declared(kind).entries if agreement is not None else ():
         assert agreement is not None
         names = entry.names(left)
@@ -162,7 +176,7 @@ def _check(head: Head, kind: type[Any], agreement: Agreement | None, who: str, r
                 continue
             first = rows is None
             rows = found.shape[:2] if rows is None else rows
-            forms = agreement.forms(entry, name, rows) if len(rows) == 2 else [[found]]
+            forms = agreement.forms(entry, name, rows, _packs(rows, mask)) if len(rows) == 2 else [[found]]
             if first:
                 _check_first(found, forms[0][0], agreement, who)
             given = [found, *(left.pop(part) for part in (name + SCALE,) if len(forms[0]) > 1 and part in left)]
@@ -176,6 +190,17 @@ def _check(head: Head, kind: type[Any], agreement: Agreement | None, who: str, r
             f"{who}: the frame has {head.payload} bytes, at most {agreement.frame_bytes} are taken; "
             "use smaller (micro-)batches"
         )
+
+
+def _mask(found: Field | None, agreement: Agreement | None) -> tuple[int, ...] | None:
+    """(b, t) of a message, if it has a mask of a size that may be."""
+    fits = found is not None and agreement is not None and len(found.shape) == 2
+    return found.shape if fits and math.prod(found.shape) <= agreement.max_tokens else None  # type: ignore[union-attr]
+
+
+def _packs(rows: tuple[int, ...], mask: tuple[int, ...] | None) -> tuple[int, ...]:
+    """(b, t) of a message: its mask's, if its tokens may be those under it."""
+    return mask if mask is not None and rows[0] == 1 and rows[1] <= math.prod(mask) else rows
 
 
 def _check_first(found: Field, expected: Field, agreement: Agreement, who: str) -> None:

@@ -153,6 +153,7 @@ class Method(ABC):
         effort: how long it takes beside the others, roughly.
         aligns: ``method.align`` holds for its clients.
         meets: its clients can meet in a classifier in closed form (``model.head``, ``method.meet``).
+        guards: its clients' heads stay with them, so they can be taught to tell less (``privacy``).
         recuts: it moves cuts while it trains, and is what a deployment runs.
         world: what it was made from, with the settings that it uses itself.
     """
@@ -170,6 +171,7 @@ class Method(ABC):
     aligns: ClassVar[bool] = False
     meets: ClassVar[bool] = False
     recuts: ClassVar[bool] = False
+    guards: ClassVar[bool] = False
 
     world: World
 

@@ -8,12 +8,9 @@ bytes. With one client it is local training.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from itertools import chain
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from flexp.client.personal import WholeModel
@@ -22,7 +19,7 @@ from flexp.data.types import ClientData
 from flexp.links.base import Traffic
 from flexp.methods.base import Account, Forward, Holds, Method, OnStep, State, World
 from flexp.methods.parties import client_seed, own_stage
-from flexp.models.parts import Part
+from flexp.models.anatomy import Part
 from flexp.optim import Updater
 
 
@@ -55,12 +52,7 @@ class Centralized(Method):
                 on_step(replace(step, client=name, number=(step.number - 1) // len(self.names) + 1))
 
     def personal(self, client: str) -> Forward:
-        def forward(batch: Mapping[str, Tensor]) -> Any:
-            self.model.train(False)
-            with torch.no_grad():
-                return self.model(**batch)
-
-        return forward
+        return self.trainer.personal
 
     def trained_weights(self, client: str) -> dict[str, Tensor]:
         return {name: value.clone() for name, value in self.model.personal_state().items()}

@@ -22,7 +22,7 @@ from flexp.links.base import Traffic
 from flexp.links.sums import InOnePlace
 from flexp.methods.base import Account, Forward, Holds, Method, OnStep, State, World
 from flexp.methods.parties import client_seed
-from flexp.models.parts import Part
+from flexp.models.anatomy import Part
 from flexp.models.stage import carve
 
 

@@ -31,7 +31,7 @@ from flexp.links.sums import InOnePlace
 from flexp.methods.base import Account, Forward, Method, OnStep, State, World
 from flexp.methods.harness import Harness, Weights, Worker, optimizer_state, size
 from flexp.methods.parties import client_seed, own_stage
-from flexp.models.parts import Part
+from flexp.models.anatomy import Part
 from flexp.models.stage import Stage
 
 

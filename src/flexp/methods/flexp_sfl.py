@@ -21,6 +21,8 @@ class FlexpSfl(Split):
     timing = Schedule("split-async")
     aligns = True
     recuts = True
+    own_classifiers = True
+    guards = True
 
     @classmethod
     def schedule(cls, config: RunConfig) -> Schedule:

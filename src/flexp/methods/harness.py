@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from flexp.client.exchange import Piece
 from flexp.client.personal import WholeModel
-from flexp.client.trainer import Step, Trainer
+from flexp.client.trainer import BatchOrder, Step, Trainer
 from flexp.config import OptimizerConfig, TrainConfig
-from flexp.data.ordering import BatchOrder
 from flexp.data.types import ClientData, Task
 from flexp.models.stage import Stage
 from flexp.optim import Updater

@@ -16,7 +16,7 @@ from flexp.links.sums import InOnePlace
 from flexp.methods.base import Account, Forward, Method, OnStep, State, World
 from flexp.methods.parties import make_trainer, meet_at, own_stage, seat_of
 from flexp.methods.turns import turns
-from flexp.models.parts import Part
+from flexp.models.anatomy import Part
 
 
 class Local(Method):

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from flexp.assets import resolve
+from flexp.client.guarding import Guard
 from flexp.client.meeting import FIRST, Seat, together
 from flexp.client.model import SPLIT_MODELS, SplitModel
 from flexp.client.personal_head import Choice
@@ -19,7 +21,8 @@ from flexp.kinds import ModelKind
 from flexp.links.base import Link
 from flexp.links.sums import Adder
 from flexp.methods.base import World
-from flexp.models.parts import Part
+from flexp.models.anatomy import Part
+from flexp.models.loading import load_stage
 from flexp.models.stage import Stage, carve
 from flexp.models.tuning import tune
 from flexp.optim import Updater
@@ -33,6 +36,18 @@ def own_stage(world: World, part: Part, ranks: Mapping[int, int] | None = None) 
     """
     stage = carve(world.source, part)
     tune_own(stage, world.config, ranks)
+    return stage
+
+
+def server_stage(world: World, part: Part) -> Stage:
+    """The shared blocks, tuned; carved out of the source, where they are not quantised in a way of their own."""
+    config, kind = world.config, world.federation.task.model_kind
+    own = config.model.quantized(config.server.quantization)
+    if own == config.model:
+        stage = carve(world.source, part)
+    else:
+        stage = load_stage(own.at(resolve(own.id)), kind, part, seed=config.seed)
+    tune(stage, config.model, config.server.tuning or config.model.tuning, seed=config.seed)
     return stage
 
 
@@ -67,6 +82,7 @@ def split_model(
         expose_embeddings=config.model.expose_embeddings,
         numbering=numbering,
         codec=codec,
+        rows=config.link.rows,
         base_depth=config.model.base_depth,
     )
 
@@ -80,7 +96,10 @@ def make_trainer(world: World, name: str, model: Trainable, stage: Stage) -> Tra
 def own_trainer(config: RunConfig, data: ClientData, task: Task, model: Trainable, stage: Stage) -> Trainer:
     """The same for a client that has nobody else's data."""
     updater = Updater(stage.trainable(), config.train.personal, config.train.total_steps, stage.new)
-    return Trainer(data, task, model, updater, config.train, seed=client_seed(config.seed, data.name))
+    seed = client_seed(config.seed, data.name)
+    if config.privacy.on and isinstance(model, SplitModel):
+        model.guard_with(Guard(config.privacy, data.train, task.processor, seed))
+    return Trainer(data, task, model, updater, config.train, seed=seed)
 
 
 def seat_of(trainer: Trainer, config: RunConfig) -> Seat:

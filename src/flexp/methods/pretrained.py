@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from flexp.client.personal import WholeModel
+from flexp.client.personal import WholeModel, answering
 from flexp.links.base import Traffic
 from flexp.methods.base import Account, Forward, Holds, Method, OnStep, State, World
 
@@ -31,12 +28,7 @@ class Pretrained(Method):
         pass
 
     def personal(self, client: str) -> Forward:
-        def forward(batch: Mapping[str, Tensor]) -> Any:
-            self.model.train(False)
-            with torch.no_grad():
-                return self.model(**batch)
-
-        return forward
+        return answering(self.model)
 
     def trained_weights(self, client: str) -> dict[str, Tensor]:
         return {}

@@ -20,11 +20,9 @@ from flexp.client.trainer import Trainer, cut_in, load_party, party_state
 from flexp.cost.clock import Schedule
 from flexp.links.base import Link
 from flexp.methods.base import RATIO, Account, Axis, Forward, Holds, Method, OnStep, State, World, base_depth
-from flexp.methods.parties import make_trainer, meet_at, own_stage, own_world, seat_of, split_model
+from flexp.methods.parties import make_trainer, meet_at, own_stage, own_world, seat_of, server_stage, split_model
 from flexp.methods.turns import turns
-from flexp.models.parts import Part
-from flexp.models.stage import carve
-from flexp.models.tuning import tune
+from flexp.models.anatomy import Part
 from flexp.server import Server
 
 
@@ -36,6 +34,8 @@ class Split(Method):
     timing: ClassVar[Schedule | None] = Schedule("split-async")
     axis: ClassVar[Axis | None] = (RATIO, (1.0, 4.0))
     meets = True
+    own_classifiers: ClassVar[bool] = False
+    """A client's classifier is its own, and never averaged."""
 
     def __init__(self, world: World) -> None:
         super().__init__(world)
@@ -56,6 +56,8 @@ class Split(Method):
         there = [name for name in self.world.participant_names if name not in self.gone]
         self.server.sums.open(there)
         seats = {name: seat_of(self.clients[name], own_world(self.world, name).config) for name in there}
+        for seat in seats.values():
+            seat.personal = self.own_classifiers
         adders = {name: OverLink(self._model(name).link) for name in there}
         return meet_at(seats, adders, {name: self.clients[name] for name in there}, meeting)
 
@@ -142,18 +144,16 @@ class Split(Method):
         start, stop = base_depth(config, world.cuts), world.source.anatomy.blocks
         if not config.recut.on:
             stop = max(cut[1] for cut in world.cuts.values())
-        stage = carve(world.source, Part.server(start, stop))
-        tuning = config.server.tuning or config.model.tuning
-        tune(stage, config.model, tuning, seed=config.seed)
         return Server(
-            stage,
-            tuning=tuning,
+            server_stage(world, Part.server(start, stop)),
+            tuning=config.server.tuning or config.model.tuning,
             lora=config.model.lora,
             config=config.server,
             optimizer=config.train.shared,
             total_steps=world.total_steps * len(world.participants),
             seed=config.seed,
             clients_tuning=config.model.tuning,
+            clients_quantization=config.model.quantization,
         )
 
     def _blocks(self, client: str) -> Blocks:

@@ -24,11 +24,11 @@ training. Budget: exact. Bytes: as v1's.
 from __future__ import annotations
 
 from flexp.cost.clock import Schedule
-from flexp.data.ordering import generator
 from flexp.methods.base import OnStep, World
 from flexp.methods.federated import Client
 from flexp.methods.harness import Weights
 from flexp.methods.two_sided import TwoSided
+from flexp.rng import generator
 
 
 class SplitFedV1(TwoSided):

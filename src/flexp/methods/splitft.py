@@ -25,7 +25,7 @@ from flexp.config import RunConfig, Section
 from flexp.errors import ConfigError
 from flexp.methods.base import Adapters, Cuts, World
 from flexp.methods.split_fedavg import SplitFedAvg
-from flexp.models.parts import Part
+from flexp.models.anatomy import Part
 
 
 class SplitFt(SplitFedAvg):

@@ -8,7 +8,7 @@ from typing import Literal
 
 from flexp.client.meeting import FIRST, LAST, Meets
 from flexp.config import TrainConfig
-from flexp.data.ordering import generator
+from flexp.rng import generator
 
 
 def turns(clients: Sequence[str], config: TrainConfig, seed: int, round_number: int) -> Iterator[str]:

@@ -30,12 +30,14 @@ from flexp.cost.clock import Schedule
 from flexp.errors import ConfigError
 from flexp.kinds import LABELS, logits_of
 from flexp.links.base import Meter
+from flexp.links.declaring import size as message_size
 from flexp.links.messages import ForwardRequest
-from flexp.links.messages import size as message_size
+from flexp.links.packing import sent, without_padding
 from flexp.methods.base import RATIO, Account, Axis, Cuts, Holds, OnStep, State, World
 from flexp.methods.federated import Client, Federated, within
 from flexp.methods.harness import Harness, Weights, size
-from flexp.models.parts import check_cut
+from flexp.models.anatomy import check_cut
+from flexp.models.reading import ignores_padding
 from flexp.models.stage import Stage
 from flexp.models.tuning import embedding_names
 from flexp.optim import Updater
@@ -201,7 +203,8 @@ class SplitHarness(Harness):
         self.server_parameters = sum(value.numel() for name, value in everything if not is_clients(name))
         self.server_side = frozenset(self.parameters.keys() - self.client_side)
         self.meter = Meter()
-        self._began = 0.0
+        self._began, self._share = 0.0, 1.0  # of the tokens under way, those that are no padding
+        self._ignores_padding = ignores_padding(stage.model)
         self._refuse_tied_head()
 
     def __call__(self, **batch: Any) -> Any:
@@ -213,8 +216,10 @@ class SplitHarness(Harness):
             z_BTH = z_BTH.detach().requires_grad_()  # the server sends a gradient all the same
         arrived_BTH = _Crossing.apply(self, z_BTH)  # type: ignore[no-untyped-call]
         traffic, labels = self.meter.of(train), [batch[name] for name in LABELS if name in batch]
-        sent = ForwardRequest(0, z_BTH.detach(), batch.get("attention_mask"), batch.get("position_ids"))
-        traffic.bytes_up += message_size(sent) + sum(map(_bytes, labels))
+        kept = without_padding(batch.get("attention_mask")) if self._ignores_padding else None
+        self._share = 1.0 if kept is None else len(kept) / z_BTH.shape[:2].numel()
+        whole = ForwardRequest(0, z_BTH.detach(), batch.get("attention_mask"), batch.get("position_ids"))
+        traffic.bytes_up += message_size(sent(whole, kept)) + sum(map(_bytes, labels))
         traffic.exchanges += 1
         output = stage.finish(stage.run(arrived_BTH, plan, self.cut, last), batch, plan)
         if not train:
@@ -238,7 +243,7 @@ class SplitHarness(Harness):
 
     def give_back(self, grad_BTH: Tensor) -> None:
         """The server is done, and sends the gradient at the cut."""
-        self.meter.training.bytes_down += _bytes(grad_BTH)
+        self.meter.training.bytes_down += round(_bytes(grad_BTH) * self._share)
         self.meter.training.server_seconds += time.perf_counter() - self._began
 
     def _refuse_tied_head(self) -> None:

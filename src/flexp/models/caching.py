@@ -15,9 +15,9 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 
 from flexp.errors import ModelError
 from flexp.models import execution
+from flexp.models.anatomy import Part
 from flexp.models.batches import check_length
 from flexp.models.execution import BlockCall, ExecutionPlan
-from flexp.models.parts import Part
 from flexp.models.stage import Stage, carve
 
 

@@ -3,7 +3,7 @@
 Every block's *instance* attribute ``forward`` is shadowed by a recorder and the model's own ``forward`` is called once.
 That yields the embedded hidden state and, per block, its exact arguments (masks, rotary tables, positions): the
 execution plan. Replaying it calls the very blocks with the very arguments, so that nothing can differ from the whole
-model.
+model. Here are also the stand-ins for what a party does not own, through which the model's own code makes its plan.
 """
 
 from __future__ import annotations
@@ -239,3 +239,68 @@ def undisturbed(device: torch.device) -> Iterator[None]:
         yield
     finally:
         _set_random_state(state, device)
+
+
+class Absent(nn.Module):
+    """Stands where a block is that another party owns. Keeps the plain attributes that a model may ask for."""
+
+    def __init__(self, index: int, block: nn.Module) -> None:
+        super().__init__()
+        kinds = [kind for kind in reversed(type(block).__mro__) if kind not in nn.Module.__mro__]
+        plain = {
+            key: value
+            for holder in (*kinds, block)
+            for key, value in vars(holder).items()
+            if not key.startswith("_") and isinstance(value, str | int | float | bool | None)
+        }
+        self.__dict__.update({**plain, "index": index})
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        raise ModelError(f"block {self.index} was asked to run on a party that does not own it")
+
+
+class ZeroEmbedding(nn.Module):
+    """Stands where an embedding was: zeros of the right shape, so that the model's own code can make its plan."""
+
+    weight: Tensor
+
+    def __init__(self, width: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.width, self.dtype = width, dtype
+        self.register_buffer("weight", torch.zeros(0, dtype=dtype), persistent=False)  # some ask it for its device
+
+    def forward(self, ids: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+        shape = ids.shape if isinstance(ids, Tensor) else (1, 1)
+        device = ids.device if isinstance(ids, Tensor) else None
+        return torch.zeros(*shape, self.width, dtype=self.dtype, device=device)
+
+
+class ZeroPatches(nn.Module):
+    """Stands where an image model's patch embedding was. ``shape`` (B, T, H) is set before every plan."""
+
+    def __init__(self, patch_dtype: torch.dtype) -> None:
+        super().__init__()
+        self.shape: tuple[int, ...] = ()
+        # ViT's forward asks its patch projection for a dtype before it embeds.
+        self.patch_embeddings = nn.Module()
+        self.patch_embeddings.projection = nn.Module()
+        self.patch_embeddings.projection.weight = torch.zeros((), dtype=patch_dtype)
+
+    def forward(self, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return torch.zeros(self.shape, dtype=pixel_values.dtype, device=pixel_values.device)
+
+
+class PassThrough(nn.Module):
+    """Stands where a norm, a projection or a head was that a party does not own: gives back what it gets.
+
+    Where the module changed the width (OPT's ``project_in``), zeros of the new ``width`` come back.
+    """
+
+    def __init__(self, width: int | None) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.width is None or self.width == hidden.shape[-1]:
+            return hidden
+        return hidden.new_zeros(*hidden.shape[:-1], self.width)

@@ -57,7 +57,7 @@ def files_of(source: str) -> list[Path]:
 _IGNORED = {
     "architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "id2label", "label2id",
     "num_labels", "problem_type", "use_cache", "_attn_implementation", "attn_implementation", "return_dict",
-    "tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id",
+    "tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id", "quantization_config",
 }  # fmt: skip
 _SAMPLE = 1024  # bytes, at the start, in the middle and at the end of a tensor
 

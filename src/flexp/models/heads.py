@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 
-from flexp.data.labels import rows_of
+from flexp.data.columns import rows_of
 from flexp.kinds import KINDS
 
 
@@ -77,3 +78,15 @@ def _by_class(model: Any, classes: int) -> set[str]:
         twin = type(model)._from_config(config, dtype=model.dtype)
     larger = {name: value.shape for name, value in twin.named_parameters()}
     return {name for name, value in model.named_parameters() if value.shape != larger[name]}
+
+
+AUTO: dict[str, Any] = {kind: getattr(transformers, told.auto) for kind, told in KINDS.items()}
+
+
+def set_head(config: Any, kind: str) -> None:
+    """Tell a model's configuration which loss it has and how many numbers it gives, as far as its kind says that."""
+    told = KINDS[kind]
+    if told.problem is not None:
+        config.problem_type = told.problem
+    if told.outputs is not None and config.num_labels != told.outputs:
+        config.num_labels = told.outputs

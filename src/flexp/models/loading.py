@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
@@ -25,14 +26,13 @@ from flexp.config import ModelConfig
 from flexp.errors import ModelError
 from flexp.kinds import KINDS, ModelKind
 from flexp.limits import out_of_memory
-from flexp.models.anatomy import dissect, refuse_by_design
-from flexp.models.autos import AUTO, set_head
+from flexp.models.anatomy import Part, dissect, prune, refuse_by_design
 from flexp.models.batches import align_padding
 from flexp.models.fingerprint import weights_fingerprint
-from flexp.models.heads import fit_head, name_classes, trained_classes
+from flexp.models.heads import AUTO, fit_head, name_classes, set_head, trained_classes
 from flexp.models.low_memory import low_memory_loading
-from flexp.models.parts import Part, prune
 from flexp.models.pooling import put_pooling
+from flexp.models.quantized import brought_by, quantizer, settle_blocks
 from flexp.models.stage import Stage, carve, forget_ties
 from flexp.models.stored import check_table, give_table, without_table
 from flexp.rng import RandomStream
@@ -71,6 +71,12 @@ def load_stage(
     wanted = ModelConfig.of(model)
     name, dtype = wanted.id, DTYPES[wanted.dtype]
     in_file = wanted.embeddings == "file" and (part is None or part.ends)
+    if name.startswith("arch:") and wanted.quantization != "off":
+        with tempfile.TemporaryDirectory() as folder, quietly():
+            _from_zoo(wanted, kind, labels, 0.0, seed).model.save_pretrained(folder)
+            return load_stage(
+                wanted.at(folder), kind, part, labels=labels, pad_token_id=pad_token_id, dropout=dropout, seed=seed
+            )
     if name.startswith("arch:"):
         whole = _from_zoo(wanted, kind, labels, dropout or 0.0, seed)
         if in_file:
@@ -101,6 +107,8 @@ def load_stage(
     cls = original if part is None else _pruned(original, part)
     if in_file:
         cls = without_table(cls)
+    quantization_config = quantizer(wanted.quantization, original, config, dtype, name)
+    given = {} if quantization_config is None else {"quantization_config": quantization_config}
     # One at a time: transformers loads by way of globals.
     with RandomStream(seed).active(), quietly(), low_memory_loading():
         try:
@@ -112,6 +120,7 @@ def load_stage(
                 use_safetensors=True,  # nothing is ever unpickled
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # told below, by name
+                **given,
             )
         except ModelError:
             raise
@@ -148,6 +157,8 @@ def load_stage(
     stage.autocast = AUTOCAST[wanted.autocast]
     stage.new = frozenset(new)
     stage.weights = weights_fingerprint(name)
+    stage.quantization = brought_by(loaded.config)
+    settle_blocks(loaded)
     return stage
 
 

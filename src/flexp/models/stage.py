@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from flexp.errors import ModelError
 from flexp.models import execution
-from flexp.models.anatomy import Anatomy, dissect
+from flexp.models.anatomy import Anatomy, Part, dissect, prune
 from flexp.models.batches import NOT_FOR_BLOCKS, USUAL, check_padding, for_blocks, longest_exact
-from flexp.models.execution import ExecutionPlan
-from flexp.models.parts import Absent, Part, ZeroPatches, prune
+from flexp.models.execution import Absent, ExecutionPlan, ZeroPatches
+from flexp.models.quantized import scales
 
 
 class Stage:
@@ -35,6 +35,7 @@ class Stage:
         self.followed: frozenset[str] = frozenset()  # names of what it has copies of its own of, without training them
         self.lent = False  # whether the tensors belong to another stage as well
         self.weights: str | None = None  # which pretrained weights these are, where that is known
+        self.quantization = "off"  # of the blocks' linear layers, in the words of ``model.quantization``
         self._tuples: bool | None = None
         self.compares = True  # every plan with a server's, where it has the ends
         self.longest = longest_exact(model.config)
@@ -233,7 +234,7 @@ def carve(source: Stage, part: Part) -> Stage:
     if missing or (part.ends and not source.part.ends):
         raise ModelError(f"cannot carve blocks {sorted(missing)} out of a stage that does not hold them")
     shared: dict[int, Any] = {id(tensor): tensor for tensor in source.model.parameters()}
-    shared |= {id(tensor): tensor for tensor in source.model.buffers()}
+    shared |= {id(tensor): tensor for tensor in source.model.buffers()} | scales(source.model)
     for index, block in enumerate(source.blocks):
         if index not in part.blocks:  # not copied only to be taken out
             shared[id(block)] = Absent(index, block)
@@ -246,7 +247,7 @@ def carve(source: Stage, part: Part) -> Stage:
     stage.lent = True
     stage.autocast = source.autocast
     stage.new = source.new
-    stage.weights = source.weights
+    stage.weights, stage.quantization = source.weights, source.quantization
     stage.compares = source.compares
     return stage
 

@@ -50,7 +50,8 @@ def tune(
         frozen: so many of the first blocks are left as they are, by a party that has a part of the model alone.
 
     Raises:
-        ConfigError: embeddings are to be trained without full tuning, or where they stay in their file.
+        ConfigError: embeddings are to be trained without full tuning, or where they stay in their file; or quantised
+            blocks are to be trained in full.
         ModelError: LoRA finds no linear layer with the wanted names, or the model knows no gradient checkpointing.
     """
     tuning = tuning or model.tuning
@@ -59,6 +60,11 @@ def tune(
         raise ConfigError(f"train_embeddings needs full tuning: {tuning} leaves the embeddings as they are")
     if embeddings and next(stored(stage.model), None) is not None:
         raise ConfigError('train_embeddings needs embeddings = "memory": those that stay in their file are not trained')
+    if stage.quantization != "off" and tuning == "full":
+        raise ConfigError(
+            f"full tuning cannot train blocks that are quantised ({stage.quantization}); set model.tuning (and "
+            'server.tuning) to "lora", or quantization to "off"'
+        )
     stage.model.requires_grad_(False)
     if tuning == "lora" and stage.part.blocks:
         _inject(stage, model.lora, seed, ranks or {})

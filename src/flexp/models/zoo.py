@@ -20,9 +20,9 @@ from transformers import (
 
 from flexp.errors import ModelError
 from flexp.kinds import IGNORED, KINDS, ModelKind
-from flexp.models.architectures import ARCHITECTURES, FIRST_TOKEN, LABELS, PAD, Attention, Spec
-from flexp.models.autos import AUTO, set_head
+from flexp.models.architectures import ARCHITECTURES, FIRST_TOKEN, LABELS, PAD, VOCAB, Attention, Spec
 from flexp.models.batches import max_positions
+from flexp.models.heads import AUTO, set_head
 
 __all__ = ["ARCHITECTURES", "Spec", "save_tiny", "tiny_batch", "tiny_model"]
 
@@ -112,7 +112,7 @@ def tiny_batch(
     positions = max_positions(config) or length
     if not 1 <= length <= positions:
         raise ModelError(f"a batch of length {length} does not fit the model: expected 1 to {positions} tokens")
-    input_ids = torch.randint(FIRST_TOKEN, text.vocab_size, (batch, length), generator=generator)
+    input_ids = torch.randint(FIRST_TOKEN, getattr(text, "vocab_size", VOCAB), (batch, length), generator=generator)
     mask = torch.ones(batch, length, dtype=torch.long)
     step = max(1, length // (batch + 1))
     for row in range(batch):

@@ -22,10 +22,10 @@ from scipy.optimize import isotonic_regression
 
 from flexp.config import Section
 from flexp.cost.choice import Choice, codec_loss
-from flexp.data.ordering import generator
 from flexp.errors import ConfigError
 from flexp.files import read_json, write_json
 from flexp.registry import METHODS
+from flexp.rng import generator
 
 PRIOR = 0.06
 """Of the prior: lost when the whole model is personal. On scarce data, s = 3 instead of s = 1 of MiniLM's six blocks

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, ValidationError, model_validator
 
-from flexp.config import DeviceClassConfig, DevicesConfig, ModelConfig, Rate, Section, Tuning
+from flexp.config import DeviceClassConfig, DevicesConfig, Fraction, ModelConfig, Rate, Rows, Section, Tuning
 from flexp.cost.choice import codec_names
 from flexp.cost.profile import FIGURES, Profile
 from flexp.errors import ConfigError
@@ -73,6 +73,8 @@ class TaskShape(Section):
         batch_size: examples of a client's step.
         aligned: whether clients that cut deeper than the shallowest one also send what alignment needs.
         follow: whether these leave the training of the aligned blocks to the server.
+        rows: of h, as ``link.rows``.
+        read: the share of a text's predicted tokens that have a label, where all have an answer.
     """
 
     kind: ModelKind = "sequence-classification"
@@ -89,6 +91,8 @@ class TaskShape(Section):
     optimizer: Literal["adamw", "adam", "sgd", "sgd-plain"] = "adamw"
     aligned: bool = True
     follow: bool = False
+    rows: Rows = "loss"
+    read: Fraction = 1.0
 
     @property
     def adapters(self) -> int | None:

@@ -42,7 +42,14 @@ class ModelCosts:
     def predict(self, profile: Profile, choice: Choice) -> Prediction:
         """One step of a client on ``profile``."""
         return predict(
-            self._cost(self.task), profile, choice, self.server, base_depth=self.base_depth, followed=self.followed
+            self._cost(self.task),
+            profile,
+            choice,
+            self.server,
+            base_depth=self.base_depth,
+            followed=self.followed,
+            rows=self.task.rows,
+            read=self.task.read,
         )
 
     def resting(self, choice: Choice) -> int:
@@ -93,6 +100,7 @@ def own_cut(
         labels=labels,
         aligned=align is not None and (align.has_term or align.teach),
         follow=align is not None and align.follow,
+        rows="logits",
     )
     if maps_count():
         task = task.model_copy(update={"embeddings": "memory"})

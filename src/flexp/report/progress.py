@@ -12,8 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
+from flexp.errors import plain
 from flexp.report import formats
-from flexp.texts import plain
 
 DECAY = 0.9
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from flexp.client.recut import move_party
 from flexp.client.trainer import Trainer
 from flexp.client.watching import Watch
 from flexp.config import CodecConfig, DeploymentConfig
-from flexp.data.identity import check_same
+from flexp.data.split import check_same
 from flexp.errors import ConfigError, LinkError, LinkLostError
 from flexp.files import check_free, write_json
 from flexp.links.base import Link
@@ -23,12 +22,11 @@ from flexp.report.metrics import MetricsLog, write_records
 from flexp.report.metrics import read as read_log
 from flexp.report.progress import Progress
 from flexp.report.summary import VALIDATION
-from flexp.run.diary import Diary
+from flexp.run.diary import Diary, check_conducted
 from flexp.run.folder import is_client, write_facts
-from flexp.run.party import Party
+from flexp.run.party import Party, patiently
 from flexp.run.recutting import Mover
 from flexp.run.settle import ClientSetup
-from flexp.run.stopping import check_conducted
 from flexp.run.store import SNAPSHOTS, Checkpoint, ParkedOnDisk, Store, party_of
 from flexp.signals import stopped_by_signal
 
@@ -68,7 +66,7 @@ def run_client(
     if recuts and facts and not setup.cut_is_given:  # where it moved to
         setup = replace(setup, cut=(int(facts["cut"][0]), int(facts["cut"][1])))
     with Progress(config.train.total_steps, name, metric=federation.task.metric, console=console) as progress:
-        trainer, model = _joined(setup, reach, facts.get("numbering"), codec, deployment.patience, progress.note)
+        trainer, model = _joined(setup, reach, facts.get("numbering"), codec, deployment.patience, progress.note, stop)
         model.watch = Watch(lambda line: progress.note(f"{name}: {line}"))
         write_facts(state, setup.data, federation, setup.cut)  # first: it says that what follows is this client's
         parking = ParkedOnDisk(state / "parked", model.steps.numbering)
@@ -135,10 +133,13 @@ def _joined(
     codec: CodecConfig | None,
     patience: float,
     note: Callable[[str], None],
+    stop: threading.Event | None,
 ) -> tuple[Trainer, SplitModel]:
     """The client, joined; the server may be started after its clients."""
-    end, told = time.monotonic() + patience, False
-    while True:
+    told = False
+
+    def attempt() -> tuple[Trainer, SplitModel]:
+        nonlocal told
         link: Link | None = None
         try:
             link = reach()
@@ -146,14 +147,12 @@ def _joined(
         except LinkError as error:
             if link is not None:
                 link.close()  # a client has one stream at a time
-            if not isinstance(error, LinkLostError):
-                raise
-            if time.monotonic() > end:
-                raise LinkError(f"{error}; gave up after {patience:g} s") from error
-            if not told:
+            if isinstance(error, LinkLostError) and not told:
                 note(f"{error}; waiting for it")
                 told = True
-            time.sleep(0.5)
+            raise
+
+    return patiently(attempt, patience, stop or threading.Event(), most=0.5)
 
 
 def _once_each(path: Path) -> None:

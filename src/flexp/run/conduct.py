@@ -44,6 +44,7 @@ class Member:
             future.set_result(order)
 
 
+@dataclass(eq=False)
 class Conductor:
     """Keeps the server's snapshots and the members; how it answers them is a subclass's.
 
@@ -62,18 +63,16 @@ class Conductor:
 
     may_last: ClassVar[bool] = False
 
-    def __init__(
-        self,
-        server: Server,
-        snapshots: Store | None,
-        run: str,
-        say: Say,
-        train: TrainConfig,
-        clients: Sequence[str] | None,
-    ) -> None:
-        self.server, self.snapshots, self.run, self.say, self.train = server, snapshots, run, say, train
-        self.clients = clients
+    server: Server
+    snapshots: Store | None
+    run: str
+    say: Say
+    train: TrainConfig
+    clients: Sequence[str] | None
+
+    def __post_init__(self) -> None:
         self.members: dict[str, Member] = {}
+        run, train, snapshots = self.run, self.train, self.snapshots
         saved = {} if snapshots is None or not snapshots.numbers() else snapshots.open(max(snapshots.numbers())).facts
         planned = saved.get("planned", train.total_steps)
         if planned != train.total_steps and (not self.may_last or train.shared.schedule != "constant"):
@@ -81,9 +80,9 @@ class Conductor:
                 f"the run {run} was planned with {planned} steps of each client, not {train.total_steps}, which only a "
                 "free run with a constant train.shared.schedule may change; set train.rounds as it was, or begin anew"
             )
-        self.over = server.sealed = bool(saved.get("over")) and train.total_steps <= planned
+        self.over = self.server.sealed = bool(saved.get("over")) and train.total_steps <= planned
         if self.over:
-            say(f"the run {run} is over: nobody trains it any more")
+            self.say(f"the run {run} is over: nobody trains it any more")
 
     @property
     def numbers(self) -> list[int]:

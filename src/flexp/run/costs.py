@@ -16,10 +16,8 @@ from flexp.cost.probe import Measured, Probe, measure_once
 from flexp.errors import FlexpError
 from flexp.files import read_json, write_json
 from flexp.methods.base import World, base_depth
-from flexp.methods.parties import client_seed, own_stage, own_world, with_model
-from flexp.models.parts import Part
-from flexp.models.stage import carve
-from flexp.models.tuning import tune
+from flexp.methods.parties import client_seed, own_stage, own_world, server_stage, with_model
+from flexp.models.anatomy import Part
 from flexp.run.settle import model_folder
 from flexp.server import Server
 
@@ -169,12 +167,11 @@ def _probe(world: World, client: str, examples: int, length: int) -> Probe:
         extra_optimizers=held.optimizers,
         ranks=tuple(own.beside.items()),
         frozen=config.method.personal.frozen_head_blocks,
+        rows=config.link.rows,
     )
 
 
 def _server(world: World, blocks: tuple[int, int]) -> Server:
     config = world.config
-    stage = carve(world.source, Part.server(*blocks))
-    tuning = config.server.tuning or config.model.tuning
-    tune(stage, config.model, tuning, seed=config.seed)
+    stage, tuning = server_stage(world, Part.server(*blocks)), config.server.tuning or config.model.tuning
     return Server(stage, tuning=tuning, config=config.server, optimizer=config.train.shared)

@@ -10,38 +10,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from itertools import accumulate
 
-from flexp.config import TrainConfig
 from flexp.errors import LinkError
 from flexp.links.messages import Order, Ready
 from flexp.methods.turns import Place
-from flexp.run.conduct import Conductor, Say
-from flexp.run.store import Store
-from flexp.server import Server
+from flexp.run.conduct import Conductor
 
 
+@dataclass(eq=False)
 class Deterministic(Conductor):
     """See above.
+
+    Args:
+        places: the schedule.
 
     Attributes:
         place: where in the schedule the run is.
     """
 
     clients: Sequence[str]
+    places: Sequence[Place]
 
-    def __init__(
-        self,
-        server: Server,
-        snapshots: Store | None,
-        run: str,
-        say: Say,
-        train: TrainConfig,
-        clients: Sequence[str],
-        places: Sequence[Place],
-    ) -> None:
-        super().__init__(server, snapshots, run, say, train, clients)
-        self.places = list(places)
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self.place = 0
         self._begun = False
         self._done: set[str] = set()  # who has done the place that all do

@@ -1,6 +1,7 @@
 """What happens in a run, told once: in ``metrics.jsonl``, in TensorBoard's events if there are any, and to a person.
 
-A simulation keeps one diary of all its clients, a client of a deployment its own; the records are the same.
+A simulation keeps one diary of all its clients, a client of a deployment its own; the records are the same. From its
+scores follows whether the run ends early (``train.early_stopping``).
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from flexp.client.trainer import Step
+from flexp.config import TrainConfig
+from flexp.config.train import EarlyStopping
+from flexp.errors import ConfigError
 from flexp.report.metrics import MetricsLog, Record
 from flexp.report.progress import Progress
 from flexp.run.recutting import in_words
@@ -56,3 +60,33 @@ class Diary:
         self._log.close()
         if self._events is not None:
             self._events.close()
+
+
+def ended(scores: Mapping[int, float | None], stopping: EarlyStopping, higher_is_better: bool) -> bool:
+    """Whether the last ``patience`` scored rounds brought nothing better, by more than ``min_delta``, than one before.
+
+    Args:
+        scores: on validation data, by round; ``None``: not a number, which is no better.
+    """
+    if stopping.patience is None:
+        return False
+    best: float | None = None
+    since, sign = 0, 1.0 if higher_is_better else -1.0
+    for number in sorted(scores):
+        value, since = scores[number], since + 1
+        if value is not None and (best is None or sign * (value - best) > stopping.min_delta):
+            best, since = value, 0
+    return since >= stopping.patience
+
+
+def check_conducted(train: TrainConfig, schedule: str) -> None:
+    """Refuse what a conductor cannot follow.
+
+    Raises:
+        ConfigError: a deterministic run would have to know everybody's scores before anybody goes on.
+    """
+    if train.early_stopping.patience is not None and schedule != "free":
+        raise ConfigError(
+            "train.early_stopping: in a deterministic run over a network nobody stops before the others; set "
+            'deployment.schedule = "free", where every client stops for itself, or leave it out'
+        )

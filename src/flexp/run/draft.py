@@ -15,7 +15,10 @@ from flexp.data.tasks.base import BaseTask
 from flexp.errors import ConfigError, DataError
 from flexp.registry import TASKS
 
-_ENCODER = ("sequence-classification", "multi-label-classification", "regression", "token-classification")
+_ENCODER = (
+    *("sequence-classification", "multi-label-classification", "regression", "token-classification"),
+    "question-answering",
+)
 MODELS = dict.fromkeys(_ENCODER, "asset:minilm-l6") | {"causal-lm": "asset:smollm2-135m"}
 """A small model for a kind of head, where FlexP knows one."""
 
@@ -27,6 +30,8 @@ _STEPS = 50
 _STRUCTURED = ("list", "chat", "image")
 
 _MEANING = {
+    "model.pooling": "what the classifier reads: the mean of a text's tokens",
+    "method.meet.on": "begin with one classifier of everybody's class sums, end with one of each client's own",
     "model.id": "a folder, a Hugging Face id, or asset:NAME (flexp assets list)",
     "data.source": "a file, a folder, asset:NAME or a datasets id",
     "data.test_source": "what is tested on; without it test_fraction of each client's examples",
@@ -96,9 +101,11 @@ def drafted(survey: Survey, draft: Draft, model: str, clients: str | None, out: 
         data["test_fraction"] = 0.3
     count = max(1, _count(survey, clients))
     steps = math.ceil(survey.rows * (1.0 if survey.tests else 0.7) / count / 8)
+    text_classes = TASKS[draft.task].model_kind == "sequence-classification"
+    pooled: dict[str, Any] = {"pooling": "mean"} if text_classes else {}
     return {
         "name": Path(survey.source.partition("#")[0].removeprefix("asset:")).stem,
-        "model": {"id": model if not Path(model).exists() else _beside(model, out)},
+        "model": {"id": model if not Path(model).exists() else _beside(model, out), **pooled},
         "data": {**data, "clients": {**_clients(clients), "cut": [1]}},
         "train": {
             "rounds": 3,
@@ -107,6 +114,7 @@ def drafted(survey: Survey, draft: Draft, model: str, clients: str | None, out: 
             "personal": {"lr": 1e-4, "new_lr": 1e-3},
             "shared": {"lr": 1e-4},
         },
+        **({"method": {"meet": {"on": True}}} if text_classes else {}),
     }
 
 

@@ -7,18 +7,16 @@ goes back to a snapshot is said, step for step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from flexp.config import TrainConfig
+from flexp.client.meeting import FIRST, LAST, Meets
 from flexp.errors import LinkError
 from flexp.links.messages import Order, Ready
 from flexp.methods.turns import scored_rounds
-from flexp.run.conduct import ENDED, Conductor, Member, Say
-from flexp.run.store import Store
-from flexp.server import Server
+from flexp.run.conduct import ENDED, Conductor, Member
 
+NEVER = Meets(False, False)
 MOST_STEPS = 8
 """Of one order: so often a client hears of new snapshots, and the operator of the client."""
 
@@ -31,30 +29,25 @@ class _Told:
     scored: set[int] = field(default_factory=set)
 
 
+@dataclass(eq=False)
 class Free(Conductor):
     """See above.
 
     Args:
-        clients: who takes part; ``None``: whoever comes.
+        evaluate_every: rounds between two scores.
         save_every: the server saves when the clients have done so many steps each, on average.
+        meets: for these alone a client waits for others, before its first step and after its last.
     """
 
     may_last = True
 
-    def __init__(
-        self,
-        server: Server,
-        snapshots: Store | None,
-        run: str,
-        say: Say,
-        train: TrainConfig,
-        clients: Sequence[str] | None,
-        evaluate_every: int,
-        save_every: int,
-    ) -> None:
-        super().__init__(server, snapshots, run, say, train, clients)
-        self._scored = scored_rounds(train, evaluate_every)
-        self._save_every = save_every
+    evaluate_every: int
+    save_every: int
+    meets: Meets = NEVER
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._scored = scored_rounds(self.train, self.evaluate_every)
         self._told: dict[str, _Told] = {}
         self._number = max(self.numbers, default=-1)
         if self._number >= 0:
@@ -93,10 +86,15 @@ class Free(Conductor):
         round_number, rest = divmod(ready.steps, self.train.steps_per_round)
         save = self._number if self._number > told.snapshot else None
         told.snapshot = max(told.snapshot, self._number)
-        if not rest and round_number in self._scored and round_number not in told.scored:
+        ended = ready.steps >= self.train.total_steps or bool(ready.facts.get(ENDED))
+        if self.meets.last and ended and ready.met <= LAST:
+            member.answer(Order("meet", self.run, self._number, LAST, save=save))
+        elif not rest and round_number in self._scored and round_number not in told.scored:
             told.scored.add(round_number)
             member.answer(Order("evaluate", self.run, self._number, round_number, save=save))
-        elif ready.steps < self.train.total_steps and not ready.facts.get(ENDED):
+        elif self.meets.first and not ready.steps and ready.met <= FIRST:
+            member.answer(Order("meet", self.run, self._number, FIRST, save=save))
+        elif not ended:
             count = min(MOST_STEPS, self.train.steps_per_round - rest)
             member.answer(Order("step", self.run, self._number, count=count, save=save))
         else:
@@ -109,7 +107,7 @@ class Free(Conductor):
 
     def _save_if_due(self) -> None:
         new = self.server.shared.version - self._saved_version
-        if new >= self._save_every * max(1, len(self.members)) or self._number < 0:
+        if new >= self.save_every * max(1, len(self.members)) or self._number < 0:
             self._save()
 
     def _save(self) -> None:

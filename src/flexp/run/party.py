@@ -7,8 +7,9 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from typing import TypeVar
 
-from flexp.client.adding import OverLink, agree
+from flexp.client.adding import LateError, OverLink, agree
 from flexp.client.meeting import FIRST, LAST, UNMASKED, Meets
 from flexp.client.model import SplitModel
 from flexp.client.recut import fit
@@ -19,19 +20,22 @@ from flexp.limits import out_of_memory
 from flexp.links.base import Link
 from flexp.links.coding import load_residuals
 from flexp.links.messages import Order, Ready
+from flexp.links.sums import Adder, InOnePlace
 from flexp.methods.parties import meet_at, seat_of
 from flexp.report.metrics import Record
 from flexp.report.summary import VALIDATION
 from flexp.rng import RandomStream
 from flexp.run.conduct import ENDED
-from flexp.run.diary import Diary
+from flexp.run.diary import Diary, ended
 from flexp.run.recutting import Mover
 from flexp.run.settle import ClientSetup
-from flexp.run.stopping import ended
 from flexp.run.store import Store, party_of
 
+R = TypeVar("R")
 MOST_RUN = 200
 """Letters of a run's name."""
+PAUSE = 0.2
+"""Seconds between the first two attempts to reach a server."""
 QUICK = 1.0
 """A link that was lost sooner after the one before, in seconds, is not made anew at once."""
 
@@ -140,11 +144,7 @@ class Party:
         return False
 
     def _judge(self, order: Order) -> None:
-        """Refuse what no server of this run would say: more steps would give it more gradients.
-
-        Raises:
-            LinkError: see above.
-        """
+        """Refuse what no server of this run would say: more steps would give it more gradients. Raises LinkError."""
         most = self.config.train.total_steps - self.trainer.steps
         if order.what == "step" and not 1 <= order.count <= most:
             raise LinkError(
@@ -241,8 +241,15 @@ class Party:
         meet, link = self.config.method.meet, self.model.link
         if not meet.masked:
             self.diary.note(UNMASKED)
-        group = agree(link, meet, self._run, self.snapshots.folder, self.diary.note)
-        seat, adder = seat_of(self.trainer, self.config), OverLink(link, group, self._run)
+        adder: Adder
+        try:
+            group = agree(link, meet, self._run, self.snapshots.folder, self.diary.note)
+            adder = OverLink(link, group, self._run)
+        except LateError as error:
+            self.diary.note(f"{error}; it meets nobody (with method.meet.secret it could)")
+            adder = InOnePlace([name])
+        seat = seat_of(self.trainer, self.config)
+        seat.personal = True
         seat.noise = secrets.randbits(63)  # nobody else knows it
         choice = meet_at({name: seat}, {name: adder}, {name: self.trainer}, meeting)[name]
         self._met = meeting + 1
@@ -269,27 +276,24 @@ class Party:
         Raises:
             LinkError: the server cannot be reached within the time, or refuses.
         """
-        end, pause = time.monotonic() + self._patience, 0.2
-        self._quick = min(2 * self._quick or pause, 5.0) if time.monotonic() - self._linked < QUICK else 0.0
+        self._quick = min(2 * self._quick or PAUSE, 5.0) if time.monotonic() - self._linked < QUICK else 0.0
         self._stop.wait(self._quick)  # a server may take every client in and refuse whatever it sends
-        while True:
-            try:
-                with suppress(LinkError):
-                    self.model.link.close()  # first: a client has one stream at a time
-                self.model.rejoin(self._keeping_the_meter(self.reach()))
-                self._linked = time.monotonic()
-                if self._pull_due:
-                    self.model.after_step()
-                    self._pull_due = False
-                return
-            except LinkLostError as error:
-                if self._stop.is_set() or time.monotonic() + pause > end:
-                    raise LinkError(
-                        f"the server could not be reached again within {self._patience:g} s ({error}); "
-                        "start the client again when it is back: it goes on from its last snapshot"
-                    ) from why
-                time.sleep(pause)
-                pause = min(2 * pause, 5.0)
+
+        def again() -> None:
+            with suppress(LinkError):
+                self.model.link.close()  # first: a client has one stream at a time
+            self.model.rejoin(self._keeping_the_meter(self.reach()))
+            self._linked = time.monotonic()
+            if self._pull_due:
+                self.model.after_step()
+                self._pull_due = False
+
+        try:
+            patiently(again, self._patience, self._stop)
+        except LinkLostError as error:
+            raise LinkError(
+                f"{error}; start the client again when it is back: it goes on from its last snapshot"
+            ) from why
 
     def _keeping_the_meter(self, link: Link) -> Link:
         link.meter = self.model.link.meter
@@ -316,3 +320,21 @@ class Party:
     def _round(self) -> int:
         """Of the last step."""
         return (self.trainer.steps - 1) // self.config.train.steps_per_round + 1
+
+
+def patiently(attempt: Callable[[], R], seconds: float, stop: threading.Event, most: float = 5.0) -> R:
+    """What ``attempt`` gives, made again and again for so long as the server cannot be reached, ``most`` seconds apart.
+
+    Raises:
+        LinkLostError: it could not be reached in so many seconds, or until ``stop`` was set.
+        LinkError: it refuses.
+    """
+    end, pause = time.monotonic() + seconds, PAUSE
+    while True:
+        try:
+            return attempt()
+        except LinkLostError as error:
+            if stop.is_set() or time.monotonic() + pause > end:
+                raise LinkLostError(f"the server could not be reached within {seconds:g} s ({error})") from error
+            stop.wait(pause)
+            pause = min(2 * pause, most)

@@ -15,6 +15,7 @@ from flexp.cost.profile import Profile
 from flexp.data.types import Federation
 from flexp.errors import ConfigError
 from flexp.files import read_json
+from flexp.kinds import IGNORED
 from flexp.limits import maps_count
 from flexp.methods.base import method_of
 from flexp.planner.document import PlannedClient, SavedPlan, document, read_plan
@@ -119,6 +120,18 @@ def _client_profile(path: Path) -> Profile:
     return found
 
 
+def _labelled(federation: Federation) -> float:
+    """The share of all texts' predicted tokens that have a label."""
+    listed = [
+        labels
+        for client in federation.clients
+        for example in client.train
+        if isinstance(labels := example.get("labels"), list)
+    ]
+    predicted = sum(len(labels) - 1 for labels in listed)
+    return sum(label != IGNORED for labels in listed for label in labels[1:]) / predicted if predicted else 1.0
+
+
 def _task(config: RunConfig, federation: Federation) -> tuple[TaskShape, Choices]:
     """What the run trains, as far as it costs, and what may be chosen for it."""
     task, model, method = federation.task, config.model, config.method
@@ -136,6 +149,8 @@ def _task(config: RunConfig, federation: Federation) -> tuple[TaskShape, Choices
         optimizer=config.train.personal.name,
         aligned=method_of(config).aligns and (method.align.has_term or method.align.teach),
         follow=method_of(config).aligns and method.align.follow,
+        rows=config.link.rows,
+        read=_labelled(federation),
     )
     if here and maps_count():
         shape = shape.model_copy(update={"embeddings": "memory"})

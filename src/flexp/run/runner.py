@@ -14,9 +14,8 @@ from flexp.client.personal_head import Choice
 from flexp.config import RunConfig
 from flexp.config.loading import validate
 from flexp.data import load_federation
-from flexp.data.identity import check_same
-from flexp.data.ordering import generator
 from flexp.data.scores import evaluate
+from flexp.data.split import check_same
 from flexp.data.types import Example, Federation
 from flexp.errors import ConfigError, StorageError
 from flexp.files import check_free, read_json, write_json
@@ -36,14 +35,13 @@ from flexp.report.summary import (
     scores_by_round,
 )
 from flexp.report.tensorboard import writer_of
+from flexp.rng import generator
 from flexp.run.costs import MemoryProbes
-from flexp.run.diary import Diary
-from flexp.run.folder import is_joined
-from flexp.run.going_on import MEND, check_length, data_of, saved_facts
+from flexp.run.diary import Diary, ended
+from flexp.run.folder import MEND, check_length, data_of, is_joined, saved_facts
 from flexp.run.participants import Dropped, place
 from flexp.run.recutting import Recutting
 from flexp.run.settle import Federate, build_world
-from flexp.run.stopping import ended
 from flexp.run.store import CHECKPOINTS, Store
 from flexp.run.virtual import client_facts, cuts_by_round
 
@@ -272,7 +270,8 @@ class _Run:
         task, size = self.world.federation.task, self.config.evaluation.batch_size
         scores: Scores = {}
         extras = number in (0, self.config.train.rounds)  # scores that need forward passes of their own
-        alike = number == 0 or getattr(self.method, "same_for_all", False)  # before training all have what came
+        alike = getattr(self.method, "same_for_all", False)
+        alike |= number == 0 and not self.config.privacy.on  # before training all have what came, or were taught
         everybody: dict[str, float] | None = None
         for client in self.world.federation.clients:
             forward = self.method.personal(client.name)

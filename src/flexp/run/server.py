@@ -19,9 +19,9 @@ from flexp.links.grpc import Serving, serve
 from flexp.methods.turns import schedule
 from flexp.run.conduct import Conductor, run_name
 from flexp.run.deterministic import Deterministic
+from flexp.run.diary import check_conducted
 from flexp.run.free import Free
 from flexp.run.status import StatusReporter, observed
-from flexp.run.stopping import check_conducted
 from flexp.run.store import Store
 from flexp.server import Server
 from flexp.server.rules import Quota
@@ -91,16 +91,17 @@ def make_conductor(
     if meets:
         if not config.method.meet.masked:
             say(UNMASKED)
-        if deployment.schedule == "free":
+        if not deployment.clients:
             raise ConfigError(
-                'method.meet and model.head = "closed-form" need deployment.schedule = "deterministic": in a free run '
-                "nobody waits for those who are to meet; switch one of the two off"
+                'method.meet and model.head = "closed-form" need deployment.clients, the names of all who meet; name '
+                "them, or switch both off"
             )
-        server.sums.open(deployment.clients or ())
+        waits = deployment.meeting_seconds if deployment.schedule == "free" else None
+        server.sums.open(deployment.clients, waits)
     if deployment.schedule == "free":
         if deployment.quota is not None:
             server.shared.quota = Quota(deployment.quota, deployment.quota_ahead, train.total_steps, say)
-        return Free(server, snapshots, run, say, train, clients, every, save_every)
+        return Free(server, snapshots, run, say, train, clients, every, save_every, meets)
     assert clients is not None
     places = schedule(clients, train, config.seed, every, save_every, meets)
     return Deterministic(server, snapshots, run, say, train, clients, places)

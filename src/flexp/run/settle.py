@@ -22,7 +22,7 @@ from flexp.client.model import SplitModel
 from flexp.client.trainer import Trainer
 from flexp.config import CodecConfig, DataConfig, RunConfig
 from flexp.data import load_federation, pad_id
-from flexp.data.identity import Identity, identity
+from flexp.data.split import Identity, identity
 from flexp.data.tasks import task_of
 from flexp.data.types import ClientData, Federation
 from flexp.errors import ConfigError, DataError, ModelError, StorageError
@@ -32,11 +32,10 @@ from flexp.links.base import Link
 from flexp.machine import imitates_bfloat16
 from flexp.methods.base import World, method_of
 from flexp.methods.parties import own_config, own_trainer, split_model, tune_own
-from flexp.models.anatomy import block_count
+from flexp.models.anatomy import Part, block_count, check_cut
 from flexp.models.batches import max_positions
 from flexp.models.heads import trained_classes
 from flexp.models.loading import load_config, load_stage
-from flexp.models.parts import Part, check_cut
 from flexp.models.stage import Stage
 from flexp.run.folder import JOINED, JOINED_SCHEMA, is_joined
 from flexp.run.planned import with_cuts

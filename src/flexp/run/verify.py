@@ -24,10 +24,9 @@ from flexp.errors import ConfigError, FlexpError, ModelError
 from flexp.kinds import KINDS, ModelKind, logits_of
 from flexp.links.base import Link
 from flexp.links.opening import connected, loopback
-from flexp.models.anatomy import refuse_by_design
-from flexp.models.autos import AUTO
+from flexp.models.anatomy import Part, check_cut, refuse_by_design
+from flexp.models.heads import AUTO
 from flexp.models.loading import load_config, load_stage, quietly
-from flexp.models.parts import Part, check_cut
 from flexp.models.stage import Stage
 from flexp.models.tuning import tune
 from flexp.models.zoo import ARCHITECTURES, Padding, tiny_batch
@@ -70,6 +69,7 @@ class Setup:
     link: str = "in-process"
     dtype: str = "float32"
     autocast: str = "off"
+    quantization: str = "off"
     attention: str = "sdpa"
     memory: Literal["keep", "recompute"] = "keep"
     checkpointing: bool = False
@@ -85,6 +85,7 @@ class Setup:
             self.model,
             dtype=self.dtype,
             autocast=self.autocast,
+            quantization=self.quantization,
             attention=self.attention,
             tuning=self.tuning,
             train_embeddings=self.tuning == "full",
@@ -198,7 +199,7 @@ def _train_both(setup: Setup, reference: Any, split: SplitModel, witness: _Witne
         with split.stage.computing():
             expected = reference(**batch)
         got = split(**batch)
-        logits = max(logits, difference(logits_of(expected), logits_of(got)))
+        logits = max(logits, difference(*(_of_tokens(logits_of(output), batch) for output in (expected, got))))
         losses = max(losses, difference(expected.loss, got.loss))
         expected.loss.backward()
         got.loss.backward()
@@ -212,6 +213,13 @@ def _train_both(setup: Setup, reference: Any, split: SplitModel, witness: _Witne
         personal.step()
     weights = largest(whole, both_sides(personal.parameters, witness.updater.parameters))
     return Outcome(setup, split.stage.anatomy.blocks, len(whole), logits, gradients, losses, weights)
+
+
+def _of_tokens(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    """Without those of padding, which a split model does not send: nobody reads them."""
+    mask_BT = batch.get("attention_mask")
+    per_token = mask_BT is not None and logits.dim() == 3 and logits.shape[:2] == mask_BT.shape
+    return logits[mask_BT.bool()] if per_token and mask_BT is not None else logits
 
 
 def difference(expected: Tensor | None, got: Tensor | None) -> float:

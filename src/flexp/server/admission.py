@@ -9,7 +9,15 @@ from torch import Tensor
 
 from flexp.config import CodecConfig, LoraConfig
 from flexp.errors import BadValuesError, LinkError, LinkLostError
-from flexp.links.messages import BackwardRequest, ExtendRequest, FetchRequest, ForwardRequest, Join, PullRequest
+from flexp.links.messages import (
+    BackwardRequest,
+    ExtendRequest,
+    FetchRequest,
+    ForwardReply,
+    ForwardRequest,
+    Join,
+    PullRequest,
+)
 from flexp.models.fingerprint import fingerprint
 from flexp.models.stage import Stage
 from flexp.server.generations import Answer, bytes_of_token
@@ -19,23 +27,29 @@ LONGEST = 1 << 24
 """Tokens of a text; where a model has no table of positions, it would take any number for one."""
 
 
-def check_taking_part(client: str, request: Join, only: Collection[str] | None, tuning: str | None) -> None:
-    """Refuse a client that does not belong to the run, or tunes its blocks in another way than it.
+def check_taking_part(
+    client: str, request: Join, only: Collection[str] | None, tuning: str | None, quantization: str | None
+) -> None:
+    """Refuse a client that does not belong to the run, or has its blocks in another way than it.
 
     Args:
         only: who belongs to it; ``None``: everybody.
-        tuning: the run's; ``None``: any.
+        tuning: of the run's clients; ``None``: any. Likewise their ``quantization``.
 
     Raises:
         LinkError: see above.
     """
     if only is not None and client not in only:
         raise LinkError(f"client {client} takes no part in this run: it has {', '.join(only)} (deployment.clients)")
-    if tuning not in (None, request.tuning):
-        raise LinkError(
-            f"client {client} was refused: its tuning is {request.tuning}, that of this server's clients {tuning}; set "
-            "the same model.tuning on both sides"
-        )
+    for key, own, wanted in (
+        ("tuning", request.tuning, tuning),
+        ("quantization", request.quantization, quantization),
+    ):
+        if wanted not in (None, own):
+            raise LinkError(
+                f"client {client} was refused: its {key} is {own}, that of this server's clients {wanted}; set the "
+                f"same model.{key} on both sides"
+            )
 
 
 def check_join(
@@ -107,9 +121,12 @@ def check_forward(session: Session, request: ForwardRequest, stage: Stage, in_fl
     for name, value, fits in (
         ("mask", request.mask_BT, {shape}),
         ("positions", request.positions_BT, {shape, one_row}),
+        ("rows", request.rows_BT, {shape}),
     ):
         if value is not None and tuple(value.shape) not in fits:
             raise LinkError(f"client {client}: the {name} has shape {tuple(value.shape)}, expected {shape}")
+    if request.rows_BT is not None and not bool(request.rows_BT.any()):
+        raise LinkError(f"client {client}: no row of exchange {request.exchange} is read, expected one at least")
     check_positions(client, request.positions_BT, stage)
     _check_aligned(session, request, min(stage.part.blocks))
     if request.exchange in session.pending:
@@ -154,12 +171,13 @@ def check_backward(session: Session, request: BackwardRequest) -> Pending:
             f"client {client}: exchange {request.exchange} has no forward in flight "
             f"(in flight: {sorted(session.pending) or 'none'})"
         )
-    given, expected = request.grad_BTH, pending.input_BTH
-    if given.shape != expected.shape or given.dtype != expected.dtype:
+    given, whole = request.grad_BTH, pending.input_BTH
+    shape = whole.shape if pending.reads is None else (1, len(pending.reads), whole.shape[2])
+    if tuple(given.shape) != tuple(shape) or given.dtype != whole.dtype:
         raise LinkError(
-            f"client {client}: the gradient is {_facts(given)}, expected {_facts(expected)} as the activation"
+            f"client {client}: the gradient is {_facts(given)}, expected {tuple(shape)} {whole.dtype} as the activation"
         )
-    most = given.shape[0] * given.shape[1]  # items are tokens or examples; more would outweigh the other clients'
+    most = whole.shape[0] * whole.shape[1]  # items are tokens or examples; more would outweigh the other clients'
     if not (0 < request.tokens <= 1 and 0 < request.weight <= most):
         raise LinkError(
             f"client {client}: exchange {request.exchange} counts tokens = {request.tokens} and weight = "
@@ -183,6 +201,17 @@ def check_backward(session: Session, request: BackwardRequest) -> Pending:
 def alike(given: Tensor, answered: Tensor) -> bool:
     """Whether what comes again is of the size that was answered; else (smaller exchanges since) it is computed anew."""
     return given.shape == answered.shape and given.dtype == answered.dtype
+
+
+def same_exchange(session: Session, request: ForwardRequest, answered: ForwardReply) -> bool:
+    """Whether a forward that comes again, as it crossed, is the one that was answered so."""
+    back = session.progress.answer(request.step, ("backward", request.exchange))
+    given = request.hidden_BTH
+    if back is not None and back.grad_BTH is not None and not alike(given, back.grad_BTH):
+        return False
+    if request.rows_BT is not None:
+        return answered.hidden_BTH.shape[1] == int(request.rows_BT.sum())
+    return alike(given, answered.hidden_BTH)
 
 
 def check_pull(session: Session, request: PullRequest, base_depth: int) -> None:

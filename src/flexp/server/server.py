@@ -17,7 +17,8 @@ from flexp.assets import resolve
 from flexp.config import LoraConfig, ModelConfig, OptimizerConfig, ServerConfig
 from flexp.errors import LinkError
 from flexp.kinds import ModelKind
-from flexp.links.inprocess import InProcessLink
+from flexp.links.base import InProcessLink
+from flexp.links.declaring import Request
 from flexp.links.messages import (
     Abort,
     BackwardReply,
@@ -36,14 +37,13 @@ from flexp.links.messages import (
     PullReply,
     PullRequest,
     Ready,
-    Request,
     SumReply,
     SumRequest,
     Welcome,
 )
-from flexp.models.anatomy import block_count
+from flexp.links.packing import arrived, pack
+from flexp.models.anatomy import Part, block_count, check_cut
 from flexp.models.loading import load_config, load_stage
-from flexp.models.parts import Part, check_cut
 from flexp.models.stage import Stage
 from flexp.models.tuning import tune
 from flexp.server.admission import (
@@ -56,8 +56,10 @@ from flexp.server.admission import (
     check_join,
     check_pull,
     check_taking_part,
+    same_exchange,
 )
-from flexp.server.session import Key, Session
+from flexp.server.clients import Key
+from flexp.server.session import Session
 from flexp.server.state import ServerState
 
 R = TypeVar("R")
@@ -85,7 +87,7 @@ class Server(ServerState):
         seed: of the clients' dropout on this side.
         remembers: keep the answers of clients' last steps, for clients that may go back to a snapshot.
         allow_export: give a client the trained weights of the blocks that it has computed here, if it asks.
-        clients_tuning: how clients tune their own blocks; ``None``: as they like.
+        clients_tuning: how clients tune their own blocks; ``None``: as they like. Likewise ``clients_quantization``.
 
     Attributes:
         conductor: tells clients what to do next, if this server conducts a run.
@@ -107,11 +109,12 @@ class Server(ServerState):
         remembers: bool = False,
         allow_export: bool = False,
         clients_tuning: str | None = None,
+        clients_quantization: str | None = None,
     ) -> None:
         chosen = config or ServerConfig()
         super().__init__(stage, chosen, optimizer or OptimizerConfig(), total_steps, seed, remembers)
         self.tuning, self.lora, self.allow_export = tuning, lora, allow_export
-        self.clients_tuning = clients_tuning
+        self.clients_tuning, self.clients_quantization = clients_tuning, clients_quantization
         self.conductor: Conductor | None = None
         self.only: Collection[str] | None = None
         self.sealed = False
@@ -137,7 +140,7 @@ class Server(ServerState):
         A base depth of 0 is for clients that agree to send their bare embeddings, from which tokens can be read.
 
         Args:
-            config: its ``tuning`` says how the shared blocks are tuned where that is not as ``model`` says.
+            config: its ``tuning`` and ``quantization`` say how the shared blocks are where that is not as in ``model``.
             settings: keys of ``[model]`` beside the name, such as ``tuning="lora"`` or ``autocast="bfloat16"``. Those
                 that activations depend on must be the clients'.
 
@@ -153,8 +156,8 @@ class Server(ServerState):
         wanted = wanted.at(resolve(wanted.id))
         blocks = block_count(wanted.id, load_config(wanted.id))
         start, stop = check_cut((base_depth, end), blocks, where="server blocks (base_depth, end)")
-        stage = load_stage(wanted, kind, Part.server(start, stop), seed=seed)
         config = config or ServerConfig()
+        stage = load_stage(wanted.quantized(config.quantization), kind, Part.server(start, stop), seed=seed)
         tuning = config.tuning or wanted.tuning
         tune(stage, wanted, tuning, seed=seed)
         return cls(
@@ -168,6 +171,7 @@ class Server(ServerState):
             remembers=remembers,
             allow_export=allow_export,
             clients_tuning=wanted.tuning,
+            clients_quantization=wanted.quantization,
         )
 
     def connect(self, client: str) -> InProcessLink:
@@ -201,7 +205,7 @@ class Server(ServerState):
     @_handle.register
     def _join(self, request: Join, client: str) -> Welcome:
         """Open a client's session, or open it anew with another cut."""
-        check_taking_part(client, request, self.only, self.clients_tuning)
+        check_taking_part(client, request, self.only, self.clients_tuning, self.clients_quantization)
         check_join(client, request, self.shared.stage, self.tuning, self.lora, self.config.codecs)
         self._sessions.end(client)
         record = self.clients[client]
@@ -218,8 +222,9 @@ class Server(ServerState):
         session, key = self._sessions[client], ("forward", request.exchange)
         known = session.progress.answer(request.step, key) if request.train else None
         applied = session.progress.applied(request.step)
-        if known is not None and applied and alike(request.hidden_BTH, known.hidden_BTH):
+        if known is not None and applied and same_exchange(session, request, known):
             return cast(ForwardReply, known)
+        request, sent = arrived(request, f"client {client}")
         for other in self._sessions.values():
             other.drop_late(self.config.exchange_seconds)
         check_forward(session, request, self.shared.stage, self._sessions.in_flight)
@@ -228,7 +233,7 @@ class Server(ServerState):
         if request.train:  # without training nothing but its own answer comes of it
             check_finite(client, f"an activation of exchange {request.exchange}", _activations(request))
         with session.random.active():
-            reply = session.forward(request)
+            reply = session.forward(request, sent)
         self._remember(session, request.step, key, reply)
         return reply
 
@@ -238,7 +243,8 @@ class Server(ServerState):
         session, key = self._sessions[client], ("backward", request.exchange)
         known = session.progress.answer(request.step, key)
         complete = request.exchange not in session.pending
-        fits = known is not None and (known.grad_BTH is None or alike(request.grad_BTH, known.grad_BTH))
+        answered = session.progress.answer(request.step, ("forward", request.exchange))
+        fits = known is not None and answered is not None and alike(request.grad_BTH, answered.hidden_BTH)
         if fits and complete:
             return cast(BackwardReply, known)
         check_backward(session, request)
@@ -277,10 +283,11 @@ class Server(ServerState):
     def _extend(self, request: ExtendRequest, client: str) -> ExtendReply:
         """Blocks [s, e) on the next tokens of an answer, whose cache is kept here."""
         session = self._sessions[client]
+        request, sent = arrived(request, f"client {client}")
         for other in self._sessions.values():
             other.generations.drop_unused(self.config.generation_seconds)
         check_extend(session, request, self.shared.stage, self._sessions.values())
-        return ExtendReply(session.generations.extend(request, self.shared.stage, session.join.cut))
+        return ExtendReply(pack(session.generations.extend(request, self.shared.stage, session.join.cut), sent))
 
     @_handle.register
     def _end_generation(self, request: EndGeneration, client: str) -> Done:

@@ -1,33 +1,29 @@
 """One client's side of the server: its cut, its exchanges in flight, its step so far, and the steps that were taken.
 
 A step that comes again, after its answer was lost or after the client went back to a snapshot, gets the answers that
-it got the first time and is never applied twice (:class:`Progress`).
+it got the first time and is never applied twice (:class:`flexp.server.clients.Progress`).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flexp.config import AlignConfig, ServerConfig
 from flexp.errors import BadValuesError, LinkError
-from flexp.links.messages import BackwardReply, BackwardRequest, ForwardReply, ForwardRequest, Join, size
+from flexp.links.messages import BackwardReply, BackwardRequest, ForwardReply, ForwardRequest, Join
+from flexp.links.packing import Places, pack, unpack
 from flexp.rng import RandomStream, drawing_from
 from flexp.server.alignment import aligned, combine, taught
+from flexp.server.clients import Progress
 from flexp.server.generations import Generations
-from flexp.server.kept import bytes_of, counted
 from flexp.server.shared import SharedBlocks
-
-WINDOW = 256
-"""Steps may complete in another order than they began; so far back it is remembered which ones did."""
-
-Key = tuple[str, int]
-"""What was asked in a step: the kind of request, and its exchange or block."""
 
 
 @dataclass
@@ -36,7 +32,7 @@ class Pending:
 
     ``output_BTH`` holds the graph; with memory = "recompute", or where the graph has no room, it is ``None`` and the
     input, the mask and the state of the random generator are kept instead. ``bytes`` are all of it, ``since`` in
-    seconds of the monotonic clock.
+    seconds of the monotonic clock. ``sent`` are the tokens that crossed of z, ``reads`` those of h; ``None``: all.
     """
 
     request: ForwardRequest
@@ -47,6 +43,8 @@ class Pending:
     align_BTH: list[Tensor]
     bytes: int = 0
     since: float = field(default_factory=time.monotonic)
+    sent: Places | None = None
+    reads: Places | None = None
 
 
 @dataclass
@@ -73,81 +71,6 @@ class Gathered:
         self.arrived += 1
         self.exchanges = request.exchanges
         return self.arrived == self.exchanges
-
-
-@dataclass
-class Progress:
-    """One client's steps. ``numbering`` is what tells its steps 1, 2, … from those of another run of that client.
-
-    Attributes:
-        newest: the highest step that was applied.
-        kept_from: steps after this one keep their answers; ``None``: only the newest does.
-    """
-
-    numbering: int = 0
-    newest: int = 0
-    kept_from: int | None = None
-    _recent: set[int] = field(default_factory=set)
-    _answers: dict[int, dict[Key, Any]] = field(default_factory=dict)
-    _bytes: int = 0
-
-    def goes_on(self, numbering: int) -> bool:
-        """Whether a client that joins with ``numbering`` goes on with these steps."""
-        return 0 < numbering == self.numbering
-
-    def applied(self, step: int) -> bool:
-        """Whether the shared blocks have taken this step; never, if it is not numbered."""
-        return step > 0 and (step in self._recent or step <= self.newest - WINDOW)
-
-    def apply(self, step: int) -> None:
-        """The step is complete and was given to the shared blocks."""
-        if step <= 0:
-            return
-        self._recent.add(step)
-        self.newest = max(self.newest, step)
-        self._recent = {number for number in self._recent if number > self.newest - WINDOW}
-
-    def answer(self, step: int, key: Key) -> Any | None:
-        """What was answered to ``key`` in a step that was applied, if it is still known."""
-        return self._answers.get(step, {}).get(key)
-
-    def remember(self, step: int, key: Key, reply: Any, most_bytes: int) -> None:
-        """Keep an answer of a numbered step; the oldest steps' go first when all take more than ``most_bytes``."""
-        if step <= 0:
-            return
-        known = self._answers.setdefault(step, {})
-        self._bytes += size(reply) - (size(known[key]) if key in known else 0)
-        known[key] = reply
-        self.forget(step - 1 if self.kept_from is None else self.kept_from)
-        while self._bytes > most_bytes and len(self._answers) > 1:
-            self._drop(min(self._answers))
-
-    def forget(self, step: int) -> None:
-        """Drop the answers of ``step`` and those before it."""
-        for number in [number for number in self._answers if number <= step]:
-            self._drop(number)
-
-    def give_up(self, steps: set[int]) -> None:
-        """Drop what was answered in steps that will not be completed as they began."""
-        for number in steps & self._answers.keys():
-            self._drop(number)
-
-    def unapplied(self) -> set[int]:
-        """Steps with answers that are not complete."""
-        return {number for number in self._answers if not self.applied(number)}
-
-    def state(self) -> Tensor:
-        """Numbering and applied steps, int64; answers are not part of it."""
-        return torch.tensor([self.numbering, self.newest, *sorted(self._recent)], dtype=torch.int64)
-
-    @classmethod
-    def restored(cls, state: Tensor) -> Progress:
-        """From :meth:`state`."""
-        numbering, newest, *recent = (int(value) for value in state)
-        return cls(numbering, newest, _recent=set(recent))
-
-    def _drop(self, step: int) -> None:
-        self._bytes -= sum(size(reply) for reply in self._answers.pop(step).values())
 
 
 @dataclass
@@ -197,15 +120,21 @@ class Session:
         """Whether a step is under way."""
         return bool(self.pending or self.gathered)
 
-    def forward(self, request: ForwardRequest) -> ForwardReply:
-        """Run blocks [s, e); keep what the backward will need, with the weights that it belongs to."""
+    def forward(self, request: ForwardRequest, sent: Places | None = None) -> ForwardReply:
+        """Run blocks [s, e); keep what the backward will need, with the weights that it belongs to.
+
+        Args:
+            request: with whole activations.
+            sent: the tokens of them that crossed.
+        """
+        reads = sent if request.rows_BT is None else Places.of(request.rows_BT)
         stage = self.shared.stage
         start, stop = self.join.cut
         plan = stage.plan_without_inputs(request.hidden_BTH, request.mask_BT, request.positions_BT)
         stage.model.train(request.train)
         if not request.train:
             with torch.no_grad():
-                return ForwardReply(stage.run(request.hidden_BTH, plan, start, stop))
+                return ForwardReply(pack(stage.run(request.hidden_BTH, plan, start, stop), reads))
 
         if not self.busy:
             self.boundary = self.random.state
@@ -228,9 +157,17 @@ class Session:
         else:
             keep_graph, z_BTH = False, request.hidden_BTH.detach()
         self.pending[request.exchange] = Pending(
-            request, self.shared.hold(), z_BTH, h_BTH if keep_graph else None, generator, align_BTH, size
+            request,
+            self.shared.hold(),
+            z_BTH,
+            h_BTH if keep_graph else None,
+            generator,
+            align_BTH,
+            size,
+            sent=sent,
+            reads=reads,
         )
-        return ForwardReply(h_BTH.detach(), value)
+        return ForwardReply(pack(h_BTH.detach(), reads), value)
 
     def backward(self, request: BackwardRequest) -> BackwardReply:
         """The gradient at z, from the very weights of the forward; then train the shared blocks."""
@@ -244,7 +181,7 @@ class Session:
                 gradients = torch.autograd.grad(
                     h_BTH,
                     [z_BTH, *(parameters[name] for name in reached)],
-                    request.grad_BTH,
+                    unpack(request.grad_BTH, pending.reads),
                     allow_unused=True,
                 )
                 task_BTH = gradients[0]
@@ -269,10 +206,11 @@ class Session:
         # Micro-batches share one step. Each has a mean over its own tokens, so it counts by its share of the step's.
         scaled = [value * (self.align.weight * request.tokens) for value in pending.align_BTH]
         if not scaled:
-            return BackwardReply(task_BTH)
+            return BackwardReply(pack(task_BTH, pending.sent))
         *inner, at_cut = scaled
         return BackwardReply(
-            combine(task_BTH, at_cut, self.align.combine), tuple(value.to(task_BTH.dtype) for value in inner)
+            pack(combine(task_BTH, at_cut, self.align.combine), pending.sent),
+            tuple(pack(value.to(task_BTH.dtype), pending.sent) for value in inner),
         )
 
     def drop(self) -> None:
@@ -360,3 +298,44 @@ class Sessions(dict[str, Session]):
     def begun(self) -> dict[str, Tensor]:
         """Of clients in the middle of a step: the state of their random generator when it began."""
         return {name: own.boundary for name, own in self.items() if own.busy and own.boundary is not None}
+
+
+class Kept:
+    """Bytes that autograd keeps of a forward, without the weights: they are there anyway."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._weights = {_place(value) for values in (model.parameters(), model.buffers()) for value in values}
+        self._found: dict[int, int] = {}
+
+    @property
+    def bytes(self) -> int:
+        """Every storage once, however many nodes of the graph keep a view of it."""
+        return sum(self._found.values())
+
+    def pack(self, value: Tensor) -> Tensor:
+        """Autograd is about to keep ``value``."""
+        place = _place(value)
+        if place not in self._weights:
+            self._found[place] = value.untyped_storage().nbytes()
+        return value.detach()  # an output that its own node keeps would never be freed
+
+
+@contextmanager
+def counted(model: nn.Module) -> Iterator[Kept]:
+    """Count what autograd keeps of the forwards of ``model`` inside the ``with`` block."""
+    kept = Kept(model)
+    with torch.autograd.graph.saved_tensors_hooks(kept.pack, _same):
+        yield kept
+
+
+def bytes_of(*values: Any) -> int:
+    """Of tensors; what is none counts nothing."""
+    return sum(value.numel() * value.element_size() for value in values if isinstance(value, Tensor))
+
+
+def _same(value: Tensor) -> Tensor:
+    return value
+
+
+def _place(value: Tensor) -> int:
+    return value.untyped_storage().data_ptr()

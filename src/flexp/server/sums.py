@@ -1,8 +1,10 @@
-"""What clients add up through the server: it keeps what each gives, and answers when all have given theirs."""
+"""What clients add up through the server: it keeps what each gives, and answers when all have given theirs, or when
+those that are late have been waited for long enough."""
 
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 
@@ -22,19 +24,22 @@ class SumTable:
     A sum stays: who asks again, after a broken link or a snapshot, gets it again, whatever it gives the second time.
 
     Attributes:
-        clients: who must have given something; nobody: nothing is summed.
+        clients: who may give something; nobody: nothing is summed.
         done: what is known already.
     """
 
     def __init__(self) -> None:
         self.clients: tuple[str, ...] = ()
         self.done: dict[int, SumReply] = {}
+        self._seconds: float | None = None
+        self._late: set[str] = set()  # who was not there the last time, and is waited for no more
+        self._lock = threading.RLock()  # whoever closes a sum does it in a thread of its own
         self._given: dict[int, dict[str, SumRequest]] = {}
         self._waiting: dict[int, dict[str, Future[SumReply]]] = {}
 
-    def open(self, clients: Iterable[str]) -> None:
-        """Add up what these give from now on."""
-        self.clients = tuple(clients)
+    def open(self, clients: Iterable[str], seconds: float | None = None) -> None:
+        """Add up what these give from now on; ``seconds`` after the first of them has given, without the others."""
+        self.clients, self._seconds, self._late = tuple(clients), seconds, set()
 
     def give(self, client: str, request: SumRequest) -> Future[SumReply]:
         """Take what a client gives; the sum, once all have.
@@ -42,6 +47,10 @@ class SumTable:
         Raises:
             LinkError: nothing is summed in this run, or not of this client, or others gave more or fewer numbers.
         """
+        with self._lock:
+            return self._give(client, request)
+
+    def _give(self, client: str, request: SumRequest) -> Future[SumReply]:
         number, answer = request.number, Future[SumReply]()
         if client not in self.clients:
             raise LinkError(
@@ -53,17 +62,31 @@ class SumTable:
         if number in self.done:
             answer.set_result(self.done[number])
             return answer
+        if number not in self._given and self._seconds is not None:
+            timer = threading.Timer(self._seconds, self._wait_no_more, [number])
+            timer.daemon = True
+            timer.start()
         given = self._given.setdefault(number, {})
         if any(_shape(other) != _shape(request) for other in given.values()):
             raise LinkError(f"client {client} gives sums of other shapes than others: set the same [method.meet]")
         given[client] = request
+        self._late.discard(client)
         self._waiting.setdefault(number, {})[client] = answer
-        if all(name in given for name in self.clients):
-            self.done[number] = _added(self._given.pop(number))
-            for future in self._waiting.pop(number).values():
-                if future.set_running_or_notify_cancel():
-                    future.set_result(self.done[number])
+        if all(name in given for name in self.clients if name not in self._late):
+            self._close(number)
         return answer
+
+    def _wait_no_more(self, number: int) -> None:
+        with self._lock:
+            if self._given.get(number):
+                self._late |= set(self.clients) - set(self._given[number])
+                self._close(number)
+
+    def _close(self, number: int) -> None:
+        self.done[number] = _added(self._given.pop(number))
+        for future in self._waiting.pop(number).values():
+            if future.set_running_or_notify_cancel():
+                future.set_result(self.done[number])
 
     def state(self) -> dict[str, Tensor]:
         """The sums that are known, flat."""

@@ -5,7 +5,7 @@ import io
 
 import pytest
 
-from flexp.comparison.report.csvs import clients_csv, methods_csv
+from flexp.comparison.report.write import clients_csv, methods_csv
 
 from . import synthetic
 from .test_results import BY_HAND

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from flexp.config import DataConfig
-from flexp.data.tasks.base import BaseTask
-from flexp.data.tasks.text import Limit, pad_id
+from flexp.data.tasks.base import BaseTask, Limit
+from flexp.data.tasks.text import pad_id
 from flexp.errors import ConfigError
 from flexp.kinds import KINDS
 from flexp.registry import TASKS

@@ -1,4 +1,4 @@
-"""The parts of a task that most of them share: templates with ``{column}`` fields, losses and hits."""
+"""The parts of a task that most of them share: labels, scores and answers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from string import Formatter
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -14,13 +14,36 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flexp.config import DataConfig
-from flexp.data.columns import as_text, label_texts
+from flexp.data.columns import label_texts
 from flexp.data.measures import MOST_CLASSES, class_scores, confusion, f1_by_class
 from flexp.data.survey import Column
-from flexp.data.tasks.text import IGNORED, Limit, encode_texts, pad
 from flexp.data.types import PLACE, Batch, Example, Forward, Row, Tally
-from flexp.errors import ConfigError
+from flexp.errors import ConfigError, DataError
 from flexp.kinds import KINDS, ModelKind
+
+
+@dataclass(frozen=True)
+class Limit:
+    """How long a text may be, in tokens, and what happens to longer ones."""
+
+    tokens: int
+    long_texts: Literal["truncate", "error"] = "truncate"
+    of_model: bool = False  # the model's positions, not data.max_length, set it
+
+    def refuse(self, length: int, place: str) -> None:
+        """Complain about a text of ``length`` tokens unless it may be cut.
+
+        Raises:
+            DataError: texts that are too long are errors.
+        """
+        if self.long_texts == "truncate":
+            return
+        what = "the model's positions" if self.of_model else "data.max_length"
+        mend = "" if self.of_model else "raise data.max_length, "
+        raise DataError(
+            f"{place}: the text has {length} tokens, more than the {self.tokens} of {what}; "
+            f'shorten it, {mend}or set data.long_texts = "truncate"'
+        )
 
 
 class BaseTask(ABC):
@@ -196,6 +219,15 @@ class BaseTask(ABC):
         """
         raise ConfigError(f"flexp predict is for classifiers and such; this model is for {self.name}")
 
+    def by_row(self, found: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+        """What :meth:`answer` says of all examples, in their order, as one for each row."""
+        return found
+
+
+def place(row: Row) -> str:
+    """Where a row stands, for messages."""
+    return str(row.get(PLACE, "a row"))
+
 
 class OneClass(BaseTask):
     """One class of ``label_names`` for each example."""
@@ -238,105 +270,6 @@ def class_details(names: Sequence[str], table: Any) -> dict[str, Any]:
     return found | ({"confusion": table.tolist()} if len(names) <= MOST_CLASSES else {})
 
 
-class TextTask(BaseTask):
-    """A task on a causal language model, scored by perplexity: what causal-lm and instruction are.
-
-    Attributes:
-        template: of the input, where the configuration has none.
-        made: fields of the template that the task itself makes.
-    """
-
-    template: ClassVar[str] = "{text}"
-    made: ClassVar[Sequence[str]] = ()
-
-    @classmethod
-    def text_columns(cls, config: DataConfig) -> list[str]:
-        return template_columns(config.template or cls.template, config, own=cls.made)
-
-    def texts(self, rows: Sequence[Row]) -> list[str]:
-        """The rows' input: the filled template, or without one the text column."""
-        template, column = self.config.template, self.config.text
-        if template is not None:
-            return [fill_row(template, self.config, row) for row in rows]
-        return [as_text(row[column], column, place(row)) for row in rows]
-
-    def inputs(self, rows: Sequence[Row]) -> list[Example]:
-        """The rows' texts, or pairs of texts (``data.text_pair``), encoded."""
-        other, places = self.config.text_pair, [place(row) for row in rows]
-        pairs = None if other is None else [as_text(row[other], other, place(row)) for row in rows]
-        return encode_texts(self.processor, self.texts(rows), pairs, places, self.limit)
-
-    def with_floats(self, examples: Sequence[Example]) -> Batch:
-        """A padded batch whose ``labels`` are numbers of the examples as wholes."""
-        batch = pad([{key: value for key, value in e.items() if key != "labels"} for e in examples], self.processor)
-        return batch | {"labels": torch.tensor([example["labels"] for example in examples], dtype=torch.float32)}
-
-    def collate(self, examples: Sequence[Example]) -> Batch:
-        """``input_ids``, ``attention_mask``, ``labels`` (B, T), and ``token_type_ids`` if the tokenizer gives them."""
-        return pad(examples, self.processor)
-
-    def measure(self, logits: Tensor, labels: Tensor, examples: Sequence[Example]) -> Tally:
-        """Next-token losses."""
-        return token_tally(logits, labels)
-
-
-def roles(config: DataConfig) -> dict[str, str]:
-    """Names that a template may use besides the columns' own: the configuration's key for a column."""
-    return {"text": config.text, "prompt": config.prompt, "answer": config.answer}
-
-
-def template_columns(template: str, config: DataConfig, own: Sequence[str] = ()) -> list[str]:
-    """The columns that ``template`` needs; the fields in ``own`` are made by the task itself."""
-    return [roles(config).get(name, name) for name in fields(template) if name not in own]
-
-
-def fill_row(template: str, config: DataConfig, row: Row, own: dict[str, str] | None = None) -> str:
-    """``template`` filled from a row, and from the fields that the task makes itself."""
-    own = own or {}
-    values = dict(own)
-    for name in fields(template):
-        if name not in own:
-            column = roles(config).get(name, name)
-            values[name] = as_text(row[column], column, place(row))
-    return fill(template, values)
-
-
-def place(row: Row) -> str:
-    """Where a row stands, for messages."""
-    return str(row.get(PLACE, "a row"))
-
-
-def fields(template: str) -> list[str]:
-    """The names of the fields of ``template``, each once, in order. ``{{`` and ``}}`` stand for braces.
-
-    Raises:
-        ConfigError: braces do not match, or a field is more than a plain name.
-    """
-    names: dict[str, None] = {}
-    try:
-        parts = list(Formatter().parse(template))
-    except ValueError as error:
-        raise ConfigError(
-            f"data.template: {error} in {template!r}; write {{column}} for a column and {{{{ or }}}} for a brace"
-        ) from error
-    for _, name, spec, conversion in parts:
-        if name is None:
-            continue
-        if not name or spec or conversion or any(sign in name for sign in ".["):
-            raise ConfigError(
-                f"data.template: the field {{{name}}} in {template!r} must be a plain column name, like {{text}}"
-            )
-        names[name] = None
-    return list(names)
-
-
-def fill(template: str, values: Mapping[str, str]) -> str:
-    """``template`` with its fields replaced; braces inside the values are kept as they are."""
-    return "".join(
-        literal + (values[name] if name is not None else "") for literal, name, _, _ in Formatter().parse(template)
-    )
-
-
 def class_tally(logits_BC: Tensor, labels_B: Tensor) -> Tally:
     """Cross-entropy and arg max of a classifier."""
     logits_BC = logits_BC.float()
@@ -349,23 +282,6 @@ def class_tally(logits_BC: Tensor, labels_B: Tensor) -> Tally:
         targets=labels_B.tolist(),
         answers=torch.softmax(logits_BC, dim=-1).tolist(),
     )
-
-
-def token_tally(logits_BTV: Tensor, labels_BT: Tensor) -> Tally:
-    """Next-token cross-entropy, summed over each example's labelled tokens. ``labels`` are not shifted."""
-    labels_BS = labels_BT[:, 1:].to(logits_BTV.device)
-    losses, items = [], []
-    for logits_TV, labels_S in zip(logits_BTV, labels_BS, strict=True):  # one by one: float32 of a batch is large
-        kept = labels_S != IGNORED
-        losses.append(F.cross_entropy(logits_TV[:-1][kept].float(), labels_S[kept], reduction="sum"))
-        items.append(kept.sum())
-    return Tally(loss=torch.stack(losses).tolist(), items=torch.stack(items).tolist())
-
-
-def deciding_logits(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
-    """The logits, shape (B, V), from which each example's only labelled token is predicted."""
-    position_B = (labels_BT != IGNORED).int().argmax(-1).to(logits_BTV.device) - 1
-    return logits_BTV[torch.arange(len(position_B), device=logits_BTV.device), position_B].float()
 
 
 class SeveralLabels(BaseTask):

@@ -7,8 +7,8 @@ from itertools import chain
 from typing import Any
 
 from flexp.data.survey import Column, text_column
-from flexp.data.tasks.base import TextTask, place
-from flexp.data.tasks.text import answer_example, encode_texts, with_end
+from flexp.data.tasks.base import place
+from flexp.data.tasks.text import TextTask, answer_example, encode_texts, with_end
 from flexp.data.types import Example, Row
 from flexp.errors import DataError
 

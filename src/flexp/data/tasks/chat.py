@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flexp.data.tasks.base import fill
-from flexp.data.tasks.text import Limit, answer_example, kept, opening_ids
+from flexp.data.tasks.base import Limit
+from flexp.data.tasks.text import answer_example, fill, kept, opening_ids
 from flexp.data.types import Example
 from flexp.errors import DataError
 

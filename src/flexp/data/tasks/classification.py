@@ -7,7 +7,8 @@ from typing import Any
 
 from flexp.config import DataConfig
 from flexp.data.survey import Column, label_column, text_column
-from flexp.data.tasks.base import OneClass, TextTask
+from flexp.data.tasks.base import OneClass
+from flexp.data.tasks.text import TextTask
 from flexp.data.types import Example, Row
 from flexp.kinds import ModelKind
 

@@ -11,11 +11,12 @@ from torch import Tensor
 from flexp.config import DataConfig
 from flexp.data.columns import as_text
 from flexp.data.survey import Column, column_of
-from flexp.data.tasks.base import TextTask, fields, fill_row, place
+from flexp.data.tasks.base import place
 from flexp.data.tasks.chat import ChatForm, messages_of
-from flexp.data.tasks.text import IGNORED, answer_example, continuation, fit_end, with_end
+from flexp.data.tasks.text import TextTask, answer_example, continuation, fields, fill_row, fit_end, with_end
 from flexp.data.types import Example, Row, Tally
 from flexp.errors import ConfigError
+from flexp.kinds import IGNORED
 
 PROMPTS = ("prompt", "instruction", "question", "query", "input")
 ANSWERS = ("answer", "response", "completion", "output", "reply")

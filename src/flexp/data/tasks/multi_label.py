@@ -13,7 +13,8 @@ from flexp.config import DataConfig
 from flexp.data.columns import lists_of_labels
 from flexp.data.measures import several_f1, several_scores
 from flexp.data.survey import LABELS, Column, column_of, text_column
-from flexp.data.tasks.base import SeveralLabels, TextTask
+from flexp.data.tasks.base import SeveralLabels
+from flexp.data.tasks.text import TextTask
 from flexp.data.types import Batch, Example, Row, Tally
 from flexp.errors import DataError
 from flexp.kinds import ModelKind

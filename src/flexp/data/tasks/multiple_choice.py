@@ -18,8 +18,17 @@ from flexp.config import DataConfig
 from flexp.data.columns import as_text, missing
 from flexp.data.scores import scored
 from flexp.data.survey import Column, column_of, label_column, text_column
-from flexp.data.tasks.base import TextTask, deciding_logits, fill_row, place, token_tally
-from flexp.data.tasks.text import Limit, answer_example, continuation, fit_end, prompt_ids
+from flexp.data.tasks.base import Limit, place
+from flexp.data.tasks.text import (
+    TextTask,
+    answer_example,
+    continuation,
+    deciding_logits,
+    fill_row,
+    fit_end,
+    prompt_ids,
+    token_tally,
+)
 from flexp.data.types import Example, Forward, Row, Tally
 from flexp.errors import ConfigError, DataError
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from flexp.config import DataConfig
 from flexp.data.measures import number_scores
 from flexp.data.survey import Column, column_of, text_column
-from flexp.data.tasks.base import TextTask
+from flexp.data.tasks.text import TextTask
 from flexp.data.types import Batch, Example, Row, Tally
 from flexp.errors import DataError
 from flexp.kinds import ModelKind

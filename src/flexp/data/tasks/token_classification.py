@@ -16,11 +16,11 @@ from flexp.config import DataConfig
 from flexp.data.columns import lists_of_labels
 from flexp.data.measures import class_scores, confusion, entity_scores
 from flexp.data.survey import Column, column_of
-from flexp.data.tasks.base import SeveralLabels, class_details, place
-from flexp.data.tasks.text import IGNORED, Limit, pad
+from flexp.data.tasks.base import Limit, SeveralLabels, class_details, place
+from flexp.data.tasks.text import pad
 from flexp.data.types import Batch, Example, Row, Tally
 from flexp.errors import ConfigError, DataError
-from flexp.kinds import ModelKind
+from flexp.kinds import IGNORED, ModelKind
 
 
 class TokenClassification(SeveralLabels):

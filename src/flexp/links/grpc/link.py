@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 
 from flexp.config import CodecConfig
-from flexp.errors import LinkError, LinkLostError
+from flexp.errors import LinkError, LinkLostError, plain
 from flexp.links.base import Meter, Traffic
 from flexp.links.coding import PLAIN, Coding
+from flexp.links.declaring import Request
 from flexp.links.frames import Frame, Head, encode
 from flexp.links.grpc.loop import background, read_frame, wait_for
 from flexp.links.grpc.security import Address
-from flexp.links.messages import Join, Leave, Refusal, Request, Welcome
+from flexp.links.messages import Join, Leave, Refusal, Welcome
 from flexp.links.rules import Agreement, bounded, check_reply, check_request
 from flexp.rng import current_turn, resting
-from flexp.texts import plain
 
 R = TypeVar("R")
 CPU = torch.device("cpu")
@@ -41,6 +41,7 @@ class _Call:
     future: Future[Any]
     traffic: Traffic | None
     device: torch.device
+    reads: int | None  # rows that the answer has, where the request says which
     timer: asyncio.TimerHandle | None = None
     began: float = field(default_factory=time.monotonic)
 
@@ -92,7 +93,9 @@ class GrpcLink:
             traffic.bytes_up += size
         self.header_bytes[0] += sum(map(len, messages)) - size
         device = frame.tensors[0].device if frame.tensors else CPU
-        call = _Call(sent, frame.head, Future(), traffic, device)
+        rows_BT = getattr(request, "rows_BT", None)
+        reads = None if rows_BT is None else int(rows_BT.sum())
+        call = _Call(sent, frame.head, Future(), traffic, device, reads)
         background().call_soon_threadsafe(self._enqueue, call, messages)
         return call.future
 
@@ -148,7 +151,7 @@ class GrpcLink:
             return
         call = self._calls.get(head.call)
         if call is not None:
-            check_reply(head, call.head, self._agreement)
+            check_reply(head, call.head, self._agreement, call.reads)
         elif head.payload > (0 if self._agreement is None else self._agreement.frame_bytes):
             raise LinkError(f"the server sends {head.payload} bytes that nobody asked for")
 

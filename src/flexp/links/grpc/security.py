@@ -115,11 +115,7 @@ def channel_credentials(
 
 
 def check_listening(address: Address, tls: ServerTls | None, tokens: Tokens | None, *, insecure: bool) -> None:
-    """Refuse to listen beyond this machine in plaintext, unless asked for, or without tokens.
-
-    Raises:
-        ConfigError: see above.
-    """
+    """Refuse to listen beyond this machine in plaintext, unless asked for, or without tokens. Raises ConfigError."""
     if address.loopback:
         return
     if tls is None and not insecure:
@@ -132,11 +128,7 @@ def check_listening(address: Address, tls: ServerTls | None, tokens: Tokens | No
 
 
 def check_connecting(address: Address, tls: bool, *, insecure: bool) -> None:
-    """Refuse to send activations in plaintext beyond this machine, unless asked for.
-
-    Raises:
-        ConfigError: see above.
-    """
+    """Refuse to send activations in plaintext beyond this machine, unless asked for. Raises ConfigError."""
     if not tls and not insecure and not address.loopback:
         raise ConfigError(
             f"{address} is another machine, and plaintext shows activations and tokens to everybody on the way: "

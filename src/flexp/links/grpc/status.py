@@ -10,12 +10,11 @@ from typing import Any
 import grpc
 from pydantic_core import from_json, to_json
 
-from flexp.errors import LinkError
+from flexp.errors import LinkError, plain
 from flexp.links.grpc.diagnosis import NO_TOKEN, Way
 from flexp.links.grpc.link import last_part
 from flexp.links.grpc.loop import SERVICE, wait_for, within
 from flexp.links.grpc.security import TOKEN_KEY, Address, channel_credentials, check_connecting, check_name
-from flexp.texts import plain
 
 STATUS, READMIT = "Status", "Readmit"
 NOBODY_KNOWN = (

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from flexp.audit.attacks import Public, Sent
+from flexp.attacks.tokens import Public, Sent
 from flexp.data.types import Example
 from flexp.errors import DataError
 from flexp.models.stage import Stage
@@ -18,6 +20,8 @@ from flexp.models.stage import Stage
 BATCH = 16
 LONGEST = 64
 """Tokens of a public text."""
+STOP = 100
+"""So many of the public text's most frequent tokens are no content words; of a small vocabulary, a twentieth of it."""
 MANUAL = "the Python manual in this installation, and every token of the vocabulary in random order"
 
 
@@ -44,34 +48,43 @@ def paragraphs(file: Path | None, most: int) -> list[str]:
     return [texts[number] for number in order]
 
 
-def encoded(tokenizer: Any, texts: Sequence[str], vocabulary: int, passes: int) -> list[Example]:
+def encoded(tokenizer: Any, texts: Sequence[str], *, passes: int) -> list[Example]:
     """The texts as token ids, and texts of random tokens, in which every token stands ``passes`` times."""
     examples = [{"input_ids": ids} for ids in tokenizer(list(texts), truncation=True, max_length=LONGEST)["input_ids"]]
     special, draw = set(tokenizer.all_special_ids), np.random.default_rng(0)
-    words = np.array([token for token in range(vocabulary) if token not in special])
+    words = np.array([token for token in range(len(tokenizer)) if token not in special])
     before, after = _around(tokenizer)
     length = LONGEST // 2
-    flat = np.concatenate([draw.permutation(words) for _ in range(passes)])
+    flat = np.concatenate([draw.permutation(words) for _ in range(passes)] or [words[:0]])
     for start in range(0, len(flat), length):
         examples.append({"input_ids": [*before, *flat[start : start + length].tolist(), *after]})
     return [example for example in examples if example["input_ids"]]
 
 
 def known_to_all(stage: Stage, depth: int, examples: Sequence[Example]) -> Public:
-    """What the pretrained head sends for public examples, without dropout."""
+    """What the head of ``stage`` sends for public examples, without dropout."""
     stage.model.eval()
     hiddens, masks, ids = [], [], []
     ordered = sorted(examples, key=lambda example: len(example["input_ids"]))  # so that little is padding
     for start in range(0, len(ordered), BATCH):
-        rows = [torch.tensor(example["input_ids"]) for example in ordered[start : start + BATCH]]
+        rows = [
+            torch.tensor(example["input_ids"], device=stage.model.device) for example in ordered[start : start + BATCH]
+        ]
         ids_BT = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         mask_BT = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         with torch.no_grad():
             hidden_BTH, plan = stage.plan({"input_ids": ids_BT, "attention_mask": mask_BT})
-            hiddens.append(stage.run(hidden_BTH, plan, 0, depth))
-        masks.append(mask_BT.bool())
-        ids.append(ids_BT[mask_BT.bool()])
+            hiddens.append(stage.run(hidden_BTH, plan, 0, depth).cpu())
+        masks.append(mask_BT.bool().cpu())
+        ids.append(ids_BT[mask_BT.bool()].cpu())
     return Public(stage, depth, Sent.of(hiddens, masks), torch.cat(ids))
+
+
+def dull_tokens(known: Public, special: Collection[int]) -> Tensor:
+    """Tokens that are no content words: special ones, and the most frequent of the public text."""
+    stop = min(STOP, len(known.embeddings) // 20)
+    frequent = [token for token, _ in Counter(known.ids_N.tolist()).most_common(stop)]
+    return torch.tensor(sorted({*special, *frequent}))
 
 
 def _around(tokenizer: Any) -> tuple[list[int], list[int]]:

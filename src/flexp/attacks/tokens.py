@@ -74,7 +74,7 @@ class Public:
     def embeddings(self) -> Tensor:
         """The model's table of tokens."""
         table: Tensor = self.stage.model.get_input_embeddings().weight
-        return table.detach().float()
+        return table.detach().float().cpu()
 
 
 class Attack(ABC):

@@ -1,0 +1,170 @@
+"""How much clients and their server say to each other in a step, beside what they would say without leaving out.
+
+*Plain* is every activation and gradient whole, (B, T, H), padding included, as a model computes it: what crossed before
+rows were left out. It is counted from the shapes of the exchanges that really ran; a test holds it to a run of the code
+of that time.
+
+- ``sentiment``: experiment 1 as its file has it (eight clients, three cuts, alignment), each client's first steps.
+- ``instructions``: a decoder of SmolLM2-135M's width with random weights, answers a quarter of the tokens.
+- ``frozen``: a classifier whose client trains nothing below its cut, ten epochs; ``frozen-int8``: likewise, coded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any, TypeVar
+
+import torch
+import transformers
+import typer
+
+from benchmarks.tools.command import Result, Threads, say
+from benchmarks.tools.one_client import OneClient, one_client_world, without_dropout
+from flexp.client.exchange import Piece
+from flexp.client.model import SplitModelForCausalLM
+from flexp.config import CodecConfig, OptimizerConfig
+from flexp.config.loading import load
+from flexp.links.base import Link, Wrapping
+from flexp.links.messages import BackwardRequest, ForwardRequest, Request
+from flexp.methods.base import World
+from flexp.methods.flexp_sfl import FlexpSfl
+from flexp.optim import Updater
+from flexp.run.settle import build_world
+from flexp.server import Server
+
+R = TypeVar("R")
+COLUMNS = ("what", "plain kB/step", "kB/step", "÷ plain")
+EXPERIMENT = Path(__file__).parents[1] / "experiments" / "sentiment-8.toml"
+
+
+class Plainly(Wrapping):
+    """Counts what would cross if every activation and gradient of training were whole.
+
+    Attributes:
+        bytes: both ways.
+    """
+
+    def __init__(self, inner: Link, hidden: int) -> None:
+        super().__init__(inner)
+        self.bytes = 0
+        self._hidden = hidden
+        self._each: dict[int, tuple[int, int]] = {}  # by exchange: bytes of an activation, and how many were aligned
+
+    def call(self, request: Request[R]) -> Future[R]:
+        if isinstance(request, ForwardRequest) and request.train:
+            mask = request.mask_BT
+            tokens = request.hidden_BTH.shape[:2].numel() if mask is None else mask.numel()
+            one, inner = 4 * tokens * self._hidden, len(request.inner_BTH)
+            self._each[request.exchange] = one, inner
+            self.bytes += (2 + (request.base_BTH is not None) + inner) * one + (0 if mask is None else tokens)
+        elif isinstance(request, BackwardRequest):
+            one, inner = self._each.pop(request.exchange)
+            self.bytes += (1 + (1 + inner) * request.back) * one
+        return super().call(request)
+
+
+class Talking(FlexpSfl):
+    """FlexP-SFL whose links are all counted twice."""
+
+    def __init__(self, world: World) -> None:
+        self.plainly: list[Plainly] = []
+        super().__init__(world)
+
+    def connect(self, name: str) -> Link:
+        self.plainly.append(Plainly(super().connect(name), self.world.source.anatomy.hidden))
+        return self.plainly[-1]
+
+    def figures(self) -> tuple[float, float, int]:
+        """Bytes plainly, bytes that crossed, steps."""
+        crossed = [link.meter.training for link in self.plainly]
+        steps = sum(trainer.steps for trainer in self.clients.values())
+        return (
+            sum(link.bytes for link in self.plainly),
+            sum(traffic.bytes_up + traffic.bytes_down for traffic in crossed),
+            steps,
+        )
+
+
+def sentiment(steps: int) -> tuple[float, float, int]:
+    """Each client's first steps in experiment 1."""
+    method = Talking(build_world(load(EXPERIMENT)))
+    for _ in range(steps):
+        for trainer in method.clients.values():
+            trainer.step()
+    return method.figures()
+
+
+def instructions(steps: int) -> tuple[float, float, int]:
+    """Steps of a decoder on random prompts with answers."""
+    config = transformers.LlamaConfig(
+        vocab_size=512, hidden_size=576, intermediate_size=1536, num_hidden_layers=4, num_attention_heads=9,
+        num_key_value_heads=3, tie_word_embeddings=True, max_position_embeddings=512,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    with TemporaryDirectory() as folder:
+        transformers.LlamaForCausalLM(config).save_pretrained(folder)
+        server = Server.from_pretrained(folder, "causal-lm", tuning="lora")
+        link = Plainly(server.connect("one"), 576)
+        model = SplitModelForCausalLM.from_pretrained(folder, cut=(1, 4), link=link, tuning="lora", rows="loss")
+        updater = Updater(model.stage.trainable(), OptimizerConfig())
+        for _ in range(steps):
+            lengths_B1 = torch.randint(96, 129, (8, 1), generator=generator)
+            place_T = torch.arange(int(lengths_B1.max()))
+            mask_BT = (place_T < lengths_B1).long()
+            ids_BT = torch.randint(5, 512, mask_BT.shape, generator=generator) * mask_BT
+            answer_BT = (place_T >= 3 * lengths_B1 // 4) & mask_BT.bool()
+            labels_BT = torch.where(answer_BT, ids_BT, -100)
+            with model.part_of_step(Piece()):
+                torch.autograd.backward(model(input_ids=ids_BT, attention_mask=mask_BT, labels=labels_BT).loss)
+            updater.step()
+        traffic = link.meter.training
+        return link.bytes, traffic.bytes_up + traffic.bytes_down, steps
+
+
+def frozen(epochs: int, codec: str) -> tuple[float, float, int, float]:
+    """Epochs of a classifier whose head is frozen; the last figure is its loss on test data."""
+    with without_dropout("asset:minilm-l6") as (folder, blocks):
+        world = one_client_world(
+            folder, "asset:sentiment", blocks=blocks, steps=12, batch_size=8, max_length=32, test_examples=256
+        )
+        run = OneClient(_frozen(world), CodecConfig.all(codec), wrap=lambda link: Plainly(link, 384))
+        for _ in range(12 * epochs):
+            run.step()
+        link: Any = run.model.link
+        return link.bytes, run.bytes(), 12 * epochs, run.scores()["loss"]
+
+
+def _frozen(world: World) -> World:
+    method = world.config.method.model_copy(
+        update={"personal": world.config.method.personal.model_copy(update={"frozen_head_blocks": 1})}
+    )
+    config = world.config.model_copy(update={"method": method})
+    return World(config, world.federation, world.source, world.cuts)
+
+
+def measure(
+    steps: Annotated[int, typer.Option(min=1, help="Of each client in experiment 1, and on instructions.")] = 4,
+    epochs: Annotated[int, typer.Option(min=1, help="With a frozen head.")] = 10,
+    threads: Threads = 1,
+) -> Result:
+    """Bytes of a step beside whole activations: experiment 1, instructions, a frozen head, and that coded."""
+    torch.set_num_threads(threads)
+    cases: dict[str, Callable[[], tuple[float, ...]]] = {
+        "experiment 1": lambda: sentiment(steps),
+        "instructions": lambda: instructions(steps),
+        "frozen head": lambda: frozen(epochs, "off"),
+        "frozen head, int8": lambda: frozen(epochs, "int8-row"),
+    }
+    found: dict[str, Any] = {}
+    for name, case in cases.items():
+        plain, crossed, count, *loss = case()
+        found[name] = {"plain": plain / count, "bytes": crossed / count, "ratio": crossed / plain, "loss": loss}
+        say(f"{name}: {found[name]}")
+    rows = [
+        (name, f"{one['plain'] / 1e3:.1f}", f"{one['bytes'] / 1e3:.1f}", f"{one['ratio']:.3f}")
+        for name, one in found.items()
+    ]
+    return Result({"cases": found}, rows, COLUMNS)

@@ -1,0 +1,202 @@
+"""Teaches a client's head to tell less of its tokens: alone, before anything is sent, and then along with the task.
+
+The penalty is NoPeek's (Vepakomma et al., arXiv 2008.09161): the distance correlation between what is sent, z, and the
+input embeddings, over the tokens of a batch. Without a server there is no task to keep z useful for;
+what is kept instead is each text's *pooled* activation, close to what the head made of it when it came: what a text is
+about, not which tokens stand where. Later the server's gradients say what is needed.
+
+The bound is checked against an attacker who is given this very head, more than a server ever has: it runs public text,
+and every token of the private ones in random order, through it, and learns the attacks of an audit from that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexp.attacks.public import dull_tokens, encoded, known_to_all, paragraphs
+from flexp.attacks.tokens import Linear, Public, Sent, Table
+from flexp.config import PrivacyConfig
+from flexp.data.types import Example
+from flexp.errors import ConfigError, PrivacyError
+from flexp.models.stage import Stage
+from flexp.rng import RandomStream, derived_seed, generator
+
+MOST = 256
+"""Tokens of a batch whose distances are taken; more are drawn from."""
+PUBLIC = 400
+"""Public texts of the warm-up, and half as many of a check."""
+CHECKED = 64
+"""Private texts that a check attacks."""
+STREAM = "privacy"
+
+
+class Guard:
+    """What one client does for its texts.
+
+    Args:
+        examples: its training examples.
+        tokenizer: of the model.
+        seed: of the client; what is drawn here is drawn by nobody else.
+
+    Attributes:
+        taught: the cut's s that the head has been taught for; −1: for none yet.
+        read: the share of content words that the last check read; ``None``: none was made.
+    """
+
+    def __init__(self, config: PrivacyConfig, examples: Sequence[Example], tokenizer: Any, seed: int) -> None:
+        self.config, self.taught = config, -1
+        self.read: float | None = None
+        self._examples, self._tokenizer, self._seed = examples, tokenizer, seed
+
+    def teach(self, stage: Stage, depth: int) -> None:
+        """Teach blocks [0, ``depth``) of ``stage``, if they are not yet. Draws from a stream of its own.
+
+        Raises:
+            ConfigError: they hold nothing that is trained.
+            PrivacyError: the bound is not met after all steps.
+        """
+        if self.taught == depth:
+            return
+        trained = [value for name, value in stage.trainable().items() if stage.within(name, 0, depth)]
+        if not trained:
+            raise ConfigError("privacy.penalty: nothing below the cut is trained; cut deeper, or freeze less")
+        mode = stage.model.training
+        with RandomStream(derived_seed(self._seed, STREAM), stage.model.device).active(), torch.enable_grad():
+            try:
+                self._warm_up(stage, depth, trained)
+            finally:
+                stage.model.train(mode)
+        self.taught = depth
+
+    def gradient(self, stage: Stage, ids_BT: Tensor, mask_BT: Tensor | None, z_BTH: Tensor) -> Tensor:
+        """The gradient of the weighted penalty at z, (B, T, H)."""
+        z_BTH = z_BTH.detach().requires_grad_()
+        with torch.enable_grad():
+            value = self.config.weight * self._penalty(stage, ids_BT, mask_BT, z_BTH)
+        return torch.autograd.grad(value, z_BTH)[0]
+
+    def _penalty(self, stage: Stage, ids_BT: Tensor, mask_BT: Tensor | None, z_BTH: Tensor) -> Tensor:
+        mask_BT = torch.ones_like(ids_BT).bool() if mask_BT is None else mask_BT.bool()
+        with torch.no_grad():
+            e_BTE = stage.model.get_input_embeddings()(ids_BT)
+        z_NH, e_NE = z_BTH[mask_BT], e_BTE[mask_BT]
+        if len(z_NH) > MOST:
+            rows = torch.randperm(len(z_NH), device=z_NH.device)[:MOST]
+            z_NH, e_NE = z_NH[rows], e_NE[rows]
+        return distance_correlation(z_NH, e_NE)
+
+    def _warm_up(self, stage: Stage, depth: int, trained: list[torch.nn.Parameter]) -> None:
+        warm, bound, read = self.config.warm_up, self.config.max_content_words, 1.0
+        private = [_tokens(example) for example in self._examples]
+        longest = max(map(len, private))
+        texts = paragraphs(None if self.config.public is None else Path(self.config.public), PUBLIC)
+        public = [example["input_ids"][:longest] for example in encoded(self._tokenizer, texts, passes=0)]
+        everything = [*private, *public]
+        kept_NH = _pooled_of(stage, depth, everything)
+        spread = kept_NH.var(0).mean().clamp_min(1e-12)
+        draw = generator(self._seed, STREAM, "batches")
+        optimiser = torch.optim.AdamW(trained, lr=warm.lr, weight_decay=0.0)
+        for step in range(warm.steps + 1):
+            last = step == warm.steps
+            if bound is not None and (last or step % warm.check_every == 0):
+                read = self.read = self._check(stage, depth, private, public)
+                if read <= bound:
+                    return
+            if last:
+                break
+            side = step % 2  # private and public texts in turn
+            count = len((private, public)[side])
+            chosen = draw.choice(count, min(warm.batch_size, count), replace=False)
+            numbers = [side * len(private) + int(number) for number in chosen]
+            ids_BT, mask_BT = padded([everything[number] for number in numbers], stage.model.device)
+            stage.model.train(True)
+            z_BTH = _run(stage, depth, ids_BT, mask_BT)
+            away = (pooled(z_BTH, mask_BT.bool()) - kept_NH[numbers]).square().mean() / spread
+            loss = away + warm.weight * self._penalty(stage, ids_BT, mask_BT, z_BTH)
+            for value, grad in zip(trained, torch.autograd.grad(loss, trained, allow_unused=True), strict=True):
+                value.grad = grad
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+        if bound is not None:
+            raise PrivacyError(
+                f"after {warm.steps} steps of the warm-up an attacker who has the head reads {100 * read:.0f} % "
+                f"of content words, and privacy.max_content_words is {bound:g}; nothing was sent. Cut deeper (now "
+                f"s = {depth}), raise privacy.warm_up.steps or privacy.warm_up.weight, or the bound"
+            )
+
+    def _check(self, stage: Stage, depth: int, private: list[list[int]], public: list[list[int]]) -> float:
+        """The share of content words of some private texts that the better of two attacks reads."""
+        some = private[:CHECKED]
+        special, draw = set(self._tokenizer.all_special_ids), generator(self._seed, STREAM, "check")
+        tokens = sorted({token for ids in some for token in ids} - special)
+        mixed = [draw.permutation(tokens).tolist() for _ in range(3)]
+        flat = [token for each in mixed for token in each]
+        length = max(map(len, some))
+        shuffled = [flat[start : start + length] for start in range(0, len(flat), length)]
+        known = known_to_all(stage, depth, [{"input_ids": ids} for ids in [*public[: PUBLIC // 2], *shuffled]])
+        truth = known_to_all(stage, depth, [{"input_ids": ids} for ids in some])
+        return max(content_read(attack, known, truth.sent, truth.ids_N, special)
+                   for attack in (Table(), Linear()))  # fmt: skip
+
+
+def content_read(attack: Any, known: Public, sent: Sent, ids_N: Tensor, special: set[int]) -> float:
+    """The share of content words that an attack reads which learns from ``known``."""
+    attack.learn(known)
+    content_N = ~torch.isin(ids_N, dull_tokens(known, special))
+    return float((attack.guess(sent) == ids_N)[content_N].float().mean()) if bool(content_N.any()) else 0.0
+
+
+def distance_correlation(left_NA: Tensor, right_NB: Tensor) -> Tensor:
+    """Of two sets of N vectors (Székely et al., 2007): 0 where they are independent, 1 where one is the other turned
+    and scaled. Squared, as NoPeek has it."""
+    left, right = _distances(left_NA), _distances(right_NB)
+    both = left.square().mean() * right.square().mean()
+    return (left * right).mean() / (both + 1e-24).sqrt()
+
+
+def _distances(rows_NA: Tensor) -> Tensor:
+    """Euclidean, with the means of rows and columns taken off."""
+    rows_NA = rows_NA.float()
+    squares = rows_NA.square().sum(1)
+    far = (squares[:, None] + squares - 2 * rows_NA @ rows_NA.T).clamp_min(1e-6).sqrt()
+    return far - far.mean(0) - far.mean(1, keepdim=True) + far.mean()
+
+
+def pooled(hidden_BTH: Tensor, mask_BT: Tensor) -> Tensor:
+    """The mean over each text's tokens, (B, H)."""
+    weights = mask_BT.unsqueeze(-1).to(hidden_BTH.dtype)
+    return (hidden_BTH * weights).sum(1) / weights.sum(1).clamp_min(1)
+
+
+def padded(texts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids and mask, (B, T), padded on the right."""
+    rows = [torch.tensor(ids, device=device) for ids in texts]
+    pad = torch.nn.utils.rnn.pad_sequence
+    return pad(rows, batch_first=True), pad([torch.ones_like(row) for row in rows], batch_first=True)
+
+
+def _run(stage: Stage, depth: int, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    hidden_BTH, plan = stage.plan({"input_ids": ids_BT, "attention_mask": mask_BT})
+    return stage.run(hidden_BTH, plan, 0, depth)
+
+
+def _pooled_of(stage: Stage, depth: int, texts: Sequence[Sequence[int]]) -> Tensor:
+    stage.model.eval()
+    found = []
+    for start in range(0, len(texts), 16):
+        ids_BT, mask_BT = padded(texts[start : start + 16], stage.model.device)
+        with torch.no_grad():
+            found.append(pooled(_run(stage, depth, ids_BT, mask_BT), mask_BT.bool()))
+    return torch.cat(found)
+
+
+def _tokens(example: Example) -> list[int]:
+    if "input_ids" not in example:
+        raise ConfigError("privacy.penalty teaches heads of texts; images are not guarded yet")
+    return [int(token) for token in example["input_ids"]]

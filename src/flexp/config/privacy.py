@@ -1,0 +1,36 @@
+"""The table ``[privacy]``: what a client does so that the server reads less of its texts."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt
+
+from flexp.config.section import Fraction, Rate, Section
+
+
+class WarmUpConfig(Section):
+    """Steps that a client teaches its head by itself, before it sends anything."""
+
+    steps: Annotated[int, Field(ge=0)] = 150  # at most; fewer where max_content_words is met
+    weight: Rate = 2.0  # of the penalty, beside staying close to the pooled activations that the head came with
+    lr: Rate = 3e-4
+    batch_size: Annotated[int, Field(ge=2)] = 8  # texts
+    check_every: PositiveInt = 25  # steps, where max_content_words is set
+
+
+class PrivacyConfig(Section):
+    """A client teaches its head not to tell its tokens (:mod:`flexp.client.guarding`)."""
+
+    # nopeek: the distance correlation between what is sent and the input embeddings (NoPeek, arXiv 2008.09161)
+    penalty: Literal["off", "nopeek"] = "off"
+    weight: Annotated[float, Field(ge=0.0)] = 0.1  # of the penalty along with the task
+    public: str | None = None  # a file of public texts, one a line; None: the manual that comes with Python
+    # what an attacker who is given the head itself may read when the warm-up ends; else nothing is sent. None: no bound
+    max_content_words: Fraction | None = None
+    warm_up: WarmUpConfig = WarmUpConfig()
+
+    @property
+    def on(self) -> bool:
+        """Whether heads are taught."""
+        return self.penalty != "off"
