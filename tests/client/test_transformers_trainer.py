@@ -100,12 +100,12 @@ def test_the_trainer_sees_of_every_kind_what_it_sees_of_the_whole_model(tmp_path
 
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
 def test_saving_and_predicting(tmp_path: Path, name: str) -> None:
-    """``save_model`` writes this client's own state; it brings another instance back to the same predictions."""
+    """A checkpoint holds this client's own state; it brings another instance back to the same predictions."""
     here = federation(name)
     split = here.client("a", (2, 4))
     made = trainer(split, here, tmp_path)
     made.train()
-    made.save_model(str(tmp_path / "saved"))
+    made.save_model(str(tmp_path / "saved"), _internal_call=True)  # as a checkpoint is written
     predictions = made.predict(Rows(here, 10)).predictions
     other = here.client("b", (2, 4))
     assert not (trainer(other, here, tmp_path).predict(Rows(here, 10)).predictions == predictions).all()
