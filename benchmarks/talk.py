@@ -6,7 +6,8 @@ of that time.
 
 - ``sentiment``: experiment 1 as its file has it (eight clients, three cuts, alignment), each client's first steps.
 - ``instructions``: a decoder of SmolLM2-135M's width with random weights, answers a quarter of the tokens.
-- ``frozen``: a classifier whose client trains nothing below its cut, ten epochs; ``frozen-int8``: likewise, coded.
+- ``frozen``: a classifier whose client trains nothing below its cut, ten epochs, with ``link.cache``;
+  ``frozen-int8``: likewise, coded.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from flexp.client.model import SplitModelForCausalLM
 from flexp.config import CodecConfig, OptimizerConfig
 from flexp.config.loading import load
 from flexp.links.base import Link, Wrapping
-from flexp.links.messages import BackwardRequest, ForwardRequest, Request
+from flexp.links.messages import BackwardRequest, ForwardRequest, KeptForwardRequest, Request
 from flexp.methods.base import World
 from flexp.methods.flexp_sfl import FlexpSfl
 from flexp.optim import Updater
@@ -54,12 +55,14 @@ class Plainly(Wrapping):
         self._each: dict[int, tuple[int, int]] = {}  # by exchange: bytes of an activation, and how many were aligned
 
     def call(self, request: Request[R]) -> Future[R]:
-        if isinstance(request, ForwardRequest) and request.train:
+        if isinstance(request, KeptForwardRequest) or (isinstance(request, ForwardRequest) and request.train):
             mask = request.mask_BT
-            tokens = request.hidden_BTH.shape[:2].numel() if mask is None else mask.numel()
-            one, inner = 4 * tokens * self._hidden, len(request.inner_BTH)
-            self._each[request.exchange] = one, inner
-            self.bytes += (2 + (request.base_BTH is not None) + inner) * one + (0 if mask is None else tokens)
+            assert mask is not None  # all of these have texts
+            one, aligned = 4 * mask.numel() * self._hidden, 0
+            if isinstance(request, ForwardRequest):
+                aligned = (request.base_BTH is not None) + len(request.inner_BTH)
+            self._each[request.exchange] = one, max(0, aligned - 1)
+            self.bytes += (2 + aligned) * one + mask.numel()
         elif isinstance(request, BackwardRequest):
             one, inner = self._each.pop(request.exchange)
             self.bytes += (1 + (1 + inner) * request.back) * one
@@ -141,7 +144,8 @@ def _frozen(world: World) -> World:
     method = world.config.method.model_copy(
         update={"personal": world.config.method.personal.model_copy(update={"frozen_head_blocks": 1})}
     )
-    config = world.config.model_copy(update={"method": method})
+    link = world.config.link.model_copy(update={"cache": "memory"})
+    config = world.config.model_copy(update={"method": method, "link": link})
     return World(config, world.federation, world.source, world.cuts)
 
 

@@ -17,7 +17,7 @@ from flexp.links.base import Link
 from flexp.links.messages import BackwardReply, BackwardRequest, ForwardReply, ForwardRequest
 from flexp.links.opening import loopback
 from flexp.links.packing import Places, arrived, sent, without_padding
-from flexp.models.reading import Pooling
+from flexp.models.batches import Pooling
 from tests.harness import RecordingLink, seeded, world
 
 B, T, H = 3, 10, 32

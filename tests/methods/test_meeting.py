@@ -3,6 +3,7 @@ model goes."""
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from flexp.client import meeting as meetings
 from flexp.client.adding import OverLink
 from flexp.client.closed_form import Discriminant, Statistics
-from flexp.client.meeting import FIRST, LAST, Noise, classifier_of
+from flexp.client.meeting import FIRST, LAST, Noise, Seat, classifier_of
 from flexp.client.personal_head import personal_head
 from flexp.client.ridge import STRENGTHS, Ridge, sums_of_numbers
 from flexp.config import MeetConfig, RunConfig
@@ -284,6 +285,23 @@ def make_linear() -> Any:
     model: Any = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 2))
     model.config = type("Config", (), {"num_labels": 2})
     return model
+
+
+def test_waiting_for_the_others_is_not_computing() -> None:
+    nothing: Any = None
+    seat = Seat([], nothing, nothing, nothing, nothing, 0)
+
+    def rounds() -> Any:
+        total = yield {"x": torch.ones(1)}
+        return total["x"]
+
+    timed = seat._timed(rounds())
+    next(timed)
+    time.sleep(0.3)
+    with pytest.raises(StopIteration) as end:
+        timed.send({"x": torch.ones(1) * 3})
+    assert end.value.value == 3
+    assert seat.seconds < 0.2
 
 
 def given(number: int, value: int, length: int = 1) -> SumRequest:

@@ -111,6 +111,8 @@ def watchable(method: Any) -> Split:
             f"the audit reads activations, and clients of {method.name!r} send {method.sends} instead; "
             'it audits methods such as "flexp-sfl"'
         )
+    if method.world.config.link.cache != "off":
+        raise ConfigError('the audit reads every exchange whole: set link.cache = "off"; what is kept is no other z')
     if method.world.source.anatomy.image:
         raise ConfigError("the audit reads texts out of activations; images are not audited yet")
     return method

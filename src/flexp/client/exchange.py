@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from flexp.errors import ConfigError, LinkError
 from flexp.kinds import ModelKind, share_of
 from flexp.links.base import Link
-from flexp.links.messages import BackwardReply, BackwardRequest, ForwardReply, ForwardRequest
+from flexp.links.messages import BackwardReply, BackwardRequest, ForwardReply, ForwardRequest, KeptForwardRequest
 from flexp.links.packing import Places, pack, sent, unpack
 from flexp.rng import Turn, current_turn, resting
 
@@ -34,6 +34,7 @@ class Piece:
         tokens: its share of the step's unmasked tokens, which alignment is a mean over.
         weight: its loss items.
         step: the step's number on the link, once the exchange goes up.
+        examples: the numbers of its examples, if they have any.
     """
 
     number: int = 1
@@ -42,6 +43,7 @@ class Piece:
     tokens: float = 1.0
     weight: float = 1.0
     step: int = 0
+    examples: tuple[int, ...] = ()
 
     @property
     def last(self) -> bool:
@@ -83,7 +85,8 @@ class RemoteCall:
 
     ``look`` is shown the request, h, ∂task/∂h and the gradients once it is through. ``own_BTH`` is a gradient at z of
     the client's own, which the server does not see; it is added to what comes back. ``kept`` are the tokens of the
-    request's activations that cross; all that this class gives and takes is whole.
+    request's activations that cross; all that this class gives and takes is whole. ``crosses`` is
+    sent in the request's place.
     """
 
     def __init__(
@@ -96,6 +99,7 @@ class RemoteCall:
         look: Look | None = None,
         own_BTH: Tensor | None = None,
         kept: Places | None = None,
+        crosses: KeptForwardRequest | None = None,
     ) -> None:
         self.request = request
         self._own_BTH = own_BTH
@@ -106,21 +110,22 @@ class RemoteCall:
         self._h_BTH: Tensor | None = None  # and what was sent for it, for whoever looks
         self._sent_BTH: Tensor | None = None
         self.align: float | None = None
+        self.kept = False  # whether the server keeps the examples that came
         self.answered = False  # whether the backward is through
         self.apart = False  # whether the backward through the tail ends with sending: see flexp.client.overlap
         self._backward: Future[BackwardReply] | None = None
         self._link = link
-        self._place = place
+        self.place = place
         self._turn = current_turn()  # autograd may run the backward in a thread of its own
         with self._waiting():  # a link inside this process computes at once
-            self._forward: Future[ForwardReply] = link.call(sent(request, kept))
+            self._forward: Future[ForwardReply] = link.call(crosses or sent(request, kept))
 
     def forward(self) -> Tensor:
         """h, (B, T, H), once it is here."""
         with self._waiting():
             reply = self._forward.result()
         check_forward_reply(self.request, reply, self._reads)
-        self.align = reply.align
+        self.align, self.kept = reply.align, reply.kept
         h_BTH = unpack(reply.hidden_BTH, self._reads)
         self._h_BTH = None if self._look is None else h_BTH
         return h_BTH
@@ -132,7 +137,7 @@ class RemoteCall:
 
     def send(self, grad_BTH: Tensor) -> None:
         """Send ∂task/∂h."""
-        place = self._place
+        place = self.place
         if place is None:
             raise LinkError(
                 "this forward ran in evaluation mode, so the server kept nothing for a backward: "
@@ -161,10 +166,10 @@ class RemoteCall:
             assert reply.grad_BTH is not None
             grad_BTH, *inner = (unpack(value, self._kept) for value in (reply.grad_BTH, *reply.inner_BTH))
             reply = BackwardReply(grad_BTH, tuple(inner))
-        if self._look is not None and self._place is not None and reply.grad_BTH is not None:
+        if self._look is not None and self.place is not None and reply.grad_BTH is not None:
             assert self._h_BTH is not None
             assert self._sent_BTH is not None
-            self._look(self.request, self._h_BTH, self._sent_BTH, reply.grad_BTH, self._place.tokens)
+            self._look(self.request, self._h_BTH, self._sent_BTH, reply.grad_BTH, self.place.tokens)
         self.answered = True
         if self._own_BTH is not None and reply.grad_BTH is not None:
             reply = replace(reply, grad_BTH=reply.grad_BTH + self._own_BTH)

@@ -17,8 +17,8 @@ from flexp.errors import ConfigError, LinkError
 from flexp.links.base import Link, ask
 from flexp.links.messages import Abort, Join, PullRequest, Welcome
 from flexp.models.anatomy import check_cut
+from flexp.models.batches import Pooling, ignores_padding
 from flexp.models.fingerprint import fingerprint
-from flexp.models.reading import Pooling, ignores_padding
 from flexp.models.stage import Stage
 from flexp.rng import current_turn
 
@@ -42,10 +42,13 @@ class JoinedModel(PersonalModel):
         numbering: int | None = None,
         codec: CodecConfig | None = None,
         rows: Rows = "logits",
+        once: bool = False,
         base_depth: int | None = None,
     ) -> None:
         super().__init__(stage)
         self.rows = rows
+        self.once = once
+        self.known: set[int] = set()  # examples that the server keeps
         self._pooling = Pooling(stage)
         self.ignores_padding = ignores_padding(stage.model)
         self.link = link
@@ -155,6 +158,7 @@ class JoinedModel(PersonalModel):
     def _join(self, cut: tuple[int, int]) -> None:
         check_cut(cut, self.stage.anatomy.blocks)
         self.cut = cut
+        self.known = set()  # whatever a server kept, it forgets when its client is gone
         welcome = ask(
             self.link,
             Join(

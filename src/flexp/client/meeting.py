@@ -121,7 +121,7 @@ class Seat:
         meter: of its link; ``None``: nothing crosses for features.
         personal: its classifier is its own from the beginning, and need not be everybody's.
         noise: the seed of the noise in its sums. A simulation's is known; a client's is drawn where it runs.
-        seconds: that its meetings took, waiting included.
+        seconds: that its meetings took, waiting for the others not counted.
     """
 
     examples: list[Example]
@@ -137,19 +137,34 @@ class Seat:
 
     def first(self) -> Rounds[dict[str, Tensor]]:
         """The classifier to begin with, as weights by their names in the model."""
-        began = time.perf_counter()
-        features_NH, labels_N = self.features()
-        common = yield from self._agree(features_NH, labels_N, with_own=False)
-        head = common.begin(features_NH, labels_N) if self.personal else common.head()
-        self.seconds += time.perf_counter() - began
-        return self._weights(head)
+        return self._timed(self._first())
 
     def last(self, *, trained: bool = True) -> Rounds[tuple[dict[str, Tensor], Choice]]:
         """The client's own classifier, and what it is made of; without ``trained`` nothing was, so nothing is chosen.
 
         What it was is read before anything is yielded, for its modules may be another client's by then.
         """
-        began = time.perf_counter()
+        return self._timed(self._last(trained))
+
+    def _timed(self, rounds: Rounds[R]) -> Rounds[R]:
+        began, given = time.perf_counter(), None
+        while True:
+            try:
+                sums = next(rounds) if given is None else rounds.send(given)
+            except StopIteration as end:
+                return end.value  # type: ignore[no-any-return]
+            finally:
+                self.seconds += time.perf_counter() - began
+            given = yield sums
+            began = time.perf_counter()
+
+    def _first(self) -> Rounds[dict[str, Tensor]]:
+        features_NH, labels_N = self.features()
+        common = yield from self._agree(features_NH, labels_N, with_own=False)
+        head = common.begin(features_NH, labels_N) if self.personal else common.head()
+        return self._weights(head)
+
+    def _last(self, trained: bool) -> Rounds[tuple[dict[str, Tensor], Choice]]:
         features_NH, labels_N = self.features()
         _, layer = classifier_of(self.model)
         before = LinearHead(layer.weight.detach().double().clone(), layer.bias.detach().double().clone())
@@ -160,7 +175,6 @@ class Seat:
             head, choice = choose(common, own, features_NH, labels_N, before, retrain, own_begin=self.personal)
         else:
             head, choice = common.personal(own, features_NH, labels_N), "closed-form"
-        self.seconds += time.perf_counter() - began
         return self._weights(head), choice
 
     def features(self) -> tuple[Tensor, Tensor]:

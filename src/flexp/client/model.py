@@ -16,6 +16,7 @@ from flexp.assets import resolve
 from flexp.client.exchange import Piece, RemoteCall, RemoteMiddle
 from flexp.client.generation import SplitGenerator
 from flexp.client.joined import OFF, JoinedModel
+from flexp.client.once import frozen, request_once, right_padded
 from flexp.client.personal import Source
 from flexp.client.watching import most_alignment
 from flexp.config import AlignConfig, CodecConfig, ModelConfig, Rows
@@ -27,10 +28,10 @@ from flexp.links.messages import ForwardRequest
 from flexp.links.opening import kept as connected
 from flexp.links.packing import Places, without_padding
 from flexp.models.anatomy import Part, block_count, check_cut
+from flexp.models.batches import PER_TOKEN, labelled
 from flexp.models.execution import ExecutionPlan
 from flexp.models.heads import trained_classes
 from flexp.models.loading import load_config, load_stage
-from flexp.models.reading import PER_TOKEN, labelled
 from flexp.models.tuning import tune
 
 log = logging.getLogger("flexp")
@@ -65,6 +66,7 @@ class SplitModel(JoinedModel):
         numbering: of an earlier life of this client, whose steps it goes on with; ``None``: it begins anew.
         codec: in what form tensors cross; ``None``: as they are inside one process, bfloat16 over a network, or what
             :func:`flexp.connect` was told.
+        once: whether z of an example may cross once, and be kept by the server, where nothing that makes it is trained.
         rows: which rows of h cross where no block comes after them: all but padding (``all``), those that logits depend
             on (``logits``), or of those that a training loss reads (``loss``), when other tokens' logits mean nothing.
         base_depth: the s_min that the server must have; ``None``: the one that it says on joining first. Later it may
@@ -197,6 +199,10 @@ class SplitModel(JoinedModel):
         align_now = train and self._align_due()
         inner = align_now and self.align.has_term and self.align.at == "every-block"  # teaching needs z_base alone
         embedded_BTH, plan = self.stage.plan(inputs)
+        if train and not align_now and self._may_cross_once(inputs, embedded_BTH):
+            sent = self._head_once(inputs, embedded_BTH, plan, headless=headless)
+            if sent is not None:
+                return sent
         base_BTH = z_BTH = self.stage.run(embedded_BTH, plan, 0, min(base_depth, start))
         inner_BTH: list[Tensor] = []
         for index in range(base_depth, start):
@@ -229,6 +235,34 @@ class SplitModel(JoinedModel):
             self.steps.remember(call)
         return Sent(call, z_BTH, tuple(inner_BTH), inputs, plan)
 
+    def _may_cross_once(self, inputs: Mapping[str, Any], embedded_BTH: Tensor) -> bool:
+        """Whether the examples have numbers, and nothing of what makes their z is trained."""
+        piece, mask_BT = self.steps.piece, inputs.get("attention_mask")
+        if not (
+            self.once and self.guard is None and self.ignores_padding and piece is not None and right_padded(mask_BT)
+        ):
+            return False
+        numbered = mask_BT is not None and len(piece.examples) == len(mask_BT) and "input_ids" in inputs
+        return numbered and not embedded_BTH.requires_grad and frozen(self.stage, self.cut[0])
+
+    def _head_once(
+        self, inputs: Mapping[str, Any], embedded_BTH: Tensor, plan: ExecutionPlan, *, headless: bool
+    ) -> Sent | None:
+        """:meth:`head` for examples that the server may keep; ``None``: their z is another one each time (dropout)."""
+        mask_BT = inputs["attention_mask"]
+        kept, rows_BT = self._crossing(inputs, plan, embedded_BTH, train=True, headless=headless)
+        if kept is None and not bool(mask_BT.all()):
+            return None  # padding is read
+        place = self.steps.place(self.kind, inputs)
+        like_BTH = embedded_BTH.new_zeros(1).expand(embedded_BTH.shape)  # of the size that would cross
+        whole = ForwardRequest(place.exchange, like_BTH, mask_BT, None, train=True, step=place.step, rows_BT=rows_BT)
+        crosses = request_once(whole, self.stage, inputs, place.examples, self.known, self.cut[0])
+        if crosses is None:
+            return None
+        call = RemoteCall(self.link, whole, place, back=False, kept=Places.of(mask_BT), crosses=crosses)
+        self.steps.remember(call)
+        return Sent(call, embedded_BTH.new_zeros(1).requires_grad_(), (), inputs, plan)
+
     def tail(self, sent: Sent, *, apart: bool = False, headless: bool = False) -> Any:
         """Wait for h, run blocks [e, L), final norm, head and loss.
 
@@ -239,6 +273,8 @@ class SplitModel(JoinedModel):
         ends = (sent.z_BTH.detach().requires_grad_(),) if apart else (sent.z_BTH, *sent.inner_BTH)
         h_BTH = RemoteMiddle.apply(sent.call, *ends)  # type: ignore[no-untyped-call]
         self.last_align = sent.call.align
+        if sent.call.kept and sent.call.place is not None:
+            self.known.update(sent.call.place.examples)
         hidden_BTH = self.stage.run(h_BTH, sent.plan, self.cut[1], self.stage.anatomy.blocks)
         return self.stage.finish(hidden_BTH, sent.inputs, sent.plan, headless=headless)
 

@@ -164,8 +164,9 @@ class Trainer:
         indices, size = self._order.indices(self.steps), self.micro_batch
         loss_items = KINDS[self.task.model_kind].items
         groups = [indices[start : start + size] for start in range(0, len(indices), size)]
-        collated = [self.task.collate([self.data.train[index] for index in group]) for group in groups]
-        batches = [batch for batch in collated if loss_items(batch)]
+        collated = [(self.task.collate([self.data.train[index] for index in group]), group) for group in groups]
+        whose = [tuple(map(int, group)) for batch, group in collated if loss_items(batch)]
+        batches = [batch for batch, _ in collated if loss_items(batch)]
         if not batches:
             raise DataError(
                 f"client {self.name}, step {self.steps + 1}: no token of the batch has a loss; "
@@ -176,8 +177,10 @@ class Trainer:
         mass = items if weights_C is None else [kind.mass(batch, weights_C) for batch in batches]
         tokens = [unmasked_tokens(batch) for batch in batches]
         return [
-            (Piece(number, len(batches), own / sum(mass), part / sum(tokens), count), batch)
-            for number, (batch, count, own, part) in enumerate(zip(batches, items, mass, tokens, strict=True), start=1)
+            (Piece(number, len(batches), own / sum(mass), part / sum(tokens), count, examples=examples), batch)
+            for number, (batch, count, own, part, examples) in enumerate(
+                zip(batches, items, mass, tokens, whose, strict=True), start=1
+            )
         ]
 
     def _loss_of(self, output: Any, batch: Mapping[str, Any]) -> Tensor:

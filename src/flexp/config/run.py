@@ -75,6 +75,11 @@ class RunConfig(Section):
                 f"train.in_flight = {self.train.in_flight} is more than "
                 f"server.max_in_flight = {self.server.max_in_flight}"
             )
+        if self.link.cache != "off" and self.link.codec.activation == "int8-channel":
+            raise ValueError(
+                'link.cache keeps examples one by one, and link.codec.activation = "int8-channel" rounds them by what '
+                'comes along: use "int8-row"'
+            )
         if self.devices != DevicesConfig() and not self.on_devices:
             raise ValueError("[devices] is there, but no client has a device class: set data.clients.device, or device "
                              "in [[data.clients.each]]")  # fmt: skip

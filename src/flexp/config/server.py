@@ -52,6 +52,7 @@ class ServerConfig(Section):
     max_cached_tokens: PositiveInt = 65_536  # batch × length in the caches of one client
     max_cached_bytes: PositiveInt = 4 * 2**30  # the caches of all clients
     generation_seconds: Rate = 600.0  # a cache that long unused is forgotten
+    max_examples_bytes: Annotated[int, Field(ge=0)] = 2 * 2**30  # of all clients, with link.cache; more is not kept
     guard: GuardConfig = GuardConfig()
 
     @model_validator(mode="after")

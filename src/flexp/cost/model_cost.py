@@ -20,10 +20,10 @@ from flexp.cost.counting import Counted, count_pieces
 from flexp.cost.skeleton import Skeleton, bare_model, kinds
 from flexp.errors import ModelError
 from flexp.models.anatomy import dissect
+from flexp.models.batches import pooled
 from flexp.models.fingerprint import fingerprint
 from flexp.models.loading import DTYPES
 from flexp.models.quantized import held_bytes
-from flexp.models.reading import pooled
 from flexp.models.stored import check_table, token_embedding
 
 SIZES = (2, 16)
@@ -91,7 +91,7 @@ class ModelCost:
         config: of the model, found where its ``id`` says; rank and checkpointing of the adapters are asked for.
         fingerprint: of the model's configuration, as :class:`flexp.cost.profile.ModelSeconds` names it.
         blocks: L; ``hidden``: H.
-        pooled: which token of a text a classifier's head reads (:func:`flexp.models.reading.pooled`).
+        pooled: which token of a text a classifier's head reads (:func:`flexp.models.batches.pooled`).
         optimizer: of what is trained, a key of :data:`STATE`.
     """
 

@@ -11,8 +11,8 @@ from flexp.cost.model_cost import STATE, ModelCost, PieceCost, ShapeCost
 from flexp.cost.profile import ModelSeconds, PieceSeconds, Profile, ShapeSeconds
 from flexp.kinds import KINDS
 from flexp.models.anatomy import check_cut
+from flexp.models.batches import PER_TOKEN
 from flexp.models.loading import DTYPES
-from flexp.models.reading import PER_TOKEN
 
 OVERHEAD = 20 * 2**20
 """Bytes that are no tensor, where they were not measured: a model's code, what libraries and the allocator keep."""

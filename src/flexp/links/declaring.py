@@ -59,6 +59,7 @@ class Tensors:
 MASK = Tensors(("bt",), flags=True)
 POSITIONS = Tensors(("bt", "1t"), torch.int64)
 ROWS = Tensors(("b",), torch.int64)
+FLAGS = Tensors(("b",), flags=True)
 WEIGHTS = Tensors()
 INTEGERS = Tensors(dtype=torch.int64)
 

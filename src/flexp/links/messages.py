@@ -16,6 +16,7 @@ from torch import Tensor
 from flexp.config import AlignConfig, CodecConfig, LoraConfig
 from flexp.errors import LinkError, LinkLostError, plain
 from flexp.links.declaring import (
+    FLAGS,
     INTEGERS,
     MASK,
     POSITIONS,
@@ -104,10 +105,11 @@ class Join(Request[Welcome]):
 @message
 class ForwardReply:
     """``hidden_BTH``: what comes out of block e−1, of the rows that were asked for. ``align``: the alignment term, when
-    it was due."""
+    it was due. ``kept``: whether the server keeps the examples that came, so that their numbers will do."""
 
     hidden_BTH: Annotated[Tensor, hidden("activation_down")]
     align: float | None = None
+    kept: bool = False
 
 
 @message
@@ -139,6 +141,30 @@ class ForwardRequest(Request[ForwardReply]):
     train: bool = False
     step: Integer = 0
     rows_BT: Annotated[Tensor | None, MASK] = None
+
+
+@message
+class KeptForwardRequest(Request[ForwardReply]):
+    """A training forward of examples whose z never changes, so that each crosses once.
+
+    Attributes:
+        hidden_BTH: (1, N, H): the tokens of the fresh examples, one after the other, without padding; ``None``: there
+            are none.
+        mask_BT: the attention mask of the exchange.
+        examples_B: the client's number of each example; the server knows nothing else of them.
+        fresh_B: which of them come along; the others are kept.
+        exchange, rows_BT, step: as in :class:`ForwardRequest`.
+    """
+
+    trains: ClassVar[bool | None] = True
+
+    exchange: Integer
+    mask_BT: Annotated[Tensor, MASK]
+    examples_B: Annotated[Tensor, ROWS]
+    fresh_B: Annotated[Tensor, FLAGS]
+    step: Integer = 0
+    rows_BT: Annotated[Tensor | None, MASK] = None
+    hidden_BTH: Annotated[Tensor | None, hidden("activation")] = None
 
 
 @message

@@ -158,7 +158,9 @@ def _check(head: Head, kind: type[Any], agreement: Agreement | None, who: str, r
     """Every tensor must be declared, of the size (B, T) = ``rows`` or else of the first one's, as its codec has it."""
     left = {item.name: item for item in head.fields}
     mask = _mask(left.get("mask_BT"), agreement)
-    for entry in declared(kind).entries if agreement is not None else ():
+    # What (B, T) is, an activation says before all others.
+    entries = sorted(declared(kind).entries, key=lambda entry: "BTH" not in entry.tensors.shapes)
+    for entry in entries if agreement is not None else ():
         assert agreement is not None
         names = entry.names(left)
         if entry.needed and not names:
@@ -174,6 +176,8 @@ def _check(head: Head, kind: type[Any], agreement: Agreement | None, who: str, r
                 if not (found.dtype.is_floating_point if wanted is None else found.dtype == wanted):
                     raise LinkError(f"{who}: {name} is {found.dtype}, expected {wanted or 'weights'}")
                 continue
+            if rows is None and name == "mask_BT":
+                rows = mask  # nothing came with it
             first = rows is None
             rows = found.shape[:2] if rows is None else rows
             forms = agreement.forms(entry, name, rows, _packs(rows, mask)) if len(rows) == 2 else [[found]]

@@ -83,6 +83,7 @@ def split_model(
         numbering=numbering,
         codec=codec,
         rows=config.link.rows,
+        once=config.link.cache != "off",
         base_depth=config.model.base_depth,
     )
 

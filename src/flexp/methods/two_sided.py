@@ -37,7 +37,7 @@ from flexp.methods.base import RATIO, Account, Axis, Cuts, Holds, OnStep, State,
 from flexp.methods.federated import Client, Federated, within
 from flexp.methods.harness import Harness, Weights, size
 from flexp.models.anatomy import check_cut
-from flexp.models.reading import ignores_padding
+from flexp.models.batches import ignores_padding
 from flexp.models.stage import Stage
 from flexp.models.tuning import embedding_names
 from flexp.optim import Updater

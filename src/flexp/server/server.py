@@ -6,6 +6,7 @@ import time
 from collections.abc import Collection, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import singledispatchmethod
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
@@ -32,6 +33,7 @@ from flexp.links.messages import (
     ForwardReply,
     ForwardRequest,
     Join,
+    KeptForwardRequest,
     Leave,
     Order,
     PullReply,
@@ -41,7 +43,7 @@ from flexp.links.messages import (
     SumRequest,
     Welcome,
 )
-from flexp.links.packing import arrived, pack
+from flexp.links.packing import Places, arrived, pack
 from flexp.models.anatomy import Part, block_count, check_cut
 from flexp.models.loading import load_config, load_stage
 from flexp.models.stage import Stage
@@ -224,7 +226,31 @@ class Server(ServerState):
         applied = session.progress.applied(request.step)
         if known is not None and applied and same_exchange(session, request, known):
             return cast(ForwardReply, known)
-        request, sent = arrived(request, f"client {client}")
+        return self._run(session, *arrived(request, f"client {client}"))
+
+    @_handle.register
+    def _kept_forward(self, request: KeptForwardRequest, client: str) -> ForwardReply:
+        """A forward of examples some of which are here."""
+        session = self._sessions[client]
+        whole, new = session.examples.whole(request, client)
+        reads = whole.mask_BT if whole.rows_BT is None else whole.rows_BT
+        known = session.progress.answer(request.step, ("forward", request.exchange))
+        if known is not None and session.progress.applied(request.step):
+            assert reads is not None
+            if known.hidden_BTH.shape[1] == int(reads.sum()):
+                return cast(ForwardReply, replace(known, kept=self._keep(session, new)))
+        assert whole.mask_BT is not None
+        reply = self._run(session, whole, Places.of(whole.mask_BT))
+        return replace(reply, kept=self._keep(session, new))
+
+    def _keep(self, session: Session, new: dict[int, Tensor]) -> bool:
+        held = sum(other.examples.bytes for other in self._sessions.values())
+        return session.examples.keep(new, self.config.max_examples_bytes - held)
+
+    def _run(self, session: Session, request: ForwardRequest, sent: Places | None) -> ForwardReply:
+        """A forward with whole activations, of which ``sent`` crossed."""
+        client, key = session.join.client, ("forward", request.exchange)
+        applied = session.progress.applied(request.step)
         for other in self._sessions.values():
             other.drop_late(self.config.exchange_seconds)
         check_forward(session, request, self.shared.stage, self._sessions.in_flight)

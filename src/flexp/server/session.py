@@ -22,6 +22,7 @@ from flexp.links.packing import Places, pack, unpack
 from flexp.rng import RandomStream, drawing_from
 from flexp.server.alignment import aligned, combine, taught
 from flexp.server.clients import Progress
+from flexp.server.examples import Examples
 from flexp.server.generations import Generations
 from flexp.server.shared import SharedBlocks
 
@@ -89,6 +90,7 @@ class Session:
     peers: Mapping[str, Session] = field(default_factory=dict)  # all sessions, this one among them
     graph_rate: float = 0.0  # bytes of the last graph for each number that came: what has no room is not made at all
     late: set[int] = field(default_factory=set)  # exchanges that were given up, since no backward came
+    examples: Examples = field(default_factory=Examples)
 
     @property
     def kept_bytes(self) -> int:

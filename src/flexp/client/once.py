@@ -1,0 +1,74 @@
+"""A head that does not change gives an example the same activation in every epoch: it crosses once.
+
+z of an example is what the head makes of it *alone*, without padding, so it depends neither on the batch that it first
+came in nor on whether a server has lost it: sent again, it is the same, bit for bit. (Made in a batch, as without
+``link.cache``, the last bits may be others.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexp.links.messages import ForwardRequest, KeptForwardRequest
+from flexp.models.execution import undisturbed
+from flexp.models.stage import Stage
+
+
+def right_padded(mask_BT: Tensor | None) -> bool:
+    """Whether padding comes after each text, so that its tokens have the places that they have without."""
+    return mask_BT is not None and bool((mask_BT[:, :-1] >= mask_BT[:, 1:]).all()) and bool(mask_BT[:, 0].all())
+
+
+def frozen(stage: Stage, start: int) -> bool:
+    """Whether blocks [0, ``start``) and what is before them are trained by nobody.
+
+    What is before the blocks gives what enters the first of them, which is asked for its gradient elsewhere.
+    """
+    own = stage.own()
+    return not any(stage.within(name, 0, start) for name in own)
+
+
+def alone(stage: Stage, inputs: Mapping[str, Any], row: int, tokens: int, start: int) -> Tensor | None:
+    """z (1, ``tokens``, H) of one example of a batch; ``None``: the head draws random numbers for it."""
+    shape = inputs["attention_mask"].shape
+    one = {
+        key: value[row : row + 1, :tokens]
+        for key, value in inputs.items()
+        if isinstance(value, Tensor) and value.shape[:2] == shape
+    }
+    with torch.no_grad(), undisturbed(one["input_ids"].device):
+        before = torch.get_rng_state()
+        hidden_BTH, plan = stage.plan(one)
+        z_BTH = stage.run(hidden_BTH, plan, 0, start)
+        return z_BTH if torch.equal(before, torch.get_rng_state()) else None
+
+
+def request_once(
+    whole: ForwardRequest,
+    stage: Stage,
+    inputs: Mapping[str, Any],
+    examples: tuple[int, ...],
+    known: set[int],
+    start: int,
+) -> KeptForwardRequest | None:
+    """What crosses of a forward whose examples have numbers, of which ``known`` are kept; ``None``: it cannot be."""
+    assert whole.mask_BT is not None
+    fresh = [number not in known for number in examples]
+    lengths = whole.mask_BT.sum(1).tolist()
+    parts = [alone(stage, inputs, row, lengths[row], start) for row, new in enumerate(fresh) if new]
+    made = [part for part in parts if part is not None]
+    if len(made) < len(parts):
+        return None
+    return KeptForwardRequest(
+        whole.exchange,
+        whole.mask_BT,
+        torch.tensor(examples),
+        torch.tensor(fresh),
+        whole.step,
+        whole.rows_BT,
+        hidden_BTH=torch.cat(made, dim=1) if made else None,
+    )

@@ -1,0 +1,130 @@
+"""With a frozen head z of an example crosses once; what is trained is what sending it every time trains."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flexp.client.exchange import Piece
+from flexp.config import CodecConfig
+from flexp.errors import ConfigError, LinkError
+from flexp.links.base import Link
+from flexp.links.messages import ForwardRequest, KeptForwardRequest
+from flexp.links.opening import loopback
+from flexp.methods.flexp_sfl import FlexpSfl
+from flexp.run.settle import build_world
+from tests.harness import RecordingLink, equal, shared_weights, world
+from tests.tiny import bert_folder, config
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("once")
+    bert_folder(folder / "model")
+    bert_folder(folder / "dropping" / "model", dropout=True)
+    return folder
+
+
+class Recorded(FlexpSfl):
+    def connect(self, name: str) -> Link:
+        return RecordingLink(super().connect(name))
+
+
+def method(home: Path, *, forgets: bool = False, frozen: int = 1, room: int = 2**30, cache: str = "memory") -> Any:
+    table = {"align": {"kind": "off"}, "personal": {"frozen_head_blocks": frozen}}
+    settings: dict[str, Any] = {"data": {"clients": {"cut": [1, 4]}}, "train": {"steps_per_round": 6, "batch_size": 4}}
+    made = Recorded(
+        build_world(config(home, method=table, link={"cache": cache}, server={"max_examples_bytes": room}, **settings))
+    )
+    for trainer in made.clients.values():
+        for _ in range(6):  # twelve examples, three steps an epoch
+            if forgets:
+                trainer.model.rejoin()  # as after a restart of the server: all is asked for again
+            trainer.step()
+    return made
+
+
+def trained(made: Any) -> dict[str, torch.Tensor]:
+    own = {f"{name}/{key}": v for name, t in made.clients.items() for key, v in t.model.personal_state().items()}
+    return own | shared_weights(made.server)
+
+
+def test_sent_once_is_sent_every_time_bit_for_bit(home: Path) -> None:
+    once, again, full = method(home), method(home, forgets=True), method(home, room=0)
+    assert equal(trained(once), trained(again))
+    assert equal(trained(once), trained(full))
+    link = once.clients["north"].model.link
+    requests = list(link.sent(KeptForwardRequest))
+    assert not list(link.sent(ForwardRequest))
+    fresh = [int(request.fresh_B.sum()) for request in requests]
+    assert fresh[:3] == [4, 4, 4]
+    assert not any(fresh[3:])
+    assert all(request.hidden_BTH is None for request in requests[3:])
+    for made in (again, full):
+        assert all(bool(request.fresh_B.all()) for request in made.clients["north"].model.link.sent(KeptForwardRequest))
+    spent, other = (made.account("north").training.bytes_up for made in (once, again))
+    sent = list(again.clients["north"].model.link.sent(KeptForwardRequest))[3:]
+    assert other - spent == sum(4 * request.hidden_BTH.numel() for request in sent)
+
+
+def test_what_changes_crosses_every_time(home: Path) -> None:
+    for made in (method(home, frozen=0), method(home / "dropping"), method(home, cache="off")):
+        link = made.clients["north"].model.link
+        assert not list(link.sent(KeptForwardRequest))
+        assert list(link.sent(ForwardRequest))
+
+
+def test_the_server_forgets_who_leaves(home: Path) -> None:
+    made = method(home)
+    session = made.server._sessions["north"]
+    assert len(session.examples.kept) == 12
+    made.close()
+    assert "north" not in made.server._sessions
+
+
+def test_over_a_network_as_in_process() -> None:
+    found = []
+    for network in (False, True):
+        here = world("bert")
+        with loopback(here.server, "a") as far:
+            model = here.client("a", (1, 4), link=far if network else None, codec=CodecConfig.all("int8-row"))
+            model.once = True
+            for name, value in model.stage.model.named_parameters():
+                value.requires_grad_(value.requires_grad and not model.stage.within(name, 0, 1))
+            for examples in ((0, 1, 2), (2, 0, 1)):
+                batch = here.batch(padding="right")
+                with model.part_of_step(Piece(examples=examples)):
+                    model(**{key: value[list(examples)] for key, value in batch.items()}).loss.backward()
+            traffic = model.link.meter.training
+            found.append((shared_weights(here.server), traffic.bytes_up, traffic.bytes_down))
+    assert equal(found[0][0], found[1][0])
+    assert found[0][1:] == found[1][1:]
+
+
+def test_what_is_not_kept_is_refused() -> None:
+    here = world("bert")
+    here.join("a", (1, 4))
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    first = KeptForwardRequest(
+        1, mask, torch.tensor([4, 7]), torch.tensor([True, True]), hidden_BTH=torch.ones(1, 5, 32)
+    )
+    assert here.server.answer("a", first).kept
+    for changes, words in (
+        (
+            {"examples_B": torch.tensor([4, 8]), "fresh_B": torch.tensor([False, False]), "hidden_BTH": None},
+            "example 8",
+        ),
+        ({"examples_B": torch.tensor([7, 4]), "fresh_B": torch.tensor([False, False]), "hidden_BTH": None}, "3 tokens"),
+        ({"hidden_BTH": torch.ones(1, 4, 32)}, "4 tokens came, expected 5"),
+    ):
+        with pytest.raises(LinkError, match=words):
+            here.server.answer("a", replace(first, exchange=2, **changes))  # type: ignore[arg-type]
+
+
+def test_rounding_by_what_comes_along_is_refused(home: Path) -> None:
+    with pytest.raises(ConfigError, match="int8-row"):
+        config(home, link={"cache": "memory", "codec": {"activation": "int8-channel"}})
