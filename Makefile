@@ -12,7 +12,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
+# Not compiled: most of what comes is never imported, and the rest is compiled when it is.
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-compile -c constraints.txt
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check format docs venv clean

@@ -21,8 +21,13 @@ from importlib import import_module
 from pathlib import Path
 
 LIBRARIES = ("torch", "transformers.modeling_utils", "transformers.models.bert.modeling_bert", "peft", "datasets")
-# As flexp.cost.probe has it for the process in which it measures memory.
-MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_WAIT_POLICY": "passive"}
+# As flexp.cost.probe has it for the process in which it measures memory; and no reserves of pyarrow's.
+MALLOC = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "OMP_WAIT_POLICY": "passive",
+    "ARROW_DEFAULT_MEMORY_POOL": "system",
+}
 
 
 def run(

@@ -17,6 +17,7 @@ def test_back_up_show_restore(
 ) -> None:
     run = str(train(tmp_path, "bert"))
     plain, secret = str(tmp_path / "north.safetensors"), str(tmp_path / "secret.safetensors")
+    monkeypatch.setattr("flexp.export.sealed.LOG_N", 10)  # what a passphrase costs is tests/export/test_sealed.py's
     monkeypatch.setenv("WORDS", "open sesame")
     monkeypatch.setenv("OTHER", "open barley")
 

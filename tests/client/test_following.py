@@ -47,9 +47,10 @@ def aligned(here: World, trainer: Trainer) -> dict[str, Tensor]:
     return {name: value for name, value in found.items() if 1 <= (model.stage.block_of(name) or 0) < model.cut[0]}
 
 
-@pytest.mark.parametrize("tuning", ["full", "lora"])
-@pytest.mark.parametrize("optimizer", [SGD, ADAMW], ids=["sgd", "adamw"])
-@pytest.mark.parametrize("name", ["llama", "bert"])
+@pytest.mark.parametrize(
+    ("name", "optimizer", "tuning"),
+    [("llama", SGD, "full"), ("llama", ADAMW, "lora"), ("bert", SGD, "lora"), ("bert", ADAMW, "full")],
+)
 def test_alone_and_in_every_step_it_trains_the_very_model_of_a_shallow_cut(
     name: str, optimizer: OptimizerConfig, tuning: str
 ) -> None:

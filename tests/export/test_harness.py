@@ -59,7 +59,7 @@ metric_list: [{{ metric: exact_match }}]
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("harness")
-    export(open_trained(train(folder, "gpt2", train={"steps_per_round": 30}), "north"), folder / "out")
+    export(open_trained(train(folder, "gpt2", train={"steps_per_round": 8}), "north"), folder / "out")
     rows = jsonl(folder / "tasks.jsonl", [{"q": f"w{k}", "answer": k % 3} for k in range(12)])
     for name, text in (("pick", CHOICES), ("texts", TEXTS), ("words", WORDS)):
         (folder / "tasks").mkdir(exist_ok=True)

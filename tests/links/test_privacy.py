@@ -154,15 +154,20 @@ ALIGNMENTS = [
 ]
 
 
-@pytest.mark.parametrize("align", ALIGNMENTS, ids=lambda align: align.kind)
-@pytest.mark.parametrize("tuning", ["full", "lora"])
+MODELS = [
+    ("llama", "causal-lm", "left"),
+    ("gpt2", "sequence-classification", "none"),
+    ("bert", "sequence-classification", "right"),
+    ("vit", "image-classification", "none"),
+]
+
+
 @pytest.mark.parametrize(
-    ("name", "kind", "padding"),
-    [
-        ("llama", "causal-lm", "left"),
-        ("gpt2", "sequence-classification", "none"),
-        ("bert", "sequence-classification", "right"),
-        ("vit", "image-classification", "none"),
+    ("name", "kind", "padding", "tuning", "align"),
+    [  # every model with every alignment; each of them with both tunings
+        pytest.param(*model, ("full", "lora")[(row + column) % 2], align, id=f"{model[0]}-{align.kind}")
+        for row, model in enumerate(MODELS)
+        for column, align in enumerate(ALIGNMENTS)
     ],
 )
 def test_nothing_private_goes_up(name: str, kind: str, padding: str, tuning: str, align: AlignConfig) -> None:

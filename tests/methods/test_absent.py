@@ -15,7 +15,7 @@ from .tools import equal, trained
 CLOCKS = ("seconds",)
 PAIR = {"clients": {"names": ["north", "south"], "each": [{"cut": [1, 4]}, {"cut": [2, 4]}]}}
 TRIO = {"clients": {"names": ["north", "south", "west"], "each": [{"cut": [1, 4]}, {"cut": [2, 4]}, {"cut": [3, 4]}]}}
-SETTINGS: dict[str, Any] = {"rounds": 2, "train": {"steps_per_round": 4}}
+SETTINGS: dict[str, Any] = {"rounds": 2, "train": {"steps_per_round": 2}}
 
 
 def logits(method: Any, client: str) -> torch.Tensor:

@@ -46,7 +46,7 @@ def _table(name: str, own: dict[str, Any], budget: str) -> dict[str, Any]:
     return {"name": name, "budget": budget} | ({table: own} if own else {})
 
 
-def trained(home: Path, name: str, *, rounds: int = 3, **settings: Any) -> Any:
+def trained(home: Path, name: str, *, rounds: int = 2, **settings: Any) -> Any:
     """A method after ``rounds`` rounds, with its steps in ``steps``."""
     train = settings.pop("train", {})
     method = make(home, name, train={"rounds": rounds, **train}, **settings)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from flexp.config import DeploymentConfig
 from flexp.config.loading import validate
 from flexp.report.metrics import read
+from tests import warm
 from tests.data.tools import tokenizer
 from tests.tiny import content
 
@@ -37,10 +37,8 @@ def wide_bert(folder: Path) -> None:
 
 
 def child(address: str, tables: dict[str, Any], state: Path, mib: int) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ARROW_DEFAULT_MEMORY_POOL": "system"}
-    command = [sys.executable, "-m", "tests.run.limited", address, json.dumps(tables), str(state), str(mib)]
-    root = Path(__file__).parents[2]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root, check=False, timeout=300)
+    command = ["-m", "tests.run.limited", address, json.dumps(tables), str(state), str(mib)]
+    return warm.run(command, cwd=Path(__file__).parents[2])
 
 
 def test_a_planned_client_trains_where_the_whole_model_does_not(tmp_path: Path) -> None:

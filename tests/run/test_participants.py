@@ -34,6 +34,7 @@ DEVICES: dict[str, Any] = {
     "server": "workstation",
     "classes": {"phone": {"memory_bytes": 100 * MB}},
 }
+SHORT = {"rounds": 1}
 NORTH, SOUTH, WEST = CLIENTS  # on a phone, a laptop, and a phone
 
 
@@ -67,7 +68,7 @@ def worlds(monkeypatch: pytest.MonkeyPatch) -> list[World]:
 def test_devices_that_cannot_hold_the_method_are_left_out(
     home: Path, measured: list[Probe], worlds: list[World]
 ) -> None:
-    summary = runner.run(config(home, method={"name": "fedavg"}, devices=DEVICES), home / "out")
+    summary = runner.run(config(home, method={"name": "fedavg"}, devices=DEVICES, train=SHORT), home / "out")
     assert worlds[0].absent == {NORTH, WEST}
     assert [data.name for data in worlds[0].participants] == [SOUTH]
     assert summary["dropped"] == [
@@ -81,7 +82,7 @@ def test_devices_that_cannot_hold_the_method_are_left_out(
 
 
 def test_who_cuts_shallow_enough_takes_part(home: Path, measured: list[Probe], worlds: list[World]) -> None:
-    summary = runner.run(config(home, devices=DEVICES), home / "out")  # at most 60 MB
+    summary = runner.run(config(home, devices=DEVICES, train={"rounds": 2}), home / "out")  # at most 60 MB
     assert worlds[0].absent == frozenset()
     assert summary["dropped"] == []
     clients = {client["name"]: client for client in summary["clients"]}
@@ -91,10 +92,10 @@ def test_who_cuts_shallow_enough_takes_part(home: Path, measured: list[Probe], w
     world = build_world(config(home))
     for name in CLIENTS:
         cost = Costs(world).of(name)
-        assert clients[name]["client_flops"] == pytest.approx(6 * cost.client_step)  # 3 rounds of 2 steps
-        assert clients[name]["server_flops"] == pytest.approx(6 * cost.server_step)
+        assert clients[name]["client_flops"] == pytest.approx(4 * cost.client_step)  # 2 rounds of 2 steps
+        assert clients[name]["server_flops"] == pytest.approx(4 * cost.server_step)
     virtual = summary["virtual"]
-    assert len(virtual["rounds"]) == 3
+    assert len(virtual["rounds"]) == 2
     assert virtual["rounds"] == sorted(virtual["rounds"])
     assert virtual["rounds"][-1] == max(time["finished"] for time in virtual["clients"].values())
     assert virtual["clients"][NORTH]["transmitting"] > 0.0
@@ -173,7 +174,7 @@ def test_no_more_probes_at_once_than_threads(
 
 
 def test_without_devices_nothing_is_said_of_them(home: Path, worlds: list[World]) -> None:
-    summary = runner.run(config(home), home / "out")
+    summary = runner.run(config(home, train=SHORT), home / "out")
     assert "virtual" not in summary
     assert "dropped" not in summary
     assert "device" not in summary["clients"][0]
@@ -202,13 +203,13 @@ def test_what_could_not_be_measured_takes_part_and_is_said(home: Path, monkeypat
         raise memory.FlexpError("no such kernel")
 
     monkeypatch.setattr(memory, "measure", fail)
-    summary = runner.run(config(home, method={"name": "local"}, devices=DEVICES), home / "out")
+    summary = runner.run(config(home, method={"name": "local"}, devices=DEVICES, train=SHORT), home / "out")
     assert summary["dropped"] == []
     assert summary["clients"][0]["peak_memory_bytes"] is None
 
 
 def test_a_resumed_run_leaves_out_the_same_clients(home: Path, measured: list[Probe], worlds: list[World]) -> None:
-    run = config(home, method={"name": "fedavg"}, devices=DEVICES)
+    run = config(home, method={"name": "fedavg"}, devices=DEVICES, train={"rounds": 2})
     whole = runner.run(run, home / "whole")
     runner.run(run.model_copy(update={"train": run.train.model_copy(update={"rounds": 1})}), home / "out")
     (home / "out/config.json").write_text(json.dumps(run.resolved()), encoding="utf-8")
@@ -228,7 +229,7 @@ def test_runs_share_their_measurements(home: Path, measured: list[Probe]) -> Non
 
 
 def test_the_diary_has_the_seconds_of_clients(home: Path) -> None:
-    summary = runner.run(config(home), home / "out")
+    summary = runner.run(config(home, train={"rounds": 2}), home / "out")
     rounds = [record for record in read(home / "out/metrics.jsonl") if record["kind"] == "round"]
     for record in rounds:
         seconds = record["seconds_by_client"]
@@ -268,7 +269,7 @@ def test_probes_hold_what_methods_hold(
 
 @pytest.mark.parametrize("name", ["centralized", "pretrained"])
 def test_where_no_client_trains_nothing_is_measured(home: Path, measured: list[Probe], name: str) -> None:
-    summary = runner.run(config(home, method={"name": name}, devices=DEVICES), home / "out")
+    summary = runner.run(config(home, method={"name": name}, devices=DEVICES, train=SHORT), home / "out")
     assert not measured
     assert summary["dropped"] == []
     assert summary["virtual"] is None
@@ -303,17 +304,17 @@ def test_two_phases_cost_less_than_whole_steps(home: Path, measured: list[Probe]
     devices = {"assign": ["laptop"]}
     flops = {}
     for name in ("fedavg", "fedrep"):
-        summary = runner.run(config(home, method={"name": name}, devices=devices), home / name)
+        summary = runner.run(config(home, method={"name": name}, devices=devices, train=SHORT), home / name)
         flops[name] = summary["clients"][0]["client_flops"]
     assert 0.5 * flops["fedavg"] < flops["fedrep"] < 0.8 * flops["fedavg"]  # half of the steps: a forward, hardly more
     assert isinstance(METHODS["fedrep"](build_world(config(home, method={"name": "fedrep"}))), FedRep)
 
 
 def test_fine_tuning_at_the_end_is_timed(home: Path, measured: list[Probe]) -> None:
-    """Two of the six gradient evaluations are the adaptation: the sum is FedAvg's."""
+    """Two of the four gradient evaluations are the adaptation: the sum is FedAvg's."""
     devices = {"assign": ["laptop"]}
     flops = {}
     for name in ("fedavg", "fedavg-ft"):
-        summary = runner.run(config(home, method={"name": name}, devices=devices), home / name)
+        summary = runner.run(config(home, method={"name": name}, devices=devices, train={"rounds": 2}), home / name)
         flops[name] = summary["clients"][0]["client_flops"]
     assert flops["fedavg-ft"] == pytest.approx(flops["fedavg"])

@@ -25,7 +25,7 @@ def scores(out: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_the_scores_are_the_same(home: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tuning = "lora" if name in ADAPTERS else "full"
-    run = config(home, model={"tuning": tuning}, method={"name": name}, train={"rounds": 1, "steps_per_round": 4})
+    run = config(home, model={"tuning": tuning}, method={"name": name}, train={"rounds": 1, "steps_per_round": 2})
     calls = 0
     evaluate = runner.evaluate
 

@@ -133,10 +133,15 @@ def numbered(order: Iterable[tuple[str, str]]) -> list[tuple[str, str, int]]:
     return [(kind, client, 1 + list(CUTS).index(client)) for kind, client in order]
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
-@pytest.mark.parametrize("memory", ["keep", "recompute"])
-@pytest.mark.parametrize("optimizer", [SGD, ADAMW], ids=["sgd", "adamw"])
-@pytest.mark.parametrize("tuning", ["full", "lora"])
+MODELS = ["llama", "gpt2", "gpt2", "bert", "gpt2", "bert", "bert", "llama"]
+RULES = list(itertools.product(("keep", "recompute"), (SGD, ADAMW), ("full", "lora")))
+
+
+@pytest.mark.parametrize(
+    ("name", "memory", "optimizer", "tuning"),
+    # Every rule once; over them every model meets each half of every pair.
+    [(name, *rule) for name, rule in zip(MODELS, RULES, strict=True)],
+)
 def test_two_requests_in_every_order(name: str, memory: Any, optimizer: Any, tuning: str) -> None:
     every = orders(2)
     assert len(every) == 6
@@ -149,10 +154,8 @@ def test_two_requests_in_every_order(name: str, memory: Any, optimizer: Any, tun
     ("name", "tuning", "optimizer", "memory", "half"),
     [
         ("llama", "full", SGD, "keep", 0),
-        ("llama", "full", ADAMW, "keep", 1),
-        ("llama", "full", SGD, "recompute", 1),
+        ("gpt2", "lora", ADAMW, "keep", 1),
         ("llama", "full", ADAMW, "recompute", 0),
-        ("gpt2", "lora", ADAMW, "keep", 0),
         ("gpt2", "lora", SGD, "recompute", 1),
     ],
 )
@@ -182,7 +185,7 @@ def schedules(draw: Any) -> list[tuple[str, str, int]]:
     return events + [("B", client, exchange) for client, exchange in rest]
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(schedules(), st.sampled_from(["keep", "recompute"]), st.sampled_from(["full", "lora"]), st.booleans())
 def test_long_schedules_with_several_exchanges_of_a_client(
     schedule: list[tuple[str, str, int]], memory: Any, tuning: str, adam: bool

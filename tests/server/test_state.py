@@ -74,14 +74,20 @@ class Federation:
         return flat
 
 
-@pytest.mark.parametrize("tuning", ["full", "lora"])
-@pytest.mark.parametrize("optimizer", [MOMENTUM, ADAM], ids=["momentum", "adamw"])
+AT_ONCE = ServerConfig()
+OF_THREE = ServerConfig(update="mean", mean_over=3, memory="recompute")
+OF_FOUR = ServerConfig(update="mean", mean_over=4)
+
+
 @pytest.mark.parametrize(
-    ("name", "config", "kind"),
+    ("name", "config", "kind", "tuning", "optimizer"),
     [
-        ("bert", ServerConfig(), "kl"),
-        ("gpt2", ServerConfig(update="mean", mean_over=3, memory="recompute"), "weights"),
-        ("llama", ServerConfig(update="mean", mean_over=4), "off"),
+        ("bert", AT_ONCE, "kl", "full", MOMENTUM),
+        ("bert", AT_ONCE, "kl", "lora", ADAM),
+        ("gpt2", OF_THREE, "weights", "full", ADAM),
+        ("gpt2", OF_THREE, "weights", "lora", MOMENTUM),
+        ("llama", OF_FOUR, "off", "full", ADAM),
+        ("llama", OF_FOUR, "off", "lora", MOMENTUM),
     ],
 )
 def test_resumed_equals_undisturbed(

@@ -31,7 +31,7 @@ def answer(writer: Writer) -> str:
 
 
 def test_run_folder_and_server_write_the_same(tmp_path: Path) -> None:
-    run = train(tmp_path, "llama", train={"rounds": 2, "steps_per_round": 6})
+    run = train(tmp_path, "llama", train={"rounds": 2, "steps_per_round": 2})
     texts = {client: answer(open_writer(run, client)) for client in ("north", "south")}
     assert all(texts.values())
     export(open_trained(run, "north"), tmp_path / "north")
