@@ -37,8 +37,10 @@ from tests.client.trainer_tools import (
 from tests.harness import KINDS, copied, world
 
 
-@pytest.mark.parametrize(("accumulation", "memory"), [(1, "keep"), (2, "keep"), (2, "recompute")])
-@pytest.mark.parametrize("name", ["bert", "llama", "gpt2"])
+@pytest.mark.parametrize(
+    ("name", "accumulation", "memory"),
+    [("bert", 1, "keep"), ("bert", 2, "recompute"), ("llama", 2, "keep"), ("gpt2", 2, "recompute")],
+)
 def test_losses_weights_and_scores_are_those_of_the_whole_model(
     tmp_path: Path, name: str, accumulation: int, memory: Any
 ) -> None:
