@@ -79,7 +79,7 @@ def test_all_in_mixed_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify, "ARCHITECTURES", {"gpt2": verify.ARCHITECTURES["gpt2"]})
     done = flexp("--all", "--autocast", "--steps", "1")
     assert done.exit_code == 0
-    assert "(autocast: bfloat16)" in done.stdout
+    assert "(autocast: bfloat16," in done.stdout
     assert done.stdout.count("exact") == 1
     (value,) = json.loads(flexp("--all", "--autocast", "--steps", "1", "--json").stdout)
     assert (value["autocast"], value["exact"], value["logits"], value["weights"]) == ("bfloat16", True, 0.0, 0.0)

@@ -106,11 +106,14 @@ def test_only_new_tokens_cross() -> None:
     link = RecordingLink(pair.server.connect("a"))
     pair.answers(SplitGenerator(pair.split(link)))
     sent = list(link.sent(ExtendRequest))
+    first = sent[0].mask_BT
+    assert first is not None
+    assert (first.shape, int(first.sum())) == ((3, 9), 23)
     assert [(request.past, tuple(request.hidden_BTH.shape)) for request in sent] == [
-        (0, (3, 9, 32)),
+        (0, (1, 23, 32)),  # without padding
         *((9 + k, (3, 1, 32)) for k in range(9)),
     ]
-    assert all(request.mask_BT.shape == request.hidden_BTH.shape[:2] for request in sent)
+    assert all(request.mask_BT.shape == request.hidden_BTH.shape[:2] for request in sent[1:])
 
 
 def test_no_token_crosses() -> None:
@@ -167,7 +170,9 @@ def test_a_server_that_lost_an_answer_gets_it_again(options: dict[str, Any]) -> 
     # one prefill rounds otherwise than token by token
     assert all(torch.allclose(*both, atol=1e-4) for both in zip(found.logits, expected.logits, strict=True))
     again = [request for request in link.sent(ExtendRequest) if not request.past]
-    assert [request.hidden_BTH.shape[1] for request in again] == [9, 12, 15]
+    masks = [request.mask_BT for request in again]
+    assert [mask.shape[1] for mask in masks if mask is not None] == [9, 12, 15]
+    assert [request.hidden_BTH.shape[1] for request in again] == [int(mask.sum()) for mask in masks if mask is not None]
 
 
 def test_an_answer_goes_on_over_a_new_link(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,7 +68,18 @@ def train(name: str, case: Case, folder: Path, *, split: bool, trainer: Any = tr
         made.train(resume_from_checkpoint=checkpoint)
     kept = [{k: v for k, v in entry.items() if k in ("loss", "eval_loss", "step")} for entry in made.state.log_history]
     weights = all_trained(here, model) if split else copied(stage.trainable())  # type: ignore[union-attr]
-    return kept, made.predict(Rows(here, 6)).predictions, made.state.num_input_tokens_seen, weights
+    told: Any = made.predict(Rows(here, 6))
+    batches = [told.predictions, told.label_ids]
+    pairs = zip(*batches, strict=True) if isinstance(told.predictions, list) else [batches]
+    predictions = [of_text(*pair) for pair in pairs]
+    return kept, predictions, made.state.num_input_tokens_seen, weights
+
+
+def of_text(logits: Any, labels: Any) -> Any:
+    """Without what stands in padding, on the right of all labels: it does not cross, so nobody predicts it."""
+    if logits.ndim < 3:
+        return logits
+    return logits[np.flip(np.maximum.accumulate(np.flip(labels != -100, 1), 1), 1)]
 
 
 class Stop(transformers.TrainerCallback):

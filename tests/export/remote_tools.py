@@ -24,7 +24,7 @@ from flexp.run.settle import ClientSetup, settle_client
 from flexp.run.store import Store, party_of
 from flexp.server import Server
 
-from .tools import content_of
+from .tools import content_of, of_text
 
 STEPS = 3
 
@@ -60,7 +60,7 @@ class Remote:
         with torch.no_grad():
             logits: torch.Tensor = model(**self.batch()).logits
         model.link.close()
-        return logits.float()
+        return of_text(logits, self.batch())
 
 
 @contextmanager

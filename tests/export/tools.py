@@ -69,12 +69,17 @@ def batch_of(run: SavedRun, client: str) -> dict[str, Tensor]:
 
 
 def answer(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """Logits in float32."""
+    """Logits in float32; of tokens those that are no padding, which no party sends to another."""
     if hasattr(model, "eval"):
         model.eval()
         with torch.no_grad():
-            return model(**batch).logits.float()  # type: ignore[no-any-return]
-    return model(batch).logits.float()  # type: ignore[no-any-return]
+            return of_text(model(**batch).logits, batch)
+    return of_text(model(batch).logits, batch)
+
+
+def of_text(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    """In float32, of the tokens under the mask where there is one answer a token."""
+    return (logits[batch["attention_mask"].bool()] if logits.dim() == 3 else logits).float()
 
 
 def _images(folder: Path, model: Path) -> None:

@@ -129,6 +129,9 @@ def test_evaluation_is_exact_and_keeps_nothing(name: str) -> None:
     server, split = parties(name)
     batch = tiny_batch(reference, padding="none" if name == "vit" else "right")
     with torch.no_grad():
-        assert torch.equal(split.eval()(**batch).logits, reference(**batch).logits)
+        logits, expected = split.eval()(**batch).logits, reference(**batch).logits
+    if logits.dim() == 3:  # what stands in padding does not cross
+        logits, expected = (value[batch["attention_mask"].bool()] for value in (logits, expected))
+    assert torch.equal(logits, expected)
     assert not server._sessions["a"].pending
     assert torch.equal(split(**batch).loss, reference(**batch).loss)  # also without no_grad

@@ -300,7 +300,10 @@ class SplitModel(JoinedModel):
         self, inputs: Mapping[str, Any], plan: ExecutionPlan, z_BTH: Tensor, *, train: bool, headless: bool
     ) -> tuple[Places | None, Tensor | None]:
         """The tokens of z that cross (``None``: all), and flags (B, T) of the rows of h (``None``: the same tokens)."""
-        mask_BT, per_token = inputs.get("attention_mask"), KINDS[self.kind].answers in PER_TOKEN
+        mask_BT, answers = inputs.get("attention_mask"), KINDS[self.kind].answers
+        per_token = answers in PER_TOKEN
+        if answers == "span" and not headless:
+            return None, None  # the loss is a softmax over all places, padding among them
         kept = without_padding(mask_BT) if self.ignores_padding else None
         if headless:
             return kept, None

@@ -79,6 +79,10 @@ def _split(probe: Probe, stage: Stage, server: Server) -> ExchangeCost:
     model = client_model(probe, stage, _CountingLink).train(True)
     link: _CountingLink = model.link
     batch = random_batch(probe, stage.model.config)
+    with torch.no_grad():
+        model.eval()(**batch)  # the first batch of all shows which rows the head reads
+    model.train(True)
+    link.forget()
     with counting() as flops:
         link.flops = flops
         model(**batch).loss.backward()
@@ -143,10 +147,14 @@ def _start(probe: Probe, stage: Stage) -> ExchangeCost:
 class _CountingLink(EchoLink):
     """An echo that keeps what it was sent, and what had been computed by then."""
 
-    flops: Callable[[], float]
+    flops: Callable[[], float] = staticmethod(lambda: 0.0)
 
     def __init__(self, blocks: int, hidden: int, base_depth: int) -> None:
         super().__init__(blocks, hidden, base_depth)
+        self.forget()
+
+    def forget(self) -> None:
+        """What was sent so far does not count."""
         self.marks: list[float] = []
         self.requests: list[Any] = []
         self.up: list[int] = []

@@ -171,6 +171,8 @@ def ignores_padding(model: Any) -> bool:
     States that run along the text may pass it on, experts compute tokens together, as many as chose them, and blocks in
     8 bits look for outliers among all tokens.
     """
+    if not hasattr(model, "config"):
+        return False
     config = model.config.get_text_config().to_dict()
     experts = any("expert" in key and isinstance(value, int) and value > 1 for key, value in config.items())
     return only_masks(model) and not experts and brought_by(model.config) in ("off", "nf4")

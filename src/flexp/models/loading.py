@@ -110,7 +110,7 @@ def load_stage(
     quantization_config = quantizer(wanted.quantization, original, config, dtype, name)
     given = {} if quantization_config is None else {"quantization_config": quantization_config}
     # One at a time: transformers loads by way of globals.
-    with RandomStream(seed).active(), quietly(), low_memory_loading():
+    with RandomStream(seed).active(), quietly(), low_memory_loading(quantised=bool(given)):
         try:
             loaded, info = cls.from_pretrained(
                 name,

@@ -22,9 +22,12 @@ ONE_THREAD = "HF_DEACTIVATE_ASYNC_LOAD"
 
 
 @contextlib.contextmanager
-def low_memory_loading() -> Iterator[None]:
-    """While this lasts transformers maps no file, where that would count; for one thread at a time."""
-    if not reserves_count():
+def low_memory_loading(*, quantised: bool = False) -> Iterator[None]:
+    """While this lasts transformers maps no file, where that would count; for one thread at a time.
+
+    Of weights that are ``quantised`` as they are read, the pages of a map would stay beside what was made of them.
+    """
+    if not quantised and not reserves_count():
         yield
         return
     original, before = modeling_utils.safe_open, os.environ.get(ONE_THREAD)
