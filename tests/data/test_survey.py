@@ -78,6 +78,11 @@ def test_signs_between_labels_and_what_belongs_together(tmp_path: Path) -> None:
     made = drafted(seen, drafts["multi-label"], "model", None, tmp_path / "x.toml")["data"]
     assert (made["label_separator"], made["group"]) == ("|", "patient")
     assert "group" not in drafted(seen, drafts["multi-label"], "model", "patient", tmp_path / "x.toml")["data"]
+    # A patient of two clients: `data.group` would be refused, so it is not proposed.
+    rows = [{**row, "client": "ab"[k % 2]} for k, row in enumerate(rows)]
+    seen = survey(str(jsonl(tmp_path / "y.jsonl", rows)))
+    for clients, found in ((None, False), ("4", True)):
+        assert ("group" in drafted(seen, drafts["multi-label"], "model", clients, tmp_path / "y.toml")["data"]) is found
 
 
 def test_columns_are_counted(tmp_path: Path) -> None:

@@ -70,6 +70,7 @@ def saved(folder: Path, model_type: str, kind: str, options: dict[str, Any]) -> 
         ("phi3", "causal-lm", PHI, 24),
         ("dinov2", "image-classification", {**SIZES, "image_size": 8, "patch_size": 4, "num_labels": 3}, 10),
         ("mamba", "causal-lm", {**SIZES, **TEXT, "state_size": 4}, 10),
+        ("doge", "causal-lm", {**SIZES, **TEXT, "num_key_value_heads": 2}, 10),  # an attention mask that is trained
         ("big_bird", "sequence-classification", {**SIZES, **TEXT, "num_labels": 3}, 10),
         ("codegen", "causal-lm", {"n_embd": 32, "n_layer": 4, "n_head": 4, "rotary_dim": 4, "vocab_size": 97}, 10),
     ],

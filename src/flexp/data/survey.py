@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,6 +44,7 @@ class Column:
         long: characters that 19 of 20 values have at most.
         common: the most frequent values, and how often they are there.
         whole: of a ``number``: all are whole.
+        torn: of a column that may be a group: columns that differ between rows that share its value.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Column:
     long: int = 0
     common: Sequence[tuple[str, int]] = ()
     whole: bool = True
+    torn: frozenset[str] = frozenset()
 
     @property
     def repeats(self) -> bool:
@@ -102,6 +104,8 @@ def survey(source: str, split: str | None = None, config: str | None = None) -> 
     if Path(source).is_dir() and not splits:
         files = _owners(source)
     columns = [_column(name, rows) for name in rows.dataset.column_names]
+    plain = [column.name for column in columns if column.kind in ("text", "number")]
+    columns = [replace(c, torn=_torn(c.name, plain, rows)) if c.name.lower() in GROUPS else c for c in columns]
     return Survey(source, len(rows), columns, files, bool(splits) and "test" in splits, rows.notes)
 
 
@@ -140,6 +144,15 @@ def _owners(source: str) -> list[str]:
         return []
     owners = dict.fromkeys(str(rows.part(index).group) for index in range(len(rows)))
     return list(owners) if len(owners) > 1 else []
+
+
+def _torn(group: str, names: Collection[str], rows: Rows) -> frozenset[str]:
+    if group not in names:
+        return frozenset()
+    values = {name: list(map(str, rows.values(name))) for name in names}
+    return frozenset(
+        name for name in names if len(set(zip(values[group], values[name], strict=True))) > len(set(values[group]))
+    )
 
 
 def _column(name: str, rows: Rows) -> Column:

@@ -94,7 +94,7 @@ def drafted(survey: Survey, draft: Draft, model: str, clients: str | None, out: 
     lengths = [column.long for column in survey.columns if column.name in draft.keys.values()]
     data = {"source": _beside(survey.source, out), "task": draft.task, **draft.keys}
     group = survey.group()
-    if group is not None and group.name not in (clients, *draft.keys.values()):
+    if group is not None and group.name not in (clients, *draft.keys.values()) and clients not in group.torn:
         data["group"] = group.name
     if survey.tests:
         data["test_source"] = f"{_beside(survey.source, out)}#test"
@@ -182,7 +182,7 @@ def _table(content: Mapping[str, Any], name: str) -> list[str]:
         if not isinstance(value, dict):
             meaning = _MEANING.get(f"{name}.{key}")
             lines.append(f"{key} = {_value(value)}" + (f"  # {meaning}" if meaning else ""))
-    lines += _OFFERED.get(name, [])
+    lines += [line for line in _OFFERED.get(name, []) if line.removeprefix("# ").partition(" ")[0] not in content]
     for key, value in content.items():
         if isinstance(value, dict):
             lines += ["", *_table(value, f"{name}.{key}" if name else key)]

@@ -143,9 +143,11 @@ class Session:
         size = size_kept(request)
         expected = round(self.graph_rate * request.hidden_BTH.numel())
         keep_graph = self.config.memory == "keep" and self.has_room(size + expected, graph=True)
-        z_BTH = request.hidden_BTH.detach().requires_grad_(keep_graph)
+        z_BTH = request.hidden_BTH.detach().requires_grad_()
         generator = self.random.state
-        with torch.set_grad_enabled(keep_graph), counted(stage.model) as graph:
+        # With gradients in any case: torch takes other kernels without (for an attention mask that is trained, say),
+        # and h would not be, bit for bit, what the backward computes again.
+        with torch.enable_grad(), counted(stage.model, keep=keep_graph) as graph:
             h_BTH = stage.run(z_BTH, plan, start, stop)
         value: float | None = None
         align_BTH: list[Tensor] = []
@@ -305,7 +307,8 @@ class Sessions(dict[str, Session]):
 class Kept:
     """Bytes that autograd keeps of a forward, without the weights: they are there anyway."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, keep: bool = True) -> None:
+        self.keep = keep
         self._weights = {_place(value) for values in (model.parameters(), model.buffers()) for value in values}
         self._found: dict[int, int] = {}
 
@@ -314,8 +317,10 @@ class Kept:
         """Every storage once, however many nodes of the graph keep a view of it."""
         return sum(self._found.values())
 
-    def pack(self, value: Tensor) -> Tensor:
+    def pack(self, value: Tensor) -> Tensor | None:
         """Autograd is about to keep ``value``."""
+        if not self.keep:
+            return None
         place = _place(value)
         if place not in self._weights:
             self._found[place] = value.untyped_storage().nbytes()
@@ -323,9 +328,10 @@ class Kept:
 
 
 @contextmanager
-def counted(model: nn.Module) -> Iterator[Kept]:
-    """Count what autograd keeps of the forwards of ``model`` inside the ``with`` block."""
-    kept = Kept(model)
+def counted(model: nn.Module, *, keep: bool = True) -> Iterator[Kept]:
+    """Count what autograd keeps of the forwards of ``model`` inside the ``with`` block; or let it keep nothing, so that
+    no backward can follow."""
+    kept = Kept(model, keep=keep)
     with torch.autograd.graph.saved_tensors_hooks(kept.pack, _same):
         yield kept
 
