@@ -58,7 +58,7 @@ VOCABULARY = {
         "quantization",
     },
     Welcome: {"base_depth", "blocks", "hidden", "max_in_flight", "max_tokens", "frame_bytes"},
-    Refusal: {"error", "again"},
+    Refusal: {"error", "again", "leave"},
     ForwardRequest: {
         "exchange",
         "hidden_BTH",
