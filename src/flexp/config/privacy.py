@@ -31,6 +31,7 @@ class PrivacyConfig(Section):
     public: str | None = None  # a file of public texts, one a line; None: the manual that comes with Python
     # what an attacker who is given the head itself may read when the warm-up ends; else nothing is sent. None: no bound
     max_content_words: Fraction | None = None
+    audit: bool = False  # attack what the server is sent in the first round, and say what it can read
     warm_up: WarmUpConfig = WarmUpConfig()
 
     @property
