@@ -177,7 +177,7 @@ def _heads(world: World, depth: int, examples: Sequence[Example], tokenizer: Any
     """What the heads that an attacker learns from make of public text: the pretrained one, and where clients teach
     theirs or add noise, one that it taught in the same way, with such noise."""
     heads, config = {PRETRAINED: known_to_all(world.source, depth, examples)}, world.config.privacy
-    if config.on and depth > 0:
+    if config.of_texts and depth > 0:
         blocks = world.source.anatomy.blocks
         surrogate = own_stage(world, Part.client((depth, blocks), blocks))
         unbound = config.model_copy(update={"max_content_words": None})

@@ -67,6 +67,7 @@ def render(summary: Mapping[str, Any], records: Sequence[Record], config: Any | 
             formats.plural(summary["rounds"], "round"),
             f"seed {summary['seed']}",
             f"what the server can read: {summary.get('server_reads', UNKNOWN)}",
+            *([f"privacy: {summary['epsilon']['line']}"] if "epsilon" in summary else []),
         ],
         warnings=[*([] if summary["finished"] else [unfinished]), *summary.get("warnings", [])],
         run=summary,

@@ -11,6 +11,7 @@ from typing import Any
 
 from flexp.audit import Watch, attacked, watchable
 from flexp.client.meeting import FIRST, LAST
+from flexp.client.noise import ledger, told
 from flexp.client.personal_head import Choice
 from flexp.client.trainer import Step
 from flexp.config import RunConfig
@@ -267,12 +268,12 @@ class _Run:
         """The first round, and what the server can read of it: texts are read most easily before heads have moved."""
         watch = Watch(watchable(self.method), max(1, WATCHED // len(self.world.participants)))
 
-        def told(step: Step) -> None:
+        def over(step: Step) -> None:
             self.diary.step(1, step)
             watch.told(step)
 
         with watch.watching():
-            self.method.train_round(1, told)
+            self.method.train_round(1, over)
         began, public = time.perf_counter(), self.config.privacy.public
         found = attacked(watch, public=None if public is None else Path(public))
         write_json(self.out / AUDIT, found.as_json())
@@ -298,7 +299,7 @@ class _Run:
         scores: Scores = {}
         extras = may_be_last(number, self.config.train)
         alike = getattr(self.method, "same_for_all", False)
-        alike |= number == 0 and not self.config.privacy.on  # before training all have what came, or were taught
+        alike |= number == 0 and not self.config.privacy.of_texts  # before training all have what came, or were taught
         everybody: dict[str, float] | None = None
         for client in self.world.federation.clients:
             forward = self.method.personal(client.name)
@@ -351,6 +352,7 @@ class _Run:
         facts, virtual = client_facts(world, self.method, records)
         clients = [{**client, **facts.get(str(client["name"]), {})} for client in clients]
         evaluation = [account.evaluation for account in accounts.values()]
+        spent = ledger(self.config, world.federation, anatomy.hidden)
         devices = {} if not self.config.on_devices else {"dropped": self.dropped, "virtual": virtual}
         return (
             build_summary(
@@ -387,6 +389,7 @@ class _Run:
                 rounds=done,
             )
             | devices
+            | ({"epsilon": spent | {"line": told(spent)}} if spent else {})
         )
 
 
