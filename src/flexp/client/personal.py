@@ -207,7 +207,7 @@ class WholeModel:
 
     def __call__(self, **batch: Any) -> Any:
         with self.stage.computing():
-            return self.stage.model(**batch, **self.stage.no_cache)
+            return self.stage.model(**self.stage.placed(batch), **self.stage.no_cache)
 
     def train(self, mode: bool = True) -> WholeModel:
         self.stage.model.train(mode)
@@ -235,7 +235,7 @@ def answering(model: Any) -> Callable[[Mapping[str, Tensor]], Any]:
     def forward(batch: Mapping[str, Tensor]) -> Any:
         model.train(False)
         with torch.no_grad():
-            return model(**batch)
+            return model(**{key: value.to(model.device) for key, value in batch.items()})
 
     return forward
 

@@ -15,6 +15,7 @@ from flexp.cost.flops import count_exchange, mean_shape
 from flexp.cost.probe import Measured, Probe, measure_once
 from flexp.errors import FlexpError
 from flexp.files import read_json, write_json
+from flexp.machine import device_of
 from flexp.methods.base import World, base_depth
 from flexp.methods.parties import client_seed, own_stage, own_world, server_stage, with_model
 from flexp.models.anatomy import Part
@@ -47,6 +48,9 @@ class MemoryProbes:
         config = self.world.config
         wanted = config.evaluation.measure_memory or config.on_devices
         if not wanted or self.holds.part is None:
+            return
+        if device_of(config.model.device).type != "cpu":
+            say("the clients' memory is not measured: it would be that of this machine, and they compute on a GPU")
             return
         missing = {key: probe for key, probe in self._probes().items() if "peak" not in self.found.get(key, {})}
         if not missing:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flexp.errors import LinkError
 from flexp.links.messages import ForwardRequest, KeptForwardRequest
+from flexp.links.packing import Places
 
 
 @dataclass
@@ -45,8 +46,7 @@ class Examples:
                     f"expected {length}; send it again"
                 )
         rows = [value for value in values if value is not None]
-        hidden_BTH = rows[0].new_zeros(*mask_BT.shape, rows[0].shape[1])
-        hidden_BTH[mask_BT.to(hidden_BTH.device)] = torch.cat(rows)
+        hidden_BTH = Places.of(mask_BT).unpack(torch.cat(rows).unsqueeze(0))
         whole = ForwardRequest(
             request.exchange, hidden_BTH, request.mask_BT, train=True, step=request.step, rows_BT=request.rows_BT
         )
