@@ -41,6 +41,10 @@ class LinkLostError(LinkError):
     """The other side cannot be reached, or has forgotten this client: connecting and joining again may help."""
 
 
+class StoppedError(LinkLostError):
+    """The server stops, and wants its clients to save and leave until it is back."""
+
+
 class BadValuesError(LinkError):
     """What a client sent is not finite, or beyond the server's bounds; nothing was done with it."""
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -14,11 +16,12 @@ from flexp.config import DeploymentConfig, RunConfig
 from flexp.errors import ConfigError
 from flexp.links.base import Link
 from flexp.links.grpc import connect
+from flexp.links.messages import ForwardRequest
 from flexp.report.metrics import read
 from flexp.run import runner
 from flexp.run.client import run_client
 from flexp.run.fleet import Fleet
-from flexp.run.server import make_conductor
+from flexp.run.server import make_conductor, make_server
 from flexp.run.settle import settle, settle_client
 from flexp.run.store import Store
 from tests import tiny
@@ -42,6 +45,18 @@ def configured(folder: Path, kind: str = "weights", steps: int = 2, **changes: o
     align = {"kind": kind, "weight": 0.5, "pull": 0.3, "every": 2, "teach": kind == "weights"}
     train = {"rounds": 2, "steps_per_round": steps, "batch_size": 4, "micro_batch": 2, "order": "random"}
     return tiny.config(folder, method={"align": align}, train=train, **changes)
+
+
+def kept_examples(folder: Path, steps: int) -> RunConfig:
+    """Frozen heads without dropout, whose examples cross once; three steps an epoch."""
+    tiny.bert_folder(folder / "model")
+    return tiny.config(
+        folder,
+        method={"align": {"kind": "off"}, "personal": {"frozen_head_blocks": 1}},
+        data={"clients": {"cut": [1, None]}},
+        link={"cache": "disk"},
+        train={"rounds": 2, "steps_per_round": steps, "batch_size": 4, "micro_batch": 2, "order": "random"},
+    )
 
 
 def check(sim: Path, out: Path) -> None:
@@ -107,11 +122,62 @@ def test_stopped_and_started_again_equals_undisturbed(folder: Path, tmp_path: Pa
     check(tmp_path / "sim", out)
 
 
+@pytest.mark.parametrize(("schedule", "link"), [("free", "in process"), ("deterministic", "grpc")])
+def test_a_server_that_stops_sends_its_clients_home(folder: Path, tmp_path: Path, schedule: str, link: str) -> None:
+    """In the middle of a step; a second run ends with the weights of an undisturbed one."""
+    config = configured(folder, "kl")
+    asked = DeploymentConfig.model_validate({"schedule": schedule, "clients": ["south"], "save_every": 2})
+
+    def session(out: Path, stop_at: int = 0) -> tuple[bool, list[str]]:
+        server = Server(config, asked, out / "server") if link == "grpc" else InProcess(config, asked, out / "server")
+        service, answer, forwards = server.server, server.server.answer, 0
+
+        def counting(client: str, request: Any) -> Any:
+            nonlocal forwards
+            forwards += isinstance(request, ForwardRequest) and request.train
+            if forwards == stop_at and stop_at and not service.stops:
+                server.stop.set() if link == "grpc" else service.dismiss()
+                _until(lambda: link == "in process" or "stopping" in server.lines)
+            return answer(client, request)
+
+        service.answer = counting  # type: ignore[method-assign]
+        reach = plain(server) if isinstance(server, Server) else service.connect
+        console = Console(file=io.StringIO(), width=200)
+        setup = settle_client(config, "south", None)
+        over = run_client(setup, asked, lambda: reach("south"), out / "south", console=console, stop=threading.Event(),
+                          codec=config.link.codec)  # fmt: skip
+        server.end()
+        return over, console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+
+    assert session(tmp_path / "whole")[0]
+    over, lines = session(tmp_path / "two", stop_at=6)  # the second of two micro-batches of step 3
+    assert not over
+    assert any("south: the server stops; save, leave" in line for line in lines), lines
+    assert any("south: stopped after 2 steps" in line for line in lines), lines
+    assert session(tmp_path / "two")[0]
+    for party in ("server", "south/snapshots"):
+        one, two = (without_meters(newest(tmp_path / way / party)) for way in ("whole", "two"))
+        assert equal(one, two), party
+
+
+class InProcess:
+    """A server and its conductor, without a network."""
+
+    def __init__(self, config: RunConfig, deployment: DeploymentConfig, state: Path) -> None:
+        start, end = settle(config).cuts["south"]
+        self.server = make_server(config, min(start, 1), end, "sequence-classification", ["south"])
+        self.server.conductor = make_conductor(self.server, config, deployment, state, lambda _: None)
+
+    def end(self) -> None:
+        self.server.conductor.close()  # type: ignore[union-attr]
+
+
 def test_the_server_comes_back_while_its_clients_live(folder: Path, tmp_path: Path) -> None:
     config = configured(folder, "kl", steps=4)
     runner.run(config, tmp_path / "sim")
     out = tmp_path / "fleet"
-    first = Server(config, FIXED, out / "server")
+    stays = FIXED.model_copy(update={"on_stop": "wait"})
+    first = Server(config, stays, out / "server")
     clients = [Client(config, FIXED, name, plain(first), out / "clients" / name) for name in NAMES]
     _until(lambda: first.server.shared.version >= 7)
     first.end()
@@ -192,14 +258,16 @@ def test_a_cut_changes_before_the_first_step(folder: Path, tmp_path: Path) -> No
     assert tuple(newest(state / "snapshots")["cut"].tolist()) == (3, 4)
 
 
-def test_processes_that_are_killed(folder: Path, tmp_path: Path) -> None:
-    """Real processes, SIGKILL for a client and for the server in the middle of training."""
-    config = configured(folder, steps=7)
+@pytest.mark.parametrize("cached", [False, True])
+def test_processes_that_are_killed(folder: Path, tmp_path: Path, cached: bool) -> None:
+    """Real processes, SIGKILL for a client and for the server in the middle of training; ``cached``: whose server keeps
+    examples, and loses them with its process and with each connection."""
+    config = kept_examples(tmp_path, steps=4) if cached else configured(folder, steps=7)
     runner.run(config, tmp_path / "sim")
     made = Fleet(settle(config), tmp_path / "fleet", schedule="deterministic", save_every=3, say=lambda _: None)
     made.start()
     try:
-        for party, steps in ((made.clients["west"], 6), (made.server, 16)):
+        for party, steps in ((made.clients["west"], 6), (made.server, 11 if cached else 16)):
             _until(lambda steps=steps: sum(row["steps"] for row in made.results()) >= steps or made.watch(), 120, 0.05)
             assert party.process is not None
             party.process.kill()

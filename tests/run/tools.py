@@ -31,6 +31,7 @@ class Server:
         listen: str = "127.0.0.1:0",
         **more: Any,
     ) -> None:
+        more["dismiss"] = deployment.on_stop == "leave"
         self.lines: list[str] = []
         self.stop, self._listening = threading.Event(), threading.Event()
         cuts = settle(config).cuts

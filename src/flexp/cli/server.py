@@ -98,6 +98,7 @@ def server(
         keep=deployment.keep,
         conductor=make_conductor(made, loaded, deployment, state, say) if conducts else None,
         allow_export=deployment.allow_export,
+        dismiss=deployment.on_stop == "leave",
         say=say,
         every=every,
         metrics=metrics,

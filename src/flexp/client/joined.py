@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping
 from contextlib import suppress
 
@@ -10,9 +11,10 @@ from torch import Tensor
 
 from flexp.client.exchange import Steps, check_finite, waiting
 from flexp.client.guarding import Guard
+from flexp.client.once import Standing
 from flexp.client.personal import PersonalModel
 from flexp.client.watching import Watch
-from flexp.config import AlignConfig, CodecConfig, LoraConfig, Rows
+from flexp.config import AlignConfig, Cache, CodecConfig, LoraConfig, Rows
 from flexp.errors import ConfigError, LinkError
 from flexp.links.base import Link, ask
 from flexp.links.messages import Abort, Join, PullRequest, Welcome
@@ -42,13 +44,15 @@ class JoinedModel(PersonalModel):
         numbering: int | None = None,
         codec: CodecConfig | None = None,
         rows: Rows = "logits",
-        once: bool = False,
+        cache: Cache = "off",
         base_depth: int | None = None,
     ) -> None:
         super().__init__(stage)
         self.rows = rows
-        self.once = once
-        self.known: set[int] = set()  # examples that the server keeps
+        self.cache = cache
+        self.known: set[int] = set()  # examples that the server keeps …
+        self.known_of: Standing | None = None  # … made by these weights
+        self._examples_key = secrets.token_hex(32) if cache == "disk" else ""
         self._pooling = Pooling(stage)
         self.ignores_padding = ignores_padding(stage.model)
         self.link = link
@@ -174,6 +178,7 @@ class JoinedModel(PersonalModel):
                 weights=self.stage.weights,
                 numbering=self.steps.numbering,
                 codec=self.codec,
+                examples_key=self._examples_key,
             ),
         )
         anatomy = self.stage.anatomy

@@ -26,6 +26,9 @@ class DeploymentConfig(Section):
     save_every: PositiveInt = 10  # steps of each client between two snapshots of all
     keep: PositiveInt = 3  # snapshots that every party keeps
     patience: Rate = 300.0  # seconds that a client tries to reach a server that has gone
+    # what clients do when the server is stopped (Ctrl-C, SIGTERM) before the run is over: save and leave, or wait for
+    # it to come back, for ``patience`` seconds. If it falls, they wait
+    on_stop: Literal["leave", "wait"] = "leave"
     allow_export: bool = False  # the server gives clients the trained weights of the blocks that it runs for them
     answer_seconds: Rate = 120.0  # that a client waits for an answer before it connects anew and asks again
     end: PositiveInt | None = None  # behind the last block that the server holds; None: all blocks

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from flexp.config import AlignConfig, CodecConfig, LoraConfig
-from flexp.errors import LinkError, LinkLostError, plain
+from flexp.errors import LinkError, LinkLostError, StoppedError, plain
 from flexp.links.declaring import (
     FLAGS,
     INTEGERS,
@@ -34,19 +34,22 @@ What = Literal["step", "evaluate", "meet", "save", "restore", "stop"]
 
 @message
 class Refusal:
-    """The answer to what is refused: one line that says why; ``again``: connecting and joining again may help."""
+    """The answer to what is refused: one line that says why; ``again``: connecting and joining again may help;
+    ``leave``: the server stops, and whoever takes part in its run is to save and leave."""
 
     error: str
     again: bool = False
+    leave: bool = False
 
     @classmethod
     def of(cls, error: Exception | str) -> Refusal:
         """What an error comes to."""
-        return cls(plain(error), isinstance(error, LinkLostError))
+        return cls(plain(error), isinstance(error, LinkLostError), isinstance(error, StoppedError))
 
     def as_error(self) -> LinkError:
         """The error on the other side, with the words of this one."""
-        return (LinkLostError if self.again else LinkError)(plain(self.error))
+        lost = StoppedError if self.leave else LinkLostError
+        return (lost if self.again else LinkError)(plain(self.error))
 
 
 @message
@@ -86,6 +89,8 @@ class Join(Request[Welcome]):
         numbering: which run of this client its step numbers belong to, 1 to 2⁶³ − 1; 0: it numbers none. Joining again
             with the same one goes on with the same steps.
         codec: in what form tensors are to cross, both ways; ``None``: as the link does by itself.
+        examples_key: 32 bytes in hexadecimal with which the server seals examples that it keeps on its disk; empty: it
+            keeps them in memory.
     """
 
     client: str
@@ -100,6 +105,7 @@ class Join(Request[Welcome]):
     quantization: str = "off"
     numbering: Integer = 0
     codec: CodecConfig | None = None
+    examples_key: Annotated[str, Field(pattern="^([0-9a-f]{64})?$")] = ""
 
 
 @message

@@ -85,7 +85,7 @@ def split_model(
         numbering=numbering,
         codec=codec,
         rows=config.link.rows,
-        once=config.link.cache != "off",
+        cache=config.link.cache,
         base_depth=config.model.base_depth,
     )
 

@@ -15,7 +15,7 @@ from flexp.client.trainer import Trainer
 from flexp.client.watching import Watch
 from flexp.config import CodecConfig, DeploymentConfig
 from flexp.data.split import check_same
-from flexp.errors import ConfigError, LinkError, LinkLostError
+from flexp.errors import ConfigError, LinkError, LinkLostError, StoppedError
 from flexp.files import check_free, write_json
 from flexp.links.base import Link
 from flexp.report.metrics import MetricsLog, write_records
@@ -42,7 +42,7 @@ def run_client(
     stop: threading.Event | None = None,
 ) -> bool:
     """Take part in the run that the server conducts, going on from ``state`` if there is something; gives whether the
-    run is over (or else was stopped, by a signal or by ``stop``).
+    run is over (or else was stopped: by a signal, by ``stop``, or by the server, which stops itself).
 
     Args:
         codec: in what form tensors cross; ``None``: as the link does by itself (bfloat16 over a network).
@@ -66,7 +66,13 @@ def run_client(
     if recuts and facts and not setup.cut_is_given:  # where it moved to
         setup = replace(setup, cut=(int(facts["cut"][0]), int(facts["cut"][1])))
     with Progress(config.train.total_steps, name, metric=federation.task.metric, console=console) as progress:
-        trainer, model = _joined(setup, reach, facts.get("numbering"), codec, deployment.patience, progress.note, stop)
+        try:
+            trainer, model = _joined(
+                setup, reach, facts.get("numbering"), codec, deployment.patience, progress.note, stop
+            )
+        except StoppedError as error:
+            progress.note(f"{name}: {error}")
+            return False
         model.watch = Watch(lambda line: progress.note(f"{name}: {line}"))
         write_facts(state, setup.data, federation, setup.cut)  # first: it says that what follows is this client's
         parking = ParkedOnDisk(state / "parked", model.steps.numbering)

@@ -122,6 +122,13 @@ class Conductor:
         member.ready, member.waits = ready, Future()
         return member, member.waits
 
+    def dismiss(self, why: LinkError) -> None:
+        """Nobody gets an order any more: who waits for one is told why."""
+        for member in self.members.values():
+            future, member.waits = member.waits, None
+            if future is not None and future.set_running_or_notify_cancel():
+                future.set_exception(why)
+
     def gone(self, client: str) -> None:
         """A client's stream has ended; whatever it waited for it will ask again. Only who needs it waits for it."""
         if client in self.members:

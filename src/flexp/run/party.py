@@ -15,7 +15,7 @@ from flexp.client.model import SplitModel
 from flexp.client.recut import fit
 from flexp.client.trainer import Step, Trainer, cut_in, load_party, party_state
 from flexp.data.scores import Scores, evaluate
-from flexp.errors import LinkError, LinkLostError, StorageError, TrainingError
+from flexp.errors import LinkError, LinkLostError, StoppedError, StorageError, TrainingError
 from flexp.limits import out_of_memory
 from flexp.links.base import Link
 from flexp.links.coding import load_residuals
@@ -74,14 +74,14 @@ class Party:
         self._facts: dict[str, float] = {}
         self._validated = validated or {}
         self._saved_steps = trainer.steps  # of a client that has moved to another cut, what it moved with
-        self._place = 0
+        self._place = -1 if snapshots.numbers() else 0
         self._met = 0  # meetings that it has been at
         self._pull_due = False
         self._linked = time.monotonic()
         self._quick = 0.0  # seconds to rest before the link is made anew
 
     def work(self, stop: threading.Event) -> bool:
-        """Obey until the run is over or ``stop`` is set, then end after the step; gives whether the run is over.
+        """Obey until the run is over, ``stop`` is set or the server stops, then save; gives whether the run is over.
 
         Raises:
             LinkError: the server refuses, or cannot be reached any more.
@@ -91,9 +91,14 @@ class Party:
         while True:
             try:
                 return self._obey()
+            except StoppedError as error:
+                return self._dismissed(error)
             except LinkLostError as error:
                 self.diary.note(f"{error}; trying again")
-                self._reconnect(error)
+                try:
+                    self._reconnect(error)
+                except StoppedError as stopped:
+                    return self._dismissed(stopped)
 
     def save(self, number: int) -> None:
         """Write a snapshot, in place of one that has the same number; that the disk is full is told and no error."""
@@ -140,7 +145,16 @@ class Party:
                 case "stop":
                     return True
             done = order.place
-        self.save(self._place)  # to go on from here
+        if self._place >= 0:  # there is something new to go on from
+            self.save(self._place)
+        return False
+
+    def _dismissed(self, why: StoppedError) -> bool:
+        """Save, unless the newest snapshot is what to go on from: without an order, in the middle of doing again what
+        was done before, or where a pull that belongs to the last step is still due."""
+        if self._place >= 0 and not self._pull_due:
+            self.save(self._place)
+        self.diary.note(f"{self.data.name}: {why}")
         return False
 
     def _judge(self, order: Order) -> None:
@@ -290,6 +304,8 @@ class Party:
 
         try:
             patiently(again, self._patience, self._stop)
+        except StoppedError:
+            raise
         except LinkLostError as error:
             raise LinkError(
                 f"{error}; start the client again when it is back: it goes on from its last snapshot"
@@ -326,6 +342,7 @@ def patiently(attempt: Callable[[], R], seconds: float, stop: threading.Event, m
     """What ``attempt`` gives, made again and again for so long as the server cannot be reached, ``most`` seconds apart.
 
     Raises:
+        StoppedError: it is there, and stops.
         LinkLostError: it could not be reached in so many seconds, or until ``stop`` was set.
         LinkError: it refuses.
     """
@@ -333,6 +350,8 @@ def patiently(attempt: Callable[[], R], seconds: float, stop: threading.Event, m
     while True:
         try:
             return attempt()
+        except StoppedError:
+            raise
         except LinkLostError as error:
             if stop.is_set() or time.monotonic() + pause > end:
                 raise LinkLostError(f"the server could not be reached within {seconds:g} s ({error})") from error

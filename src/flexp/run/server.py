@@ -120,6 +120,7 @@ def run_server(
     conductor: Conductor | None = None,
     metrics: str | None = None,
     allow_export: bool = False,
+    dismiss: bool = True,
     **options: Any,
 ) -> None:
     """Serve until SIGINT or SIGTERM, or until a conducted run is over; then let steps end, save, and leave.
@@ -133,6 +134,8 @@ def run_server(
         keep: of what it saves, so many stay.
         conductor: conducts a run, and keeps snapshots of its own.
         metrics: HOST:PORT for /metrics, /healthz and /readyz.
+        dismiss: clients of a conducted run that is stopped are told to save and leave, and get ``grace`` seconds for
+            it; otherwise they try to reach the server until it is back.
         allow_export: give clients the trained weights of their shared blocks; the server then stays when a conducted
             run is over.
         options: of :class:`flexp.links.grpc.Serving`.
@@ -162,6 +165,11 @@ def run_server(
         _wait(server, serving, conductor, stopped, say, every)
         over = conductor is not None and conductor.finished
         say("the run is over" if over else "stopping")
+        if conductor is not None and dismiss and not conductor.over:
+            serving.at_rest(server.dismiss)
+            end = time.monotonic() + grace
+            while serving.clients and time.monotonic() < end:
+                time.sleep(0.02)
         saved = _save_between_steps(server, serving, store, 0.0 if over else grace)
         if conductor is not None:
             where = serving.at_rest(conductor.close)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flexp.assets import resolve
 from flexp.config import LoraConfig, ModelConfig, OptimizerConfig, ServerConfig
-from flexp.errors import LinkError
+from flexp.errors import LinkError, StoppedError
 from flexp.kinds import ModelKind
 from flexp.links.base import InProcessLink
 from flexp.links.declaring import Request
@@ -61,10 +61,12 @@ from flexp.server.admission import (
     same_exchange,
 )
 from flexp.server.clients import Key
+from flexp.server.examples import Examples
 from flexp.server.session import Session
 from flexp.server.state import ServerState
 
 R = TypeVar("R")
+STOPS = "the server stops; save, leave, and come again when it is back"
 
 
 class Conductor(Protocol):
@@ -76,6 +78,10 @@ class Conductor(Protocol):
 
     def gone(self, client: str) -> None:
         """A client has left; whatever it waited for it will ask again."""
+        ...
+
+    def dismiss(self, why: LinkError) -> None:
+        """Nobody gets an order any more."""
         ...
 
 
@@ -96,6 +102,7 @@ class Server(ServerState):
         only: the clients that may join; ``None``: all.
         sealed: the run is over: clients use and fetch what there is, and nobody trains. (A step that the shared blocks
             have taken already is answered again.)
+        stops: clients were told to save and leave.
     """
 
     def __init__(
@@ -119,7 +126,7 @@ class Server(ServerState):
         self.clients_tuning, self.clients_quantization = clients_tuning, clients_quantization
         self.conductor: Conductor | None = None
         self.only: Collection[str] | None = None
-        self.sealed = False
+        self.sealed = self.stops = False
 
     @classmethod
     def from_pretrained(
@@ -188,6 +195,8 @@ class Server(ServerState):
             LinkError: the request does not go with this server, with what was agreed on joining, or with what is in
                 flight; it has no effect then.
         """
+        if self.stops and not issubclass(request.reply, Done):
+            raise StoppedError(STOPS)
         if isinstance(request, Ready):
             return cast("Future[R]", self._next_order(client, request))
         with self._lock:
@@ -195,6 +204,14 @@ class Server(ServerState):
                 return cast(R, self._handle(request, client))
             with self.guard.request(client), nullcontext() if request.trains is None else self._computing():
                 return cast(R, self._handle(request, client))
+
+    def dismiss(self) -> None:
+        """Tell all clients to save and leave: those that wait for something now, the others when they ask for
+        something; called between two requests."""
+        self.stops = True
+        for waited in (self.sums, self.conductor):
+            if waited is not None:
+                waited.dismiss(StoppedError(STOPS))
 
     def _next_order(self, client: str, request: Ready) -> Future[Order]:
         if self.conductor is None:
@@ -214,8 +231,9 @@ class Server(ServerState):
         record = self.clients[client]
         progress = record.numbered(request.numbering)
         record.cuts(request.cut)
+        examples = Examples(request.examples_key)
         self._sessions[client] = Session(
-            request, self.shared, self.config, record.random, progress, peers=self._sessions
+            request, self.shared, self.config, record.random, progress, peers=self._sessions, examples=examples
         )
         anatomy = self.shared.stage.anatomy
         return Welcome(self.blocks[0], anatomy.blocks, anatomy.hidden, self.config.max_in_flight)

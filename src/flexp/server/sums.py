@@ -88,6 +88,15 @@ class SumTable:
             if future.set_running_or_notify_cancel():
                 future.set_result(self.done[number])
 
+    def dismiss(self, why: LinkError) -> None:
+        """Nobody waits any more, nor are their numbers kept."""
+        with self._lock:
+            waiting = [future for futures in self._waiting.values() for future in futures.values()]
+            self._given, self._waiting = {}, {}
+        for future in waiting:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(why)
+
     def state(self) -> dict[str, Tensor]:
         """The sums that are known, flat."""
         flat = {f"{number}/values": reply.values_N for number, reply in self.done.items() if reply.values_N is not None}
