@@ -235,7 +235,7 @@ def answering(model: Any) -> Callable[[Mapping[str, Tensor]], Any]:
     def forward(batch: Mapping[str, Tensor]) -> Any:
         model.train(False)
         with torch.no_grad():
-            return model(**{key: value.to(model.device) for key, value in batch.items()})
+            return model(**batch)
 
     return forward
 

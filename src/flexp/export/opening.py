@@ -8,8 +8,9 @@ from typing import Any
 
 import transformers
 
+from flexp.client.personal import answering
 from flexp.config import DataConfig, ModelConfig, RunConfig
-from flexp.data.types import Example
+from flexp.data.types import Example, Forward
 from flexp.errors import ConfigError, FlexpError, ModelError, StorageError
 from flexp.export.card import FILE, SCHEMA
 from flexp.export.client_folder import Connect, of_client, of_run
@@ -128,6 +129,12 @@ class ExportedModel(Trained):
                 raise ModelError(
                     f"{self.folder}: the exported model cannot be loaded ({first}); export it again"
                 ) from error
+
+    @cached_property
+    def forward(self) -> Forward:
+        """A batch may be anywhere."""
+        answer = answering(self.generator)
+        return lambda batch: answer({key: value.to(self.generator.device) for key, value in batch.items()})
 
     def _load(self) -> Any:
         where, settings = str(self.folder), transformers.AutoConfig.from_pretrained(self.folder)
