@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -128,14 +128,18 @@ class Costs:
         if key not in self._known:
             world = with_model(_own_world(self.world, client), lora=self.world.adapters(client).lora)
             self._known[key] = self._count(world, probe, only)
-        return replace(self._known[key], exchanges=exchanges)
+        train = _own_world(self.world, client).config.train
+        epoch = -(-len(self._examples(client)) // train.batch_size)
+        return replace(self._known[key], exchanges=exchanges, epoch=epoch)
 
     def shape(self, client: str) -> tuple[int, int, int]:
         """Examples and tokens of the mean exchange of ``client``, and exchanges in a step."""
         config = _own_world(self.world, client).config
-        train = next(data.train for data in self.world.federation.clients if data.name == client)
-        lengths = [len(example.get("input_ids", (0,))) for example in train]
+        lengths = [len(example.get("input_ids", (0,))) for example in self._examples(client)]
         return mean_shape(config.train, lengths, client_seed(config.seed, client))
+
+    def _examples(self, client: str) -> Sequence[Any]:
+        return next(data.train for data in self.world.federation.clients if data.name == client)
 
     def _count(self, world: World, probe: Probe, only: Collection[str] | None) -> ExchangeCost:
         blocks = world.source.anatomy.blocks
@@ -172,6 +176,7 @@ def _probe(world: World, client: str, examples: int, length: int) -> Probe:
         ranks=tuple(own.beside.items()),
         frozen=config.method.personal.frozen_head_blocks,
         rows=config.link.rows,
+        cache=config.link.cache,
     )
 
 
