@@ -114,7 +114,7 @@ class Group:
         return from_ring(total)
 
     def _mask(self, length: int, client: str, purpose: str, nonce: bytes) -> Ring:
-        ciphers = _cryptography("ciphers")
+        ciphers = cryptography("ciphers")
         key = _derived(self._key, "mask", purpose, client, nonce.hex())
         # A key is for one stream, so the stream may begin at zero.
         stream = ciphers.Cipher(ciphers.algorithms.ChaCha20(key, bytes(16)), mode=None).encryptor()
@@ -135,7 +135,7 @@ class Identity:
     """
 
     def __init__(self, private: bytes | None = None) -> None:
-        x25519 = _cryptography("x25519")
+        x25519 = cryptography("x25519")
         self._key = (
             x25519.X25519PrivateKey.generate()
             if private is None
@@ -176,8 +176,8 @@ class Identity:
 
     def _shared(self, public: bytes, publics: Mapping[str, bytes]) -> Any:
         """What seals between two clients of this group."""
-        other = _cryptography("x25519").X25519PublicKey.from_public_bytes(public)
-        aead = _cryptography("aead")
+        other = cryptography("x25519").X25519PublicKey.from_public_bytes(public)
+        aead = cryptography("aead")
         return aead.ChaCha20Poly1305(_derived(self._key.exchange(other), "seal", fingerprint(publics)))
 
 
@@ -194,12 +194,13 @@ def _framed(part: bytes) -> bytes:
 
 def _derived(key: bytes, *what: str) -> bytes:
     """HKDF (RFC 5869) with SHA-256: 32 bytes for this use of a key alone."""
-    hkdf, hashes = _cryptography("kdf.hkdf"), _cryptography("hashes")
+    hkdf, hashes = cryptography("kdf.hkdf"), cryptography("hashes")
     info = b"flexp sums" + b"".join(_framed(each.encode()) for each in what)
     return bytes(hkdf.HKDF(hashes.SHA256(), KEY_BYTES, None, info).derive(key))
 
 
-def _cryptography(part: str) -> Any:
+def cryptography(part: str, what: str = "masked sums need") -> Any:
+    """A part of that library. Raises ConfigError: it is not installed; ``what`` needs it."""
     from importlib import import_module
 
     names = {"x25519": "asymmetric.x25519", "aead": "ciphers.aead"}
@@ -207,5 +208,5 @@ def _cryptography(part: str) -> Any:
         return import_module(f"cryptography.hazmat.primitives.{names.get(part, part)}")
     except ImportError:
         raise ConfigError(
-            "masked sums need the library cryptography: pip install 'flexp[encryption]' (or pip install cryptography)"
+            f"{what} the library cryptography: pip install 'flexp[encryption]' (or pip install cryptography)"
         ) from None

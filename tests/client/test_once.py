@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from flexp.client.exchange import Piece
 from flexp.config import CodecConfig
-from flexp.errors import ConfigError, LinkError
+from flexp.errors import ConfigError, LinkError, LinkLostError
 from flexp.links.base import Link
 from flexp.links.messages import ForwardRequest, KeptForwardRequest
 from flexp.links.opening import loopback
 from flexp.methods.flexp_sfl import FlexpSfl
 from flexp.run.settle import build_world
+from flexp.server.examples import Examples
 from tests.harness import RecordingLink, equal, shared_weights, world
 from tests.tiny import bert_folder, config
 
@@ -55,8 +58,11 @@ def trained(made: Any) -> dict[str, torch.Tensor]:
 
 def test_sent_once_is_sent_every_time_bit_for_bit(home: Path) -> None:
     once, again, full = method(home), method(home, forgets=True), method(home, room=0)
+    sealed = method(home, cache="disk")
     assert equal(trained(once), trained(again))
     assert equal(trained(once), trained(full))
+    assert equal(trained(once), trained(sealed))
+    assert sealed.account("north").training.bytes_up == once.account("north").training.bytes_up
     link = once.clients["north"].model.link
     requests = list(link.sent(KeptForwardRequest))
     assert not list(link.sent(ForwardRequest))
@@ -92,7 +98,7 @@ def test_over_a_network_as_in_process() -> None:
         here = world("bert")
         with loopback(here.server, "a") as far:
             model = here.client("a", (1, 4), link=far if network else None, codec=CodecConfig.all("int8-row"))
-            model.once = True
+            model.cache = "memory"
             for name, value in model.stage.model.named_parameters():
                 value.requires_grad_(value.requires_grad and not model.stage.within(name, 0, 1))
             for examples in ((0, 1, 2), (2, 0, 1)):
@@ -103,6 +109,42 @@ def test_over_a_network_as_in_process() -> None:
             found.append((shared_weights(here.server), traffic.bytes_up, traffic.bytes_down))
     assert equal(found[0][0], found[1][0])
     assert found[0][1:] == found[1][1:]
+
+
+def test_another_head_is_sent_anew() -> None:
+    here = world("bert")
+    model = here.client("a", (1, 4))
+    model.cache, model.link = "memory", RecordingLink(model.link)
+    head = {name: value for name, value in model.stage.model.named_parameters() if model.stage.within(name, 0, 1)}
+    batch = here.batch(padding="right")
+    for changed in (False, False, True):
+        for value in head.values():
+            value.requires_grad_(False)
+            if changed:
+                value.add_(0.1)
+        with model.part_of_step(Piece(examples=(0, 1, 2))):
+            model(**batch).loss.backward()
+    assert [int(request.fresh_B.sum()) for request in model.link.sent(KeptForwardRequest)] == [3, 0, 3]
+
+
+def test_on_the_disk_nothing_is_readable() -> None:
+    key, value = "ab" * 32, torch.randn(5, 32)
+    examples = Examples(key)
+    assert examples.keep({4: value, 7: 2 * value}, 2 * (640 + 28))
+    assert not examples.keep({8: value}, 667)
+    assert examples.bytes == 2 * (640 + 28)
+    file = examples.kept._file.fileno()  # type: ignore[union-attr]
+    assert os.fstat(file).st_nlink == 0
+    content = os.pread(file, 1 << 20, 0)
+    assert len(content) == examples.bytes
+    assert value.numpy().tobytes() not in content
+    nonce, sealed = content[:12], content[12:668]
+    assert AESGCM(bytes.fromhex(key)).decrypt(nonce, sealed, (4).to_bytes(8, "big")) == value.numpy().tobytes()
+    assert torch.equal(examples.kept[7], 2 * value)
+    os.pwrite(file, content[:668], 668)  # example 4 in the place of 7
+    mask, old = torch.ones(1, 5, dtype=torch.long), torch.tensor([False])
+    with pytest.raises(LinkLostError, match="example 7 is not kept here any more"):
+        examples.whole(KeptForwardRequest(1, mask, torch.tensor([7]), old), "a")
 
 
 def test_what_is_not_kept_is_refused() -> None:
@@ -120,9 +162,11 @@ def test_what_is_not_kept_is_refused() -> None:
         ),
         ({"examples_B": torch.tensor([7, 4]), "fresh_B": torch.tensor([False, False]), "hidden_BTH": None}, "3 tokens"),
         ({"hidden_BTH": torch.ones(1, 4, 32)}, "4 tokens came, expected 5"),
+        ({"mask_BT": torch.tensor([[1, 1, 1], [0, 0, 0]])}, "an example without a token"),
     ):
-        with pytest.raises(LinkError, match=words):
+        with pytest.raises(LinkError, match=words) as error:
             here.server.answer("a", replace(first, exchange=2, **changes))  # type: ignore[arg-type]
+        assert isinstance(error.value, LinkLostError) == (words == "example 8")  # joining anew helps there alone
 
 
 def test_rounding_by_what_comes_along_is_refused(home: Path) -> None:

@@ -206,6 +206,15 @@ def test_after_a_refused_join_the_same_process_joins(how: str) -> None:
         model.link.close()
 
 
+@pytest.mark.parametrize(("older", "says"), [("connecting", "server speaks version 4"), ("gate", "speaks version 3")])
+def test_another_version_is_refused_in_one_line(older: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """3 is the last that knew neither rows nor packed tokens."""
+    monkeypatch.setattr(f"flexp.links.grpc.{older}.VERSION", 3)
+    refused = pytest.raises(LinkError, match=f"{says}.*: use the same FlexP on both sides$")
+    with serve(world("llama").server) as serving, refused:
+        connect(f"grpc://a@{serving.address}")
+
+
 def test_a_late_answer_gives_the_link_up(monkeypatch: pytest.MonkeyPatch) -> None:
     here = world("llama")
     held = threading.Event()

@@ -56,6 +56,7 @@ VOCABULARY = {
         "numbering",
         "codec",
         "quantization",
+        "examples_key",  # drawn for this, and of no use elsewhere: the server keeps nothing that it did not get
     },
     Welcome: {"base_depth", "blocks", "hidden", "max_in_flight", "max_tokens", "frame_bytes"},
     Refusal: {"error", "again", "leave"},

@@ -4,24 +4,39 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from benchmarks.tools.bad_network import BadNetwork
 from benchmarks.tools.tiny_run import CLIENTS, tiny_run
 from flexp.config import DeploymentConfig
 from flexp.links.grpc import connect
 from flexp.run import runner
+from flexp.server.examples import Examples
 from tests.harness import equal
 from tests.tiny import checkpoint
 
+from .test_fleet import kept_examples
 from .tools import Client, Server, parties, without_meters
 
 
-def test_the_weights_are_those_of_a_good_network(tmp_path: Path) -> None:
-    config = tiny_run(tmp_path, rounds=1, steps_per_round=15)
+@pytest.mark.parametrize("cache", ["off", "disk"])
+def test_the_weights_are_those_of_a_good_network(tmp_path: Path, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if cache == "off":
+        config, rate, faults = tiny_run(tmp_path, rounds=1, steps_per_round=15), 0.2, 15
+    else:
+        config, rate, faults = kept_examples(tmp_path, steps=6), 0.15, 6
     runner.run(config, tmp_path / "sim")
+    kept: list[Examples] = []
+
+    def made(key: str) -> Examples:
+        kept.append(Examples(key))
+        return kept[-1]
+
+    monkeypatch.setattr("flexp.server.server.Examples", made)
     names = list(CLIENTS)
     fixed = DeploymentConfig(schedule="deterministic", clients=names, save_every=5)
     server = Server(config, fixed, tmp_path / "fleet" / "server")
-    network = BadNetwork(server.address, rate=0.2, most=25, seed=1)
+    network = BadNetwork(server.address, rate=rate, most=25, seed=1)
     clients = [
         Client(
             config,
@@ -36,8 +51,11 @@ def test_the_weights_are_those_of_a_good_network(tmp_path: Path) -> None:
         client.join()
     server.end()
     network.close()
-    assert network.faults.total() >= 15
+    assert network.faults.total() >= faults
     assert len(network.faults) >= 4
+    if cache != "off":  # lost with connections, asked for again, and all there at the end
+        assert len(kept) > 2 * len(names)
+        assert sum(len(one.kept) == 12 for one in kept) >= len(names)
     there, here = checkpoint(tmp_path / "sim"), parties(tmp_path / "fleet", names)
     for party, state in there.items():
         assert equal(without_meters(state), without_meters(here[party])), party

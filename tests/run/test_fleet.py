@@ -47,6 +47,18 @@ def configured(folder: Path, kind: str = "weights", steps: int = 2, **changes: o
     return tiny.config(folder, method={"align": align}, train=train, **changes)
 
 
+def kept_examples(folder: Path, steps: int) -> RunConfig:
+    """Frozen heads without dropout, whose examples cross once; three steps an epoch."""
+    tiny.bert_folder(folder / "model")
+    return tiny.config(
+        folder,
+        method={"align": {"kind": "off"}, "personal": {"frozen_head_blocks": 1}},
+        data={"clients": {"cut": [1, None]}},
+        link={"cache": "disk"},
+        train={"rounds": 2, "steps_per_round": steps, "batch_size": 4, "micro_batch": 2, "order": "random"},
+    )
+
+
 def check(sim: Path, out: Path) -> None:
     there, here = tiny.checkpoint(sim), parties(out, NAMES)
     assert there.keys() == here.keys()
@@ -246,14 +258,16 @@ def test_a_cut_changes_before_the_first_step(folder: Path, tmp_path: Path) -> No
     assert tuple(newest(state / "snapshots")["cut"].tolist()) == (3, 4)
 
 
-def test_processes_that_are_killed(folder: Path, tmp_path: Path) -> None:
-    """Real processes, SIGKILL for a client and for the server in the middle of training."""
-    config = configured(folder, steps=7)
+@pytest.mark.parametrize("cached", [False, True])
+def test_processes_that_are_killed(folder: Path, tmp_path: Path, cached: bool) -> None:
+    """Real processes, SIGKILL for a client and for the server in the middle of training; ``cached``: whose server keeps
+    examples, and loses them with its process and with each connection."""
+    config = kept_examples(tmp_path, steps=4) if cached else configured(folder, steps=7)
     runner.run(config, tmp_path / "sim")
     made = Fleet(settle(config), tmp_path / "fleet", schedule="deterministic", save_every=3, say=lambda _: None)
     made.start()
     try:
-        for party, steps in ((made.clients["west"], 6), (made.server, 16)):
+        for party, steps in ((made.clients["west"], 6), (made.server, 11 if cached else 16)):
             _until(lambda steps=steps: sum(row["steps"] for row in made.results()) >= steps or made.watch(), 120, 0.05)
             assert party.process is not None
             party.process.kill()

@@ -96,11 +96,14 @@ def fresh(name: str) -> Path:
 
 
 def _show(summary: dict[str, Any], folder: Path) -> None:
-
+    from flexp.report.summary import UNKNOWN
     from flexp.report.tables import client_table
 
     shown = console()
     shown.print(client_table(summary))
+    reads = f"What the server can read: {summary['server_reads']}"
+    reads += " (privacy.audit = true, or flexp audit)" if summary["server_reads"] == UNKNOWN else ""
+    shown.print(reads, soft_wrap=True, markup=False, highlight=False)
     where = folder / "checkpoints"
     shown.print(f"Saved in {folder}; every client's personal weights in {where}", soft_wrap=True, markup=False)
     page = folder / "report.html"

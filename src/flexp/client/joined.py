@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping
 from contextlib import suppress
 
@@ -10,9 +11,10 @@ from torch import Tensor
 
 from flexp.client.exchange import Steps, check_finite, waiting
 from flexp.client.guarding import Guard
+from flexp.client.once import Standing
 from flexp.client.personal import PersonalModel
 from flexp.client.watching import Watch
-from flexp.config import AlignConfig, CodecConfig, LoraConfig, Rows
+from flexp.config import AlignConfig, Cache, CodecConfig, LoraConfig, Rows
 from flexp.errors import ConfigError, LinkError
 from flexp.links.base import Link, ask
 from flexp.links.messages import Abort, Join, PullRequest, Welcome
@@ -42,13 +44,15 @@ class JoinedModel(PersonalModel):
         numbering: int | None = None,
         codec: CodecConfig | None = None,
         rows: Rows = "logits",
-        once: bool = False,
+        cache: Cache = "off",
         base_depth: int | None = None,
     ) -> None:
         super().__init__(stage)
         self.rows = rows
-        self.once = once
-        self.known: set[int] = set()  # examples that the server keeps
+        self.cache = cache
+        self.known: set[int] = set()  # examples that the server keeps …
+        self.known_of: Standing | None = None  # … made by these weights
+        self._examples_key = secrets.token_hex(32) if cache == "disk" else ""
         self._pooling = Pooling(stage)
         self.ignores_padding = ignores_padding(stage.model)
         self.link = link
@@ -123,7 +127,8 @@ class JoinedModel(PersonalModel):
         Raises:
             ConfigError: alignment would send z_base, which nobody teaches, or take over blocks of the server's.
         """
-        if self.cut[0] > self.base_depth and (self.align.kind == "weights" or self.align.has_term or self.align.teach):
+        moved = guard.config.of_texts and self.cut[0] > self.base_depth
+        if moved and (self.align.kind == "weights" or self.align.has_term or self.align.teach):
             raise ConfigError(
                 f"[privacy] is about what is sent at the cut (s = {self.cut[0]}), and method.align.kind = "
                 f"{self.align.kind!r} would send z_base of depth {self.base_depth}, or take over blocks that were not "
@@ -174,6 +179,7 @@ class JoinedModel(PersonalModel):
                 weights=self.stage.weights,
                 numbering=self.steps.numbering,
                 codec=self.codec,
+                examples_key=self._examples_key,
             ),
         )
         anatomy = self.stage.anatomy

@@ -16,7 +16,7 @@ from flexp.assets import resolve
 from flexp.client.exchange import Piece, RemoteCall, RemoteMiddle
 from flexp.client.generation import SplitGenerator
 from flexp.client.joined import OFF, JoinedModel
-from flexp.client.once import frozen, request_once, right_padded
+from flexp.client.once import request_once, right_padded, standing
 from flexp.client.personal import Source
 from flexp.client.watching import most_alignment
 from flexp.config import AlignConfig, CodecConfig, ModelConfig, Rows
@@ -66,7 +66,7 @@ class SplitModel(JoinedModel):
         numbering: of an earlier life of this client, whose steps it goes on with; ``None``: it begins anew.
         codec: in what form tensors cross; ``None``: as they are inside one process, bfloat16 over a network, or what
             :func:`flexp.connect` was told.
-        once: whether z of an example may cross once, and be kept by the server, where nothing that makes it is trained.
+        cache: where the server keeps z of an example, which then crosses once, if nothing that makes it is trained.
         rows: which rows of h cross where no block comes after them: all but padding (``all``), those that logits depend
             on (``logits``), or of those that a training loss reads (``loss``), when other tokens' logits mean nothing.
         base_depth: the s_min that the server must have; ``None``: the one that it says on joining first. Later it may
@@ -196,6 +196,7 @@ class SplitModel(JoinedModel):
         start, base_depth = self.cut[0], self.base_depth
         if self.guard is not None:
             self.guard.teach(self.stage, start)  # before anything is sent
+            inputs = self.guard.told(inputs) if train else inputs
         align_now = train and self._align_due()
         inner = align_now and self.align.has_term and self.align.at == "every-block"  # teaching needs z_base alone
         embedded_BTH, plan = self.stage.plan(inputs)
@@ -209,7 +210,7 @@ class SplitModel(JoinedModel):
             z_BTH = self.stage.run(z_BTH, plan, index, index + 1)
             if inner and index < start - 1:
                 inner_BTH.append(z_BTH)
-        if self.guard is not None:
+        if self.guard is not None and self.guard.config.of_texts:
             z_BTH = self.guard.sent(inputs["input_ids"], inputs.get("attention_mask"), z_BTH)
         back = z_BTH.requires_grad
         if train and not back:
@@ -240,12 +241,15 @@ class SplitModel(JoinedModel):
     def _may_cross_once(self, inputs: Mapping[str, Any], embedded_BTH: Tensor) -> bool:
         """Whether the examples have numbers, and nothing of what makes their z is trained."""
         piece, mask_BT = self.steps.piece, inputs.get("attention_mask")
-        if not (
-            self.once and self.guard is None and self.ignores_padding and piece is not None and right_padded(mask_BT)
-        ):
+        if self.cache == "off" or self.guard is not None or piece is None:
+            return False
+        if not (self.ignores_padding and right_padded(mask_BT)):
             return False
         numbered = mask_BT is not None and len(piece.examples) == len(mask_BT) and "input_ids" in inputs
-        return numbered and not embedded_BTH.requires_grad and frozen(self.stage, self.cut[0])
+        made_by = standing(self.stage, self.cut[0]) if numbered and not embedded_BTH.requires_grad else None
+        if made_by != self.known_of:  # somebody has trained or loaded a head meanwhile
+            self.known, self.known_of = set(), made_by
+        return made_by is not None
 
     def _head_once(
         self, inputs: Mapping[str, Any], embedded_BTH: Tensor, plan: ExecutionPlan, *, headless: bool

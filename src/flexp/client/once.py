@@ -23,13 +23,23 @@ def right_padded(mask_BT: Tensor | None) -> bool:
     return mask_BT is not None and bool((mask_BT[:, :-1] >= mask_BT[:, 1:]).all()) and bool(mask_BT[:, 0].all())
 
 
-def frozen(stage: Stage, start: int) -> bool:
-    """Whether blocks [0, ``start``) and what is before them are trained by nobody.
+Standing = tuple[tuple[int, int], ...]
+"""Of weights: where each is, and how often it was written into."""
+
+
+def standing(stage: Stage, start: int) -> Standing | None:
+    """The weights that make z of an example, as they stand; ``None``: some of blocks [0, ``start``) are trained.
 
     What is before the blocks gives what enters the first of them, which is asked for its gradient elsewhere.
     """
     own = stage.own()
-    return not any(stage.within(name, 0, start) for name in own)
+    if any(stage.within(name, 0, start) for name in own):
+        return None
+    return tuple(
+        (value.data_ptr(), value._version)
+        for name, value in stage.model.named_parameters()
+        if name not in own and (stage.block_of(name) is None or stage.within(name, 0, start))
+    )
 
 
 def alone(stage: Stage, inputs: Mapping[str, Any], row: int, tokens: int, start: int) -> Tensor | None:
@@ -59,10 +69,12 @@ def request_once(
     assert whole.mask_BT is not None
     fresh = [number not in known for number in examples]
     lengths = whole.mask_BT.sum(1).tolist()
-    parts = [alone(stage, inputs, row, lengths[row], start) for row, new in enumerate(fresh) if new]
-    made = [part for part in parts if part is not None]
-    if len(made) < len(parts):
-        return None
+    made = []
+    for row in (row for row, new in enumerate(fresh) if new):
+        z_BTH = alone(stage, inputs, row, lengths[row], start)
+        if z_BTH is None:
+            return None
+        made.append(z_BTH)
     return KeptForwardRequest(
         whole.exchange,
         whole.mask_BT,

@@ -3,7 +3,7 @@
 from flexp.config.data import ClientConfig, ClientsConfig, Cut, DataConfig, Task
 from flexp.config.deployment import DeploymentConfig
 from flexp.config.devices import DeviceChange, DeviceClassConfig, DevicesConfig, RecutConfig
-from flexp.config.link import CodecConfig, CodecName, LinkConfig, Rows
+from flexp.config.link import Cache, CodecConfig, CodecName, LinkConfig, Rows
 from flexp.config.methods import AlignConfig, MeetConfig, MethodConfig
 from flexp.config.model import LoraConfig, ModelConfig, Tuning
 from flexp.config.privacy import PrivacyConfig
@@ -15,6 +15,7 @@ from flexp.config.train import OptimizerConfig, TrainConfig
 __all__ = [
     "AlignConfig",
     "Beta",
+    "Cache",
     "ClientConfig",
     "ClientsConfig",
     "CodecConfig",

@@ -38,6 +38,7 @@ class CodecConfig(Section):
 
 
 Rows = Literal["all", "logits", "loss"]
+Cache = Literal["off", "memory", "disk"]
 
 
 class LinkConfig(Section):
@@ -45,6 +46,6 @@ class LinkConfig(Section):
 
     # of h and ∂task/∂h, where the client has no block in its tail: all but padding, what logits or what the loss reads
     rows: Rows = "loss"
-    # whether z of an example goes up once where nothing below the cut is trained; its server keeps it in memory
-    cache: Literal["off", "memory"] = "off"
+    # whether z of an example goes up once where nothing below the cut is trained, and where its server keeps it
+    cache: Cache = "off"
     codec: CodecConfig = CodecConfig()

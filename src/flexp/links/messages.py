@@ -89,6 +89,8 @@ class Join(Request[Welcome]):
         numbering: which run of this client its step numbers belong to, 1 to 2⁶³ − 1; 0: it numbers none. Joining again
             with the same one goes on with the same steps.
         codec: in what form tensors are to cross, both ways; ``None``: as the link does by itself.
+        examples_key: 32 bytes in hexadecimal with which the server seals examples that it keeps on its disk; empty: it
+            keeps them in memory.
     """
 
     client: str
@@ -103,6 +105,7 @@ class Join(Request[Welcome]):
     quantization: str = "off"
     numbering: Integer = 0
     codec: CodecConfig | None = None
+    examples_key: Annotated[str, Field(pattern="^([0-9a-f]{64})?$")] = ""
 
 
 @message

@@ -84,7 +84,7 @@ def split_model(
         numbering=numbering,
         codec=codec,
         rows=config.link.rows,
-        once=config.link.cache != "off",
+        cache=config.link.cache,
         base_depth=config.model.base_depth,
     )
 
@@ -103,7 +103,8 @@ def own_trainer(
     updater = Updater(stage.trainable(), config.train.personal, config.train.total_steps, stage.new)
     seed = client_seed(config.seed, data.name)
     if config.privacy.on and isinstance(model, SplitModel):
-        model.guard_with(Guard(config.privacy, data.train, task.processor, seed, key))
+        guard = Guard(config.privacy, data.train, task.processor, seed, key, len(task.label_names or ()))
+        model.guard_with(guard)
     return Trainer(data, task, model, updater, config.train, seed=seed)
 
 
@@ -112,7 +113,9 @@ def seat_of(trainer: Trainer, config: RunConfig) -> Seat:
     model: Any = trainer.model
     meter = model.link.meter if isinstance(model, SplitModel) else None
     seed = client_seed(config.seed, trainer.name)
-    return Seat(trainer.data.train, trainer.task, model.stage.model, trainer.personal, config, seed, meter)
+    seat = Seat(trainer.data.train, trainer.task, model.stage.model, trainer.personal, config, seed, meter)
+    seat.told = model.guard.told if isinstance(model, SplitModel) and model.guard is not None else None
+    return seat
 
 
 def meet_at(

@@ -61,6 +61,7 @@ from flexp.server.admission import (
     same_exchange,
 )
 from flexp.server.clients import Key
+from flexp.server.examples import Examples
 from flexp.server.session import Session
 from flexp.server.state import ServerState
 
@@ -229,8 +230,9 @@ class Server(ServerState):
         record = self.clients[client]
         progress = record.numbered(request.numbering)
         record.cuts(request.cut)
+        examples = Examples(request.examples_key)
         self._sessions[client] = Session(
-            request, self.shared, self.config, record.random, progress, peers=self._sessions
+            request, self.shared, self.config, record.random, progress, peers=self._sessions, examples=examples
         )
         anatomy = self.shared.stage.anatomy
         return Welcome(self.blocks[0], anatomy.blocks, anatomy.hidden, self.config.max_in_flight)
