@@ -128,6 +128,13 @@ class RunConfig(Section):
         """Whether the clients' device classes are known; without them nobody is short of memory."""
         return self.data.clients.on_devices
 
+    def on(self, device: str | None) -> RunConfig:
+        """The same run with all of it on another device; ``None``: as it is."""
+        if device is None:
+            return self
+        model = ModelConfig.of(self.model, device=device)  # which looks at the name
+        return self.model_copy(update={"model": model, "server": self.server.model_copy(update={"device": None})})
+
     def with_clients(self, clients: ClientsConfig) -> RunConfig:
         """The same run, whose clients have other settings."""
         return self.model_copy(update={"data": self.data.model_copy(update={"clients": clients})})

@@ -20,6 +20,7 @@ from flexp.data.types import ClientData, Task
 from flexp.kinds import ModelKind
 from flexp.links.base import Link
 from flexp.links.sums import Adder
+from flexp.machine import device_of
 from flexp.methods.base import World
 from flexp.models.anatomy import Part
 from flexp.models.loading import load_stage
@@ -45,9 +46,9 @@ def server_stage(world: World, part: Part) -> Stage:
     config, kind = world.config, world.federation.task.model_kind
     own = config.model.quantized(config.server.quantization)
     if own == config.model:
-        stage = carve(world.source, part)
+        stage = carve(world.source, part).to(device_of(config.model.on(config.server.device).device))
     else:
-        stage = load_stage(own.at(resolve(own.id)), kind, part, seed=config.seed)
+        stage = load_stage(own.on(config.server.device).at(resolve(own.id)), kind, part, seed=config.seed)
     tune(stage, config.model, config.server.tuning or config.model.tuning, seed=config.seed)
     return stage
 

@@ -112,6 +112,7 @@ def resume(
     out: Path,
     *,
     rounds: int | None = None,
+    device: str | None = None,
     progress: Callable[..., Progress] = Progress,
     memory_cache: Path | None = None,
 ) -> Summary:
@@ -119,6 +120,7 @@ def resume(
 
     Args:
         rounds: so many in all from now on, also of a run that is over; ``None``: as its ``config.json`` says.
+        device: where to compute this time; the last bits of what comes out are that device's.
 
     Raises:
         StorageError: ``out`` holds no run, or its checkpoint is damaged.
@@ -132,7 +134,7 @@ def resume(
     content, saved = read_json(out / "config.json"), saved_facts(out)
     if rounds is not None:
         content["train"]["rounds"] = rounds
-    config = validate(content, str(out / "config.json"))
+    config = validate(content, str(out / "config.json")).on(device)
     check_length(config, saved, out)
 
     def same_data(*of: Any) -> Federation:

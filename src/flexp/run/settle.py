@@ -31,7 +31,7 @@ from flexp.errors import ConfigError, DataError, ModelError, StorageError
 from flexp.files import read_json
 from flexp.kinds import KINDS, ModelKind
 from flexp.links.base import Link
-from flexp.machine import imitates_bfloat16
+from flexp.machine import device_of, imitates_bfloat16
 from flexp.methods.base import World, base_depth, method_of
 from flexp.methods.parties import own_config, own_trainer, split_model, tune_own
 from flexp.models.anatomy import Part, block_count, check_cut
@@ -124,6 +124,7 @@ def settle(config: RunConfig, federate: Federate = load_federation, *, plan: boo
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    device_of(config.model.device)  # before anything is read
     model_id = str(resolve(config.model.id))
     model_config = load_config(model_id)
     processor = load_processor(model_id, config)
@@ -372,7 +373,7 @@ def _precision_notes(config: RunConfig) -> list[str]:
             'all): use model.dtype = "float32" (as fast with model.autocast = "bfloat16"), or LoRA, with float32 '
             "adapters"
         )
-    if config.model.autocast == "bfloat16" and imitates_bfloat16() and not torch.cuda.is_available():
+    if config.model.autocast == "bfloat16" and imitates_bfloat16() and device_of(config.model.device).type == "cpu":
         notes.append(
             "this processor has no instructions for bfloat16, so mixed precision is slower here than float32, not "
             'faster: use model.autocast = "off"'
