@@ -163,7 +163,7 @@ def _run(config: RunConfig, folder: Path) -> Walk:
     """From a table's rows to the first optimiser step, by what ``flexp run`` calls once it has read its settings."""
     walk, ended = Walk(), Updater.step
 
-    def stop(self: Updater) -> float:
+    def stop(self: Updater, norm: float | None = None) -> float:
         raise _FirstStepError
 
     quiet = {"progress": lambda *args, **more: Progress(*args, **more | {"console": Console(quiet=True)})}

@@ -6,7 +6,7 @@ left out. It is counted from the shapes of the exchanges that really ran, and wa
 - ``sentiment``: experiment 1 as its file has it (eight clients, three cuts, alignment), each client's first steps.
 - ``instructions``: a decoder of SmolLM2-135M's width with random weights, answers a quarter of the tokens.
 - ``frozen``: a classifier whose client trains nothing below its cut, ten epochs, with ``link.cache``;
-  ``frozen-int8``: likewise, coded.
+  coded: likewise, z and ∂h in int8; h, of which one row a text crosses, as it is.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from flexp.run.settle import build_world
 from flexp.server import Server
 
 R = TypeVar("R")
+CODED = CodecConfig(activation="int8-row", activation_down="off", gradient="int8-row")
 COLUMNS = ("what", "plain kB/step", "kB/step", "÷ plain")
 EXPERIMENT = Path(__file__).parents[1] / "experiments" / "sentiment-8.toml"
 
@@ -126,13 +127,13 @@ def instructions(steps: int) -> tuple[float, float, int]:
         return link.bytes, traffic.bytes_up + traffic.bytes_down, steps
 
 
-def frozen(epochs: int, codec: str) -> tuple[float, float, int, float]:
+def frozen(epochs: int, codec: CodecConfig) -> tuple[float, float, int, float]:
     """Epochs of a classifier whose head is frozen; the last figure is its loss on test data."""
     with without_dropout("asset:minilm-l6") as (folder, blocks):
         world = one_client_world(
             folder, "asset:sentiment", blocks=blocks, steps=12, batch_size=8, max_length=32, test_examples=256
         )
-        run = OneClient(_frozen(world, epochs), CodecConfig.all(codec), wrap=lambda link: Plainly(link, 384))
+        run = OneClient(_frozen(world, epochs), codec, wrap=lambda link: Plainly(link, 384))
         for _ in range(12 * epochs):
             run.step()
         link: Any = run.model.link
@@ -159,8 +160,8 @@ def measure(
     cases: dict[str, Callable[[], tuple[float, ...]]] = {
         "experiment 1": lambda: sentiment(steps),
         "instructions": lambda: instructions(steps),
-        "frozen head": lambda: frozen(epochs, "off"),
-        "frozen head, int8": lambda: frozen(epochs, "int8-row"),
+        "frozen head": lambda: frozen(epochs, CodecConfig()),
+        "frozen head, int8": lambda: frozen(epochs, CODED),
     }
     found: dict[str, Any] = {}
     for name, case in cases.items():

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from flexp.client.closed_form import Discriminant, LinearHead, Statistics
 from flexp.client.meeting import LAST, Rounds, Seat, classifier_of, together
-from flexp.client.personal_head import Common, choose, log_prior, personal_head
+from flexp.client.personal_head import Common, choose, log_prior, mean_head, personal_head
 from flexp.client.trainer import BatchOrder
 from flexp.config.loading import load
 from flexp.export.saved import open_run
@@ -186,7 +186,7 @@ def main(given: str, *changes: str) -> None:
         score("as the run left it", clients, {n: c.head for n, c in clients.items()}, alike)
     heads = {n: trained(c, common[n]) for n, c in clients.items()}
     score("trained from the common one", clients, heads, alike)
-    score("both", clients, {n: found[n][0].both(personal[n], heads[n]) for n in clients}, alike)
+    score("both", clients, {n: mean_head(personal[n], heads[n]) for n in clients}, alike)
     chosen = {
         n: choose(found[n][0], c.own, c.x, c.y, heads[n], lambda head, x, y, c=c: trained(replace(c, x=x, y=y), head))
         for n, c in clients.items()

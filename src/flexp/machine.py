@@ -13,6 +13,7 @@ import psutil
 import torch
 
 from flexp import __version__
+from flexp.errors import ConfigError
 
 
 def machine() -> dict[str, Any]:
@@ -25,6 +26,26 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+def device_of(name: str) -> torch.device:
+    """The device that ``model.device`` names; ``auto``: a GPU of this machine, or else its processor.
+
+    Raises:
+        ConfigError: it is not here.
+    """
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if name in ("auto", "cpu"):
+        return torch.device("cpu") if found is None or name == "cpu" else torch.device(found.type, 0)
+    wanted = torch.device(name)
+    count = torch.accelerator.device_count() if found is not None and found.type == wanted.type else 0
+    if (wanted.index or 0) < count:
+        return torch.device(wanted.type, wanted.index or 0)
+    here = ["auto", "cpu"]
+    if found is not None:
+        here += [f"{found.type}:{index}" for index in range(torch.accelerator.device_count())]
+    raise ConfigError(f"there is no device {name!r} here; expected {' or '.join(here)} (--device, model.device, "
+                      "server.device)")  # fmt: skip
 
 
 def versions() -> dict[str, str]:

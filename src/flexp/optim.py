@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +38,11 @@ class Updater:
         """The learning rate of the next step (of new weights: ``new_lr``, on the same schedule)."""
         return self.config.lr * schedule(self.config, self.steps, self.total_steps)
 
-    def step(self) -> float:
+    def step(self, norm: float | None = None) -> float:
         """Clip the gradients that the parameters hold, apply them, drop them.
+
+        Args:
+            norm: their :func:`total`, where it is known.
 
         Returns:
             The global norm of the gradients before clipping.
@@ -51,11 +54,12 @@ class Updater:
         parameters = [self.parameters[name] for name in sorted(self.parameters)]
         for parameter in parameters:
             if parameter.grad is not None:
-                parameter.grad = _laid_out(parameter.grad, parameter)
+                parameter.grad = laid_out(parameter.grad, parameter)
         gradients = [value.grad for value in parameters if value.grad is not None]
-        norm = 0.0
-        if self._optimizer is not None and gradients:
-            norm = float(torch.nn.utils.get_total_norm(gradients))
+        if self._optimizer is None or not gradients:
+            norm = 0.0
+        else:
+            norm = total(norms(gradients)) if norm is None else norm
             if not math.isfinite(norm):
                 self.forget()
                 raise TrainingError(
@@ -107,7 +111,7 @@ class Updater:
         for entry, value in state.items():
             key, _, name = entry.partition("/")
             parameter = self.parameters[name]
-            self._optimizer.state[parameter][key] = _laid_out(value.clone(), parameter)
+            self._optimizer.state[parameter][key] = laid_out(value.clone().to(parameter.device), parameter)
 
     def state(self) -> dict[str, Tensor]:
         """Everything that :meth:`load` needs to go on bit for bit, as flat named tensors."""
@@ -136,10 +140,20 @@ class Updater:
             if name not in self.parameters:
                 raise StorageError(f"the optimiser's saved state names {name}, which is not trained here")
             parameter = self.parameters[name]
-            self._optimizer.state[parameter][key] = _laid_out(value.clone(), parameter)
+            self._optimizer.state[parameter][key] = laid_out(value.clone().to(parameter.device), parameter)
 
 
-def _laid_out(value: Tensor, parameter: Tensor) -> Tensor:
+def norms(values: Sequence[Tensor]) -> Tensor:
+    """The norm of each, (N,) in main memory; a GPU is waited for once."""
+    return torch.stack(torch._foreach_norm(list(values))).cpu()
+
+
+def total(norms_N: Tensor) -> float:
+    """The norm of all values together that have these norms, as :func:`torch.nn.utils.get_total_norm` has it."""
+    return float(torch.linalg.vector_norm(norms_N))
+
+
+def laid_out(value: Tensor, parameter: Tensor) -> Tensor:
     """``value`` with its elements in memory as those of ``parameter``: torch's fused optimisers pair them by place.
 
     ``torch.autograd.grad`` gives what an operation left, a transposed one too, unlike ``backward``.

@@ -11,6 +11,7 @@ import hashlib
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,7 +44,8 @@ class RandomStream:
 
     def __init__(self, seed: int, device: torch.device = CPU) -> None:
         self.device = device
-        states = [torch.Generator(where).manual_seed(seed).get_state() for where in _generators(device)]
+        places = [CPU, device] if _draws(device) else [CPU]
+        states = [torch.Generator(where).manual_seed(seed).get_state() for where in places]
         self.state: Tensor = torch.cat(states)
 
     @contextmanager
@@ -89,14 +91,10 @@ class Turn:
 
     def state(self) -> Tensor:
         """Where the generators are."""
-        gpu = [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []
-        return torch.cat([torch.get_rng_state(), *gpu])
+        return drawn(self.device)
 
     def _put(self, state: Tensor) -> None:
-        own = len(torch.get_rng_state())
-        torch.set_rng_state(state[:own])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(state[own:], self.device)
+        draw_from_here(state, self.device)
 
 
 _lock = threading.Lock()
@@ -135,5 +133,24 @@ def resting(turn: Turn | None) -> Iterator[None]:
         turn.begin(state)
 
 
-def _generators(device: torch.device) -> list[torch.device]:
-    return [CPU, device] if device.type == "cuda" else [CPU]
+def drawn(device: torch.device) -> Tensor:
+    """The state of the generators that computing on ``device`` draws from: the CPU's and, of a GPU, its own."""
+    own = torch.get_rng_state()
+    if not _draws(device):
+        return own
+    module: Any = torch.get_device_module(device)
+    return torch.cat([own, module.get_rng_state() if device.type == "mps" else module.get_rng_state(device)])
+
+
+def draw_from_here(state: Tensor, device: torch.device) -> None:
+    """Set those generators to :func:`drawn`."""
+    own = len(torch.get_rng_state())
+    torch.set_rng_state(state[:own])
+    if _draws(device):
+        module: Any = torch.get_device_module(device)
+        module.set_rng_state(state[own:], *([] if device.type == "mps" else [device]))
+
+
+def _draws(device: torch.device) -> bool:
+    """Whether the device has a generator of its own."""
+    return device.type not in ("cpu", "meta")

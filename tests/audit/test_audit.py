@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,12 @@ from flexp.audit.page import render
 from flexp.cli.main import app
 from flexp.config import RunConfig
 from flexp.errors import ConfigError
+from flexp.methods import Method
 from flexp.models.anatomy import Part
 from flexp.models.stage import carve
+from flexp.run.runner import resume, run
+from flexp.run.settle import build_world
+from flexp.run.store import CHECKPOINTS, Store
 from tests import tiny
 from tests.cli.test_commands import toml
 from tests.harness import seeded, whole_stage
@@ -40,6 +45,11 @@ def public(folder: Path) -> Path:
 
 def config(folder: Path, **changes: object) -> RunConfig:
     return tiny.config(folder, **{"train": {"rounds": 1, "steps_per_round": 2}, **changes})
+
+
+def begun(folder: Path, **changes: object) -> Method:
+    world = build_world(config(folder, **changes))
+    return world.method(world)
 
 
 def known(depth: int, name: str = "llama", texts: int = 60) -> Public:
@@ -118,7 +128,7 @@ def test_words_of_answers_by_the_head() -> None:
 
 
 def test_a_run_as_the_server_sees_it(folder: Path, public: Path) -> None:
-    found = audit(config(folder), public=public)
+    found = audit(begun(folder), public=public)
     places = [("z", 1), ("z", 2), ("z", 3), ("z_base", 1)]
     assert {(one.attack, one.of, one.depth) for one in found.readings} == {
         (attack, of, depth) for attack in ("table", "linear") for of, depth in places
@@ -133,16 +143,38 @@ def test_a_run_as_the_server_sees_it(folder: Path, public: Path) -> None:
     assert "never that nothing leaks" in page
 
 
+def test_a_run_says_what_the_server_can_read_and_is_otherwise_the_same(folder: Path, public: Path) -> None:
+    runs = {}
+    for name, asked in (("plain", False), ("audited", True)):
+        told = config(
+            folder,
+            data={"clients": tiny.each(cut=[[1, 4]])},
+            privacy={"audit": asked, "public": str(public)},
+            train={"rounds": 2, "steps_per_round": 1},
+            output={"html": asked},
+        )
+        out = folder / name
+        runs[name] = run(told, out), Store(out / CHECKPOINTS).load(2)
+    (before, state), (after, same) = runs["plain"], runs["audited"]
+    assert before["server_reads"] == "not audited"
+    assert "% of content words" in after["server_reads"]
+    assert after["server_reads"] in (folder / "audited/report.html").read_text()
+    for party, tensors in state.items():
+        for name, value in tensors.items():
+            assert "seconds" in name or torch.equal(value, same[party][name]), (party, name)
+    shutil.rmtree(folder / "audited" / CHECKPOINTS / "checkpoint-00000002")
+    assert resume(folder / "audited")["server_reads"] == after["server_reads"]
+
+
 def test_what_is_seen_is_what_crosses_after_the_codec(folder: Path, public: Path) -> None:
-    plain = audit(config(folder), public=public)
-    coded = audit(config(folder, link={"codec": {"activation": "int4"}}), public=public)
+    plain = audit(begun(folder), public=public)
+    coded = audit(begun(folder, link={"codec": {"activation": "int4"}}), public=public)
     told = [[one.tokens for one in found.readings if one.of == "z"] for found in (plain, coded)]
     assert told[0] != told[1]
 
 
 def test_watching_changes_no_weight(folder: Path) -> None:
     from flexp.audit.watching import Watch
-    from flexp.run.settle import build_world
 
     ends = []
     for watched in (False, True):
@@ -163,7 +195,7 @@ def test_watching_changes_no_weight(folder: Path) -> None:
 
 def test_who_sends_no_activations_is_refused(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"clients of 'fedavg' send .* instead"):
-        audit(config(folder, method={"name": "fedavg"}))
+        audit(begun(folder, method={"name": "fedavg"}))
 
 
 def test_the_command(folder: Path, public: Path, tmp_path: Path) -> None:

@@ -154,6 +154,24 @@ def test_a_client_that_means_something_else_goes_its_own_way_from_the_beginning(
     assert torch.equal(same.begin(x[:20], y[:20]).weight, same.head().weight)  # who is like all begins like all
 
 
+def test_features_that_know_the_labels_by_heart_are_no_evidence() -> None:
+    """After training a client's own features tell its examples' labels, and nobody else's."""
+
+    def at_client(number: int, known: float) -> tuple[Tensor, Tensor]:
+        x, y = examples(48, seed=number)
+        mark = torch.randn(CLASSES, WIDTH, generator=torch.Generator().manual_seed(50 + number), dtype=torch.float64)
+        return torch.cat([x, known * mark[y]], dim=1), y  # what was learned by heart has channels of its own
+
+    parts = [at_client(number, 6.0) for number in range(4)]
+    total = Statistics.of(torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts]), CLASSES)
+    found = Discriminant(total)
+    common = Common(total, *found.chosen(found.losses(*parts[0])))
+    x, y = parts[0]
+    head = common.personal(Statistics.of(x, y, CLASSES), x, y)
+    fresh, labels = at_client(0, 0.0)
+    assert torch.nn.functional.cross_entropy(head(fresh), labels) < 0.7  # its own sums alone: 70; guessing: 1.4
+
+
 class Opposite(Common):
     """Whose closed form says the opposite of what it should."""
 

@@ -14,15 +14,18 @@ import torch
 
 from flexp.attacks.public import known_to_all
 from flexp.client.guarding import Guard, distance_correlation
+from flexp.client.meeting import FIRST
 from flexp.client.noise import DELTA, Noise, epsilon
+from flexp.client.random_labels import RandomLabels
 from flexp.config import PrivacyConfig, RunConfig
 from flexp.errors import ConfigError, PrivacyError
-from flexp.links.messages import ForwardRequest
+from flexp.links.messages import BackwardRequest, ForwardRequest
 from flexp.links.opening import loopback
 from flexp.methods import World
 from flexp.methods.flexp_sfl import FlexpSfl
 from flexp.methods.parties import own_stage
 from flexp.models.anatomy import Part
+from flexp.run.runner import run
 from flexp.run.settle import build_world, load_processor, model_folder
 from tests import tiny
 from tests.harness import seeded
@@ -179,6 +182,84 @@ def test_padding_is_not_sent() -> None:
     assert not guard.sent(ids_BT, mask_BT, torch.ones(1, 3, 8))[0, 2].any()
 
 
+@pytest.mark.parametrize(
+    ("ratio", "tokens", "expected"),
+    [(1, 1, 934.1998245674), (3, 1, 140.1851582387), (20, 1, 9.7493174762), (200, 64, 7.4344674779),
+     (20, 3 * 30, 251.1859555645)],
+)  # fmt: skip
+def test_epsilon_is_dp_accounting_s(ratio: float, tokens: int, expected: float) -> None:
+    """What dp-accounting 0.6.0 says: ``get_epsilon_gaussian(ρ ÷ 2√(H·tokens), 1e-5)``; of three fresh releases of a
+    text of 30 tokens its accountant of privacy loss distributions (251.185955582), so they compose like tokens."""
+    assert epsilon(ratio, 384, tokens) == pytest.approx(expected, rel=1e-10)
+
+
+def test_a_run_tells_what_it_guarantees(folder: Path, tmp_path: Path) -> None:
+    """Two epochs of 12 examples, none of which is longer than 16 tokens; the noise stays, the head does not."""
+    told = {"penalty": "off", "noise": 20.0, "label_epsilon": 1.0}
+    summary = run(
+        config(
+            folder,
+            told,
+            train={"rounds": 1, "steps_per_round": 6, "batch_size": 4},
+            output={"checkpoint_every": 0},
+            evaluation={"every": 9, "measure_memory": False},
+        ),
+        tmp_path / "run",
+    )
+    found = summary["epsilon"]
+    hidden, tokens = summary["model"]["hidden"], int(found["tokens"])
+    assert (found["run"], found["labels"], found["epochs"], found["delta"]) == (None, 1.0, 2, 1e-5)
+    assert found["activation"] == epsilon(20.0, hidden) < found["text"] == epsilon(20.0, hidden, tokens)
+    assert found["fresh"] == epsilon(20.0, hidden, 2 * tokens)
+    assert "none for a run" in found["line"]
+    assert "ε = 1 for each label" in found["line"]
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_labels_are_answered_as_randomised_response_has_it(classes: int) -> None:
+    """Each of the others equally often, e^ε times more rarely than the label itself; once for an example and a key."""
+    answers, epsilon_of = RandomLabels(1.0, classes, key=3), math.exp(1.0)
+    ids_BT = torch.arange(4000).view(-1, 1)
+    batch = {"input_ids": ids_BT, "labels": torch.ones(4000, dtype=torch.long)}
+    told = answers.of(batch)
+    shares = torch.bincount(told, minlength=classes) / 4000
+    expected = torch.full((classes,), 1 / (epsilon_of + classes - 1))
+    expected[1] *= epsilon_of
+    assert torch.allclose(shares, expected, atol=0.03)
+    padded = torch.cat([ids_BT, torch.zeros_like(ids_BT)], 1)[10:20]
+    some = {"input_ids": padded, "attention_mask": torch.tensor([[1, 0]] * 10), "labels": batch["labels"][10:20]}
+    assert torch.equal(answers.of(some), told[10:20])
+    assert not torch.equal(RandomLabels(1.0, classes, key=4).of(batch), told)
+
+
+def test_gradients_tell_only_the_answers_of_labels(folder: Path) -> None:
+    """A client whose labels were answered sends, bit for bit, what one with the answers for labels would send."""
+    told = {"penalty": "off", "label_epsilon": 0.5}
+    aligned = {"align": {"kind": "kl"}, "meet": {"on": True}}
+    guarded = FlexpSfl(build_world(config(folder, told, method=aligned)))
+    plain = FlexpSfl(build_world(config(folder, {"penalty": "off"}, method=aligned)))
+    wrong = 0
+    for name, client in guarded.clients.items():
+        guard, task = client.model.guard, client.task  # type: ignore[attr-defined]
+        train = plain.clients[name].data.train
+        for place, example in enumerate(train):
+            answer = int(guard.told(task.collate([example]))["labels"])
+            wrong += answer != example["labels"]
+            train[place] = {**example, "labels": answer}
+    assert wrong > 3
+    sent = []
+    for method in (guarded, plain):
+        with seen(method) as requests:
+            method.meet(FIRST)
+            method.clients["north"].step()
+            method.clients["north"].step()
+        sent.append([request.grad_BTH for request in requests if isinstance(request, BackwardRequest)])
+    assert len(sent[0]) == len(sent[1]) == 2
+    assert all(torch.equal(a, b) for a, b in zip(*sent, strict=True))
+    state = guarded.state()["client-north"]
+    assert int(state["label_key"]) == guarded.clients["north"].model.guard.labels.key  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize(("ratio", "tokens"), [(20.0, 1), (60.0, 12)])
 def test_epsilon_is_that_of_two_gaussians(ratio: float, tokens: int) -> None:
     """The hockey-stick divergence at it, integrated by hand, is δ; σ = ρ·C/√H, and 2C a token apart."""
@@ -224,6 +305,8 @@ def test_over_grpc_it_is_the_same(folder: Path) -> None:
         ({"method": {"name": "fedavg"}}, "heads stay on their clients"),
         ({"method": {"personal": {"frozen_head_blocks": 2}, "align": {"kind": "off"}}}, "nothing below the cut"),
         ({"recut": {"on": True}}, "choose one"),
+        ({"train": {"class_weights": "balanced"}, "privacy": {"label_epsilon": 1.0}}, "class_weights counts"),
+        ({"data": {"task": "causal-lm"}, "privacy": {"label_epsilon": 1.0}}, "one class of an example"),
         ({"privacy": {"penalty": "off", "max_content_words": 0.1}}, 'set privacy.penalty'),
     ],
 )  # fmt: skip

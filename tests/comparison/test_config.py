@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from flexp.comparison.config import CompareConfig, load
+from flexp.comparison.config import CompareConfig, Needs, load
 from flexp.config import loading as settings
 from flexp.config.methods import HEADLINE
 from flexp.errors import ConfigError
@@ -93,6 +93,7 @@ def test_one_line(tmp_path: Path, text: str, message: str) -> None:
 def test_every_key_is_documented() -> None:
     page = (Path(__file__).parents[2] / "docs/compare.md").read_text(encoding="utf-8")
     rows = [line.split("`")[1] for line in page.splitlines() if line.startswith("| `compare.")]
-    own = [name for name in CompareConfig.model_fields if name not in ("variants", "grids")]
+    own = [name for name in CompareConfig.model_fields if name not in ("variants", "grids", "needs")]
+    own += [f"needs.{name}" for name in Needs.model_fields]
     variant = [f"variants.NAME.{key}" for key in ("method", "set", "grid")]
     assert sorted(rows) == sorted(f"compare.{name}" for name in [*own, *variant, "grids.METHOD"])

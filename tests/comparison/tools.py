@@ -39,7 +39,7 @@ class Inline:
     def take(self) -> Iterator[tuple[Cell, str | None]]:
         cell = self.cells.pop()
         ENDED.append(cell)
-        yield cell, workers._do(cell, self.out, threads=1)
+        yield cell, workers.attempt(cell, self.out, threads=1)
 
 
 def comparison(folder: Path, compare: dict[str, Any], **changes: Any) -> Comparison:

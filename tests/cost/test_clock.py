@@ -238,3 +238,14 @@ def test_every_second_is_accounted_for(seed: int, schedule: Kind) -> None:
     for time in run(schedule, work, devices, seed=seed).clients.values():
         spent = time.computing + time.transmitting + time.waiting + time.offline
         assert spent == pytest.approx(time.finished)
+
+
+def test_examples_that_are_kept_go_up_once() -> None:
+    """After the first epoch's two steps nothing is computed below the cut, and a byte goes up in place of two."""
+    work = replace(SPLIT, steps=[1, 1, 1], epoch=2, later_up=1)
+    saved = 1 + 1
+    assert run("split-async", {"a": work}, {"a": DEVICE}).rounds == [
+        ALONE_STEP,
+        2 * ALONE_STEP,
+        3 * ALONE_STEP - saved,
+    ]

@@ -103,6 +103,9 @@ class _Stage:
     def block_of(self, name: str) -> int | None:
         return 0 if name == "base.theta" else None
 
+    def placed(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        return inputs
+
     # Split after block 0: θ is the client's, the bias the server's.
 
     def plan(self, inputs: dict[str, Tensor]) -> tuple[Tensor, None]:

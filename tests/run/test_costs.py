@@ -10,15 +10,19 @@ import pytest
 
 from flexp.client.personal import WholeModel
 from flexp.cost.choice import ExchangeCost
+from flexp.cost.clock import SPLIT_ASYNC
 from flexp.cost.counting import counting
 from flexp.cost.echo import random_batch
 from flexp.cost.model_cost import model_cost
 from flexp.cost.probe import Probe
+from flexp.links.base import Traffic
+from flexp.methods.base import Account
 from flexp.methods.parties import own_stage
 from flexp.models.anatomy import Part
 from flexp.run.costs import Costs
 from flexp.run.settle import build_world
-from tests.tiny import config, each
+from flexp.run.virtual import client_work
+from tests.tiny import bert_folder, config, each
 
 OFF = {"align": {"kind": "off"}}
 SOME = [[1, 3], [2, None], [3, 4]]
@@ -177,3 +181,19 @@ def test_lower_ranks_beside_the_cut_cost_less(home: Path) -> None:
 
 def found_world(home: Path, model: dict[str, Any]) -> Any:
     return build_world(config(home, model=model))
+
+
+def test_kept_examples_cost_their_numbers(tmp_path: Path) -> None:
+    bert_folder(tmp_path / "model")
+    method = {**OFF, "personal": {"frozen_head_blocks": 1}}
+    found = costs(tmp_path, data={"clients": {"cut": [1, 4]}}, link={"cache": "memory"}, method=method)
+    cost, (examples, length, _) = found.of("north"), found.shape("north")
+    numbers = 2 * examples * length + 8 * examples + examples  # mask, rows that are read, numbers, what is fresh
+    assert (cost.later_up, cost.forward_up) == (numbers, examples * length * 32 * 4 + numbers)
+    assert (cost.backward_down, cost.later_before, cost.epoch) == (0, 0, 3)
+    assert cost.before > 0
+    assert costs(tmp_path, link={"cache": "memory"}).of("north").later_up is None  # its head is trained
+    traffic = Traffic(bytes_up=int(9 * cost.backward_up + 3 * cost.forward_up + 6 * numbers))
+    steps = Account(0, traffic, Traffic(), 0.0, 0.0)
+    work = client_work(cost, steps, [3, 3, 3], SPLIT_ASYNC)
+    assert (work.forward_up, work.later_up, work.backward_up) == (cost.forward_up, numbers, cost.backward_up)

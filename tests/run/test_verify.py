@@ -79,7 +79,7 @@ def rounded_activations(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def lost_update(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Updater, "step", lambda self: 0.0)
+    monkeypatch.setattr(Updater, "step", lambda self, norm=None: 0.0)
 
 
 def lost_gradient(monkeypatch: pytest.MonkeyPatch) -> None:

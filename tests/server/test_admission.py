@@ -108,7 +108,7 @@ def test_exchanges_of_a_step_may_arrive_in_any_order(order: tuple[int, ...]) -> 
 
     def run(arrivals: tuple[int, ...]) -> tuple[list[int], list[dict[str, torch.Tensor]]]:
         here, seen = joined(), []
-        here.server.shared.add = lambda gradients, _: seen.append(dict(gradients)) or True  # type: ignore[method-assign]
+        here.server.shared.add = lambda gradients, *_: seen.append(dict(gradients)) or True  # type: ignore[method-assign]
         for number in (1, 2, 3, 4):
             here.server.answer("a", forward(number))
         counts = []

@@ -97,7 +97,7 @@ def test_what_is_padded_does_not_count(config: AlignConfig) -> None:
     value, grad = alignment(config, teacher, student, mask)
     hole = mask.unsqueeze(-1) == 0
     other, grad_other = alignment(config, teacher.masked_fill(hole, 3.0), student.masked_fill(hole, -1.0), mask)
-    assert value == pytest.approx(other, abs=1e-14)
+    assert float(value) == pytest.approx(float(other), abs=1e-14)
     torch.testing.assert_close(grad, grad_other, rtol=0, atol=1e-15)
 
 

@@ -92,9 +92,9 @@ class Pair:
         self.applied: list[dict[str, Tensor]] = []
         shared, add = self.here.server.shared, self.here.server.shared.add
 
-        def spy(grads: Mapping[str, Tensor], weight: float) -> bool:
+        def spy(grads: Mapping[str, Tensor], weight: float, norm: float | None = None) -> bool:
             self.applied.append(copied(grads))
-            return add(grads, weight)
+            return add(grads, weight, norm)
 
         shared.add = spy  # type: ignore[method-assign]
         for client, cut in CUTS.items():

@@ -51,7 +51,8 @@ def with_known(rows_NH: Tensor, labels_N: Tensor, known: int = KNOWN) -> float |
 
 
 def auc(rows_NH: Tensor, labels_N: Tensor, known: int = KNOWN) -> float | None:
-    """Of two classes: the area under the curve of the direction between their known examples' means."""
+    """Of two classes: the area under the curve of the direction between their known examples' means, turned around
+    where that reads more: who knows a few more labels would turn it."""
     names = torch.unique(labels_N)
     if len(names) != 2:
         return None
@@ -64,7 +65,7 @@ def auc(rows_NH: Tensor, labels_N: Tensor, known: int = KNOWN) -> float | None:
     if not len(yes) or not len(no):
         return None
     above = (yes[:, None] > no).double() + 0.5 * (yes[:, None] == no).double()
-    return float(above.mean())
+    return float(max(above.mean(), 1 - above.mean()))
 
 
 def answers(grads: Sequence[Tensor], head_VH: Tensor, labels: Sequence[Tensor]) -> float | None:

@@ -21,14 +21,12 @@ from flexp.attacks.tokens import ATTACKS, Attack, Public, Sent
 from flexp.audit.watching import Exchange, Watch, watchable
 from flexp.client.guarding import Guard
 from flexp.client.trainer import split_model_of
-from flexp.config import RunConfig
 from flexp.data.types import Example
 from flexp.kinds import IGNORED, KINDS, Answers
 from flexp.methods.base import Method, World
 from flexp.methods.parties import own_stage
 from flexp.methods.split import Split
 from flexp.models.anatomy import Part
-from flexp.run.settle import build_world, load_processor, model_folder
 
 PRETRAINED, TAUGHT = "pretrained", "taught"
 """The heads that an attacker learns from: as everybody has it, and taught in the way of the clients."""
@@ -107,35 +105,32 @@ class Audit:
 
     def as_json(self) -> dict[str, Any]:
         """Schema 1; without the texts, which stay on the client."""
-        return {"schema": 1, **{key: value for key, value in asdict(self).items() if key != "worst"}}
+        return {"schema": 1, "line": self.line, **{key: value for key, value in asdict(self).items() if key != "worst"}}
 
 
-def audit(
-    config: RunConfig,
-    *,
-    method: Method | None = None,
-    rounds: int = 1,
-    public: Path | None = None,
-    full: bool = False,
-) -> Audit:
-    """Train ``rounds`` rounds in memory and attack what the server was sent.
+def audit(method: Method, *, rounds: int = 1, public: Path | None = None, full: bool = False) -> Audit:
+    """Train ``rounds`` rounds of a method that begins, or was trained already, and attack what the server was sent.
 
     Args:
-        method: of a run that was trained already, whose next rounds these are; ``None``: the run begins.
         public: a file of public texts, one a line; ``None``: :data:`~flexp.attacks.public.MANUAL`.
         full: with the slow attacks and more public text.
 
     Raises:
         ConfigError: the method sends no activations, or its input is no text.
-        FlexpError: what is wrong with model or data.
+        DataError: the public texts cannot be read.
     """
-    world = build_world(config) if method is None else method.world
-    watched = watchable(world.method(world) if method is None else method)
-    watch = Watch(watched)
+    watch = Watch(watchable(method))
     with watch.watching():
         for number in range(1, rounds + 1):
-            watched.train_round(number, watch.told)
-    tokenizer = load_processor(model_folder(world.config), world.config)
+            method.train_round(number, watch.told)
+    return attacked(watch, public=public, full=full)
+
+
+def attacked(watch: Watch, *, public: Path | None = None, full: bool = False) -> Audit:
+    """:func:`audit` of what was watched already."""
+    watched = watch.method
+    world, config = watched.world, watched.world.config
+    tokenizer: Any = world.federation.task.processor
     examples = encoded(
         tokenizer,
         paragraphs(public, 4000 if full else 1000),
@@ -182,7 +177,7 @@ def _heads(world: World, depth: int, examples: Sequence[Example], tokenizer: Any
     """What the heads that an attacker learns from make of public text: the pretrained one, and where clients teach
     theirs or add noise, one that it taught in the same way, with such noise."""
     heads, config = {PRETRAINED: known_to_all(world.source, depth, examples)}, world.config.privacy
-    if config.on and depth > 0:
+    if config.of_texts and depth > 0:
         blocks = world.source.anatomy.blocks
         surrogate = own_stage(world, Part.client((depth, blocks), blocks))
         unbound = config.model_copy(update={"max_content_words": None})

@@ -51,9 +51,14 @@ class Exchange:
 
 @dataclass
 class Watch:
-    """Records a method's training exchanges; :meth:`told` is its ``on_step``."""
+    """Records a method's training exchanges; :meth:`told` is its ``on_step``.
+
+    Attributes:
+        most: exchanges of each client that are kept, the first ones; ``None``: all.
+    """
 
     method: Split
+    most: int | None = None
     exchanges: list[Exchange] = field(default_factory=list)
     _open: dict[tuple[str, int], Exchange] = field(default_factory=dict)
     _batches: dict[str, list[Batch]] = field(default_factory=dict)
@@ -89,6 +94,8 @@ class Watch:
     def _see(self, client: str, request: Request[Any]) -> None:
         if isinstance(request, ForwardRequest) and request.train:
             batch = self._batches[client].pop(0)
+            if self.most is not None and sum(each.client == client for each in self.exchanges) >= self.most:
+                return
             request, kept = arrived(request, client)
             reads = kept if request.rows_BT is None else Places.of(request.rows_BT)
             base_BTH = None if request.base_BTH is None else request.base_BTH.clone()
@@ -96,8 +103,10 @@ class Watch:
             self._open[client, request.exchange] = exchange
             self.exchanges.append(exchange)
         elif isinstance(request, BackwardRequest):
-            exchange = self._open.pop((client, request.exchange))
-            exchange.grad_BTH = unpack(request.grad_BTH.clone(), exchange.reads)
+            key = (client, request.exchange)
+            if key in self._open:
+                exchange = self._open.pop(key)
+                exchange.grad_BTH = unpack(request.grad_BTH.clone(), exchange.reads)
 
 
 def watchable(method: Any) -> Split:

@@ -31,16 +31,19 @@ def audit(
     from flexp.audit.page import render, tables
     from flexp.config.loading import load
     from flexp.files import write_text
+    from flexp.methods import Method
+    from flexp.run.settle import build_world
 
     if place.is_dir():
         if settings:
             raise ConfigError("--set goes with a configuration: a run's folder is audited as it is")
         from flexp.export.saved import open_run
 
-        run = open_run(place)
-        found = attack(run.config, method=run.method, rounds=rounds, public=public, full=full)
+        method: Method = open_run(place).method
     else:
-        found = attack(load(place, settings or ()), rounds=rounds, public=public, full=full)
+        world = build_world(load(place, settings or ()))
+        method = world.method(world)
+    found = attack(method, rounds=rounds, public=public, full=full)
     if out is not None:
         write_text(out, render(found))
     if as_json:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from flexp.cli.reaching import SECURED, Secured, grouped, url_of
-from flexp.cli.settings import Settings, overrides
+from flexp.cli.settings import Device, Settings, overrides
 from flexp.errors import ConfigError
 
 
@@ -26,13 +26,14 @@ def client(
     ] = None,
     secured: Secured = SECURED,
     settings: Settings = None,
+    device: Device = None,
 ) -> None:
     """Take part in the run that a server conducts, with this device's private data; go on where it was stopped."""
     from flexp.cli.verify import parse_cut
     from flexp.config.deployment import load as load_deployment
     from flexp.config.loading import load, read
 
-    said = list(settings or ())
+    said = overrides(settings, device=device)
     if data is not None:
         if name is None:
             raise ConfigError("--data needs --name, what the client is called")

@@ -25,6 +25,10 @@ def compare(
     seeds: Annotated[str | None, typer.Option(help="How many seeds, or which: 5, or 3,4,7.")] = None,
     trials: Annotated[int | None, typer.Option(help="Settings to try for each method.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at the same time.")] = max(1, min(2, os.cpu_count() or 1)),
+    engine: Annotated[
+        str,
+        typer.Option(metavar="local|slurm", help="Who does the runs (compare.needs)."),
+    ] = "local",
     out: Annotated[Path | None, typer.Option("--out", help="Folder; default: comparisons/NAME.")] = None,
     settings: Settings = None,
     no_tune: Annotated[bool, typer.Option("--no-tune", help="Run all with the configuration's own settings.")] = False,
@@ -52,16 +56,16 @@ def compare(
     if dry_run:
         _list(wanted, folder)
     else:
-        _go(wanted, folder, jobs)
+        _go(wanted, folder, jobs, engine)
 
 
-def _go(wanted: Comparison, folder: Path, jobs: int) -> None:
+def _go(wanted: Comparison, folder: Path, jobs: int, engine: str) -> None:
     from flexp.comparison.compare import compare as do
     from flexp.comparison.progress import Display
 
     try:
         with Display(wanted.base.name) as display:
-            outcome = do(wanted, folder, jobs, display)
+            outcome = do(wanted, folder, jobs, display, engine)
     except KeyboardInterrupt:
         typer.echo(f"go on with the same command and --out {folder}; finished runs are kept", err=True)
         raise

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from flexp.cli.settings import Settings, check_others
+from flexp.cli.settings import Device, Settings, check_others, overrides
 
 
 def fleet(
@@ -15,6 +15,7 @@ def fleet(
     out: Annotated[Path | None, typer.Option("--out", help="Folder of the fleet; default: runs/NAME-DATE.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="Torch threads of each process.")] = 1,
     settings: Settings = None,
+    device: Device = None,
 ) -> None:
     """Run a configuration as one server process and a process for each client, and go on if --out holds such a run.
 
@@ -29,9 +30,10 @@ def fleet(
     from flexp.run.fleet import Fleet
     from flexp.run.settle import settle
 
-    check_others(config, settings or ())
-    table = files.overridden(config, settings or ()).get("deployment", {})
-    found = settle(files.load(config, settings or ()))
+    said = overrides(settings, device=device)
+    check_others(config, said)
+    table = files.overridden(config, said).get("deployment", {})
+    found = settle(files.load(config, said))
     for note in found.federation.remarks:
         typer.echo(f"flexp fleet: {note}")
     made = Fleet(

@@ -11,8 +11,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from flexp.cli.settings import Force
+from flexp.cli.settings import Device, Force
 from flexp.cli.verify import Dtype, Task, Tuning
+from flexp.errors import ConfigError
 
 if TYPE_CHECKING:
     from flexp.cost.profile import Profile
@@ -53,6 +54,7 @@ def profile(
     name: Annotated[str, typer.Option(help="Of the device.")] = "device",
     out: Annotated[Path | None, typer.Option(help="Save the profile here, as JSON.")] = None,
     force: Force = False,
+    device: Device = None,
 ) -> None:
     """Measure this machine: usable memory, seconds of the model's blocks forward and backward, and the network."""
     import torch
@@ -63,8 +65,11 @@ def profile(
     from flexp.cost.model_cost import model_cost
     from flexp.cost.profile import Profile
     from flexp.files import check_new
+    from flexp.machine import device_of
 
     check_new(out, force=force)
+    if device_of(device or "cpu").type != "cpu":
+        raise ConfigError("flexp profile measures processors alone so far: leave out --device")
     if threads is not None:
         torch.set_num_threads(threads)
     ready = Profile.from_class(like, role=side.value)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flexp.cli.settings import Settings, check_others, console
+from flexp.cli.settings import Device, Settings, check_others, console, overrides
 from flexp.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ def run(
     out: Out = None,
     seed: Annotated[int | None, typer.Option(help="Override the run's seed.")] = None,
     resume: Annotated[Path | None, typer.Option(metavar="DIR", help="Continue the run in DIR.")] = None,
+    device: Device = None,
 ) -> None:
     """Train a simulated federation; every client ends with its own model."""
     from flexp.config.loading import load
@@ -32,12 +33,13 @@ def run(
     if resume is not None:
         if config is not None or seed is not None or out is not None:
             raise ConfigError("--resume continues a run as it was configured: leave out CONFIG, --seed and --out")
-        _go(resume, rounds=_rounds(settings or ()))
+        _go(resume, rounds=_rounds(settings or ()), device=device)
         return
     if config is None:
         raise ConfigError("say which run: flexp run CONFIG.toml, or flexp run --resume DIR")
-    loaded = load(config, settings or (), seed)
-    check_others(config, settings or ())
+    said = overrides(settings, device=device)
+    loaded = load(config, said, seed)
+    check_others(config, said)
     _go(out or fresh(loaded.name), loaded)
 
 
@@ -77,12 +79,12 @@ def _rounds(settings: Sequence[str]) -> Any:
     return said["train"]["rounds"] if said else None
 
 
-def _go(folder: Path, config: RunConfig | None = None, rounds: int | None = None) -> None:
+def _go(folder: Path, config: RunConfig | None = None, rounds: int | None = None, device: str | None = None) -> None:
     """Start ``config`` in ``folder``, or resume what is there, and show the result."""
     from flexp.run import runner  # slow to import: only once the configuration is known to be right
 
     try:
-        summary = runner.resume(folder, rounds=rounds) if config is None else runner.run(config, folder)
+        summary = runner.resume(folder, rounds=rounds, device=device) if config is None else runner.run(config, folder)
     except KeyboardInterrupt:
         if (folder / "config.json").exists():
             typer.echo(f"go on after the last finished round with: flexp run --resume {folder}", err=True)
@@ -96,11 +98,14 @@ def fresh(name: str) -> Path:
 
 
 def _show(summary: dict[str, Any], folder: Path) -> None:
-
+    from flexp.report.summary import UNKNOWN
     from flexp.report.tables import client_table
 
     shown = console()
     shown.print(client_table(summary))
+    reads = f"What the server can read: {summary['server_reads']}"
+    reads += " (privacy.audit = true, or flexp audit)" if summary["server_reads"] == UNKNOWN else ""
+    shown.print(reads, soft_wrap=True, markup=False, highlight=False)
     where = folder / "checkpoints"
     shown.print(f"Saved in {folder}; every client's personal weights in {where}", soft_wrap=True, markup=False)
     page = folder / "report.html"

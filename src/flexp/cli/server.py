@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from flexp.cli.settings import Settings, overrides
+from flexp.cli.settings import Device, Settings, overrides
 from flexp.cli.verify import Task
 from flexp.errors import ConfigError, plain
 
@@ -59,6 +59,7 @@ def server(
     ] = None,
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between two lines of progress.")] = 30.0,
     settings: Settings = None,
+    device: Device = None,
 ) -> None:
     """Serve the shared blocks to clients until Ctrl-C or SIGTERM, or conduct a run to its end; then save and stop.
 
@@ -81,7 +82,8 @@ def server(
     if config is None:
         kind = kind or Task("causal-lm")
     task = None if kind is None else task_for(kind.value)
-    said = overrides(settings, model=model, kind=task, base_depth=base_depth, end=end, allow_export=allow_export)
+    given = {"model": model, "kind": task, "base_depth": base_depth, "end": end, "server_device": device}
+    said = overrides(settings, allow_export=allow_export, **given)
     loaded, deployment = read_config(config, said)
     if loaded.threads is not None:
         torch.set_num_threads(loaded.threads)

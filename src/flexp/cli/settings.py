@@ -19,7 +19,17 @@ Settings = Annotated[
 
 Force = Annotated[bool, typer.Option("--force", help="Replace a file that is there already.")]
 
+Device = Annotated[
+    str | None,
+    typer.Option(
+        "--device", metavar="NAME", help="auto, cpu, cuda:1, ...; default: as the configuration says, or cpu.",
+        show_default=False,
+    ),
+]  # fmt: skip
+
 KEYS = {
+    "device": "model.device",
+    "server_device": "server.device",
     "model": "model.id",
     "kind": "data.task",
     "base_depth": "model.base_depth",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flexp.cli.reaching import SECURED, WHOSE, Secured, Whose, grouped, reaching
-from flexp.cli.settings import Force, console
+from flexp.cli.settings import Device, Force, console
 from flexp.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -73,12 +73,13 @@ def evaluate(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     secured: Secured = SECURED,
+    device: Device = None,
 ) -> None:
     """Score a personal model on its client's own test data and on everybody's, or on a file."""
     from flexp.export.answers import score
     from flexp.export.opening import open_trained
 
-    opened = open_trained(model, whose.client, whose.number, reaching(whose, secured), run)
+    opened = open_trained(model, whose.client, whose.number, reaching(whose, secured), run, device)
     try:
         if harness is not None:
             _harness(opened, harness, tasks_dir, limit, batch_size, pretrained, as_json)
@@ -109,12 +110,13 @@ def predict(
     batch_size: Batch = None,
     force: Force = False,
     secured: Secured = SECURED,
+    device: Device = None,
 ) -> None:
     """Let a classifier label a file: one line a row, with the probability of every label."""
     from flexp.export.answers import predict as write
     from flexp.export.opening import open_trained
 
-    opened = open_trained(model, whose.client, whose.number, reaching(whose, secured))
+    opened = open_trained(model, whose.client, whose.number, reaching(whose, secured), device=device)
     try:
         count = write(opened, data, out, batch_size, force=force)
     finally:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from flexp.cli.settings import Device
 from flexp.errors import ConfigError
 from flexp.kinds import KINDS, ModelKind
 
@@ -98,6 +99,7 @@ def verify(
     length: Annotated[int, typer.Option(min=2, help="Tokens of an example.")] = 10,
     seed: Annotated[int, typer.Option(help="Of the batches, and of weights that no checkpoint holds.")] = 0,
     threads: Annotated[int | None, typer.Option(min=1, max=1024, help="Torch's threads.", show_default=False)] = None,
+    device: Device = None,
     list_: Annotated[
         bool, typer.Option("--list", help="List the architectures, also those refused, and stop.")
     ] = False,
@@ -139,6 +141,7 @@ def verify(
         batch=batch,
         length=length,
         seed=seed,
+        device=device or "cpu",
     )
     with Console(stderr=True).status("comparing") as spinner:
         outcomes = list(verify_all(setup, spinner.update)) if all_ else [compare(setup)]

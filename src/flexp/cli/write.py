@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flexp.cli.reaching import SECURED, WHOSE, Secured, Whose, grouped, reaching
+from flexp.cli.settings import Device
 from flexp.errors import FlexpError, plain
 
 if TYPE_CHECKING:
@@ -59,11 +60,12 @@ def generate(
     sampling: Sampling = SAMPLING,
     secured: Secured = SECURED,
     threads: Threads = None,
+    device: Device = None,
 ) -> None:
     """Let a personal language model go on from a prompt, token by token."""
     generation = sampling.generation(max_new_tokens)
     text = sys.stdin.read() if prompt == "-" else prompt
-    writer = _open(model, whose, secured, threads)
+    writer = _open(model, whose, secured, threads, device)
     try:
         found = writer.write(writer.ids_of(text), generation, _show)
         typer.echo()
@@ -81,10 +83,11 @@ def chat(
     sampling: Sampling = SAMPLING,
     secured: Secured = SECURED,
     threads: Threads = None,
+    device: Device = None,
 ) -> None:
     """Talk with a personal language model; /reset forgets what was said, /quit (or Ctrl-D) ends."""
     generation = sampling.generation(max_new_tokens)
-    writer = _open(model, whose, secured, threads)
+    writer = _open(model, whose, secured, threads, device)
     begin: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
     said = list(begin)
     try:
@@ -123,26 +126,27 @@ def serve(
     ] = 512,
     secured: Secured = SECURED,
     threads: Threads = None,
+    device: Device = None,
 ) -> None:
     """Offer a personal language model to applications, as the OpenAI API does (needs the extra `serve`)."""
     from flexp.serving.listening import check_listening, run
 
     check_listening(host, api_key)
-    writer = _open(model, whose, secured, threads)
+    writer = _open(model, whose, secured, threads, device)
     try:
         run(writer, host, port, api_key, max_new_tokens, lambda line: typer.echo(f"flexp serve: {line}"))
     finally:
         writer.close()
 
 
-def _open(model: Path, whose: Whose, secured: Secured, threads: int | None) -> Writer:
+def _open(model: Path, whose: Whose, secured: Secured, threads: int | None, device: str | None) -> Writer:
     import torch
 
     from flexp.serving.writer import open_writer
 
     if threads is not None:
         torch.set_num_threads(threads)
-    return open_writer(model, whose.client, whose.number, reaching(whose, secured))
+    return open_writer(model, whose.client, whose.number, reaching(whose, secured), device)
 
 
 def _ask() -> str | None:

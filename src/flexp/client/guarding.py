@@ -23,6 +23,7 @@ from torch import Tensor
 from flexp.attacks.public import dull_tokens, encoded, known_to_all, paragraphs
 from flexp.attacks.tokens import Linear, Public, Sent, Table
 from flexp.client.noise import Noise
+from flexp.client.random_labels import RandomLabels
 from flexp.config import PrivacyConfig
 from flexp.data.types import Example
 from flexp.errors import ConfigError, PrivacyError
@@ -45,7 +46,9 @@ class Guard:
         examples: its training examples.
         tokenizer: of the model.
         seed: of the client; what is drawn here is drawn by nobody else.
-        key: of its noise; ``None``: a secret one. The seed is none: every party of a run knows it.
+        key: of its noise and of its labels' answers; ``None``: a secret one. The seed is none: every party of a run
+            knows it.
+        classes: of its labels, where there are any.
 
     Attributes:
         taught: the cut's s that the head has been taught for; −1: for none yet.
@@ -59,10 +62,13 @@ class Guard:
         tokenizer: Any,
         seed: int,
         key: int | None = None,
+        classes: int = 0,
     ) -> None:
         self.config, self.taught = config, -1
         key = secrets.randbits(62) if key is None else key
         self.noise = Noise(config.noise, key, config.clip) if config.noise else None
+        epsilon = config.label_epsilon
+        self.labels = None if epsilon is None else RandomLabels(epsilon, classes, key)
         self.read: float | None = None
         self._examples, self._tokenizer, self._seed = examples, tokenizer, seed
 
@@ -78,7 +84,7 @@ class Guard:
             ConfigError: they hold nothing that is trained.
             PrivacyError: the bound is not met after all steps.
         """
-        if self.taught == depth:
+        if self.taught == depth or not self.config.of_texts:
             return
         trained = [value for name, value in stage.trainable().items() if stage.within(name, 0, depth)]
         if not trained and self.config.penalty != "off":
@@ -90,6 +96,12 @@ class Guard:
             finally:
                 stage.model.train(mode)
         self.taught = depth
+
+    def told(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """The batch as training may know it: with the answers for its labels."""
+        if self.labels is None or "labels" not in batch:
+            return dict(batch)
+        return {**batch, "labels": self.labels.of(batch)}
 
     def sent(self, ids_BT: Tensor, mask_BT: Tensor | None, z_BTH: Tensor) -> Tensor:
         """What is sent of z, (B, T, H): nothing where there is padding, since it knows the text as well."""
@@ -104,6 +116,8 @@ class Guard:
         own = {"taught": torch.tensor(self.taught)}
         if self.noise is not None:
             own["noise_key"] = torch.tensor(self.noise.key)
+        if self.labels is not None:
+            own["label_key"] = torch.tensor(self.labels.key)
         return own if clip is None else own | {"clip": torch.tensor(clip, dtype=torch.float64)}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
@@ -112,6 +126,8 @@ class Guard:
         if self.noise is not None:
             self.noise.key = int(state.get("noise_key", self.noise.key))
             self.noise.clip = float(state["clip"]) if "clip" in state else self.config.clip
+        if self.labels is not None:
+            self.labels.key = int(state.get("label_key", self.labels.key))
 
     def gradient(self, stage: Stage, ids_BT: Tensor, mask_BT: Tensor | None, z_BTH: Tensor) -> Tensor:
         """The gradient of the weighted penalty at z, (B, T, H)."""

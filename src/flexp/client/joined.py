@@ -127,7 +127,8 @@ class JoinedModel(PersonalModel):
         Raises:
             ConfigError: alignment would send z_base, which nobody teaches, or take over blocks of the server's.
         """
-        if self.cut[0] > self.base_depth and (self.align.kind == "weights" or self.align.has_term or self.align.teach):
+        moved = guard.config.of_texts and self.cut[0] > self.base_depth
+        if moved and (self.align.kind == "weights" or self.align.has_term or self.align.teach):
             raise ConfigError(
                 f"[privacy] is about what is sent at the cut (s = {self.cut[0]}), and method.align.kind = "
                 f"{self.align.kind!r} would send z_base of depth {self.base_depth}, or take over blocks that were not "

@@ -120,6 +120,8 @@ class Seat:
         seed: of the order of examples, where a classifier is trained again.
         meter: of its link; ``None``: nothing crosses for features.
         personal: its classifier is its own from the beginning, and need not be everybody's.
+        told: a batch as training may know it (``privacy.label_epsilon``): a classifier that gradients come out of is
+            made of that, the last one, of which none do, of the labels as they are.
         noise: the seed of the noise in its sums. A simulation's is known; a client's is drawn where it runs.
         seconds: that its meetings took, waiting for the others not counted.
     """
@@ -132,6 +134,7 @@ class Seat:
     seed: int
     meter: Meter | None = None
     personal: bool = False
+    told: Callable[[Batch], Batch] | None = None
     noise: int | None = None
     seconds: float = 0.0
 
@@ -159,7 +162,7 @@ class Seat:
             began = time.perf_counter()
 
     def _first(self) -> Rounds[dict[str, Tensor]]:
-        features_NH, labels_N = self.features()
+        features_NH, labels_N = self.features(self.told)
         common = yield from self._agree(features_NH, labels_N, with_own=False)
         head = common.begin(features_NH, labels_N) if self.personal else common.head()
         return self._weights(head)
@@ -177,7 +180,7 @@ class Seat:
             head, choice = common.personal(own, features_NH, labels_N), "closed-form"
         return self._weights(head), choice
 
-    def features(self) -> tuple[Tensor, Tensor]:
+    def features(self, told: Callable[[Batch], Batch] | None = None) -> tuple[Tensor, Tensor]:
         """φ of all private examples, (N, H) in float64, and their labels (N,); where tokens have labels, of those."""
         _, layer = classifier_of(self.model)
         seen: list[Tensor] = []
@@ -188,6 +191,7 @@ class Seat:
             counted = nullcontext() if self.meter is None else self.meter.as_training()
             with counted, RandomStream(0, layer.weight.device).active():  # a forward moves others' generator
                 for batch, _ in in_batches(self.task.collate, self.examples, self.config.evaluation.batch_size):
+                    batch = batch if told is None else told(batch)
                     targets = take_targets(batch)
                     with torch.no_grad():
                         self.forward(batch)

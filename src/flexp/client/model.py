@@ -196,6 +196,7 @@ class SplitModel(JoinedModel):
         start, base_depth = self.cut[0], self.base_depth
         if self.guard is not None:
             self.guard.teach(self.stage, start)  # before anything is sent
+            inputs = self.guard.told(inputs) if train else inputs
         align_now = train and self._align_due()
         inner = align_now and self.align.has_term and self.align.at == "every-block"  # teaching needs z_base alone
         embedded_BTH, plan = self.stage.plan(inputs)
@@ -209,7 +210,7 @@ class SplitModel(JoinedModel):
             z_BTH = self.stage.run(z_BTH, plan, index, index + 1)
             if inner and index < start - 1:
                 inner_BTH.append(z_BTH)
-        if self.guard is not None:
+        if self.guard is not None and self.guard.config.of_texts:
             z_BTH = self.guard.sent(inputs["input_ids"], inputs.get("attention_mask"), z_BTH)
         back = z_BTH.requires_grad
         if train and not back:

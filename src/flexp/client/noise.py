@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Mapping
 
 import torch
 from scipy.optimize import brentq
 from scipy.special import log_ndtr
 from torch import Tensor
+
+from flexp.config import RunConfig
+from flexp.data.types import Federation
 
 DELTA = 1e-5
 """δ of what is told."""
@@ -73,3 +77,35 @@ def epsilon(ratio: float, hidden: int, tokens: int = 1, delta: float = DELTA) ->
         return first - math.exp(min(eps + log_ndtr(-mu / 2 - eps / mu), 0.0)) - delta
 
     return 0.0 if over(0.0) <= 0 else float(brentq(over, 0.0, mu * mu / 2 + 10 * mu + 10))
+
+
+def ledger(config: RunConfig, federation: Federation, hidden: int) -> dict[str, float | None]:
+    """What ``[privacy]`` guarantees: ε at ``delta`` of one ``activation`` and of the longest ``text``, each sent once;
+    of a text in a whole ``run``, ``None``: there is none, since each epoch covers it with the same noise and heads move
+    in between; what it would be with ``fresh`` noise in each of ``epochs``; and of a label (``labels``), over the run.
+    """
+    found: dict[str, float | None] = {}
+    ratio, labels = config.privacy.noise, config.privacy.label_epsilon
+    if ratio:
+        train = [client.train for client in federation.clients if client.train]
+        seen = config.train.total_steps * config.train.batch_size
+        epochs = max((math.ceil(seen / len(each)) for each in train), default=1)
+        tokens = max((len(example.get("input_ids", ())) for each in train for example in each), default=1)
+        found = {"delta": DELTA, "activation": epsilon(ratio, hidden), "tokens": tokens,
+                 "text": epsilon(ratio, hidden, tokens), "run": None, "epochs": epochs,
+                 "fresh": epsilon(ratio, hidden, tokens * epochs)}  # fmt: skip
+    return found if labels is None else found | {"labels": labels}
+
+
+def told(found: Mapping[str, float | None]) -> str:
+    """A :func:`ledger` in words."""
+    said, known = [], {key: value for key, value in found.items() if value is not None}
+    if "text" in found:
+        said.append(
+            "ε = {activation:.3g} for one activation and {text:.3g} for a text of {tokens} tokens, sent once (δ = "
+            "{delta:g}), and none for a run: heads move between {epochs} epochs under the same noise (fresh noise "
+            "would give {fresh:.3g}); more than about 10 is no guarantee".format(**known)
+        )
+    if "labels" in found:
+        said.append("ε = {labels:g} for each label, over the whole run".format(**known))
+    return "; ".join(said)

@@ -207,7 +207,7 @@ class WholeModel:
 
     def __call__(self, **batch: Any) -> Any:
         with self.stage.computing():
-            return self.stage.model(**batch, **self.stage.no_cache)
+            return self.stage.model(**self.stage.placed(batch), **self.stage.no_cache)
 
     def train(self, mode: bool = True) -> WholeModel:
         self.stage.model.train(mode)

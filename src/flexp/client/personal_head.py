@@ -3,7 +3,7 @@
 Three things make the closed form of everybody's sums (:mod:`flexp.client.closed_form`) the client's own: how often it
 sees each class, what its classes look like, and what it has trained. The first two have one number each, which the
 client's examples choose; of the third, the closed form, the trained classifier or both together answer, whichever has
-the smaller loss on examples that it has not seen.
+clearly the smaller loss on examples that it has not seen.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ FEW = 16
 """With fewer examples whose class the client has seen twice, its class means are everybody's."""
 FOLDS = 4
 CLEARLY = 0.9
-"""So much smaller must the loss of own examples alone be: their γ and T are chosen on them, which is some of it."""
+BY_HEART = 0.25
+"""A loss of less, in nats an example, is no evidence: after training features know these very examples by heart."""
 
 Choice = Literal["closed-form", "trained", "both"]
 Retrain = Callable[[LinearHead, Tensor, Tensor], LinearHead]
@@ -62,8 +63,8 @@ class Agreed(Protocol):
         """Of a head's answers, summed."""
         ...
 
-    def both(self, one: LinearHead, other: LinearHead) -> LinearHead:
-        """The head in which two answer together."""
+    def by_heart(self, labels_N: Tensor) -> float:
+        """So small a loss of these examples is no evidence (:data:`BY_HEART`)."""
         ...
 
 
@@ -94,9 +95,13 @@ class Common:
     def loss(self, answers: Tensor, labels_N: Tensor) -> float:
         return loss(answers, labels_N)
 
-    def both(self, one: LinearHead, other: LinearHead) -> LinearHead:
-        """Whose log-probabilities are the sums of theirs."""
-        return LinearHead(one.weight + other.weight, one.bias + other.bias)
+    def by_heart(self, labels_N: Tensor) -> float:
+        return BY_HEART * len(labels_N)
+
+
+def mean_head(one: LinearHead, other: LinearHead) -> LinearHead:
+    """The head whose answers are the means of two heads' answers."""
+    return LinearHead((one.weight + other.weight) / 2, (one.bias + other.bias) / 2)
 
 
 def log_prior(counts_C: Tensor, total_C: Tensor) -> tuple[Tensor, float]:
@@ -111,6 +116,11 @@ def log_prior(counts_C: Tensor, total_C: Tensor) -> tuple[Tensor, float]:
     size = torch.lgamma(CONCENTRATIONS) - torch.lgamma(CONCENTRATIONS + counts_C.sum())
     a = float(CONCENTRATIONS[int((size + evidence.sum(1)).argmax())])
     return torch.log((counts_C + a * base_C) / (counts_C.sum() + a)), a
+
+
+def clearly_better(loss: float, than: float, by_heart: float) -> bool:
+    """Whether one head's loss on a client's own examples tells against another's; ``by_heart``: what does not count."""
+    return loss + by_heart < CLEARLY * (than + by_heart)
 
 
 def personal_head(common: Common, own: Statistics, features_NH: Tensor, labels_N: Tensor) -> LinearHead:
@@ -151,7 +161,7 @@ def begin(common: Common, features_NH: Tensor, labels_N: Tensor) -> LinearHead:
 def _alone(
     features_NH: Tensor, labels_N: Tensor, prior_NC: Tensor, possible_N: Tensor, most: float
 ) -> LinearHead | None:
-    """The closed form of these examples alone, if its loss with each left out is clearly below ``most``.
+    """The closed form of these examples alone, if its loss with each left out is clearly better than ``most``.
 
     Those whose class has no second example count as classes without any do (:data:`UNSEEN`).
     """
@@ -162,7 +172,7 @@ def _alone(
     if int(again.sum()) < FEW:
         return None
     cost = loss((temperature * logits + prior_NC)[again], labels_N[again]) + UNSEEN * int((possible_N & ~again).sum())
-    return found.head(gamma, temperature) if cost < CLEARLY * most else None
+    return found.head(gamma, temperature) if clearly_better(cost, most, BY_HEART * int(possible_N.sum())) else None
 
 
 def choose(
@@ -175,7 +185,8 @@ def choose(
     *,
     own_begin: bool = False,
 ) -> tuple[LinearHead, Choice]:
-    """The client's head: its own closed form (:meth:`Agreed.personal`), the ``trained`` one, or both together.
+    """The client's head: its own closed form (:meth:`Agreed.personal`) and the ``trained`` one together, or one of
+    them that answers clearly better alone.
 
     Cross-fitted: each of a few folds is answered by heads that were made without it. What was trained has seen all
     examples, so in its place stands one that ``retrain`` makes of the others, beginning with their closed form
@@ -194,8 +205,9 @@ def choose(
         less = common.without(gone)
         closed = less.personal(own.without(gone), x, y)
         again = retrain(less.begin(x, y) if own_begin else less.head(), x, y)
-        heads: dict[Choice, LinearHead] = {"closed-form": closed, "trained": again, "both": common.both(closed, again)}
+        heads: dict[Choice, LinearHead] = {"closed-form": closed, "trained": again, "both": mean_head(closed, again)}
         for name, head in heads.items():
             cost[name] += common.loss(head(features_NH[out]), labels_N[out])
-    choice = min(cost, key=cost.__getitem__)
-    return {"closed-form": whole, "trained": trained, "both": common.both(whole, trained)}[choice], choice
+    best = min(cost, key=cost.__getitem__)
+    choice: Choice = best if clearly_better(cost[best], cost["both"], common.by_heart(labels_N)) else "both"
+    return {"closed-form": whole, "trained": trained, "both": mean_head(whole, trained)}[choice], choice

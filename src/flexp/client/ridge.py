@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from flexp.client.closed_form import LinearHead, Statistics
-from flexp.client.personal_head import CLEARLY
+from flexp.client.personal_head import BY_HEART, clearly_better
 
 STRENGTHS = torch.logspace(-4.0, 3.0, 15, dtype=torch.float64)
 """Of λ, relative to the mean eigenvalue."""
@@ -99,10 +99,10 @@ class CommonRidge:
         return self._alone(features_NH, labels_N, cost) or self.head()
 
     def _alone(self, features_NH: Tensor, labels_N: Tensor, most: float) -> LinearHead | None:
-        """The ridge of these examples alone, if its error with each left out is clearly below ``most``."""
+        """The ridge of these examples alone, if its error with each left out is clearly better than ``most``."""
         found = Ridge(sums_of_numbers(features_NH, labels_N, True))
         losses = found.losses(features_NH, labels_N) * found.variance
-        if len(labels_N) < FEW or float(losses.min()) >= CLEARLY * most:
+        if len(labels_N) < FEW or not clearly_better(float(losses.min()), most, self.by_heart(labels_N)):
             return None
         return found.head(float(STRENGTHS[int(losses.argmin())]))
 
@@ -112,9 +112,9 @@ class CommonRidge:
     def loss(self, answers: Tensor, labels_N: Tensor) -> float:
         return float((answers[:, 0] - labels_N.double()).square().sum())
 
-    def both(self, one: LinearHead, other: LinearHead) -> LinearHead:
-        """The mean of their answers."""
-        return LinearHead((one.weight + other.weight) / 2, (one.bias + other.bias) / 2)
+    def by_heart(self, labels_N: Tensor) -> float:
+        """A share of what the numbers scatter."""
+        return BY_HEART * float((labels_N.double() - labels_N.double().mean()).square().sum())
 
 
 def sums_of_numbers(features_NH: Tensor, labels_N: Tensor, gram: bool) -> Statistics:

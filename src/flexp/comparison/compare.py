@@ -14,6 +14,7 @@ from flexp.comparison import collect
 from flexp.comparison.cells import FOLDER, Cell, final_cell, fingerprint, is_done, tuning_cell
 from flexp.comparison.collect import FILE
 from flexp.comparison.config import CompareConfig, Comparison, Entry, make
+from flexp.comparison.engines import Engine, engine_of
 from flexp.comparison.grid import Settings, trials, untried
 from flexp.comparison.report.write import PAGES
 from flexp.comparison.workers import Pool
@@ -88,13 +89,19 @@ def plan(comparison: Comparison) -> list[Track]:
     return tracks
 
 
-def compare(comparison: Comparison, out: Path, jobs: int, watcher: Watcher | None = None) -> Outcome:
+def compare(
+    comparison: Comparison, out: Path, jobs: int, watcher: Watcher | None = None, engine: str = "local"
+) -> Outcome:
     """Do in ``out`` whatever is not done there yet, and write ``comparison.json``.
 
     A cell that fails is noted and the others go on.
 
+    Args:
+        jobs: cells at the same time.
+        engine: who does them: ``local`` or as :func:`flexp.comparison.engines.engine_of`.
+
     Raises:
-        ConfigError: the configuration is impossible, or ``out`` holds something else.
+        ConfigError: the configuration is impossible, ``out`` holds something else, or there is no such engine.
         DataError: data or weights are not those of the cells that are there.
         StorageError: another process is at work in ``out``.
     """
@@ -108,7 +115,9 @@ def compare(comparison: Comparison, out: Path, jobs: int, watcher: Watcher | Non
         asked = {"base": comparison.base.resolved(), "compare": comparison.config.model_dump()}
         write_json(out / PLAN, {**asked, "made_of": _known_data(comparison.base, out)})
         state = _State(comparison, out, watcher, tracks)
-        with Pool(jobs, out) as pool:
+        needs = comparison.config.needs
+        here: Engine = Pool(jobs, out) if engine == "local" else engine_of(engine, jobs, out, needs)
+        with here as pool:
             while state.waiting or pool.busy:
                 while state.waiting and pool.free:
                     cell = state.next()

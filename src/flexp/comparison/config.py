@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, PositiveInt, field_validator
 
@@ -30,6 +30,15 @@ class VariantConfig(Section):
     grid: Grid | None = None  # None: that of the method
 
 
+class Needs(Section):
+    """What a run needs where ``--engine`` places it; ``local`` gives each its share of the cores."""
+
+    cpus: PositiveInt = 1
+    gpus: Annotated[int, Field(ge=0)] = 0
+    memory_gb: Rate | None = None  # None: nothing is said
+    minutes: PositiveInt = 240  # Slurm's limit of time
+
+
 class CompareConfig(Section):
     """What ``flexp compare`` compares. Its options of the same names go before these keys."""
 
@@ -43,6 +52,7 @@ class CompareConfig(Section):
     reference: str | None = None  # None: the default method if it is compared, else the first
     variants: dict[str, VariantConfig] = Field(default_factory=dict)
     grids: dict[str, Grid] = Field(default_factory=dict)  # method → its grid, in place of the default one
+    needs: Needs = Needs()
 
     @field_validator("seeds")
     @classmethod

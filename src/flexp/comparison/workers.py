@@ -116,7 +116,7 @@ def _work(pipe: Connection, out: Path, threads: int) -> None:
             cell: Cell = pipe.recv()
         except EOFError:
             return
-        pipe.send(_do(cell, out, threads))
+        pipe.send(attempt(cell, out, threads))
         sys.stdout.flush()
 
 
@@ -128,7 +128,8 @@ def _end_with_the_parent() -> None:
         os._exit(1)
 
 
-def _do(cell: Cell, out: Path, threads: int) -> str | None:
+def attempt(cell: Cell, out: Path, threads: int) -> str | None:
+    """Do a cell in this process; gives what went wrong, or None."""
     try:
         execute(cell, out, threads)
     except FlexpError as error:

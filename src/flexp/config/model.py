@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import AfterValidator, Field, PositiveInt
+from pydantic_core import PydanticKnownError
 
 from flexp.config.section import Fraction, Section
 
 Tuning = Literal["full", "lora"]
 Quantization = Literal["off", "int8", "nf4"]
+DEVICES = "'auto', 'cpu', 'mps', or 'cuda' or 'xpu', which may have a number as in 'cuda:1'"
+
+
+def _known(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", name):
+        raise PydanticKnownError("literal_error", {"expected": DEVICES})
+    return name
+
+
+Device = Annotated[str, AfterValidator(_known)]
 
 
 class LoraConfig(Section):
@@ -32,6 +44,8 @@ class ModelConfig(Section):
     autocast: Literal["off", "bfloat16"] = "off"
     # an architecture without SDPA (Gemma 2, GPT-Neo, GPT-J, BLOOM) runs eager whatever this says
     attention: Literal["sdpa", "eager"] = "sdpa"
+    # auto: a GPU if there is one; cuda:1: the second GPU (ROCm's, too); also xpu and mps
+    device: Device = "cpu"
     # linear layers of the blocks in 8 or 4 bits, as they are loaded (bitsandbytes); what is trained are adapters
     quantization: Quantization = "off"
     tuning: Tuning = "full"
@@ -62,6 +76,10 @@ class ModelConfig(Section):
     def quantized(self, how: Quantization | None) -> ModelConfig:
         """The same model with blocks quantised in another way; ``None``: as they are."""
         return self if how is None else self.model_copy(update={"quantization": how})
+
+    def on(self, device: str | None) -> ModelConfig:
+        """The same model on another device; ``None``: where it is."""
+        return self if device is None else self.model_copy(update={"device": device})
 
     def at(self, place: str | Path) -> ModelConfig:
         """The same model, found at ``place``."""

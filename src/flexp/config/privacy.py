@@ -20,20 +20,29 @@ class WarmUpConfig(Section):
 
 
 class PrivacyConfig(Section):
-    """A client teaches its head not to tell its tokens (:mod:`flexp.client.guarding`), and covers what it sends with
-    noise (:mod:`flexp.client.noise`)."""
+    """A client teaches its head not to tell its tokens (:mod:`flexp.client.guarding`), covers what it sends with noise
+    (:mod:`flexp.client.noise`), and trains on labels that were answered at random
+    (:mod:`flexp.client.random_labels`)."""
 
     # nopeek: the distance correlation between what is sent and the input embeddings (NoPeek, arXiv 2008.09161)
     penalty: Literal["off", "nopeek"] = "off"
     weight: Annotated[float, Field(ge=0.0)] = 0.1  # of the penalty along with the task
     noise: Annotated[float, Field(ge=0.0)] = 0.0  # ρ: its norm ÷ the norm that every token's activation is clipped to
     clip: Rate | None = None  # that norm; None: the median that the head gives public texts when it comes
+    # ε of the labels: each is answered at random once, and training knows that answer alone; None: as they are
+    label_epsilon: Rate | None = None
     public: str | None = None  # a file of public texts, one a line; None: the manual that comes with Python
     # what an attacker who is given the head itself may read when the warm-up ends; else nothing is sent. None: no bound
     max_content_words: Fraction | None = None
+    audit: bool = False  # attack what the server is sent in the first round, and say what it can read
     warm_up: WarmUpConfig = WarmUpConfig()
+
+    @property
+    def of_texts(self) -> bool:
+        """Whether anything is done for texts."""
+        return self.penalty != "off" or self.noise > 0
 
     @property
     def on(self) -> bool:
         """Whether anything is done."""
-        return self.penalty != "off" or self.noise > 0
+        return self.of_texts or self.label_epsilon is not None

@@ -88,13 +88,15 @@ class RunConfig(Section):
             raise ValueError(f'{what} needs a method that moves cuts while it trains, such as "{DEFAULT}"')
         if self.privacy.on and not METHODS[self.method.name].guards:
             raise ValueError(f'[privacy] needs a method whose heads stay on their clients, such as "{DEFAULT}"')
-        if self.privacy.on and (self.recut.on or self.devices.changes):
+        if self.privacy.of_texts and (self.recut.on or self.devices.changes):
             raise ValueError("[privacy] is for one cut, which recut.on and devices.changes move: "
                              "choose one")  # fmt: skip
-        if self.privacy.max_content_words is not None and not self.privacy.on:
+        if self.privacy.max_content_words is not None and not self.privacy.of_texts:
             raise ValueError(
                 "privacy.max_content_words holds a defence to it: set privacy.penalty = 'nopeek' or privacy.noise"
             )
+        if self.privacy.label_epsilon is not None and self.train.class_weights is not None:
+            raise ValueError("privacy.label_epsilon hides the labels that train.class_weights counts: leave one out")
         if self.recut.on and self.server.tuning not in (None, self.model.tuning):
             raise ValueError(
                 f"recut.on needs the same tuning on both sides: model.tuning is {self.model.tuning}, server.tuning "
@@ -125,6 +127,13 @@ class RunConfig(Section):
     def on_devices(self) -> bool:
         """Whether the clients' device classes are known; without them nobody is short of memory."""
         return self.data.clients.on_devices
+
+    def on(self, device: str | None) -> RunConfig:
+        """The same run with all of it on another device; ``None``: as it is."""
+        if device is None:
+            return self
+        model = ModelConfig.of(self.model, device=device)  # which looks at the name
+        return self.model_copy(update={"model": model, "server": self.server.model_copy(update={"device": None})})
 
     def with_clients(self, clients: ClientsConfig) -> RunConfig:
         """The same run, whose clients have other settings."""

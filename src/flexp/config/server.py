@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from flexp.config.link import CodecName
-from flexp.config.model import Quantization
+from flexp.config.model import Device, Quantization
 from flexp.config.section import Rate, Section
 
 Factor = Annotated[float, Field(gt=1.0)]
@@ -45,6 +45,7 @@ class ServerConfig(Section):
     exchange_seconds: Rate = 1800.0  # a forward whose backward has not come in that time is given up
     tuning: Literal["full", "lora", "frozen"] | None = None  # of the shared blocks; None: as model.tuning
     quantization: Quantization | None = None  # of the shared blocks; None: as model.quantization
+    device: Device | None = None  # of the shared blocks; None: as model.device
     keep_answers_bytes: PositiveInt = 256 << 20  # of each client's last steps, for when it goes back to a snapshot
     codecs: list[CodecName] | None = None  # that clients may ask for; None: all
     max_generations: PositiveInt = 8  # answers of one client under way, each with a cache of keys and values

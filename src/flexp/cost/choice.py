@@ -105,6 +105,8 @@ class ExchangeCost:
         combined: the labels go up with the forward, so that the server's forward and backward are one visit, and the
             gradient comes back as ``backward_down``; there is nothing ``between``.
         weights: bytes of what the client trains.
+        later_before, later_up: in place of ``before`` and ``forward_up`` once the server keeps the examples
+            (``link.cache``): after ``epoch`` steps; ``None``: it keeps none.
     """
 
     before: float
@@ -120,6 +122,13 @@ class ExchangeCost:
     combined: bool = False
     weights: float = 0.0
     exchanges: int = 1
+    later_before: float = 0.0
+    later_up: float | None = None
+    epoch: int = 0
+
+    def sent_anew(self, steps: int) -> float:
+        """Of a client's first ``steps`` steps those whose examples its server does not know."""
+        return steps if self.later_up is None else min(steps, self.epoch)
 
     @property
     def client_step(self) -> float:

@@ -208,9 +208,10 @@ class _Client:
         if self.simulation.schedule.kind in ("synchronous", "alone"):
             yield from self.compute(work.before * work.exchanges)
             return
+        known = work.later_up is not None and self.done >= work.epoch
         for exchange in range(work.exchanges):
-            yield from self.compute(work.before)
-            yield from self.send(work.forward_up)
+            yield from self.compute(work.later_before if known else work.before)
+            yield from self.send(work.later_up if known and work.later_up is not None else work.forward_up)
             if self.simulation.schedule.together and not exchange:
                 yield from self.wait(self.simulation.join())
             if work.combined:

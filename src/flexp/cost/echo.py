@@ -35,6 +35,7 @@ from flexp.links.messages import (
     ForwardReply,
     ForwardRequest,
     Join,
+    KeptForwardRequest,
     PullReply,
     PullRequest,
     Welcome,
@@ -61,7 +62,7 @@ class EchoLink:
         self.meter = Meter()
         self.residuals: dict[str, Tensor] = {}
         self._welcome = Welcome(base_depth, blocks, hidden)
-        self._sent: dict[int, ForwardRequest] = {}
+        self._sent: dict[int, ForwardRequest | KeptForwardRequest] = {}
         self.shared: dict[str, Any] = {}  # the parameters that a pull answers with, by name
 
     def call(self, request: Request[R]) -> Future[R]:
@@ -77,8 +78,14 @@ class EchoLink:
             case ForwardRequest():
                 self._sent[request.exchange] = request
                 return ForwardReply(_rows(request), None if request.base_BTH is None else 0.0)
+            case KeptForwardRequest():
+                self._sent[request.exchange] = request
+                read = request.mask_BT if request.rows_BT is None else request.rows_BT
+                return ForwardReply(torch.zeros(1, int(read.sum()), self._welcome.hidden), kept=True)
             case BackwardRequest():
                 sent = self._sent.pop(request.exchange)
+                if isinstance(sent, KeptForwardRequest):
+                    return BackwardReply()
                 inner = tuple(value.clone() for value in sent.inner_BTH)
                 return BackwardReply(sent.hidden_BTH.clone() if request.back else None, inner)
             case PullRequest():
@@ -151,6 +158,7 @@ def client_model(probe: Probe, stage: Stage, link_type: type[EchoLink] = EchoLin
     align = OFF if probe.align is None else AlignConfig(**{**probe.align, "every": 1})
     tuning = str(probe.model_config.get("tuning", "full"))
     options: dict[str, Any] = {"align": align, "tuning": tuning, "expose_embeddings": True, "rows": probe.rows}
+    options["cache"] = probe.cache
     return SPLIT_MODELS[probe.kind](stage, probe.cut, link, **options)
 
 

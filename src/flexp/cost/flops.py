@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from flexp.client.exchange import Piece
 from flexp.client.personal import WholeModel
 from flexp.client.trainer import BatchOrder
 from flexp.config import TrainConfig
@@ -23,7 +24,7 @@ from flexp.cost.echo import EchoLink, client_model, random_batch, without_tail
 from flexp.cost.probe import Probe
 from flexp.kinds import LABELS
 from flexp.links.declaring import Request, size
-from flexp.links.messages import BackwardRequest, ForwardRequest, Join, PullRequest
+from flexp.links.messages import BackwardRequest, ForwardRequest, Join, KeptForwardRequest, PullRequest
 from flexp.models.stage import Stage
 from flexp.server import Server
 
@@ -83,13 +84,19 @@ def _split(probe: Probe, stage: Stage, server: Server) -> ExchangeCost:
         model.eval()(**batch)  # the first batch of all shows which rows the head reads
     model.train(True)
     link.forget()
-    with counting() as flops:
+    numbered = Piece(examples=tuple(range(probe.examples)))
+    with counting() as flops, model.part_of_step(numbered):
         link.flops = flops
         model(**batch).loss.backward()
         total = flops()
+    keeps = isinstance(link.requests[0], KeptForwardRequest)
+    if keeps:  # once more, as in later epochs
+        with counting() as flops, model.part_of_step(numbered):
+            link.flops = flops
+            model.head(batch)
     model.steps.done = model.align.every if model.align.kind == "weights" else model.steps.done  # a pull is due
     model.after_step()
-    forward, backward = link.requests
+    forward, backward = link.requests[:2]
     server.answer(link.client, link.joined)
     with counting() as flops:
         server.answer(link.client, forward)
@@ -108,6 +115,8 @@ def _split(probe: Probe, stage: Stage, server: Server) -> ExchangeCost:
         backward_down=link.down[1],
         pull_down=link.pulled,
         weights=_bytes(stage.trainable()),
+        later_before=link.marks[2] if keeps else 0.0,
+        later_up=link.up[2] if keeps else None,
     )
 
 
@@ -166,7 +175,7 @@ class _CountingLink(EchoLink):
         match request:
             case Join():
                 self.joined = request
-            case ForwardRequest() | BackwardRequest():
+            case ForwardRequest() | KeptForwardRequest() | BackwardRequest():
                 self.marks.append(self.flops())
                 self.requests.append(request)
                 self.up.append(size(request))

@@ -39,7 +39,8 @@ class Probe:
     the client has nothing behind s: the server computes the loss, too. ``extra_weights`` are further copies of what it
     trains, ``extra_optimizers`` further states of the optimiser, that it holds all the while
     (:class:`flexp.methods.base.Holds`). ``ranks`` are those of the adapters in some blocks, (block, rank), where they
-    are not ``model_config``'s. ``frozen`` of its first blocks are not trained. ``rows`` is the run's ``link.rows``.
+    are not ``model_config``'s. ``frozen`` of its first blocks are not trained. ``rows`` and ``cache`` are the run's
+    ``link.rows`` and ``link.cache``.
     """
 
     model: str
@@ -59,6 +60,7 @@ class Probe:
     ranks: tuple[tuple[int, int], ...] = ()
     frozen: int = 0
     rows: str = "loss"
+    cache: str = "off"
 
 
 @dataclass(frozen=True)

@@ -217,7 +217,9 @@ class ClientModel(FromCheckpoint):
             self.split.link.close()
 
 
-def of_client(folder: Path, client: str | None, which: str, connect: Connect | None) -> ClientModel:
+def of_client(
+    folder: Path, client: str | None, which: str, connect: Connect | None, device: str | None = None
+) -> ClientModel:
     """What ``flexp client`` left.
 
     Raises:
@@ -229,7 +231,7 @@ def of_client(folder: Path, client: str | None, which: str, connect: Connect | N
     known, path = read_facts(folder), folder / "config.json"
     if client not in (None, known["client"]):
         raise ConfigError(f"{folder} is of the client {known['client']!r}, not of {client!r}; leave out --client")
-    config, store = validate(read_json(path), str(path)), Store(folder / SNAPSHOTS, keep=None)
+    config, store = validate(read_json(path), str(path)).on(device), Store(folder / SNAPSHOTS, keep=None)
     return ClientModel(folder, config, known, store, which, connect)
 
 

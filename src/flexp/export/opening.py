@@ -8,14 +8,16 @@ from typing import Any
 
 import transformers
 
+from flexp.client.personal import answering
 from flexp.config import DataConfig, ModelConfig, RunConfig
-from flexp.data.types import Example
+from flexp.data.types import Example, Forward
 from flexp.errors import ConfigError, FlexpError, ModelError, StorageError
 from flexp.export.card import FILE, SCHEMA
 from flexp.export.client_folder import Connect, of_client, of_run
 from flexp.export.saved import RunModel, client_of, examples_of, is_run, look_into, run_config
 from flexp.export.trained import LAST, Trained
 from flexp.files import read_json
+from flexp.machine import device_of
 from flexp.models.batches import align_padding
 from flexp.models.heads import AUTO
 from flexp.models.loading import quietly
@@ -29,6 +31,7 @@ def open_trained(
     which: str = LAST,
     connect: Connect | None = None,
     run: Path | None = None,
+    device: str | None = None,
 ) -> Trained:
     """The trained model of a client, whatever ``place`` is.
 
@@ -38,6 +41,7 @@ def open_trained(
         connect: gives a link of the client that is named to a running server, for the blocks that are not the client's
             own. Of a run, too, only the client's part is then read and loaded.
         run: of an exported model: a run on whose test data it is to be scored.
+        device: where it is to compute; ``None``: as the run did; of an exported model, on the processor.
 
     Raises:
         StorageError: there is nothing of the kind, or it is damaged.
@@ -47,14 +51,14 @@ def open_trained(
     if run is not None and (is_client(place) or is_run(place)):
         raise ConfigError(f"{place} is no exported model, and has its own test data: leave out --run")
     if is_client(place):
-        return of_client(place, client, which, connect)
+        return of_client(place, client, which, connect, device)
     if is_run(place):
         if connect is not None:
-            return of_run(place, run_config(place), client, which, connect)
-        return RunModel(look_into(place, which), client)
+            return of_run(place, run_config(place).on(device), client, which, connect)
+        return RunModel(look_into(place, which, device), client)
     if connect is not None and place.is_dir():
         raise ConfigError(f"{place} holds a whole model: leave out --server, or name the run")
-    return ExportedModel(place, client, run)
+    return ExportedModel(place, client, run, device)
 
 
 class ExportedModel(Trained):
@@ -69,7 +73,9 @@ class ExportedModel(Trained):
         ConfigError: it is somebody else's.
     """
 
-    def __init__(self, folder: Path, client: str | None = None, run: Path | None = None) -> None:
+    def __init__(
+        self, folder: Path, client: str | None = None, run: Path | None = None, device: str | None = None
+    ) -> None:
         if not folder.is_dir():
             raise StorageError(f"there is no folder {folder}; expected that of a run, or what flexp export wrote")
         if not (folder / FILE).is_file():
@@ -88,7 +94,7 @@ class ExportedModel(Trained):
             raise ConfigError(
                 f"{folder} holds the personal model of {self.client!r}, not of {client!r}; leave out --client"
             )
-        self.config, self._run = RunConfig(model=ModelConfig(id=str(folder)), data=data), run
+        self.config, self._run = RunConfig(model=ModelConfig(id=str(folder)), data=data).on(device), run
         if run is not None:
             self.config = self.config.model_copy(update={"evaluation": run_config(run).evaluation})
 
@@ -115,7 +121,7 @@ class ExportedModel(Trained):
         """
         with quietly():
             try:
-                return self._load().eval()
+                return self._load().eval().to(device_of(self.config.model.device))
             except FlexpError:
                 raise
             except Exception as error:
@@ -123,6 +129,12 @@ class ExportedModel(Trained):
                 raise ModelError(
                     f"{self.folder}: the exported model cannot be loaded ({first}); export it again"
                 ) from error
+
+    @cached_property
+    def forward(self) -> Forward:
+        """A batch may be anywhere."""
+        answer = answering(self.generator)
+        return lambda batch: answer({key: value.to(self.generator.device) for key, value in batch.items()})
 
     def _load(self) -> Any:
         where, settings = str(self.folder), transformers.AutoConfig.from_pretrained(self.folder)

@@ -249,17 +249,18 @@ def run_config(folder: Path) -> RunConfig:
     return validate(read_json(folder / "config.json"), str(folder / "config.json"))
 
 
-def look_into(folder: Path, which: str = LAST) -> SavedRun:
+def look_into(folder: Path, which: str = LAST, device: str | None = None) -> SavedRun:
     """Rebuild what a run starts from, and find a checkpoint, which is not read yet.
 
     Args:
         which: ``last``, ``best`` (on validation data, where there is some, else on test data), or a round's number.
+        device: where to compute; ``None``: as the run did.
 
     Raises:
         StorageError: ``folder`` holds no run, or the checkpoint is not there.
         FlexpError: model or data are not what they were.
     """
-    config, store = run_config(folder), Store(folder / CHECKPOINTS)
+    config, store = run_config(folder).on(device), Store(folder / CHECKPOINTS)
     numbers = store.numbers()
     if not numbers:
         why = "output.checkpoint_every = 0 keeps none" if not config.output.checkpoint_every else "it stopped too early"

@@ -8,9 +8,10 @@ the loss reads nothing the gradient is zero.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from flexp.errors import LinkError
@@ -41,14 +42,17 @@ class Places:
 
     def pack(self, value_BTH: Tensor) -> Tensor:
         """(B, T, H) as (1, N, H)."""
-        return value_BTH.flatten(0, 1)[self.places_N.to(value_BTH.device)].unsqueeze(0)
+        return value_BTH.flatten(0, 1)[self._on(value_BTH)].unsqueeze(0)
 
     def unpack(self, value_1NH: Tensor) -> Tensor:
         """(1, N, H) as (B, T, H), with zeros between."""
         width = value_1NH.shape[-1]
         whole = value_1NH.new_zeros(self.shape[0] * self.shape[1], width)
-        whole[self.places_N.to(value_1NH.device)] = value_1NH[0]
+        whole[self._on(value_1NH)] = value_1NH[0]
         return whole.view(*self.shape, width)
+
+    def _on(self, value: Tensor) -> Tensor:
+        return self.places_N.to(value.device, non_blocking=True)
 
 
 def pack(value_BTH: Tensor, kept: Places | None) -> Tensor:
@@ -86,6 +90,17 @@ def arrived(request: S, who: str) -> tuple[S, Places | None]:
     if len(kept) != given[1]:
         raise LinkError(f"{who}: {given[1]} tokens came, expected {len(kept)} as its mask says")
     return _each(request, kept.unpack), kept
+
+
+def on(request: S, device: torch.device) -> S:
+    """The same request with all of its tensors on ``device``."""
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(moved, value))
+        return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+
+    return replace(request, **{field.name: moved(getattr(request, field.name)) for field in fields(request)})
 
 
 def _each(request: S, change: Callable[[Tensor], Tensor]) -> S:

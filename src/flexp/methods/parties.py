@@ -20,6 +20,7 @@ from flexp.data.types import ClientData, Task
 from flexp.kinds import ModelKind
 from flexp.links.base import Link
 from flexp.links.sums import Adder
+from flexp.machine import device_of
 from flexp.methods.base import World
 from flexp.models.anatomy import Part
 from flexp.models.loading import load_stage
@@ -45,9 +46,9 @@ def server_stage(world: World, part: Part) -> Stage:
     config, kind = world.config, world.federation.task.model_kind
     own = config.model.quantized(config.server.quantization)
     if own == config.model:
-        stage = carve(world.source, part)
+        stage = carve(world.source, part).to(device_of(config.model.on(config.server.device).device))
     else:
-        stage = load_stage(own.at(resolve(own.id)), kind, part, seed=config.seed)
+        stage = load_stage(own.on(config.server.device).at(resolve(own.id)), kind, part, seed=config.seed)
     tune(stage, config.model, config.server.tuning or config.model.tuning, seed=config.seed)
     return stage
 
@@ -103,7 +104,8 @@ def own_trainer(
     updater = Updater(stage.trainable(), config.train.personal, config.train.total_steps, stage.new)
     seed = client_seed(config.seed, data.name)
     if config.privacy.on and isinstance(model, SplitModel):
-        model.guard_with(Guard(config.privacy, data.train, task.processor, seed, key))
+        guard = Guard(config.privacy, data.train, task.processor, seed, key, len(task.label_names or ()))
+        model.guard_with(guard)
     return Trainer(data, task, model, updater, config.train, seed=seed)
 
 
@@ -112,7 +114,9 @@ def seat_of(trainer: Trainer, config: RunConfig) -> Seat:
     model: Any = trainer.model
     meter = model.link.meter if isinstance(model, SplitModel) else None
     seed = client_seed(config.seed, trainer.name)
-    return Seat(trainer.data.train, trainer.task, model.stage.model, trainer.personal, config, seed, meter)
+    seat = Seat(trainer.data.train, trainer.task, model.stage.model, trainer.personal, config, seed, meter)
+    seat.told = model.guard.told if isinstance(model, SplitModel) and model.guard is not None else None
+    return seat
 
 
 def meet_at(

@@ -122,7 +122,7 @@ class _Collector(Updater):
 
     gradients: Weights
 
-    def step(self) -> float:
+    def step(self, norm: float | None = None) -> float:
         self.gradients = {}
         for name, parameter in self.parameters.items():
             if parameter.grad is not None:

@@ -224,7 +224,7 @@ class Pooling:
     def reads_padding(self, inputs: Mapping[str, Any], plan: ExecutionPlan, like_BTH: Tensor) -> bool:
         """Whether a head that reads several tokens reads padding as well; tried with the first batch that has any."""
         if self._reads_padding is None:
-            there_BT1 = inputs["attention_mask"].unsqueeze(-1).bool()
+            there_BT1 = inputs["attention_mask"].to(like_BTH.device).unsqueeze(-1).bool()
             one, other = (
                 self._logits(torch.where(there_BT1, like_BTH.detach(), value), inputs, plan) for value in (0.0, 3.0)
             )
@@ -236,6 +236,7 @@ class Pooling:
     ) -> bool:
         hidden_BTH = torch.full(shape, float("nan"), dtype=self._stage.model.dtype, device=rows_BT.device)
         hidden_BTH[rows_BT] = 0.0
+        hidden_BTH = hidden_BTH.to(self._stage.model.device)
         return bool(torch.isfinite(self._logits(hidden_BTH, inputs, plan)).all())
 
     def _logits(self, hidden_BTH: Tensor, inputs: Mapping[str, Any], plan: ExecutionPlan) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from flexp.errors import ModelError
+from flexp.rng import draw_from_here, drawn
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def record(
     generator = _generator_state(inputs) if tuples is None else None
     for attempt in (False, True) if tuples is None else (tuples,):
         if generator is not None and attempt:  # the first try drew dropout too, which must not be noticed
-            _set_random_state(*generator)
+            draw_from_here(*generator)
         calls: list[BlockCall] = []
         hiddens: list[Tensor] = []
         recorders = [_recorder(calls, hiddens, attempt, index, len(blocks)) for index in range(len(blocks))]
@@ -147,10 +148,10 @@ def finish(model: Any, blocks: nn.ModuleList, hidden_BTH: Tensor, inputs: Mappin
     gives is dropped.
     """
     grad = torch.is_grad_enabled()
-    generator = _random_state(hidden_BTH.device)
+    generator = drawn(hidden_BTH.device)
 
     def first(*_: Any, **__: Any) -> Any:
-        _set_random_state(generator, hidden_BTH.device)
+        draw_from_here(generator, hidden_BTH.device)
         torch.set_grad_enabled(grad)
         return (hidden_BTH,) if tuples else hidden_BTH
 
@@ -214,31 +215,20 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _generator_state(inputs: Mapping[str, Any]) -> tuple[tuple[Tensor, Tensor | None], torch.device] | None:
+def _generator_state(inputs: Mapping[str, Any]) -> tuple[Tensor, torch.device] | None:
     """The state of the generators that embedding ``inputs`` draws from, and their device."""
     device = next((value.device for value in inputs.values() if isinstance(value, Tensor)), None)
-    return None if device is None else (_random_state(device), device)
-
-
-def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """The state of the generators that dropout on ``device`` draws from."""
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-
-def _set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state(state[1], device)
+    return None if device is None else (drawn(device), device)
 
 
 @contextlib.contextmanager
 def undisturbed(device: torch.device) -> Iterator[None]:
     """Leave the random generators as they were: what is drawn inside the ``with`` block is not missed after it."""
-    state = _random_state(device)
+    state = drawn(device)
     try:
         yield
     finally:
-        _set_random_state(state, device)
+        draw_from_here(state, device)
 
 
 def _unheard(*_: Any, **__: Any) -> None:

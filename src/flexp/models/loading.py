@@ -26,6 +26,7 @@ from flexp.config import ModelConfig
 from flexp.errors import ModelError
 from flexp.kinds import KINDS, ModelKind
 from flexp.limits import out_of_memory
+from flexp.machine import device_of
 from flexp.models.anatomy import Part, dissect, prune, refuse_by_design
 from flexp.models.batches import align_padding
 from flexp.models.fingerprint import weights_fingerprint
@@ -65,11 +66,12 @@ def load_stage(
         seed: of those weights that the checkpoint does not hold, such as a new classifier; equal for every part.
 
     Raises:
-        ModelError: there is no such model, it is not of that kind, it cannot be split exactly, or its embeddings cannot
-            stay in their file.
+        ModelError: there is no such model, it is not of that kind, it cannot be split exactly, its embeddings cannot
+            stay in their file, or it does not fit on its device.
+        ConfigError: there is no such device here.
     """
     wanted = ModelConfig.of(model)
-    name, dtype = wanted.id, DTYPES[wanted.dtype]
+    name, dtype, device = wanted.id, DTYPES[wanted.dtype], device_of(wanted.device)
     in_file = wanted.embeddings == "file" and (part is None or part.ends)
     if name.startswith("arch:") and wanted.quantization != "off":
         with tempfile.TemporaryDirectory() as folder, quietly():
@@ -81,7 +83,7 @@ def load_stage(
         whole = _from_zoo(wanted, kind, labels, dropout or 0.0, seed)
         if in_file:
             check_table(whole.model, name, dtype)  # says that it has no file
-        return whole if part is None else carve(whole, part)
+        return (whole if part is None else carve(whole, part)).to(device)
     config = load_config(name)
     refuse_by_design(f"{name} ({config.model_type})", config)
     head = KINDS[kind]
@@ -159,7 +161,7 @@ def load_stage(
     stage.weights = weights_fingerprint(name)
     stage.quantization = brought_by(loaded.config)
     settle_blocks(loaded)
-    return stage
+    return stage.to(device)
 
 
 def load_config(name: str) -> Any:

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from flexp.errors import ModelError
+from flexp.limits import out_of_memory
 from flexp.models import execution
 from flexp.models.anatomy import Anatomy, Part, dissect, prune
 from flexp.models.batches import NOT_FOR_BLOCKS, USUAL, check_padding, for_blocks, longest_exact
 from flexp.models.execution import Absent, ExecutionPlan, ZeroPatches
 from flexp.models.quantized import scales
+from flexp.models.stored import stored
 
 
 class Stage:
@@ -55,6 +57,37 @@ class Stage:
         anatomy = dissect(model)
         return cls(model, anatomy, Part.whole(anatomy.blocks))
 
+    def to(self, device: torch.device) -> Stage:
+        """Be on ``device`` from now on; memory that another stage has lent it is copied, where that is elsewhere.
+
+        Raises:
+            ModelError: there is not enough memory.
+        """
+        if device != self.model.device:
+            if any(True for _ in stored(self.model)):
+                raise ModelError(
+                    'model.embeddings = "file" reads rows into main memory, and the model is to be on another device; '
+                    'set model.device = "cpu" or model.embeddings = "memory"'
+                )
+            try:
+                if self.lent:  # whoever shares its tensors keeps them where they are
+                    self.model, self.lent = copy.deepcopy(self.model), False
+                self.model.to(device)
+            except (RuntimeError, MemoryError) as error:
+                lacking = out_of_memory(error)
+                if lacking is None:
+                    raise
+                raise ModelError(f"the model does not fit on {device}: {lacking}") from error
+        return self
+
+    def placed(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """A batch on the device of the model."""
+        device = self.model.device
+        return {
+            key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            for key, value in inputs.items()
+        }
+
     @property
     def blocks(self) -> nn.ModuleList:
         """All L places of the model's blocks, owned or not."""
@@ -76,6 +109,7 @@ class Stage:
         wanted = for_blocks(self.model, inputs, self.longest) | self.no_cache
         if self.part.ends:
             check_padding(self.model, inputs)
+        wanted, inputs = self.placed(wanted), self.placed(inputs)
         with self.computing():
             hidden_BTH, plan = execution.record(self.model, self.blocks, wanted, self._tuples)
         self._tuples = plan.tuples
@@ -175,7 +209,7 @@ class Stage:
             raise ModelError("a stage without the ends of the model cannot compute its output")
         with self.computing():
             model = self.model.base_model if headless else self.model
-            return execution.finish(model, self.blocks, hidden_BTH, {**inputs, **self.no_cache}, plan.tuples)
+            return execution.finish(model, self.blocks, hidden_BTH, self.placed(inputs) | self.no_cache, plan.tuples)
 
     def computing(self) -> AbstractContextManager[None]:
         """What the model computes in inside the ``with`` block: mixed precision, if :attr:`autocast` says so."""

@@ -173,6 +173,6 @@ def _inject(stage: Stage, config: LoraConfig, seed: int, ranks: Mapping[int, int
     for name, parameter in stage.model.named_parameters():
         if "lora_A" in name:  # Hu et al. 2021: A is random (here as peft draws it), B is zero
             draw = torch.rand(parameter.shape, generator=named_generator(seed, name))
-            parameter.data = (draw * 2 - 1) / math.sqrt(parameter.shape[1])
+            parameter.data = ((draw * 2 - 1) / math.sqrt(parameter.shape[1])).to(parameter.device)
         elif "lora_B" in name:
-            parameter.data = torch.zeros(parameter.shape)
+            parameter.data = torch.zeros(parameter.shape, device=parameter.device)

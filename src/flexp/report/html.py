@@ -13,7 +13,7 @@ from flexp.errors import StorageError
 from flexp.files import read_json, write_text
 from flexp.report import formats, metrics, pages, plots, scores, tables
 from flexp.report.metrics import Record
-from flexp.report.summary import SCHEMA
+from flexp.report.summary import SCHEMA, UNKNOWN
 
 FILE = "report.html"
 
@@ -66,6 +66,8 @@ def render(summary: Mapping[str, Any], records: Sequence[Record], config: Any | 
             formats.plural(len(summary["clients"]), "client"),
             formats.plural(summary["rounds"], "round"),
             f"seed {summary['seed']}",
+            f"what the server can read: {summary.get('server_reads', UNKNOWN)}",
+            *([f"privacy: {summary['epsilon']['line']}"] if "epsilon" in summary else []),
         ],
         warnings=[*([] if summary["finished"] else [unfinished]), *summary.get("warnings", [])],
         run=summary,

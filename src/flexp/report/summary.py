@@ -23,6 +23,8 @@ from flexp.report.metrics import Record
 SCHEMA = 1
 SIDES = ("personal", "global")
 VALIDATION = "validation"
+UNKNOWN = "not audited"
+"""What is said of what the server can read, where nobody looked."""
 
 Scores = dict[str, dict[str, float | None]]
 """Client name → ``{"personal": score, "global": score}``, and ``validation`` where there is such data."""
@@ -111,6 +113,7 @@ def build_summary(
     machine: Mapping[str, Any],
     versions: Mapping[str, Any],
     warnings: Sequence[str] = (),
+    server_reads: str = UNKNOWN,
     rounds: int | None = None,
 ) -> dict[str, Any]:
     """The content of ``summary.json`` (schema 1).
@@ -121,6 +124,7 @@ def build_summary(
             ``client_seconds``, ``server_seconds``, ``peak_memory_bytes``; further keys are kept.
         records: records of ``metrics.jsonl``; only those of kind ``eval`` are used.
         warnings: what is suspicious about the data.
+        server_reads: what an audit says that the server can read.
         rounds: rounds trained; None: the latest fully evaluated one.
 
     Returns:
@@ -146,6 +150,7 @@ def build_summary(
         "seed": seed,
         "finished": finished,
         "warnings": list(warnings),
+        "server_reads": server_reads,
         "test_examples": everybody[-1] if everybody else None,
         "rounds": (last or 0) if rounds is None else rounds,
         "metric": metric,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from flexp.cost.flops import count_exchange, mean_shape
 from flexp.cost.probe import Measured, Probe, measure_once
 from flexp.errors import FlexpError
 from flexp.files import read_json, write_json
+from flexp.machine import device_of
 from flexp.methods.base import World, base_depth
 from flexp.methods.parties import client_seed, own_stage, own_world, server_stage, with_model
 from flexp.models.anatomy import Part
@@ -47,6 +48,9 @@ class MemoryProbes:
         config = self.world.config
         wanted = config.evaluation.measure_memory or config.on_devices
         if not wanted or self.holds.part is None:
+            return
+        if device_of(config.model.device).type != "cpu":
+            say("the clients' memory is not measured: it would be that of this machine, and they compute on a GPU")
             return
         missing = {key: probe for key, probe in self._probes().items() if "peak" not in self.found.get(key, {})}
         if not missing:
@@ -124,14 +128,18 @@ class Costs:
         if key not in self._known:
             world = with_model(_own_world(self.world, client), lora=self.world.adapters(client).lora)
             self._known[key] = self._count(world, probe, only)
-        return replace(self._known[key], exchanges=exchanges)
+        train = _own_world(self.world, client).config.train
+        epoch = -(-len(self._examples(client)) // train.batch_size)
+        return replace(self._known[key], exchanges=exchanges, epoch=epoch)
 
     def shape(self, client: str) -> tuple[int, int, int]:
         """Examples and tokens of the mean exchange of ``client``, and exchanges in a step."""
         config = _own_world(self.world, client).config
-        train = next(data.train for data in self.world.federation.clients if data.name == client)
-        lengths = [len(example.get("input_ids", (0,))) for example in train]
+        lengths = [len(example.get("input_ids", (0,))) for example in self._examples(client)]
         return mean_shape(config.train, lengths, client_seed(config.seed, client))
+
+    def _examples(self, client: str) -> Sequence[Any]:
+        return next(data.train for data in self.world.federation.clients if data.name == client)
 
     def _count(self, world: World, probe: Probe, only: Collection[str] | None) -> ExchangeCost:
         blocks = world.source.anatomy.blocks
@@ -168,6 +176,7 @@ def _probe(world: World, client: str, examples: int, length: int) -> Probe:
         ranks=tuple(own.beside.items()),
         frozen=config.method.personal.frozen_head_blocks,
         rows=config.link.rows,
+        cache=config.link.cache,
     )
 
 

@@ -9,8 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from flexp.audit import Watch, attacked, watchable
 from flexp.client.meeting import FIRST, LAST
+from flexp.client.noise import ledger, told
 from flexp.client.personal_head import Choice
+from flexp.client.trainer import Step
 from flexp.config import RunConfig
 from flexp.config.loading import validate
 from flexp.data import load_federation
@@ -26,6 +29,7 @@ from flexp.report import write_report
 from flexp.report.metrics import MetricsLog, read
 from flexp.report.progress import Progress
 from flexp.report.summary import (
+    UNKNOWN,
     VALIDATION,
     Scores,
     aggregate,
@@ -46,8 +50,11 @@ from flexp.run.store import CHECKPOINTS, Store
 from flexp.run.virtual import client_facts, cuts_by_round
 
 Summary = dict[str, Any]
-WRITES = ("metrics.jsonl", "summary.json", "report.html", "plan.json", "memory.json", "events")
+AUDIT = "audit.json"
+WRITES = ("metrics.jsonl", "summary.json", "report.html", "plan.json", "memory.json", "events", AUDIT)
 """What a run writes beside its configuration and its checkpoints."""
+WATCHED = 96
+"""Exchanges of a run's first round that its audit attacks, of all clients together."""
 
 
 def run(
@@ -105,6 +112,7 @@ def resume(
     out: Path,
     *,
     rounds: int | None = None,
+    device: str | None = None,
     progress: Callable[..., Progress] = Progress,
     memory_cache: Path | None = None,
 ) -> Summary:
@@ -112,6 +120,7 @@ def resume(
 
     Args:
         rounds: so many in all from now on, also of a run that is over; ``None``: as its ``config.json`` says.
+        device: where to compute this time; the last bits of what comes out are that device's.
 
     Raises:
         StorageError: ``out`` holds no run, or its checkpoint is damaged.
@@ -125,7 +134,7 @@ def resume(
     content, saved = read_json(out / "config.json"), saved_facts(out)
     if rounds is not None:
         content["train"]["rounds"] = rounds
-    config = validate(content, str(out / "config.json"))
+    config = validate(content, str(out / "config.json")).on(device)
     check_length(config, saved, out)
 
     def same_data(*of: Any) -> Federation:
@@ -169,6 +178,8 @@ class _Run:
     ) -> None:
         self.world, self.config, self.out = world, world.config, out
         self.method, self.probes, self.dropped = method, probes, dropped
+        if self.config.privacy.audit:
+            watchable(method)  # before anything is trained
         self.store = Store(out / CHECKPOINTS)
         self.facts = {"data": data_of(world.federation), "rounds": self.config.train.rounds}
         self.names = [client.name for client in world.federation.clients]
@@ -225,7 +236,10 @@ class _Run:
     def _round(self, number: int) -> None:
         for record in [] if self.recutting is None else self.recutting.before_round(number):
             self.diary.change(record)
-        self.method.train_round(number, lambda step: self.diary.step(number, step))
+        if number == 1 and self.config.privacy.audit:
+            self._audited_round()
+        else:
+            self.method.train_round(number, lambda step: self.diary.step(number, step))
         self.progress.passed(number, self.config.train.rounds)
         if number == self.config.train.rounds and self.world.meets.last:
             self._tell(self.method.meet(LAST))
@@ -252,6 +266,22 @@ class _Run:
         if every and (last or number == best or number % every == 0):
             self.store.save(number, self.method.state(), self.facts, best=best)
 
+    def _audited_round(self) -> None:
+        """The first round, and what the server can read of it: texts are read most easily before heads have moved."""
+        watch = Watch(watchable(self.method), max(1, WATCHED // len(self.world.participants)))
+
+        def over(step: Step) -> None:
+            self.diary.step(1, step)
+            watch.told(step)
+
+        with watch.watching():
+            self.method.train_round(1, over)
+        began, public = time.perf_counter(), self.config.privacy.public
+        found = attacked(watch, public=None if public is None else Path(public))
+        write_json(self.out / AUDIT, found.as_json())
+        self.progress.note(f"the server can read: {found.line}")
+        self.began += time.perf_counter() - began  # attacks are no part of the run
+
     def _ended(self) -> bool:
         """Whether scores on validation data got no better for long enough."""
         higher = self.world.federation.task.higher_is_better
@@ -271,7 +301,7 @@ class _Run:
         scores: Scores = {}
         extras = may_be_last(number, self.config.train)
         alike = getattr(self.method, "same_for_all", False)
-        alike |= number == 0 and not self.config.privacy.on  # before training all have what came, or were taught
+        alike |= number == 0 and not self.config.privacy.of_texts  # before training all have what came, or were taught
         everybody: dict[str, float] | None = None
         for client in self.world.federation.clients:
             forward = self.method.personal(client.name)
@@ -324,6 +354,7 @@ class _Run:
         facts, virtual = client_facts(world, self.method, records)
         clients = [{**client, **facts.get(str(client["name"]), {})} for client in clients]
         evaluation = [account.evaluation for account in accounts.values()]
+        spent = ledger(self.config, world.federation, anatomy.hidden)
         devices = {} if not self.config.on_devices else {"dropped": self.dropped, "virtual": virtual}
         return (
             build_summary(
@@ -356,9 +387,11 @@ class _Run:
                 machine=machine(),
                 versions=versions(),
                 warnings=world.federation.warnings,
+                server_reads=str(read_json(audit)["line"]) if (audit := self.out / AUDIT).is_file() else UNKNOWN,
                 rounds=done,
             )
             | devices
+            | ({"epsilon": spent | {"line": told(spent)}} if spent else {})
         )
 
 

@@ -19,7 +19,8 @@ import transformers
 from flexp.assets import resolve
 from flexp.client.meeting import closed_form_of
 from flexp.client.model import SplitModel
-from flexp.client.noise import DELTA, epsilon
+from flexp.client.noise import ledger, told
+from flexp.client.random_labels import RandomLabels
 from flexp.client.trainer import Trainer
 from flexp.config import CodecConfig, DataConfig, RunConfig
 from flexp.data import load_federation, pad_id
@@ -30,7 +31,7 @@ from flexp.errors import ConfigError, DataError, ModelError, StorageError
 from flexp.files import read_json
 from flexp.kinds import KINDS, ModelKind
 from flexp.links.base import Link
-from flexp.machine import imitates_bfloat16
+from flexp.machine import device_of, imitates_bfloat16
 from flexp.methods.base import World, base_depth, method_of
 from flexp.methods.parties import own_config, own_trainer, split_model, tune_own
 from flexp.models.anatomy import Part, block_count, check_cut
@@ -123,6 +124,7 @@ def settle(config: RunConfig, federate: Federate = load_federation, *, plan: boo
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    device_of(config.model.device)  # before anything is read
     model_id = str(resolve(config.model.id))
     model_config = load_config(model_id)
     processor = load_processor(model_id, config)
@@ -261,6 +263,9 @@ def settle_client(config: RunConfig, name: str | None, cut: tuple[int, int | Non
         return replace(found, clients=[replace(found.clients[0], name=name)])
 
     run = settle(config, federate, plan=cut is None)
+    if config.privacy.audit:
+        note = "privacy.audit is of simulations: audit a client's configuration with flexp audit"
+        run = replace(run, federation=replace(run.federation, notes=[*run.federation.notes, note]))
     clients = {client.name: client for client in run.federation.clients}
     wanted = next(iter(clients)) if name is None and len(clients) == 1 else name
     if wanted not in clients:
@@ -327,15 +332,22 @@ def _meeting_notes(config: RunConfig) -> list[str]:
 
 
 def _privacy_notes(config: RunConfig, federation: Federation, hidden: int) -> list[str]:
-    ratio = config.privacy.noise
-    if not ratio:
-        return []
-    longest = max((len(e.get("input_ids", ())) for client in federation.clients for e in client.train), default=1)
-    one, text = epsilon(ratio, hidden), epsilon(ratio, hidden, max(1, longest))
-    return [
-        f"privacy.noise = {ratio:g} guarantees ε = {one:.3g} for one activation and {text:.3g} for a text of {longest} "
-        f"tokens (δ = {DELTA:g}), sent once, and none for a run: more than about 10 is no guarantee"
-    ]
+    labels, notes = config.privacy.label_epsilon, []
+    if config.privacy.noise:
+        notes.append(f"privacy.noise = {config.privacy.noise:g}: {told(ledger(config, federation, hidden))}")
+    if labels is not None:
+        kind = federation.task.model_kind
+        if KINDS[kind].answers != "class":
+            raise ConfigError(f"privacy.label_epsilon is for one class of an example, and the task is {kind}")
+        classes = len(federation.task.label_names or ())
+        kept = RandomLabels(labels, classes, 0).kept
+        notes.append(
+            f"privacy.label_epsilon = {labels:g}: training knows {100 * kept:.0f} % of its labels as they are, the "
+            f"others as another of {classes}; that is ε = {labels:g} for each label, over the whole run"
+            + ("" if config.method.meet.on else ". With method.meet the last classifier is made of the labels as they "
+               "are, on the device")
+        )  # fmt: skip
+    return notes
 
 
 def _base_notes(config: RunConfig, cuts: Mapping[str, tuple[int, int]]) -> list[str]:
@@ -361,7 +373,7 @@ def _precision_notes(config: RunConfig) -> list[str]:
             'all): use model.dtype = "float32" (as fast with model.autocast = "bfloat16"), or LoRA, with float32 '
             "adapters"
         )
-    if config.model.autocast == "bfloat16" and imitates_bfloat16() and not torch.cuda.is_available():
+    if config.model.autocast == "bfloat16" and imitates_bfloat16() and device_of(config.model.device).type == "cpu":
         notes.append(
             "this processor has no instructions for bfloat16, so mixed precision is slower here than float32, not "
             'faster: use model.autocast = "off"'

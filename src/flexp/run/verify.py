@@ -70,6 +70,7 @@ class Setup:
     dtype: str = "float32"
     autocast: str = "off"
     quantization: str = "off"
+    device: str = "cpu"
     attention: str = "sdpa"
     memory: Literal["keep", "recompute"] = "keep"
     checkpointing: bool = False
@@ -86,6 +87,7 @@ class Setup:
             dtype=self.dtype,
             autocast=self.autocast,
             quantization=self.quantization,
+            device=self.device,
             attention=self.attention,
             tuning=self.tuning,
             train_embeddings=self.tuning == "full",
@@ -129,9 +131,9 @@ class _Witness(SharedBlocks):
 
     seen: Mapping[str, Tensor] = {}
 
-    def add(self, gradients: Mapping[str, Tensor], weight: float) -> bool:
+    def add(self, gradients: Mapping[str, Tensor], weight: float, norm: float | None = None) -> bool:
         self.seen = gradients
-        return super().add(gradients, weight)
+        return super().add(gradients, weight, norm)
 
 
 def verify(setup: Setup) -> Outcome:
@@ -197,7 +199,7 @@ def _train_both(setup: Setup, reference: Any, split: SplitModel, witness: _Witne
             reference, padding=setup.padding, batch=setup.batch, length=setup.length, seed=setup.seed + step
         )
         with split.stage.computing():
-            expected = reference(**batch)
+            expected = reference(**split.stage.placed(batch))
         got = split(**batch)
         logits = max(logits, difference(*(_of_tokens(logits_of(output), batch) for output in (expected, got))))
         losses = max(losses, difference(expected.loss, got.loss))
@@ -219,7 +221,7 @@ def _of_tokens(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
     """Without those of padding, which a split model does not send: nobody reads them."""
     mask_BT = batch.get("attention_mask")
     per_token = mask_BT is not None and logits.dim() == 3 and logits.shape[:2] == mask_BT.shape
-    return logits[mask_BT.bool()] if per_token and mask_BT is not None else logits
+    return logits[mask_BT.bool().to(logits.device)] if per_token and mask_BT is not None else logits
 
 
 def difference(expected: Tensor | None, got: Tensor | None) -> float:

@@ -53,7 +53,9 @@ def client_facts(
             account = method.account(name) if phase.only else None
             cost = _cost(counted, method, name)
             work[name] = own = client_work(cost, account, steps, schedule)
-            facts[name]["client_flops"] += cost.client_step * sum(steps) + own.final
+            known = sum(steps) - cost.sent_anew(sum(steps))
+            saved = known * cost.exchanges * (cost.before - cost.later_before)
+            facts[name]["client_flops"] += cost.client_step * sum(steps) + own.final - saved
             facts[name]["server_flops"] += cost.server_step * sum(steps)
         clock.go_on(phase, work)
     return facts, clock.facts()
@@ -67,13 +69,12 @@ def client_work(cost: ExchangeCost, account: Account | None, steps: list[int], s
     after every ``schedule.average_every`` rounds. Without an ``account`` they are those of the counted exchange.
     """
     rounds, total = len(steps), sum(steps)
+    anew = cost.sent_anew(total)
+    counted_up = anew * cost.forward_up + (total - anew) * (cost.later_up or 0.0) + total * cost.backward_up
     pull_every, average_every = schedule.pull_every, schedule.average_every
     if account is None:
-        per_step = total * cost.exchanges
-        up, down = (
-            float(per_step * (cost.forward_up + cost.backward_up)),
-            float(per_step * (cost.forward_down + cost.backward_down)),
-        )
+        up = cost.exchanges * counted_up
+        down = float(cost.exchanges * total * (cost.forward_down + cost.backward_down))
         down += cost.pull_down * (total // pull_every) if pull_every else 0
     else:
         up, down = float(account.training.bytes_up), float(account.training.bytes_down)
@@ -93,12 +94,13 @@ def client_work(cost: ExchangeCost, account: Account | None, steps: list[int], s
     if pull_every and cost.pull_down:
         work = replace(work, pull_every=pull_every)
         down = max(0.0, down - cost.pull_down * (total // pull_every))
-    up_each, down_each = up / total / cost.exchanges, down / total / cost.exchanges
-    up_known, down_known = cost.forward_up + cost.backward_up, cost.forward_down + cost.backward_down
+    metered, down_each = up / cost.exchanges / counted_up, down / total / cost.exchanges
+    down_known = cost.forward_down + cost.backward_down
     return replace(
         work,
-        forward_up=up_each * cost.forward_up / up_known,
-        backward_up=up_each * cost.backward_up / up_known,
+        forward_up=metered * cost.forward_up,
+        later_up=None if cost.later_up is None else metered * cost.later_up,
+        backward_up=metered * cost.backward_up,
         forward_down=down_each * cost.forward_down / down_known,
         backward_down=down_each * cost.backward_down / down_known,
     )

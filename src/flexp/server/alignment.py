@@ -26,8 +26,8 @@ EPSILON = 1e-6
 
 def alignment(
     config: AlignConfig, teacher_BTH: Tensor, student_BTH: Tensor, mask_BT: Tensor | None
-) -> tuple[float, Tensor]:
-    """The alignment term (without λ) and its gradient at ``student_BTH``.
+) -> tuple[Tensor, Tensor]:
+    """The alignment term (without λ; a number) and its gradient at ``student_BTH``.
 
     Computed in fp32, or in the activations' type where that is finer.
     """
@@ -44,21 +44,20 @@ def alignment(
     term_BT, grad_BTH = ALIGNMENTS[config.kind].term(teacher, student, config.temperature)
     if deviation is not None:
         grad_BTH = _through_standardise(grad_BTH, student, deviation)
-    value = float((term_BT * counts).sum() / tokens)
-    return value, grad_BTH * (counts / tokens).unsqueeze(-1)
+    return (term_BT * counts).sum() / tokens, grad_BTH * (counts / tokens).unsqueeze(-1)
 
 
 def aligned(
     config: AlignConfig, stage: Stage, request: ForwardRequest, base_BTH: Tensor, start: int
-) -> tuple[float, list[Tensor]]:
-    """The mean alignment term over the aligned boundaries, and the gradients at them, the cut last.
+) -> tuple[Tensor, list[Tensor]]:
+    """The alignment terms at the aligned boundaries, whose mean counts, and the gradients at them, the cut last.
 
     The shared blocks [s_min, s) run on z_base without gradients and without dropout: they are the teacher.
     """
     plan = stage.plan_without_inputs(base_BTH, request.mask_BT, request.positions_BT)
     students = [*request.inner_BTH, request.hidden_BTH]
     every = len(request.inner_BTH) > 0
-    values: list[float] = []
+    values: list[Tensor] = []
     grads: list[Tensor] = []
     stage.model.train(False)
     with torch.no_grad():
@@ -69,8 +68,7 @@ def aligned(
                 value, grad = alignment(config, teacher_BTH, students[len(values)], request.mask_BT)
                 values.append(value)
                 grads.append(grad)
-    count = len(values)
-    return sum(values) / count, [grad / count for grad in grads]
+    return torch.stack(values), [grad / len(values) for grad in grads]
 
 
 def taught(
@@ -102,9 +100,8 @@ def combine(task_BTH: Tensor, align_BTH: Tensor, how: str) -> Tensor:
     """
     if how == "project":
         task, align = _fine(task_BTH), _fine(align_BTH)
-        inner = (task * align).sum()
-        if inner < 0:
-            align_BTH = align - inner / task.square().sum().clamp(min=1e-30) * task
+        inner = (task * align).sum().clamp(max=0.0)  # where they agree, nothing is taken away
+        align_BTH = align - inner / task.square().sum().clamp(min=1e-30) * task
     return task_BTH + align_BTH.to(task_BTH.dtype)
 
 

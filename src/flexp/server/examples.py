@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flexp.errors import LinkError, LinkLostError
 from flexp.links.messages import ForwardRequest, KeptForwardRequest
+from flexp.links.packing import Places
 from flexp.masking import cryptography
 
 NONCE, TAG = 12, 16
@@ -122,8 +123,7 @@ class Examples:
                     f"client {client}: of its example {number} {len(value)} tokens are kept, expected {length} as its "
                     "mask says"
                 )
-        hidden_BTH = rows[0].new_zeros(*mask_BT.shape, rows[0].shape[1])
-        hidden_BTH[mask_BT.to(hidden_BTH.device)] = torch.cat(rows)
+        hidden_BTH = Places.of(mask_BT).unpack(torch.cat(rows).unsqueeze(0))
         whole = ForwardRequest(
             request.exchange, hidden_BTH, request.mask_BT, train=True, step=request.step, rows_BT=request.rows_BT
         )

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from flexp.optim import norms, total
+
 DECAY = 0.9
 """Of the direction that the last steps took."""
 
@@ -106,15 +108,14 @@ class Past:
 
     def fits(self, gradients: Mapping[str, Tensor]) -> bool:
         """Whether it goes on in that direction, as far as they have parameters in common; if so, it is part of it."""
-        norm = float(torch.nn.utils.get_total_norm(list(gradients.values()))) if gradients else 0.0
+        norm = total(norms([*gradients.values()])) if gradients else 0.0
         if not norm:
             return True
         common = [name for name in gradients if name in self._direction]
         if self._steps >= self._settle and common:
-            there = torch.nn.utils.get_total_norm([self._direction[name] for name in common])
-            here = torch.nn.utils.get_total_norm([gradients[name] for name in common])
-            product = sum(float((gradients[name] * self._direction[name]).sum()) for name in common)
-            if product < self._least * float(there * here):
+            there, here = ([own[name] for name in common] for own in (self._direction, gradients))
+            product = sum(torch.stack([(one * two).sum() for one, two in zip(there, here, strict=True)]).tolist())
+            if product < self._least * total(norms(there)) * total(norms(here)):
                 return False
         for name, gradient in gradients.items():
             fresh = _fine(gradient) * ((1 - DECAY) / norm)

@@ -166,7 +166,8 @@ class Server(ServerState):
         blocks = block_count(wanted.id, load_config(wanted.id))
         start, stop = check_cut((base_depth, end), blocks, where="server blocks (base_depth, end)")
         config = config or ServerConfig()
-        stage = load_stage(wanted.quantized(config.quantization), kind, Part.server(start, stop), seed=seed)
+        own = wanted.quantized(config.quantization).on(config.device)
+        stage = load_stage(own, kind, Part.server(start, stop), seed=seed)
         tuning = config.tuning or wanted.tuning
         tune(stage, wanted, tuning, seed=seed)
         return cls(

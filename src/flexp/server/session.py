@@ -6,6 +6,7 @@ it got the first time and is never applied twice (:class:`flexp.server.clients.P
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from flexp.config import AlignConfig, ServerConfig
 from flexp.errors import BadValuesError, LinkError
 from flexp.links.messages import BackwardReply, BackwardRequest, ForwardReply, ForwardRequest, Join
-from flexp.links.packing import Places, pack, unpack
+from flexp.links.packing import Places, on, pack, unpack
+from flexp.optim import laid_out, norms, total
 from flexp.rng import RandomStream, drawing_from
 from flexp.server.alignment import aligned, combine, taught
 from flexp.server.clients import Progress
@@ -36,7 +38,7 @@ class Pending:
     seconds of the monotonic clock. ``sent`` are the tokens that crossed of z, ``reads`` those of h; ``None``: all.
     """
 
-    request: ForwardRequest
+    request: ForwardRequest  # on the blocks' device
     version: int
     input_BTH: Tensor
     output_BTH: Tensor | None
@@ -125,18 +127,22 @@ class Session:
     def forward(self, request: ForwardRequest, sent: Places | None = None) -> ForwardReply:
         """Run blocks [s, e); keep what the backward will need, with the weights that it belongs to.
 
+        What came is looked at where it came; then it goes to the blocks' device, and nothing waits for that before the
+        answer is copied back.
+
         Args:
             request: with whole activations.
             sent: the tokens of them that crossed.
         """
         reads = sent if request.rows_BT is None else Places.of(request.rows_BT)
-        stage = self.shared.stage
+        stage, origin = self.shared.stage, request.hidden_BTH.device
+        request = on(request, stage.model.device)
         start, stop = self.join.cut
         plan = stage.plan_without_inputs(request.hidden_BTH, request.mask_BT, request.positions_BT)
         stage.model.train(request.train)
         if not request.train:
             with torch.no_grad():
-                return ForwardReply(pack(stage.run(request.hidden_BTH, plan, start, stop), reads))
+                return ForwardReply(pack(stage.run(request.hidden_BTH, plan, start, stop), reads).to(origin))
 
         if not self.busy:
             self.boundary = self.random.state
@@ -149,10 +155,10 @@ class Session:
         # and h would not be, bit for bit, what the backward computes again.
         with torch.enable_grad(), counted(stage.model, keep=keep_graph) as graph:
             h_BTH = stage.run(z_BTH, plan, start, stop)
-        value: float | None = None
+        values: Tensor | None = None
         align_BTH: list[Tensor] = []
         if request.base_BTH is not None and self.align.has_term:
-            value, align_BTH = aligned(self.align, stage, request, request.base_BTH, start)
+            values, align_BTH = aligned(self.align, stage, request, request.base_BTH, start)
         size += bytes_of(*align_BTH)
         if keep_graph:
             self.graph_rate = graph.bytes / request.hidden_BTH.numel()
@@ -171,12 +177,14 @@ class Session:
             sent=sent,
             reads=reads,
         )
-        return ForwardReply(pack(h_BTH.detach(), reads), value)
+        answer = pack(h_BTH.detach(), reads).to(origin)  # before the term, for which nothing need be waited for then
+        return ForwardReply(answer, None if values is None else _mean(values.tolist()))
 
     def backward(self, request: BackwardRequest) -> BackwardReply:
         """The gradient at z, from the very weights of the forward; then train the shared blocks."""
-        pending = self.pending.pop(request.exchange)
+        pending, origin = self.pending.pop(request.exchange), request.grad_BTH.device
         own: dict[str, Tensor] = {}
+        grad_BTH = request.grad_BTH.to(self.shared.stage.model.device, non_blocking=True)
         try:
             parameters = self.shared.parameters_of(pending.version)
             with self.shared.installed(pending.version):
@@ -185,7 +193,7 @@ class Session:
                 gradients = torch.autograd.grad(
                     h_BTH,
                     [z_BTH, *(parameters[name] for name in reached)],
-                    unpack(request.grad_BTH, pending.reads),
+                    unpack(grad_BTH, pending.reads),
                     allow_unused=True,
                 )
                 task_BTH = gradients[0]
@@ -194,27 +202,35 @@ class Session:
         finally:
             self.shared.release(pending.version)
         trained = {name: value for name, value in zip(reached, gradients[1:], strict=True) if value is not None}
-        trained |= own
-        self._refuse_nan(request.exchange, task_BTH, trained)
+        trained = {name: laid_out(value, parameters[name]) for name, value in sorted((trained | own).items())}
+        norms_N = norms([*trained.values(), task_BTH])  # one look at every gradient, and one wait for all of them
+        reply = self._reply(pending, request, task_BTH, origin)
+        self._refuse_nan(request.exchange, total(norms_N))
         step = self.gathered.setdefault(request.step, Gathered())
         if step.take(trained, request):
             del self.gathered[request.step]
             if not self.progress.applied(request.step):
-                judged = self._judged(request.step, step.gradients)
+                norm = total(norms_N[:-1]) if step.arrived == 1 else None  # of several exchanges it is another one
+                judged = self._judged(request.step, step.gradients, norm)
                 if self.shared.wanted(self.join.client, judged):
-                    self.shared.add(judged, step.weight)
+                    self.shared.add(judged, step.weight, norm if judged is step.gradients else None)
                 self.progress.apply(request.step)
+        return reply
 
+    def _reply(
+        self, pending: Pending, request: BackwardRequest, task_BTH: Tensor, origin: torch.device
+    ) -> BackwardReply:
+        """What goes down to the client, in the memory that its gradient came from."""
         if not request.back:
             return BackwardReply()
         # Micro-batches share one step. Each has a mean over its own tokens, so it counts by its share of the step's.
         scaled = [value * (self.align.weight * request.tokens) for value in pending.align_BTH]
         if not scaled:
-            return BackwardReply(pack(task_BTH, pending.sent))
+            return BackwardReply(pack(task_BTH, pending.sent).to(origin))
         *inner, at_cut = scaled
         return BackwardReply(
-            pack(combine(task_BTH, at_cut, self.align.combine), pending.sent),
-            tuple(pack(value.to(task_BTH.dtype), pending.sent) for value in inner),
+            pack(combine(task_BTH, at_cut, self.align.combine), pending.sent).to(origin),
+            tuple(pack(value.to(task_BTH.dtype), pending.sent).to(origin) for value in inner),
         )
 
     def drop(self) -> None:
@@ -245,18 +261,17 @@ class Session:
         with drawing_from(pending.generator, self.random.device):
             return z_BTH, stage.run(z_BTH, plan, *self.join.cut)
 
-    def _refuse_nan(self, exchange: int, task_BTH: Tensor, trained: dict[str, Tensor]) -> None:
-        # One norm over all of them reads every gradient once; it is finite only if they all are.
-        if not torch.isfinite(torch.nn.utils.get_total_norm([task_BTH, *trained.values()])):
+    def _refuse_nan(self, exchange: int, norm: float) -> None:
+        if not math.isfinite(norm):  # as it is only where they all are
             self.drop()  # the rest of the step, gathered already or still to come, is void as well
             raise BadValuesError(
                 f"client {self.join.client}: the gradient of exchange {exchange} is not finite, so the shared blocks "
                 "were not updated; lower train.personal.lr or train.shared.lr, or use float32"
             )
 
-    def _judged(self, step: int, gradients: dict[str, Tensor]) -> Mapping[str, Tensor]:
+    def _judged(self, step: int, gradients: dict[str, Tensor], norm: float | None) -> Mapping[str, Tensor]:
         try:
-            return self.shared.bounds.judge(self.join.client, step, gradients)
+            return self.shared.bounds.judge(self.join.client, step, gradients, norm)
         except BadValuesError:
             self.drop()
             raise
@@ -339,6 +354,10 @@ def counted(model: nn.Module, *, keep: bool = True) -> Iterator[Kept]:
 def bytes_of(*values: Any) -> int:
     """Of tensors; what is none counts nothing."""
     return sum(value.numel() * value.element_size() for value in values if isinstance(value, Tensor))
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _same(value: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from flexp.errors import BadValuesError, StorageError
 from flexp.links.frames import MOST_FIELDS
 from flexp.links.messages import FetchReply, FetchRequest
 from flexp.models.stage import Stage
-from flexp.optim import Updater
+from flexp.optim import Updater, norms, total
 from flexp.server.rules import Mean, Past, Quota, Trimmed
 
 MOST_BYTES = 64 << 20
@@ -101,8 +101,11 @@ class SharedBlocks:
         finally:
             self._install(self.updater.parameters)
 
-    def add(self, gradients: Mapping[str, Tensor], weight: float) -> bool:
+    def add(self, gradients: Mapping[str, Tensor], weight: float, norm: float | None = None) -> bool:
         """Take the gradient of one completed client step; update the weights when the rule says so.
+
+        Args:
+            norm: of all of them, where it is known.
 
         Returns:
             Whether the weights were updated.
@@ -110,7 +113,7 @@ class SharedBlocks:
         if self.frozen or not self.updater.parameters:
             return False
         if self._config.update == "every":
-            self._apply(gradients)
+            self._apply(gradients, norm)
             return True
         self._gathered.add(gradients, weight)
         if self._gathered.steps < self._config.mean_over:
@@ -177,9 +180,11 @@ class SharedBlocks:
                 parts.setdefault(kind, {})[name] = value
         self.load_weights(parts["weights"])
         self.updater.load(parts["optimizer"])
+        others = {name: value for name, value in state.items() if not name.startswith(("weights/", "optimizer/"))}
+        here = {name: value.to(self.stage.model.device) for name, value in others.items()}
         for extra in (self._gathered, self._past, self.quota):
             if extra is not None:
-                extra.load(state)
+                extra.load(here)
         self.version = int(state["version"])
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
@@ -199,14 +204,14 @@ class SharedBlocks:
                 parameter.copy_(weights[name])
         self.version += 1
 
-    def _apply(self, gradients: Mapping[str, Tensor]) -> None:
+    def _apply(self, gradients: Mapping[str, Tensor], norm: float | None = None) -> None:
         if self._held[self.version] > 0:
             self._stash_current()
         elif self.version in self._held:
             del self._held[self.version]
         for name, gradient in gradients.items():
             self.updater.parameters[name].grad = gradient
-        self.updater.step()
+        self.updater.step(norm)
         self.version += 1
 
     def _stash_current(self) -> None:
@@ -245,15 +250,21 @@ class Bounds:
             limits.append(self.config.explode * max(SMALL, statistics.median(self._norms)))
         return min(limits, default=None)
 
-    def judge(self, client: str, step: int, gradients: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    def judge(
+        self, client: str, step: int, gradients: Mapping[str, Tensor], norm: float | None = None
+    ) -> Mapping[str, Tensor]:
         """A whole step's gradient as it may reach the shared weights, clipped if that is asked for.
+
+        Args:
+            norm: of all of them, where it is known.
 
         Raises:
             BadValuesError: its norm is not finite, or beyond a bound.
         """
         if not gradients:
             return gradients
-        norm = float(torch.nn.utils.get_total_norm([gradients[name] for name in sorted(gradients)]))
+        if norm is None:
+            norm = total(norms([gradients[name] for name in sorted(gradients)]))
         most = self.most
         if not norm < float("inf"):
             raise BadValuesError(f"client {client}: the gradient of step {step} is not finite")

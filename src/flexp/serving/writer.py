@@ -221,13 +221,19 @@ class Writer:
         return Written(stream.text, len(ids), len(stream.ids), "stop" if ended else "length", seconds)
 
 
-def open_writer(place: Path, client: str | None = None, which: str = LAST, connect: Connect | None = None) -> Writer:
+def open_writer(
+    place: Path,
+    client: str | None = None,
+    which: str = LAST,
+    connect: Connect | None = None,
+    device: str | None = None,
+) -> Writer:
     """The trained language model in ``place``, ready to write; see :func:`flexp.export.opening.open_trained`.
 
     Raises:
         FlexpError: there is no such model, or it writes no text.
     """
-    model = open_trained(place, client, which, connect)
+    model = open_trained(place, client, which, connect, device=device)
     data = model.config.data
     task = task_of(data)
     if KINDS[task.model_kind].answers != "next-token":

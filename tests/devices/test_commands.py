@@ -1,0 +1,69 @@
+"""Where commands compute."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from flexp.cli.main import app
+from flexp.config import ModelConfig
+from flexp.errors import ConfigError
+from flexp.machine import device_of
+from flexp.models.anatomy import Part
+from flexp.models.stage import Stage, carve
+from flexp.models.zoo import tiny_model
+from tests.cli.test_commands import toml
+from tests.devices.elsewhere import DEVICE, elsewhere
+from tests.tiny import bert_folder
+
+COMPUTE = ("run", "server", "client", "fleet", "generate", "chat", "serve", "predict", "evaluate", "verify", "profile")
+
+
+def test_a_run_and_what_reads_it_take_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bert_folder(tmp_path / "model")
+    path, out = toml(tmp_path, train={"rounds": 1, "steps_per_round": 1}), str(tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str) -> str:
+        done = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    call("run", str(path), "--out", out, "--device", "cpu")
+    assert json.loads((tmp_path / "out/config.json").read_text())["model"]["device"] == "cpu"
+    call("evaluate", out, "--client", "north", "--device", "cpu")
+    with pytest.raises(ConfigError, match=r"there is no device 'cuda:77' here; expected auto or cpu"):
+        call("evaluate", out, "--client", "north", "--device", "cuda:77")
+    with pytest.raises(ConfigError, match=r"model.device = 'gpu' is not allowed: expected 'auto', 'cpu', 'mps'"):
+        call("run", str(path), "--device", "gpu")
+    with pytest.raises(ConfigError, match=r"there is no device 'xpu:77' here"):
+        call("verify", "arch:gpt2", "--device", "xpu:77")
+    call("verify", "arch:gpt2", "--steps", "1", "--device", "cpu")
+
+
+def test_every_command_that_computes_has_the_option() -> None:
+    found: Any = get_command(app)
+    for name in COMPUTE:
+        assert "device" in {option.name for option in found.commands[name].params}, name
+
+
+def test_auto_is_the_processor_where_there_is_nothing_else() -> None:
+    if not torch.accelerator.is_available():
+        assert device_of("auto") == device_of("cpu") == torch.device("cpu")
+    else:
+        assert device_of("auto").type == torch.accelerator.current_accelerator().type  # type: ignore[union-attr]
+    assert ModelConfig.of("any", device="cuda:1").device == "cuda:1"
+
+
+def test_a_party_that_moves_leaves_shared_tensors_where_they_are() -> None:
+    source = Stage.whole(tiny_model("gpt2").requires_grad_(False))
+    with elsewhere():
+        moved = carve(source, Part.server(1, 3)).to(DEVICE)
+        assert {value.device for value in moved.model.parameters()} == {DEVICE}
+        assert {value.device for value in source.model.parameters()} == {torch.device("cpu")}
