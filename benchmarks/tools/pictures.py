@@ -190,6 +190,11 @@ class SmallCnn(nn.Module):
         self.classifier = nn.Linear(_FEATURES, classes)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a fifth faster on a CPU
 
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return self.classifier.weight.device
+
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> Any:
         """An object with ``logits`` and, given labels (B,), the mean cross-entropy ``loss``."""
         hidden = pixel_values

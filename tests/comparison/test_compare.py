@@ -111,8 +111,8 @@ def test_tuning_picks_on_validation_and_finals_follow(home: Path, ended: list[Ce
 
 def test_runs_hold_what_the_cells_do(home: Path, ended: list[Cell]) -> None:
     changes = {"evaluation": {"every": 2, "measure_memory": True}}
-    two = {"methods": ["fedavg", "local"], "seeds": 2, "tune": False}
-    content = compare(comparison(home, two, **changes), home / "out", 1).comparison
+    wanted = {"methods": ["fedavg"], "seeds": 2, "tune": False}
+    content = compare(comparison(home, wanted, **changes), home / "out", 1).comparison
     for method in content["methods"]:
         assert method["trials"] == []
         for run in method["runs"]:
@@ -135,7 +135,7 @@ def test_runs_hold_what_the_cells_do(home: Path, ended: list[Cell]) -> None:
             # Measured with the first seed, told for all.
             assert all(client["peak_memory_bytes"] > 1_000_000 for client in run["clients"])
     measured = [cell for cell in ended if (home / "out" / cell.folder / "memory.json").exists()]
-    assert sorted((cell.entry, cell.seed) for cell in measured) == [("fedavg", 0), ("local", 0)]
+    assert sorted((cell.entry, cell.seed) for cell in measured) == [("fedavg", 0)]
 
 
 def test_clients_whose_device_is_too_small_and_the_virtual_clock(
