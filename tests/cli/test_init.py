@@ -166,3 +166,15 @@ def test_a_mistake_is_one_line_and_writes_nothing(
     assert message in line
     assert (tmp_path / "reviews.toml").read_text() == "mine"
     assert not (tmp_path / "pets.toml").exists()
+
+
+@pytest.mark.parametrize(("rows", "most"), [(1200, None), (1800, 400)])
+def test_a_first_look_at_many_examples_takes_some_of_them(
+    call: Call, tmp_path: Path, rows: int, most: int | None
+) -> None:
+    table = pd.DataFrame(labelled(rows))[["client", "text", "label"]]
+    table.to_csv(tmp_path / "reviews.csv", index=False)
+    call("init", "reviews.csv", "--clients", "3", "--model", str(bert_folder(tmp_path / "model")), "--out", "c.toml")
+    found = tomllib.loads((tmp_path / "c.toml").read_text(encoding="utf-8"))
+    assert found["data"].get("train_examples") == most
+    assert found["train"]["steps_per_round"] * found["train"]["batch_size"] >= (most or rows * 0.7 / 3)

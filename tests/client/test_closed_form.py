@@ -172,6 +172,19 @@ def test_features_that_know_the_labels_by_heart_are_no_evidence() -> None:
     assert torch.nn.functional.cross_entropy(head(fresh), labels) < 0.7  # its own sums alone: 70; guessing: 1.4
 
 
+def test_a_closed_form_is_no_surer_than_what_was_trained_on_the_same_features() -> None:
+    x, y = examples(60)
+    own = Statistics.of(x, y, CLASSES)
+    common = Common(own, 0.5, 0.5)
+    sure, modest = Discriminant(own).head(0.1, 5.0), Discriminant(own).head(0.5, 0.1)
+    error = torch.nn.functional.cross_entropy
+    assert error(sure(x), y) < error(modest(x), y)
+    found = common.no_surer(sure, modest, x, y)
+    torch.testing.assert_close(error(found(x), y), error(modest(x), y))
+    assert torch.equal(found(x).argmax(1), sure(x).argmax(1))
+    assert common.no_surer(modest, sure, x, y) is modest
+
+
 class Opposite(Common):
     """Whose closed form says the opposite of what it should."""
 

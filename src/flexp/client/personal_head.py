@@ -63,6 +63,10 @@ class Agreed(Protocol):
         """Of a head's answers, summed."""
         ...
 
+    def no_surer(self, head: LinearHead, than: LinearHead, features_NH: Tensor, labels_N: Tensor) -> LinearHead:
+        """``head``, but on these examples, which both know by heart, no surer than the other."""
+        ...
+
     def by_heart(self, labels_N: Tensor) -> float:
         """So small a loss of these examples is no evidence (:data:`BY_HEART`)."""
         ...
@@ -94,6 +98,17 @@ class Common:
 
     def loss(self, answers: Tensor, labels_N: Tensor) -> float:
         return loss(answers, labels_N)
+
+    def no_surer(self, head: LinearHead, than: LinearHead, features_NH: Tensor, labels_N: Tensor) -> LinearHead:
+        """Scaled down until its loss is no smaller."""
+        logits_NC, least = head(features_NH), loss(than(features_NH), labels_N)
+        if loss(logits_NC, labels_N) >= least or loss(0.0 * logits_NC, labels_N) <= least:
+            return head
+        low, high = 0.0, 1.0
+        for _ in range(30):
+            middle = (low + high) / 2
+            low, high = (low, middle) if loss(middle * logits_NC, labels_N) < least else (middle, high)
+        return LinearHead(low * head.weight, low * head.bias)
 
     def by_heart(self, labels_N: Tensor) -> float:
         return BY_HEART * len(labels_N)
@@ -195,6 +210,7 @@ def choose(
     whole = common.personal(own, features_NH, labels_N)
     if len(labels_N) < 2 * FOLDS:
         return whole, "closed-form"
+    whole = common.no_surer(whole, trained, features_NH, labels_N)
     cost: dict[Choice, float] = {"closed-form": 0.0, "trained": 0.0, "both": 0.0}
     place = torch.empty(len(labels_N), dtype=torch.long)
     place[labels_N.argsort(stable=True)] = torch.arange(len(labels_N))  # each class falls evenly into all folds
@@ -205,6 +221,7 @@ def choose(
         less = common.without(gone)
         closed = less.personal(own.without(gone), x, y)
         again = retrain(less.begin(x, y) if own_begin else less.head(), x, y)
+        closed = common.no_surer(closed, again, x, y)
         heads: dict[Choice, LinearHead] = {"closed-form": closed, "trained": again, "both": mean_head(closed, again)}
         for name, head in heads.items():
             cost[name] += common.loss(head(features_NH[out]), labels_N[out])

@@ -26,7 +26,8 @@ CLIENTS = 4
 """Into so many clients data without owners are divided."""
 
 _LENGTHS = (32, 64, 128, 256, 512, 1024, 2048)
-_STEPS = 50
+_STEPS, _BATCH = 50, 8
+_TESTS = 200
 _STRUCTURED = ("list", "chat", "image")
 
 _MEANING = {
@@ -42,6 +43,8 @@ _MEANING = {
     "data.clients.by": "whose a row is: a column, a file or folder, or a partitioner such as iid or dirichlet",
     "data.clients.cut": "a client keeps the embeddings and block 0, the server runs the rest; flexp plan finds others",
     "train.rounds": "turns of every client",
+    "data.train_examples": "of each client's at most, for a first look in minutes; without it all of them",
+    "data.test_examples": "of each client's at most",
     "train.steps_per_round": "about once through a client's examples",
     "train.batch_size": "examples of a step",
     "train.personal.lr": "the client's own parts",
@@ -92,7 +95,7 @@ def drafted(survey: Survey, draft: Draft, model: str, clients: str | None, out: 
     """
     clients = owners(survey) if clients is None else clients
     lengths = [column.long for column in survey.columns if column.name in draft.keys.values()]
-    data = {"source": _beside(survey.source, out), "task": draft.task, **draft.keys}
+    data: dict[str, Any] = {"source": _beside(survey.source, out), "task": draft.task, **draft.keys}
     group = survey.group()
     if group is not None and group.name not in (clients, *draft.keys.values()) and clients not in group.torn:
         data["group"] = group.name
@@ -101,10 +104,12 @@ def drafted(survey: Survey, draft: Draft, model: str, clients: str | None, out: 
     if not TASKS[draft.task].images:
         tokens = max(lengths, default=0) / 3  # a token has three or four letters in most languages
         data["max_length"] = next((length for length in _LENGTHS if tokens + 8 <= length), _LENGTHS[-1])
+    count = max(1, _count(survey, clients))
+    own = math.ceil(survey.rows * (1.0 if survey.tests else 0.7) / count)
     if not survey.tests:
         data["test_fraction"] = 0.3
-    count = max(1, _count(survey, clients))
-    steps = math.ceil(survey.rows * (1.0 if survey.tests else 0.7) / count / 8)
+    if own > _STEPS * _BATCH:
+        data |= {"train_examples": _STEPS * _BATCH, "test_examples": _TESTS}
     text_classes = TASKS[draft.task].model_kind == "sequence-classification"
     pooled: dict[str, Any] = {"pooling": "mean"} if text_classes else {}
     return {
@@ -113,8 +118,8 @@ def drafted(survey: Survey, draft: Draft, model: str, clients: str | None, out: 
         "data": {**data, "clients": {**_clients(clients), "cut": [1]}},
         "train": {
             "rounds": 3,
-            "steps_per_round": min(max(steps, 1), _STEPS),
-            "batch_size": 8,
+            "steps_per_round": min(max(math.ceil(own / _BATCH), 1), _STEPS),
+            "batch_size": _BATCH,
             "personal": {"lr": 1e-4, "new_lr": 1e-3},
             "shared": {"lr": 1e-4},
         },
