@@ -53,8 +53,6 @@ clean:
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else "FlexP needs Python 3.11 or later, and $(PYTHON) is %d.%d: name another one, for instance make PYTHON=python3.12" % v[:2])'
 	$(PYTHON) -m venv $(VENV)
-	@# The pip that comes with Python 3.11 takes half as long again.
-	$(INSTALL) --upgrade pip
 
 $(VENV)/.stamp-run: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing FlexP and what it needs into $(VENV) (a few minutes the first time) ..."
