@@ -5,8 +5,8 @@
 
 Features φ of each client's private examples and of its own test examples are taken once (in a run: of its personal
 model), then every way below answers the test examples. Printed: mean accuracy of clients on own test data, the worst
-client, and on everybody's (pretrained features only), in percent. Whatever has a setting chooses it on own private
-examples.
+client, the mean test loss, and accuracy on everybody's data (pretrained features only), in percent. Whatever has a
+setting chooses it on own private examples.
 """
 
 from __future__ import annotations
@@ -161,7 +161,8 @@ def shifted(clients: Mapping[str, Client]) -> dict[str, Client]:
 def score(name: str, clients: Mapping[str, Client], answers: Mapping[str, Answer], everybody: bool) -> None:
     """Print a line."""
     own = [100 * float((answers[key](c.test_x).argmax(1) == c.test_y).double().mean()) for key, c in clients.items()]
-    line = f"{name:44} own {sum(own) / len(own):5.1f}  worst {min(own):5.1f}"
+    losses = [float(F.cross_entropy(answers[key](c.test_x), c.test_y)) for key, c in clients.items()]
+    line = f"{name:44} own {sum(own) / len(own):5.1f}  worst {min(own):5.1f}  loss {sum(losses) / len(losses):6.3f}"
     if everybody:
         x = torch.cat([c.test_x for c in clients.values()])
         y = torch.cat([c.test_y for c in clients.values()])
@@ -184,6 +185,9 @@ def main(given: str, *changes: str) -> None:
     score("closed form of own examples alone", clients, alone, alike)
     if not alike:
         score("as the run left it", clients, {n: c.head for n, c in clients.items()}, alike)
+        modest = {n: found[n][0].no_surer(personal[n], c.head, c.x, c.y) for n, c in clients.items()}
+        score("own closed form, no surer than that", clients, modest, alike)
+        score("the last two together", clients, {n: mean_head(modest[n], c.head) for n, c in clients.items()}, alike)
     heads = {n: trained(c, common[n]) for n, c in clients.items()}
     score("trained from the common one", clients, heads, alike)
     score("both", clients, {n: mean_head(personal[n], heads[n]) for n in clients}, alike)

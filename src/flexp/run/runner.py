@@ -11,7 +11,6 @@ from typing import Any
 
 from flexp.audit import Watch, attacked, watchable
 from flexp.client.meeting import FIRST, LAST
-from flexp.client.noise import ledger, told
 from flexp.client.personal_head import Choice
 from flexp.client.trainer import Step
 from flexp.config import RunConfig
@@ -22,7 +21,6 @@ from flexp.data.split import check_same
 from flexp.data.types import Example, Federation
 from flexp.errors import ConfigError, StorageError
 from flexp.files import check_free, read_json, write_json
-from flexp.machine import machine, versions
 from flexp.methods import Method, World
 from flexp.methods.turns import scored_rounds
 from flexp.report import write_report
@@ -34,7 +32,6 @@ from flexp.report.summary import (
     Scores,
     aggregate,
     best_round,
-    build_summary,
     picked_on,
     scores_by_round,
 )
@@ -43,13 +40,12 @@ from flexp.rng import generator
 from flexp.run.costs import MemoryProbes
 from flexp.run.diary import Diary, ended, may_be_last
 from flexp.run.folder import MEND, check_length, data_of, is_joined, saved_facts
+from flexp.run.outcome import Summary, summary_of
 from flexp.run.participants import Dropped, place
 from flexp.run.recutting import Recutting
 from flexp.run.settle import Federate, build_world
 from flexp.run.store import CHECKPOINTS, Store
-from flexp.run.virtual import client_facts, cuts_by_round
 
-Summary = dict[str, Any]
 AUDIT = "audit.json"
 WRITES = ("metrics.jsonl", "summary.json", "report.html", "plan.json", "memory.json", "events", AUDIT)
 """What a run writes beside its configuration and its checkpoints."""
@@ -227,7 +223,16 @@ class _Run:
         finally:
             self.method.close()
             self.diary.close()
-        summary = self._summary()
+        audit = self.out / AUDIT
+        summary = summary_of(
+            self.world,
+            self.method,
+            self.probes,
+            read(self.out / "metrics.jsonl"),
+            dropped=self.dropped,
+            stopped=self._ended(),
+            server_reads=str(read_json(audit)["line"]) if audit.is_file() else UNKNOWN,
+        )
         write_json(self.out / "summary.json", summary)
         if self.config.output.html:
             write_report(self.out)
@@ -328,71 +333,6 @@ class _Run:
         number = max(self.store.numbers())
         self.method.load(self.store.load(number))
         return number + 1
-
-    def _summary(self) -> Summary:
-        records = read(self.out / "metrics.jsonl")
-        world, task = self.world, self.world.federation.task
-        model, anatomy = world.source.model, world.source.anatomy
-        accounts = {name: self.method.account(name) for name in self.names}
-        done = max((int(r["round"]) for r in records if r["kind"] == "round"), default=0)
-        cuts = world.cuts if not done else {k: v["cut"] for k, v in cuts_by_round(world, records, done)[-1].items()}
-        clients = [
-            {
-                "name": data.name,
-                "cut": list(cuts[data.name]),
-                "train_examples": len(data.train),
-                "test_examples": len(data.test),
-                "personal_parameters": accounts[data.name].personal_parameters,
-                "bytes_up": accounts[data.name].training.bytes_up,
-                "bytes_down": accounts[data.name].training.bytes_down,
-                "client_seconds": accounts[data.name].client_seconds,
-                "server_seconds": accounts[data.name].server_seconds,
-                "peak_memory_bytes": self.probes.peak(data.name),
-            }
-            for data in world.federation.clients
-        ]
-        facts, virtual = client_facts(world, self.method, records)
-        clients = [{**client, **facts.get(str(client["name"]), {})} for client in clients]
-        evaluation = [account.evaluation for account in accounts.values()]
-        spent = ledger(self.config, world.federation, anatomy.hidden)
-        devices = {} if not self.config.on_devices else {"dropped": self.dropped, "virtual": virtual}
-        return (
-            build_summary(
-                name=self.config.name,
-                method=self.config.method.name,
-                seed=self.config.seed,
-                finished=done == self.config.train.rounds or self._ended(),
-                metric=task.metric,
-                higher_is_better=task.higher_is_better,
-                model={
-                    "id": self.config.model.id,
-                    "kind": task.model_kind,
-                    "labels": task.label_names,
-                    "blocks": anatomy.blocks,
-                    "hidden": anatomy.hidden,
-                    "parameters": sum(value.numel() for value in model.parameters()),
-                    "tuning": self.config.model.tuning,
-                    "dtype": self.config.model.dtype,
-                },
-                clients=clients,
-                records=records,
-                server=self.method.server_facts(),
-                totals={
-                    "bytes_up": sum(client["bytes_up"] for client in clients),
-                    "bytes_down": sum(client["bytes_down"] for client in clients),
-                    "seconds": max((float(r["seconds"]) for r in records if r["kind"] == "round"), default=0.0),
-                    "eval_bytes_up": sum(account.bytes_up for account in evaluation),
-                    "eval_bytes_down": sum(account.bytes_down for account in evaluation),
-                },
-                machine=machine(),
-                versions=versions(),
-                warnings=world.federation.warnings,
-                server_reads=str(read_json(audit)["line"]) if (audit := self.out / AUDIT).is_file() else UNKNOWN,
-                rounds=done,
-            )
-            | devices
-            | ({"epsilon": spent | {"line": told(spent)}} if spent else {})
-        )
 
 
 def sample(examples: list[Example], most: int | None, seed: int) -> list[Example]:
