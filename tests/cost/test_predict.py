@@ -12,7 +12,7 @@ from flexp.config import AlignConfig, ModelConfig, OptimizerConfig, Rows
 from flexp.cost.choice import Choice, codec_names, codec_share
 from flexp.cost.model_cost import ModelCost, model_cost
 from flexp.cost.predict import ADAPTERS, CHECKPOINTING, OVERHEAD, memory, predict, server_memory
-from flexp.cost.probe import Probe, measure
+from flexp.cost.probe import Probe
 from flexp.errors import ConfigError
 from flexp.models.loading import quietly
 from flexp.models.zoo import tiny_model
@@ -203,7 +203,7 @@ def test_a_process_needs_what_was_predicted(saved: tuple[ModelConfig, ModelCost]
     if follow:
         align = AlignConfig(kind="weights", teach=True, follow=True, every=100)
         probe = replace(probe, align=align.model_dump(mode="json"), base_depth=1)
-    peak = (measure if (follow, model.embeddings) == (False, "memory") else warmly)(probe).peak
+    peak = warmly(probe).peak
     assert peak > 40e6
     predicted = memory(cost, Choice(cut, examples), base=True, followed=1) if follow else trains
     assert predicted == pytest.approx(peak, rel=0.15)
