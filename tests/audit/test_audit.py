@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +11,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from flexp.attacks.gradients import inverted
 from flexp.attacks.labels import answers, auc, clustered, directions, with_known
+from flexp.attacks.membership import membership
 from flexp.attacks.tokens import ATTACKS, Decoder, Linear, Prefix, Public, Sent, Table
 from flexp.audit import audit
 from flexp.audit.page import render
@@ -19,7 +22,7 @@ from flexp.config import RunConfig
 from flexp.errors import ConfigError
 from flexp.methods import Method
 from flexp.models.anatomy import Part
-from flexp.models.stage import carve
+from flexp.models.stage import Stage, carve
 from flexp.run.runner import resume, run
 from flexp.run.settle import build_world
 from flexp.run.store import CHECKPOINTS, Store
@@ -127,6 +130,47 @@ def test_words_of_answers_by_the_head() -> None:
     assert answers([h_BTH.grad], head_VH, [labels]) == 1.0
 
 
+def test_labels_by_the_gradient_that_fits() -> None:
+    """Two blocks in the tail hide nothing from who has it; the gradients are plain transformers' own."""
+    whole = whole_stage("bert")
+    model, blocks = whole.model, whole.anatomy.blocks
+    batch = {
+        "input_ids": torch.randint(2, model.config.vocab_size, (6, 8), generator=seeded(0)),
+        "attention_mask": torch.ones(6, 8, dtype=torch.long),
+        "labels": torch.randint(0, model.config.num_labels, (6,), generator=seeded(1)),
+    }
+    model.eval()
+    inputs = {"inputs_embeds": model.get_input_embeddings()(batch["input_ids"]).requires_grad_()}
+    out = model(**inputs, attention_mask=batch["attention_mask"], labels=batch["labels"], output_hidden_states=True)
+    h_BTH = out.hidden_states[blocks - 2]
+    (grad_BTH,) = torch.autograd.grad(out.loss, h_BTH)
+    hidden = {**batch, "labels": torch.zeros(6, dtype=torch.long)}
+    assert torch.equal(inverted(whole, blocks - 2, h_BTH, grad_BTH, hidden), batch["labels"])
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_who_was_trained_on(name: str) -> None:
+    """Blocks that learnt texts by heart, with plain transformers and torch, tell them from others."""
+    whole = whole_stage(name)
+    model = copy.deepcopy(whole.model)
+    texts = torch.randint(2, model.config.vocab_size, (32, 10), generator=seeded(3))
+    members, others = texts[:16].tolist(), texts[16:].tolist()
+    middle = Part(frozenset({1, 2}), ends=False)
+
+    def told() -> float:
+        return membership(whole, carve(Stage.whole(model), middle), members, others, words=name == "llama")
+
+    assert told() == 0.5
+    labels = texts[:16] if name == "llama" else torch.arange(16) % 2
+    inside = [value for key, value in model.named_parameters() if "layer.1." in key or "layers.1." in key]
+    optimiser = torch.optim.Adam([value.requires_grad_() for value in inside], lr=3e-3)
+    for _ in range(40):
+        optimiser.zero_grad()
+        model(input_ids=texts[:16], labels=labels).loss.backward()
+        optimiser.step()
+    assert told() > (0.9 if name == "llama" else 0.6)  # of what has no public head less is seen
+
+
 def test_a_run_as_the_server_sees_it(folder: Path, public: Path) -> None:
     found = audit(begun(folder), public=public)
     places = [("z", 1), ("z", 2), ("z", 3), ("z_base", 1)]
@@ -136,9 +180,14 @@ def test_a_run_as_the_server_sees_it(folder: Path, public: Path) -> None:
     assert found.texts == 2 * 3 * 4  # steps, clients, examples of a step
     assert found.content > 0.7 > found.blind["content"]
     assert all(set(one.by_step) == {1, 2} for one in found.readings)
-    assert set(found.labels) == {"clusters", "known", "majority"} | ({"auc"} if "auc" in found.labels else set())
+    assert set(found.labels) == {"clusters", "known", "inverted", "majority"} | (
+        {"auc"} if "auc" in found.labels else set()
+    )
     assert "worst" not in found.as_json()
     page = render(found)
+    assert found.members is not None
+    assert 0.5 <= found.members <= 1
+    assert f"{found.members:.2f}" in page
     assert found.worst[0][0] in page
     assert "never that nothing leaks" in page
 

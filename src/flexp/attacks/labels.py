@@ -64,8 +64,13 @@ def auc(rows_NH: Tensor, labels_N: Tensor, known: int = KNOWN) -> float | None:
     yes, no = score[rest & right], score[rest & ~right]
     if not len(yes) or not len(no):
         return None
-    above = (yes[:, None] > no).double() + 0.5 * (yes[:, None] == no).double()
-    return float(max(above.mean(), 1 - above.mean()))
+    found = area(yes, no)
+    return max(found, 1 - found)
+
+
+def area(yes_N: Tensor, no_M: Tensor) -> float:
+    """Under the curve: how often a score of ``yes_N`` is above one of ``no_M``; equal ones count half."""
+    return float(((yes_N[:, None] > no_M).double() + 0.5 * (yes_N[:, None] == no_M).double()).mean())
 
 
 def answers(grads: Sequence[Tensor], head_VH: Tensor, labels: Sequence[Tensor]) -> float | None:

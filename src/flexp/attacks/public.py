@@ -67,17 +67,27 @@ def known_to_all(stage: Stage, depth: int, examples: Sequence[Example]) -> Publi
     hiddens, masks, ids = [], [], []
     ordered = sorted(examples, key=lambda example: len(example["input_ids"]))  # so that little is padding
     for start in range(0, len(ordered), BATCH):
-        rows = [
-            torch.tensor(example["input_ids"], device=stage.model.device) for example in ordered[start : start + BATCH]
-        ]
-        ids_BT = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        mask_BT = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        rows = [example["input_ids"] for example in ordered[start : start + BATCH]]
+        ids_BT, mask_BT = padded(rows, stage.model.device)
         with torch.no_grad():
             hidden_BTH, plan = stage.plan({"input_ids": ids_BT, "attention_mask": mask_BT})
             hiddens.append(stage.run(hidden_BTH, plan, 0, depth).cpu())
         masks.append(mask_BT.bool().cpu())
         ids.append(ids_BT[mask_BT.bool()].cpu())
     return Public(stage, depth, Sent.of(hiddens, masks), torch.cat(ids))
+
+
+def padded(texts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids and mask, (B, T), padded on the right."""
+    rows = [torch.tensor(ids, device=device) for ids in texts]
+    pad = torch.nn.utils.rnn.pad_sequence
+    return pad(rows, batch_first=True), pad([torch.ones_like(row) for row in rows], batch_first=True)
+
+
+def pooled(hidden_BTH: Tensor, mask_BT: Tensor) -> Tensor:
+    """The mean over each text's tokens, (B, H)."""
+    weights = mask_BT.unsqueeze(-1).to(hidden_BTH.dtype)
+    return (hidden_BTH * weights).sum(1) / weights.sum(1).clamp_min(1)
 
 
 def dull_tokens(known: Public, special: Collection[int]) -> Tensor:

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexp.attacks import labels as label_attacks
 from flexp.attacks.public import MANUAL, dull_tokens, encoded, known_to_all, paragraphs
 from flexp.attacks.tokens import ATTACKS, Attack, Public, Sent
+from flexp.audit.training import labels_told, membership_told
 from flexp.audit.watching import Exchange, Watch, watchable
 from flexp.client.guarding import Guard
 from flexp.client.trainer import split_model_of
 from flexp.data.types import Example
-from flexp.kinds import IGNORED, KINDS, Answers
+from flexp.kinds import KINDS
 from flexp.methods.base import Method, World
 from flexp.methods.parties import own_stage
 from flexp.methods.split import Split
@@ -75,6 +75,7 @@ class Audit:
         public: what the attacker learnt from.
         blind: the share of tokens and of content words that the most frequent public token gives.
         labels: what ∂task/∂h tells of labels, beside ``majority``, the most frequent label's share.
+        members: the area under the curve of which texts the shared blocks were trained on; ``None``: not attacked.
         worst: texts of which most was read: the truth, and what the best attack read.
     """
 
@@ -88,6 +89,7 @@ class Audit:
     blind: dict[str, float]
     readings: list[Reading]
     labels: dict[str, float] = field(default_factory=dict)
+    members: float | None = None
     worst: list[tuple[str, str]] = field(default_factory=list)
 
     @property
@@ -100,8 +102,11 @@ class Audit:
         """What the server can read, in a line."""
         best = max(self.readings, key=lambda reading: reading.content)
         said = f"{100 * best.content:.0f} % of content words ({best.name} at depth {best.depth})"
-        told = {key: value for key, value in self.labels.items() if key in ("clusters", "answers")}
-        return said + "".join(f", {100 * value:.0f} % of labels ({key})" for key, value in told.items())
+        told = {key: value for key, value in self.labels.items() if key in ("clusters", "inverted", "answers")}
+        if told:
+            key = max(told, key=lambda key: told[key])
+            said += f", {100 * told[key]:.0f} % of labels ({key})"
+        return said
 
     def as_json(self) -> dict[str, Any]:
         """Schema 1; without the texts, which stay on the client."""
@@ -168,7 +173,8 @@ def attacked(watch: Watch, *, public: Path | None = None, full: bool = False) ->
         public=MANUAL if public is None else str(public.name),
         blind=blind,
         readings=readings,
-        labels=_labels(watch.exchanges, world.source.model, answers),
+        labels=labels_told(watch, answers),
+        members=membership_told(watch, words=decoder),
         worst=_worst(*best[1:], tokenizer),
     )
 
@@ -253,32 +259,6 @@ def _blind(known: Public, truth: _Truth, special: Tensor) -> dict[str, float]:
     usual, counts = torch.unique(known.ids_N[~torch.isin(known.ids_N, special)], return_counts=True)
     right_N = truth.ids_N == usual[counts.argmax()]
     return {"tokens": _share(right_N[truth.real_N]), "content": _share(right_N[truth.content_N])}
-
-
-def _labels(exchanges: Sequence[Exchange], model: Any, kind: Answers) -> dict[str, float]:
-    """What the gradients of all clients together tell; nothing of heads that no attack here knows."""
-    pairs = [(exchange.grad_BTH, exchange.batch) for exchange in exchanges if exchange.grad_BTH is not None]
-    if not pairs or kind not in ("next-token", "class"):
-        return {}
-    grads, truth = [grad_BTH for grad_BTH, _ in pairs], [batch["labels"] for _, batch in pairs]
-    found: dict[str, float | None]
-    if kind == "next-token":
-        head = model.get_output_embeddings().weight.detach().float()
-        tokens = torch.cat([each[:, 1:][each[:, 1:] != IGNORED] for each in truth])
-        found = {"answers": label_attacks.answers(grads, head, truth), "majority": _majority(tokens)}
-    else:
-        rows_NH, labels_N = label_attacks.directions(grads), torch.cat(truth)
-        found = {
-            "clusters": label_attacks.clustered(rows_NH, labels_N),
-            "known": label_attacks.with_known(rows_NH, labels_N),
-            "auc": label_attacks.auc(rows_NH, labels_N),
-            "majority": _majority(labels_N),
-        }
-    return {key: value for key, value in found.items() if value is not None}
-
-
-def _majority(labels_N: Tensor) -> float:
-    return float(torch.unique(labels_N, return_counts=True)[1].max() / len(labels_N))
 
 
 def _worst(truth_N: Tensor, read_N: Tensor, texts_N: Tensor, tokenizer: Any) -> list[tuple[str, str]]:

@@ -15,6 +15,7 @@ from flexp.report.tables import Table
 _LABELS = {
     "clusters": "classes, by clustering gradients alone",
     "known": "classes, with two examples of each known",
+    "inverted": "classes, by the label whose gradient in the public tail fits best",
     "answers": "words of answers, by the model's own head",
     "majority": "the most frequent label, without us",
 }
@@ -43,6 +44,10 @@ def tables(found: Audit) -> list[Table]:
             labels.insert(2, ["area under the curve (AUC), with two of each known", f"{found.labels['auc']:.2f}"])
         made.append(Table("labels", "Labels that the server can read", "Of all clients together, from ∂task/∂h.",
                           ["labels", "right"], labels))  # fmt: skip
+    if found.members is not None:
+        told = ["area under the curve (AUC), nothing being 0.50", f"{found.members:.2f}"]
+        made.append(Table("members", "Texts that the shared blocks were trained on",
+                          "By these blocks, beside clients' test texts.", ["membership", "told"], [told]))  # fmt: skip
     return made
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from flexp.client.trainer import Step
 from flexp.data.types import Batch
 from flexp.errors import ConfigError
 from flexp.links.declaring import Request
-from flexp.links.messages import BackwardRequest, ForwardRequest
+from flexp.links.messages import BackwardRequest, ForwardReply, ForwardRequest
 from flexp.links.packing import Places, arrived, unpack
 from flexp.methods.split import Split
 
@@ -32,6 +32,7 @@ class Exchange:
         z_BTH: what came up at the client's cut.
         base_BTH: z_base, where alignment or teaching sent it.
         reads: the rows of h that its client read; ``None``: all.
+        h_BTH: what went down.
         grad_BTH: ∂task/∂h; ``None`` until the backward has come.
     """
 
@@ -41,6 +42,7 @@ class Exchange:
     z_BTH: Tensor
     base_BTH: Tensor | None
     reads: Places | None = None
+    h_BTH: Tensor | None = None
     grad_BTH: Tensor | None = None
 
     @property
@@ -75,7 +77,11 @@ class Watch:
 
         def answer(client: str, request: Request[R]) -> R | Future[R]:
             self._see(client, request)
-            return inner(client, request)
+            reply = inner(client, request)
+            if isinstance(request, ForwardRequest) and (client, request.exchange) in self._open:
+                exchange = self._open[client, request.exchange]
+                exchange.h_BTH = unpack(cast("ForwardReply", reply).hidden_BTH.clone(), exchange.reads)
+            return reply
 
         # Links look the verb up at each call, so shadowing it on this one server is enough.
         vars(server)["answer"] = answer

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexp.attacks.public import dull_tokens, encoded, known_to_all, paragraphs
+from flexp.attacks.public import dull_tokens, encoded, known_to_all, padded, paragraphs, pooled
 from flexp.attacks.tokens import Linear, Public, Sent, Table
 from flexp.client.noise import Noise
 from flexp.client.random_labels import RandomLabels
@@ -235,19 +235,6 @@ def _distances(rows_NA: Tensor) -> Tensor:
     squares = rows_NA.square().sum(1)
     far = (squares[:, None] + squares - 2 * rows_NA @ rows_NA.T).clamp_min(1e-6).sqrt()
     return far - far.mean(0) - far.mean(1, keepdim=True) + far.mean()
-
-
-def pooled(hidden_BTH: Tensor, mask_BT: Tensor) -> Tensor:
-    """The mean over each text's tokens, (B, H)."""
-    weights = mask_BT.unsqueeze(-1).to(hidden_BTH.dtype)
-    return (hidden_BTH * weights).sum(1) / weights.sum(1).clamp_min(1)
-
-
-def padded(texts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids and mask, (B, T), padded on the right."""
-    rows = [torch.tensor(ids, device=device) for ids in texts]
-    pad = torch.nn.utils.rnn.pad_sequence
-    return pad(rows, batch_first=True), pad([torch.ones_like(row) for row in rows], batch_first=True)
 
 
 def _run(stage: Stage, depth: int, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:

@@ -1,0 +1,68 @@
+"""What training tells besides texts: labels by its gradients, membership by the weights that it made."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flexp.attacks import labels as label_attacks
+from flexp.attacks.gradients import inverted
+from flexp.attacks.membership import membership
+from flexp.audit.watching import Watch
+from flexp.kinds import IGNORED, Answers
+
+TRIED = 256
+"""Backwards of an exchange through the public tail, one a class, at most; of many classes fewer exchanges are tried."""
+TEXTS = 256
+"""Texts that were trained on, and as many that were not, whose membership is asked for."""
+
+
+def labels_told(watch: Watch, kind: Answers) -> dict[str, float]:
+    """What the gradients of all clients together tell; nothing of heads that no attack here knows."""
+    seen = [exchange for exchange in watch.exchanges if exchange.grad_BTH is not None]
+    if not seen or kind not in ("next-token", "class"):
+        return {}
+    grads = [exchange.grad_BTH for exchange in seen if exchange.grad_BTH is not None]
+    truth = [exchange.batch["labels"] for exchange in seen]
+    source = watch.method.world.source
+    found: dict[str, float | None]
+    if kind == "next-token":
+        head = source.model.get_output_embeddings().weight.detach().float()
+        tokens = torch.cat([each[:, 1:][each[:, 1:] != IGNORED] for each in truth])
+        found = {"answers": label_attacks.answers(grads, head, truth), "majority": _majority(tokens)}
+    else:
+        rows_NH, labels_N = label_attacks.directions(grads), torch.cat(truth)
+        found = {
+            "clusters": label_attacks.clustered(rows_NH, labels_N),
+            "known": label_attacks.with_known(rows_NH, labels_N),
+            "auc": label_attacks.auc(rows_NH, labels_N),
+            "majority": _majority(labels_N),
+        }
+        tried = seen[: max(1, TRIED // int(source.model.config.num_labels))]
+        read = [
+            inverted(source, watch.method.cut_of(one.client)[1], one.h_BTH, one.grad_BTH, one.batch)
+            for one in tried
+            if one.h_BTH is not None and one.grad_BTH is not None
+        ]
+        found["inverted"] = float((torch.cat(read) == labels_N[: sum(map(len, read))]).float().mean())
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def membership_told(watch: Watch, *, words: bool) -> float | None:
+    """Whether the server's blocks tell the texts that were sent from the clients' test texts."""
+    seen = [
+        ids[mask].tolist()
+        for one in watch.exchanges
+        for ids, mask in zip(one.batch["input_ids"], one.mask, strict=True)
+    ]
+    tests = [example["input_ids"] for client in watch.method.world.federation.clients for example in client.test]
+    members = {tuple(text): text for text in seen}
+    others = {tuple(text): text for text in tests if tuple(text) not in members}
+    if not others:
+        return None
+    asked = (list(texts.values())[:: -(-len(texts) // TEXTS)] for texts in (members, others))  # of every client
+    return membership(watch.method.world.source, watch.method.server.shared.stage, *asked, words=words)
+
+
+def _majority(labels_N: Tensor) -> float:
+    return float(torch.unique(labels_N, return_counts=True)[1].max() / len(labels_N))
