@@ -111,7 +111,6 @@ def test_both_runs_of_the_slow_link_train_the_same(place: tuple[str, str]) -> No
     assert rounded["plain_seconds"] > 4 * 0.01
 
 
-@pytest.mark.slow
 def test_the_file_saves_the_table_on_either_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embeddings, "peak", warmly)
     sizes = {"vocab_size": 60_000, "hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 2}
@@ -124,6 +123,7 @@ def test_the_file_saves_the_table_on_either_side(tmp_path: Path, monkeypatch: py
     assert found["ratio"] > 0
 
 
+@pytest.mark.slow
 def test_moves_are_timed_and_their_losses_set_beside_a_twins(tmp_path: Path) -> None:
     config = tiny_run(tmp_path, rounds=1, steps_per_round=1, dropout=0.0)
     found = recut.compare(config, [(1, 4), (3, 4), (1, 4), (3, 4)], "north")

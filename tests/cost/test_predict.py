@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import transformers
@@ -12,7 +13,7 @@ from flexp.config import AlignConfig, ModelConfig, OptimizerConfig, Rows
 from flexp.cost.choice import Choice, codec_names, codec_share
 from flexp.cost.model_cost import ModelCost, model_cost
 from flexp.cost.predict import ADAPTERS, CHECKPOINTING, OVERHEAD, memory, predict, server_memory
-from flexp.cost.probe import Probe, measure
+from flexp.cost.probe import Probe
 from flexp.errors import ConfigError
 from flexp.models.loading import quietly
 from flexp.models.zoo import tiny_model
@@ -85,6 +86,37 @@ def test_bytes_and_link_by_hand() -> None:
     assert same_depth.bytes_up == found.bytes_up
     slower = predict(cost, plain_profile(uplink_bps=1e12), Choice((1, 4), 4), SERVER)
     assert slower.link_seconds == pytest.approx(0.04 + 8 * slower.bytes_up / 1e9 + 8 * slower.bytes_down / 4e6)
+
+
+def test_a_frozen_head_and_one_that_is_sent_once_by_hand(tmp_path: Path) -> None:
+    """Numbers are int64, flags bytes: as :class:`flexp.links.messages.KeptForwardRequest` has them."""
+    cost, choice, message, rows, mask = cost_of("bert"), Choice((2, 4), 4, 3), 4 * 10 * 32 * 4, 4 * 32 * 4, 4 * 10
+    plain, frozen, half, kept = (
+        predict(cost, plain_profile(), choice, SERVER, frozen=first, anew=anew)
+        for first, anew in ((0, 1.0), (2, 1.0), (2, 0.5), (2, 0.0))
+    )
+    assert (frozen.bytes_up, frozen.bytes_down) == (plain.bytes_up, 3 * rows)
+    assert (kept.bytes_up, kept.bytes_down) == (3 * (rows + 2 * mask + 4 * (8 + 1)), 3 * rows)
+    assert half.bytes_up == kept.bytes_up + 3 * message // 2
+    shape = cost.at(4)
+    head = shape.head.forward_flops + shape.head.backward_flops
+    assert frozen.client_seconds == pytest.approx(3 * (2 * shape.blocks[1].forward_flops + head) / 1e9)
+    assert kept.client_seconds == pytest.approx(3 * head / 1e9)
+    assert kept.memory_bytes == frozen.memory_bytes < plain.memory_bytes
+    # What is not the same each time, or asks for a gradient, is sent each time.
+    assert predict(cost, plain_profile(), choice, SERVER, frozen=1, anew=0.5) == predict(
+        cost, plain_profile(), choice, SERVER, frozen=1
+    )
+    aligned = predict(cost, plain_profile(), choice, SERVER, frozen=2, anew=0.5, base_depth=1)
+    assert aligned.bytes_up == plain.bytes_up + 3 * message
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 100}
+    for name, value in (("hidden_dropout_prob", 0.1), ("classifier_dropout", 0.2)):
+        others = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_hidden_layers": 4}
+        transformers.BertConfig(**sizes, **{**others, name: value}).save_pretrained(tmp_path)
+        drawn = model_cost(ModelConfig.of(tmp_path), "sequence-classification", length=10)
+        assert drawn.draws == (name == "hidden_dropout_prob")
+    trained = predict(cost_of("bert", train_embeddings=True), plain_profile(), choice, SERVER, frozen=2, anew=0.5)
+    assert (trained.bytes_up, trained.bytes_down) == (plain.bytes_up, plain.bytes_down)
 
 
 @pytest.mark.parametrize(("rows", "read", "share"), [("loss", 0.25, 0.225), ("loss", 1.0, 0.9), ("logits", 0.25, 1.0)])
@@ -180,12 +212,12 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.parametrize(
-    ("saved", "follow"),
-    [(False, False), (False, True), (True, False)],
-    ids=["trains", "follows", "in its file"],
+    ("saved", "how"),
+    [(False, "trains"), (False, "follows"), (True, "trains"), (False, "sends once")],
+    ids=["trains", "follows", "in its file", "sends once"],
     indirect=["saved"],
 )
-def test_a_process_needs_what_was_predicted(saved: tuple[ModelConfig, ModelCost], follow: bool) -> None:
+def test_a_process_needs_what_was_predicted(saved: tuple[ModelConfig, ModelCost], how: str) -> None:
     """Within 15 %, of about 100 MB, with what is no tensor assumed and not measured."""
     (model, cost), cut, examples = saved, (5, 6), 8
     probe = Probe(
@@ -200,14 +232,18 @@ def test_a_process_needs_what_was_predicted(saved: tuple[ModelConfig, ModelCost]
         steps=2,
     )
     trains = memory(cost, Choice(cut, examples))
-    if follow:
+    predicted = trains
+    if how == "follows":
         align = AlignConfig(kind="weights", teach=True, follow=True, every=100)
         probe = replace(probe, align=align.model_dump(mode="json"), base_depth=1)
-    peak = (measure if (follow, model.embeddings) == (False, "memory") else warmly)(probe).peak
+        predicted = memory(cost, Choice(cut, examples), base=True, followed=1)
+    if how == "sends once":
+        probe = replace(probe, frozen=5, cache="memory")
+        predicted = memory(cost, Choice(cut, examples), frozen=5)
+    peak = warmly(probe).peak
     assert peak > 40e6
-    predicted = memory(cost, Choice(cut, examples), base=True, followed=1) if follow else trains
     assert predicted == pytest.approx(peak, rel=0.15)
-    assert not follow or predicted < 0.8 * trains  # no gradient and no optimiser for four of five blocks
+    assert how == "trains" or predicted < 0.8 * trains  # no gradient and no optimiser for four or all of five blocks
 
 
 def test_a_table_in_its_file_takes_no_memory(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import uuid
 from pathlib import Path
 
 import datasets
@@ -139,6 +140,8 @@ def test_numbers_of_json_and_types_of_parquet_are_written_out(tmp_path: Path) ->
     (tmp_path / "b.jsonl").write_text('{"a": true, "b": [1, 2.50]}\n{"a": false, "b": []}\n{"b": null}\n')
     rows = read_rows(str(tmp_path / "b.jsonl"))
     assert (rows.values("a"), rows.values("b")) == (["true", "false", None], [["1", "2.50"], [], None])
+    (tmp_path / "n.jsonl").write_text('{"a": NaN}\n{"a": 1}\n')  # as Python writes a gap
+    assert read_rows(str(tmp_path / "n.jsonl")).values("a") == [None, "1"]
     typed = pa.table(
         {
             "whole": pa.array([7, None], pa.int64()),
@@ -148,12 +151,14 @@ def test_numbers_of_json_and_types_of_parquet_are_written_out(tmp_path: Path) ->
             "view": pa.array(["x", "y"], pa.string_view()),
             "large": pa.array(["x", "y"], pa.large_string()),
             "map": pa.array([[("k", 1)], []], pa.map_(pa.string(), pa.int64())),
+            "id": pa.array([uuid.UUID(int=7).bytes] * 2, pa.uuid()),
         }
     )
     pa.parquet.write_table(typed, tmp_path / "t.parquet")
     rows = read_rows(str(tmp_path / "t.parquet"))
     assert (rows.values("whole"), rows.values("gaps")) == (["7", None], ["7", None])
     assert rows.values("flag") == ["true", "false"]
+    assert rows.values("id") == [str(uuid.UUID(int=7))] * 2
     assert rows.values("coded") == rows.values("view") == rows.values("large") == ["x", "y"]
 
 
@@ -186,6 +191,12 @@ def test_the_sign_that_divides_columns_is_found(tmp_path: Path, content: str) ->
     assert rows.notes[0].startswith("x.csv: read as columns divided by")
 
 
+def test_a_sign_is_found_in_front_of_long_texts_and_odd_line_ends(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"text": ["Wort, " * 3000, "a\u2028b", "c"] * 3, "label": "1"})
+    frame.to_csv(tmp_path / "x.csv", sep=";", index=False)
+    assert read_rows(str(tmp_path / "x.csv")).values("text") == frame["text"].tolist()
+
+
 def test_the_first_sheet_of_a_workbook(tmp_path: Path) -> None:
     import openpyxl
 
@@ -201,8 +212,15 @@ def test_the_first_sheet_of_a_workbook(tmp_path: Path) -> None:
         {"text": "ä", "n": "7", "when": "0.5", "ok": "true", PLACE: "x.xlsx, row 4"},
         {"text": None, "n": "007", "when": None, "ok": None, PLACE: "x.xlsx, row 5"},
     ]
-    assert rows.notes == ["x.xlsx: read the sheet 'reviews', the first of 2"]
+    assert rows.notes == ["x.xlsx: read the sheet 'reviews', the first visible of 2"]
+    sheet.sheet_state = "hidden"
+    book["notes"].append(["seen"])
+    book["notes"].append(["x"])
+    book.save(tmp_path / "h.xlsx")
+    assert read_rows(str(tmp_path / "h.xlsx")).values("seen") == ["x"]
     for name, cells, message in (
+        ("sum", [["a"], ["x"], ["=1+1"]], "sum.xlsx, row 3: the formula '=1\\+1' has no result in the file"),
+        ("wrong", [["a"], ["x"], ["#N/A"]], "wrong.xlsx, row 3: a cell holds the error #N/A"),
         ("gap", [["text", None], ["a", "b"]], "gap.xlsx, row 1: column 2 has no name"),
         ("twice", [["a", "a"], ["a", "b"]], "twice.xlsx: has more than one column 'a'"),
         ("empty", [], "empty.xlsx: the sheet 'Sheet' is empty"),
@@ -223,7 +241,19 @@ def test_the_first_sheet_of_a_workbook(tmp_path: Path) -> None:
         ("x.jsonl", b'{"a": "x"}\n{"a": "\\ud83d"}\n', r"x.jsonl, line 2: the column 'a' holds half of a character"),
         ("x.jsonl", b'{"a": "7"}\n{"a": 7}\n', r"x.jsonl, line 2: the column 'a' mixes kinds"),
         ("x.jsonl", '{"a": "ä"}\n'.encode("latin-1"), r"is not UTF-8 text"),
+        ("x.jsonl", b'{"a": "x", "a": "y"}\n', r"x.jsonl, line 1: .*one object has two values for 'a'"),
         ("x.csv", b"a\n\x81\n", r"x.csv: is neither UTF-8 nor Windows-1252 text \(byte 2\)"),
+        ("x.csv", b"a,b\nx,1\ny\x00z,2\n", r"x.csv, line 3: holds a zero byte"),
+        (
+            "x.csv",
+            "a,b\nx,1\n".encode("utf-16-le"),
+            r"x.csv, line 1: holds a zero byte, .*UTF-16 without its mark; save",
+        ),
+        ("x.txt", b"x\ny\x00z\n", r"x.txt, line 2: holds a zero byte"),
+        ("x.csv", "a\nä\nöü\n".encode() + b"\xe4\n", r"x.csv, line 4: is no longer UTF-8 text at byte 10"),
+        ("x.csv", "a\nПривет, мир\n".encode("cp1251"), r"x.csv: is not UTF-8, and would read 'Ïðèâåò' as Windows"),
+        ("x.csv", "a\n中文很好\n".encode("gbk"), r"x.csv: is not UTF-8, and would read 'ÖÐÎÄºÜºÃ' as Windows"),
+        ("x.csv", b"text;label;note\na;1;x\nb;2\n", r"x.csv: is not a well-formed table \(.*Expected 3 columns, got 2"),
     ],
 )
 def test_what_would_be_read_wrongly_is_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -256,6 +286,27 @@ def test_what_is_called_test_is_no_client(tmp_path: Path, name: str) -> None:
     jsonl(tmp_path / name, [{"text": "b"}])
     with pytest.raises(DataError, match=r"split by its name, but clients.by = \"file\".*data.test_source"):
         read_rows(str(tmp_path), by_file=True)
+
+
+def test_files_of_one_name_are_not_one_client(tmp_path: Path) -> None:
+    for name in ("north.jsonl", "north.json"):
+        (tmp_path / name).write_text('[{"text": "a"}]' if name == "north.json" else '{"text": "a"}')
+    with pytest.raises(DataError, match=r"north.json and north.jsonl are both the client 'north' by their names"):
+        read_rows(str(tmp_path), by_file=True)
+
+
+def test_what_a_folder_holds_beside_its_rows_is_said(tmp_path: Path) -> None:
+    jsonl(tmp_path / "tables" / "a.jsonl", [{"text": "a"}])
+    jsonl(tmp_path / "tables" / "test.jsonl", [{"text": "a"}])  # left out by its name
+    (tmp_path / "tables" / "b.xls").touch()
+    assert read_rows(str(tmp_path / "tables")).notes == [f"{tmp_path / 'tables'}: nothing is read of b.xls"]
+    for name in ("cat/1.png", "cat/2.heic", "dog/2024/1.png"):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "photos" / name).touch()
+    photos = tmp_path / "photos"
+    assert read_rows(str(photos)).notes == [
+        f"{photos / 'cat'}: nothing is read of 2.heic; {photos}: nothing is read of dog"
+    ]
 
 
 def test_a_folder_of_tests_alone_is_refused(tmp_path: Path) -> None:

@@ -258,7 +258,7 @@ def test_a_cut_changes_before_the_first_step(folder: Path, tmp_path: Path) -> No
     assert tuple(newest(state / "snapshots")["cut"].tolist()) == (3, 4)
 
 
-@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("cached", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_processes_that_are_killed(folder: Path, tmp_path: Path, cached: bool) -> None:
     """Real processes, SIGKILL for a client and for the server in the middle of training; ``cached``: whose server keeps
     examples, and loses them with its process and with each connection."""

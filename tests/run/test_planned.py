@@ -18,7 +18,7 @@ from flexp.planner.infeasible import InfeasibleError
 from flexp.report.metrics import read
 from flexp.run import runner
 from flexp.run.settle import build_world
-from tests.tiny import CLIENTS, config, each
+from tests.tiny import CLIENTS, bert_folder, config, each
 
 MB = 10**6
 SIZES = {"small": 26 * MB, "large": 2**31}
@@ -57,6 +57,25 @@ def test_auto_on_the_classes_of_devices(home: Path) -> None:
     assert [client["name"] for client in world.plan["clients"]] == list(CLIENTS)
     assert [tuple(client["cut"]) for client in world.plan["clients"]] == list(world.cuts.values())
     assert any(note.startswith("cuts planned from the classes of [devices]: ") for note in world.federation.notes)
+
+
+def test_auto_knows_what_is_frozen_and_sent_once(home: Path) -> None:
+    """12 examples in steps of 4: a third of nine steps brings new ones. No cut is above what is frozen."""
+    bert_folder(home / "model")  # without dropout
+    more: dict[str, Any] = {
+        "devices": {"assign": ["phone"]},
+        "train": {"rounds": 3, "steps_per_round": 3, "batch_size": 4},
+        "method": {"align": {"kind": "off"}, "personal": {"frozen_head_blocks": 2}},
+    }
+    bytes_ = {}
+    for cache in ("off", "memory"):
+        world = build_world(planned(home, {"cut": "auto", "each": []}, link={"cache": cache}, **more))
+        assert world.plan is not None
+        assert min(start for start, _ in world.cuts.values()) == 2
+        task, new = world.plan["task"], 1.0 if cache == "off" else 1 / 3
+        assert (task["frozen"], task["anew"]) == (2, pytest.approx(new))
+        bytes_[cache] = world.plan["totals"]["bytes"]
+    assert bytes_["memory"] < 0.6 * bytes_["off"]
 
 
 def test_auto_on_profiles_of_the_clients(home: Path) -> None:

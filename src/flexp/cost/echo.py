@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any, TypeVar, cast
@@ -16,7 +17,8 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from flexp.client.model import OFF, SPLIT_MODELS
+from flexp.client.exchange import Piece
+from flexp.client.model import OFF, SPLIT_MODELS, SplitModel
 from flexp.client.personal import WholeModel
 from flexp.config import AlignConfig, ModelConfig, OptimizerConfig
 from flexp.cost.probe import Measured, Probe
@@ -202,8 +204,10 @@ def _run(probe: Probe) -> Measured:
     updater = Updater(stage.trainable(), OptimizerConfig(**probe.optimizer))
     batch = random_batch(probe, stage.model.config)
     model.train(True)
+    numbered = Piece(examples=tuple(range(probe.examples)))
     for step in range(probe.steps):
-        model(**batch).loss.backward()
+        with model.part_of_step(numbered) if isinstance(model, SplitModel) else nullcontext():
+            model(**batch).loss.backward()
         updater.step()
         model.after_step()
         if step == 0:  # the first step makes the optimiser's state; the others have theirs by then as well

@@ -80,6 +80,9 @@ class ShapeCost:
     mask_bytes: int
 
 
+HEADS = ("classifier", "summary", "cls", "pooler")
+"""How dropouts are called that come after the blocks."""
+
 _COUNTED: dict[Any, ShapeCost] = {}
 """What this process has counted, by all that it depends on: each client of a run asks for the same."""
 
@@ -92,6 +95,8 @@ class ModelCost:
         fingerprint: of the model's configuration, as :class:`flexp.cost.profile.ModelSeconds` names it.
         blocks: L; ``hidden``: H.
         pooled: which token of a text a classifier's head reads (:func:`flexp.models.batches.pooled`).
+        draws: whether its configuration names a dropout before the head, with which z of an example is another one
+            each time.
         optimizer: of what is trained, a key of :data:`STATE`.
     """
 
@@ -118,28 +123,38 @@ class ModelCost:
         self.kinds = kinds(bare)
         self._chosen = sorted(set(self.kinds))
         self.pooled = pooled(bare)
+        self.draws = any(
+            isinstance(value, float) and value > 0 and "drop" in key and not key.startswith(HEADS)
+            for key, value in {**own, **vars(bare.config.get_text_config())}.items()
+        )
         self._real = False
         self._shapes: dict[Any, ShapeCost] = {}
 
-    def at(self, micro_batch: int, rank: int | None = None, checkpointing: bool = False) -> ShapeCost:
+    def at(
+        self, micro_batch: int, rank: int | None = None, checkpointing: bool = False, *, still: bool = False
+    ) -> ShapeCost:
         """The cost of every piece in one exchange of ``micro_batch`` examples; ``rank`` ``None``: full tuning.
+
+        ``still``: of blocks of which nothing is trained, nor anything before them.
 
         Raises:
             ModelError: the model's own code cannot be run without its weights.
         """
-        key = (micro_batch, rank, checkpointing)
+        key = (micro_batch, rank, checkpointing, still)
         if key not in self._shapes:
-            few, more = self._counted(rank, checkpointing)
+            few, more = self._counted(rank, checkpointing, still)
             share = (micro_batch - SIZES[0]) / (SIZES[1] - SIZES[0])
             self._shapes[key] = _between(few, more, share)
         return self._shapes[key]
 
-    def exactly(self, micro_batch: int, rank: int | None = None, checkpointing: bool = False) -> ShapeCost:
+    def exactly(
+        self, micro_batch: int, rank: int | None = None, checkpointing: bool = False, *, still: bool = False
+    ) -> ShapeCost:
         """:meth:`at`, counted at this very size instead of following from two others."""
-        key = (self._known_by, micro_batch, rank, checkpointing)
+        key = (self._known_by, micro_batch, rank, checkpointing, still)
         try:
             if key not in _COUNTED:
-                _COUNTED[key] = self._count(micro_batch, rank, checkpointing)
+                _COUNTED[key] = self._count(micro_batch, rank, checkpointing, still)
             return _COUNTED[key]
         except ModelError:
             raise
@@ -150,32 +165,37 @@ class ModelCost:
                     f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
                 ) from error
             self._real = True  # its code looks into its tensors: give it some
-            return self.exactly(micro_batch, rank, checkpointing)
+            return self.exactly(micro_batch, rank, checkpointing, still=still)
 
     def server_weights(self, start: int, stop: int, rank: int | None = None) -> int:
         """Bytes of shared blocks [start, stop) with their optimiser's state, one copy for all clients."""
         pieces = self.at(SIZES[0], rank).blocks[start:stop]
         return sum(piece.weight_bytes + STATE[self.optimizer] * piece.trained_bytes for piece in pieces)
 
-    def _counted(self, rank: int | None, checkpointing: bool) -> tuple[ShapeCost, ShapeCost]:
-        key = ("counted", rank, checkpointing)
+    def _counted(self, rank: int | None, checkpointing: bool, still: bool) -> tuple[ShapeCost, ShapeCost]:
+        key = ("counted", rank, checkpointing, still)
         for number, size in enumerate(SIZES):
             if (*key, number) not in self._shapes:
-                self._shapes[*key, number] = self.exactly(size, rank, checkpointing)
+                self._shapes[*key, number] = self.exactly(size, rank, checkpointing, still=still)
         return self._shapes[*key, 0], self._shapes[*key, 1]
 
-    def _count(self, examples: int, rank: int | None, checkpointing: bool) -> ShapeCost:
+    def _count(self, examples: int, rank: int | None, checkpointing: bool, still: bool) -> ShapeCost:
         skeleton = Skeleton(
             bare_model(self.config, self.kind, labels=self.labels),
             self._chosen,
             self.config.tuned(rank, checkpointing=checkpointing),
             real=self._real,
+            still=still,
         )
         stage = skeleton.stage
         logging.disable(logging.ERROR)  # torch logs what a fake tensor cannot do, which is caught
         try:
-            embed, blocks, head = count_pieces(skeleton, self._chosen, self.kind, examples, self.length, below=True)
-            _, firsts, _ = count_pieces(skeleton, self._chosen[:1], self.kind, examples, self.length, below=False)
+            embed, blocks, head = count_pieces(
+                skeleton, self._chosen, self.kind, examples, self.length, below=not still
+            )
+            firsts = blocks
+            if not still:
+                _, firsts, _ = count_pieces(skeleton, self._chosen[:1], self.kind, examples, self.length, below=False)
         finally:
             logging.disable(logging.NOTSET)
         outside = [

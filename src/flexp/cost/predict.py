@@ -19,6 +19,8 @@ OVERHEAD = 20 * 2**20
 ADAPTERS = 6 * 2**20
 """The same of the code that only LoRA needs; :data:`CHECKPOINTING`: only checkpointing."""
 CHECKPOINTING = 7 * 2**20
+NUMBERED = 8 + 1
+"""Bytes of an example's number, and of the flag that says whether it comes along."""
 
 
 def predict(
@@ -31,6 +33,8 @@ def predict(
     followed: int | None = None,
     rows: Rows = "loss",
     read: float = 1.0,
+    frozen: int = 0,
+    anew: float = 1.0,
 ) -> Prediction:
     """Predict one step of a client.
 
@@ -42,6 +46,9 @@ def predict(
         followed: as for :func:`memory`. (The seconds are those of a client that trains all of its blocks.)
         rows: ``link.rows``, of h.
         read: the share of a text's predicted tokens that have a label, of heads that answer for every token.
+        frozen: so many of the first blocks are not trained.
+        anew: the share of the client's steps in which its examples' z goes up and is not kept yet (``link.cache``): the
+            bytes and seconds are those of the mean step. Less than 1 where it cannot be kept counts as 1.
 
     Raises:
         ConfigError: the cut does not fit the model.
@@ -49,13 +56,17 @@ def predict(
     start, stop = check_cut(choice.cut, cost.blocks)
     shape = cost.at(choice.micro_batch, choice.rank)
     base = base_depth is not None and base_depth < start
+    back = cost.config.train_embeddings or frozen < start  # whether a gradient comes down to the head
+    keeps = anew < 1 and not (back or base or cost.draws or KINDS[cost.kind].images)
+    anew = anew if keeps else 1.0
     share, flags = rows_read(cost, choice, rows, read)
     sent = float(shape.message_bytes)
     if form(choice.codec) != "off":
         sent *= codec_share(choice.codec) * 4 / DTYPES[cost.config.dtype].itemsize
-    up = choice.accumulation * round(((2 if base else 1) + share) * sent + shape.mask_bytes + flags)
-    down = choice.accumulation * round((1 + share) * sent)
-    here, there = Speed(cost, profile, choice), Speed(cost, server, choice)
+    numbers = NUMBERED * choice.micro_batch if keeps else 0
+    up = choice.accumulation * round((anew + base + share) * sent + shape.mask_bytes + flags + numbers)
+    down = choice.accumulation * round((back + share) * sent)
+    here, there = Speed(cost, profile, choice, frozen, anew), Speed(cost, server, choice)
     client, middle = here.client(start, stop), there.server(start, stop)
     if base and base_depth is not None:
         middle += there.forward(base_depth, start)
@@ -63,7 +74,9 @@ def predict(
     link += 8 * up / min(profile.uplink_bps, server.downlink_bps)
     link += 8 * down / min(profile.downlink_bps, server.uplink_bps)
     return Prediction(
-        memory_bytes=memory(cost, choice, overhead_bytes=here.overhead_bytes, base=base, followed=followed),
+        memory_bytes=memory(
+            cost, choice, overhead_bytes=here.overhead_bytes, base=base, followed=followed, frozen=frozen
+        ),
         step_seconds=client + middle + link,
         client_seconds=client,
         server_seconds=middle,
@@ -96,18 +109,19 @@ def memory(
     overhead_bytes: int | None = None,
     base: bool = False,
     followed: int | None = None,
+    frozen: int = 0,
 ) -> int:
     """The client's peak in bytes above the bare interpreter, once the optimiser has its state.
 
     It depends on no device but for ``overhead_bytes`` (``None``: :data:`OVERHEAD`); ``base``: z_base is sent as well;
-    ``followed``: the first block of its head that it does not train.
+    ``followed``: the first block of its head that it does not train; ``frozen``: so many of its first that it does not.
 
     Raises:
         ConfigError: the cut does not fit the model.
     """
     start, stop = check_cut(choice.cut, cost.blocks)
     shape = cost.at(choice.micro_batch, choice.rank, choice.checkpointing)
-    head = _head(cost, shape, start, followed)
+    head = _head(cost, choice, shape, followed, frozen)
     tail = list(shape.blocks[stop:])
     held, trained = _own(cost, shape, head, tail)
     gathered = choice.accumulation > 1  # then gradients of the exchanges before are there all the time
@@ -120,15 +134,22 @@ def memory(
     return peak + overhead(choice.rank, choice.checkpointing, overhead_bytes)
 
 
-def resting(cost: ModelCost, choice: Choice, *, overhead_bytes: int | None = None, followed: int | None = None) -> int:
+def resting(
+    cost: ModelCost,
+    choice: Choice,
+    *,
+    overhead_bytes: int | None = None,
+    followed: int | None = None,
+    frozen: int = 0,
+) -> int:
     """What the client holds between two steps: weights, optimiser state, and what is no tensor. See :func:`memory`.
 
     Raises:
         ConfigError: the cut does not fit the model.
     """
-    start, stop = check_cut(choice.cut, cost.blocks)
+    _, stop = check_cut(choice.cut, cost.blocks)
     shape = cost.at(choice.micro_batch, choice.rank, choice.checkpointing)
-    held, _ = _own(cost, shape, _head(cost, shape, start, followed), list(shape.blocks[stop:]))
+    held, _ = _own(cost, shape, _head(cost, choice, shape, followed, frozen), list(shape.blocks[stop:]))
     return held + overhead(choice.rank, choice.checkpointing, overhead_bytes)
 
 
@@ -170,12 +191,16 @@ def _walk(held: int, below: Sequence[PieceCost], crossed: int, above: Sequence[P
     return peak
 
 
-def _head(cost: ModelCost, shape: ShapeCost, start: int, followed: int | None) -> list[PieceCost]:
+def _head(cost: ModelCost, choice: Choice, shape: ShapeCost, followed: int | None, frozen: int) -> list[PieceCost]:
     """Blocks [0, s) as a client has them: nothing is trained below the first, unless the embeddings are, and of those
-    from ``followed`` on nothing at all."""
-    blocks = list(shape.blocks) if cost.config.train_embeddings else [shape.first, *shape.blocks[1:]]
+    from ``followed`` on, and of the ``frozen`` first, nothing at all."""
+    blocks, start = list(shape.blocks), choice.cut[0]
+    if not cost.config.train_embeddings:
+        blocks[0] = shape.first
+        if frozen:
+            blocks[:frozen] = cost.at(choice.micro_batch, still=True).blocks[:frozen]
     return [
-        _untrained(piece) if followed is not None and index >= followed else piece
+        _untrained(piece) if index < frozen or (followed is not None and index >= followed) else piece
         for index, piece in enumerate(blocks[:start])
     ]
 
@@ -197,11 +222,13 @@ class Speed:
 
     Measured seconds are linear in the examples between the measured sizes; where length, rank or tuning are not those
     that were measured, they are scaled by the operations. A model that was not measured takes operations ÷ FLOP/s, as
-    on the virtual clock.
+    on the virtual clock. The ``frozen`` first blocks of a client have no backward, and run in the share ``anew`` of its
+    steps.
     """
 
-    def __init__(self, cost: ModelCost, profile: Profile, choice: Choice) -> None:
+    def __init__(self, cost: ModelCost, profile: Profile, choice: Choice, frozen: int = 0, anew: float = 1.0) -> None:
         self.cost, self.profile, self.choice = cost, profile, choice
+        self.frozen, self.anew = frozen, anew
         self.shape = cost.at(choice.micro_batch, choice.rank)
         self.measured = fitting(profile.measured, cost, choice)
 
@@ -215,8 +242,9 @@ class Speed:
         shape, blocks = self.shape, range(self.cost.blocks)
         own = [*blocks[:start], *blocks[stop:]]
         seconds = sum(self._ends())
-        seconds += sum(self._block(index, first=index == 0) for index in own)
-        trained = shape.head.trained + sum(shape.blocks[index].trained for index in own)
+        seconds += sum(self._block(index, first=index == 0) for index in own if index >= self.frozen)
+        seconds += sum(self._still(index) for index in own if index < self.frozen)
+        trained = shape.head.trained + sum(shape.blocks[index].trained for index in own if index >= self.frozen)
         return self.choice.accumulation * seconds + self._update(trained)
 
     def server(self, start: int, stop: int) -> float:
@@ -234,6 +262,10 @@ class Speed:
         forward, backward = self._seconds(index, first=first and not self.cost.config.train_embeddings)
         again = forward if own and self.choice.checkpointing else 0.0
         return forward + backward + again
+
+    def _still(self, index: int) -> float:
+        forward, backward = self._seconds(index)
+        return self.anew * forward + (backward if self.cost.config.train_embeddings else 0.0)
 
     def _seconds(self, index: int, *, first: bool = False) -> tuple[float, float]:
         piece = self.shape.first if first else self.shape.blocks[index]

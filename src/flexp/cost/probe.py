@@ -22,7 +22,7 @@ from filelock import FileLock
 from flexp.errors import FlexpError
 from flexp.files import read_json, storage_error, write_json
 
-VERSION = 4
+VERSION = 5
 """Of what a probe does; measurements of another one are made anew."""
 
 RATES = ("lr", "new_lr", "schedule", "warmup_steps")

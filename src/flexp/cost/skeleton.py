@@ -85,6 +85,7 @@ class Skeleton:
         bare: of :func:`bare_model`; it is used up.
         chosen: the blocks that will run; with ``real`` tensors only these are made.
         config: how it is tuned.
+        still: nothing of it is trained.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class Skeleton:
         config: ModelConfig,
         *,
         real: bool = False,
+        still: bool = False,
     ) -> None:
         self.real = real
         self.mode: AbstractContextManager[Any] = nullcontext() if real else FakeTensorMode()
@@ -107,7 +109,7 @@ class Skeleton:
         self.stage = Stage(bare, anatomy, Part.whole(anatomy.blocks) if not real else Part(frozenset(chosen), True))
         self.stage.compares = False  # a plan cannot be compared without content; loading the real model does it
         self.stage.autocast = AUTOCAST[config.autocast]
-        tune(self.stage, config)
+        tune(self.stage, config, "frozen" if still else None)
         with self.mode, torch.no_grad():
             _replace(bare, _filled if real else lambda value: torch.empty(value.shape, dtype=value.dtype))
         bare.train()

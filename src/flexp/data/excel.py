@@ -27,11 +27,12 @@ def read_excel(path: Path) -> Table:
         ) from error
     try:
         book = openpyxl.load_workbook(path, read_only=True, data_only=True)
-        sheet = book.worksheets[0]
-        sheet.reset_dimensions()  # some programs write wrong ones
-        cells = [(number, list(row)) for number, row in enumerate(sheet.iter_rows(values_only=True), start=1)]
+        sheet = next((sheet for sheet in book.worksheets if sheet.sheet_state == "visible"), book.worksheets[0])
+        cells = _rows(sheet)
+        made = _rows(openpyxl.load_workbook(path, read_only=True)[sheet.title])
     except (zipfile.BadZipFile, KeyError, IndexError, ValueError) as error:
         raise DataError(f"{path}: is not an Excel workbook ({error}); save it as .xlsx or as CSV") from error
+    _check(path, cells, made)
     filled = [(number, [written(value) for value in row]) for number, row in cells if not all(map(missing, row))]
     if not filled:
         raise DataError(f"{path}: the sheet {sheet.title!r} is empty; its first row must name the columns")
@@ -45,8 +46,34 @@ def read_excel(path: Path) -> Table:
     rows = [_wide(row, width) for _, row in filled[1:]]
     columns = {name: pa.array([row[at] for row in rows], pa.string()) for at, name in enumerate(names)}
     others = len(book.sheetnames) - 1
-    note = f"{path.name}: read the sheet {sheet.title!r}, the first of {others + 1}" if others else None
+    note = f"{path.name}: read the sheet {sheet.title!r}, the first visible of {others + 1}" if others else None
     return Table(pa.table(columns), "row", [number for number, _ in filled[1:]], note)
+
+
+def _rows(sheet: Any) -> list[tuple[int, list[Any]]]:
+    sheet.reset_dimensions()  # some programs write wrong ones
+    return [(number, list(row)) for number, row in enumerate(sheet.iter_rows(values_only=True), start=1)]
+
+
+def _check(path: Path, cells: list[tuple[int, list[Any]]], made: list[tuple[int, list[Any]]]) -> None:
+    """Refuse formulas that ended in an error, or whose results were never saved (``made`` is what was typed in)."""
+    from openpyxl.cell.cell import ERROR_CODES
+
+    formulas = [
+        (number, value, source)
+        for (number, row), (_, typed) in zip(cells, made, strict=True)
+        for value, source in zip(row, typed, strict=True)
+        if value != source or value in ERROR_CODES
+    ]
+    for number, value, _ in formulas:
+        if value in ERROR_CODES:
+            raise DataError(f"{path}, row {number}: a cell holds the error {value}; mend it, or empty the cell")
+    if formulas and all(value is None for _, value, _ in formulas):
+        number, _, source = formulas[0]
+        raise DataError(
+            f"{path}, row {number}: the formula {str(source)[:40]!r} has no result in the file; open and save it in "
+            "Excel or LibreOffice, or save it as CSV"
+        )
 
 
 def _wide(row: list[Any], width: int) -> list[Any]:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import codecs
 import csv
+import io
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -52,20 +54,23 @@ def read_file(path: Path) -> Table:
 
 _SAID = re.compile(r'"?sep=(.)"?\r?\n', re.IGNORECASE)
 """A first line by which Excel is told what divides columns."""
+_SAMPLE = 1 << 16
+"""Characters that show how a table is written."""
 
 
 def _csv(path: Path) -> Table:
     encoding, note = _encoding(path)
     with path.open(encoding=encoding, newline="") as file:
-        sample = file.read(1 << 16)
+        sample = file.read(_SAMPLE)
+    cut = len(sample) == _SAMPLE
     said = _SAID.match(sample)
     skip, sample = (1, sample[said.end() :]) if said else (0, sample)
     if not sample.strip():
         raise DataError(f"{path}: is empty; its first line must name the columns")
-    delimiter = said[1] if said else "\t" if path.suffix.lower() == ".tsv" else _delimiter(sample)
+    delimiter = said[1] if said else "\t" if path.suffix.lower() == ".tsv" else _delimiter(sample, cut)
     if delimiter != ("\t" if path.suffix.lower() == ".tsv" else ","):
         note.append(f"columns divided by {delimiter!r}")
-    names = next(csv.reader(sample.splitlines(keepends=True), delimiter=delimiter))
+    names = next(csv.reader(io.StringIO(sample, newline=""), delimiter=delimiter))
     unlike(path, names)
     try:
         data = pa.csv.read_csv(
@@ -88,30 +93,62 @@ def _encoding(path: Path) -> tuple[str, list[str]]:
     """How the file's text is encoded, by its mark or by trying, and what to say where it is not UTF-8."""
     content = path.read_bytes()
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        _whole(path, content.decode("utf-16"))
         return "utf-16", ["UTF-16"]
     try:
-        content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        try:
-            content.decode("cp1252")
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"{path}: is neither UTF-8 nor Windows-1252 text (byte {error.start}); save it as UTF-8"
-            ) from error
+        _whole(path, content.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        _western(path, content, error.start)
         return "cp1252", ["Windows-1252 text, since it is not UTF-8"]
     return "utf-8-sig" if content.startswith(codecs.BOM_UTF8) else "utf-8", []
 
 
-def _delimiter(sample: str) -> str:
-    """What divides columns: the first of the usual signs that divides the first lines in equally many, else a comma."""
+def _western(path: Path, content: bytes, start: int) -> None:
+    """Refuse as Windows-1252 what is UTF-8 with a damaged place, or writing of another part of the world, where most
+    letters beyond ASCII stand side by side."""
+    tried = content.decode("utf-8", "replace")
+    if len(re.findall("[^\\x00-\\x7f\ufffd]", tried)) > tried.count("\ufffd"):
+        line = content.count(b"\n", 0, start) + 1
+        raise DataError(f"{path}, line {line}: is no longer UTF-8 text at byte {start}; mend it there, or save it anew")
+    try:
+        text = content.decode("cp1252")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: is neither UTF-8 nor Windows-1252 text (byte {error.start}); save it as UTF-8"
+        ) from error
+    _whole(path, text)
+    runs = re.findall(r"[^\W\d_\x00-\x7f]+", text)
+    odd = [run for run in runs if len(run) > 2]
+    if 2 * sum(map(len, odd)) > sum(map(len, runs)):
+        raise DataError(f"{path}: is not UTF-8, and would read {odd[0][:20]!r} as Windows-1252; save it as UTF-8")
+
+
+def _whole(path: Path, text: str) -> None:
+    """Refuse what no text has: tokenizers would read over it, or words end there."""
+    if (at := text.find("\0")) >= 0:
+        line = text.count("\n", 0, at) + 1
+        raise DataError(
+            f"{path}, line {line}: holds a zero byte, as damaged files have, and UTF-16 without its mark; save it as "
+            "UTF-8"
+        )
+
+
+def _delimiter(sample: str, cut: bool) -> str:
+    """What divides columns: the first of the usual signs that divides the first lines in equally many, else the one
+    that divides the very first in most; a comma where none does."""
+    widths: dict[str, int] = {}
     for sign in ",;\t|":
+        reader = csv.reader(io.StringIO(sample, newline=""), delimiter=sign)
         try:
-            rows = [row for row in islice(csv.reader(sample.splitlines(keepends=True), delimiter=sign), 20) if row]
+            rows = [row for row in islice(reader, 20) if row]
         except csv.Error:
             continue
+        if cut and len(rows) > 1 and next(reader, None) is None:
+            del rows[-1]  # the sample ends within it
+        widths[sign] = len(rows[0])
         if len(rows[0]) > 1 and all(len(row) == len(rows[0]) for row in rows):
             return sign
-    return ","
+    return max(widths, key=widths.__getitem__, default=",")
 
 
 def _parquet(path: Path) -> Table:
@@ -122,13 +159,26 @@ def _parquet(path: Path) -> Table:
     unlike(path, data.column_names)
     for index, field in enumerate(data.schema):
         kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
-        if kind != field.type or pa.types.is_string_view(kind) or pa.types.is_large_string(kind):
-            data = data.set_column(
-                index, field.name, data.column(index).cast(pa.string() if _text_like(kind) else kind)
-            )
-        elif pa.types.is_map(kind):  # no task reads one, and the datasets library knows none
-            data = data.set_column(index, field.name, pa.nulls(data.num_rows, pa.string()))
+        if _text_like(kind):
+            data = data.set_column(index, field.name, data.column(index).cast(pa.string()))
+        elif kind != field.type:
+            data = data.set_column(index, field.name, data.column(index).cast(kind))
+        elif not _known(kind):
+            nested = "map<" in str(kind)  # no task reads one
+            values = [None if nested else written(value) for value in data.column(index).to_pylist()]
+            data = data.set_column(index, field.name, pa.array(values, pa.string()))
     return Table(data)
+
+
+def _known(kind: pa.DataType) -> bool:
+    """Whether the datasets library has such a type."""
+    from datasets.features.features import generate_from_arrow_type
+
+    try:
+        generate_from_arrow_type(kind)
+    except ValueError:
+        return False
+    return True
 
 
 def _text_like(kind: pa.DataType) -> bool:
@@ -154,7 +204,18 @@ class _Number(str):
 
 
 def _parsed(text: str) -> Any:
-    return json.loads(text, parse_int=_Number, parse_float=_Number, parse_constant=_Number)
+    return json.loads(text, parse_int=_Number, parse_float=_Number, parse_constant=_constant, object_pairs_hook=_object)
+
+
+def _constant(name: str) -> _Number | None:
+    return None if name == "NaN" else _Number(name)  # how Python writes that nothing is there
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"one object has two values for {Counter(name for name, _ in pairs).most_common(1)[0][0]!r}")
+    return found
 
 
 def _json(path: Path) -> Table:
@@ -172,7 +233,9 @@ def _json(path: Path) -> Table:
 
 def _text(path: Path) -> Table:
     """A row for each paragraph; for each line where no blank line divides paragraphs."""
-    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    content = path.read_text(encoding="utf-8-sig")
+    _whole(path, content)
+    lines = content.splitlines()
     texts: list[str] = []
     numbers: list[int] = []
     paragraphs = any(

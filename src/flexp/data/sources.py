@@ -5,8 +5,8 @@ from __future__ import annotations
 import bisect
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ _SPLITS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 """Words in the names of files that say what they are for, as the datasets library reads them."""
+_NAMED = 6  # files that a message lists
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -160,11 +161,19 @@ def _folder(path: Path, split: str | None, by_file: bool) -> list[tuple[Table, P
     if by_file:
         found = []
         _refuse_tests(path, children)
+        owners: dict[str, Path] = {}
         for child in children:
-            if child.is_dir():
-                found += _inside(child, child.name)
-            elif child.suffix.lower() in READERS:
-                found.append(_file(child, child.stem))
+            name = child.name if child.is_dir() else child.stem
+            if not child.is_dir() and child.suffix.lower() not in READERS:
+                continue
+            if name in owners:
+                raise DataError(
+                    f"{path}: {owners[name].name} and {child.name} are both the client {name!r} by their names; put "
+                    "them into one folder of that name, or give one another name"
+                )
+            owners[name] = child
+            found += _inside(child, name) if child.is_dir() else [_file(child, name)]
+        found = _noted(found, path, owners.values())
     else:
         chosen = [child for child in children if _of_split(child, split)]
         if split is not None and not chosen:
@@ -173,9 +182,8 @@ def _folder(path: Path, split: str | None, by_file: bool) -> list[tuple[Table, P
             )
         if len(chosen) == 1 and chosen[0].is_dir():
             return _folder(chosen[0], None, False)
-        found = [_file(file) for file in (_files(path, chosen) if split else _for_training(path))] or _images(
-            path, None
-        )
+        files = _files(path, chosen) if split else _for_training(path)
+        found = _noted([_file(file) for file in files], path, files) or _images(path, None)
     if not found:
         raise DataError(
             f"{path}: holds neither data files ({', '.join(READERS)}) nor folders of images named after their labels"
@@ -196,7 +204,8 @@ def _refuse_tests(path: Path, children: Sequence[Path]) -> None:
 
 
 def _inside(folder: Path, group: str) -> list[tuple[Table, Part]]:
-    found = [_file(file, group) for file in _for_training(folder)] or _images(folder, group)
+    files = _for_training(folder)
+    found = _noted([_file(file, group) for file in files], folder, files) or _images(folder, group)
     if not found:
         raise DataError(
             f"{folder}: the client {group!r} is empty: its folder holds neither data files nor images; "
@@ -218,7 +227,7 @@ def _for_training(folder: Path) -> list[Path]:
     """
     files = _files(folder)
     train = [file for file in files if _of_split(file, "train")]
-    others = [file for file in files if not any(_of_split(file, name) for name in _SPLITS)]
+    others = [file for file in files if not _is_split(file)]
     if files and not train and not others:
         raise DataError(
             f"{folder}: {', '.join(file.name for file in files[:8])} are not for training by their names; name the "
@@ -237,6 +246,10 @@ def _of_split(path: Path, split: str | None) -> bool:
     return path.stem.lower() == split or any(word in words for word in _SPLITS.get(split, (split,)))
 
 
+def _is_split(path: Path) -> bool:
+    return any(_of_split(path, name) for name in _SPLITS)
+
+
 def splits_of(source: str) -> set[str]:
     """The splits (``train``, ``validation``, ``test``) for which a folder has files or folders by their names."""
     path = Path(source)
@@ -246,12 +259,26 @@ def splits_of(source: str) -> set[str]:
 
 def _images(folder: Path, group: str | None) -> list[tuple[Table, Part]]:
     """Rows (image, label) of the images in the sub-folders of ``folder``, each of which is a label."""
-    found = []
+    found, read = [], []
     for child in _children(folder):
-        files = [item for item in _children(child) if item.suffix.lower() in IMAGES] if child.is_dir() else []
+        items = _children(child) if child.is_dir() else []
+        files = [item for item in items if item.suffix.lower() in IMAGES]
         if files:
             data = pa.table({"image": [str(file) for file in files], "label": [child.name] * len(files)})
-            found.append((Table(data), Part(len(files), f"{child}", "image", None, folder, group, data.column_names)))
+            part = Part(len(files), f"{child}", "image", None, folder, group, data.column_names)
+            found += _noted([(Table(data), part)], child, files)
+            read.append(child)
+    return _noted(found, folder, read)
+
+
+def _noted(found: list[tuple[Table, Part]], folder: Path, read: Collection[Path]) -> list[tuple[Table, Part]]:
+    """``found``, with a note of what else is in ``folder`` that nobody asked to leave out."""
+    left = [child.name for child in _children(folder) if child not in read and not _is_split(child)]
+    if found and left:
+        some = ", ".join(left[:_NAMED]) + (f" and {len(left) - _NAMED} more" if len(left) > _NAMED else "")
+        table, part = found[0]
+        note = f"{folder}: nothing is read of {some}"
+        found[0] = table, replace(part, note=note if part.note is None else f"{part.note}; {note}")
     return found
 
 

@@ -75,6 +75,8 @@ class TaskShape(Section):
         follow: whether these leave the training of the aligned blocks to the server.
         rows: of h, as ``link.rows``.
         read: the share of a text's predicted tokens that have a label, where all have an answer.
+        frozen: so many of the first blocks are not trained, nor can a client cut shallower.
+        anew: the share of a client's steps in which its examples go up for the first time, with ``link.cache``.
     """
 
     kind: ModelKind = "sequence-classification"
@@ -93,6 +95,8 @@ class TaskShape(Section):
     follow: bool = False
     rows: Rows = "loss"
     read: Fraction = 1.0
+    frozen: Annotated[int, Field(ge=0)] = 0
+    anew: Fraction = 1.0
 
     @property
     def adapters(self) -> int | None:

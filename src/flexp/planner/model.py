@@ -50,11 +50,13 @@ class ModelCosts:
             followed=self.followed,
             rows=self.task.rows,
             read=self.task.read,
+            frozen=self.task.frozen,
+            anew=self.task.anew,
         )
 
     def resting(self, choice: Choice) -> int:
         """What a client holds between two steps."""
-        return resting(self._cost(self.task), choice, followed=self.followed)
+        return resting(self._cost(self.task), choice, followed=self.followed, frozen=self.task.frozen)
 
     def block_bytes(self, rank: int | None) -> tuple[int, ...]:
         """Of each block on the server, with gradient and optimiser state."""
@@ -64,7 +66,8 @@ class ModelCosts:
     def memory(self, task: TaskShape, choice: Choice) -> int:
         """The client's peak when the task is another one."""
         base = self.base_depth is not None and choice.cut[0] > self.base_depth
-        return memory(self._cost(task), choice, base=base, followed=self.base_depth if task.follow else None)
+        followed = self.base_depth if task.follow else None
+        return memory(self._cost(task), choice, base=base, followed=followed, frozen=task.frozen)
 
     def _cost(self, task: TaskShape) -> ModelCost:
         model = task.model(self.model)

@@ -139,6 +139,16 @@ def _labelled(federation: Federation) -> float:
     return sum(label != IGNORED for labels in listed for label in labels[1:]) / predicted if predicted else 1.0
 
 
+def _anew(config: RunConfig, federation: Federation) -> float:
+    """The share of all clients' steps in which z of an example may go up for the first time."""
+    train, clients = config.train, federation.clients
+    if config.link.cache == "off" or config.privacy.on:
+        return 1.0
+    total = train.total_steps
+    first = [min(total, -(-len(client.train) // train.batch_size)) for client in clients]
+    return sum(first) / max(1, total * len(first))
+
+
 def _task(config: RunConfig, federation: Federation, least: int) -> tuple[TaskShape, Choices]:
     """What the run trains, as far as it costs, and what may be chosen for it."""
     task, model, method = federation.task, config.model, config.method
@@ -146,6 +156,7 @@ def _task(config: RunConfig, federation: Federation, least: int) -> tuple[TaskSh
         (len(example.get("input_ids", ())) for client in federation.clients for example in client.train), default=1
     )
     names = [client.name for client in federation.clients]
+    frozen = method.personal.frozen_head_blocks if _own_exchanges(config) else 0
     here = any(own.profile is None and own.device is None for own in config.data.clients.every(names).values())
     shape = TaskShape.of_model(
         model,
@@ -158,6 +169,8 @@ def _task(config: RunConfig, federation: Federation, least: int) -> tuple[TaskSh
         follow=method_of(config).aligns and method.align.follow,
         rows=config.link.rows,
         read=_labelled(federation),
+        frozen=frozen,
+        anew=_anew(config, federation),
     )
     if here and maps_count():
         shape = shape.model_copy(update={"embeddings": "memory"})
@@ -165,10 +178,10 @@ def _task(config: RunConfig, federation: Federation, least: int) -> tuple[TaskSh
     own = _own_exchanges(config)
     if micro is None and (not own or config.train.in_flight > 1):
         micro = config.train.batch_size  # several under way hold together what one of them all would
-    shallowest = max(1, model.base_depth or 1, least)
     again = [True] if model.gradient_checkpointing else [False, True] if own else [False]
+    least = max(least, model.base_depth or 0, frozen)
     choices = Choices(
-        starts=None if model.base_depth is None and least == 1 else list(range(shallowest, 10_000)),
+        starts=None if least == 1 else list(range(least, 10_000)),
         micro_batches=None if micro is None else [micro],
         checkpointing=again,
         codecs=[config.link.codec.activation],
