@@ -19,6 +19,7 @@ from flexp.client.meeting import FIRST
 from flexp.client.noise import DELTA, Noise, epsilon
 from flexp.client.random_labels import RandomLabels, epsilon_within
 from flexp.config import PrivacyConfig, RunConfig
+from flexp.config.loading import validate
 from flexp.errors import ConfigError, PrivacyError
 from flexp.links.messages import BackwardRequest, ForwardRequest
 from flexp.links.opening import loopback
@@ -26,6 +27,7 @@ from flexp.methods import World
 from flexp.methods.flexp_sfl import FlexpSfl
 from flexp.methods.parties import own_stage
 from flexp.models.anatomy import Part
+from flexp.planner.fleet import TaskShape
 from flexp.run.runner import run
 from flexp.run.settle import build_world, load_processor, model_folder
 from tests import tiny
@@ -101,6 +103,20 @@ def seen(method: FlexpSfl) -> Iterator[list[Any]]:
     vars(method.server)["answer"] = answer
     yield requests
     del vars(method.server)["answer"]
+
+
+def test_nobody_sends_z_base_unasked(folder: Path) -> None:
+    """A configuration that says nothing of alignment, with cuts deeper than s_min; and so for a planned fleet."""
+    said = tiny.content(folder, data={"clients": tiny.each(cut=[[1, 4], [2, 4]])})
+    del said["method"]
+    method = FlexpSfl(build_world(validate(said, "unasked")))
+    with seen(method) as requests:
+        for client in method.clients.values():
+            client.step()
+    forwards = [request for request in requests if isinstance(request, ForwardRequest)]
+    assert len(forwards) == 3
+    assert all(request.base_BTH is None and not request.inner_BTH for request in forwards)
+    assert not TaskShape().aligned
 
 
 @pytest.mark.parametrize("train", [True, False])
@@ -255,7 +271,7 @@ def test_the_planner_cuts_where_the_bound_is_kept(
     taught: list[int] = []
 
     def teach(self: Guard, stage: Any, depth: int) -> None:
-        assert not {id(each) for each in self._examples} & private
+        assert not private & {tuple(each["input_ids"]) for each in self._examples}
         taught.append(depth)
         self.read = read[depth]
 
@@ -263,7 +279,8 @@ def test_the_planner_cuts_where_the_bound_is_kept(
         auto = {"clients": {"cut": "auto"}}
         return build_world(config(folder, {"max_content_words": bound}, data=auto))
 
-    private = {id(each) for client in build_world(config(folder)).federation.clients for each in client.train}
+    clients = build_world(config(folder)).federation.clients
+    private = {tuple(each["input_ids"]) for client in clients for each in client.train}
     monkeypatch.setattr(Guard, "teach", teach)
     assert {start for start, _ in planned(0.1).cuts.values()} == {3}
     assert taught == [1, 2, 3]
