@@ -1,18 +1,13 @@
 """Between transformers' Trainer and a split model: where a step ends, the server's half of a checkpoint, refusals.
 
-Nobody has to add the callback. A Trainer asks every model whether its loss counts items; a split model answers, and
-puts the callback among those that every Trainer begins with (:func:`attend`). To other models' Trainers it does
-nothing.
+Nobody has to add the callback (:mod:`flexp.client.trainers`). To other models' Trainers it does nothing.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import secrets
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +20,7 @@ from transformers.trainer_callback import ExportableState
 
 from flexp.client.exchange import Loop
 from flexp.client.joined import JoinedModel
-from flexp.client.trainer_options import refuse, refuse_options
+from flexp.client.trainer_options import refuse_options
 from flexp.errors import ConfigError, StorageError
 from flexp.files import replacing
 from flexp.links.coding import load_residuals, save_residuals
@@ -66,11 +61,10 @@ class TrainerCallback(transformers.TrainerCallback, ExportableState):  # type: i
         if isinstance(model, JoinedModel):
             self._model = model
             refuse_options(args, model)
-        elif any(isinstance(module, JoinedModel) for module in model.modules()):
-            raise ConfigError(
-                f"{type(model).__name__} around a split model would adapt this client's half alone; load model and "
-                "server with tuning='lora', and leave peft_config out"
-            )
+            return
+        for module in model.modules():
+            if isinstance(module, JoinedModel):
+                module.refuse_adapters()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Training begins, perhaps from a checkpoint, perhaps with a smaller batch after it ran out of memory."""
@@ -135,64 +129,6 @@ class TrainerCallback(transformers.TrainerCallback, ExportableState):  # type: i
             f"the checkpoint of step {state.global_step} has no server's half: expected {tried[0]}, written with the "
             "client's half; resume from a checkpoint in output_dir, or train anew without resume_from_checkpoint"
         )
-
-
-def attend() -> None:
-    """Let every Trainer that is made from now on begin with the callback, if there are Trainers at all.
-
-    No callback is told of what a user asks of a Trainer by name, so its methods look at the model first.
-    """
-    trainer: Any = sys.modules.get("transformers.trainer")
-    if trainer is None or TrainerCallback in trainer.DEFAULT_CALLBACKS:
-        return
-    trainer.DEFAULT_CALLBACKS.append(TrainerCallback)
-    for name, instead in (("save_model", _save_model), ("init_hf_repo", _publish)):
-        setattr(trainer.Trainer, name, _for_split(getattr(trainer.Trainer, name), instead))
-
-
-def _for_split(usual: Callable[..., Any], instead: Callable[..., Any]) -> Callable[..., Any]:
-    """``usual``, a Trainer's method, but ``instead`` where the model is a split one."""
-
-    @functools.wraps(usual)
-    def method(trainer: Any, *args: Any, **options: Any) -> Any:
-        chosen = functools.partial(instead, usual) if isinstance(trainer.model, JoinedModel) else usual
-        return chosen(trainer, *args, **options)
-
-    return method
-
-
-def _save_model(
-    usual: Callable[..., None], trainer: Any, output_dir: str | None = None, _internal_call: bool = False
-) -> None:
-    """The whole personal model, for transformers; a checkpoint's half (``_internal_call``) stays what it is.
-
-    Raises:
-        LinkError: the server does not give its blocks.
-        ConfigError: ``from_pretrained`` did not make the model.
-    """
-    if _internal_call:
-        usual(trainer, output_dir, _internal_call=True)
-        return
-    folder = Path(output_dir or trainer.args.output_dir)
-    part = folder / f"flexp-{secrets.token_hex(4)}"
-    trainer.model.save_pretrained(part)
-    for old in folder.glob("model*.safetensors*"):
-        old.unlink()
-    for file in part.iterdir():
-        file.replace(folder / file.name)
-    part.rmdir()
-    words = trainer.processing_class or getattr(trainer.data_collator, "tokenizer", None)
-    if words is not None:
-        words.save_pretrained(folder)
-
-
-def _publish(_: Callable[..., None], trainer: Any, *args: Any, **options: Any) -> None:
-    """A place on the Hub is about to be made.
-
-    Raises:
-        ConfigError: always.
-    """
-    refuse("push_to_hub", trainer.args)
 
 
 def keep(model: JoinedModel, place: Path, mark: int) -> None:
