@@ -2,6 +2,7 @@
 #
 #   make demo     install what running needs, then run the demonstration
 #   make test     install everything, run the tests
+#   make soak     the tests that take longest: processes killed at any moment, worker pools, a slow line of the kernel
 #   make check    formatting, lint, types
 #   make docs     the documentation as a site, in build/site
 #   make venv     only make the environment (.venv) for development
@@ -16,7 +17,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-compile -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format docs venv clean
+.PHONY: help demo test soak check format docs venv clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,/^Another/p'
@@ -27,6 +28,9 @@ demo: $(VENV)/.stamp-run
 test: $(VENV)/.stamp-dev
 	PYTHONPATH=$(VENV)/quantized OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/quantized
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder
+
+soak: $(VENV)/.stamp-dev
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile -m slow
 
 check: $(VENV)/.stamp-dev
 	$(BIN)/ruff format --check .

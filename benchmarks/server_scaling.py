@@ -40,7 +40,7 @@ def measure(
     here = parties(fetched(model, threads), kind, examples=examples, length=length)
     found, rows, tokens = [], [], examples * length
     for count in map(int, counts.split(",")):
-        near, far = _in_process(here, count, seconds), _over_grpc(here, count, seconds)
+        near, far = in_process(here, count, seconds), over_grpc(here, count, seconds)
         row = {"clients": count, "ratio": far["steps"] / near, "tokens_per_second": far["steps"] * tokens} | far
         row["in_process_tokens_per_second"] = near * tokens
         say(f"{count} clients: {row['ratio']:.3f}")
@@ -57,7 +57,8 @@ def measure(
     return Result(facts, rows, COLUMNS)
 
 
-def _over_grpc(here: Parties, count: int, seconds: float) -> dict[str, Any]:
+def over_grpc(here: Parties, count: int, seconds: float) -> dict[str, Any]:
+    """Steps a second of ``count`` clients, each in a thread of its own over gRPC; and how long they take."""
     server = here.server()
     times: list[list[float]] = [[] for _ in range(count)]
     stop, ready = threading.Event(), threading.Barrier(count + 1)
@@ -95,7 +96,7 @@ def _over_grpc(here: Parties, count: int, seconds: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _in_process(here: Parties, count: int, seconds: float) -> float:
+def in_process(here: Parties, count: int, seconds: float) -> float:
     """Steps a second of ``count`` clients in turn."""
     server = here.server()
     steps = [_step(here, server.connect(f"client-{number}")) for number in range(count)]

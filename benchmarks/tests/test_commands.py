@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import NAMES, app
+from benchmarks import NAMES, app, gpu
 from tests.cli.test_plan import FLEET
 from tests.data.tools import jsonl, labelled
 from tests.planner.tools import counted_on_tensors
@@ -109,3 +109,18 @@ def test_split_and_whole_write_the_same_and_bytes_are_counted(
     assert result["slow_tokens_per_second"] < 1 / 0.005
     low, high = result["ratio_quartiles"]
     assert 0 < low <= result["ratio"] <= high
+
+
+def test_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """On the processor, by the schema that it prints; a shape for which there is no time is named."""
+    options = ("--length", "8", "--examples", "1", "--pairs", "4", "--seconds", "0.1", "--counts", "1,2")
+    code, shown = call(monkeypatch, capsys, "gpu", "--shapes", "small", *options, "--device", "cpu", "--json")
+    assert code == 0
+    (shape,) = gpu.Figures.model_validate_json(shown).shapes
+    assert (shape.cut, [at.clients for at in shape.clients], shape.split_bytes) == ((2, 3), [1, 2], None)
+    assert shape.ratio > 0
+    code, shown = call(monkeypatch, capsys, "gpu", "--shapes", "small", "--device", "cpu", "--minutes", "0")
+    assert code == 0
+    assert "small was left out: no time was left" in shown
+    code, shown = call(monkeypatch, capsys, "gpu", "--schema")
+    assert set(json.loads(shown)["required"]) >= {"device", "shapes", "left_out", "machine"}

@@ -32,7 +32,7 @@ def test_list_shows_what_is_here(run: CliRunner, at_hand: None) -> None:
 
 
 @pytest.mark.parametrize("name", ["tiny", "asset:tiny", "all"])
-def test_fetch_prints_the_path(run: CliRunner, online: None, name: str, home: Path) -> None:
+def test_fetch_prints_the_path(run: CliRunner, at_hand: None, name: str, home: Path) -> None:
     result = run.invoke(app, ["fetch", name])
     assert result.exit_code == 0, result.output
     assert result.stdout == f"tiny  {home / 'assets' / 'tiny' / 'rows.txt'}\n"

@@ -143,7 +143,9 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[Probe]:
     return probes
 
 
-@pytest.mark.parametrize("options", [["--trials", "2", "--seeds", "1"], ["--no-tune", "--seeds", "2"]])
+@pytest.mark.parametrize(
+    "options", [pytest.param(["--trials", "2", "--seeds", "1"], marks=pytest.mark.slow), ["--no-tune", "--seeds", "2"]]
+)
 def test_methods_that_some_or_no_devices_can_hold(tmp_path: Path, measured: list[Probe], options: list[str]) -> None:
     """FedAvg (200 MB) loses the phone, pFedMe (400 MB) everybody: a result like the others, found out once."""
     bert_folder(tmp_path / "model")
@@ -225,7 +227,6 @@ def test_a_worker_that_died_idle_is_replaced(tmp_path: Path, monkeypatch: pytest
         assert ends[1].recv() == first
 
 
-@pytest.mark.slow
 def test_a_worker_that_dies_takes_only_its_cell_with_it(tmp_path: Path) -> None:
     bert_folder(tmp_path / "model")
     path = toml(tmp_path, train={"rounds": 1, "steps_per_round": 1})
@@ -247,6 +248,7 @@ def test_a_worker_that_dies_takes_only_its_cell_with_it(tmp_path: Path) -> None:
     assert json.loads((out / second.folder / "summary.json").read_text(encoding="utf-8"))["finished"]
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_comparison_that_is_killed(tmp_path: Path) -> None:
     bert_folder(tmp_path / "model")
     path = toml(tmp_path)

@@ -109,7 +109,7 @@ OWN = (
 
 TRIED: dict[str, Any] = {
     **dict.fromkeys(["fp16", "bf16", "bf16_full_eval", "fp16_full_eval", "tf32", "torch_compile"], True),
-    **dict.fromkeys(["use_liger_kernel", "enable_jit_checkpoint", "push_to_hub"], True),
+    **dict.fromkeys(["use_liger_kernel", "enable_jit_checkpoint", "sync_ref_model", "push_to_hub"], True),
     "optim": "adafactor",
     "activation_checkpointing_kwargs": {"use_reentrant": True},
     "deepspeed": {"zero_optimization": {"stage": 1}},
@@ -125,6 +125,7 @@ WITH = {
     "use_liger_kernel": ("liger_kernel_config",),
     "fsdp": ("fsdp_config",),
     "optim": ("optim_args", "optim_target_modules"),
+    "sync_ref_model": ("ref_model_mixup_alpha", "ref_model_sync_steps"),
     "push_to_hub": (
         *("hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision"),
     ),
@@ -165,8 +166,9 @@ half.
 
 Seq2SeqTrainer's `predict_with_generate` (with `generation_max_length`) gives what the whole model writes. trl's
 `SFTTrainer` (extra `trl`) trains a causal language model on `messages`, with packing or without, as it trains the whole
-one; so does its `DPOTrainer`, with `precompute_ref_log_probs=True`, or with a split `ref_model` on a server of its own.
-Without either it loads a whole reference model here.
+one; so does its `DPOTrainer`, with `precompute_ref_log_probs=True`, or with a split `ref_model` on a server of its own
+(one that this training changes is refused). Without either it loads a whole reference model here. A loss on the load
+of experts (`router_aux_loss_coef` of a mixture) needs all blocks: the first batch is refused unless it is 0.
 
 ## Refused
 

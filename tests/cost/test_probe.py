@@ -110,7 +110,6 @@ def peak(model: str) -> int:
     return warmly(probe(model=model, cut=None)).peak
 
 
-@pytest.mark.slow
 def test_extra_copies_and_optimisers_are_really_held(model: str, peak: int) -> None:
     """A weight copy is as large as what is trained, a second AdamW twice that; the peak rises by just as much."""
     trained = 4 * sum(value.numel() for value in tuned(model).trainable().values())
@@ -119,7 +118,6 @@ def test_extra_copies_and_optimisers_are_really_held(model: str, peak: int) -> N
     assert more - peak == pytest.approx((3 + 2 * 1) * trained, rel=0.08)
 
 
-@pytest.mark.slow
 def test_a_client_without_a_tail_holds_its_first_blocks_only(model: str, peak: int) -> None:
     start = warmly(probe(model=model, cut=(1, 4), tail=False)).peak
     assert 0.1 * peak < start < 0.5 * peak  # one block of four

@@ -24,7 +24,10 @@ from tests.tiny import CLIENTS
 from .tools import ADAPTERS, ONE, equal, make, trained
 
 TUNING = pytest.mark.parametrize("tuning", ["full", "lora"])
-FEDERATED = ["fedavg", "fedavg-ft", "fedprox", "pfedme", "ditto", "fedper", "fedrep", "per-fedavg", "apfl"]
+FEDERATED = [
+    *("fedavg", "fedavg-ft", "fedbabu", "fedprox", "pfedme", "ditto", "fedper", "fedrep", "per-fedavg", "apfl"),
+    "fedsa-lora",
+]
 SPLIT = ["splitfed-v1", "splitfed-v2", "splitlora", "split-fedavg", "splitft"]
 BASELINES = ["centralized", "pretrained", *FEDERATED, "hetlora", *SPLIT]
 SCHEDULED = {"personal": {"schedule": "cosine", "warmup_steps": 2, "weight_decay": 0.1}}
@@ -151,11 +154,31 @@ def test_apfl_adapts_its_mixture(home: Path) -> None:
     assert all(0.0 <= alpha <= 1.0 for alpha in alphas)
 
 
-def test_finetuning_alone_is_local_training(home: Path) -> None:
+@pytest.mark.parametrize("name", ["fedavg-ft", "fedbabu"])
+def test_finetuning_alone_is_local_training(home: Path, name: str) -> None:
     """With as many fine-tuning steps as the run has, nothing is left to average."""
-    method = trained(home, "fedavg-ft", rounds=1)
+    method = trained(home, name, rounds=1)
     assert equal(of(method, "west"), local(home, "west", rounds=1))
-    assert equal(method.server.weights, make(home, "fedavg").server.weights)
+    assert equal(method.server.weights, make(home, name).server.weights)
+
+
+def test_a_head_that_stands_still(home: Path) -> None:
+    """Until clients fine-tune: the body's average is that of FedAvg whose head learns at a rate of zero."""
+    method = trained(home, "fedbabu", own={"finetune_steps": 2}, train={"steps_per_round": 3}, rounds=2)
+    start, north, south = make(home, "fedbabu"), method.clients["north"], of(method, "south")
+    head = {"classifier.weight", "classifier.bias"}
+    assert head == north.kept["personal"].keys() == method.harness.parameters.keys() - method.server.weights.keys()
+    assert equal(north.kept["personal"], start.clients["west"].kept["personal"])
+    assert not equal({name: south[name] for name in head}, north.kept["personal"])
+    assert method.account("north").personal_parameters == sum(value.numel() for value in south.values())
+
+
+def test_fedsa_lora_with_one_client_and_one_round_is_local_training(home: Path) -> None:
+    settings: dict[str, Any] = {"rounds": 1, "data": ONE, "model": {"tuning": "lora"}, "train": SCHEDULED}
+    method = trained(home, "fedsa-lora", **settings)
+    assert equal(of(method, "north"), local(home, **settings))
+    assert all("lora_A" in name for name in method.server.weights)
+    assert len(method.server.weights) == 6 * BLOCKS
 
 
 def test_a_schedule_goes_on_across_rounds(home: Path) -> None:
@@ -220,7 +243,7 @@ def test_every_client_spends_the_budget_to_the_last_gradient(
     expected = 0 if name == "pretrained" else 8
     assert {method.account(client).gradient_evaluations for client in CLIENTS} == {expected}
     assert evaluated == [4] * (expected * len(CLIENTS))
-    if name in (*FEDERATED, "hetlora", *SPLIT) and name not in ("fedavg-ft", "per-fedavg"):
+    if name in (*FEDERATED, "hetlora", *SPLIT) and name not in ("fedavg-ft", "fedbabu", "per-fedavg"):
         assert Counter(step.client for step in method.seen) == dict.fromkeys(CLIENTS, 8)
 
 
@@ -318,6 +341,7 @@ def test_bytes_are_the_tensors_sizes(home: Path) -> None:
         ("fedper", "lora", adapters),
         ("ditto", "full", full),
         ("apfl", "lora", adapters + head),
+        ("fedsa-lora", "lora", 6 * BLOCKS * RANK * HIDDEN + BLOCKS * RANK * HIDDEN),  # one of six takes 2 H numbers
     ):
         method = trained(home, name, model={"tuning": tuning}, train={"steps_per_round": 2})
         account = method.account("north")
@@ -365,6 +389,7 @@ def test_no_optimiser_outlives_its_turn(home: Path) -> None:
         ("pfedme", {"own": {"lambda": 1.5}}, r"lambda"),
         ("splitlora", {"model": {"tuning": "full"}}, r"splitlora .* needs model.tuning = 'lora'"),
         ("splitft", {"model": {"tuning": "full"}}, r"splitft .* needs model.tuning = 'lora'"),
+        ("fedsa-lora", {"model": {"tuning": "full"}}, r"fedsa-lora .* needs model.tuning = 'lora'"),
         ("hetlora", {"model": {"tuning": "full"}}, r"hetlora .* needs model.tuning = 'lora'"),
         ("splitft", {"own": {"cut_rank": 9}}, r"cut_rank = 9 is larger than model.lora.rank = 8"),
         ("splitfed-v1", {"own": {"cut": 4}}, r"splitfed-v1: cut = \(4, 4\) does not fit a model of 4 blocks"),

@@ -19,7 +19,7 @@ from flexp.methods import METHODS, World, federated
 from flexp.run.settle import build_world
 from tests.tiny import CUTS, config, each
 
-ADAPTERS = {"splitlora", "splitft", "hetlora"}
+ADAPTERS = {"splitlora", "splitft", "hetlora", "fedsa-lora"}
 """Methods that need ``model.tuning = "lora"``."""
 
 ONE = {"clients": {"names": ["north"], "each": [{"cut": [2, 3]}]}}

@@ -38,6 +38,14 @@ GEMMA = {
     "vision_config": {**SIZES, "image_size": 8, "patch_size": 4},  # as many blocks as the text has
     "mm_tokens_per_image": 4,
 }
+MAMBA2 = {
+    "num_key_value_heads": 2,
+    "attn_layer_indices": [1, 3],
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_d_state": 4,
+    "mamba_chunk_size": 4,
+}
 PHI = {
     **SIZES,
     **TEXT,
@@ -71,6 +79,8 @@ def saved(folder: Path, model_type: str, kind: str, options: dict[str, Any]) -> 
         ("dinov2", "image-classification", {**SIZES, "image_size": 8, "patch_size": 4, "num_labels": 3}, 10),
         ("mamba", "causal-lm", {**SIZES, **TEXT, "state_size": 4}, 10),
         ("doge", "causal-lm", {**SIZES, **TEXT, "num_key_value_heads": 2}, 10),  # an attention mask that is trained
+        ("bamba", "causal-lm", {**SIZES, **TEXT, **MAMBA2}, 10),  # blocks give back two values
+        ("deberta", "sequence-classification", {**SIZES, **TEXT, "num_labels": 3}, 10),  # without relative positions
         ("big_bird", "sequence-classification", {**SIZES, **TEXT, "num_labels": 3}, 10),
         ("codegen", "causal-lm", {"n_embd": 32, "n_layer": 4, "n_head": 4, "rotary_dim": 4, "vocab_size": 97}, 10),
     ],
@@ -80,6 +90,14 @@ def test_it_is_exact(model_type: str, kind: Any, options: dict[str, Any], length
     padding: Any = "none" if kind == "image-classification" else "right"
     outcome = verify(Setup(str(folder), task=kind, steps=2, length=length, padding=padding, memory="recompute"))
     assert outcome.exact, outcome
+
+
+def test_what_plain_transformers_cannot_train_is_said(tmp_path: Path) -> None:
+    """An xLSTM in its training mode takes whole chunks only."""
+    options = {**SIZES, **TEXT, "num_heads": 4, "chunk_size": 8, "mode": "train", "return_last_states": False}
+    folder = saved(tmp_path, "xlstm", "causal-lm", options)
+    with pytest.raises(ModelError, match=r"whole model fails on such a batch \(ValueError: Sequence length 10 is not"):
+        verify(Setup(str(folder), length=10))
 
 
 @pytest.mark.parametrize("model_type", ["resnet", "mobilenet_v2"])

@@ -39,7 +39,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", PLANS)
 def test_a_shipped_fleet_keeps_its_plan(model: str, name: str) -> None:
     fleet = load_fleet(FLEETS / f"{name}.toml")

@@ -105,7 +105,6 @@ def test_its_settings_are_checked_and_are_what_it_runs_with(installed: Path, tmp
         load(path, ["method.half_average.share=2"])
 
 
-@pytest.mark.slow
 def test_a_comparison_tunes_it_like_any_other(installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comparing, "Pool", Inline)
     bert_folder(tmp_path / "model")
@@ -163,7 +162,6 @@ class Lonely(Local):
 '''
 
 
-@pytest.mark.slow
 def test_a_method_of_our_own_is_one_file(tmp_path: Path) -> None:
     """A copy of the package with one more file trains by the method that is in it."""
     bert_folder(tmp_path / "model")

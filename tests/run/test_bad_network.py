@@ -19,7 +19,7 @@ from .test_fleet import kept_examples
 from .tools import Client, Server, parties, without_meters
 
 
-@pytest.mark.parametrize("cache", ["off", "disk"])
+@pytest.mark.parametrize("cache", [pytest.param("off", marks=pytest.mark.slow), "disk"])
 def test_the_weights_are_those_of_a_good_network(tmp_path: Path, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if cache == "off":
         config, rate, faults = tiny_run(tmp_path, rounds=1, steps_per_round=15), 0.2, 15

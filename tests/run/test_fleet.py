@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from flexp.config import DeploymentConfig, RunConfig
-from flexp.errors import ConfigError
+from flexp.errors import ConfigError, FlexpError
 from flexp.links.base import Link
 from flexp.links.grpc import connect
 from flexp.links.messages import ForwardRequest
@@ -64,6 +64,18 @@ def check(sim: Path, out: Path) -> None:
     assert there.keys() == here.keys()
     for party, state in there.items():
         assert equal(without_meters(state), without_meters(here[party])), party
+
+
+def test_a_server_that_somebody_stops_is_no_end(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Fleet(settle(configured(folder)), tmp_path / "out", say=lambda line: None)
+    made.server.log.parent.mkdir(parents=True)
+    for name in ("start", "stop", "watch"):
+        monkeypatch.setattr(Fleet, name, lambda self: True)
+    made.server.log.write_text("flexp server: the run is over\n", encoding="utf-8")
+    made.run()
+    made.server.log.write_text("flexp server: stopping\n", encoding="utf-8")
+    with pytest.raises(FlexpError, match=r"before the run was over, after 0 of 12 steps; to go on: flexp fleet with"):
+        made.run()
 
 
 @pytest.mark.parametrize("how", ["plain", "mutual TLS"])
@@ -258,7 +270,7 @@ def test_a_cut_changes_before_the_first_step(folder: Path, tmp_path: Path) -> No
     assert tuple(newest(state / "snapshots")["cut"].tolist()) == (3, 4)
 
 
-@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("cached", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_processes_that_are_killed(folder: Path, tmp_path: Path, cached: bool) -> None:
     """Real processes, SIGKILL for a client and for the server in the middle of training; ``cached``: whose server keeps
     examples, and loses them with its process and with each connection."""

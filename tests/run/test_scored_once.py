@@ -10,10 +10,8 @@ import pytest
 from flexp.methods import METHODS
 from flexp.report.metrics import read
 from flexp.run import runner
+from tests.methods.tools import ADAPTERS
 from tests.tiny import CLIENTS, config
-
-ADAPTERS = ("splitlora", "splitft", "hetlora")
-"""Methods for LoRA only."""
 
 ONE_MODEL = ("fedavg", "fedprox", "centralized", "pretrained")
 

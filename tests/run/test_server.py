@@ -122,7 +122,6 @@ def test_where_it_cannot_save_it_does_not_start(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.slow
 def test_the_command_as_a_user_types_it(tmp_path: Path) -> None:
     folder, state = save_tiny("llama", tmp_path / "model"), tmp_path / "state"
     arguments = ["--model", str(folder), "--listen", "127.0.0.1:0", "--state", str(state), "--set", "threads=1"]

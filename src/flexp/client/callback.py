@@ -1,18 +1,13 @@
 """Between transformers' Trainer and a split model: where a step ends, the server's half of a checkpoint, refusals.
 
-Nobody has to add the callback. A Trainer asks every model whether its loss counts items; a split model answers, and
-puts the callback among those that every Trainer begins with (:func:`attend`). To other models' Trainers it does
-nothing.
+Nobody has to add the callback (:mod:`flexp.client.trainers`). To other models' Trainers it does nothing.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import secrets
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +20,7 @@ from transformers.trainer_callback import ExportableState
 
 from flexp.client.exchange import Loop
 from flexp.client.joined import JoinedModel
-from flexp.client.trainer_options import refuse, refuse_options
+from flexp.client.trainer_options import refuse_options
 from flexp.errors import ConfigError, StorageError
 from flexp.files import replacing
 from flexp.links.coding import load_residuals, save_residuals
@@ -55,6 +50,7 @@ class TrainerCallback(transformers.TrainerCallback, ExportableState):  # type: i
         self.folder = ""
         self._model: JoinedModel | None = None
         self._done = 0  # steps of the model before the Trainer's step that is under way
+        self._said = False  # that checkpoints have one half
 
     def state(self) -> dict[str, Any]:
         """What the Trainer writes into a checkpoint: which server's half belongs to it, and where it was put."""
@@ -66,11 +62,10 @@ class TrainerCallback(transformers.TrainerCallback, ExportableState):  # type: i
         if isinstance(model, JoinedModel):
             self._model = model
             refuse_options(args, model)
-        elif any(isinstance(module, JoinedModel) for module in model.modules()):
-            raise ConfigError(
-                f"{type(model).__name__} around a split model would adapt this client's half alone; load model and "
-                "server with tuning='lora', and leave peft_config out"
-            )
+            return
+        for module in model.modules():
+            if isinstance(module, JoinedModel):
+                module.refuse_adapters()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Training begins, perhaps from a checkpoint, perhaps with a smaller batch after it ran out of memory."""
@@ -109,8 +104,18 @@ class TrainerCallback(transformers.TrainerCallback, ExportableState):  # type: i
 
     def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """A checkpoint of the client's half was written."""
-        if isinstance(model, JoinedModel):
-            keep(model, _checkpoint(args.output_dir, state.global_step) / FILE, self.mark)
+        if not isinstance(model, JoinedModel):
+            return
+        place = _checkpoint(args.output_dir, state.global_step)
+        if server_behind(model.link) is not None:
+            keep(model, place / FILE, self.mark)
+        elif not self._said:
+            self._said = True
+            log.warning(
+                "%s and all that follow hold this client's half alone: the server's is on the server, so nothing can "
+                "be resumed from them",
+                place,
+            )
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Training is over, and the best checkpoint's client's half loaded, if that was asked for."""
@@ -137,78 +142,14 @@ class TrainerCallback(transformers.TrainerCallback, ExportableState):  # type: i
         )
 
 
-def attend() -> None:
-    """Let every Trainer that is made from now on begin with the callback, if there are Trainers at all.
-
-    No callback is told of what a user asks of a Trainer by name, so its methods look at the model first.
-    """
-    trainer: Any = sys.modules.get("transformers.trainer")
-    if trainer is None or TrainerCallback in trainer.DEFAULT_CALLBACKS:
-        return
-    trainer.DEFAULT_CALLBACKS.append(TrainerCallback)
-    for name, instead in (("save_model", _save_model), ("init_hf_repo", _publish)):
-        setattr(trainer.Trainer, name, _for_split(getattr(trainer.Trainer, name), instead))
-
-
-def _for_split(usual: Callable[..., Any], instead: Callable[..., Any]) -> Callable[..., Any]:
-    """``usual``, a Trainer's method, but ``instead`` where the model is a split one."""
-
-    @functools.wraps(usual)
-    def method(trainer: Any, *args: Any, **options: Any) -> Any:
-        chosen = functools.partial(instead, usual) if isinstance(trainer.model, JoinedModel) else usual
-        return chosen(trainer, *args, **options)
-
-    return method
-
-
-def _save_model(
-    usual: Callable[..., None], trainer: Any, output_dir: str | None = None, _internal_call: bool = False
-) -> None:
-    """The whole personal model, for transformers; a checkpoint's half (``_internal_call``) stays what it is.
-
-    Raises:
-        LinkError: the server does not give its blocks.
-        ConfigError: ``from_pretrained`` did not make the model.
-    """
-    if _internal_call:
-        usual(trainer, output_dir, _internal_call=True)
-        return
-    folder = Path(output_dir or trainer.args.output_dir)
-    part = folder / f"flexp-{secrets.token_hex(4)}"
-    trainer.model.save_pretrained(part)
-    for old in folder.glob("model*.safetensors*"):
-        old.unlink()
-    for file in part.iterdir():
-        file.replace(folder / file.name)
-    part.rmdir()
-    words = trainer.processing_class or getattr(trainer.data_collator, "tokenizer", None)
-    if words is not None:
-        words.save_pretrained(folder)
-
-
-def _publish(_: Callable[..., None], trainer: Any, *args: Any, **options: Any) -> None:
-    """A place on the Hub is about to be made.
-
-    Raises:
-        ConfigError: always.
-    """
-    refuse("push_to_hub", trainer.args)
-
-
 def keep(model: JoinedModel, place: Path, mark: int) -> None:
-    """Write the server's half, and what of the client the Trainer does not know; over a network, say that it cannot.
+    """Write the half of a server in this process, and what of the client the Trainer does not know.
 
     Raises:
         StorageError: the disk is full, or the place cannot be written.
     """
-    server = server_behind(model.link)
-    if server is None:
-        log.warning(
-            "%s holds this client's half alone: the server's is on the server, so nothing can be resumed from it",
-            place.parent,
-        )
-        return
-    me = model.link.client
+    server, me = server_behind(model.link), model.link.client
+    assert server is not None
     tensors = {SERVER + name: value for name, value in server.state(unfinished=True).items()}
     tensors |= model.link.meter.tensors() | save_residuals(model.link.residuals, OWED)
     others = {name: steps for name, steps in server.trained().items() if name != me}

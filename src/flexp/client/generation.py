@@ -24,7 +24,7 @@ from flexp.links.messages import EndGeneration, ExtendRequest
 from flexp.links.packing import sent, unpack, without_padding
 from flexp.models.batches import NEED_ALL_BLOCKS
 from flexp.models.caching import PartCache, check_cached
-from flexp.models.execution import shadowed
+from flexp.models.execution import given_back, shadowed
 from flexp.rng import current_turn
 
 PAUSES = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
@@ -177,11 +177,10 @@ class SplitGenerator:
             cache: SplitCache = now["past_key_values"]
             mask, positions = now.get("attention_mask"), now.get("position_ids")
             h_BTH = self._extend(cache, z_BTH, mask, positions)
-            return (h_BTH,) if stage._tuples else h_BTH
+            return given_back(h_BTH, stage._tuples or 0)
 
         def passing(*args: Any, **kwargs: Any) -> Any:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            return (hidden,) if stage._tuples else hidden
+            return given_back(args[0] if args else kwargs["hidden_states"], stage._tuples or 0)
 
         own = [block.forward for block in stage.blocks]
         forwards = [*own[:start], remote, *[passing] * (stop - start - 1), *own[stop:]]

@@ -157,7 +157,7 @@ class SplitModel(JoinedModel):
     @property
     def accepts_loss_kwargs(self) -> bool:
         """As of the model inside. A Trainer asks while it is made, which is when its callback has to come in."""
-        from flexp.client.callback import attend
+        from flexp.client.trainers import attend
 
         attend()
         return super().accepts_loss_kwargs

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -147,6 +147,15 @@ class PersonalModel(nn.Module):
         enable = getattr(self.model, "activation_checkpointing_enable", None)
         enable = enable or self.model.gradient_checkpointing_enable  # the older name
         enable({"use_reentrant": False} | dict(activation_checkpointing_kwargs or {}), **options)
+
+    def refuse_adapters(self) -> NoReturn:
+        """Somebody has wrapped the model with peft. Raises ConfigError, always."""
+        raise ConfigError(
+            "peft around a split model would adapt this client's half alone; load model and server with tuning='lora', "
+            "and leave peft_config out"
+        )
+
+    enable_input_require_grads = refuse_adapters  # which trl asks of what it has wrapped
 
     def save_pretrained(self, folder: str | Path, *, adapter: bool = False) -> None:
         """Write the personal model into a new folder that transformers loads; the server gives the middle, where it

@@ -83,6 +83,10 @@ REFUSED: dict[str, tuple[Callable[[Any, JoinedModel], bool], str]] = {
         lambda args, model: args.load_best_model_at_end and not _local(model),
         "would set back this client's half alone, for the server's is over a network; leave it out",
     ),
+    "sync_ref_model": (
+        lambda args, _: getattr(args, "sync_ref_model", False),
+        "would move this client's half of trl's reference model alone; leave it out",
+    ),
     "push_to_hub": (
         lambda args, _: args.push_to_hub,
         "publishes this client's half with each checkpoint; leave it out, and push what trainer.save_model(DIR) wrote",

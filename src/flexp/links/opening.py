@@ -51,9 +51,20 @@ def kept(link: Link | str) -> Iterator[Link]:
 
 def server_behind(link: Link) -> Any | None:
     """The :class:`flexp.server.Server` itself, where it is in this process; ``None``: it is over a network."""
+    inner = _inmost(link)
+    return inner.service if isinstance(inner, InProcessLink) else None
+
+
+def same_server(one: Link, other: Link) -> bool:
+    """Whether two links lead to one server, as far as their addresses tell."""
+    first, second = (server_behind(link) or getattr(_inmost(link), "address", None) for link in (one, other))
+    return first is not None and first == second
+
+
+def _inmost(link: Link) -> Link:
     while isinstance(link, Wrapping):
         link = link.inner
-    return link.service if isinstance(link, InProcessLink) else None
+    return link
 
 
 @contextmanager

@@ -14,13 +14,13 @@ are on top.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import PositiveInt
 
 from flexp.config import Rate, Section
 from flexp.errors import ConfigError
-from flexp.methods.base import OnStep, World, of_a_round
+from flexp.methods.base import Axis, OnStep, World, of_a_round
 from flexp.methods.federated import Client, Federated, spread
 from flexp.methods.harness import Weights
 
@@ -33,7 +33,7 @@ class FedAvgFt(Federated):
     """
 
     name = "fedavg-ft"
-    axis = ("method.fedavg_ft.finetune_steps", of_a_round(1.0, 0.5))
+    axis: ClassVar[Axis] = ("method.fedavg_ft.finetune_steps", of_a_round(1.0, 0.5))
     effort = 1.3
     adapts = True
 
@@ -51,8 +51,8 @@ class FedAvgFt(Federated):
         self.anew = self.settings.finetune_schedule == "own"
         if world.config.method.budget == "equal" and self.finetune_steps > world.total_steps:
             raise ConfigError(
-                f"method.fedavg_ft.finetune_steps = {self.finetune_steps} is more than the run's {world.total_steps} "
-                "steps; use fewer, or method.budget = 'paper'"
+                f"method.{self.table}.finetune_steps = {self.finetune_steps} is more than the run's "
+                f"{world.total_steps} steps; use fewer, or method.budget = 'paper'"
             )
         self.averaging_steps = world.total_steps
         if world.config.method.budget == "equal":

@@ -201,11 +201,12 @@ class Federated(Method):
         Every time for the same round it takes the same batches and random numbers: the client's next ones. A device
         does this once, when training is over, so only the last adaptation is on its account.
         """
+        start = {**self.server.weights, **client.kept["personal"]}
         if not self.server.version:
-            return self.server.weights
+            return start
         began = time.perf_counter()
         worker = client.workers["model"].fork(steps if anew else None)
-        self.harness.put(self.server.weights)
+        self.harness.put(start)
         with (
             torch.enable_grad(),
             worker.optimiser(self.harness.parameters, config=optimizer),
@@ -274,7 +275,7 @@ class Federated(Method):
 
     def account(self, client: str) -> Account:
         found = self.clients[client]
-        own = self.server.weights if self.adapts else found.kept["personal"]
+        own = found.kept["personal"] | (self.server.weights if self.adapts else {})
         if client in self.world.absent:
             own = {name: value for name, value in found.kept["personal"].items() if name not in self.server.weights}
         return Account(

@@ -57,4 +57,4 @@ class FedPer(Federated):
         block = stage.block_of(name)
         if block is not None:
             return block < stage.anatomy.blocks - self.settings.last_blocks
-        return not (self.settings.classifier and not name.startswith(stage.model.base_model_prefix + "."))
+        return not (self.settings.classifier and self.harness.in_head(name))

@@ -50,6 +50,10 @@ class Harness(WholeModel):
             name: value.detach().clone() for name, value in self.parameters.items() if names is None or name in names
         }
 
+    def in_head(self, name: str) -> bool:
+        """Whether a trained parameter lies outside of the base model: in the head for the task."""
+        return not name.startswith(self.stage.model.base_model_prefix + ".")
+
     @contextmanager
     def before_update(self, act: Callable[[], None]) -> Iterator[None]:
         """Inside the ``with`` block, call ``act`` when a step's gradients are complete and not yet applied."""

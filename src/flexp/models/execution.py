@@ -31,10 +31,11 @@ class BlockCall:
 
 @dataclass(frozen=True)
 class ExecutionPlan:
-    """How each block of a model is to be called for one batch, and whether blocks give back tuples."""
+    """How each block of a model is to be called for one batch, and how many values it gives back in a tuple (0: the
+    hidden state as it is)."""
 
     calls: tuple[BlockCall, ...]
-    tuples: bool
+    tuples: int
 
     def difference(self, other: ExecutionPlan) -> str:
         """Where ``other`` calls a block with arguments that are not equal bit for bit; empty: nowhere."""
@@ -72,12 +73,12 @@ class _Mismatch(Exception):  # noqa: N818
 
 
 def record(
-    model: Any, blocks: nn.ModuleList, inputs: Mapping[str, Any], tuples: bool | None
+    model: Any, blocks: nn.ModuleList, inputs: Mapping[str, Any], tuples: int | None
 ) -> tuple[Tensor, ExecutionPlan]:
     """Embed ``inputs`` and make the plan of all blocks.
 
     Args:
-        tuples: whether this model's blocks give back tuples; ``None`` when that is not known yet.
+        tuples: as the plan has it; ``None`` when that is not known yet.
 
     Returns:
         The hidden state (B, T, H) that enters block 0, and the plan.
@@ -87,8 +88,8 @@ def record(
             them tensors that need gradients.
     """
     generator = _generator_state(inputs) if tuples is None else None
-    for attempt in (False, True) if tuples is None else (tuples,):
-        if generator is not None and attempt:  # the first try drew dropout too, which must not be noticed
+    for attempt in range(_MOST + 1) if tuples is None else (tuples,):
+        if generator is not None and attempt:  # an earlier try drew dropout too, which must not be noticed
             draw_from_here(*generator)
         calls: list[BlockCall] = []
         hiddens: list[Tensor] = []
@@ -106,9 +107,9 @@ def record(
         except Exception as error:
             if tuples is not None:
                 raise
-            if not attempt and len(calls) == 1:
-                continue  # the model could not take a bare tensor from its first block
-            if not calls:
+            if attempt < _MOST and len(calls) == 1:
+                continue  # the model could not take that from its first block
+            if not calls and not isinstance(error, AttributeError):  # which is a block's that is elsewhere
                 raise ModelError(
                     f"the batch does not fit this {type(model).__name__}, whose own code failed before its first block "
                     f"({type(error).__name__}: {_one_line(error)}); expected tokens below its vocabulary's size, no "
@@ -141,7 +142,7 @@ def shadowed(blocks: nn.ModuleList, forwards: Sequence[Callable[..., Any]]) -> I
                 block.forward = own
 
 
-def finish(model: Any, blocks: nn.ModuleList, hidden_BTH: Tensor, inputs: Mapping[str, Any], tuples: bool) -> Any:
+def finish(model: Any, blocks: nn.ModuleList, hidden_BTH: Tensor, inputs: Mapping[str, Any], tuples: int) -> Any:
     """Run final norm, head and loss on a hidden state (B, T, H), through the model's own ``forward``.
 
     The embedding runs once more on the way, without gradients and without moving the random generator, and what it
@@ -153,20 +154,19 @@ def finish(model: Any, blocks: nn.ModuleList, hidden_BTH: Tensor, inputs: Mappin
     def first(*_: Any, **__: Any) -> Any:
         draw_from_here(generator, hidden_BTH.device)
         torch.set_grad_enabled(grad)
-        return (hidden_BTH,) if tuples else hidden_BTH
+        return given_back(hidden_BTH, tuples)
 
     def through(*args: Any, **kwargs: Any) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        return (hidden,) if tuples else hidden
+        return given_back(args[0] if args else kwargs["hidden_states"], tuples)
 
     with torch.no_grad(), shadowed(blocks, [first] + [through] * (len(blocks) - 1)):
         return model(**inputs)
 
 
 def _recorder(
-    calls: list[BlockCall], hiddens: list[Tensor], tuples: bool, index: int, blocks: int
-) -> Callable[..., Tensor | tuple[Tensor]]:
-    def record_call(*args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+    calls: list[BlockCall], hiddens: list[Tensor], tuples: int, index: int, blocks: int
+) -> Callable[..., Any]:
+    def record_call(*args: Any, **kwargs: Any) -> Any:
         keyword = None if args else "hidden_states"
         hidden = args[0] if args else kwargs.pop("hidden_states", None)
         in_order = index == len(calls) and (not hiddens or hidden is hiddens[-1])
@@ -176,9 +176,15 @@ def _recorder(
         calls.append(BlockCall(args[1:], kwargs, keyword))
         if len(calls) == blocks:
             raise _Planned
-        return (hidden,) if tuples else hidden
+        return given_back(hidden, tuples)
 
     return record_call
+
+
+def given_back(hidden_BTH: Tensor, tuples: int) -> Any:
+    """What stands for a block's answer. A model may drop what comes with the hidden state, but not go on with it: that
+    equals nothing, so a plan in which the next block gets it is refused."""
+    return (hidden_BTH, *[_NOTHING] * (tuples - 1)) if tuples else hidden_BTH
 
 
 def _refuse_gradients(model: Any, calls: Sequence[BlockCall]) -> None:
@@ -208,6 +214,7 @@ def same(one: Any, other: Any) -> bool:
 
 
 _NOTHING = object()  # like nothing, itself included
+_MOST = 3  # values that a block gives back
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 

@@ -38,7 +38,7 @@ class Stage:
         self.lent = False  # whether the tensors belong to another stage as well
         self.weights: str | None = None  # which pretrained weights these are, where that is known
         self.quantization = "off"  # of the blocks' linear layers, in the words of ``model.quantization``
-        self._tuples: bool | None = None
+        self._tuples: int | None = None
         self.compares = True  # every plan with a server's, where it has the ends
         self.longest = longest_exact(model.config)
         self._server: Stage | None = None  # the model as a server has it, of no blocks, to compare with
@@ -177,8 +177,8 @@ class Stage:
             )
         raise ModelError(
             f"{name} cannot be split: its blocks need, besides the hidden state, what a server does not have, such "
-            f"as token ids or a table of relative positions ({problem}); use an architecture that "
-            "`flexp verify --list` names"
+            f"as token ids, a table of relative positions or something else of the block before ({problem}); use an "
+            "architecture that `flexp verify --list` names"
         )
 
     def _as_server(self, hidden_BTH: Tensor) -> Stage:

@@ -198,8 +198,14 @@ def _train_both(setup: Setup, reference: Any, split: SplitModel, witness: _Witne
         batch = tiny_batch(
             reference, padding=setup.padding, batch=setup.batch, length=setup.length, seed=setup.seed + step
         )
-        with split.stage.computing():
-            expected = reference(**split.stage.placed(batch))
+        try:
+            with split.stage.computing():
+                expected = reference(**split.stage.placed(batch))
+        except Exception as error:
+            raise ModelError(
+                f"{setup.model}: plain transformers' whole model fails on such a batch ({type(error).__name__}: "
+                f"{' '.join(str(error).split())}); try another --length, --padding or checkpoint"
+            ) from error
         got = split(**batch)
         logits = max(logits, difference(*(_of_tokens(logits_of(output), batch) for output in (expected, got))))
         losses = max(losses, difference(expected.loss, got.loss))

@@ -74,6 +74,11 @@ class GrpcLink:
     def client(self) -> str:
         return self._client
 
+    @property
+    def address(self) -> tuple[str, int]:
+        """The server's host and port."""
+        return self._address.host, self._address.port
+
     def call(self, request: Request[R]) -> Future[R]:
         """As :meth:`flexp.links.base.Link.call`.
 

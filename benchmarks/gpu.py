@@ -1,0 +1,224 @@
+"""What FlexP does on a GPU, or whatever computes here: in one script of minutes, for whoever has such a machine.
+
+For each shape, with random weights made on the device (LoRA, bfloat16, cut (2, L − 1)): a split step beside a whole
+one, the device's peak memory in both, how often the host waits for the device in each, and tokens a second of 1, 4 and
+16 clients: in this process in turn, and each in a thread of its own over gRPC. Requests are answered one by one; FlexP
+joins none yet. ``--json`` prints :class:`Figures`, whose schema ``--schema`` prints: send it in.
+
+Predicted: split ÷ whole 1.0–1.1 at 512 tokens, since nothing waits but the copies of the messages, some of which are
+copies within the device here; several clients get through no more tokens than one, since one thread answers them.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Annotated, Any
+
+import torch
+import typer
+from pydantic import BaseModel, ConfigDict
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.server_scaling import in_process, over_grpc
+from benchmarks.tools.big_model import SHAPES
+from benchmarks.tools.command import Examples, Length, Pairs, Result, say
+from benchmarks.tools.paired import paired
+from benchmarks.tools.parties import Parties, Step, cut_of, probe
+from flexp.config import ModelConfig, OptimizerConfig
+from flexp.cost.echo import random_batch
+from flexp.machine import device_of, versions
+from flexp.models.heads import AUTO
+from flexp.models.stage import Stage
+
+KIND = "causal-lm"
+WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize")
+"""What the profiler calls it when the host waits for the device."""
+
+
+class Clients(BaseModel):
+    """So many clients of one server: tokens a second in turn in one process, and over gRPC with a thread each; the
+    median and the last percentile of a step's seconds there, and the largest number of weight versions."""
+
+    model_config = ConfigDict(extra="forbid")
+    clients: int
+    in_turn_tokens_per_second: float
+    grpc_tokens_per_second: float
+    grpc_p50_seconds: float
+    grpc_p99_seconds: float
+    versions: int
+
+
+class Shape(BaseModel):
+    """One model. Memory is in bytes, at the device's peak; ``None`` where the device has no allocator that tells.
+    ``waits``: how often the host waits for the device in a step."""
+
+    model_config = ConfigDict(extra="forbid")
+    shape: str
+    cut: tuple[int, int]
+    parameters: int
+    ratio: float
+    ratio_quartiles: tuple[float, float]
+    whole_seconds: float
+    split_seconds: float
+    weights_bytes: int
+    whole_bytes: int | None
+    split_bytes: int | None
+    whole_waits: int | None
+    split_waits: int | None
+    clients: list[Clients]
+
+
+class Figures(BaseModel):
+    """All of it, and what it was measured on. ``left_out``: shapes for which there was no time, or no room."""
+
+    model_config = ConfigDict(extra="forbid")
+    bench: str
+    device: str
+    batch: tuple[int, int]
+    shapes: list[Shape]
+    left_out: dict[str, str]
+    versions: dict[str, str]
+    machine: dict[str, Any]
+
+
+def measure(
+    device: Annotated[str, typer.Option(help="As for --device: auto, cpu, cuda:1, …")] = "auto",
+    shapes: Annotated[str, typer.Option(help=f"Some of {', '.join(SHAPES)}.")] = "llama-3.2-1b,llama-3.1-8b",
+    counts: Annotated[str, typer.Option(help="How many clients, with commas.")] = "1,4,16",
+    examples: Examples = 4,
+    length: Length = 512,
+    pairs: Pairs = 10,
+    seconds: Annotated[float, typer.Option(min=0.1, help="For each number of clients, each way.")] = 8.0,
+    minutes: Annotated[float, typer.Option(help="After which no other shape is begun.")] = 5.0,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the result's JSON schema and measure nothing.")
+    ] = False,
+) -> Result:
+    """Split and whole steps, memory, host waits and clients of models of real size, on a GPU or what is here."""
+    if schema:
+        typer.echo(json.dumps(Figures.model_json_schema(), indent=1))
+        raise typer.Exit
+    place, began = device_of(device), time.monotonic()
+    found: list[Shape] = []
+    left_out: dict[str, str] = {}
+    for name in shapes.split(","):
+        if time.monotonic() - began > 60 * minutes:
+            left_out[name] = "no time was left"
+            continue
+        say(f"{name}: on {place}")
+        try:
+            found.append(
+                _measured(name, place, [int(count) for count in counts.split(",")], examples, length, pairs, seconds)
+            )
+        except torch.OutOfMemoryError as error:
+            left_out[name] = str(error).splitlines()[0]
+    facts = {
+        "device": str(place), "batch": [examples, length], "shapes": [one.model_dump(mode="json") for one in found],
+        "left_out": left_out, "versions": versions(),
+    }  # fmt: skip
+    notes = [f"{name} was left out: {why}" for name, why in left_out.items()]
+    return Result(facts, [row for one in found for row in _rows(one)], notes=notes)
+
+
+def _measured(
+    name: str, place: torch.device, counts: list[int], examples: int, length: int, pairs: int, seconds: float
+) -> Shape:
+    here = _parties(name, place, examples, length)
+    whole = here.whole()
+    plain = {"whole": here.step(whole, whole.model.train()), "split": here.split_step()}
+    steps = {way: _through(step, place) for way, step in plain.items()}
+    timed = paired(steps["whole"], steps["split"], pairs)
+    peaks = {way: _peak(step, place) for way, step in steps.items()}
+    waits = {way: _waits(step, place) for way, step in plain.items()}
+    clients = []
+    for count in counts:
+        near, far = in_process(here, count, seconds), over_grpc(here, count, seconds)
+        clients.append(
+            Clients(
+                clients=count,
+                in_turn_tokens_per_second=near * examples * length,
+                grpc_tokens_per_second=far["steps"] * examples * length,
+                grpc_p50_seconds=far["p50_seconds"],
+                grpc_p99_seconds=far["p99_seconds"],
+                versions=far["peak_versions"],
+            )
+        )
+    weights = list(here.source.model.parameters())
+    return Shape(
+        shape=name,
+        cut=here.cut,
+        parameters=sum(value.numel() for value in weights),
+        ratio=timed.ratio,
+        ratio_quartiles=(timed.quartiles[0], timed.quartiles[1]),
+        whole_seconds=timed.first,
+        split_seconds=timed.second,
+        weights_bytes=sum(value.numel() * value.element_size() for value in weights),
+        whole_bytes=peaks["whole"],
+        split_bytes=peaks["split"],
+        whole_waits=waits["whole"],
+        split_waits=waits["split"],
+        clients=clients,
+    )
+
+
+def _parties(name: str, place: torch.device, examples: int, length: int) -> Parties:
+    config = SHAPES[name]()
+    config.pad_token_id = 0
+    with torch.device(place):
+        torch.manual_seed(0)
+        model = AUTO[KIND].from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+    source = Stage.whole(model)
+    wanted = ModelConfig.of(name, dtype="bfloat16", tuning="lora")
+    blocks = source.anatomy.blocks
+    cut = cut_of(None, blocks, (2, blocks - 1))
+    batch = source.placed(random_batch(probe(wanted, KIND, cut, examples, length), config))
+    return Parties(source, KIND, cut, batch, "lora", wanted, OptimizerConfig())
+
+
+def _through(step: Step, place: torch.device) -> Step:
+    """The step, and all that it left to the device."""
+
+    def done() -> None:
+        step()
+        if place.type != "cpu":
+            torch.accelerator.synchronize(place)
+
+    return done
+
+
+def _peak(step: Step, place: torch.device) -> int | None:
+    if place.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats(place)
+    step()
+    return int(torch.cuda.max_memory_allocated(place))
+
+
+def _waits(step: Step, place: torch.device) -> int | None:
+    if place.type != "cuda":
+        return None
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+        step()
+    return sum(int(event.count) for event in seen.key_averages() if event.key in WAITS)
+
+
+def _rows(one: Shape) -> list[tuple[str, str]]:
+    def size(value: int | None) -> str:
+        return "not known" if value is None else f"{value / 1e6:,.0f} MB"
+
+    rows = [
+        (f"{one.shape}: split ÷ whole (median of pairs)", f"{one.ratio:.3f}"),
+        ("whole step, split step", f"{1e3 * one.whole_seconds:.1f} ms, {1e3 * one.split_seconds:.1f} ms"),
+        ("weights", size(one.weights_bytes)),
+        ("peak of a whole, a split step", f"{size(one.whole_bytes)}, {size(one.split_bytes)}"),
+        ("host waits of a whole, a split step", f"{one.whole_waits}, {one.split_waits}"),
+    ]
+    rows += [
+        (
+            f"{at.clients} clients, tokens/s: in turn, over gRPC",
+            f"{at.in_turn_tokens_per_second:,.0f}, {at.grpc_tokens_per_second:,.0f}",
+        )
+        for at in one.clients
+    ]
+    return rows
