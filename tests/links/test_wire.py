@@ -48,7 +48,9 @@ from .grpc_tools import SOON, send_raw
 B, T, H = 2, 5, 32
 CPU = torch.device("cpu")
 AGREED = Agreement(torch.float32, H, 4, 64, 1 << 20)
-JOIN = Join("a", "0" * 16, (1, 4), "torch.float32", "lora", AlignConfig(teach=True), LoraConfig(targets=["q"]), None)
+JOIN = Join(
+    "a", "0" * 16, (1, 4), "torch.float32", "lora", AlignConfig(kind="kl", teach=True), LoraConfig(targets=["q"]), None
+)
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
