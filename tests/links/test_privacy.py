@@ -77,12 +77,13 @@ VOCABULARY = {
     BackwardReply: {"grad_BTH", "inner_BTH"},
     Abort: set(),
     Done: set(),
-    PullRequest: {"start", "stop", "step"},
-    PullReply: {"weights"},
+    # known: hashes of copies of shared weights that the client does not train, by names that both sides know
+    PullRequest: {"start", "stop", "step", "known"},
+    PullReply: {"weights", "same"},
     SumRequest: {"number", "values_N", "note"},  # only in runs that say so: method.meet, model.head
     SumReply: {"values_N", "notes"},
-    FetchRequest: {"block", "first", "most"},
-    FetchReply: {"version", "total", "weights"},
+    FetchRequest: {"block", "first", "most", "known"},
+    FetchReply: {"version", "total", "weights", "same"},
     ExtendRequest: {"generation", "past", "hidden_BTH", "mask_BT", "positions_BT", "rows_B"},
     ExtendReply: {"hidden_BTH"},
     EndGeneration: {"generation"},

@@ -187,7 +187,7 @@ def move_party(trainer: Trainer, state: Mapping[str, Tensor], parking: Parking) 
         else:
             merged |= parked
     new = [name for name in own if PERSONAL + name not in merged]
-    shared = _current(model, missing, shapes, own)
+    shared = _current(model, missing, shapes, {})  # of what it may have trained it tells not even a hash
     merged |= {PERSONAL + name: shared.get(name, own[name].detach()) for name in new}
     load_party(trainer, merged)
     return new
