@@ -30,7 +30,7 @@ from rich.console import Console
 import flexp
 from benchmarks.tools.command import Result
 from benchmarks.tools.tiny_run import tiny_run
-from flexp.config import RunConfig
+from flexp.config import AlignConfig, RunConfig
 from flexp.links.base import Link
 from flexp.links.opening import loopback
 from flexp.methods.flexp_sfl import FlexpSfl
@@ -56,7 +56,7 @@ def measure(repeats: Annotated[int, typer.Option(min=1, help="Of each start of a
     with TemporaryDirectory() as folder:
         torch.set_num_threads(1)
         config = tiny_run(Path(folder), rounds=1, steps_per_round=1, dropout=0.0)
-        config = config.model_copy(update={"method": type(config.method)()})  # with the default alignment
+        config = config.model_copy(update={"method": type(config.method)(align=AlignConfig(kind="kl"))})
         walks = {"step": walk_of_step(config), "exchange": _exchange(config), "run": _run(config, Path(folder))}
     times = {
         "help_seconds": _started("-m", "flexp.cli.main", "--help", repeats=repeats),

@@ -8,13 +8,14 @@ from types import SimpleNamespace
 import pytest
 from transformers import BertConfig, BertForSequenceClassification
 
-from benchmarks import codec, embeddings, house, link, recut, slow_link
+from benchmarks import codec, embeddings, house, leakage, link, recut, slow_link
 from benchmarks.tools import paired as module
 from benchmarks.tools.one_client import without_dropout
 from benchmarks.tools.paired import WARM_UP, paired
 from benchmarks.tools.tiny_run import tiny_run
 from flexp.errors import ConfigError
 from flexp.models.loading import load_config
+from tests.cli.test_commands import toml
 from tests.cost.tools import warmly
 from tests.data.tools import jsonl, labelled
 from tests.tiny import bert_folder
@@ -47,6 +48,19 @@ def test_both_links_train_and_bytes_are_counted() -> None:
     assert result["ratio_quartiles"][0] <= result["ratio"] <= result["ratio_quartiles"][1]
     assert 4 * activation <= result["tensor_bytes"] <= 4 * activation + 2 * 8  # the mask, if there is one
     assert 0 < result["header_bytes"] < 1000  # protocol 3 names its tensors in JSON: 903; before, 324
+
+
+def test_what_leaks_is_a_row_for_each_defence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bert_folder(tmp_path / "model", dropout=True)
+    monkeypatch.setattr("flexp.audit.auditing.paragraphs", lambda _, most: ["good bad fine poor words people use"] * 20)
+    monkeypatch.setitem(leakage.ROWS, "tail", ("data.clients.each=[{cut=[2,3]}]",))
+    result = leakage.measure(str(toml(tmp_path)), steps=1, only="as it is; tail")
+    assert [row[0] for row in result.rows] == ["as it is", "tail"]
+    assert result["rows"]["tail"]["cuts"] == dict.fromkeys(("north", "south", "west"), (2, 3))
+    assert result.rows[1][1].startswith("2: ")
+    assert result.rows[1][2] == "not sent"
+    with pytest.raises(ConfigError, match="--only depth: expected some of as it is; kl"):
+        leakage.measure(only="depth")
 
 
 @pytest.fixture

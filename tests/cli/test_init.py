@@ -178,3 +178,15 @@ def test_a_first_look_at_many_examples_takes_some_of_them(
     found = tomllib.loads((tmp_path / "c.toml").read_text(encoding="utf-8"))
     assert found["data"].get("train_examples") == most
     assert found["train"]["steps_per_round"] * found["train"]["batch_size"] >= (most or rows * 0.7 / 3)
+
+
+def test_a_first_look_takes_clients_with_enough_rows(call: Call, tmp_path: Path) -> None:
+    """A client with one row cannot be tested, and with each client the run takes longer."""
+    table = pd.DataFrame(labelled(122))[["client", "text", "label"]]
+    table["client"] = [f"c{row // 12}" + " " * (row % 2) for row in range(121)] + ["lonely"]
+    table.to_csv(tmp_path / "reviews.csv", index=False)
+    call("init", "reviews.csv", "--model", str(bert_folder(tmp_path / "model")), "--out", "c.toml")
+    text = (tmp_path / "c.toml").read_text(encoding="utf-8")
+    clients = tomllib.loads(text)["data"]["clients"]
+    assert clients == {"by": "column", "column": "client", "names": [f"c{number}" for number in range(8)], "cut": [1]}
+    assert "[method]" not in text

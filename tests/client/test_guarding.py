@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.stats import mannwhitneyu
 
 from flexp.attacks.public import known_to_all
 from flexp.client.guarding import Guard, distance_correlation
 from flexp.client.meeting import FIRST
 from flexp.client.noise import DELTA, Noise, epsilon
-from flexp.client.random_labels import RandomLabels
+from flexp.client.random_labels import RandomLabels, epsilon_within
 from flexp.config import PrivacyConfig, RunConfig
+from flexp.config.loading import validate
 from flexp.errors import ConfigError, PrivacyError
 from flexp.links.messages import BackwardRequest, ForwardRequest
 from flexp.links.opening import loopback
@@ -25,6 +27,7 @@ from flexp.methods import World
 from flexp.methods.flexp_sfl import FlexpSfl
 from flexp.methods.parties import own_stage
 from flexp.models.anatomy import Part
+from flexp.planner.fleet import TaskShape
 from flexp.run.runner import run
 from flexp.run.settle import build_world, load_processor, model_folder
 from tests import tiny
@@ -100,6 +103,20 @@ def seen(method: FlexpSfl) -> Iterator[list[Any]]:
     vars(method.server)["answer"] = answer
     yield requests
     del vars(method.server)["answer"]
+
+
+def test_nobody_sends_z_base_unasked(folder: Path) -> None:
+    """A configuration that says nothing of alignment, with cuts deeper than s_min; and so for a planned fleet."""
+    said = tiny.content(folder, data={"clients": tiny.each(cut=[[1, 4], [2, 4]])})
+    del said["method"]
+    method = FlexpSfl(build_world(validate(said, "unasked")))
+    with seen(method) as requests:
+        for client in method.clients.values():
+            client.step()
+    forwards = [request for request in requests if isinstance(request, ForwardRequest)]
+    assert len(forwards) == 3
+    assert all(request.base_BTH is None and not request.inner_BTH for request in forwards)
+    assert not TaskShape().aligned
 
 
 @pytest.mark.parametrize("train", [True, False])
@@ -232,6 +249,47 @@ def test_labels_are_answered_as_randomised_response_has_it(classes: int) -> None
     assert not torch.equal(RandomLabels(1.0, classes, key=4).of(batch), told)
 
 
+@pytest.mark.parametrize("classes", [2, 7])
+def test_the_bound_on_labels_chooses_the_answers(folder: Path, classes: int) -> None:
+    """ε of the bound, and no more: what is measured, by scipy's U test, on answers for drawn labels is the bound."""
+    answers = RandomLabels(epsilon_within(0.7, classes), classes, key=5)
+    labels = torch.arange(4000) % classes
+    told = answers.of({"input_ids": torch.arange(4000).view(-1, 1), "labels": labels})
+    yes, no = ((told == 0)[kind].numpy().astype(float) for kind in (labels == 0, labels != 0))
+    assert mannwhitneyu(yes, no).statistic / (len(yes) * len(no)) == pytest.approx(0.7, abs=0.02)
+    world = build_world(config(folder, {"penalty": "off", "max_label_auc": 0.6}))
+    assert world.config.privacy.label_epsilon == pytest.approx(math.log(0.6 / 0.4))
+    assert any("an AUC of at most 0.60" in note for note in world.federation.notes)
+
+
+def test_the_planner_cuts_where_the_bound_is_kept(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Planned on public texts, deeper than memory alone would have it; found once, and kept."""
+    monkeypatch.setenv("FLEXP_HOME", str(tmp_path))
+    read = {1: 0.9, 2: 0.5, 3: 0.05}
+    taught: list[int] = []
+
+    def teach(self: Guard, stage: Any, depth: int) -> None:
+        assert not private & {tuple(each["input_ids"]) for each in self._examples}
+        taught.append(depth)
+        self.read = read[depth]
+
+    def planned(bound: float) -> World:
+        auto = {"clients": {"cut": "auto"}}
+        return build_world(config(folder, {"max_content_words": bound}, data=auto))
+
+    clients = build_world(config(folder)).federation.clients
+    private = {tuple(each["input_ids"]) for client in clients for each in client.train}
+    monkeypatch.setattr(Guard, "teach", teach)
+    assert {start for start, _ in planned(0.1).cuts.values()} == {3}
+    assert taught == [1, 2, 3]
+    assert {start for start, _ in planned(0.1).cuts.values()} == {3}
+    assert taught == [1, 2, 3]
+    with pytest.raises(PrivacyError, match=r"kept by no cut: .* 90 % at s = 1, 50 % at s = 2, 5 % at s = 3"):
+        planned(0.01)
+
+
 def test_gradients_tell_only_the_answers_of_labels(folder: Path) -> None:
     """A client whose labels were answered sends, bit for bit, what one with the answers for labels would send."""
     told = {"penalty": "off", "label_epsilon": 0.5}
@@ -307,6 +365,8 @@ def test_over_grpc_it_is_the_same(folder: Path) -> None:
         ({"recut": {"on": True}}, "choose one"),
         ({"train": {"class_weights": "balanced"}, "privacy": {"label_epsilon": 1.0}}, "class_weights counts"),
         ({"data": {"task": "causal-lm"}, "privacy": {"label_epsilon": 1.0}}, "one class of an example"),
+        ({"data": {"task": "causal-lm"}, "privacy": {"max_label_auc": 0.6}}, "one class of an example"),
+        ({"privacy": {"label_epsilon": 1.0, "max_label_auc": 0.6}}, r"AUC of 0.73.* lower it to 0.405"),
         ({"privacy": {"penalty": "off", "max_content_words": 0.1}}, 'set privacy.penalty'),
     ],
 )  # fmt: skip

@@ -71,7 +71,7 @@ def test_resumed_steps_count_as_done() -> None:
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "run: 10 steps to do" in text
     assert "step 91/100 (91 %)" in text
-    assert "own test data 24.2" in text
+    assert "own test data perplexity 24.2" in text
     assert "1 min 30 s left" in text
 
 

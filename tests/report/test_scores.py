@@ -14,7 +14,7 @@ OTHER = {**ONE, "accuracy": 0.5, "auc": None, "f1_by_class": {"no": 0.4, "yes": 
 
 def test_every_score_stands_in_a_table() -> None:
     scores, f1, confusion = score_tables({"a": ONE, "b": OTHER}, "accuracy", "Client", "here")
-    assert scores.headers == ["Client", "Examples", "Accuracy", "Loss", "Majority", "Macro f1", "AUC"]
+    assert scores.headers == ["Client", "Examples", "Accuracy", "Loss", "Majority", "Macro F1", "AUC"]
     assert scores.rows[0] == ["a", "10", "80.0 %", "0.50", "60.0 %", "75.0 %", "0.90"]
     assert scores.rows[1][-1] == "–"
     assert (f1.headers, f1.rows) == (["Class", "a", "b"], [["no", "80.0 %", "40.0 %"], ["yes", "–", "60.0 %"]])

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from flexp.config import DeploymentConfig, RunConfig
-from flexp.errors import ConfigError
+from flexp.errors import ConfigError, FlexpError
 from flexp.links.base import Link
 from flexp.links.grpc import connect
 from flexp.links.messages import ForwardRequest
@@ -64,6 +64,18 @@ def check(sim: Path, out: Path) -> None:
     assert there.keys() == here.keys()
     for party, state in there.items():
         assert equal(without_meters(state), without_meters(here[party])), party
+
+
+def test_a_server_that_somebody_stops_is_no_end(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Fleet(settle(configured(folder)), tmp_path / "out", say=lambda line: None)
+    made.server.log.parent.mkdir(parents=True)
+    for name in ("start", "stop", "watch"):
+        monkeypatch.setattr(Fleet, name, lambda self: True)
+    made.server.log.write_text("flexp server: the run is over\n", encoding="utf-8")
+    made.run()
+    made.server.log.write_text("flexp server: stopping\n", encoding="utf-8")
+    with pytest.raises(FlexpError, match=r"before the run was over, after 0 of 12 steps; to go on: flexp fleet with"):
+        made.run()
 
 
 @pytest.mark.parametrize("how", ["plain", "mutual TLS"])

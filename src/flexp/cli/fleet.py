@@ -46,7 +46,7 @@ def fleet(
     made.run()
     metric = found.federation.task.metric
     examples = {client.name: len(client.test) for client in found.federation.clients}
-    shown = Table("client", "cut", "steps", "test examples", f"{metric} before → after", "majority")
+    shown = Table("client", "cut", "steps", "test examples", f"{formats.inside(metric)} before → after", "majority")
     for row in made.results():
         first, last = row["first"] or {}, row["last"] or {}
         shown.add_row(

@@ -74,7 +74,7 @@ def _tell(seen: Survey) -> None:
 
     table = Table("Column", "Kind", "Filled", "Distinct", "For instance", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in seen.columns:
-        often = ", ".join(f"{value[:24]} ({count})" for value, count in column.common) if column.repeats else ""
+        often = ", ".join(f"{value[:24]} ({count})" for value, count in column.common[:6]) if column.repeats else ""
         once = ", ".join(value[:40] for value, _ in column.common[:1])
         cells = (column.name, column.kind, str(column.filled), str(column.distinct or ""), often or once)
         table.add_row(*map(Text, cells))

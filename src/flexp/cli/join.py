@@ -76,7 +76,7 @@ def join(
     metric = str(summary["metric"])
     records = read(out / "metrics.jsonl")
     size = sum(record["kind"] == "step" for record in records) // max(1, int(summary["rounds"]))
-    typer.echo(f"\n{'steps':>5}  {metric} on its own test data")
+    typer.echo(f"\n{'steps':>5}  {formats.inside(metric)} on its own test data")
     for record in records:
         if record["kind"] == "eval":
             typer.echo(f"{record['round'] * size:>5}  {formats.score(record['personal'][metric], metric)}")

@@ -30,6 +30,12 @@ class RandomLabels:
         self.classes, self.key = classes, key
         self.kept = 1 / (1 + (classes - 1) * math.exp(-epsilon))  # the probability that a label stands
 
+    @property
+    def auc(self) -> float:
+        """The area under the curve, one class against the others, of who has the answer; who sees what was made of it
+        has no larger one."""
+        return (1 + self.kept - (1 - self.kept) / (self.classes - 1)) / 2
+
     def of(self, batch: Mapping[str, Any]) -> Tensor:
         """The answers for a batch's labels, (B,)."""
         labels_B: Tensor = batch["labels"]
@@ -42,6 +48,12 @@ class RandomLabels:
         if draw.random() < self.kept:
             return label
         return (label + 1 + int(draw.integers(self.classes - 1))) % self.classes
+
+
+def epsilon_within(auc: float, classes: int) -> float:
+    """The ε with which answers tell ``auc`` and no more (:attr:`RandomLabels.auc` turned around)."""
+    told = 2 * auc - 1
+    return math.log((1 + told * (classes - 1)) / (1 - told))
 
 
 def _examples(batch: Mapping[str, Any]) -> list[bytes]:

@@ -26,7 +26,7 @@ class AlignConfig(Section):
     """The term that keeps a personal layer useful on everybody's data (FlexP-SFL, arXiv 2508.10349)."""
 
     # a term of the loss (:mod:`flexp.server.alignment`); weights: the client pulls the server's; off: neither
-    kind: Annotated[str, named(ALIGNMENTS, "off", "weights")] = "kl"
+    kind: Annotated[str, named(ALIGNMENTS, "off", "weights")] = "off"
     weight: Annotated[float, Field(ge=0.0)] = 0.25  # λ
     temperature: Rate = 1.0  # kl
     normalize: bool = False  # compare standardised hidden states

@@ -31,6 +31,8 @@ class PrivacyConfig(Section):
     clip: Rate | None = None  # that norm; None: the median that the head gives public texts when it comes
     # ε of the labels: each is answered at random once, and training knows that answer alone; None: as they are
     label_epsilon: Rate | None = None
+    # of labels, what may be told at most (0.5: nothing): chooses label_epsilon where that is not set, or judges it
+    max_label_auc: Annotated[float, Field(gt=0.5, lt=1.0)] | None = None
     public: str | None = None  # a file of public texts, one a line; None: the manual that comes with Python
     # what an attacker who is given the head itself may read when the warm-up ends; else nothing is sent. None: no bound
     max_content_words: Fraction | None = None
@@ -45,4 +47,9 @@ class PrivacyConfig(Section):
     @property
     def on(self) -> bool:
         """Whether anything is done."""
-        return self.of_texts or self.label_epsilon is not None
+        return self.of_texts or self.of_labels
+
+    @property
+    def of_labels(self) -> bool:
+        """Whether anything is done for labels."""
+        return self.label_epsilon is not None or self.max_label_auc is not None

@@ -95,7 +95,7 @@ class RunConfig(Section):
             raise ValueError(
                 "privacy.max_content_words holds a defence to it: set privacy.penalty = 'nopeek' or privacy.noise"
             )
-        if self.privacy.label_epsilon is not None and self.train.class_weights is not None:
+        if self.privacy.of_labels and self.train.class_weights is not None:
             raise ValueError("privacy.label_epsilon hides the labels that train.class_weights counts: leave one out")
         if self.recut.on and self.server.tuning not in (None, self.model.tuning):
             raise ValueError(

@@ -101,10 +101,11 @@ def split_client(
     split = Split(train, sorted(validation), sorted(test))
     tested = test_rows is not None or test_fraction > 0
     if not split.train or (tested and not split.test) or (validation_fraction > 0 and not split.validation):
+        within = "" if groups is None else f" in {len(set(groups))} groups (data.group)"
         raise DataError(
-            f"client {name!r} has {len(rows)} examples: {len(split.train)} to train, {len(split.validation)} to "
-            f"validate, {len(split.test)} to test; give it more, leave it out with data.clients.names, or change "
-            "data.test_fraction or data.validation_fraction"
+            f"client {name!r} has {len(rows)} examples{within}: {len(split.train)} to train, "
+            f"{len(split.validation)} to validate, {len(split.test)} to test; give it more, leave it out with "
+            "data.clients.names, or change data.test_fraction or data.validation_fraction"
         )
     return split
 

@@ -28,6 +28,7 @@ GROUPS = (
 """Names by which such a column is known at sight."""
 
 _NUMBER = re.compile(r"[-+]?\d*[.,]?\d+(e[-+]?\d+)?", re.IGNORECASE)
+_COMMON = 64
 _ENOUGH = 500
 """Values that show of which kind a column is."""
 
@@ -166,7 +167,7 @@ def _column(name: str, rows: Rows) -> Column:
     single = [item for value in values for item in (value if kind == "list" else [value])]
     counted = Counter(item for item in single if isinstance(item, str)) if kind != "image" else Counter[str]()
     whole = kind != "number" or all(float(value.replace(",", ".")).is_integer() for value in counted)
-    return Column(name, kind, len(values), len(counted), mean, long, counted.most_common(6), whole)
+    return Column(name, kind, len(values), len(counted), mean, long, counted.most_common(_COMMON), whole)
 
 
 def _kind(values: Sequence[Any]) -> Kind:

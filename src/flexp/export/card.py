@@ -174,7 +174,7 @@ def _scores(facts: Mapping[str, Any]) -> list[str]:
     for side, name in (("personal", "the client's own"), ("global", "everybody's")):
         earlier = (before or {}).get(side)
         rows.append(f"| {name} | {formats.score(earlier, metric)} | {formats.score(after.get(side), metric)} |")
-    return [f"| {metric} on test data | pretrained | this model |", "|---|---|---|", *rows, ""]
+    return [f"| {formats.inside(metric)} on test data | pretrained | this model |", "|---|---|---|", *rows, ""]
 
 
 def _use(facts: Mapping[str, Any], adapter: bool) -> list[str]:

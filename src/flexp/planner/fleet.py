@@ -91,7 +91,7 @@ class TaskShape(Section):
     train_embeddings: bool = False
     embeddings: Literal["memory", "file"] = "memory"
     optimizer: Literal["adamw", "adam", "sgd", "sgd-plain"] = "adamw"
-    aligned: bool = True
+    aligned: bool = False
     follow: bool = False
     rows: Rows = "loss"
     read: Fraction = 1.0

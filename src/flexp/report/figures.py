@@ -85,7 +85,7 @@ def name_axis(figure: Any, names: Sequence[Any]) -> None:
 
 def score_title(metric: str) -> str:
     """The title of an axis of scores, with its unit."""
-    return f"{metric.capitalize()} (%)" if formats.is_fraction(metric) else f"{metric.capitalize()} (lower is better)"
+    return f"{formats.name(metric)} {'(%)' if formats.is_fraction(metric) else '(lower is better)'}"
 
 
 def score_axis(metric: str, shown: Sequence[float]) -> dict[str, Any]:

@@ -4,6 +4,19 @@ from __future__ import annotations
 
 MISSING = "–"
 
+_NAMES = {"n": "Examples", "auc": "AUC", "rmse": "RMSE", "mae": "MAE", "r2": "R²"}
+
+
+def name(metric: str) -> str:
+    """What a table calls it: ``Accuracy``, ``Micro F1``, ``RMSE``."""
+    return _NAMES.get(metric) or metric.capitalize().replace("_", " ").replace("f1", "F1")
+
+
+def inside(metric: str) -> str:
+    """The same within a sentence: ``accuracy``, ``micro F1``, ``RMSE``."""
+    text = name(metric)
+    return text[0].lower() + text[1:] if text[1:2].islower() else text
+
 
 def score(value: float | None, metric: str) -> str:
     """An accuracy or an F1 as percent (``0.8391`` → ``83.9 %``), any other metric as a plain number (``24.2``)."""

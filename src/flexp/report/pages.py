@@ -90,7 +90,15 @@ def _html(package: str) -> Environment:
     places = ChoiceLoader([PackageLoader(place) for place in dict.fromkeys((package, "flexp.report"))])
     made = _environment(places, autoescape=True)
     made.filters |= {"unbroken": _unbroken, "drawn": _drawn, "facts": _facts, "pretty": _pretty}
-    shown = (formats.change, formats.count, formats.cut, formats.is_fraction, formats.plural, formats.score)
+    shown = (
+        formats.change,
+        formats.count,
+        formats.cut,
+        formats.inside,
+        formats.is_fraction,
+        formats.plural,
+        formats.score,
+    )
     made.filters |= {function.__name__: function for function in (*shown, formats.seconds, formats.size)}
     return made
 

@@ -96,7 +96,8 @@ class Progress:
         for key, label in (("personal", "own test data"), ("global", "everybody's"), ("validation", "validation")):
             mean, worst = scores.get(f"{key}_mean"), scores.get(f"{key}_worst")
             if mean is not None:
-                text = f"{label} {formats.score(mean, self.metric)}"
+                what = "" if formats.is_fraction(self.metric) else f"{formats.inside(self.metric)} "
+                text = f"{label} {what}{formats.score(mean, self.metric)}"
                 if worst is not None:
                     text += f" (worst {formats.score(worst, self.metric)})"
                 parts.append(text)

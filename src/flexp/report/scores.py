@@ -12,7 +12,6 @@ from flexp.report.tables import Table
 TABLES = ("f1_by_class", "confusion")
 """Entries of a record's scores that are no figures."""
 _COUNTS = ("n", "questions", "tokens")
-_NAMES = {"n": "Examples", "auc": "AUC", "rmse": "RMSE", "mae": "MAE", "r2": "R²"}
 
 
 def score_tables(found: Mapping[str, Mapping[str, Any]], metric: str, who: str, what: str) -> list[Table]:
@@ -26,7 +25,7 @@ def score_tables(found: Mapping[str, Mapping[str, Any]], metric: str, who: str, 
     keys = [key for key in _united(found.values()) if key not in (*TABLES, metric)]
     order = [*(["n"] if "n" in keys else []), metric, *(key for key in keys if key != "n")]
     rows = [[name, *(_shown(key, scores.get(key), metric) for key in order)] for name, scores in found.items()]
-    titles = [_NAMES.get(key, key.replace("_", " ").capitalize()) for key in order]
+    titles = [formats.name(key) for key in order]
     tables = [Table("scores", "Scores", f"Of each task's scores, {what}.", [who, *titles], rows)]
     by_class = {name: scores["f1_by_class"] for name, scores in found.items() if scores.get("f1_by_class")}
     classes = list(_united(by_class.values()))

@@ -105,7 +105,7 @@ def clients(summary: Mapping[str, Any]) -> Table:
             ]
         )
     unit = "in points" if formats.is_fraction(metric) else "of the score"
-    name, everybody = metric.capitalize(), summary.get("test_examples")
+    name, everybody = formats.name(metric), summary.get("test_examples")
     titles = [f"{name}, own test data", f"{name}, everybody's"]
     if compared:
         titles = [titles[0], "Majority, own", titles[1], "Majority, everybody's"]
@@ -132,7 +132,7 @@ def clients(summary: Mapping[str, Any]) -> Table:
 def client_table(summary: Mapping[str, Any]) -> RichTable:
     """The same for the terminal, where the traffic of both directions is one column."""
     metric = str(summary["metric"])
-    unit = f"{metric.capitalize()} %" if formats.is_fraction(metric) else metric.capitalize()
+    unit = f"{formats.name(metric)} %" if formats.is_fraction(metric) else formats.name(metric)
     made = clients(summary)
     traffic = [{"both": _traffic(client)} for client in summary["clients"]]
     totals = [*(client["both"] for client in traffic), *(_over(how, traffic, "both") for how in (_mean, max))]
@@ -143,7 +143,7 @@ def client_table(summary: Mapping[str, Any]) -> RichTable:
     made = replace(
         made,
         rows=rows,
-        title=f"{summary['name']}: {metric} before → after training, on test data",
+        title=f"{summary['name']}: {formats.inside(metric)} before → after training, on test data",
         caption="" if summary["finished"] else "This run is not finished.",
     )
     beside = ["Major-\nity"] if _has_majority(summary) else []

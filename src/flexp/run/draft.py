@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,9 @@ MODELS = dict.fromkeys(_ENCODER, "asset:minilm-l6") | {"causal-lm": "asset:smoll
 CLIENTS = 4
 """Into so many clients data without owners are divided."""
 
+MOST, LEAST = 8, 8
+"""Clients that a first run has at most, and rows that each has at least, where there are such."""
+
 _LENGTHS = (32, 64, 128, 256, 512, 1024, 2048)
 _STEPS, _BATCH = 50, 8
 _TESTS = 200
@@ -43,6 +47,7 @@ _MEANING = {
     "data.clients.by": "whose a row is: a column, a file or folder, or a partitioner such as iid or dirichlet",
     "data.clients.cut": "a client keeps the embeddings and block 0, the server runs the rest; flexp plan finds others",
     "train.rounds": "turns of every client",
+    "data.clients.names": "those with most rows, for a first look in minutes; without it all of them",
     "data.train_examples": "of each client's at most, for a first look in minutes; without it all of them",
     "data.test_examples": "of each client's at most",
     "train.steps_per_round": "about once through a client's examples",
@@ -104,8 +109,10 @@ def drafted(survey: Survey, draft: Draft, model: str, clients: str | None, out: 
     if not TASKS[draft.task].images:
         tokens = max(lengths, default=0) / 3  # a token has three or four letters in most languages
         data["max_length"] = next((length for length in _LENGTHS if tokens + 8 <= length), _LENGTHS[-1])
+    named = _named(survey, clients)
     count = max(1, _count(survey, clients))
-    own = math.ceil(survey.rows * (1.0 if survey.tests else 0.7) / count)
+    rows = sum(named.values()) / len(named) if any(named.values()) else survey.rows / count
+    own = math.ceil(rows * (1.0 if survey.tests else 0.7))
     if not survey.tests:
         data["test_fraction"] = 0.3
     if own > _STEPS * _BATCH:
@@ -115,7 +122,7 @@ def drafted(survey: Survey, draft: Draft, model: str, clients: str | None, out: 
     return {
         "name": Path(survey.source.partition("#")[0].removeprefix("asset:")).stem,
         "model": {"id": model if not Path(model).exists() else _beside(model, out), **pooled},
-        "data": {**data, "clients": {**_clients(clients), "cut": [1]}},
+        "data": {**data, "clients": {**_clients(clients), **({"names": list(named)} if named else {}), "cut": [1]}},
         "train": {
             "rounds": 3,
             "steps_per_round": min(max(math.ceil(own / _BATCH), 1), _STEPS),
@@ -182,7 +189,7 @@ def toml(content: Mapping[str, Any], settings: Sequence[str], facts: Sequence[st
 
 
 def _table(content: Mapping[str, Any], name: str) -> list[str]:
-    lines = [f"[{name}]"] if name else []
+    lines = [f"[{name}]"] if name and any(not isinstance(value, dict) for value in content.values()) else []
     for key, value in content.items():
         if not isinstance(value, dict):
             meaning = _MEANING.get(f"{name}.{key}")
@@ -190,7 +197,7 @@ def _table(content: Mapping[str, Any], name: str) -> list[str]:
     lines += [line for line in _OFFERED.get(name, []) if line.removeprefix("# ").partition(" ")[0] not in content]
     for key, value in content.items():
         if isinstance(value, dict):
-            lines += ["", *_table(value, f"{name}.{key}" if name else key)]
+            lines += [*([""] if lines else []), *_table(value, f"{name}.{key}" if name else key)]
     return lines
 
 
@@ -208,6 +215,17 @@ def _clients(clients: str) -> dict[str, Any]:
     if clients.isdecimal():
         return {"by": "iid", "count": int(clients)}
     return {"by": "column", "column": clients}
+
+
+def _named(survey: Survey, clients: str) -> dict[str, int]:
+    """The clients that a first run takes, with their rows (0: unknown), where all would be too many or have too few."""
+    if clients == "file":
+        return dict.fromkeys(survey.files[:MOST], 0) if len(survey.files) > MOST else {}
+    found = Counter[str]()
+    for name, count in next((c.common for c in survey.columns if c.name == clients and c.kind != "list"), ()):
+        found[name.strip()] += count
+    enough = {name: count for name, count in found.most_common(MOST) if count >= LEAST}
+    return enough if len(enough) < len(found) else {}
 
 
 def _count(survey: Survey, clients: str) -> int:

@@ -17,6 +17,7 @@ from flexp.files import check_free, folder_name, write_json
 from flexp.report.metrics import Follower
 from flexp.report.metrics import read as read_log
 from flexp.run.processes import begin
+from flexp.run.server import OVER
 from flexp.run.settle import Settled
 
 Say = Callable[[str], None]
@@ -154,7 +155,7 @@ class Fleet:
         """From the start to the end.
 
         Raises:
-            FlexpError: somebody fell too often.
+            FlexpError: somebody fell too often, or the server was stopped before the run was over.
         """
         self.start()
         self.say(f"server at {self.address}, {len(self.clients)} clients; their logs are in {self.out}")
@@ -165,6 +166,13 @@ class Fleet:
                 told = self._tell(told)
         finally:
             self.stop()
+        if OVER not in self.server.log.read_text(encoding="utf-8", errors="replace"):
+            self._tell(told)
+            steps = sum(map(len, self._steps.values()))
+            raise FlexpError(
+                f"the server was stopped before the run was over, after {steps} of {self._total} steps; to go on: "
+                f"flexp fleet with --out {self.out}"
+            )
 
     def stop(self, seconds: float = 20.0) -> None:
         """Ask whoever still runs to stop, and wait for it."""
@@ -195,11 +203,14 @@ class Fleet:
         for name, diary in self._diaries.items():
             self._steps[name] |= {record["step"] for record in diary.new() if record["kind"] == "step"}
         steps = sum(map(len, self._steps.values()))
-        total = self.config.train.total_steps * len(self.clients)
-        tenth: int = 10 * steps // max(1, total)
+        tenth: int = 10 * steps // max(1, self._total)
         if tenth > told:
-            self.say(f"step {steps}/{total}")
+            self.say(f"step {steps}/{self._total}")
         return max(told, tenth)
+
+    @property
+    def _total(self) -> int:
+        return self.config.train.total_steps * len(self.clients)
 
     def _write_config(self, deployment: dict[str, Any]) -> None:
         """The run's configuration with the table ``[deployment]``, for all processes."""

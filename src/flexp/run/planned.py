@@ -23,6 +23,7 @@ from flexp.planner.fleet import Choices, Fleet, TaskShape, of_run, parse_fleet
 from flexp.planner.model import ModelCosts
 from flexp.planner.plan import Plan, make_plan
 from flexp.report.formats import cut, size
+from flexp.run.privacy import deep_enough
 
 
 def load_fleet(path: Path, overrides: Iterable[str] = ()) -> Fleet:
@@ -60,7 +61,8 @@ def with_cuts(config: RunConfig, federation: Federation, blocks: int) -> tuple[R
         return _written(config, names, chosen), [f"cuts of {path.name}: {_told(names, chosen)}"], read_json(path)
     if clients.cut != "auto":
         return config, [], None
-    made = auto_plan(config, federation)
+    least = deep_enough(config, federation, blocks)
+    made = auto_plan(config, federation, least)
     chosen_now = [made.choice(name) for name in names]
     if any(own.profile is not None for own in clients.every(names).values()):
         where = "data.clients.profile"
@@ -69,26 +71,31 @@ def with_cuts(config: RunConfig, federation: Federation, blocks: int) -> tuple[R
     else:
         here = made.fleet.devices[0].profile
         where = f"{here.memory_from}, {size(here.memory_bytes)}; speed and network are a laptop's, not measured"
-    note = f"cuts planned from {where}: {_told(names, chosen_now)}"
-    return _written(config, names, chosen_now), [note], document(made)
+    notes = [f"cuts planned from {where}: {_told(names, chosen_now)}"]
+    if config.privacy.max_content_words is not None:
+        notes.append(f"s of at least {least}, so that public texts keep privacy.max_content_words")
+    return _written(config, names, chosen_now), notes, document(made)
 
 
-def auto_plan(config: RunConfig, federation: Federation) -> Plan:
-    """What ``cut = "auto"`` plans for the run's clients on the devices of :func:`auto_fleet`.
+def auto_plan(config: RunConfig, federation: Federation, least: int = 1) -> Plan:
+    """What ``cut = "auto"`` plans for the run's clients on the devices of :func:`auto_fleet`, with s of ``least`` or
+    more.
 
     Raises:
         InfeasibleError: a device lacks something.
         ConfigError: see :func:`auto_fleet`.
     """
-    shape, choices = _task(config, federation)
+    shape, choices = _task(config, federation, least)
     server = of_run(config.devices if config.on_devices else None, {}, shape, choices).server
     costs = ModelCosts(str(resolve(config.model.id)), shape, choices, server)
     # Counting takes memory that stays: it is done before this machine's is measured.
     costs.block_bytes(config.model.lora.rank if config.model.tuning == "lora" else None)
-    return make_plan(auto_fleet(config, federation), costs)
+    return make_plan(auto_fleet(config, federation, least=least), costs)
 
 
-def auto_fleet(config: RunConfig, federation: Federation, classes: Mapping[str, str] | None = None) -> Fleet:
+def auto_fleet(
+    config: RunConfig, federation: Federation, classes: Mapping[str, str] | None = None, least: int = 1
+) -> Fleet:
     """The run's clients, each on the device of its profile, else of its class, else on this machine.
 
     Args:
@@ -110,7 +117,7 @@ def auto_fleet(config: RunConfig, federation: Federation, classes: Mapping[str, 
             else:
                 known[key] = Profile.from_class(key, config.devices.classes) if key else this_machine()
         profiles[name] = known[key]
-    return of_run(config.devices if classes else None, profiles, *_task(config, federation))
+    return of_run(config.devices if classes else None, profiles, *_task(config, federation, least))
 
 
 def _client_profile(path: Path) -> Profile:
@@ -142,7 +149,7 @@ def _anew(config: RunConfig, federation: Federation) -> float:
     return sum(first) / max(1, total * len(first))
 
 
-def _task(config: RunConfig, federation: Federation) -> tuple[TaskShape, Choices]:
+def _task(config: RunConfig, federation: Federation, least: int) -> tuple[TaskShape, Choices]:
     """What the run trains, as far as it costs, and what may be chosen for it."""
     task, model, method = federation.task, config.model, config.method
     longest = max(
@@ -172,7 +179,7 @@ def _task(config: RunConfig, federation: Federation) -> tuple[TaskShape, Choices
     if micro is None and (not own or config.train.in_flight > 1):
         micro = config.train.batch_size  # several under way hold together what one of them all would
     again = [True] if model.gradient_checkpointing else [False, True] if own else [False]
-    least = max(1, model.base_depth or 0, frozen)
+    least = max(least, model.base_depth or 0, frozen)
     choices = Choices(
         starts=None if least == 1 else list(range(least, 10_000)),
         micro_batches=None if micro is None else [micro],

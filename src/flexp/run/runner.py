@@ -211,6 +211,7 @@ class _Run:
                 if self.first_round == 0:
                     self._evaluate(0)
                     if self.world.meets.first:
+                        progress.note("clients meet: one classifier of everybody's sums, before the first step")
                         self.method.meet(FIRST)
                 for number in range(max(1, self.first_round), self.config.train.rounds + 1):
                     if self._ended():
@@ -247,6 +248,7 @@ class _Run:
             self.method.train_round(number, lambda step: self.diary.step(number, step))
         self.progress.passed(number, self.config.train.rounds)
         if number == self.config.train.rounds and self.world.meets.last:
+            self.progress.note("clients meet: a classifier for each, after the last step")
             self._tell(self.method.meet(LAST))
         if number in self.scoring:
             self._evaluate(number)

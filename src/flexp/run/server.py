@@ -28,6 +28,8 @@ from flexp.server.rules import Quota
 from flexp.signals import stopped_by_signal
 
 Say = Callable[[str], None]
+OVER = "the run is over"
+"""What a server says of the run that it conducted to its end."""
 
 
 def read_config(path: Path | None, overrides: Sequence[str]) -> tuple[RunConfig, DeploymentConfig]:
@@ -164,7 +166,7 @@ def run_server(
         say(f"serving blocks [{server.blocks[0]}, {server.blocks[1]}) at {serving.address}")
         _wait(server, serving, conductor, stopped, say, every)
         over = conductor is not None and conductor.finished
-        say("the run is over" if over else "stopping")
+        say(OVER if over else "stopping")
         if conductor is not None and dismiss and not conductor.over:
             serving.at_rest(server.dismiss)
             end = time.monotonic() + grace
@@ -196,7 +198,7 @@ def _wait(
             if not server.allow_export:
                 return
             if not stays:
-                say("the run is over; staying for clients that export or use their models, until Ctrl-C")
+                say(f"{OVER}; staying for clients that export or use their models, until Ctrl-C")
             stays = True
         now = (server.updates, serving.clients)
         if now != told and time.monotonic() - since >= every:

@@ -19,8 +19,6 @@ import transformers
 from flexp.assets import resolve
 from flexp.client.meeting import closed_form_of
 from flexp.client.model import SplitModel
-from flexp.client.noise import ledger, told
-from flexp.client.random_labels import RandomLabels
 from flexp.client.trainer import Trainer
 from flexp.config import CodecConfig, DataConfig, RunConfig
 from flexp.data import load_federation, pad_id
@@ -32,7 +30,7 @@ from flexp.files import read_json
 from flexp.kinds import KINDS, ModelKind
 from flexp.links.base import Link
 from flexp.machine import device_of, imitates_bfloat16
-from flexp.methods.base import World, base_depth, method_of
+from flexp.methods.base import World, method_of
 from flexp.methods.parties import own_config, own_trainer, split_model, tune_own
 from flexp.models.anatomy import Part, block_count, check_cut
 from flexp.models.batches import max_positions
@@ -41,6 +39,7 @@ from flexp.models.loading import load_config, load_stage
 from flexp.models.stage import Stage
 from flexp.run.folder import JOINED, JOINED_SCHEMA, is_joined
 from flexp.run.planned import with_cuts
+from flexp.run.privacy import base_notes, privacy_notes, within_label_bound
 
 Federate = Callable[[DataConfig, Any, int, int | None, Sequence[str]], Federation]
 
@@ -135,7 +134,8 @@ def settle(config: RunConfig, federate: Federate = load_federation, *, plan: boo
     if plan and config.data.clients.planned:  # before anything is loaded
         config, more, planned = with_cuts(config, federation, blocks)
         notes += more
-    notes += _privacy_notes(config, federation, int(model_config.get_text_config().hidden_size))
+    config = within_label_bound(config, federation)
+    notes += privacy_notes(config, federation, int(model_config.get_text_config().hidden_size))
     federation = replace(federation, notes=[*federation.notes, *notes])
     return Settled(config, federation, model_id, blocks, own_pad(federation.task.model_kind, processor), planned)
 
@@ -150,7 +150,7 @@ def build_world(config: RunConfig, federate: Federate = load_federation) -> Worl
     source = found.load()
     found = replace(found, blocks=source.anatomy.blocks)
     cuts = method_of(found.config).cuts(found.config, found.cuts, found.blocks)
-    notes = [*found.federation.notes, *_base_notes(found.config, cuts)]
+    notes = [*found.federation.notes, *base_notes(found.config, cuts)]
     return World(found.config, replace(found.federation, notes=notes), source, cuts, plan=found.plan)
 
 
@@ -329,39 +329,6 @@ def _meeting_notes(config: RunConfig) -> list[str]:
     if asked and why:
         return [f"clients do not meet: {why}, so model.head and method.meet are left out"]
     return []
-
-
-def _privacy_notes(config: RunConfig, federation: Federation, hidden: int) -> list[str]:
-    labels, notes = config.privacy.label_epsilon, []
-    if config.privacy.noise:
-        notes.append(f"privacy.noise = {config.privacy.noise:g}: {told(ledger(config, federation, hidden))}")
-    if labels is not None:
-        kind = federation.task.model_kind
-        if KINDS[kind].answers != "class":
-            raise ConfigError(f"privacy.label_epsilon is for one class of an example, and the task is {kind}")
-        classes = len(federation.task.label_names or ())
-        kept = RandomLabels(labels, classes, 0).kept
-        notes.append(
-            f"privacy.label_epsilon = {labels:g}: training knows {100 * kept:.0f} % of its labels as they are, the "
-            f"others as another of {classes}; that is ε = {labels:g} for each label, over the whole run"
-            + ("" if config.method.meet.on else ". With method.meet the last classifier is made of the labels as they "
-               "are, on the device")
-        )  # fmt: skip
-    return notes
-
-
-def _base_notes(config: RunConfig, cuts: Mapping[str, tuple[int, int]]) -> list[str]:
-    align, method = config.method.align, method_of(config)
-    if not method.aligns or not (align.has_term or align.teach) or not cuts:
-        return []
-    base = base_depth(config, cuts)
-    deeper = sum(start > base for start, _ in cuts.values())
-    if not deeper:
-        return []
-    return [
-        f"alignment sends z_base, the activation of depth {base}, of {deeper} clients with deeper cuts, from which the "
-        "server reads their texts as from a shallow cut; method.align.kind = 'off' sends none"
-    ]
 
 
 def _precision_notes(config: RunConfig) -> list[str]:

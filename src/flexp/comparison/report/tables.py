@@ -75,7 +75,7 @@ def terminal_table(comparison: Mapping[str, Any]) -> RichTable:
         middle = formats.score(None if beside.worst is None else beside.worst.mean, metric)
         shown = [MAJORITY, score(beside.personal, metric), middle, score(beside.everybody, metric)]
         rows.append(shown + [""] * (len(rows[0]) - len(shown)))
-    title = f"{comparison['name']}: {metric} after the last round, on test data"
+    title = f"{comparison['name']}: {formats.inside(metric)} after the last round, on test data"
     unit = " %" if formats.is_fraction(metric) else ""
     headers = ["Method", f"Own\ndata{unit}", f"Worst\ndecile{unit}", f"Every-\nbody's{unit}", "Lead", "Up and\ndown"]
     headers += ["Peak\nmemory", *(["Virtual\ntime"] if clock else [])]
@@ -166,7 +166,7 @@ def _scores(comparison: Mapping[str, Any], found: list[Result]) -> Table:
             "scored with what they have all the same; without any client there is no score. "
             + " ".join(dropped_lines(found))
         )
-    name = metric.capitalize()
+    name = formats.name(metric)
     headers = ["Method", f"{name}, own data", "Worst decile", f"{name}, everybody's", "Loss, own data"]
     headers += ["Best round, own data", _lead_header(comparison)]
     return Table("scores", "Scores", caption, headers, rows, _references(found))
@@ -230,7 +230,7 @@ def _view(comparison: Mapping[str, Any], axis: views.Axis) -> Table | None:
         f"Own test data after the last evaluated round within what {comparison['reference']} spent: {shown} {measure} "
         "(each seed has its own budget). Round 0 is before training."
     )
-    headers = ["Method", f"{metric.capitalize()}, own data", "After round", _lead_header(comparison)]
+    headers = ["Method", f"{formats.name(metric)}, own data", "After round", _lead_header(comparison)]
     return Table(f"equal-{axis}", f"At equal {axis}", caption, headers, rows, _references(found))
 
 

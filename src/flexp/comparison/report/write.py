@@ -122,7 +122,7 @@ def _cards(comparison: Mapping[str, Any], found: Sequence[Result]) -> Iterator[t
         return
     sign = 1.0 if comparison["higher_is_better"] else -1.0
     others = [(sign * other.personal.mean, other) for other in found if not other.is_reference and other.personal]
-    yield reference.name, score(reference.personal, metric, seeds), f"{metric.capitalize()}, own test data"
+    yield reference.name, score(reference.personal, metric, seeds), f"{formats.name(metric)}, own test data"
     if others:
         best = max(others, key=lambda pair: pair[0])[1]
         detail = lead(reference.name, best.difference, metric, seeds)
