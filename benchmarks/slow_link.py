@@ -6,7 +6,11 @@ and 20 Mbit/s, with a model of 2 blocks on one core: 5.5. A token is 4 messages 
 after the other, and 0.3 ms each way in int8, both ways at once; the computing of 0.3–0.4 ms is the same.
 
 The first ``timed`` steps are over the network. The rest, which make the loss one that means something, are over the
-links without it: it changes no number.
+links without it: it changes no number. With ``frozen`` the faster run leaves its block as it came and both have been
+through all examples once before (without the network), so that it says their numbers alone.
+
+``hidden`` emulates a wider model: a message of H = 384 over a network slower by 384 ÷ ``hidden`` takes as long as one
+of that width. Computing stays that of the small model.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ import torch
 import typer
 
 from benchmarks.tools.command import Data, Encoder, Examples, Length, Result, Tests, Threads, Tuning, say
-from benchmarks.tools.one_client import OneClient, check_codec, one_client_world, without_dropout
+from benchmarks.tools.one_client import OneClient, check_codec, frozen_head, one_client_world, without_dropout
 from flexp.config import CodecConfig
 from flexp.links.base import Link
 from flexp.links.emulated import EmulatedLink, Network
@@ -36,6 +40,10 @@ def measure(
     in_flight: Annotated[int, typer.Option(min=1, help="Exchanges under way, of the faster run.")] = 4,
     timed: Annotated[int, typer.Option(min=4, help="Steps over the network, which are timed.")] = 20,
     steps: Annotated[int, typer.Option(min=4, help="Steps in all; those that remain are not over the network.")] = 120,
+    frozen: Annotated[
+        bool, typer.Option("--frozen", help="The faster run's block stays as it came; all examples have been sent.")
+    ] = False,
+    hidden: Annotated[int | None, typer.Option(min=1, help="As if activations were so wide.")] = None,
     batch_size: Examples = 32,
     max_length: Length = 64,
     test_examples: Tests = 512,
@@ -45,11 +53,11 @@ def measure(
     """Steps with a codec and several exchanges under way ÷ plain float32 ones, on a slow network that is emulated."""
     fast = CodecConfig.all(check_codec(codec))
     torch.set_num_threads(threads)
-    bps = 1e6 * bandwidth
+    bps = 1e6 * bandwidth * (384 / hidden if hidden else 1.0)
     network = Network(latency_s=round_trip / 2e3, jitter_s=jitter / 1e3, uplink_bps=bps, downlink_bps=bps)
     with without_dropout(model, blocks) as (folder, count):
         world = one_client_world(
-            folder, data, blocks=count, steps=steps, batch_size=batch_size, max_length=max_length,
+            folder, data, blocks=count, steps=timed if frozen else steps, batch_size=batch_size, max_length=max_length,
             test_examples=test_examples, tuning=tuning, lr=5e-4, new_lr=2e-3,
         )  # fmt: skip
         inner: list[Link] = []
@@ -58,7 +66,14 @@ def measure(
             inner.append(link)
             return EmulatedLink(link, network)
 
-        runs = [OneClient(world, CodecConfig.all("fp32"), 1, wrap), OneClient(world, fast, in_flight, wrap)]
+        faster = frozen_head(world, 2) if frozen else world
+        runs = [OneClient(world, CodecConfig.all("fp32"), 1, wrap), OneClient(faster, fast, in_flight, wrap)]
+        if frozen:
+            for run, link in zip(runs, inner, strict=True):
+                with run.over(link):
+                    for _ in range(timed):
+                        run.step()
+        before = [run.bytes() for run in runs]
         seconds: list[list[float]] = [[], []]
         for number in range(min(timed, steps)):
             for index in (0, 1) if number % 2 else (1, 0):
@@ -66,7 +81,7 @@ def measure(
                 loss = runs[index].step()
                 seconds[index].append(time.perf_counter() - began)
             say(f"step {number + 1}: {seconds[0][-1]:.2f} and {seconds[1][-1]:.2f} s, loss {loss:.3f}")
-        sizes = [run.bytes() / min(timed, steps) for run in runs]
+        sizes = [(run.bytes() - had) / min(timed, steps) for run, had in zip(runs, before, strict=True)]
         scores = []
         for run, link in zip(runs, inner, strict=True):
             with run.over(link):
@@ -79,7 +94,8 @@ def measure(
     change = scores[1]["loss"] - scores[0]["loss"]
     facts = {
         "model": model, "blocks": count, "network": vars(network) | {"round_trip_s": 2 * network.latency_s},
-        "codec": codec, "in_flight": in_flight, "batch_size": batch_size, "tuning": tuning, "steps": steps,
+        "codec": codec, "in_flight": in_flight, "frozen": frozen, "hidden": hidden, "batch_size": batch_size,
+        "tuning": tuning, "steps": steps,
         "timed": timed, "ratio": middle, "ratio_quartiles": [low, high],
         "total_ratio": sum(seconds[0]) / sum(seconds[1]), "plain_seconds": plain_s, "fast_seconds": fast_s,
         "plain_bytes": sizes[0], "fast_bytes": sizes[1], "plain_loss": scores[0]["loss"],

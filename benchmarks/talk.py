@@ -22,7 +22,7 @@ import transformers
 import typer
 
 from benchmarks.tools.command import Result, Threads, say
-from benchmarks.tools.one_client import OneClient, one_client_world, without_dropout
+from benchmarks.tools.one_client import OneClient, frozen_head, one_client_world, without_dropout
 from flexp.client.exchange import Piece
 from flexp.client.model import SplitModelForCausalLM
 from flexp.config import CodecConfig, OptimizerConfig
@@ -133,21 +133,11 @@ def frozen(epochs: int, codec: CodecConfig) -> tuple[float, float, int, float]:
         world = one_client_world(
             folder, "asset:sentiment", blocks=blocks, steps=12, batch_size=8, max_length=32, test_examples=256
         )
-        run = OneClient(_frozen(world, epochs), codec, wrap=lambda link: Plainly(link, 384))
+        run = OneClient(frozen_head(world, epochs), codec, wrap=lambda link: Plainly(link, 384))
         for _ in range(12 * epochs):
             run.step()
         link: Any = run.model.link
         return link.bytes, run.bytes(), 12 * epochs, run.scores()["loss"]
-
-
-def _frozen(world: World, epochs: int) -> World:
-    method = world.config.method.model_copy(
-        update={"personal": world.config.method.personal.model_copy(update={"frozen_head_blocks": 1})}
-    )
-    link = world.config.link.model_copy(update={"cache": "memory"})
-    train = world.config.train.model_copy(update={"rounds": epochs})  # so that the rate falls over all of them
-    config = world.config.model_copy(update={"method": method, "link": link, "train": train})
-    return World(config, world.federation, world.source, world.cuts)
 
 
 def measure(

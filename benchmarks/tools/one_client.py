@@ -83,6 +83,17 @@ def one_client_world(
     return build_world(config)
 
 
+def frozen_head(world: World, epochs: int) -> World:
+    """The same client with block 0 as it came, whose z crosses once (``link.cache``), over so many epochs."""
+    method = world.config.method.model_copy(
+        update={"personal": world.config.method.personal.model_copy(update={"frozen_head_blocks": 1})}
+    )
+    link = world.config.link.model_copy(update={"cache": "memory"})
+    train = world.config.train.model_copy(update={"rounds": epochs})  # so that the rate falls over all of them
+    config = world.config.model_copy(update={"method": method, "link": link, "train": train})
+    return World(config, world.federation, world.source, world.cuts)
+
+
 class OneClient:
     """A run of its own on a world, from the pretrained weights.
 

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from flexp.client.recut import ParkedInMemory, fit, move_party, recut
 from flexp.client.trainer import Trainer, cut_in, load_party, party_state
-from flexp.config import AlignConfig, OptimizerConfig, TrainConfig
+from flexp.config import AlignConfig, CodecConfig, OptimizerConfig, TrainConfig
 from flexp.data.types import ClientData
 from flexp.links.base import Link
-from flexp.links.messages import Leave
+from flexp.links.messages import Leave, PullReply
 from flexp.links.opening import loopback
 from flexp.optim import Updater
 from tests.client.test_recut import Words, blocks_of, model_of
-from tests.harness import World, copied, equal, shared_weights, world
+from tests.harness import RecordingLink, World, copied, equal, shared_weights, world
 
 SGD = OptimizerConfig(name="sgd", lr=0.05, momentum=0.9, clip=None)
 ADAMW = OptimizerConfig(name="adamw", lr=1e-3, clip=None)
@@ -221,3 +221,19 @@ def test_a_loop_that_knows_nothing_of_flexp_pulls_when_its_next_step_begins(ever
 def test_who_follows_must_teach_and_pull(settings: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match='follow needs kind = "weights" and teach = true'):
         AlignConfig(follow=True, **settings)
+
+
+@pytest.mark.parametrize("codec", [CodecConfig(), CodecConfig(weights="bf16")])
+def test_what_it_has_does_not_come_again_and_what_comes_is_coded(codec: CodecConfig) -> None:
+    here = world("llama")
+    model = here.client("a", (3, 4), follow(), codec=codec)
+    link = model.link = RecordingLink(model.link)
+    model.take_over()  # what it holds is what nobody has trained yet
+    here.server.shared.updater.parameters["model.layers.1.mlp.up_proj.weight"].data.add_(0.3)
+    model.take_over()
+    nothing, one = (list(reply.weights) for reply in link.sent(PullReply))
+    assert (nothing, one) == ([], ["model.layers.1.mlp.up_proj.weight"])
+    own = model.personal_state()[one[0]]
+    theirs = shared_weights(here.server)[one[0]]
+    assert torch.equal(own, theirs if codec.exact else theirs.bfloat16().float())
+    assert link.meter.training.bytes_down == own.nbytes // (1 if codec.exact else 2)

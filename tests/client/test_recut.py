@@ -226,6 +226,8 @@ def test_what_is_parked_of_another_run_or_tuning_or_damaged_is_not_used(tmp_path
 
 def test_a_server_of_another_model_size_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     here = world("llama", optimizer=ADAMW)
+    for value in here.server.shared.updater.parameters.values():
+        value.data.mul_(2)  # or nothing would come: the client has what nobody has trained
     trainer = client(here, (1, 4), ADAMW)
     link = model_of(trainer).link
     call = link.call

@@ -100,13 +100,15 @@ def test_over_a_network_the_servers_half_is_not_taken_for_granted(tmp_path: Path
     here = federation("bert")
     with loopback(here.server, "a") as link:
         model = here.client("a", (2, 3), link=link)
-        made = trainer(model, here, tmp_path, max_steps=1, save_strategy="steps")
+        made = trainer(model, here, tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
         made.train()
-        assert "checkpoint-1 holds this client's half alone" in caplog.text
+        assert "checkpoint-1 and all that follow hold this client's half alone" in caplog.text
+        assert caplog.text.count("this client's half") == 1
         with pytest.raises(ConfigError, match="the server's is over a network and went on"):
-            trainer(model, here, tmp_path, max_steps=2).train(resume_from_checkpoint=True)
+            trainer(model, here, tmp_path, max_steps=3).train(resume_from_checkpoint=True)
         with pytest.raises(ConfigError, match="load_best_model_at_end = True would set back this client's half alone"):
             trainer(model, here, tmp_path, load_best_model_at_end=True, eval_strategy="steps", save_strategy="steps")
+    assert here.server.shared.version == 2  # nothing was trained by those
 
 
 def test_the_callback_is_there_by_itself_and_leaves_whole_models_alone(tmp_path: Path) -> None:

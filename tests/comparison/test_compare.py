@@ -281,6 +281,26 @@ def test_places_that_are_taken(home: Path, ended: list[Cell]) -> None:
     assert compare(wanted, home / "out", 1).done == 1
 
 
+def test_data_that_change_meanwhile_make_no_cell(
+    home: Path, ended: list[Cell], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = comparison(home, {"methods": ["pretrained"], "seeds": 1, "tune": False}, train={"rounds": 1})
+    run, rows = runner.run, home / "rows.jsonl"
+    before = rows.read_text(encoding="utf-8")
+
+    def changing(*args: Any, **settings: Any) -> Any:
+        rows.write_text(before + before.splitlines()[0] + "\n", encoding="utf-8")
+        return run(*args, **settings)
+
+    monkeypatch.setattr(runner, "run", changing)
+    outcome = compare(wanted, home / "out", 1)
+    assert "data or model were changed meanwhile; put them back" in outcome.failures[0]
+    monkeypatch.setattr(runner, "run", run)
+    rows.write_text(before, encoding="utf-8")
+    outcome = compare(wanted, home / "out", 1)
+    assert (outcome.failures, outcome.done, outcome.kept) == ([], 1, 0)
+
+
 def test_cells_of_other_data_or_weights_do_not_stand_beside_each_other(home: Path, ended: list[Cell]) -> None:
     """A row that is appended, a label that is mended far from what the first seed draws, a model that is saved anew."""
     wanted = comparison(home, {"methods": ["pretrained"], "seeds": 1, "tune": False}, train={"rounds": 1})

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from flexp.errors import ConfigError, LinkError, StorageError
+from flexp.errors import ConfigError, LinkError, LinkLostError, StorageError
 from flexp.export import remote as exporting
 from flexp.export.folder import Form, export
 from flexp.export.opening import open_trained
@@ -187,6 +187,36 @@ def test_blocks_of_two_versions_are_never_mixed(here: Remote, tmp_path: Path) ->
     with pytest.raises(LinkError, match=r"updated each of the 3 times .* export when the run rests"):
         export(open_trained(here.state, connect=Disturbed(here, 3)), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["once"]
+
+
+def test_who_is_cut_off_goes_on_with_what_is_missing(
+    here: Remote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flexp.client.recut.MOST", 1)  # each tensor alone
+    links: list[Link] = []
+
+    def reach(name: str) -> Any:
+        link = here.reach(name)
+        links.append(link)
+        plain, left = link.call, [5]
+
+        def call(request: Any) -> Any:
+            left[0] -= isinstance(request, FetchRequest)
+            if not left[0]:
+                raise LinkLostError("the cable")
+            return plain(request)
+
+        link.call = call  # type: ignore[method-assign]
+        return link
+
+    export(open_trained(here.state, connect=reach), tmp_path / "out")
+    assert torch.equal(answer(load("llama", tmp_path / "out"), here.batch()), here.expected())
+    shared = here.server.shared
+    blocks = [
+        value.nbytes for name, value in shared.updater.parameters.items() if shared.stage.block_of(name) in (1, 2)
+    ]
+    assert len(links) > 3
+    assert sum(link.meter.evaluation.bytes_down for link in links) == sum(blocks)  # each tensor once
 
 
 def test_a_server_without_its_state_is_noticed(here: Remote, tmp_path: Path) -> None:

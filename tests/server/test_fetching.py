@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from flexp.client.recut import fetched
 from flexp.errors import LinkError
 from flexp.links.messages import FetchRequest
-from tests.harness import copied, equal, world
+from flexp.models.fingerprint import tensor_fingerprint
+from tests.harness import RecordingLink, copied, equal, world
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora", "frozen"])
@@ -50,3 +52,24 @@ def test_only_with_permission_and_only_the_clients_blocks() -> None:
         with pytest.raises(LinkError, match=rf"client a: block {block} .* expected one of the shared blocks \[1, 4\)"):
             here.server.answer("a", FetchRequest(block))
     assert not here.server.answer("a", FetchRequest(2, 10**6)).weights
+
+
+def test_what_a_client_has_does_not_come_again() -> None:
+    """Of one of the block's tensors it has the bits, of one others; what it has not comes."""
+    here = world("llama", allow_export=True)
+    here.join("a", (2, 4))
+    whole = here.server.answer("a", FetchRequest(2)).weights
+    first, second, *_ = sorted(whole)
+    held = {first: whole[first].clone(), second: whole[second] + 1}
+    known = {name: tensor_fingerprint(value) for name, value in held.items()}
+    reply = here.server.answer("a", FetchRequest(2, known=known))
+    assert (reply.same, reply.total) == ((first,), len(whole))
+    assert equal(reply.weights, {name: value for name, value in whole.items() if name != first})
+    link = RecordingLink(here.server.connect("a"))
+    pieces = list(fetched(link, 2, {**held, second: whole[second]}))
+    assert equal({name: value for piece in pieces for name, value in piece.weights.items()}, whole)
+    assert link.meter.evaluation.bytes_down == sum(value.nbytes for value in whole.values()) - sum(
+        whole[name].nbytes for name in (first, second)
+    )
+    for changed in (whole[first].bfloat16(), whole[first][None], -whole[first]):
+        assert tensor_fingerprint(changed) != known[first]

@@ -50,6 +50,7 @@ class TrainerCallback(transformers.TrainerCallback, ExportableState):  # type: i
         self.folder = ""
         self._model: JoinedModel | None = None
         self._done = 0  # steps of the model before the Trainer's step that is under way
+        self._said = False  # that checkpoints have one half
 
     def state(self) -> dict[str, Any]:
         """What the Trainer writes into a checkpoint: which server's half belongs to it, and where it was put."""
@@ -103,8 +104,18 @@ class TrainerCallback(transformers.TrainerCallback, ExportableState):  # type: i
 
     def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """A checkpoint of the client's half was written."""
-        if isinstance(model, JoinedModel):
-            keep(model, _checkpoint(args.output_dir, state.global_step) / FILE, self.mark)
+        if not isinstance(model, JoinedModel):
+            return
+        place = _checkpoint(args.output_dir, state.global_step)
+        if server_behind(model.link) is not None:
+            keep(model, place / FILE, self.mark)
+        elif not self._said:
+            self._said = True
+            log.warning(
+                "%s and all that follow hold this client's half alone: the server's is on the server, so nothing can "
+                "be resumed from them",
+                place,
+            )
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Training is over, and the best checkpoint's client's half loaded, if that was asked for."""
@@ -132,19 +143,13 @@ class TrainerCallback(transformers.TrainerCallback, ExportableState):  # type: i
 
 
 def keep(model: JoinedModel, place: Path, mark: int) -> None:
-    """Write the server's half, and what of the client the Trainer does not know; over a network, say that it cannot.
+    """Write the half of a server in this process, and what of the client the Trainer does not know.
 
     Raises:
         StorageError: the disk is full, or the place cannot be written.
     """
-    server = server_behind(model.link)
-    if server is None:
-        log.warning(
-            "%s holds this client's half alone: the server's is on the server, so nothing can be resumed from it",
-            place.parent,
-        )
-        return
-    me = model.link.client
+    server, me = server_behind(model.link), model.link.client
+    assert server is not None
     tensors = {SERVER + name: value for name, value in server.state(unfinished=True).items()}
     tensors |= model.link.meter.tensors() | save_residuals(model.link.residuals, OWED)
     others = {name: steps for name, steps in server.trained().items() if name != me}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 import torch
@@ -20,7 +20,7 @@ from flexp.links.base import Link, ask
 from flexp.links.messages import Abort, Join, PullRequest, Welcome
 from flexp.models.anatomy import check_cut
 from flexp.models.batches import Pooling, ignores_padding
-from flexp.models.fingerprint import fingerprint
+from flexp.models.fingerprint import fingerprint, tensor_fingerprint
 from flexp.models.stage import Stage
 from flexp.rng import current_turn
 
@@ -151,11 +151,16 @@ class JoinedModel(PersonalModel):
         self.steps.done = self._pulled = steps
 
     def _pull(self, step: int, share: float) -> None:
-        with waiting(self.link, current_turn()):
-            shared = ask(self.link, PullRequest(self.base_depth, self.cut[0], step)).weights
         aligned = range(self.base_depth, self.cut[0])
         personal = {name: value for name, value in self.stage.own().items() if self.stage.block_of(name) in aligned}
-        check_weights(shared, {name: value.shape for name, value in personal.items()}, all_of_them=bool(shared))
+        # Of its own, what it does not train is the server's. (What it trains, it need not know.)
+        held = {name: value for name, value in personal.items() if share == 1.0 and name in self.stage.followed}
+        with waiting(self.link, current_turn()):
+            known = {name: tensor_fingerprint(value) for name, value in held.items()}
+            reply = ask(self.link, PullRequest(self.base_depth, self.cut[0], step, known))
+        check_same(reply.same, held)
+        shared, came = reply.weights, [name for name in personal if name not in reply.same]
+        check_weights(shared, {name: personal[name].shape for name in came}, all_of_them=bool(shared))
         with torch.no_grad():
             for name, value in shared.items():
                 personal[name].lerp_(value.to(personal[name]), share)
@@ -223,6 +228,13 @@ def check_welcome(welcome: Welcome, blocks: int, hidden: int, pinned: int | None
             "would come out of other blocks; start the server with the same --base-depth as before and as "
             "model.base_depth says"
         )
+
+
+def check_same(same: Sequence[str], held: Mapping[str, Tensor]) -> None:
+    """Refuse a server that leaves out what the client did not say it has. Raises LinkError."""
+    odd = sorted(set(same) - held.keys())
+    if odd:
+        raise LinkError(f"the server leaves out the weight {odd[0]}, which it was not told is here")
 
 
 def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, torch.Size], *, all_of_them: bool) -> None:

@@ -17,19 +17,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from flexp.client.exchange import check_finite
+from flexp.client.joined import check_same
 from flexp.client.model import SplitModel
 from flexp.client.trainer import Trainer, cut_in, load_party, split_model_of
 from flexp.errors import ConfigError, LinkError, ModelError
 from flexp.links.base import Link, ask
 from flexp.links.messages import FetchReply, FetchRequest
 from flexp.models.anatomy import Part, check_cut
+from flexp.models.fingerprint import tensor_fingerprint
 from flexp.models.stage import Stage
 
 Blocks = Callable[[Part], Stage]
@@ -115,7 +117,8 @@ def recut(trainer: Trainer, cut: tuple[int, int], blocks: Blocks, parking: Parki
     parked = {block: own for block in mine if (own := _parked(parking, block, wanted_shapes, stage)) is not None}
     try:
         model.rejoin(cut=cut)
-        shared = _current(model, [block for block in arriving if block not in parked], wanted_shapes)
+        pretrained: Mapping[str, Tensor] = {} if fresh is None else fresh.trainable()
+        shared = _current(model, [block for block in arriving if block not in parked], wanted_shapes, pretrained)
     except (LinkError, ConfigError, ModelError):
         with suppress(LinkError):  # lost: whoever makes a new link joins with the old cut
             model.rejoin(cut=before)
@@ -184,22 +187,28 @@ def move_party(trainer: Trainer, state: Mapping[str, Tensor], parking: Parking) 
         else:
             merged |= parked
     new = [name for name in own if PERSONAL + name not in merged]
-    shared = _current(model, missing, shapes)
+    shared = _current(model, missing, shapes, own)
     merged |= {PERSONAL + name: shared.get(name, own[name].detach()) for name in new}
     load_party(trainer, merged)
     return new
 
 
-def fetched(link: Link, block: int) -> Iterator[FetchReply]:
+def fetched(link: Link, block: int, held: Mapping[str, Tensor] | None = None) -> Iterator[FetchReply]:
     """The answers that together hold a block's trained shared weights; while training goes on their versions differ.
+
+    Args:
+        held: tensors that are here: of those that are the server's, nothing crosses but their fingerprints.
 
     Raises:
         LinkError: the server does not give it.
     """
-    names: set[str] = set()
+    held, names = held or {}, set[str]()
+    known = {name: tensor_fingerprint(value) for name, value in held.items()}
     while True:
-        reply = ask(link, FetchRequest(block, len(names), MOST))
+        reply = ask(link, FetchRequest(block, len(names), MOST, known))
         check_fetched(reply, block, MOST)
+        check_same(reply.same, held)
+        reply = replace(reply, weights={**{name: held[name] for name in reply.same}, **reply.weights})
         if len(names) < reply.total and not reply.weights.keys() - names:
             raise LinkError(f"the server gives {len(names)} of the {reply.total} weights of block {block}")
         names |= reply.weights.keys()
@@ -232,8 +241,10 @@ def _of_block(trainer: Trainer, block: int) -> dict[str, Tensor]:
     return kept | {f"{PERSONAL}{name}": value for name, value in own.items()}
 
 
-def _current(model: SplitModel, blocks: Iterable[int], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    """The server's current shared weights of some blocks, as far as they are this client's own.
+def _current(
+    model: SplitModel, blocks: Iterable[int], shapes: Mapping[str, torch.Size], fresh: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The server's current shared weights of some blocks, as far as they are this client's own; ``fresh`` as they came.
 
     Raises:
         LinkError: the server does not give them.
@@ -242,7 +253,8 @@ def _current(model: SplitModel, blocks: Iterable[int], shapes: Mapping[str, torc
     weights: dict[str, Tensor] = {}
     for block in blocks:
         if block >= model.base_depth:
-            for piece in fetched(model.link, block):
+            held = {name: value.detach() for name, value in fresh.items() if model.stage.block_of(name) == block}
+            for piece in fetched(model.link, block, held):
                 weights |= {name: value for name, value in piece.weights.items() if name in shapes}
     odd = [name for name, value in weights.items() if value.shape != shapes[name]]
     if odd:

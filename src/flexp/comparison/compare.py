@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,6 +113,7 @@ def compare(
     if not _is_comparison(out):
         check_free(out, (PLAN, FILE, FOLDER, *PAGES), "a comparison")
     with _alone(out):
+        files = _files(comparison.base)
         asked = {"base": comparison.base.resolved(), "compare": comparison.config.model_dump()}
         write_json(out / PLAN, {**asked, "made_of": _known_data(comparison.base, out)})
         state = _State(comparison, out, watcher, tracks)
@@ -124,6 +126,9 @@ def compare(
                     watcher.began(cell)
                     pool.give(cell)
                 for cell, problem in pool.take():
+                    if problem is None and _files(comparison.base) != files:
+                        shutil.rmtree(out / cell.folder)  # nobody knows which it has read
+                        problem = "the files of data or model were changed meanwhile; put them back, and compare again"
                     state.ended(cell, problem)
         return Outcome(_gather(comparison, out, tracks), state.failures, state.done, state.kept)
 
@@ -153,6 +158,17 @@ def _known_data(base: RunConfig, out: Path) -> dict[str, Any]:
     if then["weights"] != now["weights"]:
         raise DataError(f"{out}: the weights of {base.model.id} are not those of the cells that are there; {mend}")
     return {**known, key: now}
+
+
+def _files(base: RunConfig) -> list[tuple[Path, int, int]]:
+    """The files of data and model on this machine, with sizes and times of their last change."""
+    found = []
+    for source in filter(None, (base.data.source, base.data.test_source, base.model.id)):
+        place = Path(source if Path(source).exists() else source.partition("#")[0]).expanduser()
+        for path in (place, *sorted(place.rglob("*"))):
+            if path.is_file():
+                found.append((path, path.stat().st_size, path.stat().st_mtime_ns))
+    return found
 
 
 def regather(out: Path) -> dict[str, Any]:

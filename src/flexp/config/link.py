@@ -19,6 +19,7 @@ class CodecConfig(Section):
     aligned: CodecName = "off"  # what goes up for alignment: z_base and the inner activations
     activation_down: CodecName | None = None  # h; None: as activation
     gradient_down: CodecName | None = None  # ∂total/∂z and the inner gradients; None: as gradient
+    weights: Literal["off", "bf16", "fp16"] = "off"  # of shared blocks, down
     error_feedback: bool = False  # add to a gradient what rounding took from the earlier ones
 
     @classmethod
@@ -28,7 +29,9 @@ class CodecConfig(Section):
 
     def names(self) -> Iterator[CodecName]:
         """Every codec that is used."""
-        named = (self.activation, self.gradient, self.aligned, self.activation_down, self.gradient_down)
+        named = (
+            self.activation, self.gradient, self.aligned, self.activation_down, self.gradient_down, self.weights
+        )  # fmt: skip
         return (name for name in named if name is not None)
 
     @property

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from flexp.client.recut import fetched
 from flexp.config import CodecConfig
-from flexp.errors import LinkError, ModelError
+from flexp.errors import LinkError, LinkLostError, ModelError
 from flexp.export.adapter import write_adapter
 from flexp.export.client_folder import ClientModel
 from flexp.export.whole import fill, let_go
@@ -77,20 +78,20 @@ class _Export:
     def whole(self, folder: Path, link: Link) -> None:
         """The ends, then every block, each a shard; and their index."""
         stage = self.client.stage(Part(frozenset(), ends=True))
-        fetched = Fetched(link, self.client, stage)
-        shards = _Shards(folder)
-        shards.write(0, self._filled(stage, self._own(stage, None)), settings=True)
-        let_go(stage.model)
-        for index in range(self.blocks):
-            if index not in self.shared:
-                self._block(shards, index, None)
+        with closing(Fetched(link, self.client, stage)) as fetched:
+            shards = _Shards(folder)
+            shards.write(0, self._filled(stage, self._own(stage, None)), settings=True)
+            let_go(stage.model)
+            for index in range(self.blocks):
+                if index not in self.shared:
+                    self._block(shards, index, None)
 
-        def middle() -> None:
-            for index in self.shared:
-                self._block(shards, index, fetched)
+            def middle() -> None:
+                for index in self.shared:
+                    self._block(shards, index, fetched)
 
-        of_one_version(fetched, middle)
-        shards.finish()
+            of_one_version(fetched, middle)
+            shards.finish()
 
     def _block(self, shards: _Shards, index: int, fetched: Fetched | None) -> None:
         stage = self.client.stage(Part(frozenset([index]), ends=False))
@@ -108,14 +109,14 @@ class _Export:
     def adapter(self, folder: Path, link: Link) -> None:
         """All adapters are one small file; peft tries them block by block."""
         first = self.client.stage(Part(frozenset([0]), ends=True))
-        fetched = Fetched(link, self.client, first)
         weights = self.client.personal()
+        with closing(Fetched(link, self.client, first)) as fetched:
 
-        def middle() -> None:
-            for index in self.shared:
-                weights.update(fetched.block(index))
+            def middle() -> None:
+                for index in self.shared:
+                    weights.update(fetched.block(index))
 
-        of_one_version(fetched, middle)
+            of_one_version(fetched, middle)
         if self.dtype is not None:
             weights = {name: value.to(self.dtype) for name, value in weights.items()}
         lora, base = self.client.config.model.lora, model_folder(self.client.config)
@@ -151,26 +152,30 @@ class Fetched:
     """
 
     def __init__(self, link: Link, client: ClientModel | LiveModel, stage: Stage) -> None:
-        self._link, self._client = link, client
+        self._given = self._link = link
+        self._client = client
         config = client.config
         self.version: int | None = None
-        ask(
-            link,
-            Join(
-                client=link.client,
-                fingerprint=fingerprint(stage.model.config),
-                cut=client.cut,
-                dtype=str(stage.model.dtype),
-                tuning=config.model.tuning,
-                align=config.method.align,
-                lora=config.model.lora,
-                weights=stage.weights,
-                autocast=stage.autocast_name,
-                quantization=stage.quantization,
-                numbering=client.numbering or 0,
-                codec=CodecConfig(),
-            ),
+        self._join = Join(
+            client=link.client,
+            fingerprint=fingerprint(stage.model.config),
+            cut=client.cut,
+            dtype=str(stage.model.dtype),
+            tuning=config.model.tuning,
+            align=config.method.align,
+            lora=config.model.lora,
+            weights=stage.weights,
+            autocast=stage.autocast_name,
+            quantization=stage.quantization,
+            numbering=client.numbering or 0,
+            codec=CodecConfig(),
         )
+        ask(link, self._join)
+
+    def close(self) -> None:
+        """Close a link that was made in the middle."""
+        if self._link is not self._given:
+            self._link.close()
 
     def begin(self) -> None:
         """Whatever version comes next is the one that all blocks must have."""
@@ -184,13 +189,22 @@ class Fetched:
             LinkError: the server does not give them, or does not have what this client has trained with.
         """
         found: dict[str, Tensor] = {}
-        for reply in fetched(self._link, index):
-            if self.version is None:
-                self.version = reply.version
-            if reply.version != self.version:
-                raise ChangedError(f"the shared blocks went from version {self.version} to {reply.version}")
-            self._check_trained(reply.version, reply.total)
-            found |= reply.weights
+        for left in reversed(range(TRIES)):
+            try:
+                for reply in fetched(self._link, index, found):
+                    if self.version is None:
+                        self.version = reply.version
+                    if reply.version != self.version:
+                        raise ChangedError(f"the shared blocks went from version {self.version} to {reply.version}")
+                    self._check_trained(reply.version, reply.total)
+                    found |= reply.weights
+                break
+            except LinkLostError:
+                if not left or not isinstance(self._client, ClientModel):
+                    raise
+                self._link.close()
+                self._link = self._client.reach()
+                ask(self._link, self._join)  # and go on with what is missing
         return found
 
     def _check_trained(self, version: int, total: int) -> None:

@@ -60,7 +60,7 @@ MASK = Tensors(("bt",), flags=True)
 POSITIONS = Tensors(("bt", "1t"), torch.int64)
 ROWS = Tensors(("b",), torch.int64)
 FLAGS = Tensors(("b",), flags=True)
-WEIGHTS = Tensors()
+WEIGHTS = Tensors(codec="weights")
 INTEGERS = Tensors(dtype=torch.int64)
 
 

@@ -210,8 +210,10 @@ class BackwardRequest(Request[BackwardReply]):
 
 @message
 class PullReply:
-    """The trained shared parameters of the aligned blocks, by their names in the model."""
+    """The trained shared parameters of the aligned blocks, by their names in the model. ``same``: those that the client
+    said it has."""
 
+    same: tuple[str, ...] = ()
     weights: Annotated[dict[str, Tensor], WEIGHTS] = field(default_factory=dict)
 
 
@@ -219,7 +221,9 @@ class PullReply:
 class PullRequest(Request[PullReply]):
     """Ask for the shared weights of blocks [start, stop), which lie in [s_min, s), for alignment in weight space.
 
-    ``step`` is the client's step that it ends; 0: not numbered.
+    ``step`` is the client's step that it ends; 0: not numbered. ``known``: of tensors of which the client holds copies,
+    by their names, the fingerprints (:func:`flexp.models.fingerprint.tensor_fingerprint`): what has the same does not
+    come.
     """
 
     trains: ClassVar[bool | None] = True
@@ -227,6 +231,7 @@ class PullRequest(Request[PullReply]):
     start: Integer
     stop: Integer
     step: Integer = 0
+    known: dict[str, str] = field(default_factory=dict)
 
 
 @message
@@ -264,10 +269,12 @@ class FetchReply:
     Attributes:
         version: how many updates the shared blocks have had; parts of one model must have the same.
         total: how many trained tensors the block has; ``weights`` holds some of them.
+        same: others of them, which the client said it has.
     """
 
     version: Integer
     total: Integer
+    same: tuple[str, ...] = ()
     weights: Annotated[dict[str, Tensor], WEIGHTS] = field(default_factory=dict)
 
 
@@ -280,6 +287,7 @@ class FetchRequest(Request[FetchReply]):
         block: its index in the model.
         first: of the block's trained tensors, in the order of their names, the first to send: a large block comes in
             several answers.
+        known: as in :class:`PullRequest`; who was cut off in the middle names what has come.
         most: bytes of tensors that one answer may have; a single tensor that is larger comes alone.
     """
 
@@ -288,6 +296,7 @@ class FetchRequest(Request[FetchReply]):
     block: Integer
     first: Integer = 0
     most: Integer = 64 << 20
+    known: dict[str, str] = field(default_factory=dict)
 
 
 @message

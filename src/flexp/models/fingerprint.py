@@ -10,8 +10,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
+from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 
@@ -66,6 +68,13 @@ def fingerprint(config: Any) -> str:
     """A hash of all that a model's configuration says of its blocks: 16 hexadecimal digits."""
     facts = {key: value for key, value in config.to_dict().items() if key not in _IGNORED}
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def tensor_fingerprint(value: Tensor) -> str:
+    """A hash of a tensor's type, shape and bytes: BLAKE2b, 32 hexadecimal digits."""
+    facts = f"{value.dtype} {tuple(value.shape)}".encode()
+    plain = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    return hashlib.blake2b(facts + b"\n" + plain.tobytes(), digest_size=16).hexdigest()
 
 
 def weights_fingerprint(folder: str | Path) -> str | None:

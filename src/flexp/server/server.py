@@ -63,6 +63,7 @@ from flexp.server.admission import (
 from flexp.server.clients import Key
 from flexp.server.examples import Examples
 from flexp.server.session import Session
+from flexp.server.shared import is_known
 from flexp.server.state import ServerState
 
 R = TypeVar("R")
@@ -303,14 +304,16 @@ class Server(ServerState):
         session, key = self._sessions[client], ("pull", request.start << 16 | request.stop)
         check_pull(session, request, self.blocks[0])
         known = session.progress.answer(request.step, key)
-        if known is not None:
-            return cast(PullReply, known)
-        wanted = range(request.start, request.stop)
-        parameters = self.shared.updater.parameters.items()
-        block_of = self.shared.stage.block_of
-        reply = PullReply({name: value.detach().clone() for name, value in parameters if block_of(name) in wanted})
-        self._remember(session, request.step, key, reply)
-        return reply
+        if known is None:
+            wanted = range(request.start, request.stop)
+            parameters = self.shared.updater.parameters.items()
+            block_of = self.shared.stage.block_of
+            found = {name: value.detach().clone() for name, value in parameters if block_of(name) in wanted}
+            known = PullReply(weights=found)
+            self._remember(session, request.step, key, known)
+        weights = cast(PullReply, known).weights  # all of them: who asks again may have others
+        same = tuple(name for name, value in weights.items() if is_known(request.known, name, value))
+        return PullReply(same, {name: value for name, value in weights.items() if name not in same})
 
     @_handle.register
     def _fetch(self, request: FetchRequest, client: str) -> FetchReply:

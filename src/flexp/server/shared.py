@@ -19,6 +19,7 @@ from flexp.config import GuardConfig, OptimizerConfig, ServerConfig
 from flexp.errors import BadValuesError, StorageError
 from flexp.links.frames import MOST_FIELDS
 from flexp.links.messages import FetchReply, FetchRequest
+from flexp.models.fingerprint import tensor_fingerprint
 from flexp.models.stage import Stage
 from flexp.optim import Updater, norms, total
 from flexp.server.rules import Mean, Past, Quota, Trimmed
@@ -143,20 +144,24 @@ class SharedBlocks:
         :data:`MOST_BYTES`, are full.
 
         A tensor that is larger than that comes alone, so that every answer brings the client further. What was not
-        trained (the base weights under LoRA, frozen blocks) is not sent: the client has it.
+        trained (the base weights under LoRA, frozen blocks) is not sent: the client has it; nor is what it knows.
         """
         block_of = self.stage.block_of
         trained = sorted(
             (name, value) for name, value in self.updater.parameters.items() if block_of(name) == request.block
         )
         chosen: dict[str, Tensor] = {}
+        same: list[str] = []
         size = 0
         for name, value in trained[request.first :]:
+            if is_known(request.known, name, value):
+                same.append(name)
+                continue
             size += value.numel() * value.element_size()
             if chosen and (size > min(request.most, MOST_BYTES) or len(chosen) == MOST_FIELDS):
                 break
             chosen[name] = value.detach().clone()
-        return FetchReply(self.version, len(trained), chosen)
+        return FetchReply(self.version, len(trained), tuple(same), chosen)
 
     def state(self) -> dict[str, Tensor]:
         """Weights, optimiser, and what the ``mean`` rule has gathered; nothing may be in flight that matters."""
@@ -226,6 +231,11 @@ class SharedBlocks:
         for name, parameter in parameters.items():
             path, _, leaf = name.rpartition(".")
             self.stage.model.get_submodule(path)._parameters[leaf] = parameter
+
+
+def is_known(known: Mapping[str, str], name: str, value: Tensor) -> bool:
+    """Whether a client says that it has ``value``, bit for bit."""
+    return name in known and known[name] == tensor_fingerprint(value)
 
 
 SMALL = 1.0

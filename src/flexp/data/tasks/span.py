@@ -152,7 +152,8 @@ class QuestionAnswering(BaseTask):
         return batch
 
     def measure(self, logits: Tensor, labels: Tensor, examples: Sequence[Example]) -> Tally:
-        """The mean cross-entropy of both ends, as transformers has it, and what each window answers."""
+        """The mean cross-entropy of both ends over all tokens of the batch, padding included, as transformers has it;
+        and what each window answers."""
         tally = Tally()
         for logits_T2, ends_2, example in zip(logits.float(), labels.to(logits.device), examples, strict=True):
             tally.loss.append(float(F.cross_entropy(logits_T2.T, ends_2)))
