@@ -17,12 +17,14 @@ import typer
 from benchmarks.tools.command import Kind, Model, Result, Threads, fetched
 from benchmarks.tools.parties import Step, parties
 from flexp.client.model import SplitModel
+from flexp.config import ServerConfig
 
 
 def measure(
     model: Model = "asset:minilm-l6",
     kind: Kind = "sequence-classification",
     most: Annotated[int, typer.Option(min=2, help="Clients at the end.")] = 100,
+    own: Annotated[bool, typer.Option("--own", help="Each also has adapters of its own on the server.")] = False,
     threads: Threads = 2,
 ) -> Result:
     """Memory and time of 1 to 100 simulated LoRA clients that share one frozen model: each trains for one step."""
@@ -31,7 +33,7 @@ def measure(
     size = sum(value.numel() * value.element_size() for value in here.source.model.parameters())
     for value in here.source.model.parameters():  # mapped from the file: read once, so that it does not count for them
         value.detach().sum()
-    server = here.server()
+    server = here.server(ServerConfig(adapters="own" if own else "shared"))
     clients: list[tuple[SplitModel, Step]] = []
 
     def add() -> None:
@@ -55,7 +57,7 @@ def measure(
         found.append({"clients": count, "bytes": _resident() - before, "making_seconds": made, "step_seconds": stepped})
     personal = [sum(value.numel() for value in client.personal_state().values()) for client, _ in clients]
     facts = {
-        "model": model, "model_bytes": size, "rank": here.model.lora.rank,
+        "model": model, "own": own, "model_bytes": size, "rank": here.model.lora.rank,
         "personal_parameters": sum(personal) / len(personal), "rows": found,
         "bytes_per_client": (found[-1]["bytes"] - found[0]["bytes"]) / (most - found[0]["clients"]),
     }  # fmt: skip

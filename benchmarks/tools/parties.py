@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 
 from flexp.client.model import SPLIT_MODELS, SplitModel
-from flexp.config import CodecConfig, ModelConfig, OptimizerConfig
+from flexp.config import CodecConfig, ModelConfig, OptimizerConfig, ServerConfig
 from flexp.cost.echo import random_batch
 from flexp.cost.probe import Probe
 from flexp.links.base import Link
@@ -52,9 +52,9 @@ class Parties:
         """A client's part, tuned."""
         return self._tuned(Part.client(cut or self.cut, self.source.anatomy.blocks))
 
-    def server(self) -> Server:
+    def server(self, config: ServerConfig | None = None) -> Server:
         """A server of the blocks between."""
-        return Server(self._tuned(Part.server(*self.cut)), tuning=self.tuning, optimizer=self.optimizer)
+        return Server(self._tuned(Part.server(*self.cut)), tuning=self.tuning, optimizer=self.optimizer, config=config)
 
     def client(self, link: Link, cut: tuple[int, int] | None = None, codec: CodecConfig | None = None) -> SplitModel:
         """A client, joined over ``link``, in training mode."""

@@ -139,7 +139,9 @@ def storage_error(path: Path, error: OSError) -> StorageError:
         return StorageError(
             f"{path}: the disk is full; what was saved before is intact: free some space, then resume the run"
         )
-    return StorageError(f"{path}: cannot be written ({error.strerror or error}); choose another folder with --out")
+    return StorageError(
+        f"{path}: cannot be written ({error.strerror or error}); choose another place (--out, or a server's --state)"
+    )
 
 
 def _finite(value: Any) -> Any:

@@ -80,7 +80,11 @@ def test_a_server_that_somebody_stops_is_no_end(folder: Path, tmp_path: Path, mo
 
 @pytest.mark.parametrize("how", ["plain", "mutual TLS"])
 def test_a_fleet_equals_the_simulation(folder: Path, tmp_path: Path, how: str) -> None:
-    config = configured(folder, "weights" if how == "plain" else "kl", server={"update": "mean", "mean_over": 2})
+    if how == "plain":
+        config = configured(folder, "weights", server={"update": "mean", "mean_over": 2})
+    else:
+        lora = {"id": str(folder / "model"), "tuning": "lora"}
+        config = configured(folder, "kl", server={"adapters": "own"}, model=lora)
     runner.run(config, tmp_path / "sim")
     if how == "plain":
         fleet(config, FIXED, tmp_path / "fleet")

@@ -77,6 +77,7 @@ class Federation:
 AT_ONCE = ServerConfig()
 OF_THREE = ServerConfig(update="mean", mean_over=3, memory="recompute")
 OF_FOUR = ServerConfig(update="mean", mean_over=4)
+OWN = ServerConfig(adapters="own")
 
 
 @pytest.mark.parametrize(
@@ -88,6 +89,7 @@ OF_FOUR = ServerConfig(update="mean", mean_over=4)
         ("gpt2", OF_THREE, "weights", "lora", MOMENTUM),
         ("llama", OF_FOUR, "off", "full", ADAM),
         ("llama", OF_FOUR, "off", "lora", MOMENTUM),
+        ("llama", OWN, "weights", "lora", ADAM),
     ],
 )
 def test_resumed_equals_undisturbed(

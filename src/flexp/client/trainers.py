@@ -28,8 +28,9 @@ def attend() -> None:
         return
     for name in ("trl.trainer.dpo_trainer", "trl.trainer.kto_trainer"):
         module: Any = sys.modules.get(name)
-        if module is not None and not isinstance(module.hash_module, _Hash):
-            module.hash_module = _Hash(module.hash_module)
+        usual = getattr(module, "hash_module", None)
+        if usual is not None and not isinstance(usual, _Hash):
+            module.hash_module = _Hash(usual)
     if TrainerCallback in trainer.DEFAULT_CALLBACKS:
         return
     trainer.DEFAULT_CALLBACKS.append(TrainerCallback)

@@ -44,6 +44,8 @@ class ServerConfig(Section):
     max_kept_bytes: PositiveInt = 2 * 2**30
     exchange_seconds: Rate = 1800.0  # a forward whose backward has not come in that time is given up
     tuning: Literal["full", "lora", "frozen"] | None = None  # of the shared blocks; None: as model.tuning
+    # own: each client trains LoRA adapters of its own in the shared blocks, which nobody else's steps reach
+    adapters: Literal["shared", "own"] = "shared"
     quantization: Quantization | None = None  # of the shared blocks; None: as model.quantization
     device: Device | None = None  # of the shared blocks; None: as model.device
     keep_answers_bytes: PositiveInt = 256 << 20  # of each client's last steps, for when it goes back to a snapshot
@@ -62,4 +64,13 @@ class ServerConfig(Section):
             raise ValueError(
                 f'update = "trimmed" leaves out {2 * self.trim} of mean_over = {self.mean_over} steps; expected fewer'
             )
+        if self.adapters == "own" and self.update != "every":
+            raise ValueError(f'update = "{self.update}" takes several clients\' steps together, and adapters = "own" '
+                             'leaves each its own; set update = "every"')  # fmt: skip
         return self
+
+    def trained_by(self, steps: int, clients: int | None) -> int | None:
+        """Steps that train one set of weights, of ``clients`` that take so many each; ``None``: nobody knows."""
+        if self.adapters == "own":
+            return steps
+        return None if clients is None else steps * clients

@@ -80,6 +80,11 @@ def join(
             f"{folder}: the method {run.config.method.name} has no server whose blocks a newcomer could start from; "
             "flexp join needs a method that splits"
         )
+    if run.method.server.own and (middle == SHARED or SHARED in start):
+        raise ConfigError(
+            f'{folder}: clients trained adapters of their own in the shared blocks (server.adapters = "own"), so there '
+            "is no trained middle to share; say --middle pretrained, and --start with pretrained or a client"
+        )
     if name in run.world.cuts:
         raise ConfigError(f"{name!r} is a client of {folder} already; choose another --name")
     begin = beginning(run, start, passphrase)

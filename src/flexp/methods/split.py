@@ -85,7 +85,7 @@ class Split(Method):
         return self.clients[client].personal
 
     def trained_weights(self, client: str) -> dict[str, Tensor]:
-        shared, middle = self.server.shared, range(*self.cut_of(client))
+        shared, middle = self.server.blocks_of(client), range(*self.cut_of(client))
         weights = {
             name: value for name, value in shared.updater.parameters.items() if shared.stage.block_of(name) in middle
         }
@@ -109,8 +109,12 @@ class Split(Method):
         shared = self.server.shared
         return {
             "parameters": sum(value.numel() for value in shared.stage.model.parameters()),
-            "trained_parameters": sum(value.numel() for value in shared.updater.parameters.values()),
-            "updates": shared.version,
+            "trained_parameters": sum(
+                value.numel()
+                for blocks in (self.server.own.values() or (shared,))
+                for value in blocks.updater.parameters.values()
+            ),
+            "updates": self.server.updates,
             "compute_seconds": self.server.compute_seconds,
         }
 
@@ -150,7 +154,7 @@ class Split(Method):
             lora=config.model.lora,
             config=config.server,
             optimizer=config.train.shared,
-            total_steps=world.total_steps * len(world.participants),
+            total_steps=config.server.trained_by(world.total_steps, len(world.participants)),
             seed=config.seed,
             clients_tuning=config.model.tuning,
             clients_quantization=config.model.quantization,

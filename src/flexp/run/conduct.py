@@ -149,7 +149,7 @@ class Conductor:
         """The server's own snapshot; a failure is said, and what was saved before stays."""
         if self.snapshots is None:
             return
-        facts = {"run": self.run, "updates": self.server.shared.version, "planned": self.train.total_steps}
+        facts = {"run": self.run, "updates": self.server.updates, "planned": self.train.total_steps}
         try:
             state = self.server.state(unfinished=unfinished)
             self.snapshots.save(number, {"server": state}, {**facts, "over": self.over})
@@ -160,7 +160,7 @@ class Conductor:
         """Go back to one of :attr:`numbers`."""
         assert self.snapshots is not None
         self.server.load(self.snapshots.open(number).load("server"))
-        self.say(f"back to snapshot {number}: {self.server.shared.version} updates of the shared blocks")
+        self.say(f"back to snapshot {number}: {self.server.updates} updates of the shared blocks")
 
 
 def run_name(snapshots: Store | None) -> str:

@@ -175,7 +175,7 @@ class Deterministic(Conductor):
             common &= set(ready.snapshots)
         if not common:
             late = [name for name, ready in readies.items() if ready.steps]
-            if late or self.server.shared.version:
+            if late or self.server.updates:
                 raise LinkError(
                     f"the run cannot go on: server and clients have no snapshot in common "
                     f"({', '.join(late) or 'the server'} would have to go back to the beginning)"

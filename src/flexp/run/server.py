@@ -67,7 +67,7 @@ def make_server(
         seed=config.seed,
         config=config.server,
         optimizer=config.train.shared,
-        total_steps=None if clients is None else config.train.total_steps * len(clients),
+        total_steps=config.server.trained_by(config.train.total_steps, None if clients is None else len(clients)),
         remembers=remembers,
     )
     made.only = clients
@@ -152,12 +152,12 @@ def run_server(
         store.claim()
         if store.numbers():
             load(server, store)
-            say(f"going on from {state}: {server.shared.version} updates of the shared blocks so far")
+            say(f"going on from {state}: {server.updates} updates of the shared blocks so far")
     server.guard.say, server.conductor = say, conductor
     reporter = StatusReporter(server, conductor)
     options |= {"say": say, "facts": reporter.facts}
     server.allow_export = server.allow_export or allow_export
-    if allow_export and conductor is not None and conductor.numbers and not server.shared.version:
+    if allow_export and conductor is not None and conductor.numbers and not server.updates:
         conductor.restore(max(conductor.numbers))  # clients may fetch before all have come to go on
     with stopped_by_signal(stop) as stopped, serve(server, listen, **options) as serving, ExitStack() as stack:
         if metrics is not None:
@@ -175,12 +175,12 @@ def run_server(
         saved = _save_between_steps(server, serving, store, 0.0 if over else grace)
         if conductor is not None:
             where = serving.at_rest(conductor.close)
-            say(f"stopped after {server.shared.version} updates; {where}")
+            say(f"stopped after {server.updates} updates; {where}")
             return
     if store is not None and not saved:
         save(server, store)  # everybody has left, so no step is unfinished any more
     where = f"saved in {state}" if state is not None else "nothing was saved, as no --state DIR was given"
-    say(f"stopped after {server.shared.version} updates; {where}")
+    say(f"stopped after {server.updates} updates; {where}")
 
 
 def _wait(
@@ -200,7 +200,7 @@ def _wait(
             if not stays:
                 say(f"{OVER}; staying for clients that export or use their models, until Ctrl-C")
             stays = True
-        now = (server.shared.version, serving.clients)
+        now = (server.updates, serving.clients)
         if now != told and time.monotonic() - since >= every:
             told, since = now, time.monotonic()
             names = ", ".join(serving.clients) or "none"
@@ -215,7 +215,7 @@ def save(server: Server, store: Store) -> None:
         LinkError: steps are unfinished.
     """
     number = max(store.numbers(), default=0) + 1
-    store.save(number, {"server": server.state()}, {"updates": server.shared.version})
+    store.save(number, {"server": server.state()}, {"updates": server.updates})
 
 
 def load(server: Server, store: Store) -> None:

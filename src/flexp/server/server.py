@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flexp.assets import resolve
 from flexp.config import LoraConfig, ModelConfig, OptimizerConfig, ServerConfig
-from flexp.errors import LinkError, StoppedError
+from flexp.errors import ConfigError, LinkError, StoppedError
 from flexp.kinds import ModelKind
 from flexp.links.base import InProcessLink
 from flexp.links.declaring import Request
@@ -98,6 +98,9 @@ class Server(ServerState):
         allow_export: give a client the trained weights of the blocks that it has computed here, if it asks.
         clients_tuning: how clients tune their own blocks; ``None``: as they like. Likewise ``clients_quantization``.
 
+    Raises:
+        ConfigError: clients are to have adapters of their own, and the tuning is no LoRA.
+
     Attributes:
         conductor: tells clients what to do next, if this server conducts a run.
         only: the clients that may join; ``None``: all.
@@ -123,6 +126,9 @@ class Server(ServerState):
     ) -> None:
         chosen = config or ServerConfig()
         super().__init__(stage, chosen, optimizer or OptimizerConfig(), total_steps, seed, remembers)
+        if chosen.adapters == "own" and tuning != "lora":
+            raise ConfigError(f'server.adapters = "own" is for LoRA, and the shared blocks\' tuning is {tuning!r}; set '
+                              'model.tuning or server.tuning = "lora"')  # fmt: skip
         self.tuning, self.lora, self.allow_export = tuning, lora, allow_export
         self.clients_tuning, self.clients_quantization = clients_tuning, clients_quantization
         self.conductor: Conductor | None = None
@@ -203,6 +209,8 @@ class Server(ServerState):
         with self._lock:
             if issubclass(request.reply, Done):  # it only makes the server forget, which nobody is refused
                 return cast(R, self._handle(request, client))
+            if client in self.own:
+                self.own[client].enter()
             with self.guard.request(client), nullcontext() if request.trains is None else self._computing():
                 return cast(R, self._handle(request, client))
 
@@ -234,7 +242,13 @@ class Server(ServerState):
         record.cuts(request.cut)
         examples = Examples(request.examples_key)
         self._sessions[client] = Session(
-            request, self.shared, self.config, record.random, progress, peers=self._sessions, examples=examples
+            request,
+            self.blocks_of(client),
+            self.config,
+            record.random,
+            progress,
+            peers=self._sessions,
+            examples=examples,
         )
         anatomy = self.shared.stage.anatomy
         return Welcome(self.blocks[0], anatomy.blocks, anatomy.hidden, self.config.max_in_flight)
@@ -306,7 +320,7 @@ class Server(ServerState):
         known = session.progress.answer(request.step, key)
         if known is None:
             wanted = range(request.start, request.stop)
-            parameters = self.shared.updater.parameters.items()
+            parameters = session.shared.updater.parameters.items()
             block_of = self.shared.stage.block_of
             found = {name: value.detach().clone() for name, value in parameters if block_of(name) in wanted}
             known = PullReply(weights=found)
@@ -318,8 +332,9 @@ class Server(ServerState):
     @_handle.register
     def _fetch(self, request: FetchRequest, client: str) -> FetchReply:
         """The trained shared weights of one block, as they are between two updates."""
-        check_fetch(self._sessions[client], request, self.blocks, self.allow_export)
-        return self.shared.give(request)
+        session = self._sessions[client]
+        check_fetch(session, request, self.blocks, self.allow_export)
+        return session.shared.give(request)
 
     @_handle.register
     def _sum(self, request: SumRequest, client: str) -> Future[SumReply]:

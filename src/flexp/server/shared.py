@@ -53,7 +53,7 @@ class SharedBlocks:
         self.stage = stage
         self.version = 0
         self.frozen = False
-        self._config = config
+        self._config, self._total_steps = config, total_steps
         self.bounds = Bounds(config.guard)
         if total_steps is not None and config.update != "every":
             total_steps = -(-total_steps // config.mean_over)
@@ -65,6 +65,19 @@ class SharedBlocks:
         self.quota: Quota | None = None
         self.skipped: Counter[str] = Counter()  # steps of clients that were answered and not applied
         self.peak_versions = 1
+
+    def apart(self) -> SharedBlocks:
+        """The same blocks with trained weights and an optimiser of their own, which begin as these are now. The model
+        is made of the weights of whoever called :meth:`enter` last."""
+        self._install({name: nn.Parameter(value.detach().clone()) for name, value in self.updater.parameters.items()})
+        made = SharedBlocks(self.stage, self._config, self.updater.config, self._total_steps)
+        if self.frozen:
+            made.freeze()
+        return made
+
+    def enter(self) -> None:
+        """Let the model be made of these weights until others enter; nothing may be computing."""
+        self._install(self.updater.parameters)
 
     def hold(self) -> int:
         """Keep the current version's weights until :meth:`release`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from urllib.parse import quote, unquote
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ class ServerState:
         self.config = config
         self.remembers = remembers
         self.shared = SharedBlocks(stage, config, optimizer, total_steps)
+        self.own: dict[str, SharedBlocks] = {}  # by client, with server.adapters = "own": all begin as shared is
         self.bounds, self.guard = self.shared.bounds, Guard(config.guard)
         self.clients = ClientRegistry(seed, stage.model.device)
         self.compute_seconds = 0.0
@@ -45,6 +47,20 @@ class ServerState:
         owned = self.shared.stage.part.blocks
         return min(owned), max(owned) + 1
 
+    def blocks_of(self, client: str) -> SharedBlocks:
+        """The blocks as a client has them; with adapters of its own, the model is made of these from now on."""
+        if self.config.adapters == "shared":
+            return self.shared
+        if client not in self.own:
+            self.own[client] = self.shared.apart()
+        self.own[client].enter()
+        return self.own[client]
+
+    @property
+    def updates(self) -> int:
+        """How often weights were updated, whosoever they are."""
+        return self.shared.version + sum(blocks.version for blocks in self.own.values())
+
     def freeze(self) -> None:
         """From now on serve the shared blocks as they are, without training them.
 
@@ -53,7 +69,8 @@ class ServerState:
         """
         with self._lock:
             self._sessions.refuse_busy("frozen")
-            self.shared.freeze()
+            for blocks in (self.shared, *self.own.values()):
+                blocks.freeze()
 
     def counts(self) -> dict[str, float]:
         """``updates``, ``compute_seconds``, forwards ``in_flight`` and ``versions`` of the weights that are held.
@@ -63,10 +80,10 @@ class ServerState:
         """
         with self._lock:
             return {
-                "updates": self.shared.version,
+                "updates": self.updates,
                 "compute_seconds": self.compute_seconds,
                 "in_flight": self._sessions.in_flight,
-                "versions": 1 + len(self.shared.stashed),
+                "versions": sum(1 + len(blocks.stashed) for blocks in (self.own.values() or (self.shared,))),
                 "bad_requests": self.guard.bad(),
                 "clients_aside": len(self.guard.all_aside),
                 "skipped_steps": self.shared.skipped.total(),
@@ -120,6 +137,10 @@ class ServerState:
             flat |= self.clients.state(self._sessions.begun(), progress=self.remembers)
             flat |= {f"guard/{name}": value for name, value in (self.bounds.state() | self.guard.state()).items()}
             flat |= {f"sums/{name}": value for name, value in self.sums.state().items()}
+            for client, blocks in self.own.items():
+                place = f"own/{quote(client, safe='')}"
+                flat |= {f"{place}/blocks/{name}": value for name, value in blocks.state().items()}
+                flat |= {f"{place}/guard/{name}": value for name, value in blocks.bounds.state().items()}
             return flat | {"compute_seconds": torch.tensor(self.compute_seconds, dtype=torch.float64)}
 
     def trained(self) -> dict[str, list[int]]:
@@ -146,10 +167,16 @@ class ServerState:
             self.bounds.load(_under("guard/", state))
             self.guard.load(_under("guard/", state))
             self.sums.load(_under("sums/", state))
+            self.own = {}
+            for place in {"/".join(name.split("/", 2)[:2]) for name in state if name.startswith("own/")}:
+                blocks = self.blocks_of(unquote(place.removeprefix("own/")))
+                blocks.load(_under(f"{place}/blocks/", state))
+                blocks.bounds.load(_under(f"{place}/guard/", state))
             self.compute_seconds = float(state["compute_seconds"])
             self.clients.load(state)
             for name, session in self._sessions.items():
                 session.progress = self.clients[name].numbered(session.join.numbering)
+                session.shared = self.blocks_of(name)
 
 
 def _under(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
