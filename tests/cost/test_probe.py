@@ -69,7 +69,7 @@ def test_without_alignment_nothing_more_is_kept() -> None:
 
 @pytest.mark.parametrize("at", ["cut", "every-block"])
 def test_aligned_activations_are_kept_and_answered(at: str) -> None:
-    align = AlignConfig(at=at).model_dump(mode="json")  # type: ignore[arg-type]
+    align = AlignConfig(kind="kl", at=at).model_dump(mode="json")  # type: ignore[arg-type]
     _, up, down = made(align=align, base_depth=1)
     inner = 1 if at == "every-block" else 0  # after block 1; the one after block 2 is what is sent anyway
     assert up[0].base_BTH.shape == (2, 6, 32)
@@ -163,7 +163,7 @@ def optimizer(**changes: Any) -> dict[str, Any]:
 
 
 def align(**changes: Any) -> dict[str, Any]:
-    return AlignConfig(**changes).model_dump(mode="json")
+    return AlignConfig(**{"kind": "kl", **changes}).model_dump(mode="json")
 
 
 @pytest.mark.parametrize(
