@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from flexp.client.trainer import Trainer
+from flexp.comparison import compare as comparing
 from flexp.comparison.cells import Cell, final_cell, is_done, tuning_cell
 from flexp.comparison.compare import compare, regather
 from flexp.comparison.config import make
@@ -295,8 +296,12 @@ def test_data_that_change_meanwhile_make_no_cell(
     monkeypatch.setattr(runner, "run", changing)
     outcome = compare(wanted, home / "out", 1)
     assert "data or model were changed meanwhile; put them back" in outcome.failures[0]
+    assert len([*home.glob("out/cells/pretrained/*-changed-1/summary.json")]) == 1  # nothing that was trained is lost
     monkeypatch.setattr(runner, "run", run)
     rows.write_text(before, encoding="utf-8")
+    beside = comparison(home, {"methods": ["pretrained"], "seeds": 1, "tune": False}, data={"source": str(home)})
+    assert {path.parent for path, _, _ in comparing._files(beside.base, home / "out")} >= {home, home / "model"}
+    assert not any("out" in path.parts for path, _, _ in comparing._files(beside.base, home / "out"))
     outcome = compare(wanted, home / "out", 1)
     assert (outcome.failures, outcome.done, outcome.kept) == ([], 1, 0)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from flexp.config import DeploymentConfig, RunConfig
@@ -67,15 +68,17 @@ def check(sim: Path, out: Path) -> None:
 
 
 def test_a_server_that_somebody_stops_is_no_end(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is what an earlier, shorter run has left."""
     made = Fleet(settle(configured(folder)), tmp_path / "out", say=lambda line: None)
-    made.server.log.parent.mkdir(parents=True)
+    store = Store(tmp_path / "out/server")
     for name in ("start", "stop", "watch"):
         monkeypatch.setattr(Fleet, name, lambda self: True)
-    made.server.log.write_text("flexp server: the run is over\n", encoding="utf-8")
+    for number, over, planned in ((1, False, 4), (2, True, 3)):
+        store.save(number, {"server": {"x": torch.zeros(1)}}, {"over": over, "planned": planned})
+        with pytest.raises(FlexpError, match=r"before the run was over, after 0 of 12 steps; to go on: flexp fleet wi"):
+            made.run()
+    store.save(3, {"server": {"x": torch.zeros(1)}}, {"over": True, "planned": 4})
     made.run()
-    made.server.log.write_text("flexp server: stopping\n", encoding="utf-8")
-    with pytest.raises(FlexpError, match=r"before the run was over, after 0 of 12 steps; to go on: flexp fleet with"):
-        made.run()
 
 
 @pytest.mark.parametrize("how", ["plain", "mutual TLS"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flexp.config import AlignConfig, OptimizerConfig, ServerConfig
+from flexp.config import AlignConfig, GuardConfig, OptimizerConfig, ServerConfig
 from flexp.errors import ConfigError
 from flexp.links.messages import FetchRequest, PullRequest
 from flexp.optim import Updater
@@ -84,5 +84,7 @@ def test_what_a_client_is_given_is_its_own() -> None:
 def test_what_it_is_not_for_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"tuning is 'full'; set model.tuning or server.tuning"):
         world(config=OWN)
+    with pytest.raises(ValueError, match="looks at other clients' norms"):
+        ServerConfig(adapters="own", guard=GuardConfig(clip="median"))
     with pytest.raises(ValueError, match='update = "mean" takes several clients'):
         ServerConfig(adapters="own", update="mean")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,7 +112,7 @@ def compare(
     if not _is_comparison(out):
         check_free(out, (PLAN, FILE, FOLDER, *PAGES), "a comparison")
     with _alone(out):
-        files = _files(comparison.base)
+        files = _files(comparison.base, out)
         asked = {"base": comparison.base.resolved(), "compare": comparison.config.model_dump()}
         write_json(out / PLAN, {**asked, "made_of": _known_data(comparison.base, out)})
         state = _State(comparison, out, watcher, tracks)
@@ -126,9 +125,12 @@ def compare(
                     watcher.began(cell)
                     pool.give(cell)
                 for cell, problem in pool.take():
-                    if problem is None and _files(comparison.base) != files:
-                        shutil.rmtree(out / cell.folder)  # nobody knows which it has read
-                        problem = "the files of data or model were changed meanwhile; put them back, and compare again"
+                    if problem is None and _files(comparison.base, out) != files:
+                        aside = _aside(out / cell.folder)  # nobody knows which it has read
+                        problem = (
+                            "the files of data or model were changed meanwhile; put them back, and compare again "
+                            f"(what was trained is in {aside})"
+                        )
                     state.ended(cell, problem)
         return Outcome(_gather(comparison, out, tracks), state.failures, state.done, state.kept)
 
@@ -160,13 +162,22 @@ def _known_data(base: RunConfig, out: Path) -> dict[str, Any]:
     return {**known, key: now}
 
 
-def _files(base: RunConfig) -> list[tuple[Path, int, int]]:
-    """The files of data and model on this machine, with sizes and times of their last change."""
+def _aside(folder: Path) -> Path:
+    """Rename a cell's folder to what no cell is called."""
+    number = 1
+    while (place := folder.with_name(f"{folder.name}-changed-{number}")).exists():
+        number += 1
+    return folder.rename(place)
+
+
+def _files(base: RunConfig, out: Path) -> list[tuple[Path, int, int]]:
+    """The files of data and model on this machine, with sizes and times of their last change; without those in ``out``,
+    which may lie beside them."""
     found = []
     for source in filter(None, (base.data.source, base.data.test_source, base.model.id)):
         place = Path(source if Path(source).exists() else source.partition("#")[0]).expanduser()
         for path in (place, *sorted(place.rglob("*"))):
-            if path.is_file():
+            if path.is_file() and out.resolve() not in path.resolve().parents:
                 found.append((path, path.stat().st_size, path.stat().st_mtime_ns))
     return found
 

@@ -67,6 +67,9 @@ class ServerConfig(Section):
         if self.adapters == "own" and self.update != "every":
             raise ValueError(f'update = "{self.update}" takes several clients\' steps together, and adapters = "own" '
                              'leaves each its own; set update = "every"')  # fmt: skip
+        if self.adapters == "own" and self.guard.clip == "median":
+            raise ValueError('guard.clip = "median" looks at other clients\' norms, and adapters = "own" leaves each '
+                             'its own; set a number')  # fmt: skip
         return self
 
     def trained_by(self, steps: int, clients: int | None) -> int | None:

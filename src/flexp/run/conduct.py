@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from flexp.config import TrainConfig
 from flexp.errors import ConfigError, LinkError, StorageError
@@ -73,14 +73,14 @@ class Conductor:
     def __post_init__(self) -> None:
         self.members: dict[str, Member] = {}
         run, train, snapshots = self.run, self.train, self.snapshots
-        saved = {} if snapshots is None or not snapshots.numbers() else snapshots.open(max(snapshots.numbers())).facts
+        saved = newest_facts(snapshots)
         planned = saved.get("planned", train.total_steps)
         if planned != train.total_steps and (not self.may_last or train.shared.schedule != "constant"):
             raise ConfigError(
                 f"the run {run} was planned with {planned} steps of each client, not {train.total_steps}, which only a "
                 "free run with a constant train.shared.schedule may change; set train.rounds as it was, or begin anew"
             )
-        self.over = self.server.sealed = bool(saved.get("over")) and train.total_steps <= planned
+        self.over = self.server.sealed = is_over(saved, train)
         if self.over:
             self.say(f"the run {run} is over: nobody trains it any more")
 
@@ -161,6 +161,17 @@ class Conductor:
         assert self.snapshots is not None
         self.server.load(self.snapshots.open(number).load("server"))
         self.say(f"back to snapshot {number}: {self.server.updates} updates of the shared blocks")
+
+
+def newest_facts(snapshots: Store | None) -> Mapping[str, Any]:
+    """What a server's newest snapshot says of its run; nothing, if there is none."""
+    numbers = [] if snapshots is None else snapshots.numbers()
+    return snapshots.open(max(numbers)).facts if snapshots is not None and numbers else {}
+
+
+def is_over(saved: Mapping[str, Any], train: TrainConfig) -> bool:
+    """Whether nothing is left to train of a run whose newest snapshot says ``saved``."""
+    return bool(saved.get("over")) and train.total_steps <= saved.get("planned", train.total_steps)
 
 
 def run_name(snapshots: Store | None) -> str:

@@ -16,9 +16,10 @@ from flexp.errors import ConfigError, FlexpError
 from flexp.files import check_free, folder_name, write_json
 from flexp.report.metrics import Follower
 from flexp.report.metrics import read as read_log
+from flexp.run.conduct import is_over, newest_facts
 from flexp.run.processes import begin
-from flexp.run.server import OVER
 from flexp.run.settle import Settled
+from flexp.run.store import Store
 
 Say = Callable[[str], None]
 ADDRESS = re.compile(r"serving blocks \[.*\) at (\S+)")
@@ -166,7 +167,7 @@ class Fleet:
                 told = self._tell(told)
         finally:
             self.stop()
-        if OVER not in self.server.log.read_text(encoding="utf-8", errors="replace"):
+        if not is_over(newest_facts(Store(self.out / "server")), self.config.train):
             self._tell(told)
             steps = sum(map(len, self._steps.values()))
             raise FlexpError(

@@ -28,7 +28,6 @@ from flexp.server.rules import Quota
 from flexp.signals import stopped_by_signal
 
 Say = Callable[[str], None]
-OVER = "the run is over"
 """What a server says of the run that it conducted to its end."""
 
 
@@ -166,7 +165,7 @@ def run_server(
         say(f"serving blocks [{server.blocks[0]}, {server.blocks[1]}) at {serving.address}")
         _wait(server, serving, conductor, stopped, say, every)
         over = conductor is not None and conductor.finished
-        say(OVER if over else "stopping")
+        say("the run is over" if over else "stopping")
         if conductor is not None and dismiss and not conductor.over:
             serving.at_rest(server.dismiss)
             end = time.monotonic() + grace
@@ -198,7 +197,7 @@ def _wait(
             if not server.allow_export:
                 return
             if not stays:
-                say(f"{OVER}; staying for clients that export or use their models, until Ctrl-C")
+                say("the run is over; staying for clients that export or use their models, until Ctrl-C")
             stays = True
         now = (server.updates, serving.clients)
         if now != told and time.monotonic() - since >= every:

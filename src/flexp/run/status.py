@@ -92,7 +92,7 @@ class StatusReporter:
             "connected": connected,
             "cut": self._server.cut_of(name),
             "bad_requests": self._server.guard.bad(name),
-            "skipped_steps": self._server.shared.skipped[name],
+            "skipped_steps": self._server.skipped[name],
             "aside": self._server.aside(name) is not None,
             "applied_steps": 0 if regular is None else regular.progress.newest,
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping
 from urllib.parse import quote, unquote
 
@@ -61,6 +62,11 @@ class ServerState:
         """How often weights were updated, whosoever they are."""
         return self.shared.version + sum(blocks.version for blocks in self.own.values())
 
+    @property
+    def skipped(self) -> Counter[str]:
+        """Steps of clients that were answered and not applied, by client."""
+        return sum((blocks.skipped for blocks in self.own.values()), Counter(self.shared.skipped))
+
     def freeze(self) -> None:
         """From now on serve the shared blocks as they are, without training them.
 
@@ -86,7 +92,7 @@ class ServerState:
                 "versions": sum(1 + len(blocks.stashed) for blocks in (self.own.values() or (self.shared,))),
                 "bad_requests": self.guard.bad(),
                 "clients_aside": len(self.guard.all_aside),
-                "skipped_steps": self.shared.skipped.total(),
+                "skipped_steps": self.skipped.total(),
             }
 
     def aside(self, client: str) -> str | None:
