@@ -162,12 +162,12 @@ class Fleet:
         self.say(f"server at {self.address}, {len(self.clients)} clients; their logs are in {self.out}")
         try:
             told = 0
-            while not self.watch():
+            while not self.watch() and not self._stopped:
                 time.sleep(0.2)
                 told = self._tell(told)
         finally:
             self.stop()
-        if not is_over(newest_facts(Store(self.out / "server")), self.config.train):
+        if self._stopped:
             self._tell(told)
             steps = sum(map(len, self._steps.values()))
             raise FlexpError(
@@ -208,6 +208,11 @@ class Fleet:
         if tenth > told:
             self.say(f"step {steps}/{self._total}")
         return max(told, tenth)
+
+    @property
+    def _stopped(self) -> bool:
+        """Whether the server has ended and the run has not; clients that had not joined yet would wait for it."""
+        return self.server.ended and not is_over(newest_facts(Store(self.out / "server")), self.config.train)
 
     @property
     def _total(self) -> int:
