@@ -198,6 +198,7 @@ class BackwardRequest(Request[BackwardReply]):
     """
 
     trains: ClassVar[bool | None] = True
+    urgent: ClassVar[bool] = True  # behind other exchanges' z, gradients would come down only when all z are up
 
     exchange: Integer
     grad_BTH: Annotated[Tensor, hidden("gradient")]
