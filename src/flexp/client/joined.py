@@ -45,11 +45,14 @@ class JoinedModel(PersonalModel):
         codec: CodecConfig | None = None,
         rows: Rows = "logits",
         cache: Cache = "off",
+        reuse: float = 0.0,
         base_depth: int | None = None,
     ) -> None:
         super().__init__(stage)
         self.rows = rows
         self.cache = cache
+        self.reuse = reuse
+        self.sent: dict[int, Tensor] = {}  # with ``reuse``: z (tokens, H) of an example as it went up last
         self.known: set[int] = set()  # examples that the server keeps …
         self.known_of: Standing | None = None  # … made by these weights
         self._examples_key = secrets.token_hex(32) if cache == "disk" else ""
@@ -178,6 +181,8 @@ class JoinedModel(PersonalModel):
 
     def _join(self, cut: tuple[int, int]) -> None:
         check_cut(cut, self.stage.anatomy.blocks)
+        if cut != self.cut:
+            self.sent = {}
         self.cut = cut
         self.known = set()  # whatever a server kept, it forgets when its client is gone
         welcome = ask(
