@@ -111,7 +111,7 @@ def test_what_hardly_moved_stays_what_it_was(home: Path) -> None:
     assert not equal(trained(once), trained(always))
     some = method(home, frozen=0, reuse=2e-3)
     assert 0 < sum(went(some)[3:]) < 12
-    for other in ({"forgets": True}, {"cache": "disk"}, {"resumed": True}, {"room": 2_000}):
+    for other in ({"forgets": True, "cache": "disk"}, {"resumed": True}, {"room": 2_000}):
         again = method(home, frozen=0, **{"reuse": 2e-3, **other})
         assert equal(trained(again), trained(some)), other
         assert sum(went(again)) >= sum(went(some))
