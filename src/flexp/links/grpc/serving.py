@@ -20,6 +20,7 @@ from flexp.errors import ConfigError, FlexpError, LinkError, LinkLostError
 from flexp.links.base import Service, never_wait
 from flexp.links.coding import PLAIN, Coding
 from flexp.links.frames import VERSION, Frame, Head, encode
+from flexp.links.grpc.attesting import EVIDENCE, Attesting, Verifier
 from flexp.links.grpc.gate import Gate, Seldom
 from flexp.links.grpc.loop import METHOD, SERVER_OPTIONS, SERVICE, wait_for
 from flexp.links.grpc.security import PROTOCOL_KEY, Address, ServerTls, check_listening
@@ -93,6 +94,7 @@ class Serving:
         device: torch.device = CPU,
         say: Callable[[str], None] = _quiet,
         facts: Callable[[Serving], dict[str, Any]] | None = None,
+        verifier: Verifier | None = None,
     ) -> None:
         asked = Address.of_text(listen)
         check_listening(asked, tls, tokens, insecure=insecure)
@@ -100,6 +102,9 @@ class Serving:
         self.say = say
         self._service, self._device, self._tokens = service, device, tokens
         self._facts = facts
+        if verifier is not None and tls is None:
+            raise ConfigError("evidence is bound to the key of TLS: give a certificate and its key")
+        self._attests = None if verifier is None or tls is None else Attesting(verifier, tls.certificate_der)
         self._gate = Gate(tokens, allow, service.aside, say)
         self._rates = Rates(self.limits)
         self._codings: dict[str, Coding] = {}  # of clients that joined; used in the thread that computes
@@ -145,6 +150,8 @@ class Serving:
         methods |= operator_handlers(
             facts, None if self._tokens is None else self._service.readmit, self._gate.admit_operator
         )
+        if self._attests is not None:
+            methods[EVIDENCE] = grpc.unary_unary_rpc_method_handler(self._attests.answer)
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -284,8 +291,8 @@ def serve(service: Service, listen: str = "127.0.0.1:0", **options: Any) -> Iter
     Args:
         listen: HOST:PORT. Beyond this machine it needs ``tls`` and ``tokens``; port 0 is any that is free.
         options: of :class:`Serving`: ``limits``, ``tls``, ``tokens``, ``allow`` (the names that may come),
-            ``insecure``, ``device`` (where the service computes), ``say`` (told who comes and goes) and ``facts`` (what
-            it says of itself when asked)
+            ``insecure``, ``device`` (where the service computes), ``say`` (told who comes and goes), ``facts`` (what it
+            says of itself when asked) and ``verifier`` (gives evidence of what runs here)
 
     Raises:
         ConfigError: it may not, or cannot, listen there.
