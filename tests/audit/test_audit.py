@@ -240,16 +240,16 @@ def test_what_is_seen_is_what_crosses_after_the_codec(folder: Path, public: Path
 
 
 def test_watching_changes_no_weight(folder: Path) -> None:
-    from flexp.audit.watching import Watch
+    from flexp.audit.watching import Watch, watching
 
     ends = []
     for watched in (False, True):
         world = build_world(config(folder))
         method = world.method(world)
-        watch = Watch(method)  # type: ignore[arg-type]
+        watch = Watch.of(method)  # type: ignore[arg-type]
         if watched:
-            with watch.watching():
-                method.train_round(1, watch.told)
+            with watching(method, watch):  # type: ignore[arg-type]
+                method.train_round(1, lambda _: None)
         else:
             method.train_round(1, lambda step: None)
         ends.append(method.state())
