@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flexp.attacks.public import MANUAL, dull_tokens, encoded, known_to_all, paragraphs
 from flexp.attacks.tokens import ATTACKS, Attack, Public, Sent
-from flexp.audit.training import labels_told, membership_told
+from flexp.audit.training import labels_told, membership_told, words_told
 from flexp.audit.watching import Exchange, Known, Watch, watchable, watching
 from flexp.client.guarding import Guard
 from flexp.data.types import Example
@@ -40,6 +40,7 @@ class Reading:
         of: ``z`` at the cut, or ``z_base``.
         head: that it learnt from: the ``pretrained`` one, or one that it ``taught`` as clients do.
         tokens, content, texts: shares read right: of all tokens but special ones, of content words, of whole texts.
+        rouge: ROUGE-L (Lin, 2004; F1 of the longest common subsequence) of what was read of a text, on average.
         by_step: ``content`` by the clients' step.
         seconds: of learning and reading.
     """
@@ -52,6 +53,7 @@ class Reading:
     tokens: float
     content: float
     texts: float
+    rouge: float
     by_step: dict[int, float]
     seconds: float
 
@@ -71,6 +73,7 @@ class Audit:
         public: what the attacker learnt from.
         blind: the share of tokens and of content words that the most frequent public token gives.
         labels: what ∂task/∂h tells of labels, beside ``majority``, the most frequent label's share.
+        gradients: the share of tokens that an optimising inversion reads out of ∂task/∂h alone; ``None``: not tried.
         members: the area under the curve of which texts the shared blocks were trained on; ``None``: not attacked.
         worst: texts of which most was read: the truth, and what the best attack read.
     """
@@ -85,6 +88,7 @@ class Audit:
     blind: dict[str, float]
     readings: list[Reading]
     labels: dict[str, float] = field(default_factory=dict)
+    gradients: float | None = None
     members: float | None = None
     worst: list[tuple[str, str]] = field(default_factory=list)
 
@@ -169,6 +173,7 @@ def attacked(watch: Watch, *, public: Path | None = None, full: bool = False) ->
         blind=blind,
         readings=readings,
         labels=labels_told(watch.exchanges, run.source, answers),
+        gradients=words_told(watch.exchanges, run) if full else None,
         members=None if run.method is None else membership_told(watch.exchanges, run.method, words=decoder),
         worst=_worst(*best[1:], tokenizer),
     )
@@ -242,10 +247,30 @@ def _read(attack: Attack, known: Public, truth: _Truth, of: str, head: str, bega
         tokens=_share(right_N[truth.real_N]),
         content=_share(right_N[content_N]),
         texts=_share(wrong == 0),
+        rouge=_rouge(truth, read_N),
         by_step=by_step,
         seconds=time.perf_counter() - began,
     )
     return reading, read_N
+
+
+def _rouge(truth: _Truth, read_N: Tensor) -> float:
+    """The mean ROUGE-L of all texts, special tokens apart."""
+    kept_N, texts_N = truth.real_N, truth.sent.texts_N
+    counts = texts_N[kept_N].bincount()
+    pairs = zip(*(each[kept_N].split(counts.tolist()) for each in (truth.ids_N, read_N)), strict=True)
+    found = [rouge_l(said.tolist(), read.tolist()) for said, read in pairs if len(said)]
+    return sum(found) / len(found) if found else 0.0
+
+
+def rouge_l(said: Sequence[int], read: Sequence[int]) -> float:
+    """ROUGE-L of two texts of tokens: F1 of their longest common subsequence."""
+    longest = [0] * (len(read) + 1)
+    for token in said:
+        before = list(longest)
+        for place, other in enumerate(read):
+            longest[place + 1] = before[place] + 1 if token == other else max(before[place + 1], longest[place])
+    return 2 * longest[-1] / (len(said) + len(read)) if len(said) + len(read) else 0.0
 
 
 def _blind(known: Public, truth: _Truth, special: Tensor) -> dict[str, float]:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from flexp.attacks import labels as label_attacks
-from flexp.attacks.gradients import inverted
+from flexp.attacks.gradients import inverted, words
 from flexp.attacks.membership import membership
-from flexp.audit.watching import Exchange
+from flexp.audit.watching import Exchange, Known
 from flexp.kinds import IGNORED, Answers
 from flexp.methods.split import Split
 from flexp.models.stage import Stage
@@ -49,6 +49,18 @@ def labels_told(exchanges: Sequence[Exchange], source: Stage, kind: Answers) -> 
         ]
         found["inverted"] = float((torch.cat(read) == labels_N[: sum(map(len, read))]).float().mean())
     return {key: value for key, value in found.items() if value is not None}
+
+
+def words_told(exchanges: Sequence[Exchange], run: Known) -> float | None:
+    """The share of tokens, but special ones, that an optimising inversion reads out of the first exchange's ∂task/∂h;
+    ``None``: there is none, or no whole model."""
+    seen = next((one for one in exchanges if one.grad_BTH is not None), None)
+    if seen is None or seen.grad_BTH is None or run.method is None:
+        return None
+    read_BT = words(run.source, seen.cut[1], seen.grad_BTH, seen.batch)
+    ids_BT = seen.batch["input_ids"]
+    real_BT = seen.mask & ~torch.isin(ids_BT, torch.tensor(run.task.processor.all_special_ids))
+    return float((read_BT == ids_BT)[real_BT].float().mean())
 
 
 def membership_told(exchanges: Sequence[Exchange], method: Split, *, words: bool) -> float | None:

@@ -176,7 +176,7 @@ class Guard:
         optimiser = torch.optim.AdamW(trained, lr=warm.lr, weight_decay=0.0)
         for step in range(steps + 1):
             last = step == steps
-            if bound is not None and (last or step % warm.check_every == 0):
+            if bound is not None and (last or (step and step % warm.check_every == 0)):
                 read = self.read = self._check(stage, depth, private, public)
                 if read <= bound:
                     return

@@ -63,7 +63,7 @@ class Adversary:
                 self._restore(self._before)
             self._at = at
         for _ in range(self.steps):
-            (1 - F.cosine_similarity(net(z_NH.detach()), e_NE).mean()).backward()
+            torch.autograd.backward(1 - F.cosine_similarity(net(z_NH.detach()), e_NE).mean())
             self._optimiser.step()
             self._optimiser.zero_grad()
         for weight in net.parameters():
