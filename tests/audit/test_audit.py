@@ -153,14 +153,14 @@ def test_words_by_the_gradient_that_fits() -> None:
     """Of plain transformers' gradient behind one block of a language model far more than chance, which is 1 in 97."""
     whole = whole_stage("gpt2")
     model = whole.model.eval()
-    ids = torch.randint(2, model.config.vocab_size, (4, 8), generator=seeded(0))
+    ids = torch.randint(2, model.config.vocab_size, (3, 8), generator=seeded(0))
     embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
     out = model(inputs_embeds=embedded, labels=ids, output_hidden_states=True)
     (grad_BTH,) = torch.autograd.grad(out.loss, out.hidden_states[1])
     hidden = {"input_ids": torch.zeros_like(ids), "attention_mask": torch.ones_like(ids), "labels": ids}
-    assert (words(whole, 1, grad_BTH, hidden, 40) == ids).float().mean() > 0.15
+    assert (words(whole, 1, grad_BTH, hidden, 25) == ids).float().mean() > 0.1
     noise = torch.randn(grad_BTH.shape, generator=seeded(1))
-    assert (words(whole, 1, noise, hidden, 10) == ids).float().mean() < 0.1
+    assert (words(whole, 1, noise, hidden, 5) == ids).float().mean() < 0.1
 
 
 @pytest.mark.parametrize(

@@ -258,7 +258,7 @@ def _rouge(truth: _Truth, read_N: Tensor) -> float:
     """The mean ROUGE-L of all texts, special tokens apart."""
     kept_N, texts_N = truth.real_N, truth.sent.texts_N
     counts = texts_N[kept_N].bincount()
-    pairs = zip(*(each[kept_N].split(counts.tolist()) for each in (truth.ids_N, read_N)), strict=True)
+    pairs = zip(*(torch.split(each[kept_N], counts.tolist()) for each in (truth.ids_N, read_N)), strict=True)
     found = [rouge_l(said.tolist(), read.tolist()) for said, read in pairs if len(said)]
     return sum(found) / len(found) if found else 0.0
 
