@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import singledispatchmethod
+from functools import partial, singledispatchmethod
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
@@ -62,12 +63,16 @@ from flexp.server.admission import (
 )
 from flexp.server.clients import Key
 from flexp.server.examples import Examples
-from flexp.server.line import Line
+from flexp.server.joining import can_join
+from flexp.server.line import Line, Waiting
 from flexp.server.session import Session
 from flexp.server.shared import is_known
 from flexp.server.state import ServerState
+from flexp.server.together import Ready as ReadyForward
+from flexp.server.together import Together
 
 R = TypeVar("R")
+log = logging.getLogger("flexp.server")
 STOPS = "the server stops; save, leave, and come again when it is back"
 
 
@@ -130,8 +135,12 @@ class Server(ServerState):
         if chosen.adapters == "own" and tuning != "lora":
             raise ConfigError(f'server.adapters = "own" is for LoRA, and the shared blocks\' tuning is {tuning!r}; set '
                               'model.tuning or server.tuning = "lora"')  # fmt: skip
+        why = can_join(stage, self.shared.updater.parameters) if chosen.joined else ""
+        if why:
+            raise ConfigError(f"server.joined cannot be had of these blocks: {why}; leave server.joined off")
         self.tuning, self.lora, self.allow_export = tuning, lora, allow_export
         self.clients_tuning, self.clients_quantization = clients_tuning, clients_quantization
+        self._together = Together(stage, self._sessions)
         self._line = Line(self._sessions, chosen.exchange_seconds, self._look_after_line)
         self.conductor: Conductor | None = None
         self.only: Collection[str] | None = None
@@ -214,7 +223,43 @@ class Server(ServerState):
             try:
                 return cast(R, self._now(client, request))
             finally:
-                self._let_in()
+                if waiting_thread() is not None:  # a link calls work() itself
+                    self._work_off()
+
+    @property
+    def busy(self) -> bool:
+        """Whether anybody is in line; then :meth:`work` is to be called, in the thread that computes."""
+        return len(self._line) > 0
+
+    def work(self) -> float | None:
+        """Answer whoever is next in line, and those that can go along.
+
+        Returns:
+            After how many seconds to call it again; ``None``: when another request has come.
+        """
+        with self._lock:
+            group, wait = self._together.choose(self._line.firsts())
+            if not group:
+                return wait
+            self._line.take(group)
+            one, began = group[0], time.perf_counter()
+            kind = "backward" if isinstance(one.request, BackwardRequest) else "forward"
+            joined, tokens = len(group) > 1 or self._together.was_joined(one), self._together.tokens(one)
+            if len(group) == 1:
+                one.tell(partial(self._now, one.client, one.request))
+            else:
+                try:
+                    (self._forwards if kind == "forward" else self._backwards)(group)
+                except Exception:
+                    log.exception("%d requests could not be answered together, so they are one by one", len(group))
+                    for other in group:
+                        other.tell(partial(self._now, other.client, other.request))
+            self._together.pace.note(kind, joined, tokens, (time.perf_counter() - began) / len(group))
+            return 0.0
+
+    def _work_off(self) -> None:
+        while self.work() == 0.0:
+            pass
 
     def dismiss(self) -> None:
         """Tell all clients to save and leave: those that wait for something now, the others when they ask for
@@ -233,13 +278,18 @@ class Server(ServerState):
             return self._handle(request, client)
 
     def _must_wait(self, client: str, request: Request[Any]) -> bool:
-        """Whether a forward would hold one version of the weights too many.
+        """Whether a request goes into the line: it may be answered together with others, which only links wait for, or
+        it is a forward that would hold one version of the weights too many.
 
         A client that holds weights already never waits, nor does one whose thread does, since it would wait for itself;
         so every version is let go at last.
         """
         session = self._sessions.get(client)
-        if not isinstance(request, ForwardRequest | KeptForwardRequest) or session is None or session.pending:
+        if session is None:
+            return False
+        if self.config.joined and waiting_thread() is None and isinstance(request, ForwardRequest | BackwardRequest):
+            return True
+        if not isinstance(request, ForwardRequest | KeptForwardRequest) or session.pending:
             return False
         if not getattr(request, "train", True):
             return False
@@ -247,21 +297,69 @@ class Server(ServerState):
         if session.shared.has_room and not self._line:
             return False
         self._drop_late()
-        self._let_in()
+        self._work_off()
         if session.thread in {other.thread for other in self._sessions.values() if other.pending} - {None}:
             return False
         return len(self._line) > 0 or not session.shared.has_room
 
-    def _let_in(self) -> None:
-        """Answer those that wait, as far as there is room."""
-        while (one := self._line.first()) is not None and one.session.shared.has_room:
-            self._line.serve(self._now)
+    def _forwards(self, group: Sequence[Waiting]) -> None:
+        """Several clients' forwards in one pass."""
+        ready: list[tuple[Waiting, ForwardRequest, Places | None]] = []
+        for one in group:
+            with self._telling(one):
+                request = cast(ForwardRequest, one.request)
+                known = self._known_forward(one.session, request)
+                if known is not None:
+                    one.tell(partial(_same, known))
+                    continue
+                whole, sent = arrived(request, f"client {one.client}")
+                self._check(one.session, whole, self._sessions.in_flight + len(ready))
+                ready.append((one, whole, sent))
+        if not ready:
+            return
+        began = time.perf_counter()
+        with self._computing():
+            replies = self._together.forward([ReadyForward(one.session, whole, sent) for one, whole, sent in ready])
+        each = (time.perf_counter() - began) / len(ready)
+        for (one, whole, _), reply in zip(ready, replies, strict=True):
+            self._remember(one.session, whole.step, ("forward", whole.exchange), reply)
+            one.tell(partial(_same, reply), each)
+
+    def _backwards(self, group: Sequence[Waiting]) -> None:
+        """Several clients' backwards in one pass; each trains the blocks in turn."""
+        ready: list[tuple[Waiting, BackwardRequest]] = []
+        for one in group:
+            with self._telling(one):
+                request = cast(BackwardRequest, one.request)
+                check_backward(one.session, request)
+                ready.append((one, request))
+        if not ready:
+            return
+        began = time.perf_counter()
+        with self._computing():
+            replies = self._together.backward([(one.session, request) for one, request in ready])
+        each = (time.perf_counter() - began) / len(ready)
+        for (one, request), reply in zip(ready, replies, strict=True):
+            with self._telling(one):
+                if isinstance(reply, Exception):
+                    raise reply
+                self._remember(one.session, request.step, ("backward", request.exchange), reply)
+                one.tell(partial(_same, reply), each)
+
+    @contextmanager
+    def _telling(self, one: Waiting) -> Iterator[None]:
+        """Count a request that is answered with others, and tell its client alone what it is refused for."""
+        try:
+            with self.guard.request(one.client):
+                yield
+        except Exception as error:
+            one.tell(partial(_raise, error))
 
     def _look_after_line(self) -> None:
         """While forwards wait nobody else may come, whose request would do this."""
         with self._lock:
             self._drop_late()
-            self._let_in()
+            self._work_off()
             self._line.watch()
 
     def _drop_late(self) -> None:
@@ -301,12 +399,15 @@ class Server(ServerState):
 
     @_handle.register
     def _forward(self, request: ForwardRequest, client: str) -> ForwardReply:
-        session, key = self._sessions[client], ("forward", request.exchange)
-        known = session.progress.answer(request.step, key) if request.train else None
+        session = self._sessions[client]
+        known = self._known_forward(session, request)
+        return self._run(session, *arrived(request, f"client {client}")) if known is None else known
+
+    def _known_forward(self, session: Session, request: ForwardRequest) -> ForwardReply | None:
+        """What was answered to it, if it comes again and its step was applied."""
+        known = session.progress.answer(request.step, ("forward", request.exchange)) if request.train else None
         applied = session.progress.applied(request.step)
-        if known is not None and applied and same_exchange(session, request, known):
-            return cast(ForwardReply, known)
-        return self._run(session, *arrived(request, f"client {client}"))
+        return known if known is not None and applied and same_exchange(session, request, known) else None
 
     @_handle.register
     def _kept_forward(self, request: KeptForwardRequest, client: str) -> ForwardReply:
@@ -329,18 +430,23 @@ class Server(ServerState):
 
     def _run(self, session: Session, request: ForwardRequest, sent: Places | None) -> ForwardReply:
         """A forward with whole activations, of which ``sent`` crossed."""
-        client, key = session.join.client, ("forward", request.exchange)
-        applied = session.progress.applied(request.step)
+        self._check(session, request, self._sessions.in_flight)
+        before = session.random.state
+        with session.random.active():
+            reply = session.forward(request, sent)
+        if request.train and self.config.joined:
+            self._together.drew(not torch.equal(before, session.random.state))
+        self._remember(session, request.step, ("forward", request.exchange), reply)
+        return reply
+
+    def _check(self, session: Session, request: ForwardRequest, in_flight: int) -> None:
+        client, applied = session.join.client, session.progress.applied(request.step)
         self._drop_late()
-        check_forward(session, request, self.shared.stage, self._sessions.in_flight)
+        check_forward(session, request, self.shared.stage, in_flight)
         if request.train and self.sealed and not applied:
             raise LinkError(f"client {client}: the run is over, and this server trains no more")
         if request.train:  # without training nothing but its own answer comes of it
             check_finite(client, f"an activation of exchange {request.exchange}", _activations(request))
-        with session.random.active():
-            reply = session.forward(request, sent)
-        self._remember(session, request.step, key, reply)
-        return reply
 
     @_handle.register
     def _backward(self, request: BackwardRequest, client: str) -> BackwardReply:
@@ -436,6 +542,14 @@ class Server(ServerState):
                 yield
         finally:
             self.compute_seconds += time.perf_counter() - began
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _raise(error: Exception) -> Any:
+    raise error
 
 
 def _activations(request: ForwardRequest) -> list[Tensor]:

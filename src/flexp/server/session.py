@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flexp.config import AlignConfig, ServerConfig
 from flexp.errors import BadValuesError, LinkError
@@ -24,8 +22,10 @@ from flexp.optim import laid_out, norms, total
 from flexp.rng import RandomStream, drawing_from
 from flexp.server.alignment import aligned, combine, taught
 from flexp.server.clients import Progress
+from flexp.server.counting import bytes_of, counted
 from flexp.server.examples import Examples
 from flexp.server.generations import Generations
+from flexp.server.joining import Member, Pass
 from flexp.server.shared import SharedBlocks
 
 
@@ -48,6 +48,7 @@ class Pending:
     since: float = field(default_factory=time.monotonic)
     sent: Places | None = None
     reads: Places | None = None
+    joint: Pass | None = None  # the pass of several clients that it was part of, with their graph
 
 
 @dataclass
@@ -146,8 +147,7 @@ class Session:
             with torch.no_grad():
                 return ForwardReply(pack(stage.run(request.hidden_BTH, plan, start, stop), reads).to(origin))
 
-        if not self.busy:
-            self.boundary = self.random.state
+        self.begin()
         size = size_kept(request)
         expected = round(self.graph_rate * request.hidden_BTH.numel())
         keep_graph = self.config.memory == "keep" and self.has_room(size + expected, graph=True)
@@ -155,7 +155,7 @@ class Session:
         generator = self.random.state
         # With gradients in any case: torch takes other kernels without (for an attention mask that is trained, say),
         # and h would not be, bit for bit, what the backward computes again.
-        version = self.shared.version_for(one.version for one in self.pending.values())
+        version = self.version_now()
         values: Tensor | None = None
         align_BTH: list[Tensor] = []
         with self.shared.installed(version):
@@ -186,7 +186,7 @@ class Session:
 
     def backward(self, request: BackwardRequest) -> BackwardReply:
         """The gradient at z, from the very weights of the forward; then train the shared blocks."""
-        pending, origin = self.pending.pop(request.exchange), request.grad_BTH.device
+        pending = self.pending.pop(request.exchange)
         own: dict[str, Tensor] = {}
         grad_BTH = request.grad_BTH.to(self.shared.stage.model.device, non_blocking=True)
         try:
@@ -207,8 +207,62 @@ class Session:
             self.shared.release(pending.version)
         trained = {name: value for name, value in zip(reached, gradients[1:], strict=True) if value is not None}
         trained = {name: laid_out(value, parameters[name]) for name, value in sorted((trained | own).items())}
+        return self.settle(pending, request, task_BTH, trained)
+
+    def version_now(self) -> int:
+        """The version of the weights that a forward runs with."""
+        return self.shared.version_for(one.version for one in self.pending.values())
+
+    def begin(self) -> None:
+        """An exchange begins; a step may begin with it."""
+        if not self.busy:
+            self.boundary = self.random.state
+
+    def member(self, request: ForwardRequest, version: int) -> Member:
+        """This client's part of a pass of several clients' exchanges, with the weights of a version."""
+        stage, cut = self.shared.stage, self.join.cut
+        weights = self.shared.parameters_of(version)
+        own = {name: value for name, value in weights.items() if stage.within(name, *cut)}
+        return Member(request.hidden_BTH, request.mask_BT, request.positions_BT, cut, own)
+
+    def joined_forward(
+        self, request: ForwardRequest, sent: Places | None, h_BTH: Tensor, version: int, joint: Pass, share: int
+    ) -> ForwardReply:
+        """The answer to a forward that ran in a pass; kept, if it trains, until its backward.
+
+        Args:
+            request: on the blocks' device.
+            share: bytes of the pass's graph that are this client's.
+        """
+        reads = sent if request.rows_BT is None else Places.of(request.rows_BT)
+        if request.train:
+            self.begin()
+            self.pending[request.exchange] = Pending(
+                request,
+                self.shared.hold(version),
+                request.hidden_BTH.detach(),
+                None,
+                self.random.state,
+                [],
+                size_kept(request) + share,
+                sent=sent,
+                reads=reads,
+                joint=joint,
+            )
+        return ForwardReply(pack(h_BTH.detach(), reads))
+
+    def take(self, exchange: int) -> Pending:
+        """An exchange whose gradients are here; its weights are let go of."""
+        pending = self.pending.pop(exchange)
+        self.shared.release(pending.version)
+        return pending
+
+    def settle(
+        self, pending: Pending, request: BackwardRequest, task_BTH: Tensor, trained: dict[str, Tensor]
+    ) -> BackwardReply:
+        """Judge an exchange's gradients; when its step is complete, train the shared blocks with them."""
         norms_N = norms([*trained.values(), task_BTH])  # one look at every gradient, and one wait for all of them
-        reply = self._reply(pending, request, task_BTH, origin)
+        reply = self._reply(pending, request, task_BTH, request.grad_BTH.device)
         self._refuse_nan(request.exchange, total(norms_N))
         step = self.gathered.setdefault(request.step, Gathered())
         if step.take(trained, request):
@@ -324,50 +378,5 @@ class Sessions(dict[str, Session]):
         return {name: own.boundary for name, own in self.items() if own.busy and own.boundary is not None}
 
 
-class Kept:
-    """Bytes that autograd keeps of a forward, without the weights: they are there anyway."""
-
-    def __init__(self, model: nn.Module, *, keep: bool = True) -> None:
-        self.keep = keep
-        self._weights = {_place(value) for values in (model.parameters(), model.buffers()) for value in values}
-        self._found: dict[int, int] = {}
-
-    @property
-    def bytes(self) -> int:
-        """Every storage once, however many nodes of the graph keep a view of it."""
-        return sum(self._found.values())
-
-    def pack(self, value: Tensor) -> Tensor | None:
-        """Autograd is about to keep ``value``."""
-        if not self.keep:
-            return None
-        place = _place(value)
-        if place not in self._weights:
-            self._found[place] = value.untyped_storage().nbytes()
-        return value.detach()  # an output that its own node keeps would never be freed
-
-
-@contextmanager
-def counted(model: nn.Module, *, keep: bool = True) -> Iterator[Kept]:
-    """Count what autograd keeps of the forwards of ``model`` inside the ``with`` block; or let it keep nothing, so that
-    no backward can follow."""
-    kept = Kept(model, keep=keep)
-    with torch.autograd.graph.saved_tensors_hooks(kept.pack, _same):
-        yield kept
-
-
-def bytes_of(*values: Any) -> int:
-    """Of tensors; what is none counts nothing."""
-    return sum(value.numel() * value.element_size() for value in values if isinstance(value, Tensor))
-
-
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
-
-
-def _same(value: Tensor) -> Tensor:
-    return value
-
-
-def _place(value: Tensor) -> int:
-    return value.untyped_storage().data_ptr()
