@@ -66,7 +66,7 @@ from flexp.server.examples import Examples
 from flexp.server.joining import can_join
 from flexp.server.line import Line, Waiting
 from flexp.server.session import Session
-from flexp.server.shared import is_known
+from flexp.server.shared import portion
 from flexp.server.state import ServerState
 from flexp.server.together import Ready as ReadyForward
 from flexp.server.together import Together
@@ -474,18 +474,16 @@ class Server(ServerState):
             parameters = session.shared.updater.parameters.items()
             block_of = self.shared.stage.block_of
             found = {name: value.detach().clone() for name, value in parameters if block_of(name) in wanted}
-            known = PullReply(weights=found)
+            known = PullReply(len(found), weights=found)  # all of them: the rest is asked for later, and some again
             self._remember(session, request.step, key, known)
-        weights = cast(PullReply, known).weights  # all of them: who asks again may have others
-        same = tuple(name for name, value in weights.items() if is_known(request.known, name, value))
-        return PullReply(same, {name: value for name, value in weights.items() if name not in same})
+        return PullReply(known.total, *portion(known.weights, request, session.coded))
 
     @_handle.register
     def _fetch(self, request: FetchRequest, client: str) -> FetchReply:
         """The trained shared weights of one block, as they are between two updates."""
         session = self._sessions[client]
         check_fetch(session, request, self.blocks, self.allow_export)
-        return session.shared.give(request)
+        return session.shared.give(request, session.coded)
 
     @_handle.register
     def _sum(self, request: SumRequest, client: str) -> Future[SumReply]:

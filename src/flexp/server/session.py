@@ -123,6 +123,11 @@ class Session:
         return self.join.align
 
     @property
+    def coded(self) -> str:
+        """The codec in which weights go down to it."""
+        return "off" if self.join.codec is None else self.join.codec.weights
+
+    @property
     def busy(self) -> bool:
         """Whether a step is under way."""
         return bool(self.pending or self.gathered)
