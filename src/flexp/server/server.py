@@ -245,7 +245,7 @@ class Server(ServerState):
             request,
             self.blocks_of(client),
             self.config,
-            record.random,
+            self.clients.seed_of(client),
             progress,
             peers=self._sessions,
             examples=examples,
@@ -292,8 +292,7 @@ class Server(ServerState):
             raise LinkError(f"client {client}: the run is over, and this server trains no more")
         if request.train:  # without training nothing but its own answer comes of it
             check_finite(client, f"an activation of exchange {request.exchange}", _activations(request))
-        with session.random.active():
-            reply = session.forward(request, sent)
+        reply = session.forward(request, sent)
         self._remember(session, request.step, key, reply)
         return reply
 
@@ -308,8 +307,7 @@ class Server(ServerState):
         if fits and complete:
             return cast(BackwardReply, known)
         check_backward(session, request)
-        with session.random.active():
-            reply = session.backward(request)
+        reply = session.backward(request)
         self._remember(session, request.step, key, reply)
         return reply
 

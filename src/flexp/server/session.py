@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,8 +21,9 @@ from flexp.config import AlignConfig, ServerConfig
 from flexp.errors import BadValuesError, LinkError
 from flexp.links.messages import BackwardReply, BackwardRequest, ForwardReply, ForwardRequest, Join
 from flexp.links.packing import Places, on, pack, unpack
+from flexp.models.execution import ExecutionPlan
 from flexp.optim import laid_out, norms, total
-from flexp.rng import RandomStream, drawing_from
+from flexp.rng import derived_seed, drawing_from, drawn, seed_here
 from flexp.server.alignment import aligned, combine, taught
 from flexp.server.clients import Progress
 from flexp.server.examples import Examples
@@ -34,15 +36,14 @@ class Pending:
     """A forward whose backward has not come yet.
 
     ``output_BTH`` holds the graph; with memory = "recompute", or where the graph has no room, it is ``None`` and the
-    input, the mask and the state of the random generator are kept instead. ``bytes`` are all of it, ``since`` in
-    seconds of the monotonic clock. ``sent`` are the tokens that crossed of z, ``reads`` those of h; ``None``: all.
+    input and the mask are kept instead. ``bytes`` are all of it, ``since`` in seconds of the monotonic clock. ``sent``
+    are the tokens that crossed of z, ``reads`` those of h; ``None``: all.
     """
 
     request: ForwardRequest  # on the blocks' device
     version: int
     input_BTH: Tensor
     output_BTH: Tensor | None
-    generator: Tensor
     align_BTH: list[Tensor]
     bytes: int = 0
     since: float = field(default_factory=time.monotonic)
@@ -78,16 +79,15 @@ class Gathered:
 
 @dataclass
 class Session:
-    """What the server knows of one client. ``random`` is active while it computes."""
+    """What the server knows of one client. ``seed``: of its dropout on this side."""
 
     join: Join
     shared: SharedBlocks
     config: ServerConfig
-    random: RandomStream
+    seed: int
     progress: Progress
     pending: dict[int, Pending] = field(default_factory=dict)
     gathered: dict[int, Gathered] = field(default_factory=dict)
-    boundary: Tensor | None = None  # the random generator's state when the step under way began
     generations: Generations = field(default_factory=Generations)
     peers: Mapping[str, Session] = field(default_factory=dict)  # all sessions, this one among them
     graph_rate: float = 0.0  # bytes of the last graph for each number that came: what has no room is not made at all
@@ -144,17 +144,14 @@ class Session:
             with torch.no_grad():
                 return ForwardReply(pack(stage.run(request.hidden_BTH, plan, start, stop), reads).to(origin))
 
-        if not self.busy:
-            self.boundary = self.random.state
         size = size_kept(request)
         expected = round(self.graph_rate * request.hidden_BTH.numel())
         keep_graph = self.config.memory == "keep" and self.has_room(size + expected, graph=True)
         z_BTH = request.hidden_BTH.detach().requires_grad_()
-        generator = self.random.state
         # With gradients in any case: torch takes other kernels without (for an attention mask that is trained, say),
         # and h would not be, bit for bit, what the backward computes again.
         with torch.enable_grad(), counted(stage.model, keep=keep_graph) as graph:
-            h_BTH = stage.run(z_BTH, plan, start, stop)
+            h_BTH = self._run(request.exchange, z_BTH, plan, start, stop)
         values: Tensor | None = None
         align_BTH: list[Tensor] = []
         if request.base_BTH is not None and self.align.has_term:
@@ -171,7 +168,6 @@ class Session:
             self.shared.hold(),
             z_BTH,
             h_BTH if keep_graph else None,
-            generator,
             align_BTH,
             size,
             sent=sent,
@@ -198,7 +194,8 @@ class Session:
                 )
                 task_BTH = gradients[0]
                 if self.align.teach:
-                    own = taught(self.shared.stage, pending.request, self.join.cut[0], parameters, task_BTH)
+                    run = partial(self._run, request.exchange)
+                    own = taught(self.shared.stage, run, pending.request, self.join.cut[0], parameters, task_BTH)
         finally:
             self.shared.release(pending.version)
         trained = {name: value for name, value in zip(reached, gradients[1:], strict=True) if value is not None}
@@ -234,9 +231,7 @@ class Session:
         )
 
     def drop(self) -> None:
-        """Forget what is in flight, and every unfinished step: whoever tries one again draws the same dropout."""
-        if self.boundary is not None and self.busy:
-            self.random.state = self.boundary
+        """Forget what is in flight, and every unfinished step."""
         self.progress.give_up(self.progress.unapplied())
         for pending in self.pending.values():
             self.shared.release(pending.version)
@@ -258,8 +253,18 @@ class Session:
         plan = stage.plan_without_inputs(request.hidden_BTH, request.mask_BT, request.positions_BT)
         stage.model.train(True)
         z_BTH = pending.input_BTH.requires_grad_()
-        with drawing_from(pending.generator, self.random.device):
-            return z_BTH, stage.run(z_BTH, plan, *self.join.cut)
+        return z_BTH, self._run(request.exchange, z_BTH, plan, *self.join.cut)
+
+    def _run(self, exchange: int, hidden_BTH: Tensor, plan: ExecutionPlan, start: int, stop: int) -> Tensor:
+        """Run blocks [start, stop), training. What each draws follows from the client, its exchange (and so its step)
+        and the block alone: the same whenever it is tried again, and on whichever server the block is."""
+        stage = self.shared.stage
+        device = stage.model.device
+        with drawing_from(drawn(device), device):
+            for block in range(start, stop):
+                seed_here(derived_seed(self.seed, str(exchange), str(block)), device)
+                hidden_BTH = stage.run(hidden_BTH, plan, block, block + 1)
+        return hidden_BTH
 
     def _refuse_nan(self, exchange: int, norm: float) -> None:
         if not math.isfinite(norm):  # as it is only where they all are
@@ -313,10 +318,6 @@ class Sessions(dict[str, Session]):
         busy = [name for name, session in self.items() if session.busy]
         if busy:
             raise LinkError(f"the server cannot be {what} in the middle of a step of {', '.join(busy)}")
-
-    def begun(self) -> dict[str, Tensor]:
-        """Of clients in the middle of a step: the state of their random generator when it began."""
-        return {name: own.boundary for name, own in self.items() if own.busy and own.boundary is not None}
 
 
 class Kept:

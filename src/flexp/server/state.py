@@ -35,7 +35,7 @@ class ServerState:
         self.shared = SharedBlocks(stage, config, optimizer, total_steps)
         self.own: dict[str, SharedBlocks] = {}  # by client, with server.adapters = "own": all begin as shared is
         self.bounds, self.guard = self.shared.bounds, Guard(config.guard)
-        self.clients = ClientRegistry(seed, stage.model.device)
+        self.clients = ClientRegistry(seed)
         self.compute_seconds = 0.0
         self.sums = SumTable()
         self._sessions = Sessions()
@@ -140,7 +140,7 @@ class ServerState:
             if not unfinished:
                 self._sessions.refuse_busy("saved")
             flat = {f"shared/{name}": value for name, value in self.shared.state().items()}
-            flat |= self.clients.state(self._sessions.begun(), progress=self.remembers)
+            flat |= self.clients.state(progress=self.remembers)
             flat |= {f"guard/{name}": value for name, value in (self.bounds.state() | self.guard.state()).items()}
             flat |= {f"sums/{name}": value for name, value in self.sums.state().items()}
             for client, blocks in self.own.items():
