@@ -214,10 +214,16 @@ class Guard:
             raise LinkError(why)
         record = self._records.setdefault(client, Conduct())
         record.requests += 1
+        with self.judged(client):
+            yield
+
+    @contextmanager
+    def judged(self, client: str) -> Iterator[None]:
+        """Count what a request is refused for that has been counted itself."""
         try:
             yield
         except BadValuesError:
-            self._strike(client, record)
+            self._strike(client, self._records.setdefault(client, Conduct()))
             raise
 
     def aside(self, client: str) -> str | None:

@@ -9,26 +9,42 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from flexp.config import AlignConfig, ServerConfig
 from flexp.errors import BadValuesError, LinkError
-from flexp.links.messages import BackwardReply, BackwardRequest, ForwardReply, ForwardRequest, Join
+from flexp.links.base import Link
+from flexp.links.messages import (
+    Abort,
+    BackwardReply,
+    BackwardRequest,
+    Behind,
+    ForwardReply,
+    ForwardRequest,
+    Join,
+    PassedBackward,
+    PassedReply,
+    Settle,
+)
 from flexp.links.packing import Places, on, pack, unpack
 from flexp.models.execution import ExecutionPlan
-from flexp.optim import laid_out, norms, total
-from flexp.rng import derived_seed, drawing_from, drawn, seed_here
+from flexp.optim import laid_out, merged, norms, total
+from flexp.rng import RandomStream, derived_seed, seed_here
 from flexp.server.alignment import aligned, combine, taught
 from flexp.server.clients import Progress
 from flexp.server.examples import Examples
 from flexp.server.generations import Generations
 from flexp.server.shared import SharedBlocks
+
+if TYPE_CHECKING:
+    from flexp.server.chain import Chain
 
 
 @dataclass
@@ -67,7 +83,14 @@ class Gathered:
     def bytes(self) -> int:
         return bytes_of(*self.gradients.values())
 
-    def take(self, gradients: dict[str, Tensor], request: BackwardRequest) -> bool:
+    def norms(self, behind: PassedReply | None) -> tuple[tuple[str, ...], Tensor]:
+        """Of its gradients by their names, with those that the servers further on have of it."""
+        names = sorted(self.gradients)
+        own_N = norms([self.gradients[name] for name in names]) if names else torch.zeros(0)
+        further = behind or PassedReply(own_N)
+        return merged(names, own_N, further.all_names, further.all_N)
+
+    def take(self, gradients: dict[str, Tensor], request: BackwardRequest | PassedBackward) -> bool:
         """Add an exchange's gradients; gives whether the step is complete."""
         for name, value in gradients.items():
             self.gradients[name] = self.gradients[name] + value if name in self.gradients else value
@@ -79,11 +102,12 @@ class Gathered:
 
 @dataclass
 class Session:
-    """What the server knows of one client. ``seed``: of its dropout on this side."""
+    """What the server knows of one client. ``random`` is active while it computes, and seeded anew for every block."""
 
     join: Join
     shared: SharedBlocks
     config: ServerConfig
+    random: RandomStream
     seed: int
     progress: Progress
     pending: dict[int, Pending] = field(default_factory=dict)
@@ -93,6 +117,10 @@ class Session:
     graph_rate: float = 0.0  # bytes of the last graph for each number that came: what has no room is not made at all
     late: set[int] = field(default_factory=set)  # exchanges that were given up, since no backward came
     examples: Examples = field(default_factory=Examples)
+    cut: tuple[int, int] = (0, 0)  # the client's; ``join`` has what of it is here
+    chain: Chain | None = None  # the servers further on, if there are any,
+    further: Link | None = None  # and the client's link to them, if its cut needs them
+    settled: Future[Behind] | None = None  # what they say of the last step
 
     @property
     def kept_bytes(self) -> int:
@@ -135,6 +163,7 @@ class Session:
             sent: the tokens of them that crossed.
         """
         reads = sent if request.rows_BT is None else Places.of(request.rows_BT)
+        down = reads if self.further is None else sent
         stage, origin = self.shared.stage, request.hidden_BTH.device
         request = on(request, stage.model.device)
         start, stop = self.join.cut
@@ -142,7 +171,7 @@ class Session:
         stage.model.train(request.train)
         if not request.train:
             with torch.no_grad():
-                return ForwardReply(pack(stage.run(request.hidden_BTH, plan, start, stop), reads).to(origin))
+                return ForwardReply(pack(stage.run(request.hidden_BTH, plan, start, stop), down).to(origin))
 
         size = size_kept(request)
         expected = round(self.graph_rate * request.hidden_BTH.numel())
@@ -173,12 +202,55 @@ class Session:
             sent=sent,
             reads=reads,
         )
-        answer = pack(h_BTH.detach(), reads).to(origin)  # before the term, for which nothing need be waited for then
+        answer = pack(h_BTH.detach(), down).to(origin)  # before the term, for which nothing need be waited for then
         return ForwardReply(answer, None if values is None else _mean(values.tolist()))
 
-    def backward(self, request: BackwardRequest) -> BackwardReply:
-        """The gradient at z, from the very weights of the forward; then train the shared blocks."""
-        pending, origin = self.pending.pop(request.exchange), request.grad_BTH.device
+    def backward(self, request: BackwardRequest, behind: PassedReply | None = None) -> BackwardReply:
+        """The gradient at z, from the very weights of the forward; then train the shared blocks.
+
+        Args:
+            behind: what the servers further on gave for it; ``request`` has their gradient.
+        """
+        origin = request.grad_BTH.device
+        pending, trained, task_BTH, norms_N = self._gradients(request)
+        if behind is not None:
+            _, own_N = merged([*trained], norms_N[:-1], behind.names, behind.norms_N)
+            norms_N = torch.cat([own_N, norms_N[-1:]])
+        reply = self._reply(pending, request, task_BTH, origin)
+        self._refuse_nan(request, total(norms_N))
+        step = self.gathered.setdefault(request.step, Gathered())
+        if step.take(trained, request):
+            del self.gathered[request.step]
+            norm = None if len(norms_N) == 1 else total(norms_N[:-1])
+            if step.arrived > 1:  # of several exchanges it is another one
+                names, all_N = step.norms(behind)
+                norm = total(all_N) if names else None
+            self._complete(request.step, step, norm)
+        return reply
+
+    def pass_back(
+        self, request: PassedBackward, behind: PassedReply | None, complete: dict[tuple[str, int], Gathered]
+    ) -> PassedReply:
+        """The gradient at what came from another server, which judges the step: what it has gathered is then among
+        those that are ``complete``."""
+        origin = request.grad_BTH.device
+        pending, trained, task_BTH, norms_N = self._gradients(request)
+        own, own_N = (tuple(trained), norms_N[:-1]) if behind is None else merged(
+            [*trained], norms_N[:-1], behind.names, behind.norms_N
+        )  # fmt: skip
+        step = self.gathered.setdefault(request.step, Gathered())
+        if step.take(trained, request):
+            complete[self.join.client, request.step] = self.gathered.pop(request.step)
+        every, every_N = step.norms(behind) if step.arrived > 1 else ((), own_N[:0])
+        grad_BTH = pack(task_BTH, pending.sent).to(origin)
+        return PassedReply(grad_BTH, own, own_N if own else None, every, every_N if every else None)
+
+    def _gradients(
+        self, request: BackwardRequest | PassedBackward
+    ) -> tuple[Pending, dict[str, Tensor], Tensor, Tensor]:
+        """Of an exchange in flight: the gradients of what is trained, in the order of its names, that at z, and the
+        norms of all of them."""
+        pending = self.pending.pop(request.exchange)
         own: dict[str, Tensor] = {}
         grad_BTH = request.grad_BTH.to(self.shared.stage.model.device, non_blocking=True)
         try:
@@ -189,7 +261,7 @@ class Session:
                 gradients = torch.autograd.grad(
                     h_BTH,
                     [z_BTH, *(parameters[name] for name in reached)],
-                    unpack(grad_BTH, pending.reads),
+                    unpack(grad_BTH, pending.reads if self.further is None else pending.sent),
                     allow_unused=True,
                 )
                 task_BTH = gradients[0]
@@ -201,18 +273,33 @@ class Session:
         trained = {name: value for name, value in zip(reached, gradients[1:], strict=True) if value is not None}
         trained = {name: laid_out(value, parameters[name]) for name, value in sorted((trained | own).items())}
         norms_N = norms([*trained.values(), task_BTH])  # one look at every gradient, and one wait for all of them
-        reply = self._reply(pending, request, task_BTH, origin)
-        self._refuse_nan(request.exchange, total(norms_N))
-        step = self.gathered.setdefault(request.step, Gathered())
-        if step.take(trained, request):
-            del self.gathered[request.step]
-            if not self.progress.applied(request.step):
-                norm = total(norms_N[:-1]) if step.arrived == 1 else None  # of several exchanges it is another one
-                judged = self._judged(request.step, step.gradients, norm)
-                if self.shared.wanted(self.join.client, judged):
-                    self.shared.add(judged, step.weight, norm if judged is step.gradients else None)
-                self.progress.apply(request.step)
-        return reply
+        return pending, trained, task_BTH, norms_N
+
+    def _complete(self, number: int, step: Gathered, norm: float | None) -> None:
+        """A whole step, with its norm if anything has a gradient: the shared blocks take it, if they have not yet."""
+        client, shared, chain, scale = self.join.client, self.shared, self.chain, None
+        take, gradients = not self.progress.applied(number), step.gradients
+        if take:
+            scale = None if norm is None else self._judged(number, norm)
+            if scale is not None:
+                norm, gradients = None, {name: value * scale for name, value in gradients.items()}
+            take = shared.wanted(client, gradients)
+        if chain is None:
+            if take:
+                shared.add(gradients, step.weight, norm)
+        else:
+            known = (norm or 0.0) if scale is None and shared.one_by_one else None
+            reaches = self.further is not None
+            self.settled = chain.tell(Settle(client, number, take, reaches, step.weight, scale, known))
+            if take:
+                shared.add(gradients, step.weight, known, self._whole)
+        self.progress.apply(number)
+
+    def _whole(self, gradients: Mapping[str, Tensor]) -> float:
+        assert self.chain is not None
+        assert self.settled is not None
+        norm, self.settled = self.chain.norm(self.settled, gradients)
+        return norm
 
     def _reply(
         self, pending: Pending, request: BackwardRequest, task_BTH: Tensor, origin: torch.device
@@ -237,6 +324,8 @@ class Session:
             self.shared.release(pending.version)
         self.pending.clear()
         self.gathered.clear()
+        if self.further is not None:
+            self.further.call(Abort())
 
     def drop_late(self, seconds: float) -> None:
         """Give up everything that is in flight if a backward has not come in so long."""
@@ -259,27 +348,30 @@ class Session:
         """Run blocks [start, stop), training. What each draws follows from the client, its exchange (and so its step)
         and the block alone: the same whenever it is tried again, and on whichever server the block is."""
         stage = self.shared.stage
-        device = stage.model.device
-        with drawing_from(drawn(device), device):
-            for block in range(start, stop):
-                seed_here(derived_seed(self.seed, str(exchange), str(block)), device)
-                hidden_BTH = stage.run(hidden_BTH, plan, block, block + 1)
+        for block in range(start, stop):
+            seed_here(derived_seed(self.seed, str(exchange), str(block)), stage.model.device)
+            hidden_BTH = stage.run(hidden_BTH, plan, block, block + 1)
         return hidden_BTH
 
-    def _refuse_nan(self, exchange: int, norm: float) -> None:
+    def _refuse_nan(self, request: BackwardRequest, norm: float) -> None:
         if not math.isfinite(norm):  # as it is only where they all are
-            self.drop()  # the rest of the step, gathered already or still to come, is void as well
+            self._void(request.step)  # the rest of the step, gathered already or still to come
             raise BadValuesError(
-                f"client {self.join.client}: the gradient of exchange {exchange} is not finite, so the shared blocks "
-                "were not updated; lower train.personal.lr or train.shared.lr, or use float32"
+                f"client {self.join.client}: the gradient of exchange {request.exchange} is not finite, so the shared "
+                "blocks were not updated; lower train.personal.lr or train.shared.lr, or use float32"
             )
 
-    def _judged(self, step: int, gradients: dict[str, Tensor], norm: float | None) -> Mapping[str, Tensor]:
+    def _judged(self, step: int, norm: float) -> float | None:
         try:
-            return self.shared.bounds.judge(self.join.client, step, gradients, norm)
+            return self.shared.bounds.judge(self.join.client, step, norm)
         except BadValuesError:
-            self.drop()
+            self._void(step)
             raise
+
+    def _void(self, step: int) -> None:
+        self.drop()
+        if self.chain is not None:
+            self.chain.tell(Settle(self.join.client, step, take=False))
 
 
 def size_kept(request: ForwardRequest) -> int:

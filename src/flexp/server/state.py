@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flexp.config import OptimizerConfig, ServerConfig
 from flexp.models.stage import Stage
+from flexp.server.chain import Chain, Following
 from flexp.server.clients import ClientRegistry, Guard
 from flexp.server.session import Sessions
 from flexp.server.shared import SharedBlocks
@@ -38,15 +39,17 @@ class ServerState:
         self.clients = ClientRegistry(seed)
         self.compute_seconds = 0.0
         self.sums = SumTable()
+        self.chain: Chain | None = None  # the servers further on
+        self.following: Following | None = None  # the server before
         self._sessions = Sessions()
         self._lock = threading.RLock()
         self.guard.listeners.append(lambda client, _: self._sessions.end(client))
 
     @property
     def blocks(self) -> tuple[int, int]:
-        """(s_min, e_max): the shared blocks are [s_min, e_max)."""
+        """(s_min, e_max): the shared blocks are [s_min, e_max), those of the servers further on among them."""
         owned = self.shared.stage.part.blocks
-        return min(owned), max(owned) + 1
+        return min(owned), max(owned) + 1 if self.chain is None else self.chain.end
 
     def blocks_of(self, client: str) -> SharedBlocks:
         """The blocks as a client has them; with adapters of its own, the model is made of these from now on."""
@@ -112,7 +115,7 @@ class ServerState:
         """The cut of a client that has joined and not left."""
         with self._lock:
             session = self._sessions.get(client)
-            return None if session is None else session.join.cut
+            return None if session is None else session.cut
 
     def keep_answers_after(self, client: str, step: int) -> None:
         """A client has saved its state after ``step``: keep the answers of its later steps, and drop the others."""
