@@ -122,3 +122,6 @@ TASKS = Registry("task", "data/tasks")
 
 PARTITIONERS = Registry("partitioner", "data/partitioners.py")
 """Subclasses of :class:`flexp.data.partition.Partitioner`."""
+
+VERIFIERS = Registry("verifier", "links/grpc/attesting.py")
+"""Classes with what :class:`flexp.links.grpc.attesting.Verifier` says."""

@@ -168,6 +168,15 @@ def test_a_mistake_is_one_line_and_writes_nothing(
     assert not (tmp_path / "pets.toml").exists()
 
 
+def test_what_cannot_be_run_is_not_written(tmp_path: Path, call: Call) -> None:
+    bert_folder(tmp_path / "model")
+    (tmp_path / "numbers.csv").write_text("a\n1\n2\n")
+    (tmp_path / "mine.toml").write_text("mine")
+    asked = ["numbers.csv", "--model", "model", "--task", "instruction", "--out", "mine.toml", "--force"]
+    assert "there is no column 'prompt' (data.prompt)" in call("init", *asked, code=2)
+    assert (tmp_path / "mine.toml").read_text() == "mine"
+
+
 @pytest.mark.parametrize(("rows", "most"), [(1200, None), (1800, 400)])
 def test_a_first_look_at_many_examples_takes_some_of_them(
     call: Call, tmp_path: Path, rows: int, most: int | None

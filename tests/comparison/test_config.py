@@ -52,6 +52,10 @@ def test_what_the_table_means(tmp_path: Path) -> None:
     assert wanted.entries[2].fixed == {"method.align.kind": "off"}
     assert wanted.reference == "flexp-sfl"
     assert load(written(tmp_path, RUN + TABLE), [], {"methods": ["fedavg", "plain"]}).reference == "fedavg"
+    named = written(tmp_path, RUN + TABLE.replace("[compare]", '[compare]\nreference = "flexp-sfl"', 1))
+    assert load(named, [], {"methods": ["fedavg"]}).reference == "fedavg"
+    with pytest.raises(ConfigError, match="is not compared"):
+        load(named, ["compare.reference=flexp-sfl"], {"methods": ["fedavg"]})
 
 
 def test_nothing_said_compares_the_headline_methods(tmp_path: Path) -> None:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from flexp._version import __version__
 from flexp.comparison.cells import Cell
 from flexp.comparison.compare import compare
 from flexp.comparison.config import Needs
-from flexp.comparison.engines import REPEATS, Elsewhere, engine_of
+from flexp.comparison.engines import REPEATS, Elsewhere, do, engine_of
 from flexp.errors import ConfigError
 
 from .tools import comparison
@@ -39,8 +43,6 @@ class Lost:
 
 @pytest.mark.parametrize("times", [REPEATS, REPEATS + 1])
 def test_who_loses_its_worker_is_given_out_again(times: int) -> None:
-    from types import SimpleNamespace
-
     cells: list[Any] = [SimpleNamespace(name=name) for name in ("lost", "good")]
     scheduler, closed = Lost(times), list[Any]()
     with Elsewhere(2, scheduler.submit, lambda jobs: jobs[:1], scheduler.result, closed.extend) as engine:
@@ -58,32 +60,54 @@ def test_who_loses_its_worker_is_given_out_again(times: int) -> None:
     assert len(closed) == 1  # what was still under way
 
 
-def test_no_such_engine(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="expected local or slurm"):
-        engine_of("condor", 1, tmp_path, Needs())
+@pytest.mark.parametrize("name", ["condor", "dask"])
+def test_no_such_engine(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match="expected local, ray, ray:ADDRESS, dask:ADDRESS"):
+        engine_of(name, 1, tmp_path, Needs())
 
 
-def kill_once(cell: Cell, out: str, threads: int) -> str | None:
+def test_a_worker_that_others_cannot_read_does_nothing(tmp_path: Path) -> None:
+    cell: Any = SimpleNamespace(name="one", folder=Path("cells/one"))
+    assert "does not see" in (do(cell, str(tmp_path / "mine"), 1, __version__) or "")
+    assert "expected 0.0.1" in (do(cell, str(tmp_path), 1, "0.0.1") or "")
+    assert not list(tmp_path.iterdir())
+
+
+def kill_once(cell: Cell, out: str, threads: int, version: str) -> str | None:
     """The first attempt at a cell ends its process."""
     mark = Path(out) / f"killed-{cell.entry}"
     if not mark.exists():
         mark.touch()
         os.kill(os.getpid(), signal.SIGKILL)
-    from flexp.comparison.workers import attempt
+    return do(cell, out, threads, version)
 
-    return attempt(cell, Path(out), threads)
+
+@contextmanager
+def cluster(name: str) -> Iterator[str]:
+    """What is said of the engine, while it is there."""
+    if name != "dask":
+        yield name
+        return
+    from distributed import LocalCluster
+
+    with LocalCluster(n_workers=1, threads_per_worker=2, dashboard_address=None) as workers:
+        yield f"dask:{workers.scheduler_address}"
 
 
 @pytest.mark.slow
-def test_the_comparison_is_the_same(home: Path, ended: list[Cell], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("package", "name"), [("ray", "ray"), ("distributed", "dask"), ("submitit", "slurm:local")])
+def test_the_comparison_is_the_same(
+    home: Path, ended: list[Cell], monkeypatch: pytest.MonkeyPatch, package: str, name: str
+) -> None:
     """As done in this process, though the first worker of each cell is killed."""
-    pytest.importorskip("submitit", reason="submitit is an extra")
+    pytest.importorskip(package, reason=f"{package} is an extra")
     wanted = comparison(home, SMALL, train={"rounds": 1, "steps_per_round": 2})
     root = Path(__file__).parents[2]
     there = [root / "src", root, os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, there)))
     monkeypatch.setattr("flexp.comparison.engines.do", kill_once)
-    found = compare(wanted, home / "elsewhere", 2, engine="slurm:local")
+    with cluster(name) as engine:
+        found = compare(wanted, home / "elsewhere", 2, engine=engine)
     compare(wanted, home / "here", 1)
     assert not found.failures
     assert (found.done, len(ended)) == (2, 2)

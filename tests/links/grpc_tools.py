@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import ssl
 import subprocess
 import time
 from collections.abc import Callable
@@ -47,6 +48,21 @@ class Certificates:
             cwd=folder, check=True, capture_output=True,
         )  # fmt: skip
         return folder / "old.pem"
+
+    def second(self) -> bytes:
+        """Another server's certificate (DER) of the same authority, for the same name."""
+        folder = self.ca.parent
+        subprocess.run(
+            ["openssl", "req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-keyout", "two.key",
+             "-out", "two.csr", "-subj", "/CN=server"],
+            cwd=folder, check=True, capture_output=True,
+        )  # fmt: skip
+        subprocess.run(
+            ["openssl", "x509", "-req", "-in", "two.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial",
+             "-days", "2", "-out", "two.pem", "-extfile", "server.ext"],
+            cwd=folder, check=True, capture_output=True,
+        )  # fmt: skip
+        return ssl.PEM_cert_to_DER_cert((folder / "two.pem").read_text(encoding="ascii"))
 
     def tls(self, mutual: bool = False) -> ServerTls:
         return ServerTls(*self.server, client_ca=self.ca if mutual else None)

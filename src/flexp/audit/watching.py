@@ -115,6 +115,12 @@ class Watch:
                 exchange.grad_BTH = unpack(request.grad_BTH.clone(), exchange.reads)
 
 
+def unread(method: Any) -> str:
+    """What is said instead of what the server can read, where no attack here knows what clients send."""
+    said = "sends no activations" if "activations" not in method.sends else "not audited"
+    return f"{said} (clients of {method.name!r} send {method.sends})"
+
+
 def watchable(method: Any) -> Split:
     """The method, if its clients send activations.
 
@@ -122,10 +128,7 @@ def watchable(method: Any) -> Split:
         ConfigError: they do not, or their input is no text.
     """
     if not isinstance(method, Split):
-        raise ConfigError(
-            f"the audit reads activations, and clients of {method.name!r} send {method.sends} instead; "
-            'it audits methods such as "flexp-sfl"'
-        )
+        raise ConfigError(f'{unread(method)}; the audit reads activations, of methods such as "flexp-sfl"')
     if method.world.config.link.cache != "off":
         raise ConfigError('the audit reads every exchange whole: set link.cache = "off"; what is kept is no other z')
     if method.world.source.anatomy.image:

@@ -27,7 +27,7 @@ def compare(
     jobs: Annotated[int, typer.Option(min=1, help="Runs at the same time.")] = max(1, min(2, os.cpu_count() or 1)),
     engine: Annotated[
         str,
-        typer.Option(metavar="local|slurm", help="Who does the runs (compare.needs)."),
+        typer.Option(metavar="local|ray[:ADDRESS]|dask:ADDRESS|slurm", help="Who does the runs (compare.needs)."),
     ] = "local",
     out: Annotated[Path | None, typer.Option("--out", help="Folder; default: comparisons/NAME.")] = None,
     settings: Settings = None,

@@ -32,7 +32,7 @@ def init(
     """Look at data, ask what cannot be seen, and write a configuration that runs."""
     from flexp.assets.registry import ASSETS
     from flexp.cli.data import show
-    from flexp.config.loading import load
+    from flexp.config.loading import parsed
     from flexp.data.survey import survey
     from flexp.files import write_text
     from flexp.run import draft as drafts
@@ -60,10 +60,11 @@ def init(
         f"Written by flexp init for {data}: {seen.rows} rows.",
         f"Look at it again: flexp data {place}. Train: flexp run {place}. All keys: docs/configuration.md.",
     ]
-    write_text(place, drafts.toml(drafts.drafted(seen, chosen, model, clients, place), settings or (), facts))
-    typer.echo(f"\nWritten: {place} (task {chosen.task}, model {model})\n")
-    show(load(place), None, 1, most=1)
-    typer.echo(f"\nTrain it with: flexp run {place}")
+    text = drafts.toml(drafts.drafted(seen, chosen, model, clients, place), settings or (), facts)
+    typer.echo(f"\nTask {chosen.task}, model {model}\n")
+    show(parsed(text, place), None, 1, most=1)  # what cannot be run is not written
+    write_text(place, text)
+    typer.echo(f"\nWritten: {place}. Train it with: flexp run {place}")
 
 
 def _tell(seen: Survey) -> None:

@@ -53,12 +53,17 @@ class Secured:
     cert: Annotated[Path | None, typer.Option(help="Mutual TLS: this client's certificate (PEM).")] = None
     key: Annotated[Path | None, typer.Option(help="Mutual TLS: the key of --cert (PEM).")] = None
     insecure: Insecure = False
+    verifier: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Send nothing to a server that does not attest, read by this.")
+    ] = None
+    measurement: Annotated[str | None, typer.Option(metavar="HEX", help="With --verifier: what must run there.")] = None
 
     def connect(self, server: str, name: str, **options: Any) -> Link:
         """A link of a client to the server at HOST:PORT, or at a URL."""
         from flexp.links.grpc import connect
 
         known: dict[str, Any] = {"token": self.token, "ca": self.ca, "certificate": self.cert, "key": self.key}
+        known |= {"verifier": self.verifier, "measurement": self.measurement}
         return connect(url_of(server), name, **known, insecure=self.insecure, **options)
 
 

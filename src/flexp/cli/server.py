@@ -42,6 +42,9 @@ def server(
         list[str] | None, typer.Option(metavar="NAME", help="Again for each client that may come. Default: all.")
     ] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Allow plaintext beyond this machine.")] = False,
+    verifier: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Give clients evidence of what runs here, made by this.")
+    ] = None,
     allow_export: Annotated[
         bool,
         typer.Option(
@@ -74,6 +77,7 @@ def server(
     from flexp.data.tasks import task_for, task_of
     from flexp.links.grpc import ServerTls, Tokens
     from flexp.links.rules import Limits
+    from flexp.registry import VERIFIERS
     from flexp.run.server import make_conductor, make_server, read_config, run_server
 
     def say(line: str) -> None:
@@ -111,6 +115,7 @@ def server(
         tokens=None if tokens is None else Tokens.read(tokens),
         allow=allow,
         insecure=insecure,
+        verifier=None if verifier is None else VERIFIERS[verifier](),
     )
 
 

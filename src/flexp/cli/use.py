@@ -32,19 +32,37 @@ def export(
         bool, typer.Option("--merge", help="The whole model, adapters merged into it (the default).")
     ] = False,
     adapter: Annotated[bool, typer.Option("--adapter", help="With LoRA: a peft adapter over the base model.")] = False,
+    base: Annotated[
+        bool, typer.Option("--base", help="What all clients have alike, merged: a base for their adapters.")
+    ] = False,
+    over: Annotated[
+        Path | None, typer.Option("--over", metavar="BASE", help="With --adapter: without what this --base has.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as trained.")] = None,
     secured: Secured = SECURED,
 ) -> None:
     """Write a client's personal model as a folder that transformers (or peft) loads."""
-    if merge and adapter:
-        raise ConfigError("--merge gives the whole model, --adapter only what was added to it: choose one")
-    from flexp.export.folder import check_target
+    if merge + adapter + base > 1:
+        raise ConfigError(
+            "--merge gives the whole model, --adapter only what was added to it, --base what all have alike: choose one"
+        )
+    from flexp.export.folder import DTYPES, check_target
     from flexp.export.folder import export as write
     from flexp.export.opening import open_trained
 
     check_target(out, dtype)
+    if base:
+        from flexp.export.base import write_base
+        from flexp.export.saved import look_into
+
+        if whose.client is not None or whose.server is not None or over is not None:
+            raise ConfigError("--base is of all clients of a run in a folder: leave out --client, --server and --over")
+        opened_run = look_into(run, whose.number)
+        count = write_base(opened_run, out, None if dtype is None else DTYPES[dtype])
+        typer.echo(f"after round {opened_run.round}: a base in {out}, with {count} weights that all clients have alike")
+        return
     opened = open_trained(run, whose.client, whose.number, reaching(whose, secured))
-    facts = write(opened, out, "adapter" if adapter else "whole", dtype)
+    facts = write(opened, out, "adapter" if adapter else "whole", dtype, over)
     what = "a peft adapter" if adapter else "a whole model"
     typer.echo(f"{facts['client']!r} after round {facts['round']}: {what} ({facts['dtype']}) in {out}")
 

@@ -103,7 +103,7 @@ def load(path: Path, overrides: Iterable[str] = (), changes: Mapping[str, Any] |
 
     Args:
         overrides: ``key=value``, of the run, or of the table as ``compare.key=value``.
-        changes: keys of the table that go before it.
+        changes: keys of the table that go before it; a reference that is not among its methods is left out.
 
     Raises:
         ConfigError: what is unknown, of the wrong type or impossible.
@@ -117,7 +117,11 @@ def load(path: Path, overrides: Iterable[str] = (), changes: Mapping[str, Any] |
     table = content["compare"]
     if not isinstance(table, dict):
         raise ConfigError(f"{path}: compare = {table!r} is not allowed: expected a table [compare]")
-    config = CompareConfig.checked({**table, **(changes or {})}, str(path), "compare")
+    changes = changes or {}
+    # The file's reference is for the file's methods; whoever names others need not know of it.
+    if "methods" in changes and not any(text.strip().startswith("compare.reference") for text in own):
+        table = {key: value for key, value in table.items() if key != "reference" or value in changes["methods"]}
+    config = CompareConfig.checked({**table, **changes}, str(path), "compare")
     return make(base, config)
 
 

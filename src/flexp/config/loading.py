@@ -25,7 +25,22 @@ def load(path: Path, overrides: Iterable[str] = (), seed: int | None = None) -> 
     content = overridden(path, overrides)
     if seed is not None:
         content["seed"] = seed
-    return validate({table: keys for table, keys in content.items() if table not in OTHERS}, str(path))
+    return _of_run(content, str(path))
+
+
+def parsed(text: str, path: Path) -> RunConfig:
+    """The configuration that ``text`` would give as the TOML file ``path``, which need not be there.
+
+    Raises:
+        ConfigError: see :func:`load`.
+    """
+    content = tomllib.loads(text)
+    _locate(content, [path.parent, Path()])
+    return _of_run(content, str(path))
+
+
+def _of_run(content: Mapping[str, Any], where: str) -> RunConfig:
+    return validate({table: keys for table, keys in content.items() if table not in OTHERS}, where)
 
 
 def overridden(path: Path | None, overrides: Iterable[str] = ()) -> dict[str, Any]:

@@ -39,6 +39,8 @@ class ServerConfig(Section):
     memory: Literal["keep", "recompute"] = "keep"
     max_in_flight: PositiveInt = 8  # forwards of one client whose backward has not come yet
     max_in_flight_total: PositiveInt = 64  # the same over all clients
+    # of the trained weights at once: beyond it a forward waits until a step ends that began with older ones
+    max_versions: Annotated[int, Field(ge=2)] = 16
     # what forwards keep until their backward, graphs included, of all clients; a client has at most half. Beyond
     # that only inputs are kept, and the blocks run again (as with memory = "recompute": equal numbers, a third slower)
     max_kept_bytes: PositiveInt = 2 * 2**30

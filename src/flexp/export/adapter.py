@@ -1,12 +1,13 @@
 """From a personal model's weights to the two files of a peft adapter over the base model.
 
-The files are written here and not by a ``PeftModel``, so that names and ranks stay those that were trained. Whether
-peft makes the same of them is tried before they are handed out: of a mixture of experts it would rewrite the targets.
+The files are written here and not by a ``PeftModel``, so that names stay those that were trained. All layers get one
+rank, the largest, with zeros: engines that serve many adapters know no other (vLLM passed over ``rank_pattern`` for
+years, SGLang refuses it). Whether peft makes the same of them is tried before they are handed out: of a mixture of
+experts it would rewrite the targets.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -63,24 +64,23 @@ def write_adapter(
             "adapter cannot hold; use --merge for the whole model"
         )
     modules = sorted({_module(source, name) for name in (*other, *source.new)})
+    rank = max(len(down) for down, _ in adapters.values())
+    adapters = {layer: _padded(down, up, rank) for layer, (down, up) in adapters.items()}
     tensors = {}
     for layer, (down, up) in adapters.items():
         tensors[f"{PREFIX}{layer}.lora_A.weight"], tensors[f"{PREFIX}{layer}.lora_B.weight"] = down, up
     for path in modules:
         for name, value in model.get_submodule(path).state_dict(prefix=f"{path}.").items():
             tensors[PREFIX + name] = other.get(name, value)
-    ranks = {layer: len(down) for layer, (down, _) in adapters.items() if len(down) != lora.rank}
     first: nn.Module = model.get_submodule(
         next(layer for layer in adapters if source.block_of(layer) in source.part.blocks)
     )
     PeftLoraConfig(
         task_type=KINDS[kind].peft,
         base_model_name_or_path=base,
-        r=lora.rank,
-        lora_alpha=lora.alpha,
+        r=rank,
+        lora_alpha=lora.alpha * rank / lora.rank,  # its scaling stays alpha / rank
         lora_dropout=lora.dropout,
-        rank_pattern={re.escape(layer): rank for layer, rank in ranks.items()},
-        alpha_pattern={re.escape(layer): lora.alpha * rank / lora.rank for layer, rank in ranks.items()},
         target_modules=sorted(adapters),
         modules_to_save=modules or None,
         fan_in_fan_out=isinstance(first, Conv1D),
@@ -91,6 +91,12 @@ def write_adapter(
     for stage in tried_on or [source]:
         own = {layer: pair for layer, pair in adapters.items() if source.block_of(layer) in stage.part.blocks}
         _try(folder, stage, own, lora.alpha / lora.rank)
+
+
+def _padded(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The same product, of more rows and columns."""
+    missing = rank - len(down)
+    return nn.functional.pad(down, (0, 0, 0, missing)), nn.functional.pad(up, (0, missing))
 
 
 def _try(folder: Path, source: Stage, adapters: Mapping[str, tuple[Tensor, Tensor]], scaling: float) -> None:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from flexp.config import RunConfig
 from flexp.errors import ConfigError, ModelError
 from flexp.export.adapter import write_adapter
+from flexp.export.base import beside
 from flexp.export.card import FILE, card, described
 from flexp.export.client_folder import ClientModel
 from flexp.export.remote import write_remote
@@ -30,13 +31,16 @@ Form = Literal["whole", "adapter"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def export(model: Trained, out: Path, form: Form = "whole", dtype: str | None = None) -> dict[str, Any]:
+def export(
+    model: Trained, out: Path, form: Form = "whole", dtype: str | None = None, over: Path | None = None
+) -> dict[str, Any]:
     """Write a trained model into the new folder ``out``.
 
     Args:
         model: of a run, with all of its blocks; or of a client, whose middle is fetched from a server block by block.
         form: ``whole``, adapters merged into the weights; or ``adapter``, without the base model.
         dtype: of the weights, a key of :data:`DTYPES`; ``None``: as they were trained.
+        over: of an adapter, the base that it goes on, which has a part of the model (:mod:`flexp.export.base`).
 
     Returns:
         The facts of the model, as ``flexp.json`` has them.
@@ -48,21 +52,24 @@ def export(model: Trained, out: Path, form: Form = "whole", dtype: str | None = 
     """
     check_target(out, dtype)
     refuse_adapter(model.config, form)
+    if over is not None and (form != "adapter" or not isinstance(model, RunModel)):
+        raise ConfigError("--over BASE goes with --adapter, of a run in a folder")
     config, wanted = model.config, None if dtype is None else DTYPES[dtype]
     facts = described(config, form, dtype or config.model.dtype, model.kind, model.labels) | model.facts()
     with writing(out, config.model.id, ready(model.processor, model.kind), facts) as part:
         if isinstance(model, ClientModel):
             write_remote(part, model, form, wanted)
         elif isinstance(model, RunModel):
-            _write(part, model, form, wanted)
+            _write(part, model, form, wanted, over)
     return facts
 
 
-def _write(folder: Path, model: RunModel, form: Form, dtype: torch.dtype | None) -> None:
-    source, weights = model.source(), model.weights()
+def _write(folder: Path, model: RunModel, form: Form, dtype: torch.dtype | None, over: Path | None) -> None:
+    source, weights = (model.source(), model.weights()) if over is None else beside(model, over)
     if form == "adapter":
         cast = {name: value if dtype is None else value.to(dtype) for name, value in weights.items()}
-        write_adapter(folder, source, cast, model.lora, model.kind, model_folder(model.config))
+        base = model_folder(model.config) if over is None else str(over.resolve())
+        write_adapter(folder, source, cast, model.lora, model.kind, base)
         source.model.config.save_pretrained(folder)
     else:
         saved_as(merged(source, weights, model.lora.alpha / model.lora.rank, dtype)).save_pretrained(folder)

@@ -6,6 +6,7 @@ several exchanges of one client may be in flight.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
@@ -190,6 +191,19 @@ def ask(link: Link, request: Request[R]) -> R:
     """
     with resting(current_turn()):  # a server in this process may need a turn before it can answer
         return link.call(request).result()
+
+
+_thread = threading.local()
+
+
+def never_wait() -> None:
+    """Say that this thread waits for none of the answers that it asks for: it hands them on when they are known."""
+    _thread.free = True
+
+
+def waiting_thread() -> int | None:
+    """This thread, if it may wait for what it asks for."""
+    return None if getattr(_thread, "free", False) else threading.get_ident()
 
 
 def finished(make: Callable[[], R]) -> Future[R]:

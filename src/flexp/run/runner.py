@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flexp.audit import Watch, attacked, watchable
+from flexp.audit import Watch, attacked, unread, watchable
 from flexp.client.meeting import FIRST, LAST
 from flexp.client.personal_head import Choice
 from flexp.client.trainer import Step
@@ -22,6 +22,7 @@ from flexp.data.types import Example, Federation
 from flexp.errors import ConfigError, StorageError
 from flexp.files import check_free, read_json, write_json
 from flexp.methods import Method, World
+from flexp.methods.split import Split
 from flexp.methods.turns import scored_rounds
 from flexp.report import write_report
 from flexp.report.metrics import MetricsLog, read
@@ -174,7 +175,8 @@ class _Run:
     ) -> None:
         self.world, self.config, self.out = world, world.config, out
         self.method, self.probes, self.dropped = method, probes, dropped
-        if self.config.privacy.audit:
+        self.audited = self.config.privacy.audit and isinstance(method, Split)
+        if self.audited:
             watchable(method)  # before anything is trained
         self.store = Store(out / CHECKPOINTS)
         self.facts = {"data": data_of(world.federation), "rounds": self.config.train.rounds}
@@ -224,7 +226,6 @@ class _Run:
         finally:
             self.method.close()
             self.diary.close()
-        audit = self.out / AUDIT
         summary = summary_of(
             self.world,
             self.method,
@@ -232,7 +233,7 @@ class _Run:
             read(self.out / "metrics.jsonl"),
             dropped=self.dropped,
             stopped=self._ended(),
-            server_reads=str(read_json(audit)["line"]) if audit.is_file() else UNKNOWN,
+            server_reads=self._read(),
         )
         write_json(self.out / "summary.json", summary)
         if self.config.output.html:
@@ -242,7 +243,7 @@ class _Run:
     def _round(self, number: int) -> None:
         for record in [] if self.recutting is None else self.recutting.before_round(number):
             self.diary.change(record)
-        if number == 1 and self.config.privacy.audit:
+        if number == 1 and self.audited:
             self._audited_round()
         else:
             self.method.train_round(number, lambda step: self.diary.step(number, step))
@@ -272,6 +273,13 @@ class _Run:
         every = self.config.output.checkpoint_every
         if every and (last or number == best or number % every == 0):
             self.store.save(number, self.method.state(), self.facts, best=best)
+
+    def _read(self) -> str:
+        """What the server can read, in a line."""
+        audit = self.out / AUDIT
+        if audit.is_file():
+            return str(read_json(audit)["line"])
+        return UNKNOWN if isinstance(self.method, Split) else unread(self.method)
 
     def _audited_round(self) -> None:
         """The first round, and what the server can read of it: texts are read most easily before heads have moved."""

@@ -18,7 +18,7 @@ from flexp.assets import resolve
 from flexp.config import LoraConfig, ModelConfig, OptimizerConfig, ServerConfig
 from flexp.errors import ConfigError, LinkError, LinkLostError, StoppedError
 from flexp.kinds import ModelKind
-from flexp.links.base import InProcessLink
+from flexp.links.base import InProcessLink, waiting_thread
 from flexp.links.declaring import Request
 from flexp.links.messages import (
     Abort,
@@ -72,6 +72,7 @@ from flexp.server.admission import (
 from flexp.server.chain import PREVIOUS, Following
 from flexp.server.clients import Key
 from flexp.server.examples import Examples
+from flexp.server.line import Line
 from flexp.server.session import Session
 from flexp.server.shared import is_known
 from flexp.server.state import ServerState
@@ -145,6 +146,7 @@ class Server(ServerState):
                               'model.tuning or server.tuning = "lora"')  # fmt: skip
         self.tuning, self.lora, self.allow_export = tuning, lora, allow_export
         self.clients_tuning, self.clients_quantization = clients_tuning, clients_quantization
+        self._line = Line(self._sessions, chosen.exchange_seconds, self._look_after_line)
         self.conductor: Conductor | None = None
         self.only: Collection[str] | None = None
         self.sealed = self.stops = False
@@ -222,12 +224,12 @@ class Server(ServerState):
         if isinstance(request, Ready):
             return cast("Future[R]", self._next_order(client, request))
         with self._lock:
-            if issubclass(request.reply, Done):  # it only makes the server forget, which nobody is refused
-                return cast(R, self._handle(request, client))
-            if client in self.own:
-                self.own[client].enter()
-            with self.guard.request(client), nullcontext() if request.trains is None else self._computing():
-                return cast(R, self._finished(client, self._handle(request, client)))
+            if self._must_wait(client, request):
+                return self._line.add(client, request)
+            try:
+                return cast(R, self._now(client, request))
+            finally:
+                self._let_in()
 
     def _finished(self, client: str, made: Any) -> Any:
         """What a handler gives; where it waits for the servers further on, a future, and it goes on later."""
@@ -241,8 +243,10 @@ class Server(ServerState):
 
         def go_on(come: Future[Any]) -> None:
             try:
-                with self._lock, self.guard.judged(client), self._computing():
-                    value, waited = driven(made, come)
+                with self._lock:
+                    with self.guard.judged(client), self._computing():
+                        value, waited = driven(made, come)
+                    self._let_in()
             except Exception as error:
                 answer.set_exception(error)
                 return
@@ -261,9 +265,53 @@ class Server(ServerState):
         """Tell all clients to save and leave: those that wait for something now, the others when they ask for
         something; called between two requests."""
         self.stops = True
-        for waited in (self.sums, self.conductor):
+        for waited in (self.sums, self.conductor, self._line):
             if waited is not None:
                 waited.dismiss(StoppedError(STOPS))
+
+    def _now(self, client: str, request: Request[Any]) -> Any:
+        if issubclass(request.reply, Done):  # it only makes the server forget, which nobody is refused
+            return self._handle(request, client)
+        if client in self.own:
+            self.own[client].enter()
+        with self.guard.request(client), nullcontext() if request.trains is None else self._computing():
+            return self._finished(client, self._handle(request, client))
+
+    def _must_wait(self, client: str, request: Request[Any]) -> bool:
+        """Whether a forward would hold one version of the weights too many.
+
+        A client that holds weights already never waits, nor does one whose thread does, since it would wait for itself;
+        so every version is let go at last.
+        """
+        session = self._sessions.get(client)
+        if not isinstance(request, ForwardRequest | KeptForwardRequest) or session is None or session.pending:
+            return False
+        if not getattr(request, "train", True):
+            return False
+        session.thread = waiting_thread()
+        if session.shared.has_room and not self._line:
+            return False
+        self._drop_late()
+        self._let_in()
+        if session.thread in {other.thread for other in self._sessions.values() if other.pending} - {None}:
+            return False
+        return len(self._line) > 0 or not session.shared.has_room
+
+    def _let_in(self) -> None:
+        """Answer those that wait, as far as there is room."""
+        while (one := self._line.first()) is not None and one.session.shared.has_room:
+            self._line.serve(self._now)
+
+    def _look_after_line(self) -> None:
+        """While forwards wait nobody else may come, whose request would do this."""
+        with self._lock:
+            self._drop_late()
+            self._let_in()
+            self._line.watch()
+
+    def _drop_late(self) -> None:
+        for session in self._sessions.values():
+            session.drop_late(self.config.exchange_seconds)
 
     def _next_order(self, client: str, request: Ready) -> Future[Order]:
         if self.conductor is None:
@@ -342,8 +390,7 @@ class Server(ServerState):
         """A forward with whole activations, of which ``sent`` crossed."""
         client, key = session.join.client, ("forward", request.exchange)
         applied = session.progress.applied(request.step)
-        for other in self._sessions.values():
-            other.drop_late(self.config.exchange_seconds)
+        self._drop_late()
         check_forward(session, request, self.shared.stage, self._sessions.in_flight)
         if request.train and self.sealed and not applied:
             raise LinkError(f"client {client}: the run is over, and this server trains no more")

@@ -116,6 +116,8 @@ class Session:
     peers: Mapping[str, Session] = field(default_factory=dict)  # all sessions, this one among them
     graph_rate: float = 0.0  # bytes of the last graph for each number that came: what has no room is not made at all
     late: set[int] = field(default_factory=set)  # exchanges that were given up, since no backward came
+    drops: int = 0  # how often what is in flight was given up
+    thread: int | None = None  # that waits for its answers, if it is in this process
     examples: Examples = field(default_factory=Examples)
     cut: tuple[int, int] = (0, 0)  # the client's; ``join`` has what of it is here
     chain: Chain | None = None  # the servers further on, if there are any,
@@ -179,12 +181,14 @@ class Session:
         z_BTH = request.hidden_BTH.detach().requires_grad_()
         # With gradients in any case: torch takes other kernels without (for an attention mask that is trained, say),
         # and h would not be, bit for bit, what the backward computes again.
-        with torch.enable_grad(), counted(stage.model, keep=keep_graph) as graph:
-            h_BTH = self._run(request.exchange, z_BTH, plan, start, stop)
+        version = self.shared.version_for(one.version for one in self.pending.values())
         values: Tensor | None = None
         align_BTH: list[Tensor] = []
-        if request.base_BTH is not None and self.align.has_term:
-            values, align_BTH = aligned(self.align, stage, request, request.base_BTH, start)
+        with self.shared.installed(version):
+            with torch.enable_grad(), counted(stage.model, keep=keep_graph) as graph:
+                h_BTH = self._run(request.exchange, z_BTH, plan, start, stop)
+            if request.base_BTH is not None and self.align.has_term:
+                values, align_BTH = aligned(self.align, stage, request, request.base_BTH, start)
         size += bytes_of(*align_BTH)
         if keep_graph:
             self.graph_rate = graph.bytes / request.hidden_BTH.numel()
@@ -194,7 +198,7 @@ class Session:
             keep_graph, z_BTH = False, request.hidden_BTH.detach()
         self.pending[request.exchange] = Pending(
             request,
-            self.shared.hold(),
+            self.shared.hold(version),
             z_BTH,
             h_BTH if keep_graph else None,
             align_BTH,
@@ -322,6 +326,7 @@ class Session:
         self.progress.give_up(self.progress.unapplied())
         for pending in self.pending.values():
             self.shared.release(pending.version)
+        self.drops += 1
         self.pending.clear()
         self.gathered.clear()
         if self.further is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -81,10 +81,20 @@ class SharedBlocks:
         """Let the model be made of these weights until others enter; nothing may be computing."""
         self._install(self.updater.parameters)
 
-    def hold(self) -> int:
-        """Keep the current version's weights until :meth:`release`."""
-        self._held[self.version] += 1
-        return self.version
+    @property
+    def has_room(self) -> bool:
+        """Whether one more forward may hold the current version: the next update's is within the bound then, too."""
+        return self._held[self.version] > 0 or len(self._held) + 1 < self._config.max_versions
+
+    def version_for(self, own: Iterable[int]) -> int:
+        """The version that a forward runs with: the current one or, where that would be one too many, the newest of its
+        client's ``own``, which are held already."""
+        return self.version if self.has_room else max(own, default=self.version)
+
+    def hold(self, version: int) -> int:
+        """Keep the weights of a version, which is the current one or held, until :meth:`release`."""
+        self._held[version] += 1
+        return version
 
     def release(self, version: int) -> None:
         """Let go of a version that was held once."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import ssl
 from pathlib import Path
 
 import grpc
@@ -11,6 +12,7 @@ import grpc
 from flexp.config import CodecConfig, CodecName
 from flexp.errors import ConfigError, LinkError, LinkLostError
 from flexp.links.frames import VERSION
+from flexp.links.grpc.attesting import Verifier, attested
 from flexp.links.grpc.diagnosis import NO_TOKEN, Way
 from flexp.links.grpc.link import GrpcLink, reason
 from flexp.links.grpc.loop import METHOD, OPTIONS, SERVICE, wait_for, within
@@ -23,6 +25,7 @@ from flexp.links.grpc.security import (
     check_connecting,
     check_name,
 )
+from flexp.registry import VERIFIERS
 
 
 def connect(
@@ -34,6 +37,8 @@ def connect(
     certificate: str | Path | None = None,
     key: str | Path | None = None,
     insecure: bool = False,
+    verifier: Verifier | str | None = None,
+    measurement: str | None = None,
     codec: CodecConfig | CodecName = "bf16",
     timeout: float = 600.0,
     connect_timeout: float = 20.0,
@@ -49,6 +54,9 @@ def connect(
         certificate: this client's own (PEM), if the server asks for one.
         key: that certificate's.
         insecure: allow plaintext to other machines.
+        verifier: what reads the server's evidence of what runs there, or its name among ``flexp.verifiers``; nothing is
+            sent before that names ``measurement`` and is bound to this connection.
+        measurement: in hexadecimal.
         codec: in what form tensors cross, for models that do not say it themselves. The default halves the bytes of
             float32; ``"off"`` gives what the link inside one process gives, bit for bit.
         timeout: seconds that an answer may take, after which the link is given up.
@@ -69,7 +77,15 @@ def connect(
     check_connecting(address, secure, insecure=insecure)
     paths = [None if path is None else Path(path) for path in (ca, certificate, key)]
     way = Way(address, secure, *paths)
-    credentials = channel_credentials(*paths) if secure else None
+    if (verifier is None) != (measurement is None) or (verifier is not None and not secure):
+        raise ConfigError(
+            "a server that attests needs verifier, measurement and TLS (grpcs://), or none of the first two"
+        )
+    judge: Verifier | None = VERIFIERS[verifier]() if isinstance(verifier, str) else verifier
+    certificate_there = b"" if judge is None else _certificate(way)
+    # who has its key is from here on the only one that can answer
+    trusted = paths[0] if judge is None else ssl.DER_cert_to_PEM_cert(certificate_there).encode()
+    credentials = channel_credentials(trusted, *paths[1:]) if secure else None
     metadata = [(PROTOCOL_KEY, str(VERSION)), (CLIENT_KEY, name.encode())] + (
         [(TOKEN_KEY, token.encode())] if token else []
     )
@@ -81,6 +97,9 @@ def connect(
         else:
             channel = grpc.aio.secure_channel(target, credentials, way.options(OPTIONS))
         try:
+            if judge is not None and measurement is not None:
+                async with within(connect_timeout, f"no server answered at {target}"):
+                    await attested(channel, judge, certificate_there, measurement)
             stream = channel.stream_stream(f"/{SERVICE}/{METHOD}")(metadata=metadata)
             async with within(connect_timeout, f"no server answered at {target}"):
                 version = dict(await stream.initial_metadata() or ()).get(PROTOCOL_KEY)
@@ -102,6 +121,22 @@ def connect(
     link = wait_for(open_stream())
     link.codec = codec if isinstance(codec, CodecConfig) else CodecConfig.all(codec)
     return link
+
+
+def _certificate(way: Way) -> bytes:
+    """The certificate of the server that is to attest.
+
+    Raises:
+        LinkLostError: nothing answers.
+        LinkError: it is not trusted.
+    """
+    try:
+        return way.certificate_there()
+    except (OSError, ValueError) as error:
+        for_good = way.will_not_pass(str(error))
+        if for_good is None:
+            raise LinkLostError(f"the server at {way.address} cannot be reached, or has gone ({error})") from error
+        raise LinkError(f"the server at {way.address} cannot be used: {for_good}") from error
 
 
 async def refusal(error: grpc.aio.AioRpcError, way: Way, token: str | None) -> LinkError:

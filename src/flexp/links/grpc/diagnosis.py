@@ -41,6 +41,15 @@ class Way:
         name, place = found
         return f", by way of the proxy {place} ({name}; no_proxy={self.address.host} goes without it)"
 
+    def certificate_there(self) -> bytes:
+        """The server's certificate (DER), if its authority is trusted and it is for this name.
+
+        Raises:
+            OSError, ValueError: it is not, or nothing answers.
+        """
+        with self._handshake(self._context(verified=True)) as stream:
+            return stream.getpeercert(binary_form=True) or b""
+
     def will_not_pass(self, details: str) -> str | None:
         """What is wrong with TLS, and how to mend it, going by gRPC's ``details`` of a failure and a handshake of its
         own; ``None``: nothing is, or it cannot be said."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+import ssl
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -19,6 +20,7 @@ SCHEMES = ("grpc", "grpcs")
 CLIENT_KEY = "flexp-client-bin"  # -bin: names need not be ASCII
 TOKEN_KEY = "flexp-token-bin"
 OPERATOR = "operator"  # whose token it takes to ask how a server is, on one with tokens
+PEM_END = "-----END CERTIFICATE-----"
 PROTOCOL_KEY = "flexp-protocol"  # the version, from the client and from a server that lets it in
 
 
@@ -84,6 +86,15 @@ class ServerTls:
     key: Path
     client_ca: Path | None = None
 
+    @property
+    def certificate_der(self) -> bytes:
+        """The server's own certificate, the first in its file.
+
+        Raises:
+            StorageError: it cannot be read.
+        """
+        return ssl.PEM_cert_to_DER_cert(_pem(self.certificate).decode("ascii").partition(PEM_END)[0] + PEM_END)
+
     def credentials(self) -> grpc.ServerCredentials:
         """For gRPC.
 
@@ -97,9 +108,10 @@ class ServerTls:
 
 
 def channel_credentials(
-    ca: Path | None, certificate: Path | None = None, key: Path | None = None
+    ca: Path | bytes | None, certificate: Path | None = None, key: Path | None = None
 ) -> grpc.ChannelCredentials:
-    """A client's side of TLS: whom it trusts (``None``: gRPC's own roots), and its certificate if the server wants one.
+    """A client's side of TLS: whom it trusts (PEM; ``None``: gRPC's own roots), and its certificate if the server wants
+    one.
 
     Raises:
         StorageError: a file cannot be read.
@@ -108,7 +120,7 @@ def channel_credentials(
     if (certificate is None) != (key is None):
         raise ConfigError("a client's certificate and its key go together: give both, or neither")
     return grpc.ssl_channel_credentials(
-        root_certificates=None if ca is None else _pem(ca),
+        root_certificates=_pem(ca) if isinstance(ca, Path) else ca,
         private_key=None if key is None else _pem(key),
         certificate_chain=None if certificate is None else _pem(certificate),
     )

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import grpc
@@ -18,9 +17,10 @@ import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from flexp.errors import ConfigError, FlexpError, LinkError, LinkLostError
-from flexp.links.base import Service
+from flexp.links.base import Service, never_wait
 from flexp.links.coding import PLAIN, Coding
-from flexp.links.frames import VERSION, Frame, encode
+from flexp.links.frames import VERSION, Frame, Head, encode
+from flexp.links.grpc.attesting import EVIDENCE, Attesting, Verifier
 from flexp.links.grpc.gate import Gate, Seldom
 from flexp.links.grpc.loop import METHOD, SERVER_OPTIONS, SERVICE, wait_for
 from flexp.links.grpc.security import PROTOCOL_KEY, Address, ServerTls, check_listening
@@ -65,12 +65,9 @@ def _see_free(asked: Address) -> None:
         raise ConfigError(f"cannot listen at {asked} ({why}); give another HOST:PORT") from failure
 
 
-@dataclass(frozen=True)
-class Later:
-    """A reply that is not known yet, to the request with the number ``call``."""
-
-    call: int
-    reply: Future[Any]
+def _begin(threads: int) -> None:
+    torch.set_num_threads(threads)
+    never_wait()
 
 
 def _quiet(_: str) -> None:
@@ -97,6 +94,7 @@ class Serving:
         device: torch.device = CPU,
         say: Callable[[str], None] = _quiet,
         facts: Callable[[Serving], dict[str, Any]] | None = None,
+        verifier: Verifier | None = None,
     ) -> None:
         asked = Address.of_text(listen)
         check_listening(asked, tls, tokens, insecure=insecure)
@@ -104,13 +102,15 @@ class Serving:
         self.say = say
         self._service, self._device, self._tokens = service, device, tokens
         self._facts = facts
+        if verifier is not None and tls is None:
+            raise ConfigError("evidence is bound to the key of TLS: give a certificate and its key")
+        self._attests = None if verifier is None or tls is None else Attesting(verifier, tls.certificate_der)
         self._gate = Gate(tokens, allow, service.aside, say)
         self._rates = Rates(self.limits)
         self._codings: dict[str, Coding] = {}  # of clients that joined; used in the thread that computes
         self._stopping = False
         self._seldom, self._failed = Seldom(say), set[str]()
-        threads = torch.get_num_threads()
-        self._worker = ThreadPoolExecutor(1, "flexp-server", lambda: torch.set_num_threads(threads))
+        self._worker = ThreadPoolExecutor(1, "flexp-server", _begin, (torch.get_num_threads(),))
         self._memory = Memory(self.limits.memory_bytes)
         credentials = None if tls is None else tls.credentials()
         self.address = wait_for(self._start(asked, credentials))
@@ -149,6 +149,8 @@ class Serving:
         methods |= operator_handlers(
             facts, None if self._tokens is None else self._service.readmit, self._gate.admit_operator
         )
+        if self._attests is not None:
+            methods[EVIDENCE] = grpc.unary_unary_rpc_method_handler(self._attests.answer)
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -188,21 +190,17 @@ class Serving:
         loop = asyncio.get_running_loop()
         return asyncio.ensure_future(self._known(loop.run_in_executor(self._worker, self._work, client, frame)))
 
-    async def _known(self, computed: asyncio.Future[Answer | Later]) -> Answer:
+    async def _known(self, computed: asyncio.Future[Answer | Future[Answer]]) -> Answer:
         """The answer, once it is known; meanwhile nothing is computed for the client."""
         answer = await computed
-        if not isinstance(answer, Later):
-            return answer
-        try:
-            reply = await asyncio.wrap_future(answer.reply)
-            return None, encode(PLAIN.frame(reply, answer.call))
-        except FlexpError as error:
-            return refused(error, answer.call)
+        return await asyncio.wrap_future(answer) if isinstance(answer, Future) else answer
 
-    def _work(self, client: str, frame: Frame) -> Answer | Later:
-        head = frame.head
+    def _work(self, client: str, frame: Frame) -> Answer | Future[Answer]:
+        return self._or_refusal(client, frame.head, lambda: self._answer(client, frame))
+
+    def _or_refusal(self, client: str, head: Head, make: Callable[[], Value]) -> Value | Answer:
         try:
-            return self._answer(client, frame)
+            return make()
         except FlexpError as error:
             return refused(error, head.call)
         except Exception as error:  # one client's request must not end the others' server
@@ -214,7 +212,7 @@ class Serving:
                 log.exception("the request %s of client %s failed", head.message, client)
             return refused(f"the server failed ({type(error).__name__}: {error})", head.call)
 
-    def _answer(self, client: str, frame: Frame) -> Answer | Later:
+    def _answer(self, client: str, frame: Frame) -> Answer | Future[Answer]:
         head, began = frame.head, time.perf_counter()
         coding = self._codings.get(client, PLAIN)
         request = coding.message(frame, self._device)
@@ -224,19 +222,36 @@ class Serving:
             raise LinkLostError(STOPPING)
         reply: Any = self._service.answer(client, request)
         if isinstance(reply, Future):
-            return Later(head.call, reply)
+            return self._later(client, head, reply, coding)
         if isinstance(request, Join):
             reply = self.limits.told(reply)
             kept = self._service.residuals(client)
             self._codings[client] = Coding(request.codec, dtype_of(request), reply.hidden, kept)
             self.say(f"{client}: joined with cut {request.cut}")
-        answer = coding.frame(reply, head.call, time.perf_counter() - began)
+        messages = self._encoded(coding, head, reply, time.perf_counter() - began)
+        return reply if isinstance(request, Join) else None, messages
+
+    def _later(self, client: str, head: Head, reply: Future[Any], coding: Coding) -> Future[Answer]:
+        """The answer to be; it is encoded where the reply is made."""
+        answer: Future[Answer] = Future()
+
+        def known(done: Future[Any]) -> None:
+            if answer.set_running_or_notify_cancel():
+                make = lambda: (None, self._encoded(coding, head, done.result()))  # noqa: E731
+                answer.set_result(self._or_refusal(client, head, make))
+
+        answer.add_done_callback(lambda gone: gone.cancelled() and reply.cancel())  # nobody takes it any more
+        reply.add_done_callback(known)
+        return answer
+
+    def _encoded(self, coding: Coding, head: Head, reply: Any, seconds: float = 0.0) -> list[bytes]:
+        answer = coding.frame(reply, head.call, seconds)
         if answer.head.payload > self.limits.frame_bytes:  # the client would have to refuse it, and end the stream
             raise LinkError(
                 f"the answer to {head.message} has {answer.head.payload} bytes, and a frame holds at most "
                 f"{self.limits.frame_bytes}"
             )
-        return reply if isinstance(request, Join) else None, encode(answer)
+        return encode(answer)
 
     def _leave(self, client: str) -> None:
         self._codings.pop(client, None)
@@ -250,8 +265,8 @@ def serve(service: Service, listen: str = "127.0.0.1:0", **options: Any) -> Iter
     Args:
         listen: HOST:PORT. Beyond this machine it needs ``tls`` and ``tokens``; port 0 is any that is free.
         options: of :class:`Serving`: ``limits``, ``tls``, ``tokens``, ``allow`` (the names that may come),
-            ``insecure``, ``device`` (where the service computes), ``say`` (told who comes and goes) and ``facts`` (what
-            it says of itself when asked)
+            ``insecure``, ``device`` (where the service computes), ``say`` (told who comes and goes), ``facts`` (what it
+            says of itself when asked) and ``verifier`` (gives evidence of what runs here)
 
     Raises:
         ConfigError: it may not, or cannot, listen there.
