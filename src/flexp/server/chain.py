@@ -57,13 +57,17 @@ class Chain:
         self.told = Behind()
         self._reach, self._links = reach, dict[str, Link]()
         self.control = reach(PREVIOUS)
-        welcome = ask(self.control, replace(card, client=PREVIOUS))
-        if welcome.base_depth != self.first:
-            raise ConfigError(
-                f"this server's blocks end before block {self.first}, and the next server's begin at "
-                f"{welcome.base_depth}: set --blocks (deployment.blocks) so that they follow on each other"
-            )
-        self._hear(self.control.call(Lead(dict(settings), run))).result()
+        try:
+            welcome = ask(self.control, card)
+            if welcome.base_depth != self.first:
+                raise ConfigError(
+                    f"this server's blocks end before block {self.first}, and the next server's begin at "
+                    f"{welcome.base_depth}: set --blocks (deployment.blocks) so that they follow on each other"
+                )
+            self.told = ask(self.control, Lead(dict(settings), run))
+        except BaseException:
+            self.control.close()
+            raise
 
     def join(self, client: str, request: Join) -> Link:
         """The link of a client that needs their blocks, as agreed there."""
@@ -101,9 +105,9 @@ class Chain:
         Raises:
             LinkError: it has.
         """
-        self.lost = self.lost or getattr(self.control, "broken", None)
-        if self.lost is not None:
-            raise self.lost
+        lost = self.lost or getattr(self.control, "broken", None)
+        if lost is not None:
+            raise LinkLostError(f"the next server has gone ({lost})")
 
     def close(self) -> None:
         """Leave."""
@@ -119,7 +123,7 @@ class Chain:
         if error is None:
             self.told = answer.result()
         elif self.lost is None:
-            self.lost = error if isinstance(error, LinkError) else LinkLostError(str(error))
+            self.lost = LinkLostError(str(error))  # whoever needs it may come again: it begins anew
 
 
 class Keeper(Protocol):
