@@ -105,15 +105,9 @@ def server(
     if config is None:
         kind = kind or Task("causal-lm")
     task = None if kind is None else task_for(kind.value)
-    given: dict[str, Any] = {
-        "model": model,
-        "kind": task,
-        "base_depth": base_depth,
-        "end": end,
-        "server_device": device,
-    }
-    given = given | {"blocks": None if blocks is None else parse_cut(blocks, "--blocks"), "next_server": next_server}
-    said = overrides(settings, allow_export=allow_export, **given)
+    own = None if blocks is None else parse_cut(blocks, "--blocks")
+    given = {"model": model, "kind": task, "base_depth": base_depth, "end": end, "server_device": device}
+    said = overrides(settings, allow_export=allow_export, blocks=own, next_server=next_server, **given)
     loaded, deployment = read_config(config, said)
     if loaded.threads is not None:
         torch.set_num_threads(loaded.threads)

@@ -14,7 +14,7 @@ from pathlib import Path
 from flexp.assets import resolve
 from flexp.client.model import OFF
 from flexp.config import CodecConfig, DeploymentConfig, RunConfig
-from flexp.errors import ConfigError, LinkError
+from flexp.errors import ConfigError, LinkError, StorageError
 from flexp.links.base import Link
 from flexp.links.messages import Join
 from flexp.models.anatomy import block_count, check_cut
@@ -40,8 +40,11 @@ class Kept:
         self.numbers: Sequence[int] = store.numbers()
 
     def keep(self, number: int, run: str) -> None:
-        state = self._server.state(unfinished=True)
-        self._store.save(number, {"server": state}, {"run": run, "updates": self._server.updates})
+        try:
+            state = self._server.state(unfinished=True)
+            self._store.save(number, {"server": state}, {"run": run, "updates": self._server.updates})
+        except StorageError as error:  # the first server is told which there are
+            self._say(f"snapshot {number} was not saved: {error}")
         self.run, self.numbers = run, self._store.numbers()
 
     def back(self, number: int) -> None:
