@@ -5,6 +5,7 @@
 #   make soak     the tests that take longest: processes killed at any moment, worker pools, a slow line of the kernel
 #   make check    formatting, lint, types
 #   make docs     the documentation as a site, in build/site
+#   make flower-demo   a run on Flower, stopped and gone on with, in an environment of its own (.venv-flower)
 #   make venv     only make the environment (.venv) for development
 #   make clean    remove the environment and what tools left behind
 #
@@ -17,7 +18,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-compile -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak check format docs venv clean
+.PHONY: help demo test soak check format docs flower-demo venv clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,/^Another/p'
@@ -45,10 +46,13 @@ docs: $(VENV)/.stamp-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 	@echo "Open build/site/index.html (or, to search as well: $(BIN)/python -m http.server --directory build/site)"
 
+flower-demo: $(VENV)-flower/.stamp
+	$(VENV)-flower/bin/python examples/flower/demo.py build/flower-demo
+
 venv: $(VENV)/.stamp-dev
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-flower build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps make an environment once, and bring it up to date when what it is made of changes.
@@ -74,3 +78,11 @@ $(VENV)/.stamp-docs: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing FlexP and the tools of its documentation into $(VENV) (a few minutes the first time) ..."
 	$(INSTALL) -e '.[docs]'
 	@touch $(VENV)/.stamp-run $@
+
+# flwr wants other versions of a few packages: those pins go before the others.
+$(VENV)-flower/.stamp: pyproject.toml constraints.txt constraints-flower.txt
+	@echo "Installing FlexP and Flower into $(VENV)-flower (a few minutes) ..."
+	$(PYTHON) -m venv $(VENV)-flower
+	sed -n 's/^\([^#].*==\).*/^\1/p' constraints-flower.txt | grep -vif - constraints.txt | cat - constraints-flower.txt > $(VENV)-flower/constraints.txt
+	$(VENV)-flower/bin/python -m pip install --disable-pip-version-check --quiet --no-compile -c $(VENV)-flower/constraints.txt -e '.[flower]'
+	@touch $@

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from transformers import BertConfig, BertForSequenceClassification
 
-from benchmarks import codec, embeddings, house, leakage, link, recut, slow_link
+from benchmarks import codec, embeddings, house, leakage, link, recut, scale, slow_link
 from benchmarks.tools import paired as module
 from benchmarks.tools.one_client import without_dropout
 from benchmarks.tools.paired import WARM_UP, paired
@@ -154,3 +154,21 @@ def test_a_step_stays_within_few_files(tmp_path: Path) -> None:
 def test_circles_are_all_that_reach_themselves() -> None:
     arrows = {"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}, "e": {"e"}}
     assert house.circles_of(arrows) == [["b", "c"], ["e"]]
+
+
+def test_queues_of_a_server_as_by_hand() -> None:
+    fleet = scale.Fleet(0.0, 0.25, 0.5, message=1000, bandwidth=80_000.0, latency=0.1)  # a message takes 0.2 s
+    alone = scale.simulate(fleet, 1, 100)
+    assert alone.rate == pytest.approx(1 / (0.75 + 4 * 0.2))
+    assert alone.waits == pytest.approx([0.75 + 4 * 0.2] * 100)
+    assert (alone.versions, alone.busy) == (1, pytest.approx(0.75 / 1.55))
+    full = scale.simulate(fleet, 40, 400)
+    assert full.rate == pytest.approx(1 / 0.75, rel=0.05)  # the server never rests
+    assert sum(full.waits) / 400 == pytest.approx(40 * 0.75, rel=0.1)  # Little's law
+
+
+def test_scale(tmp_path: Path) -> None:
+    found = scale.measure(str(bert_folder(tmp_path / "model")), counts="2", seconds=0.5, own=0.01)
+    (row,) = found["rows"]
+    assert row["measured"]["steps"] > 0
+    assert row["measured"].keys() == row["predicted"].keys()

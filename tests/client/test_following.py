@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -14,13 +15,16 @@ from flexp.client.recut import ParkedInMemory, fit, move_party, recut
 from flexp.client.trainer import Trainer, cut_in, load_party, party_state
 from flexp.config import AlignConfig, CodecConfig, OptimizerConfig, TrainConfig
 from flexp.data.types import ClientData
+from flexp.errors import LinkLostError
 from flexp.links.base import Link
-from flexp.links.messages import Leave, PullReply
+from flexp.links.declaring import Request
+from flexp.links.messages import Leave, PullReply, PullRequest
 from flexp.links.opening import loopback
 from flexp.optim import Updater
 from tests.client.test_recut import Words, blocks_of, model_of
 from tests.harness import RecordingLink, World, copied, equal, shared_weights, world
 
+R = TypeVar("R")
 SGD = OptimizerConfig(name="sgd", lr=0.05, momentum=0.9, clip=None)
 ADAMW = OptimizerConfig(name="adamw", lr=1e-3, clip=None)
 
@@ -237,3 +241,43 @@ def test_what_it_has_does_not_come_again_and_what_comes_is_coded(codec: CodecCon
     theirs = shared_weights(here.server)[one[0]]
     assert torch.equal(own, theirs if codec.exact else theirs.bfloat16().float())
     assert link.meter.training.bytes_down == own.nbytes // (1 if codec.exact else 2)
+    model.take_over()  # what came in another form is known, too
+    assert link.meter.training.bytes_down == own.nbytes // (1 if codec.exact else 2)
+
+
+class Breaking(RecordingLink):
+    """Loses the third answer to a pull."""
+
+    def call(self, request: Request[R]) -> Future[R]:
+        reply = super().call(request)
+        if sum(isinstance(message, PullRequest) for _, message in self.messages) == 3:
+            reply = Future()
+            reply.set_exception(LinkLostError("lost"))
+        return reply
+
+
+def test_a_pull_that_was_cut_off_goes_on_with_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flexp.client.taking.MOST", 1)  # each tensor in an answer of its own
+    here = world("llama")
+    trainer = client(here, (3, 4), AlignConfig(kind="weights", pull=0.25))
+    model, before = model_of(trainer), {}
+    for value in here.server.shared.updater.parameters.values():
+        value.data.add_(0.1)
+    model.link = Breaking(model.link)
+
+    def step() -> None:
+        model.steps.done = 1  # as after a step whose pull is due
+        before.update(copied(aligned(here, trainer)))
+        model.after_step()
+
+    with pytest.raises(LinkLostError):
+        step()
+    assert equal(before, aligned(here, trainer))  # nothing is taken over before all is here
+    link = RecordingLink(model.link.inner)
+    model.rejoin(link)
+    model.after_step()
+    theirs = shared_weights(here.server)
+    came = [name for reply in link.sent(PullReply) for name in reply.weights]
+    assert len(came) == len(set(came)) == len(before) - 2
+    for name, value in aligned(here, trainer).items():
+        torch.testing.assert_close(value, before[name] + 0.25 * (theirs[name] - before[name]))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flexp.client.model import SplitModel
-from flexp.client.recut import fetched
+from flexp.client.taking import fetched
 from flexp.config import AlignConfig
 from flexp.config.loading import validate
 from flexp.errors import FlexpError, LinkError, LinkLostError
@@ -158,7 +158,7 @@ def test_a_block_that_is_fetched(lie: Lie, said: str) -> None:
     _, _, link = joined()
     link.asked, link.lie = FetchRequest, lie
     with pytest.raises(LinkError, match=said):
-        list(fetched(link, 2))
+        list(fetched(link, FetchRequest(2)))
 
 
 @pytest.mark.parametrize(

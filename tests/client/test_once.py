@@ -12,7 +12,8 @@ import torch
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from flexp.client.exchange import Piece
-from flexp.config import CodecConfig
+from flexp.client.trainer import load_party, party_state
+from flexp.config import CodecConfig, OptimizerConfig
 from flexp.errors import ConfigError, LinkError, LinkLostError
 from flexp.links.base import Link
 from flexp.links.messages import ForwardRequest, KeptForwardRequest
@@ -37,16 +38,29 @@ class Recorded(FlexpSfl):
         return RecordingLink(super().connect(name))
 
 
-def method(home: Path, *, forgets: bool = False, frozen: int = 1, room: int = 2**30, cache: str = "memory") -> Any:
+def method(
+    home: Path,
+    *,
+    forgets: bool = False,
+    frozen: int = 1,
+    room: int = 2**30,
+    cache: str = "memory",
+    reuse: float = 0.0,
+    resumed: bool = False,
+) -> Any:
     table = {"align": {"kind": "off"}, "personal": {"frozen_head_blocks": frozen}}
-    settings: dict[str, Any] = {"data": {"clients": {"cut": [1, 4]}}, "train": {"steps_per_round": 6, "batch_size": 4}}
-    made = Recorded(
-        build_world(config(home, method=table, link={"cache": cache}, server={"max_examples_bytes": room}, **settings))
-    )
+    train = {"steps_per_round": 6, "batch_size": 4}
+    link = {"cache": cache, "reuse": reuse}
+    settings: dict[str, Any] = {"data": {"clients": {"cut": [1, 4]}}, "train": train, "link": link}
+    made = Recorded(build_world(config(home, method=table, server={"max_examples_bytes": room}, **settings)))
     for trainer in made.clients.values():
-        for _ in range(6):  # twelve examples, three steps an epoch
+        for step in range(6):  # twelve examples, three steps an epoch
             if forgets:
                 trainer.model.rejoin()  # as after a restart of the server: all is asked for again
+            if resumed and step == 4:
+                state = {name: value.clone() for name, value in party_state(trainer).items()}
+                trainer.model.sent = {0: torch.ones(1, 1)}
+                load_party(trainer, state)
             trainer.step()
     return made
 
@@ -82,6 +96,61 @@ def test_what_changes_crosses_every_time(home: Path) -> None:
         link = made.clients["north"].model.link
         assert not list(link.sent(KeptForwardRequest))
         assert list(link.sent(ForwardRequest))
+
+
+def went(made: Any) -> list[int]:
+    """How many examples went up in each of north's steps."""
+    return [int(request.fresh_B.sum()) for request in made.clients["north"].model.link.sent(KeptForwardRequest)]
+
+
+def test_what_hardly_moved_stays_what_it_was(home: Path) -> None:
+    """Whoever lost it, server or client, is given the same again: the weights are those of an undisturbed run."""
+    always, once = method(home, frozen=0, cache="off"), method(home, frozen=0, reuse=0.9)
+    assert equal(trained(method(home, frozen=0, reuse=1e-9)), trained(always))
+    assert went(once) == [4, 4, 4, 0, 0, 0]
+    assert not equal(trained(once), trained(always))
+    some = method(home, frozen=0, reuse=2e-3)
+    assert 0 < sum(went(some)[3:]) < 12
+    for other in ({"forgets": True, "cache": "disk"}, {"resumed": True}, {"room": 2_000}):
+        again = method(home, frozen=0, **{"reuse": 2e-3, **other})
+        assert equal(trained(again), trained(some)), other
+        assert sum(went(again)) >= sum(went(some))
+
+
+def test_the_gradient_at_what_it_was_stands_for_that_at_z() -> None:
+    here = world("bert", optimizer=OptimizerConfig(name="sgd", lr=1e-12))
+    model = here.client("a", (2, 4))
+    model.cache, model.reuse = "memory", 0.9
+    batch = here.batch(padding="right")
+    before: dict[int, torch.Tensor] = {}
+
+    def as_before(_: Any, __: Any, output: Any) -> Any:
+        """z as it was, in the whole model, with the gradient going to z as it is."""
+        z = output[0] if isinstance(output, tuple) else output
+        stale = before.setdefault(0, z.detach())
+        changed = stale + (z - z.detach())
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    whole = here.whole.model
+    whole.load_state_dict(shared_weights(here.server) | model.personal_state(), strict=False)
+    whole.requires_grad_(True)
+    hook = here.whole.blocks[1].register_forward_hook(as_before)
+    parts = [model.stage.trainable(), dict(whole.named_parameters())]
+    for _ in range(2):
+        with model.part_of_step(Piece(examples=(0, 1, 2))):
+            loss = model(**batch).loss
+            loss.backward()
+        expected = whole(**batch).loss
+        expected.backward()
+        torch.testing.assert_close(loss, expected)
+        for name, value in parts[0].items():
+            torch.testing.assert_close(value.grad, parts[1][name].grad)
+        for part in parts:  # the shared blocks hardly learn here
+            for name, value in part.items():
+                if name in parts[0] and value.grad is not None:
+                    value.data -= 0.05 * value.grad
+                value.grad = None
+    hook.remove()
 
 
 def test_the_server_forgets_who_leaves(home: Path) -> None:

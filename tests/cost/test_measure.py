@@ -95,7 +95,7 @@ class SlowLink:
             return ForwardReply(request.hidden_BTH)
         assert (request.start, request.stop) == (1, 2)
         self.clock += 2 * self.latency + 8 * 4 * self.pulled / self.down
-        return PullReply(weights={"w": torch.zeros(self.pulled)})
+        return PullReply(1, weights={"w": torch.zeros(self.pulled)})
 
 
 def test_up_down_and_latency_are_told_apart() -> None:

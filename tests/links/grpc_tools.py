@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -102,9 +103,8 @@ def make_certificates(folder: Path) -> Certificates:
 
 def send_raw(link: GrpcLink, messages: Callable[[int], list[bytes]]) -> Future[Any]:
     """Send bytes past every check of this side, as the request of a number; what comes of it."""
-    number = next(link._numbers)
-    call = _Call(Abort(), Head("Abort", number), Future(), None, torch.device("cpu"), None)
-    background().call_soon_threadsafe(link._enqueue, call, messages(number))
+    call = _Call(Abort(), Head("Abort", next(link._places)), Future(), None, torch.device("cpu"), None)
+    background().call_soon_threadsafe(link._enqueue, call, SimpleNamespace(messages=messages))
     return call.future
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from flexp.config import AlignConfig, ServerConfig
 from flexp.errors import LinkError, LinkLostError
 from flexp.links.base import Link
 from flexp.links.coding import PLAIN
+from flexp.links.emulated import EmulatedLink, Network
 from flexp.links.frames import CHUNK, encode
 from flexp.links.grpc import connect, serve
 from flexp.links.grpc.link import _Call
@@ -312,10 +314,13 @@ def test_frames_that_come_twice_or_too_late_are_computed_once_or_never() -> None
 
         def send(exchange: int, *, before: list[bytes] = [], twice: bool = False) -> Future[Any]:  # noqa: B006
             request = ForwardRequest(exchange, z)
-            frame = PLAIN.frame(request, next(link._numbers))
-            call = _Call(request, frame.head, Future(), link.meter.evaluation, torch.device("cpu"), None)
-            messages = [*before, *encode(frame) * (2 if twice else 1)]
-            background().call_soon_threadsafe(link._enqueue, call, messages)
+            head = PLAIN.frame(request, next(link._places)).head
+            call = _Call(request, head, Future(), link.meter.evaluation, torch.device("cpu"), None)
+
+            def messages(number: int) -> list[bytes]:
+                return [*before, *encode(PLAIN.frame(request, number)) * (2 if twice else 1)]
+
+            background().call_soon_threadsafe(link._enqueue, call, SimpleNamespace(messages=messages))
             return call.future
 
         assert send(1, twice=True).result(SOON).hidden_BTH.shape == z.shape
@@ -327,3 +332,29 @@ def test_frames_that_come_twice_or_too_late_are_computed_once_or_never() -> None
         assert counted == [1, 2]
         link.close()
         assert eventually(lambda: serving._memory.used == 0)
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("grpc", "B1 F2 F3"), ("emulated", "F2 B1 F3")])
+def test_gradients_leave_before_other_exchanges_that_wait(kind: str, expected: str) -> None:
+    """Behind them, they would go up only when all z are up, and ∂total/∂z would come down only then."""
+    here = world("bert")
+    z, came, answer = torch.randn(1, 3, 32), list[str](), here.server.answer
+
+    def noting(client: str, request: Any) -> Any:
+        if isinstance(request, ForwardRequest | BackwardRequest):
+            came.append(f"{type(request).__name__[0]}{request.exchange}")
+        return answer(client, request)
+
+    with serve(here.server) as serving:
+        link: Link = connect(f"grpc://{serving.address}", "a", codec="off")
+        if kind == "emulated":
+            link = EmulatedLink(here.server.connect("b"), Network(uplink_bps=8 * z.nbytes / 0.1))
+        with connected(link):
+            here.client(link.client, (2, 4), link=link)
+            link.call(ForwardRequest(1, z, train=True)).result(SOON)
+            here.server.answer = noting  # type: ignore[method-assign]
+            if kind == "grpc":  # nothing leaves until all wait; the other network has begun with what came first
+                background().call_soon_threadsafe(time.sleep, 0.3)
+            requests = [ForwardRequest(2, z, train=True), ForwardRequest(3, z, train=True), BackwardRequest(1, z)]
+            wait([link.call(request) for request in requests], SOON)
+            assert " ".join(came) == expected

@@ -92,7 +92,7 @@ FORWARD = ForwardRequest(
         FORWARD,
         ForwardRequest(4, draw(1, 1, H), torch.ones(1, 1, dtype=torch.bool)),
         BackwardRequest(3, draw(B, T, H).mT.contiguous().mT, 2**40, 3, 1 / 3, 1e-300),
-        PullRequest(1, 3, 2, {"a.weight": "0f" * 16}),
+        PullRequest(1, 3, 2, known={"a.weight": "0f" * 16}),
         FetchRequest(2, 3, 2**40),
         Abort(),
         ExtendRequest(
@@ -123,7 +123,7 @@ def test_replies_come_out_as_they_went_in(dtype: torch.dtype) -> None:
         (ForwardRequest(1, z), ForwardReply(z + 1, 0.1)),
         (ExtendRequest(1, 2, z), ExtendReply(z + 1)),
         (BackwardRequest(1, z), BackwardReply(z, (z, -z))),
-        (PullRequest(1, 2), PullReply(("c",), {"b.weight": draw(3, 4, dtype=dtype), "scalar": draw(1)[0]})),
+        (PullRequest(1, 2), PullReply(3, ("c",), {"b.weight": draw(3, 4, dtype=dtype), "scalar": draw(1)[0]})),
         (FetchRequest(2), FetchReply(2**40, 3, ("a",), {"b.weight": draw(3, 4, dtype=dtype), "scalar": draw(1)[0]})),
         (FetchRequest(2), FetchReply(0, 0)),
     ):
@@ -217,7 +217,7 @@ def test_what_was_damaged_on_its_way_is_told_from_what_is_refused() -> None:
 @settings(max_examples=15, deadline=None)
 def test_chunks_have_the_agreed_size(first: int, second: int) -> None:
     tensors = {"a": torch.arange(first, dtype=torch.float32), "b": torch.arange(second, dtype=torch.bfloat16)}
-    frame = PLAIN.frame(PullReply(weights=tensors), 1)
+    frame = PLAIN.frame(PullReply(2, weights=tensors), 1)
     messages = encode(frame)
     assert [len(message) for message in messages[:-1]] == [CHUNK] * (len(messages) - 1)
     assert 0 < len(messages[-1]) <= CHUNK

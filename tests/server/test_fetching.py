@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flexp.client.recut import fetched
+from flexp.client.taking import fetched
 from flexp.errors import LinkError
 from flexp.links.messages import FetchRequest
 from flexp.models.fingerprint import tensor_fingerprint
@@ -66,7 +66,7 @@ def test_what_a_client_has_does_not_come_again() -> None:
     assert (reply.same, reply.total) == ((first,), len(whole))
     assert equal(reply.weights, {name: value for name, value in whole.items() if name != first})
     link = RecordingLink(here.server.connect("a"))
-    pieces = list(fetched(link, 2, {**held, second: whole[second]}))
+    pieces = list(fetched(link, FetchRequest(2), {**held, second: whole[second]}))
     assert equal({name: value for piece in pieces for name, value in piece.weights.items()}, whole)
     assert link.meter.evaluation.bytes_down == sum(value.nbytes for value in whole.values()) - sum(
         whole[name].nbytes for name in (first, second)

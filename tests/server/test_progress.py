@@ -129,11 +129,16 @@ def test_answers_are_kept_from_the_last_snapshot_on() -> None:
 def test_pulled_weights_are_those_of_the_first_time() -> None:
     here = joined()
     do(here, 1)
-    first = here.server.answer("a", PullRequest(1, 2, 1)).weights
+    start = shared_weights(here.server)
+    one = here.server.answer("a", PullRequest(1, 2, 1, most=1)).weights
     here.server.answer("b", replace(here.server._sessions["a"].join, client="b", cut=(1, 4), numbering=5))
     hidden = torch.randn(2, 5, 32, generator=seeded(9))
     here.server.answer("b", ForwardRequest(1 << 16 | 1, hidden, train=True, step=1))
     here.server.answer("b", gradient(1))
+    rest = here.server.answer("a", PullRequest(1, 2, 1, first=1)).weights
+    first = {name: value for name, value in start.items() if name.startswith("bert.encoder.layer.1.")}
+    assert len(one) == 1 < len(rest)
+    assert equal(one | rest, first)  # in however many portions
     assert equal(here.server.answer("a", PullRequest(1, 2, 1)).weights, first)
     assert not equal(here.server.answer("a", PullRequest(1, 2, 2)).weights, first)
 

@@ -32,8 +32,15 @@ def joined(names: list[str], **config: Any) -> World:
     return here
 
 
+def work_off(server: Server) -> None:
+    """What a link does between two requests."""
+    while server.work() is not None:
+        pass
+
+
 def forward(server: Server, client: str, number: int = 1) -> Future[ForwardReply]:
     answer: Any = server.answer(client, request(number, padded=False)[0])
+    work_off(server)
     if isinstance(answer, Future):
         return answer
     done: Future[ForwardReply] = Future()
@@ -44,6 +51,7 @@ def forward(server: Server, client: str, number: int = 1) -> Future[ForwardReply
 def backward(server: Server, client: str, number: int = 1) -> BackwardReply:
     reply = server.answer(client, BackwardRequest(number, request(number, padded=False)[1], step=number, exchanges=1))
     assert isinstance(reply, BackwardReply)  # a backward never waits
+    work_off(server)
     return reply
 
 
@@ -74,6 +82,7 @@ def test_many_clients_in_random_order(most: int, peak: int) -> None:
             back = BackwardRequest(number[name], grad_BTH, step=number[name], exchanges=1)
             reply: Any = server.answer(name, back)
             h_BTH, wanted, _ = reference.backward(name[0], back)
+            work_off(server)
             assert torch.equal(reply.grad_BTH, wanted)
             assert torch.equal(asked.pop(name).result().hidden_BTH, h_BTH)
             left[name] -= 1
@@ -118,8 +127,10 @@ def test_nobody_waits_for_ever(how: str) -> None:
     assert not one.done()
     if how == "leaves":
         server.answer("a", Leave())
+        work_off(server)
     elif how == "gives up":
         server.answer("b", Abort())
+        work_off(server)
         with pytest.raises(LinkLostError, match="do the step again"):
             one.result(5)
         assert not two.done()

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 import torch
 from torch import Tensor
 
-from flexp.client.exchange import Steps, check_finite, waiting
+from flexp.client.exchange import Steps, waiting
 from flexp.client.guarding import Guard
 from flexp.client.once import Standing
 from flexp.client.personal import PersonalModel
+from flexp.client.taking import check_shapes, fetched
 from flexp.client.watching import Watch
 from flexp.config import AlignConfig, Cache, CodecConfig, LoraConfig, Rows
 from flexp.errors import ConfigError, LinkError
@@ -20,7 +20,7 @@ from flexp.links.base import Link, ask
 from flexp.links.messages import Abort, Join, PullRequest, Welcome
 from flexp.models.anatomy import check_cut
 from flexp.models.batches import Pooling, ignores_padding
-from flexp.models.fingerprint import fingerprint, tensor_fingerprint
+from flexp.models.fingerprint import fingerprint
 from flexp.models.stage import Stage
 from flexp.rng import current_turn
 
@@ -45,11 +45,14 @@ class JoinedModel(PersonalModel):
         codec: CodecConfig | None = None,
         rows: Rows = "logits",
         cache: Cache = "off",
+        reuse: float = 0.0,
         base_depth: int | None = None,
     ) -> None:
         super().__init__(stage)
         self.rows = rows
         self.cache = cache
+        self.reuse = reuse
+        self.sent: dict[int, Tensor] = {}  # with ``reuse``: z (tokens, H) of an example as it went up last
         self.known: set[int] = set()  # examples that the server keeps …
         self.known_of: Standing | None = None  # … made by these weights
         self._examples_key = secrets.token_hex(32) if cache == "disk" else ""
@@ -63,6 +66,7 @@ class JoinedModel(PersonalModel):
         self.guard: Guard | None = None  # teaches the head before anything is sent, and in training
         self.watch: Watch | None = None  # looks whether the server computes what was agreed, where somebody hears it
         self._pulled = 0  # the step after which the aligned blocks were pulled last
+        self._coming: tuple[int, dict[str, Tensor]] = 0, {}  # what has come of a step's pull that is not through
         self.cut: tuple[int, int] = cut
         self.steps = Steps(accumulation)
         if numbering is not None:
@@ -149,24 +153,36 @@ class JoinedModel(PersonalModel):
     def go_on(self, steps: int) -> None:
         """Be as after so many steps, whose state is loaded."""
         self.steps.done = self._pulled = steps
+        self._coming = 0, {}
 
     def _pull(self, step: int, share: float) -> None:
         aligned = range(self.base_depth, self.cut[0])
         personal = {name: value for name, value in self.stage.own().items() if self.stage.block_of(name) in aligned}
         # Of its own, what it does not train is the server's. (What it trains, it need not know.)
         held = {name: value for name, value in personal.items() if share == 1.0 and name in self.stage.followed}
+        if self._coming[0] != step:
+            self._coming = step, {}
+        came = self._coming[1]  # and stays if the link is lost in the middle
+        shared: dict[str, Tensor] = {}
         with waiting(self.link, current_turn()):
-            known = {name: tensor_fingerprint(value) for name, value in held.items()}
-            reply = ask(self.link, PullRequest(self.base_depth, self.cut[0], step, known))
-        check_same(reply.same, held)
-        shared, came = reply.weights, [name for name in personal if name not in reply.same]
-        check_weights(shared, {name: personal[name].shape for name in came}, all_of_them=bool(shared))
+            for reply in fetched(self.link, PullRequest(self.base_depth, self.cut[0], step), held | came):
+                check_shapes(reply.weights, {name: value.shape for name, value in personal.items()})
+                shared |= reply.weights
+                came |= {name: value for name, value in reply.weights.items() if value is not held.get(name)}
+        missing = sorted(personal.keys() - shared.keys())
+        if missing and shared:
+            raise LinkError(
+                f"the server leaves out the weight {missing[0]}, which was asked for; nothing was taken over"
+            )
+        self._coming = 0, {}
         with torch.no_grad():
             for name, value in shared.items():
                 personal[name].lerp_(value.to(personal[name]), share)
 
     def _join(self, cut: tuple[int, int]) -> None:
         check_cut(cut, self.stage.anatomy.blocks)
+        if cut != self.cut:
+            self.sent = {}
         self.cut = cut
         self.known = set()  # whatever a server kept, it forgets when its client is gone
         welcome = ask(
@@ -228,32 +244,3 @@ def check_welcome(welcome: Welcome, blocks: int, hidden: int, pinned: int | None
             "would come out of other blocks; start the server with the same --base-depth as before and as "
             "model.base_depth says"
         )
-
-
-def check_same(same: Sequence[str], held: Mapping[str, Tensor]) -> None:
-    """Refuse a server that leaves out what the client did not say it has. Raises LinkError."""
-    odd = sorted(set(same) - held.keys())
-    if odd:
-        raise LinkError(f"the server leaves out the weight {odd[0]}, which it was not told is here")
-
-
-def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, torch.Size], *, all_of_them: bool) -> None:
-    """Refuse weights that are not those that were asked for, or that are not finite.
-
-    Args:
-        expected: their shapes, by name.
-        all_of_them: none may be missing.
-
-    Raises:
-        LinkError: see above.
-    """
-    odd = sorted(weights.keys() - expected.keys())
-    if odd:
-        raise LinkError(f"the server sends the weight {odd[0]}, which nobody asked for; nothing was taken over")
-    missing = sorted(expected.keys() - weights.keys())
-    if missing and all_of_them:
-        raise LinkError(f"the server leaves out the weight {missing[0]}, which was asked for; nothing was taken over")
-    for name, value in weights.items():
-        if value.shape != expected[name]:
-            raise LinkError(f"the server's {name} is {tuple(value.shape)}, expected {tuple(expected[name])}")
-        check_finite(f"the weight {name}", value)

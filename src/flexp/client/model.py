@@ -16,7 +16,7 @@ from flexp.assets import resolve
 from flexp.client.exchange import Piece, RemoteCall, RemoteMiddle
 from flexp.client.generation import SplitGenerator
 from flexp.client.joined import OFF, JoinedModel
-from flexp.client.once import request_once, right_padded, standing
+from flexp.client.once import request_moved, request_once, right_padded, standing
 from flexp.client.personal import Source
 from flexp.client.watching import most_alignment
 from flexp.config import AlignConfig, CodecConfig, ModelConfig, Rows
@@ -67,6 +67,8 @@ class SplitModel(JoinedModel):
         codec: in what form tensors cross; ``None``: as they are inside one process, bfloat16 over a network, or what
             :func:`flexp.connect` was told.
         cache: where the server keeps z of an example, which then crosses once, if nothing that makes it is trained.
+        reuse: with ``cache``, the share of its norm by which z of an example must have moved to go up again, where
+            something that makes it is trained; 0: it goes up each time.
         rows: which rows of h cross where no block comes after them: all but padding (``all``), those that logits depend
             on (``logits``), or of those that a training loss reads (``loss``), when other tokens' logits mean nothing.
         base_depth: the s_min that the server must have; ``None``: the one that it says on joining first. Later it may
@@ -215,6 +217,7 @@ class SplitModel(JoinedModel):
         back = z_BTH.requires_grad
         if train and not back:
             z_BTH = z_BTH.detach().requires_grad_()  # the server's blocks need a backward even if nothing here does
+        examples = self._numbered(inputs) if train and self.reuse and not align_now else ()
         place = self.steps.place(self.kind, inputs) if train else None
         kept, rows_BT = self._crossing(inputs, plan, z_BTH, train=train, headless=headless)
         request = ForwardRequest(
@@ -228,25 +231,33 @@ class SplitModel(JoinedModel):
             train=train,
             step=0 if place is None else place.step,
         )
+        crosses = None
+        if examples and (kept is not None or bool(inputs["attention_mask"].all())):
+            request, crosses = request_moved(request, examples, self.sent, self.known, self.reuse)
+            kept = Places.of(inputs["attention_mask"])
         look = None if self.watch is None else self._look
         own_BTH = None
         if self.guard is not None and self.guard.penalises and place is not None:
             ids_BT, mask_BT = inputs["input_ids"], inputs.get("attention_mask")
             own_BTH = place.tokens * self.guard.gradient(self.stage, ids_BT, mask_BT, z_BTH)
-        call = RemoteCall(self.link, request, place, back=back, look=look, own_BTH=own_BTH, kept=kept)
+        call = RemoteCall(self.link, request, place, back=back, look=look, own_BTH=own_BTH, kept=kept, crosses=crosses)
         if train:
             self.steps.remember(call)
         return Sent(call, z_BTH, tuple(inner_BTH), inputs, plan)
 
+    def _numbered(self, inputs: Mapping[str, Any]) -> tuple[int, ...]:
+        """The numbers of a batch's examples, if they have any and a server could keep z of each."""
+        piece, mask_BT = self.steps.piece, inputs.get("attention_mask")
+        if self.cache == "off" or self.guard is not None or piece is None or mask_BT is None:
+            return ()
+        whole = self.ignores_padding and right_padded(mask_BT) and "position_ids" not in inputs
+        return piece.examples if whole and "input_ids" in inputs and len(piece.examples) == len(mask_BT) else ()
+
     def _may_cross_once(self, inputs: Mapping[str, Any], embedded_BTH: Tensor) -> bool:
         """Whether the examples have numbers, and nothing of what makes their z is trained."""
-        piece, mask_BT = self.steps.piece, inputs.get("attention_mask")
-        if self.cache == "off" or self.guard is not None or piece is None:
+        if not self._numbered(inputs):
             return False
-        if not (self.ignores_padding and right_padded(mask_BT)):
-            return False
-        numbered = mask_BT is not None and len(piece.examples) == len(mask_BT) and "input_ids" in inputs
-        made_by = standing(self.stage, self.cut[0]) if numbered and not embedded_BTH.requires_grad else None
+        made_by = None if embedded_BTH.requires_grad else standing(self.stage, self.cut[0])
         if made_by != self.known_of:  # somebody has trained or loaded a head meanwhile
             self.known, self.known_of = set(), made_by
         return made_by is not None

@@ -3,17 +3,24 @@
 z of an example is what the head makes of it *alone*, without padding, so it depends neither on the batch that it first
 came in nor on whether a server has lost it: sent again, it is the same, bit for bit. (Made in a batch, as without
 ``link.cache``, the last bits may be others.)
+
+Where the head is trained, ``link.reuse`` lets z of an example stand for what it has hardly moved from (SplitCom, arXiv
+2602.10564): the server goes on with what went up last, whose gradient stands for that at z. What moves is compared with
+that and no earlier z, so small moves add up until it goes up again. The client keeps what went up: to a server that has
+lost it the same goes up again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flexp.links.messages import ForwardRequest, KeptForwardRequest
+from flexp.links.packing import Places
 from flexp.models.execution import undisturbed
 from flexp.models.stage import Stage
 
@@ -23,6 +30,7 @@ def right_padded(mask_BT: Tensor | None) -> bool:
     return mask_BT is not None and bool((mask_BT[:, :-1] >= mask_BT[:, 1:]).all()) and bool(mask_BT[:, 0].all())
 
 
+FLOAT = torch.float32
 Standing = tuple[tuple[int, int], ...]
 """Of weights: where each is, and how often it was written into."""
 
@@ -84,3 +92,36 @@ def request_once(
         whole.rows_BT,
         hidden_BTH=torch.cat(made, dim=1) if made else None,
     )
+
+
+def request_moved(
+    whole: ForwardRequest, examples: tuple[int, ...], went: dict[int, Tensor], known: set[int], share: float
+) -> tuple[ForwardRequest, KeptForwardRequest]:
+    """A forward from what ``went`` up last of each example where z has not moved by more than ``share`` of its norm,
+    and what crosses of it. ``went`` is changed to what it is from now on, ``known`` to what the server surely has.
+    """
+    assert whole.mask_BT is not None
+    places = Places.of(whole.mask_BT)
+    z_each = torch.split(places.pack(whole.hidden_BTH)[0], whole.mask_BT.sum(1).tolist())
+    beyond = []  # by how much it moved more than it may, on the blocks' device: one look at all of them
+    for number, z in zip(examples, z_each, strict=True):
+        last = went.get(number, z.new_empty(0))
+        near = last.shape == z.shape
+        beyond.append((z - last).float().norm() - share * last.float().norm() if near else z.new_ones((), dtype=FLOAT))
+    for number, z, more in zip(examples, z_each, torch.stack(beyond).tolist(), strict=True):
+        if more > 0:
+            went[number] = z.clone()
+            known.discard(number)  # a server that keeps it keeps the z before, until it says otherwise
+    fresh = [number not in known for number in examples]
+    new = [went[number] for number, is_new in zip(examples, fresh, strict=True) if is_new]
+    crosses = KeptForwardRequest(
+        whole.exchange,
+        whole.mask_BT,
+        torch.tensor(examples),
+        torch.tensor(fresh),
+        whole.step,
+        whole.rows_BT,
+        hidden_BTH=torch.cat(new).unsqueeze(0) if new else None,
+    )
+    used_BTH = places.unpack(torch.cat([went[number] for number in examples]).unsqueeze(0))
+    return replace(whole, hidden_BTH=used_BTH), crosses

@@ -15,33 +15,26 @@ changed. If it fails, the client has its old cut, and joins with it again.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from flexp.client.exchange import check_finite
-from flexp.client.joined import check_same
 from flexp.client.model import SplitModel
+from flexp.client.taking import fetched
 from flexp.client.trainer import Trainer, cut_in, load_party, split_model_of
 from flexp.errors import ConfigError, LinkError, ModelError
-from flexp.links.base import Link, ask
-from flexp.links.messages import FetchReply, FetchRequest
+from flexp.links.messages import FetchRequest
 from flexp.models.anatomy import Part, check_cut
-from flexp.models.fingerprint import tensor_fingerprint
 from flexp.models.stage import Stage
 
 Blocks = Callable[[Part], Stage]
 """Gives pretrained blocks, tuned as this client's own are."""
 
 PERSONAL, OPTIMIZER, PARKED = "personal/", "optimizer/", "parked/"
-MOST = 16 << 20
-"""Bytes of tensors in one answer to a fetch."""
-MOST_TENSORS = 2048
-"""That one block may have."""
 
 
 class Parking(Protocol):
@@ -193,30 +186,6 @@ def move_party(trainer: Trainer, state: Mapping[str, Tensor], parking: Parking) 
     return new
 
 
-def fetched(link: Link, block: int, held: Mapping[str, Tensor] | None = None) -> Iterator[FetchReply]:
-    """The answers that together hold a block's trained shared weights; while training goes on their versions differ.
-
-    Args:
-        held: tensors that are here: of those that are the server's, nothing crosses but their fingerprints.
-
-    Raises:
-        LinkError: the server does not give it.
-    """
-    held, names = held or {}, set[str]()
-    known = {name: tensor_fingerprint(value) for name, value in held.items()}
-    while True:
-        reply = ask(link, FetchRequest(block, len(names), MOST, known))
-        check_fetched(reply, block, MOST)
-        check_same(reply.same, held)
-        reply = replace(reply, weights={**{name: held[name] for name in reply.same}, **reply.weights})
-        if len(names) < reply.total and not reply.weights.keys() - names:
-            raise LinkError(f"the server gives {len(names)} of the {reply.total} weights of block {block}")
-        names |= reply.weights.keys()
-        yield reply
-        if len(names) >= reply.total:
-            return
-
-
 def _name(key: str) -> str | None:
     """The parameter that an entry of a client's state belongs to."""
     if key.startswith(PERSONAL):
@@ -254,7 +223,7 @@ def _current(
     for block in blocks:
         if block >= model.base_depth:
             held = {name: value.detach() for name, value in fresh.items() if model.stage.block_of(name) == block}
-            for piece in fetched(model.link, block, held):
+            for piece in fetched(model.link, FetchRequest(block), held):
                 weights |= {name: value for name, value in piece.weights.items() if name in shapes}
     odd = [name for name, value in weights.items() if value.shape != shapes[name]]
     if odd:
@@ -280,15 +249,3 @@ def _fill(trainer: Trainer, weights: Mapping[str, Tensor]) -> None:
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-
-def check_fetched(reply: FetchReply, block: int, most: int) -> None:
-    """Refuse more of a block than was asked for, or than any block has. Raises LinkError."""
-    size = sum(value.numel() * value.element_size() for value in reply.weights.values())
-    if not 0 <= reply.total <= MOST_TENSORS or (len(reply.weights) > 1 and size > most):
-        raise LinkError(
-            f"the server sends {size} bytes in {len(reply.weights)} of {reply.total} weights of block {block}, "
-            f"expected at most {most} bytes, or one tensor, and {MOST_TENSORS} in all"
-        )
-    for name, value in reply.weights.items():
-        check_finite(f"the weight {name} of block {block}", value)

@@ -26,7 +26,7 @@ from flexp.links.coding import load_residuals, save_residuals
 from flexp.optim import Updater
 from flexp.rng import RandomStream, derived_seed, generator
 
-OWED = "residuals/"
+OWED, SENT = "residuals/", "sent/"
 
 
 class Trainable(Protocol):
@@ -236,7 +236,7 @@ class BatchOrder:
 def party_state(trainer: Trainer) -> dict[str, Tensor]:
     """Everything that :func:`load_party` needs to go on bit for bit."""
     model = split_model_of(trainer)
-    own = {"cut": torch.tensor(model.cut)}
+    own = {"cut": torch.tensor(model.cut)} | {f"{SENT}{number}": value for number, value in model.sent.items()}
     if model.guard is not None:
         own |= model.guard.state()
     return trainer.state() | own | model.link.meter.tensors() | save_residuals(model.link.residuals, OWED)
@@ -259,6 +259,10 @@ def load_party(trainer: Trainer, state: Mapping[str, Tensor]) -> None:
     model = split_model_of(trainer)
     trainer.load(state)
     model.go_on(trainer.steps)
+    sent = {key.removeprefix(SENT): value for key, value in state.items() if key.startswith(SENT)}
+    same = cut_in(state) == model.cut
+    model.sent = {int(key): value.to(model.device, copy=True) for key, value in sent.items() if same}
+    model.known = set()  # what the server keeps may be of a later time
     if model.guard is not None:
         model.guard.load(state)
     model.link.meter.load_tensors(state)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
+from pydantic import Field
+
 from flexp.config.section import Section, named
 from flexp.registry import CODECS
 
@@ -51,4 +53,7 @@ class LinkConfig(Section):
     rows: Rows = "loss"
     # whether z of an example goes up once where nothing below the cut is trained, and where its server keeps it
     cache: Cache = "off"
+    # with cache, where something below the cut is trained: z of an example goes up again once it has moved by more than
+    # this share of its norm from what went up last, and is that until then; 0: with every step
+    reuse: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     codec: CodecConfig = CodecConfig()

@@ -80,6 +80,9 @@ class RunConfig(Section):
                 'link.cache keeps examples one by one, and link.codec.activation = "int8-channel" rounds them by what '
                 'comes along: use "int8-row"'
             )
+        if self.link.reuse and (self.link.cache == "off" or self.privacy.on):
+            raise ValueError('link.reuse needs link.cache = "memory" or "disk", and no [privacy], whose z is another '
+                             "one each time")  # fmt: skip
         if self.devices != DevicesConfig() and not self.on_devices:
             raise ValueError("[devices] is there, but no client has a device class: set data.clients.device, or device "
                              "in [[data.clients.each]]")  # fmt: skip

@@ -41,6 +41,8 @@ class ServerConfig(Section):
     max_in_flight_total: PositiveInt = 64  # the same over all clients
     # of the trained weights at once: beyond it a forward waits until a step ends that began with older ones
     max_versions: Annotated[int, Field(ge=2)] = 16
+    # requests that wait go through the blocks together where that is faster; answers are those alone up to rounding
+    joined: bool = False
     # what forwards keep until their backward, graphs included, of all clients; a client has at most half. Beyond
     # that only inputs are kept, and the blocks run again (as with memory = "recompute": equal numbers, a third slower)
     max_kept_bytes: PositiveInt = 2 * 2**30

@@ -91,7 +91,8 @@ class EchoLink:
                 inner = tuple(value.clone() for value in sent.inner_BTH)
                 return BackwardReply(sent.hidden_BTH.clone() if request.back else None, inner)
             case PullRequest():
-                return PullReply(weights={name: value.detach().clone() for name, value in self.shared.items()})
+                copies = {name: value.detach().clone() for name, value in self.shared.items()}
+                return PullReply(len(copies), weights=copies)
             case ExtendRequest():
                 return ExtendReply(request.hidden_BTH.clone())
             case FetchRequest():

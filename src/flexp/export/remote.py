@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from flexp.client.recut import fetched
+from flexp.client.taking import fetched
 from flexp.config import CodecConfig
 from flexp.errors import LinkError, LinkLostError, ModelError
 from flexp.export.adapter import write_adapter
@@ -23,7 +23,7 @@ from flexp.export.client_folder import ClientModel
 from flexp.export.whole import fill, let_go
 from flexp.files import write_json
 from flexp.links.base import Link, ask
-from flexp.links.messages import Join
+from flexp.links.messages import FetchRequest, Join
 from flexp.links.opening import connected
 from flexp.models.anatomy import Part
 from flexp.models.fingerprint import fingerprint, read_header
@@ -191,7 +191,7 @@ class Fetched:
         found: dict[str, Tensor] = {}
         for left in reversed(range(TRIES)):
             try:
-                for reply in fetched(self._link, index, found):
+                for reply in fetched(self._link, FetchRequest(index), found):
                     if self.version is None:
                         self.version = reply.version
                     if reply.version != self.version:

@@ -132,6 +132,19 @@ class Service(Protocol):
         """
         ...
 
+    @property
+    def busy(self) -> bool:
+        """Whether anybody waits whom :meth:`work` would answer."""
+        ...
+
+    def work(self) -> float | None:
+        """Answer the next of those that wait; a thread that never waits calls it between requests.
+
+        Returns:
+            After how many seconds to call it again; ``None``: when another request has come.
+        """
+        ...
+
     def residuals(self, client: str) -> dict[str, Tensor]:
         """Where this side's error feedback for a client is kept (:class:`flexp.links.coding.Coding`)."""
         ...
@@ -216,6 +229,12 @@ def finished(make: Callable[[], R]) -> Future[R]:
     return future
 
 
+class Later(Future[R]):
+    """An answer that is not known yet. ``seconds``: that it took to compute."""
+
+    seconds = 0.0
+
+
 class InProcessLink:
     """Calls a server in the same process; tensors pass by reference, detached by whoever makes the message.
 
@@ -272,7 +291,7 @@ class InProcessLink:
     def _arrived(self, done: Future[Any], future: Future[Any], traffic: Traffic) -> None:
         """The same for an answer that came later, when others had come; what was waited for them was no computing."""
         try:
-            self._arrive(done.result(), future, traffic, time.perf_counter())
+            self._arrive(done.result(), future, traffic, time.perf_counter() - getattr(done, "seconds", 0.0))
         except Exception as error:
             future.set_exception(error)
 

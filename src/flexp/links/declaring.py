@@ -75,10 +75,12 @@ class Request(Generic[Reply]):
     Attributes:
         reply: the type of its answer.
         trains: whether the tensors of request and reply count as training's or evaluation's; ``None``: it has none.
+        urgent: whether it leaves before requests that are not and have not begun to leave.
     """
 
     reply: ClassVar[type[Any]]
     trains: ClassVar[bool | None] = None
+    urgent: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         (cls.reply,) = get_args(cls.__orig_bases__[0])  # type: ignore[attr-defined]

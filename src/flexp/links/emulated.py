@@ -1,8 +1,9 @@
 """A slow, shaky network around any link: latency, jitter, bandwidth each way, and connections that break.
 
 Requests overlap as on a real link: a call gives a future at once, its bytes queue for the uplink, the server works on
-requests in the order in which they arrive, and answers queue for the downlink. Sizes are those of tensors as they
-cross, after the codec. Chance is drawn from a seed, in the order of the messages of each direction.
+requests in the order in which they arrive, and answers queue for the downlink. An urgent request leaves before others
+that wait, as it does over gRPC. Sizes are those of tensors as they cross, after the codec. Chance is drawn from a seed,
+in the order of the messages of each direction.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl
 
@@ -58,14 +60,14 @@ class Line:
     def __init__(self, network: Network, bps: float | None, name: str) -> None:
         self._network, self._bps = network, bps
         self._random = random.Random(f"{network.seed} {name}")
-        self._free = self._last = -math.inf
+        self.free = self._last = -math.inf  # when the last byte has left
 
     def arrival(self, now: float, size: int) -> float | None:
         """When a message of ``size`` bytes that is sent at ``now`` has arrived; ``None``: it breaks the connection."""
         lost = self._random.random() < self._network.loss
         late = self._random.uniform(0.0, self._network.jitter_s)
-        self._free = max(now, self._free) + (8 * size / self._bps if self._bps else 0.0)
-        self._last = max(self._last, self._free + self._network.latency_s + late)
+        self.free = max(now, self.free) + (8 * size / self._bps if self._bps else 0.0)
+        self._last = max(self._last, self.free + self._network.latency_s + late)
         return None if lost else self._last
 
 
@@ -84,6 +86,7 @@ class EmulatedLink(Wrapping):
         self._coding: Coding | None = None
         self._broken: str | None = None
         self._open: set[Future[Any]] = set()
+        self._number = itertools.count()
         self._begin()
 
     def call(self, request: Request[R]) -> Future[R]:
@@ -95,7 +98,8 @@ class EmulatedLink(Wrapping):
                 future.set_exception(self._error(self._broken))
                 return future
             self._open.add(future)
-            self._travel(self._up, request, future, lambda: self._server.submit(self._arrived, request, future))
+            heapq.heappush(self._waiting, (not request.urgent, next(self._number), request, future))
+            self._leave(self._up)
         return future
 
     def close(self) -> None:
@@ -110,8 +114,18 @@ class EmulatedLink(Wrapping):
 
     def _begin(self) -> None:
         self._broken = None
+        self._waiting: list[tuple[bool, int, Request[Any], Future[Any]]] = []
         self._up = Line(self.network, self.network.uplink_bps, "up")
         self._down = Line(self.network, self.network.downlink_bps, "down")
+
+    def _leave(self, line: Line) -> None:
+        """Send what waits for the uplink, as far as that is free."""
+        with self._lock:
+            while self._waiting and line is self._up and line.free <= time.monotonic():
+                _, _, request, future = heapq.heappop(self._waiting)
+                self._travel(line, request, future, partial(self._server.submit, self._arrived, request, future))
+                if line.free > time.monotonic():
+                    self._clock.at(line.free, lambda: self._leave(line))
 
     def _arrived(self, request: Request[Any], future: Future[Any]) -> None:
         if not future.done():  # else the connection broke while this waited for the server

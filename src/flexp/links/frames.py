@@ -13,7 +13,7 @@ import math
 import struct
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -178,11 +178,26 @@ def encode(frame: Frame) -> list[bytes]:
     Raises:
         LinkError: the head is too large.
     """
-    content = [_octets(value.detach().cpu().contiguous()) for value in frame.tensors]
-    check = 0
-    for piece in content:
-        check = zlib.crc32(piece, check)
-    return list(_chunks([head_bytes(frame.head, check), *content]))
+    return list(Outgoing(frame).messages(frame.head.call))
+
+
+class Outgoing:
+    """A frame on its way out, whose number is not known before it leaves; its tensors are copied.
+
+    Raises:
+        LinkError: the head is too large.
+    """
+
+    def __init__(self, frame: Frame) -> None:
+        self._head, self._check = frame.head, 0
+        self._content = [bytes(_octets(value.detach().cpu().contiguous())) for value in frame.tensors]
+        for piece in self._content:
+            self._check = zlib.crc32(piece, self._check)
+        head_bytes(self._head, self._check)
+
+    def messages(self, number: int) -> Iterator[bytes]:
+        """As of :func:`encode`, of the call ``number``."""
+        return _chunks([head_bytes(replace(self._head, call=number), self._check), *self._content])
 
 
 class Incoming:

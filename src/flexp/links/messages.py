@@ -199,6 +199,7 @@ class BackwardRequest(Request[BackwardReply]):
     """
 
     trains: ClassVar[bool | None] = True
+    urgent: ClassVar[bool] = True  # behind other exchanges' z, gradients would come down only when all z are up
 
     exchange: Integer
     grad_BTH: Annotated[Tensor, hidden("gradient")]
@@ -211,9 +212,14 @@ class BackwardRequest(Request[BackwardReply]):
 
 @message
 class PullReply:
-    """The trained shared parameters of the aligned blocks, by their names in the model. ``same``: those that the client
-    said it has."""
+    """The trained shared parameters of the aligned blocks, by their names in the model.
 
+    Attributes:
+        total: how many there are; ``weights`` holds some of them.
+        same: others of them, which the client said it has.
+    """
+
+    total: Integer
     same: tuple[str, ...] = ()
     weights: Annotated[dict[str, Tensor], WEIGHTS] = field(default_factory=dict)
 
@@ -222,9 +228,12 @@ class PullReply:
 class PullRequest(Request[PullReply]):
     """Ask for the shared weights of blocks [start, stop), which lie in [s_min, s), for alignment in weight space.
 
-    ``step`` is the client's step that it ends; 0: not numbered. ``known``: of tensors of which the client holds copies,
-    by their names, the fingerprints (:func:`flexp.models.fingerprint.tensor_fingerprint`): what has the same does not
-    come.
+    Attributes:
+        step: the client's step that it ends, whose pulls all have the same weights; 0: not numbered.
+        first, most: as in :class:`FetchRequest`.
+        known: of tensors of which the client holds copies, by their names, the fingerprints
+            (:func:`flexp.models.fingerprint.tensor_fingerprint`): what has the same does not come. Who was cut off in
+            the middle names what has come.
     """
 
     trains: ClassVar[bool | None] = True
@@ -232,6 +241,8 @@ class PullRequest(Request[PullReply]):
     start: Integer
     stop: Integer
     step: Integer = 0
+    first: Integer = 0
+    most: Integer = 64 << 20
     known: dict[str, str] = field(default_factory=dict)
 
 
@@ -288,7 +299,7 @@ class FetchRequest(Request[FetchReply]):
         block: its index in the model.
         first: of the block's trained tensors, in the order of their names, the first to send: a large block comes in
             several answers.
-        known: as in :class:`PullRequest`; who was cut off in the middle names what has come.
+        known: as in :class:`PullRequest`.
         most: bytes of tensors that one answer may have; a single tensor that is larger comes alone.
     """
 

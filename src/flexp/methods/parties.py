@@ -86,6 +86,7 @@ def split_model(
         codec=codec,
         rows=config.link.rows,
         cache=config.link.cache,
+        reuse=config.link.reuse,
         base_depth=config.model.base_depth,
     )
 

@@ -211,6 +211,7 @@ def check_can_chain(config: ServerConfig) -> None:
         key
         for key, is_set in (
             ('server.adapters = "own"', config.adapters == "own"),
+            ("server.joined", config.joined),
             ("server.guard.similar", config.guard.similar != GuardConfig().similar),
         )
         if is_set

@@ -26,12 +26,16 @@ class InMemory(dict[int, Tensor]):
         """Bytes that it takes."""
         return value.numel() * value.element_size()
 
+    def frees(self, number: int, value: Tensor) -> int:
+        """Bytes that ``value`` does not take, since it comes in the place of what is there."""
+        return self.size(self[number]) if number in self else 0
+
 
 class Sealed:
     """Examples in a file, each sealed with a client's key (AES-256-GCM), bound to its number.
 
     The file has no name, so it is gone with this object or with the process, whatever ends that. It lies where Python
-    puts temporary files (``TMPDIR``). An example that comes again is written behind the others.
+    puts temporary files (``TMPDIR``). An example that comes again takes its old place, if it is of its size.
 
     Raises:
         ConfigError: the library ``cryptography`` is not here.
@@ -53,16 +57,22 @@ class Sealed:
         """Bytes that it takes."""
         return NONCE + value.numel() * value.element_size() + TAG
 
+    def frees(self, number: int, value: Tensor) -> int:
+        """As :meth:`InMemory.frees`."""
+        size = self.size(value)
+        return size if number in self and self._places[number].size == size else 0
+
     def __setitem__(self, number: int, value: Tensor) -> None:
         nonce, bound = secrets.token_bytes(NONCE), number.to_bytes(8, "big", signed=True)
         plain = value.cpu().contiguous().view(torch.uint8).numpy()
         left = memoryview(nonce + self._seal.encrypt(nonce, plain, bound))
-        place = self._end
+        before, size = self._places.pop(number, None), self.size(value)  # a half-written one is none
+        begins = place = self._end if before is None or before.size != size else before.begins
         while left:
             written = os.pwrite(self._file.fileno(), left, place)
             left, place = left[written:], place + written
-        self._places[number] = _Place(self._end, self.size(value), value.shape, value.dtype, value.device)
-        self._end = place
+        self._places[number] = _Place(begins, size, value.shape, value.dtype, value.device)
+        self._end = max(self._end, place)
 
     def __getitem__(self, number: int) -> Tensor:
         from cryptography.exceptions import InvalidTag
@@ -134,11 +144,9 @@ class Examples:
 
         What comes again takes the place of what was there.
         """
-        size = sum(map(self.kept.size, new.values()))
+        size = sum(self.kept.size(value) - self.kept.frees(number, value) for number, value in new.items())
         if size > room:
             return False
-        if isinstance(self.kept, InMemory):
-            size -= sum(self.kept.size(self.kept[number]) for number in new if number in self.kept)
         try:
             for number, value in new.items():
                 self.kept[number] = value.clone()

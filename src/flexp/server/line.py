@@ -1,22 +1,25 @@
-"""The line of forwards that wait for an old version of the shared weights to be let go (``server.max_versions``)."""
+"""The line of requests that are answered later: forwards that wait until an old version of the shared weights is let go
+(``server.max_versions``), and with ``server.joined`` all that may go through the blocks together."""
 
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
 from flexp.errors import LinkError, LinkLostError
+from flexp.links.base import Later
 from flexp.links.declaring import Request
 from flexp.server.session import Session, Sessions
 
-GIVEN_UP = "the step was given up while its forward waited; do the step again"
+GIVEN_UP = "the step was given up while its request waited; do the step again"
 
 
-@dataclass
+@dataclass(eq=False)
 class Waiting:
     """A request that is answered later, of a client's session as it was when the request came."""
 
@@ -24,11 +27,33 @@ class Waiting:
     request: Request[Any]
     session: Session
     drops: int
-    answer: Future[Any] = field(default_factory=Future)
+    answer: Later[Any] = field(default_factory=Later)
+
+    def tell(self, make: Callable[[], Any], seconds: float = 0.0) -> None:
+        """The answer is what ``make`` gives or raises; ``seconds``: that were needed before."""
+        if self.answer.done() or not self.answer.set_running_or_notify_cancel():
+            return
+        began = time.perf_counter() - seconds
+        try:
+            value = make()
+            if isinstance(value, Future):  # the servers further on have not answered yet
+                value.add_done_callback(self._handed)
+                return
+            self.answer.seconds = time.perf_counter() - began
+            self.answer.set_result(value)
+        except Exception as error:
+            self.answer.set_exception(error)
+
+    def _handed(self, done: Future[Any]) -> None:
+        error = done.exception()
+        if error is None:
+            self.answer.set_result(done.result())
+        else:
+            self.answer.set_exception(error)
 
 
 class Line:
-    """First in, first out. Whoever waits holds no weights, so whoever holds some waits for nobody, and lets them go.
+    """First in, first out. Who waits for a version holds none, so who holds some waits for nobody, and lets them go.
 
     Args:
         sessions: of the server. A request whose client has left, joined anew or given up waits no more.
@@ -43,7 +68,7 @@ class Line:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def add(self, client: str, request: Request[Any]) -> Future[Any]:
+    def add(self, client: str, request: Request[Any]) -> Later[Any]:
         """Let a request wait; gives its answer to be."""
         session = self._sessions[client]
         self._waiting.append(Waiting(client, request, session, session.drops))
@@ -58,49 +83,34 @@ class Line:
             timer.daemon = True
             timer.start()
 
-    def first(self) -> Waiting | None:
-        """Who is next; those that wait for nothing any more are told so first."""
-        stale = [one for one in self._waiting if self._sessions.get(one.client) is not one.session
-                 or one.session.drops != one.drops]  # fmt: skip
-        for one in stale:
-            self._waiting.remove(one)
-            _tell(one, LinkLostError(f"client {one.client}: {GIVEN_UP}"))
-        return self._waiting[0] if self._waiting else None
+    def firsts(self) -> list[Waiting]:
+        """Of each client the request that came first; those that wait for nothing any more are told so."""
+        for one in list(self._waiting):
+            if self._sessions.get(one.client) is not one.session or one.session.drops != one.drops:
+                self._waiting.remove(one)
+                one.tell(_raising(LinkLostError(f"client {one.client}: {GIVEN_UP}")))
+        firsts: dict[str, Waiting] = {}
+        for one in self._waiting:
+            firsts.setdefault(one.client, one)
+        return list(firsts.values())
 
-    def serve(self, answer: Callable[[str, Request[Any]], Any]) -> None:
-        """Answer the first."""
-        one = self._waiting.popleft()
-        if not one.answer.set_running_or_notify_cancel():
-            return
-        try:
-            made = answer(one.client, one.request)
-        except Exception as error:
-            one.answer.set_exception(error)
-            return
-        if isinstance(made, Future):  # the servers further on have not answered yet
-            made.add_done_callback(lambda done: hand_on(done, one.answer))
-        else:
-            one.answer.set_result(made)
+    def take(self, group: Sequence[Waiting]) -> None:
+        """These wait no more."""
+        for one in group:
+            self._waiting.remove(one)
 
     def dismiss(self, why: LinkError) -> None:
         """Nobody waits any more."""
         while self._waiting:
-            _tell(self._waiting.popleft(), why)
+            self._waiting.popleft().tell(_raising(why))
 
     def _look(self) -> None:
         self._watched = False
         self._late()
 
 
-def hand_on(done: Future[Any], answer: Future[Any]) -> None:
-    """Let a future have what another one has."""
-    error = done.exception()
-    if error is None:
-        answer.set_result(done.result())
-    else:
-        answer.set_exception(error)
+def _raising(error: Exception) -> Callable[[], Any]:
+    def fail() -> Any:
+        raise error
 
-
-def _tell(one: Waiting, why: LinkError) -> None:
-    if one.answer.set_running_or_notify_cancel():
-        one.answer.set_exception(why)
+    return fail

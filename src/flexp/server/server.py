@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields, replace
-from functools import singledispatchmethod
+from functools import partial, singledispatchmethod
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
@@ -72,14 +73,18 @@ from flexp.server.admission import (
 from flexp.server.chain import PREVIOUS, Following
 from flexp.server.clients import Key
 from flexp.server.examples import Examples
-from flexp.server.line import Line
+from flexp.server.joining import can_join
+from flexp.server.line import Line, Waiting
 from flexp.server.session import Session
-from flexp.server.shared import is_known
+from flexp.server.shared import portion
 from flexp.server.state import ServerState
+from flexp.server.together import Ready as ReadyForward
+from flexp.server.together import Together
 
 R = TypeVar("R")
 Steps = Generator[Future[Any], Any, R]
 """A handler that gives an answer, and on the way futures that it waits for."""
+log = logging.getLogger("flexp.server")
 STOPS = "the server stops; save, leave, and come again when it is back"
 
 
@@ -144,8 +149,12 @@ class Server(ServerState):
         if chosen.adapters == "own" and tuning != "lora":
             raise ConfigError(f'server.adapters = "own" is for LoRA, and the shared blocks\' tuning is {tuning!r}; set '
                               'model.tuning or server.tuning = "lora"')  # fmt: skip
+        why = can_join(stage, self.shared.updater.parameters) if chosen.joined else ""
+        if why:
+            raise ConfigError(f"server.joined cannot be had of these blocks: {why}; leave server.joined off")
         self.tuning, self.lora, self.allow_export = tuning, lora, allow_export
         self.clients_tuning, self.clients_quantization = clients_tuning, clients_quantization
+        self._together = Together(stage, self._sessions)
         self._line = Line(self._sessions, chosen.exchange_seconds, self._look_after_line)
         self.conductor: Conductor | None = None
         self.only: Collection[str] | None = None
@@ -229,7 +238,43 @@ class Server(ServerState):
             try:
                 return cast(R, self._now(client, request))
             finally:
-                self._let_in()
+                if waiting_thread() is not None:  # a link calls work() itself
+                    self._work_off()
+
+    @property
+    def busy(self) -> bool:
+        """Whether anybody is in line; then :meth:`work` is to be called, in the thread that computes."""
+        return len(self._line) > 0
+
+    def work(self) -> float | None:
+        """Answer whoever is next in line, and those that can go along.
+
+        Returns:
+            After how many seconds to call it again; ``None``: when another request has come.
+        """
+        with self._lock:
+            group, wait = self._together.choose(self._line.firsts())
+            if not group:
+                return wait
+            self._line.take(group)
+            one, began = group[0], time.perf_counter()
+            kind = "backward" if isinstance(one.request, BackwardRequest) else "forward"
+            joined, tokens = len(group) > 1 or self._together.was_joined(one), self._together.tokens(one)
+            if len(group) == 1:
+                one.tell(partial(self._now, one.client, one.request))
+            else:
+                try:
+                    (self._forwards if kind == "forward" else self._backwards)(group)
+                except Exception:
+                    log.exception("%d requests could not be answered together, so they are one by one", len(group))
+                    for other in group:
+                        other.tell(partial(self._now, other.client, other.request))
+            self._together.pace.note(kind, joined, tokens, (time.perf_counter() - began) / len(group))
+            return 0.0
+
+    def _work_off(self) -> None:
+        while self.work() == 0.0:
+            pass
 
     def _finished(self, client: str, made: Any) -> Any:
         """What a handler gives; where it waits for the servers further on, a future, and it goes on later."""
@@ -246,7 +291,7 @@ class Server(ServerState):
                 with self._lock:
                     with self.guard.judged(client), self._computing():
                         value, waited = driven(made, come)
-                    self._let_in()
+                    self._work_off()
             except Exception as error:
                 answer.set_exception(error)
                 return
@@ -278,13 +323,18 @@ class Server(ServerState):
             return self._finished(client, self._handle(request, client))
 
     def _must_wait(self, client: str, request: Request[Any]) -> bool:
-        """Whether a forward would hold one version of the weights too many.
+        """Whether a request goes into the line: it may be answered together with others, which only links wait for, or
+        it is a forward that would hold one version of the weights too many.
 
         A client that holds weights already never waits, nor does one whose thread does, since it would wait for itself;
         so every version is let go at last.
         """
         session = self._sessions.get(client)
-        if not isinstance(request, ForwardRequest | KeptForwardRequest) or session is None or session.pending:
+        if session is None:
+            return False
+        if self.config.joined and waiting_thread() is None and isinstance(request, ForwardRequest | BackwardRequest):
+            return True
+        if not isinstance(request, ForwardRequest | KeptForwardRequest) or session.pending:
             return False
         if not getattr(request, "train", True):
             return False
@@ -292,21 +342,69 @@ class Server(ServerState):
         if session.shared.has_room and not self._line:
             return False
         self._drop_late()
-        self._let_in()
+        self._work_off()
         if session.thread in {other.thread for other in self._sessions.values() if other.pending} - {None}:
             return False
         return len(self._line) > 0 or not session.shared.has_room
 
-    def _let_in(self) -> None:
-        """Answer those that wait, as far as there is room."""
-        while (one := self._line.first()) is not None and one.session.shared.has_room:
-            self._line.serve(self._now)
+    def _forwards(self, group: Sequence[Waiting]) -> None:
+        """Several clients' forwards in one pass."""
+        ready: list[tuple[Waiting, ForwardRequest, Places | None]] = []
+        for one in group:
+            with self._telling(one):
+                request = cast(ForwardRequest, one.request)
+                known = self._known_forward(one.session, request)
+                if known is not None:
+                    one.tell(partial(_same, known))
+                    continue
+                whole, sent = arrived(request, f"client {one.client}")
+                self._check(one.session, whole, self._sessions.in_flight + len(ready))
+                ready.append((one, whole, sent))
+        if not ready:
+            return
+        began = time.perf_counter()
+        with self._computing():
+            replies = self._together.forward([ReadyForward(one.session, whole, sent) for one, whole, sent in ready])
+        each = (time.perf_counter() - began) / len(ready)
+        for (one, whole, _), reply in zip(ready, replies, strict=True):
+            self._remember(one.session, whole.step, ("forward", whole.exchange), reply)
+            one.tell(partial(_same, reply), each)
+
+    def _backwards(self, group: Sequence[Waiting]) -> None:
+        """Several clients' backwards in one pass; each trains the blocks in turn."""
+        ready: list[tuple[Waiting, BackwardRequest]] = []
+        for one in group:
+            with self._telling(one):
+                request = cast(BackwardRequest, one.request)
+                check_backward(one.session, request)
+                ready.append((one, request))
+        if not ready:
+            return
+        began = time.perf_counter()
+        with self._computing():
+            replies = self._together.backward([(one.session, request) for one, request in ready])
+        each = (time.perf_counter() - began) / len(ready)
+        for (one, request), reply in zip(ready, replies, strict=True):
+            with self._telling(one):
+                if isinstance(reply, Exception):
+                    raise reply
+                self._remember(one.session, request.step, ("backward", request.exchange), reply)
+                one.tell(partial(_same, reply), each)
+
+    @contextmanager
+    def _telling(self, one: Waiting) -> Iterator[None]:
+        """Count a request that is answered with others, and tell its client alone what it is refused for."""
+        try:
+            with self.guard.request(one.client):
+                yield
+        except Exception as error:
+            one.tell(partial(_raise, error))
 
     def _look_after_line(self) -> None:
         """While forwards wait nobody else may come, whose request would do this."""
         with self._lock:
             self._drop_late()
-            self._let_in()
+            self._work_off()
             self._line.watch()
 
     def _drop_late(self) -> None:
@@ -360,12 +458,17 @@ class Server(ServerState):
 
     @_handle.register
     def _forward(self, request: ForwardRequest, client: str) -> Steps[ForwardReply]:
-        session, key = self._sessions[client], ("forward", request.exchange)
-        known = session.progress.answer(request.step, key) if request.train else None
-        applied = session.progress.applied(request.step)
-        if known is not None and applied and same_exchange(session, request, known):
-            return cast(ForwardReply, known)
+        session = self._sessions[client]
+        known = self._known_forward(session, request)
+        if known is not None:
+            return known
         return (yield from self._run(session, *arrived(request, f"client {client}")))
+
+    def _known_forward(self, session: Session, request: ForwardRequest) -> ForwardReply | None:
+        """What was answered to it, if it comes again and its step was applied."""
+        known = session.progress.answer(request.step, ("forward", request.exchange)) if request.train else None
+        applied = session.progress.applied(request.step)
+        return known if known is not None and applied and same_exchange(session, request, known) else None
 
     @_handle.register
     def _kept_forward(self, request: KeptForwardRequest, client: str) -> Steps[ForwardReply]:
@@ -388,22 +491,26 @@ class Server(ServerState):
 
     def _run(self, session: Session, request: ForwardRequest, sent: Places | None) -> Steps[ForwardReply]:
         """A forward with whole activations, of which ``sent`` crossed."""
-        client, key = session.join.client, ("forward", request.exchange)
-        applied = session.progress.applied(request.step)
-        self._drop_late()
-        check_forward(session, request, self.shared.stage, self._sessions.in_flight)
-        if request.train and self.sealed and not applied:
-            raise LinkError(f"client {client}: the run is over, and this server trains no more")
-        if request.train and self.following is None:  # without training nothing but its own answer comes of it
-            check_finite(client, f"an activation of exchange {request.exchange}", _activations(request))
+        self._check(session, request, self._sessions.in_flight)
         with session.random.active():
             reply = session.forward(request, sent)
+        if request.train and self.config.joined:
+            self._together.drew(session.drew)
         if session.further is not None:
             passed = replace(request, hidden_BTH=reply.hidden_BTH, base_BTH=None, inner_BTH=())
             there = yield from self._further(session, passed)
             reply = replace(reply, hidden_BTH=there.hidden_BTH)
-        self._remember(session, request.step, key, reply)
+        self._remember(session, request.step, ("forward", request.exchange), reply)
         return reply
+
+    def _check(self, session: Session, request: ForwardRequest, in_flight: int) -> None:
+        client, applied = session.join.client, session.progress.applied(request.step)
+        self._drop_late()
+        check_forward(session, request, self.shared.stage, in_flight)
+        if request.train and self.sealed and not applied:
+            raise LinkError(f"client {client}: the run is over, and this server trains no more")
+        if request.train and self.following is None:  # without training nothing but its own answer comes of it
+            check_finite(client, f"an activation of exchange {request.exchange}", _activations(request))
 
     @_handle.register
     def _backward(self, request: BackwardRequest, client: str) -> Steps[BackwardReply]:
@@ -548,11 +655,9 @@ class Server(ServerState):
             parameters = session.shared.updater.parameters.items()
             block_of = self.shared.stage.block_of
             found = {name: value.detach().clone() for name, value in parameters if block_of(name) in wanted}
-            known = PullReply(weights=found)
+            known = PullReply(len(found), weights=found)  # all of them: the rest is asked for later, and some again
             self._remember(session, request.step, key, known)
-        weights = cast(PullReply, known).weights  # all of them: who asks again may have others
-        same = tuple(name for name, value in weights.items() if is_known(request.known, name, value))
-        return PullReply(same, {name: value for name, value in weights.items() if name not in same})
+        return PullReply(known.total, *portion(known.weights, request, session.coded))
 
     @_handle.register
     def _fetch(self, request: FetchRequest, client: str) -> Steps[FetchReply]:
@@ -563,7 +668,7 @@ class Server(ServerState):
             version = self.shared.version  # theirs may count otherwise; updates come in the order of what is asked
             reply: FetchReply = yield self.chain.control.call(request)
             return replace(reply, version=version)
-        return session.shared.give(request)
+        return session.shared.give(request, session.coded)
 
     @_handle.register
     def _sum(self, request: SumRequest, client: str) -> Future[SumReply]:
@@ -660,6 +765,14 @@ def driven(work: Steps[R], come: Future[Any] | None = None) -> tuple[R | None, F
         if not waited.done():
             return None, waited
         come = waited
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _raise(error: Exception) -> Any:
+    raise error
 
 
 def _activations(request: ForwardRequest) -> list[Tensor]:

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flexp.config import AlignConfig, ServerConfig
 from flexp.errors import BadValuesError, LinkError
@@ -36,11 +35,13 @@ from flexp.links.messages import (
 from flexp.links.packing import Places, on, pack, unpack
 from flexp.models.execution import ExecutionPlan
 from flexp.optim import laid_out, merged, norms, total
-from flexp.rng import RandomStream, derived_seed, seed_here
+from flexp.rng import RandomStream, derived_seed, drawn, seed_here
 from flexp.server.alignment import aligned, combine, taught
 from flexp.server.clients import Progress
+from flexp.server.counting import bytes_of, counted
 from flexp.server.examples import Examples
 from flexp.server.generations import Generations
+from flexp.server.joining import Member, Pass
 from flexp.server.shared import SharedBlocks
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class Pending:
     since: float = field(default_factory=time.monotonic)
     sent: Places | None = None
     reads: Places | None = None
+    joint: Pass | None = None  # the pass of several clients that it was part of, with their graph
 
 
 @dataclass
@@ -123,6 +125,7 @@ class Session:
     chain: Chain | None = None  # the servers further on, if there are any,
     further: Link | None = None  # and the client's link to them, if its cut needs them
     settled: Future[Behind] | None = None  # what they say of the last step
+    drew: bool = False  # whether a block has drawn random numbers, where requests may be joined
 
     @property
     def kept_bytes(self) -> int:
@@ -148,6 +151,11 @@ class Session:
     @property
     def align(self) -> AlignConfig:
         return self.join.align
+
+    @property
+    def coded(self) -> str:
+        """The codec in which weights go down to it."""
+        return "off" if self.join.codec is None else self.join.codec.weights
 
     @property
     def busy(self) -> bool:
@@ -181,7 +189,7 @@ class Session:
         z_BTH = request.hidden_BTH.detach().requires_grad_()
         # With gradients in any case: torch takes other kernels without (for an attention mask that is trained, say),
         # and h would not be, bit for bit, what the backward computes again.
-        version = self.shared.version_for(one.version for one in self.pending.values())
+        version = self.version_now()
         values: Tensor | None = None
         align_BTH: list[Tensor] = []
         with self.shared.installed(version):
@@ -215,22 +223,8 @@ class Session:
         Args:
             behind: what the servers further on gave for it; ``request`` has their gradient.
         """
-        origin = request.grad_BTH.device
-        pending, trained, task_BTH, norms_N = self._gradients(request)
-        if behind is not None:
-            _, own_N = merged([*trained], norms_N[:-1], behind.names, behind.norms_N)
-            norms_N = torch.cat([own_N, norms_N[-1:]])
-        reply = self._reply(pending, request, task_BTH, origin)
-        self._refuse_nan(request, total(norms_N))
-        step = self.gathered.setdefault(request.step, Gathered())
-        if step.take(trained, request):
-            del self.gathered[request.step]
-            norm = None if len(norms_N) == 1 else total(norms_N[:-1])
-            if step.arrived > 1:  # of several exchanges it is another one
-                names, all_N = step.norms(behind)
-                norm = total(all_N) if names else None
-            self._complete(request.step, step, norm)
-        return reply
+        pending, trained, task_BTH = self._gradients(request)
+        return self.settle(pending, request, task_BTH, trained, behind)
 
     def pass_back(
         self, request: PassedBackward, behind: PassedReply | None, complete: dict[tuple[str, int], Gathered]
@@ -238,7 +232,8 @@ class Session:
         """The gradient at what came from another server, which judges the step: what it has gathered is then among
         those that are ``complete``."""
         origin = request.grad_BTH.device
-        pending, trained, task_BTH, norms_N = self._gradients(request)
+        pending, trained, task_BTH = self._gradients(request)
+        norms_N = norms([*trained.values(), task_BTH])
         own, own_N = (tuple(trained), norms_N[:-1]) if behind is None else merged(
             [*trained], norms_N[:-1], behind.names, behind.norms_N
         )  # fmt: skip
@@ -249,11 +244,8 @@ class Session:
         grad_BTH = pack(task_BTH, pending.sent).to(origin)
         return PassedReply(grad_BTH, own, own_N if own else None, every, every_N if every else None)
 
-    def _gradients(
-        self, request: BackwardRequest | PassedBackward
-    ) -> tuple[Pending, dict[str, Tensor], Tensor, Tensor]:
-        """Of an exchange in flight: the gradients of what is trained, in the order of its names, that at z, and the
-        norms of all of them."""
+    def _gradients(self, request: BackwardRequest | PassedBackward) -> tuple[Pending, dict[str, Tensor], Tensor]:
+        """Of an exchange in flight: the gradients of what is trained, in the order of its names, and that at z."""
         pending = self.pending.pop(request.exchange)
         own: dict[str, Tensor] = {}
         grad_BTH = request.grad_BTH.to(self.shared.stage.model.device, non_blocking=True)
@@ -276,8 +268,73 @@ class Session:
             self.shared.release(pending.version)
         trained = {name: value for name, value in zip(reached, gradients[1:], strict=True) if value is not None}
         trained = {name: laid_out(value, parameters[name]) for name, value in sorted((trained | own).items())}
+        return pending, trained, task_BTH
+
+    def version_now(self) -> int:
+        """The version of the weights that a forward runs with."""
+        return self.shared.version_for(one.version for one in self.pending.values())
+
+    def member(self, request: ForwardRequest, version: int) -> Member:
+        """This client's part of a pass of several clients' exchanges, with the weights of a version."""
+        stage, cut = self.shared.stage, self.join.cut
+        weights = self.shared.parameters_of(version)
+        own = {name: value for name, value in weights.items() if stage.within(name, *cut)}
+        return Member(request.hidden_BTH, request.mask_BT, request.positions_BT, cut, own)
+
+    def joined_forward(
+        self, request: ForwardRequest, sent: Places | None, h_BTH: Tensor, version: int, joint: Pass, share: int
+    ) -> ForwardReply:
+        """The answer to a forward that ran in a pass; kept, if it trains, until its backward.
+
+        Args:
+            request: on the blocks' device.
+            share: bytes of the pass's graph that are this client's.
+        """
+        reads = sent if request.rows_BT is None else Places.of(request.rows_BT)
+        if request.train:
+            self.pending[request.exchange] = Pending(
+                request,
+                self.shared.hold(version),
+                request.hidden_BTH.detach(),
+                None,
+                [],
+                size_kept(request) + share,
+                sent=sent,
+                reads=reads,
+                joint=joint,
+            )
+        return ForwardReply(pack(h_BTH.detach(), reads))
+
+    def take(self, exchange: int) -> Pending:
+        """An exchange whose gradients are here; its weights are let go of."""
+        pending = self.pending.pop(exchange)
+        self.shared.release(pending.version)
+        return pending
+
+    def settle(
+        self,
+        pending: Pending,
+        request: BackwardRequest,
+        task_BTH: Tensor,
+        trained: dict[str, Tensor],
+        behind: PassedReply | None = None,
+    ) -> BackwardReply:
+        """Judge an exchange's gradients; when its step is complete, train the shared blocks with them."""
         norms_N = norms([*trained.values(), task_BTH])  # one look at every gradient, and one wait for all of them
-        return pending, trained, task_BTH, norms_N
+        if behind is not None:
+            _, own_N = merged([*trained], norms_N[:-1], behind.names, behind.norms_N)
+            norms_N = torch.cat([own_N, norms_N[-1:]])
+        reply = self._reply(pending, request, task_BTH, request.grad_BTH.device)
+        self._refuse_nan(request, total(norms_N))
+        step = self.gathered.setdefault(request.step, Gathered())
+        if step.take(trained, request):
+            del self.gathered[request.step]
+            norm = None if len(norms_N) == 1 else total(norms_N[:-1])
+            if step.arrived > 1:  # of several exchanges it is another one
+                names, all_N = step.norms(behind)
+                norm = total(all_N) if names else None
+            self._complete(request.step, step, norm)
+        return reply
 
     def _complete(self, number: int, step: Gathered, norm: float | None) -> None:
         """A whole step, with its norm if anything has a gradient: the shared blocks take it, if they have not yet."""
@@ -355,7 +412,9 @@ class Session:
         stage = self.shared.stage
         for block in range(start, stop):
             seed_here(derived_seed(self.seed, str(exchange), str(block)), stage.model.device)
+            before = drawn(stage.model.device) if self.config.joined else None
             hidden_BTH = stage.run(hidden_BTH, plan, block, block + 1)
+            self.drew |= before is not None and not torch.equal(before, drawn(stage.model.device))
         return hidden_BTH
 
     def _refuse_nan(self, request: BackwardRequest, norm: float) -> None:
@@ -417,50 +476,5 @@ class Sessions(dict[str, Session]):
             raise LinkError(f"the server cannot be {what} in the middle of a step of {', '.join(busy)}")
 
 
-class Kept:
-    """Bytes that autograd keeps of a forward, without the weights: they are there anyway."""
-
-    def __init__(self, model: nn.Module, *, keep: bool = True) -> None:
-        self.keep = keep
-        self._weights = {_place(value) for values in (model.parameters(), model.buffers()) for value in values}
-        self._found: dict[int, int] = {}
-
-    @property
-    def bytes(self) -> int:
-        """Every storage once, however many nodes of the graph keep a view of it."""
-        return sum(self._found.values())
-
-    def pack(self, value: Tensor) -> Tensor | None:
-        """Autograd is about to keep ``value``."""
-        if not self.keep:
-            return None
-        place = _place(value)
-        if place not in self._weights:
-            self._found[place] = value.untyped_storage().nbytes()
-        return value.detach()  # an output that its own node keeps would never be freed
-
-
-@contextmanager
-def counted(model: nn.Module, *, keep: bool = True) -> Iterator[Kept]:
-    """Count what autograd keeps of the forwards of ``model`` inside the ``with`` block; or let it keep nothing, so that
-    no backward can follow."""
-    kept = Kept(model, keep=keep)
-    with torch.autograd.graph.saved_tensors_hooks(kept.pack, _same):
-        yield kept
-
-
-def bytes_of(*values: Any) -> int:
-    """Of tensors; what is none counts nothing."""
-    return sum(value.numel() * value.element_size() for value in values if isinstance(value, Tensor))
-
-
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
-
-
-def _same(value: Tensor) -> Tensor:
-    return value
-
-
-def _place(value: Tensor) -> int:
-    return value.untyped_storage().data_ptr()

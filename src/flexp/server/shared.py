@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from flexp.config import GuardConfig, OptimizerConfig, ServerConfig
 from flexp.errors import BadValuesError, StorageError
+from flexp.links.codecs import codec_of
 from flexp.links.frames import MOST_FIELDS
-from flexp.links.messages import FetchReply, FetchRequest
+from flexp.links.messages import FetchReply, FetchRequest, PullRequest
 from flexp.models.fingerprint import tensor_fingerprint
 from flexp.models.stage import Stage
 from flexp.optim import Updater
@@ -27,7 +28,7 @@ from flexp.server.rules import Mean, Past, Quota, Trimmed
 Whole = Callable[[Mapping[str, Tensor]], float]
 
 MOST_BYTES = 64 << 20
-"""Bytes of an answer to a fetch, whatever is asked for; but for a tensor that is larger."""
+"""Bytes of weights in an answer, whatever is asked for; but for a tensor that is larger."""
 
 
 class SharedBlocks:
@@ -181,29 +182,14 @@ class SharedBlocks:
             self.apply(due, None, whole)
         return due is not None
 
-    def give(self, request: FetchRequest) -> FetchReply:
-        """Copies of a block's trained tensors from the first that is asked for, until ``request.most`` bytes, or
-        :data:`MOST_BYTES`, are full.
+    def give(self, request: FetchRequest, coded: str = "off") -> FetchReply:
+        """Copies of a block's trained tensors: :func:`portion`.
 
-        A tensor that is larger than that comes alone, so that every answer brings the client further. What was not
-        trained (the base weights under LoRA, frozen blocks) is not sent: the client has it; nor is what it knows.
+        What was not trained (the base weights under LoRA, frozen blocks) is not sent: the client has it.
         """
         block_of = self.stage.block_of
-        trained = sorted(
-            (name, value) for name, value in self.updater.parameters.items() if block_of(name) == request.block
-        )
-        chosen: dict[str, Tensor] = {}
-        same: list[str] = []
-        size = 0
-        for name, value in trained[request.first :]:
-            if is_known(request.known, name, value):
-                same.append(name)
-                continue
-            size += value.numel() * value.element_size()
-            if chosen and (size > min(request.most, MOST_BYTES) or len(chosen) == MOST_FIELDS):
-                break
-            chosen[name] = value.detach().clone()
-        return FetchReply(self.version, len(trained), tuple(same), chosen)
+        trained = {name: value for name, value in self.updater.parameters.items() if block_of(name) == request.block}
+        return FetchReply(self.version, len(trained), *portion(trained, request, coded))
 
     def state(self) -> dict[str, Tensor]:
         """Weights, optimiser, and what the ``mean`` rule has gathered; nothing may be in flight that matters."""
@@ -278,9 +264,36 @@ class SharedBlocks:
             self.stage.model.get_submodule(path)._parameters[leaf] = parameter
 
 
-def is_known(known: Mapping[str, str], name: str, value: Tensor) -> bool:
-    """Whether a client says that it has ``value``, bit for bit."""
-    return name in known and known[name] == tensor_fingerprint(value)
+def portion(
+    trained: Mapping[str, Tensor], request: FetchRequest | PullRequest, coded: str = "off"
+) -> tuple[tuple[str, ...], dict[str, Tensor]]:
+    """Of tensors, in the order of their names, from the first that is asked for on: which of them the client has, and
+    copies of the others until ``request.most`` bytes, or :data:`MOST_BYTES`, are full.
+
+    A tensor that is larger than that comes alone, so that every answer brings the client further.
+
+    Args:
+        coded: the codec in which weights cross: whoever has what it makes of a tensor has the tensor.
+    """
+    chosen: dict[str, Tensor] = {}
+    same: list[str] = []
+    size = 0
+    for name, value in sorted(trained.items())[request.first :]:
+        if name in request.known and request.known[name] in _fingerprints(value, coded):
+            same.append(name)
+            continue
+        size += value.numel() * value.element_size()
+        if chosen and (size > min(request.most, MOST_BYTES) or len(chosen) == MOST_FIELDS):
+            break
+        chosen[name] = value.detach().clone()
+    return tuple(same), chosen
+
+
+def _fingerprints(value: Tensor, coded: str) -> Iterator[str]:
+    yield tensor_fingerprint(value)
+    if coded != "off":
+        codec = codec_of(coded, value.dtype)
+        yield tensor_fingerprint(codec.decode(codec.encode(value), value.shape[-1], value.dtype))
 
 
 SMALL = 1.0

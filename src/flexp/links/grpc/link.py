@@ -20,7 +20,7 @@ from flexp.errors import LinkError, LinkLostError, plain
 from flexp.links.base import Meter, Traffic
 from flexp.links.coding import PLAIN, Coding
 from flexp.links.declaring import Request
-from flexp.links.frames import Frame, Head, encode
+from flexp.links.frames import Frame, Head, Outgoing
 from flexp.links.grpc.loop import background, read_frame, wait_for
 from flexp.links.grpc.security import Address
 from flexp.links.messages import Join, Leave, Refusal, Welcome
@@ -64,10 +64,10 @@ class GrpcLink:
         self._channel, self._stream = channel, stream
         self._address, self._client, self._timeout = address, client, timeout
         self._agreement: Agreement | None = None
-        self._numbers = itertools.count(1)
+        self._places, self._numbers = itertools.count(1), itertools.count(1)  # as they come, and as they leave
         self._calls: dict[int, _Call] = {}
         self._broken: LinkError | None = None
-        self._outgoing: asyncio.Queue[list[bytes]] = asyncio.Queue()
+        self._outgoing: asyncio.PriorityQueue[tuple[bool, int, _Call, Outgoing]] = asyncio.PriorityQueue()
         self._tasks = [asyncio.ensure_future(self._send_all()), asyncio.ensure_future(self._receive_all())]
 
     @property
@@ -93,20 +93,19 @@ class GrpcLink:
         if isinstance(request, Join) and request.codec is None:
             sent = replace(request, codec=self.codec)
         try:
-            frame = self._coding.frame(sent, next(self._numbers))
+            frame = self._coding.frame(sent, next(self._places))
             check_request(frame.head, self._agreement, self._client)
-            messages = encode(frame)  # in the caller's thread, which may change its tensors afterwards
+            leaves = Outgoing(frame)  # in the caller's thread, which may change its tensors afterwards
         except LinkError as error:
             return _failed(error)
-        traffic, size = self.meter.counting(request), frame.head.payload
+        traffic = self.meter.counting(request)
         if traffic is not None:
-            traffic.bytes_up += size
-        self.header_bytes[0] += sum(map(len, messages)) - size
+            traffic.bytes_up += frame.head.payload
         device = frame.tensors[0].device if frame.tensors else CPU
         rows_BT = getattr(request, "rows_BT", None)
         reads = None if rows_BT is None else int(rows_BT.sum())
         call = _Call(sent, frame.head, Future(), traffic, device, reads)
-        background().call_soon_threadsafe(self._enqueue, call, messages)
+        background().call_soon_threadsafe(self._enqueue, call, leaves)
         return call.future
 
     def close(self) -> None:
@@ -117,13 +116,12 @@ class GrpcLink:
 
     # What follows runs on the loop.
 
-    def _enqueue(self, call: _Call, messages: list[bytes]) -> None:
+    def _enqueue(self, call: _Call, leaves: Outgoing) -> None:
         if self._broken is not None:
             call.future.set_exception(self._broken)
             return
-        self._calls[call.head.call] = call
         call.timer = background().call_later(self._timeout, self._late, call.head)
-        self._outgoing.put_nowait(messages)
+        self._outgoing.put_nowait((not call.request.urgent, call.head.call, call, leaves))
 
     def _late(self, head: Head) -> None:
         self._fail(f"no answer to {head.message} within {self._timeout:g} s; the link is given up")
@@ -131,8 +129,13 @@ class GrpcLink:
     async def _send_all(self) -> None:
         try:
             while True:
-                for message in await self._outgoing.get():
+                _, _, call, leaves = await self._outgoing.get()
+                number = next(self._numbers)
+                self._calls[number] = call
+                for message in leaves.messages(number):
+                    self.header_bytes[0] += len(message)
                     await self._stream.write(message)
+                self.header_bytes[0] -= call.head.payload
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
             pass  # the receiving side learns why
 
@@ -193,6 +196,8 @@ class GrpcLink:
         if self._broken is None:
             self._broken = kind(text)
         calls, self._calls = list(self._calls.values()), {}
+        while not self._outgoing.empty():
+            calls.append(self._outgoing.get_nowait()[2])
         for call in calls:
             if call.timer is not None:
                 call.timer.cancel()

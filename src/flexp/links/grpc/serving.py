@@ -109,7 +109,8 @@ class Serving:
         self._gate = Gate(tokens, allow, service.aside, say, bearer=bearer)
         self._rates = Rates(self.limits)
         self._codings: dict[str, Coding] = {}  # of clients that joined; used in the thread that computes
-        self._stopping = False
+        self._stopping = self._working = False
+        self._timer: asyncio.TimerHandle | None = None
         self._seldom, self._failed = Seldom(say), set[str]()
         self._worker = ThreadPoolExecutor(1, "flexp-server", _begin, (torch.get_num_threads(),))
         self._memory = Memory(self.limits.memory_bytes)
@@ -202,7 +203,30 @@ class Serving:
         return await asyncio.wrap_future(answer) if isinstance(answer, Future) else answer
 
     def _work(self, client: str, frame: Frame) -> Answer | Future[Answer]:
-        return self._or_refusal(client, frame.head, lambda: self._answer(client, frame))
+        try:
+            return self._or_refusal(client, frame.head, lambda: self._answer(client, frame))
+        finally:
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """Let the service answer who waits, after what has come meanwhile; one such job is in the queue at a time."""
+        if self._service.busy and not self._working:
+            self._working = True
+            with suppress(RuntimeError):  # it has ended
+                self._worker.submit(self._work_on)
+
+    def _work_on(self) -> None:
+        self._working = False
+        again = self._service.work()
+        if again:
+            self._loop.call_soon_threadsafe(self._go_on_after, again)
+        elif again is not None:
+            self._go_on()
+
+    def _go_on_after(self, seconds: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_later(seconds, self._go_on)
 
     def _or_refusal(self, client: str, head: Head, make: Callable[[], Value]) -> Value | Answer:
         try:
@@ -243,14 +267,15 @@ class Serving:
 
         def known(done: Future[Any]) -> None:
             if answer.set_running_or_notify_cancel():
-                make = lambda: (None, self._encoded(coding, head, done.result()))  # noqa: E731
+                seconds = getattr(done, "seconds", 0.0)
+                make = lambda: (None, self._encoded(coding, head, done.result(), seconds))  # noqa: E731
                 answer.set_result(self._or_refusal(client, head, make))
 
         answer.add_done_callback(lambda gone: gone.cancelled() and reply.cancel())  # nobody takes it any more
         reply.add_done_callback(known)
         return answer
 
-    def _encoded(self, coding: Coding, head: Head, reply: Any, seconds: float = 0.0) -> list[bytes]:
+    def _encoded(self, coding: Coding, head: Head, reply: Any, seconds: float) -> list[bytes]:
         answer = coding.frame(reply, head.call, seconds)
         if answer.head.payload > self.limits.frame_bytes:  # the client would have to refuse it, and end the stream
             raise LinkError(
@@ -262,6 +287,7 @@ class Serving:
     def _leave(self, client: str) -> None:
         self._codings.pop(client, None)
         self._service.answer(client, Leave())
+        self._go_on()
 
 
 @contextmanager

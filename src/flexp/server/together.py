@@ -1,0 +1,207 @@
+"""Which of the requests in line are answered together (``server.joined``), and how."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from flexp.links.messages import BackwardReply, BackwardRequest, ForwardReply, ForwardRequest
+from flexp.links.packing import Places, on, unpack
+from flexp.models.stage import Stage
+from flexp.server.counting import bytes_of
+from flexp.server.joining import Pace, Pass, fits
+from flexp.server.line import Waiting
+from flexp.server.session import Session, Sessions
+
+log = logging.getLogger("flexp.server")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What requests that are answered together have in common; ``size``: of their tokens, as a power of two."""
+
+    name: str
+    train: bool
+    positions: bool
+    size: int
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A forward that was looked at: its request with whole activations, and the tokens of them that crossed."""
+
+    session: Session
+    request: ForwardRequest
+    sent: Places | None
+
+
+class Together:
+    """Chooses who goes together, and runs them.
+
+    Attributes:
+        draws: whether training forwards draw random numbers, so that each client must go alone; ``None``: not known.
+    """
+
+    def __init__(self, stage: Stage, sessions: Sessions) -> None:
+        self._stage, self._sessions = stage, sessions
+        self.pace = Pace()
+        self.draws: bool | None = None
+
+    def drew(self, drew: bool) -> None:
+        """A client's training forward, alone, drew random numbers, or did not."""
+        if drew and not self.draws:
+            log.warning("server.joined has no effect on training: the blocks draw dropout, for each client its own")
+        self.draws = drew
+
+    def choose(self, firsts: Sequence[Waiting]) -> tuple[list[Waiting], float | None]:
+        """Of each client's first request, those that are next; or how many seconds they wait for each other."""
+        now, waits = time.monotonic(), list[float]()
+        for place, one in enumerate(firsts):
+            if not self._may_run(one):
+                continue
+            joint = self._joint(one)
+            if joint is not None and joint.h_BTH:
+                here = [other for other in firsts if self._joint(other) is joint]
+                if len(here) == self._alive(joint):
+                    return here, None
+                if now < joint.until:
+                    waits.append(joint.until - now)
+                    continue
+            return [one, *self._along(one, firsts[place + 1 :], now)], None
+        return [], min(waits, default=None)
+
+    def _along(self, one: Waiting, others: Sequence[Waiting], now: float) -> list[Waiting]:
+        """Who of the others goes with one."""
+        kind, shapes = self._kind(one), [self._shape(one)]
+        if kind is None or (kind.name == "forward" and not self.pace.pays(self.tokens(one))):
+            return []
+        found = []
+        for other in others:
+            joint = self._joint(other)
+            if self._kind(other) != kind or not self._may_run(other) or not fits([*shapes, self._shape(other)]):
+                continue
+            if joint is not None and joint.h_BTH and now < joint.until:
+                continue  # it waits for others that have a graph with it
+            found.append(other)
+            shapes.append(self._shape(other))
+        return found
+
+    def tokens(self, one: Waiting) -> int:
+        """B·T."""
+        batch, length = self._shape(one)
+        return batch * length
+
+    def was_joined(self, one: Waiting) -> bool:
+        """Whether it is the backward of a forward that ran in a pass."""
+        return self._joint(one) is not None
+
+    def forward(self, ready: Sequence[Ready]) -> list[ForwardReply]:
+        """Answers, from one pass."""
+        stage, train = self._stage, ready[0].request.train
+        stage.model.train(train)
+        placed = [on(one.request, stage.model.device) for one in ready]
+        versions = [one.session.version_now() for one in ready]
+        members = [
+            one.session.member(request, version) for one, request, version in zip(ready, placed, versions, strict=True)
+        ]
+        grad = train and ready[0].session.config.memory == "keep"
+        exchanges = [(one.session.join.client, one.request.exchange) for one in ready]
+        joint = Pass(stage, members, grad=grad, exchanges=exchanges)
+        outputs, share = joint.h_BTH, joint.bytes // len(ready)
+        most = share + max(bytes_of(request.hidden_BTH) for request in placed)
+        if not grad or not all(one.session.has_room(most, graph=True) for one in ready):
+            joint.free()
+            share = 0
+        found = [
+            one.session.joined_forward(request, one.sent, h_BTH, version, joint, share)
+            for one, request, h_BTH, version in zip(ready, placed, outputs, versions, strict=True)
+        ]
+        origins = [one.request.hidden_BTH.device for one in ready]
+        return [
+            replace(reply, hidden_BTH=reply.hidden_BTH.to(origin)) for reply, origin in zip(found, origins, strict=True)
+        ]
+
+    def backward(self, ready: Sequence[tuple[Session, BackwardRequest]]) -> list[Any]:
+        """Answers, or why there is none, from one pass backward: the graph of the forward's if all are here that were
+        in it, else of one that is run again."""
+        pendings = [session.pending[request.exchange] for session, request in ready]
+        joint = pendings[0].joint
+        assert joint is not None
+        device = self._stage.model.device
+        grads = [
+            unpack(request.grad_BTH.to(device, non_blocking=True), pending.reads)
+            for (_, request), pending in zip(ready, pendings, strict=True)
+        ]
+        whole = all(pending.joint is joint for pending in pendings) and len(ready) == self._alive(joint)
+        if whole and joint.h_BTH:
+            places = {where: number for number, where in enumerate(joint.exchanges)}
+            order = [places[session.join.client, request.exchange] for session, request in ready]
+            all_grads = [torch.zeros_like(h_BTH) for h_BTH in joint.h_BTH]
+            for place, grad_BTH in zip(order, grads, strict=True):
+                all_grads[place] = grad_BTH
+            found = joint.gradients(all_grads)
+            found = [found[place] for place in order]
+        else:
+            self._stage.model.train(True)
+            members = [
+                session.member(pending.request, pending.version)
+                for (session, _), pending in zip(ready, pendings, strict=True)
+            ]
+            found = Pass(self._stage, members, grad=True).gradients(grads)
+        taken = [session.take(request.exchange) for session, request in ready]
+        answers: list[BackwardReply | Exception] = []
+        for (session, request), pending, (task_BTH, trained) in zip(ready, taken, found, strict=True):
+            try:
+                answers.append(session.settle(pending, request, task_BTH, trained))
+            except Exception as error:  # of one client, which is told
+                answers.append(error)
+        return answers
+
+    def _alive(self, joint: Pass) -> int:
+        """How many of a pass still have their backward before them."""
+        return sum(
+            client in self._sessions
+            and exchange in self._sessions[client].pending
+            and self._sessions[client].pending[exchange].joint is joint
+            for client, exchange in joint.exchanges
+        )
+
+    def _may_run(self, one: Waiting) -> bool:
+        """Whether there is room for the version that it would hold."""
+        trains = not isinstance(one.request, BackwardRequest) and getattr(one.request, "train", True)
+        return not trains or bool(one.session.pending) or one.session.shared.has_room
+
+    def _joint(self, one: Waiting) -> Pass | None:
+        if not isinstance(one.request, BackwardRequest):
+            return None
+        pending = one.session.pending.get(one.request.exchange)
+        return None if pending is None else pending.joint
+
+    def _shape(self, one: Waiting) -> tuple[int, int]:
+        request = one.request
+        if isinstance(request, BackwardRequest):
+            pending = one.session.pending.get(request.exchange)
+            found = request.grad_BTH if pending is None else pending.input_BTH
+        else:
+            found = request.hidden_BTH if request.mask_BT is None else request.mask_BT  # type: ignore[attr-defined]
+        return (found.shape[0], found.shape[1]) if found.dim() > 1 else (1, 1)
+
+    def _kind(self, one: Waiting) -> Kind | None:
+        """``None``: it goes alone."""
+        request = one.request
+        if isinstance(request, BackwardRequest):
+            pending = one.session.pending.get(request.exchange)
+            if pending is None or pending.joint is None:
+                return None
+            has = pending.request.positions_BT is not None
+            return Kind("backward", True, has, self.tokens(one).bit_length())
+        if not isinstance(request, ForwardRequest) or request.base_BTH is not None:
+            return None
+        if request.train and self.draws is not False:
+            return None
+        return Kind("forward", request.train, request.positions_BT is not None, self.tokens(one).bit_length())

@@ -1,0 +1,113 @@
+"""A run whose clients Flower starts has the weights of the simulation. The apps are Flower's own; what carries messages
+between them is not, here: ``make flower-demo`` has that."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flexp.run import runner
+from tests import tiny
+from tests.harness import equal
+
+from .tools import parties, without_meters
+
+pytest.importorskip("flwr", reason="Flower is an extra")
+
+from flexp.cli.flower import new
+from flexp.errors import ConfigError
+from flexp.flower import client_app, server_app
+
+NAMES = list(tiny.CLIENTS)
+
+
+class Grid:
+    """A node for each client of the run, in this process; ``falls``: a node whose first ClientApp fails."""
+
+    def __init__(self, state: Path, falls: int = -1) -> None:
+        self.state, self.falls, self.started = state, falls, list[int]()
+        self._pool, self._replies = ThreadPoolExecutor(8), dict[str, Future[Any]]()
+
+    def get_node_ids(self) -> list[int]:
+        return [1, 2, 3] if self.started else [1, 2]  # the third comes late
+
+    def push_messages(self, messages: list[Any]) -> list[str]:
+        for message in messages:
+            message.metadata.__dict__["_message_id"] = message.object_id + str(len(self.started))
+            self._replies[message.metadata.message_id] = self._pool.submit(self._node, message)
+        return [message.metadata.message_id for message in messages]
+
+    def pull_messages(self, ids: list[str]) -> list[Any]:
+        return [self._replies[number].result() for number in ids if self._replies[number].done()]
+
+    def _node(self, message: Any) -> Any:
+        from flwr.app import Context, Error, Message, RecordDict
+
+        node = message.metadata.dst_node_id
+        self.started.append(node)
+        if node == self.falls and self.started.count(node) == 1:
+            return Message(Error(code=1, reason="it fell"), reply_to=message)
+        own = {"partition-id": node - 1, "num-partitions": 3, "state": str(self.state / "clients")}
+        try:
+            return client_app()(message, Context(1, node, own, RecordDict(), {}))
+        except Exception as error:
+            return Message(Error(code=1, reason=repr(error)), reply_to=message)
+
+
+def written(home: Path, **deployment: Any) -> Path:
+    """An app of the tiny run."""
+    train = {"rounds": 2, "steps_per_round": 2}
+    content = tiny.content(home, train=train, model={"base_depth": 1}, deployment=deployment, link={"rows": "loss"})
+    home.joinpath("run.json").write_text(json.dumps(content), encoding="utf-8")
+    new(home / "app", home / "run.json", [])
+    return home / "app/flexp_app/flexp.json"
+
+
+def start(file: Path, grid: Grid) -> None:
+    from flwr.app import Context, RecordDict
+    from flwr.supercore.task_identity import TaskIdentity
+
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 0
+    options = {"listen": "127.0.0.1:0", "host": "", "state": str(grid.state / "server")}
+    server_app(file)(grid, Context(1, 0, {}, RecordDict(), options))
+
+
+def test_it_equals_the_simulation_also_when_it_was_stopped(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from flwr.supercore.exit.exit_handler import trigger_exit_handlers
+
+    file = written(home, schedule="deterministic", clients=NAMES, save_every=1)
+    runner.run(tiny.config(home, train={"rounds": 2, "steps_per_round": 2}, model={"base_depth": 1}), home / "sim")
+
+    def stop_early() -> None:  # as ``flwr stop`` does
+        diary, end = home / "clients/west/metrics.jsonl", time.monotonic() + 60
+        while time.monotonic() < end and not (diary.exists() and '"kind": "step"' in diary.read_text()):
+            time.sleep(0.01)
+        trigger_exit_handlers(run_before_force_exit=True)
+
+    stopper = threading.Thread(target=stop_early)
+    stopper.start()
+    grid = Grid(home, falls=2)
+    start(file, grid)
+    stopper.join()
+    assert "stopping" in (said := capsys.readouterr().out)
+    assert "it fell" in said
+    assert sorted(grid.started) == [1, 2, 2, 3]
+    start(file, Grid(home))
+    said = capsys.readouterr().out
+    assert "the run is over" in said
+    assert all(f"{name:20}over True  steps 4  accuracy" in said for name in NAMES), said
+    there, here = tiny.checkpoint(home / "sim"), parties(home, NAMES)
+    assert there.keys() == here.keys()
+    for party, state in there.items():
+        assert equal(without_meters(state), without_meters(here[party])), party
+
+
+def test_a_run_without_names_is_refused(home: Path) -> None:
+    with pytest.raises(ConfigError, match=r"deployment.clients; name the run's clients"):
+        written(home)
