@@ -158,11 +158,10 @@ class Conductor:
         facts = {"run": self.run, "updates": self.server.updates, "planned": self.train.total_steps}
         chain = self.server.chain
         try:
-            told = None if chain is None else chain.tell(Keep(number, self.run))  # all save after the same update
+            if chain is not None:  # all save after the same update, this one last: what it has, all have
+                chain.tell(Keep(number, self.run)).result()
             state = self.server.state(unfinished=unfinished)
             self.snapshots.save(number, {"server": state}, {**facts, "over": self.over})
-            if told is not None:
-                told.result()
         except (StorageError, LinkLostError) as error:
             self.say(f"snapshot {number} was not saved: {error}")
 
