@@ -1,9 +1,9 @@
 """From a personal model's weights to the two files of a peft adapter over the base model.
 
 The files are written here and not by a ``PeftModel``, so that names stay those that were trained. All layers get one
-rank, the largest, with zeros: engines that serve many adapters know no other (vLLM passed over ``rank_pattern`` for
-years, SGLang refuses it). Whether peft makes the same of them is tried before they are handed out: of a mixture of
-experts it would rewrite the targets.
+rank, the largest, with zeros: engines that serve many adapters may know no other (older vLLM passes over
+``rank_pattern`` without a word). Whether peft makes the same of them is tried before they are handed out: of a mixture
+of experts it would rewrite the targets.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from flexp.export.saved import RunModel, SavedRun
 from flexp.export.whole import adapted, merged
 from flexp.files import replacing
 from flexp.models.loading import load_config, quietly
+from flexp.models.pooling import saved_as
 from flexp.models.stage import Stage
 from flexp.run.settle import load_part, own_pad
 
@@ -38,7 +39,7 @@ def write_base(run: SavedRun, out: Path, dtype: torch.dtype | None = None) -> in
         raise ConfigError(f"{run.folder}: its clients have nothing alike that was trained; leave out --base")
     lora = run.method.world.config.model.lora
     with replacing(out) as part, quietly():
-        merged(run.world.source, found, lora.alpha / lora.rank, dtype).save_pretrained(part)
+        saved_as(merged(run.world.source, found, lora.alpha / lora.rank, dtype)).save_pretrained(part)
         RunModel(run, run.world.federation.clients[0].name).processor.save_pretrained(part)
     return len({_merged_into(name) for name in found})
 
