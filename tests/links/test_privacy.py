@@ -85,8 +85,8 @@ VOCABULARY = {
     Abort: set(),
     Done: set(),
     # known: hashes of copies of shared weights that the client does not train, by names that both sides know
-    PullRequest: {"start", "stop", "step", "known"},
-    PullReply: {"weights", "same"},
+    PullRequest: {"start", "stop", "step", "first", "most", "known"},
+    PullReply: {"total", "weights", "same"},
     SumRequest: {"number", "values_N", "note"},  # only in runs that say so: method.meet, model.head
     SumReply: {"values_N", "notes"},
     FetchRequest: {"block", "first", "most", "known"},
