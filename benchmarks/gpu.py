@@ -2,8 +2,9 @@
 
 For each shape, with random weights made on the device (LoRA, bfloat16, cut (2, L − 1)): a split step beside a whole
 one, the device's peak memory in both, how often the host waits for the device in each, and tokens a second of 1, 4 and
-16 clients: in this process in turn, and each in a thread of its own over gRPC. Requests are answered one by one; FlexP
-joins none yet. ``--json`` prints :class:`Figures`, whose schema ``--schema`` prints: send it in.
+16 clients: in this process in turn, and each in a thread of its own over gRPC. Requests are answered one by one;
+``python -m benchmarks joined`` joins them. ``--json`` prints :class:`Figures`, whose schema ``--schema`` prints: send
+it in.
 
 Predicted: split ÷ whole 1.0–1.1 at 512 tokens, since nothing waits but the copies of the messages, some of which are
 copies within the device here; several clients get through no more tokens than one, since one thread answers them.

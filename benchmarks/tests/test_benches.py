@@ -54,11 +54,19 @@ def test_what_leaks_is_a_row_for_each_defence(tmp_path: Path, monkeypatch: pytes
     bert_folder(tmp_path / "model", dropout=True)
     monkeypatch.setattr("flexp.audit.auditing.paragraphs", lambda _, most: ["good bad fine poor words people use"] * 20)
     monkeypatch.setitem(leakage.ROWS, "tail", ("data.clients.each=[{cut=[2,3]}]",))
-    result = leakage.measure(str(toml(tmp_path)), steps=1, only="as it is; tail")
-    assert [row[0] for row in result.rows] == ["as it is", "tail"]
-    assert result["rows"]["tail"]["cuts"] == dict.fromkeys(("north", "south", "west"), (2, 3))
+    monkeypatch.setitem(leakage.ROWS, "deep", ("privacy.penalty=nopeek", "privacy.max_content_words=0.0",
+                                               "privacy.warm_up.steps=0", *leakage.ROWS["tail"]))  # fmt: skip
+    page = tmp_path / "front.html"
+    result = leakage.measure(str(toml(tmp_path)), steps=1, rounds=1, only="as it is; tail; local; deep", draw=page)
+    assert [row[0] for row in result.rows] == ["as it is", "tail", "local", "deep"]
+    assert result.rows[2][1:4] == ["not sent"] * 3
+    assert result["rows"]["local"]["bytes"] == 0 < result["rows"]["as it is"]["bytes"]
+    assert result["rows"]["local"]["line"].startswith("sends no activations")
+    assert result.rows[3][1].startswith("refused: after 0 steps of the warm-up")
+    assert "as it is" in page.read_text(encoding="utf-8")
+    assert result["rows"]["tail"]["cuts"] == {name: [2, 3] for name in ("north", "south", "west")}
     assert result.rows[1][1].startswith("2: ")
-    assert result.rows[1][2] == "not sent"
+    assert result.rows[1][3] == "not sent"
     with pytest.raises(ConfigError, match="--only depth: expected some of as it is; kl"):
         leakage.measure(only="depth")
 

@@ -11,11 +11,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from flexp.attacks.gradients import inverted
+from flexp.attacks.gradients import inverted, words
 from flexp.attacks.labels import answers, auc, clustered, directions, with_known
 from flexp.attacks.membership import membership
 from flexp.attacks.tokens import ATTACKS, Decoder, Linear, Prefix, Public, Sent, Table
 from flexp.audit import audit
+from flexp.audit.auditing import rouge_l
 from flexp.audit.page import render
 from flexp.cli.main import app
 from flexp.config import RunConfig
@@ -148,6 +149,34 @@ def test_labels_by_the_gradient_that_fits() -> None:
     assert torch.equal(inverted(whole, blocks - 2, h_BTH, grad_BTH, hidden), batch["labels"])
 
 
+def test_words_by_the_gradient_that_fits() -> None:
+    """Of plain transformers' gradient behind one block of a language model far more than chance, which is 1 in 97."""
+    whole = whole_stage("gpt2")
+    model = whole.model.eval()
+    ids = torch.randint(2, model.config.vocab_size, (3, 8), generator=seeded(0))
+    embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+    out = model(inputs_embeds=embedded, labels=ids, output_hidden_states=True)
+    (grad_BTH,) = torch.autograd.grad(out.loss, out.hidden_states[1])
+    hidden = {"input_ids": torch.zeros_like(ids), "attention_mask": torch.ones_like(ids), "labels": ids}
+    assert (words(whole, 1, grad_BTH, hidden, 25) == ids).float().mean() > 0.1
+    noise = torch.randn(grad_BTH.shape, generator=seeded(1))
+    assert (words(whole, 1, noise, hidden, 5) == ids).float().mean() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("said", "read", "expected"),
+    [  # of Lin (2004): the candidates of its example, β = 1
+        ("police killed the gunman", "police kill the gunman", 3 / 4),
+        ("police killed the gunman", "the gunman kill police", 2 / 4),
+        ("a b c", "a b c d e", 2 * (3 / 3) * (3 / 5) / (3 / 3 + 3 / 5)),
+        ("a b", "c d", 0.0),
+    ],
+)
+def test_rouge_is_that_of_its_definition(said: str, read: str, expected: float) -> None:
+    ids = {word: number for number, word in enumerate({*said.split(), *read.split()})}
+    assert rouge_l([ids[w] for w in said.split()], [ids[w] for w in read.split()]) == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("name", ["llama", "bert"])
 def test_who_was_trained_on(name: str) -> None:
     """Blocks that learnt texts by heart, with plain transformers and torch, tell them from others."""
@@ -240,16 +269,16 @@ def test_what_is_seen_is_what_crosses_after_the_codec(folder: Path, public: Path
 
 
 def test_watching_changes_no_weight(folder: Path) -> None:
-    from flexp.audit.watching import Watch
+    from flexp.audit.watching import Watch, watching
 
     ends = []
     for watched in (False, True):
         world = build_world(config(folder))
         method = world.method(world)
-        watch = Watch(method)  # type: ignore[arg-type]
+        watch = Watch.of(method)  # type: ignore[arg-type]
         if watched:
-            with watch.watching():
-                method.train_round(1, watch.told)
+            with watching(method, watch):  # type: ignore[arg-type]
+                method.train_round(1, lambda _: None)
         else:
             method.train_round(1, lambda step: None)
         ends.append(method.state())

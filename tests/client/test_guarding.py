@@ -14,9 +14,10 @@ import torch
 from scipy.stats import mannwhitneyu
 
 from flexp.attacks.public import known_to_all
-from flexp.client.guarding import Guard, distance_correlation
+from flexp.client.guarding import Guard
 from flexp.client.meeting import FIRST
 from flexp.client.noise import DELTA, Noise, epsilon
+from flexp.client.penalties import Adversary, distance_correlation
 from flexp.client.random_labels import RandomLabels, epsilon_within
 from flexp.config import PrivacyConfig, RunConfig
 from flexp.config.loading import validate
@@ -64,8 +65,30 @@ def test_distance_correlation_is_that_of_its_definition() -> None:
     assert float(distance_correlation(left, 3 * left @ turned + 1)) == pytest.approx(1.0, abs=1e-3)
 
 
-@pytest.mark.parametrize("tuning", ["full", "lora"])
-def test_what_a_taught_head_sends_depends_less_on_its_tokens(folder: Path, tuning: str) -> None:
+@pytest.mark.parametrize(("told", "least", "most"), [(True, 0.8, 1.0), (False, 0.0, 0.5)])
+def test_an_adversary_finds_what_is_there_and_takes_a_step_back(told: bool, least: float, most: float) -> None:
+    lifted = torch.randn(8, 16, generator=seeded(0))
+
+    def drawn(number: int) -> tuple[Any, Any]:
+        e_NE = torch.randn(64, 8, generator=seeded(number))
+        return (e_NE @ lifted if told else torch.randn(64, 16, generator=seeded(-number))), e_NE
+
+    adversary, fresh = Adversary(0), Adversary(0)
+    for number in range(1, 40):
+        value = float(adversary.value(*drawn(number)))
+    assert least <= value <= most
+    fresh.load({name: tensor.clone() for name, tensor in adversary.state().items()})
+    first, second = [float(adversary.value(*drawn(99), (7, number))) for number in (1, 2)]
+    assert float(fresh.value(*drawn(99), (7, 1))) == first
+    assert [float(adversary.value(*drawn(99), (7, number))) for number in (1, 2)] == [first, second]  # done again
+    assert float(adversary.value(*drawn(99), (8, 1))) != first
+    z_NH, e_NE = drawn(100)
+    adversary.value(z_NH.requires_grad_(), e_NE).backward()
+    assert bool(z_NH.grad.any())
+
+
+@pytest.mark.parametrize(("tuning", "penalty"), [("full", "nopeek"), ("lora", "nopeek"), ("full", "adversary")])
+def test_what_a_taught_head_sends_depends_less_on_its_tokens(folder: Path, tuning: str, penalty: str) -> None:
     world = build_world(config(folder, model={"tuning": tuning}))
     tokenizer = load_processor(model_folder(world.config), world.config)
     examples = world.federation.clients[0].train
@@ -77,7 +100,7 @@ def test_what_a_taught_head_sends_depends_less_on_its_tokens(folder: Path, tunin
 
     before = dependence()
     told = PrivacyConfig.model_validate(
-        {"penalty": "nopeek", "public": str(folder / "public.txt"),
+        {"penalty": penalty, "public": str(folder / "public.txt"),
          "warm_up": {"steps": 20, "weight": 10.0, "lr": 1e-2}}
     )  # fmt: skip
     Guard(told, examples, tokenizer, 0).teach(stage, 2)
@@ -154,10 +177,10 @@ def test_the_penalty_trains_along_with_the_task(folder: Path) -> None:
     assert any(".layer.0." in name for name in differs)
 
 
-@pytest.mark.parametrize("steps", [0, 1])
-def test_a_resumed_run_is_an_undisturbed_one(folder: Path, steps: int) -> None:
+@pytest.mark.parametrize(("steps", "penalty"), [(0, "nopeek"), (1, "nopeek"), (0, "adversary"), (1, "adversary")])
+def test_a_resumed_run_is_an_undisturbed_one(folder: Path, steps: int, penalty: str) -> None:
     """Also where it was stopped before its head was taught."""
-    world = build_world(config(folder, {"noise": 0.5}))
+    world = build_world(config(folder, {"noise": 0.5, "penalty": penalty}))
     whole, before, after = FlexpSfl(world), FlexpSfl(world), FlexpSfl(world)
     for _ in range(steps):
         before.clients["north"].step()

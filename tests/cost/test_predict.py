@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import transformers
+from torch import nn
 
 from flexp.config import AlignConfig, ModelConfig, OptimizerConfig, Rows
 from flexp.cost.choice import Choice, codec_names, codec_share
@@ -42,6 +43,16 @@ def test_deeper_and_larger_needs_more(name: str, rank: int | None, checkpointing
     # For the server it is the other way round.
     serving = [server_memory(cost, Choice((start, 4), 4, rank=rank)) for start in range(4)]
     assert serving == sorted(set(serving), reverse=True)
+
+
+def test_adapters_of_each_client_count_for_the_server() -> None:
+    cost, cut = cost_of("llama"), (1, 3)
+    block = tiny_model("llama").model.layers[0]
+    sizes = [module.in_features + module.out_features for module in block.modules() if isinstance(module, nn.Linear)]
+    shared, own = (predict(cost, SERVER, Choice(cut, 2, rank=4), SERVER, own=own) for own in (False, True))
+    adam = 3  # A and B, and two numbers of the optimiser for each of theirs
+    assert own.server_memory_bytes - shared.server_memory_bytes == 2 * 4 * sum(sizes) * 4 * adam
+    assert replace(own, server_memory_bytes=0) == replace(shared, server_memory_bytes=0)
 
 
 def test_checkpointing_and_adapters_save_memory_where_activations_and_states_do() -> None:

@@ -6,8 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from flexp import limits
+from flexp.cost.echo import reset_peak, resident
 from flexp.errors import ModelError
 from flexp.limits import out_of_memory
 from flexp.models import loading, low_memory
@@ -38,6 +41,21 @@ def test_the_same_numbers_without_a_map(name: str, tmp_path: Path, monkeypatch: 
     assert equal(tensors_of(found.model), wanted)
     assert low_memory.ONE_THREAD not in low_memory.os.environ
     assert low_memory.modeling_utils.safe_open is low_memory.safetensors.safe_open
+
+
+def test_no_table_is_held_twice(tmp_path: Path) -> None:
+    size = 64 << 20
+    table = torch.ones(size // 4)
+    save_file({"table": table, "few": table[:9].clone()}, tmp_path / "model.safetensors")
+
+    with low_memory._without_a_map(tmp_path / "model.safetensors", framework="pt") as file:
+        reset_peak()
+        before, part = resident("VmRSS"), file.get_slice("table")
+        assert (part.get_shape(), part.get_dtype()) == ([size // 4], "F32")
+        assert torch.equal(part[:9], table[:9])
+        assert torch.equal(part[...], table)
+        assert resident("VmHWM") - before < 1.5 * size
+        assert sorted(file.keys()) == ["few", "table"]
 
 
 def test_running_out_of_memory_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

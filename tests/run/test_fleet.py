@@ -15,6 +15,7 @@ from rich.console import Console
 
 from flexp.config import DeploymentConfig, RunConfig
 from flexp.errors import ConfigError, FlexpError
+from flexp.files import read_json
 from flexp.links.base import Link
 from flexp.links.grpc import connect
 from flexp.links.messages import ForwardRequest
@@ -108,6 +109,27 @@ def test_a_fleet_equals_the_simulation(folder: Path, tmp_path: Path, how: str) -
     scores = [r["personal"] for r in read(tmp_path / "fleet/clients/north/metrics.jsonl") if r["kind"] == "eval"]
     told = read(tmp_path / "sim/metrics.jsonl")
     assert scores == [r["personal"] for r in told if r["kind"] == "eval" and r["client"] == "north"]
+
+
+def test_a_deployed_client_says_what_its_server_can_read(folder: Path, tmp_path: Path) -> None:
+    """As the simulation does, of which each client here has a depth of its own; and nothing else changes."""
+    public = folder / "public.txt"
+    public.write_text("good bad fine poor and many other words that people use\n" * 4, encoding="utf-8")
+    config = configured(folder, "off", privacy={"audit": True, "public": str(public)})
+    runner.run(config, tmp_path / "sim")
+    fleet(config, FIXED, tmp_path / "fleet")
+    check(tmp_path / "sim", tmp_path / "fleet")
+
+    def read_by(found: Path) -> dict[tuple[str, int], float]:
+        told = read_json(found / "audit.json")
+        assert told["steps"] == config.train.steps_per_round
+        return {(one["attack"], one["depth"]): one["content"] for one in told["readings"]}
+
+    together: dict[tuple[str, int], float] = {}
+    for name in NAMES:
+        together |= read_by(tmp_path / "fleet/clients" / name)
+    assert together == read_by(tmp_path / "sim")
+    assert len(together) == 2 * len(NAMES)
 
 
 def test_stopped_and_started_again_equals_undisturbed(folder: Path, tmp_path: Path) -> None:

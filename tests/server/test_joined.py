@@ -124,6 +124,16 @@ def test_each_gets_what_it_gets_alone(
     assert tuning == "frozen" or config.get("adapters") == "own" or not near(start, together.shared.updater.parameters)
 
 
+def test_no_more_go_together_than_memory_holds(passes: Passes) -> None:
+    here = server(max_kept_bytes=1 << 20)
+    here._sessions["a"].graph_rate = 500.0  # bytes a number: 7 x 9 tokens, 32 wide, fit, 9 x 9 do not
+    asked = forwards(1, padded=True)
+    all_of(here, asked)
+    all_of(here, backwards(1, asked))
+    assert max(passes) == 3
+    assert here.shared.version == 4
+
+
 @pytest.mark.usefixtures("passes")
 @pytest.mark.parametrize("how", ["leaves", "gives up and goes on", "is late", "is not finite"])
 @pytest.mark.parametrize("adapters", ["shared", "own"])
@@ -213,7 +223,7 @@ def test_the_rule() -> None:
     assert not pace.pays(999)
     assert fits([(1, 16), (1, 13)])
     assert not fits([(1, 16), (4, 4)])
-    assert not fits([(8, 512), (1, 512)])
+    assert not fits([(4, 512), (1, 512)])
 
 
 def test_over_a_network(monkeypatch: pytest.MonkeyPatch) -> None:

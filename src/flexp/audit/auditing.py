@@ -17,16 +17,12 @@ from torch import Tensor
 
 from flexp.attacks.public import MANUAL, dull_tokens, encoded, known_to_all, paragraphs
 from flexp.attacks.tokens import ATTACKS, Attack, Public, Sent
-from flexp.audit.training import labels_told, membership_told
-from flexp.audit.watching import Exchange, Watch, watchable
+from flexp.audit.training import labels_told, membership_told, words_told
+from flexp.audit.watching import Exchange, Known, Watch, watchable, watching
 from flexp.client.guarding import Guard
-from flexp.client.trainer import split_model_of
 from flexp.data.types import Example
 from flexp.kinds import KINDS
-from flexp.methods.base import Method, World
-from flexp.methods.parties import own_stage
-from flexp.methods.split import Split
-from flexp.models.anatomy import Part
+from flexp.methods.base import Method
 
 PRETRAINED, TAUGHT = "pretrained", "taught"
 """The heads that an attacker learns from: as everybody has it, and taught in the way of the clients."""
@@ -44,6 +40,7 @@ class Reading:
         of: ``z`` at the cut, or ``z_base``.
         head: that it learnt from: the ``pretrained`` one, or one that it ``taught`` as clients do.
         tokens, content, texts: shares read right: of all tokens but special ones, of content words, of whole texts.
+        rouge: ROUGE-L (Lin, 2004; F1 of the longest common subsequence) of what was read of a text, on average.
         by_step: ``content`` by the clients' step.
         seconds: of learning and reading.
     """
@@ -56,6 +53,7 @@ class Reading:
     tokens: float
     content: float
     texts: float
+    rouge: float
     by_step: dict[int, float]
     seconds: float
 
@@ -75,6 +73,7 @@ class Audit:
         public: what the attacker learnt from.
         blind: the share of tokens and of content words that the most frequent public token gives.
         labels: what ∂task/∂h tells of labels, beside ``majority``, the most frequent label's share.
+        gradients: the share of tokens that an optimising inversion reads out of ∂task/∂h alone; ``None``: not tried.
         members: the area under the curve of which texts the shared blocks were trained on; ``None``: not attacked.
         worst: texts of which most was read: the truth, and what the best attack read.
     """
@@ -89,6 +88,7 @@ class Audit:
     blind: dict[str, float]
     readings: list[Reading]
     labels: dict[str, float] = field(default_factory=dict)
+    gradients: float | None = None
     members: float | None = None
     worst: list[tuple[str, str]] = field(default_factory=list)
 
@@ -124,33 +124,32 @@ def audit(method: Method, *, rounds: int = 1, public: Path | None = None, full: 
         ConfigError: the method sends no activations, or its input is no text.
         DataError: the public texts cannot be read.
     """
-    watch = Watch(watchable(method))
-    with watch.watching():
+    watch = Watch.of(watchable(method))
+    with watching(watchable(method), watch):
         for number in range(1, rounds + 1):
-            method.train_round(number, watch.told)
+            method.train_round(number, lambda _: None)
     return attacked(watch, public=public, full=full)
 
 
 def attacked(watch: Watch, *, public: Path | None = None, full: bool = False) -> Audit:
     """:func:`audit` of what was watched already."""
-    watched = watch.method
-    world, config = watched.world, watched.world.config
-    tokenizer: Any = world.federation.task.processor
+    run = watch.known()
+    config, tokenizer = run.config, run.task.processor
     examples = encoded(
         tokenizer,
         paragraphs(public, 4000 if full else 1000),
         passes=2 if full else 1,
     )
     special = torch.tensor(sorted(tokenizer.all_special_ids))
-    answers = KINDS[world.federation.task.model_kind].answers
+    answers = KINDS[run.task.model_kind].answers
     decoder = answers == "next-token"
     readings: list[Reading] = []
     best: tuple[float, Tensor, Tensor, Tensor] | None = None
-    places = _places(watch.exchanges, watched)
+    places = _places(watch.exchanges)
     blind: dict[str, float] = {}
     for depth in sorted({depth for _, depth in places}):
         kinds = [kind for kind in ATTACKS if (full or not kind.slow) and (decoder or not kind.causal)]
-        for head, known in _heads(world, depth, examples, tokenizer).items():
+        for head, known in _heads(run, depth, examples).items():
             for attack in (kind() for kind in kinds):
                 began = time.perf_counter()
                 attack.learn(known)
@@ -166,41 +165,40 @@ def attacked(watch: Watch, *, public: Path | None = None, full: bool = False) ->
     return Audit(
         model=config.model.id,
         method=config.method.name,
-        cuts=dict(world.cuts),
+        cuts={exchange.client: exchange.cut for exchange in watch.exchanges},
         steps=max(exchange.step for exchange in watch.exchanges),
         texts=sum(len(exchange.z_BTH) for exchange in watch.exchanges),
         tokens=sum(int(exchange.mask.sum()) for exchange in watch.exchanges),
         public=MANUAL if public is None else str(public.name),
         blind=blind,
         readings=readings,
-        labels=labels_told(watch, answers),
-        members=membership_told(watch, words=decoder),
+        labels=labels_told(watch.exchanges, run.source, answers),
+        gradients=words_told(watch.exchanges, run) if full else None,
+        members=None if run.method is None else membership_told(watch.exchanges, run.method, words=decoder),
         worst=_worst(*best[1:], tokenizer),
     )
 
 
-def _heads(world: World, depth: int, examples: Sequence[Example], tokenizer: Any) -> dict[str, Public]:
+def _heads(run: Known, depth: int, examples: Sequence[Example]) -> dict[str, Public]:
     """What the heads that an attacker learns from make of public text: the pretrained one, and where clients teach
     theirs or add noise, one that it taught in the same way, with such noise."""
-    heads, config = {PRETRAINED: known_to_all(world.source, depth, examples)}, world.config.privacy
+    heads, config = {PRETRAINED: known_to_all(run.source, depth, examples)}, run.config.privacy
     if config.of_texts and depth > 0:
-        blocks = world.source.anatomy.blocks
-        surrogate = own_stage(world, Part.client((depth, blocks), blocks))
+        surrogate = run.surrogate(depth)
         unbound = config.model_copy(update={"max_content_words": None})
-        guard = Guard(unbound, examples[:SURROGATE], tokenizer, SURROGATE, SURROGATE)
+        guard = Guard(unbound, examples[:SURROGATE], run.task.processor, SURROGATE, SURROGATE)
         guard.teach(surrogate, depth)
         heads[TAUGHT] = guard.covered(known_to_all(surrogate, depth, examples))
     return heads
 
 
-def _places(exchanges: Sequence[Exchange], method: Split) -> dict[tuple[str, int], list[Exchange]]:
+def _places(exchanges: Sequence[Exchange]) -> dict[tuple[str, int], list[Exchange]]:
     """What was sent, by what it is and after how many blocks."""
     places: dict[tuple[str, int], list[Exchange]] = {}
     for exchange in exchanges:
-        places.setdefault(("z", method.cut_of(exchange.client)[0]), []).append(exchange)
+        places.setdefault(("z", exchange.cut[0]), []).append(exchange)
         if exchange.base_BTH is not None:
-            depth = split_model_of(method.clients[exchange.client]).base_depth
-            places.setdefault(("z_base", depth), []).append(exchange)
+            places.setdefault(("z_base", exchange.base_depth), []).append(exchange)
     return places
 
 
@@ -249,10 +247,30 @@ def _read(attack: Attack, known: Public, truth: _Truth, of: str, head: str, bega
         tokens=_share(right_N[truth.real_N]),
         content=_share(right_N[content_N]),
         texts=_share(wrong == 0),
+        rouge=_rouge(truth, read_N),
         by_step=by_step,
         seconds=time.perf_counter() - began,
     )
     return reading, read_N
+
+
+def _rouge(truth: _Truth, read_N: Tensor) -> float:
+    """The mean ROUGE-L of all texts, special tokens apart."""
+    kept_N, texts_N = truth.real_N, truth.sent.texts_N
+    counts = texts_N[kept_N].bincount()
+    pairs = zip(*(torch.split(each[kept_N], counts.tolist()) for each in (truth.ids_N, read_N)), strict=True)
+    found = [rouge_l(said.tolist(), read.tolist()) for said, read in pairs if len(said)]
+    return sum(found) / len(found) if found else 0.0
+
+
+def rouge_l(said: Sequence[int], read: Sequence[int]) -> float:
+    """ROUGE-L of two texts of tokens: F1 of their longest common subsequence."""
+    longest = [0] * (len(read) + 1)
+    for token in said:
+        before = list(longest)
+        for place, other in enumerate(read):
+            longest[place + 1] = before[place] + 1 if token == other else max(before[place + 1], longest[place])
+    return 2 * longest[-1] / (len(said) + len(read)) if len(said) + len(read) else 0.0
 
 
 def _blind(known: Public, truth: _Truth, special: Tensor) -> dict[str, float]:

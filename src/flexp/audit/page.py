@@ -24,17 +24,19 @@ _LABELS = {
 def tables(found: Audit) -> list[Table]:
     """What attacks read of tokens, and of labels."""
     rows = [
-        [one.name, str(one.depth), *map(_percent, (one.tokens, one.content, one.texts)),
+        [one.name, str(one.depth), *map(_percent, (one.tokens, one.content, one.texts)), f"{one.rouge:.2f}",
          formats.seconds(one.seconds)]
         for one in found.readings
     ]  # fmt: skip
-    rows.append(["blind guess", "", _percent(found.blind["tokens"]), _percent(found.blind["content"]), "", ""])
+    rows.append(["blind guess", "", _percent(found.blind["tokens"]), _percent(found.blind["content"]), "", "", ""])
+    if found.gradients is not None:
+        rows.append(["inverting gradients alone", "", _percent(found.gradients), "", "", "", ""])
     made = [
         Table(
             key="tokens",
             title="Texts that the server can read",
             caption=f"{found.texts} texts of {found.tokens} tokens; the attacker learnt from {found.public}.",
-            headers=["attack", "depth", "tokens", "content words", "whole texts", "took"],
+            headers=["attack", "depth", "tokens", "content words", "whole texts", "ROUGE-L", "took"],
             rows=rows,
         )
     ]

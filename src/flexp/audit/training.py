@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from flexp.attacks import labels as label_attacks
-from flexp.attacks.gradients import inverted
+from flexp.attacks.gradients import inverted, words
 from flexp.attacks.membership import membership
-from flexp.audit.watching import Watch
+from flexp.audit.watching import Exchange, Known
 from flexp.kinds import IGNORED, Answers
+from flexp.methods.split import Split
+from flexp.models.stage import Stage
 
 TRIED = 256
 """Backwards of an exchange through the public tail, one a class, at most; of many classes fewer exchanges are tried."""
@@ -17,14 +21,13 @@ TEXTS = 256
 """Texts that were trained on, and as many that were not, whose membership is asked for."""
 
 
-def labels_told(watch: Watch, kind: Answers) -> dict[str, float]:
+def labels_told(exchanges: Sequence[Exchange], source: Stage, kind: Answers) -> dict[str, float]:
     """What the gradients of all clients together tell; nothing of heads that no attack here knows."""
-    seen = [exchange for exchange in watch.exchanges if exchange.grad_BTH is not None]
+    seen = [exchange for exchange in exchanges if exchange.grad_BTH is not None]
     if not seen or kind not in ("next-token", "class"):
         return {}
     grads = [exchange.grad_BTH for exchange in seen if exchange.grad_BTH is not None]
     truth = [exchange.batch["labels"] for exchange in seen]
-    source = watch.method.world.source
     found: dict[str, float | None]
     if kind == "next-token":
         head = source.model.get_output_embeddings().weight.detach().float()
@@ -40,7 +43,7 @@ def labels_told(watch: Watch, kind: Answers) -> dict[str, float]:
         }
         tried = seen[: max(1, TRIED // int(source.model.config.num_labels))]
         read = [
-            inverted(source, watch.method.cut_of(one.client)[1], one.h_BTH, one.grad_BTH, one.batch)
+            inverted(source, one.cut[1], one.h_BTH, one.grad_BTH, one.batch)
             for one in tried
             if one.h_BTH is not None and one.grad_BTH is not None
         ]
@@ -48,22 +51,30 @@ def labels_told(watch: Watch, kind: Answers) -> dict[str, float]:
     return {key: value for key, value in found.items() if value is not None}
 
 
-def membership_told(watch: Watch, *, words: bool) -> float | None:
+def words_told(exchanges: Sequence[Exchange], run: Known) -> float | None:
+    """The share of tokens, but special ones, that an optimising inversion reads out of the first exchange's ∂task/∂h;
+    ``None``: there is none, or no whole model."""
+    seen = next((one for one in exchanges if one.grad_BTH is not None), None)
+    if seen is None or seen.grad_BTH is None or run.method is None:
+        return None
+    read_BT = words(run.source, seen.cut[1], seen.grad_BTH, seen.batch)
+    ids_BT = seen.batch["input_ids"]
+    real_BT = seen.mask & ~torch.isin(ids_BT, torch.tensor(run.task.processor.all_special_ids))
+    return float((read_BT == ids_BT)[real_BT].float().mean())
+
+
+def membership_told(exchanges: Sequence[Exchange], method: Split, *, words: bool) -> float | None:
     """Whether the server's blocks tell the texts that were sent from the clients' test texts."""
-    seen = [
-        ids[mask].tolist()
-        for one in watch.exchanges
-        for ids, mask in zip(one.batch["input_ids"], one.mask, strict=True)
-    ]
-    tests = [example["input_ids"] for client in watch.method.world.federation.clients for example in client.test]
+    seen = [ids[mask].tolist() for one in exchanges for ids, mask in zip(one.batch["input_ids"], one.mask, strict=True)]
+    tests = [example["input_ids"] for client in method.world.federation.clients for example in client.test]
     members = {tuple(text): text for text in seen}
-    if watch.method.server.own:
+    if method.server.own:
         return None  # no blocks that all texts trained
     others = {tuple(text): text for text in tests if tuple(text) not in members}
     if not others:
         return None
     asked = (list(texts.values())[:: -(-len(texts) // TEXTS)] for texts in (members, others))  # of every client
-    return membership(watch.method.world.source, watch.method.server.shared.stage, *asked, words=words)
+    return membership(method.world.source, method.server.shared.stage, *asked, words=words)
 
 
 def _majority(labels_N: Tensor) -> float:

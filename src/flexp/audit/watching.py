@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from flexp.client.trainer import Step
-from flexp.data.types import Batch
+from flexp.client.trainer import Trainer, split_model_of
+from flexp.config import RunConfig
+from flexp.data.types import Batch, Task
 from flexp.errors import ConfigError
+from flexp.links.base import Link, Wrapping
 from flexp.links.declaring import Request
-from flexp.links.messages import BackwardRequest, ForwardReply, ForwardRequest
+from flexp.links.messages import BackwardRequest, ForwardRequest
 from flexp.links.packing import Places, arrived, unpack
+from flexp.methods.parties import own_stage
 from flexp.methods.split import Split
+from flexp.models.anatomy import Part
+from flexp.models.stage import Stage
 
 R = TypeVar("R")
 
@@ -29,8 +34,9 @@ class Exchange:
     Attributes:
         step: of the client, from 1.
         batch: the truth: token ids (B, T) and labels.
+        cut: (s, e).
         z_BTH: what came up at the client's cut.
-        base_BTH: z_base, where alignment or teaching sent it.
+        base_depth: s_min, and ``base_BTH``: z_base, where alignment or teaching sent it.
         reads: the rows of h that its client read; ``None``: all.
         h_BTH: what went down.
         grad_BTH: ∂task/∂h; ``None`` until the backward has come.
@@ -39,7 +45,9 @@ class Exchange:
     client: str
     step: int
     batch: Batch
+    cut: tuple[int, int]
     z_BTH: Tensor
+    base_depth: int
     base_BTH: Tensor | None
     reads: Places | None = None
     h_BTH: Tensor | None = None
@@ -51,68 +59,123 @@ class Exchange:
         return self.batch.get("attention_mask", torch.ones_like(self.batch["input_ids"])).bool()
 
 
-@dataclass
-class Watch:
-    """Records a method's training exchanges; :meth:`told` is its ``on_step``.
+@dataclass(frozen=True)
+class Known:
+    """What an audit needs to know of a run besides.
 
     Attributes:
+        source: the pretrained model, or the ends and blocks of it that clients have.
+        surrogate: a head of so many blocks as clients have theirs before they teach it.
+        method: with its server; ``None``: that is another machine's.
+    """
+
+    config: RunConfig
+    task: Task
+    source: Stage
+    surrogate: Callable[[int], Stage]
+    method: Split | None = None
+
+
+@dataclass
+class Watch:
+    """Records training exchanges.
+
+    Attributes:
+        trainers: the clients' loops, which know what they send.
+        known: asked when the attacks begin.
         most: exchanges of each client that are kept, the first ones; ``None``: all.
     """
 
-    method: Split
+    trainers: Mapping[str, Trainer]
+    known: Callable[[], Known]
     most: int | None = None
     exchanges: list[Exchange] = field(default_factory=list)
     _open: dict[tuple[str, int], Exchange] = field(default_factory=dict)
-    _batches: dict[str, list[Batch]] = field(default_factory=dict)
+    _next: dict[str, tuple[int, int, list[Batch]]] = field(default_factory=dict)  # step, exchange, batches to come
 
-    def __post_init__(self) -> None:
-        for name in self.method.clients:
-            self._look_ahead(name)
+    @classmethod
+    def of(cls, method: Split, most: int | None = None) -> Watch:
+        """Of all clients of a simulation."""
+        world = method.world
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Inside the ``with`` block everything that reaches the server is seen first."""
-        server = self.method.server
-        inner = server.answer
+        def surrogate(depth: int) -> Stage:
+            blocks = world.source.anatomy.blocks
+            return own_stage(world, Part.client((depth, blocks), blocks))
 
-        def answer(client: str, request: Request[R]) -> R | Future[R]:
-            self._see(client, request)
-            reply = inner(client, request)
-            if isinstance(request, ForwardRequest) and (client, request.exchange) in self._open:
-                exchange = self._open[client, request.exchange]
-                exchange.h_BTH = unpack(cast("ForwardReply", reply).hidden_BTH.clone(), exchange.reads)
-            return reply
+        known = Known(world.config, world.federation.task, world.source, surrogate, method)
+        return cls(method.clients, lambda: known, most)
 
-        # Links look the verb up at each call, so shadowing it on this one server is enough.
-        vars(server)["answer"] = answer
-        try:
-            yield
-        finally:
-            del vars(server)["answer"]
-
-    def told(self, step: Step) -> None:
-        """A client's step is over: the next exchanges are of another batch."""
-        self._look_ahead(step.client)
-
-    def _look_ahead(self, client: str) -> None:
-        self._batches[client] = [batch for _, batch in self.method.clients[client].pieces()]
-
-    def _see(self, client: str, request: Request[Any]) -> None:
+    def see(self, client: str, request: Request[Any]) -> None:
+        """A request on its way to the server."""
         if isinstance(request, ForwardRequest) and request.train:
-            batch = self._batches[client].pop(0)
-            if self.most is not None and sum(each.client == client for each in self.exchanges) >= self.most:
-                return
-            request, kept = arrived(request, client)
-            reads = kept if request.rows_BT is None else Places.of(request.rows_BT)
-            base_BTH = None if request.base_BTH is None else request.base_BTH.clone()
-            exchange = Exchange(client, request.step, batch, request.hidden_BTH.clone(), base_BTH, reads)
-            self._open[client, request.exchange] = exchange
-            self.exchanges.append(exchange)
-        elif isinstance(request, BackwardRequest):
-            key = (client, request.exchange)
-            if key in self._open:
-                exchange = self._open.pop(key)
-                exchange.grad_BTH = unpack(request.grad_BTH.clone(), exchange.reads)
+            self._forward(client, request)
+        elif isinstance(request, BackwardRequest) and (client, request.exchange) in self._open:
+            exchange = self._open.pop((client, request.exchange))
+            exchange.grad_BTH = unpack(request.grad_BTH.clone(), exchange.reads)
+
+    def answered(self, client: str, request: Request[Any], reply: Any) -> None:
+        """What the server said to it."""
+        if isinstance(request, ForwardRequest) and (client, request.exchange) in self._open:
+            exchange = self._open[client, request.exchange]
+            exchange.h_BTH = unpack(reply.hidden_BTH.clone(), exchange.reads)
+
+    def _forward(self, client: str, request: ForwardRequest) -> None:
+        trainer = self.trainers[client]
+        step, last, batches = self._next.get(client, (-1, 0, []))
+        if step != trainer.steps or request.exchange <= last:  # a new step, or one that is done again
+            batches = [batch for _, batch in trainer.pieces()]
+        batch, *later = batches
+        self._next[client] = trainer.steps, request.exchange, later
+        if self.most is not None and sum(each.client == client for each in self.exchanges) >= self.most:
+            return
+        request, kept = arrived(request, client)
+        reads = kept if request.rows_BT is None else Places.of(request.rows_BT)
+        base_BTH = None if request.base_BTH is None else request.base_BTH.clone()
+        model = split_model_of(trainer)
+        exchange = Exchange(
+            client, request.step, batch, model.cut, request.hidden_BTH.clone(), model.base_depth, base_BTH, reads
+        )
+        self._open[client, request.exchange] = exchange
+        self.exchanges.append(exchange)
+
+
+@contextmanager
+def watching(method: Split, watch: Watch) -> Iterator[None]:
+    """Inside the ``with`` block everything that reaches a simulation's server is seen first."""
+    server = method.server
+    inner = server.answer
+
+    def answer(client: str, request: Request[R]) -> R | Future[R]:
+        watch.see(client, request)
+        reply = inner(client, request)
+        watch.answered(client, request, reply)
+        return reply
+
+    # Links look the verb up at each call, so shadowing it on this one server is enough.
+    vars(server)["answer"] = answer
+    try:
+        yield
+    finally:
+        del vars(server)["answer"]
+
+
+class Watched(Wrapping):
+    """A client's own link: ``watch`` sees what goes through it, before a codec rounds it."""
+
+    def __init__(self, inner: Link, watch: Watch) -> None:
+        super().__init__(inner)
+        self._watch = watch
+
+    def call(self, request: Request[R]) -> Future[R]:
+        self._watch.see(self.client, request)
+        future = self.inner.call(request)
+
+        def came(done: Future[R]) -> None:
+            if not done.cancelled() and done.exception() is None:
+                self._watch.answered(self.client, request, done.result())
+
+        future.add_done_callback(came)
+        return future
 
 
 def unread(method: Any) -> str:
@@ -125,12 +188,21 @@ def watchable(method: Any) -> Split:
     """The method, if its clients send activations.
 
     Raises:
-        ConfigError: they do not, or their input is no text.
+        ConfigError: they do not, or as :func:`check_watchable`.
     """
     if not isinstance(method, Split):
         raise ConfigError(f'{unread(method)}; the audit reads activations, of methods such as "flexp-sfl"')
-    if method.world.config.link.cache != "off":
-        raise ConfigError('the audit reads every exchange whole: set link.cache = "off"; what is kept is no other z')
-    if method.world.source.anatomy.image:
-        raise ConfigError("the audit reads texts out of activations; images are not audited yet")
+    check_watchable(method.world.config, images=method.world.source.anatomy.image)
     return method
+
+
+def check_watchable(config: RunConfig, *, images: bool) -> None:
+    """Refuse what no attack reads.
+
+    Raises:
+        ConfigError: clients' input is no text, or not every exchange is whole.
+    """
+    if config.link.cache != "off":
+        raise ConfigError('the audit reads every exchange whole: set link.cache = "off"; what is kept is no other z')
+    if images:
+        raise ConfigError("the audit reads texts out of activations; images are not audited yet")

@@ -1,9 +1,9 @@
 """Teaches a client's head to tell less of its tokens: alone, before anything is sent, and then along with the task.
 
-The penalty is NoPeek's (Vepakomma et al., arXiv 2008.09161): the distance correlation between what is sent, z, and the
-input embeddings, over the tokens of a batch. Without a server there is no task to keep z useful for;
-what is kept instead is each text's *pooled* activation, close to what the head made of it when it came: what a text is
-about, not which tokens stand where. Later the server's gradients say what is needed.
+The penalties (:mod:`flexp.client.penalties`) look at what is sent, z, and the input embeddings of its tokens. Without a
+server there is no task to keep z useful for; what is kept instead is each text's *pooled* activation, close to what the
+head made of it when it came: what a text is about, not which tokens stand where. Later the server's gradients say what
+is needed.
 
 The bound is checked against an attacker who is given this very head, more than a server ever has: it runs public text,
 and every token of the private ones in random order, through it, and learns the attacks of an audit from that.
@@ -23,6 +23,7 @@ from torch import Tensor
 from flexp.attacks.public import dull_tokens, encoded, known_to_all, padded, paragraphs, pooled
 from flexp.attacks.tokens import Linear, Public, Sent, Table
 from flexp.client.noise import Noise
+from flexp.client.penalties import Adversary, NoPeek
 from flexp.client.random_labels import RandomLabels
 from flexp.config import PrivacyConfig
 from flexp.data.types import Example
@@ -69,6 +70,7 @@ class Guard:
         self.noise = Noise(config.noise, key, config.clip) if config.noise else None
         epsilon = config.label_epsilon
         self.labels = None if epsilon is None else RandomLabels(epsilon, classes, key)
+        self.penalty = Adversary(seed) if config.penalty == "adversary" else NoPeek()
         self.read: float | None = None
         self._examples, self._tokenizer, self._seed = examples, tokenizer, seed
 
@@ -118,25 +120,36 @@ class Guard:
             own["noise_key"] = torch.tensor(self.noise.key)
         if self.labels is not None:
             own["label_key"] = torch.tensor(self.labels.key)
+        own |= self.penalty.state()
         return own if clip is None else own | {"clip": torch.tensor(clip, dtype=torch.float64)}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Go on from :meth:`state`."""
         self.taught = int(state.get("taught", -1))
+        self.penalty.load(state)
         if self.noise is not None:
             self.noise.key = int(state.get("noise_key", self.noise.key))
             self.noise.clip = float(state["clip"]) if "clip" in state else self.config.clip
         if self.labels is not None:
             self.labels.key = int(state.get("label_key", self.labels.key))
 
-    def gradient(self, stage: Stage, ids_BT: Tensor, mask_BT: Tensor | None, z_BTH: Tensor) -> Tensor:
-        """The gradient of the weighted penalty at z, (B, T, H)."""
+    def gradient(
+        self, stage: Stage, ids_BT: Tensor, mask_BT: Tensor | None, z_BTH: Tensor, at: tuple[int, int]
+    ) -> Tensor:
+        """The gradient of the weighted penalty at z, (B, T, H), in the step and exchange ``at``."""
         z_BTH = z_BTH.detach().requires_grad_()
         with torch.enable_grad():
-            value = self.config.weight * self._penalty(stage, ids_BT, mask_BT, z_BTH)
+            value = self.config.weight * self._penalty(stage, ids_BT, mask_BT, z_BTH, at)
         return torch.autograd.grad(value, z_BTH)[0]
 
-    def _penalty(self, stage: Stage, ids_BT: Tensor, mask_BT: Tensor | None, z_BTH: Tensor) -> Tensor:
+    def _penalty(
+        self,
+        stage: Stage,
+        ids_BT: Tensor,
+        mask_BT: Tensor | None,
+        z_BTH: Tensor,
+        at: tuple[int, int] | None = None,
+    ) -> Tensor:
         mask_BT = torch.ones_like(ids_BT).bool() if mask_BT is None else mask_BT.bool()
         with torch.no_grad():
             e_BTE = stage.model.get_input_embeddings()(ids_BT)
@@ -144,7 +157,7 @@ class Guard:
         if len(z_NH) > MOST:
             rows = torch.randperm(len(z_NH), device=z_NH.device)[:MOST]
             z_NH, e_NE = z_NH[rows], e_NE[rows]
-        return distance_correlation(z_NH, e_NE)
+        return self.penalty.value(z_NH, e_NE, at)
 
     def _warm_up(self, stage: Stage, depth: int, trained: list[torch.nn.Parameter]) -> None:
         warm, bound, read = self.config.warm_up, self.config.max_content_words, 1.0
@@ -163,7 +176,7 @@ class Guard:
         optimiser = torch.optim.AdamW(trained, lr=warm.lr, weight_decay=0.0)
         for step in range(steps + 1):
             last = step == steps
-            if bound is not None and (last or step % warm.check_every == 0):
+            if bound is not None and (last or (step and step % warm.check_every == 0)):
                 read = self.read = self._check(stage, depth, private, public)
                 if read <= bound:
                     return
@@ -219,22 +232,6 @@ def content_read(attack: Any, known: Public, sent: Sent, ids_N: Tensor, special:
     attack.learn(known)
     content_N = ~torch.isin(ids_N, dull_tokens(known, special))
     return float((attack.guess(sent) == ids_N)[content_N].float().mean()) if bool(content_N.any()) else 0.0
-
-
-def distance_correlation(left_NA: Tensor, right_NB: Tensor) -> Tensor:
-    """Of two sets of N vectors (Székely et al., 2007): 0 where they are independent, 1 where one is the other turned
-    and scaled. Squared, as NoPeek has it."""
-    left, right = _distances(left_NA), _distances(right_NB)
-    both = left.square().mean() * right.square().mean()
-    return (left * right).mean() / (both + 1e-24).sqrt()
-
-
-def _distances(rows_NA: Tensor) -> Tensor:
-    """Euclidean, with the means of rows and columns taken off."""
-    rows_NA = rows_NA.float()
-    squares = rows_NA.square().sum(1)
-    far = (squares[:, None] + squares - 2 * rows_NA @ rows_NA.T).clamp_min(1e-6).sqrt()
-    return far - far.mean(0) - far.mean(1, keepdim=True) + far.mean()
 
 
 def _run(stage: Stage, depth: int, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:

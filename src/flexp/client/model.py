@@ -239,7 +239,9 @@ class SplitModel(JoinedModel):
         own_BTH = None
         if self.guard is not None and self.guard.penalises and place is not None:
             ids_BT, mask_BT = inputs["input_ids"], inputs.get("attention_mask")
-            own_BTH = place.tokens * self.guard.gradient(self.stage, ids_BT, mask_BT, z_BTH)
+            own_BTH = place.tokens * self.guard.gradient(
+                self.stage, ids_BT, mask_BT, z_BTH, (place.step, place.exchange)
+            )
         call = RemoteCall(self.link, request, place, back=back, look=look, own_BTH=own_BTH, kept=kept, crosses=crosses)
         if train:
             self.steps.remember(call)

@@ -24,8 +24,9 @@ class PrivacyConfig(Section):
     (:mod:`flexp.client.noise`), and trains on labels that were answered at random
     (:mod:`flexp.client.random_labels`)."""
 
-    # nopeek: the distance correlation between what is sent and the input embeddings (NoPeek, arXiv 2008.09161)
-    penalty: Literal["off", "nopeek"] = "off"
+    # nopeek: the distance correlation between what is sent and the input embeddings (NoPeek, arXiv 2008.09161);
+    # adversary: how well a small network reads these embeddings, which learns along with the head
+    penalty: Literal["off", "nopeek", "adversary"] = "off"
     weight: Annotated[float, Field(ge=0.0)] = 0.1  # of the penalty along with the task
     noise: Annotated[float, Field(ge=0.0)] = 0.0  # ρ: its norm ÷ the norm that every token's activation is clipped to
     clip: Rate | None = None  # that norm; None: the median that the head gives public texts when it comes

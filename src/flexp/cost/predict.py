@@ -35,6 +35,7 @@ def predict(
     read: float = 1.0,
     frozen: int = 0,
     anew: float = 1.0,
+    own: bool = False,
 ) -> Prediction:
     """Predict one step of a client.
 
@@ -49,6 +50,7 @@ def predict(
         frozen: so many of the first blocks are not trained.
         anew: the share of the client's steps in which its examples' z goes up and is not kept yet (``link.cache``): the
             bytes and seconds are those of the mean step. Less than 1 where it cannot be kept counts as 1.
+        own: the server holds adapters of the client's own, with their optimiser's state.
 
     Raises:
         ConfigError: the cut does not fit the model.
@@ -84,7 +86,7 @@ def predict(
         energy_joules=profile.watts * client + profile.link_watts * link,
         bytes_up=up,
         bytes_down=down,
-        server_memory_bytes=server_memory(cost, choice),
+        server_memory_bytes=server_memory(cost, choice) + (adapters_bytes(cost, choice) if own else 0),
     )
 
 
@@ -171,6 +173,13 @@ def server_memory(cost: ModelCost, choice: Choice) -> int:
     start, stop = check_cut(choice.cut, cost.blocks)
     shape = cost.at(choice.micro_batch, choice.rank)
     return _walk(shape.message_bytes + shape.mask_bytes, [], 0, list(shape.blocks[start:stop]), False)
+
+
+def adapters_bytes(cost: ModelCost, choice: Choice) -> int:
+    """A client's own adapters in the server's blocks [s, e), with their optimiser's state (``server.adapters``)."""
+    start, stop = check_cut(choice.cut, cost.blocks)
+    trained = sum(piece.trained_bytes for piece in cost.at(choice.micro_batch, choice.rank).blocks[start:stop])
+    return (1 + STATE[cost.optimizer]) * trained
 
 
 def _walk(held: int, below: Sequence[PieceCost], crossed: int, above: Sequence[PieceCost], gathered: bool) -> int:

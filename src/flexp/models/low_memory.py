@@ -42,8 +42,42 @@ def low_memory_loading(*, quantised: bool = False) -> Iterator[None]:
             os.environ[ONE_THREAD] = before
 
 
+class _File:
+    """An open file whose slices, asked for all they are of, are read straight into their tensor.
+
+    By itself a slice of a file that is read holds its bytes beside the tensor: a large table counted twice.
+    """
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def __enter__(self) -> _File:
+        self._file.__enter__()
+        return self
+
+    def __exit__(self, *failed: Any) -> None:
+        self._file.__exit__(*failed)
+
+    def get_slice(self, name: str) -> _Slice:
+        return _Slice(self._file, name)
+
+
+class _Slice:
+    def __init__(self, file: Any, name: str) -> None:
+        self._file, self._name = file, name
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file.get_slice(self._name), name)
+
+    def __getitem__(self, place: Any) -> Any:
+        return self._file.get_tensor(self._name) if place is ... else self._file.get_slice(self._name)[place]
+
+
 def _without_a_map(*arguments: Any, **options: Any) -> Any:
     try:
-        return safetensors.safe_open(*arguments, **{**options, "backend": "pread"})
+        return _File(safetensors.safe_open(*arguments, **{**options, "backend": "pread"}))
     except TypeError:  # before safetensors 0.8 there were only maps
         return safetensors.safe_open(*arguments, **options)

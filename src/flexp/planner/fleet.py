@@ -77,6 +77,7 @@ class TaskShape(Section):
         read: the share of a text's predicted tokens that have a label, where all have an answer.
         frozen: so many of the first blocks are not trained, nor can a client cut shallower.
         anew: the share of a client's steps in which its examples go up for the first time, with ``link.cache``.
+        own: whether the server holds LoRA adapters for each client by itself (``server.adapters``).
     """
 
     kind: ModelKind = "sequence-classification"
@@ -97,6 +98,7 @@ class TaskShape(Section):
     read: Fraction = 1.0
     frozen: Annotated[int, Field(ge=0)] = 0
     anew: Fraction = 1.0
+    own: bool = False
 
     @property
     def adapters(self) -> int | None:
@@ -126,6 +128,8 @@ class TaskShape(Section):
             raise ValueError(
                 'embeddings = "file" leaves them as they are, and train_embeddings trains them: choose one'
             )
+        if self.own and self.tuning != "lora":
+            raise ValueError(f'own = true is for adapters, and the tuning is {self.tuning!r}; set tuning = "lora"')
         return self
 
 

@@ -52,6 +52,7 @@ class ModelCosts:
             read=self.task.read,
             frozen=self.task.frozen,
             anew=self.task.anew,
+            own=self.task.own,
         )
 
     def resting(self, choice: Choice) -> int:

@@ -22,6 +22,7 @@ from flexp.report.metrics import MetricsLog, write_records
 from flexp.report.metrics import read as read_log
 from flexp.report.progress import Progress
 from flexp.report.summary import VALIDATION
+from flexp.run.audited import OwnAudit, told
 from flexp.run.diary import Diary, check_conducted
 from flexp.run.folder import is_client, write_facts
 from flexp.run.party import Party, patiently
@@ -65,14 +66,22 @@ def run_client(
     recuts = config.recut.on and may_move
     if recuts and facts and not setup.cut_is_given:  # where it moved to
         setup = replace(setup, cut=(int(facts["cut"][0]), int(facts["cut"][1])))
+    audits = config.privacy.audit and int(facts.get("steps", 0)) < config.train.steps_per_round
     with Progress(config.train.total_steps, name, metric=federation.task.metric, console=console) as progress:
+        audit = OwnAudit(setup, state, progress.note) if audits else None
+
+        def reached() -> Link:
+            return reach() if audit is None else audit.watched(reach())
+
         try:
             trainer, model = _joined(
-                setup, reach, facts.get("numbering"), codec, deployment.patience, progress.note, stop
+                setup, reached, facts.get("numbering"), codec, deployment.patience, progress.note, stop
             )
         except StoppedError as error:
             progress.note(f"{name}: {error}")
             return False
+        if audit is not None:
+            audit.of(trainer)
         model.watch = Watch(lambda line: progress.note(f"{name}: {line}"))
         write_facts(state, setup.data, federation, setup.cut)  # first: it says that what follows is this client's
         parking = ParkedOnDisk(state / "parked", model.steps.numbering)
@@ -84,7 +93,7 @@ def run_client(
         party = Party(
             setup,
             trainer,
-            reach,
+            reached,
             snapshots=snapshots,
             diary=diary,
             run=str(facts.get("run", "")),
@@ -92,6 +101,7 @@ def run_client(
             mover=Mover(setup, trainer, parking) if recuts else None,
             validated=_validated(state / "metrics.jsonl", federation.task.metric),
             tell_cut=lambda cut: write_facts(state, setup.data, federation, cut),
+            first_round=(lambda: None) if audit is None else audit.attack,
         )
         if newest is not None and moved:  # or the server, going back to that snapshot, would undo it
             party.save(newest.number)
@@ -105,7 +115,7 @@ def run_client(
             model.link.close()
         last = max(snapshots.numbers(), default=None)
         progress.note(f"{name}: {'the run is over' if over else 'stopped'} after {trainer.steps} steps; "
-                   f"snapshot {last} is in {snapshots.folder}")  # fmt: skip
+                   f"snapshot {last} is in {snapshots.folder}; {told(state)}")  # fmt: skip
     return over
 
 

@@ -47,6 +47,7 @@ class Party:
         reach: gives a new link after the old one was lost.
         patience: seconds that it tries to reach the server again before it gives up.
         mover: moves the cut when the device changes; ``tell_cut`` is told it.
+        first_round: called when that is over.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Party:
         mover: Mover | None = None,
         validated: dict[int, float | None] | None = None,
         tell_cut: Callable[[tuple[int, int]], None] = lambda _: None,
+        first_round: Callable[[], None] = lambda: None,
     ) -> None:
         self.setup, self.config, self.data, self.task = setup, setup.config, setup.data, setup.run.federation.task
         assert isinstance(trainer.model, SplitModel)
@@ -70,7 +72,7 @@ class Party:
         self._stop = threading.Event()
         self.scores: dict[str, float] = {}
         self._run, self._patience = run, patience
-        self._mover, self._tell_cut = mover, tell_cut
+        self._mover, self._tell_cut, self._first_round = mover, tell_cut, first_round
         self._facts: dict[str, float] = {}
         self._validated = validated or {}
         self._saved_steps = trainer.steps  # of a client that has moved to another cut, what it moved with
@@ -195,6 +197,8 @@ class Party:
             pass
         self._facts = {"loss": step.loss, "lr": step.lr, "seconds": step.seconds}
         self.diary.step(self._round, step)
+        if self.trainer.steps == self.config.train.steps_per_round:
+            self._first_round()
 
     def _try(self) -> Step | None:
         """A step; ``None``: memory ran out in it, and the client has given something up since.

@@ -171,6 +171,7 @@ def _task(config: RunConfig, federation: Federation, least: int) -> tuple[TaskSh
         read=_labelled(federation),
         frozen=frozen,
         anew=_anew(config, federation),
+        own=config.server.adapters == "own" and model.tuning == "lora",
     )
     if here and maps_count():
         shape = shape.model_copy(update={"embeddings": "memory"})

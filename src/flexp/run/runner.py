@@ -9,10 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flexp.audit import Watch, attacked, unread, watchable
+from flexp.audit import Watch, attacked, unread, watchable, watching
 from flexp.client.meeting import FIRST, LAST
 from flexp.client.personal_head import Choice
-from flexp.client.trainer import Step
 from flexp.config import RunConfig
 from flexp.config.loading import validate
 from flexp.data import load_federation
@@ -38,6 +37,7 @@ from flexp.report.summary import (
 )
 from flexp.report.tensorboard import writer_of
 from flexp.rng import generator
+from flexp.run.audited import AUDIT, WATCHED, said
 from flexp.run.costs import MemoryProbes
 from flexp.run.diary import Diary, ended, may_be_last
 from flexp.run.folder import MEND, check_length, data_of, is_joined, saved_facts
@@ -47,11 +47,8 @@ from flexp.run.recutting import Recutting
 from flexp.run.settle import Federate, build_world
 from flexp.run.store import CHECKPOINTS, Store
 
-AUDIT = "audit.json"
 WRITES = ("metrics.jsonl", "summary.json", "report.html", "plan.json", "memory.json", "events", AUDIT)
 """What a run writes beside its configuration and its checkpoints."""
-WATCHED = 96
-"""Exchanges of a run's first round that its audit attacks, of all clients together."""
 
 
 def run(
@@ -276,21 +273,14 @@ class _Run:
 
     def _read(self) -> str:
         """What the server can read, in a line."""
-        audit = self.out / AUDIT
-        if audit.is_file():
-            return str(read_json(audit)["line"])
-        return UNKNOWN if isinstance(self.method, Split) else unread(self.method)
+        return said(self.out) or (UNKNOWN if isinstance(self.method, Split) else unread(self.method))
 
     def _audited_round(self) -> None:
         """The first round, and what the server can read of it: texts are read most easily before heads have moved."""
-        watch = Watch(watchable(self.method), max(1, WATCHED // len(self.world.participants)))
-
-        def over(step: Step) -> None:
-            self.diary.step(1, step)
-            watch.told(step)
-
-        with watch.watching():
-            self.method.train_round(1, over)
+        method = watchable(self.method)
+        watch = Watch.of(method, max(1, WATCHED // len(self.world.participants)))
+        with watching(method, watch):
+            method.train_round(1, lambda step: self.diary.step(1, step))
         began, public = time.perf_counter(), self.config.privacy.public
         found = attacked(watch, public=None if public is None else Path(public))
         write_json(self.out / AUDIT, found.as_json())

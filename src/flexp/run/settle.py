@@ -263,9 +263,6 @@ def settle_client(config: RunConfig, name: str | None, cut: tuple[int, int | Non
         return replace(found, clients=[replace(found.clients[0], name=name)])
 
     run = settle(config, federate, plan=cut is None)
-    if config.privacy.audit:
-        note = "privacy.audit is of simulations: audit a client's configuration with flexp audit"
-        run = replace(run, federation=replace(run.federation, notes=[*run.federation.notes, note]))
     clients = {client.name: client for client in run.federation.clients}
     wanted = next(iter(clients)) if name is None and len(clients) == 1 else name
     if wanted not in clients:

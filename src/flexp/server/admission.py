@@ -228,15 +228,10 @@ def check_pull(session: Session, request: PullRequest, base_depth: int) -> None:
             f"client {session.join.client}: the weights of blocks [{request.start}, {request.stop}) were asked for, "
             f"expected some of its aligned blocks [{base_depth}, {stop})"
         )
-    check_portion(session.join.client, request)
-
-
-def check_portion(client: str, request: PullRequest | FetchRequest) -> None:
-    """Refuse a portion of weights that cannot be. Raises LinkError."""
     if request.first < 0 or request.most < 1:
         raise LinkError(
-            f"client {client}: weights from tensor {request.first} on, {request.most} bytes at most, were asked for; "
-            "expected a tensor from 0 on and at least one byte"
+            f"client {session.join.client}: weights from tensor {request.first} on, {request.most} bytes at most, were "
+            "asked for; expected a tensor from 0 on and at least one byte"
         )
 
 
@@ -256,11 +251,11 @@ def check_fetch(session: Session, request: FetchRequest, shared: tuple[int, int]
             f"client {client}: this server gives no shared blocks away; its operator allows it with --allow-export "
             "(deployment.allow_export = true)"
         )
-    if not low <= request.block < high:
+    if not low <= request.block < high or request.first < 0 or request.most < 1:
         raise LinkError(
-            f"client {client}: block {request.block} was asked for, expected one of the shared blocks [{low}, {high})"
+            f"client {client}: block {request.block} from tensor {request.first} on, {request.most} bytes at most, was "
+            f"asked for; expected one of the shared blocks [{low}, {high}), a tensor from 0 on and at least one byte"
         )
-    check_portion(client, request)
 
 
 def check_positions(client: str, positions_BT: Tensor | None, stage: Stage) -> None:

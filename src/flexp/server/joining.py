@@ -25,7 +25,7 @@ from flexp.models.stage import Stage
 from flexp.optim import laid_out
 from flexp.server.counting import counted
 
-MOST_TOKENS = 4096
+MOST_TOKENS = 2048
 """Of one pass, padding included: the time for which nobody else is served is bounded by it."""
 MOST_PADDED = 1.25
 """Tokens of a pass, padding included, for each token without."""

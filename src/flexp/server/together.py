@@ -83,7 +83,7 @@ class Together:
         found = []
         for other in others:
             joint = self._joint(other)
-            if self._kind(other) != kind or not self._may_run(other) or not fits([*shapes, self._shape(other)]):
+            if self._kind(other) != kind or not self._may_run(other) or not self._fits([*shapes, self._shape(other)]):
                 continue
             if joint is not None and joint.h_BTH and now < joint.until:
                 continue  # it waits for others that have a graph with it
@@ -114,7 +114,9 @@ class Together:
         joint = Pass(stage, members, grad=grad, exchanges=exchanges)
         outputs, share = joint.h_BTH, joint.bytes // len(ready)
         most = share + max(bytes_of(request.hidden_BTH) for request in placed)
-        if not grad or not all(one.session.has_room(most, graph=True) for one in ready):
+        held = sum(session.kept_bytes for session in self._sessions.values())
+        room = held + joint.bytes <= ready[0].session.config.max_kept_bytes
+        if not (grad and room and all(one.session.has_room(most, graph=True) for one in ready)):
             joint.free()
             share = 0
         found = [
@@ -161,6 +163,13 @@ class Together:
             except Exception as error:  # of one client, which is told
                 answers.append(error)
         return answers
+
+    def _fits(self, shapes: Sequence[tuple[int, int]]) -> bool:
+        """Whether they fit each other, and their graph, as far as clients' were counted, fits in memory."""
+        tokens = sum(batch for batch, _ in shapes) * max(length for _, length in shapes)
+        rate = max(session.graph_rate for session in self._sessions.values())
+        most = next(iter(self._sessions.values())).config.max_kept_bytes
+        return fits(shapes) and rate * tokens * self._stage.anatomy.hidden <= most
 
     def _alive(self, joint: Pass) -> int:
         """How many of a pass still have their backward before them."""
