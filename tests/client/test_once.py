@@ -153,6 +153,21 @@ def test_the_gradient_at_what_it_was_stands_for_that_at_z() -> None:
     hook.remove()
 
 
+def test_a_head_that_diverges_does_not_hide_behind_what_went_up() -> None:
+    here = world("bert")
+    model = here.client("a", (2, 4))
+    model.cache, model.reuse = "memory", 0.9
+
+    def step() -> None:
+        with model.part_of_step(Piece(examples=(0, 1, 2))):
+            model(**here.batch(padding="right")).loss.backward()
+
+    step()
+    next(iter(model.stage.trainable().values())).data.fill_(float("nan"))
+    with pytest.raises(LinkError, match="not finite"):
+        step()
+
+
 def test_the_server_forgets_who_leaves(home: Path) -> None:
     made = method(home)
     session = made.server._sessions["north"]

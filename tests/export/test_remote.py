@@ -192,7 +192,7 @@ def test_blocks_of_two_versions_are_never_mixed(here: Remote, tmp_path: Path) ->
 def test_who_is_cut_off_goes_on_with_what_is_missing(
     here: Remote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flexp.client.recut.MOST", 1)  # each tensor alone
+    monkeypatch.setattr("flexp.client.taking.MOST", 1)  # each tensor alone
     links: list[Link] = []
 
     def reach(name: str) -> Any:

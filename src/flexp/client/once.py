@@ -109,7 +109,7 @@ def request_moved(
         near = last.shape == z.shape
         beyond.append((z - last).float().norm() - share * last.float().norm() if near else z.new_ones((), dtype=FLOAT))
     for number, z, more in zip(examples, z_each, torch.stack(beyond).tolist(), strict=True):
-        if more > 0:
+        if not more <= 0:  # nor is it a number, which the server is to refuse
             went[number] = z.clone()
             known.discard(number)  # a server that keeps it keeps the z before, until it says otherwise
     fresh = [number not in known for number in examples]
