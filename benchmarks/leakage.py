@@ -26,7 +26,7 @@ from flexp.run.runner import run
 DEMO = str(files("flexp.run") / "demo.toml")
 TAIL = "data.clients.each=[{cut=[1,4]},{cut=[2,4]},{cut=[3,4]}]"
 DEEP = "data.clients.each=[{cut=[5,6]}]"
-WITHIN = (DEEP, "privacy.max_content_words=0.1", "privacy.warm_up.lr=1e-3", "privacy.warm_up.weight=4")
+WITHIN = (DEEP, "privacy.max_content_words=0.1", "privacy.warm_up.lr=1e-3", "privacy.warm_up.steps=240")
 ROWS: dict[str, tuple[str, ...]] = {
     "as it is": (),
     "kl": ("method.align.kind=kl",),

@@ -150,7 +150,7 @@ def test_a_clients_dropout_is_not_the_servers_for_it() -> None:
     for seed in (0, 1, 7):
         here = world("bert", seed=seed)
         here.client("north", (2, 4))
-        with here.server.clients["north"].random.active():
+        with RandomStream(derived_seed(here.server.clients.seed_of("north"), "1", "2")).active():
             server = draw()
         with RandomStream(derived_seed(client_seed(seed, "north"), "client")).active():
             client = draw()

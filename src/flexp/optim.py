@@ -153,6 +153,18 @@ def total(norms_N: Tensor) -> float:
     return float(torch.linalg.vector_norm(norms_N))
 
 
+def merged(
+    names: Sequence[str], norms_N: Tensor, more: Sequence[str], more_N: Tensor | None
+) -> tuple[tuple[str, ...], Tensor]:
+    """Names with their norms, in the order of the names: a norm's last bits depend on it."""
+    if more_N is None:
+        return tuple(names), norms_N
+    both = [*names, *more]
+    order = sorted(range(len(both)), key=both.__getitem__)
+    both_N = torch.cat([norms_N.to(more_N.dtype), more_N])[order]
+    return tuple(both[place] for place in order), both_N
+
+
 def laid_out(value: Tensor, parameter: Tensor) -> Tensor:
     """``value`` with its elements in memory as those of ``parameter``: torch's fused optimisers pair them by place.
 

@@ -151,6 +151,11 @@ def draw_from_here(state: Tensor, device: torch.device) -> None:
         module.set_rng_state(state[own:], *([] if device.type == "mps" else [device]))
 
 
+def seed_here(seed: int, device: torch.device = CPU) -> None:
+    """Let the generators that computing on ``device`` draws from begin anew from a seed."""
+    draw_from_here(RandomStream(seed, device).state, device)
+
+
 def _draws(device: torch.device) -> bool:
     """Whether the device has a generator of its own."""
     return device.type not in ("cpu", "meta")

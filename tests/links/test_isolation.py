@@ -21,7 +21,7 @@ from flexp.links.grpc import connect, serve
 from flexp.links.messages import Abort, BackwardRequest, EndGeneration, ExtendRequest, ForwardRequest, Join, PullRequest
 from flexp.links.opening import connected
 from flexp.rng import RandomStream
-from tests.harness import World, equal, seeded, world
+from tests.harness import World, seeded, world
 
 from .grpc_tools import SOON
 
@@ -121,16 +121,14 @@ def honest(pair: Both, between: Callable[[int], None]) -> list[Tensor]:
 def test_a_run_beside_an_intruder_is_the_run_alone(kind: str) -> None:
     with both(kind) as alone:
         expected = honest(alone, lambda number: None)
-        state = {key: value.clone() for key, value in alone.here.server.state().items() if "/a" in key}
+        state = {key for key in alone.here.server.state() if key.endswith("/a")}
     with both(kind) as pair:
         pair.join(pair.b, "b", numbering=77)  # even with a's numbering
         got = honest(pair, lambda number: intrude(pair, number))
         beside = pair.here.server.state(unfinished=True)
     assert len(got) == len(expected) > 10
     assert all(torch.equal(left, right) for left, right in zip(got, expected, strict=True))
-    assert {key.rpartition("/")[2] for key in state} == {"a"}
-    assert len(state) == 1  # its random generator
-    assert equal({key: beside[key] for key in state}, state)
+    assert not state | {key for key in beside if key.endswith("/a")}  # what it draws follows from its exchanges
 
 
 @LINKS

@@ -19,6 +19,7 @@ from flexp.links.messages import (
     Abort,
     BackwardReply,
     BackwardRequest,
+    Behind,
     Done,
     EndGeneration,
     ExtendReply,
@@ -28,15 +29,21 @@ from flexp.links.messages import (
     ForwardReply,
     ForwardRequest,
     Join,
+    Keep,
     KeptForwardRequest,
+    Lead,
     Leave,
     Order,
+    PassedBackward,
+    PassedReply,
     PullReply,
     PullRequest,
     Ready,
     Refusal,
+    Settle,
     SumReply,
     SumRequest,
+    Update,
     Welcome,
 )
 from tests.harness import RecordingLink, World, copied, disturb, world
@@ -90,6 +97,14 @@ VOCABULARY = {
     Leave: set(),
     Ready: {"steps", "done", "run", "snapshots", "saved", "facts", "planned", "met"},
     Order: {"what", "run", "place", "number", "count", "save"},
+    # from one server to the next, which have nothing of a client but what it sent them
+    PassedBackward: {"exchange", "grad_BTH", "step", "exchanges", "tokens", "weight"},
+    PassedReply: {"grad_BTH", "names", "norms_N", "all_names", "all_N"},
+    Lead: {"settings", "run"},
+    Settle: {"client", "step", "take", "reaches", "weight", "scale", "norm"},
+    Update: {"norm"},
+    Keep: {"number", "run", "back", "over"},
+    Behind: {"end", "run", "snapshots", "names", "norms_N", "facts"},
 }
 UP = {Join, ForwardRequest, BackwardRequest, Abort, PullRequest, FetchRequest}
 ACTIVATIONS = {"hidden_BTH", "base_BTH", "inner_BTH", "grad_BTH"}

@@ -268,7 +268,7 @@ def test_unknown_messages_are_refused(name: str) -> None:
         receive([head_bytes(Head(name, 1))])
 
 
-OF_ACTIVATIONS = {"ForwardRequest", "KeptForwardRequest", "BackwardRequest", "ExtendRequest"}
+OF_ACTIVATIONS = {"ForwardRequest", "KeptForwardRequest", "BackwardRequest", "ExtendRequest", "PassedBackward"}
 
 
 @pytest.mark.parametrize("name", sorted(set(MESSAGES) - OF_ACTIVATIONS))

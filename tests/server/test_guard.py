@@ -12,6 +12,7 @@ import torch
 from flexp.config import AlignConfig, GuardConfig, ServerConfig
 from flexp.errors import BadValuesError, LinkError
 from flexp.links.messages import Abort, BackwardRequest, FetchRequest, ForwardRequest, PullRequest
+from flexp.optim import norms, total
 from flexp.server.clients import Guard
 from flexp.server.shared import Bounds
 from tests.harness import World, equal, seeded, shared_weights, world
@@ -118,13 +119,13 @@ def test_an_exploding_gradient_is_one_out_of_proportion_to_those_accepted() -> N
 def test_where_training_has_converged_an_ordinary_gradient_does_not_explode() -> None:
     bounds = Bounds(GuardConfig(explode=100.0, settle=2))
     for _ in range(10):
-        bounds.judge("a", 1, {"w": torch.full((1,), 1e-9)})
+        bounds.judge("a", 1, 1e-9)
     assert bounds.most == 100.0
-    bounds.judge("b", 1, {"w": torch.full((1,), 99.0)})
+    bounds.judge("b", 1, 99.0)
     with pytest.raises(BadValuesError, match="has the norm 101"):
-        bounds.judge("b", 2, {"w": torch.full((1,), 101.0)})
+        bounds.judge("b", 2, 101.0)
     with pytest.raises(BadValuesError, match="is not finite"):
-        Bounds(GuardConfig(explode=None)).judge("a", 1, {"w": torch.tensor([3.0e38, 3.0e38])})
+        Bounds(GuardConfig(explode=None)).judge("a", 1, total(norms([torch.tensor([3.0e38, 3.0e38])])))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -14,7 +14,7 @@ from flexp.client.exchange import Piece
 from flexp.client.model import SplitModel
 from flexp.config import AlignConfig, OptimizerConfig, ServerConfig
 from flexp.errors import LinkError, ModelError, StorageError
-from flexp.links.messages import Leave
+from flexp.links.messages import ForwardRequest
 from flexp.optim import Updater
 from flexp.rng import RandomStream
 from tests.harness import LORA, World, copied, equal, shared_weights, world
@@ -56,14 +56,16 @@ class Federation:
         for client, (model, updater, random) in self.clients.items():
             save_file(model.personal_state(), folder / f"{client}-personal")
             save_file(updater.state(), folder / f"{client}-optimizer")
-            save_file({"random": random.state}, folder / f"{client}-random")
+            save_file({"random": random.state, "steps": torch.tensor(model.steps.done)}, folder / f"{client}-random")
 
     def load(self, folder: Path) -> None:
         self.here.server.load(load_file(folder / "server"))
         for client, (model, updater, random) in self.clients.items():
             model.load_personal_state(load_file(folder / f"{client}-personal"))
             updater.load(load_file(folder / f"{client}-optimizer"))
-            random.state = load_file(folder / f"{client}-random")["random"]
+            own = load_file(folder / f"{client}-random")
+            random.state = own["random"]
+            model.go_on(int(own["steps"]))
 
     def everything(self) -> dict[str, Tensor]:
         flat = {f"server/{key}": value for key, value in copied(self.here.server.state()).items()}
@@ -130,12 +132,10 @@ def test_going_back_to_before_the_first_step(tmp_path: Path) -> None:
     assert equal(federation.everything(), after)
 
 
-def test_dropout_goes_on_whether_clients_join_before_or_after_loading(tmp_path: Path) -> None:
+def test_clients_may_join_before_or_after_loading(tmp_path: Path) -> None:
     federation = Federation("bert", "full", ADAM, ServerConfig(), "off")
     federation.steps(0, 2)
     federation.save(tmp_path)
-    random = {key: value for key, value in federation.here.server.state().items() if key.startswith("random/")}
-    assert set(random) == {"random/a", "random/b"}
     late = world("bert", optimizer=ADAM, dropout=0.2, total_steps=16, seed=5)
     late.server.load(load_file(tmp_path / "server"))
     late.client("a", CUTS["a"])
@@ -143,14 +143,21 @@ def test_dropout_goes_on_whether_clients_join_before_or_after_loading(tmp_path: 
     assert equal(copied(late.server.state()), copied(federation.here.server.state()))
 
 
-def test_who_leaves_and_comes_back_draws_on(tmp_path: Path) -> None:
-    here = world("bert", dropout=0.2)
-    here.client("a", (1, 4))(**here.batch())
-    state = here.server.state
-    here.server.answer("a", Leave())
-    before = state()["random/a"]
-    here.client("a", (1, 4))
-    assert torch.equal(state()["random/a"], before)
+def test_dropout_follows_from_client_exchange_and_block() -> None:
+    """Whatever was computed before; on whichever server a block is."""
+    one, low, high = (world("bert", dropout=0.2, base_depth=s, end=e) for s, e in ((1, 4), (1, 2), (2, 4)))
+
+    def run(here: World, cut: tuple[int, int], z: Tensor, exchange: int, client: str = "a") -> Tensor:
+        here.join(client, cut)
+        there: Tensor = here.server.answer(client, ForwardRequest(exchange, z, train=True, step=1)).hidden_BTH
+        return there
+
+    z = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
+    other, client, expected = run(one, (1, 4), z, 7), run(one, (1, 4), z, 8, "b"), run(one, (1, 4), z, 8)
+    assert not torch.equal(expected, other)
+    assert not torch.equal(expected, client)
+    assert torch.equal(run(high, (2, 4), run(low, (1, 2), z, 8), 8), expected)
+    assert torch.equal(run(one, (1, 4), z, 8), expected)
 
 
 def test_the_seconds_are_counted_on() -> None:

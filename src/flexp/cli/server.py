@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from flexp.cli.reaching import Secured
 from flexp.cli.settings import Device, Settings, overrides
-from flexp.cli.verify import Task
+from flexp.cli.verify import Task, parse_cut
 from flexp.errors import ConfigError, plain
 
 
@@ -28,6 +30,20 @@ def server(
     ] = None,
     end: Annotated[
         int | None, typer.Option(min=1, help="Behind its last block (deployment.end). Default: all.")
+    ] = None,
+    blocks: Annotated[
+        str | None,
+        typer.Option(metavar="S:E", help="Of them those that this server holds, one of several (deployment.blocks)."),
+    ] = None,
+    next_server: Annotated[
+        str | None,
+        typer.Option("--next", metavar="URL", help="The server with the blocks behind them (deployment.next)."),
+    ] = None,
+    next_ca: Annotated[
+        Path | None, typer.Option(help="TLS: the certificate (PEM) that the next server's is signed with.")
+    ] = None,
+    token: Annotated[
+        str | None, typer.Option(envvar="FLEXP_TOKEN", help="Of the name 'chain', if the next server asks for one.")
     ] = None,
     listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="Port 0: any that is free.")] = "127.0.0.1:7070",
     cert: Annotated[Path | None, typer.Option(help="TLS: the server's certificate (PEM).")] = None,
@@ -78,7 +94,10 @@ def server(
     from flexp.links.grpc import ServerTls, Tokens
     from flexp.links.rules import Limits
     from flexp.registry import VERIFIERS
-    from flexp.run.server import make_conductor, make_server, read_config, run_server
+    from flexp.run.chaining import follows, take_place
+    from flexp.run.conduct import Conductor
+    from flexp.run.server import make_conductor, make_server, read_config, rise
+    from flexp.server import Server
 
     def say(line: str) -> None:
         typer.echo(f"flexp server: {plain(line)}")
@@ -86,21 +105,39 @@ def server(
     if config is None:
         kind = kind or Task("causal-lm")
     task = None if kind is None else task_for(kind.value)
+    own = None if blocks is None else parse_cut(blocks, "--blocks")
     given = {"model": model, "kind": task, "base_depth": base_depth, "end": end, "server_device": device}
-    said = overrides(settings, allow_export=allow_export, **given)
+    said = overrides(settings, allow_export=allow_export, blocks=own, next_server=next_server, **given)
     loaded, deployment = read_config(config, said)
     if loaded.threads is not None:
         torch.set_num_threads(loaded.threads)
     depth = 1 if loaded.model.base_depth is None else loaded.model.base_depth
     model_kind, conducts = task_of(loaded.data).model_kind, config is not None
-    made = make_server(loaded, depth, deployment.end, model_kind, deployment.clients, remembers=conducts)
+    if deployment.blocks is not None and not conducts:
+        raise ConfigError("several servers share the blocks of a run: give each the same --config")
+    led = follows(deployment, depth)
+    url, ours = deployment.next, Secured(token, next_ca, cert, key, insecure)
+
+    def begin() -> tuple[Server, Conductor | None]:
+        made = make_server(
+            loaded,
+            depth,
+            deployment.end,
+            model_kind,
+            deployment.clients,
+            deployment=deployment,
+            remembers=conducts and not led,
+        )
+        reach = None if url is None else partial(ours.connect, url, codec="off", timeout=deployment.answer_seconds)
+        take_place(made, loaded, deployment, state, reach, say)
+        return made, make_conductor(made, loaded, deployment, state, say) if conducts and not led else None
+
     rate = deployment.bytes_per_second
-    run_server(
-        made,
+    rise(
+        begin,
         listen,
         state=None if conducts else state,
         keep=deployment.keep,
-        conductor=make_conductor(made, loaded, deployment, state, say) if conducts else None,
         allow_export=deployment.allow_export,
         dismiss=deployment.on_stop == "leave",
         say=say,

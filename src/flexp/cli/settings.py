@@ -34,6 +34,8 @@ KEYS = {
     "kind": "data.task",
     "base_depth": "model.base_depth",
     "end": "deployment.end",
+    "blocks": "deployment.blocks",
+    "next_server": "deployment.next",
     "allow_export": "deployment.allow_export",
     "source": "data.source",
     "by": "data.clients.by",

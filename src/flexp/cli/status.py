@@ -43,6 +43,11 @@ def status(
         f"up for {formats.seconds(facts['seconds'])}"
     )
     typer.echo(plain(said))
+    for blocks, own in facts["servers"].items():
+        typer.echo(
+            plain(f"of them {blocks} further on: {own['updates']:.0f} updates, {own['in_flight']:.0f} exchanges in "
+                  f"flight, {own['compute_seconds']:.0f} s of computing, when it was heard last")
+        )  # fmt: skip
     if facts["run"] is not None:
         newest = facts["snapshots"][-1] if facts["snapshots"] else "none yet"
         typer.echo(plain(f"run {facts['run']}, newest snapshot: {newest}"))

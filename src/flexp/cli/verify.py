@@ -156,15 +156,15 @@ def verify(
         raise typer.Exit(NOT_EXACT)
 
 
-def parse_cut(text: str) -> tuple[int, int | None]:
-    """(s, e) from ``S:E``; without E, the server runs to the last block.
+def parse_cut(text: str, option: str = "--cut") -> tuple[int, int | None]:
+    """(s, e) from ``S:E``, the value of an option; without E, the server runs to the last block.
 
     Raises:
         ConfigError: the text is no cut.
     """
     start, colon, stop = text.partition(":")
     if not (colon and start.strip().isdecimal() and (stop.strip().isdecimal() or not stop.strip())):
-        raise ConfigError(f"--cut {text!r} is no cut: expected S:E, for instance 1:3 (the server runs blocks [1, 3))")
+        raise ConfigError(f"{option} {text!r} is no cut: expected S:E, such as 1:3 (the server runs blocks [1, 3))")
     return int(start), int(stop) if stop.strip() else None
 
 

@@ -32,6 +32,9 @@ class DeploymentConfig(Section):
     allow_export: bool = False  # the server gives clients the trained weights of the blocks that it runs for them
     answer_seconds: Rate = 120.0  # that a client waits for an answer before it connects anew and asks again
     end: PositiveInt | None = None  # behind the last block that the server holds; None: all blocks
+    # of these blocks those that this server holds, where several share them: [first, last); None: all
+    blocks: tuple[Annotated[int, Field(ge=0)], PositiveInt] | None = None
+    next: str | None = None  # the server that has the blocks behind them, e.g. grpcs://HOST:PORT; None: it is the last
     max_tokens: PositiveInt = 32_768  # batch × length of an exchange, at most
     requests_per_second: Rate = 1000.0  # of a client; requests of a faster one wait
     bytes_per_second: Rate | None = None  # of tensors that a client sends; None: no limit

@@ -16,7 +16,7 @@ from flexp.links.codecs import SCALE, codec_of
 from flexp.links.coding import codec_name
 from flexp.links.declaring import MESSAGES, Entry, Request, Tensors, declared
 from flexp.links.frames import Field, Head
-from flexp.links.messages import BackwardReply, Join, Leave, Refusal, Welcome
+from flexp.links.messages import BackwardReply, Join, Leave, PassedReply, Refusal, Welcome
 
 DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 
@@ -149,7 +149,7 @@ def check_reply(head: Head, asked: Head, agreement: Agreement | None, reads: int
     if head.message not in (expected.__name__, Refusal.__name__):
         raise LinkError(f"the server answers {asked.message} with {head.message[:40]!r}, expected {expected.__name__}")
     main = next((item.shape[:2] for item in asked.fields if len(item.shape) == 3), None)
-    if reads is not None or expected is BackwardReply:
+    if reads is not None or expected in (BackwardReply, PassedReply):
         main = None if reads is None else (1, reads)
     _check(head, MESSAGES[head.message], agreement, "the server", main)
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from flexp.config import TrainConfig
-from flexp.errors import ConfigError, LinkError, StorageError
-from flexp.links.messages import Order, Ready
+from flexp.errors import ConfigError, LinkError, LinkLostError, StorageError
+from flexp.links.messages import Keep, Order, Ready
 from flexp.run.store import Store
 from flexp.server import Server
 
@@ -73,7 +73,12 @@ class Conductor:
     def __post_init__(self) -> None:
         self.members: dict[str, Member] = {}
         run, train, snapshots = self.run, self.train, self.snapshots
-        saved = newest_facts(snapshots)
+        if snapshots is not None and snapshots.numbers() and not self.numbers:
+            raise ConfigError(
+                f"the servers of the run {run} have no snapshot in common: give each the --state that it had, or a new "
+                "one to all"
+            )
+        saved = newest_facts(snapshots, self.numbers)
         planned = saved.get("planned", train.total_steps)
         if planned != train.total_steps and (not self.may_last or train.shared.schedule != "constant"):
             raise ConfigError(
@@ -86,8 +91,9 @@ class Conductor:
 
     @property
     def numbers(self) -> list[int]:
-        """The server's own snapshots."""
-        return [] if self.snapshots is None else self.snapshots.numbers()
+        """The server's own snapshots; of several servers those that all have."""
+        own, chain = [] if self.snapshots is None else self.snapshots.numbers(), self.server.chain
+        return own if chain is None else [number for number in own if number in chain.told.snapshots]
 
     def ready(self, client: str, ready: Ready) -> Future[Order]:
         """Take what a client says, and see what can be done now.
@@ -150,22 +156,28 @@ class Conductor:
         if self.snapshots is None:
             return
         facts = {"run": self.run, "updates": self.server.updates, "planned": self.train.total_steps}
+        chain = self.server.chain
         try:
+            if chain is not None:  # all save after the same update, this one last: what it has, all have
+                chain.tell(Keep(number, self.run)).result()
             state = self.server.state(unfinished=unfinished)
             self.snapshots.save(number, {"server": state}, {**facts, "over": self.over})
-        except StorageError as error:
+        except (StorageError, LinkLostError) as error:
             self.say(f"snapshot {number} was not saved: {error}")
 
     def restore(self, number: int) -> None:
         """Go back to one of :attr:`numbers`."""
         assert self.snapshots is not None
+        if self.server.chain is not None:
+            self.server.chain.tell(Keep(number, self.run, back=True)).result()
         self.server.load(self.snapshots.open(number).load("server"))
         self.say(f"back to snapshot {number}: {self.server.updates} updates of the shared blocks")
 
 
-def newest_facts(snapshots: Store | None) -> Mapping[str, Any]:
-    """What a server's newest snapshot says of its run; nothing, if there is none."""
-    numbers = [] if snapshots is None else snapshots.numbers()
+def newest_facts(snapshots: Store | None, numbers: Sequence[int] | None = None) -> Mapping[str, Any]:
+    """What a server's newest snapshot (of ``numbers``) says of its run; nothing, if there is none."""
+    if numbers is None:
+        numbers = [] if snapshots is None else snapshots.numbers()
     return snapshots.open(max(numbers)).facts if snapshots is not None and numbers else {}
 
 

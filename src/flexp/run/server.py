@@ -12,11 +12,13 @@ from typing import Any
 from flexp.client.meeting import UNMASKED, Meets
 from flexp.config import DeploymentConfig, RunConfig
 from flexp.config.loading import OTHERS, overridden, validate
-from flexp.errors import ConfigError, LinkError, StorageError
+from flexp.errors import ConfigError, LinkError, LinkLostError, StorageError
 from flexp.kinds import ModelKind
 from flexp.limits import allow_many_files
 from flexp.links.grpc import Serving, serve
+from flexp.links.messages import Keep
 from flexp.methods.turns import schedule
+from flexp.run.chaining import own_blocks, shared_blocks
 from flexp.run.conduct import Conductor, run_name
 from flexp.run.deterministic import Deterministic
 from flexp.run.diary import check_conducted
@@ -24,6 +26,7 @@ from flexp.run.free import Free
 from flexp.run.status import StatusReporter, observed
 from flexp.run.store import Store
 from flexp.server import Server
+from flexp.server.chain import PREVIOUS
 from flexp.server.rules import Quota
 from flexp.signals import stopped_by_signal
 
@@ -50,14 +53,18 @@ def make_server(
     kind: ModelKind,
     clients: Sequence[str] | None,
     *,
+    deployment: DeploymentConfig | None = None,
     remembers: bool = True,
 ) -> Server:
-    """The server that a simulation of ``config`` would have, loaded by itself.
+    """The server that a simulation of ``config`` would have, loaded by itself; or one of several, by its blocks.
 
     Args:
         clients: who takes part, if that is known: nobody else may join; for schedules of the shared learning rate.
+        deployment: says which of the blocks are here, if others have the rest.
         remembers: keep the answers of clients' last steps, for clients that may go back to a snapshot.
     """
+    if deployment is not None and deployment.blocks is not None:
+        base_depth, end = own_blocks(deployment, *shared_blocks(config, end, base_depth))
     made = Server.from_pretrained(
         config.model,
         kind,
@@ -106,6 +113,33 @@ def make_conductor(
     assert clients is not None
     places = schedule(clients, train, config.seed, every, save_every, meets)
     return Deterministic(server, snapshots, run, say, train, clients, places)
+
+
+class FallenError(LinkLostError):
+    """Another server of the chain has gone, so this one must begin anew, where it listened."""
+
+    def __init__(self, text: str, listen: str) -> None:
+        super().__init__(text)
+        self.listen = listen
+
+
+def rise(begin: Callable[[], tuple[Server, Conductor | None]], listen: str, *, say: Say, **options: Any) -> None:
+    """:func:`run_server` of what ``begin`` makes, again whenever another server of a chain has gone.
+
+    Raises:
+        FlexpError: as it does, and ``begin``.
+    """
+    while True:
+        server, conductor = begin()
+        try:
+            return run_server(server, listen, conductor=conductor, say=say, **options)
+        except FallenError as fallen:
+            say(f"{fallen}; beginning anew")
+            listen = fallen.listen
+        except BaseException:
+            if server.chain is not None:
+                server.chain.close()
+            raise
 
 
 def run_server(
@@ -158,13 +192,23 @@ def run_server(
     server.allow_export = server.allow_export or allow_export
     if allow_export and conductor is not None and conductor.numbers and not server.updates:
         conductor.restore(max(conductor.numbers))  # clients may fetch before all have come to go on
+    following = server.following is not None
+    options |= {"bearer": PREVIOUS} if following else {}
     with stopped_by_signal(stop) as stopped, serve(server, listen, **options) as serving, ExitStack() as stack:
+        server.submit = serving.submit
+        if server.chain is not None:
+            stack.callback(server.chain.close)
         if metrics is not None:
             at = stack.enter_context(observed(metrics, lambda: reporter.facts(serving), lambda: not stopped.is_set()))
             say(f"metrics at http://{at}/metrics")
         say(f"serving blocks [{server.blocks[0]}, {server.blocks[1]}) at {serving.address}")
-        _wait(server, serving, conductor, stopped, say, every)
-        over = conductor is not None and conductor.finished
+        try:
+            _wait(server, serving, conductor, stopped, say, every)
+        except LinkLostError as error:
+            raise FallenError(str(error), str(serving.address)) from error
+        over = (conductor is not None and conductor.finished) or (
+            server.following is not None and server.following.over
+        )
         say("the run is over" if over else "stopping")
         if conductor is not None and dismiss and not conductor.over:
             serving.at_rest(server.dismiss)
@@ -174,10 +218,15 @@ def run_server(
         saved = _save_between_steps(server, serving, store, 0.0 if over else grace)
         if conductor is not None:
             where = serving.at_rest(conductor.close)
+            if server.chain is not None and conductor.finished:
+                server.chain.tell(Keep(over=True)).result()
             say(f"stopped after {server.updates} updates; {where}")
             return
     if store is not None and not saved:
         save(server, store)  # everybody has left, so no step is unfinished any more
+    if following:
+        say(f"stopped after {server.updates} updates; the server before says what is saved")
+        return
     where = f"saved in {state}" if state is not None else "nothing was saved, as no --state DIR was given"
     say(f"stopped after {server.updates} updates; {where}")
 
@@ -190,9 +239,20 @@ def _wait(
     say: Say,
     every: float,
 ) -> None:
-    """Until a signal, or until the run is over and everybody has left; now and then, a line of progress."""
+    """Until a signal, or until the run is over and everybody has left; now and then, a line of progress.
+
+    Raises:
+        LinkLostError: another server of the chain has gone.
+    """
     told, since, stays = None, time.monotonic(), False
     while not stopped.wait(min(every, 0.2)):
+        following = server.following
+        if following is not None and following.over:
+            return
+        if following is not None and following.lost:
+            raise LinkLostError("the server before has gone")
+        if server.chain is not None:
+            server.chain.alive()
         if conductor is not None and conductor.finished and not serving.clients:
             if not server.allow_export:
                 return

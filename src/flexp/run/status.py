@@ -76,6 +76,7 @@ class StatusReporter:
             "snapshots": [] if self._conductor is None else self._conductor.numbers,
             "seconds": time.time() - self._began,
             **self._server.counts(),
+            "servers": {} if self._server.chain is None else self._server.chain.told.facts,
             "clients": {name: self._client(name, name in connected, members) for name in names},
         }
 

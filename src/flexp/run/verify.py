@@ -131,9 +131,9 @@ class _Witness(SharedBlocks):
 
     seen: Mapping[str, Tensor] = {}
 
-    def add(self, gradients: Mapping[str, Tensor], weight: float, norm: float | None = None) -> bool:
+    def add(self, gradients: Mapping[str, Tensor], *args: Any, **options: Any) -> bool:
         self.seen = gradients
-        return super().add(gradients, weight, norm)
+        return super().add(gradients, *args, **options)
 
 
 def verify(setup: Setup) -> Outcome:

@@ -16,6 +16,7 @@ from flexp.links.messages import (
     ForwardReply,
     ForwardRequest,
     Join,
+    PassedBackward,
     PullRequest,
 )
 from flexp.models.fingerprint import fingerprint
@@ -56,18 +57,19 @@ def check_join(
     client: str,
     request: Join,
     stage: Stage,
+    blocks: tuple[int, int],
     tuning: str,
     lora: LoraConfig | None,
     codecs: Collection[str] | None = None,
 ) -> None:
-    """Refuse a client whose model or cut does not go with the blocks of ``stage``, tuned as ``tuning``.
+    """Refuse a client whose model or cut does not go with the shared ``blocks`` of ``stage``, tuned as ``tuning``.
 
     ``codecs`` are those that it may ask for; ``None``: any.
 
     Raises:
         LinkError: see above.
     """
-    start, stop = min(stage.part.blocks), max(stage.part.blocks) + 1
+    start, stop = blocks
     cut_start, cut_stop = request.cut
     problem = None
     odd = [name for name in (request.codec or CodecConfig()).names() if codecs is not None and name not in codecs]
@@ -153,7 +155,7 @@ def check_forward(session: Session, request: ForwardRequest, stage: Stage, in_fl
         )
 
 
-def check_backward(session: Session, request: BackwardRequest) -> Pending:
+def check_backward(session: Session, request: BackwardRequest | PassedBackward) -> Pending:
     """The forward in flight that ``request`` belongs to.
 
     Raises:
@@ -220,7 +222,7 @@ def check_pull(session: Session, request: PullRequest, base_depth: int) -> None:
     Raises:
         LinkError: see above.
     """
-    stop = session.join.cut[0]
+    stop = session.cut[0]
     if not base_depth <= request.start < request.stop <= stop:
         raise LinkError(
             f"client {session.join.client}: the weights of blocks [{request.start}, {request.stop}) were asked for, "
@@ -243,7 +245,7 @@ def check_fetch(session: Session, request: FetchRequest, shared: tuple[int, int]
     Raises:
         LinkError: see above.
     """
-    client, (start, stop), (low, high) = session.join.client, session.join.cut, shared
+    client, (start, stop), (low, high) = session.join.client, session.cut, shared
     if start <= request.block < stop and not allowed:
         raise LinkError(
             f"client {client}: this server gives no shared blocks away; its operator allows it with --allow-export "

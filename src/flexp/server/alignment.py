@@ -10,7 +10,7 @@ a mean over the N tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from flexp.config import AlignConfig
 from flexp.links.messages import ForwardRequest
+from flexp.models.execution import ExecutionPlan
 from flexp.models.stage import Stage
 from flexp.registry import ALIGNMENTS
 
@@ -72,13 +73,18 @@ def aligned(
 
 
 def taught(
-    stage: Stage, request: ForwardRequest, start: int, parameters: Mapping[str, nn.Parameter], task_BTH: Tensor
+    stage: Stage,
+    run: Callable[[Tensor, ExecutionPlan, int, int], Tensor],
+    request: ForwardRequest,
+    start: int,
+    parameters: Mapping[str, nn.Parameter],
+    task_BTH: Tensor,
 ) -> dict[str, Tensor]:
     """Gradients of the shared blocks [s_min, s), of which the client trains copies of its own, on its data.
 
     The server's z' = server[s_min, s)(z_base) goes nowhere, so it has no gradient; ∂task/∂z at the client's z, which is
     here, stands for it. Where the copies are equal it is exact. Without, shared blocks would learn only from clients
-    that cut below them.
+    that cut below them. ``run`` runs blocks, as :meth:`Stage.run` does, and with the exchange's dropout.
     """
     first = min(stage.part.blocks)
     names = [name for name in parameters if stage.within(name, first, start)]
@@ -86,7 +92,7 @@ def taught(
         return {}  # nothing was sent, or they are frozen
     plan = stage.plan_without_inputs(request.base_BTH, request.mask_BT, request.positions_BT)
     stage.model.train(True)
-    own_BTH = stage.run(request.base_BTH, plan, first, start)
+    own_BTH = run(request.base_BTH, plan, first, start)
     gradients = torch.autograd.grad(own_BTH, [parameters[name] for name in names], task_BTH, allow_unused=True)
     return {name: value for name, value in zip(names, gradients, strict=True) if value is not None}
 

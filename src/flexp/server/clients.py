@@ -20,7 +20,7 @@ from flexp.config import GuardConfig
 from flexp.errors import BadValuesError, LinkError
 from flexp.links.coding import load_residuals, save_residuals
 from flexp.links.declaring import size
-from flexp.rng import RandomStream, derived_seed
+from flexp.rng import derived_seed
 
 WINDOW = 256
 """Steps may complete in another order than they began; so far back it is remembered which ones did."""
@@ -108,9 +108,8 @@ class Progress:
 
 @dataclass
 class ClientRecord:
-    """One client: its dropout on this side, its steps, what error feedback owes it, and the cut it joined with last."""
+    """One client: its steps, what error feedback owes it, and the cut it joined with last."""
 
-    random: RandomStream
     progress: Progress = field(default_factory=Progress)
     residuals: dict[str, Tensor] = field(default_factory=dict)
     cut: tuple[int, int] | None = None
@@ -136,25 +135,22 @@ class ClientRegistry(dict[str, ClientRecord]):
         seed: of the clients' dropout.
     """
 
-    def __init__(self, seed: int, device: torch.device) -> None:
+    def __init__(self, seed: int) -> None:
         super().__init__()
-        self._seed, self._device = seed, device
+        self._seed = seed
 
     def __missing__(self, client: str) -> ClientRecord:
-        random = RandomStream(derived_seed(self._seed, "server", client), self._device)
-        self[client] = ClientRecord(random)
+        self[client] = ClientRecord()
         return self[client]
 
-    def state(self, begun: Mapping[str, Tensor], *, progress: bool) -> dict[str, Tensor]:
-        """As flat named tensors.
+    def seed_of(self, client: str) -> int:
+        """Of its dropout on this side."""
+        return derived_seed(self._seed, "server", client)
 
-        Args:
-            begun: the random generators' states of clients in the middle of a step, when it began.
-            progress: whether their steps are part of it.
-        """
+    def state(self, *, progress: bool) -> dict[str, Tensor]:
+        """As flat named tensors; ``progress``: whether their steps are part of it."""
         flat: dict[str, Tensor] = {}
         for name, record in self.items():
-            flat[f"random/{name}"] = begun.get(name, record.random.state)
             if progress:
                 flat[f"progress/{name}"] = record.progress.state()
             flat |= save_residuals(record.residuals, f"residuals/{name}/")
@@ -167,9 +163,7 @@ class ClientRegistry(dict[str, ClientRecord]):
             record.progress = Progress()
         for key, value in state.items():
             kind, _, name = key.partition("/")
-            if kind == "random":
-                self[name].random.state = value
-            elif kind == "progress":
+            if kind == "progress":
                 self[name].progress = Progress.restored(value)
             elif kind == "residuals":
                 name, _, what = name.rpartition("/")
@@ -220,10 +214,16 @@ class Guard:
             raise LinkError(why)
         record = self._records.setdefault(client, Conduct())
         record.requests += 1
+        with self.judged(client):
+            yield
+
+    @contextmanager
+    def judged(self, client: str) -> Iterator[None]:
+        """Count what a request is refused for that has been counted itself."""
         try:
             yield
         except BadValuesError:
-            self._strike(client, record)
+            self._strike(client, self._records.setdefault(client, Conduct()))
             raise
 
     def aside(self, client: str) -> str | None:

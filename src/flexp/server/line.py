@@ -7,6 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,9 +36,19 @@ class Waiting:
         began = time.perf_counter() - seconds
         try:
             value = make()
+            if isinstance(value, Future):  # the servers further on have not answered yet
+                value.add_done_callback(self._handed)
+                return
             self.answer.seconds = time.perf_counter() - began
             self.answer.set_result(value)
         except Exception as error:
+            self.answer.set_exception(error)
+
+    def _handed(self, done: Future[Any]) -> None:
+        error = done.exception()
+        if error is None:
+            self.answer.set_result(done.result())
+        else:
             self.answer.set_exception(error)
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial, singledispatchmethod
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flexp.assets import resolve
 from flexp.config import LoraConfig, ModelConfig, OptimizerConfig, ServerConfig
-from flexp.errors import ConfigError, LinkError, StoppedError
+from flexp.errors import ConfigError, LinkError, LinkLostError, StoppedError
 from flexp.kinds import ModelKind
 from flexp.links.base import InProcessLink, waiting_thread
 from flexp.links.declaring import Request
@@ -25,6 +25,7 @@ from flexp.links.messages import (
     Abort,
     BackwardReply,
     BackwardRequest,
+    Behind,
     Done,
     EndGeneration,
     ExtendReply,
@@ -34,14 +35,20 @@ from flexp.links.messages import (
     ForwardReply,
     ForwardRequest,
     Join,
+    Keep,
     KeptForwardRequest,
+    Lead,
     Leave,
     Order,
+    PassedBackward,
+    PassedReply,
     PullReply,
     PullRequest,
     Ready,
+    Settle,
     SumReply,
     SumRequest,
+    Update,
     Welcome,
 )
 from flexp.links.packing import Places, arrived, pack
@@ -49,6 +56,8 @@ from flexp.models.anatomy import Part, block_count, check_cut
 from flexp.models.loading import load_config, load_stage
 from flexp.models.stage import Stage
 from flexp.models.tuning import tune
+from flexp.optim import merged, norms
+from flexp.rng import RandomStream
 from flexp.server.admission import (
     alike,
     check_backward,
@@ -61,6 +70,7 @@ from flexp.server.admission import (
     check_taking_part,
     same_exchange,
 )
+from flexp.server.chain import PREVIOUS, Following
 from flexp.server.clients import Key
 from flexp.server.examples import Examples
 from flexp.server.joining import can_join
@@ -72,6 +82,8 @@ from flexp.server.together import Ready as ReadyForward
 from flexp.server.together import Together
 
 R = TypeVar("R")
+Steps = Generator[Future[Any], Any, R]
+"""A handler that gives an answer, and on the way futures that it waits for."""
 log = logging.getLogger("flexp.server")
 STOPS = "the server stops; save, leave, and come again when it is back"
 
@@ -113,6 +125,8 @@ class Server(ServerState):
         sealed: the run is over: clients use and fetch what there is, and nobody trains. (A step that the shared blocks
             have taken already is answered again.)
         stops: clients were told to save and leave.
+        submit: runs what goes on when the servers further on have answered; :func:`flexp.run.server.run_server` does it
+            in the thread that computes.
     """
 
     def __init__(
@@ -145,6 +159,7 @@ class Server(ServerState):
         self.conductor: Conductor | None = None
         self.only: Collection[str] | None = None
         self.sealed = self.stops = False
+        self.submit: Callable[[Callable[[], None]], object] = lambda work: work()
 
     @classmethod
     def from_pretrained(
@@ -261,6 +276,36 @@ class Server(ServerState):
         while self.work() == 0.0:
             pass
 
+    def _finished(self, client: str, made: Any) -> Any:
+        """What a handler gives; where it waits for the servers further on, a future, and it goes on later."""
+        if not isinstance(made, Generator):
+            return made
+        value, waited = driven(made)
+        if waited is None:
+            return value
+        answer: Future[Any] = Future()
+        answer.set_running_or_notify_cancel()
+
+        def go_on(come: Future[Any]) -> None:
+            try:
+                with self._lock:
+                    with self.guard.judged(client), self._computing():
+                        value, waited = driven(made, come)
+                    self._work_off()
+            except Exception as error:
+                answer.set_exception(error)
+                return
+            if waited is None:
+                answer.set_result(value)
+            else:
+                waited.add_done_callback(later)
+
+        def later(come: Future[Any]) -> None:
+            self.submit(lambda: go_on(come))
+
+        waited.add_done_callback(later)
+        return answer
+
     def dismiss(self) -> None:
         """Tell all clients to save and leave: those that wait for something now, the others when they ask for
         something; called between two requests."""
@@ -275,7 +320,7 @@ class Server(ServerState):
         if client in self.own:
             self.own[client].enter()
         with self.guard.request(client), nullcontext() if request.trains is None else self._computing():
-            return self._handle(request, client)
+            return self._finished(client, self._handle(request, client))
 
     def _must_wait(self, client: str, request: Request[Any]) -> bool:
         """Whether a request goes into the line: it may be answered together with others, which only links wait for, or
@@ -378,30 +423,46 @@ class Server(ServerState):
     @_handle.register
     def _join(self, request: Join, client: str) -> Welcome:
         """Open a client's session, or open it anew with another cut."""
-        check_taking_part(client, request, self.only, self.clients_tuning, self.clients_quantization)
-        check_join(client, request, self.shared.stage, self.tuning, self.lora, self.config.codecs)
+        following, leads = self.following, client == PREVIOUS
+        if following is not None and not (leads or following.led):
+            raise LinkLostError("no server leads this one yet, which holds the further blocks of several")
+        if not leads:
+            check_taking_part(client, request, self.only, self.clients_tuning, self.clients_quantization)
+        codecs = None if following else self.config.codecs
+        check_join(client, request, self.shared.stage, self.blocks, self.tuning, self.lora, codecs)
         self._sessions.end(client)
+        own, further = request, None
+        if self.chain is not None and not leads:
+            border = self.chain.first
+            own = replace(request, cut=(min(request.cut[0], border), min(request.cut[1], border)))
+            further = self.chain.join(client, request) if request.cut[1] > border else None
         record = self.clients[client]
         progress = record.numbered(request.numbering)
         record.cuts(request.cut)
         examples = Examples(request.examples_key)
         self._sessions[client] = Session(
-            request,
+            own,
             self.blocks_of(client),
             self.config,
-            record.random,
+            RandomStream(0, self.shared.stage.model.device),
+            self.clients.seed_of(client),
             progress,
             peers=self._sessions,
             examples=examples,
+            cut=request.cut,
+            chain=self.chain,
+            further=further,
         )
         anatomy = self.shared.stage.anatomy
         return Welcome(self.blocks[0], anatomy.blocks, anatomy.hidden, self.config.max_in_flight)
 
     @_handle.register
-    def _forward(self, request: ForwardRequest, client: str) -> ForwardReply:
+    def _forward(self, request: ForwardRequest, client: str) -> Steps[ForwardReply]:
         session = self._sessions[client]
         known = self._known_forward(session, request)
-        return self._run(session, *arrived(request, f"client {client}")) if known is None else known
+        if known is not None:
+            return known
+        return (yield from self._run(session, *arrived(request, f"client {client}")))
 
     def _known_forward(self, session: Session, request: ForwardRequest) -> ForwardReply | None:
         """What was answered to it, if it comes again and its step was applied."""
@@ -410,7 +471,7 @@ class Server(ServerState):
         return known if known is not None and applied and same_exchange(session, request, known) else None
 
     @_handle.register
-    def _kept_forward(self, request: KeptForwardRequest, client: str) -> ForwardReply:
+    def _kept_forward(self, request: KeptForwardRequest, client: str) -> Steps[ForwardReply]:
         """A forward of examples some of which are here."""
         session = self._sessions[client]
         whole, new = session.examples.whole(request, client)
@@ -421,21 +482,24 @@ class Server(ServerState):
             if known.hidden_BTH.shape[1] == int(reads.sum()):
                 return cast(ForwardReply, replace(known, kept=self._keep(session, new)))
         assert whole.mask_BT is not None
-        reply = self._run(session, whole, Places.of(whole.mask_BT))
+        reply = yield from self._run(session, whole, Places.of(whole.mask_BT))
         return replace(reply, kept=self._keep(session, new))
 
     def _keep(self, session: Session, new: dict[int, Tensor]) -> bool:
         held = sum(other.examples.bytes for other in self._sessions.values())
         return session.examples.keep(new, self.config.max_examples_bytes - held)
 
-    def _run(self, session: Session, request: ForwardRequest, sent: Places | None) -> ForwardReply:
+    def _run(self, session: Session, request: ForwardRequest, sent: Places | None) -> Steps[ForwardReply]:
         """A forward with whole activations, of which ``sent`` crossed."""
         self._check(session, request, self._sessions.in_flight)
-        before = session.random.state
         with session.random.active():
             reply = session.forward(request, sent)
         if request.train and self.config.joined:
-            self._together.drew(not torch.equal(before, session.random.state))
+            self._together.drew(session.drew)
+        if session.further is not None:
+            passed = replace(request, hidden_BTH=reply.hidden_BTH, base_BTH=None, inner_BTH=())
+            there = yield from self._further(session, passed)
+            reply = replace(reply, hidden_BTH=there.hidden_BTH)
         self._remember(session, request.step, ("forward", request.exchange), reply)
         return reply
 
@@ -445,11 +509,11 @@ class Server(ServerState):
         check_forward(session, request, self.shared.stage, in_flight)
         if request.train and self.sealed and not applied:
             raise LinkError(f"client {client}: the run is over, and this server trains no more")
-        if request.train:  # without training nothing but its own answer comes of it
+        if request.train and self.following is None:  # without training nothing but its own answer comes of it
             check_finite(client, f"an activation of exchange {request.exchange}", _activations(request))
 
     @_handle.register
-    def _backward(self, request: BackwardRequest, client: str) -> BackwardReply:
+    def _backward(self, request: BackwardRequest, client: str) -> Steps[BackwardReply]:
         """Blocks [s, e) backward, and the update that follows."""
         session, key = self._sessions[client], ("backward", request.exchange)
         known = session.progress.answer(request.step, key)
@@ -458,16 +522,133 @@ class Server(ServerState):
         fits = known is not None and answered is not None and alike(request.grad_BTH, answered.hidden_BTH)
         if fits and complete:
             return cast(BackwardReply, known)
-        check_backward(session, request)
+        if self.following is not None:
+            raise LinkError(f"client {client}: this server trains as the server before says")
+        pending, behind = check_backward(session, request), None
+        if session.further is not None:
+            behind = yield from self._passed_further(session, request)
+            request = replace(request, grad_BTH=behind.grad_BTH)
+            if session.pending.get(request.exchange) is not pending:
+                raise LinkLostError(f"client {client}: exchange {request.exchange} was given up meanwhile")
         with session.random.active():
-            reply = session.backward(request)
+            reply = session.backward(request, behind)
         self._remember(session, request.step, key, reply)
+        if session.settled is not None:
+            yield session.settled
         return reply
+
+    def _further(self, session: Session, request: Request[R]) -> Steps[R]:
+        """What the servers further on answer; if they do not, the step is given up."""
+        assert session.further is not None
+        try:
+            reply: R = yield session.further.call(request)
+        except LinkError:
+            session.drop()
+            raise
+        if self._sessions.get(session.join.client) is not session:
+            raise LinkLostError(f"client {session.join.client} has left, or joined anew, meanwhile")
+        return reply
+
+    def _passed_further(self, session: Session, request: BackwardRequest | PassedBackward) -> Steps[PassedReply]:
+        names = (item.name for item in fields(PassedBackward))
+        reply = yield from self._further(session, PassedBackward(**{name: getattr(request, name) for name in names}))
+        return reply
+
+    @_handle.register
+    def _passed_backward(self, request: PassedBackward, client: str) -> Steps[PassedReply]:
+        """Blocks backward for the server before, which says later what becomes of the step."""
+        following, session, behind = self._followed(PREVIOUS), self._sessions[client], None
+        pending = check_backward(session, request)
+        if session.further is not None:
+            behind = yield from self._passed_further(session, request)
+            request = replace(request, grad_BTH=behind.grad_BTH)
+            if session.pending.get(request.exchange) is not pending:
+                raise LinkLostError(f"client {client}: exchange {request.exchange} was given up meanwhile")
+        with session.random.active():
+            return session.pass_back(request, behind, following.complete)
+
+    @_handle.register
+    def _lead(self, request: Lead, client: str) -> Behind:
+        """The server before has come."""
+        following = self._followed(client, led=False)
+        following.check(request)
+        following.led = True
+        return self._report()
+
+    @_handle.register
+    def _settle(self, request: Settle, client: str) -> Steps[Behind]:
+        """What becomes of a client's step."""
+        following = self._followed(client)
+        further = None if self.chain is None else self.chain.tell(request)
+        step = following.settled(request)
+        due: Mapping[str, Tensor] | None = None
+        if request.take and not request.client:
+            due = self.shared.gathered()
+        elif request.take:
+            scale, gradients = request.scale, step.gradients
+            if scale is not None:
+                gradients = {name: value * scale for name, value in gradients.items()}
+            due = self.shared.collect(gradients, request.weight)
+        if due is None or request.norm is not None:
+            if due is not None:
+                self.shared.apply(due, request.norm)
+            if further is not None:
+                yield further
+            return self._report()
+        following.due, names = due, sorted(due)
+        own_N = norms([due[name] for name in names]) if names else torch.zeros(0)
+        behind = Behind() if further is None else (yield further)
+        told, norms_N = merged(names, own_N, behind.names, behind.norms_N)
+        return replace(self._report(), names=told, norms_N=norms_N if told else None)
+
+    @_handle.register
+    def _update(self, request: Update, client: str) -> Steps[Behind]:
+        """The norm of the update that waits for it."""
+        following = self._followed(client)
+        further = None if self.chain is None else self.chain.tell(request)
+        if following.due is not None:
+            self.shared.apply(following.due, request.norm)
+            following.due = None
+        if further is not None:
+            yield further
+        return self._report()
+
+    @_handle.register
+    def _keep_state(self, request: Keep, client: str) -> Steps[Behind]:
+        following = self._followed(client)
+        further = None if self.chain is None else self.chain.tell(request)
+        following.save(request)
+        if further is not None:
+            yield further
+        return self._report()
+
+    def _followed(self, client: str, *, led: bool = True) -> Following:
+        """What is kept for the server before, where it is that which asks.
+
+        Raises:
+            LinkError: it is not, or has not come yet.
+        """
+        if self.following is None or client != PREVIOUS or (led and not self.following.led):
+            raise LinkError(f"client {client}: only the server before may say this, to a server that it leads")
+        return self.following
+
+    def _report(self) -> Behind:
+        """What the server before is told of this one, and of those further on."""
+        behind = Behind() if self.chain is None else self.chain.told
+        kept = None if self.following is None else self.following.keeper
+        numbers = set() if kept is None else set(kept.numbers)
+        if self.chain is not None:
+            numbers &= set(behind.snapshots)
+        own = range(min(self.shared.stage.part.blocks), max(self.shared.stage.part.blocks) + 1)
+        facts = {f"[{own.start}, {own.stop})": self.counts()} | behind.facts
+        return Behind(self.blocks[1], "" if kept is None else kept.run, tuple(sorted(numbers)), facts=facts)
 
     @_handle.register
     def _pull(self, request: PullRequest, client: str) -> PullReply:
         session, key = self._sessions[client], ("pull", request.start << 16 | request.stop)
         check_pull(session, request, self.blocks[0])
+        if self.chain is not None and request.stop > self.chain.first:
+            raise LinkError(f"client {client}: weights of aligned blocks on several servers are not supported")
         known = session.progress.answer(request.step, key)
         if known is None:
             wanted = range(request.start, request.stop)
@@ -479,10 +660,14 @@ class Server(ServerState):
         return PullReply(known.total, *portion(known.weights, request, session.coded))
 
     @_handle.register
-    def _fetch(self, request: FetchRequest, client: str) -> FetchReply:
+    def _fetch(self, request: FetchRequest, client: str) -> Steps[FetchReply]:
         """The trained shared weights of one block, as they are between two updates."""
         session = self._sessions[client]
-        check_fetch(session, request, self.blocks, self.allow_export)
+        check_fetch(session, request, self.blocks, self.allow_export or client == PREVIOUS)
+        if self.chain is not None and request.block >= self.chain.first:
+            version = self.shared.version  # theirs may count otherwise; updates come in the order of what is asked
+            reply: FetchReply = yield self.chain.control.call(request)
+            return replace(reply, version=version)
         return session.shared.give(request, session.coded)
 
     @_handle.register
@@ -492,18 +677,28 @@ class Server(ServerState):
         return self.sums.give(client, request)
 
     @_handle.register
-    def _extend(self, request: ExtendRequest, client: str) -> ExtendReply:
+    def _extend(self, request: ExtendRequest, client: str) -> Steps[ExtendReply]:
         """Blocks [s, e) on the next tokens of an answer, whose cache is kept here."""
         session = self._sessions[client]
         request, sent = arrived(request, f"client {client}")
         for other in self._sessions.values():
             other.generations.drop_unused(self.config.generation_seconds)
         check_extend(session, request, self.shared.stage, self._sessions.values())
-        return ExtendReply(pack(session.generations.extend(request, self.shared.stage, session.join.cut), sent))
+        reply = ExtendReply(pack(session.generations.extend(request, self.shared.stage, session.join.cut), sent))
+        if session.further is not None:
+            try:
+                reply = yield session.further.call(replace(request, hidden_BTH=reply.hidden_BTH))
+            except LinkError:
+                session.generations.end(request.generation)  # whoever asks again sends all of it
+                raise
+        return reply
 
     @_handle.register
     def _end_generation(self, request: EndGeneration, client: str) -> Done:
-        self._sessions[client].generations.end(request.generation)
+        session = self._sessions[client]
+        session.generations.end(request.generation)
+        if session.further is not None:
+            session.further.call(request)
         return Done()
 
     @_handle.register
@@ -516,12 +711,24 @@ class Server(ServerState):
         self._sessions.end(client)
         if self.conductor is not None:
             self.conductor.gone(client)
+        if self.following is not None and client == PREVIOUS:
+            self.following.lost = self.following.led
         return Done()
 
     def flush(self) -> None:
         """At the end of a run: update the shared blocks with the steps that ``update = "mean"`` has gathered so far."""
+        chain, told = self.chain, list[Future[Behind]]()
+
+        def whole(gradients: Mapping[str, Tensor]) -> float:
+            assert chain is not None
+            norm, answer = chain.norm(chain.tell(Settle("")), gradients)
+            told.append(answer)
+            return norm
+
         with self._lock, self._computing():
-            self.shared.flush()
+            self.shared.flush(None if chain is None else whole)
+        for answer in told:
+            answer.result()
 
     def _remember(self, session: Session, step: int, key: Key, reply: Any) -> None:
         if self.remembers:
@@ -540,6 +747,24 @@ class Server(ServerState):
                 yield
         finally:
             self.compute_seconds += time.perf_counter() - began
+
+
+def driven(work: Steps[R], come: Future[Any] | None = None) -> tuple[R | None, Future[Any] | None]:
+    """Let a handler go on with what has ``come`` until it has ended, or waits for something that is not there yet; what
+    it gives, or what it waits for."""
+    while True:
+        try:
+            if come is None:
+                waited = next(work)
+            elif (error := come.exception()) is not None:
+                waited = work.throw(error)
+            else:
+                waited = work.send(come.result())
+        except StopIteration as end:
+            return end.value, None
+        if not waited.done():
+            return None, waited
+        come = waited
 
 
 def _same(value: Any) -> Any:

@@ -9,17 +9,33 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from flexp.config import AlignConfig, ServerConfig
 from flexp.errors import BadValuesError, LinkError
-from flexp.links.messages import BackwardReply, BackwardRequest, ForwardReply, ForwardRequest, Join
+from flexp.links.base import Link
+from flexp.links.messages import (
+    Abort,
+    BackwardReply,
+    BackwardRequest,
+    Behind,
+    ForwardReply,
+    ForwardRequest,
+    Join,
+    PassedBackward,
+    PassedReply,
+    Settle,
+)
 from flexp.links.packing import Places, on, pack, unpack
-from flexp.optim import laid_out, norms, total
-from flexp.rng import RandomStream, drawing_from
+from flexp.models.execution import ExecutionPlan
+from flexp.optim import laid_out, merged, norms, total
+from flexp.rng import RandomStream, derived_seed, drawn, seed_here
 from flexp.server.alignment import aligned, combine, taught
 from flexp.server.clients import Progress
 from flexp.server.counting import bytes_of, counted
@@ -28,21 +44,23 @@ from flexp.server.generations import Generations
 from flexp.server.joining import Member, Pass
 from flexp.server.shared import SharedBlocks
 
+if TYPE_CHECKING:
+    from flexp.server.chain import Chain
+
 
 @dataclass
 class Pending:
     """A forward whose backward has not come yet.
 
     ``output_BTH`` holds the graph; with memory = "recompute", or where the graph has no room, it is ``None`` and the
-    input, the mask and the state of the random generator are kept instead. ``bytes`` are all of it, ``since`` in
-    seconds of the monotonic clock. ``sent`` are the tokens that crossed of z, ``reads`` those of h; ``None``: all.
+    input and the mask are kept instead. ``bytes`` are all of it, ``since`` in seconds of the monotonic clock. ``sent``
+    are the tokens that crossed of z, ``reads`` those of h; ``None``: all.
     """
 
     request: ForwardRequest  # on the blocks' device
     version: int
     input_BTH: Tensor
     output_BTH: Tensor | None
-    generator: Tensor
     align_BTH: list[Tensor]
     bytes: int = 0
     since: float = field(default_factory=time.monotonic)
@@ -67,7 +85,14 @@ class Gathered:
     def bytes(self) -> int:
         return bytes_of(*self.gradients.values())
 
-    def take(self, gradients: dict[str, Tensor], request: BackwardRequest) -> bool:
+    def norms(self, behind: PassedReply | None) -> tuple[tuple[str, ...], Tensor]:
+        """Of its gradients by their names, with those that the servers further on have of it."""
+        names = sorted(self.gradients)
+        own_N = norms([self.gradients[name] for name in names]) if names else torch.zeros(0)
+        further = behind or PassedReply(own_N)
+        return merged(names, own_N, further.all_names, further.all_N)
+
+    def take(self, gradients: dict[str, Tensor], request: BackwardRequest | PassedBackward) -> bool:
         """Add an exchange's gradients; gives whether the step is complete."""
         for name, value in gradients.items():
             self.gradients[name] = self.gradients[name] + value if name in self.gradients else value
@@ -79,16 +104,16 @@ class Gathered:
 
 @dataclass
 class Session:
-    """What the server knows of one client. ``random`` is active while it computes."""
+    """What the server knows of one client. ``random`` is active while it computes, and seeded anew for every block."""
 
     join: Join
     shared: SharedBlocks
     config: ServerConfig
     random: RandomStream
+    seed: int
     progress: Progress
     pending: dict[int, Pending] = field(default_factory=dict)
     gathered: dict[int, Gathered] = field(default_factory=dict)
-    boundary: Tensor | None = None  # the random generator's state when the step under way began
     generations: Generations = field(default_factory=Generations)
     peers: Mapping[str, Session] = field(default_factory=dict)  # all sessions, this one among them
     graph_rate: float = 0.0  # bytes of the last graph for each number that came: what has no room is not made at all
@@ -96,6 +121,11 @@ class Session:
     drops: int = 0  # how often what is in flight was given up
     thread: int | None = None  # that waits for its answers, if it is in this process
     examples: Examples = field(default_factory=Examples)
+    cut: tuple[int, int] = (0, 0)  # the client's; ``join`` has what of it is here
+    chain: Chain | None = None  # the servers further on, if there are any,
+    further: Link | None = None  # and the client's link to them, if its cut needs them
+    settled: Future[Behind] | None = None  # what they say of the last step
+    drew: bool = False  # whether a block has drawn random numbers, where requests may be joined
 
     @property
     def kept_bytes(self) -> int:
@@ -143,6 +173,7 @@ class Session:
             sent: the tokens of them that crossed.
         """
         reads = sent if request.rows_BT is None else Places.of(request.rows_BT)
+        down = reads if self.further is None else sent
         stage, origin = self.shared.stage, request.hidden_BTH.device
         request = on(request, stage.model.device)
         start, stop = self.join.cut
@@ -150,14 +181,12 @@ class Session:
         stage.model.train(request.train)
         if not request.train:
             with torch.no_grad():
-                return ForwardReply(pack(stage.run(request.hidden_BTH, plan, start, stop), reads).to(origin))
+                return ForwardReply(pack(stage.run(request.hidden_BTH, plan, start, stop), down).to(origin))
 
-        self.begin()
         size = size_kept(request)
         expected = round(self.graph_rate * request.hidden_BTH.numel())
         keep_graph = self.config.memory == "keep" and self.has_room(size + expected, graph=True)
         z_BTH = request.hidden_BTH.detach().requires_grad_()
-        generator = self.random.state
         # With gradients in any case: torch takes other kernels without (for an attention mask that is trained, say),
         # and h would not be, bit for bit, what the backward computes again.
         version = self.version_now()
@@ -165,7 +194,7 @@ class Session:
         align_BTH: list[Tensor] = []
         with self.shared.installed(version):
             with torch.enable_grad(), counted(stage.model, keep=keep_graph) as graph:
-                h_BTH = stage.run(z_BTH, plan, start, stop)
+                h_BTH = self._run(request.exchange, z_BTH, plan, start, stop)
             if request.base_BTH is not None and self.align.has_term:
                 values, align_BTH = aligned(self.align, stage, request, request.base_BTH, start)
         size += bytes_of(*align_BTH)
@@ -180,17 +209,43 @@ class Session:
             self.shared.hold(version),
             z_BTH,
             h_BTH if keep_graph else None,
-            generator,
             align_BTH,
             size,
             sent=sent,
             reads=reads,
         )
-        answer = pack(h_BTH.detach(), reads).to(origin)  # before the term, for which nothing need be waited for then
+        answer = pack(h_BTH.detach(), down).to(origin)  # before the term, for which nothing need be waited for then
         return ForwardReply(answer, None if values is None else _mean(values.tolist()))
 
-    def backward(self, request: BackwardRequest) -> BackwardReply:
-        """The gradient at z, from the very weights of the forward; then train the shared blocks."""
+    def backward(self, request: BackwardRequest, behind: PassedReply | None = None) -> BackwardReply:
+        """The gradient at z, from the very weights of the forward; then train the shared blocks.
+
+        Args:
+            behind: what the servers further on gave for it; ``request`` has their gradient.
+        """
+        pending, trained, task_BTH = self._gradients(request)
+        return self.settle(pending, request, task_BTH, trained, behind)
+
+    def pass_back(
+        self, request: PassedBackward, behind: PassedReply | None, complete: dict[tuple[str, int], Gathered]
+    ) -> PassedReply:
+        """The gradient at what came from another server, which judges the step: what it has gathered is then among
+        those that are ``complete``."""
+        origin = request.grad_BTH.device
+        pending, trained, task_BTH = self._gradients(request)
+        norms_N = norms([*trained.values(), task_BTH])
+        own, own_N = (tuple(trained), norms_N[:-1]) if behind is None else merged(
+            [*trained], norms_N[:-1], behind.names, behind.norms_N
+        )  # fmt: skip
+        step = self.gathered.setdefault(request.step, Gathered())
+        if step.take(trained, request):
+            complete[self.join.client, request.step] = self.gathered.pop(request.step)
+        every, every_N = step.norms(behind) if step.arrived > 1 else ((), own_N[:0])
+        grad_BTH = pack(task_BTH, pending.sent).to(origin)
+        return PassedReply(grad_BTH, own, own_N if own else None, every, every_N if every else None)
+
+    def _gradients(self, request: BackwardRequest | PassedBackward) -> tuple[Pending, dict[str, Tensor], Tensor]:
+        """Of an exchange in flight: the gradients of what is trained, in the order of its names, and that at z."""
         pending = self.pending.pop(request.exchange)
         own: dict[str, Tensor] = {}
         grad_BTH = request.grad_BTH.to(self.shared.stage.model.device, non_blocking=True)
@@ -202,26 +257,22 @@ class Session:
                 gradients = torch.autograd.grad(
                     h_BTH,
                     [z_BTH, *(parameters[name] for name in reached)],
-                    unpack(grad_BTH, pending.reads),
+                    unpack(grad_BTH, pending.reads if self.further is None else pending.sent),
                     allow_unused=True,
                 )
                 task_BTH = gradients[0]
                 if self.align.teach:
-                    own = taught(self.shared.stage, pending.request, self.join.cut[0], parameters, task_BTH)
+                    run = partial(self._run, request.exchange)
+                    own = taught(self.shared.stage, run, pending.request, self.join.cut[0], parameters, task_BTH)
         finally:
             self.shared.release(pending.version)
         trained = {name: value for name, value in zip(reached, gradients[1:], strict=True) if value is not None}
         trained = {name: laid_out(value, parameters[name]) for name, value in sorted((trained | own).items())}
-        return self.settle(pending, request, task_BTH, trained)
+        return pending, trained, task_BTH
 
     def version_now(self) -> int:
         """The version of the weights that a forward runs with."""
         return self.shared.version_for(one.version for one in self.pending.values())
-
-    def begin(self) -> None:
-        """An exchange begins; a step may begin with it."""
-        if not self.busy:
-            self.boundary = self.random.state
 
     def member(self, request: ForwardRequest, version: int) -> Member:
         """This client's part of a pass of several clients' exchanges, with the weights of a version."""
@@ -241,13 +292,11 @@ class Session:
         """
         reads = sent if request.rows_BT is None else Places.of(request.rows_BT)
         if request.train:
-            self.begin()
             self.pending[request.exchange] = Pending(
                 request,
                 self.shared.hold(version),
                 request.hidden_BTH.detach(),
                 None,
-                self.random.state,
                 [],
                 size_kept(request) + share,
                 sent=sent,
@@ -263,22 +312,55 @@ class Session:
         return pending
 
     def settle(
-        self, pending: Pending, request: BackwardRequest, task_BTH: Tensor, trained: dict[str, Tensor]
+        self,
+        pending: Pending,
+        request: BackwardRequest,
+        task_BTH: Tensor,
+        trained: dict[str, Tensor],
+        behind: PassedReply | None = None,
     ) -> BackwardReply:
         """Judge an exchange's gradients; when its step is complete, train the shared blocks with them."""
         norms_N = norms([*trained.values(), task_BTH])  # one look at every gradient, and one wait for all of them
+        if behind is not None:
+            _, own_N = merged([*trained], norms_N[:-1], behind.names, behind.norms_N)
+            norms_N = torch.cat([own_N, norms_N[-1:]])
         reply = self._reply(pending, request, task_BTH, request.grad_BTH.device)
-        self._refuse_nan(request.exchange, total(norms_N))
+        self._refuse_nan(request, total(norms_N))
         step = self.gathered.setdefault(request.step, Gathered())
         if step.take(trained, request):
             del self.gathered[request.step]
-            if not self.progress.applied(request.step):
-                norm = total(norms_N[:-1]) if step.arrived == 1 else None  # of several exchanges it is another one
-                judged = self._judged(request.step, step.gradients, norm)
-                if self.shared.wanted(self.join.client, judged):
-                    self.shared.add(judged, step.weight, norm if judged is step.gradients else None)
-                self.progress.apply(request.step)
+            norm = None if len(norms_N) == 1 else total(norms_N[:-1])
+            if step.arrived > 1:  # of several exchanges it is another one
+                names, all_N = step.norms(behind)
+                norm = total(all_N) if names else None
+            self._complete(request.step, step, norm)
         return reply
+
+    def _complete(self, number: int, step: Gathered, norm: float | None) -> None:
+        """A whole step, with its norm if anything has a gradient: the shared blocks take it, if they have not yet."""
+        client, shared, chain, scale = self.join.client, self.shared, self.chain, None
+        take, gradients = not self.progress.applied(number), step.gradients
+        if take:
+            scale = None if norm is None else self._judged(number, norm)
+            if scale is not None:
+                norm, gradients = None, {name: value * scale for name, value in gradients.items()}
+            take = shared.wanted(client, gradients)
+        if chain is None:
+            if take:
+                shared.add(gradients, step.weight, norm)
+        else:
+            known = (norm or 0.0) if scale is None and shared.one_by_one else None
+            reaches = self.further is not None
+            self.settled = chain.tell(Settle(client, number, take, reaches, step.weight, scale, known))
+            if take:
+                shared.add(gradients, step.weight, known, self._whole)
+        self.progress.apply(number)
+
+    def _whole(self, gradients: Mapping[str, Tensor]) -> float:
+        assert self.chain is not None
+        assert self.settled is not None
+        norm, self.settled = self.chain.norm(self.settled, gradients)
+        return norm
 
     def _reply(
         self, pending: Pending, request: BackwardRequest, task_BTH: Tensor, origin: torch.device
@@ -297,15 +379,15 @@ class Session:
         )
 
     def drop(self) -> None:
-        """Forget what is in flight, and every unfinished step: whoever tries one again draws the same dropout."""
-        if self.boundary is not None and self.busy:
-            self.random.state = self.boundary
+        """Forget what is in flight, and every unfinished step."""
         self.progress.give_up(self.progress.unapplied())
         for pending in self.pending.values():
             self.shared.release(pending.version)
         self.drops += 1
         self.pending.clear()
         self.gathered.clear()
+        if self.further is not None:
+            self.further.call(Abort())
 
     def drop_late(self, seconds: float) -> None:
         """Give up everything that is in flight if a backward has not come in so long."""
@@ -322,23 +404,38 @@ class Session:
         plan = stage.plan_without_inputs(request.hidden_BTH, request.mask_BT, request.positions_BT)
         stage.model.train(True)
         z_BTH = pending.input_BTH.requires_grad_()
-        with drawing_from(pending.generator, self.random.device):
-            return z_BTH, stage.run(z_BTH, plan, *self.join.cut)
+        return z_BTH, self._run(request.exchange, z_BTH, plan, *self.join.cut)
 
-    def _refuse_nan(self, exchange: int, norm: float) -> None:
+    def _run(self, exchange: int, hidden_BTH: Tensor, plan: ExecutionPlan, start: int, stop: int) -> Tensor:
+        """Run blocks [start, stop), training. What each draws follows from the client, its exchange (and so its step)
+        and the block alone: the same whenever it is tried again, and on whichever server the block is."""
+        stage = self.shared.stage
+        for block in range(start, stop):
+            seed_here(derived_seed(self.seed, str(exchange), str(block)), stage.model.device)
+            before = drawn(stage.model.device) if self.config.joined else None
+            hidden_BTH = stage.run(hidden_BTH, plan, block, block + 1)
+            self.drew |= before is not None and not torch.equal(before, drawn(stage.model.device))
+        return hidden_BTH
+
+    def _refuse_nan(self, request: BackwardRequest, norm: float) -> None:
         if not math.isfinite(norm):  # as it is only where they all are
-            self.drop()  # the rest of the step, gathered already or still to come, is void as well
+            self._void(request.step)  # the rest of the step, gathered already or still to come
             raise BadValuesError(
-                f"client {self.join.client}: the gradient of exchange {exchange} is not finite, so the shared blocks "
-                "were not updated; lower train.personal.lr or train.shared.lr, or use float32"
+                f"client {self.join.client}: the gradient of exchange {request.exchange} is not finite, so the shared "
+                "blocks were not updated; lower train.personal.lr or train.shared.lr, or use float32"
             )
 
-    def _judged(self, step: int, gradients: dict[str, Tensor], norm: float | None) -> Mapping[str, Tensor]:
+    def _judged(self, step: int, norm: float) -> float | None:
         try:
-            return self.shared.bounds.judge(self.join.client, step, gradients, norm)
+            return self.shared.bounds.judge(self.join.client, step, norm)
         except BadValuesError:
-            self.drop()
+            self._void(step)
             raise
+
+    def _void(self, step: int) -> None:
+        self.drop()
+        if self.chain is not None:
+            self.chain.tell(Settle(self.join.client, step, take=False))
 
 
 def size_kept(request: ForwardRequest) -> int:
@@ -377,10 +474,6 @@ class Sessions(dict[str, Session]):
         busy = [name for name, session in self.items() if session.busy]
         if busy:
             raise LinkError(f"the server cannot be {what} in the middle of a step of {', '.join(busy)}")
-
-    def begun(self) -> dict[str, Tensor]:
-        """Of clients in the middle of a step: the state of their random generator when it began."""
-        return {name: own.boundary for name, own in self.items() if own.busy and own.boundary is not None}
 
 
 def _mean(values: list[float]) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -22,8 +22,10 @@ from flexp.links.frames import MOST_FIELDS
 from flexp.links.messages import FetchReply, FetchRequest, PullRequest
 from flexp.models.fingerprint import tensor_fingerprint
 from flexp.models.stage import Stage
-from flexp.optim import Updater, norms, total
+from flexp.optim import Updater
 from flexp.server.rules import Mean, Past, Quota, Trimmed
+
+Whole = Callable[[Mapping[str, Tensor]], float]
 
 MOST_BYTES = 64 << 20
 """Bytes of weights in an answer, whatever is asked for; but for a tensor that is larger."""
@@ -126,24 +128,36 @@ class SharedBlocks:
         finally:
             self._install(self.updater.parameters)
 
-    def add(self, gradients: Mapping[str, Tensor], weight: float, norm: float | None = None) -> bool:
+    def add(
+        self, gradients: Mapping[str, Tensor], weight: float, norm: float | None = None, whole: Whole | None = None
+    ) -> bool:
         """Take the gradient of one completed client step; update the weights when the rule says so.
 
         Args:
             norm: of all of them, where it is known.
+            whole: where it is not, and other servers have more of them: gives the norm of an update.
 
         Returns:
             Whether the weights were updated.
         """
+        due = self.collect(gradients, weight)
+        if due is not None:
+            self.apply(due, norm if self.one_by_one else None, whole)
+        return due is not None
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether a client's step is an update."""
+        return self._config.update == "every"
+
+    def collect(self, gradients: Mapping[str, Tensor], weight: float) -> Mapping[str, Tensor] | None:
+        """Take the gradient of one completed client step; what :meth:`apply` is to be given, when the rule says so."""
         if self.frozen or not self.updater.parameters:
-            return False
-        if self._config.update == "every":
-            self._apply(gradients, norm)
-            return True
+            return None
+        if self.one_by_one:
+            return gradients
         self._gathered.add(gradients, weight)
-        if self._gathered.steps < self._config.mean_over:
-            return False
-        return self.flush()
+        return self.gathered() if self._gathered.steps >= self._config.mean_over else None
 
     def wanted(self, client: str, gradients: Mapping[str, Tensor]) -> bool:
         """Whether a client's completed step is to train the blocks, or only to be answered."""
@@ -151,17 +165,22 @@ class SharedBlocks:
         self.skipped[client] += not wanted
         return wanted
 
-    def flush(self) -> bool:
-        """Update the weights with what the rule has gathered, however few steps that is.
+    def gathered(self) -> Mapping[str, Tensor] | None:
+        """What the steps come to that the rule has gathered, however few; then it has none."""
+        if not self._gathered.steps:
+            return None
+        return {name: mean.to(self.updater.parameters[name].dtype) for name, mean in self._gathered.take().items()}
+
+    def flush(self, whole: Whole | None = None) -> bool:
+        """Update the weights with what the rule has gathered; ``whole`` as in :meth:`add`.
 
         Returns:
             Whether there was anything.
         """
-        if not self._gathered.steps:
-            return False
-        means = self._gathered.take()
-        self._apply({name: mean.to(self.updater.parameters[name].dtype) for name, mean in means.items()})
-        return True
+        due = self.gathered()
+        if due is not None:
+            self.apply(due, None, whole)
+        return due is not None
 
     def give(self, request: FetchRequest, coded: str = "off") -> FetchReply:
         """Copies of a block's trained tensors: :func:`portion`.
@@ -218,7 +237,10 @@ class SharedBlocks:
                 parameter.copy_(weights[name])
         self.version += 1
 
-    def _apply(self, gradients: Mapping[str, Tensor], norm: float | None = None) -> None:
+    def apply(self, gradients: Mapping[str, Tensor], norm: float | None = None, whole: Whole | None = None) -> None:
+        """Update the weights; see :meth:`add`."""
+        if norm is None and whole is not None:
+            norm = whole(gradients)
         if self._held[self.version] > 0:
             self._stash_current()
         elif self.version in self._held:
@@ -296,21 +318,13 @@ class Bounds:
             limits.append(self.config.explode * max(SMALL, statistics.median(self._norms)))
         return min(limits, default=None)
 
-    def judge(
-        self, client: str, step: int, gradients: Mapping[str, Tensor], norm: float | None = None
-    ) -> Mapping[str, Tensor]:
-        """A whole step's gradient as it may reach the shared weights, clipped if that is asked for.
-
-        Args:
-            norm: of all of them, where it is known.
+    def judge(self, client: str, step: int, norm: float) -> float | None:
+        """What a whole step's gradient of this norm is to be scaled by before it reaches the shared weights; ``None``:
+        nothing.
 
         Raises:
-            BadValuesError: its norm is not finite, or beyond a bound.
+            BadValuesError: the norm is not finite, or beyond a bound.
         """
-        if not gradients:
-            return gradients
-        if norm is None:
-            norm = total(norms([gradients[name] for name in sorted(gradients)]))
         most = self.most
         if not norm < float("inf"):
             raise BadValuesError(f"client {client}: the gradient of step {step} is not finite")
@@ -323,9 +337,7 @@ class Bounds:
         self._norms.append(norm)
         if self.config.clip == "median":
             self._own.setdefault(client, deque(maxlen=OWN)).append(norm)
-        if clip is None or norm <= clip:
-            return gradients
-        return {name: value * (clip / norm) for name, value in gradients.items()}
+        return None if clip is None or norm <= clip else clip / norm
 
     def state(self) -> dict[str, Tensor]:
         """The norms accepted last; nothing before the first."""

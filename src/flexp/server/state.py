@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flexp.config import OptimizerConfig, ServerConfig
 from flexp.models.stage import Stage
+from flexp.server.chain import Chain, Following
 from flexp.server.clients import ClientRegistry, Guard
 from flexp.server.session import Sessions
 from flexp.server.shared import SharedBlocks
@@ -35,18 +36,20 @@ class ServerState:
         self.shared = SharedBlocks(stage, config, optimizer, total_steps)
         self.own: dict[str, SharedBlocks] = {}  # by client, with server.adapters = "own": all begin as shared is
         self.bounds, self.guard = self.shared.bounds, Guard(config.guard)
-        self.clients = ClientRegistry(seed, stage.model.device)
+        self.clients = ClientRegistry(seed)
         self.compute_seconds = 0.0
         self.sums = SumTable()
+        self.chain: Chain | None = None  # the servers further on
+        self.following: Following | None = None  # the server before
         self._sessions = Sessions()
         self._lock = threading.RLock()
         self.guard.listeners.append(lambda client, _: self._sessions.end(client))
 
     @property
     def blocks(self) -> tuple[int, int]:
-        """(s_min, e_max): the shared blocks are [s_min, e_max)."""
+        """(s_min, e_max): the shared blocks are [s_min, e_max), those of the servers further on among them."""
         owned = self.shared.stage.part.blocks
-        return min(owned), max(owned) + 1
+        return min(owned), max(owned) + 1 if self.chain is None else self.chain.end
 
     def blocks_of(self, client: str) -> SharedBlocks:
         """The blocks as a client has them; with adapters of its own, the model is made of these from now on."""
@@ -112,7 +115,7 @@ class ServerState:
         """The cut of a client that has joined and not left."""
         with self._lock:
             session = self._sessions.get(client)
-            return None if session is None else session.join.cut
+            return None if session is None else session.cut
 
     def keep_answers_after(self, client: str, step: int) -> None:
         """A client has saved its state after ``step``: keep the answers of its later steps, and drop the others."""
@@ -140,7 +143,7 @@ class ServerState:
             if not unfinished:
                 self._sessions.refuse_busy("saved")
             flat = {f"shared/{name}": value for name, value in self.shared.state().items()}
-            flat |= self.clients.state(self._sessions.begun(), progress=self.remembers)
+            flat |= self.clients.state(progress=self.remembers)
             flat |= {f"guard/{name}": value for name, value in (self.bounds.state() | self.guard.state()).items()}
             flat |= {f"sums/{name}": value for name, value in self.sums.state().items()}
             for client, blocks in self.own.items():

@@ -135,6 +135,7 @@ class Gate:
         allow: the names that may come; ``None``: all (that have a token).
         aside: says why a client is put aside, if it is.
         say: told who is refused or thrown out.
+        bearer: all streams are one party's, which speaks for clients: the name whose token they need.
     """
 
     def __init__(
@@ -144,8 +145,9 @@ class Gate:
         aside: Callable[[str], str | None],
         say: Callable[[str], None],
         attempts: Attempts | None = None,
+        bearer: str | None = None,
     ) -> None:
-        self._tokens = tokens
+        self._tokens, self._bearer = tokens, bearer
         self._allow = None if allow is None else frozenset(allow)
         self._aside, self._say, self._seldom = aside, say, Seldom(say)
         self._attempts = attempts or Attempts()
@@ -166,7 +168,7 @@ class Gate:
         except (ConfigError, UnicodeDecodeError):
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "the client does not say a name that can be used")
             raise
-        known = await self._knows(context, client, host)  # also for names that are not allowed
+        known = await self._knows(context, self._bearer or client, host)  # also for names that are not allowed
         allowed = self._allow is None or client in self._allow
         if not (known and allowed):
             why = "its token is not the one on file" if allowed else "its name is not on the list"
@@ -202,7 +204,7 @@ class Gate:
     def enter(self, client: str, stream: Stream) -> None:
         """``client`` has been let in and has a stream."""
         self.inside[client] = stream
-        self._marks[client] = None if self._tokens is None else self._tokens.mark(client)
+        self._marks[client] = None if self._tokens is None else self._tokens.mark(self._bearer or client)
 
     async def _clear(self, client: str) -> None:
         """A stream that was refused on joining gives way to the client's next one."""
@@ -230,7 +232,7 @@ class Gate:
         while self._tokens is not None:
             await asyncio.sleep(CHECK_SECONDS)
             for client, stream in list(self.inside.items()):
-                if self._tokens.mark(client) != self._marks[client]:
+                if self._tokens.mark(self._bearer or client) != self._marks[client]:
                     self._say(f"{client}: thrown out, since its token is not valid any more")
                     stream.end(LinkError(f"client {client}: its token is not valid any more"))
 

@@ -79,6 +79,11 @@ class GrpcLink:
         """The server's host and port."""
         return self._address.host, self._address.port
 
+    @property
+    def broken(self) -> LinkError | None:
+        """Why it broke, if it did."""
+        return self._broken
+
     def call(self, request: Request[R]) -> Future[R]:
         """As :meth:`flexp.links.base.Link.call`.
 

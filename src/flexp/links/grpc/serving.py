@@ -95,6 +95,7 @@ class Serving:
         say: Callable[[str], None] = _quiet,
         facts: Callable[[Serving], dict[str, Any]] | None = None,
         verifier: Verifier | None = None,
+        bearer: str | None = None,
     ) -> None:
         asked = Address.of_text(listen)
         check_listening(asked, tls, tokens, insecure=insecure)
@@ -105,7 +106,7 @@ class Serving:
         if verifier is not None and tls is None:
             raise ConfigError("evidence is bound to the key of TLS: give a certificate and its key")
         self._attests = None if verifier is None or tls is None else Attesting(verifier, tls.certificate_der)
-        self._gate = Gate(tokens, allow, service.aside, say)
+        self._gate = Gate(tokens, allow, service.aside, say, bearer=bearer)
         self._rates = Rates(self.limits)
         self._codings: dict[str, Coding] = {}  # of clients that joined; used in the thread that computes
         self._stopping = self._working = False
@@ -124,6 +125,11 @@ class Serving:
     def at_rest(self, action: Callable[[], Value]) -> Value:
         """Run ``action`` between two requests, in the thread that computes."""
         return self._worker.submit(action).result()
+
+    def submit(self, work: Callable[[], None]) -> None:
+        """Run ``work`` after what waits already, in the thread that computes; never, if it has stopped."""
+        with suppress(RuntimeError):
+            self._worker.submit(work)
 
     def refuse_more(self) -> None:
         """Answer every further request with a refusal, and say so to who asks for the server's health."""

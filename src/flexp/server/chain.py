@@ -1,0 +1,220 @@
+"""Several servers as one: each holds some of the shared blocks, and is to the next one what a client is.
+
+Clients reach the first server alone, and see one server that holds all blocks. It sends what comes out of its last
+block on, over a link of its own for each client, and takes what comes back for what its own blocks gave. A step's
+gradients stay where they arise; their norms, tensor by tensor, come to the first server, which alone judges the step
+and then says to all, over one more link that keeps the order, what becomes of it. So nothing is applied anywhere before
+the whole was judged, and every server does the same updates in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from flexp.config import AlignConfig, GuardConfig, ServerConfig
+from flexp.errors import ConfigError, LinkError, LinkLostError
+from flexp.links.base import Link, ask
+from flexp.links.declaring import Request
+from flexp.links.messages import Behind, Join, Keep, Lead, Settle, Update
+from flexp.optim import merged, norms, total
+from flexp.server.session import Gathered
+
+PREVIOUS = "chain"
+"""What the server before calls itself, and whose token it has."""
+OFF = AlignConfig(kind="off")
+NOTHING = torch.zeros(0)
+
+
+class Chain:
+    """The servers further on, as the one before them sees them.
+
+    Args:
+        reach: a link under a client's name to the next server.
+        card: who this server is, and with ``cut`` which blocks are further on.
+        settings: that must be the same there, by their names.
+        run: that this server goes on with; empty: none.
+
+    Attributes:
+        first: of the blocks that are further on.
+        end: behind the last of them.
+        told: what was heard last.
+        lost: why they can be used no more: what one of them has, the others may not have.
+
+    Raises:
+        ConfigError: they do not go on where this server ends, or have other settings.
+        LinkError: they cannot be reached, or not yet.
+    """
+
+    def __init__(self, reach: Callable[[str], Link], card: Join, settings: Mapping[str, str], run: str) -> None:
+        self.first, self.end = card.cut
+        self.lost: LinkError | None = None
+        self.told = Behind()
+        self._reach, self._links = reach, dict[str, Link]()
+        self.control = reach(PREVIOUS)
+        try:
+            welcome = ask(self.control, card)
+            if welcome.base_depth != self.first:
+                raise ConfigError(
+                    f"this server's blocks end before block {self.first}, and the next server's begin at "
+                    f"{welcome.base_depth}: set --blocks (deployment.blocks) so that they follow on each other"
+                )
+            self.told = ask(self.control, Lead(dict(settings), run))
+        except BaseException:
+            self.control.close()
+            raise
+
+    def join(self, client: str, request: Join) -> Link:
+        """The link of a client that needs their blocks, as agreed there."""
+        start, stop = request.cut
+        if start > self.first and (request.align.kind != "off" or request.align.teach):
+            raise LinkError(
+                f"client {client} was refused: its cut begins at block {start}, and aligned blocks on several servers "
+                f"are not supported: the first of them ends before block {self.first}; set method.align.kind = "
+                f'"off", s <= {self.first}, or --blocks (deployment.blocks) otherwise'
+            )
+        card = replace(request, cut=(max(start, self.first), stop), align=OFF, codec=None, numbering=0, examples_key="")
+        link = self._links.get(client)
+        if link is None or getattr(link, "broken", None) is not None:
+            link = self._links[client] = self._reach(client)
+        ask(link, card)
+        return link
+
+    def tell(self, request: Request[Behind]) -> Future[Behind]:
+        """Say something that concerns all clients; what is said is done in this order."""
+        if self.lost is not None:
+            raise self.lost
+        return self._hear(self.control.call(request))
+
+    def norm(self, told: Future[Behind], gradients: Mapping[str, Tensor]) -> tuple[float, Future[Behind]]:
+        """The norm of an update: of ``gradients``, and of what the servers further on have for it, who are told."""
+        behind = told.result()
+        names = sorted(gradients)
+        own_N = norms([gradients[name] for name in names]) if names else NOTHING
+        norm = total(merged(names, own_N, behind.names, behind.norms_N)[1])
+        return norm, self.tell(Update(norm))
+
+    def alive(self) -> None:
+        """Notice that the next server has gone.
+
+        Raises:
+            LinkError: it has.
+        """
+        lost = self.lost or getattr(self.control, "broken", None)
+        if lost is not None:
+            raise LinkLostError(f"the next server has gone ({lost})")
+
+    def close(self) -> None:
+        """Leave."""
+        for link in (*self._links.values(), self.control):
+            link.close()
+
+    def _hear(self, answer: Future[Behind]) -> Future[Behind]:
+        answer.add_done_callback(self._heard)
+        return answer
+
+    def _heard(self, answer: Future[Behind]) -> None:
+        error = answer.exception()
+        if error is None:
+            self.told = answer.result()
+        elif self.lost is None:
+            self.lost = LinkLostError(str(error))  # whoever needs it may come again: it begins anew
+
+
+class Keeper(Protocol):
+    """Saves the state of a server that others lead."""
+
+    run: str
+    numbers: Sequence[int]
+
+    def keep(self, number: int, run: str) -> None:
+        """Save it as snapshot ``number`` of a run."""
+        ...
+
+    def back(self, number: int) -> None:
+        """Go back to a snapshot."""
+        ...
+
+
+@dataclass
+class Following:
+    """What a server keeps that another one leads.
+
+    Attributes:
+        settings: that the leading server must have too.
+        complete: gradients of clients' steps that are not settled, by client and step.
+        due: an update that waits for its norm.
+        led: the leading server is here.
+        over: the run has ended, or (``lost``) the leading server has gone: then this server must begin anew.
+    """
+
+    settings: Mapping[str, str]
+    keeper: Keeper | None = None
+    complete: dict[tuple[str, int], Gathered] = field(default_factory=dict)
+    due: Mapping[str, Tensor] | None = None
+    led: bool = False
+    over: bool = False
+    lost: bool = False
+
+    def check(self, lead: Lead) -> None:
+        """Refuse a leading server that would train otherwise, or another run.
+
+        Raises:
+            LinkError: see above.
+        """
+        if self.led or self.lost:
+            raise LinkLostError("this server is led already, or begins anew since the one that led it has gone")
+        for name in sorted(self.settings.keys() | lead.settings.keys()):
+            here, there = self.settings.get(name, "none"), lead.settings.get(name, "none")
+            if here != there:
+                raise LinkError(f"the server before has {name} = {there}, and this one {here}: give both the same "
+                                "configuration")  # fmt: skip
+        if self.keeper is not None and self.keeper.numbers and lead.run != self.keeper.run:
+            raise LinkError(
+                f"this server's state is of the run {self.keeper.run}, the server before goes on with "
+                f"{lead.run or 'a new one'}; give each the --state that it had, or a new one to both"
+            )
+
+    def settled(self, request: Settle) -> Gathered:
+        """What a client's step has gathered here; nothing, where its cut ends before.
+
+        Raises:
+            LinkError: it should be here, and is not.
+        """
+        found = self.complete.pop((request.client, request.step), None)
+        if found is None and request.take and request.reaches and request.client:
+            raise LinkError(f"step {request.step} of client {request.client} is not here, so it cannot be applied")
+        return found or Gathered()
+
+    def save(self, request: Keep) -> None:
+        """Save, go back or end, as the leading server says."""
+        self.over = self.over or request.over
+        if self.keeper is not None and request.number >= 0:
+            if request.back:
+                self.keeper.back(request.number)
+            else:
+                self.keeper.keep(request.number, request.run)
+
+
+def check_can_chain(config: ServerConfig) -> None:
+    """Refuse what servers of a chain could not do as one.
+
+    Raises:
+        ConfigError: see above.
+    """
+    odd = [
+        key
+        for key, is_set in (
+            ('server.adapters = "own"', config.adapters == "own"),
+            ("server.joined", config.joined),
+            ("server.guard.similar", config.guard.similar != GuardConfig().similar),
+        )
+        if is_set
+    ]
+    if odd:
+        raise ConfigError(f"{odd[0]} is not supported with several servers (deployment.blocks): leave it out")

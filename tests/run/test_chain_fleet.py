@@ -1,0 +1,116 @@
+"""A run over two servers and three clients, over gRPC, has the simulation's weights, whichever server falls."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from flexp.config import DeploymentConfig, RunConfig
+from flexp.errors import ConfigError
+from flexp.links.grpc import connect
+from flexp.run import runner
+from flexp.run.chaining import follows, take_place
+from flexp.run.conduct import Conductor
+from flexp.run.server import make_conductor, make_server, rise
+from flexp.server import Server
+from tests import tiny
+
+from .tools import Client, newest, without_meters
+
+NAMES = list(tiny.CLIENTS)
+
+
+class Member:
+    """One server of a chain, in a thread, as ``flexp server`` runs it."""
+
+    def __init__(self, config: RunConfig, deployment: DeploymentConfig, state: Path, listen: str) -> None:
+        self.lines: list[str] = []
+        self.stop = threading.Event()
+        led, next_server = follows(deployment, 1), deployment.next
+
+        def begin() -> tuple[Server, Conductor | None]:
+            kind = "sequence-classification"
+            made = make_server(config, 1, 4, kind, deployment.clients, deployment=deployment, remembers=not led)  # type: ignore[arg-type]
+            reach = None if next_server is None else lambda name: connect(next_server, name, codec="off")
+            take_place(made, config, deployment, state, reach, self.lines.append, self.stop)
+            return made, None if led else make_conductor(made, config, deployment, state, self.lines.append)
+
+        self.thread = threading.Thread(
+            target=lambda: rise(begin, listen, say=self.lines.append, stop=self.stop, dismiss=False)
+        )
+        self.thread.start()
+
+    @property
+    def address(self) -> str:
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            for line in self.lines:
+                if line.startswith("serving"):
+                    return line.split(" at ")[1]
+            time.sleep(0.02)
+        raise AssertionError(self.lines)
+
+    def end(self) -> None:
+        self.stop.set()
+        self.thread.join(60)
+        assert not self.thread.is_alive()
+
+
+def snapshots(folder: Path) -> int:
+    return max((int(place.name[-8:]) for place in folder.glob("checkpoint-*")), default=-1)
+
+
+def test_two_servers_over_grpc_one_of_which_falls_equal_the_simulation(tmp_path: Path) -> None:
+    tiny.bert_folder(tmp_path / "model", dropout=True)
+    train = {"rounds": 2, "steps_per_round": 2, "batch_size": 4, "micro_batch": 2, "shared": {"clip": 0.05}}
+    config = tiny.config(tmp_path, train=train, method={"align": {"kind": "off"}})
+    runner.run(config, tmp_path / "sim")
+
+    whole = {"schedule": "deterministic", "clients": NAMES, "save_every": 1}
+    last = DeploymentConfig(blocks=(2, 4), **whole)  # type: ignore[arg-type]
+    behind = Member(config, last, tmp_path / "behind", "127.0.0.1:0")
+    first = DeploymentConfig(blocks=(1, 2), next=f"grpc://{behind.address}", **whole)  # type: ignore[arg-type]
+    head = Member(config, first, tmp_path / "head", "127.0.0.1:0")
+    address = head.address
+    clients = [
+        Client(config, first, name, lambda name: connect(f"grpc://{address}", name), tmp_path / "clients" / name)
+        for name in NAMES
+    ]
+    while snapshots(tmp_path / "behind") < 4:
+        time.sleep(0.02)
+    behind.end()
+    behind = Member(config, last, tmp_path / "behind", first.next.removeprefix("grpc://") if first.next else "")
+    for client in clients:
+        client.join()
+    for member in (head, behind):
+        member.thread.join(60)  # each ends by itself when the run is over
+        assert not member.thread.is_alive(), member.lines
+    assert any("beginning anew" in line for line in head.lines)
+    assert any("back to snapshot" in line for line in behind.lines)
+
+    there = tiny.checkpoint(tmp_path / "sim")
+    here = {f"client-{name}": newest(tmp_path / "clients" / name / "snapshots") for name in NAMES}
+    here["server"] = {**newest(tmp_path / "behind"), **newest(tmp_path / "head")}
+    for party, state in there.items():
+        left, right = without_meters(state), without_meters(here[party])
+        assert left.keys() == right.keys()
+        assert [name for name, value in left.items() if not torch.equal(value, right[name])] == [], party
+
+
+def test_blocks_that_nobody_has_are_refused(tmp_path: Path) -> None:
+    tiny.bert_folder(tmp_path / "model")
+    config = tiny.config(tmp_path)
+    for blocks, next_server, why in (
+        ((1, 3), None, r"blocks are \[1, 3\), and nobody has those behind them: name .* --next"),
+        ((2, 4), "grpc://localhost:1", r"blocks are \[2, 4\), the last: leave out --next"),
+        ((2, 5), None, r"--blocks 2:5 \(deployment.blocks\) are no blocks of the shared ones, which are \[1, 4\)"),
+    ):
+        with pytest.raises(ConfigError, match=why):
+            make_server(
+                config, 1, 4, "sequence-classification", None,
+                deployment=DeploymentConfig(blocks=blocks, next=next_server),
+            )  # fmt: skip

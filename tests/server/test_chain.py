@@ -1,0 +1,230 @@
+"""One, two and three servers train the same bits."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flexp.client.exchange import Piece
+from flexp.client.model import OFF, SplitModel
+from flexp.config import AlignConfig, GuardConfig, OptimizerConfig, ServerConfig
+from flexp.errors import BadValuesError, ConfigError, LinkError, LinkLostError
+from flexp.links.base import Link
+from flexp.links.grpc import Tokens, connect, serve
+from flexp.links.messages import BackwardRequest, FetchRequest, ForwardRequest, Join, Settle
+from flexp.optim import Updater
+from flexp.rng import RandomStream
+from flexp.server import Server
+from flexp.server.chain import PREVIOUS, Chain, Following, check_can_chain
+from tests.harness import World, copied, seeded, world
+
+ADAM = OptimizerConfig(name="adamw", lr=3e-3, weight_decay=0.1, schedule="linear", warmup_steps=1, clip=0.05)
+SGD = OptimizerConfig(name="sgd", lr=0.05, momentum=0.9, clip=0.1)
+BORDERS = {1: (1, 4), 2: (1, 2, 4), 3: (1, 2, 3, 4)}
+
+
+def chained(name: str = "bert", count: int = 2, **options: Any) -> tuple[World, list[Server]]:
+    """So many servers, the last one first made; and the world of the first."""
+    places = BORDERS[count]
+    worlds = [world(name, base_depth=s, end=e, **options) for s, e in itertools.pairwise(places)]
+    drawn = world(name, **options).server.shared.updater.parameters
+    for one in worlds:
+        one.server.shared.load_weights({key: drawn[key] for key in one.server.shared.updater.parameters})
+    for here, after in zip(worlds[-2::-1], worlds[:0:-1], strict=True):
+        after.server.following = Following({})
+        lead(here, after.server.connect)
+    return worlds[0], [one.server for one in worlds]
+
+
+def lead(here: World, reach: Any) -> None:
+    border = here.server.blocks[1]
+    here.server.chain = Chain(reach, Join(**here.card(PREVIOUS, (border, 4))), {}, "")
+
+
+def weights(servers: list[Server]) -> dict[str, Tensor]:
+    """Of all servers: weights, optimisers, what rules have gathered."""
+    found: dict[str, Tensor] = {}
+    for server in servers:
+        found |= copied(server.shared.state())
+    return found
+
+
+class Federation:
+    """Clients in turns, each with dropout, a tail and an optimiser of its own."""
+
+    def __init__(
+        self, name: str, count: int, cuts: Mapping[str, tuple[int, int]], kind: Any = "off", **options: Any
+    ) -> None:
+        self.here, self.servers = chained(name, count, total_steps=16, seed=5, dropout=0.2, **options)
+        self.clients: dict[str, tuple[SplitModel, Updater, RandomStream]] = {}
+        for seed, (client, cut) in enumerate(cuts.items()):
+            align = AlignConfig(kind=kind, weight=0.3, pull=0.3) if cut[0] <= 2 else OFF
+            model = self.here.client(client, cut, align)
+            self.clients[client] = (model, Updater(model.stage.trainable(), ADAM, 8), RandomStream(seed))
+        self.losses: list[float] = []
+
+    def steps(self, count: int, pieces: int = 1) -> None:
+        for step in range(count):
+            for client, (model, updater, random) in self.clients.items():
+                for piece in range(1, pieces + 1):
+                    batch = self.here.batch(seed=7 * step + piece + len(client), padding="right")
+                    with random.active(), model.part_of_step(Piece(piece, pieces, 1 / pieces, 1 / pieces)):
+                        loss = model(**batch).loss
+                        loss.backward()
+                    self.losses.append(loss.item())
+                updater.step()
+                model.after_step()
+        self.servers[0].flush()
+
+    def everything(self) -> dict[str, Tensor]:
+        flat = weights(self.servers)
+        for client, (model, updater, _) in self.clients.items():
+            flat |= {f"{client}/{key}": value for key, value in copied(model.personal_state()).items()}
+            flat |= {f"{client}-optimizer/{key}": value for key, value in copied(updater.state()).items()}
+        return flat
+
+
+CUTS = {"a": (1, 4), "bb": (2, 4), "ccc": (1, 2), "dddd": (3, 4)}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "tuning", "pieces", "config", "optimizer"),
+    [
+        ("bert", "kl", "full", 1, ServerConfig(), ADAM),
+        ("bert", "off", "lora", 2, ServerConfig(guard=GuardConfig(clip=0.05)), SGD),
+        ("gpt2", "weights", "full", 2, ServerConfig(update="mean", mean_over=3, memory="recompute"), ADAM),
+        ("llama", "mse", "lora", 1, ServerConfig(update="trimmed", mean_over=3, guard=GuardConfig(clip=0.02)), SGD),
+    ],
+)
+def test_one_two_and_three_servers_end_with_the_same_bits(
+    name: str, kind: str, tuning: str, pieces: int, config: ServerConfig, optimizer: OptimizerConfig
+) -> None:
+    """Clipping bites: their thresholds are far below the norms."""
+    ends, losses = [], []
+    for count in (1, 2, 3) if kind == "kl" else (1, 3):
+        made = Federation(name, count, CUTS, kind, tuning=tuning, config=config, optimizer=optimizer)
+        made.steps(2, pieces)
+        ends.append(made.everything())
+        losses.append(made.losses)
+    for end, told in zip(ends[1:], losses[1:], strict=True):
+        assert told == losses[0]
+        assert end.keys() == ends[0].keys()
+        assert [name for name, value in end.items() if not torch.equal(value, ends[0][name])] == []
+
+
+def request(step: int) -> ForwardRequest:
+    hidden = torch.randn(2, 5, 32, generator=seeded(step))
+    return ForwardRequest(step << 16 | 1, hidden, train=True, step=step)
+
+
+def gradient(step: int, scale: float = 1e-2) -> BackwardRequest:
+    grad = scale * torch.randn(2, 5, 32, generator=seeded(100 + step))
+    return BackwardRequest(step << 16 | 1, grad, step)
+
+
+@pytest.mark.parametrize(("scale", "why"), [(float("nan"), "is not finite"), (1e-2, "the server takes at most")])
+def test_what_the_whole_may_not_take_reaches_no_server(scale: float, why: str) -> None:
+    """The bound is just below the norm of the whole, which no server's own part reaches."""
+    one, _ = chained("llama", 1)
+    one.join("a", (1, 4))
+    one.server.answer("a", request(1))
+    one.server.answer("a", gradient(1))
+    (norm,) = one.server.bounds._norms
+    here, servers = chained("llama", 3, config=ServerConfig(guard=GuardConfig(max_norm=0.999 * norm)))
+    before = weights(servers)
+    here.join("a", (1, 4))
+    here.server.answer("a", request(1))
+    with pytest.raises(BadValuesError, match=why):
+        here.server.answer("a", gradient(1, scale))
+    assert all(torch.equal(value, before[name]) for name, value in weights(servers).items())
+    assert here.server.guard.bad("a") == 1
+    for server in servers[1:]:
+        assert server.guard.bad() == 0
+        assert server.following is not None
+        assert not server.following.complete
+    here.server.answer("a", request(2))  # and it goes on
+    here.server.answer("a", gradient(2, 5e-3))
+    assert [server.shared.version for server in servers] == [2, 2, 2]  # loading counted as one
+
+
+def test_a_step_that_comes_again_is_applied_once_by_every_server() -> None:
+    here, servers = chained("bert", 3, dropout=0.2, remembers=True)
+    here.join("a", (1, 4), numbering=7)
+    first = [here.server.answer("a", what) for what in (request(1), gradient(1))]
+    after = weights(servers)
+    here.join("a", (2, 4), numbering=7)  # its answers are forgotten: it is computed again
+    here.join("a", (1, 4), numbering=7)
+    again = [here.server.answer("a", what) for what in (request(1), gradient(1))]
+    assert again[1].grad_BTH.shape == first[1].grad_BTH.shape
+    assert all(torch.equal(value, after[name]) for name, value in weights(servers).items())
+    here.join("a", (1, 4), numbering=7)
+    here.server.answer("a", request(2))
+    here.join("a", (1, 4), numbering=7)  # a step that is lost in its middle, and done again
+    here.server.answer("a", request(2))
+    here.server.answer("a", gradient(2))
+    assert [server.shared.version for server in servers] == [3, 3, 3]
+
+
+def test_answers_are_written_and_weights_fetched_along_the_chain() -> None:
+    texts, parts = [], []
+    for count in (1, 3):
+        here, servers = chained("llama", count)
+        here.server.allow_export = True
+        model = here.client("a", (1, 4)).eval()
+        torch.manual_seed(0)
+        texts.append(model.generate(here.batch()["input_ids"][:2, :5], max_new_tokens=6, do_sample=False))
+        parts.append(here.server.answer("a", FetchRequest(3)))
+        assert parts[-1].version == servers[0].shared.version
+    assert torch.equal(*texts)
+    assert parts[0].weights.keys() == parts[1].weights.keys() != set()
+    assert all(torch.equal(value, parts[1].weights[name]) for name, value in parts[0].weights.items())
+
+
+def test_what_several_servers_cannot_do_is_refused() -> None:
+    here, (_, last) = chained("llama", 2)
+    with pytest.raises(LinkError, match=r"aligned blocks on several servers are not supported: the first .* block 2"):
+        here.join("a", (3, 4), align=AlignConfig(kind="kl"))
+    for config in (ServerConfig(adapters="own"), ServerConfig(guard=GuardConfig(similar=0.0))):
+        with pytest.raises(ConfigError, match="is not supported with several servers"):
+            check_can_chain(config)
+    last.connect("b").call(Join(**here.card("b", (2, 4)))).result()
+    for client, told in (("a", Settle("a", 1)), ("b", gradient(1)), ("b", Settle("a", 1))):
+        with pytest.raises(LinkError, match=r"only the server before may|trains as the server before says|never"):
+            here.server.answer(client, told) if client == "a" else last.answer(client, told)
+    alone = world("llama", base_depth=2).server
+    alone.following = Following({"seed": "1"})
+    with pytest.raises(LinkLostError, match="no server leads this one yet"):
+        alone.answer("b", Join(**here.card("b", (2, 4))))
+    with pytest.raises(LinkError, match="the server before has seed = 2, and this one 1"):
+        Chain(alone.connect, Join(**here.card(PREVIOUS, (2, 4))), {"seed": "2"}, "")
+    with pytest.raises(ConfigError, match=r"end before block 3, and the next server's begin at 2"):
+        Chain(alone.connect, Join(**here.card(PREVIOUS, (3, 4))), {"seed": "1"}, "")
+
+
+def test_with_tokens_nobody_but_the_server_before_comes_in() -> None:
+    last = world("llama", base_depth=2)
+    last.server.following = Following({})
+    digests = {name: hashlib.sha256(name.encode()).digest() for name in ("a", PREVIOUS)}
+    here = world("llama", end=2)
+    with serve(last.server, tokens=Tokens(digests), bearer=PREVIOUS) as serving:
+
+        def reach(name: str, token: str = PREVIOUS) -> Link:
+            return connect(f"grpc://{serving.address}", name, token=token, codec="off")
+
+        for name in ("a", PREVIOUS):
+            with pytest.raises(LinkError, match="do not go together"):
+                reach(name, "a")
+        lead(here, reach)
+        assert here.server.chain is not None
+        here.join("a", (1, 4))
+        for what in (request(1), gradient(1)):
+            here.server.connect("a").call(what).result()
+        assert last.server.shared.version == here.server.shared.version == 1
+        assert list(here.server.chain.told.facts) == ["[2, 4)"]
+        here.server.chain.close()
