@@ -1,0 +1,146 @@
+"""What the server before says to one of a chain: gradients from it, what becomes of a step, when to keep the state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from functools import singledispatchmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexp.errors import LinkError, LinkLostError
+from flexp.links.declaring import Request
+from flexp.links.messages import (
+    BackwardRequest,
+    Behind,
+    Keep,
+    Lead,
+    PassedBackward,
+    PassedReply,
+    Settle,
+    Update,
+)
+from flexp.optim import merged, norms
+from flexp.server.admission import (
+    check_backward,
+)
+from flexp.server.chain import PREVIOUS, Following
+from flexp.server.session import Session
+from flexp.server.turns import R, Steps, Turns
+
+
+class Led(Turns):
+    """A server that another may lead, which is what its clients see."""
+
+    def _further(self, session: Session, request: Request[R]) -> Steps[R]:
+        """What the servers further on answer; if they do not, the step is given up."""
+        assert session.further is not None
+        try:
+            reply: R = yield session.further.call(request)
+        except LinkError:
+            session.drop()
+            raise
+        if self._sessions.get(session.join.client) is not session:
+            raise LinkLostError(f"client {session.join.client} has left, or joined anew, meanwhile")
+        return reply
+
+    def _passed_further(self, session: Session, request: BackwardRequest | PassedBackward) -> Steps[PassedReply]:
+        names = (item.name for item in fields(PassedBackward))
+        reply = yield from self._further(session, PassedBackward(**{name: getattr(request, name) for name in names}))
+        return reply
+
+    @singledispatchmethod
+    def _said(self, request: Any, client: str) -> Any:
+        """The answer to what only the server before says."""
+        raise LinkError(f"client {client}: this server has no answer to {type(request).__name__}")
+
+    @_said.register
+    def _passed_backward(self, request: PassedBackward, client: str) -> Steps[PassedReply]:
+        """Blocks backward for the server before, which says later what becomes of the step."""
+        following, session, behind = self._followed(PREVIOUS), self._sessions[client], None
+        pending = check_backward(session, request)
+        if session.further is not None:
+            behind = yield from self._passed_further(session, request)
+            request = replace(request, grad_BTH=behind.grad_BTH)
+            if session.pending.get(request.exchange) is not pending:
+                raise LinkLostError(f"client {client}: exchange {request.exchange} was given up meanwhile")
+        with session.random.active():
+            return session.pass_back(request, behind, following.complete)
+
+    @_said.register
+    def _lead(self, request: Lead, client: str) -> Behind:
+        """The server before has come."""
+        following = self._followed(client, led=False)
+        following.check(request)
+        following.led = True
+        return self._report()
+
+    @_said.register
+    def _settle(self, request: Settle, client: str) -> Steps[Behind]:
+        """What becomes of a client's step."""
+        following = self._followed(client)
+        further = None if self.chain is None else self.chain.tell(request)
+        step = following.settled(request)
+        due: Mapping[str, Tensor] | None = None
+        if request.take and not request.client:
+            due = self.shared.gathered()
+        elif request.take:
+            scale, gradients = request.scale, step.gradients
+            if scale is not None:
+                gradients = {name: value * scale for name, value in gradients.items()}
+            due = self.shared.collect(gradients, request.weight)
+        if due is None or request.norm is not None:
+            if due is not None:
+                self.shared.apply(due, request.norm)
+            if further is not None:
+                yield further
+            return self._report()
+        following.due, names = due, sorted(due)
+        own_N = norms([due[name] for name in names]) if names else torch.zeros(0)
+        behind = Behind() if further is None else (yield further)
+        told, norms_N = merged(names, own_N, behind.names, behind.norms_N)
+        return replace(self._report(), names=told, norms_N=norms_N if told else None)
+
+    @_said.register
+    def _update(self, request: Update, client: str) -> Steps[Behind]:
+        """The norm of the update that waits for it."""
+        following = self._followed(client)
+        further = None if self.chain is None else self.chain.tell(request)
+        if following.due is not None:
+            self.shared.apply(following.due, request.norm)
+            following.due = None
+        if further is not None:
+            yield further
+        return self._report()
+
+    @_said.register
+    def _keep_state(self, request: Keep, client: str) -> Steps[Behind]:
+        following = self._followed(client)
+        further = None if self.chain is None else self.chain.tell(request)
+        following.save(request)
+        if further is not None:
+            yield further
+        return self._report()
+
+    def _followed(self, client: str, *, led: bool = True) -> Following:
+        """What is kept for the server before, where it is that which asks.
+
+        Raises:
+            LinkError: it is not, or has not come yet.
+        """
+        if self.following is None or client != PREVIOUS or (led and not self.following.led):
+            raise LinkError(f"client {client}: only the server before may say this, to a server that it leads")
+        return self.following
+
+    def _report(self) -> Behind:
+        """What the server before is told of this one, and of those further on."""
+        behind = Behind() if self.chain is None else self.chain.told
+        kept = None if self.following is None else self.following.keeper
+        numbers = set() if kept is None else set(kept.numbers)
+        if self.chain is not None:
+            numbers &= set(behind.snapshots)
+        own = range(min(self.shared.stage.part.blocks), max(self.shared.stage.part.blocks) + 1)
+        facts = {f"[{own.start}, {own.stop})": self.counts()} | behind.facts
+        return Behind(self.blocks[1], "" if kept is None else kept.run, tuple(sorted(numbers)), facts=facts)

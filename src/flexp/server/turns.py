@@ -1,0 +1,340 @@
+"""When a request is answered, and with whom: at once, in line for a version of the weights, together with others, or
+when the servers further on have answered."""
+
+from __future__ import annotations
+
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any, Protocol, TypeVar, cast
+
+import torch
+
+from flexp.config import OptimizerConfig, ServerConfig
+from flexp.errors import LinkError, StoppedError
+from flexp.links.base import waiting_thread
+from flexp.links.declaring import Request
+from flexp.links.messages import (
+    BackwardRequest,
+    Done,
+    ForwardReply,
+    ForwardRequest,
+    KeptForwardRequest,
+    Order,
+    Ready,
+)
+from flexp.links.packing import Places, arrived
+from flexp.models.stage import Stage
+from flexp.server.admission import (
+    check_backward,
+)
+from flexp.server.clients import Key
+from flexp.server.line import Line, Waiting
+from flexp.server.session import Session
+from flexp.server.state import ServerState
+from flexp.server.together import Ready as ReadyForward
+from flexp.server.together import Together
+
+R = TypeVar("R")
+Steps = Generator[Future[Any], Any, R]
+"""A handler that gives an answer, and on the way futures that it waits for."""
+log = logging.getLogger("flexp.server")
+STOPS = "the server stops; save, leave, and come again when it is back"
+
+
+class Conductor(Protocol):
+    """Tells clients what to do next; called between two requests."""
+
+    def ready(self, client: str, ready: Ready) -> Future[Order]:
+        """A client waits for its order; it may take as long as others take."""
+        ...
+
+    def gone(self, client: str) -> None:
+        """A client has left; whatever it waited for it will ask again."""
+        ...
+
+    def dismiss(self, why: LinkError) -> None:
+        """Nobody gets an order any more."""
+        ...
+
+
+class Turns(ServerState, ABC):
+    """Requests as they arrive, one at a time; a subclass says what answers each.
+
+    Attributes:
+        conductor: tells clients what to do next, if this server conducts a run.
+        stops: clients were told to save and leave.
+        submit: runs what goes on when the servers further on have answered; :func:`flexp.run.server.run_server` does it
+            in the thread that computes.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        config: ServerConfig,
+        optimizer: OptimizerConfig,
+        total_steps: int | None,
+        seed: int,
+        remembers: bool,
+    ) -> None:
+        super().__init__(stage, config, optimizer, total_steps, seed, remembers)
+        self._together = Together(stage, self._sessions)
+        self._line = Line(self._sessions, config.exchange_seconds, self._look_after_line)
+        self.conductor: Conductor | None = None
+        self.stops = False
+        self.submit: Callable[[Callable[[], None]], object] = lambda work: work()
+
+    def answer(self, client: str, request: Request[R]) -> R | Future[R]:
+        """Answer a request of a client; all but :class:`Join` and :class:`Leave` need it to have joined.
+
+        Raises:
+            LinkError: the request does not go with this server, with what was agreed on joining, or with what is in
+                flight; it has no effect then.
+        """
+        if self.stops and not issubclass(request.reply, Done):
+            raise StoppedError(STOPS)
+        if isinstance(request, Ready):
+            return cast("Future[R]", self._next_order(client, request))
+        with self._lock:
+            if self._must_wait(client, request):
+                return self._line.add(client, request)
+            try:
+                return cast(R, self._now(client, request))
+            finally:
+                if waiting_thread() is not None:  # a link calls work() itself
+                    self._work_off()
+
+    @property
+    def busy(self) -> bool:
+        """Whether anybody is in line; then :meth:`work` is to be called, in the thread that computes."""
+        return len(self._line) > 0
+
+    def work(self) -> float | None:
+        """Answer whoever is next in line, and those that can go along.
+
+        Returns:
+            After how many seconds to call it again; ``None``: when another request has come.
+        """
+        with self._lock:
+            group, wait = self._together.choose(self._line.firsts())
+            if not group:
+                return wait
+            self._line.take(group)
+            one, began = group[0], time.perf_counter()
+            kind = "backward" if isinstance(one.request, BackwardRequest) else "forward"
+            joined, tokens = len(group) > 1 or self._together.was_joined(one), self._together.tokens(one)
+            if len(group) == 1:
+                one.tell(partial(self._now, one.client, one.request))
+            else:
+                try:
+                    (self._forwards if kind == "forward" else self._backwards)(group)
+                except Exception:
+                    log.exception("%d requests could not be answered together, so they are one by one", len(group))
+                    for other in group:
+                        other.tell(partial(self._now, other.client, other.request))
+            self._together.pace.note(kind, joined, tokens, (time.perf_counter() - began) / len(group))
+            return 0.0
+
+    def _work_off(self) -> None:
+        while self.work() == 0.0:
+            pass
+
+    def _finished(self, client: str, made: Any) -> Any:
+        """What a handler gives; where it waits for the servers further on, a future, and it goes on later."""
+        if not isinstance(made, Generator):
+            return made
+        value, waited = driven(made)
+        if waited is None:
+            return value
+        answer: Future[Any] = Future()
+        answer.set_running_or_notify_cancel()
+
+        def go_on(come: Future[Any]) -> None:
+            try:
+                with self._lock:
+                    with self.guard.judged(client), self._computing():
+                        value, waited = driven(made, come)
+                    self._work_off()
+            except Exception as error:
+                answer.set_exception(error)
+                return
+            if waited is None:
+                answer.set_result(value)
+            else:
+                waited.add_done_callback(later)
+
+        def later(come: Future[Any]) -> None:
+            self.submit(lambda: go_on(come))
+
+        waited.add_done_callback(later)
+        return answer
+
+    def dismiss(self) -> None:
+        """Tell all clients to save and leave: those that wait for something now, the others when they ask for
+        something; called between two requests."""
+        self.stops = True
+        for waited in (self.sums, self.conductor, self._line):
+            if waited is not None:
+                waited.dismiss(StoppedError(STOPS))
+
+    def _now(self, client: str, request: Request[Any]) -> Any:
+        if issubclass(request.reply, Done):  # it only makes the server forget, which nobody is refused
+            return self._handle(request, client)
+        if client in self.own:
+            self.own[client].enter()
+        with self.guard.request(client), nullcontext() if request.trains is None else self._computing():
+            return self._finished(client, self._handle(request, client))
+
+    def _must_wait(self, client: str, request: Request[Any]) -> bool:
+        """Whether a request goes into the line: it may be answered together with others, which only links wait for, or
+        it is a forward that would hold one version of the weights too many.
+
+        A client that holds weights already never waits, nor does one whose thread does, since it would wait for itself;
+        so every version is let go at last.
+        """
+        session = self._sessions.get(client)
+        if session is None:
+            return False
+        if self.config.joined and waiting_thread() is None and isinstance(request, ForwardRequest | BackwardRequest):
+            return True
+        if not isinstance(request, ForwardRequest | KeptForwardRequest) or session.pending:
+            return False
+        if not getattr(request, "train", True):
+            return False
+        session.thread = waiting_thread()
+        if session.shared.has_room and not self._line:
+            return False
+        self._drop_late()
+        self._work_off()
+        if session.thread in {other.thread for other in self._sessions.values() if other.pending} - {None}:
+            return False
+        return len(self._line) > 0 or not session.shared.has_room
+
+    def _forwards(self, group: Sequence[Waiting]) -> None:
+        """Several clients' forwards in one pass."""
+        ready: list[tuple[Waiting, ForwardRequest, Places | None]] = []
+        for one in group:
+            with self._telling(one):
+                request = cast(ForwardRequest, one.request)
+                known = self._known_forward(one.session, request)
+                if known is not None:
+                    one.tell(partial(_same, known))
+                    continue
+                whole, sent = arrived(request, f"client {one.client}")
+                self._check(one.session, whole, self._sessions.in_flight + len(ready))
+                ready.append((one, whole, sent))
+        if not ready:
+            return
+        began = time.perf_counter()
+        with self._computing():
+            replies = self._together.forward([ReadyForward(one.session, whole, sent) for one, whole, sent in ready])
+        each = (time.perf_counter() - began) / len(ready)
+        for (one, whole, _), reply in zip(ready, replies, strict=True):
+            self._remember(one.session, whole.step, ("forward", whole.exchange), reply)
+            one.tell(partial(_same, reply), each)
+
+    def _backwards(self, group: Sequence[Waiting]) -> None:
+        """Several clients' backwards in one pass; each trains the blocks in turn."""
+        ready: list[tuple[Waiting, BackwardRequest]] = []
+        for one in group:
+            with self._telling(one):
+                request = cast(BackwardRequest, one.request)
+                check_backward(one.session, request)
+                ready.append((one, request))
+        if not ready:
+            return
+        began = time.perf_counter()
+        with self._computing():
+            replies = self._together.backward([(one.session, request) for one, request in ready])
+        each = (time.perf_counter() - began) / len(ready)
+        for (one, request), reply in zip(ready, replies, strict=True):
+            with self._telling(one):
+                if isinstance(reply, Exception):
+                    raise reply
+                self._remember(one.session, request.step, ("backward", request.exchange), reply)
+                one.tell(partial(_same, reply), each)
+
+    @contextmanager
+    def _telling(self, one: Waiting) -> Iterator[None]:
+        """Count a request that is answered with others, and tell its client alone what it is refused for."""
+        try:
+            with self.guard.request(one.client):
+                yield
+        except Exception as error:
+            one.tell(partial(_raise, error))
+
+    def _look_after_line(self) -> None:
+        """While forwards wait nobody else may come, whose request would do this."""
+        with self._lock:
+            self._drop_late()
+            self._work_off()
+            self._line.watch()
+
+    def _drop_late(self) -> None:
+        for session in self._sessions.values():
+            session.drop_late(self.config.exchange_seconds)
+
+    def _next_order(self, client: str, request: Ready) -> Future[Order]:
+        if self.conductor is None:
+            raise LinkError("this server conducts no run")
+        return self.conductor.ready(client, request)
+
+    @abstractmethod
+    def _handle(self, request: Any, client: str) -> Any:
+        """The answer; of a handler that waits for the servers further on :data:`Steps`."""
+
+    def _remember(self, session: Session, step: int, key: Key, reply: Any) -> None:
+        if self.remembers:
+            session.progress.remember(step, key, reply, self.config.keep_answers_bytes)
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Count the seconds, and let none of the caller's modes in, which a link to another process would not carry.
+
+        A backward in the same process, for instance, arrives with gradients switched off, a Trainer's forward perhaps
+        with mixed precision switched on.
+        """
+        began, device = time.perf_counter(), self.shared.stage.model.device
+        try:
+            with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+                yield
+        finally:
+            self.compute_seconds += time.perf_counter() - began
+
+    @abstractmethod
+    def _known_forward(self, session: Session, request: ForwardRequest) -> ForwardReply | None:
+        """What was answered to it, if it comes again and its step was applied."""
+
+    @abstractmethod
+    def _check(self, session: Session, request: ForwardRequest, in_flight: int) -> None:
+        """Refuse a forward that may not be computed."""
+
+
+def driven(work: Steps[R], come: Future[Any] | None = None) -> tuple[R | None, Future[Any] | None]:
+    """Let a handler go on with what has ``come`` until it has ended, or waits for something that is not there yet; what
+    it gives, or what it waits for."""
+    while True:
+        try:
+            if come is None:
+                waited = next(work)
+            elif (error := come.exception()) is not None:
+                waited = work.throw(error)
+            else:
+                waited = work.send(come.result())
+        except StopIteration as end:
+            return end.value, None
+        if not waited.done():
+            return None, waited
+        come = waited
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _raise(error: Exception) -> Any:
+    raise error
