@@ -155,7 +155,7 @@ def test_a_step_stays_within_few_files(tmp_path: Path) -> None:
     config = config.model_copy(update={"method": type(config.method)()})  # as the bench does
     walk = house.walk_of_step(config)
     assert {"client/trainer.py", "client/model.py", "server/server.py", "server/session.py"} <= set(walk.files)
-    assert len(walk.files) <= 19
+    assert len(walk.files) <= 21
     assert walk.moves > len(walk.files)
 
 

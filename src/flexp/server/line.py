@@ -58,26 +58,26 @@ class Line:
     Args:
         sessions: of the server. A request whose client has left, joined anew or given up waits no more.
         late: called in a thread of its own, ``seconds`` after the first came, for as long as anybody waits.
+
+    Attributes:
+        waiting: all, in their order; a step for which nobody waits asks this and nothing else.
     """
 
     def __init__(self, sessions: Sessions, seconds: float, late: Callable[[], None]) -> None:
         self._sessions, self._seconds, self._late = sessions, seconds, late
-        self._waiting: deque[Waiting] = deque()
+        self.waiting: deque[Waiting] = deque()
         self._watched = False
-
-    def __len__(self) -> int:
-        return len(self._waiting)
 
     def add(self, client: str, request: Request[Any]) -> Later[Any]:
         """Let a request wait; gives its answer to be."""
         session = self._sessions[client]
-        self._waiting.append(Waiting(client, request, session, session.drops))
+        self.waiting.append(Waiting(client, request, session, session.drops))
         self.watch()
-        return self._waiting[-1].answer
+        return self.waiting[-1].answer
 
     def watch(self) -> None:
         """See to it that whoever holds up the line is not waited for for ever."""
-        if self._waiting and not self._watched:
+        if self.waiting and not self._watched:
             self._watched = True
             timer = threading.Timer(self._seconds, self._look)
             timer.daemon = True
@@ -85,24 +85,24 @@ class Line:
 
     def firsts(self) -> list[Waiting]:
         """Of each client the request that came first; those that wait for nothing any more are told so."""
-        for one in list(self._waiting):
+        for one in list(self.waiting):
             if self._sessions.get(one.client) is not one.session or one.session.drops != one.drops:
-                self._waiting.remove(one)
+                self.waiting.remove(one)
                 one.tell(_raising(LinkLostError(f"client {one.client}: {GIVEN_UP}")))
         firsts: dict[str, Waiting] = {}
-        for one in self._waiting:
+        for one in self.waiting:
             firsts.setdefault(one.client, one)
         return list(firsts.values())
 
     def take(self, group: Sequence[Waiting]) -> None:
         """These wait no more."""
         for one in group:
-            self._waiting.remove(one)
+            self.waiting.remove(one)
 
     def dismiss(self, why: LinkError) -> None:
         """Nobody waits any more."""
-        while self._waiting:
-            self._waiting.popleft().tell(_raising(why))
+        while self.waiting:
+            self.waiting.popleft().tell(_raising(why))
 
     def _look(self) -> None:
         self._watched = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import singledispatchmethod
 from pathlib import Path
 from typing import Any, cast
 

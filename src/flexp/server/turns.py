@@ -105,13 +105,13 @@ class Turns(ServerState, ABC):
             try:
                 return cast(R, self._now(client, request))
             finally:
-                if waiting_thread() is not None:  # a link calls work() itself
+                if self._line.waiting and waiting_thread() is not None:  # a link calls work() itself
                     self._work_off()
 
     @property
     def busy(self) -> bool:
         """Whether anybody is in line; then :meth:`work` is to be called, in the thread that computes."""
-        return len(self._line) > 0
+        return len(self._line.waiting) > 0
 
     def work(self) -> float | None:
         """Answer whoever is next in line, and those that can go along.
@@ -206,13 +206,13 @@ class Turns(ServerState, ABC):
         if not getattr(request, "train", True):
             return False
         session.thread = waiting_thread()
-        if session.shared.has_room and not self._line:
+        if session.shared.has_room and not self._line.waiting:
             return False
         self._drop_late()
         self._work_off()
         if session.thread in {other.thread for other in self._sessions.values() if other.pending} - {None}:
             return False
-        return len(self._line) > 0 or not session.shared.has_room
+        return len(self._line.waiting) > 0 or not session.shared.has_room
 
     def _forwards(self, group: Sequence[Waiting]) -> None:
         """Several clients' forwards in one pass."""
