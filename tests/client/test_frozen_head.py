@@ -73,7 +73,7 @@ def test_a_gradient_that_was_asked_for_must_come(monkeypatch: pytest.MonkeyPatch
     loss = model(**here.batch()).loss
     from flexp.server.session import Session
 
-    monkeypatch.setattr(Session, "backward", lambda self, request: BackwardReply())
+    monkeypatch.setattr(Session, "backward", lambda *_: BackwardReply())
     with pytest.raises(LinkError, match="sends no gradient"):
         loss.backward()
 

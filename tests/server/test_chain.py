@@ -22,6 +22,7 @@ from flexp.optim import Updater
 from flexp.rng import RandomStream
 from flexp.server import Server
 from flexp.server.chain import PREVIOUS, Chain, Following, check_can_chain
+from flexp.server.session import Gathered
 from tests.harness import World, copied, seeded, world
 
 ADAM = OptimizerConfig(name="adamw", lr=3e-3, weight_decay=0.1, schedule="linear", warmup_steps=1, clip=0.05)
@@ -90,7 +91,7 @@ class Federation:
         return flat
 
 
-CUTS = {"a": (1, 4), "bb": (2, 4), "ccc": (1, 2), "dddd": (3, 4)}
+CUTS = {"a": (1, 4), "bb": (2, 4), "ccc": (1, 2), "dddd": (3, 4), "e": (1, 3)}
 
 
 @pytest.mark.parametrize(
@@ -151,6 +152,22 @@ def test_what_the_whole_may_not_take_reaches_no_server(scale: float, why: str) -
     here.server.answer("a", request(2))  # and it goes on
     here.server.answer("a", gradient(2, 5e-3))
     assert [server.shared.version for server in servers] == [2, 2, 2]  # loading counted as one
+
+
+def test_a_step_has_no_more_on_its_way_than_it_says() -> None:
+    """A second gradient for it would take the place of the judged one further on."""
+    here, _ = chained("llama", 2)
+    here.join("a", (1, 4))
+    here.server.answer("a", request(1))
+    here.server._sessions["a"].passing[1] = 1
+    with pytest.raises(LinkLostError, match="step 1 has its 1 exchanges already on their way"):
+        here.server.answer("a", gradient(1))
+
+
+def test_a_step_that_was_given_up_is_kept_for_a_while_and_never_applied_where_a_cut_no_longer_reaches() -> None:
+    kept = Following({}, complete={("a", 1): Gathered(gradients={"w": torch.ones(1)})})
+    assert kept.settled(Settle("a", 1, take=True, reaches=False)).gradients == {}
+    assert kept.complete == {}
 
 
 def test_a_step_that_comes_again_is_applied_once_by_every_server() -> None:

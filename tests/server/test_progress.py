@@ -143,6 +143,20 @@ def test_pulled_weights_are_those_of_the_first_time() -> None:
     assert not equal(here.server.answer("a", PullRequest(1, 2, 2)).weights, first)
 
 
+@pytest.mark.parametrize("step", [0, 1])
+def test_portions_are_of_one_version_where_no_answers_are_remembered(step: int) -> None:
+    here = world("bert")
+    here.join("a", (2, 4))
+    here.join("b", (1, 4))
+    start = {k: v for k, v in shared_weights(here.server).items() if k.startswith("bert.encoder.layer.1.")}
+    found = here.server.answer("a", PullRequest(1, 2, step, most=1)).weights
+    here.server.answer("b", request(1))
+    here.server.answer("b", gradient(1))
+    found |= here.server.answer("a", PullRequest(1, 2, step, first=1)).weights
+    assert equal(found, start)
+    assert not equal(here.server.answer("a", PullRequest(1, 2, step)).weights, start)
+
+
 def test_a_saved_server_in_the_middle_of_a_step() -> None:
     here, other = joined(), joined()
     do(here, 1)

@@ -94,7 +94,7 @@ def server(
     from flexp.links.grpc import ServerTls, Tokens
     from flexp.links.rules import Limits
     from flexp.registry import VERIFIERS
-    from flexp.run.chaining import follows, take_place
+    from flexp.run.chaining import PATIENCE, follows, take_place
     from flexp.run.conduct import Conductor
     from flexp.run.server import make_conductor, make_server, read_config, rise
     from flexp.server import Server
@@ -128,7 +128,8 @@ def server(
             deployment=deployment,
             remembers=conducts and not led,
         )
-        reach = None if url is None else partial(ours.connect, url, codec="off", timeout=deployment.answer_seconds)
+        patience = max(deployment.answer_seconds, PATIENCE)
+        reach = None if url is None else partial(ours.connect, url, codec="off", timeout=patience)
         take_place(made, loaded, deployment, state, reach, say)
         return made, make_conductor(made, loaded, deployment, state, say) if conducts and not led else None
 

@@ -40,7 +40,7 @@ class ServerConfig(Section):
     max_in_flight: PositiveInt = 8  # forwards of one client whose backward has not come yet
     max_in_flight_total: PositiveInt = 64  # the same over all clients
     # of the trained weights at once: beyond it a forward waits until a step ends that began with older ones
-    max_versions: Annotated[int, Field(ge=2)] = 16
+    max_versions: Annotated[int, Field(ge=2)] | None = None
     # requests that wait go through the blocks together where that is faster; answers are those alone up to rounding
     joined: bool = False
     # what forwards keep until their backward, graphs included, of all clients; a client has at most half. Beyond

@@ -29,6 +29,11 @@ from flexp.server.chain import PREVIOUS, Chain, Following, check_can_chain
 Reach = Callable[[str], Link]
 
 
+PATIENCE = 3600.0
+"""Seconds that an answer of the next server may take, which saves its state meanwhile: that it has gone is noticed at
+once."""
+
+
 class Kept:
     """The snapshots of a server that is led, in a folder (:class:`flexp.server.chain.Keeper`)."""
 

@@ -158,8 +158,10 @@ class Conductor:
         facts = {"run": self.run, "updates": self.server.updates, "planned": self.train.total_steps}
         chain = self.server.chain
         try:
-            if chain is not None:  # all save after the same update, this one last: what it has, all have
-                chain.tell(Keep(number, self.run)).result()
+            # All save after the same update, this one last: what it has, all have.
+            if chain is not None and number not in chain.tell(Keep(number, self.run)).result().snapshots:
+                self.say(f"snapshot {number} was not saved: a server further on could not")
+                return
             state = self.server.state(unfinished=unfinished)
             self.snapshots.save(number, {"server": state}, {**facts, "over": self.over})
         except (StorageError, LinkLostError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -136,6 +137,8 @@ def rise(begin: Callable[[], tuple[Server, Conductor | None]], listen: str, *, s
         except FallenError as fallen:
             say(f"{fallen}; beginning anew")
             listen = fallen.listen
+            del server, conductor  # there may be no room for the old blocks beside the new
+            gc.collect()
         except BaseException:
             if server.chain is not None:
                 server.chain.close()

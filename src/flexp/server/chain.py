@@ -189,7 +189,7 @@ class Following:
         found = self.complete.pop((request.client, request.step), None)
         if found is None and request.take and request.reaches and request.client:
             raise LinkError(f"step {request.step} of client {request.client} is not here, so it cannot be applied")
-        return found or Gathered()
+        return found if found is not None and request.reaches else Gathered()
 
     def save(self, request: Keep) -> None:
         """Save, go back or end, as the leading server says."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from functools import singledispatchmethod
@@ -37,14 +38,34 @@ class Led(Turns):
     def _further(self, session: Session, request: Request[R]) -> Steps[R]:
         """What the servers further on answer; if they do not, the step is given up."""
         assert session.further is not None
+        drops = session.drops
         try:
             reply: R = yield session.further.call(request)
         except LinkError:
-            session.drop()
+            if session.drops == drops and getattr(request, "train", True):  # else it is not what is in flight now
+                session.drop()
             raise
         if self._sessions.get(session.join.client) is not session:
             raise LinkLostError(f"client {session.join.client} has left, or joined anew, meanwhile")
         return reply
+
+    def _passed_once(self, session: Session, request: BackwardRequest) -> Steps[PassedReply]:
+        """The same of the first server, which judges: of a step no more goes on than it has, whatever is on its way.
+
+        Raises:
+            LinkLostError: more would.
+        """
+        gathered = session.gathered.get(request.step)
+        arrived = 0 if gathered is None else gathered.arrived
+        if arrived + session.passing[request.step] + 1 > request.exchanges:
+            raise LinkLostError(f"client {session.join.client}: step {request.step} has its {request.exchanges} "
+                                "exchanges already on their way; wait for their answers")  # fmt: skip
+        session.passing[request.step] += 1
+        try:
+            return (yield from self._passed_further(session, request))
+        finally:
+            session.passing[request.step] -= 1
+            session.passing += Counter()  # without those at zero
 
     def _passed_further(self, session: Session, request: BackwardRequest | PassedBackward) -> Steps[PassedReply]:
         names = (item.name for item in fields(PassedBackward))
@@ -81,8 +102,9 @@ class Led(Turns):
     def _settle(self, request: Settle, client: str) -> Steps[Behind]:
         """What becomes of a client's step."""
         following = self._followed(client)
-        further = None if self.chain is None else self.chain.tell(request)
         step = following.settled(request)
+        passed = replace(request, reaches=step.further)
+        further = None if self.chain is None else self.chain.tell(passed)
         due: Mapping[str, Tensor] | None = None
         if request.take and not request.client:
             due = self.shared.gathered()
@@ -124,13 +146,17 @@ class Led(Turns):
             yield further
         return self._report()
 
+    def _leads(self, client: str) -> bool:
+        """Whether it is the server before, of which a server that follows nobody has none."""
+        return self.following is not None and client == PREVIOUS
+
     def _followed(self, client: str, *, led: bool = True) -> Following:
         """What is kept for the server before, where it is that which asks.
 
         Raises:
             LinkError: it is not, or has not come yet.
         """
-        if self.following is None or client != PREVIOUS or (led and not self.following.led):
+        if self.following is None or not self._leads(client) or (led and not self.following.led):
             raise LinkError(f"client {client}: only the server before may say this, to a server that it leads")
         return self.following
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -79,9 +80,14 @@ class Line:
         """See to it that whoever holds up the line is not waited for for ever."""
         if self.waiting and not self._watched:
             self._watched = True
-            timer = threading.Timer(self._seconds, self._look)
+            timer = threading.Timer(self._seconds, _look, [weakref.ref(self)])  # which keeps no server that has ended
             timer.daemon = True
             timer.start()
+
+    def look(self) -> None:
+        """Time is up for whoever holds up the line."""
+        self._watched = False
+        self._late()
 
     def firsts(self) -> list[Waiting]:
         """Of each client the request that came first; those that wait for nothing any more are told so."""
@@ -104,13 +110,15 @@ class Line:
         while self.waiting:
             self.waiting.popleft().tell(_raising(why))
 
-    def _look(self) -> None:
-        self._watched = False
-        self._late()
-
 
 def _raising(error: Exception) -> Callable[[], Any]:
     def fail() -> Any:
         raise error
 
     return fail
+
+
+def _look(line: weakref.ref[Line]) -> None:
+    found = line()
+    if found is not None:
+        found.look()

@@ -113,6 +113,7 @@ class Server(Led):
         self.tuning, self.lora, self.allow_export = tuning, lora, allow_export
         self.clients_tuning, self.clients_quantization = clients_tuning, clients_quantization
         self.only: Collection[str] | None = None
+        self._random = RandomStream(0, stage.model.device)  # of all: seeded anew for every block that anybody runs
         self.sealed = False
 
     @classmethod
@@ -182,7 +183,7 @@ class Server(Led):
     @_handle.register
     def _join(self, request: Join, client: str) -> Welcome:
         """Open a client's session, or open it anew with another cut."""
-        following, leads = self.following, client == PREVIOUS
+        following, leads = self.following, self._leads(client)
         if following is not None and not (leads or following.led):
             raise LinkLostError("no server leads this one yet, which holds the further blocks of several")
         if not leads:
@@ -203,7 +204,7 @@ class Server(Led):
             own,
             self.blocks_of(client),
             self.config,
-            RandomStream(0, self.shared.stage.model.device),
+            self._random,
             self.clients.seed_of(client),
             progress,
             peers=self._sessions,
@@ -285,7 +286,7 @@ class Server(Led):
             raise LinkError(f"client {client}: this server trains as the server before says")
         pending, behind = check_backward(session, request), None
         if session.further is not None:
-            behind = yield from self._passed_further(session, request)
+            behind = yield from self._passed_once(session, request)
             request = replace(request, grad_BTH=behind.grad_BTH)
             if session.pending.get(request.exchange) is not pending:
                 raise LinkLostError(f"client {client}: exchange {request.exchange} was given up meanwhile")
@@ -303,6 +304,8 @@ class Server(Led):
         if self.chain is not None and request.stop > self.chain.first:
             raise LinkError(f"client {client}: weights of aligned blocks on several servers are not supported")
         known = session.progress.answer(request.step, key)
+        if known is None and request.first and session.pulled is not None and session.pulled[0] == (request.step, key):
+            known = session.pulled[1]  # all portions are of one version, also where no answers are remembered
         if known is None:
             wanted = range(request.start, request.stop)
             parameters = session.shared.updater.parameters.items()
@@ -310,13 +313,16 @@ class Server(Led):
             found = {name: value.detach().clone() for name, value in parameters if block_of(name) in wanted}
             known = PullReply(len(found), weights=found)  # all of them: the rest is asked for later, and some again
             self._remember(session, request.step, key, known)
-        return PullReply(known.total, *portion(known.weights, request, session.coded))
+        same, weights = portion(known.weights, request, session.coded)
+        left = known.total - request.first - len(weights) - len(same)
+        session.pulled = ((request.step, key), known) if left > 0 else None
+        return PullReply(known.total, same, weights)
 
     @_handle.register
     def _fetch(self, request: FetchRequest, client: str) -> Steps[FetchReply]:
         """The trained shared weights of one block, as they are between two updates."""
         session = self._sessions[client]
-        check_fetch(session, request, self.blocks, self.allow_export or client == PREVIOUS)
+        check_fetch(session, request, self.blocks, self.allow_export or self._leads(client))
         if self.chain is not None and request.block >= self.chain.first:
             version = self.shared.version  # theirs may count otherwise; updates come in the order of what is asked
             reply: FetchReply = yield self.chain.control.call(request)

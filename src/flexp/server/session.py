@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ from flexp.links.messages import (
     Join,
     PassedBackward,
     PassedReply,
+    PullReply,
     Settle,
 )
 from flexp.links.packing import Places, on, pack, unpack
@@ -73,10 +75,11 @@ class Pending:
 class Gathered:
     """A client's step of which some exchanges have arrived: the sum of their gradients, and of their items.
 
-    ``exchanges``: that it has, as far as its client has said.
+    ``exchanges``: that it has, as far as its client has said. ``further``: the servers further on have a part of it.
     """
 
     exchanges: int = 0
+    further: bool = False
     arrived: int = 0
     gradients: dict[str, Tensor] = field(default_factory=dict)
     weight: float = 0.0
@@ -124,7 +127,9 @@ class Session:
     cut: tuple[int, int] = (0, 0)  # the client's; ``join`` has what of it is here
     chain: Chain | None = None  # the servers further on, if there are any,
     further: Link | None = None  # and the client's link to them, if its cut needs them
+    passing: Counter[int] = field(default_factory=Counter)  # by step, exchanges whose backward is with them
     settled: Future[Behind] | None = None  # what they say of the last step
+    pulled: tuple[Any, PullReply] | None = None  # what a pull in portions is of, and all of it
     drew: bool = False  # whether a block has drawn random numbers, where requests may be joined
 
     @property
@@ -238,8 +243,13 @@ class Session:
             [*trained], norms_N[:-1], behind.names, behind.norms_N
         )  # fmt: skip
         step = self.gathered.setdefault(request.step, Gathered())
+        step.further |= behind is not None
         if step.take(trained, request):
-            complete[self.join.client, request.step] = self.gathered.pop(request.step)
+            client = self.join.client
+            complete.pop((client, request.step), None)
+            complete[client, request.step] = self.gathered.pop(request.step)
+            for old in [key for key in complete if key[0] == client][: -self.config.max_in_flight]:
+                del complete[old]  # of steps that were given up, which nobody settles
         every, every_N = step.norms(behind) if step.arrived > 1 else ((), own_N[:0])
         grad_BTH = pack(task_BTH, pending.sent).to(origin)
         return PassedReply(grad_BTH, own, own_N if own else None, every, every_N if every else None)

@@ -85,7 +85,8 @@ class SharedBlocks:
     @property
     def has_room(self) -> bool:
         """Whether one more forward may hold the current version: the next update's is within the bound then, too."""
-        return self._held[self.version] > 0 or len(self._held) + 1 < self._config.max_versions
+        most = self._config.max_versions
+        return most is None or self._held[self.version] > 0 or len(self._held) + 1 < most
 
     def version_for(self, own: Iterable[int]) -> int:
         """The version that a forward runs with: the current one or, where that would be one too many, the newest of its

@@ -105,7 +105,7 @@ class Together:
         stage, train = self._stage, ready[0].request.train
         stage.model.train(train)
         placed = [on(one.request, stage.model.device) for one in ready]
-        versions = [one.session.version_now() for one in ready]
+        versions = [one.session.version_now() if train else one.session.shared.version for one in ready]
         members = [
             one.session.member(request, version) for one, request, version in zip(ready, placed, versions, strict=True)
         ]
@@ -149,6 +149,9 @@ class Together:
             found = joint.gradients(all_grads)
             found = [found[place] for place in order]
         else:
+            for pending in pendings:  # its graph would stay for whoever comes later, who is computed anew
+                if pending.joint is not None:
+                    pending.joint.free()
             self._stage.model.train(True)
             members = [
                 session.member(pending.request, pending.version)

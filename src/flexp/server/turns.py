@@ -199,7 +199,8 @@ class Turns(ServerState, ABC):
         session = self._sessions.get(client)
         if session is None:
             return False
-        if self.config.joined and waiting_thread() is None and isinstance(request, ForwardRequest | BackwardRequest):
+        together = self.config.joined and not self.shared.frozen
+        if together and waiting_thread() is None and isinstance(request, ForwardRequest | BackwardRequest):
             return True
         if not isinstance(request, ForwardRequest | KeptForwardRequest) or session.pending:
             return False
