@@ -31,7 +31,7 @@ from flexp.links.grpc import connect, serve
 from flexp.links.messages import BackwardRequest, ForwardRequest
 
 BUSY = 0.7
-"""Of a server's time, in a fleet that is predicted: beyond it queues grow quickly."""
+"""Of a server's time at most, unless it has one client, in a fleet that is predicted: beyond it queues grow quickly."""
 COLUMNS = ("clients", "steps/s", "predicted", "p50 ms", "predicted", "p99 ms", "predicted", "versions", "predicted")
 KNOWN = {  # seconds of the device, bit/s, seconds one way, share awake
     "phones": (1.0, 10e6, 0.05, 0.02),
@@ -274,9 +274,11 @@ def _fleets(here: Parties, alone: Fleet, price: float) -> Result:
         fleet = replace(alone, own=own, bandwidth=bandwidth, latency=latency, message=message)
         for clients in (10**2, 10**3, 10**4, 10**5, 10**6):
             awake = max(1, round(clients * share))
-            servers = math.ceil(awake / fleet.cycle * (fleet.forward + fleet.backward) / BUSY)
-            seen = simulate(fleet, math.ceil(awake / servers))
-            flying, rate = float(np.percentile(seen.in_flight, 99)), seen.rate * servers
+            most = max(1, math.floor(BUSY * fleet.cycle / (fleet.forward + fleet.backward)))  # clients of a server
+            servers = math.ceil(awake / most)
+            each = math.ceil(awake / servers)  # of the fullest; the others have fewer
+            seen = simulate(fleet, each)
+            flying, rate = float(np.percentile(seen.in_flight, 99)), seen.rate * awake / each
             row = {
                 "fleet": name, "clients": clients, "awake": awake, "steps": rate, "servers": servers, "busy": seen.busy,
                 "megabits": rate * 2 * 8 * message / 1e6, "in_flight": flying, "held_bytes": flying * held,

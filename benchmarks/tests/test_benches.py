@@ -180,3 +180,15 @@ def test_scale(tmp_path: Path) -> None:
     (row,) = found["rows"]
     assert row["measured"]["steps"] > 0
     assert row["measured"].keys() == row["predicted"].keys()
+
+
+def test_fleets_make_no_more_steps_than_their_clients_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    simulate, known = scale.simulate, scale.KNOWN["service"]
+    monkeypatch.setattr(scale, "simulate", lambda *of: simulate(*of, steps=2000))
+    monkeypatch.setattr(scale, "KNOWN", {"service": known})
+    found = scale.measure(str(bert_folder(tmp_path / "model")), predict=True, service=0.0045)
+    own, bandwidth, latency, _ = known
+    cycle = scale.Fleet(own, 0.0018, 0.0027, found["message_bytes"], bandwidth, latency).cycle
+    for row in found["fleets"]:
+        assert row["steps"] < 1.02 * row["awake"] / cycle
+        assert row["busy"] < 1.02 * scale.BUSY

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 import json
+import math
 import secrets
 import socket
 import tempfile
@@ -108,7 +109,10 @@ class Nodes:
 
 def _conduct(grid: Grid, options: dict[str, str], file: Path) -> None:
     content = overridden(file, ())
-    names = DeploymentConfig.checked(content.get("deployment", {}), str(file), "deployment").clients
+    deployment = DeploymentConfig.checked(content.get("deployment", {}), str(file), "deployment")
+    names = deployment.clients
+    if deployment.blocks is not None or deployment.next is not None:
+        raise ConfigError(f"{file}: on Flower one server has all shared blocks; leave out deployment.blocks and next")
     if not names:
         raise ConfigError(f"{file}: has no deployment.clients; name the run's clients, as nodes do (--node-config)")
     host, _, port = options["listen"].rpartition(":")
@@ -132,13 +136,15 @@ def _conduct(grid: Grid, options: dict[str, str], file: Path) -> None:
 
         from flexp.data.tasks import task_of
         from flexp.links.grpc import ServerTls, Tokens
+        from flexp.links.rules import Limits
         from flexp.run.server import make_conductor, make_server, read_config, run_server
 
         config, deployment = read_config(file, ())
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         depth = 1 if config.model.base_depth is None else config.model.base_depth
-        server = make_server(config, depth, deployment.end, task_of(config.data).model_kind, names)
+        kind, rate = task_of(config.data).model_kind, deployment.bytes_per_second
+        server = make_server(config, depth, deployment.end, kind, names, deployment=deployment)
         conductor = make_conductor(server, config, deployment, Path(options["state"]), say)
         digest = hashlib.sha256(token.encode()).digest()
         stop, failed = threading.Event(), list[BaseException]()
@@ -147,6 +153,12 @@ def _conduct(grid: Grid, options: dict[str, str], file: Path) -> None:
             try:
                 run_server(
                     server, f"{host}:{port}", say=say, stop=stop, conductor=conductor,
+                    allow_export=deployment.allow_export, dismiss=deployment.on_stop == "leave",
+                    limits=Limits(
+                        max_tokens=deployment.max_tokens,
+                        requests_per_second=deployment.requests_per_second,
+                        bytes_per_second=math.inf if rate is None else rate,
+                    ),
                     tls=ServerTls(Path(folder, "cert.pem"), Path(folder, "key.pem")),
                     tokens=Tokens(dict.fromkeys(names, digest)),
                 )  # fmt: skip
@@ -187,12 +199,18 @@ def _take_part(message: Message, context: Context) -> Message:
     content = json.loads(str(task["content"]))
     deployment = DeploymentConfig.checked(content.get("deployment", {}), WHERE, "deployment")
     if "data" in node:  # this node's own: nothing of it leaves
-        content.setdefault("data", {}).update(source=str(node["data"]), clients={"by": "iid", "count": 1})
+        data = content.setdefault("data", {})
+        data["source"] = str(node["data"])
+        data.setdefault("clients", {}).update(by="iid", count=1)
     elif "partition-id" not in node or "name" in node:
         raise ConfigError('this node names no data: --node-config \'name="NAME" data="/path/to/its/file"\'')
     name = str(node["name"]) if "name" in node else (deployment.clients or [])[int(node["partition-id"])]
     config = validate({table: keys for table, keys in content.items() if table not in OTHERS}, WHERE)
     setup = settle_client(config, name, parse_cut(str(node["cut"])) if "cut" in node else None)
+    for note in setup.run.federation.remarks:
+        say(f"{name}: {note}")
+    clients = setup.config.data.clients
+    coded = "link" in content or any([clients.codec, *(one.codec for one in clients.each)])
     state = Path(str(node.get("state", "flexp-clients"))) / folder_name(name)
     with tempfile.NamedTemporaryFile("w", suffix=".pem") as ca:
         ca.write(str(task["ca"]))
@@ -200,7 +218,7 @@ def _take_part(message: Message, context: Context) -> Message:
         known: dict[str, Any] = {"token": str(task["token"]), "ca": ca.name, "timeout": deployment.answer_seconds}
         over = run_client(
             setup, deployment, lambda: connect(str(task["server"]), name, **known), state,
-            codec=setup.config.link.codec if "link" in content else None, stop=threading.Event(),
+            codec=setup.config.link.codec if coded else None, stop=threading.Event(),
         )  # fmt: skip
     records, metric = read(state / "metrics.jsonl"), setup.run.federation.task.metric
     said: dict[str, Any] = {"name": name, "over": over}

@@ -87,6 +87,15 @@ def test_an_adversary_finds_what_is_there_and_takes_a_step_back(told: bool, leas
     assert bool(z_NH.grad.any())
 
 
+def test_an_adversary_s_first_weights_disturb_no_generator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An accelerator's neither, which a resumed run, that makes the network anew, would draw from differently."""
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda _: pytest.fail("accelerators are seeded"))
+    before = torch.get_rng_state()
+    adversary = Adversary(7)
+    adversary.value(torch.ones(4, 16), torch.eye(4, 8))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize(("tuning", "penalty"), [("full", "nopeek"), ("lora", "nopeek"), ("full", "adversary")])
 def test_what_a_taught_head_sends_depends_less_on_its_tokens(folder: Path, tuning: str, penalty: str) -> None:
     world = build_world(config(folder, model={"tuning": tuning}))

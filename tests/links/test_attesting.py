@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from flexp.errors import ConfigError, LinkError, LinkLostError
-from flexp.links.grpc import Serving, connect, serve
+from flexp.errors import ConfigError, LinkError, LinkLostError, StorageError
+from flexp.links.grpc import ServerTls, Serving, connect, serve
 from flexp.links.grpc.attesting import Attesting, Software, Verifier, bound_to
 from flexp.links.opening import connected
 from tests.harness import equal, shared_weights, world
@@ -153,3 +153,15 @@ def test_evidence_is_bound_to_number_and_key() -> None:
             Software().measurement(found, wrong)
     with pytest.raises(LinkError, match="aborted"):
         asyncio.run(attesting.answer(b"short", Context()))
+
+
+def test_a_certificate_with_text_around_it(certificates: Certificates) -> None:
+    plain, (certificate, key) = certificates.tls(), certificates.server
+    written = certificate.with_name("text.pem")
+    text = "Certificate:\n    Issuer: Gem\u00fcse\n"  # as openssl x509 -text begins
+    written.write_text(text + certificate.read_text(encoding="ascii") + "more\n", encoding="utf-8")
+    assert ServerTls(written, key).certificate_der == plain.certificate_der
+    for odd in (text, "-----BEGIN CERTIFICATE-----\nAAA\n-----END CERTIFICATE-----\n", ""):
+        written.write_text(odd, encoding="utf-8")
+        with pytest.raises(StorageError, match=r"text.pem: has no certificate; expected PEM"):
+            ServerTls(written, key).certificate_der  # noqa: B018

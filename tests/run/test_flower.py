@@ -108,6 +108,57 @@ def test_it_equals_the_simulation_also_when_it_was_stopped(home: Path, capsys: p
         assert equal(without_meters(state), without_meters(here[party])), party
 
 
+class Nobody(Grid):
+    """No node has come."""
+
+    def get_node_ids(self) -> list[int]:
+        return []
+
+
+def test_the_server_keeps_to_what_deployment_says(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr("flexp.run.server.run_server", lambda *_, **options: given.update(options))
+    limits = {"max_tokens": 64, "requests_per_second": 5.0, "bytes_per_second": 1e6}
+    file = written(home, clients=NAMES, on_stop="wait", allow_export=True, **limits)
+    start(file, Nobody(home))
+    assert (given["dismiss"], given["allow_export"]) == (False, True)
+    assert {name: getattr(given["limits"], name) for name in limits} == limits
+    content = json.loads(file.read_text(encoding="utf-8"))
+    for key, value in {"blocks": [1, 2], "next": "grpc://127.0.0.1:1"}.items():
+        file.write_text(json.dumps(content | {"deployment": {"clients": NAMES, key: value}}), encoding="utf-8")
+        with pytest.raises(ConfigError, match="one server has all shared blocks"):
+            start(file, Nobody(home))
+
+
+@pytest.mark.parametrize(("name", "cut", "codec"), [("west", (3, 4), "int8-row"), ("north", (2, 4), None)])
+def test_a_node_with_its_own_data_keeps_what_clients_have(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, cut: Any, codec: Any
+) -> None:
+    from flwr.app import ConfigRecord, Context, Message, RecordDict
+
+    content, found = tiny.content(home), list[Any]()
+    clients = {"cut": [2], "each": [{"name": "west", "cut": [3, 4], "codec": "int8-row"}]}
+    content["data"] |= {"source": "none", "clients": clients}
+
+    def runs(setup: Any, _deployment: Any, _reach: Any, state: Path, *, codec: Any, **_: Any) -> bool:
+        state.mkdir(parents=True)
+        state.joinpath("metrics.jsonl").touch()
+        found.extend([setup, codec])
+        return True
+
+    monkeypatch.setattr("flexp.run.client.run_client", runs)
+    task = {"server": "grpcs://127.0.0.1:1", "token": "", "ca": "", "content": json.dumps(content)}
+    sent = Message(RecordDict({"flexp": ConfigRecord(task)}), dst_node_id=1, message_type="train")
+    own = {"name": name, "data": str(home / "rows.jsonl"), "state": str(home / "clients")}
+    client_app()(sent, Context(1, 1, own, RecordDict(), {}))
+    setup, coded = found
+    assert (setup.data.name, setup.cut, setup.cut_is_given) == (name, cut, False)
+    assert codec is None or coded.activation == codec
+    assert setup.run.federation.remarks
+    said = capsys.readouterr().out
+    assert all(f"flexp: {name}: {line}" in said for line in setup.run.federation.remarks)
+
+
 def test_a_run_without_names_is_refused(home: Path) -> None:
     with pytest.raises(ConfigError, match=r"deployment.clients; name the run's clients"):
         written(home)

@@ -219,7 +219,7 @@ class Prefix(Attack):
                 ids_CT = torch.cat([read_N[rows[:place]].expand(len(tried_C), -1), tried_C[:, None]], 1)
                 with torch.no_grad():
                     hidden_CTH, plan = stage.plan({"input_ids": ids_CT, "attention_mask": torch.ones_like(ids_CT)})
-                    made_CH = stage.run(hidden_CTH, plan, 0, depth)[:, -1].float()
+                    made_CH = stage.run(hidden_CTH, plan, 0, depth)[:, -1].float().cpu()
                 read_N[row] = tried_C[(made_CH - sent.z_NH[row]).square().sum(1).argmin()]
         return read_N
 

@@ -30,7 +30,7 @@ def labels_told(exchanges: Sequence[Exchange], source: Stage, kind: Answers) -> 
     truth = [exchange.batch["labels"] for exchange in seen]
     found: dict[str, float | None]
     if kind == "next-token":
-        head = source.model.get_output_embeddings().weight.detach().float()
+        head = source.model.get_output_embeddings().weight.detach().float().cpu()
         tokens = torch.cat([each[:, 1:][each[:, 1:] != IGNORED] for each in truth])
         found = {"answers": label_attacks.answers(grads, head, truth), "majority": _majority(tokens)}
     else:

@@ -78,7 +78,7 @@ class Known:
 
 @dataclass
 class Watch:
-    """Records training exchanges.
+    """Records training exchanges, in main memory.
 
     Attributes:
         trainers: the clients' loops, which know what they send.
@@ -105,19 +105,25 @@ class Watch:
         known = Known(world.config, world.federation.task, world.source, surrogate, method)
         return cls(method.clients, lambda: known, most)
 
+    def forget(self) -> None:
+        """Let go of what was recorded, and record no more, whatever links are open still tell."""
+        self.most = 0
+        self.exchanges.clear()
+        self._open.clear()
+
     def see(self, client: str, request: Request[Any]) -> None:
         """A request on its way to the server."""
         if isinstance(request, ForwardRequest) and request.train:
             self._forward(client, request)
         elif isinstance(request, BackwardRequest) and (client, request.exchange) in self._open:
             exchange = self._open.pop((client, request.exchange))
-            exchange.grad_BTH = unpack(request.grad_BTH.clone(), exchange.reads)
+            exchange.grad_BTH = unpack(_copied(request.grad_BTH), exchange.reads)
 
     def answered(self, client: str, request: Request[Any], reply: Any) -> None:
         """What the server said to it."""
         if isinstance(request, ForwardRequest) and (client, request.exchange) in self._open:
             exchange = self._open[client, request.exchange]
-            exchange.h_BTH = unpack(reply.hidden_BTH.clone(), exchange.reads)
+            exchange.h_BTH = unpack(_copied(reply.hidden_BTH), exchange.reads)
 
     def _forward(self, client: str, request: ForwardRequest) -> None:
         trainer = self.trainers[client]
@@ -130,13 +136,18 @@ class Watch:
             return
         request, kept = arrived(request, client)
         reads = kept if request.rows_BT is None else Places.of(request.rows_BT)
-        base_BTH = None if request.base_BTH is None else request.base_BTH.clone()
+        base_BTH = None if request.base_BTH is None else _copied(request.base_BTH)
         model = split_model_of(trainer)
         exchange = Exchange(
-            client, request.step, batch, model.cut, request.hidden_BTH.clone(), model.base_depth, base_BTH, reads
+            client, request.step, batch, model.cut, _copied(request.hidden_BTH), model.base_depth, base_BTH, reads
         )
         self._open[client, request.exchange] = exchange
         self.exchanges.append(exchange)
+
+
+def _copied(value: Tensor) -> Tensor:
+    """In main memory, where attacks compare it, and where it takes none from training."""
+    return value.detach().to("cpu", copy=True)
 
 
 @contextmanager

@@ -16,6 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flexp.models.execution import undisturbed
+from flexp.rng import CPU, seed_here
+
 STATE = "adversary."
 
 
@@ -89,8 +92,8 @@ class Adversary:
 
     def _made(self, z_NH: Tensor, e_NE: Tensor) -> nn.Sequential:
         if self._net is None:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self._seed % (1 << 63))
+            with undisturbed(CPU):  # made there; torch.manual_seed would seed every accelerator's generator as well
+                seed_here(self._seed % (1 << 63))
                 net = nn.Sequential(nn.Linear(z_NH.shape[1], self.width), nn.GELU(), nn.LayerNorm(self.width),
                                     nn.Linear(self.width, e_NE.shape[1]))  # fmt: skip
             self._net = net.to(z_NH.device)

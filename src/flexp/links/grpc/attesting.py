@@ -1,4 +1,5 @@
-"""Attestation: what runs on the server, by evidence that its processor signs, before a client sends anything at all.
+"""Attestation: what runs on the server, by evidence that its processor signs, before a client sends anything at all
+(but for its TLS certificate, where ``--cert`` is given).
 
 A client looks at the server's certificate, which its authority must have signed, from then on speaks to whoever has
 that certificate's key alone, and sends a random number. The evidence that comes back must be genuine, name the

@@ -20,7 +20,7 @@ SCHEMES = ("grpc", "grpcs")
 CLIENT_KEY = "flexp-client-bin"  # -bin: names need not be ASCII
 TOKEN_KEY = "flexp-token-bin"
 OPERATOR = "operator"  # whose token it takes to ask how a server is, on one with tokens
-PEM_END = "-----END CERTIFICATE-----"
+PEM_BEGIN, PEM_END = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
 PROTOCOL_KEY = "flexp-protocol"  # the version, from the client and from a server that lets it in
 
 
@@ -91,9 +91,16 @@ class ServerTls:
         """The server's own certificate, the first in its file.
 
         Raises:
-            StorageError: it cannot be read.
+            StorageError: it cannot be read, or has no certificate.
         """
-        return ssl.PEM_cert_to_DER_cert(_pem(self.certificate).decode("ascii").partition(PEM_END)[0] + PEM_END)
+        after = _pem(self.certificate).decode("ascii", "replace").partition(PEM_BEGIN)[2]  # openssl puts text before it
+        try:
+            found = ssl.PEM_cert_to_DER_cert(PEM_BEGIN + after.partition(PEM_END)[0] + PEM_END)
+        except ValueError:
+            found = b""
+        if not found:
+            raise StorageError(f"{self.certificate}: has no certificate; expected PEM, from {PEM_BEGIN} on")
+        return found
 
     def credentials(self) -> grpc.ServerCredentials:
         """For gRPC.
