@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -131,10 +132,11 @@ def test_the_gradient_at_what_it_was_stands_for_that_at_z() -> None:
         changed = stale + (z - z.detach())
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
-    whole = here.whole.model
+    stage = deepcopy(here.whole)  # which other tests use, too
+    whole = stage.model
     whole.load_state_dict(shared_weights(here.server) | model.personal_state(), strict=False)
-    whole.requires_grad_(True)
-    hook = here.whole.blocks[1].register_forward_hook(as_before)
+    whole.requires_grad_(True).zero_grad()
+    stage.blocks[1].register_forward_hook(as_before)
     parts = [model.stage.trainable(), dict(whole.named_parameters())]
     for _ in range(2):
         with model.part_of_step(Piece(examples=(0, 1, 2))):
@@ -150,7 +152,6 @@ def test_the_gradient_at_what_it_was_stands_for_that_at_z() -> None:
                 if name in parts[0] and value.grad is not None:
                     value.data -= 0.05 * value.grad
                 value.grad = None
-    hook.remove()
 
 
 def test_a_head_that_diverges_does_not_hide_behind_what_went_up() -> None:
