@@ -24,9 +24,9 @@ import torch
 import typer
 
 from benchmarks.tools.command import Examples, Length, Model, Result, fetched, say
-from benchmarks.tools.parties import Parties, parties
+from benchmarks.tools.parties import Parties, at_once, parties
 from flexp.config import ServerConfig
-from flexp.links.base import Link, ask
+from flexp.links.base import ask
 from flexp.links.grpc import connect, serve
 from flexp.links.messages import BackwardRequest, ForwardRequest
 
@@ -209,13 +209,12 @@ def tried(here: Parties, count: int, own: float, seconds: float) -> Seen:
     """A real server with clients that wait, as long as devices would compute, and send."""
     most = max(64, 2 * count)
     server = here.server(ServerConfig(max_in_flight_total=most))
-    stop, ready = threading.Event(), threading.Barrier(count + 1)
     waits: list[list[tuple[float, float]]] = [[] for _ in range(count)]
     mask = here.batch["attention_mask"]
     hidden = torch.randn(*mask.shape, here.source.anatomy.hidden)
 
-    def work(number: int, link: Link) -> None:
-        draw, exchange = random.Random(number), 0
+    def work(number: int, ready: threading.Barrier, stop: threading.Event) -> None:
+        link, draw, exchange = links[number], random.Random(number), 0
         ready.wait()
         while not stop.is_set():
             time.sleep(draw.expovariate(2 / own) if own else 0.0)
@@ -234,16 +233,7 @@ def tried(here: Parties, count: int, own: float, seconds: float) -> Seen:
         for link in links:
             stack.callback(link.close)
             here.client(link)  # joins
-        threads = [threading.Thread(target=work, args=each) for each in enumerate(links)]
-        for thread in threads:
-            thread.start()
-        ready.wait()
-        began = time.perf_counter()
-        time.sleep(seconds)
-        stop.set()
-        for thread in threads:
-            thread.join()
-        passed = time.perf_counter() - began
+        passed = at_once(work, count, seconds)
     every = [pair for client in waits for pair in client]
     parts = np.median(np.array(every), axis=0)
     return Seen(passed, [sum(pair) for pair in every], versions=server.shared.peak_versions, parts=(parts[0], parts[1]))

@@ -18,7 +18,7 @@ import psutil
 import typer
 
 from benchmarks.tools.command import Examples, Kind, Length, Model, Result, Threads, fetched, say
-from benchmarks.tools.parties import Parties, Step, parties
+from benchmarks.tools.parties import Parties, Step, at_once, parties
 from flexp.config import CodecConfig, OptimizerConfig
 from flexp.links.base import Link
 from flexp.links.grpc import connect, serve
@@ -61,7 +61,6 @@ def over_grpc(here: Parties, count: int, seconds: float) -> dict[str, Any]:
     """Steps a second of ``count`` clients, each in a thread of its own over gRPC; and how long they take."""
     server = here.server()
     times: list[list[float]] = [[] for _ in range(count)]
-    stop, ready = threading.Event(), threading.Barrier(count + 1)
     with ExitStack() as stack:
         serving = stack.enter_context(serve(server))
         links = [connect(f"grpc://{serving.address}", f"client-{number}") for number in range(count)]
@@ -69,7 +68,7 @@ def over_grpc(here: Parties, count: int, seconds: float) -> dict[str, Any]:
             stack.callback(link.close)
         steps = [_step(here, link) for link in links]
 
-        def work(number: int) -> None:
+        def work(number: int, ready: threading.Barrier, stop: threading.Event) -> None:
             steps[number]()
             ready.wait()
             while not stop.is_set():
@@ -77,16 +76,7 @@ def over_grpc(here: Parties, count: int, seconds: float) -> dict[str, Any]:
                 steps[number]()
                 times[number].append(time.perf_counter() - began)
 
-        threads = [threading.Thread(target=work, args=(number,)) for number in range(count)]
-        for thread in threads:
-            thread.start()
-        ready.wait()
-        began = time.perf_counter()
-        time.sleep(seconds)
-        stop.set()
-        for thread in threads:
-            thread.join()
-        passed = time.perf_counter() - began
+        passed = at_once(work, count, seconds)
     every = [value for own in times for value in own]
     middle, ninth, last = np.percentile(every, [50, 90, 99])
     return {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +26,22 @@ from flexp.optim import Updater
 from flexp.server import Server
 
 Step = Callable[[], None]
+
+
+def at_once(work: Callable[[int, threading.Barrier, threading.Event], None], count: int, seconds: float) -> float:
+    """Let ``work(number, ready, stop)`` run in ``count`` threads until ``stop`` is set, so many seconds after all are
+    ``ready``; the seconds that have passed when the last has ended."""
+    ready, stop = threading.Barrier(count + 1), threading.Event()
+    threads = [threading.Thread(target=work, args=(number, ready, stop)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    ready.wait()
+    began = time.perf_counter()
+    time.sleep(seconds)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    return time.perf_counter() - began
 
 
 @dataclass(frozen=True)

@@ -83,15 +83,7 @@ def request_once(
         if z_BTH is None:
             return None
         made.append(z_BTH)
-    return KeptForwardRequest(
-        whole.exchange,
-        whole.mask_BT,
-        torch.tensor(examples),
-        torch.tensor(fresh),
-        whole.step,
-        whole.rows_BT,
-        hidden_BTH=torch.cat(made, dim=1) if made else None,
-    )
+    return _crossing(whole, examples, fresh, torch.cat(made, dim=1) if made else None)
 
 
 def request_moved(
@@ -114,14 +106,17 @@ def request_moved(
             known.discard(number)  # a server that keeps it keeps the z before, until it says otherwise
     fresh = [number not in known for number in examples]
     new = [went[number] for number, is_new in zip(examples, fresh, strict=True) if is_new]
-    crosses = KeptForwardRequest(
-        whole.exchange,
-        whole.mask_BT,
-        torch.tensor(examples),
-        torch.tensor(fresh),
-        whole.step,
-        whole.rows_BT,
-        hidden_BTH=torch.cat(new).unsqueeze(0) if new else None,
-    )
+    crosses = _crossing(whole, examples, fresh, torch.cat(new).unsqueeze(0) if new else None)
     used_BTH = places.unpack(torch.cat([went[number] for number in examples]).unsqueeze(0))
     return replace(whole, hidden_BTH=used_BTH), crosses
+
+
+def _crossing(
+    whole: ForwardRequest, examples: tuple[int, ...], fresh: list[bool], new_BTH: Tensor | None
+) -> KeptForwardRequest:
+    """The forward ``whole``, of which the tokens ``new_BTH`` (1, T, H) of the ``fresh`` examples cross alone."""
+    assert whole.mask_BT is not None
+    numbers, is_new = torch.tensor(examples), torch.tensor(fresh)
+    return KeptForwardRequest(
+        whole.exchange, whole.mask_BT, numbers, is_new, whole.step, whole.rows_BT, hidden_BTH=new_BTH
+    )

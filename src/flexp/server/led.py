@@ -6,30 +6,21 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from functools import singledispatchmethod
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from flexp.errors import LinkError, LinkLostError
 from flexp.links.declaring import Request
-from flexp.links.messages import (
-    BackwardRequest,
-    Behind,
-    Keep,
-    Lead,
-    PassedBackward,
-    PassedReply,
-    Settle,
-    Update,
-)
+from flexp.links.messages import BackwardRequest, Behind, Keep, Lead, PassedBackward, PassedReply, Settle, Update
 from flexp.optim import merged, norms
-from flexp.server.admission import (
-    check_backward,
-)
+from flexp.server.admission import check_backward
 from flexp.server.chain import PREVIOUS, Following
-from flexp.server.session import Session
+from flexp.server.session import Pending, Session
 from flexp.server.turns import R, Steps, Turns
+
+Q = TypeVar("Q", BackwardRequest, PassedBackward)
 
 
 class Led(Turns):
@@ -49,28 +40,32 @@ class Led(Turns):
             raise LinkLostError(f"client {session.join.client} has left, or joined anew, meanwhile")
         return reply
 
-    def _passed_once(self, session: Session, request: BackwardRequest) -> Steps[PassedReply]:
-        """The same of the first server, which judges: of a step no more goes on than it has, whatever is on its way.
+    def _passed(self, session: Session, pending: Pending, request: Q) -> Steps[tuple[Q, PassedReply]]:
+        """A backward of the exchange ``pending`` with the gradient that the servers further on have at their blocks,
+        and what else they gave.
+
+        Of a step no more goes on than it has, whatever is on its way: another gradient would take the place of one that
+        is judged meanwhile.
 
         Raises:
-            LinkLostError: more would.
+            LinkLostError: more would, or the exchange was given up meanwhile.
         """
-        gathered = session.gathered.get(request.step)
-        arrived = 0 if gathered is None else gathered.arrived
-        if arrived + session.passing[request.step] + 1 > request.exchanges:
-            raise LinkLostError(f"client {session.join.client}: step {request.step} has its {request.exchanges} "
-                                "exchanges already on their way; wait for their answers")  # fmt: skip
-        session.passing[request.step] += 1
-        try:
-            return (yield from self._passed_further(session, request))
-        finally:
-            session.passing[request.step] -= 1
-            session.passing += Counter()  # without those at zero
-
-    def _passed_further(self, session: Session, request: BackwardRequest | PassedBackward) -> Steps[PassedReply]:
+        client, step = session.join.client, request.step
+        arrived = session.gathered[step].arrived if step in session.gathered else 0
+        if arrived + session.passing[step] + 1 > request.exchanges:
+            raise LinkLostError(f"client {client}: step {step} has its {request.exchanges} exchanges already on their "
+                                "way; wait for their answers")  # fmt: skip
         names = (item.name for item in fields(PassedBackward))
-        reply = yield from self._further(session, PassedBackward(**{name: getattr(request, name) for name in names}))
-        return reply
+        session.passing[step] += 1
+        try:
+            passed = PassedBackward(**{name: getattr(request, name) for name in names})
+            behind = yield from self._further(session, passed)
+        finally:
+            session.passing[step] -= 1
+            session.passing += Counter()  # without those at zero
+        if session.pending.get(request.exchange) is not pending:
+            raise LinkLostError(f"client {client}: exchange {request.exchange} was given up meanwhile")
+        return replace(request, grad_BTH=behind.grad_BTH), behind
 
     @singledispatchmethod
     def _said(self, request: Any, client: str) -> Any:
@@ -80,13 +75,10 @@ class Led(Turns):
     @_said.register
     def _passed_backward(self, request: PassedBackward, client: str) -> Steps[PassedReply]:
         """Blocks backward for the server before, which says later what becomes of the step."""
-        following, session, behind = self._followed(PREVIOUS), self._sessions[client], None
-        pending = check_backward(session, request)
+        following, session = self._followed(PREVIOUS), self._sessions[client]
+        pending, behind = check_backward(session, request), None
         if session.further is not None:
-            behind = yield from self._passed_further(session, request)
-            request = replace(request, grad_BTH=behind.grad_BTH)
-            if session.pending.get(request.exchange) is not pending:
-                raise LinkLostError(f"client {client}: exchange {request.exchange} was given up meanwhile")
+            request, behind = yield from self._passed(session, pending, request)
         with session.random.active():
             return session.pass_back(request, behind, following.complete)
 

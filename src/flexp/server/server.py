@@ -286,10 +286,7 @@ class Server(Led):
             raise LinkError(f"client {client}: this server trains as the server before says")
         pending, behind = check_backward(session, request), None
         if session.further is not None:
-            behind = yield from self._passed_once(session, request)
-            request = replace(request, grad_BTH=behind.grad_BTH)
-            if session.pending.get(request.exchange) is not pending:
-                raise LinkLostError(f"client {client}: exchange {request.exchange} was given up meanwhile")
+            request, behind = yield from self._passed(session, pending, request)
         with session.random.active():
             reply = session.backward(request, behind)
         self._remember(session, request.step, key, reply)
