@@ -208,6 +208,7 @@ class SplitGenerator:
     def _rebuild(self, cache: SplitCache, why: LinkError) -> Tensor:
         """Send the whole answer to a server that has lost it, over a new link if the old one is broken."""
         if not isinstance(why, LinkLostError):
+            self.split.check_trained(cache.trained)
             try:
                 return self._ask_anew(cache)
             except LinkLostError as error:
