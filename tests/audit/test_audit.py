@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -353,7 +354,8 @@ def test_noise_of_several_epochs_averages_out_and_known_texts_undo_a_secret_map(
     assert truth.texts == 40
     assert int(some_N.sum()) == 10 * 8
     rest, shares = truth.only(~some_N), []
-    for learnt in (public, truth.only(some_N).beside(public)):
+    some = truth.only(some_N)
+    for learnt in (public, replace(public, sent=some.sent, ids_N=some.ids_N)):
         attack = Linear()
         attack.learn(learnt)
         shares.append(float((attack.guess(rest.sent) == rest.ids_N).float().mean()))
@@ -389,9 +391,9 @@ def test_the_line_says_the_worst_step_and_what_was_not_attacked(folder: Path, pu
 def test_an_audit_that_fails_ends_no_run(folder: Path, public: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether it fails while it watches or while it attacks."""
     told = {"audit": True, "public": str(public)}
-    for place, name in (("flexp.run.audited", "attacked"), ("flexp.audit.watching", "arrived")):
+    for place, name in (("flexp.run.audited", "attacked"), (Watch.__module__, "arrived")):
         with monkeypatch.context() as broken:
-            broken.setattr(f"{place}.{name}", lambda *_, **__: 1 / 0)
+            broken.setattr(sys.modules[place], name, lambda *_, **__: 1 / 0)
             out = folder / f"broken-{name}"
             summary = run(config(folder, privacy=told, train={"rounds": 2, "steps_per_round": 1}), out)
         assert summary["server_reads"] == "not audited (failed: division by zero)"

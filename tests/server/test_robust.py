@@ -90,7 +90,7 @@ def test_no_step_is_longer_than_the_norm_that_noise_covers() -> None:
 
 @pytest.mark.parametrize(
     ("sigma", "steps", "update", "expected"),
-    [  # dp-accounting 0.6: PLDAccountant, a composition of GaussianDpEvent(σ ÷ 2 ÷ m) of m steps in an update, δ = 1e-5
+    [  # PLDAccountant of dp-accounting 0.6, δ = 1e-5: for each update with m steps of it a GaussianDpEvent(σ ÷ 2m)
         (8.0, ["a", "b"] * 4, {}, 1.99309),
         (20.0, ["a", "a", "b", "a"] * 6, {"update": "mean", "mean_over": 4}, 3.07462),
     ],

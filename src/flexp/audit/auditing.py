@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,10 @@ from flexp.kinds import KINDS
 from flexp.methods.base import Method
 
 PRETRAINED, TAUGHT, KNOWN = "pretrained", "taught", "known"
-"""The heads that an attacker learns from: as everybody has it; taught in the way of the clients; and these with some of
-the very texts that were sent, which it knows from elsewhere."""
+"""The heads that an attacker learns from: as everybody has it; taught in the way of the clients; and the clients' own,
+by some of the very texts that were sent, which it knows from elsewhere."""
+FEW = 4
+"""Of so few texts none is known."""
 AVERAGED = "z averaged"
 SURROGATE = 400
 """Public texts on which an attacker teaches a head of its own, at most."""
@@ -44,8 +46,8 @@ class Reading:
 
     Attributes:
         of: ``z`` at the cut, the same ``averaged`` over all times that a text was sent, or ``z_base``.
-        head: that it learnt from: the ``pretrained`` one, one that it ``taught`` as clients do, or either and a quarter
-            of the texts themselves (100 at most), which are ``known`` and not asked for.
+        head: that it learnt from: the ``pretrained`` one, one that it ``taught`` as clients do, or clients' own by a
+            quarter of the texts themselves (100 at most), which are ``known`` and not asked for.
         tokens, content, texts: shares read right: of all tokens but special ones, of content words, of whole texts.
         rouge: ROUGE-L (Lin, 2004; F1 of the longest common subsequence) of what was read of a text, on average.
         by_step: ``content`` by the clients' step.
@@ -171,10 +173,10 @@ def attacked(watch: Watch, *, public: Path | None = None, full: bool = False) ->
         again = truths["z"].averaged() if "z" in truths else None
         truths |= {} if again is None else {AVERAGED: again}
         blind = blind or _blind(heads[PRETRAINED], next(iter(truths.values())), special)
-        if "z" in truths and truths["z"].texts > 1 and (full or config.privacy.of_texts):
-            some = truths["z"].known()
-            heads[KNOWN] = truths["z"].only(some).beside(heads.get(TAUGHT, heads[PRETRAINED]))
-            whose = torch.unique(truths["z"].whose_N[some])
+        if "z" in truths and truths["z"].texts > FEW and (full or config.privacy.of_texts):
+            some = truths["z"].only(truths["z"].known())
+            heads[KNOWN] = replace(heads[PRETRAINED], sent=some.sent, ids_N=some.ids_N)
+            whose = torch.unique(some.whose_N)
         for head, known in heads.items():
             for attack in (kind() for kind in kinds):
                 began = time.perf_counter()

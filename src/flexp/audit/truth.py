@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from flexp.attacks.tokens import Public, Sent
+from flexp.attacks.tokens import Sent
 from flexp.audit.watching import Exchange
 
 MOST_KNOWN = 100
@@ -83,18 +83,3 @@ class Truth:
         some = Sent(sent.z_NH[rows], sent.positions_N[rows], texts_N)
         own = (self.ids_N, self.real_N, self.content_N, self.steps_N, self.whose_N)
         return Truth(some, *(value[rows] for value in own))
-
-    def beside(self, public: Public) -> Public:
-        """What is known of ``public`` texts and of all of these, which count as much as those together: they show what
-        clients' heads have become."""
-        mine, there = self.sent, public.sent
-        times, texts = max(1, len(there) // len(mine)), int(mine.texts_N.max()) + 1
-        return replace(
-            public,
-            sent=Sent(
-                torch.cat([*[mine.z_NH] * times, there.z_NH]),
-                torch.cat([*[mine.positions_N] * times, there.positions_N]),
-                torch.cat([*[mine.texts_N] * times, there.texts_N + texts]),
-            ),
-            ids_N=torch.cat([*[self.ids_N] * times, public.ids_N]),
-        )

@@ -165,7 +165,7 @@ class Watch:
         self._open[client, request.exchange] = exchange
         self.exchanges.append(exchange)
 
-    def _whole(self, client: str, request: KeptForwardRequest) -> tuple[ForwardRequest, Places]:
+    def _whole(self, client: str, request: KeptForwardRequest) -> tuple[ForwardRequest, Places | None]:
         """A forward of examples some of which came earlier, as a server puts it together."""
         examples, mask_BT = self._kept.setdefault(client, Examples()), request.mask_BT.cpu()
         fresh = None if request.hidden_BTH is None else _copied(request.hidden_BTH)
