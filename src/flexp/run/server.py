@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from flexp.client.meeting import UNMASKED, Meets
+from flexp.client.noise import told
 from flexp.config import DeploymentConfig, RunConfig
 from flexp.config.loading import OTHERS, overridden, validate
 from flexp.errors import ConfigError, LinkError, LinkLostError, StorageError
+from flexp.gaussian import DELTA, epsilon
 from flexp.kinds import ModelKind
 from flexp.limits import allow_many_files
 from flexp.links.grpc import Serving, serve
@@ -158,6 +160,7 @@ def run_server(
     conductor: Conductor | None = None,
     metrics: str | None = None,
     allow_export: bool = False,
+    frozen: bool = False,
     dismiss: bool = True,
     **options: Any,
 ) -> None:
@@ -176,6 +179,7 @@ def run_server(
             it; otherwise they try to reach the server until it is back.
         allow_export: give clients the trained weights of their shared blocks; the server then stays when a conducted
             run is over.
+        frozen: nobody trains the blocks, and nothing is saved.
         options: of :class:`flexp.links.grpc.Serving`.
 
     Raises:
@@ -189,6 +193,10 @@ def run_server(
         if store.numbers():
             load(server, store)
             say(f"going on from {state}: {server.updates} updates of the shared blocks so far")
+    if frozen:
+        if store is not None and not store.numbers():
+            raise StorageError(f"{state} holds nothing that was trained: name the --state of a server, or leave it out")
+        server.sealed, store = True, None
     server.guard.say, server.conductor = say, conductor
     reporter = StatusReporter(server, conductor)
     options |= {"say": say, "facts": reporter.facts}
@@ -212,6 +220,8 @@ def run_server(
         over = (conductor is not None and conductor.finished) or (
             server.following is not None and server.following.over
         )
+        if server.shared.told is not None:
+            say("so far " + told({"delta": DELTA, "shared": epsilon(server.shared.told)}))
         say("the run is over" if over else "stopping")
         if conductor is not None and dismiss and not conductor.over:
             serving.at_rest(server.dismiss)
@@ -231,6 +241,7 @@ def run_server(
         say(f"stopped after {server.updates} updates; the server before says what is saved")
         return
     where = f"saved in {state}" if state is not None else "nothing was saved, as no --state DIR was given"
+    where = "nothing was trained, so nothing was saved" if frozen else where
     say(f"stopped after {server.updates} updates; {where}")
 
 

@@ -357,7 +357,7 @@ class Session:
             take = shared.wanted(client, gradients)
         if chain is None:
             if take:
-                shared.add(gradients, step.weight, norm)
+                shared.add(gradients, step.weight, norm, client=client)
         else:
             known = (norm or 0.0) if scale is None and shared.one_by_one else None
             reaches = self.further is not None
@@ -445,7 +445,7 @@ class Session:
     def _void(self, step: int) -> None:
         self.drop()
         if self.chain is not None:
-            self.chain.tell(Settle(self.join.client, step, take=False))
+            self.chain.void(self.join.client, step)
 
 
 def size_kept(request: ForwardRequest) -> int:
