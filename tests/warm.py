@@ -96,7 +96,7 @@ def _serve(place: str, listening: socket.socket) -> None:
             with FileLock(f"{place}.lock"):
                 if not select.select([listening], [], [], 0)[0]:
                     for file in (place, f"{place}.lock"):
-                        Path(file).unlink()
+                        Path(file).unlink(missing_ok=True)
                     os._exit(0)
 
 
