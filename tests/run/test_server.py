@@ -27,7 +27,7 @@ ADDRESS = re.compile(r"at (127\.0\.0\.1:\d+)")
 class Running:
     """``run_server`` in a thread, with what it said."""
 
-    def __init__(self, here: World, state: Path | None, grace: float = 5.0, frozen: bool = False) -> None:
+    def __init__(self, here: World, state: Path | None, grace: float = 5.0, **options: bool) -> None:
         self.lines: list[str] = []
         self._stop, self._listening = threading.Event(), threading.Event()
 
@@ -38,14 +38,7 @@ class Running:
 
         self._thread = threading.Thread(
             target=lambda: run_server(
-                here.server,
-                "127.0.0.1:0",
-                state=state,
-                say=say,
-                every=0.05,
-                grace=grace,
-                stop=self._stop,
-                frozen=frozen,
+                here.server, "127.0.0.1:0", state=state, say=say, every=0.05, grace=grace, stop=self._stop, **options
             )
         )
         self._thread.start()
