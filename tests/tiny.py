@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +17,23 @@ from flexp.run.store import CHECKPOINTS, Store
 from tests.data.tools import jsonl, labelled, tokenizer
 
 CLIENTS = ("north", "south", "west")
+_PLACE = tempfile.TemporaryDirectory()
 
 
 def bert_folder(folder: Path, dropout: bool = False) -> Path:
-    """A BERT of random weights with a word tokenizer whose ids it knows."""
-    place = save_tiny("bert", folder)
+    """A BERT of random weights with a word tokenizer whose ids it knows; what ``folder`` holds is written over."""
+    return Path(shutil.copytree(_saved(dropout), folder, copy_function=_copied, dirs_exist_ok=True))
+
+
+def _copied(source: str, target: str) -> str:
+    """As a new file: the old one may be mapped."""
+    Path(target).unlink(missing_ok=True)
+    return shutil.copyfile(source, target)
+
+
+@lru_cache
+def _saved(dropout: bool) -> Path:
+    place = save_tiny("bert", Path(_PLACE.name, str(dropout)))
     tokenizer(bert=True).save_pretrained(place)
     if dropout:
         text = (place / "config.json").read_text(encoding="utf-8")

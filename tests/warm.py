@@ -7,10 +7,12 @@ of :func:`subprocess.run`; FlexP itself is imported by the process, not before t
 
 from __future__ import annotations
 
-import atexit
 import json
 import os
 import runpy
+import select
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +21,9 @@ from collections.abc import Mapping
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
+from typing import TextIO
+
+from filelock import FileLock
 
 LIBRARIES = ("torch", "transformers.modeling_utils", "transformers.models.bert.modeling_bert", "peft", "datasets")
 # As flexp.cost.probe has it for the process in which it measures memory; and no reserves of pyarrow's.
@@ -29,48 +34,82 @@ MALLOC = {
     "ARROW_DEFAULT_MEMORY_POOL": "system",
 }
 
+STARTED: list[subprocess.Popen[bytes]] = []
+
 
 def run(
     command: list[str], *, env: Mapping[str, str] | None = None, cwd: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
     """What ``python -m MODULE ARGUMENTS`` or ``python -c CODE ARGUMENTS`` does, without the name of the interpreter."""
     server = _server()
-    assert server.stdin
-    assert server.stdout
     with tempfile.TemporaryDirectory() as place:
         out, err = Path(place, "out"), Path(place, "err")
         where = str(cwd or Path.cwd())
         task = {"command": command, "env": dict(os.environ if env is None else env), "cwd": where}
-        server.stdin.write(json.dumps([task, str(out), str(err)]) + "\n")
-        server.stdin.flush()
-        code = int(server.stdout.readline())
+        server.write(json.dumps([task, str(out), str(err)]) + "\n")
+        server.flush()
+        code = int(server.readline())
         return subprocess.CompletedProcess(command, code, out.read_text("utf-8"), err.read_text("utf-8"))
 
 
 @lru_cache
-def _server() -> subprocess.Popen[str]:
-    command = [sys.executable, str(Path(__file__))]
-    environment = {**os.environ, **MALLOC, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-    atexit.register(_end, process)
-    return process
+def _server() -> TextIO:
+    """A connection to the server, which all workers of a test run have in common; it ends with the last connection."""
+    place = _place(os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid())))
+    connection = socket.socket(socket.AF_UNIX)
+    with FileLock(f"{place}.lock"):
+        if not Path(place).exists():
+            with socket.socket(socket.AF_UNIX) as listening:
+                listening.bind(place)
+                listening.listen()
+                environment = {**os.environ, **MALLOC, "OMP_NUM_THREADS": "1"}
+                command = [sys.executable, str(Path(__file__)), place, str(listening.fileno())]
+                nothing, passed = subprocess.DEVNULL, [listening.fileno()]
+                STARTED.append(
+                    subprocess.Popen(command, pass_fds=passed, stdin=nothing, stdout=nothing, env=environment)
+                )
+        connection.connect(place)
+    return connection.makefile("rw", encoding="utf-8")
 
 
-def _end(process: subprocess.Popen[str]) -> None:
-    assert process.stdin
-    process.stdin.close()
-    process.wait()
+def _place(run: str) -> str:
+    return str(Path(tempfile.gettempdir(), f"flexp-warm-{run}"))
 
 
-def _serve() -> None:
+def _serve(place: str, listening: socket.socket) -> None:
+    """Never returns."""
     for name in LIBRARIES:
         import_module(name)
-    for line in sys.stdin:
-        task, out, err = json.loads(line)
-        child = os.fork()
-        if not child:
-            _become(task["command"], task["env"], task["cwd"], out, err)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that wait for a child
+    held: dict[socket.socket, TextIO] = {}
+    while True:
+        for ready in select.select([listening, *held], [], [])[0]:
+            if ready is listening:
+                connection = listening.accept()[0]
+                held[connection] = connection.makefile("rw", encoding="utf-8")
+            elif line := held[ready].readline():
+                if not os.fork():
+                    _answer(held[ready], line)
+            else:
+                del held[ready]
+        if not held:
+            with FileLock(f"{place}.lock"):
+                if not select.select([listening], [], [], 0)[0]:
+                    for file in (place, f"{place}.lock"):
+                        Path(file).unlink()
+                    os._exit(0)
+
+
+def _answer(asking: TextIO, line: str) -> None:
+    """Never returns."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    task, out, err = json.loads(line)
+    child = os.fork()
+    if not child:
+        _become(task["command"], task["env"], task["cwd"], out, err)
+    asking.write(f"{os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}\n")
+    asking.flush()
+    os._exit(0)
 
 
 def _become(command: list[str], env: Mapping[str, str], cwd: str, out: str, err: str) -> None:
@@ -102,4 +141,4 @@ def _become(command: list[str], env: Mapping[str, str], cwd: str, out: str, err:
 
 
 if __name__ == "__main__":
-    _serve()
+    _serve(sys.argv[1], socket.socket(fileno=int(sys.argv[2])))

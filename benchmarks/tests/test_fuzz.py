@@ -86,17 +86,17 @@ def test_signing_changes_check_sums_alone(content: bytes) -> None:
 
 
 @pytest.mark.parametrize("engine", ["blind", "coverage"])
-def test_thousands_of_inputs(engine: str) -> None:
+def test_hundreds_of_inputs(engine: str) -> None:
     if engine == "coverage" and importlib.util.find_spec("atheris") is None:
         with pytest.raises(ConfigError, match="needs pip install atheris"):
             measure(100, engine=engine)
         return
-    result = measure(1000, engine=engine)
-    assert result["frames"] == 1000
-    assert sum(result["counts"].values()) == 1000 - (engine == "coverage")  # libFuzzer begins with nothing at all
+    result = measure(500, engine=engine)
+    assert result["frames"] == 500
+    assert sum(result["counts"].values()) == 500 - (engine == "coverage")  # libFuzzer begins with nothing at all
     assert result["findings"] == {}
     assert result["weights_unchanged"]
     assert result["updates"] == 0
-    assert result["counts"]["answered"] > 40
+    assert result["counts"]["answered"] > 20
     assert (result["branches"] or 0) > (500 if engine == "coverage" else -1)
     assert RAW

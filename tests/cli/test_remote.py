@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
-from tests.export.remote_tools import Remote, remote
+from tests.export.remote_tools import STEPS, Remote, remote
 
 from .test_write import Shell, shell
 
@@ -44,15 +46,26 @@ def test_export_evaluate_predict(here: Remote, tmp_path: Path, shell: Shell) -> 
 
 
 def test_generate_and_a_server_that_does_not_give(tmp_path: Path, shell: Shell) -> None:
+    """The server is the first of two, which its users do not see."""
     more = ("--prompt", "the w3 dog", "--max-new-tokens", "5", "--temperature", "0")
-    with remote(tmp_path, "llama") as here:
+    with remote(tmp_path, "llama", border=2) as here:
         at = ("--server", here.url)
         shell("export", str(here.state), *at, "--out", str(tmp_path / "out"))
+        shell("evaluate", str(here.state), *at)
+        facts = json.loads(shell("status", here.address, "--json")[0])
+        assert (facts["blocks"], facts["updates"]) == ([1, 4], STEPS)
+        assert {blocks: own["updates"] for blocks, own in facts["servers"].items()} == {"[2, 4)": STEPS}
+        assert f"of them [2, 4) further on: {STEPS} updates" in shell("status", here.address)[0]
         here.server.allow_export = False  # its middle is used all the same
         split, facts = shell("generate", str(here.state), *at, *more)
         refused = shell("export", str(here.state), *at, "--out", str(tmp_path / "x"), code=2)[1]
     assert "split at (1, 3), its middle on a server: 5 tokens" in facts
     assert shell("generate", str(tmp_path / "out"), *more)[0] == split
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    there = here.servers[1].shared.updater.parameters
+    second = {name: value for name, value in there.items() if ".layers.2." in name}
+    assert second
+    assert [name for name, value in second.items() if not torch.equal(value, written[name])] == []
     assert "its operator allows it with --allow-export" in refused
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from flexp.client import generation
+from flexp.client import joined
 from flexp.client.generation import SplitGenerator
 from flexp.client.model import SplitModel, SplitModelForCausalLM
 from flexp.config import ModelConfig, ServerConfig
@@ -23,7 +24,7 @@ from flexp.models.stage import Stage, carve
 from flexp.models.tuning import tune
 from flexp.models.zoo import tiny_model
 from flexp.server import Server
-from tests.harness import RecordingLink, seeded, world
+from tests.harness import RecordingLink, disturb, seeded, world
 from tests.links.grpc_tools import vanish
 
 WRITERS = [name for name, spec in ARCHITECTURES.items() if "causal-lm" in spec.tasks and not spec.refused]
@@ -178,7 +179,7 @@ def test_a_server_that_lost_an_answer_gets_it_again(options: dict[str, Any]) -> 
 def test_an_answer_goes_on_over_a_new_link(monkeypatch: pytest.MonkeyPatch) -> None:
     pair = Pair()
     pauses: list[float] = []
-    monkeypatch.setattr(generation.time, "sleep", pauses.append)
+    monkeypatch.setattr(joined.time, "sleep", pauses.append)
     offers: list[Link] = [
         Forgetful(pair.server.connect("a"), pair.server, at=(1,), breaks=True),
         pair.server.connect("a"),
@@ -230,7 +231,7 @@ def test_a_link_that_stays_broken_says_so() -> None:
 
 def test_a_server_that_stays_away_and_one_that_refuses_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
-    monkeypatch.setattr(generation.time, "sleep", pauses.append)
+    monkeypatch.setattr(joined.time, "sleep", pauses.append)
     pair = Pair()
 
     def broken() -> Link:
@@ -241,14 +242,63 @@ def test_a_server_that_stays_away_and_one_that_refuses_anew(monkeypatch: pytest.
 
     with pytest.raises(LinkLostError, match="nobody is there"):
         pair.answers(SplitGenerator(pair.split(broken()), away))
-    assert tuple(pauses) == generation.PAUSES
+    assert tuple(pauses) == joined.PAUSES
 
     def refused() -> Link:
         raise LinkError("the token is wrong")
 
     with pytest.raises(LinkError, match="the token is wrong"):
         pair.answers(SplitGenerator(pair.split(broken()), refused))
-    assert len(pauses) == len(generation.PAUSES) + 1
+    assert len(pauses) == len(joined.PAUSES) + 1
+
+
+def test_of_several_servers_one_answers_and_another_goes_on_where_it_fails() -> None:
+    whole, pairs = Pair(), [Pair(), Pair()]
+    expected = whole.answers(whole.whole)
+    with ExitStack() as one, ExitStack() as other:
+        ends = [way.enter_context(serve(pair.server)) for way, pair in zip((one, other), pairs, strict=True)]
+        url = "grpc://" + ",".join(str(serving.address) for serving in ends)
+        writer = SplitGenerator(pairs[0].split(connect(url, "a", codec="off")), lambda: connect(url, "a", codec="off"))
+        (there,) = (at for at, serving in enumerate(ends) if serving.clients)
+        ask, asked = writer._ask, list[Any]()
+
+        def stopping(request: ExtendRequest) -> Tensor:
+            asked.append(request)
+            if len(asked) == 4:
+                (one, other)[there].close()
+            return ask(request)
+
+        writer._ask = stopping  # type: ignore[method-assign]
+        found = whole.answers(writer)
+        assert torch.equal(found.sequences, expected.sequences)
+        assert (writer.rebuilt, ends[1 - there].clients) == (1, ["a"])
+        writer.split.link.close()
+
+
+def test_of_several_servers_none_may_be_trained_and_all_have_the_same_weights() -> None:
+    one, other = world("llama"), world("llama")
+    disturb(other.server.shared.updater.parameters)
+    with serve(one.server) as first, serve(other.server) as second:
+        both = f"grpc://a@{first.address},{second.address}"
+        with pytest.raises(LinkError, match=r"2 servers are named, and that at .* may still be trained, or is one of"):
+            one.client("a", (1, 4), link=connect(both, codec="off"))
+        first_link = connect(f"grpc://b@{first.address}", codec="off")
+        one.server.sealed = other.server.sealed = True
+        writer = SplitGenerator(
+            one.client("b", (1, 4), link=first_link), lambda: connect(f"grpc://b@{second.address}", codec="off")
+        )
+        cache = writer.new_cache()
+        writer(input_ids=torch.arange(5)[None], past_key_values=cache)
+        vanish(first_link)
+        for _ in range(2):
+            with pytest.raises(LinkError, match="the server that answers now has other weights than the one before it"):
+                writer(input_ids=torch.arange(1)[None], past_key_values=cache)
+        again = writer.new_cache()
+        assert writer(input_ids=torch.arange(5)[None], past_key_values=again).logits.shape[:2] == (1, 5)
+        writer.split.link.close()
+    gone = f"grpc://a@{first.address},{second.address}"
+    with pytest.raises(LinkLostError, match=r"none of the 2 servers can be used: .* cannot be reached"):
+        connect(gone)
 
 
 def test_a_refusal_is_told_and_not_asked_again() -> None:

@@ -52,7 +52,11 @@ def method(
     table = {"align": {"kind": "off"}, "personal": {"frozen_head_blocks": frozen}}
     train = {"steps_per_round": 6, "batch_size": 4}
     link = {"cache": cache, "reuse": reuse}
-    settings: dict[str, Any] = {"data": {"clients": {"cut": [1, 4]}}, "train": train, "link": link}
+    settings: dict[str, Any] = {
+        "data": {"clients": {"cut": [1, 4], "names": ["north", "south"]}},
+        "train": train,
+        "link": link,
+    }
     made = Recorded(build_world(config(home, method=table, server={"max_examples_bytes": room}, **settings)))
     for trainer in made.clients.values():
         for step in range(6):  # twelve examples, three steps an epoch

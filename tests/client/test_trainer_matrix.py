@@ -89,8 +89,14 @@ class Stop(transformers.TrainerCallback):
         control.should_training_stop = control.should_save = control.should_evaluate = True
 
 
-@pytest.mark.parametrize("name", ["llama", "bert"])
-@pytest.mark.parametrize("case", EQUAL, ids=lambda case: next(iter(case.values)))
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [  # every row with one of the two models; `make soak` adds the other
+        pytest.param(name, case, id=f"{next(iter(case.values))}-{name}", marks=[pytest.mark.slow] * ((row + other) % 2))
+        for row, case in enumerate(EQUAL)
+        for other, name in enumerate(("llama", "bert"))
+    ],
+)
 def test_equal_to_whole_training(tmp_path: Path, name: str, case: Case) -> None:
     try:
         one = train(name, case, tmp_path / "split", split=True)

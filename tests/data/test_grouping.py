@@ -74,7 +74,7 @@ def test_groups_of_one_row_meet_the_wanted_counts(labels: list[int], seed: int) 
         assert all(abs(counts[label] - number) <= 1.5 for label, number in want.items())
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     by=st.sampled_from(["iid", "dirichlet", "size", "length", "column", "pathological", "skew"]),
     rows=st.integers(80, 160),

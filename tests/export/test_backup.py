@@ -22,7 +22,7 @@ from tests.tiny import bert_folder, checkpoint, config
 FOLLOWS = {"kind": "weights", "teach": True, "follow": True, "pull": 1.0}
 
 
-def stopped(home: Path, name: str, rounds: int = 3, **tables: Any) -> Path:
+def stopped(home: Path, name: str, rounds: int = 2, **tables: Any) -> Path:
     """A run that was stopped after its first round, of ``rounds``."""
     run = config(home, **{**tables, "train": {"rounds": rounds, **tables.get("train", {})}})
     runner.run(run.model_copy(update={"train": run.train.model_copy(update={"rounds": 1})}), home / name)
@@ -43,9 +43,19 @@ def last(run: Path) -> Any:
     return checkpoint(run)
 
 
+@pytest.fixture(scope="module")
+def undisturbed(home: Path) -> tuple[Any, Any]:
+    """What the run comes to when nothing is lost: its weights, and its scores."""
+    run = shutil.copytree(home / "run", home / "undisturbed")
+    scores = runner.resume(run)["scores"]
+    return last(run), scores
+
+
 @pytest.mark.parametrize("passphrase", [None, "four words of one's own"])
-def test_backup_restore_continue_is_bit_identical(home: Path, tmp_path: Path, passphrase: str | None) -> None:
-    undisturbed, lost = (shutil.copytree(home / "run", tmp_path / name) for name in ("undisturbed", "lost"))
+def test_backup_restore_continue_is_bit_identical(
+    home: Path, tmp_path: Path, undisturbed: tuple[Any, Any], passphrase: str | None
+) -> None:
+    lost = shutil.copytree(home / "run", tmp_path / "lost")
     file = tmp_path / "south.safetensors"
     facts = back_up(lost, "south", file, passphrase)
     assert (facts["client"], facts["round"], facts["steps"], facts["cut"]) == ("south", 1, 2, [2, 4])
@@ -60,12 +70,12 @@ def test_backup_restore_continue_is_bit_identical(home: Path, tmp_path: Path, pa
     after = last(lost)
     assert before.keys() == after.keys()
     assert all(equal(state, after[party]) for party, state in before.items())
-    summaries = [runner.resume(run) for run in (undisturbed, lost)]
-    left, right = last(undisturbed), last(lost)
+    summary, (left, scores) = runner.resume(lost), undisturbed
+    right = last(lost)
     for party, state in left.items():
         timed = {name for name in state if "seconds" in name}
         assert equal(*({n: v for n, v in found[party].items() if n not in timed} for found in (left, right)))
-    assert summaries[0]["scores"] == summaries[1]["scores"]
+    assert summary["scores"] == scores
 
 
 def test_weights_that_are_no_numbers_do_not_come_back(home: Path, tmp_path: Path) -> None:

@@ -181,8 +181,14 @@ MODELS = [
 
 @pytest.mark.parametrize(
     ("name", "kind", "padding", "tuning", "align"),
-    [  # every model with every alignment; each of them with both tunings
-        pytest.param(*model, ("full", "lora")[(row + column) % 2], align, id=f"{model[0]}-{align.kind}")
+    [  # every model with every alignment, half of them in `make soak`; each of them with both tunings
+        pytest.param(
+            *model,
+            ("full", "lora")[(row + column) % 2],
+            align,
+            id=f"{model[0]}-{align.kind}",
+            marks=[pytest.mark.slow] * ((row // 2 + column) % 2),
+        )
         for row, model in enumerate(MODELS)
         for column, align in enumerate(ALIGNMENTS)
     ],

@@ -296,8 +296,8 @@ def test_resumed_equals_undisturbed_and_scoring_disturbs_nothing(
 ) -> None:
     personal = SCHEDULED["personal"] | ({"new_lr": new_lr} if new_lr else {})
     settings: dict[str, Any] = {"train": {"steps_per_round": 2, "personal": personal}, "model": {"tuning": tuning}}
-    whole = trained(home, name, rounds=3, **settings).state()
-    settings["train"] = {**settings["train"], "rounds": 3}
+    whole = trained(home, name, **settings).state()
+    settings["train"] = {**settings["train"], "rounds": 2}
     first, batch = make(home, name, **settings), None
     first.train_round(1, lambda step: None)
     if name != "pretrained":
@@ -312,8 +312,7 @@ def test_resumed_equals_undisturbed_and_scoring_disturbs_nothing(
         assert all(
             torch.equal(second.personal(client)(batch).logits, one) for client, one in zip(CLIENTS, scored, strict=True)
         )
-    for number in (2, 3):
-        second.train_round(number, lambda step: None)
+    second.train_round(2, lambda step: None)
     resumed = second.state()
     apart = ("seconds", "meter/evaluation", "version", "adapted")  # what scoring leaves, and clocks
     assert whole.keys() == resumed.keys()

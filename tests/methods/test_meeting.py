@@ -19,6 +19,7 @@ from flexp.client.meeting import FIRST, LAST, Noise, Seat, classifier_of
 from flexp.client.personal_head import personal_head
 from flexp.client.ridge import STRENGTHS, Ridge, sums_of_numbers
 from flexp.config import MeetConfig, RunConfig
+from flexp.config.loading import validate
 from flexp.errors import ConfigError, LinkError
 from flexp.export.folder import export
 from flexp.export.opening import open_trained
@@ -30,10 +31,10 @@ from flexp.models.zoo import save_tiny
 from flexp.run import runner
 from flexp.run.settle import settle
 from flexp.server.sums import SumTable
-from tests.data.tools import jsonl, tokenizer
+from tests.data.tools import jsonl, labelled, tokenizer
 from tests.links.test_privacy import windows
 from tests.run.test_heads import rows as head_rows
-from tests.tiny import CLIENTS, checkpoint, config
+from tests.tiny import CLIENTS, checkpoint, config, content
 
 from .tools import equal, make
 
@@ -271,6 +272,35 @@ def test_what_is_asked_for_and_left_out_is_said(home: Path, tmp_path: Path) -> N
     summary = runner.run(config(tmp_path, **settings), tmp_path / "with")  # and the method is what it was
     without: RunConfig = config(tmp_path, data={"task": "causal-lm"})
     assert summary["scores"] == runner.run(without, tmp_path / "without")["scores"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"labels": ("no", "yes")},
+        {"train": {"rounds": 1}},  # 2 steps of 4 for 12 examples
+        {"data": {"clients": {"names": ["north"]}}},
+        {"train": {"early_stopping": {"patience": 1}}, "data": {"validation_fraction": 0.2}},
+        {"privacy": {"label_epsilon": 1.0}},
+        {"method": {"name": "centralized"}},
+        {"arch": "llama"},  # its classifier has no bias
+    ],
+    ids=["meet", "two classes", "not seen once", "alone", "early stopping", "privacy", "no meeting", "no bias"],
+)
+def test_unasked_clients_meet_where_a_classifier_of_many_begins_as_drawn(
+    home: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    labels, arch = change.pop("labels", ("bad", "fair", "good")), change.pop("arch", "")
+    if arch:
+        save_tiny(arch, tmp_path / "model", task="sequence-classification")
+        tokenizer().save_pretrained(tmp_path / "model")
+    settings = content(tmp_path if arch else home, **change)
+    settings["data"]["source"] = str(jsonl(tmp_path / "rows.jsonl", labelled(90, CLIENTS, labels)))
+    found = settle(validate(settings, "auto"))
+    on = not change and not arch and len(labels) > 2
+    assert found.config.method.meet.on is on
+    assert bool([note for note in found.federation.notes if "clients meet in" in note]) is on
 
 
 def test_a_classifier_without_a_bias_is_refused(tmp_path: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from flexp.models.loading import load_stage
 from flexp.models.pooled import pool
 from flexp.models.zoo import save_tiny
 from flexp.run.verify import Setup, verify
+from tests import warm
 from tests.export.tools import answer, batch_of, train
 
 MASK = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1], [1, 1, 1, 1]])
@@ -77,7 +76,9 @@ def test_other_models_are_refused(kind: Any) -> None:
 
 PLAIN = """
 import sys, torch, transformers
+from transformers import dynamic_module_utils
 auto, where = transformers.AutoModelForSequenceClassification, sys.argv[1]
+dynamic_module_utils.HF_MODULES_CACHE = sys.argv[3]
 try:
     auto.from_pretrained(where)
     sys.exit("it was loaded as something else")
@@ -99,9 +100,7 @@ def test_an_exported_model_is_the_trained_one_or_is_refused(tmp_path: Path) -> N
     assert torch.equal(answer(open_trained(tmp_path / "out").generator, batch), expected)
     assert "trust_remote_code=True" in (tmp_path / "out/README.md").read_text(encoding="utf-8")
     torch.save(batch, tmp_path / "batch")
-    environment = {"HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-I", "-c", PLAIN, str(tmp_path / "out"), str(tmp_path / "batch")]
-    done = subprocess.run(command, env=environment, input="", capture_output=True, text=True, check=False)
+    done = warm.run(["-c", PLAIN, *(str(tmp_path / name) for name in ("out", "batch", "modules"))])
     assert done.returncode == 0, done.stderr
     logits, names = torch.load(tmp_path / "batch")
     assert torch.equal(logits, expected)

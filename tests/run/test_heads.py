@@ -56,7 +56,7 @@ def trained(folder: Path, task: str, more: str = "") -> tuple[Path, Path]:
         [data.clients]
         cut = [1, 3]
         [train]
-        rounds = 2
+        rounds = 1
         steps_per_round = 2
         {more}
         [train.personal]

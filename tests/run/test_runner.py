@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from flexp.methods.flexp_sfl import FlexpSfl
 from flexp.models.zoo import tiny_model
 from flexp.report.metrics import read
 from flexp.run import runner, store
-from flexp.run.processes import begin
 from flexp.run.settle import build_world
 from tests.data.tools import jsonl, labelled, tokenizer
 from tests.tiny import CLIENTS, bert_folder, checkpoint, config
@@ -29,7 +27,7 @@ SETTINGS: list[dict[str, Any]] = [
     {},
     {"model": {"tuning": "lora"}, "train": {"shared": {"schedule": "cosine", "warmup_steps": 2}}},
     {"server": {"update": "mean", "mean_over": 4, "memory": "recompute"}, "train": {"micro_batch": 3}},
-    {"method": {"align": {"kind": "weights", "every": 2}}, "train": {"turn": "round"}},
+    {"method": {"align": {"kind": "weights", "every": 2}}, "train": {"turn": "round", "steps_per_round": 2}},
     {"method": {"name": "local"}},
     {"data": {"validation_fraction": 0.25, "train_examples": 16}},
 ]
@@ -48,7 +46,7 @@ def same(left: Path, right: Path) -> None:
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=["full", "lora", "mean", "weights", "local", "validation"])
 def test_resumed_equals_undisturbed(home: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    run = config(home, **settings | {"train": settings.get("train", {}) | {"rounds": 2}})
+    run = config(home, **settings | {"train": {"steps_per_round": 1, **settings.get("train", {}), "rounds": 2}})
     whole = runner.run(run, home / "undisturbed")
     assert whole["finished"]
 
@@ -89,22 +87,6 @@ def test_a_model_whose_blocks_give_tuples_resumes_alike(home: Path) -> None:
     (home / "out/config.json").write_text(json.dumps(run.resolved()), encoding="utf-8")
     runner.resume(home / "out")
     same(home / "whole", home / "out")
-
-
-def test_killed_at_any_moment_resumes_to_equal_weights(home: Path) -> None:
-    run = config(home, train={"rounds": 4})
-    runner.run(run, home / "undisturbed")
-    process = begin(runner.run, run, home / "killed", log=home / "log.txt", threads=1)
-    deadline = time.monotonic() + 120
-    while not list((home / "killed/checkpoints").glob("checkpoint-*")) and time.monotonic() < deadline:
-        time.sleep(0.002)
-    process.kill()
-    process.join()
-    assert checkpoint(home / "killed")
-    with (home / "killed/metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write('{"kind": "step", "rou')  # as a kill in the middle of a line leaves it
-    assert runner.resume(home / "killed")["finished"]
-    same(home / "undisturbed", home / "killed")
 
 
 def test_the_folder_holds_what_the_docs_say(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

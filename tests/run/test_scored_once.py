@@ -16,10 +16,6 @@ from tests.tiny import CLIENTS, config
 ONE_MODEL = ("fedavg", "fedprox", "centralized", "pretrained")
 
 
-def scores(out: Path) -> list[dict[str, Any]]:
-    return [record for record in read(out / "metrics.jsonl") if record["kind"] == "eval"]
-
-
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_the_scores_are_the_same(home: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tuning = "lora" if name in ADAPTERS else "full"
@@ -32,13 +28,12 @@ def test_the_scores_are_the_same(home: Path, name: str, monkeypatch: pytest.Monk
         calls += 1
         return evaluate(*arguments, **options)
 
-    monkeypatch.setattr(runner, "evaluate", counted)
-    runner.run(run, home / "shared")
-    everybody = 1 + (1 if name in ONE_MODEL else len(CLIENTS))  # before training, after round 1
-    assert calls == 2 * len(CLIENTS) + everybody
+    expected: list[dict[str, Any]] = []
+    once = runner._Run._evaluate
 
     def each(self: Any, number: int) -> None:
-        """As it would be without: every client's model on everything."""
+        """And as it would be without: every client's model on everything."""
+        once(self, number)
         task, size = self.world.federation.task, self.config.evaluation.batch_size
         for client in self.world.federation.clients:
             forward = self.method.personal(client.name)
@@ -46,8 +41,12 @@ def test_the_scores_are_the_same(home: Path, name: str, monkeypatch: pytest.Monk
                 side: evaluate(forward, task, examples, size)
                 for side, examples in (("personal", client.test), ("global", self.everybody))
             }
-            self.diary.scores(number, client.name, found)
+            expected.append({"round": number, "client": client.name, **found})
 
+    monkeypatch.setattr(runner, "evaluate", counted)
     monkeypatch.setattr(runner._Run, "_evaluate", each)
-    runner.run(run, home / "each")
-    assert scores(home / "shared") == scores(home / "each")
+    runner.run(run, home / "out")
+    everybody = 1 + (1 if name in ONE_MODEL else len(CLIENTS))  # before training, after round 1
+    assert calls == 2 * len(CLIENTS) + everybody
+    told = [record for record in read(home / "out/metrics.jsonl") if record["kind"] == "eval"]
+    assert [{key: record[key] for key in ("round", "client", "personal", "global")} for record in told] == expected

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from collections import deque
 from collections.abc import Mapping
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
@@ -15,9 +17,9 @@ from flexp.client.exchange import Piece
 from flexp.client.model import OFF, SplitModel
 from flexp.config import AlignConfig, GuardConfig, OptimizerConfig, ServerConfig
 from flexp.errors import BadValuesError, ConfigError, LinkError, LinkLostError
-from flexp.links.base import Link
+from flexp.links.base import Link, Wrapping
 from flexp.links.grpc import Tokens, connect, serve
-from flexp.links.messages import BackwardRequest, FetchRequest, ForwardRequest, Join, Settle
+from flexp.links.messages import Abort, BackwardRequest, FetchRequest, ForwardRequest, Join, Lead, Leave, Settle
 from flexp.optim import Updater
 from flexp.rng import RandomStream
 from flexp.server import Server
@@ -164,6 +166,121 @@ def test_a_step_has_no_more_on_its_way_than_it_says() -> None:
         here.server.answer("a", gradient(1))
 
 
+class Slow(Wrapping):
+    """Requests arrive when :meth:`move` says so, and so do their answers, each in its order."""
+
+    def __init__(self, inner: Link) -> None:
+        super().__init__(inner)
+        self.up, self.down = deque[tuple[Any, Future[Any]]](), deque[tuple[Future[Any], Future[Any]]]()
+
+    def call(self, request: Any) -> Future[Any]:
+        answer: Future[Any] = Future()
+        self.up.append((request, answer))
+        while isinstance(request, Join) and not answer.done():
+            self.move()
+        return answer
+
+    @property
+    def waits(self) -> bool:
+        return bool(self.up or (self.down and self.down[0][0].done()))
+
+    def move(self) -> None:
+        if self.down and self.down[0][0].done():
+            told, answer = self.down.popleft()
+            if told.exception() is None:
+                answer.set_result(told.result())
+            else:
+                answer.set_exception(told.exception())
+        else:
+            request, answer = self.up.popleft()
+            self.down.append((self.inner.call(request), answer))
+
+    def close(self) -> None:
+        while self.waits:
+            self.move()
+        super().close()
+
+
+def slowly(count: int) -> tuple[World, list[Server], list[Slow], list[Slow]]:
+    """Servers, their control links, and the links of clients as they are made."""
+    here, servers = chained("llama", count)
+    controls, links = [], list[Slow]()
+    for server in servers[:-1]:
+        chain = server.chain
+        assert chain is not None
+        chain.control = Slow(chain.control)
+        controls.append(chain.control)
+
+        def reach(name: str, make: Any = chain._reach) -> Link:
+            links.append(Slow(make(name)))
+            return links[-1]
+
+        chain._reach = reach
+    return here, servers, controls, links
+
+
+def move(links: list[Slow], most: int = 1000) -> None:
+    for _ in range(most):
+        waiting = [link for link in links if link.waits]
+        if not waiting:
+            return
+        waiting[0].move()
+
+
+@pytest.mark.parametrize("given_up", [Abort(), Leave()])
+def test_nothing_stays_anywhere_of_a_step_that_was_given_up_however_far_it_was(given_up: Any) -> None:
+    for far in range(0, 10, 2 if isinstance(given_up, Leave) else 1):
+        here, servers, controls, links = slowly(3)
+        here.join("a", (1, 4), numbering=7)
+        link = here.server.connect("a")
+        link.call(request(1))
+        move([*links, *controls])
+        link.call(gradient(1))
+        move(links, far)
+        link.call(given_up)
+        for chain in (servers[0].chain, servers[1].chain):
+            if isinstance(given_up, Leave) and chain is not None:
+                chain._leaving["a"].result()  # whoever joins again waits for that, too
+        move([*links, *controls])
+        assert [server.shared.version for server in servers] in ([1, 1, 1], [2, 2, 2])
+        for server in servers:
+            assert server.counts()["in_flight"] == 0
+            assert server.following is None or server.following.complete == {}
+            assert "a" not in server._sessions or isinstance(given_up, Abort)
+        here.join("a", (1, 4), numbering=7)
+        link.call(request(2))
+        move([*links, *controls])
+        answer = link.call(gradient(2))
+        move([*links, *controls])
+        assert answer.result().grad_BTH.shape == (2, 5, 32)
+
+
+def test_a_step_that_is_done_again_waits_until_all_have_heard_that_it_was_refused() -> None:
+    here, servers, controls, links = slowly(3)
+    here.join("a", (1, 4), numbering=7)
+    link = here.server.connect("a")
+    for what in (request(1), gradient(1, float("nan")), request(1)):
+        link.call(what)
+        move(links)
+    again = link.call(gradient(1))
+    move(links)  # and what the first server says to all is on its way
+    move([*controls, *links])
+    assert again.result().grad_BTH.shape == (2, 5, 32)
+    assert [server.shared.version for server in servers] == [2, 2, 2]
+    assert not any(server.following.complete for server in servers if server.following)
+
+
+def test_servers_further_on_forget_a_client_whose_cut_ends_before_them() -> None:
+    here, servers = chained("llama", 3)
+    here.join("a", (1, 4))
+    here.join("a", (1, 3))
+    assert servers[1].chain is not None
+    servers[1].chain._leaving["a"].result()
+    assert [list(server._sessions) for server in servers] == [["a"], [PREVIOUS, "a"], [PREVIOUS]]
+    here.join("a", (1, 4))
+    assert "a" in servers[2]._sessions
+
+
 def test_a_step_that_was_given_up_is_kept_for_a_while_and_never_applied_where_a_cut_no_longer_reaches() -> None:
     kept = Following({}, complete={("a", 1): Gathered(gradients={"w": torch.ones(1)})})
     assert kept.settled(Settle("a", 1, take=True, reaches=False)).gradients == {}
@@ -203,6 +320,16 @@ def test_answers_are_written_and_weights_fetched_along_the_chain() -> None:
     assert all(torch.equal(value, parts[1].weights[name]) for name, value in parts[0].weights.items())
 
 
+class Kept:
+    """Snapshots of the run x."""
+
+    run, numbers = "x", (1,)
+
+    def keep(self, number: int, run: str, held: Any) -> None: ...
+
+    def back(self, number: int) -> None: ...
+
+
 def test_what_several_servers_cannot_do_is_refused() -> None:
     here, (_, last) = chained("llama", 2)
     with pytest.raises(LinkError, match=r"aligned blocks on several servers are not supported: the first .* block 2"):
@@ -220,6 +347,12 @@ def test_what_several_servers_cannot_do_is_refused() -> None:
         alone.answer("b", Join(**here.card("b", (2, 4))))
     with pytest.raises(LinkError, match="the server before has seed = 2, and this one 1"):
         Chain(alone.connect, Join(**here.card(PREVIOUS, (2, 4))), {"seed": "2"}, "")
+    led = Following({}, Kept())
+    led.check(Lead({}))  # from one that is led itself, and has not heard yet
+    led.led = True
+    with pytest.raises(LinkError, match="this server's state is of the run x, the server before goes on with y"):
+        led.check(Lead({}, "y"))
+    led.check(Lead({}, "x"))
     with pytest.raises(ConfigError, match=r"end before block 3, and the next server's begin at 2"):
         Chain(alone.connect, Join(**here.card(PREVIOUS, (3, 4))), {"seed": "1"}, "")
 

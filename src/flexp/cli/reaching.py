@@ -88,7 +88,8 @@ class Whose:
         typer.Option(
             "--server",
             metavar="grpc://HOST:PORT",
-            help="Of what flexp client leaves (or a run): a running flexp server has the middle; grpcs:// means TLS.",
+            help="Of what flexp client leaves (or a run): a running flexp server has the middle; grpcs:// means TLS. "
+            "Several that are frozen, joined by commas: any of them.",
         ),
     ] = None
 

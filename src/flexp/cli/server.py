@@ -69,6 +69,9 @@ def server(
             "(deployment.allow_export).",
         ),
     ] = False,
+    frozen: Annotated[
+        bool, typer.Option("--frozen", help="Nobody trains the blocks: they are for generation and prediction alone.")
+    ] = False,
     state: Annotated[
         Path | None,
         typer.Option(help="The folder to save in, and to go on from if something is there."),
@@ -115,6 +118,8 @@ def server(
     model_kind, conducts = task_of(loaded.data).model_kind, config is not None
     if deployment.blocks is not None and not conducts:
         raise ConfigError("several servers share the blocks of a run: give each the same --config")
+    if frozen and conducts:
+        raise ConfigError("--config conducts a run, whose blocks are frozen when it is over: leave out --frozen")
     led = follows(deployment, depth)
     url, ours = deployment.next, Secured(token, next_ca, cert, key, insecure)
 
@@ -140,6 +145,7 @@ def server(
         state=None if conducts else state,
         keep=deployment.keep,
         allow_export=deployment.allow_export,
+        frozen=frozen,
         dismiss=deployment.on_stop == "leave",
         say=say,
         every=every,

@@ -8,7 +8,6 @@ let it pass. So one ``forward`` of the model is one exchange, and nothing of ``g
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -27,9 +26,6 @@ from flexp.models.caching import PartCache, check_cached
 from flexp.models.execution import given_back, shadowed
 from flexp.rng import current_turn
 
-PAUSES = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
-"""Seconds to wait before each attempt to reach a server again: a minute in all, in which one can start anew."""
-
 _numbers = itertools.count(1)
 
 
@@ -41,7 +37,7 @@ class SplitCache(PartCache):
 
     def __init__(self, model: JoinedModel) -> None:
         super().__init__(model.model, model.stage.part.blocks)
-        self.generation = next(_numbers)
+        self.generation, self.trained = next(_numbers), model.trained
         self.sent: list[tuple[Tensor, Tensor | None, Tensor | None]] = []
         self.rows_B: Tensor | None = None  # the order of rows since the last exchange
 
@@ -212,6 +208,7 @@ class SplitGenerator:
     def _rebuild(self, cache: SplitCache, why: LinkError) -> Tensor:
         """Send the whole answer to a server that has lost it, over a new link if the old one is broken."""
         if not isinstance(why, LinkLostError):
+            self.split.check_trained(cache.trained)
             try:
                 return self._ask_anew(cache)
             except LinkLostError as error:
@@ -220,16 +217,10 @@ class SplitGenerator:
                 raise why from error  # what is refused whole and in part is refused for the first reason
         if self.reconnect is None:
             raise why
-        for seconds in PAUSES:
-            time.sleep(seconds)
-            try:
-                self.split.rejoin(self.reconnect())
-                return self._ask_anew(cache)
-            except LinkLostError as error:
-                why = error
-        raise why
+        return self.split.again(lambda: self._ask_anew(cache), self.reconnect, why)
 
     def _ask_anew(self, cache: SplitCache) -> Tensor:
+        self.split.check_trained(cache.trained)
         hidden_BTH = self._ask(cache.everything())
         self.rebuilt += 1
         return hidden_BTH

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import secrets
+import time
+from collections.abc import Callable
 from contextlib import suppress
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,7 +18,7 @@ from flexp.client.personal import PersonalModel
 from flexp.client.taking import check_shapes, fetched
 from flexp.client.watching import Watch
 from flexp.config import AlignConfig, Cache, CodecConfig, LoraConfig, Rows
-from flexp.errors import ConfigError, LinkError
+from flexp.errors import ConfigError, LinkError, LinkLostError
 from flexp.links.base import Link, ask
 from flexp.links.messages import Abort, Join, PullRequest, Welcome
 from flexp.models.anatomy import check_cut
@@ -25,6 +28,10 @@ from flexp.models.stage import Stage
 from flexp.rng import current_turn
 
 OFF = AlignConfig(kind="off")
+PAUSES = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
+"""Seconds to wait before each attempt to reach a server again: a minute in all, in which one can start anew."""
+
+R = TypeVar("R")
 
 
 class JoinedModel(PersonalModel):
@@ -99,6 +106,32 @@ class JoinedModel(PersonalModel):
         except (LinkError, ConfigError):
             self.cut = before
             raise
+
+    def again(self, ask: Callable[[], R], reconnect: Callable[[], Link], why: LinkLostError) -> R:
+        """What ``ask`` gives over a new link, tried for a minute, after the old one broke (``why``).
+
+        Raises:
+            LinkLostError: no server can be reached.
+            LinkError: it refuses, or is none that can go on: it has other weights.
+        """
+        before = self.trained
+        for seconds in PAUSES:
+            time.sleep(seconds)
+            try:
+                self.rejoin(reconnect())
+                self.check_trained(before)
+                return ask()
+            except LinkLostError as error:
+                why = error
+        raise why
+
+    def check_trained(self, before: str) -> None:
+        """Refuse to go on with other weights than those that a server had ``before`` and would not train any more."""
+        if before not in ("", self.trained):
+            raise LinkError(
+                "the server that answers now has other weights than the one before it, so what was begun cannot go on: "
+                "ask again; if several servers are named, start all with the same --state"
+            )
 
     def abort(self) -> None:
         """Give up the forwards that wait for a backward and the step that is not complete, on the server as well.
@@ -206,6 +239,7 @@ class JoinedModel(PersonalModel):
         anatomy = self.stage.anatomy
         check_welcome(welcome, anatomy.blocks, anatomy.hidden, self._pinned)
         self.base_depth = self._pinned = welcome.base_depth
+        self.trained = welcome.trained
         self.max_in_flight = welcome.max_in_flight
         if cut[0] < self.base_depth:
             raise ConfigError(f"cut = {cut} starts below the server's base depth s_min = {self.base_depth}")

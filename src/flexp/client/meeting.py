@@ -36,6 +36,7 @@ from flexp.errors import ConfigError
 from flexp.kinds import IGNORED, KINDS, Answers, take_targets
 from flexp.links.base import Meter
 from flexp.links.sums import Adder, Sums
+from flexp.models.heads import AUTO
 from flexp.optim import Updater
 from flexp.rng import RandomStream
 
@@ -67,8 +68,9 @@ class Meets:
 
     @classmethod
     def of(cls, config: RunConfig) -> Meets:
-        """As ``model.head`` and ``method.meet`` say; none where the task has no closed form."""
-        known, meet = closed_form_of(config), config.method.meet.on
+        """As ``model.head`` and a settled ``method.meet`` say (``auto`` is none); none where the task has no closed
+        form."""
+        known, meet = closed_form_of(config), config.method.meet.on is True
         return cls(known and (meet or config.model.head == "closed-form"), known and meet)
 
     def __bool__(self) -> bool:
@@ -276,6 +278,16 @@ def classifier_of(model: Any) -> tuple[str, nn.Linear]:
             'model.pooling = "mean" (or "last")'
         )
     return path, layer
+
+
+def has_linear_classifier(config: Any, kind: str) -> bool:
+    """Whether a classifier of transformers' own with this configuration is one that :func:`classifier_of` takes."""
+    try:
+        with torch.device("meta"):
+            classifier_of(AUTO[kind].from_config(config))
+    except (ConfigError, ValueError):  # or there is no such classifier, which loading says better
+        return False
+    return True
 
 
 def together(seats: Mapping[str, Rounds[R]], adders: Mapping[str, Adder], meeting: int) -> dict[str, R]:

@@ -56,7 +56,8 @@ class MeetConfig(Section):
     """Clients meet in a classifier in closed form, made of their summed class statistics: before the first step, and
     again after the last, from where each has its own (:mod:`flexp.client.closed_form`)."""
 
-    on: bool = False
+    # auto: in runs, comparisons and fleets, where the classifier begins as drawn and has more than two classes
+    on: bool | Literal["auto"] = "auto"
     gram: bool = True  # also sum Σφφᵀ, H² numbers; without, class means alone
     min_examples: PositiveInt = 3  # of all clients together; a class with fewer is left out of the sums
     noise: Annotated[float, Field(ge=0.0)] = 0.0  # in each sum, as a multiple of what one example can change

@@ -20,7 +20,7 @@ from flexp.client.recut import PERSONAL
 from flexp.config import CodecConfig, RunConfig
 from flexp.config.loading import validate
 from flexp.data.types import Example, Forward
-from flexp.errors import ConfigError, StorageError
+from flexp.errors import ConfigError, LinkLostError, StorageError
 from flexp.export.trained import LAST, OWN, FromCheckpoint, numbered
 from flexp.files import read_json
 from flexp.links.base import Link
@@ -143,8 +143,16 @@ class ClientModel(FromCheckpoint):
 
     @cached_property
     def forward(self) -> Forward:
-        """Over the link."""
-        return answering(self.split)
+        """Over the link, or a new one when it breaks."""
+        answer = answering(self.split)
+
+        def forward(batch: Mapping[str, Tensor]) -> Any:
+            try:
+                return answer(batch)
+            except LinkLostError as error:
+                return self.split.again(lambda: answer(batch), self.reach, error)
+
+        return forward
 
     @cached_property
     def generator(self) -> Any:

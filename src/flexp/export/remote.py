@@ -170,7 +170,7 @@ class Fetched:
             numbering=client.numbering or 0,
             codec=CodecConfig(),
         )
-        ask(link, self._join)
+        self._trained = ask(link, self._join).trained
 
     def close(self) -> None:
         """Close a link that was made in the middle."""
@@ -204,7 +204,10 @@ class Fetched:
                     raise
                 self._link.close()
                 self._link = self._client.reach()
-                ask(self._link, self._join)  # and go on with what is missing
+                before, self._trained = self._trained, ask(self._link, self._join).trained
+                if self._trained != before:
+                    raise ChangedError("another server answers, which has other weights") from None
+                # and go on with what is missing
         return found
 
     def _check_trained(self, version: int, total: int) -> None:

@@ -64,6 +64,8 @@ class Welcome:
         max_in_flight: forwards of a client that may wait for their backward.
         max_tokens: B·T of a message, at most; 0: within one process nothing is bounded.
         frame_bytes: bytes of a message's tensors, at most; 0: likewise.
+        trained: a hash of the trained shared weights, where nobody trains them any more: servers with the same one can
+            stand for each other. Empty: they may still change.
     """
 
     base_depth: Count
@@ -72,6 +74,7 @@ class Welcome:
     max_in_flight: Count = 1
     max_tokens: Count = 0
     frame_bytes: Count = 0
+    trained: Annotated[str, Field(max_length=64)] = ""
 
 
 @message
@@ -463,7 +466,7 @@ class Behind:
 @message
 class Lead(Request[Behind]):
     """The first word of the server before: the ``settings`` that must be the same here, by their names, and its
-    ``run``."""
+    ``run``, which comes later from one that is led itself, and goes on to the servers behind."""
 
     settings: dict[str, str] = field(default_factory=dict)
     run: str = ""
@@ -503,9 +506,14 @@ class Update(Request[Behind]):
 
 @message
 class Keep(Request[Behind]):
-    """Save the state as snapshot ``number`` of ``run``, or go ``back`` to it; ``over``: the run has ended."""
+    """Save the state as snapshot ``number`` of ``run``, or go ``back`` to it; ``over``: the run has ended.
+
+    Attributes:
+        held: snapshots that the first server has: others may go.
+    """
 
     number: Integer = -1
     run: str = ""
+    held: tuple[Integer, ...] = ()
     back: bool = False
     over: bool = False

@@ -40,7 +40,7 @@ class ClosedForm(Method):
     @classmethod
     def meetings(cls, config: RunConfig) -> Meets:
         known = closed_form_of(config)
-        return Meets(known, known and config.method.meet.on)
+        return Meets(known, known and config.method.meet.on is True)
 
     def __init__(self, world: World) -> None:
         super().__init__(world)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from flexp.assets import resolve
@@ -20,7 +20,7 @@ from flexp.links.messages import Join
 from flexp.models.anatomy import block_count, check_cut
 from flexp.models.fingerprint import fingerprint
 from flexp.models.loading import load_config
-from flexp.run.conduct import newest_facts
+from flexp.run.conduct import run_name
 from flexp.run.party import patiently
 from flexp.run.store import Store
 from flexp.server import Server
@@ -38,16 +38,17 @@ class Kept:
     """The snapshots of a server that is led, in a folder (:class:`flexp.server.chain.Keeper`)."""
 
     def __init__(self, server: Server, store: Store, say: Callable[[str], None]) -> None:
-        store.claim()
+        store.keep = None  # which go the first server says, so that all keep the same ones
         self._server, self._store, self._say = server, store, say
         newest = store.newest_whole(quarantine=True)
         self.run = "" if newest is None else str(newest.facts["run"])
         self.numbers: Sequence[int] = store.numbers()
 
-    def keep(self, number: int, run: str) -> None:
+    def keep(self, number: int, run: str, held: Collection[int]) -> None:
         try:
             state = self._server.state(unfinished=True)
             self._store.save(number, {"server": state}, {"run": run, "updates": self._server.updates})
+            self._store.only({number, *held})
         except StorageError as error:  # the first server is told which there are
             self._say(f"snapshot {number} was not saved: {error}")
         self.run, self.numbers = run, self._store.numbers()
@@ -108,6 +109,8 @@ def take_place(
         return
     check_can_chain(config.server)
     settings, store = settings_of(config, deployment), None if state is None else Store(state, deployment.keep)
+    if store is not None:
+        store.claim()
     depth, end = shared_blocks(config, deployment.end)
     if follows(deployment, depth):
         server.following = Following(settings, None if store is None else Kept(server, store, say))
@@ -127,7 +130,7 @@ def take_place(
         autocast=stage.autocast_name,
         codec=CodecConfig(),
     )
-    run = "" if server.following is not None else str(newest_facts(store).get("run", ""))
+    run = "" if server.following is not None else run_name(store)
     said = False
 
     def attempt() -> Chain:

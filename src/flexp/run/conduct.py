@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from flexp.config import TrainConfig
 from flexp.errors import ConfigError, LinkError, LinkLostError, StorageError
+from flexp.files import read_json, write_json
 from flexp.links.messages import Keep, Order, Ready
 from flexp.run.store import Store
 from flexp.server import Server
@@ -18,6 +19,7 @@ from flexp.server import Server
 ENDED = "ended"
 """Among what a client tells: it stops before its last step, since it gets no better on its validation data."""
 
+NAME = "run.json"
 Say = Callable[[str], None]
 TOLD = ("loss", "lr", "score", "seconds", "bytes_up", "bytes_down", "waited_seconds", "compute_seconds")
 """What a client may say of itself; anything else is left out."""
@@ -159,11 +161,13 @@ class Conductor:
         chain = self.server.chain
         try:
             # All save after the same update, this one last: what it has, all have.
-            if chain is not None and number not in chain.tell(Keep(number, self.run)).result().snapshots:
+            keep = Keep(number, self.run, held=tuple(self.snapshots.numbers()))
+            if chain is not None and number not in chain.tell(keep).result().snapshots:
                 self.say(f"snapshot {number} was not saved: a server further on could not")
                 return
             state = self.server.state(unfinished=unfinished)
             self.snapshots.save(number, {"server": state}, {**facts, "over": self.over})
+            (self.snapshots.folder / NAME).unlink(missing_ok=True)  # a run whose snapshots are lost is another one
         except (StorageError, LinkLostError) as error:
             self.say(f"snapshot {number} was not saved: {error}")
 
@@ -189,6 +193,17 @@ def is_over(saved: Mapping[str, Any], train: TrainConfig) -> bool:
 
 
 def run_name(snapshots: Store | None) -> str:
-    """The name of the run that the newest snapshot belongs to, or a new one."""
-    newest = None if snapshots is None else snapshots.newest_whole(quarantine=True)
-    return secrets.token_hex(4) if newest is None else str(newest.facts["run"])
+    """The name of the run that the newest snapshot belongs to, or a new one, which is written down: whoever falls
+    before its first snapshot is back with the same run, which clients and servers may know already.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    if snapshots is None:
+        return secrets.token_hex(4)
+    newest, path = snapshots.newest_whole(quarantine=True), snapshots.folder / NAME
+    if newest is not None:
+        return str(newest.facts["run"])
+    if not path.is_file():
+        write_json(path, {"run": secrets.token_hex(4)})
+    return str(read_json(path)["run"])

@@ -158,6 +158,7 @@ def run_server(
     conductor: Conductor | None = None,
     metrics: str | None = None,
     allow_export: bool = False,
+    frozen: bool = False,
     dismiss: bool = True,
     **options: Any,
 ) -> None:
@@ -176,6 +177,7 @@ def run_server(
             it; otherwise they try to reach the server until it is back.
         allow_export: give clients the trained weights of their shared blocks; the server then stays when a conducted
             run is over.
+        frozen: nobody trains the blocks, and nothing is saved.
         options: of :class:`flexp.links.grpc.Serving`.
 
     Raises:
@@ -189,6 +191,10 @@ def run_server(
         if store.numbers():
             load(server, store)
             say(f"going on from {state}: {server.updates} updates of the shared blocks so far")
+    if frozen:
+        if store is not None and not store.numbers():
+            raise StorageError(f"{state} holds nothing that was trained: name the --state of a server, or leave it out")
+        server.sealed, store = True, None
     server.guard.say, server.conductor = say, conductor
     reporter = StatusReporter(server, conductor)
     options |= {"say": say, "facts": reporter.facts}
@@ -231,6 +237,7 @@ def run_server(
         say(f"stopped after {server.updates} updates; the server before says what is saved")
         return
     where = f"saved in {state}" if state is not None else "nothing was saved, as no --state DIR was given"
+    where = "nothing was trained, so nothing was saved" if frozen else where
     say(f"stopped after {server.updates} updates; {where}")
 
 

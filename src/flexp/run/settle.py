@@ -17,11 +17,12 @@ import torch
 import transformers
 
 from flexp.assets import resolve
-from flexp.client.meeting import closed_form_of
+from flexp.client.meeting import closed_form_of, has_linear_classifier
 from flexp.client.model import SplitModel
 from flexp.client.trainer import Trainer
 from flexp.config import CodecConfig, DataConfig, RunConfig
 from flexp.data import load_federation, pad_id
+from flexp.data.columns import rows_of
 from flexp.data.split import Identity, identity
 from flexp.data.tasks import task_of
 from flexp.data.types import ClientData, Federation
@@ -130,7 +131,9 @@ def settle(config: RunConfig, federate: Federate = load_federation, *, plan: boo
     head = trained_classes(model_config, task_of(config.data).model_kind, config.model.pooling)
     federation = federate(config.data, processor, config.seed, max_positions(model_config), head)
     blocks = block_count(model_id, model_config)
-    notes, planned = [*_precision_notes(config), *_meeting_notes(config)], None
+    drawn = all(row is None for row in rows_of(head, federation.task.label_names or ()))
+    config, met = _with_meetings(config, federation, model_config, drawn)
+    notes, planned = [*_precision_notes(config), *met], None
     if plan and config.data.clients.planned:  # before anything is loaded
         config, more, planned = with_cuts(config, federation, blocks)
         notes += more
@@ -262,6 +265,8 @@ def settle_client(config: RunConfig, name: str | None, cut: tuple[int, int | Non
             return found
         return replace(found, clients=[replace(found.clients[0], name=name)])
 
+    if config.method.meet.on == "auto":  # nor does its server, which knows no classifier
+        config = meeting(config, on=False)
     run = settle(config, federate, plan=cut is None)
     clients = {client.name: client for client in run.federation.clients}
     wanted = next(iter(clients)) if name is None and len(clients) == 1 else name
@@ -316,16 +321,46 @@ def load_processor(model_id: str, config: RunConfig) -> Any:
     return processor
 
 
-def _meeting_notes(config: RunConfig) -> list[str]:
-    method, asked = method_of(config), config.model.head == "closed-form" or config.method.meet.on
-    why = "" if method.meets else f"{method.name} knows no meeting"
-    if asked and config.method.meet.noise and KINDS[task_of(config.data).model_kind].answers == "number":
+def meeting(config: RunConfig, on: bool) -> RunConfig:
+    """The configuration with ``method.meet.on`` said."""
+    meet = config.method.meet.model_copy(update={"on": on})
+    return config.model_copy(update={"method": config.method.model_copy(update={"meet": meet})})
+
+
+def _with_meetings(
+    config: RunConfig, federation: Federation, model_config: Any, drawn: bool
+) -> tuple[RunConfig, list[str]]:
+    """Settle ``method.meet.on``, and say what comes of it.
+
+    Args:
+        drawn: whether no class of the classifier is in the checkpoint.
+    """
+    method, meet, task = method_of(config), config.method.meet, task_of(config.data)
+    kind, train = task.model_kind, config.train
+    asked = config.model.head == "closed-form" or meet.on is True
+    if asked and meet.noise and KINDS[kind].answers == "number":
         raise ConfigError("method.meet.noise is for classes: numbers that are learned have no bound; set it to 0")
+    why = "" if method.meets else f"{method.name} knows no meeting"
     if asked and not closed_form_of(config):
-        why = f"the task {task_of(config.data).name} has no closed form"
+        why = f"the task {task.name} has no closed form"
     if asked and why:
-        return [f"clients do not meet: {why}, so model.head and method.meet are left out"]
-    return []
+        return config, [f"clients do not meet: {why}, so model.head and method.meet are left out"]
+    if meet.on != "auto":
+        return config, []
+    # With two classes a drawn classifier is as good, and a meeting is a pass over examples that a short run of many
+    # has not even seen (docs/results/meeting.md).
+    classes = len(federation.task.label_names or ())
+    worth = not asked and not why and KINDS[kind].answers == "class" and classes > 2 and drawn
+    seen = max(len(client.train) for client in federation.clients) <= train.total_steps * train.batch_size
+    free = len(federation.clients) > 1 and train.early_stopping.patience is None and not config.privacy.on
+    pooled = config.model.pooling != "checkpoint"
+    if not (worth and seen and free and (pooled or has_linear_classifier(model_config, kind))):
+        return meeting(config, on=False), []
+    return meeting(config, on=True), [
+        f"clients meet in a classifier of everybody's class sums, as its {classes} classes begin as drawn"
+        + ("" if pooled else '; model.pooling = "mean" suits that best')
+        + " (method.meet.on = false: they do not meet)"
+    ]
 
 
 def _precision_notes(config: RunConfig) -> list[str]:

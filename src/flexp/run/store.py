@@ -25,7 +25,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -189,8 +189,12 @@ class Store:
                 entries[party] = {"file": file.name, "sha256": _write(file, content)}
             write_json(part / INDEX, {"version": VERSION, "facts": dict(facts or {}), "parties": entries})
         if self.keep is not None:
-            for old in set(self.numbers()[: -self.keep]) - {number, best}:
-                shutil.rmtree(self._place(old), ignore_errors=True)
+            self.only({*self.numbers()[-self.keep :], number, best})
+
+    def only(self, numbers: Collection[int | None]) -> None:
+        """Let all others go."""
+        for old in set(self.numbers()) - set(numbers):
+            shutil.rmtree(self._place(old), ignore_errors=True)
 
     def replace(self, number: int, party: str, tensors: Mapping[str, Tensor]) -> None:
         """Put other tensors in the place of a party's, whose file need not be there; other files stay as they are.

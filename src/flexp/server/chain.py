@@ -9,8 +9,8 @@ the whole was judged, and every server does the same updates in the same order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -56,6 +56,9 @@ class Chain:
         self.lost: LinkError | None = None
         self.told = Behind()
         self._reach, self._links = reach, dict[str, Link]()
+        self._leaving = dict[str, Future[None]]()  # links of clients that have left, until their names are free
+        self._aside = ThreadPoolExecutor(1, "flexp-leaving")  # leaving waits for an answer
+        self._voided = dict[str, Future[Behind]]()
         self.control = reach(PREVIOUS)
         try:
             welcome = ask(self.control, card)
@@ -79,11 +82,31 @@ class Chain:
                 f'"off", s <= {self.first}, or --blocks (deployment.blocks) otherwise'
             )
         card = replace(request, cut=(max(start, self.first), stop), align=OFF, codec=None, numbering=0, examples_key="")
+        leaving = self._leaving.pop(client, None)
+        if leaving is not None:
+            leaving.result()
         link = self._links.get(client)
         if link is None or getattr(link, "broken", None) is not None:
             link = self._links[client] = self._reach(client)
         ask(link, card)
         return link
+
+    def leave(self, client: str) -> None:
+        """A client has left, or needs their blocks no more: they forget it as well."""
+        link = self._links.pop(client, None)
+        if link is not None:
+            self._leaving[client] = self._aside.submit(link.close)
+
+    def void(self, client: str, step: int) -> None:
+        """What they have of a step will not be applied. Whoever does the step again waits for :meth:`voided`, or this
+        could be heard after it."""
+        if self.lost is None:
+            self._voided[client] = self.tell(Settle(client, step, take=False))
+
+    def voided(self, client: str) -> Future[Behind] | None:
+        """What is still to be heard of :meth:`void`."""
+        told = self._voided.get(client)
+        return None if told is None or told.done() else told
 
     def tell(self, request: Request[Behind]) -> Future[Behind]:
         """Say something that concerns all clients; what is said is done in this order."""
@@ -111,7 +134,9 @@ class Chain:
 
     def close(self) -> None:
         """Leave."""
-        for link in (*self._links.values(), self.control):
+        links, self._links = list(self._links.values()), {}
+        self._aside.shutdown()
+        for link in (*links, self.control):
             link.close()
 
     def _hear(self, answer: Future[Behind]) -> Future[Behind]:
@@ -132,8 +157,8 @@ class Keeper(Protocol):
     run: str
     numbers: Sequence[int]
 
-    def keep(self, number: int, run: str) -> None:
-        """Save it as snapshot ``number`` of a run."""
+    def keep(self, number: int, run: str, held: Collection[int]) -> None:
+        """Save it as snapshot ``number`` of a run; of the others those stay that the leading server has ``held``."""
         ...
 
     def back(self, number: int) -> None:
@@ -150,6 +175,7 @@ class Following:
         complete: gradients of clients' steps that are not settled, by client and step.
         due: an update that waits for its norm.
         led: the leading server is here.
+        run: that it goes on with, as far as it knows: one that is led itself hears it from the one before.
         over: the run has ended, or (``lost``) the leading server has gone: then this server must begin anew.
     """
 
@@ -158,6 +184,7 @@ class Following:
     complete: dict[tuple[str, int], Gathered] = field(default_factory=dict)
     due: Mapping[str, Tensor] | None = None
     led: bool = False
+    run: str = ""
     over: bool = False
     lost: bool = False
 
@@ -167,17 +194,17 @@ class Following:
         Raises:
             LinkError: see above.
         """
-        if self.led or self.lost:
+        if self.lost or (self.led and (self.run or not lead.run)):
             raise LinkLostError("this server is led already, or begins anew since the one that led it has gone")
         for name in sorted(self.settings.keys() | lead.settings.keys()):
             here, there = self.settings.get(name, "none"), lead.settings.get(name, "none")
             if here != there:
                 raise LinkError(f"the server before has {name} = {there}, and this one {here}: give both the same "
                                 "configuration")  # fmt: skip
-        if self.keeper is not None and self.keeper.numbers and lead.run != self.keeper.run:
+        if self.keeper is not None and self.keeper.numbers and lead.run not in ("", self.keeper.run):
             raise LinkError(
-                f"this server's state is of the run {self.keeper.run}, the server before goes on with "
-                f"{lead.run or 'a new one'}; give each the --state that it had, or a new one to both"
+                f"this server's state is of the run {self.keeper.run}, the server before goes on with {lead.run}; give "
+                "each the --state that it had, or a new one to both"
             )
 
     def settled(self, request: Settle) -> Gathered:
@@ -198,7 +225,7 @@ class Following:
             if request.back:
                 self.keeper.back(request.number)
             else:
-                self.keeper.keep(request.number, request.run)
+                self.keeper.keep(request.number, request.run, request.held)
 
 
 def check_can_chain(config: ServerConfig) -> None:

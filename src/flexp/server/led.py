@@ -57,14 +57,21 @@ class Led(Turns):
                                 "way; wait for their answers")  # fmt: skip
         names = (item.name for item in fields(PassedBackward))
         session.passing[step] += 1
+        assert self.chain is not None
         try:
+            while (voided := self.chain.voided(client)) is not None:
+                yield voided
             passed = PassedBackward(**{name: getattr(request, name) for name in names})
             behind = yield from self._further(session, passed)
+            if session.pending.get(request.exchange) is not pending:
+                raise LinkLostError(f"client {client}: exchange {request.exchange} was given up meanwhile")
+        except LinkError:
+            if self.following is None:  # whoever judges the step says that it is none
+                self.chain.void(client, step)
+            raise
         finally:
             session.passing[step] -= 1
             session.passing += Counter()  # without those at zero
-        if session.pending.get(request.exchange) is not pending:
-            raise LinkLostError(f"client {client}: exchange {request.exchange} was given up meanwhile")
         return replace(request, grad_BTH=behind.grad_BTH), behind
 
     @singledispatchmethod
@@ -83,11 +90,15 @@ class Led(Turns):
             return session.pass_back(request, behind, following.complete)
 
     @_said.register
-    def _lead(self, request: Lead, client: str) -> Behind:
-        """The server before has come."""
-        following = self._followed(client, led=False)
+    def _lead(self, request: Lead, client: str) -> Steps[Behind]:
+        """The server before has come, or has heard from the one before it which run it is."""
+        following, session = self._followed(client, led=False), self._sessions[client]
         following.check(request)
-        following.led = True
+        if self.chain is not None and request.run:
+            yield self.chain.tell(request)
+            if self._sessions.get(client) is not session:
+                raise LinkLostError("the server before has gone meanwhile")
+        following.led, following.run = True, request.run
         return self._report()
 
     @_said.register

@@ -196,7 +196,10 @@ class Server(Led):
         if self.chain is not None and not leads:
             border = self.chain.first
             own = replace(request, cut=(min(request.cut[0], border), min(request.cut[1], border)))
-            further = self.chain.join(client, request) if request.cut[1] > border else None
+            if request.cut[1] > border:
+                further = self.chain.join(client, request)
+            else:
+                self.chain.leave(client)
         record = self.clients[client]
         progress = record.numbered(request.numbering)
         record.cuts(request.cut)
@@ -215,7 +218,10 @@ class Server(Led):
             further=further,
         )
         anatomy = self.shared.stage.anatomy
-        return Welcome(self.blocks[0], anatomy.blocks, anatomy.hidden, self.config.max_in_flight)
+        whole, shared = self.chain is None and self.following is None, self._sessions[client].shared
+        fixed = self.sealed or shared.frozen or not shared.updater.parameters
+        trained = shared.fingerprint if whole and fixed else ""  # of one of a chain it would be a part's
+        return Welcome(self.blocks[0], anatomy.blocks, anatomy.hidden, self.config.max_in_flight, trained=trained)
 
     @_handle.register
     def _forward(self, request: ForwardRequest, client: str) -> Steps[ForwardReply]:
@@ -367,7 +373,7 @@ class Server(Led):
 
     @_handle.register
     def _leave(self, _: Leave, client: str) -> Done:
-        self._sessions.end(client)
+        self._forget(client)
         if self.conductor is not None:
             self.conductor.gone(client)
         if self.following is not None and client == PREVIOUS:

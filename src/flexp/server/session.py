@@ -462,7 +462,7 @@ class Session:
     def _void(self, step: int) -> None:
         self.drop()
         if self.chain is not None:
-            self.chain.tell(Settle(self.join.client, step, take=False))
+            self.chain.void(self.join.client, step)
 
 
 def size_kept(request: ForwardRequest) -> int:

@@ -7,6 +7,7 @@ on with copies of them (weight stashing). Nothing is copied when nothing is in f
 
 from __future__ import annotations
 
+import hashlib
 import statistics
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -70,6 +71,7 @@ class SharedBlocks:
         self.skipped: Counter[str] = Counter()  # steps of clients that were answered and not applied
         self.peak_versions = 1
         self._parked = False  # in main memory, since its client is idle
+        self._fingerprint: str | None = None
 
     def apart(self) -> SharedBlocks:
         """The same blocks with trained weights and an optimiser of their own, which begin as these are now. The model
@@ -207,6 +209,14 @@ class SharedBlocks:
         trained = {name: value for name, value in self.updater.parameters.items() if block_of(name) == request.block}
         return FetchReply(self.version, len(trained), *portion(trained, request, coded))
 
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the trained weights: 32 hexadecimal digits."""
+        if self._fingerprint is None:
+            found = [f"{name} {tensor_fingerprint(value)}" for name, value in sorted(self.updater.parameters.items())]
+            self._fingerprint = hashlib.blake2b("\n".join(found).encode(), digest_size=16).hexdigest()
+        return self._fingerprint
+
     def state(self) -> dict[str, Tensor]:
         """Weights, optimiser, and what the ``mean`` rule has gathered; nothing may be in flight that matters."""
         flat = {f"weights/{name}": value.detach() for name, value in self.updater.parameters.items()}
@@ -256,6 +266,7 @@ class SharedBlocks:
             for name, parameter in self.updater.parameters.items():
                 parameter.copy_(weights[name])
         self.version += 1
+        self._fingerprint = None
 
     def apply(self, gradients: Mapping[str, Tensor], norm: float | None = None, whole: Whole | None = None) -> None:
         """Update the weights; see :meth:`add`."""
@@ -269,6 +280,7 @@ class SharedBlocks:
             self.updater.parameters[name].grad = gradient
         self.updater.step(norm)
         self.version += 1
+        self._fingerprint = None
 
     def _stash_current(self) -> None:
         """Leave the current parameters to the requests that hold them, and go on with copies."""

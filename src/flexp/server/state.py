@@ -46,7 +46,13 @@ class ServerState:
         self.following: Following | None = None  # the server before
         self._sessions = Sessions()
         self._lock = threading.RLock()
-        self.guard.listeners.append(lambda client, _: self._sessions.end(client))
+        self.guard.listeners.append(lambda client, _: self._forget(client))
+
+    def _forget(self, client: str) -> None:
+        """A client goes; what it has in flight, here and further on, is dropped, and its caches are."""
+        self._sessions.end(client)
+        if self.chain is not None:
+            self.chain.leave(client)
 
     @property
     def blocks(self) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import ssl
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from flexp.links.frames import VERSION
 from flexp.links.grpc.attesting import Verifier, attested
 from flexp.links.grpc.diagnosis import NO_TOKEN, Way
 from flexp.links.grpc.link import GrpcLink, reason
-from flexp.links.grpc.loop import METHOD, OPTIONS, SERVICE, wait_for, within
+from flexp.links.grpc.loop import CLIENT_OPTIONS, METHOD, SERVICE, wait_for, within
 from flexp.links.grpc.security import (
     CLIENT_KEY,
     PROTOCOL_KEY,
@@ -47,7 +48,8 @@ def connect(
 
     Args:
         url: ``grpc://HOST:PORT``, which is plaintext unless ``ca`` is given, or ``grpcs://HOST:PORT``, which is TLS.
-            The client's name may stand in it: ``grpc://clinic-a@HOST:PORT``.
+            The client's name may stand in it: ``grpc://clinic-a@HOST:PORT``. Of several, ``HOST:PORT,HOST:PORT``, that
+            are not trained any more and stand for each other, it leads to one at random that can be reached.
         token: this client's; ``None``: what the environment variable FLEXP_TOKEN holds, if anything.
         ca: the certificate (PEM) that the server's is signed with; with ``grpcs://``, ``None`` means FLEXP_CA, or else
             the authorities that gRPC knows.
@@ -66,26 +68,54 @@ def connect(
         LinkLostError: no server answers, or not yet.
         LinkError: it refuses this client, or its TLS and this client's do not go together.
     """
-    address = Address.of_url(url)
-    name = client or address.client
+    places = Address.all_of(url)
+    name = client or places[0].client
     if name is None:
         raise ConfigError("the link needs the client's name: client='clinic-a', or grpc://clinic-a@HOST:PORT")
     check_name(name)
     ca = ca or os.environ.get("FLEXP_CA") or None
     token = token or os.environ.get("FLEXP_TOKEN") or None
-    secure = address.secure or ca is not None
-    check_connecting(address, secure, insecure=insecure)
+    secure = places[0].secure or ca is not None
+    for address in places:
+        check_connecting(address, secure, insecure=insecure)
     paths = [None if path is None else Path(path) for path in (ca, certificate, key)]
-    way = Way(address, secure, *paths)
     if (verifier is None) != (measurement is None) or (verifier is not None and not secure):
         raise ConfigError(
             "a server that attests needs verifier, measurement and TLS (grpcs://), or none of the first two"
         )
     judge: Verifier | None = VERIFIERS[verifier]() if isinstance(verifier, str) else verifier
+    random.SystemRandom().shuffle(places)
+    failed: list[LinkLostError] = []
+    for address in places:
+        way = Way(address, secure, *paths)
+        try:
+            link = _open(way, name, token, judge, measurement, timeout, connect_timeout)
+        except LinkLostError as error:
+            failed.append(error)
+            continue
+        link.codec = codec if isinstance(codec, CodecConfig) else CodecConfig.all(codec)
+        link.one_of = len(places)
+        return link
+    if len(failed) == 1:
+        raise failed[0]
+    raise LinkLostError(f"none of the {len(places)} servers can be used: {'; '.join(map(str, failed))}")
+
+
+def _open(
+    way: Way,
+    name: str,
+    token: str | None,
+    judge: Verifier | None,
+    measurement: str | None,
+    timeout: float,
+    connect_timeout: float,
+) -> GrpcLink:
+    """A link to one server; raises as :func:`connect` does."""
+    address = way.address
     certificate_there = b"" if judge is None else _certificate(way)
     # who has its key is from here on the only one that can answer
-    trusted = paths[0] if judge is None else ssl.DER_cert_to_PEM_cert(certificate_there).encode()
-    credentials = channel_credentials(trusted, *paths[1:]) if secure else None
+    trusted = way.ca if judge is None else ssl.DER_cert_to_PEM_cert(certificate_there).encode()
+    credentials = channel_credentials(trusted, way.certificate, way.key) if way.secure else None
     metadata = [(PROTOCOL_KEY, str(VERSION)), (CLIENT_KEY, name.encode())] + (
         [(TOKEN_KEY, token.encode())] if token else []
     )
@@ -93,9 +123,9 @@ def connect(
     async def open_stream() -> GrpcLink:
         target = str(address)
         if credentials is None:
-            channel = grpc.aio.insecure_channel(target, way.options(OPTIONS))
+            channel = grpc.aio.insecure_channel(target, way.options(CLIENT_OPTIONS))
         else:
-            channel = grpc.aio.secure_channel(target, credentials, way.options(OPTIONS))
+            channel = grpc.aio.secure_channel(target, credentials, way.options(CLIENT_OPTIONS))
         try:
             if judge is not None and measurement is not None:
                 async with within(connect_timeout, f"no server answered at {target}"):
@@ -118,9 +148,7 @@ def connect(
             raise
         return GrpcLink(channel, stream, address, name, timeout)
 
-    link = wait_for(open_stream())
-    link.codec = codec if isinstance(codec, CodecConfig) else CodecConfig.all(codec)
-    return link
+    return wait_for(open_stream())
 
 
 def _certificate(way: Way) -> bytes:

@@ -8,6 +8,7 @@ import socket
 import ssl
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from flexp.links.grpc.security import Address
@@ -29,7 +30,7 @@ class Way:
     certificate: Path | None = None
     key: Path | None = None
 
-    def options(self, options: list[tuple[str, int]]) -> list[tuple[str, int]]:
+    def options(self, options: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
         """gRPC's, with which it uses no proxy on this machine, whatever the environment says."""
         return [*options, ("grpc.enable_http_proxy", 0)] if self.address.loopback else options
 

@@ -53,7 +53,10 @@ class GrpcLink:
         header_bytes: what crossed besides tensors, (up, down); the meter counts tensors.
         codec: what whoever joins without a codec gets.
         residuals: of error feedback (:class:`flexp.links.coding.Coding`), to be saved and given back.
+        one_of: servers that were named, so many; of several none may be trained.
     """
+
+    one_of = 1
 
     def __init__(self, channel: Any, stream: Any, address: Address, client: str, timeout: float) -> None:
         self.meter = Meter()
@@ -109,10 +112,12 @@ class GrpcLink:
         return call.future
 
     def close(self) -> None:
+        left = False
         if self._broken is None:
             with suppress(LinkError, TimeoutError), resting(current_turn()):
                 self.call(Leave()).result(GOODBYE_SECONDS)
-        wait_for(self._shut(LinkError(f"client {self._client}: the link is closed")))
+                left = True
+        wait_for(self._shut(LinkError(f"client {self._client}: the link is closed"), left))
 
     # What follows runs on the loop.
 
@@ -188,6 +193,12 @@ class GrpcLink:
             passed = time.monotonic() - call.began  # whatever the server says that it computed
             call.traffic.server_seconds += min(max(head.seconds, 0.0), passed)
         if isinstance(call.request, Join) and isinstance(answer, Welcome):
+            if self.one_of > 1 and not answer.trained:
+                call.future.set_exception(LinkError(
+                    f"{self.one_of} servers are named, and that at {self._address} may still be trained, or is one of "
+                    "a chain, so what they have may differ: name one, or start each with --frozen"
+                ))  # fmt: skip
+                return
             self._agreement = Agreement.of(call.request, bounded(answer))
             self._coding = Coding(call.request.codec, self._agreement.dtype, answer.hidden, self.residuals)
         call.future.set_result(answer)
@@ -205,8 +216,10 @@ class GrpcLink:
         self._stream.cancel()
         self._tasks[0].cancel()  # nothing is sent any more
 
-    async def _shut(self, why: LinkError) -> None:
+    async def _shut(self, why: LinkError, left: bool) -> None:
         self._broken = self._broken or why
+        if left:  # the server ends the stream when the client's name is free for its next one
+            await asyncio.wait(self._tasks[1:], timeout=GOODBYE_SECONDS)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

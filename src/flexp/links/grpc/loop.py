@@ -31,6 +31,12 @@ OPTIONS: list[tuple[str, int]] = [
 ]
 """What both sides ask of gRPC; each uses what is meant for it."""
 
+CLIENT_OPTIONS: list[tuple[str, Any]] = [
+    *OPTIONS,
+    ("grpc.service_config", '{"loadBalancingConfig": [{"pick_first": {"shuffleAddressList": true}}]}'),
+]
+"""What a client asks of it: of a name's addresses any, and with all of a link's calls, since a server has state."""
+
 SERVER_OPTIONS = [
     *OPTIONS,
     ("grpc.server_handshake_timeout_ms", 10_000),  # whoever connects and says nothing is let go

@@ -53,6 +53,16 @@ class Address:
         return cls(host, port, unquote(user) if user else None, parts.scheme == "grpcs")
 
     @classmethod
+    def all_of(cls, url: str) -> list[Address]:
+        """Read a URL of one server, or of several that stand for each other: ``grpc://[CLIENT@]HOST:PORT,HOST:PORT``.
+
+        Raises:
+            ConfigError: it is none.
+        """
+        before, mark, hosts = url.rpartition("@") if "@" in url else url.rpartition("://")
+        return [cls.of_url(f"{before}{mark}{host}") for host in hosts.split(",")]
+
+    @classmethod
     def of_text(cls, text: str) -> Address:
         """Read ``HOST:PORT``; port 0 is any that is free.
 
