@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from flexp.assets import resolve
-from flexp.flower import certify
+from flexp.carried import certify
 
 NODES = {"movies": "2:6", "amazon": "1:6", "nyt": "3:6"}
 BIN = Path(sys.executable).parent
@@ -55,10 +55,10 @@ class Flower:
     """A SuperLink and SuperNodes on this machine, in the folder ``work``; leaving the block ends all of them.
 
     Args:
-        nodes: the ``--node-config`` of each.
+        nodes: the ``--node-config`` of each; an integer: of so many that Flower simulates.
     """
 
-    def __init__(self, work: Path, nodes: list[str]) -> None:
+    def __init__(self, work: Path, nodes: list[str] | int) -> None:
         self.work, self.nodes, self.started = work, nodes, list[subprocess.Popen[bytes]]()
         # Flower starts its own commands by name; nothing is fetched, and nothing told to anybody.
         own = {"FLWR_HOME": str(work / "flwr"), "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
@@ -73,10 +73,11 @@ class Flower:
         said = f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "127.0.0.1:{port}"\n'
         work.joinpath("flwr/config.toml").write_text(f'{said}root-certificates = "{cert}"\n', encoding="utf-8")
         tls = ["--ssl-certfile", cert, "--ssl-keyfile", work / "key.pem", "--ssl-ca-certfile", cert]
+        kind = "--simulation" if isinstance(self.nodes, int) else "--enable-supernode-auth"
         offline = "--disable-runtime-dependency-installation"
-        self._start("superlink", "flower-superlink", *tls, "--enable-supernode-auth", offline, "--port", port)
+        self._start("superlink", "flower-superlink", *tls, kind, offline, "--port", port)
         wait_for(lambda: reached(port), 120)
-        for number, node in enumerate(self.nodes):
+        for number, node in enumerate([] if isinstance(self.nodes, int) else self.nodes):
             key = work / f"node-{number}"
             write_keys(key)
             self.flwr("supernode", "register", f"{key}.pub", "here")
@@ -106,16 +107,20 @@ class Flower:
 
     def run(self, app: Path, state: Path) -> str:
         """Start a run; gives its number."""
-        said = self.flwr("run", app, "here", "--format", "json", "-c", f'state="{state}"')
+        how = ["-c", f'state="{state}"']
+        if isinstance(self.nodes, int):  # all at once, however few cores there are
+            how += ["--federation-config", f"num-supernodes={self.nodes} init-args-num-cpus={self.nodes} "
+                    "client-resources-num-cpus=1"]  # fmt: skip
+        said = self.flwr("run", app, "here", "--format", "json", *how)
         return str(json.loads(said[said.index("{") :])["run-id"])
 
     def apps(self) -> list[str]:
-        """The ServerApps and ClientApps that are alive."""
+        """The ServerApps, ClientApps and simulations that are alive."""
         found = []
         for made in self.started:
             for child in psutil.Process(made.pid).children(recursive=True):
                 with suppress(psutil.NoSuchProcess):
-                    found += re.findall(r"flwr-(?:server|client)app", " ".join(child.cmdline()))[:1]
+                    found += re.findall(r"flwr-(?:serverapp|clientapp|simulation)", " ".join(child.cmdline()))[:1]
         return found
 
     def _start(self, name: str, *command: object) -> None:

@@ -1,55 +1,38 @@
 """FlexP on Flower (``pip install "flexp[flower]"``): Flower delivers the app, knows and starts the nodes, stops, keeps
-logs and history; the run itself goes over FlexP's own link, with its conductors, snapshots and steps that count once.
-
-The message that starts a client carries the server's address, and a token and a certificate that are made anew for each
-run. What is the node's own (its data, cut and state) stands in its ``--node-config``. See docs/how-to/flower.md.
+logs and history; all else is :mod:`flexp.carried`'s. What is the node's own (its data, cut and state) stands in its
+``--node-config``. See docs/how-to/flower.md.
 """
 
 from __future__ import annotations
 
-import hashlib
-import ipaddress
 import json
-import math
-import secrets
-import socket
-import tempfile
-import threading
-import time
-from collections import Counter
-from datetime import UTC, datetime, timedelta
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.exit import add_exit_handler  # a saved state may take longer than the 5 s that a ServerApp has else
 
-from flexp.config import DeploymentConfig
-from flexp.config.loading import OTHERS, overridden, validate
+from flexp.carried import DAYS, Nodes, conduct, take_part
 from flexp.errors import ConfigError
-from flexp.files import folder_name
-
-RESTARTS = 3
-"""Times that the ClientApp of a node is started again."""
-DAYS = 365
-"""That a run may last: so long its certificate and its messages are valid."""
-WHERE = "the configuration of the Flower run"
 
 
 def server_app(config: Path) -> ServerApp:
     """A ServerApp that conducts the run of a ``CONFIG.toml``, which names its clients (``deployment.clients``).
 
-    Of the run's configuration (``flwr run -c``) it reads ``listen`` (HOST:PORT; port 0: any that is free), ``host`` (by
-    which nodes reach it; empty: as in ``listen``) and ``state`` (the folder to save in, and to go on from).
+    Of the run's configuration (``flwr run -c``) it reads what :func:`flexp.carried.conduct` wants.
     """
 
     def main(grid: Grid, context: Context) -> None:
-        _conduct(grid, {key: str(value) for key, value in context.run_config.items()}, Path(config))
+        options = {key: str(value) for key, value in context.run_config.items()}
+        conduct(
+            lambda start: SuperNodes(grid, start),
+            options,
+            Path(config),
+            lambda end: add_exit_handler(end, run_before_force_exit=True),
+        )
 
     app = ServerApp()
     app.main()(main)
@@ -60,190 +43,46 @@ def client_app() -> ClientApp:
     """A ClientApp that takes part with what its node has.
 
     Of the node's configuration it reads ``name``, ``data`` (its own file), ``cut`` (S:E; else as the run's
-    configuration says) and ``state`` (a folder). In Flower's simulation, nodes are the run's clients in their order.
+    configuration says) and ``state`` (a folder). In Flower's simulation, nodes are the run's clients in their order,
+    and their state is in the folder ``clients`` of the server's.
     """
     app = ClientApp()
     app.train()(_take_part)
     return app
 
 
-def say(line: str) -> None:
-    """To Flower's log of the run."""
-    print(f"flexp: {line}", flush=True)
-
-
-class Nodes:
-    """Starts every node's ClientApp, also of those that come late, again where it fell, and hears what it ended with.
-
-    Attributes:
-        told: what each client said at its end.
-    """
+class SuperNodes(Nodes):
+    """Flower's."""
 
     def __init__(self, grid: Grid, start: dict[str, Any]) -> None:
-        self.told: dict[str, dict[str, Any]] = {}
-        self._grid, self._content = grid, start
-        self._starts: Counter[int] = Counter()
-        self._asked: dict[str, int] = {}
+        super().__init__(start)
+        self._grid = grid
 
-    def look(self) -> bool:
-        """See who is new, and who has answered; gives whether somebody has not."""
-        for node in sorted(set(self._grid.get_node_ids()) - self._starts.keys()):
-            self._start(node)
-        for reply in self._grid.pull_messages(list(self._asked)):
-            node = self._asked.pop(reply.metadata.reply_to_message_id, None)
-            if node is not None and reply.has_error():
-                say(f"node {node}: {reply.error.reason}")
-                if self._starts[node] <= RESTARTS:
-                    self._start(node)
-            elif node is not None:
-                facts = dict(reply.content["flexp"])
-                self.told[str(facts.pop("name"))] = facts
-        return bool(self._asked)
+    def there(self) -> Iterable[Any]:
+        return list(self._grid.get_node_ids())
 
-    def _start(self, node: int) -> None:
-        self._starts[node] += 1
-        content = RecordDict({"flexp": ConfigRecord(self._content)})
+    def send(self, node: Any) -> str | None:
+        content = RecordDict({"flexp": ConfigRecord(self.start)})
         sent = Message(content, dst_node_id=node, message_type="train", ttl=DAYS * 86400.0)
-        self._asked |= dict.fromkeys(self._grid.push_messages([sent]), node)
+        (key,) = self._grid.push_messages([sent])
+        return key or None  # none of a run that is over
 
-
-def _conduct(grid: Grid, options: dict[str, str], file: Path) -> None:
-    content = overridden(file, ())
-    deployment = DeploymentConfig.checked(content.get("deployment", {}), str(file), "deployment")
-    names = deployment.clients
-    if deployment.blocks is not None or deployment.next is not None:
-        raise ConfigError(f"{file}: on Flower one server has all shared blocks; leave out deployment.blocks and next")
-    if not names:
-        raise ConfigError(f"{file}: has no deployment.clients; name the run's clients, as nodes do (--node-config)")
-    host, _, port = options["listen"].rpartition(":")
-    reached = options["host"] or host
-    with socket.socket() as free:  # chosen now: clients are started while the server loads its blocks
-        free.bind((host, int(port)))
-        port = str(free.getsockname()[1])
-    token = secrets.token_urlsafe(32)
-    with tempfile.TemporaryDirectory() as folder:
-        certificate = certify(reached, Path(folder))
-        start = {
-            "server": f"grpcs://{reached}:{port}",
-            "token": token,
-            "ca": certificate,
-            "content": json.dumps(content),
-        }
-        nodes = Nodes(grid, start)
-        nodes.look()
-
-        import torch
-
-        from flexp.data.tasks import task_of
-        from flexp.links.grpc import ServerTls, Tokens
-        from flexp.links.rules import Limits
-        from flexp.run.server import make_conductor, make_server, read_config, run_server
-
-        config, deployment = read_config(file, ())
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
-        depth = 1 if config.model.base_depth is None else config.model.base_depth
-        kind, rate = task_of(config.data).model_kind, deployment.bytes_per_second
-        server = make_server(config, depth, deployment.end, kind, names, deployment=deployment)
-        conductor = make_conductor(server, config, deployment, Path(options["state"]), say)
-        digest = hashlib.sha256(token.encode()).digest()
-        stop, failed = threading.Event(), list[BaseException]()
-
-        def serve() -> None:
-            try:
-                run_server(
-                    server, f"{host}:{port}", say=say, stop=stop, conductor=conductor,
-                    allow_export=deployment.allow_export, dismiss=deployment.on_stop == "leave",
-                    limits=Limits(
-                        max_tokens=deployment.max_tokens,
-                        requests_per_second=deployment.requests_per_second,
-                        bytes_per_second=math.inf if rate is None else rate,
-                    ),
-                    tls=ServerTls(Path(folder, "cert.pem"), Path(folder, "key.pem")),
-                    tokens=Tokens(dict.fromkeys(names, digest)),
-                )  # fmt: skip
-            except BaseException as error:
-                failed.append(error)
-
-        def end() -> None:
-            stop.set()
-            thread.join()
-
-        thread = threading.Thread(target=serve, daemon=True)
-        thread.start()
-        add_exit_handler(end, run_before_force_exit=True)
-        try:
-            while thread.is_alive():
-                nodes.look()
-                thread.join(0.5)
-            until = time.monotonic() + 30
-            while nodes.look() and time.monotonic() < until:
-                time.sleep(0.5)
-        finally:
-            end()
-        for name in names:
-            said = nodes.told.get(name, {"": "said nothing"})
-            say(f"{name:20}" + "  ".join(f"{key} {value}".strip() for key, value in said.items()))
-        if failed:
-            raise failed[0]
+    def answers(self, asked: list[str]) -> Iterable[tuple[str, dict[str, Any] | str]]:
+        for reply in self._grid.pull_messages(asked):
+            said = str(reply.error.reason) if reply.has_error() else dict(reply.content["flexp"])
+            yield reply.metadata.reply_to_message_id, said
 
 
 def _take_part(message: Message, context: Context) -> Message:
-    from flexp.cli.verify import parse_cut
-    from flexp.links.grpc import connect
-    from flexp.report.metrics import read
-    from flexp.run.client import run_client
-    from flexp.run.settle import settle_client
-
-    task, node = message.content["flexp"], context.node_config
-    content = json.loads(str(task["content"]))
-    deployment = DeploymentConfig.checked(content.get("deployment", {}), WHERE, "deployment")
-    if "data" in node:  # this node's own: nothing of it leaves
-        data = content.setdefault("data", {})
-        data["source"] = str(node["data"])
-        data.setdefault("clients", {}).update(by="iid", count=1)
-    elif "partition-id" not in node or "name" in node:
+    start, node = message.content["flexp"], dict(context.node_config)
+    if "name" in node:
+        node = {"state": "flexp-clients", **node}
+        known = "data" in node
+    elif known := "partition-id" in node:
+        names = json.loads(str(start["content"]))["deployment"]["clients"]
+        node["name"] = names[int(node["partition-id"])]
+        if "state" not in node:
+            node["state"] = str(Path(str(context.run_config["state"])) / "clients")
+    if not known:
         raise ConfigError('this node names no data: --node-config \'name="NAME" data="/path/to/its/file"\'')
-    name = str(node["name"]) if "name" in node else (deployment.clients or [])[int(node["partition-id"])]
-    config = validate({table: keys for table, keys in content.items() if table not in OTHERS}, WHERE)
-    setup = settle_client(config, name, parse_cut(str(node["cut"])) if "cut" in node else None)
-    for note in setup.run.federation.remarks:
-        say(f"{name}: {note}")
-    clients = setup.config.data.clients
-    coded = "link" in content or any([clients.codec, *(one.codec for one in clients.each)])
-    state = Path(str(node.get("state", "flexp-clients"))) / folder_name(name)
-    with tempfile.NamedTemporaryFile("w", suffix=".pem") as ca:
-        ca.write(str(task["ca"]))
-        ca.flush()
-        known: dict[str, Any] = {"token": str(task["token"]), "ca": ca.name, "timeout": deployment.answer_seconds}
-        over = run_client(
-            setup, deployment, lambda: connect(str(task["server"]), name, **known), state,
-            codec=setup.config.link.codec if coded else None, stop=threading.Event(),
-        )  # fmt: skip
-    records, metric = read(state / "metrics.jsonl"), setup.run.federation.task.metric
-    said: dict[str, Any] = {"name": name, "over": over}
-    said["steps"] = max((int(record["step"]) for record in records if record["kind"] == "step"), default=0)
-    scores = [record["personal"][metric] for record in records if record["kind"] == "eval"]
-    said |= {metric: float(scores[-1])} if scores else {}
-    return Message(RecordDict({"flexp": ConfigRecord(said)}), reply_to=message)
-
-
-def certify(host: str, folder: Path) -> str:
-    """Make a certificate for one host that signs itself, as ``cert.pem`` and ``key.pem``; gives the certificate."""
-    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC)
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "flexp")])
-    try:
-        known: x509.GeneralName = x509.IPAddress(ipaddress.ip_address(host))
-    except ValueError:
-        known = x509.DNSName(host)
-    made = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
-    made = made.serial_number(x509.random_serial_number()).not_valid_before(now - timedelta(minutes=5))
-    made = made.not_valid_after(now + timedelta(days=DAYS)).add_extension(x509.SubjectAlternativeName([known]), False)
-    signed = made.add_extension(x509.BasicConstraints(True, None), True).sign(key, hashes.SHA256())
-    pem: bytes = signed.public_bytes(serialization.Encoding.PEM)
-    secret = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-    folder.joinpath("cert.pem").write_bytes(pem)
-    folder.joinpath("key.pem").write_bytes(secret)
-    return pem.decode()
+    return Message(RecordDict({"flexp": ConfigRecord(take_part(start, node))}), reply_to=message)

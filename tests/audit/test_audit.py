@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,12 +18,14 @@ from flexp.attacks.gradients import inverted, words
 from flexp.attacks.labels import answers, auc, clustered, directions, with_known
 from flexp.attacks.membership import membership
 from flexp.attacks.tokens import ATTACKS, Decoder, Linear, Prefix, Public, Sent, Table
-from flexp.audit import audit
+from flexp.audit import Watch, audit, watchable, watching
 from flexp.audit.auditing import rouge_l
 from flexp.audit.page import render
+from flexp.audit.truth import Truth
+from flexp.audit.watching import Exchange
 from flexp.cli.main import app
 from flexp.config import RunConfig
-from flexp.errors import ConfigError
+from flexp.errors import ConfigError, DataError
 from flexp.methods import Method
 from flexp.models.anatomy import Part
 from flexp.models.stage import Stage, carve
@@ -269,8 +274,6 @@ def test_what_is_seen_is_what_crosses_after_the_codec(folder: Path, public: Path
 
 
 def test_watching_changes_no_weight(folder: Path) -> None:
-    from flexp.audit.watching import Watch, watching
-
     ends = []
     for watched in (False, True):
         world = build_world(config(folder))
@@ -286,6 +289,117 @@ def test_watching_changes_no_weight(folder: Path) -> None:
     for party, tensors in ends[0].items():
         for name, value in tensors.items():
             assert name in counted or torch.equal(value, ends[1][party][name]), (party, name)
+
+
+@pytest.mark.parametrize(("tuning", "reuse"), [("frozen", 0.0), ("full", 0.3)])
+def test_what_crosses_once_is_seen_whole(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tuning: str, reuse: float
+) -> None:
+    """As the server's own blocks see it, over three epochs."""
+    from flexp.server.session import Session
+
+    computed: list[torch.Tensor] = []
+    inner = Session.forward
+
+    def forward(self: Session, request: Any, *others: Any) -> Any:
+        computed.append(request.hidden_BTH)
+        return inner(self, request, *others)
+
+    monkeypatch.setattr(Session, "forward", forward)
+    method = watchable(begun(
+        folder,
+        link={"cache": "memory", "reuse": reuse},
+        method={"align": {"kind": "off"}, "personal": {"frozen_head_blocks": 1 if tuning == "frozen" else 0}},
+        train={"rounds": 1, "steps_per_round": 9},
+        data={"clients": tiny.each(cut=[[1, 4]])},
+    ))  # fmt: skip
+    watch = Watch.of(method)
+    with watching(method, watch):
+        method.train_round(1, lambda _: None)
+    assert watch.failed is None
+    assert [len(exchange.z_BTH) for exchange in watch.exchanges] == [4] * 27
+    assert all(torch.equal(one.z_BTH, z_BTH) for one, z_BTH in zip(watch.exchanges, computed, strict=True))
+    once = sum(client.model.link.meter.training.bytes_up for client in method.clients.values())  # type: ignore
+    assert once < sum(8 * one.z_BTH.numel() for one in watch.exchanges)  # z is not all of it
+
+
+def exchanges(z: list[torch.Tensor], ids: list[torch.Tensor]) -> list[Exchange]:
+    return [
+        Exchange("north", step, {"input_ids": ids_BT}, (1, 4), z_BTH, 1, None)
+        for step, (z_BTH, ids_BT) in enumerate(zip(z, ids, strict=True), 1)
+    ]
+
+
+def test_noise_of_several_epochs_averages_out_and_known_texts_undo_a_secret_map() -> None:
+    """What a server reads that keeps what came, and one that knows some of the texts."""
+    public = known(0, texts=200)
+    ids_BT = torch.randint(2, public.embeddings.shape[0], (40, 8), generator=seeded(5))
+    bare_BTH = public.stage.plan({"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT)})[0].detach()
+    noise = 4 * bare_BTH.std() * torch.randn(12, *bare_BTH.shape, generator=seeded(6))
+    none = torch.tensor([-1])
+    epochs = Truth.of(exchanges([*(bare_BTH + noise)], [ids_BT] * 12), "z", none, none)
+    once = epochs.averaged()
+    assert once is not None
+    assert once.averaged() is None
+    assert torch.allclose(once.sent.z_NH, (bare_BTH + noise).mean(0).flatten(0, 1), atol=1e-5)
+    assert torch.equal(once.ids_N, ids_BT.flatten())
+    attack = Linear()
+    attack.learn(public)
+    shares = [float((attack.guess(each.sent) == each.ids_N).float().mean()) for each in (epochs, once)]
+    assert shares[1] > 0.8 > 0.5 > shares[0]
+
+    turned_BTH = bare_BTH @ torch.linalg.qr(torch.randn(2 * bare_BTH.shape[2:], generator=seeded(7))).Q
+    truth = Truth.of(exchanges([turned_BTH], [ids_BT]), "z", none, none)
+    some_N = truth.known()
+    assert truth.texts == 40
+    assert int(some_N.sum()) == 10 * 8
+    rest, shares = truth.only(~some_N), []
+    some = truth.only(some_N)
+    for learnt in (public, replace(public, sent=some.sent, ids_N=some.ids_N)):
+        attack = Linear()
+        attack.learn(learnt)
+        shares.append(float((attack.guess(rest.sent) == rest.ids_N).float().mean()))
+    assert shares[1] > 0.8 > 0.2 > shares[0]
+
+
+def test_a_taught_run_meets_who_teaches_alike_and_who_knows_some_texts(folder: Path, public: Path) -> None:
+    told = {"penalty": "nopeek", "noise": 0.3, "public": str(public), "warm_up": {"steps": 2}}
+    found = audit(
+        begun(
+            folder, privacy=told, method={"align": {"kind": "off"}}, data={"clients": tiny.each(cut=[[2, 4]])},
+            train={"rounds": 1, "steps_per_round": 5},
+        ),
+        public=public,
+    )  # fmt: skip
+    heads = ("pretrained", "taught", "known")
+    assert {(one.head, one.of) for one in found.readings} == {
+        (head, of) for head in heads for of in ("z", "z averaged")
+    }
+    assert "some texts known" in " ".join(one.name for one in found.readings)
+
+
+def test_the_line_says_the_worst_step_and_what_was_not_attacked(folder: Path, public: Path) -> None:
+    found = audit(begun(folder), public=public)
+    assert replace(found, labels={}).line.endswith("; labels were not attacked")
+    first = replace(found.readings[0], content=0.2, by_step={1: 0.5, 2: 0.1})
+    line = replace(found, readings=[first], labels={"known": 0.9, "clusters": 0.6}).line
+    assert line.startswith("20 % of content words")
+    assert "in the worst step 50 %" in line
+    assert line.endswith("90 % of labels (two of each known)")
+
+
+def test_an_audit_that_fails_ends_no_run(folder: Path, public: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it fails while it watches or while it attacks."""
+    told = {"audit": True, "public": str(public)}
+    for place, name in (("flexp.run.audited", "attacked"), (Watch.__module__, "arrived")):
+        with monkeypatch.context() as broken:
+            broken.setattr(sys.modules[place], name, lambda *_, **__: 1 / 0)
+            out = folder / f"broken-{name}"
+            summary = run(config(folder, privacy=told, train={"rounds": 2, "steps_per_round": 1}), out)
+        assert summary["server_reads"] == "not audited (failed: division by zero)"
+        assert summary["finished"]
+    with pytest.raises(DataError, match=r"absent.txt: cannot be read"):  # at once, not after a round
+        run(config(folder, privacy={"audit": True, "public": str(folder / "absent.txt")}), folder / "absent")
 
 
 def test_the_command(folder: Path, public: Path, tmp_path: Path) -> None:

@@ -16,12 +16,14 @@ from scipy.stats import mannwhitneyu
 from flexp.attacks.public import known_to_all
 from flexp.client.guarding import Guard
 from flexp.client.meeting import FIRST
-from flexp.client.noise import DELTA, Noise, epsilon
+from flexp.client.noise import Noise, epsilon
 from flexp.client.penalties import Adversary, distance_correlation
 from flexp.client.random_labels import RandomLabels, epsilon_within
 from flexp.config import PrivacyConfig, RunConfig
 from flexp.config.loading import validate
 from flexp.errors import ConfigError, PrivacyError
+from flexp.gaussian import DELTA
+from flexp.gaussian import epsilon as gaussian
 from flexp.links.messages import BackwardRequest, ForwardRequest
 from flexp.links.opening import loopback
 from flexp.methods import World
@@ -159,6 +161,28 @@ def test_nothing_leaves_where_the_bound_is_not_met(folder: Path, train: bool) ->
     with seen(method) as requests, pytest.raises(PrivacyError, match=r"nothing was sent\. Cut deeper \(now s = 2\)"):
         client.step() if train else client.personal(world.federation.task.collate(client.data.test[:2]))
     assert not any(isinstance(request, ForwardRequest) for request in requests)
+
+
+def test_the_bound_is_looked_after_while_the_head_trains(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every second step: a head that the task has made tell more is taught again, or sends nothing more."""
+    told = {"max_content_words": 0.1, "warm_up": {"steps": 4, "check_every": 2}}
+    ends = []
+    for later in ([0.05], [0.9, 0.05], [0.9] * 9):  # what is read after the first two steps
+        method, reads = FlexpSfl(build_world(config(folder, told))), iter([0.05, *later])
+        monkeypatch.setattr(Guard, "_check", lambda *_, reads=reads: next(reads))
+        client = method.clients["north"]
+        for _ in range(2):
+            client.step()
+        with seen(method) as requests:
+            if len(later) > 2:
+                with pytest.raises(PrivacyError, match="nothing more was sent"):
+                    client.step()
+                assert not any(isinstance(request, ForwardRequest) for request in requests)
+            else:
+                client.step()
+                assert next(reads, None) is None
+                ends.append(next(request.hidden_BTH for request in requests if isinstance(request, ForwardRequest)))
+    assert not torch.allclose(*ends)
 
 
 def test_the_first_activation_is_the_taught_head_s(folder: Path) -> None:
@@ -358,6 +382,19 @@ def test_epsilon_is_that_of_two_gaussians(ratio: float, tokens: int) -> None:
     p, q = (np.exp(-((x - at) ** 2) / 2) / math.sqrt(2 * math.pi) for at in (far, 0.0))
     excess = np.maximum(p - math.exp(epsilon(ratio, 384, tokens)) * q, 0.0)
     assert float(np.trapezoid(excess, x)) == pytest.approx(DELTA, rel=1e-2)
+
+
+def test_a_run_says_what_shared_blocks_tell_of_a_client(folder: Path) -> None:
+    """As it begins, and of what was done: two steps of each client, here in one update of six."""
+    noise = {"noise": 8.0, "update": "mean", "mean_over": 6, "guard": {"clip": 1.0}}
+    told = config(folder, {"penalty": "off"}, server=noise, train={"rounds": 1, "steps_per_round": 2})
+    notes = build_world(told).federation.notes
+    assert any(f"no more than ε = {gaussian(2 * math.sqrt(2) / 8):.3g} (δ = 1e-05)" in note for note in notes)
+    summary = run(told, folder / "noise")
+    assert summary["epsilon"]["shared"] == pytest.approx(gaussian(2 * 2 / 8))
+    assert "towards others who see the shared blocks" in summary["epsilon"]["line"]
+    with pytest.raises(ConfigError, match="share a server's blocks alone"):
+        config(folder, {"penalty": "off"}, server=noise, method={"name": "fedavg"})
 
 
 class OverGrpc(FlexpSfl):

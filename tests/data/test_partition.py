@@ -5,12 +5,15 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+from datasets import Dataset
+from flwr_datasets.partitioner import IidPartitioner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexp.config import ClientsConfig
 from flexp.data.partition import Facts, partition, partition_test
 from flexp.errors import ConfigError, DataError
+from flexp.rng import generator
 
 
 def clients(by: str, **settings: Any) -> ClientsConfig:
@@ -52,6 +55,10 @@ def test_iid_clients_are_alike_and_follow_the_seed() -> None:
     assert list(made.clients) == ["client-1", "client-2", "client-3", "client-4"]
     assert [len(own) for own in made.clients.values()] == [100] * 4
     assert made.clients != partition(facts(400), clients("iid", count=4), 1).clients
+    library = IidPartitioner(4)
+    library.dataset = Dataset.from_dict({"row": generator(0, "partition", "iid").permutation(403)})
+    parts = [sorted(library.load_partition(part)["row"]) for part in range(4)]
+    assert list(partition(facts(403), clients("iid", count=4), 0).clients.values()) == parts
 
 
 def test_by_size_grows_linearly() -> None:

@@ -108,6 +108,30 @@ def test_it_equals_the_simulation_also_when_it_was_stopped(home: Path, capsys: p
         assert equal(without_meters(state), without_meters(here[party])), party
 
 
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("simulated", [False, True], ids=["deployment", "simulation"])
+def test_flower_itself_carries_it(home: Path, simulated: bool) -> None:
+    """Flower's own SuperLink, SuperNodes and processes; or its simulation, whose ClientApps run in Ray's actors."""
+    if simulated:
+        pytest.importorskip("ray", reason="Flower's simulation runs on Ray")
+    from examples.flower.demo import Flower, wait_for
+
+    written(home, schedule="deterministic", clients=NAMES)
+    runner.run(tiny.config(home, train={"rounds": 2, "steps_per_round": 2}, model={"base_depth": 1}), home / "sim")
+    state = home / ("server/clients" if simulated else "clients")
+    nodes = [f'partition-id={number} state="{state}"' for number in range(3)]
+    with Flower(home / "flower", 3 if simulated else nodes) as flower:
+        run = flower.run(home / "app", home / "server")
+        wait_for(lambda: bool(flower.apps()), 60)
+        wait_for(lambda: not flower.apps(), 600)
+        said = flower.flwr("log", run, "here", "--show")
+    assert all(f"{name:20}over True  steps 4  accuracy" in said for name in NAMES), said
+    there, here = tiny.checkpoint(home / "sim"), parties(home, NAMES, state)
+    assert there.keys() == here.keys()
+    for party, saved in there.items():
+        assert equal(without_meters(saved), without_meters(here[party])), party
+
+
 class Nobody(Grid):
     """No node has come."""
 

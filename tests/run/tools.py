@@ -128,10 +128,11 @@ def newest(folder: Path) -> Mapping[str, Tensor]:
     return tensors
 
 
-def parties(out: Path, names: list[str]) -> dict[str, Mapping[str, Tensor]]:
+def parties(out: Path, names: list[str], clients: Path | None = None) -> dict[str, Mapping[str, Tensor]]:
     """What every party of a fleet ended with, named as a simulation's checkpoint names them."""
-    clients = {f"client-{name}": newest(out / "clients" / name / "snapshots") for name in names}
-    return {"server": newest(out / "server"), **clients}
+    folder = clients or out / "clients"
+    every = {f"client-{name}": newest(folder / name / "snapshots") for name in names}
+    return {"server": newest(out / "server"), **every}
 
 
 def without_meters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

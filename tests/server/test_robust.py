@@ -9,10 +9,12 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from flexp.config import GuardConfig, ServerConfig
+from flexp.config import GuardConfig, OptimizerConfig, ServerConfig
+from flexp.errors import StorageError
+from flexp.gaussian import epsilon
 from flexp.links.messages import BackwardRequest, ForwardRequest
 from flexp.server.rules import Past, Quota, Trimmed
-from flexp.server.shared import Bounds
+from flexp.server.shared import Bounds, SharedBlocks
 from tests.harness import World, equal, shared_weights, world
 
 
@@ -48,6 +50,80 @@ def test_the_trimmed_mean_leaves_out_the_ends_of_every_number() -> None:
 def test_nothing_may_be_left() -> None:
     with pytest.raises(ValidationError, match="leaves out 4 of mean_over = 4 steps"):
         ServerConfig(update="trimmed", mean_over=4, trim=2)
+
+
+def covered(key: int = 1, **config: Any) -> SharedBlocks:
+    """A tiny model's shared blocks whose updates are sums of gradients ÷ their steps, with noise from that key."""
+    told = {"noise": 0.5, "guard": GuardConfig(clip=2.0)} | config
+    sgd = OptimizerConfig(name="sgd", lr=1.0, clip=None)
+    made = world("llama", config=ServerConfig.model_validate(told), optimizer=sgd).server.shared
+    vars(made._gathered)["_key"] = key
+    return made
+
+
+def test_noise_covers_what_an_update_adds_up() -> None:
+    """σ·C on every number of the sum, whatever came; the same for the same sum, another for another."""
+    moved = []
+    for key, fill, mean in ((1, 0.0, {}), (1, 0.0, {}), (2, 0.0, {}), (1, 1e-3, {}), (1, 0.0, {"update": "mean"})):
+        blocks = covered(key, **mean)
+        before = {name: value.detach().clone() for name, value in blocks.updater.parameters.items()}
+        for number in range(4 if mean else 1):
+            gradients = {name: torch.full_like(value, fill) for name, value in before.items()}
+            assert blocks.add(gradients, 1e6 * (number + 1), 0.0, client="a") is (not mean or number == 3)
+        after = blocks.updater.parameters
+        moved.append(torch.cat([(before[name] - after[name].detach()).flatten() - fill for name in before]))
+    first, same, other, more, mean = moved
+    assert torch.equal(first, same)
+    assert float(first.std()) == pytest.approx(0.5 * 2.0, rel=0.02)
+    assert float(mean.std()) == pytest.approx(0.5 * 2.0 / 4, rel=0.02)
+    assert abs(float(first.mean())) < 0.05
+    for another in (other, more):
+        assert abs(float(torch.corrcoef(torch.stack([first, another]))[0, 1])) < 0.05
+
+
+def test_no_step_is_longer_than_the_norm_that_noise_covers() -> None:
+    """And no client's steps choose which others count: norms a million times the median are scaled, not refused."""
+    blocks = covered()
+    assert [blocks.bounds.judge("b", 1, 1.0) for _ in range(40)] == [None] * 40
+    assert blocks.bounds.judge("a", 1, 1e6) == pytest.approx(2.0 / 1e6)
+
+
+@pytest.mark.parametrize(
+    ("sigma", "steps", "update", "expected"),
+    [  # PLDAccountant of dp-accounting 0.6, δ = 1e-5: for each update with m steps of it a GaussianDpEvent(σ ÷ 2m)
+        (8.0, ["a", "b"] * 4, {}, 1.99309),
+        (20.0, ["a", "a", "b", "a"] * 6, {"update": "mean", "mean_over": 4}, 3.07462),
+    ],
+)
+def test_what_the_shared_weights_tell_of_a_client(
+    sigma: float, steps: list[str], update: dict[str, Any], expected: float
+) -> None:
+    blocks = covered(noise=sigma, **update)
+    zeros = {name: torch.zeros_like(value) for name, value in blocks.updater.parameters.items()}
+    for name in steps:
+        blocks.add(zeros, 1.0, 0.0, client=name)
+    assert blocks.told is not None
+    assert epsilon(blocks.told) == pytest.approx(expected, rel=1e-3)
+    plain = joined().server.shared
+    assert plain.told is None
+    with pytest.raises(StorageError, match=r"trained without server\.noise"):
+        blocks.load(plain.state())
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"guard": {}}, "set server.guard.clip to a number"),
+        ({"guard": {"clip": "median"}}, "set server.guard.clip to a number"),
+        ({"guard": {"clip": 1.0, "similar": 0.0}}, "guard.similar chooses steps"),
+        ({"guard": {"clip": 1.0, "max_norm": 9.0}}, "guard.max_norm chooses steps"),
+        ({"guard": {"clip": 1.0}, "update": "trimmed"}, 'update = "trimmed" chooses steps'),
+        ({"guard": {"clip": 1.0}, "adapters": "own"}, "nobody else sees"),
+    ],
+)
+def test_where_noise_would_guarantee_nothing_it_is_refused(config: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValidationError, match=says):
+        ServerConfig.model_validate({"noise": 1.0, **config})
 
 
 def test_one_client_has_one_vote_on_the_median_to_which_norms_are_clipped() -> None:
@@ -121,12 +197,15 @@ def test_a_client_that_sends_ten_steps_for_one_is_answered_and_trains_with_its_q
         {"update": "trimmed", "mean_over": 3},
         {"guard": GuardConfig(similar=0.5, settle=2)},
         {"guard": GuardConfig(clip="median")},
+        {"noise": 0.1, "update": "mean", "mean_over": 4, "guard": GuardConfig(clip=0.5)},
         {"update": "mean", "mean_over": 3, "guard": GuardConfig(clip="median", similar=-0.5, settle=1)},
     ],
 )
 def test_they_go_on_bit_for_bit_after_a_restart(config: dict[str, Any]) -> None:
     undisturbed, stopped = joined(**config), joined(**config)
     other = joined(**config)
+    if config.get("noise"):  # whose key is nobody's but the server's
+        vars(undisturbed.server.shared._gathered)["_key"] = vars(stopped.server.shared._gathered)["_key"]
     for number in range(1, 6):
         for name in "abc":
             for each in (undisturbed, stopped):

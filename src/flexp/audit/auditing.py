@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +17,27 @@ import torch
 from torch import Tensor
 
 from flexp.attacks.public import MANUAL, dull_tokens, encoded, known_to_all, paragraphs
-from flexp.attacks.tokens import ATTACKS, Attack, Public, Sent
+from flexp.attacks.tokens import ATTACKS, Attack, Public
 from flexp.audit.training import labels_told, membership_told, words_told
+from flexp.audit.truth import Truth
 from flexp.audit.watching import Exchange, Known, Watch, watchable, watching
 from flexp.client.guarding import Guard
 from flexp.data.types import Example
+from flexp.errors import PrivacyError
 from flexp.kinds import KINDS
 from flexp.methods.base import Method
 
-PRETRAINED, TAUGHT = "pretrained", "taught"
-"""The heads that an attacker learns from: as everybody has it, and taught in the way of the clients."""
+PRETRAINED, TAUGHT, KNOWN = "pretrained", "taught", "known"
+"""The heads that an attacker learns from: as everybody has it; taught in the way of the clients; and the clients' own,
+by some of the very texts that were sent, which it knows from elsewhere."""
+FEW = 4
+"""Of so few texts none is known."""
+AVERAGED = "z averaged"
 SURROGATE = 400
 """Public texts on which an attacker teaches a head of its own, at most."""
 SHOWN = 5
 """Texts that are shown beside what was read of them."""
+_BY = {"clusters": "clusters", "inverted": "inverted", "answers": "answers", "known": "two of each known"}
 
 
 @dataclass(frozen=True)
@@ -37,8 +45,9 @@ class Reading:
     """What one attack read of what crosses at one place.
 
     Attributes:
-        of: ``z`` at the cut, or ``z_base``.
-        head: that it learnt from: the ``pretrained`` one, or one that it ``taught`` as clients do.
+        of: ``z`` at the cut, the same ``averaged`` over all times that a text was sent, or ``z_base``.
+        head: that it learnt from: the ``pretrained`` one, one that it ``taught`` as clients do, or clients' own by a
+            quarter of the texts themselves (100 at most), which are ``known`` and not asked for.
         tokens, content, texts: shares read right: of all tokens but special ones, of content words, of whole texts.
         rouge: ROUGE-L (Lin, 2004; F1 of the longest common subsequence) of what was read of a text, on average.
         by_step: ``content`` by the clients' step.
@@ -60,7 +69,7 @@ class Reading:
     @property
     def name(self) -> str:
         """The attack, on what, and with what head."""
-        return f"{self.attack}, {self.of}" + (", taught head" if self.head == TAUGHT else "")
+        return f"{self.attack}, {self.of}" + {TAUGHT: ", taught head", KNOWN: ", some texts known"}.get(self.head, "")
 
 
 @dataclass(frozen=True)
@@ -101,12 +110,14 @@ class Audit:
     def line(self) -> str:
         """What the server can read, in a line."""
         best = max(self.readings, key=lambda reading: reading.content)
-        said = f"{100 * best.content:.0f} % of content words ({best.name} at depth {best.depth})"
-        told = {key: value for key, value in self.labels.items() if key in ("clusters", "inverted", "answers")}
-        if told:
-            key = max(told, key=lambda key: told[key])
-            said += f", {100 * told[key]:.0f} % of labels ({key})"
-        return said
+        said = f"{100 * best.content:.0f} % of content words ({best.name} at depth {best.depth}"
+        step = max(max(reading.by_step.values()) for reading in self.readings)
+        said += f"; in the worst step {100 * step:.0f} %)" if step > best.content + 0.005 else ")"
+        told = {text: self.labels[key] for key, text in _BY.items() if key in self.labels}
+        if not told:
+            return f"{said}; labels were not attacked"
+        by = max(told, key=lambda text: told[text])
+        return f"{said}, {100 * told[by]:.0f} % of labels ({by})"
 
     def as_json(self) -> dict[str, Any]:
         """Schema 1; without the texts, which stay on the client."""
@@ -132,7 +143,14 @@ def audit(method: Method, *, rounds: int = 1, public: Path | None = None, full: 
 
 
 def attacked(watch: Watch, *, public: Path | None = None, full: bool = False) -> Audit:
-    """:func:`audit` of what was watched already."""
+    """:func:`audit` of what was watched already.
+
+    Raises:
+        DataError: the public texts cannot be read.
+        Exception: what went wrong while it was watched, if anything did.
+    """
+    if watch.failed is not None:
+        raise watch.failed
     run = watch.known()
     config, tokenizer = run.config, run.task.processor
     examples = encoded(
@@ -149,17 +167,28 @@ def attacked(watch: Watch, *, public: Path | None = None, full: bool = False) ->
     blind: dict[str, float] = {}
     for depth in sorted({depth for _, depth in places}):
         kinds = [kind for kind in ATTACKS if (full or not kind.slow) and (decoder or not kind.causal)]
-        for head, known in _heads(run, depth, examples).items():
+        heads = _heads(run, depth, examples)
+        dull = dull_tokens(heads[PRETRAINED], special.tolist())
+        truths = {of: Truth.of(seen, of, special, dull) for (of, where), seen in places.items() if where == depth}
+        again = truths["z"].averaged() if "z" in truths else None
+        truths |= {} if again is None else {AVERAGED: again}
+        blind = blind or _blind(heads[PRETRAINED], next(iter(truths.values())), special)
+        if "z" in truths and truths["z"].texts > FEW and (full or config.privacy.of_texts):
+            some = truths["z"].only(truths["z"].known())
+            heads[KNOWN] = replace(heads[PRETRAINED], sent=some.sent, ids_N=some.ids_N)
+            whose = torch.unique(some.whose_N)
+        for head, known in heads.items():
             for attack in (kind() for kind in kinds):
                 began = time.perf_counter()
                 attack.learn(known)
-                for of in [of for of, where in places if where == depth and (head == PRETRAINED or of == "z")]:
-                    truth = _truth(places[of, depth], of, known, special)
-                    blind = blind or _blind(known, truth, special)
-                    reading, read_N = _read(attack, known, truth, of, head, began)
+                for of, truth in truths.items():
+                    if of == "z_base" and head != PRETRAINED:
+                        continue
+                    asked = truth if head != KNOWN else truth.only(~torch.isin(truth.whose_N, whose))
+                    reading, read_N = _read(attack, known.depth, asked, of, head, began)
                     readings.append(reading)
                     if best is None or reading.content > best[0]:
-                        best = reading.content, truth.ids_N, read_N, truth.sent.texts_N
+                        best = reading.content, asked.ids_N, read_N, asked.sent.texts_N
                     began = time.perf_counter()
     assert best is not None
     return Audit(
@@ -181,13 +210,13 @@ def attacked(watch: Watch, *, public: Path | None = None, full: bool = False) ->
 
 def _heads(run: Known, depth: int, examples: Sequence[Example]) -> dict[str, Public]:
     """What the heads that an attacker learns from make of public text: the pretrained one, and where clients teach
-    theirs or add noise, one that it taught in the same way, with such noise."""
+    theirs or add noise, one that it taught in the same way, until the same bound is kept, with such noise."""
     heads, config = {PRETRAINED: known_to_all(run.source, depth, examples)}, run.config.privacy
     if config.of_texts and depth > 0:
         surrogate = run.surrogate(depth)
-        unbound = config.model_copy(update={"max_content_words": None})
-        guard = Guard(unbound, examples[:SURROGATE], run.task.processor, SURROGATE, SURROGATE)
-        guard.teach(surrogate, depth)
+        guard = Guard(config, examples[:SURROGATE], run.task.processor, SURROGATE, SURROGATE)
+        with suppress(PrivacyError):  # it needs not keep the bound
+            guard.teach(surrogate, depth)
         heads[TAUGHT] = guard.covered(known_to_all(surrogate, depth, examples))
     return heads
 
@@ -202,38 +231,7 @@ def _places(exchanges: Sequence[Exchange]) -> dict[tuple[str, int], list[Exchang
     return places
 
 
-@dataclass(frozen=True)
-class _Truth:
-    """What was sent at one depth, and what it was.
-
-    Attributes:
-        real_N: no special token.
-        content_N: a content word.
-        steps_N: of the client, in which it was sent.
-    """
-
-    sent: Sent
-    ids_N: Tensor
-    real_N: Tensor
-    content_N: Tensor
-    steps_N: Tensor
-
-
-def _truth(exchanges: Sequence[Exchange], of: str, known: Public, special: Tensor) -> _Truth:
-    hiddens = [exchange.z_BTH if of == "z" else exchange.base_BTH for exchange in exchanges]
-    masks = [exchange.mask for exchange in exchanges]
-    ids_N = torch.cat([exchange.batch["input_ids"][mask] for exchange, mask in zip(exchanges, masks, strict=True)])
-    dull = dull_tokens(known, special.tolist())
-    return _Truth(
-        Sent.of([hidden for hidden in hiddens if hidden is not None], masks),
-        ids_N,
-        ~torch.isin(ids_N, special),
-        ~torch.isin(ids_N, dull),
-        torch.cat([torch.full((int(mask.sum()),), e.step) for e, mask in zip(exchanges, masks, strict=True)]),
-    )
-
-
-def _read(attack: Attack, known: Public, truth: _Truth, of: str, head: str, began: float) -> tuple[Reading, Tensor]:
+def _read(attack: Attack, depth: int, truth: Truth, of: str, head: str, began: float) -> tuple[Reading, Tensor]:
     read_N = attack.guess(truth.sent)
     right_N, texts_N, content_N = read_N == truth.ids_N, truth.sent.texts_N, truth.content_N
     wrong = torch.zeros(int(texts_N.max()) + 1).index_add_(0, texts_N, (truth.real_N & ~right_N).float())
@@ -243,7 +241,7 @@ def _read(attack: Attack, known: Public, truth: _Truth, of: str, head: str, bega
         about=attack.about,
         of=of,
         head=head,
-        depth=known.depth,
+        depth=depth,
         tokens=_share(right_N[truth.real_N]),
         content=_share(right_N[content_N]),
         texts=_share(wrong == 0),
@@ -254,7 +252,7 @@ def _read(attack: Attack, known: Public, truth: _Truth, of: str, head: str, bega
     return reading, read_N
 
 
-def _rouge(truth: _Truth, read_N: Tensor) -> float:
+def _rouge(truth: Truth, read_N: Tensor) -> float:
     """The mean ROUGE-L of all texts, special tokens apart."""
     kept_N, texts_N = truth.real_N, truth.sent.texts_N
     counts = texts_N[kept_N].bincount()
@@ -273,7 +271,7 @@ def rouge_l(said: Sequence[int], read: Sequence[int]) -> float:
     return 2 * longest[-1] / (len(said) + len(read)) if len(said) + len(read) else 0.0
 
 
-def _blind(known: Public, truth: _Truth, special: Tensor) -> dict[str, float]:
+def _blind(known: Public, truth: Truth, special: Tensor) -> dict[str, float]:
     usual, counts = torch.unique(known.ids_N[~torch.isin(known.ids_N, special)], return_counts=True)
     right_N = truth.ids_N == usual[counts.argmax()]
     return {"tokens": _share(right_N[truth.real_N]), "content": _share(right_N[truth.content_N])}

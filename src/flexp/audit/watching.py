@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -17,13 +18,15 @@ from flexp.data.types import Batch, Task
 from flexp.errors import ConfigError
 from flexp.links.base import Link, Wrapping
 from flexp.links.declaring import Request
-from flexp.links.messages import BackwardRequest, ForwardRequest
+from flexp.links.messages import BackwardRequest, ForwardRequest, KeptForwardRequest
 from flexp.links.packing import Places, arrived, unpack
 from flexp.methods.parties import own_stage
 from flexp.methods.split import Split
 from flexp.models.anatomy import Part
 from flexp.models.stage import Stage
+from flexp.server.examples import Examples
 
+FORWARDS = ForwardRequest | KeptForwardRequest
 R = TypeVar("R")
 
 
@@ -84,12 +87,15 @@ class Watch:
         trainers: the clients' loops, which know what they send.
         known: asked when the attacks begin.
         most: exchanges of each client that are kept, the first ones; ``None``: all.
+        failed: what went wrong in watching; no exchange fails for it.
     """
 
     trainers: Mapping[str, Trainer]
     known: Callable[[], Known]
     most: int | None = None
     exchanges: list[Exchange] = field(default_factory=list)
+    failed: Exception | None = None
+    _kept: dict[str, Examples] = field(default_factory=dict)  # that cross once, by client
     _open: dict[tuple[str, int], Exchange] = field(default_factory=dict)
     _next: dict[str, tuple[int, int, list[Batch]]] = field(default_factory=dict)  # step, exchange, batches to come
 
@@ -110,22 +116,34 @@ class Watch:
         self.most = 0
         self.exchanges.clear()
         self._open.clear()
+        self._kept.clear()
 
     def see(self, client: str, request: Request[Any]) -> None:
         """A request on its way to the server."""
-        if isinstance(request, ForwardRequest) and request.train:
-            self._forward(client, request)
-        elif isinstance(request, BackwardRequest) and (client, request.exchange) in self._open:
-            exchange = self._open.pop((client, request.exchange))
-            exchange.grad_BTH = unpack(_copied(request.grad_BTH), exchange.reads)
+        with self._harmless():
+            if isinstance(request, KeptForwardRequest) or (isinstance(request, ForwardRequest) and request.train):
+                self._forward(client, request)
+            elif isinstance(request, BackwardRequest) and (client, request.exchange) in self._open:
+                exchange = self._open.pop((client, request.exchange))
+                exchange.grad_BTH = unpack(_copied(request.grad_BTH), exchange.reads)
 
     def answered(self, client: str, request: Request[Any], reply: Any) -> None:
         """What the server said to it."""
-        if isinstance(request, ForwardRequest) and (client, request.exchange) in self._open:
-            exchange = self._open[client, request.exchange]
-            exchange.h_BTH = unpack(_copied(reply.hidden_BTH), exchange.reads)
+        with self._harmless():
+            if isinstance(request, FORWARDS) and (client, request.exchange) in self._open:
+                exchange = self._open[client, request.exchange]
+                exchange.h_BTH = unpack(_copied(reply.hidden_BTH), exchange.reads)
 
-    def _forward(self, client: str, request: ForwardRequest) -> None:
+    @contextmanager
+    def _harmless(self) -> Iterator[None]:
+        """Training needs nothing of what is watched, so it does not end where that fails."""
+        try:
+            yield
+        except Exception as error:  # of any kind
+            self.forget()
+            self.failed = self.failed or error
+
+    def _forward(self, client: str, request: ForwardRequest | KeptForwardRequest) -> None:
         trainer = self.trainers[client]
         step, last, batches = self._next.get(client, (-1, 0, []))
         if step != trainer.steps or request.exchange <= last:  # a new step, or one that is done again
@@ -134,15 +152,26 @@ class Watch:
         self._next[client] = trainer.steps, request.exchange, later
         if self.most is not None and sum(each.client == client for each in self.exchanges) >= self.most:
             return
-        request, kept = arrived(request, client)
-        reads = kept if request.rows_BT is None else Places.of(request.rows_BT)
-        base_BTH = None if request.base_BTH is None else _copied(request.base_BTH)
+        if isinstance(request, KeptForwardRequest):
+            whole, kept = self._whole(client, request)
+        else:
+            whole, kept = arrived(request, client)
+        reads = kept if whole.rows_BT is None else Places.of(whole.rows_BT)
+        base_BTH = None if whole.base_BTH is None else _copied(whole.base_BTH)
         model = split_model_of(trainer)
         exchange = Exchange(
-            client, request.step, batch, model.cut, _copied(request.hidden_BTH), model.base_depth, base_BTH, reads
+            client, request.step, batch, model.cut, _copied(whole.hidden_BTH), model.base_depth, base_BTH, reads
         )
         self._open[client, request.exchange] = exchange
         self.exchanges.append(exchange)
+
+    def _whole(self, client: str, request: KeptForwardRequest) -> tuple[ForwardRequest, Places | None]:
+        """A forward of examples some of which came earlier, as a server puts it together."""
+        examples, mask_BT = self._kept.setdefault(client, Examples()), request.mask_BT.cpu()
+        fresh = None if request.hidden_BTH is None else _copied(request.hidden_BTH)
+        whole, new = examples.whole(replace(request, hidden_BTH=fresh, mask_BT=mask_BT), client)
+        examples.keep(new, sys.maxsize)
+        return whole, Places.of(mask_BT)
 
 
 def _copied(value: Tensor) -> Tensor:
@@ -203,17 +232,15 @@ def watchable(method: Any) -> Split:
     """
     if not isinstance(method, Split):
         raise ConfigError(f'{unread(method)}; the audit reads activations, of methods such as "flexp-sfl"')
-    check_watchable(method.world.config, images=method.world.source.anatomy.image)
+    check_watchable(images=method.world.source.anatomy.image)
     return method
 
 
-def check_watchable(config: RunConfig, *, images: bool) -> None:
+def check_watchable(*, images: bool) -> None:
     """Refuse what no attack reads.
 
     Raises:
-        ConfigError: clients' input is no text, or not every exchange is whole.
+        ConfigError: clients' input is no text.
     """
-    if config.link.cache != "off":
-        raise ConfigError('the audit reads every exchange whole: set link.cache = "off"; what is kept is no other z')
     if images:
         raise ConfigError("the audit reads texts out of activations; images are not audited yet")

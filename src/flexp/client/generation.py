@@ -97,7 +97,7 @@ class SplitGenerator:
                 raise ConfigError(
                     "privacy.noise covers whole texts, and an answer is sent token by token: leave it out"
                 )
-            model.guard.teach(model.stage, model.cut[0])  # before anything is sent
+            model.guard.teach(model.stage, model.cut[0], model.steps.done)  # before anything is sent
         self.split = model
         self.reconnect = reconnect
         self.rebuilt = 0  # how often a server got an answer anew

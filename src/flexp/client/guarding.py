@@ -54,6 +54,7 @@ class Guard:
     Attributes:
         taught: the cut's s that the head has been taught for; −1: for none yet.
         read: the share of content words that the last check read; ``None``: none was made.
+        checked: the steps after which it was made.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class Guard:
         key: int | None = None,
         classes: int = 0,
     ) -> None:
-        self.config, self.taught = config, -1
+        self.config, self.taught, self.checked = config, -1, 0
         key = secrets.randbits(62) if key is None else key
         self.noise = Noise(config.noise, key, config.clip) if config.noise else None
         epsilon = config.label_epsilon
@@ -79,14 +80,21 @@ class Guard:
         """Whether there is a penalty along with the task."""
         return self.config.penalty != "off" and self.config.weight > 0
 
-    def teach(self, stage: Stage, depth: int) -> None:
-        """Teach blocks [0, ``depth``) of ``stage``, if they are not yet. Draws from a stream of its own.
+    def teach(self, stage: Stage, depth: int, steps: int = 0) -> None:
+        """Teach blocks [0, ``depth``) of ``stage``, if they are not yet; where there is a bound, look now and then
+        whether it still holds, since the task moves them, and teach them again if it does not. Draws from a stream of
+        its own.
+
+        Args:
+            steps: that the client has trained.
 
         Raises:
             ConfigError: they hold nothing that is trained.
             PrivacyError: the bound is not met after all steps.
         """
-        if self.taught == depth or not self.config.of_texts:
+        again = self.taught == depth
+        due = self.config.max_content_words is not None and steps != self.checked
+        if not self.config.of_texts or (again and not (due and steps % self.config.warm_up.check_every == 0)):
             return
         trained = [value for name, value in stage.trainable().items() if stage.within(name, 0, depth)]
         if not trained and self.config.penalty != "off":
@@ -94,10 +102,10 @@ class Guard:
         mode = stage.model.training
         with RandomStream(derived_seed(self._seed, STREAM), stage.model.device).active(), torch.enable_grad():
             try:
-                self._warm_up(stage, depth, trained)
+                self._warm_up(stage, depth, trained, again=again)
             finally:
                 stage.model.train(mode)
-        self.taught = depth
+        self.taught, self.checked = depth, steps
 
     def told(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The batch as training may know it: with the answers for its labels."""
@@ -115,7 +123,7 @@ class Guard:
     def state(self) -> dict[str, Tensor]:
         """What :meth:`load` needs."""
         clip = None if self.noise is None else self.noise.clip
-        own = {"taught": torch.tensor(self.taught)}
+        own = {"taught": torch.tensor(self.taught), "checked": torch.tensor(self.checked)}
         if self.noise is not None:
             own["noise_key"] = torch.tensor(self.noise.key)
         if self.labels is not None:
@@ -125,7 +133,7 @@ class Guard:
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Go on from :meth:`state`."""
-        self.taught = int(state.get("taught", -1))
+        self.taught, self.checked = int(state.get("taught", -1)), int(state.get("checked", 0))
         self.penalty.load(state)
         if self.noise is not None:
             self.noise.key = int(state.get("noise_key", self.noise.key))
@@ -159,7 +167,7 @@ class Guard:
             z_NH, e_NE = z_NH[rows], e_NE[rows]
         return self.penalty.value(z_NH, e_NE, at)
 
-    def _warm_up(self, stage: Stage, depth: int, trained: list[torch.nn.Parameter]) -> None:
+    def _warm_up(self, stage: Stage, depth: int, trained: list[torch.nn.Parameter], *, again: bool) -> None:
         warm, bound, read = self.config.warm_up, self.config.max_content_words, 1.0
         steps = 0 if self.config.penalty == "off" else warm.steps
         private = [_tokens(example) for example in self._examples]
@@ -170,6 +178,10 @@ class Guard:
         if self.noise is not None and self.noise.clip is None:
             came = known_to_all(stage, depth, [{"input_ids": ids} for ids in public])
             self.noise.clip = float(came.sent.z_NH.norm(dim=1).median())
+        if again and bound is not None:
+            self.read = self._check(stage, depth, private, public)
+            if self.read <= bound:
+                return
         kept_NH = _pooled_of(stage, depth, everything)
         spread = kept_NH.var(0).mean().clamp_min(1e-12)
         draw = generator(self._seed, STREAM, "batches")
@@ -201,8 +213,9 @@ class Guard:
         if bound is not None:
             raise PrivacyError(
                 f"after {steps} steps of the warm-up an attacker who has the head reads {100 * read:.0f} % "
-                f"of content words, and privacy.max_content_words is {bound:g}; nothing was sent. Cut deeper (now "
-                f"s = {depth}), raise privacy.warm_up.steps or .weight, add privacy.noise, or raise the bound"
+                f"of content words, and privacy.max_content_words is {bound:g}; nothing {'more ' if again else ''}was "
+                f"sent. Cut deeper (now s = {depth}), raise privacy.warm_up.steps or .weight, add privacy.noise, or "
+                "raise the bound"
             )
 
     def covered(self, known: Public) -> Public:
@@ -213,8 +226,8 @@ class Guard:
 
     def _check(self, stage: Stage, depth: int, private: list[list[int]], public: list[list[int]]) -> float:
         """The share of content words of some private texts that the better of two attacks reads."""
-        some = private[:CHECKED]
         special, draw = set(self._tokenizer.all_special_ids), generator(self._seed, STREAM, "check")
+        some = [private[number] for number in draw.permutation(len(private))[:CHECKED]]
         tokens = sorted({token for ids in some for token in ids} - special)
         mixed = [draw.permutation(tokens).tolist() for _ in range(3)]
         flat = [token for each in mixed for token in each]

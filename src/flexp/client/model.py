@@ -197,7 +197,7 @@ class SplitModel(JoinedModel):
             self.after_step()  # for loops that know nothing of FlexP
         start, base_depth = self.cut[0], self.base_depth
         if self.guard is not None:
-            self.guard.teach(self.stage, start)  # before anything is sent
+            self.guard.teach(self.stage, start, self.steps.done)  # before anything is sent
             inputs = self.guard.told(inputs) if train else inputs
         align_now = train and self._align_due()
         inner = align_now and self.align.has_term and self.align.at == "every-block"  # teaching needs z_base alone

@@ -13,15 +13,12 @@ import math
 from collections.abc import Mapping
 
 import torch
-from scipy.optimize import brentq
-from scipy.special import log_ndtr
 from torch import Tensor
 
+from flexp import gaussian
 from flexp.config import RunConfig
 from flexp.data.types import Federation
-
-DELTA = 1e-5
-"""δ of what is told."""
+from flexp.gaussian import DELTA
 
 
 class Noise:
@@ -63,20 +60,13 @@ class Noise:
         return self.ratio * self.clip / math.sqrt(z.shape[-1])
 
 
-def epsilon(ratio: float, hidden: int, tokens: int = 1, delta: float = DELTA) -> float:
-    """ε of one release of ``tokens`` activations, any of which may be replaced: the gaussian mechanism, analytically
-    (Balle and Wang 2018, arXiv 1805.06530, theorem 8); the sensitivity is 2C for each.
+def epsilon(ratio: float, hidden: int, tokens: int = 1) -> float:
+    """ε of one release of ``tokens`` activations, any of which may be replaced: the sensitivity is 2C for each.
 
     Args:
         ratio: ρ.
     """
-    mu = 2 * math.sqrt(hidden * tokens) / ratio
-
-    def over(eps: float) -> float:
-        first = math.exp(log_ndtr(mu / 2 - eps / mu))
-        return first - math.exp(min(eps + log_ndtr(-mu / 2 - eps / mu), 0.0)) - delta
-
-    return 0.0 if over(0.0) <= 0 else float(brentq(over, 0.0, mu * mu / 2 + 10 * mu + 10))
+    return gaussian.epsilon(2 * math.sqrt(hidden * tokens) / ratio)
 
 
 def ledger(config: RunConfig, federation: Federation, hidden: int) -> dict[str, float | None]:
@@ -105,6 +95,11 @@ def told(found: Mapping[str, float | None]) -> str:
             "ε = {activation:.3g} for one activation and {text:.3g} for a text of {tokens} tokens, sent once (δ = "
             "{delta:g}), and none for a run: heads move between {epochs} epochs under the same noise (fresh noise "
             "would give {fresh:.3g}); more than about 10 is no guarantee".format(**known)
+        )
+    if "shared" in found:
+        said.append(
+            "ε = {shared:.3g} for all steps of a client, towards others who see the shared blocks (δ = "
+            "{delta:g})".format(**known)
         )
     if "labels" in found:
         said.append("ε = {labels:g} for each label, over the whole run".format(**known))

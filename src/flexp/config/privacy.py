@@ -16,7 +16,7 @@ class WarmUpConfig(Section):
     weight: Rate = 2.0  # of the penalty, beside staying close to the pooled activations that the head came with
     lr: Rate = 3e-4
     batch_size: Annotated[int, Field(ge=2)] = 8  # texts
-    check_every: PositiveInt = 25  # steps, where max_content_words is set
+    check_every: PositiveInt = 25  # steps, of training as well, where max_content_words is set
 
 
 class PrivacyConfig(Section):
@@ -35,7 +35,8 @@ class PrivacyConfig(Section):
     # of labels, what may be told at most (0.5: nothing): chooses label_epsilon where that is not set, or judges it
     max_label_auc: Annotated[float, Field(gt=0.5, lt=1.0)] | None = None
     public: str | None = None  # a file of public texts, one a line; None: the manual that comes with Python
-    # what an attacker who is given the head itself may read when the warm-up ends; else nothing is sent. None: no bound
+    # what an attacker who is given the head itself may read when the warm-up ends, and while it trains; else nothing
+    # (more) is sent. None: no bound
     max_content_words: Fraction | None = None
     audit: bool = False  # attack what the server is sent in the first round, and say what it can read
     warm_up: WarmUpConfig = WarmUpConfig()

@@ -91,6 +91,8 @@ class RunConfig(Section):
             raise ValueError(f'{what} needs a method that moves cuts while it trains, such as "{DEFAULT}"')
         if self.privacy.on and not METHODS[self.method.name].guards:
             raise ValueError(f'[privacy] needs a method whose heads stay on their clients, such as "{DEFAULT}"')
+        if self.server.noise and not METHODS[self.method.name].guards:
+            raise ValueError(f'server.noise needs clients that share a server\'s blocks alone, as in "{DEFAULT}"')
         if self.privacy.of_texts and (self.recut.on or self.devices.changes):
             raise ValueError("[privacy] is for one cut, which recut.on and devices.changes move: "
                              "choose one")  # fmt: skip

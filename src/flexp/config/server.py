@@ -36,6 +36,9 @@ class ServerConfig(Section):
     # client steps in one update; with "mean" weighted by their items (classified examples, predicted tokens)
     mean_over: PositiveInt = 4
     trim: PositiveInt = 1  # with "trimmed": of each number so many of the largest and of the smallest are left out
+    # σ: gaussian noise on what an update adds up, ÷ guard.clip, so that the shared weights tell other clients of nobody
+    # more than an ε that the run says; steps count alike then, and guard.explode does nothing
+    noise: Annotated[float, Field(ge=0.0)] = 0.0
     memory: Literal["keep", "recompute"] = "keep"
     max_in_flight: PositiveInt = 8  # forwards of one client whose backward has not come yet
     max_in_flight_total: PositiveInt = 64  # the same over all clients; beyond it a forward waits
@@ -82,6 +85,16 @@ class ServerConfig(Section):
         if self.adapters == "own" and self.guard.clip == "median":
             raise ValueError('guard.clip = "median" looks at other clients\' norms, and adapters = "own" leaves each '
                              'its own; set a number')  # fmt: skip
+        if self.noise and not isinstance(self.guard.clip, float):
+            raise ValueError("noise covers steps of at most guard.clip: set server.guard.clip to a number")
+        shows = {'update = "trimmed"': self.update == "trimmed", "guard.max_norm": self.guard.max_norm is not None,
+                 "guard.similar": self.guard.similar is not None}  # fmt: skip
+        if self.noise and any(shows.values()):
+            odd = next(key for key, is_set in shows.items() if is_set)
+            raise ValueError(f"{odd} chooses steps by what they are, which noise does not cover: leave it out")
+        if self.noise and self.adapters == "own":
+            raise ValueError('noise covers steps from other clients, and adapters = "own" leaves each its own, which '
+                             "nobody else sees: leave it out")  # fmt: skip
         return self
 
     def trained_by(self, steps: int, clients: int | None) -> int | None:

@@ -1,8 +1,8 @@
 """Natural clients, and partitioners that make heterogeneous clients of any data: one class each, found by its name.
 
-IID, Dirichlet (Yurochkin et al., 2019, arXiv 1905.12022), pathological (Li et al., 2021, arXiv 2102.02079) and
-by size are those of ``flwr-datasets``; ``length`` deals out texts sorted by length; ``skew`` makes pairs of clients
-with opposite label proportions.
+Dirichlet (Yurochkin et al., 2019, arXiv 1905.12022), pathological (Li et al., 2021, arXiv 2102.02079) and by size are
+those of ``flwr-datasets``; ``length`` deals out texts sorted by length; ``skew`` makes pairs of clients with opposite
+label proportions.
 """
 
 from __future__ import annotations
@@ -69,6 +69,10 @@ class Counted(Partitioner):
         """A partitioner of ``flwr_datasets.partitioner``, for columns ``row`` and ``kind``; ``draw`` is its seed."""
         raise NotImplementedError
 
+    def parts(self, order: list[int], facts: Facts, config: ClientsConfig, seed: int) -> list[list[int]]:
+        """The rows of each client, out of all in this order."""
+        return _partitioned(self, order, facts, config, seed)
+
     def divide(self, facts: Facts, config: ClientsConfig, seed: int) -> Partition:
         count = config.count
         if count is None:
@@ -77,7 +81,7 @@ class Counted(Partitioner):
             raise DataError(f"{facts.count} rows cannot be divided among {count} clients; lower data.clients.count")
         width = len(str(count))
         names = [f"client-{number:0{width}d}" for number in range(1, count + 1)]
-        owned = _partitioned(self, facts, config, count, seed)
+        owned = self.parts(_order(self, facts, seed), facts, config, seed)
         if facts.groups is not None:
             owned = regrouped(owned, facts, config, seed)
         unused = facts.count - sum(map(len, owned))
@@ -90,8 +94,9 @@ class Iid(Counted):
 
     name = "iid"
 
-    def make(self, flwr: Any, config: ClientsConfig, draw: int) -> Any:
-        return flwr.IidPartitioner(config.count)
+    def parts(self, order: list[int], facts: Facts, config: ClientsConfig, seed: int) -> list[list[int]]:
+        # As IidPartitioner; its package imports seaborn and scipy, seven seconds of processor of every client's start.
+        return [sorted(map(int, part)) for part in np.array_split(order, config.count or 1)]
 
 
 class Length(Iid):
@@ -222,13 +227,9 @@ def _drawn(rows: list[int], count: int, labels: Sequence[str], rng: np.random.Ge
     return [rows[index] for index in order[:count]]
 
 
-def _partitioned(how: Counted, facts: Facts, config: ClientsConfig, count: int, seed: int) -> list[list[int]]:
-    """Row numbers per client by a partitioner of flwr-datasets, which sees row numbers and label numbers only."""
-    os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
-    import datasets
-    from flwr_datasets import partitioner as flwr
-
-    order = [int(row) for row in generator(seed, "partition", config.by).permutation(facts.count)]
+def _order(how: Counted, facts: Facts, seed: int) -> list[int]:
+    """All rows at random, or by their length."""
+    order = [int(row) for row in generator(seed, "partition", how.name).permutation(facts.count)]
     if how.lengths:
         lengths = facts.lengths
         if lengths is None:
@@ -236,6 +237,16 @@ def _partitioned(how: Counted, facts: Facts, config: ClientsConfig, count: int, 
                 f'data.clients.by = "{how.name}" needs texts, but the task has none; use another partitioner'
             )
         order.sort(key=lambda row: lengths[row])  # stable: equal lengths stay in random order
+    return order
+
+
+def _partitioned(how: Counted, order: list[int], facts: Facts, config: ClientsConfig, seed: int) -> list[list[int]]:
+    """Row numbers per client by a partitioner of flwr-datasets, which sees row numbers and label numbers only."""
+    os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
+    import datasets
+    from flwr_datasets import partitioner as flwr
+
+    count = config.count or 1
     columns: dict[str, Any] = {"row": order}
     kinds = facts.kinds if facts.kinds is not None else facts.labels
     if kinds is not None:

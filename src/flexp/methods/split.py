@@ -115,6 +115,7 @@ class Split(Method):
                 for value in blocks.updater.parameters.values()
             ),
             "updates": self.server.updates,
+            **({} if shared.told is None else {"told": shared.told}),
             "compute_seconds": self.server.compute_seconds,
         }
 

@@ -1,4 +1,4 @@
-"""A deployed client's own audit: what its server can read of what this device has sent in the first round."""
+"""The audit of a first round: of a simulation, and of what a deployed client has sent itself. It ends neither."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from flexp.attacks.public import paragraphs
 from flexp.audit import Known, Watch, Watched, attacked, check_watchable
 from flexp.audit.watching import Exchange
 from flexp.client.trainer import Trainer
+from flexp.config import RunConfig
 from flexp.errors import StorageError
 from flexp.files import read_json, write_json
 from flexp.kinds import KINDS
@@ -30,6 +31,39 @@ def said(folder: Path) -> str | None:
     return str(read_json(folder / AUDIT)["line"]) if (folder / AUDIT).is_file() else None
 
 
+def public_of(config: RunConfig) -> Path | None:
+    """The file of public texts; ``None``: the manual.
+
+    Raises:
+        DataError: it cannot be read, which would be missed after a round only.
+    """
+    public = None if config.privacy.public is None else Path(config.privacy.public)
+    if public is not None:
+        paragraphs(public, 1)
+    return public
+
+
+def conclude(watch: Watch, folder: Path, public: Path | None, note: Callable[[str], None]) -> None:
+    """Attack what was watched, say and keep what was read, and look no more.
+
+    An attack that fails is told and no error: training needs nothing of it, and nothing of the round may be saved yet,
+    so whoever it ended would begin again, and end at the same place.
+    """
+    try:
+        found = attacked(watch, public=public)
+        kept, line = found.as_json(), f"the server can read: {found.line}"
+    except Exception as error:  # of any kind
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        why = out_of_memory(error) or first
+        kept, line = {"schema": 1, "line": f"{UNKNOWN} (failed: {why})"}, f"the audit failed: {why}"
+    watch.forget()
+    note(line)
+    try:
+        write_json(folder / AUDIT, kept)
+    except StorageError as error:
+        note(f"{AUDIT} was not written: {error}")
+
+
 class OwnAudit:
     """Watches a client's links and attacks what went through them.
 
@@ -43,13 +77,10 @@ class OwnAudit:
 
     def __init__(self, setup: ClientSetup, folder: Path, note: Callable[[str], None]) -> None:
         kind = setup.run.federation.task.model_kind
-        check_watchable(setup.config, images=KINDS[kind].images)
+        check_watchable(images=KINDS[kind].images)
         self._setup, self._folder, self._note = setup, folder, note
         self._trainers: dict[str, Trainer] = {}
-        public = setup.config.privacy.public
-        self._public = None if public is None else Path(public)
-        if self._public is not None:
-            paragraphs(self._public, 1)  # or it would be missed after a round only
+        self._public = public_of(setup.config)
         watch: Watch = Watch(self._trainers, lambda: self._known(watch.exchanges), WATCHED)
         self._watch: Watch | None = watch
 
@@ -62,28 +93,11 @@ class OwnAudit:
         return link if self._watch is None else Watched(link, self._watch)
 
     def attack(self) -> None:
-        """The first round is over: attack, say and keep what was read, and look no more.
-
-        An attack that fails is told and no error: nothing of the round is saved yet, so a client that it ended would
-        begin again, and end at the same place.
-        """
+        """The first round is over: :func:`conclude`."""
         watch, self._watch = self._watch, None
-        if watch is None or not watch.exchanges:
-            return
-        name = self._setup.data.name
-        try:
-            found = attacked(watch, public=self._public)
-            kept, line = found.as_json(), f"the server can read: {found.line}"
-        except Exception as error:  # of any kind: training needs nothing of it
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            why = out_of_memory(error) or first
-            kept, line = {"schema": 1, "line": f"{UNKNOWN} (failed: {why})"}, f"the audit failed: {why}"
-        watch.forget()
-        self._note(f"{name}: {line}")
-        try:
-            write_json(self._folder / AUDIT, kept)
-        except StorageError as error:
-            self._note(f"{name}: {AUDIT} was not written: {error}")
+        if watch is not None and (watch.exchanges or watch.failed is not None):
+            name = self._setup.data.name
+            conclude(watch, self._folder, self._public, lambda line: self._note(f"{name}: {line}"))
 
     def _known(self, exchanges: Sequence[Exchange]) -> Known:
         setup, blocks = self._setup, self._setup.run.blocks

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from flexp.client.noise import ledger, told
+from flexp.gaussian import DELTA, epsilon
 from flexp.machine import machine, versions
 from flexp.methods import Method, World
 from flexp.report.metrics import Record
@@ -59,7 +60,9 @@ def summary_of(
     facts, virtual = client_facts(world, method, records)
     clients = [{**client, **facts.get(str(client["name"]), {})} for client in clients]
     evaluation = [account.evaluation for account in accounts.values()]
-    spent = ledger(config, world.federation, anatomy.hidden)
+    spent, server = ledger(config, world.federation, anatomy.hidden), method.server_facts()
+    if "told" in server:
+        spent |= {"delta": DELTA, "shared": epsilon(server["told"])}
     devices = {} if not config.on_devices else {"dropped": dropped, "virtual": virtual}
     return (
         build_summary(
@@ -81,7 +84,7 @@ def summary_of(
             },
             clients=clients,
             records=records,
-            server=method.server_facts(),
+            server=server,
             totals={
                 "bytes_up": sum(client["bytes_up"] for client in clients),
                 "bytes_down": sum(client["bytes_down"] for client in clients),

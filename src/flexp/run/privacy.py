@@ -18,6 +18,7 @@ from flexp.config import RunConfig
 from flexp.data.types import Federation
 from flexp.errors import ConfigError, PrivacyError
 from flexp.files import read_json, write_json
+from flexp.gaussian import DELTA, epsilon
 from flexp.kinds import KINDS
 from flexp.methods.base import base_depth, method_of
 from flexp.methods.parties import tune_own
@@ -100,6 +101,13 @@ def privacy_notes(config: RunConfig, federation: Federation, hidden: int) -> lis
     labels, notes = config.privacy.label_epsilon, []
     if config.privacy.noise:
         notes.append(f"privacy.noise = {config.privacy.noise:g}: {told(ledger(config, federation, hidden))}")
+    if config.server.noise:
+        once = epsilon(2 * math.sqrt(config.train.total_steps) / config.server.noise)
+        notes.append(
+            f"server.noise = {config.server.noise:g}: the shared blocks tell other clients of all steps of one no more "
+            f"than ε = {once:.3g} (δ = {DELTA:g}) if no two of them are in one update; more than about 10 is no "
+            "guarantee"
+        )
     if labels is not None:
         classes = len(federation.task.label_names or ())
         answers = RandomLabels(labels, classes, 0)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flexp.audit import Watch, attacked, unread, watchable, watching
+from flexp.audit import Watch, unread, watchable, watching
 from flexp.client.meeting import FIRST, LAST
 from flexp.client.personal_head import Choice
 from flexp.config import RunConfig
@@ -37,7 +37,7 @@ from flexp.report.summary import (
 )
 from flexp.report.tensorboard import writer_of
 from flexp.rng import generator
-from flexp.run.audited import AUDIT, WATCHED, said
+from flexp.run.audited import AUDIT, WATCHED, conclude, public_of, said
 from flexp.run.costs import MemoryProbes
 from flexp.run.diary import Diary, ended, may_be_last
 from flexp.run.folder import MEND, check_length, data_of, is_joined, saved_facts
@@ -175,6 +175,7 @@ class _Run:
         self.audited = self.config.privacy.audit and isinstance(method, Split)
         if self.audited:
             watchable(method)  # before anything is trained
+            self.public = public_of(self.config)
         self.store = Store(out / CHECKPOINTS)
         self.facts = {"data": data_of(world.federation), "rounds": self.config.train.rounds}
         self.names = [client.name for client in world.federation.clients]
@@ -281,10 +282,8 @@ class _Run:
         watch = Watch.of(method, max(1, WATCHED // len(self.world.participants)))
         with watching(method, watch):
             method.train_round(1, lambda step: self.diary.step(1, step))
-        began, public = time.perf_counter(), self.config.privacy.public
-        found = attacked(watch, public=None if public is None else Path(public))
-        write_json(self.out / AUDIT, found.as_json())
-        self.progress.note(f"the server can read: {found.line}")
+        began = time.perf_counter()
+        conclude(watch, self.out, self.public, self.progress.note)
         self.began += time.perf_counter() - began  # attacks are no part of the run
 
     def _ended(self) -> bool:

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from flexp.client.meeting import UNMASKED, Meets
+from flexp.client.noise import told
 from flexp.config import DeploymentConfig, RunConfig
 from flexp.config.loading import OTHERS, overridden, validate
 from flexp.errors import ConfigError, LinkError, LinkLostError, StorageError
+from flexp.gaussian import DELTA, epsilon
 from flexp.kinds import ModelKind
 from flexp.limits import allow_many_files
 from flexp.links.grpc import Serving, serve
@@ -218,6 +220,8 @@ def run_server(
         over = (conductor is not None and conductor.finished) or (
             server.following is not None and server.following.over
         )
+        if server.shared.told is not None:
+            say("so far " + told({"delta": DELTA, "shared": epsilon(server.shared.told)}))
         say("the run is over" if over else "stopping")
         if conductor is not None and dismiss and not conductor.over:
             serving.at_rest(server.dismiss)

@@ -239,6 +239,7 @@ def check_can_chain(config: ServerConfig) -> None:
         for key, is_set in (
             ('server.adapters = "own"', config.adapters == "own"),
             ("server.joined", config.joined),
+            ("server.noise", config.noise > 0),
             ("server.guard.similar", config.guard.similar != GuardConfig().similar),
         )
         if is_set

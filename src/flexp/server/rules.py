@@ -5,6 +5,9 @@ Several are against clients that do not mean well; ``python -m benchmarks poison
 
 from __future__ import annotations
 
+import hashlib
+import math
+import secrets
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -12,6 +15,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from flexp.errors import StorageError
 from flexp.optim import norms, stacked, total
 
 DECAY = 0.9
@@ -26,7 +30,7 @@ class Mean:
         self._sums: dict[str, Tensor] = {}
         self._weights: dict[str, float] = {}
 
-    def add(self, gradients: Mapping[str, Tensor], weight: float) -> None:
+    def add(self, gradients: Mapping[str, Tensor], weight: float, client: str = "") -> None:
         """One step more."""
         for name, gradient in gradients.items():
             if name in self._sums:
@@ -39,7 +43,7 @@ class Mean:
     def take(self) -> dict[str, Tensor]:
         """What they come to; then it begins anew."""
         means = {name: total / self._weights[name] for name, total in self._sums.items()}
-        self.__init__()  # type: ignore[misc]
+        self.steps, self._sums, self._weights = 0, {}, {}
         return means
 
     def state(self) -> dict[str, Tensor]:
@@ -52,6 +56,72 @@ class Mean:
         self._sums = {name: value.clone() for name, value in _under("sums", state).items()}
         self._weights = {name: float(value) for name, value in _under("sum-weights", state).items()}
         self.steps = int(state["waiting"])
+
+
+class Covered(Mean):
+    """A mean in which steps count alike and whose sum gaussian noise covers, so that nobody who sees the weights learns
+    much of one client (Abadi et al., 2016, arXiv 1607.00133; by client, McMahan et al., 2018, arXiv 1710.06963).
+
+    The noise follows from a secret key and the sum: a sum that comes again, since a server goes back to a snapshot,
+    has the same noise, and another sum other noise, so that no difference of two is bare.
+
+    Args:
+        sigma: its standard deviation ÷ C; ``clip``: C, the norm that no step exceeds.
+    """
+
+    def __init__(self, sigma: float, clip: float) -> None:
+        super().__init__()
+        self._sigma, self._clip, self._key, self._taken = sigma, clip, secrets.randbits(62), 0
+        self._now: Counter[str] = Counter()  # steps of each client in the next update
+        self._told: dict[str, float] = {}  # by client, the square of what :attr:`told` is
+
+    def add(self, gradients: Mapping[str, Tensor], weight: float, client: str = "") -> None:
+        """One step more."""
+        super().add(gradients, 1.0)
+        self._now[client] += 1
+
+    def take(self) -> dict[str, Tensor]:
+        """As of :class:`Mean`."""
+        for name, value in self._sums.items():
+            self._sums[name] = value + self._sigma * self._clip * self._drawn(name, value)
+        for client, steps in self._now.items():
+            self._told[client] = self._told.get(client, 0.0) + (2 * steps / self._sigma) ** 2
+        self._taken += 1
+        self._now.clear()
+        return super().take()
+
+    @property
+    def told(self) -> float:
+        """Of the client that is told most: how far two gaussians of deviation 1 are apart that are as hard to tell from
+        each other as all updates are from those with other steps of its own (each at most 2C away)."""
+        return math.sqrt(max(self._told.values(), default=0.0))
+
+    def state(self) -> dict[str, Tensor]:
+        """As of :class:`Mean`."""
+        counts = {name: torch.tensor(count) for name, count in self._now.items()}
+        told = {name: torch.tensor(value, dtype=torch.float64) for name, value in self._told.items()}
+        own = {"noise-key": torch.tensor(self._key), "noise-taken": torch.tensor(self._taken)}
+        return super().state() | own | _named("noise-now", counts) | _named("noise-told", told)
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """As of :class:`Mean`.
+
+        Raises:
+            StorageError: nothing covered the steps so far.
+        """
+        if "noise-key" not in state:
+            raise StorageError("the saved shared blocks were trained without server.noise, so no ε holds for them: "
+                               "leave it out, or begin anew")  # fmt: skip
+        super().load(state)
+        self._key, self._taken = int(state["noise-key"]), int(state["noise-taken"])
+        self._now = Counter({name: int(count) for name, count in _under("noise-now", state).items()})
+        self._told = {name: float(value) for name, value in _under("noise-told", state).items()}
+
+    def _drawn(self, name: str, value: Tensor) -> Tensor:
+        said = hashlib.sha256(f"{self._key} {self._taken} {name} ".encode())
+        said.update(value.cpu().flatten().view(torch.uint8).numpy().data)
+        drawn = torch.Generator().manual_seed(int.from_bytes(said.digest()[:8], "big") >> 1)
+        return torch.randn(value.shape, generator=drawn).to(value)
 
 
 class Trimmed:
@@ -67,7 +137,7 @@ class Trimmed:
     def steps(self) -> int:
         return len(self._steps)
 
-    def add(self, gradients: Mapping[str, Tensor], weight: float) -> None:
+    def add(self, gradients: Mapping[str, Tensor], weight: float, client: str = "") -> None:
         """One step more."""
         self._steps.append(dict(gradients))
 

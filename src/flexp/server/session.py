@@ -373,7 +373,7 @@ class Session:
             take = shared.wanted(client, gradients)
         if chain is None:
             if take:
-                shared.add(gradients, step.weight, norm)
+                shared.add(gradients, step.weight, norm, client=client)
         else:
             known = (norm or 0.0) if scale is None and shared.one_by_one else None
             reaches = self.further is not None

@@ -24,7 +24,7 @@ from flexp.links.messages import FetchReply, FetchRequest, PullRequest
 from flexp.models.fingerprint import tensor_fingerprint
 from flexp.models.stage import Stage
 from flexp.optim import Updater
-from flexp.server.rules import Mean, Past, Quota, Trimmed
+from flexp.server.rules import Covered, Mean, Past, Quota, Trimmed
 
 CPU = torch.device("cpu")
 Whole = Callable[[Mapping[str, Tensor]], float]
@@ -45,6 +45,8 @@ class SharedBlocks:
     - ``trimmed``: likewise, but of every number the ``trim`` largest and smallest are left out first, and the steps
       count alike.
 
+    With ``noise`` steps count alike, are clipped one by one, and noise covers what an update adds up.
+
     A parameter that no gradient reached is left as it is, weight decay included.
     """
 
@@ -59,13 +61,14 @@ class SharedBlocks:
         self.version = 0
         self.frozen = False
         self._config, self._total_steps = config, total_steps
-        self.bounds = Bounds(config.guard)
+        # What is refused by other clients' norms would tell of them.
+        self.bounds = Bounds(config.guard.model_copy(update={"explode": None}) if config.noise else config.guard)
         if total_steps is not None and config.update != "every":
             total_steps = -(-total_steps // config.mean_over)
         self.updater = Updater(stage.trainable(), optimizer, total_steps)
         self._held: Counter[int] = Counter()
         self.stashed: dict[int, dict[str, nn.Parameter]] = {}
-        self._gathered = Trimmed(config.trim) if config.update == "trimmed" else Mean()
+        self._gathered = _rule(config)
         self._past = None if config.guard.similar is None else Past(config.guard.similar, config.guard.settle)
         self.quota: Quota | None = None
         self.skipped: Counter[str] = Counter()  # steps of clients that were answered and not applied
@@ -147,7 +150,12 @@ class SharedBlocks:
             self._install(self.updater.parameters)
 
     def add(
-        self, gradients: Mapping[str, Tensor], weight: float, norm: float | None = None, whole: Whole | None = None
+        self,
+        gradients: Mapping[str, Tensor],
+        weight: float,
+        norm: float | None = None,
+        whole: Whole | None = None,
+        client: str = "",
     ) -> bool:
         """Take the gradient of one completed client step; update the weights when the rule says so.
 
@@ -158,24 +166,31 @@ class SharedBlocks:
         Returns:
             Whether the weights were updated.
         """
-        due = self.collect(gradients, weight)
+        due = self.collect(gradients, weight, client)
         if due is not None:
             self.apply(due, norm if self.one_by_one else None, whole)
         return due is not None
 
     @property
     def one_by_one(self) -> bool:
-        """Whether a client's step is an update."""
-        return self._config.update == "every"
+        """Whether a client's step is an update, as it is."""
+        return self._config.update == "every" and not self._config.noise
 
-    def collect(self, gradients: Mapping[str, Tensor], weight: float) -> Mapping[str, Tensor] | None:
+    @property
+    def told(self) -> float | None:
+        """What updates have told other clients of one, at most (:attr:`flexp.server.rules.Covered.told`); ``None``:
+        nothing covers them."""
+        return self._gathered.told if isinstance(self._gathered, Covered) else None
+
+    def collect(self, gradients: Mapping[str, Tensor], weight: float, client: str = "") -> Mapping[str, Tensor] | None:
         """Take the gradient of one completed client step; what :meth:`apply` is to be given, when the rule says so."""
         if self.frozen or not self.updater.parameters:
             return None
         if self.one_by_one:
             return gradients
-        self._gathered.add(gradients, weight)
-        return self.gathered() if self._gathered.steps >= self._config.mean_over else None
+        self._gathered.add(gradients, weight, client)
+        due = 1 if self._config.update == "every" else self._config.mean_over
+        return self.gathered() if self._gathered.steps >= due else None
 
     def wanted(self, client: str, gradients: Mapping[str, Tensor]) -> bool:
         """Whether a client's completed step is to train the blocks, or only to be answered."""
@@ -294,6 +309,13 @@ class SharedBlocks:
         for name, parameter in parameters.items():
             path, _, leaf = name.rpartition(".")
             self.stage.model.get_submodule(path)._parameters[leaf] = parameter
+
+
+def _rule(config: ServerConfig) -> Mean | Trimmed:
+    if config.noise:
+        assert isinstance(config.guard.clip, float)
+        return Covered(config.noise, config.guard.clip)
+    return Trimmed(config.trim) if config.update == "trimmed" else Mean()
 
 
 def portion(
