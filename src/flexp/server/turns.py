@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar, cast
 
 import torch
 
-from flexp.config import OptimizerConfig, ServerConfig
+from flexp.config import ServerConfig
 from flexp.errors import LinkError, LinkLostError, StoppedError
 from flexp.links.base import waiting_thread
 from flexp.links.declaring import Request, size
@@ -29,9 +29,7 @@ from flexp.links.messages import (
 )
 from flexp.links.packing import Places, arrived
 from flexp.models.stage import Stage
-from flexp.server.admission import (
-    check_backward,
-)
+from flexp.server.admission import check_backward
 from flexp.server.clients import Key
 from flexp.server.line import Line, Waiting
 from flexp.server.session import Session
@@ -72,16 +70,8 @@ class Turns(ServerState, ABC):
             in the thread that computes.
     """
 
-    def __init__(
-        self,
-        stage: Stage,
-        config: ServerConfig,
-        optimizer: OptimizerConfig,
-        total_steps: int | None,
-        seed: int,
-        remembers: bool,
-    ) -> None:
-        super().__init__(stage, config, optimizer, total_steps, seed, remembers)
+    def __init__(self, stage: Stage, config: ServerConfig, *held: Any) -> None:
+        super().__init__(stage, config, *held)
         self._together = Together(stage, self._sessions)
         often = min(config.hold_seconds, config.exchange_seconds)
         self._line = Line(self._sessions, often, self._look_after_line, config.exchange_seconds)
