@@ -285,10 +285,21 @@ def test_what_is_asked_for_and_left_out_is_said(home: Path, tmp_path: Path) -> N
         {"data": {"clients": {"names": ["north"]}}},
         {"train": {"early_stopping": {"patience": 1}}, "data": {"validation_fraction": 0.2}},
         {"privacy": {"label_epsilon": 1.0}},
+        {"server": {"noise": 1.0, "guard": {"clip": 1.0}}},
         {"method": {"name": "centralized"}},
         {"arch": "llama"},  # its classifier has no bias
     ],
-    ids=["meet", "two classes", "not seen once", "alone", "early stopping", "privacy", "no meeting", "no bias"],
+    ids=[
+        "meet",
+        "two classes",
+        "not seen once",
+        "alone",
+        "early stopping",
+        "privacy",
+        "noise",
+        "no meeting",
+        "no bias",
+    ],
 )
 def test_unasked_clients_meet_where_a_classifier_of_many_begins_as_drawn(
     home: Path, tmp_path: Path, change: dict[str, Any]

@@ -364,7 +364,8 @@ def _with_meetings(
     classes = len(federation.task.label_names or ())
     worth = not asked and not why and KINDS[kind].answers == "class" and classes > 2 and drawn
     seen = max(len(client.train) for client in federation.clients) <= train.total_steps * train.batch_size
-    free = len(federation.clients) > 1 and train.early_stopping.patience is None and not config.privacy.on
+    free = len(federation.clients) > 1 and train.early_stopping.patience is None
+    free = free and not (config.privacy.on or config.server.noise)  # sums of classes tell clients of each other
     pooled = config.model.pooling != "checkpoint"
     if not (worth and seen and free and (pooled or has_linear_classifier(model_config, kind))):
         return meeting(config, on=False), []
