@@ -101,7 +101,7 @@ def _row(found: Mapping[str, Any]) -> list[str]:
     def best(of: str, *, worst: bool = False) -> str:
         read: dict[int, float] = {}
         for one in readings:
-            if one["of"] == of:
+            if one["of"].split()[0] == of:  # z averaged is z
                 share = max(one["by_step"].values()) if worst else one["content"]
                 read[one["depth"]] = max(share, read.get(one["depth"], 0.0))
         return ", ".join(f"{depth}: {100 * read[depth]:.0f}" for depth in sorted(read)) or "not sent"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -41,6 +42,33 @@ def test_a_stream_goes_on_where_it_was_and_leaves_the_generator_alone(device: to
     if device is CPU:  # a GPU draws in blocks of its own
         assert first + second == expected
     assert first != second
+
+
+def test_a_stream_has_the_generators_of_all_its_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two devices whose generators are the processor's kind."""
+    real, devices = torch.Generator, [torch.device("meta", 1), torch.device("meta", 2)]
+    own = {device: real().manual_seed(10 + device.index) for device in devices}
+    module = SimpleNamespace(
+        get_rng_state=lambda device: own[device].get_state(),
+        set_rng_state=lambda state, device: own[device].set_state(state),
+    )
+    monkeypatch.setattr("flexp.rng._draws", lambda device: device in devices)
+    monkeypatch.setattr(torch, "get_device_module", lambda _: module)
+    monkeypatch.setattr(torch, "Generator", lambda _: real())
+
+    def drawn_there() -> list[list[float]]:
+        return [torch.rand(3, generator=own[device]).tolist() for device in devices]
+
+    outside = [drawn_there(), drawn_there()]
+    for device in devices:
+        own[device].manual_seed(10 + device.index)
+    stream, found = RandomStream(5, *devices), list[list[list[float]]]()
+    for expected in outside:
+        with stream.active():
+            found.append(drawn_there())
+        assert drawn_there() == expected
+    fives = torch.rand(6, generator=real().manual_seed(5)).tolist()
+    assert [first + second for first, second in zip(*found, strict=True)] == [fives, fives]
 
 
 def test_a_turn_within_a_turn() -> None:

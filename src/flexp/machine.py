@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from importlib import metadata
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,24 @@ def device_of(name: str) -> torch.device:
         here += [f"{found.type}:{index}" for index in range(torch.accelerator.device_count())]
     raise ConfigError(f"there is no device {name!r} here; expected {' or '.join(here)} (--device, model.device, "
                       "server.device)")  # fmt: skip
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a GPU; 1, where it cannot tell."""
+    ask = getattr(torch.get_device_module(device), "mem_get_info", None) if device.type not in ("cpu", "meta") else None
+    return 1 if ask is None else int(ask(device)[0])
+
+
+def shares(sizes: Sequence[int], room: Sequence[int]) -> list[int]:
+    """Which of several places each of some things goes to, in their order, so that each place has about its share of
+    all bytes by its ``room``: that of whichever a thing's middle falls into."""
+    ends = list(accumulate(room))
+    total, found, before = sum(sizes), list[int](), 0
+    for size in sizes:
+        middle = (before + size / 2) / max(1, total) * ends[-1]
+        found.append(min(bisect_left(ends, middle), len(room) - 1))
+        before += size
+    return found
 
 
 def versions() -> dict[str, str]:

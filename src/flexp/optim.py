@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -93,6 +93,19 @@ class Updater:
                 self._optimizer.state[new] = self._optimizer.state.pop(old)
             self.parameters[name] = new
 
+    def move(self, place: Callable[[str], torch.device]) -> None:
+        """Go on with copies of the parameters and their state elsewhere (by their names), which hold no gradients."""
+        self.replace(
+            {
+                name: nn.Parameter(value.detach().to(place(name)), requires_grad=value.requires_grad)
+                for name, value in self.parameters.items()
+            }
+        )
+        assert self._optimizer is not None
+        for parameter, state in self._optimizer.state.items():
+            for key, value in state.items():
+                state[key] = value.to(parameter.device) if isinstance(value, Tensor) else value
+
     def change(self, parameters: Mapping[str, nn.Parameter], new: Collection[str] = ()) -> None:
         """Go on with other parameters: those of the same name and object keep their state, others begin without any.
 
@@ -145,7 +158,20 @@ class Updater:
 
 def norms(values: Sequence[Tensor]) -> Tensor:
     """The norm of each, (N,) in main memory; a GPU is waited for once."""
-    return torch.stack(torch._foreach_norm(list(values))).cpu()
+    return stacked(torch._foreach_norm(list(values)))
+
+
+def stacked(values: Sequence[Tensor]) -> Tensor:
+    """Numbers of tensors, which may be on several devices, (N,) in main memory; each device is waited for once."""
+    by_device: dict[torch.device, list[int]] = {}
+    for place, value in enumerate(values):
+        by_device.setdefault(value.device, []).append(place)
+    if len(by_device) <= 1:
+        return torch.stack(list(values)).cpu()
+    found_N = torch.empty(len(values), dtype=values[0].dtype)
+    for places in by_device.values():
+        found_N[places] = torch.stack([values[place] for place in places]).cpu()
+    return found_N
 
 
 def total(norms_N: Tensor) -> float:

@@ -39,19 +39,19 @@ class RandomStream:
     """A state of torch's generators that belongs to one party.
 
     Args:
-        device: where the party computes; the state is that of the CPU and, on a GPU, that of its generator as well.
+        devices: where the party computes; the state is that of the CPU and of every GPU's generator among them.
     """
 
-    def __init__(self, seed: int, device: torch.device = CPU) -> None:
-        self.device = device
-        places = [CPU, device] if _draws(device) else [CPU]
+    def __init__(self, seed: int, *devices: torch.device) -> None:
+        self.devices = devices
+        places = [CPU, *filter(_draws, devices)]
         states = [torch.Generator(where).manual_seed(seed).get_state() for where in places]
         self.state: Tensor = torch.cat(states)
 
     @contextmanager
     def active(self) -> Iterator[None]:
         """Draw from this stream inside the ``with`` block, and go on from there the next time."""
-        with drawing_from(self.state, self.device) as turn:
+        with drawing_from(self.state, *self.devices) as turn:
             try:
                 yield
             finally:
@@ -69,10 +69,10 @@ class RandomStream:
 
 
 class Turn:
-    """A party's turn at the generators of ``device``."""
+    """A party's turn at the generators of its devices."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, *devices: torch.device) -> None:
+        self.devices = devices
         self.running = False
 
     def begin(self, state: Tensor) -> None:
@@ -91,10 +91,10 @@ class Turn:
 
     def state(self) -> Tensor:
         """Where the generators are."""
-        return drawn(self.device)
+        return drawn(*self.devices)
 
     def _put(self, state: Tensor) -> None:
-        draw_from_here(state, self.device)
+        draw_from_here(state, *self.devices)
 
 
 _lock = threading.Lock()
@@ -107,9 +107,9 @@ def current_turn() -> Turn | None:
 
 
 @contextmanager
-def drawing_from(state: Tensor, device: torch.device = CPU) -> Iterator[Turn]:
+def drawing_from(state: Tensor, *devices: torch.device) -> Iterator[Turn]:
     """Draw from a copy of ``state`` inside the ``with`` block; the generator's own state is restored after it."""
-    outer, turn = current_turn(), Turn(device)
+    outer, turn = current_turn(), Turn(*devices)
     with resting(outer):
         turn.begin(state)
         _thread.turn = turn
@@ -133,27 +133,32 @@ def resting(turn: Turn | None) -> Iterator[None]:
         turn.begin(state)
 
 
-def drawn(device: torch.device) -> Tensor:
-    """The state of the generators that computing on ``device`` draws from: the CPU's and, of a GPU, its own."""
-    own = torch.get_rng_state()
-    if not _draws(device):
-        return own
-    module: Any = torch.get_device_module(device)
-    return torch.cat([own, module.get_rng_state() if device.type == "mps" else module.get_rng_state(device)])
-
-
-def draw_from_here(state: Tensor, device: torch.device) -> None:
-    """Set those generators to :func:`drawn`."""
-    own = len(torch.get_rng_state())
-    torch.set_rng_state(state[:own])
-    if _draws(device):
+def drawn(*devices: torch.device) -> Tensor:
+    """The state of the generators that computing on ``devices`` draws from: the CPU's and every GPU's own."""
+    states = [torch.get_rng_state()]
+    for device in filter(_draws, devices):
         module: Any = torch.get_device_module(device)
-        module.set_rng_state(state[own:], *([] if device.type == "mps" else [device]))
+        states.append(module.get_rng_state(*_which(device)))
+    return torch.cat(states)
+
+
+def draw_from_here(state: Tensor, *devices: torch.device) -> None:
+    """Set those generators to :func:`drawn`."""
+    own, places = len(torch.get_rng_state()), [*filter(_draws, devices)]
+    torch.set_rng_state(state[:own])
+    if places:
+        for device, part in zip(places, state[own:].chunk(len(places)), strict=True):  # they are all of one kind
+            module: Any = torch.get_device_module(device)
+            module.set_rng_state(part.clone(), *_which(device))
 
 
 def seed_here(seed: int, device: torch.device = CPU) -> None:
     """Let the generators that computing on ``device`` draws from begin anew from a seed."""
     draw_from_here(RandomStream(seed, device).state, device)
+
+
+def _which(device: torch.device) -> list[torch.device]:
+    return [] if device.type == "mps" else [device]  # which has one alone
 
 
 def _draws(device: torch.device) -> bool:

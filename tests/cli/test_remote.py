@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from flexp.links.grpc.link import GrpcLink
 from tests.export.remote_tools import STEPS, Remote, remote
+from tests.links.grpc_tools import vanish
 
 from .test_write import Shell, shell
 
@@ -28,6 +31,11 @@ def test_export_evaluate_predict(here: Remote, tmp_path: Path, shell: Shell) -> 
     assert "'north' after round 1: a whole model (float32)" in shown
     found = json.loads(shell("evaluate", state, *at, "--json")[0])
     assert list(found["scores"]["personal"]) == ["own test data"]
+    opened, batch = here.opened, here.batch()
+    logits = opened.forward(batch).logits
+    vanish(cast(GrpcLink, opened.split.link))
+    assert torch.equal(opened.forward(batch).logits, logits)  # over a new link
+    opened.close()
     rows = tmp_path / "rows.csv"
     rows.write_text("text\nthe dog\nthe w3 dog\n", encoding="utf-8")
     for model, more, name in ((state, at, "a"), (str(tmp_path / "out"), (), "b")):

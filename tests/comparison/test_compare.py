@@ -167,24 +167,24 @@ def test_clients_whose_device_is_too_small_and_the_virtual_clock(
 
 
 def test_nothing_is_done_twice_and_a_change_is_another_cell(home: Path, ended: list[Cell]) -> None:
-    two, short = {"methods": ["fedavg", "local"], "seeds": 1, "trials": 2}, {"rounds": 1, "steps_per_round": 1}
-    wanted = comparison(home, two, train=short)
+    local, short = {"methods": ["local"], "seeds": 1, "trials": 2}, {"rounds": 1, "steps_per_round": 1}
+    wanted = comparison(home, local, train=short)
     first = compare(wanted, home / "out", 1)
     before = {path: path.stat().st_mtime_ns for path in (home / "out/cells").rglob("*")}
     ended.clear()
     again = compare(wanted, home / "out", 1)
-    assert (again.done, again.kept, ended) == (0, 6, [])
+    assert (again.done, again.kept, ended) == (0, 3, [])
     assert again.comparison == first.comparison
     assert {path: path.stat().st_mtime_ns for path in (home / "out/cells").rglob("*")} == before
 
-    renamed = comparison(home, two, name="other", threads=2, output={"html": True}, train=short)
+    renamed = comparison(home, local, name="other", threads=2, output={"html": True}, train=short)
     assert compare(renamed, home / "out", 1).done == 0
-    more = compare(comparison(home, two | {"seeds": 2}, train=short), home / "out", 1)
-    assert sorted((cell.entry, cell.seed) for cell in ended) == [("fedavg", 1), ("local", 1)]
-    assert [len(method["runs"]) for method in more.comparison["methods"]] == [2, 2]
+    more = compare(comparison(home, local | {"seeds": 2}, train=short), home / "out", 1)
+    assert sorted((cell.entry, cell.seed) for cell in ended) == [("local", 1)]
+    assert [len(method["runs"]) for method in more.comparison["methods"]] == [2]
     ended.clear()
-    changed = compare(comparison(home, two | {"tune": False}, train={**short, "batch_size": 3}), home / "out", 1)
-    assert (changed.done, changed.kept, len(ended)) == (2, 0, 2)
+    changed = compare(comparison(home, local | {"tune": False}, train={**short, "batch_size": 3}), home / "out", 1)
+    assert (changed.done, changed.kept, len(ended)) == (1, 0, 1)
     assert all(path.exists() for path in before)
 
 

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 NAME = "meta:7"
-DEVICE = torch.device(NAME)
+DEVICE, SECOND = torch.device(NAME), torch.device("meta:8")
 """Of torch's own kind for tensors without numbers, so that it takes nothing for a processor."""
 READS = {"_local_scalar_dense", "is_nonzero", "nonzero", "equal", "masked_select", "_unique2", "unique_dim", "tolist"}
 """Operations whose result Python, or the shape of a tensor, needs at once."""
@@ -33,9 +33,9 @@ class There(Tensor):
     raw: Tensor
 
     @staticmethod
-    def __new__(cls, raw: Tensor) -> There:
+    def __new__(cls, raw: Tensor, device: torch.device = DEVICE) -> There:
         made: There = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, raw.size(), raw.stride(), raw.storage_offset(), dtype=raw.dtype, device=DEVICE
+            cls, raw.size(), raw.stride(), raw.storage_offset(), dtype=raw.dtype, device=device
         )
         made.raw = raw
         return made
@@ -52,12 +52,12 @@ class There(Tensor):
     def __repr__(self, *_: Any, **__: Any) -> str:
         return f"There({tuple(self.shape)}, {self.dtype})"
 
-    def __tensor_flatten__(self) -> tuple[list[str], None]:
-        return ["raw"], None
+    def __tensor_flatten__(self) -> tuple[list[str], torch.device]:
+        return ["raw"], self.device
 
     @staticmethod
-    def __tensor_unflatten__(parts: dict[str, Tensor], *_: Any) -> There:
-        return There(parts["raw"])
+    def __tensor_unflatten__(parts: dict[str, Tensor], device: torch.device, *_: Any) -> There:
+        return There(parts["raw"], device)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -98,16 +98,19 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any], reads: list[tuple[str, st
     there = [value for value in given if isinstance(value, There)]
     wanted = kwargs.get("device")
     wanted = None if wanted is None else torch.device(wanted)
-    if not there and wanted != DEVICE:
+    if not there and wanted not in (DEVICE, SECOND):
         return func(*args, **kwargs)
+    place = wanted if wanted in (DEVICE, SECOND) else next((value.device for value in there if value.dim()), None)
+    place = place or there[0].device
     comes = wanted is not None and wanted.type == "cpu" and bool(there)
     if name == "copy_":
         comes = not isinstance(args[0], There)
     elif (there and wanted is None) or (there and name != "_to_copy"):
         for value in given:
             alone = value.dim() == 0 or (name in INDEXED and value is not args[0] and value.dtype == torch.long)
-            if not isinstance(value, There) and not alone:
-                raise RuntimeError(f"{func}: a tensor {tuple(value.shape)} is on the CPU, another one is not")
+            alone = alone or _made_there(value)
+            if value.device != place and not (alone and not isinstance(value, There)) and "_foreach" not in name:
+                raise RuntimeError(f"{func}: a tensor {tuple(value.shape)} is on {value.device}, another one is not")
     if comes or name in READS or (name in INDEXED and any(v is not None and v.dtype == torch.bool for v in args[1])):
         size = sum(value.numel() * value.element_size() for value in there)
         reads.append((name, _where(), size))
@@ -122,12 +125,19 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any], reads: list[tuple[str, st
         return out
 
     def wrapped(value: Any) -> Any:
-        return back[id(value)] if id(value) in back else There(value) if isinstance(value, Tensor) else value
+        return back[id(value)] if id(value) in back else There(value, place) if isinstance(value, Tensor) else value
 
     return tree_map(wrapped, out)
 
 
+def _made_there(value: Any) -> bool:
+    """Whether it is ``torch.tensor([], device=…)``, which asks no mode."""
+    return isinstance(value, Tensor) and not isinstance(value, There) and value.is_meta and not value.numel()
+
+
 def _raw(value: Any) -> Any:
+    if _made_there(value):
+        return torch.empty(value.shape, dtype=value.dtype)
     return value.raw if isinstance(value, There) else value
 
 

@@ -15,13 +15,13 @@ from flexp.client.exchange import Piece
 from flexp.client.model import SPLIT_MODELS
 from flexp.client.overlap import overlapped
 from flexp.config import AlignConfig, CodecConfig, OptimizerConfig, ServerConfig
-from flexp.links.messages import BackwardRequest, ForwardRequest
+from flexp.links.messages import BackwardRequest, ExtendReply, ExtendRequest, ForwardRequest
 from flexp.models.anatomy import Part
 from flexp.models.stage import Stage
 from flexp.models.zoo import tiny_batch, tiny_model
 from flexp.optim import Updater
 from flexp.server import Server
-from tests.devices.elsewhere import DEVICE, elsewhere
+from tests.devices.elsewhere import DEVICE, SECOND, elsewhere
 from tests.harness import World, party
 
 CPU = torch.device("cpu")
@@ -35,6 +35,13 @@ def there(request: pytest.FixtureRequest) -> Iterator[torch.device]:
         yield request.param
 
 
+@pytest.fixture
+def several(there: torch.device, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Two devices, or one twice, for the blocks of a server."""
+    monkeypatch.setattr("flexp.models.stage.device_of", torch.device)
+    return [str(there), str(SECOND if there == DEVICE else there)]
+
+
 def whole(name: str, kind: str) -> Stage:
     """Attention is spelled out, since torch's own is another function on each device."""
     model = tiny_model(name, task=kind, attention="eager")  # type: ignore[arg-type]
@@ -42,11 +49,19 @@ def whole(name: str, kind: str) -> Stage:
     return Stage.whole(model)
 
 
+def on(stage: Stage, place: torch.device | list[str]) -> Stage:
+    """One device, or several by their names."""
+    if not isinstance(place, list):
+        return stage.to(place)
+    assert len({*stage.spread(place).places.values()}) == len({*place})
+    return stage
+
+
 def trained(
     name: str,
     kind: str,
     client: torch.device,
-    server: torch.device,
+    server: torch.device | list[str],
     *,
     align: AlignConfig = KL,
     tuning: str = "full",
@@ -57,7 +72,7 @@ def trained(
 ) -> dict[str, Tensor]:
     """All that two steps of a client have made of both sides' weights, and what the model answers then."""
     source = whole(name, kind)
-    shared = party(source, Part.server(1, 4), tuning).to(server)
+    shared = on(party(source, Part.server(1, 4), tuning), server)
     made = Server(shared, tuning=tuning, config=ServerConfig(**config), optimizer=OptimizerConfig(lr=1e-3))
     stage = party(source, Part.client((2, 4), source.anatomy.blocks), tuning).to(client)
     model = SPLIT_MODELS[kind](stage, (2, 4), made.connect("a"), align=align, tuning=tuning, codec=codec).train()
@@ -93,7 +108,7 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("bert", "question-answering", {"codec": CodecConfig.all("bf16")}),
     ("vit", "image-classification", {}),
 ]
-PLACES = [(True, True, False), (True, False, True), (False, True, False)]
+PLACES = [(True, 2, False), (True, False, True), (False, True, False)]
 
 
 @pytest.mark.parametrize(
@@ -102,9 +117,14 @@ PLACES = [(True, True, False), (True, False, True), (False, True, False)]
     ids=[kind for _, kind, _ in CASES],
 )
 def test_a_step_is_the_same_on_another_device(
-    name: str, kind: str, options: dict[str, Any], place: tuple[bool, bool, bool], there: torch.device
+    name: str,
+    kind: str,
+    options: dict[str, Any],
+    place: tuple[bool, bool | int, bool],
+    there: torch.device,
+    several: list[str],
 ) -> None:
-    client, server, batch = (there if far else CPU for far in place)
+    client, server, batch = (several if far == 2 else there if far else CPU for far in place)
     here = trained(name, kind, CPU, CPU, **options)
     far = trained(name, kind, client, server, batch_on=batch, **options)
     assert here.keys() == far.keys()
@@ -113,6 +133,62 @@ def test_a_step_is_the_same_on_another_device(
             assert torch.equal(value, far[key]), key
         else:
             torch.testing.assert_close(value, far[key], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_adapters_of_idle_clients_are_in_main_memory(
+    together: bool, there: torch.device, several: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here one idle client's stay on the device, beside those that compute. All train as on the CPU."""
+    monkeypatch.setattr("flexp.server.state.RESIDENT", 1)
+    monkeypatch.setattr("flexp.server.turns.waiting_thread", lambda: None)
+    monkeypatch.setattr("flexp.server.together.Pace.pays", lambda *_: together)
+    states = []
+    for place in (CPU, several if together else there):
+        source = whole("llama", "causal-lm")
+        config = ServerConfig(adapters="own", joined=together)
+        stage = on(party(source, Part.server(1, 2 + together), "lora"), place)
+        server = Server(stage, tuning="lora", config=config, optimizer=OptimizerConfig(lr=1e-3))
+        for name in "abc":
+            World(source, server, "lora", "causal-lm").join(name, (1, 2 + together))
+        for step in (1, 2):
+            for part in range(2):
+                answers: list[Any] = [
+                    server.answer(name, requests(stage, 10 * step + ord(name), base=False)[part]) for name in "abc"
+                ]
+                while server.work() is not None:
+                    pass
+                assert not together or all(answer.done() for answer in answers)
+        for name, far in zip("abc", (False, not together, True), strict=True):
+            flat = server.own[name].state()
+            kept = {value.device for key, value in flat.items() if "/" in key and key != "optimizer/steps"}
+            assert kept == ({*stage.places.values()} or {place} if far else {CPU})
+        server.load({key: value.cpu() for key, value in server.state().items()})
+        states.append({key: value.cpu() for key, value in server.state().items() if key.startswith("own/")})
+    assert states[0].keys() == states[1].keys()
+    assert any("exp_avg/" in key for key in states[0])
+    for key, value in states[0].items():
+        if there == DEVICE:
+            assert torch.equal(value, states[1][key]), key
+        else:
+            torch.testing.assert_close(value, states[1][key], rtol=1e-3, atol=1e-4)
+
+
+def test_answers_are_written_on_another_device(there: torch.device, several: list[str]) -> None:
+    """What comes over a network is in main memory, and so is what goes back."""
+    found: list[list[Tensor]] = []
+    for place in (CPU, there, several):
+        source = whole("llama", "causal-lm")
+        server = Server(on(party(source, Part.server(1, 3), "full"), place), tuning="full")
+        World(source, server, "full", "causal-lm").join("a", (1, 3))
+        z_BTH = requests(server.shared.stage, 1, base=False)[0].hidden_BTH
+        asked = [ExtendRequest(1, 0, z_BTH[:, :6]), ExtendRequest(1, 6, z_BTH[:, 6:7], rows_B=torch.tensor([0, 2, 2]))]
+        answers = [server.answer("a", request) for request in asked]
+        assert all(isinstance(answer, ExtendReply) and answer.hidden_BTH.device == CPU for answer in answers)
+        found.append([answer.hidden_BTH for answer in answers])  # type: ignore[union-attr]
+    for far in found[1:]:
+        for one, other in zip(found[0], far, strict=True):
+            torch.testing.assert_close(one, other, **({"rtol": 0, "atol": 0} if there == DEVICE else {}))
 
 
 def requests(stage: Stage, number: int, *, base: bool) -> tuple[ForwardRequest, BackwardRequest]:

@@ -3,6 +3,7 @@ model goes."""
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,7 +30,8 @@ from flexp.methods import split
 from flexp.methods.base import method_of
 from flexp.models.zoo import save_tiny
 from flexp.run import runner
-from flexp.run.settle import settle
+from flexp.run.fleet import Fleet
+from flexp.run.settle import settle, settle_client
 from flexp.server.sums import SumTable
 from tests.data.tools import jsonl, labelled, tokenizer
 from tests.links.test_privacy import windows
@@ -283,10 +285,21 @@ def test_what_is_asked_for_and_left_out_is_said(home: Path, tmp_path: Path) -> N
         {"data": {"clients": {"names": ["north"]}}},
         {"train": {"early_stopping": {"patience": 1}}, "data": {"validation_fraction": 0.2}},
         {"privacy": {"label_epsilon": 1.0}},
+        {"server": {"noise": 1.0, "guard": {"clip": 1.0}}},
         {"method": {"name": "centralized"}},
         {"arch": "llama"},  # its classifier has no bias
     ],
-    ids=["meet", "two classes", "not seen once", "alone", "early stopping", "privacy", "no meeting", "no bias"],
+    ids=[
+        "meet",
+        "two classes",
+        "not seen once",
+        "alone",
+        "early stopping",
+        "privacy",
+        "noise",
+        "no meeting",
+        "no bias",
+    ],
 )
 def test_unasked_clients_meet_where_a_classifier_of_many_begins_as_drawn(
     home: Path, tmp_path: Path, change: dict[str, Any]
@@ -301,6 +314,17 @@ def test_unasked_clients_meet_where_a_classifier_of_many_begins_as_drawn(
     on = not change and not arch and len(labels) > 2
     assert found.config.method.meet.on is on
     assert bool([note for note in found.federation.notes if "clients meet in" in note]) is on
+
+
+def test_who_cannot_mask_sums_is_told_before_anything_starts(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "cryptography.hazmat.primitives.ciphers", None)
+    with pytest.raises(ConfigError, match=r"masks of their sums need the library cryptography: pip install"):
+        Fleet(settle(config(home, method=ON)), tmp_path / "fleet")
+    with pytest.raises(ConfigError, match="masks of their sums"):
+        settle_client(config(home, method=ON), "north", None)
+    assert not (tmp_path / "fleet").exists()
 
 
 def test_a_classifier_without_a_bias_is_refused(tmp_path: Path) -> None:

@@ -13,7 +13,9 @@ import torch
 
 from flexp.config import DeploymentConfig, RunConfig
 from flexp.errors import ConfigError, LinkError, StorageError
+from flexp.links.base import Link
 from flexp.links.grpc import connect
+from flexp.links.grpc.link import GrpcLink
 from flexp.run import chaining, runner
 from flexp.run import party as parties
 from flexp.run.chaining import follows, take_place
@@ -21,6 +23,7 @@ from flexp.run.conduct import Conductor
 from flexp.run.server import make_conductor, make_server, rise
 from flexp.server import Server
 from tests import tiny
+from tests.links.grpc_tools import vanish
 
 from .tools import Client, newest, without_meters
 
@@ -84,13 +87,16 @@ def test_three_servers_over_grpc_one_of_which_falls_equal_the_simulation(
     middle = Member(config, between, tmp_path / "middle", "127.0.0.1:0")
     first = DeploymentConfig(blocks=(1, 2), next=f"grpc://{middle.address}", **whole)  # type: ignore[arg-type]
     head = Member(config, first, tmp_path / "head", "127.0.0.1:0")
-    address = head.address
-    clients = [
-        Client(config, first, name, lambda name: connect(f"grpc://{address}", name), tmp_path / "clients" / name)
-        for name in NAMES
-    ]
+    address, links = head.address, list[GrpcLink]()
+
+    def reach(name: str) -> Link:
+        links.append(connect(f"grpc://{address}", name))
+        return links[-1]
+
+    clients = [Client(config, first, name, reach, tmp_path / "clients" / name) for name in NAMES]
     while snapshots(tmp_path / "middle") < 4:
         time.sleep(0.02)
+    vanish(links[-1])  # as when its process is killed
     middle.end()
     middle = Member(config, between, tmp_path / "middle", middle.address)
     for client in clients:

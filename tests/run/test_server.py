@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import flexp
-from flexp.errors import StorageError
+from flexp.errors import LinkError, StorageError
 from flexp.links.grpc import connect
 from flexp.models.zoo import save_tiny
 from flexp.rng import RandomStream
@@ -27,7 +27,7 @@ ADDRESS = re.compile(r"at (127\.0\.0\.1:\d+)")
 class Running:
     """``run_server`` in a thread, with what it said."""
 
-    def __init__(self, here: World, state: Path | None, grace: float = 5.0) -> None:
+    def __init__(self, here: World, state: Path | None, grace: float = 5.0, **options: bool) -> None:
         self.lines: list[str] = []
         self._stop, self._listening = threading.Event(), threading.Event()
 
@@ -38,7 +38,7 @@ class Running:
 
         self._thread = threading.Thread(
             target=lambda: run_server(
-                here.server, "127.0.0.1:0", state=state, say=say, every=0.05, grace=grace, stop=self._stop
+                here.server, "127.0.0.1:0", state=state, say=say, every=0.05, grace=grace, stop=self._stop, **options
             )
         )
         self._thread.start()
@@ -80,6 +80,19 @@ def test_it_stops_and_goes_on(tmp_path: Path) -> None:
     assert "stopped after 4 updates" in said
     assert equal(shared_weights(second.server), shared_weights(undisturbed.server))
     assert {path.name for path in state.iterdir()} == {"checkpoint-00000001", "checkpoint-00000002"}
+
+    last = world("bert")
+    running = Running(last, state, frozen=True)
+    model = last.client("a", (2, 4), link=connect(running.url, "a"))
+    with torch.no_grad():
+        model.eval()(**last.batch())
+    with pytest.raises(LinkError, match="this server trains no more"):
+        model.train()(**last.batch())
+    model.link.close()
+    assert "nothing was trained, so nothing was saved" in running.stop()
+    assert Store(state).numbers() == [1, 2]
+    with pytest.raises(StorageError, match="holds nothing that was trained"):
+        run_server(last.server, "127.0.0.1:0", state=tmp_path / "none", say=print, frozen=True)
 
 
 def test_an_unfinished_step_does_not_hold_it_up_for_ever(tmp_path: Path) -> None:

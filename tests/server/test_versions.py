@@ -1,10 +1,11 @@
-"""``server.max_versions``: how many versions of the weights are held, and that whoever waits for one gets through."""
+"""``server.max_versions`` and ``max_in_flight_total``: what is held at most, and that whoever waits gets through."""
 
 from __future__ import annotations
 
 import random
 import threading
 from concurrent.futures import Future
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -12,10 +13,14 @@ import torch
 
 from flexp.config import ServerConfig
 from flexp.errors import LinkLostError, StoppedError
+from flexp.links.emulated import EmulatedLink, Network
 from flexp.links.grpc import connect, serve
-from flexp.links.messages import Abort, BackwardReply, BackwardRequest, ForwardReply, Leave
+from flexp.links.messages import Abort, BackwardReply, BackwardRequest, ForwardReply, ForwardRequest, Leave
+from flexp.links.opening import connected
+from flexp.links.rules import Limits
 from flexp.server import Server
-from tests.harness import SGD, World, world
+from tests.harness import SGD, World, seeded, world
+from tests.links.grpc_tools import SOON, eventually
 from tests.server.test_interleavings import CUTS, Reference, request
 
 
@@ -56,11 +61,13 @@ def backward(server: Server, client: str, number: int = 1) -> BackwardReply:
 
 
 @pytest.mark.usefixtures("link_thread")
-@pytest.mark.parametrize(("most", "peak"), [(3, 3), (64, 5)])
-def test_many_clients_in_random_order(most: int, peak: int) -> None:
+@pytest.mark.parametrize(
+    ("bound", "most", "peak"), [("max_versions", 3, 3), ("max_versions", 64, 5), ("max_in_flight_total", 3, 3)]
+)
+def test_many_clients_in_random_order(bound: str, most: int, peak: int) -> None:
     """Bounded; first come, first served; and each gradient belongs to the weights of its own forward, bit for bit."""
     names = [f"{letter}{number}" for number in range(4) for letter in CUTS]
-    here, reference = joined(names, max_versions=most), Reference(world("llama").whole, "full", SGD)
+    here, reference = joined(names, **{bound: most}), Reference(world("llama").whole, "full", SGD)
     server, draw = here.server, random.Random(0)
     left, asked = dict.fromkeys(names, 2), dict[str, Future[ForwardReply]]()
     line, seen, number = list[str](), set[str](), {name: 10 * place + 1 for place, name in enumerate(names)}
@@ -89,7 +96,7 @@ def test_many_clients_in_random_order(most: int, peak: int) -> None:
             number[name] += 1
             seen.add(name)
         look()
-        assert server.counts()["versions"] <= most
+        assert server.counts()["versions" if bound == "max_versions" else "in_flight"] <= most
     assert seen == set(names)
     assert server.shared.peak_versions >= peak
     weights = server.shared.updater.parameters
@@ -116,9 +123,9 @@ def test_who_holds_weights_goes_on_with_them() -> None:
 
 
 @pytest.mark.usefixtures("link_thread")
-@pytest.mark.parametrize("how", ["leaves", "gives up", "is silent", "stops"])
+@pytest.mark.parametrize("how", ["leaves", "gives up", "stops"])
 def test_nobody_waits_for_ever(how: str) -> None:
-    here = joined(["a", "b", "c"], max_versions=2, exchange_seconds=0.3 if how == "is silent" else 60.0)
+    here = joined(["a", "b", "c"], max_versions=2)
     server = here.server
     forward(server, "a", 1)
     forward(server, "b", 2)
@@ -143,6 +150,50 @@ def test_nobody_waits_for_ever(how: str) -> None:
     assert two.result(5).hidden_BTH.shape[2] == 32
 
 
+@pytest.mark.usefixtures("link_thread")
+def test_who_is_silent_is_given_up_and_who_is_slow_has_more_time_then() -> None:
+    here = joined(["a", "b", "c"], max_versions=2, hold_seconds=0.2)
+    server = here.server
+
+    def held(by_a: int) -> Future[ForwardReply]:
+        """Of c, which waits for what a holds."""
+        forward(server, "a", by_a)
+        forward(server, "b", by_a + 1)
+        backward(server, "b", by_a + 1)
+        waiting = forward(server, "c", by_a + 2)
+        assert not waiting.done()
+        return waiting
+
+    held(1).result(5)
+    with pytest.raises(LinkLostError, match=r"s, and it was given up \(server.exchange_seconds, or server.hold_"):
+        server.answer("a", BackwardRequest(1, request(1, padded=False)[1], step=1))
+    backward(server, "c", 3)
+    session = server._sessions["a"]
+    assert session.patience >= 2 * session.progress.slow >= 0.4
+    session.progress.slow = 100.0  # as of a client with a slow line
+    waiting = held(4)
+    session.pending[4].since -= 150.0
+    server._look_after_line()
+    assert not waiting.done()
+    session.pending[4].since -= 100.0
+    server._look_after_line()
+    assert waiting.done()
+
+
+@pytest.mark.usefixtures("link_thread")
+def test_what_waits_counts_as_kept_and_is_bounded() -> None:
+    here = joined(["a", "b"], max_in_flight_total=1, max_kept_bytes=1 << 14)
+    forward(here.server, "a", 1)
+    larger = ForwardRequest(2, torch.randn(4, 32, 32), train=True)  # 16 KiB
+    with pytest.raises(LinkLostError, match="client b: too much waits in line"):
+        here.server.answer("b", larger)
+    assert not forward(here.server, "b", 3).done()
+    assert here.server._sessions["b"].kept_bytes == request(3, padded=False)[0].hidden_BTH.nbytes
+    backward(here.server, "a", 1)
+    backward(here.server, "b", 3)
+    assert here.server._sessions["b"].kept_bytes == 0
+
+
 def test_one_thread_with_many_clients_goes_through() -> None:
     """Whoever waits for its answer in the thread that must let the weights go would wait for itself."""
     here = joined(["a", "b", "c"], max_versions=2)
@@ -153,9 +204,55 @@ def test_one_thread_with_many_clients_goes_through() -> None:
     assert forward(server, "c", 3).done()
 
 
-@pytest.mark.parametrize("grpc", [True, False])
-def test_clients_in_threads(grpc: bool) -> None:
+def test_so_do_clients_of_one_thread_behind_networks() -> None:
+    """Each of them has a thread of its own in which its requests arrive; the one that waits is this."""
     here = world("llama", config=ServerConfig(max_versions=2), optimizer=SGD)
+    names = ["a", "b", "c"]
+    with ExitStack() as links:
+        models = [
+            here.client(
+                name,
+                CUTS[name],
+                link=links.enter_context(connected(EmulatedLink(here.server.connect(name), Network()))),
+            )
+            for name in names
+        ]
+        first = models[0](**here.batch()).loss
+        models[1](**here.batch()).loss.backward()
+        models[2](**here.batch()).loss.backward()
+        first.backward()
+    assert here.server.shared.version == 3
+
+
+def test_forwards_that_wait_leave_the_room_for_frames_to_gradients() -> None:
+    here = world("llama", config=ServerConfig(max_versions=2), optimizer=SGD)
+    sent = {
+        name: [torch.randn(8, 100, 32, generator=seeded(10 * n + way)) for way in range(2)]
+        for n, name in enumerate("abcd")
+    }
+    frame = sent["a"][0].nbytes
+    with serve(here.server, limits=Limits(memory_bytes=2 * frame + 1000)) as serving, ExitStack() as ends:
+        links = {name: connect(f"grpc://{serving.address}", name, codec="off") for name in sent}
+        for name, link in links.items():
+            ends.callback(link.close)
+            here.client(name, (2, 4), link=link)
+        asked = {}
+        for name, (z_BTH, grad_BTH) in sent.items():
+            asked[name] = links[name].call(ForwardRequest(1, z_BTH, step=1, train=True))
+            if name in "ab":
+                asked[name].result(SOON)
+            if name == "b":
+                links["b"].call(BackwardRequest(1, grad_BTH, step=1)).result(SOON)
+        assert eventually(lambda: len(here.server._line.waiting) == 2 and not serving._memory.used)
+        links["a"].call(BackwardRequest(1, sent["a"][1], step=1)).result(SOON)
+        asked["c"].result(SOON)
+        asked["d"].result(SOON)
+
+
+@pytest.mark.parametrize("bound", ["max_versions", "max_in_flight_total"])
+@pytest.mark.parametrize("grpc", [True, False])
+def test_clients_in_threads(grpc: bool, bound: str) -> None:
+    here = world("llama", config=ServerConfig(**{bound: 2}), optimizer=SGD)
     failed: list[BaseException] = []
 
     def work(number: int, address: str) -> None:

@@ -200,14 +200,17 @@ def _holds(cell: Cell, folder: Path) -> bool:
 
 
 def _same_work(found: RunConfig, asked: RunConfig) -> bool:
-    """Whether the same is computed; where a plan was asked for, ``found`` says of each client what was planned."""
+    """Whether the same is computed; what was left to the run (plans, meetings), ``found`` says as it came out."""
     names = [own.name or "" for own in found.data.clients.each]
     blank = dict.fromkeys(("cut", "micro_batch", "checkpointing", "codec"), [None] * len(names))
 
     def work(config: RunConfig) -> dict[str, Any]:
         if asked.data.clients.planned:
             config = config.with_clients(config.data.clients.written(names, **blank))
-        return config.model_dump(mode="json", exclude={"name", "threads", "output"})
+        content = config.model_dump(mode="json", exclude={"name", "threads", "output"})
+        if asked.method.meet.on == "auto":
+            content["method"]["meet"]["on"] = "auto"
+        return content
 
     return work(found) == work(asked)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -77,9 +78,11 @@ class ModelConfig(Section):
         """The same model with blocks quantised in another way; ``None``: as they are."""
         return self if how is None else self.model_copy(update={"quantization": how})
 
-    def on(self, device: str | None) -> ModelConfig:
-        """The same model on another device; ``None``: where it is."""
-        return self if device is None else self.model_copy(update={"device": device})
+    def on(self, device: str | Sequence[str] | None) -> ModelConfig:
+        """The same model on another device; ``None``: where it is; several: in main memory, before it is spread."""
+        if device is None:
+            return self
+        return self.model_copy(update={"device": device if isinstance(device, str) else "cpu"})
 
     def at(self, place: str | Path) -> ModelConfig:
         """The same model, found at ``place``."""

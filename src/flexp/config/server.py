@@ -41,7 +41,7 @@ class ServerConfig(Section):
     noise: Annotated[float, Field(ge=0.0)] = 0.0
     memory: Literal["keep", "recompute"] = "keep"
     max_in_flight: PositiveInt = 8  # forwards of one client whose backward has not come yet
-    max_in_flight_total: PositiveInt = 64  # the same over all clients
+    max_in_flight_total: PositiveInt = 64  # the same over all clients; beyond it a forward waits
     # of the trained weights at once: beyond it a forward waits until a step ends that began with older ones
     max_versions: Annotated[int, Field(ge=2)] | None = None
     # requests that wait go through the blocks together where that is faster; answers are those alone up to rounding
@@ -50,11 +50,15 @@ class ServerConfig(Section):
     # that only inputs are kept, and the blocks run again (as with memory = "recompute": equal numbers, a third slower)
     max_kept_bytes: PositiveInt = 2 * 2**30
     exchange_seconds: Rate = 1800.0  # a forward whose backward has not come in that time is given up
+    # sooner, where others wait for its room: after so long, or twice what its client's last exchanges took if that is
+    # longer
+    hold_seconds: Rate = 60.0
     tuning: Literal["full", "lora", "frozen"] | None = None  # of the shared blocks; None: as model.tuning
     # own: each client trains LoRA adapters of its own in the shared blocks, which nobody else's steps reach
     adapters: Literal["shared", "own"] = "shared"
     quantization: Quantization | None = None  # of the shared blocks; None: as model.quantization
-    device: Device | None = None  # of the shared blocks; None: as model.device
+    # of the shared blocks; None: as model.device; several of one kind: blocks are spread over them, in their order
+    device: Device | Annotated[list[Device], Field(min_length=2)] | None = None
     keep_answers_bytes: PositiveInt = 256 << 20  # of each client's last steps, for when it goes back to a snapshot
     codecs: list[CodecName] | None = None  # that clients may ask for; None: all
     max_generations: PositiveInt = 8  # answers of one client under way, each with a cache of keys and values
@@ -70,6 +74,10 @@ class ServerConfig(Section):
         if self.update == "trimmed" and self.mean_over <= 2 * self.trim:
             raise ValueError(
                 f'update = "trimmed" leaves out {2 * self.trim} of mean_over = {self.mean_over} steps; expected fewer'
+            )
+        if isinstance(self.device, list) and len({name.partition(":")[0] for name in self.device}) > 1:
+            raise ValueError(
+                f"device = {self.device} are of several kinds; expected several of one, as cuda:0 and cuda:1"
             )
         if self.adapters == "own" and self.update != "every":
             raise ValueError(f'update = "{self.update}" takes several clients\' steps together, and adapters = "own" '

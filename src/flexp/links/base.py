@@ -215,8 +215,18 @@ def never_wait() -> None:
 
 
 def waiting_thread() -> int | None:
-    """This thread, if it may wait for what it asks for."""
-    return None if getattr(_thread, "free", False) else threading.get_ident()
+    """This thread, or the one in whose place it asks, if it may wait for what it asks for."""
+    return None if getattr(_thread, "free", False) else getattr(_thread, "place", None) or threading.get_ident()
+
+
+@contextmanager
+def in_place_of(thread: int | None) -> Iterator[None]:
+    """Inside the ``with`` block ask in the place of another thread, which waits for the answer."""
+    _thread.place = thread
+    try:
+        yield
+    finally:
+        _thread.place = None
 
 
 def finished(make: Callable[[], R]) -> Future[R]:
@@ -230,7 +240,8 @@ def finished(make: Callable[[], R]) -> Future[R]:
 
 
 class Later(Future[R]):
-    """An answer that is not known yet. ``seconds``: that it took to compute."""
+    """An answer that is not known yet, to a request that the service keeps meanwhile, and counts. ``seconds``: that it
+    took to compute."""
 
     seconds = 0.0
 

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 from urllib.parse import parse_qsl
 
 from flexp.errors import ConfigError, LinkError, LinkLostError
-from flexp.links.base import Link, Wrapping
+from flexp.links.base import Link, Wrapping, in_place_of, waiting_thread
 from flexp.links.coding import Coding
 from flexp.links.declaring import Request
 from flexp.links.messages import Join
@@ -98,7 +98,7 @@ class EmulatedLink(Wrapping):
                 future.set_exception(self._error(self._broken))
                 return future
             self._open.add(future)
-            heapq.heappush(self._waiting, (not request.urgent, next(self._number), request, future))
+            heapq.heappush(self._waiting, (not request.urgent, next(self._number), request, future, waiting_thread()))
             self._leave(self._up)
         return future
 
@@ -114,7 +114,7 @@ class EmulatedLink(Wrapping):
 
     def _begin(self) -> None:
         self._broken = None
-        self._waiting: list[tuple[bool, int, Request[Any], Future[Any]]] = []
+        self._waiting: list[tuple[bool, int, Request[Any], Future[Any], int | None]] = []
         self._up = Line(self.network, self.network.uplink_bps, "up")
         self._down = Line(self.network, self.network.downlink_bps, "down")
 
@@ -122,14 +122,17 @@ class EmulatedLink(Wrapping):
         """Send what waits for the uplink, as far as that is free."""
         with self._lock:
             while self._waiting and line is self._up and line.free <= time.monotonic():
-                _, _, request, future = heapq.heappop(self._waiting)
-                self._travel(line, request, future, partial(self._server.submit, self._arrived, request, future))
+                _, _, request, future, thread = heapq.heappop(self._waiting)
+                arrive = partial(self._server.submit, self._arrived, request, future, thread)
+                self._travel(line, request, future, arrive)
                 if line.free > time.monotonic():
                     self._clock.at(line.free, lambda: self._leave(line))
 
-    def _arrived(self, request: Request[Any], future: Future[Any]) -> None:
+    def _arrived(self, request: Request[Any], future: Future[Any], thread: int | None) -> None:
         if not future.done():  # else the connection broke while this waited for the server
-            self.inner.call(request).add_done_callback(lambda answer: self._answered(request, answer, future))
+            with in_place_of(thread):
+                answer = self.inner.call(request)
+            answer.add_done_callback(lambda answer: self._answered(request, answer, future))
 
     def _answered(self, request: Request[Any], answer: Future[Any], future: Future[Any]) -> None:
         def deliver() -> None:

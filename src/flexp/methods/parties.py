@@ -49,6 +49,7 @@ def server_stage(world: World, part: Part) -> Stage:
         stage = carve(world.source, part).to(device_of(config.model.on(config.server.device).device))
     else:
         stage = load_stage(own.on(config.server.device).at(resolve(own.id)), kind, part, seed=config.seed)
+    stage.spread(config.server.device)
     tune(stage, config.model, config.server.tuning or config.model.tuning, seed=config.seed)
     return stage
 

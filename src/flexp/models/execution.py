@@ -52,10 +52,21 @@ class ExecutionPlan:
                 known.add((id(one), id(two)))
         return ""
 
-    def replay(self, blocks: nn.ModuleList, hidden_BTH: Tensor, start: int, stop: int) -> Tensor:
-        """Run blocks [start, stop) on a hidden state (B, T, H)."""
+    def replay(
+        self,
+        blocks: nn.ModuleList,
+        hidden_BTH: Tensor,
+        start: int,
+        stop: int,
+        places: Mapping[int, torch.device] | None = None,
+    ) -> Tensor:
+        """Run blocks [start, stop) on a hidden state (B, T, H); ``places``: their devices, where those are several."""
+        known: dict[tuple[int, torch.device], Tensor] = {}  # most blocks get the very arguments of the block before
         for index in range(start, stop):
             call = self.calls[index]
+            if places:
+                args, kwargs = (_moved(value, places[index], known) for value in (call.args, call.kwargs))
+                call, hidden_BTH = BlockCall(args, kwargs, call.keyword), hidden_BTH.to(places[index])
             if call.keyword is None:
                 output = blocks[index](hidden_BTH, *call.args, **call.kwargs)
             else:
@@ -197,6 +208,17 @@ def _refuse_gradients(model: Any, calls: Sequence[BlockCall]) -> None:
                         "tensor that is trained outside of the blocks, so its gradient would be lost; use an "
                         "architecture that `flexp verify --list` names"
                     )
+
+
+def _moved(value: Any, device: torch.device, known: dict[tuple[int, torch.device], Tensor]) -> Any:
+    """An argument of a block with its tensors on ``device``, each copied once; of a cache each block has its own."""
+    if isinstance(value, Tensor):
+        if (id(value), device) not in known:
+            known[id(value), device] = value.to(device)
+        return known[id(value), device]
+    if isinstance(value, dict):
+        return {key: _moved(each, device, known) for key, each in value.items()}
+    return tuple(_moved(each, device, known) for each in value) if isinstance(value, tuple) else value
 
 
 def same(one: Any, other: Any) -> bool:

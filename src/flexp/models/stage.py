@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from flexp.errors import ModelError
 from flexp.limits import out_of_memory
+from flexp.machine import device_of, free_memory, shares
 from flexp.models import execution
 from flexp.models.anatomy import Anatomy, Part, dissect, prune
 from flexp.models.batches import NOT_FOR_BLOCKS, USUAL, check_padding, for_blocks, longest_exact
@@ -38,6 +39,7 @@ class Stage:
         self.lent = False  # whether the tensors belong to another stage as well
         self.weights: str | None = None  # which pretrained weights these are, where that is known
         self.quantization = "off"  # of the blocks' linear layers, in the words of ``model.quantization``
+        self.places: dict[int, torch.device] = {}  # of its blocks, where they are on several devices
         self._tuples: int | None = None
         self.compares = True  # every plan with a server's, where it has the ends
         self.longest = longest_exact(model.config)
@@ -69,16 +71,52 @@ class Stage:
                     'model.embeddings = "file" reads rows into main memory, and the model is to be on another device; '
                     'set model.device = "cpu" or model.embeddings = "memory"'
                 )
-            try:
-                if self.lent:  # whoever shares its tensors keeps them where they are
-                    self.model, self.lent = copy.deepcopy(self.model), False
+            with self._moving(str(device)):
                 self.model.to(device)
-            except (RuntimeError, MemoryError) as error:
-                lacking = out_of_memory(error)
-                if lacking is None:
-                    raise
-                raise ModelError(f"the model does not fit on {device}: {lacking}") from error
         return self
+
+    def spread(self, names: str | Sequence[str] | None) -> Stage:
+        """Have the blocks of a part without ends on several devices from now on, in their order and so that each has
+        its share of the bytes (by the free memory, where that is known); all else is where the first block is. One
+        name, or none: it stays where it is.
+
+        Raises:
+            ConfigError: there is no such device here.
+            ModelError: there is not enough memory.
+        """
+        if names is None or isinstance(names, str):
+            return self
+        devices = [device_of(name) for name in names]
+        owned = sorted(self.part.blocks)
+        sizes = [sum(value.nbytes for value in self.blocks[index].state_dict().values()) for index in owned]
+        chosen = shares(sizes, [free_memory(device) for device in devices])
+        with self._moving(", ".join(map(str, devices))):
+            self.places = {index: devices[place] for index, place in zip(owned, chosen, strict=True)}
+            for index, device in self.places.items():
+                self.blocks[index].to(device)
+            inside = {id(module) for module in self.blocks.modules()}
+            for module in self.model.modules():
+                if id(module) not in inside:
+                    module._apply(lambda value: value.to(self.places[owned[0]]), recurse=False)
+        return self
+
+    def place_of(self, block: int | None) -> torch.device:
+        """Where a block computes, or (``None``) all else."""
+        first: torch.device = self.model.device
+        return first if block is None else self.places.get(block, first)
+
+    @contextmanager
+    def _moving(self, where: str) -> Iterator[None]:
+        """Whoever shares its tensors keeps them where they are; that memory runs out is one line."""
+        try:
+            if self.lent:
+                self.model, self.lent = copy.deepcopy(self.model), False
+            yield
+        except (RuntimeError, MemoryError) as error:
+            lacking = out_of_memory(error)
+            if lacking is None:
+                raise
+            raise ModelError(f"the model does not fit on {where}: {lacking}") from error
 
     def placed(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """A batch on the device of the model."""
@@ -197,7 +235,7 @@ class Stage:
             # A leaf's cast is kept and shared by all that read it, whose gradients would then be summed in bfloat16.
             hidden_BTH = hidden_BTH.view_as(hidden_BTH)
         with self.computing():
-            return plan.replay(self.blocks, hidden_BTH, start, stop)
+            return plan.replay(self.blocks, hidden_BTH, start, stop, self.places)
 
     def finish(
         self, hidden_BTH: Tensor, inputs: Mapping[str, Any], plan: ExecutionPlan, *, headless: bool = False

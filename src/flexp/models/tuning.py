@@ -8,8 +8,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig as PeftLoraConfig
-from peft import inject_adapter_in_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -140,6 +138,9 @@ _STATE_SPACE = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
 
 
 def _inject(stage: Stage, config: LoraConfig, seed: int, ranks: Mapping[int, int]) -> None:
+    from peft import LoraConfig as PeftLoraConfig  # brings bitsandbytes and a compiler along, which take seconds
+    from peft import inject_adapter_in_model
+
     # peft is shown the blocks, not the model: of a mixture of experts it would rewrite the targets, and otherwise for
     # every party, by what other linear layers that party has.
     blocks = stage.blocks

@@ -18,7 +18,7 @@ from flexp.report.metrics import Follower
 from flexp.report.metrics import read as read_log
 from flexp.run.conduct import is_over, newest_facts
 from flexp.run.processes import begin
-from flexp.run.settle import Settled
+from flexp.run.settle import Settled, check_masks
 from flexp.run.store import Store
 
 Say = Callable[[str], None]
@@ -61,7 +61,8 @@ class Fleet:
         deployment: keys of ``[deployment]``; without a ``schedule`` it is deterministic, and everybody takes part.
 
     Raises:
-        ConfigError: ``out`` holds something else, or the table names other clients than the data have.
+        ConfigError: ``out`` holds something else, the table names other clients than the data have, or clients meet and
+            what masks their sums is not installed.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Fleet:
         say: Say = print,
         **deployment: Any,
     ) -> None:
+        check_masks(run.config)
         self.config, self.cuts, self.out, self.say = run.config, run.cuts, out, say
         self.restarts, self.threads = restarts, threads
         self._file = out / "fleet.json"

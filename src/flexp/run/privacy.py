@@ -106,7 +106,7 @@ def privacy_notes(config: RunConfig, federation: Federation, hidden: int) -> lis
         notes.append(
             f"server.noise = {config.server.noise:g}: the shared blocks tell other clients of all steps of one no more "
             f"than ε = {once:.3g} (δ = {DELTA:g}) if no two of them are in one update; more than about 10 is no "
-            "guarantee"
+            "guarantee" + ("; class sums of meetings it does not cover" if config.method.meet.on is True else "")
         )
     if labels is not None:
         classes = len(federation.task.label_names or ())

@@ -17,7 +17,7 @@ import torch
 import transformers
 
 from flexp.assets import resolve
-from flexp.client.meeting import closed_form_of, has_linear_classifier
+from flexp.client.meeting import Meets, closed_form_of, has_linear_classifier
 from flexp.client.model import SplitModel
 from flexp.client.trainer import Trainer
 from flexp.config import CodecConfig, DataConfig, RunConfig
@@ -31,6 +31,7 @@ from flexp.files import read_json
 from flexp.kinds import KINDS, ModelKind
 from flexp.links.base import Link
 from flexp.machine import device_of, imitates_bfloat16
+from flexp.masking import cryptography
 from flexp.methods.base import World, method_of
 from flexp.methods.parties import own_config, own_trainer, split_model, tune_own
 from flexp.models.anatomy import Part, block_count, check_cut
@@ -267,6 +268,7 @@ def settle_client(config: RunConfig, name: str | None, cut: tuple[int, int | Non
 
     if config.method.meet.on == "auto":  # nor does its server, which knows no classifier
         config = meeting(config, on=False)
+    check_masks(config)
     run = settle(config, federate, plan=cut is None)
     clients = {client.name: client for client in run.federation.clients}
     wanted = next(iter(clients)) if name is None and len(clients) == 1 else name
@@ -327,6 +329,16 @@ def meeting(config: RunConfig, on: bool) -> RunConfig:
     return config.model_copy(update={"method": config.method.model_copy(update={"meet": meet})})
 
 
+def check_masks(config: RunConfig) -> None:
+    """See that clients could meet over a network.
+
+    Raises:
+        ConfigError: what masks their sums is not installed.
+    """
+    if Meets.of(config) and config.method.meet.masked:
+        cryptography("ciphers", "clients meet (method.meet), and over a network the masks of their sums need")
+
+
 def _with_meetings(
     config: RunConfig, federation: Federation, model_config: Any, drawn: bool
 ) -> tuple[RunConfig, list[str]]:
@@ -352,7 +364,8 @@ def _with_meetings(
     classes = len(federation.task.label_names or ())
     worth = not asked and not why and KINDS[kind].answers == "class" and classes > 2 and drawn
     seen = max(len(client.train) for client in federation.clients) <= train.total_steps * train.batch_size
-    free = len(federation.clients) > 1 and train.early_stopping.patience is None and not config.privacy.on
+    free = len(federation.clients) > 1 and train.early_stopping.patience is None
+    free = free and not (config.privacy.on or config.server.noise)  # sums of classes tell clients of each other
     pooled = config.model.pooling != "checkpoint"
     if not (worth and seen and free and (pooled or has_linear_classifier(model_config, kind))):
         return meeting(config, on=False), []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Iterable
 
 import torch
@@ -144,7 +145,8 @@ def check_forward(session: Session, request: ForwardRequest, stage: Stage, in_fl
     if in_flight >= config.max_in_flight_total:
         raise LinkError(
             f"client {client}: {in_flight} exchanges of all clients are in flight, the most that "
-            "server.max_in_flight_total allows; try again when some are through, or raise the bound"
+            "server.max_in_flight_total allows, and its own thread holds some, so it cannot wait; send their backwards "
+            "first, or raise the bound"
         )
     size = size_kept(request)
     if not session.has_room(size, graph=False):
@@ -164,9 +166,12 @@ def check_backward(session: Session, request: BackwardRequest | PassedBackward) 
     client = session.join.client
     pending = session.pending.get(request.exchange)
     if pending is None and request.exchange in session.late:
+        since = session.late[request.exchange]
+        session.progress.held(since)  # that long it takes, and may the next time
         raise LinkLostError(
-            f"client {client}: the backward of exchange {request.exchange} comes after more than "
-            f"{session.config.exchange_seconds:g} s (server.exchange_seconds), so it was given up; do the step again"
+            f"client {client}: the backward of exchange {request.exchange} comes after {time.monotonic() - since:.3g} "
+            "s, and it was given up (server.exchange_seconds, or server.hold_seconds while others wait); do the step "
+            "again"
         )
     if pending is None:
         raise LinkError(

@@ -66,7 +66,8 @@ def aligned(
         for index in range(min(stage.part.blocks), start):
             teacher_BTH = stage.run(teacher_BTH, plan, index, index + 1)
             if every or index == start - 1:
-                value, grad = alignment(config, teacher_BTH, students[len(values)], request.mask_BT)
+                student_BTH = students[len(values)]
+                value, grad = alignment(config, teacher_BTH.to(student_BTH.device), student_BTH, request.mask_BT)
                 values.append(value)
                 grads.append(grad)
     return torch.stack(values), [grad / len(values) for grad in grads]
@@ -93,7 +94,8 @@ def taught(
     plan = stage.plan_without_inputs(request.base_BTH, request.mask_BT, request.positions_BT)
     stage.model.train(True)
     own_BTH = run(request.base_BTH, plan, first, start)
-    gradients = torch.autograd.grad(own_BTH, [parameters[name] for name in names], task_BTH, allow_unused=True)
+    wanted = [parameters[name] for name in names]
+    gradients = torch.autograd.grad(own_BTH, wanted, task_BTH.to(own_BTH.device), allow_unused=True)
     return {name: value for name, value in zip(names, gradients, strict=True) if value is not None}
 
 

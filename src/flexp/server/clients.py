@@ -38,11 +38,13 @@ class Progress:
     Attributes:
         newest: the highest step that was applied.
         kept_from: steps after this one keep their answers; ``None``: only the newest does.
+        slow: seconds from an exchange's forward to its backward, at the most of the last ones.
     """
 
     numbering: int = 0
     newest: int = 0
     kept_from: int | None = None
+    slow: float = 0.0
     _recent: set[int] = field(default_factory=set)
     _answers: dict[int, dict[Key, Any]] = field(default_factory=dict)
     _bytes: int = 0
@@ -62,6 +64,10 @@ class Progress:
         self._recent.add(step)
         self.newest = max(self.newest, step)
         self._recent = {number for number in self._recent if number > self.newest - WINDOW}
+
+    def held(self, since: float) -> None:
+        """A backward has come whose forward ran at ``since`` of the monotonic clock."""
+        self.slow = max(0.9 * self.slow, time.monotonic() - since)
 
     def answer(self, step: int, key: Key) -> Any | None:
         """What was answered to ``key`` in a step that was applied, if it is still known."""

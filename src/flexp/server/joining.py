@@ -84,7 +84,7 @@ class Pass:
             if not here:
                 continue
             rows = [states[k].shape[0] for k in here]
-            hidden_BTH = torch.cat([states[k] for k in here])
+            hidden_BTH = torch.cat([states[k].to(stage.model.device) for k in here])
             mask_BT = None if masks is None else torch.cat([masks[k] for k in here])
             plan = stage.plan_without_inputs(hidden_BTH, mask_BT, _positions([members[k] for k in here], length))
             with _each_its_own(stage, [self._leaves[k] for k in here], rows, start, stop):
@@ -96,7 +96,8 @@ class Pass:
     def gradients(self, grads_BTH: Sequence[Tensor]) -> list[tuple[Tensor, dict[str, Tensor]]]:
         """Of each member, from ∂/∂h of each: at z, and of its own weights, by name. Once."""
         inputs = [*self._z_BTH, *(value for own in self._leaves for value in own.values())]
-        found = iter(torch.autograd.grad(self.h_BTH, inputs, grads_BTH, allow_unused=True))
+        given = [grad_BTH.to(h_BTH.device) for grad_BTH, h_BTH in zip(grads_BTH, self.h_BTH, strict=True)]
+        found = iter(torch.autograd.grad(self.h_BTH, inputs, given, allow_unused=True))
         at_z, leaves = [next(found) for _ in self._members], self._leaves
         self.free()
         return [

@@ -1,5 +1,6 @@
-"""The line of requests that are answered later: forwards that wait until an old version of the shared weights is let go
-(``server.max_versions``), and with ``server.joined`` all that may go through the blocks together."""
+"""The line of requests that are answered later: forwards that wait until others are through
+(``server.max_in_flight_total``) or an old version of the shared weights is let go (``server.max_versions``), and with
+``server.joined`` all that may go through the blocks together."""
 
 from __future__ import annotations
 
@@ -14,10 +15,11 @@ from typing import Any
 
 from flexp.errors import LinkError, LinkLostError
 from flexp.links.base import Later
-from flexp.links.declaring import Request
+from flexp.links.declaring import Request, size
 from flexp.server.session import Session, Sessions
 
 GIVEN_UP = "the step was given up while its request waited; do the step again"
+BUSY = "others took what its request has waited for, for more than {:g} s (server.exchange_seconds); do the step again"
 
 
 @dataclass(eq=False)
@@ -29,6 +31,7 @@ class Waiting:
     session: Session
     drops: int
     answer: Later[Any] = field(default_factory=Later)
+    since: float = field(default_factory=time.monotonic)
 
     def tell(self, make: Callable[[], Any], seconds: float = 0.0) -> None:
         """The answer is what ``make`` gives or raises; ``seconds``: that were needed before."""
@@ -58,20 +61,23 @@ class Line:
 
     Args:
         sessions: of the server. A request whose client has left, joined anew or given up waits no more.
-        late: called in a thread of its own, ``seconds`` after the first came, for as long as anybody waits.
+        seconds, late: the latter is called in a thread of its own, so long after the first came, for as long as anybody
+            waits.
+        most: seconds that a request waits at most.
 
     Attributes:
         waiting: all, in their order; a step for which nobody waits asks this and nothing else.
     """
 
-    def __init__(self, sessions: Sessions, seconds: float, late: Callable[[], None]) -> None:
-        self._sessions, self._seconds, self._late = sessions, seconds, late
+    def __init__(self, sessions: Sessions, seconds: float, late: Callable[[], None], most: float) -> None:
+        self._sessions, self._seconds, self._late, self._most = sessions, seconds, late, most
         self.waiting: deque[Waiting] = deque()
         self._watched = False
 
     def add(self, client: str, request: Request[Any]) -> Later[Any]:
         """Let a request wait; gives its answer to be."""
         session = self._sessions[client]
+        session.lined += size(request)
         self.waiting.append(Waiting(client, request, session, session.drops))
         self.watch()
         return self.waiting[-1].answer
@@ -91,10 +97,14 @@ class Line:
 
     def firsts(self) -> list[Waiting]:
         """Of each client the request that came first; those that wait for nothing any more are told so."""
+        oldest = time.monotonic() - self._most
         for one in list(self.waiting):
             if self._sessions.get(one.client) is not one.session or one.session.drops != one.drops:
-                self.waiting.remove(one)
+                self.take([one])
                 one.tell(_raising(LinkLostError(f"client {one.client}: {GIVEN_UP}")))
+            elif one.since < oldest:
+                self.take([one])
+                one.tell(_raising(LinkLostError(f"client {one.client}: {BUSY.format(self._most)}")))
         firsts: dict[str, Waiting] = {}
         for one in self.waiting:
             firsts.setdefault(one.client, one)
@@ -104,11 +114,13 @@ class Line:
         """These wait no more."""
         for one in group:
             self.waiting.remove(one)
+            one.session.lined -= size(one.request)
 
     def dismiss(self, why: LinkError) -> None:
         """Nobody waits any more."""
-        while self.waiting:
-            self.waiting.popleft().tell(_raising(why))
+        for one in list(self.waiting):
+            self.take([one])
+            one.tell(_raising(why))
 
 
 def _raising(error: Exception) -> Callable[[], Any]:

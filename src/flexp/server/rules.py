@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from flexp.errors import StorageError
-from flexp.optim import norms, total
+from flexp.optim import norms, stacked, total
 
 DECAY = 0.9
 """Of the direction that the last steps took."""
@@ -184,7 +184,7 @@ class Past:
         common = [name for name in gradients if name in self._direction]
         if self._steps >= self._settle and common:
             there, here = ([own[name] for name in common] for own in (self._direction, gradients))
-            product = sum(torch.stack([(one * two).sum() for one, two in zip(there, here, strict=True)]).tolist())
+            product = sum(stacked([(one * two).sum() for one, two in zip(there, here, strict=True)]).tolist())
             if product < self._least * total(norms(there)) * total(norms(here)):
                 return False
         for name, gradient in gradients.items():

@@ -39,7 +39,7 @@ from flexp.links.messages import (
     SumRequest,
     Welcome,
 )
-from flexp.links.packing import Places, arrived, pack
+from flexp.links.packing import Places, arrived, on, pack
 from flexp.models.anatomy import Part, block_count, check_cut
 from flexp.models.loading import load_config, load_stage
 from flexp.models.stage import Stage
@@ -113,7 +113,8 @@ class Server(Led):
         self.tuning, self.lora, self.allow_export = tuning, lora, allow_export
         self.clients_tuning, self.clients_quantization = clients_tuning, clients_quantization
         self.only: Collection[str] | None = None
-        self._random = RandomStream(0, stage.model.device)  # of all: seeded anew for every block that anybody runs
+        places = dict.fromkeys(stage.places.values()) or [stage.model.device]
+        self._random = RandomStream(0, *places)  # of all: seeded anew for every block that anybody runs
         self.sealed = False
 
     @classmethod
@@ -155,7 +156,7 @@ class Server(Led):
         start, stop = check_cut((base_depth, end), blocks, where="server blocks (base_depth, end)")
         config = config or ServerConfig()
         own = wanted.quantized(config.quantization).on(config.device)
-        stage = load_stage(own, kind, Part.server(start, stop), seed=seed)
+        stage = load_stage(own, kind, Part.server(start, stop), seed=seed).spread(config.device)
         tuning = config.tuning or wanted.tuning
         tune(stage, wanted, tuning, seed=seed)
         return cls(
@@ -345,8 +346,10 @@ class Server(Led):
         request, sent = arrived(request, f"client {client}")
         for other in self._sessions.values():
             other.generations.drop_unused(self.config.generation_seconds)
-        check_extend(session, request, self.shared.stage, self._sessions.values())
-        reply = ExtendReply(pack(session.generations.extend(request, self.shared.stage, session.join.cut), sent))
+        stage, origin = self.shared.stage, request.hidden_BTH.device
+        check_extend(session, request, stage, self._sessions.values())
+        hidden_BTH = session.generations.extend(on(request, stage.model.device), stage, session.join.cut)
+        reply = ExtendReply(pack(hidden_BTH, sent).to(origin))
         if session.further is not None:
             try:
                 reply = yield session.further.call(replace(request, hidden_BTH=reply.hidden_BTH))

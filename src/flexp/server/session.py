@@ -120,7 +120,7 @@ class Session:
     generations: Generations = field(default_factory=Generations)
     peers: Mapping[str, Session] = field(default_factory=dict)  # all sessions, this one among them
     graph_rate: float = 0.0  # bytes of the last graph for each number that came: what has no room is not made at all
-    late: set[int] = field(default_factory=set)  # exchanges that were given up, since no backward came
+    late: dict[int, float] = field(default_factory=dict)  # exchanges given up, since no backward came; since when
     drops: int = 0  # how often what is in flight was given up
     thread: int | None = None  # that waits for its answers, if it is in this process
     examples: Examples = field(default_factory=Examples)
@@ -131,11 +131,14 @@ class Session:
     settled: Future[Behind] | None = None  # what they say of the last step
     pulled: tuple[Any, PullReply] | None = None  # what a pull in portions is of, and all of it
     drew: bool = False  # whether a block has drawn random numbers, where requests may be joined
+    lined: int = 0  # bytes of its requests that are in line
 
     @property
     def kept_bytes(self) -> int:
-        """What it holds until backwards come: activations with their graphs, and the gradients of unfinished steps."""
-        return sum(one.bytes for one in self.pending.values()) + sum(one.bytes for one in self.gathered.values())
+        """What it holds until backwards come: activations with their graphs, the gradients of unfinished steps, and
+        what waits in line."""
+        kept = sum(one.bytes for one in self.pending.values()) + sum(one.bytes for one in self.gathered.values())
+        return kept + self.lined
 
     @property
     def share_bytes(self) -> int:
@@ -152,6 +155,16 @@ class Session:
         own = self.kept_bytes + size <= self.share_bytes
         both = sum(one.kept_bytes for one in self.peers.values()) + size <= self.config.max_kept_bytes
         return own and both if graph else own or both
+
+    def may_begin(self, in_flight: int) -> bool:
+        """Whether it may be the next, after so many forwards of all clients in flight: there is room for one more, and
+        for the version of the weights that it would hold."""
+        return in_flight < self.config.max_in_flight_total and (bool(self.pending) or self.shared.has_room)
+
+    @property
+    def patience(self) -> float:
+        """Seconds that it may hold what others wait for."""
+        return min(self.config.exchange_seconds, max(self.config.hold_seconds, 2 * self.progress.slow))
 
     @property
     def align(self) -> AlignConfig:
@@ -257,12 +270,13 @@ class Session:
     def _gradients(self, request: BackwardRequest | PassedBackward) -> tuple[Pending, dict[str, Tensor], Tensor]:
         """Of an exchange in flight: the gradients of what is trained, in the order of its names, and that at z."""
         pending = self.pending.pop(request.exchange)
+        self.progress.held(pending.since)
         own: dict[str, Tensor] = {}
-        grad_BTH = request.grad_BTH.to(self.shared.stage.model.device, non_blocking=True)
         try:
             parameters = self.shared.parameters_of(pending.version)
             with self.shared.installed(pending.version):
                 z_BTH, h_BTH = self._graph(pending)
+                grad_BTH = request.grad_BTH.to(h_BTH.device, non_blocking=True)
                 reached = [name for name in parameters if self.shared.stage.within(name, *self.join.cut)]
                 gradients = torch.autograd.grad(
                     h_BTH,
@@ -287,6 +301,7 @@ class Session:
     def member(self, request: ForwardRequest, version: int) -> Member:
         """This client's part of a pass of several clients' exchanges, with the weights of a version."""
         stage, cut = self.shared.stage, self.join.cut
+        self.shared.come()
         weights = self.shared.parameters_of(version)
         own = {name: value for name, value in weights.items() if stage.within(name, *cut)}
         return Member(request.hidden_BTH, request.mask_BT, request.positions_BT, cut, own)
@@ -318,6 +333,7 @@ class Session:
     def take(self, exchange: int) -> Pending:
         """An exchange whose gradients are here; its weights are let go of."""
         pending = self.pending.pop(exchange)
+        self.progress.held(pending.since)
         self.shared.release(pending.version)
         return pending
 
@@ -402,7 +418,7 @@ class Session:
     def drop_late(self, seconds: float) -> None:
         """Give up everything that is in flight if a backward has not come in so long."""
         oldest = time.monotonic() - seconds
-        late = {number for number, pending in self.pending.items() if pending.since < oldest}
+        late = {number: pending.since for number, pending in self.pending.items() if pending.since < oldest}
         if late:
             self.late = late
             self.drop()
@@ -421,10 +437,11 @@ class Session:
         and the block alone: the same whenever it is tried again, and on whichever server the block is."""
         stage = self.shared.stage
         for block in range(start, stop):
-            seed_here(derived_seed(self.seed, str(exchange), str(block)), stage.model.device)
-            before = drawn(stage.model.device) if self.config.joined else None
+            place = stage.place_of(block)
+            seed_here(derived_seed(self.seed, str(exchange), str(block)), place)
+            before = drawn(place) if self.config.joined else None
             hidden_BTH = stage.run(hidden_BTH, plan, block, block + 1)
-            self.drew |= before is not None and not torch.equal(before, drawn(stage.model.device))
+            self.drew |= before is not None and not torch.equal(before, drawn(place))
         return hidden_BTH
 
     def _refuse_nan(self, request: BackwardRequest, norm: float) -> None:

@@ -26,6 +26,7 @@ from flexp.models.stage import Stage
 from flexp.optim import Updater
 from flexp.server.rules import Covered, Mean, Past, Quota, Trimmed
 
+CPU = torch.device("cpu")
 Whole = Callable[[Mapping[str, Tensor]], float]
 
 MOST_BYTES = 64 << 20
@@ -72,6 +73,7 @@ class SharedBlocks:
         self.quota: Quota | None = None
         self.skipped: Counter[str] = Counter()  # steps of clients that were answered and not applied
         self.peak_versions = 1
+        self._parked = False  # in main memory, since its client is idle
         self._fingerprint: str | None = None
 
     def apart(self) -> SharedBlocks:
@@ -85,7 +87,20 @@ class SharedBlocks:
 
     def enter(self) -> None:
         """Let the model be made of these weights until others enter; nothing may be computing."""
+        self.come()
         self._install(self.updater.parameters)
+
+    def come(self) -> None:
+        """Have weights and optimiser where the blocks compute."""
+        if self._parked:
+            self.updater.move(lambda name: self.stage.place_of(self.stage.block_of(name)))
+            self._parked = False
+
+    def park(self) -> None:
+        """Leave weights and optimiser in main memory until they are used; nothing may be in flight."""
+        if not self._parked and self.stage.model.device.type != "cpu" and self.updater.parameters:
+            self.updater.move(lambda _: CPU)
+            self._parked = True
 
     @property
     def has_room(self) -> bool:
@@ -240,7 +255,11 @@ class SharedBlocks:
         self.load_weights(parts["weights"])
         self.updater.load(parts["optimizer"])
         others = {name: value for name, value in state.items() if not name.startswith(("weights/", "optimizer/"))}
-        here = {name: value.to(self.stage.model.device) for name, value in others.items()}
+        places = {name: value.device for name, value in self.updater.parameters.items()}
+        here = {
+            name: value.to(places.get(name.partition("/")[2], self.stage.model.device))
+            for name, value in others.items()
+        }
         for extra in (self._gathered, self._past, self.quota):
             if extra is not None:
                 extra.load(here)

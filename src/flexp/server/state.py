@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from urllib.parse import quote, unquote
 
 import torch
@@ -17,6 +17,9 @@ from flexp.server.clients import ClientRegistry, Guard
 from flexp.server.session import Sessions
 from flexp.server.shared import SharedBlocks
 from flexp.server.sums import SumTable
+
+RESIDENT = 8
+"""Adapters of so many idle clients stay on a GPU; those of others are in main memory until they are used."""
 
 
 class ServerState:
@@ -64,7 +67,17 @@ class ServerState:
         if client not in self.own:
             self.own[client] = self.shared.apart()
         self.own[client].enter()
+        self._used([client])
         return self.own[client]
+
+    def _used(self, clients: Iterable[str]) -> None:
+        """Their own adapters were used last, if they have any; those of who is idle longest leave a GPU."""
+        for client in clients:
+            if client in self.own:
+                self.own[client] = self.own.pop(client)
+        idle = [name for name in self.own if name not in self._sessions or not self._sessions[name].busy]
+        for name in idle[:-RESIDENT]:
+            self.own[name].park()
 
     @property
     def updates(self) -> int:

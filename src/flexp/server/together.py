@@ -60,9 +60,9 @@ class Together:
 
     def choose(self, firsts: Sequence[Waiting]) -> tuple[list[Waiting], float | None]:
         """Of each client's first request, those that are next; or how many seconds they wait for each other."""
-        now, waits = time.monotonic(), list[float]()
+        now, waits, in_flight = time.monotonic(), list[float](), self._sessions.in_flight
         for place, one in enumerate(firsts):
-            if not self._may_run(one):
+            if not self._may_run(one, in_flight):
                 continue
             joint = self._joint(one)
             if joint is not None and joint.h_BTH:
@@ -72,18 +72,19 @@ class Together:
                 if now < joint.until:
                     waits.append(joint.until - now)
                     continue
-            return [one, *self._along(one, firsts[place + 1 :], now)], None
+            return [one, *self._along(one, firsts[place + 1 :], now, in_flight + 1)], None
         return [], min(waits, default=None)
 
-    def _along(self, one: Waiting, others: Sequence[Waiting], now: float) -> list[Waiting]:
-        """Who of the others goes with one."""
+    def _along(self, one: Waiting, others: Sequence[Waiting], now: float, in_flight: int) -> list[Waiting]:
+        """Who of the others goes with one, with which so many forwards are in flight."""
         kind, shapes = self._kind(one), [self._shape(one)]
         if kind is None or (kind.name == "forward" and not self.pace.pays(self.tokens(one))):
             return []
-        found = []
+        found: list[Waiting] = []
         for other in others:
             joint = self._joint(other)
-            if self._kind(other) != kind or not self._may_run(other) or not self._fits([*shapes, self._shape(other)]):
+            room = self._may_run(other, in_flight + len(found))
+            if self._kind(other) != kind or not room or not self._fits([*shapes, self._shape(other)]):
                 continue
             if joint is not None and joint.h_BTH and now < joint.until:
                 continue  # it waits for others that have a graph with it
@@ -183,10 +184,10 @@ class Together:
             for client, exchange in joint.exchanges
         )
 
-    def _may_run(self, one: Waiting) -> bool:
-        """Whether there is room for the version that it would hold."""
+    def _may_run(self, one: Waiting, in_flight: int) -> bool:
+        """Whether there is room for it, after so many forwards of all clients in flight."""
         trains = not isinstance(one.request, BackwardRequest) and getattr(one.request, "train", True)
-        return not trains or bool(one.session.pending) or one.session.shared.has_room
+        return not trains or one.session.may_begin(in_flight)
 
     def _joint(self, one: Waiting) -> Pass | None:
         if not isinstance(one.request, BackwardRequest):

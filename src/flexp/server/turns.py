@@ -1,5 +1,5 @@
-"""When a request is answered, and with whom: at once, in line for a version of the weights, together with others, or
-when the servers further on have answered."""
+"""When a request is answered, and with whom: at once, in line for room or a version of the weights, together with
+others, or when the servers further on have answered."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from typing import Any, Protocol, TypeVar, cast
 import torch
 
 from flexp.config import OptimizerConfig, ServerConfig
-from flexp.errors import LinkError, StoppedError
+from flexp.errors import LinkError, LinkLostError, StoppedError
 from flexp.links.base import waiting_thread
-from flexp.links.declaring import Request
+from flexp.links.declaring import Request, size
 from flexp.links.messages import (
     BackwardRequest,
     Done,
@@ -83,7 +83,8 @@ class Turns(ServerState, ABC):
     ) -> None:
         super().__init__(stage, config, optimizer, total_steps, seed, remembers)
         self._together = Together(stage, self._sessions)
-        self._line = Line(self._sessions, config.exchange_seconds, self._look_after_line)
+        often = min(config.hold_seconds, config.exchange_seconds)
+        self._line = Line(self._sessions, often, self._look_after_line, config.exchange_seconds)
         self.conductor: Conductor | None = None
         self.stops = False
         self.submit: Callable[[Callable[[], None]], object] = lambda work: work()
@@ -101,6 +102,7 @@ class Turns(ServerState, ABC):
             return cast("Future[R]", self._next_order(client, request))
         with self._lock:
             if self._must_wait(client, request):
+                self._check_line(client, request)
                 return self._line.add(client, request)
             try:
                 return cast(R, self._now(client, request))
@@ -185,16 +187,16 @@ class Turns(ServerState, ABC):
         if issubclass(request.reply, Done):  # it only makes the server forget, which nobody is refused
             return self._handle(request, client)
         if client in self.own:
-            self.own[client].enter()
+            self.blocks_of(client)
         with self.guard.request(client), nullcontext() if request.trains is None else self._computing():
             return self._finished(client, self._handle(request, client))
 
     def _must_wait(self, client: str, request: Request[Any]) -> bool:
         """Whether a request goes into the line: it may be answered together with others, which only links wait for, or
-        it is a forward that would hold one version of the weights too many.
+        it is a forward that would be one too many, or hold one version of the weights too many.
 
-        A client that holds weights already never waits, nor does one whose thread does, since it would wait for itself;
-        so every version is let go at last.
+        A client that holds weights already never waits for a version, and for nothing does one whose thread holds some,
+        since it would wait for itself; so every version is let go at last.
         """
         session = self._sessions.get(client)
         if session is None:
@@ -202,18 +204,27 @@ class Turns(ServerState, ABC):
         together = self.config.joined and not self.shared.frozen
         if together and waiting_thread() is None and isinstance(request, ForwardRequest | BackwardRequest):
             return True
-        if not isinstance(request, ForwardRequest | KeptForwardRequest) or session.pending:
-            return False
-        if not getattr(request, "train", True):
+        if not isinstance(request, ForwardRequest | KeptForwardRequest) or not getattr(request, "train", True):
             return False
         session.thread = waiting_thread()
-        if session.shared.has_room and not self._line.waiting:
+        if len(session.pending) >= self.config.max_in_flight:  # it is refused
             return False
-        self._drop_late()
-        self._work_off()
+        begins = session.may_begin(self._sessions.in_flight)
+        if begins and (session.pending or not self._line.waiting):
+            return False
         if session.thread in {other.thread for other in self._sessions.values() if other.pending} - {None}:
             return False
-        return len(self._line.waiting) > 0 or not session.shared.has_room
+        self._drop_late(wanted=not begins)
+        self._work_off()
+        begins = session.may_begin(self._sessions.in_flight)
+        return not begins or (not session.pending and len(self._line.waiting) > 0)
+
+    def _check_line(self, client: str, request: Request[Any]) -> None:
+        """Refuse to keep what would wait in line, where it is more than may be kept; but what lets others go on."""
+        session = self._sessions[client]
+        if not isinstance(request, BackwardRequest) and not session.has_room(size(request), graph=False):
+            raise LinkLostError(f"client {client}: too much waits in line at the server, whose server.max_kept_bytes "
+                                "are full; do the step again")  # fmt: skip
 
     def _forwards(self, group: Sequence[Waiting]) -> None:
         """Several clients' forwards in one pass."""
@@ -258,6 +269,7 @@ class Turns(ServerState, ABC):
                     raise reply
                 self._remember(one.session, request.step, ("backward", request.exchange), reply)
                 one.tell(partial(_same, reply), each)
+        self._used(one.client for one, _ in ready)
 
     @contextmanager
     def _telling(self, one: Waiting) -> Iterator[None]:
@@ -275,9 +287,13 @@ class Turns(ServerState, ABC):
             self._work_off()
             self._line.watch()
 
-    def _drop_late(self) -> None:
+    def _drop_late(self, *, wanted: bool = False) -> None:
+        """Give up what is in flight for too long: sooner, where it is ``wanted``, or somebody in line waits for what it
+        holds."""
+        in_flight = self._sessions.in_flight
+        wanted = wanted or not all(one.session.may_begin(in_flight) for one in self._line.firsts())
         for session in self._sessions.values():
-            session.drop_late(self.config.exchange_seconds)
+            session.drop_late(session.patience if wanted else self.config.exchange_seconds)
 
     def _next_order(self, client: str, request: Ready) -> Future[Order]:
         if self.conductor is None:

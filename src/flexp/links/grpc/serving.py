@@ -17,7 +17,7 @@ import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from flexp.errors import ConfigError, FlexpError, LinkError, LinkLostError
-from flexp.links.base import Service, never_wait
+from flexp.links.base import Later, Service, never_wait
 from flexp.links.coding import PLAIN, Coding
 from flexp.links.frames import VERSION, Frame, Head, encode
 from flexp.links.grpc.attesting import EVIDENCE, Attesting, Verifier
@@ -192,14 +192,16 @@ class Serving:
     def _put_aside(self, client: str, why: str) -> None:
         self._loop.call_soon_threadsafe(self._gate.put_aside, client, why)
 
-    def _compute(self, client: str, frame: Frame) -> asyncio.Future[Answer]:
+    def _compute(self, client: str, frame: Frame, lines: Callable[[], None]) -> asyncio.Future[Answer]:
         """The answer to a request, computed and encoded in the one thread that does."""
         loop = asyncio.get_running_loop()
-        return asyncio.ensure_future(self._known(loop.run_in_executor(self._worker, self._work, client, frame)))
+        return asyncio.ensure_future(self._known(loop.run_in_executor(self._worker, self._work, client, frame), lines))
 
-    async def _known(self, computed: asyncio.Future[Answer | Future[Answer]]) -> Answer:
+    async def _known(self, computed: asyncio.Future[Answer | Future[Answer]], lines: Callable[[], None]) -> Answer:
         """The answer, once it is known; meanwhile nothing is computed for the client."""
         answer = await computed
+        if isinstance(answer, Later):
+            lines()
         return await asyncio.wrap_future(answer) if isinstance(answer, Future) else answer
 
     def _work(self, client: str, frame: Frame) -> Answer | Future[Answer]:
@@ -263,7 +265,7 @@ class Serving:
 
     def _later(self, client: str, head: Head, reply: Future[Any], coding: Coding) -> Future[Answer]:
         """The answer to be; it is encoded where the reply is made."""
-        answer: Future[Answer] = Future()
+        answer: Future[Answer] = Later() if isinstance(reply, Later) else Future()
 
         def known(done: Future[Any]) -> None:
             if answer.set_running_or_notify_cancel():

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import grpc
@@ -20,7 +21,7 @@ from flexp.links.rules import Agreement, Limits, check_request
 
 Answer = tuple[Welcome | Refusal | None, list[bytes]]
 """What carries an answer over the stream, which holds it for a while: of the answer itself only what has no tensors."""
-Compute = Callable[[str, Frame], "asyncio.Future[Answer]"]
+Compute = Callable[[str, Frame, Callable[[], None]], "asyncio.Future[Answer]"]
 LATE = "a request came after one that was sent later, so its step must be done again"
 GAPS_KEPT = 64
 SHARES = 32
@@ -31,7 +32,8 @@ class Stream:
     """Reads requests while earlier ones are computed, up to ``limits.unanswered`` of them.
 
     Args:
-        compute: puts a request in the queue of the thread that computes; gives its answer, encoded.
+        compute: puts a request in the queue of the thread that computes; gives its answer, encoded. The service, if it
+            keeps the request meanwhile, counts it: then its memory here is given back.
         rates: how fast clients may send.
 
     Attributes:
@@ -51,6 +53,7 @@ class Stream:
         self._deadline = Deadline(limits.frame_seconds, self._seconds)
         self._numbers = Numbers()
         self._answers: asyncio.Queue[tuple[asyncio.Future[Answer], int] | None] = asyncio.Queue(limits.unanswered)
+        self._held: dict[int, int] = {}  # bytes of memory, by request
 
     async def run(self) -> None:
         """Serve until the client leaves or vanishes, or breaks the protocol, which ends its stream."""
@@ -71,6 +74,7 @@ class Stream:
             try:
                 await asyncio.gather(*tasks, return_exceptions=True)
             finally:  # gRPC cancels the stream of a client that has gone, here as well
+                self._held.clear()
                 self._memory.release(self._client)
 
     def end(self, why: LinkError, *, answered: bool = False) -> None:
@@ -89,8 +93,9 @@ class Stream:
                 if not self._numbers.new(frame.head.call):
                     self._memory.release(self._client, frame.head.payload)
                     continue
-                answer = self._compute(self._client, frame)
-                await self._answers.put((answer, frame.head.payload))
+                self._held[frame.head.call] = frame.head.payload
+                answer = self._compute(self._client, frame, partial(self._release, frame.head.call))
+                await self._answers.put((answer, frame.head.call))
                 if frame.head.message == Join.__name__:
                     welcome, _ = await asyncio.shield(answer)
                     self.refused = isinstance(welcome, Refusal) and self._agreement is None
@@ -98,6 +103,7 @@ class Stream:
                         self._agreement = Agreement.of(PLAIN.message(frame, torch.device("cpu")), welcome)
                 if frame.head.message == Leave.__name__:
                     break
+                del frame  # what waits in line, and is not counted here any more, must go with its answer
         except LinkError as error:  # whoever breaks the protocol has what came before answered, and this
             last: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
             last.set_result(refused(error, 0))
@@ -106,13 +112,13 @@ class Stream:
 
     async def _write_all(self) -> None:
         while (item := await self._answers.get()) is not None:
-            answer, held = item
+            answer, call = item
             _, messages = await answer
             size, began = sum(map(len, messages)), time.monotonic()
             for message in messages:
                 what = f"client {self._client} did not take its answer"
                 await in_time(self._context.write(message), self._deadline, size, began, what)
-            self._memory.release(self._client, held)
+            self._release(call)
             if self._last is not None and self._answers.empty():
                 raise self._last
 
@@ -130,6 +136,9 @@ class Stream:
         if wait > 0:
             await asyncio.sleep(wait)  # reading on later holds the sender back
         await self._memory.reserve(self._client, size)
+
+    def _release(self, call: int) -> None:
+        self._memory.release(self._client, self._held.pop(call, 0))
 
     def _seconds(self, size: int) -> float:
         """That a frame may take now: less while others wait for what it holds."""
