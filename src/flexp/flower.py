@@ -64,8 +64,7 @@ class SuperNodes(Nodes):
     def send(self, node: Any) -> str | None:
         content = RecordDict({"flexp": ConfigRecord(self.start)})
         sent = Message(content, dst_node_id=node, message_type="train", ttl=DAYS * 86400.0)
-        (key,) = self._grid.push_messages([sent])
-        return key or None  # none of a run that is over
+        return next(iter(self._grid.push_messages([sent])), None) or None  # none of a run that is over
 
     def answers(self, asked: list[str]) -> Iterable[tuple[str, dict[str, Any] | str]]:
         for reply in self._grid.pull_messages(asked):

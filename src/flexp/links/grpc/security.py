@@ -47,8 +47,9 @@ class Address:
             host = port = user = password = None
         odd = parts.path not in ("", "/") or parts.query or parts.fragment or password if host else True
         if odd or parts.scheme not in SCHEMES or host is None or not port:
+            one = ", of one server (several can answer, and not train)" if "," in url else ""
             raise ConfigError(
-                f"{_without_secrets(url)!r} is no address: expected grpc://HOST:PORT or grpcs://HOST:PORT"
+                f"{_without_secrets(url)!r} is no address: expected grpc://HOST:PORT or grpcs://HOST:PORT{one}"
             )
         return cls(host, port, unquote(user) if user else None, parts.scheme == "grpcs")
 
