@@ -281,7 +281,8 @@ class Turns(ServerState, ABC):
         """Give up what is in flight for too long: sooner, where it is ``wanted``, or somebody in line waits for what it
         holds."""
         in_flight = self._sessions.in_flight
-        wanted = wanted or not all(one.session.may_begin(in_flight) for one in self._line.firsts())
+        if self._line.waiting:
+            wanted = wanted or not all(one.session.may_begin(in_flight) for one in self._line.firsts())
         for session in self._sessions.values():
             session.drop_late(session.patience if wanted else self.config.exchange_seconds)
 
