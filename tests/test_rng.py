@@ -133,7 +133,7 @@ def test_clients_in_threads_of_one_process_train_as_one_after_the_other() -> Non
 
     def gradients(names: str, threaded: bool) -> dict[str, list[Tensor]]:
         here = world("bert", dropout=0.3)
-        here.server.shared.add = lambda *_: False  # type: ignore[method-assign]  # weights stand still
+        here.server.shared.add = lambda *_, **__: False  # type: ignore[method-assign]  # weights stand still
         found: dict[str, list[Tensor]] = {name: [] for name in names}
         models = {name: here.client(name, (2, 4)) for name in names}
 

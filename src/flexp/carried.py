@@ -83,7 +83,7 @@ class Nodes:
                 if self._starts[node] <= RESTARTS:
                     self._start(node)
             elif isinstance(said, dict):
-                self.told[str(said.pop("name"))] = said
+                self.told[str(said.pop("name", node))] = said
         return bool(self._asked)
 
     def _start(self, node: Any) -> None:

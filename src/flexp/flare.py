@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import tempfile
+import threading
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,6 @@ class Sites(Nodes):
     def __init__(self, start: dict[str, Any]) -> None:
         super().__init__(start)
         self._proxies = {proxy.name: proxy for proxy in collab.clients}
-        self._calls = ThreadPoolExecutor(len(self._proxies))
         self._answers = dict[str, Future[Any]]()
 
     def there(self) -> Iterable[Any]:
@@ -55,7 +55,15 @@ class Sites(Nodes):
     def send(self, node: Any) -> str | None:
         key = f"{node} {len(self._answers)}"
         call = self._proxies[node](timeout=DAYS * 86400.0)
-        self._answers[key] = self._calls.submit(call.take_part, self.start)
+        answer = self._answers[key] = Future[Any]()
+
+        def ask() -> None:
+            try:
+                answer.set_result(call.take_part(self.start))
+            except Exception as error:
+                answer.set_exception(error)
+
+        threading.Thread(target=ask, daemon=True).start()  # whoever never answers keeps no process alive
         return key
 
     def answers(self, asked: list[str]) -> Iterable[tuple[str, dict[str, Any] | str]]:

@@ -1,11 +1,21 @@
-"""What gaussian noise guarantees."""
+"""Gaussian noise that hides something: how it is drawn, and what it guarantees."""
 
 from __future__ import annotations
 
+import hashlib
 import math
+import secrets
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
 
 DELTA = 1e-5
 """δ of what is told."""
+
+BITS = 128
+"""Of a key."""
 
 
 def epsilon(mu: float, delta: float = DELTA) -> float:
@@ -21,3 +31,29 @@ def epsilon(mu: float, delta: float = DELTA) -> float:
         return first - math.exp(min(eps + log_ndtr(-mu / 2 - eps / mu), 0.0)) - delta
 
     return 0.0 if mu == 0 or over(0.0) <= 0 else float(brentq(over, 0.0, mu * mu / 2 + 10 * mu + 10))
+
+
+def secret_key() -> int:
+    """A key for :func:`drawn`, of as many bits as nobody can try out."""
+    return secrets.randbits(BITS)
+
+
+def drawn(shape: Sequence[int], key: int, *said: bytes) -> Tensor:
+    """Standard normal numbers, float32, that follow from ``key`` and ``said`` alone.
+
+    Their SHA-256 is key and counter of Philox (Salmon et al., 2011), all 256 bits of it. torch's generator on a
+    processor keeps 32 bits of its seed, which anybody can try out.
+    """
+    words = np.frombuffer(hashlib.sha256(b"".join((key.to_bytes(BITS // 8, "big"), *said))).digest(), "<u8")
+    numbers = np.random.Generator(np.random.Philox(key=words[:2], counter=[0, 0, *words[2:]]))
+    return torch.from_numpy(numbers.standard_normal(tuple(shape), dtype=np.float32))
+
+
+def key_as_tensor(key: int) -> Tensor:
+    """For a state; back with :func:`key_of`."""
+    return torch.tensor(list(key.to_bytes(BITS // 8, "big")), dtype=torch.uint8)
+
+
+def key_of(state: Tensor) -> int:
+    """The key of :func:`key_as_tensor`, or of an older state, which has a number."""
+    return int.from_bytes(bytes(state.tolist()), "big") if state.dim() else int(state)

@@ -139,7 +139,7 @@ def drawn(*devices: torch.device) -> Tensor:
     for device in filter(_draws, devices):
         module: Any = torch.get_device_module(device)
         states.append(module.get_rng_state(*_which(device)))
-    return torch.cat(states)
+    return states[0] if len(states) == 1 else torch.cat(states)
 
 
 def draw_from_here(state: Tensor, *devices: torch.device) -> None:

@@ -22,7 +22,7 @@ from flexp.client.random_labels import RandomLabels, epsilon_within
 from flexp.config import PrivacyConfig, RunConfig
 from flexp.config.loading import validate
 from flexp.errors import ConfigError, PrivacyError
-from flexp.gaussian import DELTA
+from flexp.gaussian import DELTA, drawn, key_as_tensor, key_of
 from flexp.gaussian import epsilon as gaussian
 from flexp.links.messages import BackwardRequest, ForwardRequest
 from flexp.links.opening import loopback
@@ -249,6 +249,18 @@ def test_noise_belongs_to_the_text_and_the_key() -> None:
     )  # the seed, which the server knows, does not tell it
 
 
+def test_noise_needs_every_bit_of_its_key() -> None:
+    numbers = drawn((20_000,), 5, b"said")
+    assert torch.equal(numbers, drawn((20_000,), 5, b"said"))
+    assert float(numbers.std()) == pytest.approx(1.0, rel=0.03)
+    others = [drawn((20_000,), 5 + (1 << bit), b"said") for bit in (1, 31, 32, 63, 64, 127)]
+    others.append(drawn((20_000,), 5, b"else"))
+    for other in others:
+        assert abs(float(torch.dot(numbers, other))) < 1000  # seven deviations
+    assert key_of(key_as_tensor((1 << 127) + 3)) == (1 << 127) + 3
+    assert key_of(torch.tensor(7)) == 7  # as it was saved before
+
+
 def test_padding_is_not_sent() -> None:
     ids_BT, mask_BT = torch.tensor([[3, 4, 0]]), torch.tensor([[1, 1, 0]])
     guard = Guard(PrivacyConfig(noise=1.0, clip=1.0), [], None, 0, 1)
@@ -371,7 +383,7 @@ def test_gradients_tell_only_the_answers_of_labels(folder: Path) -> None:
     assert len(sent[0]) == len(sent[1]) == 2
     assert all(torch.equal(a, b) for a, b in zip(*sent, strict=True))
     state = guarded.state()["client-north"]
-    assert int(state["label_key"]) == guarded.clients["north"].model.guard.labels.key  # type: ignore[attr-defined]
+    assert key_of(state["label_key"]) == guarded.clients["north"].model.guard.labels.key  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(("ratio", "tokens"), [(20.0, 1), (60.0, 12)])

@@ -55,7 +55,7 @@ class Both:
 def both(kind: str, dropout: float = 0.2) -> Iterator[Both]:
     here = world("bert", dropout=dropout)
     # Weights that stand still: what one client trains would reach the other through them, as it is meant to.
-    here.server.shared.add = lambda *_: False  # type: ignore[method-assign]
+    here.server.shared.add = lambda *_, **__: False  # type: ignore[method-assign]
     if kind == "in-process":
         yield Both(here, here.server.connect("a"), here.server.connect("b"))
         return

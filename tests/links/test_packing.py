@@ -45,7 +45,7 @@ def plainly(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Ten
 def split(here: Any, batch: dict[str, Tensor], cut: tuple[int, int], rows: str, link: Link | None = None) -> Any:
     """Loss, gradients of both sides, and the messages that crossed."""
     caught: dict[str, Tensor] = {}
-    here.server.shared.add = lambda gradients, *_: caught.update(gradients)
+    here.server.shared.add = lambda gradients, *_, **__: caught.update(gradients)
     recorded = RecordingLink(link or here.server.connect("a"))
     model = here.client("a", cut, link=recorded)
     model.rows = rows

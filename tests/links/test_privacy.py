@@ -65,7 +65,7 @@ VOCABULARY = {
         "quantization",
         "examples_key",  # drawn for this, and of no use elsewhere: the server keeps nothing that it did not get
     },
-    Welcome: {"base_depth", "blocks", "hidden", "max_in_flight", "max_tokens", "frame_bytes"},
+    Welcome: {"base_depth", "blocks", "hidden", "max_in_flight", "max_tokens", "frame_bytes", "trained"},
     Refusal: {"error", "again", "leave"},
     ForwardRequest: {
         "exchange",
@@ -103,7 +103,7 @@ VOCABULARY = {
     Lead: {"settings", "run"},
     Settle: {"client", "step", "take", "reaches", "weight", "scale", "norm"},
     Update: {"norm"},
-    Keep: {"number", "run", "back", "over"},
+    Keep: {"number", "run", "back", "over", "held"},
     Behind: {"end", "run", "snapshots", "names", "norms_N", "facts"},
 }
 UP = {Join, ForwardRequest, BackwardRequest, Abort, PullRequest, FetchRequest}

@@ -313,7 +313,7 @@ def test_unasked_clients_meet_where_a_classifier_of_many_begins_as_drawn(
     found = settle(validate(settings, "auto"))
     on = not change and not arch and len(labels) > 2
     assert found.config.method.meet.on is on
-    assert bool([note for note in found.federation.notes if "clients meet in" in note]) is on
+    assert bool([note for note in found.federation.notes if "clients meet: " in note]) is on
 
 
 def test_who_cannot_mask_sums_is_told_before_anything_starts(

@@ -71,7 +71,7 @@ def test_other_loss_items_weigh_as_many_as_they_are() -> None:
     split(input_ids=IDS, labels=IDS, shift_labels=shifted).loss.backward()
     seen: list[float] = []
     add = server.shared.add
-    server.shared.add = lambda gradients, weight, norm: (seen.append(weight), add(gradients, weight, norm))[1]  # type: ignore[method-assign]
+    server.shared.add = lambda gradients, weight, norm, **_: (seen.append(weight), add(gradients, weight, norm))[1]  # type: ignore[method-assign]
     split(input_ids=IDS, labels=IDS, shift_labels=shifted).loss.backward()
     assert seen == [3.0]
 

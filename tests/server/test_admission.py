@@ -62,8 +62,9 @@ def test_the_bounds_on_what_is_in_flight_say_so() -> None:
     with refused(here, "client a", "2 exchanges are in flight", "server.max_in_flight", "model.abort()"):
         here.server.answer("a", forward(3))
     here.server.answer("b", forward(1))  # what a has left lying about is a's own trouble
-    with refused(here, "client b", "3 exchanges of all clients", "server.max_in_flight_total"):
-        here.server.answer("b", forward(2))
+    here.join("c", (1, 4))
+    with refused(here, "client c", "3 exchanges of all clients", "server.max_in_flight_total"):
+        here.server.answer("c", forward(1))
     here.server.answer("a", forward(3, train=False))  # evaluation keeps nothing, so it is never refused
     here.server.answer("b", backward(1))
     here.server.answer("b", forward(2))
@@ -108,7 +109,7 @@ def test_exchanges_of_a_step_may_arrive_in_any_order(order: tuple[int, ...]) -> 
 
     def run(arrivals: tuple[int, ...]) -> tuple[list[int], list[dict[str, torch.Tensor]]]:
         here, seen = joined(), []
-        here.server.shared.add = lambda gradients, *_: seen.append(dict(gradients)) or True  # type: ignore[method-assign]
+        here.server.shared.add = lambda gradients, *_, **__: seen.append(dict(gradients)) or True  # type: ignore[method-assign]
         for number in (1, 2, 3, 4):
             here.server.answer("a", forward(number))
         counts = []

@@ -52,7 +52,7 @@ def step(here: World, client: str, number: int, scale: float = 1.0, **changes: A
 
 def norm_of_a_step(scale: float = 1.0) -> float:
     here, seen = joined(), []
-    here.server.shared.add = lambda gradients, *_: seen.append(dict(gradients)) or True  # type: ignore[method-assign]
+    here.server.shared.add = lambda gradients, *_, **__: seen.append(dict(gradients)) or True  # type: ignore[method-assign]
     step(here, "a", 1, scale)
     return float(torch.nn.utils.get_total_norm([seen[0][name] for name in sorted(seen[0])]))
 
@@ -90,7 +90,7 @@ def test_clipping_scales_a_clients_step_to_the_bound() -> None:
     taken: dict[str, dict[str, torch.Tensor]] = {}
     for name, here in (("whole", whole), ("clipped", clipped), ("small", small)):
         here.server.shared.add = (  # type: ignore[method-assign]
-            lambda gradients, *_, name=name: taken.update({name: dict(gradients)}) or True
+            lambda gradients, *_, name=name, **__: taken.update({name: dict(gradients)}) or True
         )
         step(here, "a", 1)
     assert equal(taken["small"], taken["whole"])

@@ -92,9 +92,9 @@ class Pair:
         self.applied: list[dict[str, Tensor]] = []
         shared, add = self.here.server.shared, self.here.server.shared.add
 
-        def spy(grads: Mapping[str, Tensor], weight: float, norm: float | None = None) -> bool:
+        def spy(grads: Mapping[str, Tensor], weight: float, norm: float | None = None, **options: Any) -> bool:
             self.applied.append(copied(grads))
-            return add(grads, weight, norm)
+            return add(grads, weight, norm, **options)
 
         shared.add = spy  # type: ignore[method-assign]
         for client, cut in CUTS.items():
@@ -238,7 +238,7 @@ def test_dropout_of_a_client_does_not_depend_on_the_others(memory: Any) -> None:
 
     def run(clients: list[str]) -> list[Tensor]:
         here = world("bert", dropout=0.3, config=ServerConfig(memory=memory), optimizer=ADAMW)
-        here.server.shared.add = lambda *_: False  # type: ignore[method-assign]  # weights stand still
+        here.server.shared.add = lambda *_, **__: False  # type: ignore[method-assign]  # weights stand still
         results = []
         for client in clients:
             here.join(client, (1, 4))

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from flexp.config import ServerConfig
-from flexp.errors import LinkLostError, StoppedError
+from flexp.errors import LinkError, LinkLostError, StoppedError
 from flexp.links.emulated import EmulatedLink, Network
 from flexp.links.grpc import connect, serve
 from flexp.links.messages import Abort, BackwardReply, BackwardRequest, ForwardReply, ForwardRequest, Leave
@@ -120,6 +120,50 @@ def test_who_holds_weights_goes_on_with_them() -> None:
     assert not waiting.done()
     backward(server, "a", 7)
     assert waiting.done()
+
+
+@pytest.mark.usefixtures("link_thread")
+def test_who_holds_something_goes_on_where_nobody_else_begins() -> None:
+    """Or two that hold one forward each and ask for another would wait for each other."""
+    here = joined(["a", "b", "c"], max_in_flight_total=2)
+    server = here.server
+    for number, name in enumerate("abab", 1):
+        assert forward(server, name, number).done()
+    waiting = forward(server, "c", 5)
+    for number, name in enumerate("aba", 1):
+        assert not waiting.done()
+        backward(server, name, number)
+    assert waiting.done()
+
+
+@pytest.mark.usefixtures("link_thread")
+def test_what_has_come_already_is_answered_before_its_client_is_given_up() -> None:
+    here = joined(["a", "b"], max_in_flight_total=1)
+    server, later = here.server, list[Any]()
+    server.submit = later.append  # as the thread that computes has work waiting
+    forward(server, "a", 1)
+    server._sessions["a"].pending[1].since -= 100.0
+    waiting = forward(server, "b", 2)
+    assert len(later) == 1
+    backward(server, "a", 1)  # it was on its way
+    later.pop()()
+    assert waiting.done()
+    assert not server._sessions["a"].drops
+
+
+@pytest.mark.usefixtures("link_thread")
+def test_backwards_in_line_are_those_that_are_waited_for() -> None:
+    here = world("llama", tuning="lora", config=ServerConfig(joined=True), optimizer=SGD)
+    here.join("a", CUTS["a"])
+    forward(here.server, "a", 1)
+    grad = request(1, padded=False)[1]
+    with pytest.raises(LinkError, match="exchange 2"):
+        here.server.answer("a", BackwardRequest(2, grad, step=1))
+    here.server.answer("a", BackwardRequest(1, grad, step=1, exchanges=1))
+    with pytest.raises(LinkError, match="a backward of exchange 1 is in line already"):
+        here.server.answer("a", BackwardRequest(1, grad, step=1, exchanges=1))
+    work_off(here.server)
+    assert here.server._sessions["a"].kept_bytes == 0
 
 
 @pytest.mark.usefixtures("link_thread")

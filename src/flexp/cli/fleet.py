@@ -27,13 +27,14 @@ def fleet(
     from flexp.cli.run import fresh
     from flexp.config import loading as files
     from flexp.report import formats
-    from flexp.run.fleet import Fleet
+    from flexp.run.fleet import Fleet, as_begun
     from flexp.run.settle import settle
 
     said = overrides(settings, device=device)
     check_others(config, said)
     table = files.overridden(config, said).get("deployment", {})
-    found = settle(files.load(config, said))
+    asked = files.load(config, said)
+    found = settle(asked if out is None else as_begun(asked, out))
     for note in found.federation.remarks:
         typer.echo(f"flexp fleet: {note}")
     made = Fleet(

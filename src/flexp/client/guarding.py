@@ -11,7 +11,6 @@ and every token of the private ones in random order, through it, and learns the 
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from flexp.client.random_labels import RandomLabels
 from flexp.config import PrivacyConfig
 from flexp.data.types import Example
 from flexp.errors import ConfigError, PrivacyError
+from flexp.gaussian import key_as_tensor, key_of, secret_key
 from flexp.models.stage import Stage
 from flexp.rng import RandomStream, derived_seed, generator
 
@@ -67,7 +67,7 @@ class Guard:
         classes: int = 0,
     ) -> None:
         self.config, self.taught, self.checked = config, -1, 0
-        key = secrets.randbits(62) if key is None else key
+        key = secret_key() if key is None else key
         self.noise = Noise(config.noise, key, config.clip) if config.noise else None
         epsilon = config.label_epsilon
         self.labels = None if epsilon is None else RandomLabels(epsilon, classes, key)
@@ -125,9 +125,9 @@ class Guard:
         clip = None if self.noise is None else self.noise.clip
         own = {"taught": torch.tensor(self.taught), "checked": torch.tensor(self.checked)}
         if self.noise is not None:
-            own["noise_key"] = torch.tensor(self.noise.key)
+            own["noise_key"] = key_as_tensor(self.noise.key)
         if self.labels is not None:
-            own["label_key"] = torch.tensor(self.labels.key)
+            own["label_key"] = key_as_tensor(self.labels.key)
         own |= self.penalty.state()
         return own if clip is None else own | {"clip": torch.tensor(clip, dtype=torch.float64)}
 
@@ -136,10 +136,10 @@ class Guard:
         self.taught, self.checked = int(state.get("taught", -1)), int(state.get("checked", 0))
         self.penalty.load(state)
         if self.noise is not None:
-            self.noise.key = int(state.get("noise_key", self.noise.key))
+            self.noise.key = key_of(state["noise_key"]) if "noise_key" in state else self.noise.key
             self.noise.clip = float(state["clip"]) if "clip" in state else self.config.clip
         if self.labels is not None:
-            self.labels.key = int(state.get("label_key", self.labels.key))
+            self.labels.key = key_of(state["label_key"]) if "label_key" in state else self.labels.key
 
     def gradient(
         self, stage: Stage, ids_BT: Tensor, mask_BT: Tensor | None, z_BTH: Tensor, at: tuple[int, int]

@@ -117,6 +117,8 @@ class JoinedModel(PersonalModel):
         before = self.trained
         for seconds in PAUSES:
             time.sleep(seconds)
+            with suppress(LinkError):
+                self.link.close()  # a client has one stream at a time
             try:
                 self.rejoin(reconnect())
                 self.check_trained(before)

@@ -33,6 +33,7 @@ from flexp.data.scores import in_batches
 from flexp.data.tasks import task_of
 from flexp.data.types import Batch, Example, Task
 from flexp.errors import ConfigError
+from flexp.gaussian import drawn
 from flexp.kinds import IGNORED, KINDS, Answers, take_targets
 from flexp.links.base import Meter
 from flexp.links.sums import Adder, Sums
@@ -89,17 +90,18 @@ class Noise:
     change of it. Nothing without.
     """
 
-    def __init__(self, config: MeetConfig, seed: int) -> None:
+    def __init__(self, config: MeetConfig, key: int) -> None:
         self._noise, self._clip = config.noise, config.clip or 0.0
-        self._generator = torch.Generator().manual_seed(seed)
+        self._key, self._sums = key, 0
 
     def __call__(self, sums: Sums) -> Sums:
         """The same tensors with noise."""
         if not self._noise:
             return sums
         most = {"counts": 1.0, "sums": self._clip, "square": self._clip**2, "gram": self._clip**2}
+        self._sums += 1
         return {
-            name: value + self._noise * most[name] * torch.randn(value.shape, generator=self._generator)
+            name: value + self._noise * most[name] * drawn(value.shape, self._key, f"{name} {self._sums}".encode())
             for name, value in sums.items()
         }
 
@@ -285,7 +287,7 @@ def has_linear_classifier(config: Any, kind: str) -> bool:
     try:
         with torch.device("meta"):
             classifier_of(AUTO[kind].from_config(config))
-    except (ConfigError, ValueError):  # or there is no such classifier, which loading says better
+    except Exception:  # there is no such classifier, which loading says better
         return False
     return True
 

@@ -8,7 +8,6 @@ has moved in between; no ε holds for them.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
 
@@ -46,13 +45,11 @@ class Noise:
 
     def fresh(self, z_NH: Tensor) -> Tensor:
         """z covered with other noise, as an attacker makes it of public text."""
-        clipped, drawn = self.clipped(z_NH), torch.Generator().manual_seed(self.key)
-        return clipped + self._sigma(clipped) * torch.randn(clipped.shape, generator=drawn)
+        clipped = self.clipped(z_NH)
+        return clipped + self._sigma(clipped) * gaussian.drawn(clipped.shape, self.key).to(clipped)
 
     def _of(self, ids_T: Tensor, z_TH: Tensor) -> Tensor:
-        words = self.key.to_bytes(8, "big") + ids_T.cpu().numpy().astype("<i8").tobytes()
-        drawn = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(words).digest()[:8], "big") >> 1)
-        noise = torch.randn(z_TH.shape, generator=drawn, dtype=torch.float32)
+        noise = gaussian.drawn(z_TH.shape, self.key, ids_T.cpu().numpy().astype("<i8").tobytes())
         return (self._sigma(z_TH) * noise).to(z_TH)
 
     def _sigma(self, z: Tensor) -> float:

@@ -186,6 +186,8 @@ def last_scores(records: list[Record]) -> list[Record]:
 def fingerprint(config: RunConfig) -> str:
     """Short, and equal for equal work: whatever differs from the defaults, but for names, threads and output."""
     content = config.model_dump(mode="json", exclude_defaults=True, exclude={"name", "threads", "output"})
+    if config.method.meet.on == "auto":  # not what older runs with these settings did, which met only where asked
+        content["meets"] = "auto"
     text = json.dumps(content, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 

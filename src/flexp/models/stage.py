@@ -225,8 +225,7 @@ class Stage:
             self._server = carve(self, Part(frozenset(), ends=False))
             # Some models ask their first parameter for its type: a server has blocks, so it has one.
             self._server.blocks[0].register_parameter("any", nn.Parameter(hidden_BTH.detach().new_zeros(0)))
-        if self._server.model.training != self.model.training:
-            self._server.model.train(self.model.training)
+        self._server.model.train(self.model.training)
         return self._server
 
     def run(self, hidden_BTH: Tensor, plan: ExecutionPlan, start: int, stop: int) -> Tensor:

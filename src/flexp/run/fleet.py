@@ -12,13 +12,14 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from flexp.config import RunConfig
 from flexp.errors import ConfigError, FlexpError
-from flexp.files import check_free, folder_name, write_json
+from flexp.files import check_free, folder_name, read_json, write_json
 from flexp.report.metrics import Follower
 from flexp.report.metrics import read as read_log
 from flexp.run.conduct import is_over, newest_facts
 from flexp.run.processes import begin
-from flexp.run.settle import Settled, check_masks
+from flexp.run.settle import Settled, check_masks, meeting
 from flexp.run.store import Store
 
 Say = Callable[[str], None]
@@ -233,6 +234,14 @@ class Fleet:
         self.out.mkdir(parents=True, exist_ok=True)
         write_json(self.out / "config.json", self.config.resolved())
         write_json(self._file, content)
+
+
+def as_begun(config: RunConfig, out: Path) -> RunConfig:
+    """The configuration; of what it leaves to the run (``method.meet.on = "auto"``) as a fleet in ``out`` began."""
+    path = out / "config.json"
+    if config.method.meet.on != "auto" or not path.is_file():
+        return config
+    return meeting(config, on=bool(read_json(path).get("method", {}).get("meet", {}).get("on", False)))
 
 
 def command(arguments: list[str]) -> None:

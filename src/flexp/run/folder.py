@@ -125,5 +125,5 @@ def check_length(config: RunConfig, saved: Mapping[str, Any], run: Path) -> None
     if train.rounds != planned == saved.get("number") and Meets.of(config).last:
         raise ConfigError(
             f"{run}: its clients have met after round {planned}, the last (method.meet), so the run cannot have "
-            f"{train.rounds} rounds: start a new one"
+            f"{train.rounds} rounds: start a new one (with method.meet.on = false it stays open)"
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from flexp.client.recut import fit
 from flexp.client.trainer import Step, Trainer, cut_in, load_party, party_state
 from flexp.data.scores import Scores, evaluate
 from flexp.errors import LinkError, LinkLostError, StoppedError, StorageError, TrainingError
+from flexp.gaussian import secret_key
 from flexp.limits import out_of_memory
 from flexp.links.base import Link
 from flexp.links.coding import load_residuals
@@ -268,7 +268,7 @@ class Party:
             adder = InOnePlace([name])
         seat = seat_of(self.trainer, self.config)
         seat.personal = True
-        seat.noise = secrets.randbits(63)  # nobody else knows it
+        seat.noise = secret_key()  # nobody else knows it
         choice = meet_at({name: seat}, {name: adder}, {name: self.trainer}, meeting)[name]
         self._met = meeting + 1
         if meeting == LAST:

@@ -12,6 +12,7 @@ from flexp.assets import resolve
 from flexp.assets.store import root
 from flexp.attacks.public import encoded, paragraphs
 from flexp.client.guarding import PUBLIC, Guard
+from flexp.client.meeting import Meets
 from flexp.client.noise import ledger, told
 from flexp.client.random_labels import RandomLabels, epsilon_within
 from flexp.config import RunConfig
@@ -103,10 +104,11 @@ def privacy_notes(config: RunConfig, federation: Federation, hidden: int) -> lis
         notes.append(f"privacy.noise = {config.privacy.noise:g}: {told(ledger(config, federation, hidden))}")
     if config.server.noise:
         once = epsilon(2 * math.sqrt(config.train.total_steps) / config.server.noise)
+        sums = method_of(config).meets and Meets.of(config)
         notes.append(
             f"server.noise = {config.server.noise:g}: the shared blocks tell other clients of all steps of one no more "
             f"than ε = {once:.3g} (δ = {DELTA:g}) if no two of them are in one update; more than about 10 is no "
-            "guarantee" + ("; class sums of meetings it does not cover" if config.method.meet.on is True else "")
+            "guarantee" + ("; class sums of meetings it does not cover" if sums else "")
         )
     if labels is not None:
         classes = len(federation.task.label_names or ())

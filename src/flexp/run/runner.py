@@ -126,6 +126,7 @@ def resume(
     if is_joined(out):
         raise ConfigError(f"{out} is of a client that joined a run, which is not resumed; run flexp join again")
     content, saved = read_json(out / "config.json"), saved_facts(out)
+    content.setdefault("method", {}).setdefault("meet", {}).setdefault("on", False)  # an older run did not meet unasked
     if rounds is not None:
         content["train"]["rounds"] = rounds
     config = validate(content, str(out / "config.json")).on(device)

@@ -112,13 +112,16 @@ class Settled:
         return load_part(self.config, self.model_id, task.model_kind, task.label_names, self.pad, part)
 
 
-def settle(config: RunConfig, federate: Federate = load_federation, *, plan: bool = True) -> Settled:
+def settle(
+    config: RunConfig, federate: Federate = load_federation, *, plan: bool = True, alone: bool = False
+) -> Settled:
     """Read the data, divide them among clients, and write out the cuts.
 
     Args:
         federate: what makes the clients out of ``config.data``, the processor, the seed, the longest input and the
             classes that the pretrained model's head knows.
         plan: follow ``data.clients.plan`` and ``cut = "auto"``; or else somebody else says what the cut is.
+        alone: for a client whose server is somebody else's, so that it meets others only where both sides say so.
 
     Raises:
         FlexpError: what is wrong with the model, the data or the configuration.
@@ -133,7 +136,7 @@ def settle(config: RunConfig, federate: Federate = load_federation, *, plan: boo
     federation = federate(config.data, processor, config.seed, max_positions(model_config), head)
     blocks = block_count(model_id, model_config)
     drawn = all(row is None for row in rows_of(head, federation.task.label_names or ()))
-    config, met = _with_meetings(config, federation, model_config, drawn)
+    config, met = _with_meetings(config, federation, model_config, drawn, alone)
     notes, planned = [*_precision_notes(config), *met], None
     if plan and config.data.clients.planned:  # before anything is loaded
         config, more, planned = with_cuts(config, federation, blocks)
@@ -266,10 +269,8 @@ def settle_client(config: RunConfig, name: str | None, cut: tuple[int, int | Non
             return found
         return replace(found, clients=[replace(found.clients[0], name=name)])
 
-    if config.method.meet.on == "auto":  # nor does its server, which knows no classifier
-        config = meeting(config, on=False)
     check_masks(config)
-    run = settle(config, federate, plan=cut is None)
+    run = settle(config, federate, plan=cut is None, alone=True)
     clients = {client.name: client for client in run.federation.clients}
     wanted = next(iter(clients)) if name is None and len(clients) == 1 else name
     if wanted not in clients:
@@ -336,16 +337,18 @@ def check_masks(config: RunConfig) -> None:
         ConfigError: what masks their sums is not installed.
     """
     if Meets.of(config) and config.method.meet.masked:
-        cryptography("ciphers", "clients meet (method.meet), and over a network the masks of their sums need")
+        what = "clients meet (unless method.meet.on = false), and over a network the masks of their sums need"
+        cryptography("ciphers", what)
 
 
 def _with_meetings(
-    config: RunConfig, federation: Federation, model_config: Any, drawn: bool
+    config: RunConfig, federation: Federation, model_config: Any, drawn: bool, alone: bool
 ) -> tuple[RunConfig, list[str]]:
     """Settle ``method.meet.on``, and say what comes of it.
 
     Args:
         drawn: whether no class of the classifier is in the checkpoint.
+        alone: as :func:`settle` has it.
     """
     method, meet, task = method_of(config), config.method.meet, task_of(config.data)
     kind, train = task.model_kind, config.train
@@ -361,18 +364,23 @@ def _with_meetings(
         return config, []
     # With two classes a drawn classifier is as good, and a meeting is a pass over examples that a short run of many
     # has not even seen (docs/results/meeting.md).
-    classes = len(federation.task.label_names or ())
-    worth = not asked and not why and KINDS[kind].answers == "class" and classes > 2 and drawn
+    classes, off = len(federation.task.label_names or ()), meeting(config, on=False)
+    worth = not asked and KINDS[kind].answers == "class" and classes > 2 and drawn
     seen = max(len(client.train) for client in federation.clients) <= train.total_steps * train.batch_size
-    free = len(federation.clients) > 1 and train.early_stopping.patience is None
+    free = (alone or len(federation.clients) > 1) and train.early_stopping.patience is None
     free = free and not (config.privacy.on or config.server.noise)  # sums of classes tell clients of each other
     pooled = config.model.pooling != "checkpoint"
     if not (worth and seen and free and (pooled or has_linear_classifier(model_config, kind))):
-        return meeting(config, on=False), []
+        return off, []
+    begins = f"the classifier of {classes} classes begins as drawn"
+    if why:
+        return off, [f"clients do not meet: {why}, so {begins}"]
+    if alone:
+        return off, [f"{begins}: method.meet.on = true on both sides lets clients meet, as a run on one machine does"]
     return meeting(config, on=True), [
-        f"clients meet in a classifier of everybody's class sums, as its {classes} classes begin as drawn"
+        f"clients meet: the classifier of {classes} classes begins in closed form of class sums, not as drawn"
         + ("" if pooled else '; model.pooling = "mean" suits that best')
-        + " (method.meet.on = false: they do not meet)"
+        + " (method.meet.on = false: they do not, and the run can be given more rounds later)"
     ]
 
 

@@ -142,7 +142,7 @@ def check_forward(session: Session, request: ForwardRequest, stage: Stage, in_fl
             f"client {client}: {own} exchanges are in flight, the most that server.max_in_flight allows; "
             "send a backward first, give them up with model.abort(), or raise the bound"
         )
-    if in_flight >= config.max_in_flight_total:
+    if in_flight >= config.max_in_flight_total and not session.pending:
         raise LinkError(
             f"client {client}: {in_flight} exchanges of all clients are in flight, the most that "
             "server.max_in_flight_total allows, and its own thread holds some, so it cannot wait; send their backwards "

@@ -57,7 +57,7 @@ class Waiting:
 
 
 class Line:
-    """First in, first out. Who waits for a version holds none, so who holds some waits for nobody, and lets them go.
+    """First in, first out. Who waits for room or for a version holds nothing, so who holds something waits for nobody.
 
     Args:
         sessions: of the server. A request whose client has left, joined anew or given up waits no more.
@@ -69,7 +69,7 @@ class Line:
         waiting: all, in their order; a step for which nobody waits asks this and nothing else.
     """
 
-    def __init__(self, sessions: Sessions, seconds: float, late: Callable[[], None], most: float) -> None:
+    def __init__(self, sessions: Sessions, seconds: float, late: Callable[[], object], most: float) -> None:
         self._sessions, self._seconds, self._late, self._most = sessions, seconds, late, most
         self.waiting: deque[Waiting] = deque()
         self._watched = False

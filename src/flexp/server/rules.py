@@ -5,9 +5,7 @@ Several are against clients that do not mean well; ``python -m benchmarks poison
 
 from __future__ import annotations
 
-import hashlib
 import math
-import secrets
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -16,6 +14,7 @@ import torch
 from torch import Tensor
 
 from flexp.errors import StorageError
+from flexp.gaussian import drawn, key_as_tensor, key_of, secret_key
 from flexp.optim import norms, stacked, total
 
 DECAY = 0.9
@@ -71,7 +70,7 @@ class Covered(Mean):
 
     def __init__(self, sigma: float, clip: float) -> None:
         super().__init__()
-        self._sigma, self._clip, self._key, self._taken = sigma, clip, secrets.randbits(62), 0
+        self._sigma, self._clip, self._key, self._taken = sigma, clip, secret_key(), 0
         self._now: Counter[str] = Counter()  # steps of each client in the next update
         self._told: dict[str, float] = {}  # by client, the square of what :attr:`told` is
 
@@ -100,7 +99,7 @@ class Covered(Mean):
         """As of :class:`Mean`."""
         counts = {name: torch.tensor(count) for name, count in self._now.items()}
         told = {name: torch.tensor(value, dtype=torch.float64) for name, value in self._told.items()}
-        own = {"noise-key": torch.tensor(self._key), "noise-taken": torch.tensor(self._taken)}
+        own = {"noise-key": key_as_tensor(self._key), "noise-taken": torch.tensor(self._taken)}
         return super().state() | own | _named("noise-now", counts) | _named("noise-told", told)
 
     def load(self, state: Mapping[str, Tensor]) -> None:
@@ -113,15 +112,13 @@ class Covered(Mean):
             raise StorageError("the saved shared blocks were trained without server.noise, so no ε holds for them: "
                                "leave it out, or begin anew")  # fmt: skip
         super().load(state)
-        self._key, self._taken = int(state["noise-key"]), int(state["noise-taken"])
+        self._key, self._taken = key_of(state["noise-key"]), int(state["noise-taken"])
         self._now = Counter({name: int(count) for name, count in _under("noise-now", state).items()})
         self._told = {name: float(value) for name, value in _under("noise-told", state).items()}
 
     def _drawn(self, name: str, value: Tensor) -> Tensor:
-        said = hashlib.sha256(f"{self._key} {self._taken} {name} ".encode())
-        said.update(value.cpu().flatten().view(torch.uint8).numpy().data)
-        drawn = torch.Generator().manual_seed(int.from_bytes(said.digest()[:8], "big") >> 1)
-        return torch.randn(value.shape, generator=drawn).to(value)
+        own = value.cpu().flatten().view(torch.uint8).numpy().tobytes()
+        return drawn(value.shape, self._key, f"{self._taken} {name} ".encode(), own).to(value)
 
 
 class Trimmed:

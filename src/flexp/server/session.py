@@ -158,8 +158,9 @@ class Session:
 
     def may_begin(self, in_flight: int) -> bool:
         """Whether it may be the next, after so many forwards of all clients in flight: there is room for one more, and
-        for the version of the weights that it would hold."""
-        return in_flight < self.config.max_in_flight_total and (bool(self.pending) or self.shared.has_room)
+        for the version of the weights that it would hold. Who holds something goes on, or all could wait for each
+        other; so ``max_in_flight_total`` is where nobody else begins."""
+        return bool(self.pending) or (in_flight < self.config.max_in_flight_total and self.shared.has_room)
 
     @property
     def patience(self) -> float:
@@ -417,11 +418,15 @@ class Session:
 
     def drop_late(self, seconds: float) -> None:
         """Give up everything that is in flight if a backward has not come in so long."""
-        oldest = time.monotonic() - seconds
-        late = {number: pending.since for number, pending in self.pending.items() if pending.since < oldest}
-        if late:
-            self.late = late
+        if self.is_late(seconds):
+            oldest = time.monotonic() - seconds
+            self.late = {number: pending.since for number, pending in self.pending.items() if pending.since < oldest}
             self.drop()
+
+    def is_late(self, seconds: float) -> bool:
+        """Whether a backward has not come in so long, here or to the servers further on."""
+        oldest = time.monotonic() - seconds
+        return any(one.since < oldest and not self.passing[one.request.step] for one in self.pending.values())
 
     def _graph(self, pending: Pending) -> tuple[Tensor, Tensor]:
         if pending.output_BTH is not None:

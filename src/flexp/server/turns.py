@@ -74,7 +74,7 @@ class Turns(ServerState, ABC):
         super().__init__(stage, config, *held)
         self._together = Together(stage, self._sessions)
         often = min(config.hold_seconds, config.exchange_seconds)
-        self._line = Line(self._sessions, often, self._look_after_line, config.exchange_seconds)
+        self._line = Line(self._sessions, often, lambda: self.submit(self._look_after_line), config.exchange_seconds)
         self.conductor: Conductor | None = None
         self.stops = False
         self.submit: Callable[[Callable[[], None]], object] = lambda work: work()
@@ -93,7 +93,10 @@ class Turns(ServerState, ABC):
         with self._lock:
             if self._must_wait(client, request):
                 self._check_line(client, request)
-                return self._line.add(client, request)
+                answer = self._line.add(client, request)
+                if any(session.is_late(session.patience) for session in self._sessions.values()):
+                    self.submit(self._look_after_line)  # after what has come already, which may be what is missing
+                return answer
             try:
                 return cast(R, self._now(client, request))
             finally:
@@ -148,9 +151,11 @@ class Turns(ServerState, ABC):
         def go_on(come: Future[Any]) -> None:
             try:
                 with self._lock:
-                    with self.guard.judged(client), self._computing():
-                        value, waited = driven(made, come)
-                    self._work_off()
+                    try:
+                        with self.guard.judged(client), self._computing():
+                            value, waited = driven(made, come)
+                    finally:
+                        self._work_off()
             except Exception as error:
                 answer.set_exception(error)
                 return
@@ -185,8 +190,8 @@ class Turns(ServerState, ABC):
         """Whether a request goes into the line: it may be answered together with others, which only links wait for, or
         it is a forward that would be one too many, or hold one version of the weights too many.
 
-        A client that holds weights already never waits for a version, and for nothing does one whose thread holds some,
-        since it would wait for itself; so every version is let go at last.
+        A client that holds something never waits, nor does one whose thread holds some, since it would wait for itself;
+        so everything is let go at last.
         """
         session = self._sessions.get(client)
         if session is None:
@@ -199,20 +204,27 @@ class Turns(ServerState, ABC):
         session.thread = waiting_thread()
         if len(session.pending) >= self.config.max_in_flight:  # it is refused
             return False
-        begins = session.may_begin(self._sessions.in_flight)
-        if begins and (session.pending or not self._line.waiting):
+        if session.pending or (session.may_begin(self._sessions.in_flight) and not self._line.waiting):
             return False
         if session.thread in {other.thread for other in self._sessions.values() if other.pending} - {None}:
             return False
-        self._drop_late(wanted=not begins)
         self._work_off()
-        begins = session.may_begin(self._sessions.in_flight)
-        return not begins or (not session.pending and len(self._line.waiting) > 0)
+        return len(self._line.waiting) > 0 or not session.may_begin(self._sessions.in_flight)
 
     def _check_line(self, client: str, request: Request[Any]) -> None:
         """Refuse to keep what would wait in line, where it is more than may be kept; but what lets others go on."""
         session = self._sessions[client]
-        if not isinstance(request, BackwardRequest) and not session.has_room(size(request), graph=False):
+        if isinstance(request, BackwardRequest):
+            if session.progress.answer(request.step, ("backward", request.exchange)) is None:
+                check_backward(session, request)
+            if any(
+                one.client == client
+                and isinstance(one.request, BackwardRequest)
+                and one.request.exchange == request.exchange
+                for one in self._line.waiting
+            ):
+                raise LinkError(f"client {client}: a backward of exchange {request.exchange} is in line already")
+        elif not session.has_room(size(request), graph=False):
             raise LinkLostError(f"client {client}: too much waits in line at the server, whose server.max_kept_bytes "
                                 "are full; do the step again")  # fmt: skip
 
@@ -277,12 +289,15 @@ class Turns(ServerState, ABC):
             self._work_off()
             self._line.watch()
 
-    def _drop_late(self, *, wanted: bool = False) -> None:
-        """Give up what is in flight for too long: sooner, where it is ``wanted``, or somebody in line waits for what it
-        holds."""
-        in_flight = self._sessions.in_flight
-        if self._line.waiting:
-            wanted = wanted or not all(one.session.may_begin(in_flight) for one in self._line.firsts())
+    def _drop_late(self) -> None:
+        """Give up what is in flight for too long: sooner, where somebody in line waits for what it holds."""
+        in_flight, begin = self._sessions.in_flight, (ForwardRequest, KeptForwardRequest)
+        wanted = self.busy and any(
+            isinstance(one.request, begin)
+            and getattr(one.request, "train", True)
+            and not one.session.may_begin(in_flight)
+            for one in self._line.firsts()
+        )
         for session in self._sessions.values():
             session.drop_late(session.patience if wanted else self.config.exchange_seconds)
 
