@@ -3,6 +3,7 @@ model goes."""
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from pathlib import Path
@@ -19,6 +20,7 @@ from flexp.client.closed_form import Discriminant, Statistics
 from flexp.client.meeting import FIRST, LAST, Noise, Seat, classifier_of
 from flexp.client.personal_head import personal_head
 from flexp.client.ridge import STRENGTHS, Ridge, sums_of_numbers
+from flexp.comparison.cells import fingerprint
 from flexp.config import MeetConfig, RunConfig
 from flexp.config.loading import validate
 from flexp.errors import ConfigError, LinkError
@@ -30,7 +32,7 @@ from flexp.methods import split
 from flexp.methods.base import method_of
 from flexp.models.zoo import save_tiny
 from flexp.run import runner
-from flexp.run.fleet import Fleet
+from flexp.run.fleet import Fleet, as_begun
 from flexp.run.settle import settle, settle_client
 from flexp.server.sums import SumTable
 from tests.data.tools import jsonl, labelled, tokenizer
@@ -314,6 +316,24 @@ def test_unasked_clients_meet_where_a_classifier_of_many_begins_as_drawn(
     on = not change and not arch and len(labels) > 2
     assert found.config.method.meet.on is on
     assert bool([note for note in found.federation.notes if "clients meet: " in note]) is on
+
+
+def test_what_began_without_a_meeting_goes_on_without(home: Path, tmp_path: Path) -> None:
+    asked = config(home)
+    assert asked.method.meet.on == as_begun(asked, tmp_path).method.meet.on == "auto"
+    for begun in ({}, {"method": {"meet": {"on": False}}}, {"method": {"meet": {"on": True}}}):
+        (tmp_path / "config.json").write_text(json.dumps(begun), encoding="utf-8")
+        assert as_begun(asked, tmp_path).method.meet.on is ("True" in str(begun))
+    said = config(home, method={"meet": {"on": False}})
+    assert fingerprint(said) != fingerprint(asked)  # a cell that was asked not to meet is none that was not asked
+    source = jsonl(tmp_path / "three.jsonl", labelled(90, CLIENTS, ("bad", "fair", "good")))
+    run, folder = config(home, data={"source": str(source)}, method={"meet": {"on": False}}), tmp_path / "run"
+    runner.run(run, folder)
+    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    del content["method"]["meet"]["on"]  # as before there was a choice
+    (folder / "config.json").write_text(json.dumps(content), encoding="utf-8")
+    runner.resume(folder, rounds=4)
+    assert json.loads((folder / "config.json").read_text(encoding="utf-8"))["method"]["meet"]["on"] is False
 
 
 def test_who_cannot_mask_sums_is_told_before_anything_starts(
