@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import asdict
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any, TypeVar, cast
 
@@ -218,7 +219,9 @@ def _run(probe: Probe) -> Measured:
 
 
 def warm_up() -> None:
-    """Let torch allocate what it needs once whatever the model is."""
+    """Let torch allocate what it needs once whatever the model is, and transformers import what every model does."""
+    for name in ("generation.utils", "masking_utils", "modeling_layers"):
+        import_module(f"transformers.{name}")
     weight = torch.randn(64, 64, requires_grad=True)
     torch.autograd.backward((torch.randn(64, 64) @ weight).sum())
     torch.optim.AdamW([weight], fused=True).step()
