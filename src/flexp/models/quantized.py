@@ -17,8 +17,6 @@ from torch import nn
 from flexp.errors import ModelError
 from flexp.models.anatomy import dissect
 
-BITS = {"int8": 8, "nf4": 4}
-
 
 def quantizer(quantization: str, original: Any, config: Any, dtype: torch.dtype, name: str) -> Any:
     """What ``from_pretrained`` of the class ``original`` takes as ``quantization_config``; ``None``: nothing.

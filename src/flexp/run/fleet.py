@@ -18,8 +18,9 @@ from flexp.files import check_free, folder_name, read_json, write_json
 from flexp.report.metrics import Follower
 from flexp.report.metrics import read as read_log
 from flexp.run.conduct import is_over, newest_facts
+from flexp.run.meetings import check_masks, meeting
 from flexp.run.processes import begin
-from flexp.run.settle import Settled, check_masks, meeting
+from flexp.run.settle import Settled
 from flexp.run.store import Store
 
 Say = Callable[[str], None]

@@ -17,7 +17,6 @@ import torch
 import transformers
 
 from flexp.assets import resolve
-from flexp.client.meeting import Meets, closed_form_of, has_linear_classifier
 from flexp.client.model import SplitModel
 from flexp.client.trainer import Trainer
 from flexp.config import CodecConfig, DataConfig, RunConfig
@@ -31,7 +30,6 @@ from flexp.files import read_json
 from flexp.kinds import KINDS, ModelKind
 from flexp.links.base import Link
 from flexp.machine import device_of, imitates_bfloat16
-from flexp.masking import cryptography
 from flexp.methods.base import World, method_of
 from flexp.methods.parties import own_config, own_trainer, split_model, tune_own
 from flexp.models.anatomy import Part, block_count, check_cut
@@ -40,6 +38,7 @@ from flexp.models.heads import trained_classes
 from flexp.models.loading import load_config, load_stage
 from flexp.models.stage import Stage
 from flexp.run.folder import JOINED, JOINED_SCHEMA, is_joined
+from flexp.run.meetings import check_masks, with_meetings
 from flexp.run.planned import with_cuts
 from flexp.run.privacy import base_notes, privacy_notes, within_label_bound
 
@@ -136,7 +135,7 @@ def settle(
     federation = federate(config.data, processor, config.seed, max_positions(model_config), head)
     blocks = block_count(model_id, model_config)
     drawn = all(row is None for row in rows_of(head, federation.task.label_names or ()))
-    config, met = _with_meetings(config, federation, model_config, drawn, alone)
+    config, met = with_meetings(config, federation, model_config, drawn, alone)
     notes, planned = [*_precision_notes(config), *met], None
     if plan and config.data.clients.planned:  # before anything is loaded
         config, more, planned = with_cuts(config, federation, blocks)
@@ -322,66 +321,6 @@ def load_processor(model_id: str, config: RunConfig) -> Any:
     if not image:
         processor.padding_side = "right"  # on the left it would shift absolute positions (GPT-2)
     return processor
-
-
-def meeting(config: RunConfig, on: bool) -> RunConfig:
-    """The configuration with ``method.meet.on`` said."""
-    meet = config.method.meet.model_copy(update={"on": on})
-    return config.model_copy(update={"method": config.method.model_copy(update={"meet": meet})})
-
-
-def check_masks(config: RunConfig) -> None:
-    """See that clients could meet over a network.
-
-    Raises:
-        ConfigError: what masks their sums is not installed.
-    """
-    if Meets.of(config) and config.method.meet.masked:
-        what = "clients meet (unless method.meet.on = false), and over a network the masks of their sums need"
-        cryptography("ciphers", what)
-
-
-def _with_meetings(
-    config: RunConfig, federation: Federation, model_config: Any, drawn: bool, alone: bool
-) -> tuple[RunConfig, list[str]]:
-    """Settle ``method.meet.on``, and say what comes of it.
-
-    Args:
-        drawn: whether no class of the classifier is in the checkpoint.
-        alone: as :func:`settle` has it.
-    """
-    method, meet, task = method_of(config), config.method.meet, task_of(config.data)
-    kind, train = task.model_kind, config.train
-    asked = config.model.head == "closed-form" or meet.on is True
-    if asked and meet.noise and KINDS[kind].answers == "number":
-        raise ConfigError("method.meet.noise is for classes: numbers that are learned have no bound; set it to 0")
-    why = "" if method.meets else f"{method.name} knows no meeting"
-    if asked and not closed_form_of(config):
-        why = f"the task {task.name} has no closed form"
-    if asked and why:
-        return config, [f"clients do not meet: {why}, so model.head and method.meet are left out"]
-    if meet.on != "auto":
-        return config, []
-    # With two classes a drawn classifier is as good, and a meeting is a pass over examples that a short run of many
-    # has not even seen (docs/results/meeting.md).
-    classes, off = len(federation.task.label_names or ()), meeting(config, on=False)
-    worth = not asked and KINDS[kind].answers == "class" and classes > 2 and drawn
-    seen = max(len(client.train) for client in federation.clients) <= train.total_steps * train.batch_size
-    free = (alone or len(federation.clients) > 1) and train.early_stopping.patience is None
-    free = free and not (config.privacy.on or config.server.noise)  # sums of classes tell clients of each other
-    pooled = config.model.pooling != "checkpoint"
-    if not (worth and seen and free and (pooled or has_linear_classifier(model_config, kind))):
-        return off, []
-    begins = f"the classifier of {classes} classes begins as drawn"
-    if why:
-        return off, [f"clients do not meet: {why}, so {begins}"]
-    if alone:
-        return off, [f"{begins}: method.meet.on = true on both sides lets clients meet, as a run on one machine does"]
-    return meeting(config, on=True), [
-        f"clients meet: the classifier of {classes} classes begins in closed form of class sums, not as drawn"
-        + ("" if pooled else '; model.pooling = "mean" suits that best')
-        + " (method.meet.on = false: they do not, and the run can be given more rounds later)"
-    ]
 
 
 def _precision_notes(config: RunConfig) -> list[str]:
