@@ -17,7 +17,8 @@ from flexp.methods.flexp_sfl import FlexpSfl
 from flexp.models.zoo import tiny_model
 from flexp.report.metrics import read
 from flexp.run import runner, store
-from flexp.run.settle import build_world, meeting
+from flexp.run.meetings import meeting
+from flexp.run.settle import build_world
 from tests.data.tools import jsonl, labelled, tokenizer
 from tests.tiny import CLIENTS, bert_folder, checkpoint, config
 
