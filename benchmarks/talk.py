@@ -4,7 +4,8 @@
 left out. It is counted from the shapes of the exchanges that really ran, and was equal to that code's own meters.
 
 - ``sentiment``: experiment 1 as its file has it (eight clients, three cuts, alignment), each client's first steps.
-- ``instructions``: a decoder of SmolLM2-135M's width with random weights, answers a quarter of the tokens.
+- ``instructions``: a decoder of SmolLM2-135M's width with random weights (or ``--decoder``), answers a quarter of the
+  tokens; trained once more with every row, which must give the same weights.
 - ``frozen``: a classifier whose client trains nothing below its cut, ten epochs, with ``link.cache``;
   coded: likewise, z and ∂h in int8; h, of which one row a text crosses, as it is.
 """
@@ -15,7 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 import transformers
@@ -23,6 +24,7 @@ import typer
 
 from benchmarks.tools.command import Result, Threads, say
 from benchmarks.tools.one_client import OneClient, frozen_head, one_client_world, without_dropout
+from flexp.assets import resolve
 from flexp.client.exchange import Piece
 from flexp.client.model import SplitModelForCausalLM
 from flexp.config import CodecConfig, OptimizerConfig
@@ -100,31 +102,51 @@ def sentiment(steps: int) -> tuple[float, float, int]:
     return method.figures()
 
 
-def instructions(steps: int) -> tuple[float, float, int]:
-    """Steps of a decoder on random prompts with answers."""
-    config = transformers.LlamaConfig(
-        vocab_size=512, hidden_size=576, intermediate_size=1536, num_hidden_layers=4, num_attention_heads=9,
-        num_key_value_heads=3, tie_word_embeddings=True, max_position_embeddings=512,
-    )  # fmt: skip
+def instructions(steps: int, decoder: str | None = None) -> tuple[float, float, int]:
+    """Steps of a decoder on random prompts with answers.
+
+    Raises:
+        RuntimeError: weights differ from those that every row gives.
+    """
+    with TemporaryDirectory() as made:
+        folder = Path(made) if decoder is None else Path(resolve(decoder))
+        if decoder is None:
+            transformers.LlamaForCausalLM(transformers.LlamaConfig(
+                vocab_size=512, hidden_size=576, intermediate_size=1536, num_hidden_layers=4, num_attention_heads=9,
+                num_key_value_heads=3, tie_word_embeddings=True, max_position_embeddings=512,
+            )).save_pretrained(folder)  # fmt: skip
+        *few, weights = _instructed(folder, steps, "loss")
+        *_, others = _instructed(folder, steps, "all")
+    if not all(torch.equal(one, other) for one, other in zip(weights, others, strict=True)):
+        raise RuntimeError("instructions: rows of the loss alone gave other weights than every row")
+    plain, crossed = few
+    return plain, crossed, steps
+
+
+def _instructed(folder: Path, steps: int, rows: Literal["loss", "all"]) -> tuple[float, float, list[torch.Tensor]]:
+    """Bytes plainly, bytes that crossed, and what was trained on both sides."""
     generator = torch.Generator().manual_seed(0)
-    with TemporaryDirectory() as folder:
-        transformers.LlamaForCausalLM(config).save_pretrained(folder)
-        server = Server.from_pretrained(folder, "causal-lm", tuning="lora")
-        link = Plainly(server.connect("one"), 576)
-        model = SplitModelForCausalLM.from_pretrained(folder, cut=(1, 4), link=link, tuning="lora", rows="loss")
-        updater = Updater(model.stage.trainable(), OptimizerConfig())
-        for _ in range(steps):
-            lengths_B1 = torch.randint(96, 129, (8, 1), generator=generator)
-            place_T = torch.arange(int(lengths_B1.max()))
-            mask_BT = (place_T < lengths_B1).long()
-            ids_BT = torch.randint(5, 512, mask_BT.shape, generator=generator) * mask_BT
-            answer_BT = (place_T >= 3 * lengths_B1 // 4) & mask_BT.bool()
-            labels_BT = torch.where(answer_BT, ids_BT, -100)
-            with model.part_of_step(Piece()):
-                torch.autograd.backward(model(input_ids=ids_BT, attention_mask=mask_BT, labels=labels_BT).loss)
-            updater.step()
-        traffic = link.meter.training
-        return link.bytes, traffic.bytes_up + traffic.bytes_down, steps
+    torch.manual_seed(0)  # adapters are drawn
+    shape = transformers.AutoConfig.from_pretrained(folder)
+    words, depth = min(512, shape.vocab_size), shape.num_hidden_layers
+    server = Server.from_pretrained(folder, "causal-lm", tuning="lora")
+    link = Plainly(server.connect("one"), shape.hidden_size)
+    model = SplitModelForCausalLM.from_pretrained(folder, cut=(1, depth), link=link, tuning="lora", rows=rows)
+    updater = Updater(model.stage.trainable(), OptimizerConfig())
+    for _ in range(steps):
+        lengths_B1 = torch.randint(96, 129, (8, 1), generator=generator)
+        place_T = torch.arange(int(lengths_B1.max()))
+        mask_BT = (place_T < lengths_B1).long()
+        ids_BT = torch.randint(5, words, mask_BT.shape, generator=generator) * mask_BT
+        answer_BT = (place_T >= 3 * lengths_B1 // 4) & mask_BT.bool()
+        labels_BT = torch.where(answer_BT, ids_BT, -100)
+        with model.part_of_step(Piece()):
+            torch.autograd.backward(model(input_ids=ids_BT, attention_mask=mask_BT, labels=labels_BT).loss)
+        updater.step()
+    server.flush()
+    traffic = link.meter.training
+    trained = [*model.stage.trainable().values(), *server.shared.updater.parameters.values()]
+    return link.bytes, traffic.bytes_up + traffic.bytes_down, [one.detach().clone() for one in trained]
 
 
 def frozen(epochs: int, codec: CodecConfig) -> tuple[float, float, int, float]:
@@ -143,13 +165,14 @@ def frozen(epochs: int, codec: CodecConfig) -> tuple[float, float, int, float]:
 def measure(
     steps: Annotated[int, typer.Option(min=1, help="Of each client in experiment 1, and on instructions.")] = 4,
     epochs: Annotated[int, typer.Option(min=1, help="With a frozen head.")] = 10,
+    decoder: Annotated[str | None, typer.Option(help="A folder or asset of one for instructions.")] = None,
     threads: Threads = 1,
 ) -> Result:
     """Bytes of a step beside whole activations: experiment 1, instructions, a frozen head, and that coded."""
     torch.set_num_threads(threads)
     cases: dict[str, Callable[[], tuple[float, ...]]] = {
         "experiment 1": lambda: sentiment(steps),
-        "instructions": lambda: instructions(steps),
+        "instructions": lambda: instructions(steps, decoder),
         "frozen head": lambda: frozen(epochs, CodecConfig()),
         "frozen head, int8": lambda: frozen(epochs, CODED),
     }
