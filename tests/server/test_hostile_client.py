@@ -201,6 +201,25 @@ def test_whoever_fills_the_server_is_refused_and_others_are_not() -> None:
     assert sum(session.kept_bytes for session in here.server._sessions.values()) <= 2 * 8 * one
 
 
+def test_who_holds_nothing_comes_again_where_others_fill_the_server() -> None:
+    one = 4 * 16 * 32 * 4
+    here = world("llama", config=ServerConfig(max_kept_bytes=8 * one, max_in_flight=100))
+    for name in ("a", "b", "c", "d"):
+        here.join(name, (1, 4))
+    for number in range(3):
+        here.server.answer("a", ForwardRequest(number, z(4, 16, 32), train=True))
+        here.server.answer("b", ForwardRequest(number, z(4, 16, 32), train=True))
+    large = ForwardRequest(0, z(12, 16, 32), train=True)  # 3 of 8, of which 2 are its share
+    with pytest.raises(LinkLostError, match=r"others fill server\.max_kept_bytes, .*do the step again"):
+        here.server.answer("c", large)
+    for number in range(3):
+        here.server.answer("a", BackwardRequest(number, z(4, 16, 32), step=1 + number))
+    here.server.answer("c", large)
+    with pytest.raises(LinkError, match="send a backward first") as refused:
+        here.server.answer("d", ForwardRequest(0, z(36, 16, 32), train=True))  # there will never be room
+    assert not isinstance(refused.value, LinkLostError)
+
+
 def test_gradients_of_steps_that_are_never_complete_count() -> None:
     here = world("llama", config=ServerConfig(max_kept_bytes=600_000))
     here.join("a", (1, 4))

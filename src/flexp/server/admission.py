@@ -111,6 +111,7 @@ def check_forward(session: Session, request: ForwardRequest, stage: Stage, in_fl
     """Refuse a forward that does not fit the model, what was agreed on joining, or the bound on what is in flight.
 
     Raises:
+        LinkLostError: others keep so much that it may be answered later.
         LinkError: see above.
     """
     client, hidden = session.join.client, request.hidden_BTH
@@ -150,6 +151,9 @@ def check_forward(session: Session, request: ForwardRequest, stage: Stage, in_fl
         )
     size = size_kept(request)
     if not session.has_room(size, graph=False):
+        if not session.kept_bytes and size <= config.max_kept_bytes:
+            raise LinkLostError(f"client {client}: others fill server.max_kept_bytes, and {size} more are beyond its "
+                                f"share, {session.share_bytes}; do the step again")  # fmt: skip
         raise LinkError(
             f"client {client}: {session.kept_bytes} bytes wait for its backwards, and {size} more are beyond its share "
             f"of server.max_kept_bytes, {session.share_bytes}, while others need theirs; send a backward first, use "
