@@ -14,7 +14,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Not compiled: most of what comes is never imported, and the rest is compiled when it is.
+# Not compiled: most of what comes is never imported, and the rest is compiled when it is first, and kept, whatever the
+# environment says of bytecode: each process of the tests would compile torch and transformers anew (11 s).
+COMPILED := PYTHONDONTWRITEBYTECODE=
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-compile -c constraints.txt
 
 .DEFAULT_GOAL := help
@@ -24,14 +26,14 @@ help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,/^Another/p'
 
 demo: $(VENV)/.stamp-run
-	$(BIN)/flexp demo
+	$(COMPILED) $(BIN)/flexp demo
 
 test: $(VENV)/.stamp-dev
-	PYTHONPATH=$(VENV)/quantized OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/quantized
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder
+	$(COMPILED) PYTHONPATH=$(VENV)/quantized OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/quantized
+	$(COMPILED) OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder
 
 soak: $(VENV)/.stamp-dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile -m slow
+	$(COMPILED) OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile -m slow
 
 check: $(VENV)/.stamp-dev
 	$(BIN)/ruff format --check .

@@ -448,7 +448,7 @@ def test_over_grpc_it_is_the_same(folder: Path) -> None:
         ({"data": {"task": "causal-lm"}, "privacy": {"label_epsilon": 1.0}}, "one class of an example"),
         ({"data": {"task": "causal-lm"}, "privacy": {"max_label_auc": 0.6}}, "one class of an example"),
         ({"privacy": {"label_epsilon": 1.0, "max_label_auc": 0.6}}, r"AUC of 0.73.* lower it to 0.405"),
-        ({"privacy": {"penalty": "off", "max_content_words": 0.1}}, 'set privacy.penalty'),
+        ({"privacy": {"penalty": "off", "max_content_words": 0.1}}, 'set privacy.pool'),
     ],
 )  # fmt: skip
 def test_what_cannot_be_guarded_is_refused(folder: Path, changes: dict[str, Any], says: str) -> None:

@@ -8,8 +8,9 @@ activation (:meth:`Attack.guess`). To add one: a class here with a line ``name =
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -54,6 +55,11 @@ class Sent:
             before += len(mask_BT)
         return cls(torch.cat(z), torch.cat(positions), torch.cat(texts))
 
+    def as_one(self, cover: Callable[[Tensor], Tensor] = lambda means_UH: means_UH) -> Sent:
+        """With the mean of its text, which ``cover`` changes, in every token's place: what is sent of pooled texts."""
+        means_UH, at_N = _means(self)
+        return replace(self, z_NH=cover(means_UH)[at_N])
+
 
 @dataclass(frozen=True)
 class Public:
@@ -92,6 +98,10 @@ class Attack(ABC):
     @abstractmethod
     def guess(self, sent: Sent) -> Tensor:
         """The token behind each activation, (N,)."""
+
+    def read(self, sent: Sent, ids_N: Tensor) -> Tensor:
+        """The guesses as they are compared with the truth, ``ids_N``."""
+        return self.guess(sent)
 
 
 class Table(Attack):
@@ -151,6 +161,66 @@ class Linear(Attack):
 
     def _closeness(self, told_NE: Tensor) -> Tensor:
         return (told_NE + self._mean) @ self._embeddings.T - self._embeddings.square().sum(1) / 2
+
+
+class Words(Attack):
+    """For pooled texts (``privacy.pool``): one linear map from a text's mean to the words in it, in closed form (ridge
+    regression, whose penalty is chosen on public texts held back); of a text with n tokens the n words that its mean
+    makes likelier than they are anyhow. A word counts as read wherever it stands, since a mean tells no places; how
+    long a text is, which is not sent, is given."""
+
+    name = "words"
+    about = "one linear map from a text's mean to the words in it, in closed form; in any order"
+    slow, causal = False, False
+
+    def learn(self, public: Public) -> None:
+        """See :class:`Attack`."""
+        means_UH, texts_N = _means(public.sent)
+        self._ids, words_N = torch.unique(public.ids_N, return_inverse=True)
+        text_P, word_P = torch.unique(torch.stack([texts_N, words_N]), dim=1)  # each word of a text once
+        held_U = torch.arange(len(means_UH)) % 10 == 0
+        self._mean = means_UH[~held_U].mean(0)
+        z_UH = means_UH - self._mean
+        learnt_P = ~held_U[text_P]
+        cross_VH = torch.zeros(len(self._ids), z_UH.shape[1]).index_add_(0, word_P[learnt_P], z_UH[text_P[learnt_P]])
+        gram = z_UH[~held_U].T @ z_UH[~held_U]
+        eye = torch.eye(len(gram)) * gram.diagonal().mean()
+        maps = [torch.linalg.solve(gram + ridge * eye, cross_VH.T) for ridge in RIDGES]
+        there_UV = torch.zeros(len(z_UH), len(self._ids), dtype=torch.bool)
+        there_UV[text_P, word_P] = True
+        most = int(there_UV.sum(1).float().mean())
+        self._map = max(
+            maps,
+            key=lambda each: int(there_UV[held_U].gather(1, (z_UH[held_U] @ each).topk(most).indices).sum()),
+        )
+
+    def guess(self, sent: Sent) -> Tensor:
+        """See :class:`Attack`; of a text the likeliest first."""
+        means_UH, texts_N = _means(sent)
+        read_N = torch.zeros(len(sent), dtype=torch.long)
+        for text, mean_H in enumerate(means_UH):
+            rows = texts_N == text
+            best = ((mean_H - self._mean) @ self._map).topk(min(int(rows.sum()), len(self._ids))).indices
+            read_N[rows.nonzero()[: len(best), 0]] = self._ids[best]
+        return read_N
+
+    def read(self, sent: Sent, ids_N: Tensor) -> Tensor:
+        """See :class:`Attack`: every guess of a text where it is right, if it is right anywhere."""
+        guess_N, moved_N = self.guess(sent), torch.zeros_like(ids_N)
+        for text in torch.unique(sent.texts_N):
+            rows = (sent.texts_N == text).nonzero()[:, 0].tolist()
+            left = Counter(guess_N[rows].tolist())
+            wrong = []
+            for row in rows:
+                token = int(ids_N[row])
+                if left[token] > 0:
+                    left[token] -= 1
+                    moved_N[row] = token
+                else:
+                    wrong.append(row)
+            for row, token in zip(wrong, left.elements(), strict=True):
+                moved_N[row] = token
+        return moved_N
 
 
 class Decoder(Attack):
@@ -224,6 +294,13 @@ class Prefix(Attack):
         return read_N
 
 
+def _means(sent: Sent) -> tuple[Tensor, Tensor]:
+    """The mean (U, H) of each text, and which of them each row, (N,), belongs to."""
+    texts_U, at_N, counts_U = torch.unique(sent.texts_N, return_inverse=True, return_counts=True)
+    sums_UH = torch.zeros(len(texts_U), sent.z_NH.shape[1]).index_add_(0, at_N, sent.z_NH)
+    return sums_UH / counts_U[:, None], at_N
+
+
 class _Centre:
     """Takes off the mean activation of a position, which says nothing of the token."""
 
@@ -238,3 +315,5 @@ class _Centre:
 
 
 ATTACKS: tuple[type[Attack], ...] = (Table, Linear, Decoder, Prefix)
+ON_MEANS: tuple[type[Attack], ...] = (Table, Linear, Words, Decoder)
+"""Where one vector of each text is sent."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from flexp.attacks.public import MANUAL, dull_tokens, encoded, known_to_all, paragraphs
-from flexp.attacks.tokens import ATTACKS, Attack, Public
+from flexp.attacks.tokens import ATTACKS, ON_MEANS, Attack, Public
 from flexp.audit.training import labels_told, membership_told, words_told
 from flexp.audit.truth import Truth
 from flexp.audit.watching import Exchange, Known, Watch, watchable, watching
@@ -166,7 +166,11 @@ def attacked(watch: Watch, *, public: Path | None = None, full: bool = False) ->
     places = _places(watch.exchanges)
     blind: dict[str, float] = {}
     for depth in sorted({depth for _, depth in places}):
-        kinds = [kind for kind in ATTACKS if (full or not kind.slow) and (decoder or not kind.causal)]
+        kinds = [
+            kind
+            for kind in (ON_MEANS if config.privacy.pool else ATTACKS)
+            if (full or not kind.slow) and (decoder or not kind.causal)
+        ]
         heads = _heads(run, depth, examples)
         dull = dull_tokens(heads[PRETRAINED], special.tolist())
         truths = {of: Truth.of(seen, of, special, dull) for (of, where), seen in places.items() if where == depth}
@@ -211,7 +215,10 @@ def attacked(watch: Watch, *, public: Path | None = None, full: bool = False) ->
 def _heads(run: Known, depth: int, examples: Sequence[Example]) -> dict[str, Public]:
     """What the heads that an attacker learns from make of public text: the pretrained one, and where clients teach
     theirs or add noise, one that it taught in the same way, until the same bound is kept, with such noise."""
-    heads, config = {PRETRAINED: known_to_all(run.source, depth, examples)}, run.config.privacy
+    pretrained, config = known_to_all(run.source, depth, examples), run.config.privacy
+    if config.pool:
+        pretrained = replace(pretrained, sent=pretrained.sent.as_one())
+    heads = {PRETRAINED: pretrained}
     if config.of_texts and depth > 0:
         surrogate = run.surrogate(depth)
         guard = Guard(config, examples[:SURROGATE], run.task.processor, SURROGATE, SURROGATE)
@@ -232,7 +239,7 @@ def _places(exchanges: Sequence[Exchange]) -> dict[tuple[str, int], list[Exchang
 
 
 def _read(attack: Attack, depth: int, truth: Truth, of: str, head: str, began: float) -> tuple[Reading, Tensor]:
-    read_N = attack.guess(truth.sent)
+    read_N = attack.read(truth.sent, truth.ids_N)
     right_N, texts_N, content_N = read_N == truth.ids_N, truth.sent.texts_N, truth.content_N
     wrong = torch.zeros(int(texts_N.max()) + 1).index_add_(0, texts_N, (truth.real_N & ~right_N).float())
     by_step = {int(step): _share(right_N[content_N & (truth.steps_N == step)]) for step in torch.unique(truth.steps_N)}

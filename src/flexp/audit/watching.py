@@ -61,6 +61,10 @@ class Exchange:
         """Which places hold a token."""
         return self.batch.get("attention_mask", torch.ones_like(self.batch["input_ids"])).bool()
 
+    def of_tokens(self, value_BTH: Tensor) -> Tensor:
+        """What crossed, with the one vector of a pooled text in the place of each of its tokens."""
+        return value_BTH.expand(-1, self.mask.shape[1], -1) if value_BTH.shape[1] == 1 else value_BTH
+
 
 @dataclass(frozen=True)
 class Known:
@@ -125,14 +129,14 @@ class Watch:
                 self._forward(client, request)
             elif isinstance(request, BackwardRequest) and (client, request.exchange) in self._open:
                 exchange = self._open.pop((client, request.exchange))
-                exchange.grad_BTH = unpack(_copied(request.grad_BTH), exchange.reads)
+                exchange.grad_BTH = exchange.of_tokens(unpack(_copied(request.grad_BTH), exchange.reads))
 
     def answered(self, client: str, request: Request[Any], reply: Any) -> None:
         """What the server said to it."""
         with self._harmless():
             if isinstance(request, FORWARDS) and (client, request.exchange) in self._open:
                 exchange = self._open[client, request.exchange]
-                exchange.h_BTH = unpack(_copied(reply.hidden_BTH), exchange.reads)
+                exchange.h_BTH = exchange.of_tokens(unpack(_copied(reply.hidden_BTH), exchange.reads))
 
     @contextmanager
     def _harmless(self) -> Iterator[None]:
@@ -162,6 +166,7 @@ class Watch:
         exchange = Exchange(
             client, request.step, batch, model.cut, _copied(whole.hidden_BTH), model.base_depth, base_BTH, reads
         )
+        exchange.z_BTH = exchange.of_tokens(exchange.z_BTH)
         self._open[client, request.exchange] = exchange
         self.exchanges.append(exchange)
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from flexp.attacks.public import dull_tokens, encoded, known_to_all, padded, paragraphs, pooled
-from flexp.attacks.tokens import Linear, Public, Sent, Table
+from flexp.attacks.tokens import Attack, Linear, Public, Sent, Table, Words
 from flexp.client.noise import Noise
 from flexp.client.penalties import Adversary, NoPeek
 from flexp.client.random_labels import RandomLabels
@@ -114,11 +114,12 @@ class Guard:
         return {**batch, "labels": self.labels.of(batch)}
 
     def sent(self, ids_BT: Tensor, mask_BT: Tensor | None, z_BTH: Tensor) -> Tensor:
-        """What is sent of z, (B, T, H): nothing where there is padding, since it knows the text as well."""
+        """What is sent of z, (B, T, H), or (B, 1, H) of pooled texts: nothing where there is padding, which knows the
+        text as well."""
         mask_BT = torch.ones_like(ids_BT).bool() if mask_BT is None else mask_BT.bool()
         if self.noise is not None:
             z_BTH = self.noise.cover(z_BTH, ids_BT, mask_BT)
-        return z_BTH * mask_BT.unsqueeze(-1)
+        return z_BTH if self.config.pool else z_BTH * mask_BT.unsqueeze(-1)
 
     def state(self) -> dict[str, Tensor]:
         """What :meth:`load` needs."""
@@ -176,8 +177,10 @@ class Guard:
         public = [example["input_ids"][:longest] for example in encoded(self._tokenizer, texts, passes=0)]
         everything = [*private, *public]
         if self.noise is not None and self.noise.clip is None:
-            came = known_to_all(stage, depth, [{"input_ids": ids} for ids in public])
-            self.noise.clip = float(came.sent.z_NH.norm(dim=1).median())
+            came = known_to_all(stage, depth, [{"input_ids": ids} for ids in public]).sent
+            self.noise.clip = float((came.as_one() if self.config.pool else came).z_NH.norm(dim=1).median())
+        if not steps and bound is None:
+            return
         if again and bound is not None:
             self.read = self._check(stage, depth, private, public)
             if self.read <= bound:
@@ -220,12 +223,13 @@ class Guard:
 
     def covered(self, known: Public) -> Public:
         """What a client with this guard, whose noise is another, would have sent."""
-        if self.noise is None:
-            return known
-        return replace(known, sent=replace(known.sent, z_NH=self.noise.fresh(known.sent.z_NH)))
+        cover = (lambda z: z) if self.noise is None else self.noise.fresh
+        if self.config.pool:
+            return replace(known, sent=known.sent.as_one(cover))
+        return replace(known, sent=replace(known.sent, z_NH=cover(known.sent.z_NH)))
 
     def _check(self, stage: Stage, depth: int, private: list[list[int]], public: list[list[int]]) -> float:
-        """The share of content words of some private texts that the better of two attacks reads."""
+        """The share of content words of some private texts that the best of these attacks reads."""
         special, draw = set(self._tokenizer.all_special_ids), generator(self._seed, STREAM, "check")
         some = [private[number] for number in draw.permutation(len(private))[:CHECKED]]
         tokens = sorted({token for ids in some for token in ids} - special)
@@ -236,15 +240,16 @@ class Guard:
         known = known_to_all(stage, depth, [{"input_ids": ids} for ids in [*public[: PUBLIC // 2], *shuffled]])
         truth = known_to_all(stage, depth, [{"input_ids": ids} for ids in some])
         known, truth = self.covered(known), self.covered(truth)
-        return max(content_read(attack, known, truth.sent, truth.ids_N, special)
-                   for attack in (Table(), Linear()))  # fmt: skip
+        attacks = (Words(),) if self.config.pool else (Table(), Linear())
+        return max(content_read(attack, known, truth.sent, truth.ids_N, special) for attack in attacks)
 
 
-def content_read(attack: Any, known: Public, sent: Sent, ids_N: Tensor, special: set[int]) -> float:
+def content_read(attack: Attack, known: Public, sent: Sent, ids_N: Tensor, special: set[int]) -> float:
     """The share of content words that an attack reads which learns from ``known``."""
     attack.learn(known)
     content_N = ~torch.isin(ids_N, dull_tokens(known, special))
-    return float((attack.guess(sent) == ids_N)[content_N].float().mean()) if bool(content_N.any()) else 0.0
+    read_N = attack.read(sent, ids_N)
+    return float((read_N == ids_N)[content_N].float().mean()) if bool(content_N.any()) else 0.0
 
 
 def _run(stage: Stage, depth: int, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:

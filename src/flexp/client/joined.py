@@ -54,8 +54,10 @@ class JoinedModel(PersonalModel):
         cache: Cache = "off",
         reuse: float = 0.0,
         base_depth: int | None = None,
+        pools: bool = False,
     ) -> None:
         super().__init__(stage)
+        self.pools = pools
         self.rows = rows
         self.cache = cache
         self.reuse = reuse

@@ -32,6 +32,7 @@ from flexp.models.batches import PER_TOKEN, labelled
 from flexp.models.execution import ExecutionPlan
 from flexp.models.heads import trained_classes
 from flexp.models.loading import load_config, load_stage
+from flexp.models.pooling import pooled_texts
 from flexp.models.tuning import tune
 
 log = logging.getLogger("flexp")
@@ -73,6 +74,8 @@ class SplitModel(JoinedModel):
             on (``logits``), or of those that a training loss reads (``loss``), when other tokens' logits mean nothing.
         base_depth: the s_min that the server must have; ``None``: the one that it says on joining first. Later it may
             say no other, since what goes up for alignment comes out of block s_min − 1.
+        pools: of each text one vector goes up, the mean of its tokens, and all blocks after s go on with that one
+            (``privacy.pool``; for classifiers that read the mean).
 
     Raises:
         ConfigError: bare embeddings would go up.
@@ -212,8 +215,11 @@ class SplitModel(JoinedModel):
             z_BTH = self.stage.run(z_BTH, plan, index, index + 1)
             if inner and index < start - 1:
                 inner_BTH.append(z_BTH)
+        texts = inputs
+        if self.pools:
+            z_BTH, inputs, plan = pooled_texts(self.stage, z_BTH, inputs)
         if self.guard is not None and self.guard.config.of_texts:
-            z_BTH = self.guard.sent(inputs["input_ids"], inputs.get("attention_mask"), z_BTH)
+            z_BTH = self.guard.sent(texts["input_ids"], texts.get("attention_mask"), z_BTH)
         back = z_BTH.requires_grad
         if train and not back:
             z_BTH = z_BTH.detach().requires_grad_()  # the server's blocks need a backward even if nothing here does

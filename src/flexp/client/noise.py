@@ -78,6 +78,7 @@ def ledger(config: RunConfig, federation: Federation, hidden: int) -> dict[str, 
         seen = config.train.total_steps * config.train.batch_size
         epochs = max((math.ceil(seen / len(each)) for each in train), default=1)
         tokens = max((len(example.get("input_ids", ())) for each in train for example in each), default=1)
+        tokens = 1 if config.privacy.pool else tokens  # of a text one activation is sent
         found = {"delta": DELTA, "activation": epsilon(ratio, hidden), "tokens": tokens,
                  "text": epsilon(ratio, hidden, tokens), "run": None, "epochs": epochs,
                  "fresh": epsilon(ratio, hidden, tokens * epochs)}  # fmt: skip
@@ -89,7 +90,7 @@ def told(found: Mapping[str, float | None]) -> str:
     said, known = [], {key: value for key, value in found.items() if value is not None}
     if "text" in found:
         said.append(
-            "ε = {activation:.3g} for one activation and {text:.3g} for a text of {tokens} tokens, sent once (δ = "
+            "ε = {activation:.3g} for one activation and {text:.3g} for a text of {tokens} of them, sent once (δ = "
             "{delta:g}), and none for a run: heads move between {epochs} epochs under the same noise (fresh noise "
             "would give {fresh:.3g}); more than about 10 is no guarantee".format(**known)
         )

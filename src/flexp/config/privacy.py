@@ -21,7 +21,7 @@ class WarmUpConfig(Section):
 
 class PrivacyConfig(Section):
     """A client teaches its head not to tell its tokens (:mod:`flexp.client.guarding`), covers what it sends with noise
-    (:mod:`flexp.client.noise`), and trains on labels that were answered at random
+    (:mod:`flexp.client.noise`), sends one vector of each text alone, and trains on labels that were answered at random
     (:mod:`flexp.client.random_labels`)."""
 
     # nopeek: the distance correlation between what is sent and the input embeddings (NoPeek, arXiv 2008.09161);
@@ -30,6 +30,8 @@ class PrivacyConfig(Section):
     weight: Annotated[float, Field(ge=0.0)] = 0.1  # of the penalty along with the task
     noise: Annotated[float, Field(ge=0.0)] = 0.0  # ρ: its norm ÷ the norm that every token's activation is clipped to
     clip: Rate | None = None  # that norm; None: the median that the head gives public texts when it comes
+    # of each text one vector is sent, the mean of its tokens' activations, and the blocks after the cut go on with that
+    pool: bool = False
     # ε of the labels: each is answered at random once, and training knows that answer alone; None: as they are
     label_epsilon: Rate | None = None
     # of labels, what may be told at most (0.5: nothing): chooses label_epsilon where that is not set, or judges it
@@ -44,7 +46,7 @@ class PrivacyConfig(Section):
     @property
     def of_texts(self) -> bool:
         """Whether anything is done for texts."""
-        return self.penalty != "off" or self.noise > 0
+        return self.penalty != "off" or self.noise > 0 or self.pool
 
     @property
     def on(self) -> bool:

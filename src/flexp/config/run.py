@@ -98,8 +98,17 @@ class RunConfig(Section):
                              "choose one")  # fmt: skip
         if self.privacy.max_content_words is not None and not self.privacy.of_texts:
             raise ValueError(
-                "privacy.max_content_words holds a defence to it: set privacy.penalty = 'nopeek' or privacy.noise"
+                "privacy.max_content_words holds a defence to it: set privacy.pool, privacy.penalty = 'nopeek' or "
+                "privacy.noise"
             )
+        if self.privacy.pool and self.model.pooling != "mean":
+            raise ValueError(
+                "privacy.pool sends the mean of a text's tokens, whose classifier reads their mean as well: set "
+                'model.pooling = "mean", which is for one class of a text'
+            )
+        if self.privacy.pool and self.privacy.penalty != "off":
+            raise ValueError("privacy.pool and privacy.penalty: no token's activation is sent that could be taught; "
+                             "choose one")  # fmt: skip
         if self.privacy.of_labels and self.train.class_weights is not None:
             raise ValueError("privacy.label_epsilon hides the labels that train.class_weights counts: leave one out")
         if self.recut.on and self.server.tuning not in (None, self.model.tuning):

@@ -34,6 +34,9 @@ def write_base(run: SavedRun, out: Path, dtype: torch.dtype | None = None) -> in
         ConfigError: there is nothing that all clients have alike.
         StorageError: the checkpoint is damaged, or the disk cannot be written.
     """
+    if run.config.privacy.pool:
+        raise ConfigError(f"{run.folder}: privacy.pool puts a mean between the blocks, which no engine's base has; "
+                          "leave out --base")  # fmt: skip
     found = alike(run)
     if not found:
         raise ConfigError(f"{run.folder}: its clients have nothing alike that was trained; leave out --base")

@@ -23,7 +23,7 @@ from flexp.export.whole import merged
 from flexp.files import replacing, storage_error, write_json, write_text
 from flexp.kinds import KINDS, ModelKind
 from flexp.models.loading import quietly
-from flexp.models.pooling import saved_as
+from flexp.models.pooling import pool_before, saved_as
 from flexp.run.settle import model_folder
 from flexp.run.store import os_error
 
@@ -72,7 +72,10 @@ def _write(folder: Path, model: RunModel, form: Form, dtype: torch.dtype | None,
         write_adapter(folder, source, cast, model.lora, model.kind, base)
         source.model.config.save_pretrained(folder)
     else:
-        saved_as(merged(source, weights, model.lora.alpha / model.lora.rank, dtype)).save_pretrained(folder)
+        whole = merged(source, weights, model.lora.alpha / model.lora.rank, dtype)
+        if model.config.privacy.pool:
+            pool_before(whole, source.anatomy.path, model.cut[0])
+        saved_as(whole).save_pretrained(folder)
 
 
 def check_target(out: Path, dtype: str | None) -> None:

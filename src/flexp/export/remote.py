@@ -27,7 +27,7 @@ from flexp.links.messages import FetchRequest, Join
 from flexp.links.opening import connected
 from flexp.models.anatomy import Part
 from flexp.models.fingerprint import fingerprint, read_header
-from flexp.models.pooling import saved_as
+from flexp.models.pooling import pool_before, saved_as
 from flexp.models.stage import Stage
 from flexp.run.settle import model_folder
 
@@ -80,7 +80,10 @@ class _Export:
         stage = self.client.stage(Part(frozenset(), ends=True))
         with closing(Fetched(link, self.client, stage)) as fetched:
             shards = _Shards(folder)
-            shards.write(0, self._filled(stage, self._own(stage, None)), settings=True)
+            ends = self._filled(stage, self._own(stage, None))
+            if self.client.config.privacy.pool:
+                pool_before(ends, stage.anatomy.path, self.client.cut[0])
+            shards.write(0, ends, settings=True)
             let_go(stage.model)
             for index in range(self.blocks):
                 if index not in self.shared:

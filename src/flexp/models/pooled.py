@@ -5,6 +5,8 @@ it with ``AutoModelForSequenceClassification.from_pretrained(folder, trust_remot
 transformers refuses, since no architecture of its own computes this.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -27,16 +29,44 @@ def pool(hidden_BTH: Tensor, mask_BT: Tensor | None, how: str) -> Tensor:
     return hidden_BTH[torch.arange(len(hidden_BTH), device=hidden_BTH.device), chosen_B]
 
 
+@contextmanager
+def pooled_early(base: Any, early: list[Any] | None, mask_BT: Tensor | None) -> Iterator[None]:
+    """Inside the ``with`` block a block of the model, and so all that follow, has the mean of a text for each token."""
+    if early is None:
+        yield
+        return
+
+    def mean(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        hidden_BTH = args[0] if args else kwargs["hidden_states"]
+        mean_BTH = pool(hidden_BTH, mask_BT, "mean").unsqueeze(1).expand_as(hidden_BTH)
+        return ((mean_BTH, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": mean_BTH})
+
+    path, block = early
+    hook = base.get_submodule(path)[block].register_forward_pre_hook(mean, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 class PooledConfig(PretrainedConfig):  # type: ignore[misc]
-    """``text_config``: of the model below. ``pooling``: mean, last or cls. ``dropout``: before the classifier."""
+    """``text_config``: of the model below. ``pooling``: mean, last or cls. ``dropout``: before the classifier.
+    ``early``: where its blocks are, and the one from which on a text is the mean of its tokens; ``None``: none."""
 
     model_type = "flexp-pooled"
     sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig}
 
-    def __init__(self, text_config: Any = None, pooling: str = "mean", dropout: float = 0.0, **others: Any) -> None:
+    def __init__(
+        self,
+        text_config: Any = None,
+        pooling: str = "mean",
+        dropout: float = 0.0,
+        early: list[Any] | None = None,
+        **others: Any,
+    ) -> None:
         if isinstance(text_config, dict):
             text_config = AutoConfig.for_model(**text_config)
-        self.text_config, self.pooling, self.dropout = text_config, pooling, dropout
+        self.text_config, self.pooling, self.dropout, self.early = text_config, pooling, dropout, early
         super().__init__(**others)
 
 
@@ -52,7 +82,7 @@ class PooledForSequenceClassification(PreTrainedModel):  # type: ignore[misc]
     def __init__(self, config: PooledConfig) -> None:
         super().__init__(config)
         self.base = without_pooler(AutoModel.from_config(config.text_config))
-        self.pooling = config.pooling
+        self.pooling, self.early = config.pooling, config.early
         self.dropout = nn.Dropout(config.dropout)
         self.classifier = nn.Linear(width_of(config.text_config), config.num_labels)
         self.post_init()
@@ -65,7 +95,8 @@ class PooledForSequenceClassification(PreTrainedModel):  # type: ignore[misc]
         **others: Any,
     ) -> SequenceClassifierOutput:
         """Logits (B, C) and, with labels, the loss of ``config.problem_type``."""
-        hidden_BTH = self.base_model(input_ids=input_ids, attention_mask=attention_mask, **others)[0]
+        with pooled_early(self.base_model, self.early, attention_mask):
+            hidden_BTH = self.base_model(input_ids=input_ids, attention_mask=attention_mask, **others)[0]
         logits_BC = self.classifier(self.dropout(pool(hidden_BTH, attention_mask, self.pooling)))
         loss = None if labels is None else ForSequenceClassificationLoss(labels, logits_BC, self.config)
         return SequenceClassifierOutput(loss=loss, logits=logits_BC)

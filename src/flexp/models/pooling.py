@@ -7,16 +7,22 @@ little.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 from flexp.errors import ModelError
 from flexp.kinds import KINDS
-from flexp.models.pooled import PooledConfig, PooledForSequenceClassification, width_of, without_pooler
+from flexp.models.batches import NOT_FOR_BLOCKS
+from flexp.models.execution import ExecutionPlan
+from flexp.models.pooled import PooledConfig, PooledForSequenceClassification, pool, width_of, without_pooler
+
+if TYPE_CHECKING:
+    from flexp.models.stage import Stage
 
 CLASSIFIER = "classifier"
 """What the new layer is called in the model."""
@@ -44,6 +50,8 @@ def put_pooling(model: Any, how: str, kind: str, name: str) -> list[str]:
     Raises:
         ModelError: the model is no text classifier.
     """
+    if getattr(model, "early", None) is not None:
+        raise ModelError(f"{name}: was trained with privacy.pool, and is for use as it is; train from what it came of")
     if how == "checkpoint" or getattr(model, "pooling", None) == how:
         return []
     if KINDS[kind].pipeline != "text-classification":
@@ -62,13 +70,31 @@ def put_pooling(model: Any, how: str, kind: str, name: str) -> list[str]:
     return [f"{CLASSIFIER}.weight", f"{CLASSIFIER}.bias"]
 
 
+def pooled_texts(
+    stage: Stage, z_BTH: Tensor, inputs: Mapping[str, Any]
+) -> tuple[Tensor, dict[str, Any], ExecutionPlan]:
+    """One vector of each text, the mean of its tokens, in their place: (B, 1, H); the batch that this is, labels
+    included, and the plan of blocks that go on with it."""
+    z_B1H = pool(z_BTH, inputs.get("attention_mask"), "mean").unsqueeze(1)
+    there_B1 = torch.ones(z_B1H.shape[:2], dtype=torch.long, device=z_B1H.device)
+    short = {key: value for key, value in inputs.items() if key in NOT_FOR_BLOCKS}
+    short |= {"input_ids": torch.zeros_like(there_B1), "attention_mask": there_B1}
+    return z_B1H, short, stage.plan_without_inputs(z_B1H.detach(), there_B1)
+
+
+def pool_before(model: Any, path: str, block: int) -> None:
+    """Let ``block`` of a whole model with a head of :func:`put_pooling`, whose blocks are at ``path``, and all that
+    follow go on with the mean of a text's tokens in the place of each: to rounding what :func:`pooled_texts` gives."""
+    model.early = [path.removeprefix(f"{model.base_model_prefix}."), block]
+
+
 def saved_as(model: Any) -> Any:
     """The same model as transformers is to save it, sharing its tensors: with another head, as a class whose code is
     saved with it."""
     if not issubclass(type(model), _Pooling):
         return model
     with torch.device("meta"):
-        config = PooledConfig(model.config.to_dict(), model.pooling, model.dropout.p)
+        config = PooledConfig(model.config.to_dict(), model.pooling, model.dropout.p, model.early)
         config.num_labels, config.problem_type = model.config.num_labels, model.config.problem_type
         config.id2label, config.label2id = model.config.id2label, model.config.label2id
         config.dtype = model.dtype
@@ -79,6 +105,8 @@ def saved_as(model: Any) -> Any:
 
 class _Pooling:
     """Marks a class that :func:`put_pooling` made."""
+
+    early: list[Any] | None = None
 
 
 @lru_cache
