@@ -13,7 +13,6 @@ import ipaddress
 import json
 import math
 import secrets
-import socket
 import tempfile
 import threading
 import time
@@ -21,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -29,8 +28,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from flexp.config import DeploymentConfig
 from flexp.config.loading import OTHERS, overridden, validate
+from flexp.door import Door, Held
 from flexp.errors import ConfigError
 from flexp.files import folder_name
+
+if TYPE_CHECKING:
+    from flexp.links.base import Link
 
 RESTARTS = 3
 """Times that the client of a node is started again."""
@@ -118,52 +121,27 @@ def conduct(
         raise ConfigError(f"{file}: has no deployment.clients; name the run's clients, as nodes do")
     host, _, port = options["listen"].rpartition(":")
     reached = options["host"] or host
-    with socket.socket() as free:  # chosen now: clients are started while the server loads its blocks
-        free.bind((host, int(port)))
-        port = str(free.getsockname()[1])
     token = secrets.token_urlsafe(32)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, Held(host, int(port)) as held:  # clients start while blocks load
         certificate = certify(reached, Path(folder))
-        address = f"grpcs://{reached}:{port}"
+        address = f"grpcs://{reached}:{held.port}"
         nodes = nodes_of({"server": address, "token": token, "ca": certificate, "content": json.dumps(content)})
         nodes.look()
-
-        import torch
-
-        from flexp.data.tasks import task_of
-        from flexp.links.grpc import ServerTls, Tokens
-        from flexp.links.rules import Limits
-        from flexp.run.server import make_conductor, make_server, read_config, run_server
-
-        config, deployment = read_config(file, ())
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
-        depth = 1 if config.model.base_depth is None else config.model.base_depth
-        kind, rate = task_of(config.data).model_kind, deployment.bytes_per_second
-        server = make_server(config, depth, deployment.end, kind, names, deployment=deployment)
-        conductor = make_conductor(server, config, deployment, Path(options["state"]), say)
-        digest = hashlib.sha256(token.encode()).digest()
         stop, failed = threading.Event(), list[BaseException]()
 
         def serve() -> None:
             try:
-                run_server(
-                    server, f"{host}:{port}", say=say, stop=stop, conductor=conductor,
-                    allow_export=deployment.allow_export, dismiss=deployment.on_stop == "leave",
-                    limits=Limits(
-                        max_tokens=deployment.max_tokens,
-                        requests_per_second=deployment.requests_per_second,
-                        bytes_per_second=math.inf if rate is None else rate,
-                    ),
-                    tls=ServerTls(Path(folder, "cert.pem"), Path(folder, "key.pem")),
-                    tokens=Tokens(dict.fromkeys(names, digest)),
-                )  # fmt: skip
+                _serve(file, names, Path(options["state"]), token, Path(folder), held, stop)
             except BaseException as error:
                 failed.append(error)
+            finally:
+                held.let_go()
 
         def end() -> None:
             stop.set()
-            thread.join()
+            held.let_go()  # nobody need come any more
+            if held.given:  # else there is nothing to save
+                thread.join()
 
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
@@ -184,6 +162,46 @@ def conduct(
             raise failed[0]
 
 
+def _serve(
+    file: Path,
+    names: list[str],
+    state: Path,
+    token: str,
+    folder: Path,
+    held: Held,
+    stop: threading.Event,
+) -> None:
+    """Load the blocks and serve them at the address that is ``held``, with the certificate in ``folder``."""
+    import torch
+
+    from flexp.data.tasks import task_of
+    from flexp.links.grpc import ServerTls, Tokens
+    from flexp.links.rules import Limits
+    from flexp.run.server import make_conductor, make_server, read_config, run_server
+
+    config, deployment = read_config(file, ())
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    depth = 1 if config.model.base_depth is None else config.model.base_depth
+    kind, rate = task_of(config.data).model_kind, deployment.bytes_per_second
+    server = make_server(config, depth, deployment.end, kind, names, deployment=deployment)
+    conductor = make_conductor(server, config, deployment, state, say)
+    digest = hashlib.sha256(token.encode()).digest()
+    if not held.give():
+        return
+    run_server(
+        server, held.address, say=say, stop=stop, conductor=conductor,
+        allow_export=deployment.allow_export, dismiss=deployment.on_stop == "leave",
+        limits=Limits(
+            max_tokens=deployment.max_tokens,
+            requests_per_second=deployment.requests_per_second,
+            bytes_per_second=math.inf if rate is None else rate,
+        ),
+        tls=ServerTls(folder / "cert.pem", folder / "key.pem"),
+        tokens=Tokens(dict.fromkeys(names, digest)),
+    )  # fmt: skip
+
+
 def take_part(start: Mapping[str, Any], node: Mapping[str, Any]) -> dict[str, Any]:
     """Be a client until the run is over or stopped; gives what to tell of it.
 
@@ -197,6 +215,7 @@ def take_part(start: Mapping[str, Any], node: Mapping[str, Any]) -> dict[str, An
     """
     from flexp.cli.verify import parse_cut
     from flexp.links.grpc import connect
+    from flexp.links.grpc.security import Address
     from flexp.report.metrics import read
     from flexp.run.client import run_client
     from flexp.run.settle import settle_client
@@ -219,8 +238,15 @@ def take_part(start: Mapping[str, Any], node: Mapping[str, Any]) -> dict[str, An
         ca.write(str(start["ca"]))
         ca.flush()
         known: dict[str, Any] = {"token": str(start["token"]), "ca": ca.name, "timeout": deployment.answer_seconds}
+        address = Address.of_url(str(start["server"]))
+        door = Door(address.host, address.port)
+
+        def reach() -> Link:
+            door.look()
+            return connect(str(start["server"]), name, **known)
+
         over = run_client(
-            setup, deployment, lambda: connect(str(start["server"]), name, **known), state,
+            setup, deployment, reach, state,
             codec=setup.config.link.codec if coded else None, stop=threading.Event(),
         )  # fmt: skip
     records, metric = read(state / "metrics.jsonl"), setup.run.federation.task.metric
