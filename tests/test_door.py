@@ -22,8 +22,10 @@ def test_a_client_waits_for_a_server_to_come_and_leaves_one_that_has_gone(monkey
                 door.look()
             assert not isinstance(turned_away.value, StoppedError)
             time.sleep(0.15)
-        assert held.give()
-        assert not held.give()
+        held.give()
+        assert held.given
+        with pytest.raises(StoppedError, match="before its server was there"):
+            held.give()
         with socket.create_server(place):  # the address is free at once
             door.look()
     with pytest.raises(LinkLostError, match="not there yet"):

@@ -187,10 +187,8 @@ def _serve(
     server = make_server(config, depth, deployment.end, kind, names, deployment=deployment)
     conductor = make_conductor(server, config, deployment, state, say)
     digest = hashlib.sha256(token.encode()).digest()
-    if not held.give():
-        return
     run_server(
-        server, held.address, say=say, stop=stop, conductor=conductor,
+        server, held.address, say=say, stop=stop, conductor=conductor, ready=held.give,
         allow_export=deployment.allow_export, dismiss=deployment.on_stop == "leave",
         limits=Limits(
             max_tokens=deployment.max_tokens,

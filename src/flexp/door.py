@@ -34,13 +34,17 @@ class Held:
     def __exit__(self, *_: object) -> None:
         self.let_go()
 
-    def give(self) -> bool:
-        """Leave it to the server, which opens it anew; gives whether it still may."""
+    def give(self) -> None:
+        """Leave it to the server, which opens it anew.
+
+        Raises:
+            StoppedError: it was let go of.
+        """
         with self._lock:
-            may = not self._closed
-            self.given |= may
+            if self._closed:
+                raise StoppedError("the run was stopped before its server was there")
+            self.given = True
         self.let_go()
-        return may
 
     def let_go(self) -> None:
         """Close it."""
