@@ -8,6 +8,7 @@ import time
 import pytest
 
 from flexp import door as doors
+from flexp.carried import take_part
 from flexp.door import Door, Held
 from flexp.errors import LinkLostError, StoppedError
 
@@ -33,3 +34,6 @@ def test_a_client_waits_for_a_server_to_come_and_leaves_one_that_has_gone(monkey
     time.sleep(0.2)
     with pytest.raises(StoppedError, match="the server has gone"):
         door.look()
+    monkeypatch.setattr(doors, "GONE", 0.0)
+    start = {"server": f"grpcs://127.0.0.1:{held.port}", "token": "", "ca": "", "content": "{}"}
+    assert take_part(start, {"name": "north", "state": "nowhere"}) == {"name": "north", "over": False}

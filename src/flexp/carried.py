@@ -19,8 +19,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime, timedelta
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -211,9 +213,15 @@ def take_part(start: Mapping[str, Any], node: Mapping[str, Any]) -> dict[str, An
     Raises:
         FlexpError: what is wrong with the data, the state or the server's answers.
     """
+    name, place = str(node["name"]), urlsplit(str(start["server"]))
+    door = Door(str(place.hostname), int(place.port or 0))
+    for heavy in ("torch", "transformers.modeling_utils", "flexp.run.client"):  # seconds, in which the run may end
+        if door.gone():
+            return {"name": name, "over": False}
+        import_module(heavy)
+
     from flexp.cli.verify import parse_cut
     from flexp.links.grpc import connect
-    from flexp.links.grpc.security import Address
     from flexp.report.metrics import read
     from flexp.run.client import run_client
     from flexp.run.settle import settle_client
@@ -224,7 +232,6 @@ def take_part(start: Mapping[str, Any], node: Mapping[str, Any]) -> dict[str, An
         data = content.setdefault("data", {})
         data["source"] = str(node["data"])
         data.setdefault("clients", {}).update(by="iid", count=1)
-    name = str(node["name"])
     config = validate({table: keys for table, keys in content.items() if table not in OTHERS}, WHERE)
     setup = settle_client(config, name, parse_cut(str(node["cut"])) if "cut" in node else None)
     for note in setup.run.federation.remarks:
@@ -236,8 +243,6 @@ def take_part(start: Mapping[str, Any], node: Mapping[str, Any]) -> dict[str, An
         ca.write(str(start["ca"]))
         ca.flush()
         known: dict[str, Any] = {"token": str(start["token"]), "ca": ca.name, "timeout": deployment.answer_seconds}
-        address = Address.of_url(str(start["server"]))
-        door = Door(address.host, address.port)
 
         def reach() -> Link:
             door.look()

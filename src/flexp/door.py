@@ -91,3 +91,11 @@ class Door:
         except OSError:
             pass
         raise LinkLostError("the server is not there yet")
+
+    def gone(self) -> bool:
+        """Whether that is so."""
+        try:
+            self.look()
+        except LinkLostError as error:
+            return isinstance(error, StoppedError)
+        return False
