@@ -86,7 +86,7 @@ STEPS: dict[str, tuple[AlignConfig, type[Request[Any]], Lie, str]] = {
         OFF, ForwardRequest, lambda reply: replace(reply, align=0.5), "though nothing was sent for it"
     ),
     "what only a server before it asks for": (
-        EVERY, ForwardRequest, lambda reply: replace(reply, teachers=(reply.hidden_BTH,)), "only another server asks for"
+        EVERY, ForwardRequest, lambda reply: replace(reply, teachers=(reply.hidden_BTH,)), "only another server asks"
     ),
     "an alignment that is no number": (
         EVERY, ForwardRequest, lambda reply: replace(reply, align=NAN), "expected a finite number"
