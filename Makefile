@@ -87,4 +87,6 @@ $(VENV)-flower/.stamp: pyproject.toml constraints.txt constraints-flower.txt
 	$(PYTHON) -m venv $(VENV)-flower
 	sed -n 's/^\([^#].*==\).*/^\1/p' constraints-flower.txt | grep -vif - constraints.txt | cat - constraints-flower.txt > $(VENV)-flower/constraints.txt
 	$(VENV)-flower/bin/python -m pip install --disable-pip-version-check --quiet --no-compile -c $(VENV)-flower/constraints.txt -e '.[flower]'
+	@# Compiled here, once: else the first run's processes do it, each for itself.
+	PYTHONDONTWRITEBYTECODE= $(VENV)-flower/bin/python -c 'import flexp.flower, flexp.run.client, flexp.run.server, flwr.cli.app, flwr.superlink.cli.flower_superlink, flwr.supernode.cli.flower_supernode'
 	@touch $@

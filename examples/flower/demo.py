@@ -63,6 +63,7 @@ class Flower:
         # Flower starts its own commands by name; nothing is fetched, and nothing told to anybody.
         own = {"FLWR_HOME": str(work / "flwr"), "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
         one = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"}
+        one["PYTHONDONTWRITEBYTECODE"] = ""  # else each of some twenty processes compiles all that it imports
         self.env = {**os.environ, **own, **one, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
 
     def __enter__(self) -> Flower:

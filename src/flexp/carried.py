@@ -13,15 +13,16 @@ import ipaddress
 import json
 import math
 import secrets
-import socket
 import tempfile
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime, timedelta
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -29,8 +30,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from flexp.config import DeploymentConfig
 from flexp.config.loading import OTHERS, overridden, validate
+from flexp.door import Door, Held
 from flexp.errors import ConfigError
 from flexp.files import folder_name
+
+if TYPE_CHECKING:
+    from flexp.links.base import Link
 
 RESTARTS = 3
 """Times that the client of a node is started again."""
@@ -118,52 +123,27 @@ def conduct(
         raise ConfigError(f"{file}: has no deployment.clients; name the run's clients, as nodes do")
     host, _, port = options["listen"].rpartition(":")
     reached = options["host"] or host
-    with socket.socket() as free:  # chosen now: clients are started while the server loads its blocks
-        free.bind((host, int(port)))
-        port = str(free.getsockname()[1])
     token = secrets.token_urlsafe(32)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, Held(host, int(port)) as held:  # clients start while blocks load
         certificate = certify(reached, Path(folder))
-        address = f"grpcs://{reached}:{port}"
+        address = f"grpcs://{reached}:{held.port}"
         nodes = nodes_of({"server": address, "token": token, "ca": certificate, "content": json.dumps(content)})
         nodes.look()
-
-        import torch
-
-        from flexp.data.tasks import task_of
-        from flexp.links.grpc import ServerTls, Tokens
-        from flexp.links.rules import Limits
-        from flexp.run.server import make_conductor, make_server, read_config, run_server
-
-        config, deployment = read_config(file, ())
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
-        depth = 1 if config.model.base_depth is None else config.model.base_depth
-        kind, rate = task_of(config.data).model_kind, deployment.bytes_per_second
-        server = make_server(config, depth, deployment.end, kind, names, deployment=deployment)
-        conductor = make_conductor(server, config, deployment, Path(options["state"]), say)
-        digest = hashlib.sha256(token.encode()).digest()
         stop, failed = threading.Event(), list[BaseException]()
 
         def serve() -> None:
             try:
-                run_server(
-                    server, f"{host}:{port}", say=say, stop=stop, conductor=conductor,
-                    allow_export=deployment.allow_export, dismiss=deployment.on_stop == "leave",
-                    limits=Limits(
-                        max_tokens=deployment.max_tokens,
-                        requests_per_second=deployment.requests_per_second,
-                        bytes_per_second=math.inf if rate is None else rate,
-                    ),
-                    tls=ServerTls(Path(folder, "cert.pem"), Path(folder, "key.pem")),
-                    tokens=Tokens(dict.fromkeys(names, digest)),
-                )  # fmt: skip
+                _serve(file, names, Path(options["state"]), token, Path(folder), held, stop)
             except BaseException as error:
                 failed.append(error)
+            finally:
+                held.let_go()
 
         def end() -> None:
             stop.set()
-            thread.join()
+            held.let_go()  # nobody need come any more
+            if held.given:  # else there is nothing to save
+                thread.join()
 
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
@@ -184,6 +164,44 @@ def conduct(
             raise failed[0]
 
 
+def _serve(
+    file: Path,
+    names: list[str],
+    state: Path,
+    token: str,
+    folder: Path,
+    held: Held,
+    stop: threading.Event,
+) -> None:
+    """Load the blocks and serve them at the address that is ``held``, with the certificate in ``folder``."""
+    import torch
+
+    from flexp.data.tasks import task_of
+    from flexp.links.grpc import ServerTls, Tokens
+    from flexp.links.rules import Limits
+    from flexp.run.server import make_conductor, make_server, read_config, run_server
+
+    config, deployment = read_config(file, ())
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    depth = 1 if config.model.base_depth is None else config.model.base_depth
+    kind, rate = task_of(config.data).model_kind, deployment.bytes_per_second
+    server = make_server(config, depth, deployment.end, kind, names, deployment=deployment)
+    conductor = make_conductor(server, config, deployment, state, say)
+    digest = hashlib.sha256(token.encode()).digest()
+    run_server(
+        server, held.address, say=say, stop=stop, conductor=conductor, ready=held.give,
+        allow_export=deployment.allow_export, dismiss=deployment.on_stop == "leave",
+        limits=Limits(
+            max_tokens=deployment.max_tokens,
+            requests_per_second=deployment.requests_per_second,
+            bytes_per_second=math.inf if rate is None else rate,
+        ),
+        tls=ServerTls(folder / "cert.pem", folder / "key.pem"),
+        tokens=Tokens(dict.fromkeys(names, digest)),
+    )  # fmt: skip
+
+
 def take_part(start: Mapping[str, Any], node: Mapping[str, Any]) -> dict[str, Any]:
     """Be a client until the run is over or stopped; gives what to tell of it.
 
@@ -195,6 +213,13 @@ def take_part(start: Mapping[str, Any], node: Mapping[str, Any]) -> dict[str, An
     Raises:
         FlexpError: what is wrong with the data, the state or the server's answers.
     """
+    name, place = str(node["name"]), urlsplit(str(start["server"]))
+    door = Door(str(place.hostname), int(place.port or 0))
+    for heavy in ("torch", "transformers.modeling_utils", "flexp.run.client"):  # seconds, in which the run may end
+        if door.gone():
+            return {"name": name, "over": False}
+        import_module(heavy)
+
     from flexp.cli.verify import parse_cut
     from flexp.links.grpc import connect
     from flexp.report.metrics import read
@@ -207,7 +232,6 @@ def take_part(start: Mapping[str, Any], node: Mapping[str, Any]) -> dict[str, An
         data = content.setdefault("data", {})
         data["source"] = str(node["data"])
         data.setdefault("clients", {}).update(by="iid", count=1)
-    name = str(node["name"])
     config = validate({table: keys for table, keys in content.items() if table not in OTHERS}, WHERE)
     setup = settle_client(config, name, parse_cut(str(node["cut"])) if "cut" in node else None)
     for note in setup.run.federation.remarks:
@@ -219,8 +243,13 @@ def take_part(start: Mapping[str, Any], node: Mapping[str, Any]) -> dict[str, An
         ca.write(str(start["ca"]))
         ca.flush()
         known: dict[str, Any] = {"token": str(start["token"]), "ca": ca.name, "timeout": deployment.answer_seconds}
+
+        def reach() -> Link:
+            door.look()
+            return connect(str(start["server"]), name, **known)
+
         over = run_client(
-            setup, deployment, lambda: connect(str(start["server"]), name, **known), state,
+            setup, deployment, reach, state,
             codec=setup.config.link.codec if coded else None, stop=threading.Event(),
         )  # fmt: skip
     records, metric = read(state / "metrics.jsonl"), setup.run.federation.task.metric

@@ -85,6 +85,9 @@ STEPS: dict[str, tuple[AlignConfig, type[Request[Any]], Lie, str]] = {
     "an alignment that was not asked for": (
         OFF, ForwardRequest, lambda reply: replace(reply, align=0.5), "though nothing was sent for it"
     ),
+    "what only a server before it asks for": (
+        EVERY, ForwardRequest, lambda reply: replace(reply, teachers=(reply.hidden_BTH,)), "only another server asks"
+    ),
     "an alignment that is no number": (
         EVERY, ForwardRequest, lambda reply: replace(reply, align=NAN), "expected a finite number"
     ),

@@ -77,7 +77,7 @@ def test_three_servers_over_grpc_one_of_which_falls_equal_the_simulation(
         monkeypatch.setattr(module, "patiently", partial(parties.patiently, most=0.2))
     tiny.bert_folder(tmp_path / "model", dropout=True)
     train = {"rounds": 2, "steps_per_round": 2, "batch_size": 4, "micro_batch": 2, "shared": {"clip": 0.05}}
-    config = tiny.config(tmp_path, train=train, method={"align": {"kind": "off"}})
+    config = tiny.config(tmp_path, train=train, method={"align": {"at": "every-block", "teach": True}})
     runner.run(config, tmp_path / "sim")
 
     whole = {"schedule": "deterministic", "clients": NAMES, "save_every": 1}

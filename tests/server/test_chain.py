@@ -62,12 +62,11 @@ class Federation:
     """Clients in turns, each with dropout, a tail and an optimiser of its own."""
 
     def __init__(
-        self, name: str, count: int, cuts: Mapping[str, tuple[int, int]], kind: Any = "off", **options: Any
+        self, name: str, count: int, cuts: Mapping[str, tuple[int, int]], align: AlignConfig = OFF, **options: Any
     ) -> None:
         self.here, self.servers = chained(name, count, total_steps=16, seed=5, dropout=0.2, **options)
         self.clients: dict[str, tuple[SplitModel, Updater, RandomStream]] = {}
         for seed, (client, cut) in enumerate(cuts.items()):
-            align = AlignConfig(kind=kind, weight=0.3, pull=0.3) if cut[0] <= 2 else OFF
             model = self.here.client(client, cut, align)
             self.clients[client] = (model, Updater(model.stage.trainable(), ADAM, 8), RandomStream(seed))
         self.losses: list[float] = []
@@ -93,25 +92,28 @@ class Federation:
         return flat
 
 
+TEACH = AlignConfig(kind="kl", weight=0.3, at="every-block", teach=True)
+PULL = AlignConfig(kind="weights", pull=0.3, every=2, teach=True)
+PROJECT = AlignConfig(kind="mse", weight=0.3, combine="project")
 CUTS = {"a": (1, 4), "bb": (2, 4), "ccc": (1, 2), "dddd": (3, 4), "e": (1, 3)}
 
 
 @pytest.mark.parametrize(
-    ("name", "kind", "tuning", "pieces", "config", "optimizer"),
+    ("name", "align", "tuning", "pieces", "config", "optimizer"),
     [
-        ("bert", "kl", "full", 1, ServerConfig(), ADAM),
-        ("bert", "off", "lora", 2, ServerConfig(guard=GuardConfig(clip=0.05)), SGD),
-        ("gpt2", "weights", "full", 2, ServerConfig(update="mean", mean_over=3, memory="recompute"), ADAM),
-        ("llama", "mse", "lora", 1, ServerConfig(update="trimmed", mean_over=3, guard=GuardConfig(clip=0.02)), SGD),
+        ("bert", TEACH, "full", 1, ServerConfig(), ADAM),
+        ("bert", OFF, "lora", 2, ServerConfig(guard=GuardConfig(clip=0.05)), SGD),
+        ("gpt2", PULL, "full", 2, ServerConfig(update="mean", mean_over=3, memory="recompute"), ADAM),
+        ("llama", PROJECT, "lora", 1, ServerConfig(update="trimmed", mean_over=3, guard=GuardConfig(clip=0.02)), SGD),
     ],
 )
 def test_one_two_and_three_servers_end_with_the_same_bits(
-    name: str, kind: str, tuning: str, pieces: int, config: ServerConfig, optimizer: OptimizerConfig
+    name: str, align: AlignConfig, tuning: str, pieces: int, config: ServerConfig, optimizer: OptimizerConfig
 ) -> None:
     """Clipping bites: their thresholds are far below the norms."""
     ends, losses = [], []
-    for count in (1, 2, 3) if kind == "kl" else (1, 3):
-        made = Federation(name, count, CUTS, kind, tuning=tuning, config=config, optimizer=optimizer)
+    for count in (1, 2, 3) if align is TEACH else (1, 3):
+        made = Federation(name, count, CUTS, align, tuning=tuning, config=config, optimizer=optimizer)
         made.steps(2, pieces)
         ends.append(made.everything())
         losses.append(made.losses)
@@ -332,8 +334,6 @@ class Kept:
 
 def test_what_several_servers_cannot_do_is_refused() -> None:
     here, (_, last) = chained("llama", 2)
-    with pytest.raises(LinkError, match=r"aligned blocks on several servers are not supported: the first .* block 2"):
-        here.join("a", (3, 4), align=AlignConfig(kind="kl"))
     for config in (ServerConfig(adapters="own"), ServerConfig(guard=GuardConfig(similar=0.0))):
         with pytest.raises(ConfigError, match="is not supported with several servers"):
             check_can_chain(config)

@@ -310,6 +310,8 @@ def check_forward_reply(request: ForwardRequest, reply: ForwardReply, reads: Pla
             f"the server says that exchange {request.exchange} is aligned to {reply.align}, "
             f"{'though nothing was sent for it' if request.base_BTH is None else 'expected a finite number'}"
         )
+    if reply.teachers:
+        raise LinkError(f"the server answers exchange {request.exchange} with what only another server asks for")
 
 
 def check_backward_reply(request: ForwardRequest, reply: BackwardReply, kept: Places | None = None) -> None:

@@ -115,11 +115,13 @@ class Join(Request[Welcome]):
 @message
 class ForwardReply:
     """``hidden_BTH``: what comes out of block e−1, of the rows that were asked for. ``align``: the alignment term, when
-    it was due. ``kept``: whether the server keeps the examples that came, so that their numbers will do."""
+    it was due. ``kept``: whether the server keeps the examples that came, so that their numbers will do.
+    ``teachers``: to the server before, z' at the aligned boundaries that are here, the cut last."""
 
     hidden_BTH: Annotated[Tensor, hidden("activation_down")]
     align: float | None = None
     kept: bool = False
+    teachers: Annotated[tuple[Tensor, ...], Tensors()] = ()
 
 
 @message
@@ -132,7 +134,7 @@ class ForwardRequest(Request[ForwardReply]):
             activations.
         mask_BT: the attention mask, if the client uses one.
         positions_BT: explicit positions, if the client uses any.
-        base_BTH: z_base, when alignment is due on this exchange.
+        base_BTH: z_base, when alignment is due on this exchange; from the server before, z' where its blocks end.
         inner_BTH: with alignment at every block, the activations after blocks s_min … s−2, in order.
         train: whether a backward will follow.
         step: of the client's steps the one that it belongs to, as in its backward; 0: not numbered.
@@ -417,12 +419,13 @@ class PassedReply:
     """The answer of a server that runs the blocks further on, which has applied nothing yet.
 
     Attributes:
-        grad_BTH: at the activation that came.
+        grad_BTH: at the activation that came; ``base_BTH``: at what came to be taught.
         names, norms_N: the gradients of its trained tensors of this exchange, and of the servers behind it.
         all_names, all_N: likewise of the step's exchanges so far, added up.
     """
 
     grad_BTH: Annotated[Tensor, hidden()]
+    base_BTH: Annotated[Tensor | None, hidden()] = None
     names: tuple[str, ...] = ()
     norms_N: Annotated[Tensor | None, Tensors()] = None
     all_names: tuple[str, ...] = ()
@@ -432,12 +435,13 @@ class PassedReply:
 @message
 class PassedBackward(Request[PassedReply]):
     """A :class:`BackwardRequest` from one server to the next: its gradient is kept until a :class:`Settle` says what
-    becomes of the step."""
+    becomes of the step. ``base_BTH``: what the blocks before, where they are taught, made of z_base."""
 
     trains: ClassVar[bool | None] = True
 
     exchange: Integer
     grad_BTH: Annotated[Tensor, hidden()]
+    base_BTH: Annotated[Tensor | None, Tensors()] = None
     step: Integer = 0
     exchanges: Integer = 1
     tokens: float = 1.0

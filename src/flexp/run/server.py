@@ -162,6 +162,7 @@ def run_server(
     allow_export: bool = False,
     frozen: bool = False,
     dismiss: bool = True,
+    ready: Callable[[], None] = lambda: None,
     **options: Any,
 ) -> None:
     """Serve until SIGINT or SIGTERM, or until a conducted run is over; then let steps end, save, and leave.
@@ -180,6 +181,7 @@ def run_server(
         allow_export: give clients the trained weights of their shared blocks; the server then stays when a conducted
             run is over.
         frozen: nobody trains the blocks, and nothing is saved.
+        ready: called when nothing is left to do before it listens.
         options: of :class:`flexp.links.grpc.Serving`.
 
     Raises:
@@ -205,6 +207,7 @@ def run_server(
         conductor.restore(max(conductor.numbers))  # clients may fetch before all have come to go on
     following = server.following is not None
     options |= {"bearer": PREVIOUS} if following else {}
+    ready()
     with stopped_by_signal(stop) as stopped, serve(server, listen, **options) as serving, ExitStack() as stack:
         server.submit = serving.submit
         if server.chain is not None:

@@ -188,6 +188,10 @@ def check_backward(session: Session, request: BackwardRequest | PassedBackward) 
         raise LinkError(
             f"client {client}: the gradient is {_facts(given)}, expected {tuple(shape)} {whole.dtype} as the activation"
         )
+    base, sent = getattr(request, "base_BTH", None), pending.sent  # from the server before
+    crossed = whole.shape if sent is None else (1, len(sent), whole.shape[2])
+    if base is not None and (tuple(base.shape) != tuple(crossed) or base.dtype != whole.dtype):
+        raise LinkError(f"client {client}: what is taught is {_facts(base)}, expected {tuple(crossed)} {whole.dtype}")
     most = whole.shape[0] * whole.shape[1]  # items are tokens or examples; more would outweigh the other clients'
     if not (0 < request.tokens <= 1 and 0 < request.weight <= most):
         raise LinkError(
@@ -384,9 +388,9 @@ def _check_aligned(session: Session, request: ForwardRequest, base_depth: int) -
     for value in given:
         if value.shape != hidden.shape or value.dtype != hidden.dtype:
             raise LinkError(f"client {client}: an aligned activation is {_facts(value)}, expected {_facts(hidden)}")
-    depth = session.join.cut[0] - base_depth
-    inner = depth - 1 if session.align.at == "every-block" and session.align.has_term else 0
-    wanted = depth > 0 and (session.align.teach or session.align.has_term)
+    depth, align = session.cut[0] - base_depth, session.align
+    inner = depth - 1 if align.at == "every-block" and align.has_term and not session.led else 0
+    wanted = depth > 0 and ((align.teach and not session.led) or align.has_term)
     if not wanted or request.base_BTH is None or len(request.inner_BTH) != inner:
         raise LinkError(
             f"client {client}: {len(given)} activations came for alignment, expected {1 + inner if wanted else 0} "

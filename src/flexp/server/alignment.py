@@ -10,7 +10,7 @@ a mean over the N tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -48,28 +48,30 @@ def alignment(
     return (term_BT * counts).sum() / tokens, grad_BTH * (counts / tokens).unsqueeze(-1)
 
 
-def aligned(
-    config: AlignConfig, stage: Stage, request: ForwardRequest, base_BTH: Tensor, start: int
-) -> tuple[Tensor, list[Tensor]]:
-    """The alignment terms at the aligned boundaries, whose mean counts, and the gradients at them, the cut last.
-
-    The shared blocks [s_min, s) run on z_base without gradients and without dropout: they are the teacher.
-    """
-    plan = stage.plan_without_inputs(base_BTH, request.mask_BT, request.positions_BT)
-    students = [*request.inner_BTH, request.hidden_BTH]
-    every = len(request.inner_BTH) > 0
-    values: list[Tensor] = []
-    grads: list[Tensor] = []
+def teachers(config: AlignConfig, stage: Stage, request: ForwardRequest, start: int) -> list[Tensor]:
+    """z' at the aligned boundaries, ``start`` last: the shared blocks [s_min, s), or those of them that are here, run
+    on what came as z_base, without gradients and without dropout."""
+    assert request.base_BTH is not None
+    teacher_BTH, found = request.base_BTH, list[Tensor]()
+    plan = stage.plan_without_inputs(teacher_BTH, request.mask_BT, request.positions_BT)
     stage.model.train(False)
     with torch.no_grad():
-        teacher_BTH = base_BTH
         for index in range(min(stage.part.blocks), start):
             teacher_BTH = stage.run(teacher_BTH, plan, index, index + 1)
-            if every or index == start - 1:
-                student_BTH = students[len(values)]
-                value, grad = alignment(config, teacher_BTH.to(student_BTH.device), student_BTH, request.mask_BT)
-                values.append(value)
-                grads.append(grad)
+            if config.at == "every-block" or index == start - 1:
+                found.append(teacher_BTH)
+    return found
+
+
+def aligned(
+    config: AlignConfig, teachers_BTH: Sequence[Tensor], request: ForwardRequest
+) -> tuple[Tensor, list[Tensor]]:
+    """The alignment terms at the aligned boundaries, whose mean counts, and the gradients at them, the cut last."""
+    students, mask_BT = (*request.inner_BTH, request.hidden_BTH), request.mask_BT
+    pairs = zip(teachers_BTH, students, strict=True)
+    values, grads = zip(
+        *(alignment(config, there.to(here.device), here, mask_BT) for there, here in pairs), strict=True
+    )
     return torch.stack(values), [grad / len(values) for grad in grads]
 
 
@@ -80,23 +82,34 @@ def taught(
     start: int,
     parameters: Mapping[str, nn.Parameter],
     task_BTH: Tensor,
-) -> dict[str, Tensor]:
-    """Gradients of the shared blocks [s_min, s), of which the client trains copies of its own, on its data.
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Gradients of the shared blocks [s_min, s), of which the client trains copies of its own, on its data; and that at
+    what came as z_base, if it is to have one.
 
     The server's z' = server[s_min, s)(z_base) goes nowhere, so it has no gradient; ∂task/∂z at the client's z, which is
     here, stands for it. Where the copies are equal it is exact. Without, shared blocks would learn only from clients
     that cut below them. ``run`` runs blocks, as :meth:`Stage.run` does, and with the exchange's dropout.
     """
-    first = min(stage.part.blocks)
-    names = [name for name in parameters if stage.within(name, first, start)]
-    if request.base_BTH is None or not names:
-        return {}  # nothing was sent, or they are frozen
+    base_BTH = request.base_BTH
+    assert base_BTH is not None
+    names = [name for name in parameters if stage.within(name, min(stage.part.blocks), start)]
+    if not names:
+        return {}, None  # they are frozen
+    own_BTH, ends = pupil(stage, run, request, start), [base_BTH] if base_BTH.requires_grad else []
+    wanted = [*ends, *(parameters[name] for name in names)]
+    gradients = torch.autograd.grad(own_BTH, wanted, task_BTH.to(own_BTH.device), allow_unused=True)
+    found = {name: value for name, value in zip(names, gradients[len(ends) :], strict=True) if value is not None}
+    return found, gradients[0] if ends else None
+
+
+def pupil(
+    stage: Stage, run: Callable[[Tensor, ExecutionPlan, int, int], Tensor], request: ForwardRequest, start: int
+) -> Tensor:
+    """What the blocks that are :func:`taught` make of z_base."""
+    assert request.base_BTH is not None
     plan = stage.plan_without_inputs(request.base_BTH, request.mask_BT, request.positions_BT)
     stage.model.train(True)
-    own_BTH = run(request.base_BTH, plan, first, start)
-    wanted = [parameters[name] for name in names]
-    gradients = torch.autograd.grad(own_BTH, wanted, task_BTH.to(own_BTH.device), allow_unused=True)
-    return {name: value for name, value in zip(names, gradients, strict=True) if value is not None}
+    return run(request.base_BTH, plan, min(stage.part.blocks), start)
 
 
 def combine(task_BTH: Tensor, align_BTH: Tensor, how: str) -> Tensor:

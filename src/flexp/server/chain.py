@@ -75,13 +75,9 @@ class Chain:
     def join(self, client: str, request: Join) -> Link:
         """The link of a client that needs their blocks, as agreed there."""
         start, stop = request.cut
-        if start > self.first and (request.align.kind != "off" or request.align.teach):
-            raise LinkError(
-                f"client {client} was refused: its cut begins at block {start}, and aligned blocks on several servers "
-                f"are not supported: the first of them ends before block {self.first}; set method.align.kind = "
-                f'"off", s <= {self.first}, or --blocks (deployment.blocks) otherwise'
-            )
-        card = replace(request, cut=(max(start, self.first), stop), align=OFF, codec=None, numbering=0, examples_key="")
+        align = request.align if start > self.first else OFF  # else there are no aligned blocks further on
+        cut = max(start, self.first), stop
+        card = replace(request, cut=cut, align=align, codec=None, numbering=0, examples_key="")
         leaving = self._leaving.pop(client, None)
         if leaving is not None:
             leaving.result()

@@ -36,9 +36,13 @@ class Led(Turns):
             if session.drops == drops and getattr(request, "train", True):  # else it is not what is in flight now
                 session.drop()
             raise
+        self._still(session)
+        return reply
+
+    def _still(self, session: Session) -> None:
+        """Refuse to go on for a client that has left, or joined anew, meanwhile. Raises LinkLostError."""
         if self._sessions.get(session.join.client) is not session:
             raise LinkLostError(f"client {session.join.client} has left, or joined anew, meanwhile")
-        return reply
 
     def _passed(self, session: Session, pending: Pending, request: Q) -> Steps[tuple[Q, PassedReply]]:
         """A backward of the exchange ``pending`` with the gradient that the servers further on have at their blocks,
@@ -55,13 +59,14 @@ class Led(Turns):
         if arrived + session.passing[step] + 1 > request.exchanges:
             raise LinkLostError(f"client {client}: step {step} has its {request.exchanges} exchanges already on their "
                                 "way; wait for their answers")  # fmt: skip
-        names = (item.name for item in fields(PassedBackward))
+        names = {item.name for item in fields(PassedBackward)} - {"base_BTH"}
         session.passing[step] += 1
         assert self.chain is not None
         try:
             while (voided := self.chain.voided(client)) is not None:
                 yield voided
-            passed = PassedBackward(**{name: getattr(request, name) for name in names})
+            base_BTH = session.pupil(pending, request)
+            passed = PassedBackward(**{name: getattr(request, name) for name in names}, base_BTH=base_BTH)
             behind = yield from self._further(session, passed)
             if session.pending.get(request.exchange) is not pending:
                 raise LinkLostError(f"client {client}: exchange {request.exchange} was given up meanwhile")

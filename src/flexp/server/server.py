@@ -216,6 +216,7 @@ class Server(Led):
             cut=request.cut,
             chain=self.chain,
             further=further,
+            led=following is not None,
         )
         anatomy = self.shared.stage.anatomy
         whole, shared = self.chain is None and self.following is None, self._sessions[client].shared
@@ -264,9 +265,12 @@ class Server(Led):
         if request.train and self.config.joined:
             self._together.drew(session.drew)
         if session.further is not None:
-            passed = replace(request, hidden_BTH=reply.hidden_BTH, base_BTH=None, inner_BTH=())
+            base_BTH = reply.teachers[-1] if reply.teachers and session.aligned_further else None
+            passed = replace(request, hidden_BTH=reply.hidden_BTH, base_BTH=base_BTH, inner_BTH=())
             there = yield from self._further(session, passed)
             reply = replace(reply, hidden_BTH=there.hidden_BTH)
+            if base_BTH is not None:
+                reply = session.compare(request.exchange, reply, there.teachers)
         self._remember(session, request.step, ("forward", request.exchange), reply)
         return reply
 
@@ -302,11 +306,9 @@ class Server(Led):
         return reply
 
     @_handle.register
-    def _pull(self, request: PullRequest, client: str) -> PullReply:
+    def _pull(self, request: PullRequest, client: str) -> Steps[PullReply]:
         session, key = self._sessions[client], ("pull", request.start << 16 | request.stop)
         check_pull(session, request, self.blocks[0])
-        if self.chain is not None and request.stop > self.chain.first:
-            raise LinkError(f"client {client}: weights of aligned blocks on several servers are not supported")
         known = session.progress.answer(request.step, key)
         if known is None and request.first and session.pulled is not None and session.pulled[0] == (request.step, key):
             known = session.pulled[1]  # all portions are of one version, also where no answers are remembered
@@ -315,6 +317,9 @@ class Server(Led):
             parameters = session.shared.updater.parameters.items()
             block_of = self.shared.stage.block_of
             found = {name: value.detach().clone() for name, value in parameters if block_of(name) in wanted}
+            if self.chain is not None and request.stop > self.chain.first:
+                found |= yield from self._weights_further(range(max(request.start, self.chain.first), request.stop))
+                self._still(session)
             known = PullReply(len(found), weights=found)  # all of them: the rest is asked for later, and some again
             self._remember(session, request.step, key, known)
         same, weights = portion(known.weights, request, session.coded)
@@ -332,6 +337,22 @@ class Server(Led):
             reply: FetchReply = yield self.chain.control.call(request)
             return replace(reply, version=version)
         return session.shared.give(request, session.coded)
+
+    def _weights_further(self, blocks: range) -> Steps[dict[str, Tensor]]:
+        """The trained weights of blocks further on, as they are now: updates come in the order of what is asked. (Of a
+        block that needs several answers the later ones may have later updates.)"""
+        assert self.chain is not None
+        link, found = self.chain.control, dict[str, Tensor]()
+        asked = [(block, link.call(FetchRequest(block))) for block in blocks]
+        for block, answer in asked:
+            reply, count = (yield answer), 0
+            while True:
+                found |= reply.weights
+                count += len(reply.weights)
+                if count >= reply.total:
+                    break
+                reply = yield link.call(FetchRequest(block, first=count))
+        return found
 
     @_handle.register
     def _sum(self, request: SumRequest, client: str) -> Future[SumReply]:

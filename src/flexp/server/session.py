@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from flexp.config import AlignConfig, ServerConfig
-from flexp.errors import BadValuesError, LinkError
+from flexp.errors import BadValuesError, LinkError, LinkLostError
 from flexp.links.base import Link
 from flexp.links.messages import (
     Abort,
@@ -38,7 +38,7 @@ from flexp.links.packing import Places, on, pack, unpack
 from flexp.models.execution import ExecutionPlan
 from flexp.optim import laid_out, merged, norms, total
 from flexp.rng import RandomStream, derived_seed, drawn, seed_here
-from flexp.server.alignment import aligned, combine, taught
+from flexp.server.alignment import aligned, combine, pupil, taught, teachers
 from flexp.server.clients import Progress
 from flexp.server.counting import bytes_of, counted
 from flexp.server.examples import Examples
@@ -127,6 +127,7 @@ class Session:
     cut: tuple[int, int] = (0, 0)  # the client's; ``join`` has what of it is here
     chain: Chain | None = None  # the servers further on, if there are any,
     further: Link | None = None  # and the client's link to them, if its cut needs them
+    led: bool = False  # by the server before: the first has what the client sent, and compares it
     passing: Counter[int] = field(default_factory=Counter)  # by step, exchanges whose backward is with them
     settled: Future[Behind] | None = None  # what they say of the last step
     pulled: tuple[Any, PullReply] | None = None  # what a pull in portions is of, and all of it
@@ -177,6 +178,11 @@ class Session:
         return "off" if self.join.codec is None else self.join.codec.weights
 
     @property
+    def aligned_further(self) -> bool:
+        """Whether some of its aligned blocks are further on."""
+        return self.cut[0] > self.join.cut[0]
+
+    @property
     def busy(self) -> bool:
         """Whether a step is under way."""
         return bool(self.pending or self.gathered)
@@ -211,11 +217,16 @@ class Session:
         version = self.version_now()
         values: Tensor | None = None
         align_BTH: list[Tensor] = []
+        teachers_BTH: list[Tensor] = []
         with self.shared.installed(version):
             with torch.enable_grad(), counted(stage.model, keep=keep_graph) as graph:
                 h_BTH = self._run(request.exchange, z_BTH, plan, start, stop)
             if request.base_BTH is not None and self.align.has_term:
-                values, align_BTH = aligned(self.align, stage, request, request.base_BTH, start)
+                teachers_BTH = teachers(self.align, stage, request, start)
+        if teachers_BTH and not (self.led or self.aligned_further):
+            (values, align_BTH), teachers_BTH = aligned(self.align, teachers_BTH, request), []
+        if self.led:
+            request = replace(request, base_BTH=None)
         size += bytes_of(*align_BTH)
         if keep_graph:
             self.graph_rate = graph.bytes / request.hidden_BTH.numel()
@@ -234,7 +245,24 @@ class Session:
             reads=reads,
         )
         answer = pack(h_BTH.detach(), down).to(origin)  # before the term, for which nothing need be waited for then
-        return ForwardReply(answer, None if values is None else _mean(values.tolist()))
+        passed = tuple(pack(value, sent).to(origin) for value in teachers_BTH)
+        return ForwardReply(answer, None if values is None else _mean(values.tolist()), teachers=passed)
+
+    def compare(self, exchange: int, reply: ForwardReply, behind: tuple[Tensor, ...]) -> ForwardReply:
+        """The answer to a forward whose aligned blocks are here and further on, with z' of those ``behind`` as well.
+
+        Raises:
+            LinkLostError: the exchange was given up meanwhile.
+        """
+        every = (*(reply.teachers if self.align.at == "every-block" else ()), *behind)
+        if self.led:
+            return replace(reply, teachers=every)
+        pending = self.pending.get(exchange)
+        if pending is None:
+            raise LinkLostError(f"client {self.join.client}: exchange {exchange} was given up meanwhile")
+        values, pending.align_BTH = aligned(self.align, [unpack(one, pending.sent) for one in every], pending.request)
+        pending.bytes += bytes_of(*pending.align_BTH)
+        return replace(reply, align=_mean(values.tolist()), teachers=())
 
     def backward(self, request: BackwardRequest, behind: PassedReply | None = None) -> BackwardReply:
         """The gradient at z, from the very weights of the forward; then train the shared blocks.
@@ -242,7 +270,7 @@ class Session:
         Args:
             behind: what the servers further on gave for it; ``request`` has their gradient.
         """
-        pending, trained, task_BTH = self._gradients(request)
+        pending, trained, task_BTH, _ = self._gradients(request, behind)
         return self.settle(pending, request, task_BTH, trained, behind)
 
     def pass_back(
@@ -251,7 +279,7 @@ class Session:
         """The gradient at what came from another server, which judges the step: what it has gathered is then among
         those that are ``complete``."""
         origin = request.grad_BTH.device
-        pending, trained, task_BTH = self._gradients(request)
+        pending, trained, task_BTH, base_BTH = self._gradients(request, behind)
         norms_N = norms([*trained.values(), task_BTH])
         own, own_N = (tuple(trained), norms_N[:-1]) if behind is None else merged(
             [*trained], norms_N[:-1], behind.names, behind.norms_N
@@ -266,13 +294,34 @@ class Session:
                 del complete[old]  # of steps that were given up, which nobody settles
         every, every_N = step.norms(behind) if step.arrived > 1 else ((), own_N[:0])
         grad_BTH = pack(task_BTH, pending.sent).to(origin)
-        return PassedReply(grad_BTH, own, own_N if own else None, every, every_N if every else None)
+        base_BTH = None if base_BTH is None else pack(base_BTH, pending.sent).to(origin)
+        return PassedReply(grad_BTH, base_BTH, own, own_N if own else None, every, every_N if every else None)
 
-    def _gradients(self, request: BackwardRequest | PassedBackward) -> tuple[Pending, dict[str, Tensor], Tensor]:
-        """Of an exchange in flight: the gradients of what is trained, in the order of its names, and that at z."""
+    def pupil(self, pending: Pending, request: BackwardRequest | PassedBackward) -> Tensor | None:
+        """What of an exchange's blocks that are taught goes on to those further on; ``None``: none are there."""
+        given = self._to_teach(pending, request)
+        if given.base_BTH is None or not self.aligned_further:
+            return None
+        with self.random.active(), self.shared.installed(pending.version):
+            made_BTH = pupil(self.shared.stage, partial(self._run, request.exchange), given, self.join.cut[0])
+        return pack(made_BTH.detach(), pending.sent).to(request.grad_BTH.device)
+
+    def _to_teach(self, pending: Pending, request: BackwardRequest | PassedBackward) -> ForwardRequest:
+        """The forward with what the blocks that are taught run on, if any are."""
+        base_BTH = pending.request.base_BTH if self.align.teach else None
+        if isinstance(request, PassedBackward) and request.base_BTH is not None:
+            base_BTH = unpack(request.base_BTH.to(pending.input_BTH.device), pending.sent).requires_grad_()
+        return replace(pending.request, base_BTH=base_BTH)
+
+    def _gradients(
+        self, request: BackwardRequest | PassedBackward, behind: PassedReply | None
+    ) -> tuple[Pending, dict[str, Tensor], Tensor, Tensor | None]:
+        """Of an exchange in flight: the gradients of what is trained, in the order of its names, that at z, and that at
+        what came to be taught."""
         pending = self.pending.pop(request.exchange)
         self.progress.held(pending.since)
         own: dict[str, Tensor] = {}
+        given, base_BTH = self._to_teach(pending, request), None
         try:
             parameters = self.shared.parameters_of(pending.version)
             with self.shared.installed(pending.version):
@@ -286,14 +335,16 @@ class Session:
                     allow_unused=True,
                 )
                 task_BTH = gradients[0]
-                if self.align.teach:
+                if given.base_BTH is not None:
                     run = partial(self._run, request.exchange)
-                    own = taught(self.shared.stage, run, pending.request, self.join.cut[0], parameters, task_BTH)
+                    there = behind.base_BTH if behind is not None and self.aligned_further else None
+                    goal_BTH = task_BTH if there is None else unpack(there, pending.sent)
+                    own, base_BTH = taught(self.shared.stage, run, given, self.join.cut[0], parameters, goal_BTH)
         finally:
             self.shared.release(pending.version)
         trained = {name: value for name, value in zip(reached, gradients[1:], strict=True) if value is not None}
         trained = {name: laid_out(value, parameters[name]) for name, value in sorted((trained | own).items())}
-        return pending, trained, task_BTH
+        return pending, trained, task_BTH, base_BTH
 
     def version_now(self) -> int:
         """The version of the weights that a forward runs with."""
