@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from flexp.models.packed import table_of
 from flexp.models.stage import Stage
 
 STEPS = 200
@@ -55,7 +56,7 @@ def words(stage: Stage, first: int, grad_BTH: Tensor, batch: Mapping[str, Any], 
         first: e, the first block of the tail; ``grad_BTH``: what came.
         batch: the examples, of which labels and mask are taken as known; of the token ids only their shape is.
     """
-    table_VE = stage.model.get_input_embeddings().weight.detach()
+    table_VE = table_of(stage.model.get_input_embeddings())
     ids_BT = batch["input_ids"]
     drawn = torch.Generator().manual_seed(0)
     start = table_VE.std() * torch.randn(*ids_BT.shape, table_VE.shape[1], generator=drawn).to(table_VE)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flexp.models.packed import table_of
 from flexp.models.stage import Stage
 
 CHUNK = 512
@@ -79,8 +80,7 @@ class Public:
     @property
     def embeddings(self) -> Tensor:
         """The model's table of tokens."""
-        table: Tensor = self.stage.model.get_input_embeddings().weight
-        return table.detach().float().cpu()
+        return table_of(self.stage.model.get_input_embeddings()).float().cpu()
 
 
 class Attack(ABC):

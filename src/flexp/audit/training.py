@@ -13,6 +13,7 @@ from flexp.attacks.membership import membership
 from flexp.audit.watching import Exchange, Known
 from flexp.kinds import IGNORED, Answers
 from flexp.methods.split import Split
+from flexp.models.packed import table_of
 from flexp.models.stage import Stage
 
 TRIED = 256
@@ -30,7 +31,7 @@ def labels_told(exchanges: Sequence[Exchange], source: Stage, kind: Answers) -> 
     truth = [exchange.batch["labels"] for exchange in seen]
     found: dict[str, float | None]
     if kind == "next-token":
-        head = source.model.get_output_embeddings().weight.detach().float().cpu()
+        head = table_of(source.model.get_output_embeddings()).float().cpu()
         tokens = torch.cat([each[:, 1:][each[:, 1:] != IGNORED] for each in truth])
         found = {"answers": label_attacks.answers(grads, head, truth), "majority": _majority(tokens)}
     else:

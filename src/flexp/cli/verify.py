@@ -91,6 +91,9 @@ def verify(
     quantization: Annotated[
         Quantization, typer.Option(help="Of the blocks' linear layers, on both sides.")
     ] = Quantization.off,
+    quantize_ends: Annotated[
+        bool, typer.Option("--quantize-ends", help="Likewise of the token embeddings and a language model's head.")
+    ] = False,
     attention: Annotated[Attention, typer.Option(help="Models without SDPA run eager anyway.")] = Attention.sdpa,
     memory: Annotated[Memory, typer.Option(help="What the server does with its activations.")] = Memory.keep,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Checkpoint the client's blocks.")] = False,
@@ -134,6 +137,7 @@ def verify(
         dtype=dtype.value,
         autocast="bfloat16" if autocast else "off",
         quantization=quantization.value,
+        quantize_ends=quantize_ends,
         attention=attention.value,
         memory=memory.value,
         checkpointing=checkpointing,
@@ -226,8 +230,8 @@ def _print_one(outcome: Outcome) -> None:
 def _settings(setup: Setup) -> str:
     """What was done, in a few lines."""
     return (
-        f"{setup.tuning} tuning in {setup.dtype} (autocast: {setup.autocast}, quantization: {setup.quantization}), "
-        f"{setup.steps} steps of AdamW without clipping, dropout set to 0,\n"
+        f"{setup.tuning} tuning in {setup.dtype} (autocast: {setup.autocast}, quantization: {setup.quantization}"
+        f"{', ends too' if setup.quantize_ends else ''}), {setup.steps} steps of AdamW without clipping, dropout set to 0,\n"
         f"random inputs ({setup.batch} examples of {setup.length} tokens, padding: {setup.padding}; images unpadded),\n"
         f"server memory: {setup.memory}, checkpointing: {'on' if setup.checkpointing else 'off'}, link: {setup.link}"
     )

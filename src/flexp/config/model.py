@@ -49,6 +49,8 @@ class ModelConfig(Section):
     device: Device = "cpu"
     # linear layers of the blocks in 8 or 4 bits, as they are loaded (bitsandbytes); what is trained are adapters
     quantization: Quantization = "off"
+    # likewise the token embeddings and a language model's head of whoever has the ends
+    quantize_ends: bool = False
     tuning: Tuning = "full"
     lora: LoraConfig = LoraConfig()
     train_embeddings: bool = False  # with full tuning: also the client's embeddings (and a head tied to them)

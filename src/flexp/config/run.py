@@ -130,6 +130,11 @@ class RunConfig(Section):
                 f'model.quantization = "{self.model.quantization}" keeps whole numbers, which full tuning cannot train;'
                 ' set model.tuning = "lora"'
             )
+        if self.model.quantize_ends and self.model.quantization == "off":
+            raise ValueError(
+                'model.quantize_ends = true packs the ends as model.quantization packs the blocks, and that is "off": '
+                'set it to "nf4" or "int8"'
+            )
         if self.model.embeddings == "file" and self.model.train_embeddings:
             raise ValueError(
                 'model.embeddings = "file" leaves them as they are, and model.train_embeddings = true trains them: '

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch import nn
@@ -23,6 +23,7 @@ from flexp.models.anatomy import dissect
 from flexp.models.batches import pooled
 from flexp.models.fingerprint import fingerprint
 from flexp.models.loading import DTYPES
+from flexp.models.packed import saved_by_packing
 from flexp.models.quantized import held_bytes
 from flexp.models.stored import check_table, token_embedding
 
@@ -215,13 +216,19 @@ class ModelCost:
         own = [value for _, value, _ in outside]
         in_file = token_embedding(stage.model).weight if self.config.embeddings == "file" else None
         held = [value for value in own if value is not in_file]
+        saved, unpacked = 0, 0
+        if self.config.quantize_ends:
+            saved, unpacked = saved_by_packing(stage.model, packed, embedding=in_file is None)
         trained = [value for _, value, is_trained in outside if is_trained]
         ends = PieceCost(
             sum(value.numel() for value in own),
-            sum(value.numel() * value.element_size() for value in held) + buffers,
+            sum(value.numel() * value.element_size() for value in held) + buffers - saved,
             sum(value.numel() for value in trained),
             sum(value.numel() * value.element_size() for value in trained),
             *_figures(head),
+        )
+        ends = replace(
+            ends, forward_extra=ends.forward_extra + unpacked, backward_extra=ends.backward_extra + unpacked
         )
         with skeleton.mode:
             batch = skeleton.batch(self.kind, examples, self.length)

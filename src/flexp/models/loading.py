@@ -32,10 +32,11 @@ from flexp.models.batches import align_padding
 from flexp.models.fingerprint import weights_fingerprint
 from flexp.models.heads import AUTO, fit_head, name_classes, set_head, trained_classes
 from flexp.models.low_memory import low_memory_loading
+from flexp.models.packed import give_packed, without_ends
 from flexp.models.pooling import put_pooling
 from flexp.models.quantized import brought_by, quantizer, settle_blocks
 from flexp.models.stage import Stage, carve, forget_ties
-from flexp.models.stored import check_table, give_table, without_table
+from flexp.models.stored import PACKED, check_table, give_table, refused, without_table
 from flexp.rng import RandomStream
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -57,7 +58,8 @@ def load_stage(
     Args:
         model: its ``id`` is a local folder, a Hugging Face id, or ``arch:NAME`` for a tiny model with random weights;
             a name alone stands for the defaults. With ``embeddings = "file"`` and the ends, those of the tokens are
-            read row by row where the checkpoint has them (:mod:`flexp.models.stored`), and must not be trained.
+            read row by row where the checkpoint has them (:mod:`flexp.models.stored`), and must not be trained; with
+            ``quantize_ends`` they and a language model's head are packed (:mod:`flexp.models.packed`).
         kind: what the model is for.
         labels: the names of the classes, for classifiers. A class that the checkpoint's trained head knows keeps its
             weights, whatever the order; ``None``: those of the checkpoint.
@@ -72,7 +74,10 @@ def load_stage(
     """
     wanted = ModelConfig.of(model)
     name, dtype, device = wanted.id, DTYPES[wanted.dtype], device_of(wanted.device)
-    in_file = wanted.embeddings == "file" and (part is None or part.ends)
+    has_ends = part is None or part.ends
+    in_file, packed = wanted.embeddings == "file" and has_ends, wanted.quantize_ends and has_ends
+    if packed and wanted.quantization == "off":
+        raise refused('model.quantization is "off", and the ends are packed as the blocks are', PACKED)
     if name.startswith("arch:") and wanted.quantization != "off":
         with tempfile.TemporaryDirectory() as folder, quietly():
             _from_zoo(wanted, kind, labels, 0.0, seed).model.save_pretrained(folder)
@@ -87,11 +92,10 @@ def load_stage(
     config = load_config(name)
     refuse_by_design(f"{name} ({config.model_type})", config)
     head = KINDS[kind]
-    if head.answers == "next-token" and (part is None or part.ends):  # a server without the ends may serve classifiers
+    if head.answers == "next-token" and has_ends:  # a server without the ends may serve classifiers
         _refuse_bidirectional(name, config)
     set_head(config, kind)
-    ends = part is None or part.ends
-    trained = trained_classes(config, kind, wanted.pooling) if labels is not None and ends else []
+    trained = trained_classes(config, kind, wanted.pooling) if labels is not None and has_ends else []
     if labels is not None:
         # What the checkpoint was trained for does not matter here; where there is a choice, the labels tell.
         config.problem_type = head.problem
@@ -109,6 +113,8 @@ def load_stage(
     cls = original if part is None else _pruned(original, part)
     if in_file:
         cls = without_table(cls)
+    if packed:
+        cls = without_ends(cls, embedding=not in_file)
     quantization_config = quantizer(wanted.quantization, original, config, dtype, name)
     given = {} if quantization_config is None else {"quantization_config": quantization_config}
     # One at a time: transformers loads by way of globals.
@@ -143,6 +149,8 @@ def load_stage(
     align_padding(loaded, pad_token_id)
     if in_file:
         give_table(loaded, name, dtype)
+    if packed:
+        give_packed(loaded, name, brought_by(loaded.config), dtype)
     missing, resized = set(info["missing_keys"]), {key for key, *_ in info["mismatched_keys"]}
     fitted = labels is not None or head.outputs is not None
     replaceable = set() if head.answers == "next-token" else missing | (resized if fitted else set())

@@ -16,6 +16,7 @@ from torch import nn
 
 from flexp.errors import ModelError
 from flexp.models.anatomy import dissect
+from flexp.models.packed import plain_ends
 
 
 def quantizer(quantization: str, original: Any, config: Any, dtype: torch.dtype, name: str) -> Any:
@@ -97,6 +98,7 @@ def unpacked(model: nn.Module, dtype: torch.dtype) -> None:
         return
     from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
+    plain_ends(model)
     for path, module in list(model.named_modules()):
         if type(module).__name__ not in ("Linear4bit", "Linear8bitLt"):
             continue

@@ -126,11 +126,17 @@ class StoredEmbedding(nn.Embedding):
         return all(torch.equal(self.table.read(piece), given[piece.start : piece.stop].cpu()) for piece in pieces)
 
 
-def token_embedding(model: Any) -> nn.Embedding:
-    """The embedding that may stay in its file.
+FILE = ('model.embeddings = "file"', '"memory"')
+PACKED = ("model.quantize_ends = true", "false")
+"""A setting that a model may not be able to have, and what to set instead."""
+
+
+def token_embedding(model: Any, setting: tuple[str, str] = FILE) -> nn.Embedding:
+    """The embedding that may stay in its file, or be packed.
 
     Raises:
-        ModelError: there is none, because the model embeds something else, in its own way, or shares it with its head.
+        ModelError: there is none, because the model embeds something else, in its own way, or (in its file) shares it
+            with its head.
     """
     name = type(model).__name__
     try:
@@ -138,10 +144,10 @@ def token_embedding(model: Any) -> nn.Embedding:
     except NotImplementedError:
         found = None
     if type(found) not in (nn.Embedding, StoredEmbedding) or found.max_norm is not None:
-        raise _refused(f"{name} embeds its inputs in a way of its own")
+        raise refused(f"{name} embeds its inputs in a way of its own", setting)
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
-    if f"{_path(model, found)}.weight" in {*tied, *tied.values()}:
-        raise _refused(f"the head of this {name} is tied to its embeddings, so every step reads all of them")
+    if setting == FILE and f"{_path(model, found)}.weight" in {*tied, *tied.values()}:
+        raise refused(f"the head of this {name} is tied to its embeddings, so every step reads all of them")
     return found  # type: ignore[no-any-return]
 
 
@@ -150,14 +156,18 @@ def without_table(cls: Any) -> Any:
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         cls.__init__(self, config, *args, **kwargs)
-        module = token_embedding(self)
-        module.__class__ = StoredEmbedding
-        del module.weight
-        module.register_buffer("weight", torch.zeros(0), persistent=False)  # some models ask it for its device
-        vars(module)["_is_hf_initialized"] = True  # or transformers would fill it, too
+        without(token_embedding(self), StoredEmbedding)
 
     names = {"__init__": __init__, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
     return type(cls.__name__, (cls,), names)
+
+
+def without(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Make an embedding or a linear layer one of another ``kind`` that has no weight yet."""
+    module.__class__ = kind
+    del module.weight
+    module.register_buffer("weight", torch.zeros(0), persistent=False)  # some models ask it for its device
+    vars(module)["_is_hf_initialized"] = True  # or transformers would fill it, too
 
 
 def give_table(model: Any, source: str, dtype: torch.dtype) -> None:
@@ -178,18 +188,28 @@ def find_table(model: Any, source: str, dtype: torch.dtype) -> StoredTable:
         ModelError: they do not have them, or not as they are to be here.
     """
     module = token_embedding(model)
-    name, shape = f"{_path(model, module)}.weight", (module.num_embeddings, module.embedding_dim)
-    found = {key: table for key, table in _tables(source) if _alike(key, name) >= 2}  # such as embed_tokens.weight
-    best = max((_alike(key, name) for key in found), default=0)
-    tables = [table for key, table in found.items() if _alike(key, name) == best]
-    if len(tables) != 1:
-        raise _refused(f"{len(tables)} tensors in the safetensors files of {source} may be {name}")
-    if tables[0].shape != shape:
-        raise _refused(f"{tables[0].file} has {name} with {tables[0].shape} numbers, and this model {shape}")
-    if tables[0].dtype != dtype:
-        stored, wanted = (str(kind).removeprefix("torch.") for kind in (tables[0].dtype, dtype))
-        raise _refused(f"{tables[0].file} has {name} in {stored}, and model.dtype is {wanted}")
-    return tables[0]
+    table = find([f"{_path(model, module)}.weight"], (module.num_embeddings, module.embedding_dim), source)
+    if table.dtype != dtype:
+        stored, wanted = (str(kind).removeprefix("torch.") for kind in (table.dtype, dtype))
+        raise refused(f"{table.file} has the embeddings in {stored}, and model.dtype is {wanted}")
+    return table
+
+
+def find(names: Sequence[str], shape: tuple[int, int], source: str, setting: tuple[str, str] = FILE) -> StoredTable:
+    """Where the files of ``source`` have a table that a model knows by one of these ``names``, the first that is there.
+
+    Raises:
+        ModelError: they do not have it, or more than one, or in another ``shape``.
+    """
+    every = dict(_tables(source))
+    for name in names:
+        best = max((_alike(key, name) for key in every), default=0)
+        tables = [table for key, table in every.items() if _alike(key, name) == best >= 2]  # such as embed_tokens.weight
+        if len(tables) == 1 and tables[0].shape != shape:
+            raise refused(f"{tables[0].file} has {name} with {tables[0].shape} numbers, and this model {shape}", setting)
+        if len(tables) == 1:
+            return tables[0]
+    raise refused(f"{len(tables)} tensors in the safetensors files of {source} may be {names[0]}", setting)
 
 
 def check_table(model: Any, source: str, dtype: torch.dtype) -> None:
@@ -200,7 +220,7 @@ def check_table(model: Any, source: str, dtype: torch.dtype) -> None:
     """
     token_embedding(model)
     if source.startswith("arch:"):
-        raise _refused(f"{source} has no file")
+        raise refused(f"{source} has no file")
     if files_of(source):
         find_table(model, source, dtype)
 
@@ -236,5 +256,6 @@ def _facts(found: os.stat_result) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-def _refused(why: str) -> ModelError:
-    return ModelError(f'model.embeddings = "file" is not possible: {why}; use "memory"')
+def refused(why: str, setting: tuple[str, str] = FILE) -> ModelError:
+    """That a model cannot have a setting."""
+    return ModelError(f"{setting[0]} is not possible: {why}; use {setting[1]}")

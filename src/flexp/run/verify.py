@@ -70,6 +70,7 @@ class Setup:
     dtype: str = "float32"
     autocast: str = "off"
     quantization: str = "off"
+    quantize_ends: bool = False
     device: str = "cpu"
     attention: str = "sdpa"
     memory: Literal["keep", "recompute"] = "keep"
@@ -87,6 +88,7 @@ class Setup:
             dtype=self.dtype,
             autocast=self.autocast,
             quantization=self.quantization,
+            quantize_ends=self.quantize_ends,
             device=self.device,
             attention=self.attention,
             tuning=self.tuning,
