@@ -25,7 +25,9 @@ from flexp.cost.probe import measure as peak
 
 def measure(
     shape: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPES)}.")] = "llama-3.2-1b",
-    quantization: Annotated[str, typer.Option(help="Some of off, int8, nf4, int8+ends, nf4+ends, with commas.")] = "off,nf4",
+    quantization: Annotated[
+        str, typer.Option(help="Some of off, int8, nf4, int8+ends, nf4+ends, with commas.")
+    ] = "off,nf4",
     embeddings: Annotated[str, typer.Option(help="Of the client's: memory, or file.")] = "memory",
     cut: Cut = None,
     examples: Examples = 1,

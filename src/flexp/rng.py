@@ -144,12 +144,15 @@ def drawn(*devices: torch.device) -> Tensor:
 
 def draw_from_here(state: Tensor, *devices: torch.device) -> None:
     """Set those generators to :func:`drawn`."""
-    own, places = len(torch.get_rng_state()), [*filter(_draws, devices)]
+    places = [*filter(_draws, devices)]
+    if not places:
+        torch.set_rng_state(state)  # not even a slice of it: models are counted on tensors that know no others
+        return
+    own = len(torch.get_rng_state())
     torch.set_rng_state(state[:own])
-    if places:
-        for device, part in zip(places, state[own:].chunk(len(places)), strict=True):  # they are all of one kind
-            module: Any = torch.get_device_module(device)
-            module.set_rng_state(part.clone(), *_which(device))
+    for device, part in zip(places, state[own:].chunk(len(places)), strict=True):  # they are all of one kind
+        module: Any = torch.get_device_module(device)
+        module.set_rng_state(part.clone(), *_which(device))
 
 
 def seed_here(seed: int, device: torch.device = CPU) -> None:

@@ -231,7 +231,8 @@ def _settings(setup: Setup) -> str:
     """What was done, in a few lines."""
     return (
         f"{setup.tuning} tuning in {setup.dtype} (autocast: {setup.autocast}, quantization: {setup.quantization}"
-        f"{', ends too' if setup.quantize_ends else ''}), {setup.steps} steps of AdamW without clipping, dropout set to 0,\n"
+        f"{', ends too' if setup.quantize_ends else ''}), "
+        f"{setup.steps} steps of AdamW without clipping, dropout set to 0,\n"
         f"random inputs ({setup.batch} examples of {setup.length} tokens, padding: {setup.padding}; images unpadded),\n"
         f"server memory: {setup.memory}, checkpointing: {'on' if setup.checkpointing else 'off'}, link: {setup.link}"
     )

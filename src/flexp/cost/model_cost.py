@@ -227,9 +227,7 @@ class ModelCost:
             sum(value.numel() * value.element_size() for value in trained),
             *_figures(head),
         )
-        ends = replace(
-            ends, forward_extra=ends.forward_extra + unpacked, backward_extra=ends.backward_extra + unpacked
-        )
+        ends = replace(ends, forward_extra=ends.forward_extra + unpacked, backward_extra=ends.backward_extra + unpacked)
         with skeleton.mode:
             batch = skeleton.batch(self.kind, examples, self.length)
             inputs = sum(value.numel() * value.element_size() for value in batch.values())

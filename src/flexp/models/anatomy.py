@@ -217,7 +217,9 @@ def prune(model: nn.Module, anatomy: Anatomy, part: Part) -> None:
         if isinstance(module, PreTrainedModel) and not own:  # such as a tower for images
             stub: nn.Module = PassThrough(None)
         elif isinstance(module, nn.Embedding):
-            stub = ZeroEmbedding(module.embedding_dim, getattr(module, "dtype", module.weight.dtype))  # a packed one's is of its rows
+            stub = ZeroEmbedding(
+                module.embedding_dim, getattr(module, "dtype", module.weight.dtype)
+            )  # a packed one's is of its rows
         elif next(module.parameters(recurse=False), None) is not None:
             stub = PassThrough(getattr(module, "out_features", None))
         else:

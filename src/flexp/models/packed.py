@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from flexp.models.stored import PACKED, StoredTable, find, refused, token_embedding, without
 
 PIECE = 1 << 24
-"""Numbers of a table that are unpacked at once, at most; packing, which takes more memory for each, takes a sixteenth."""
+"""Numbers of a table that are unpacked at once, at most; packing, which takes more memory each, takes a sixteenth."""
 
 
 class _Packed(nn.Module):
@@ -60,14 +60,17 @@ class _Packed(nn.Module):
         from bitsandbytes import functional
 
         weight, scales = self.weight[which], self.scales[which]
+        found: Tensor
         if self.quantization == "int8":
-            return functional.int8_vectorwise_dequant(weight, scales).to(self.dtype)
+            found = functional.int8_vectorwise_dequant(weight, scales)
+            return found.to(self.dtype)
         shape = torch.Size((*weight.shape[:-1], 2 * weight.shape[-1]))
         state = functional.QuantState(
             scales.reshape(-1), shape=shape, dtype=self.dtype, blocksize=self.blocksize, quant_type="nf4",
             code=functional.get_4bit_type("nf4", device=weight.device),
         )  # fmt: skip
-        return functional.dequantize_4bit(weight.reshape(-1, 1), state)
+        found = functional.dequantize_4bit(weight.reshape(-1, 1), state)
+        return found
 
     def _packed(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
         from bitsandbytes import functional
@@ -79,7 +82,7 @@ class _Packed(nn.Module):
         return (numbers.float() * (127 / peaks.clamp_min(1e-30))).round().to(torch.int8), peaks
 
 
-class PackedEmbedding(_Packed, nn.Embedding):
+class PackedEmbedding(_Packed, nn.Embedding):  # type: ignore[misc]  # its weight is no table of numbers
     """A frozen embedding that unpacks the rows of its tokens."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -87,12 +90,12 @@ class PackedEmbedding(_Packed, nn.Embedding):
         return self.rows(input.reshape(-1)).view(*input.shape, -1)
 
 
-class PackedHead(_Packed, nn.Linear):
+class PackedHead(_Packed, nn.Linear):  # type: ignore[misc]
     """A frozen linear layer that never has more of its weight unpacked than a piece."""
 
     def forward(self, input: Tensor) -> Tensor:
         """(…, V) from (…, H)."""
-        found: Tensor = _InPieces.apply(input, self)
+        found: Tensor = _InPieces.apply(input, self)  # type: ignore[no-untyped-call]
         return found if self.bias is None else found + self.bias
 
 
@@ -203,12 +206,14 @@ def plain_ends(model: Any) -> None:
     for path, module in list(model.named_modules()):
         if not isinstance(module, _Packed):
             continue
-        weight = made.setdefault(id(module.weight), nn.Parameter(table_of(module), requires_grad=False))
+        if id(module.weight) not in made:
+            made[id(module.weight)] = nn.Parameter(table_of(module), requires_grad=False)
+        weight = made[id(module.weight)]
         if isinstance(module, nn.Embedding):
-            new: nn.Module = nn.Embedding(*weight.shape, padding_idx=module.padding_idx, _weight=weight)
+            new: Any = nn.Embedding(*weight.shape, padding_idx=module.padding_idx, device="meta")
         else:
             new = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-            new.bias = module.bias  # type: ignore[union-attr]
+            new.bias = module.bias
         new.weight = weight
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, new)

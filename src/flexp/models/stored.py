@@ -204,9 +204,13 @@ def find(names: Sequence[str], shape: tuple[int, int], source: str, setting: tup
     every = dict(_tables(source))
     for name in names:
         best = max((_alike(key, name) for key in every), default=0)
-        tables = [table for key, table in every.items() if _alike(key, name) == best >= 2]  # such as embed_tokens.weight
+        tables = [
+            table for key, table in every.items() if _alike(key, name) == best >= 2
+        ]  # such as embed_tokens.weight
         if len(tables) == 1 and tables[0].shape != shape:
-            raise refused(f"{tables[0].file} has {name} with {tables[0].shape} numbers, and this model {shape}", setting)
+            raise refused(
+                f"{tables[0].file} has {name} with {tables[0].shape} numbers, and this model {shape}", setting
+            )
         if len(tables) == 1:
             return tables[0]
     raise refused(f"{len(tables)} tensors in the safetensors files of {source} may be {names[0]}", setting)

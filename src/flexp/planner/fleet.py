@@ -9,7 +9,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, ValidationError, model_validator
 
-from flexp.config import DeviceClassConfig, DevicesConfig, Fraction, ModelConfig, Rate, Rows, Section, Tuning
+from flexp.config import (
+    DeviceClassConfig,
+    DevicesConfig,
+    Fraction,
+    ModelConfig,
+    Quantization,
+    Rate,
+    Rows,
+    Section,
+    Tuning,
+)
 from flexp.cost.choice import codec_names
 from flexp.cost.profile import FIGURES, Profile
 from flexp.errors import ConfigError
@@ -91,6 +101,8 @@ class TaskShape(Section):
     rank: PositiveInt = 8
     train_embeddings: bool = False
     embeddings: Literal["memory", "file"] = "memory"
+    quantization: Quantization = "off"
+    quantize_ends: bool = False
     optimizer: Literal["adamw", "adam", "sgd", "sgd-plain"] = "adamw"
     aligned: bool = False
     follow: bool = False
@@ -108,7 +120,10 @@ class TaskShape(Section):
     @classmethod
     def of_model(cls, model: ModelConfig, **others: Any) -> TaskShape:
         """What ``model`` says of it, and ``others``."""
-        names = ("dtype", "autocast", "attention", "tuning", "train_embeddings", "embeddings")
+        names = (
+            "dtype", "autocast", "attention", "tuning", "train_embeddings", "embeddings", "quantization",
+            "quantize_ends",
+        )  # fmt: skip
         return cls(rank=model.lora.rank, **{name: getattr(model, name) for name in names}, **others)
 
     def model(self, name: str) -> ModelConfig:
@@ -120,6 +135,8 @@ class TaskShape(Section):
             attention=self.attention,
             train_embeddings=self.tuning == "full" and self.train_embeddings,
             embeddings=self.embeddings,
+            quantization=self.quantization,
+            quantize_ends=self.quantize_ends,
         )
 
     @model_validator(mode="after")
@@ -128,6 +145,10 @@ class TaskShape(Section):
             raise ValueError(
                 'embeddings = "file" leaves them as they are, and train_embeddings trains them: choose one'
             )
+        if self.quantization != "off" and self.tuning != "lora":
+            raise ValueError(f'quantization = "{self.quantization}" is for adapters; set tuning = "lora"')
+        if self.quantize_ends and self.quantization == "off":
+            raise ValueError('quantize_ends needs a quantization; set it to "nf4" or "int8"')
         if self.own and self.tuning != "lora":
             raise ValueError(f'own = true is for adapters, and the tuning is {self.tuning!r}; set tuning = "lora"')
         return self
