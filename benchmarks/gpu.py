@@ -3,8 +3,9 @@
 For each shape, with random weights made on the device (LoRA, bfloat16, cut (2, L − 1)): a split step beside a whole
 one, the device's peak memory in both, how often the host waits for the device in each, and tokens a second of 1, 4 and
 16 clients: in this process in turn, and each in a thread of its own over gRPC. Requests are answered one by one;
-``python -m benchmarks joined`` joins them. ``--json`` prints :class:`Figures`, whose schema ``--schema`` prints: send
-it in.
+``python -m benchmarks joined`` joins them. Where there are several GPUs, also a step whose server is spread over all of
+them (``server.device``) beside one whose is not. ``--json`` prints :class:`Figures`, whose schema ``--schema`` prints:
+send it in.
 
 Predicted: split ÷ whole 1.0–1.1 at 512 tokens, since nothing waits but the copies of the messages, some of which are
 copies within the device here; several clients get through no more tokens than one, since one thread answers them.
@@ -26,7 +27,7 @@ from benchmarks.tools.big_model import SHAPES
 from benchmarks.tools.command import Examples, Length, Pairs, Result, say
 from benchmarks.tools.paired import paired
 from benchmarks.tools.parties import Parties, Step, cut_of, probe
-from flexp.config import ModelConfig, OptimizerConfig
+from flexp.config import ModelConfig, OptimizerConfig, ServerConfig
 from flexp.cost.echo import random_batch
 from flexp.machine import device_of, versions
 from flexp.models.heads import AUTO
@@ -52,7 +53,8 @@ class Clients(BaseModel):
 
 class Shape(BaseModel):
     """One model. Memory is in bytes, at the device's peak; ``None`` where the device has no allocator that tells.
-    ``waits``: how often the host waits for the device in a step."""
+    ``waits``: how often the host waits for the device in a step. ``spread_ratio``: a split step whose server is on all
+    ``gpus`` ÷ one whose is on one; ``None`` where there is one at most, or no room, as ``left_out`` says."""
 
     model_config = ConfigDict(extra="forbid")
     shape: str
@@ -67,11 +69,14 @@ class Shape(BaseModel):
     split_bytes: int | None
     whole_waits: int | None
     split_waits: int | None
+    gpus: int
+    spread_ratio: float | None
     clients: list[Clients]
 
 
 class Figures(BaseModel):
-    """All of it, and what it was measured on. ``left_out``: shapes for which there was no time, or no room."""
+    """All of it, and what it was measured on. ``left_out``: shapes for which there was no time, or no room; and why no
+    server was spread."""
 
     model_config = ConfigDict(extra="forbid")
     bench: str
@@ -101,8 +106,11 @@ def measure(
         typer.echo(json.dumps(Figures.model_json_schema(), indent=1))
         raise typer.Exit
     place, began = device_of(device), time.monotonic()
+    places = several(place)
     found: list[Shape] = []
     left_out: dict[str, str] = {}
+    if len(places) < 2:
+        left_out["several GPUs"] = f"there is no second one beside {place}"
     for name in shapes.split(","):
         if time.monotonic() - began > 60 * minutes:
             left_out[name] = "no time was left"
@@ -112,6 +120,11 @@ def measure(
             found.append(
                 _measured(name, place, [int(count) for count in counts.split(",")], examples, length, pairs, seconds)
             )
+            if len(places) > 1:
+                found[-1].spread_ratio, found[-1].gpus = (
+                    _spread(name, place, places, examples, length, pairs),
+                    len(places),
+                )
         except torch.OutOfMemoryError as error:
             left_out[name] = str(error).splitlines()[0]
     facts = {
@@ -159,8 +172,24 @@ def _measured(
         split_bytes=peaks["split"],
         whole_waits=waits["whole"],
         split_waits=waits["split"],
+        gpus=1 if place.type == "cuda" else 0,
+        spread_ratio=None,
         clients=clients,
     )
+
+
+def several(place: torch.device) -> list[str]:
+    """The names of all GPUs of the kind of ``place``; none, where it is no GPU."""
+    count = torch.accelerator.device_count() if place.type not in ("cpu", "meta", "mps") else 0
+    return [f"{place.type}:{index}" for index in range(count)]
+
+
+def _spread(name: str, place: torch.device, places: list[str], examples: int, length: int, pairs: int) -> float:
+    """A step with a server on all ``places`` ÷ one with a server on one, in turn; after all else of the shape is gone,
+    since the blocks that are spread are copies."""
+    here = _parties(name, place, examples, length)
+    one, all_ = here.split_step(), here.split_step(config=ServerConfig(device=places))
+    return paired(_through(one, place), _through(all_, place), pairs).ratio
 
 
 def _parties(name: str, place: torch.device, examples: int, length: int) -> Parties:
@@ -215,6 +244,8 @@ def _rows(one: Shape) -> list[tuple[str, str]]:
         ("peak of a whole, a split step", f"{size(one.whole_bytes)}, {size(one.split_bytes)}"),
         ("host waits of a whole, a split step", f"{one.whole_waits}, {one.split_waits}"),
     ]
+    if one.spread_ratio is not None:
+        rows.append((f"server on {one.gpus} GPUs ÷ on one", f"{one.spread_ratio:.3f}"))
     rows += [
         (
             f"{at.clients} clients, tokens/s: in turn, over gRPC",

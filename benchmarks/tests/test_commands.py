@@ -114,13 +114,19 @@ def test_split_and_whole_write_the_same_and_bytes_are_counted(
 def test_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """On the processor, by the schema that it prints; a shape for which there is no time is named."""
     options = ("--length", "8", "--examples", "1", "--pairs", "4", "--seconds", "0.1", "--counts", "1,2")
-    code, shown = call(monkeypatch, capsys, "gpu", "--shapes", "small", *options, "--device", "cpu", "--json")
+    with monkeypatch.context() as here:
+        here.setattr(gpu, "several", lambda place: [str(place)] * 2)  # the server's blocks are spread over both
+        code, shown = call(here, capsys, "gpu", "--shapes", "small", *options, "--device", "cpu", "--json")
     assert code == 0
     (shape,) = gpu.Figures.model_validate_json(shown).shapes
+    assert shape.gpus == 2
+    assert shape.spread_ratio is not None
+    assert shape.spread_ratio > 0
     assert (shape.cut, [at.clients for at in shape.clients], shape.split_bytes) == ((2, 3), [1, 2], None)
     assert shape.ratio > 0
     code, shown = call(monkeypatch, capsys, "gpu", "--shapes", "small", "--device", "cpu", "--minutes", "0")
     assert code == 0
     assert "small was left out: no time was left" in shown
+    assert "several GPUs was left out: there is no second one beside cpu" in shown
     code, shown = call(monkeypatch, capsys, "gpu", "--schema")
     assert set(json.loads(shown)["required"]) >= {"device", "shapes", "left_out", "machine"}

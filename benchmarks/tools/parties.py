@@ -71,17 +71,22 @@ class Parties:
         return self._tuned(Part.client(cut or self.cut, self.source.anatomy.blocks))
 
     def server(self, config: ServerConfig | None = None) -> Server:
-        """A server of the blocks between."""
-        return Server(self._tuned(Part.server(*self.cut)), tuning=self.tuning, optimizer=self.optimizer, config=config)
+        """A server of the blocks between, on the devices that ``config`` names."""
+        stage = self._tuned(Part.server(*self.cut), None if config is None else config.device)
+        return Server(stage, tuning=self.tuning, optimizer=self.optimizer, config=config)
 
     def client(self, link: Link, cut: tuple[int, int] | None = None, codec: CodecConfig | None = None) -> SplitModel:
         """A client, joined over ``link``, in training mode."""
         kind, stage, own = SPLIT_MODELS[self.kind], self.client_stage(cut), cut or self.cut
         return kind(stage, own, link, tuning=self.tuning, codec=codec, expose_embeddings=True).train()
 
-    def split_step(self, reach: Callable[[Server], Link] = lambda server: server.connect("bench")) -> Step:
+    def split_step(
+        self,
+        reach: Callable[[Server], Link] = lambda server: server.connect("bench"),
+        config: ServerConfig | None = None,
+    ) -> Step:
         """One training step of a client and a server of its own; ``reach`` makes the link between them."""
-        client = self.client(reach(self.server()))
+        client = self.client(reach(self.server(config)))
         return self.step(client.stage, client)
 
     def step(self, stage: Stage, forward: Callable[..., Any], optimizer: OptimizerConfig | None = None) -> Step:
@@ -94,8 +99,8 @@ class Parties:
 
         return step
 
-    def _tuned(self, part: Part) -> Stage:
-        stage = carve(self.source, part)
+    def _tuned(self, part: Part, devices: Any = None) -> Stage:
+        stage = carve(self.source, part).spread(devices)
         tune(stage, self.model, self.tuning)
         return stage
 

@@ -12,7 +12,9 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from flexp.cli.main import app
+from flexp.cli.settings import overrides, placed
 from flexp.config import ModelConfig
+from flexp.config.loading import load
 from flexp.errors import ConfigError
 from flexp.machine import device_of
 from flexp.models.anatomy import Part
@@ -35,8 +37,10 @@ def test_a_run_and_what_reads_it_take_a_device(tmp_path: Path, monkeypatch: pyte
         assert done.exit_code == 0, done.output
         return done.output
 
-    call("run", str(path), "--out", out, "--device", "cpu")
-    assert json.loads((tmp_path / "out/config.json").read_text())["model"]["device"] == "cpu"
+    call("run", str(path), "--out", out, "--device", "cpu,cpu")
+    said = json.loads((tmp_path / "out/config.json").read_text())
+    assert said["model"]["device"] == "cpu"
+    assert said["server"]["device"] == ["cpu", "cpu"]
     call("evaluate", out, "--client", "north", "--device", "cpu")
     with pytest.raises(ConfigError, match=r"there is no device 'cuda:77' here; expected auto or cpu"):
         call("evaluate", out, "--client", "north", "--device", "cuda:77")
@@ -45,6 +49,18 @@ def test_a_run_and_what_reads_it_take_a_device(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(ConfigError, match=r"there is no device 'xpu:77' here"):
         call("verify", "arch:gpt2", "--device", "xpu:77")
     call("verify", "arch:gpt2", "--steps", "1", "--device", "cpu")
+
+
+def test_of_several_devices_the_server_has_all_and_all_else_the_first(tmp_path: Path) -> None:
+    path, _ = toml(tmp_path)
+    loaded = load(path, overrides(None, **placed("cuda:0,cuda:1")))
+    for each in (loaded, load(path).on("cuda:0,cuda:1")):
+        assert (each.model.device, each.server.device) == ("cuda:0", ["cuda:0", "cuda:1"])
+    assert loaded.on("cpu").server.device is None
+    with pytest.raises(ConfigError, match=r"several kinds"):
+        loaded.on("cuda:0,cpu")
+    with pytest.raises(ConfigError, match=r"server\.device.*'gpu' is not allowed"):
+        loaded.on("cuda:0,gpu")
 
 
 def test_every_command_that_computes_has_the_option() -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from flexp.cli.settings import Device, Settings, check_others, overrides
+from flexp.cli.settings import Device, Settings, check_others, overrides, placed
 
 
 def fleet(
@@ -30,7 +30,7 @@ def fleet(
     from flexp.run.fleet import Fleet, as_begun
     from flexp.run.settle import settle
 
-    said = overrides(settings, device=device)
+    said = overrides(settings, **placed(device))
     check_others(config, said)
     table = files.overridden(config, said).get("deployment", {})
     asked = files.load(config, said)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flexp.cli.settings import Device, Settings, check_others, console, overrides
+from flexp.cli.settings import Device, Settings, check_others, console, overrides, placed
 from flexp.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def run(
         return
     if config is None:
         raise ConfigError("say which run: flexp run CONFIG.toml, or flexp run --resume DIR")
-    said = overrides(settings, device=device)
+    said = overrides(settings, **placed(device))
     loaded = load(config, said, seed)
     check_others(config, said)
     _go(out or fresh(loaded.name), loaded)

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from flexp.cli.reaching import Secured
-from flexp.cli.settings import Device, Settings, overrides
+from flexp.cli.settings import Device, Settings, overrides, placed
 from flexp.cli.verify import Task, parse_cut
 from flexp.errors import ConfigError, plain
 
@@ -109,7 +109,9 @@ def server(
         kind = kind or Task("causal-lm")
     task = None if kind is None else task_for(kind.value)
     own = None if blocks is None else parse_cut(blocks, "--blocks")
-    given = {"model": model, "kind": task, "base_depth": base_depth, "end": end, "server_device": device}
+    given = {"model": model, "kind": task, "base_depth": base_depth, "end": end}
+    where = placed(device)  # a server has one side alone
+    given["server_device"] = where.get("server_device", device)
     said = overrides(settings, allow_export=allow_export, blocks=own, next_server=next_server, **given)
     loaded, deployment = read_config(config, said)
     if loaded.threads is not None:

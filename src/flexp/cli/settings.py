@@ -22,7 +22,8 @@ Force = Annotated[bool, typer.Option("--force", help="Replace a file that is the
 Device = Annotated[
     str | None,
     typer.Option(
-        "--device", metavar="NAME", help="auto, cpu, cuda:1, ...; default: as the configuration says, or cpu.",
+        "--device", metavar="NAME", help="auto, cpu, cuda:1, ..., of a server several, as in cuda:0,cuda:1; default: "
+        "as the configuration says, or cpu.",
         show_default=False,
     ),
 ]  # fmt: skip
@@ -66,6 +67,15 @@ def check_others(config: Path, settings: Sequence[str]) -> None:
         from flexp.comparison.config import CompareConfig
 
         CompareConfig.checked(content["compare"], str(config), "compare")
+
+
+def placed(device: str | None) -> dict[str, Any]:
+    """What ``--device`` says of a run that has both sides, as options: of several names the server's blocks are spread
+    over all, and all else is on the first."""
+    if device is None or "," not in device:
+        return {"device": device}
+    names = device.split(",")
+    return {"device": names[0], "server_device": names}
 
 
 def overrides(settings: list[str] | None, **options: Any) -> list[str]:

@@ -148,11 +148,15 @@ class RunConfig(Section):
         return self.data.clients.on_devices
 
     def on(self, device: str | None) -> RunConfig:
-        """The same run with all of it on another device; ``None``: as it is."""
+        """The same run with all of it on another device; ``None``: as it is; of several, with commas, the server's
+        blocks are spread over all, and all else is on the first."""
         if device is None:
             return self
-        model = ModelConfig.of(self.model, device=device)  # which looks at the name
-        return self.model_copy(update={"model": model, "server": self.server.model_copy(update={"device": None})})
+        first, *others = device.split(",")
+        model = ModelConfig.of(self.model, device=first)  # which looks at the name
+        several = [first, *others] if others else None
+        server = ServerConfig.checked({**self.server.model_dump(), "device": several}, "--device", "server")
+        return self.model_copy(update={"model": model, "server": server})
 
     def with_clients(self, clients: ClientsConfig) -> RunConfig:
         """The same run, whose clients have other settings."""
