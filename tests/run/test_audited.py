@@ -14,8 +14,9 @@ from flexp.audit.watching import Exchange, Watch
 from flexp.config import DeploymentConfig, RunConfig
 from flexp.errors import DataError
 from flexp.run import audited
-from flexp.run.audited import OwnAudit, said, told
+from flexp.run.audited import OwnAudit
 from flexp.run.client import run_client
+from flexp.run.folder import said, told
 from flexp.run.settle import settle_client
 from tests import tiny
 from tests.harness import seeded

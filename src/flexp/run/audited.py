@@ -11,24 +11,18 @@ from flexp.audit.watching import Exchange
 from flexp.client.trainer import Trainer
 from flexp.config import RunConfig
 from flexp.errors import StorageError
-from flexp.files import read_json, write_json
+from flexp.files import write_json
 from flexp.kinds import KINDS
 from flexp.limits import out_of_memory
 from flexp.links.base import Link
 from flexp.models.anatomy import Part
 from flexp.models.stage import Stage
 from flexp.report.summary import UNKNOWN
+from flexp.run.folder import AUDIT
 from flexp.run.settle import ClientSetup
 
-AUDIT = "audit.json"
-"""What an audit found, in the folder of a run or of a client."""
 WATCHED = 96
 """Exchanges of a first round that are attacked, of all clients together."""
-
-
-def said(folder: Path) -> str | None:
-    """What the server can read, as an audit in ``folder`` says; ``None``: there was none."""
-    return str(read_json(folder / AUDIT)["line"]) if (folder / AUDIT).is_file() else None
 
 
 def public_of(config: RunConfig) -> Path | None:
@@ -109,8 +103,3 @@ class OwnAudit:
         needed = frozenset[int]().union(*(Part.client(cut, blocks).blocks for cut in cuts))
         source = setup.run.load(Part(needed, ends=True))
         return Known(setup.config, setup.run.federation.task, source, surrogate)
-
-
-def told(folder: Path) -> str:
-    """The line of a client's summary."""
-    return f"what the server can read: {said(folder) or f'{UNKNOWN} (privacy.audit = true)'}"

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -22,14 +23,16 @@ from flexp.report.metrics import MetricsLog, write_records
 from flexp.report.metrics import read as read_log
 from flexp.report.progress import Progress
 from flexp.report.summary import VALIDATION
-from flexp.run.audited import OwnAudit, told
 from flexp.run.diary import Diary, check_conducted
-from flexp.run.folder import is_client, write_facts
+from flexp.run.folder import is_client, told, write_facts
 from flexp.run.party import Party, patiently
-from flexp.run.recutting import Mover
 from flexp.run.settle import ClientSetup
 from flexp.run.store import SNAPSHOTS, Checkpoint, ParkedOnDisk, Store, party_of
 from flexp.signals import stopped_by_signal
+
+if TYPE_CHECKING:
+    from flexp.run.audited import OwnAudit
+    from flexp.run.recutting import Mover
 
 
 def run_client(
@@ -68,7 +71,7 @@ def run_client(
         setup = replace(setup, cut=(int(facts["cut"][0]), int(facts["cut"][1])))
     audits = config.privacy.audit and int(facts.get("steps", 0)) < config.train.steps_per_round
     with Progress(config.train.total_steps, name, metric=federation.task.metric, console=console) as progress:
-        audit = OwnAudit(setup, state, progress.note) if audits else None
+        audit = _audit(setup, state, progress.note) if audits else None
 
         def reached() -> Link:
             return reach() if audit is None else audit.watched(reach())
@@ -98,7 +101,7 @@ def run_client(
             diary=diary,
             run=str(facts.get("run", "")),
             patience=deployment.patience,
-            mover=Mover(setup, trainer, parking) if recuts else None,
+            mover=_mover(setup, trainer, parking) if recuts else None,
             validated=_validated(state / "metrics.jsonl", federation.task.metric),
             tell_cut=lambda cut: write_facts(state, setup.data, federation, cut),
             first_round=(lambda: None) if audit is None else audit.attack,
@@ -177,3 +180,18 @@ def _once_each(path: Path) -> None:
     last = {(record["kind"], record.get("step", record["round"])): record for record in records}
     if len(last) < len(records):
         write_records(path, list(last.values()))
+
+
+# What follows brings attacks, the planner and a server along: a second of processor, for who asks for it alone.
+
+
+def _audit(setup: ClientSetup, state: Path, note: Callable[[str], None]) -> OwnAudit:
+    from flexp.run.audited import OwnAudit
+
+    return OwnAudit(setup, state, note)
+
+
+def _mover(setup: ClientSetup, trainer: Trainer, parking: ParkedOnDisk) -> Mover:
+    from flexp.run.recutting import Mover
+
+    return Mover(setup, trainer, parking)

@@ -7,14 +7,16 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from flexp.config import TrainConfig
 from flexp.errors import ConfigError, LinkError, LinkLostError, StorageError
 from flexp.files import read_json, write_json
 from flexp.links.messages import Keep, Order, Ready
 from flexp.run.store import Store
-from flexp.server import Server
+
+if TYPE_CHECKING:
+    from flexp.server import Server
 
 ENDED = "ended"
 """Among what a client tells: it stops before its last step, since it gets no better on its validation data."""

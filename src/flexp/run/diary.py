@@ -16,7 +16,6 @@ from flexp.config.train import EarlyStopping
 from flexp.errors import ConfigError
 from flexp.report.metrics import MetricsLog, Record
 from flexp.report.progress import Progress
-from flexp.run.recutting import in_words
 
 if TYPE_CHECKING:
     from flexp.report.tensorboard import EventWriter  # which takes memory that a client may not have
@@ -53,6 +52,8 @@ class Diary:
     def change(self, record: Record) -> None:
         """A cut that moved, or did not; a client that its device cannot hold, or can again."""
         self.write(record)
+        from flexp.run.recutting import in_words  # brings the planner
+
         self.note(in_words(record))
 
     def close(self) -> None:

@@ -14,6 +14,7 @@ from flexp.data.split import Identity, check_same, identity, of_client
 from flexp.data.types import ClientData, Federation
 from flexp.errors import ConfigError, StorageError
 from flexp.files import read_json, write_json
+from flexp.report.summary import UNKNOWN
 from flexp.run.store import CHECKPOINTS, Store
 
 FILE = "client.json"
@@ -21,6 +22,8 @@ SCHEMA = 1
 JOINED = "join.json"
 """In the folder of a client that joined a run later: its name, and the labels of the earlier run."""
 JOINED_SCHEMA = 1
+AUDIT = "audit.json"
+"""What an audit found, in the folder of a run or of a client."""
 
 
 def is_client(folder: Path) -> bool:
@@ -127,3 +130,13 @@ def check_length(config: RunConfig, saved: Mapping[str, Any], run: Path) -> None
             f"{run}: its clients have met after round {planned}, the last (method.meet), so the run cannot have "
             f"{train.rounds} rounds: start a new one (with method.meet.on = false it stays open)"
         )
+
+
+def said(folder: Path) -> str | None:
+    """What the server can read, as an audit in ``folder`` says; ``None``: there was none."""
+    return str(read_json(folder / AUDIT)["line"]) if (folder / AUDIT).is_file() else None
+
+
+def told(folder: Path) -> str:
+    """The line of a client's summary."""
+    return f"what the server can read: {said(folder) or f'{UNKNOWN} (privacy.audit = true)'}"

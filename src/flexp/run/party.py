@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from flexp.client.adding import LateError, OverLink, agree
 from flexp.client.meeting import FIRST, LAST, UNMASKED, Meets
@@ -27,9 +27,11 @@ from flexp.report.summary import VALIDATION
 from flexp.rng import RandomStream
 from flexp.run.conduct import ENDED
 from flexp.run.diary import Diary, ended, may_be_last
-from flexp.run.recutting import Mover
 from flexp.run.settle import ClientSetup
 from flexp.run.store import Store, party_of
+
+if TYPE_CHECKING:
+    from flexp.run.recutting import Mover
 
 R = TypeVar("R")
 MOST_RUN = 200

@@ -37,10 +37,10 @@ from flexp.report.summary import (
 )
 from flexp.report.tensorboard import writer_of
 from flexp.rng import generator
-from flexp.run.audited import AUDIT, WATCHED, conclude, public_of, said
+from flexp.run.audited import WATCHED, conclude, public_of
 from flexp.run.costs import MemoryProbes
 from flexp.run.diary import Diary, ended, may_be_last
-from flexp.run.folder import MEND, check_length, data_of, is_joined, saved_facts
+from flexp.run.folder import AUDIT, MEND, check_length, data_of, is_joined, said, saved_facts
 from flexp.run.outcome import Summary, summary_of
 from flexp.run.participants import Dropped, place
 from flexp.run.recutting import Recutting
@@ -298,8 +298,8 @@ class _Run:
 
     def _tell(self, choices: dict[str, Choice]) -> None:
         counted = Counter(choices.values())
-        said = ", ".join(f"{name} of {count}" for name, count in counted.most_common())
-        self.progress.note(f"after the last meeting the clients' classifiers are: {said}")
+        kinds = ", ".join(f"{name} of {count}" for name, count in counted.most_common())
+        self.progress.note(f"after the last meeting the clients' classifiers are: {kinds}")
 
     def _evaluate(self, number: int) -> None:
         task, size = self.world.federation.task, self.config.evaluation.batch_size

@@ -39,7 +39,6 @@ from flexp.models.loading import load_config, load_stage
 from flexp.models.stage import Stage
 from flexp.run.folder import JOINED, JOINED_SCHEMA, is_joined
 from flexp.run.meetings import check_masks, with_meetings
-from flexp.run.planned import with_cuts
 from flexp.run.privacy import base_notes, privacy_notes, within_label_bound
 
 Federate = Callable[[DataConfig, Any, int, int | None, Sequence[str]], Federation]
@@ -138,6 +137,8 @@ def settle(
     config, met = with_meetings(config, federation, model_config, drawn, alone)
     notes, planned = [*_precision_notes(config), *met], None
     if plan and config.data.clients.planned:  # before anything is loaded
+        from flexp.run.planned import with_cuts  # brings the planner
+
         config, more, planned = with_cuts(config, federation, blocks)
         notes += more
     config = within_label_bound(config, federation)
