@@ -52,7 +52,7 @@ def test_a_run_and_what_reads_it_take_a_device(tmp_path: Path, monkeypatch: pyte
 
 
 def test_of_several_devices_the_server_has_all_and_all_else_the_first(tmp_path: Path) -> None:
-    path, _ = toml(tmp_path)
+    path = toml(tmp_path)
     loaded = load(path, overrides(None, **placed("cuda:0,cuda:1")))
     for each in (loaded, load(path).on("cuda:0,cuda:1")):
         assert (each.model.device, each.server.device) == ("cuda:0", ["cuda:0", "cuda:1"])

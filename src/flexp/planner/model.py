@@ -72,8 +72,8 @@ class ModelCosts:
 
     def _cost(self, task: TaskShape) -> ModelCost:
         model = task.model(self.model)
-        key = (task.kind, task.length, model.dtype, model.train_embeddings, model.embeddings)
-        key = (*key, model.quantization, model.quantize_ends)
+        loaded = (model.dtype, model.train_embeddings, model.embeddings, model.quantization, model.quantize_ends)
+        key = (task.kind, task.length, *loaded)
         if key not in self._known:
             self._known[key] = model_cost(
                 model, task.kind, length=task.length, labels=task.labels, optimizer=task.optimizer
