@@ -153,7 +153,7 @@ class RunConfig(Section):
         if device is None:
             return self
         first, *others = device.split(",")
-        model = ModelConfig.of(self.model, device=first)  # which looks at the name
+        model, *_ = [ModelConfig.of(self.model, device=name) for name in (first, *others)]  # which looks at the names
         several = [first, *others] if others else None
         server = ServerConfig.checked({**self.server.model_dump(), "device": several}, "--device", "server")
         return self.model_copy(update={"model": model, "server": server})
