@@ -26,6 +26,7 @@ from flexp.run.runner import run
 DEMO = str(files("flexp.run") / "demo.toml")
 TAIL = "data.clients.each=[{cut=[1,4]},{cut=[2,4]},{cut=[3,4]}]"
 DEEP = "data.clients.each=[{cut=[5,6]}]"
+POOLED = ("model.pooling=mean", "privacy.pool=true")
 WITHIN = (DEEP, "privacy.max_content_words=0.1", "privacy.warm_up.lr=1e-3", "privacy.warm_up.steps=240")
 ROWS: dict[str, tuple[str, ...]] = {
     "as it is": (),
@@ -38,6 +39,8 @@ ROWS: dict[str, tuple[str, ...]] = {
     "nopeek": ("privacy.penalty=nopeek",),
     "deep": (DEEP,),
     "deep, noise 1": (DEEP, "privacy.noise=1"),
+    "deep, pooled": (DEEP, *POOLED),
+    "deep, pooled, noise 0.5": (DEEP, *POOLED, "privacy.noise=0.5"),
     "deep, nopeek within 10 %": ("privacy.penalty=nopeek", *WITHIN),
     "deep, adversary within 10 %": ("privacy.penalty=adversary", *WITHIN),
     "fedavg": ("method.name=fedavg",),
