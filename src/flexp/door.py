@@ -24,6 +24,7 @@ class Held:
         self._socket = socket.create_server((host, port))
         self.port = str(self._socket.getsockname()[1])
         self.address, self.given = f"{host}:{self.port}", False
+        self._socket.settimeout(0.2)  # not every system tells who waits in accept that it is closed
         self._lock, self._closed = threading.Lock(), False
         self._thread = threading.Thread(target=self._turn_away, daemon=True)
         self._thread.start()
@@ -56,8 +57,8 @@ class Held:
         self._socket.close()
 
     def _turn_away(self) -> None:
-        with suppress(OSError):
-            while True:
+        while not self._closed:
+            with suppress(OSError):  # nobody came meanwhile, or somebody went at once
                 came, _ = self._socket.accept()
                 # Reset: what is closed in order keeps the address for a minute.
                 came.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -81,9 +82,10 @@ class Door:
             with socket.create_connection(self._place, 5) as tried:
                 self._closed = math.inf
                 tried.settimeout(0.3)
-                tried.recv(1)
-        except TimeoutError:
-            return  # a server waits to be spoken to
+                try:
+                    tried.recv(1)
+                except TimeoutError:
+                    return  # a server waits to be spoken to
         except ConnectionRefusedError as error:
             self._closed = min(self._closed, time.monotonic())
             if time.monotonic() - self._closed >= GONE:

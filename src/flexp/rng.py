@@ -78,7 +78,11 @@ class Turn:
     def begin(self, state: Tensor) -> None:
         _lock.acquire()
         self._outer = self.state()
-        self._put(state)
+        try:
+            self._put(state)
+        except BaseException:
+            _lock.release()
+            raise
         self.running = True
 
     def end(self) -> Tensor:
@@ -144,12 +148,11 @@ def drawn(*devices: torch.device) -> Tensor:
 
 def draw_from_here(state: Tensor, *devices: torch.device) -> None:
     """Set those generators to :func:`drawn`."""
-    places = [*filter(_draws, devices)]
+    places, own = [*filter(_draws, devices)], len(torch.get_rng_state())
+    # What was saved beside a GPU is longer. Else not even a slice: models are counted on tensors without content.
+    torch.set_rng_state(state[:own] if len(state) > own else state)
     if not places:
-        torch.set_rng_state(state)  # not even a slice of it: models are counted on tensors that know no others
         return
-    own = len(torch.get_rng_state())
-    torch.set_rng_state(state[:own])
     for device, part in zip(places, state[own:].chunk(len(places)), strict=True):  # they are all of one kind
         module: Any = torch.get_device_module(device)
         module.set_rng_state(part.clone(), *_which(device))

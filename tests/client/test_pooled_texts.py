@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from flexp.attacks.tokens import Public, Sent, Words
+from flexp.attacks.tokens import Public, Pursuit, Sent, Words
 from flexp.config import RunConfig
 from flexp.data.types import Batch
 from flexp.errors import ConfigError, ModelError, PrivacyError
@@ -106,7 +106,7 @@ def test_an_audit_reads_words_and_a_bound_is_checked(folder: Path) -> None:
     told = {"noise": 0.5, "max_content_words": 0.99, "audit": True}
     run(config(folder, told), folder / "audited")
     readings = read_json(folder / "audited" / AUDIT)["readings"]
-    assert {reading["attack"] for reading in readings} == {"table", "linear", "words"}
+    assert {reading["attack"] for reading in readings} == {"table", "linear", "words", "pursuit"}
     assert {reading["head"] for reading in readings} >= {"pretrained", "taught"}
     hard = {"noise": 50.0, "max_content_words": 0.0}  # of a vocabulary this small something is always guessed
     with pytest.raises(PrivacyError, match=r"privacy\.max_content_words"):
@@ -145,6 +145,23 @@ def test_what_does_not_go_with_it_is_refused(folder: Path, changes: dict[str, An
     told = changes.pop("privacy", None)
     with pytest.raises(ConfigError, match=says):
         config(folder, told, **changes)
+
+
+@pytest.mark.parametrize(("noise", "least", "most"), [(0.0, 0.95, 1.0), (3.0, 0.0, 0.5)])
+def test_tokens_that_add_up_to_a_mean_are_found(noise: float, least: float, most: float) -> None:
+    """However often a word stands in a text; noise on the mean hides them."""
+    generator = torch.Generator().manual_seed(0)
+    table_VH = torch.randn(60, 32, generator=generator)
+    texts_UT = torch.randint(60, (200, 6), generator=generator)
+    apart = Sent.of([table_VH[texts_UT]], [torch.ones(texts_UT.shape, dtype=torch.bool)])
+
+    def cover(means_UH: torch.Tensor) -> torch.Tensor:
+        return means_UH + noise * torch.randn(means_UH.shape, generator=generator)
+
+    sent, ids_N = apart.as_one(cover), texts_UT.flatten()
+    attack = Pursuit()
+    attack.learn(Public(None, 1, sent, ids_N, apart))  # type: ignore[arg-type]
+    assert least <= float((attack.read(sent, ids_N) == ids_N).float().mean()) <= most
 
 
 def test_words_are_read_out_of_a_mean_that_tells_them_in_any_order() -> None:

@@ -153,7 +153,7 @@ def test_ids_outside_of_the_vocabulary(tmp_path: Path) -> None:
 
 def test_another_type_another_size_or_no_file(tmp_path: Path) -> None:
     folder = save("bert", tmp_path)
-    with pytest.raises(ModelError, match=r"has bert\.embeddings.* in float32, and model\.dtype is bfloat16; use"):
+    with pytest.raises(ModelError, match=r"has the embeddings in float32, and model\.dtype is bfloat16; use"):
         load_stage(ModelConfig.of(folder, dtype="bfloat16", embeddings="file"), "sequence-classification")
     with pytest.raises(ModelError, match="arch:bert has no file"):
         load_stage(ModelConfig.of("arch:bert", embeddings="file"), "sequence-classification")

@@ -70,12 +70,14 @@ class Public:
         stage: the pretrained model, or its ends and its first blocks.
         depth: after how many blocks the activations are taken.
         sent: what the pretrained head makes of public text, and ``ids_N`` which tokens those were.
+        apart: the same before texts were pooled; ``None``: they were not, or nobody knows.
     """
 
     stage: Stage
     depth: int
     sent: Sent
     ids_N: Tensor
+    apart: Sent | None = None
 
     @property
     def embeddings(self) -> Tensor:
@@ -185,14 +187,15 @@ class Words(Attack):
         cross_VH = torch.zeros(len(self._ids), z_UH.shape[1]).index_add_(0, word_P[learnt_P], z_UH[text_P[learnt_P]])
         gram = z_UH[~held_U].T @ z_UH[~held_U]
         eye = torch.eye(len(gram)) * gram.diagonal().mean()
-        maps = [torch.linalg.solve(gram + ridge * eye, cross_VH.T) for ridge in RIDGES]
         there_UV = torch.zeros(len(z_UH), len(self._ids), dtype=torch.bool)
         there_UV[text_P, word_P] = True
         most = int(there_UV.sum(1).float().mean())
-        self._map = max(
-            maps,
-            key=lambda each: int(there_UV[held_U].gather(1, (z_UH[held_U] @ each).topk(most).indices).sum()),
-        )
+        best = -1
+        for ridge in RIDGES:
+            found = torch.linalg.solve(gram + ridge * eye, cross_VH.T)
+            right = int(there_UV[held_U].gather(1, (z_UH[held_U] @ found).topk(most).indices).sum())
+            if right > best:
+                best, self._map = right, found
 
     def guess(self, sent: Sent) -> Tensor:
         """See :class:`Attack`; of a text the likeliest first."""
@@ -221,6 +224,53 @@ class Words(Attack):
             for row, token in zip(wrong, left.elements(), strict=True):
                 moved_N[row] = token
         return moved_N
+
+
+class Pursuit(Words):
+    """For pooled texts: the tokens whose activations add up to the text's, each as the head makes it on average of
+    public texts, sought one after the other (matching pursuit, Mallat & Zhang, 1993) and each once again when all are
+    there; distances are whitened by how activations of one token differ, and by the noise."""
+
+    name = "pursuit"
+    about = "the tokens whose average activations add up to a text's; in any order"
+    slow, causal = False, False
+
+    def learn(self, public: Public) -> None:
+        """See :class:`Attack`."""
+        z_NH = (public.sent if public.apart is None else public.apart).z_NH
+        self._mean = z_NH.mean(0)
+        self._ids, at_N, counts_V = torch.unique(public.ids_N, return_inverse=True, return_counts=True)
+        table_VH = torch.zeros(len(self._ids), z_NH.shape[1]).index_add_(0, at_N, z_NH) / counts_V[:, None]
+        often_N = counts_V[at_N] > 1
+        apart_NH = (z_NH - table_VH[at_N])[often_N] if bool(often_N.any()) else z_NH - self._mean
+        gram = apart_NH.T @ apart_NH / len(apart_NH)
+        if public.apart is not None:  # of n tokens the sum differs by n of these, and by n times the noise on the mean
+            noise_UH = _means(public.sent)[0] - _means(public.apart)[0]
+            gram += len(z_NH) / len(noise_UH) * (noise_UH.T @ noise_UH / len(noise_UH))
+        values, vectors = torch.linalg.eigh(gram + 1e-2 * gram.diagonal().mean() * torch.eye(len(gram)))
+        self._white = vectors * values.clamp_min(1e-12).rsqrt()
+        self._table = (table_VH - self._mean) @ self._white
+
+    def guess(self, sent: Sent) -> Tensor:
+        """See :class:`Attack`."""
+        means_UH, at_N = _means(sent)
+        counts_U = at_N.bincount()
+        left_UH = counts_U[:, None] * ((means_UH - self._mean) @ self._white)
+        squares_V, chosen_UT = self._table.square().sum(1), torch.zeros(len(left_UH), int(counts_U.max())).long()
+        for again in (False, True):
+            for place in range(chosen_UT.shape[1]):
+                there = counts_U > place
+                if again:
+                    left_UH[there] += self._table[chosen_UT[there, place]]
+                best = torch.cat([
+                    (2 * each @ self._table.T - squares_V).argmax(1) for each in torch.split(left_UH[there], CHUNK)
+                ])  # fmt: skip
+                chosen_UT[there, place] = best
+                left_UH[there] -= self._table[best]
+        read_N = torch.zeros(len(sent), dtype=torch.long)
+        for text, rows in enumerate(torch.split(at_N.argsort(stable=True), counts_U.tolist())):
+            read_N[rows] = self._ids[chosen_UT[text, : len(rows)]]
+        return read_N
 
 
 class Decoder(Attack):
@@ -315,5 +365,5 @@ class _Centre:
 
 
 ATTACKS: tuple[type[Attack], ...] = (Table, Linear, Decoder, Prefix)
-ON_MEANS: tuple[type[Attack], ...] = (Table, Linear, Words, Decoder)
+ON_MEANS: tuple[type[Attack], ...] = (Table, Linear, Words, Pursuit, Decoder)
 """Where one vector of each text is sent."""

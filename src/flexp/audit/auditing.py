@@ -179,7 +179,7 @@ def attacked(watch: Watch, *, public: Path | None = None, full: bool = False) ->
         blind = blind or _blind(heads[PRETRAINED], next(iter(truths.values())), special)
         if "z" in truths and truths["z"].texts > FEW and (full or config.privacy.of_texts):
             some = truths["z"].only(truths["z"].known())
-            heads[KNOWN] = replace(heads[PRETRAINED], sent=some.sent, ids_N=some.ids_N)
+            heads[KNOWN] = replace(heads[PRETRAINED], sent=some.sent, ids_N=some.ids_N, apart=None)
             whose = torch.unique(some.whose_N)
         for head, known in heads.items():
             for attack in (kind() for kind in kinds):
@@ -195,6 +195,7 @@ def attacked(watch: Watch, *, public: Path | None = None, full: bool = False) ->
                         best = reading.content, asked.ids_N, read_N, asked.sent.texts_N
                     began = time.perf_counter()
     assert best is not None
+    pooled = config.privacy.pool  # those two run a model without the mean between its blocks
     return Audit(
         model=config.model.id,
         method=config.method.name,
@@ -206,8 +207,8 @@ def attacked(watch: Watch, *, public: Path | None = None, full: bool = False) ->
         blind=blind,
         readings=readings,
         labels=labels_told(watch.exchanges, run.source, answers),
-        gradients=words_told(watch.exchanges, run) if full else None,
-        members=None if run.method is None else membership_told(watch.exchanges, run.method, words=decoder),
+        gradients=words_told(watch.exchanges, run) if full and not pooled else None,
+        members=None if run.method is None or pooled else membership_told(watch.exchanges, run.method, words=decoder),
         worst=_worst(*best[1:], tokenizer),
     )
 
@@ -217,7 +218,7 @@ def _heads(run: Known, depth: int, examples: Sequence[Example]) -> dict[str, Pub
     theirs or add noise, one that it taught in the same way, until the same bound is kept, with such noise."""
     pretrained, config = known_to_all(run.source, depth, examples), run.config.privacy
     if config.pool:
-        pretrained = replace(pretrained, sent=pretrained.sent.as_one())
+        pretrained = replace(pretrained, sent=pretrained.sent.as_one(), apart=pretrained.sent)
     heads = {PRETRAINED: pretrained}
     if config.of_texts and depth > 0:
         surrogate = run.surrogate(depth)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from flexp.attacks.public import dull_tokens, encoded, known_to_all, padded, paragraphs, pooled
-from flexp.attacks.tokens import Attack, Linear, Public, Sent, Table, Words
+from flexp.attacks.tokens import ATTACKS, ON_MEANS, Attack, Public, Sent
 from flexp.client.noise import Noise
 from flexp.client.penalties import Adversary, NoPeek
 from flexp.client.random_labels import RandomLabels
@@ -179,7 +179,10 @@ class Guard:
         if self.noise is not None and self.noise.clip is None:
             came = known_to_all(stage, depth, [{"input_ids": ids} for ids in public]).sent
             self.noise.clip = float((came.as_one() if self.config.pool else came).z_NH.norm(dim=1).median())
-        if not steps and bound is None:
+        if not steps:
+            if bound is not None:
+                read = self.read = self._check(stage, depth, private, public)
+                self._judge(read, depth, steps, again=again)
             return
         if again and bound is not None:
             self.read = self._check(stage, depth, private, public)
@@ -214,18 +217,24 @@ class Guard:
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
         if bound is not None:
-            raise PrivacyError(
-                f"after {steps} steps of the warm-up an attacker who has the head reads {100 * read:.0f} % "
-                f"of content words, and privacy.max_content_words is {bound:g}; nothing {'more ' if again else ''}was "
-                f"sent. Cut deeper (now s = {depth}), raise privacy.warm_up.steps or .weight, add privacy.noise, or "
-                "raise the bound"
-            )
+            self._judge(read, depth, steps, again=again)
+
+    def _judge(self, read: float, depth: int, steps: int, *, again: bool) -> None:
+        bound = self.config.max_content_words
+        if bound is None or read <= bound:
+            return
+        after, teach = (f"after {steps} steps of the warm-up ", "raise privacy.warm_up.steps or .weight, ")
+        raise PrivacyError(
+            f"{after if steps else ''}an attacker who has the head reads {100 * read:.0f} % of content words, and "
+            f"privacy.max_content_words is {bound:g}; nothing {'more ' if again else ''}was sent. Cut deeper (now s = "
+            f"{depth}), {teach if steps else ''}add privacy.noise, or raise the bound"
+        )
 
     def covered(self, known: Public) -> Public:
         """What a client with this guard, whose noise is another, would have sent."""
         cover = (lambda z: z) if self.noise is None else self.noise.fresh
         if self.config.pool:
-            return replace(known, sent=known.sent.as_one(cover))
+            return replace(known, sent=known.sent.as_one(cover), apart=known.sent)
         return replace(known, sent=replace(known.sent, z_NH=cover(known.sent.z_NH)))
 
     def _check(self, stage: Stage, depth: int, private: list[list[int]], public: list[list[int]]) -> float:
@@ -240,7 +249,7 @@ class Guard:
         known = known_to_all(stage, depth, [{"input_ids": ids} for ids in [*public[: PUBLIC // 2], *shuffled]])
         truth = known_to_all(stage, depth, [{"input_ids": ids} for ids in some])
         known, truth = self.covered(known), self.covered(truth)
-        attacks = (Words(),) if self.config.pool else (Table(), Linear())
+        attacks = [kind() for kind in (ON_MEANS if self.config.pool else ATTACKS) if not kind.slow]
         return max(content_read(attack, known, truth.sent, truth.ids_N, special) for attack in attacks)
 
 

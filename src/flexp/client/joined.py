@@ -22,7 +22,7 @@ from flexp.errors import ConfigError, LinkError, LinkLostError
 from flexp.links.base import Link, ask
 from flexp.links.messages import Abort, Join, PullRequest, Welcome
 from flexp.models.anatomy import check_cut
-from flexp.models.batches import Pooling, ignores_padding
+from flexp.models.batches import Pooling, ignores_padding, only_masks
 from flexp.models.fingerprint import fingerprint
 from flexp.models.stage import Stage
 from flexp.rng import current_turn
@@ -57,6 +57,13 @@ class JoinedModel(PersonalModel):
         pools: bool = False,
     ) -> None:
         super().__init__(stage)
+        if pools and (
+            not only_masks(stage.model) or any("sinks" in name for name, _ in stage.model.named_parameters())
+        ):
+            raise ConfigError(
+                f"privacy.pool: blocks of {type(stage.model).__name__} make of one vector something else than of the "
+                "same several times, so an exported model would answer otherwise; choose one of plain attention"
+            )
         self.pools = pools
         self.rows = rows
         self.cache = cache

@@ -78,7 +78,8 @@ class ModelConfig(Section):
 
     def quantized(self, how: Quantization | None) -> ModelConfig:
         """The same model with blocks quantised in another way; ``None``: as they are."""
-        return self if how is None else self.model_copy(update={"quantization": how})
+        ends = self.quantize_ends and how != "off"
+        return self if how is None else self.model_copy(update={"quantization": how, "quantize_ends": ends})
 
     def on(self, device: str | Sequence[str] | None) -> ModelConfig:
         """The same model on another device; ``None``: where it is; several: in main memory, before it is spread."""

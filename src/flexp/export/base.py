@@ -73,7 +73,7 @@ def beside(model: RunModel, base: Path) -> tuple[Stage, dict[str, Tensor]]:
     """
     run, weights, scaling = model.run, model.weights(), model.lora.alpha / model.lora.rank
     dtype = load_config(str(base)).dtype or run.config.model.dtype
-    settings = {"dtype": str(dtype).removeprefix("torch."), "quantization": "off"}
+    settings = {"dtype": str(dtype).removeprefix("torch."), "quantization": "off", "quantize_ends": False}
     config = run.config.model_copy(update={"model": run.config.model.model_copy(update=settings)})
     stage = load_part(config, str(base), model.kind, model.labels, own_pad(model.kind, model.processor))
     there = dict(stage.model.named_parameters())

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from flexp.client.joined import JoinedModel
-from flexp.config import ServerConfig
+from flexp.config import PrivacyConfig, ServerConfig
 from flexp.errors import ConfigError
 from flexp.export.folder import check_target, refuse_adapter
 from flexp.export.remote import write_with
@@ -32,8 +32,9 @@ class LiveModel:
             )
         self._model, self._source = model, model.source
         self.config: Any = SimpleNamespace(
-            model=self._source.model, method=SimpleNamespace(align=model.align), server=ServerConfig()
-        )
+            model=self._source.model, method=SimpleNamespace(align=model.align), server=ServerConfig(),
+            privacy=PrivacyConfig(pool=model.pools),
+        )  # fmt: skip
         self.folder, self.kind, self.cut = Path(self._source.model.id), model.kind, model.cut
         self.blocks: int = model.stage.anatomy.blocks
         self.numbering: int | None = model.steps.numbering

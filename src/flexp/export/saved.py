@@ -127,6 +127,9 @@ class RunModel(FromCheckpoint):
     @property
     def pretrained(self) -> Forward:
         """The model that the run started from."""
+        if self.config.privacy.pool:
+            raise ConfigError("--pretrained: the pretrained model has no mean between its blocks, as privacy.pool "
+                              "gives the run's models; their round 0 is in metrics.jsonl")  # fmt: skip
         return answering(WholeModel(self.run.world.source))
 
     @cached_property

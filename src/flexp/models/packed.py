@@ -8,13 +8,14 @@ packed. nf4 has a scale for each 64 (or 32) numbers of a row, int8 one for each 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flexp.models.stored import PACKED, StoredTable, find, refused, token_embedding, without
+from flexp.models.stored import PACKED, StoredTable, find, refused, tables_of, token_embedding, without
 
 PIECE = 1 << 24
 """Numbers of a table that are unpacked at once, at most; packing, which takes more memory each, takes a sixteenth."""
@@ -96,7 +97,7 @@ class PackedHead(_Packed, nn.Linear):  # type: ignore[misc]
     def forward(self, input: Tensor) -> Tensor:
         """(…, V) from (…, H)."""
         found: Tensor = _InPieces.apply(input, self)  # type: ignore[no-untyped-call]
-        return found if self.bias is None else found + self.bias
+        return found if self.bias is None else found + self.bias.to(found.dtype)
 
 
 class _InPieces(torch.autograd.Function):
@@ -146,6 +147,8 @@ def ends_of(model: Any, *, embedding: bool = True) -> dict[str, tuple[Any, type[
     if head is not None:
         if type(head) is not nn.Linear:
             raise refused(f"{type(model).__name__} has a head of its own kind", PACKED)
+        if ".weight.dtype" in inspect.getsource(type(model).forward):  # Mamba and its kin
+            raise refused(f"{type(model).__name__} asks its head's weight for a type", PACKED)
         found[names[id(head)]] = head, PackedHead
     return found
 
@@ -188,11 +191,23 @@ def give_packed(model: Any, source: str, quantization: str, dtype: torch.dtype) 
         name = f"{path}.weight"
         other = ties.get(name) or next((key for key, value in ties.items() if value == name), None)
         if first is not None and other is not None:
+            tables = dict(tables_of(source))
+            if name in tables and other in tables and not alike(tables[name], tables[other]):
+                raise refused("config.json ties head and embeddings, and the files have another table for each", PACKED)
             module.quantization, module.dtype, module.blocksize = first.quantization, first.dtype, first.blocksize
             module.have(first.weight, first.scales)
             continue
         module.pack(find([name, *([other] if other else [])], shape, source, PACKED), quantization, dtype)
         first = module
+
+
+def alike(one: StoredTable, other: StoredTable) -> bool:
+    """Whether two tables have the same numbers."""
+    rows, width = one.shape
+    return one.shape == other.shape and all(
+        torch.equal(one.read(range(piece.start, piece.stop)), other.read(range(piece.start, piece.stop)))
+        for piece in pieces(rows, width, PIECE // 16)
+    )
 
 
 def table_of(module: Any) -> Tensor:
@@ -225,12 +240,14 @@ def saved_by_packing(model: Any, quantization: str, *, embedding: bool = True) -
     Args:
         embedding: as for :func:`ends_of`.
     """
-    weights = {id(module.weight): module.weight for module, _ in ends_of(model, embedding=embedding).values()}
-    saved = largest = 0
+    ends = ends_of(model, embedding=embedding)
+    weights = {id(module.weight): module.weight for module, _ in ends.values()}
+    saved = 0
+    heads = [module.weight for module, kind in ends.values() if kind is PackedHead]  # of embeddings rows alone
+    largest = max((min(PIECE, value.numel()) * value.element_size() for value in heads), default=0)
     for value in weights.values():  # tied ones are one
         rows, width = value.shape
         four = quantization == "nf4"
         packed = value.numel() // 2 + 4 * value.numel() // (64 if width % 64 == 0 else 32)
         saved += value.numel() * value.element_size() - (packed if four else value.numel() + 4 * rows)
-        largest = max(largest, min(PIECE, value.numel()) * value.element_size())
     return saved, largest

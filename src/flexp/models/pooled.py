@@ -5,6 +5,7 @@ it with ``AutoModelForSequenceClassification.from_pretrained(folder, trust_remot
 transformers refuses, since no architecture of its own computes this.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -22,11 +23,14 @@ def pool(hidden_BTH: Tensor, mask_BT: Tensor | None, how: str) -> Tensor:
         mask_BT = torch.ones(hidden_BTH.shape[:2], device=hidden_BTH.device)
     if how == "mean":
         weight_BT1 = mask_BT.unsqueeze(-1).to(hidden_BTH.dtype)
-        return (hidden_BTH * weight_BT1).sum(1) / weight_BT1.sum(1)
+        return (hidden_BTH * weight_BT1).sum(1) / weight_BT1.sum(1).clamp_min(1)
     place_T = torch.arange(1, hidden_BTH.shape[1] + 1, device=hidden_BTH.device)
     order_T = place_T if how == "last" else place_T.flip(0)
     chosen_B = (mask_BT.to(place_T.dtype) * order_T).argmax(1)
     return hidden_BTH[torch.arange(len(hidden_BTH), device=hidden_BTH.device), chosen_B]
+
+
+_ALONE = threading.RLock()
 
 
 @contextmanager
@@ -42,11 +46,12 @@ def pooled_early(base: Any, early: list[Any] | None, mask_BT: Tensor | None) -> 
         return ((mean_BTH, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": mean_BTH})
 
     path, block = early
-    hook = base.get_submodule(path)[block].register_forward_pre_hook(mean, with_kwargs=True)
-    try:
-        yield
-    finally:
-        hook.remove()
+    with _ALONE:  # another thread's texts would go through this one's hook
+        hook = base.get_submodule(path)[block].register_forward_pre_hook(mean, with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
 
 
 class PooledConfig(PretrainedConfig):  # type: ignore[misc]

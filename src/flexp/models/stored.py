@@ -201,7 +201,7 @@ def find(names: Sequence[str], shape: tuple[int, int], source: str, setting: tup
     Raises:
         ModelError: they do not have it, or more than one, or in another ``shape``.
     """
-    every = dict(_tables(source))
+    every = dict(tables_of(source))
     for name in names:
         best = max((_alike(key, name) for key in every), default=0)
         tables = [
@@ -245,7 +245,7 @@ def _alike(key: str, name: str) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
-def _tables(source: str) -> Iterator[tuple[str, StoredTable]]:
+def tables_of(source: str) -> Iterator[tuple[str, StoredTable]]:
     """All tables in the files of ``source``, by name."""
     for file in files_of(source):
         with file.open("rb") as stream:

@@ -81,7 +81,7 @@ def _public_read(config: RunConfig, federation: Federation, depth: int, blocks: 
     task, model, privacy = federation.task, config.model.at(str(resolve(config.model.id))), config.privacy
     stage = load_stage(model, task.model_kind, Part.client((depth, blocks), blocks), labels=task.label_names)
     longest = max(len(example["input_ids"]) for client in federation.clients for example in client.train)
-    said = [stage.weights, depth, longest, config.model.tuning, config.model.lora, privacy, config.seed]
+    said = [stage.weights, depth, longest, config.model.model_copy(update={"id": ""}), privacy, config.seed]
     key = hashlib.sha256("|".join(map(str, said)).encode()).hexdigest()[:32]
     kept = root().parent / "audits" / f"{key}.json"
     if kept.is_file() and stage.weights is not None:

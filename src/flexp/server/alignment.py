@@ -93,8 +93,8 @@ def taught(
     base_BTH = request.base_BTH
     assert base_BTH is not None
     names = [name for name in parameters if stage.within(name, min(stage.part.blocks), start)]
-    if not names:
-        return {}, None  # they are frozen
+    if not names and not base_BTH.requires_grad:
+        return {}, None  # they are frozen, and none before them learns by them
     own_BTH, ends = pupil(stage, run, request, start), [base_BTH] if base_BTH.requires_grad else []
     wanted = [*ends, *(parameters[name] for name in names)]
     gradients = torch.autograd.grad(own_BTH, wanted, task_BTH.to(own_BTH.device), allow_unused=True)

@@ -65,6 +65,8 @@ class Led(Turns):
         try:
             while (voided := self.chain.voided(client)) is not None:
                 yield voided
+            if session.pending.get(request.exchange) is not pending:
+                raise LinkLostError(f"client {client}: exchange {request.exchange} was given up meanwhile")
             base_BTH = session.pupil(pending, request)
             passed = PassedBackward(**{name: getattr(request, name) for name in names}, base_BTH=base_BTH)
             behind = yield from self._further(session, passed)

@@ -351,6 +351,8 @@ class Server(Led):
                 count += len(reply.weights)
                 if count >= reply.total:
                     break
+                if not reply.weights:
+                    raise LinkError(f"the next server gives {count} of {reply.total} weights of block {block}")
                 reply = yield link.call(FetchRequest(block, first=count))
         return found
 
