@@ -89,11 +89,12 @@ def told(found: Mapping[str, float | None]) -> str:
     """A :func:`ledger` in words."""
     said, known = [], {key: value for key, value in found.items() if value is not None}
     if "text" in found:
-        said.append(
-            "ε = {activation:.3g} for one activation and {text:.3g} for a text of {tokens} of them, sent once (δ = "
-            "{delta:g}), and none for a run: heads move between {epochs} epochs under the same noise (fresh noise "
-            "would give {fresh:.3g}); more than about 10 is no guarantee".format(**known)
-        )
+        tokens = "{activation:.3g} for one activation and {text:.3g} for a text of {tokens} of them"
+        said.append((
+            f"ε = {tokens if known['tokens'] > 1 else '{text:.3g} for a text'}, sent once (δ = {{delta:g}}), and none "
+            "for a run: heads move between {epochs} epochs under the same noise (fresh noise would give "
+            "{fresh:.3g}); more than about 10 is no guarantee"
+        ).format(**known))  # fmt: skip
     if "shared" in found:
         said.append(
             "ε = {shared:.3g} for all steps of a client, towards others who see the shared blocks (δ = "
