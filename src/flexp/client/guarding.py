@@ -223,11 +223,12 @@ class Guard:
         bound = self.config.max_content_words
         if bound is None or read <= bound:
             return
+        teaches = self.config.penalty != "off"
         after, teach = (f"after {steps} steps of the warm-up ", "raise privacy.warm_up.steps or .weight, ")
         raise PrivacyError(
-            f"{after if steps else ''}an attacker who has the head reads {100 * read:.0f} % of content words, and "
+            f"{after if teaches else ''}an attacker who has the head reads {100 * read:.0f} % of content words, and "
             f"privacy.max_content_words is {bound:g}; nothing {'more ' if again else ''}was sent. Cut deeper (now s = "
-            f"{depth}), {teach if steps else ''}add privacy.noise, or raise the bound"
+            f"{depth}), {teach if teaches else ''}add privacy.noise, or raise the bound"
         )
 
     def covered(self, known: Public) -> Public:
