@@ -19,9 +19,10 @@ from flexp.models.anatomy import Part
 from flexp.models.loading import load_stage, quietly
 from flexp.models.packed import PackedEmbedding, PackedHead, table_of
 from flexp.models.stage import carve
-from flexp.models.tuning import tune
 from flexp.models.zoo import tiny_batch
 from flexp.run.verify import Setup, verify
+
+from .test_quantized import as_if_trained
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs flexp[quantized]; make test has it")
 
@@ -113,14 +114,7 @@ def test_the_merged_model_is_plain_and_answers_as_trained(
     folders: dict[bool, Path], tied: bool, how: str, tmp_path: Path
 ) -> None:
     config = ModelConfig.of(folders[tied], quantization=how, quantize_ends=True, tuning="lora")
-    source = load_stage(config, "causal-lm")
-    trained = carve(source, Part.whole(4))
-    tune(trained, config)
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for value in trained.trainable().values():
-            value.normal_(std=0.05)
-    weights = {name: value.detach() for name, value in trained.trainable().items()}
+    source, trained, weights = as_if_trained(config)
     whole = merged(source, weights, config.lora.alpha / config.lora.rank)
     assert (whole.lm_head.weight is whole.model.embed_tokens.weight) is tied
     with quietly():

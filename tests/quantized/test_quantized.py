@@ -23,7 +23,7 @@ from flexp.export.whole import merged
 from flexp.models import quantized
 from flexp.models.anatomy import Part
 from flexp.models.loading import load_stage, quietly
-from flexp.models.stage import carve
+from flexp.models.stage import Stage, carve
 from flexp.models.tuning import tune
 from flexp.models.zoo import tiny_batch
 from flexp.run.verify import Setup, verify
@@ -157,9 +157,8 @@ def test_what_cannot_be_is_refused_in_one_line(folder: Path, tmp_path: Path, mon
         load_stage(ModelConfig.of(folder, quantization="nf4"), "causal-lm")
 
 
-@pytest.mark.parametrize("how", HOW)
-def test_the_merged_model_is_plain_and_answers_as_trained(folder: Path, how: str, tmp_path: Path) -> None:
-    config = ModelConfig.of(folder, quantization=how, tuning="lora")
+def as_if_trained(config: ModelConfig) -> tuple[Stage, Stage, dict[str, torch.Tensor]]:
+    """A model of four blocks, the same with adapters, and these, which are drawn."""
     source = load_stage(config, "causal-lm")
     trained = carve(source, Part.whole(4))
     tune(trained, config)
@@ -168,6 +167,13 @@ def test_the_merged_model_is_plain_and_answers_as_trained(folder: Path, how: str
         for value in trained.trainable().values():
             value.normal_(std=0.05)
     weights = {name: value.detach() for name, value in trained.trainable().items()}
+    return source, trained, weights
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_the_merged_model_is_plain_and_answers_as_trained(folder: Path, how: str, tmp_path: Path) -> None:
+    config = ModelConfig.of(folder, quantization=how, tuning="lora")
+    source, trained, weights = as_if_trained(config)
     whole = merged(source, weights, config.lora.alpha / config.lora.rank)
     with quietly():
         whole.save_pretrained(tmp_path)
