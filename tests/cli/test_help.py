@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -38,3 +39,13 @@ def test_a_command_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     found = commands()
     assert {"run", "server", "state", "greet"} <= found.keys()
     found["greet"]()
+
+
+def test_help_imports_nothing_that_is_slow() -> None:
+    program = (
+        "import contextlib, sys; sys.argv = ['flexp', '--help']; from flexp.cli.main import main\n"
+        "with contextlib.suppress(SystemExit): main()\n"
+        "assert not {'rich', 'pydantic', 'torch', 'transformers'} & set(sys.modules), sorted(sys.modules)"
+    )
+    told = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
+    assert "Usage: flexp" in told or "Usage: -c" in told

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from secrets import token_hex
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from flexp.cli.settings import Device, Force
+from flexp.cli.settings import Device, Force, console
 from flexp.cli.verify import Dtype, Task, Tuning
 from flexp.errors import ConfigError
 
@@ -58,6 +55,7 @@ def profile(
 ) -> None:
     """Measure this machine: usable memory, seconds of the model's blocks forward and backward, and the network."""
     import torch
+    from rich.console import Console
 
     from flexp.config import ModelConfig
     from flexp.cost.device import cores, training_memory
@@ -111,6 +109,8 @@ def profile(
 
 
 def _network(server: str, cost: object, examples: int, tuning: str) -> dict[str, float]:
+    from secrets import token_hex
+
     from flexp.cost.link import measure_link
     from flexp.links.opening import as_link, connected
 
@@ -135,6 +135,8 @@ def _link_from(server: str | None, given: dict[str, float | None], like: str) ->
 
 
 def _print(found: Profile) -> None:
+    from rich.table import Table
+
     measured = found.measured[0]
     shape = max(measured.shapes, key=lambda item: item.examples)
     rate = "full tuning" if measured.rank is None else f"LoRA of rank {measured.rank}"
@@ -156,7 +158,7 @@ def _print(found: Profile) -> None:
     table.add_row("up, down", f"{found.uplink_bps / 1e6:,.1f}, {found.downlink_bps / 1e6:,.1f} Mbit/s")
     table.add_row("latency, one way", f"{1e3 * found.latency_s:.2f} ms")
     table.add_row("network from", found.link_from)
-    Console().print(table)
+    console().print(table)
 
 
 COMMANDS = {"profile": profile}

@@ -7,11 +7,8 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from flexp.cli.settings import Device
+from flexp.cli.settings import Device, console
 from flexp.errors import ConfigError
 from flexp.kinds import KINDS, ModelKind
 
@@ -119,6 +116,7 @@ def verify(
     if all_ == (model is not None):
         raise ConfigError("expected a model (folder, Hugging Face id, asset:NAME, arch:NAME), or --all, or --list")
     import torch
+    from rich.console import Console
 
     from flexp.run.verify import Setup, verify_all
     from flexp.run.verify import verify as compare
@@ -173,6 +171,9 @@ def parse_cut(text: str, option: str = "--cut") -> tuple[int, int | None]:
 
 
 def _print_list(as_json: bool) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
     from flexp.models.architectures import ARCHITECTURES
 
     if as_json:
@@ -191,10 +192,13 @@ def _print_list(as_json: bool) -> None:
             "[red]refused[/]" if spec.refused else "[green]exact[/]",
             escape(spec.reason or ", ".join(spec.tasks)),
         )
-    Console().print(table)
+    console().print(table)
 
 
 def _print_table(outcomes: list[Outcome]) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
     typer.echo(f"{_settings(outcomes[0].setup)}; largest absolute difference between whole and split:\n")
     table = Table(box=None, pad_edge=False)
     table.add_column("architecture", no_wrap=True)
@@ -210,7 +214,7 @@ def _print_table(outcomes: list[Outcome]) -> None:
             *_differences(outcome).values(),
             "[green]exact[/]" if outcome.exact else f"[red]{escape(outcome.error or 'differs')}[/]",
         )
-    Console().print(table)
+    console().print(table)
 
 
 def _print_one(outcome: Outcome) -> None:
