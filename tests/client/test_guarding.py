@@ -317,6 +317,16 @@ def test_labels_are_answered_as_randomised_response_has_it(classes: int) -> None
     assert not torch.equal(RandomLabels(1.0, classes, key=4).of(batch), told)
 
 
+def test_a_device_answers_its_labels_with_a_key_of_its_own() -> None:
+    """Nobody gives it one: each draws 128 bits, and goes on with them after a restart."""
+    batch = {"input_ids": torch.arange(400).view(-1, 1), "labels": torch.ones(400, dtype=torch.long)}
+    first, second = (Guard(PrivacyConfig(label_epsilon=1.0), [], None, seed=0, classes=2) for _ in range(2))
+    told = first.told(batch)["labels"]
+    assert not torch.equal(second.told(batch)["labels"], told)
+    second.load(first.state())
+    assert torch.equal(second.told(batch)["labels"], told)
+
+
 @pytest.mark.parametrize("classes", [2, 7])
 def test_the_bound_on_labels_chooses_the_answers(folder: Path, classes: int) -> None:
     """ε of the bound, and no more: what is measured, by scipy's U test, on answers for drawn labels is the bound."""

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flexp.gaussian import BITS
+
 
 class RandomLabels:
     """Answers for labels.
@@ -43,7 +45,7 @@ class RandomLabels:
         return torch.tensor(answers, dtype=labels_B.dtype, device=labels_B.device)
 
     def _one(self, example: bytes, label: int) -> int:
-        words = self.key.to_bytes(8, "big") + label.to_bytes(8, "big") + example
+        words = self.key.to_bytes(BITS // 8, "big") + label.to_bytes(8, "big") + example
         draw = np.random.default_rng(int.from_bytes(hashlib.sha256(words).digest(), "big"))
         if draw.random() < self.kept:
             return label
