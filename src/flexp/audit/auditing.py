@@ -37,7 +37,10 @@ SURROGATE = 400
 """Public texts on which an attacker teaches a head of its own, at most."""
 SHOWN = 5
 """Texts that are shown beside what was read of them."""
-_BY = {"clusters": "clusters", "inverted": "inverted", "answers": "answers", "known": "two of each known"}
+_BY = {
+    "clusters": "clusters", "inverted": "inverted", "answers": "answers", "known": "two of each known",
+    "features": "by activations", "features_known": "by activations, two of each known",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class Audit:
         texts, tokens: how many were seen.
         public: what the attacker learnt from.
         blind: the share of tokens and of content words that the most frequent public token gives.
-        labels: what ∂task/∂h tells of labels, beside ``majority``, the most frequent label's share.
+        labels: what ∂task/∂h, and h, tell of labels, beside ``majority``, the most frequent label's share.
         gradients: the share of tokens that an optimising inversion reads out of ∂task/∂h alone; ``None``: not tried.
         members: the area under the curve of which texts the shared blocks were trained on; ``None``: not attacked.
         worst: texts of which most was read: the truth, and what the best attack read.
@@ -105,6 +108,11 @@ class Audit:
     def content(self) -> float:
         """The content words that the best attack reads."""
         return max(reading.content for reading in self.readings)
+
+    @property
+    def by_gradients(self) -> bool:
+        """Whether labels were attacked by gradients, which a client may not have sent."""
+        return not self.labels.keys() <= {"features", "features_known", "features_auc", "majority"}
 
     @property
     def line(self) -> str:

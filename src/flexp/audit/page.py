@@ -17,6 +17,8 @@ _LABELS = {
     "known": "classes, with two examples of each known",
     "inverted": "classes, by the label whose gradient in the public tail fits best",
     "answers": "words of answers, by the model's own head",
+    "features": "classes, by clustering the server's own activations",
+    "features_known": "classes, by these activations, with two examples of each known",
     "majority": "the most frequent label, without us",
 }
 
@@ -42,9 +44,14 @@ def tables(found: Audit) -> list[Table]:
     ]
     labels = [[text, _percent(found.labels[key])] for key, text in _LABELS.items() if key in found.labels]
     if labels:
-        if "auc" in found.labels:
-            labels.insert(2, ["area under the curve (AUC), with two of each known", f"{found.labels['auc']:.2f}"])
-        made.append(Table("labels", "Labels that the server can read", "Of all clients together, from ∂task/∂h.",
+        areas = {"auc": "of gradients", "features_auc": "of activations"}
+        labels += [
+            [f"area under the curve (AUC) {what}, with two of each known", f"{found.labels[key]:.2f}"]
+            for key, what in areas.items()
+            if key in found.labels
+        ]
+        sent = "" if found.by_gradients else "; no gradients were sent"
+        made.append(Table("labels", "Labels that the server can read", f"Of all clients together{sent}.",
                           ["labels", "right"], labels))  # fmt: skip
     if found.members is not None:
         told = ["area under the curve (AUC), nothing being 0.50", f"{found.members:.2f}"]

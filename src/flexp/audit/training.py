@@ -23,9 +23,31 @@ TEXTS = 256
 
 
 def labels_told(exchanges: Sequence[Exchange], source: Stage, kind: Answers) -> dict[str, float]:
-    """What the gradients of all clients together tell; nothing of heads that no attack here knows."""
+    """What the gradients of all clients together tell, and of classes the server's own activations, which it has of
+    any text; nothing of heads that no attack here knows."""
+    if kind == "class":
+        return _by_activations(exchanges) | _by_gradients(exchanges, source, kind)
+    return _by_gradients(exchanges, source, kind) if kind == "next-token" else {}
+
+
+def _by_activations(exchanges: Sequence[Exchange]) -> dict[str, float]:
+    seen = [exchange for exchange in exchanges if exchange.h_BTH is not None]
+    if not seen:
+        return {}
+    rows_NH = label_attacks.directions([one.h_BTH * one.mask.unsqueeze(-1) for one in seen if one.h_BTH is not None])
+    labels_N = torch.cat([one.batch["labels"] for one in seen])
+    found = {
+        "features": label_attacks.clustered(rows_NH, labels_N),
+        "features_known": label_attacks.with_known(rows_NH, labels_N),
+        "features_auc": label_attacks.auc(rows_NH, labels_N),
+        "majority": _majority(labels_N),
+    }
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _by_gradients(exchanges: Sequence[Exchange], source: Stage, kind: Answers) -> dict[str, float]:
     seen = [exchange for exchange in exchanges if exchange.grad_BTH is not None]
-    if not seen or kind not in ("next-token", "class"):
+    if not seen:
         return {}
     grads = [exchange.grad_BTH for exchange in seen if exchange.grad_BTH is not None]
     truth = [exchange.batch["labels"] for exchange in seen]

@@ -220,8 +220,10 @@ class SplitModel(JoinedModel):
             z_BTH, inputs, plan = pooled_texts(self.stage, z_BTH, inputs)
         if self.guard is not None and self.guard.config.of_texts:
             z_BTH = self.guard.sent(texts["input_ids"], texts.get("attention_mask"), z_BTH)
-        back = z_BTH.requires_grad
-        if train and not back:
+        back, only = z_BTH.requires_grad, train and self.guard is not None and not self.guard.config.gradients
+        if back and only:
+            raise ConfigError("privacy.gradients = false: something below the cut is trained, expected nothing")
+        if train and not (back or only):
             z_BTH = z_BTH.detach().requires_grad_()  # the server's blocks need a backward even if nothing here does
         examples = self._numbered(inputs) if train and self.reuse and not align_now else ()
         place = self.steps.place(self.kind, inputs) if train else None
@@ -235,6 +237,7 @@ class SplitModel(JoinedModel):
             inner_BTH=tuple(value.detach() for value in inner_BTH),
             rows_BT=rows_BT,
             train=train,
+            only=only,
             step=0 if place is None else place.step,
         )
         crosses = None
@@ -295,8 +298,11 @@ class SplitModel(JoinedModel):
         (:mod:`flexp.client.overlap`). ``headless``: neither head nor loss.
         """
         sent.call.apart = apart
-        ends = (sent.z_BTH.detach().requires_grad_(),) if apart else (sent.z_BTH, *sent.inner_BTH)
-        h_BTH = RemoteMiddle.apply(sent.call, *ends)  # type: ignore[no-untyped-call]
+        if sent.call.request.only:
+            h_BTH = sent.call.forward()
+        else:
+            ends = (sent.z_BTH.detach().requires_grad_(),) if apart else (sent.z_BTH, *sent.inner_BTH)
+            h_BTH = RemoteMiddle.apply(sent.call, *ends)  # type: ignore[no-untyped-call]
         self.last_align = sent.call.align
         if sent.call.kept and sent.call.place is not None:
             self.known.update(sent.call.place.examples)

@@ -32,6 +32,9 @@ class PrivacyConfig(Section):
     clip: Rate | None = None  # that norm; None: the median that the head gives public texts when it comes
     # of each text one vector is sent, the mean of its tokens' activations, and the blocks after the cut go on with that
     pool: bool = False
+    # whether ∂task/∂h is sent. Without, nothing leaves that labels tell: what is below the cut is not trained, and the
+    # server's blocks learn nothing from this client
+    gradients: bool = True
     # ε of the labels: each is answered at random once, and training knows that answer alone; None: as they are
     label_epsilon: Rate | None = None
     # of labels, what may be told at most (0.5: nothing): chooses label_epsilon where that is not set, or judges it
@@ -51,7 +54,7 @@ class PrivacyConfig(Section):
     @property
     def on(self) -> bool:
         """Whether anything is done."""
-        return self.of_texts or self.of_labels
+        return self.of_texts or self.of_labels or not self.gradients
 
     @property
     def of_labels(self) -> bool:

@@ -109,6 +109,8 @@ class RunConfig(Section):
         if self.privacy.pool and self.privacy.penalty != "off":
             raise ValueError("privacy.pool and privacy.penalty: no token's activation is sent that could be taught; "
                              "choose one")  # fmt: skip
+        if not self.privacy.gradients:
+            self._check_without_gradients()
         if self.privacy.of_labels and self.train.class_weights is not None:
             raise ValueError("privacy.label_epsilon hides the labels that train.class_weights counts: leave one out")
         if self.recut.on and self.server.tuning not in (None, self.model.tuning):
@@ -141,6 +143,20 @@ class RunConfig(Section):
                 "choose one"
             )
         return self
+
+    def _check_without_gradients(self) -> None:
+        align = self.method.align
+        if align.kind != "off" or align.teach:
+            raise ValueError('privacy.gradients = false leaves the head as it is, so nothing is aligned: set '
+                             'method.align.kind = "off" and method.align.teach = false')  # fmt: skip
+        if self.model.train_embeddings or self.privacy.penalty != "off":
+            what = "model.train_embeddings" if self.model.train_embeddings else "privacy.penalty"
+            raise ValueError(f"privacy.gradients = false trains nothing below the cut: leave {what} out")
+        if self.recut.on or self.devices.changes:
+            raise ValueError("privacy.gradients = false is for one cut, which recut.on and devices.changes move: "
+                             "choose one")  # fmt: skip
+        if self.privacy.label_epsilon is not None:
+            raise ValueError("privacy.gradients = false sends nothing that labels tell: leave privacy.label_epsilon out")
 
     @property
     def on_devices(self) -> bool:

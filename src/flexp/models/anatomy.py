@@ -177,6 +177,11 @@ class Part:
         start, stop = check_cut(cut, blocks)
         return cls(frozenset(range(start)) | frozenset(range(stop, blocks)), ends=True)
 
+    @property
+    def start(self) -> int:
+        """The first block that it has not: a client's s."""
+        return next(index for index in range(len(self.blocks) + 1) if index not in self.blocks)
+
     @classmethod
     def server(cls, start: int, stop: int) -> Part:
         """Blocks [start, stop), and nothing that ever sees a token, a pixel or a label."""

@@ -37,7 +37,7 @@ def within_label_bound(config: RunConfig, federation: Federation) -> RunConfig:
     if privacy.of_labels and KINDS[kind].answers != "class":
         raise ConfigError(f"privacy.label_epsilon is for one class of an example, and the task is {kind}")
     bound, classes = privacy.max_label_auc, len(federation.task.label_names or ())
-    if bound is None:
+    if bound is None or not privacy.gradients:
         return config
     enough = epsilon_within(bound, classes)
     if privacy.label_epsilon is not None and privacy.label_epsilon > enough:

@@ -135,7 +135,7 @@ def check_forward(session: Session, request: ForwardRequest, stage: Stage, in_fl
     _check_aligned(session, request, min(stage.part.blocks))
     if request.exchange in session.pending:
         raise LinkError(f"client {client}: exchange {request.exchange} is in flight already")
-    if not request.train:
+    if not request.keeps:
         return
     own, config = len(session.pending), session.config
     if own >= config.max_in_flight:

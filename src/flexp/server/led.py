@@ -33,7 +33,7 @@ class Led(Turns):
         try:
             reply: R = yield session.further.call(request)
         except LinkError:
-            if session.drops == drops and getattr(request, "train", True):  # else it is not what is in flight now
+            if session.drops == drops and getattr(request, "keeps", True):  # else it is not what is in flight now
                 session.drop()
             raise
         self._still(session)

@@ -262,7 +262,7 @@ class Server(Led):
         self._check(session, request, self._sessions.in_flight)
         with session.random.active():
             reply = session.forward(request, sent)
-        if request.train and self.config.joined:
+        if request.keeps and self.config.joined:
             self._together.drew(session.drew)
         if session.further is not None:
             base_BTH = reply.teachers[-1] if reply.teachers and session.aligned_further else None

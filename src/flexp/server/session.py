@@ -203,10 +203,12 @@ class Session:
         request = on(request, stage.model.device)
         start, stop = self.join.cut
         plan = stage.plan_without_inputs(request.hidden_BTH, request.mask_BT, request.positions_BT)
-        stage.model.train(request.train)
-        if not request.train:
+        stage.model.train(request.keeps)
+        if not request.keeps:
             with torch.no_grad():
-                return ForwardReply(pack(stage.run(request.hidden_BTH, plan, start, stop), down).to(origin))
+                reply = ForwardReply(pack(stage.run(request.hidden_BTH, plan, start, stop), down).to(origin))
+            self._count(request)
+            return reply
 
         size = size_kept(request)
         expected = round(self.graph_rate * request.hidden_BTH.numel())
@@ -368,7 +370,8 @@ class Session:
             share: bytes of the pass's graph that are this client's.
         """
         reads = sent if request.rows_BT is None else Places.of(request.rows_BT)
-        if request.train:
+        self._count(request)
+        if request.keeps:
             self.pending[request.exchange] = Pending(
                 request,
                 self.shared.hold(version),
@@ -381,6 +384,11 @@ class Session:
                 joint=joint,
             )
         return ForwardReply(pack(h_BTH.detach(), reads))
+
+    def _count(self, request: ForwardRequest) -> None:
+        """A step of which nothing but forwards comes is done with the first of them: the blocks take nothing of it."""
+        if request.train and request.only:
+            self.progress.apply(request.step)
 
     def take(self, exchange: int) -> Pending:
         """An exchange whose gradients are here; its weights are let go of."""

@@ -199,7 +199,7 @@ class Turns(ServerState, ABC):
         together = self.config.joined and not self.shared.frozen
         if together and waiting_thread() is None and isinstance(request, ForwardRequest | BackwardRequest):
             return True
-        if not isinstance(request, ForwardRequest | KeptForwardRequest) or not getattr(request, "train", True):
+        if not isinstance(request, ForwardRequest | KeptForwardRequest) or not getattr(request, "keeps", True):
             return False
         session.thread = waiting_thread()
         if len(session.pending) >= self.config.max_in_flight:  # it is refused
@@ -294,7 +294,7 @@ class Turns(ServerState, ABC):
         in_flight, begin = self._sessions.in_flight, (ForwardRequest, KeptForwardRequest)
         wanted = self.busy and any(
             isinstance(one.request, begin)
-            and getattr(one.request, "train", True)
+            and getattr(one.request, "keeps", True)
             and not one.session.may_begin(in_flight)
             for one in self._line.firsts()
         )

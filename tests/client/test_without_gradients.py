@@ -1,0 +1,190 @@
+"""``privacy.gradients = false``: nothing that labels tell leaves a client."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flexp.audit import audit
+from flexp.config import RunConfig
+from flexp.errors import ConfigError
+from flexp.links.base import Link
+from flexp.links.messages import BackwardRequest, ForwardRequest
+from flexp.links.opening import loopback
+from flexp.methods.flexp_sfl import FlexpSfl
+from flexp.run.settle import build_world
+from tests import tiny
+
+CUT = [2, 3]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("without")
+    tiny.bert_folder(place / "model")
+    tiny.bert_folder(place / "dropping", dropout=True)
+    return place
+
+
+def config(folder: Path, *, sends: bool = False, model: str = "model", **changes: Any) -> RunConfig:
+    told = {
+        "privacy": {"gradients": sends},
+        "data": {"clients": tiny.each(cut=[CUT])},
+        "method": {"align": {"kind": "off"}},
+        "train": {"rounds": 1, "steps_per_round": 3},
+    }
+    return tiny.config(folder, **told | changes, model={"id": str(folder / model)})
+
+
+def trained(method: FlexpSfl, steps: int = 3) -> dict[str, Tensor]:
+    for _ in range(steps):
+        for trainer in method.clients.values():
+            trainer.step()
+    return {
+        f"{name}/{key}": value
+        for name, trainer in method.clients.items()
+        for key, value in trainer.model.personal_state().items()
+    }
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in one.items())
+
+
+def test_it_is_training_with_everything_up_to_the_tail_frozen(folder: Path) -> None:
+    """Bit for bit what a client does whose head and server are frozen and which sends gradients in vain; and a server
+    that trains stays as it was."""
+    begun = FlexpSfl(build_world(config(folder)))
+    before = begun.server.shared.state()
+    found = trained(begun)
+    frozen = {"align": {"kind": "off"}, "personal": {"frozen_head_blocks": CUT[0]}}
+    vain = FlexpSfl(build_world(config(folder, sends=True, method=frozen, server={"tuning": "frozen"})))
+    assert same(found, trained(vain))
+    assert not any(name.split("/")[1].startswith("bert.encoder.layer.1.") for name in found)
+    assert any(".layer.3." in name for name in found)
+    after = begun.server.shared.state()
+    assert begun.server.shared.updater.parameters
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    for record in begun.server.clients.values():
+        assert record.progress.newest == 3
+
+
+def test_with_dropout_the_server_s_blocks_draw_none(folder: Path) -> None:
+    begun = FlexpSfl(build_world(config(folder, model="dropping")))
+    answers: dict[tuple[int, ...], Tensor] = {}
+    inner = begun.server.answer
+
+    def answer(client: str, request: Any) -> Any:
+        reply = inner(client, request)
+        if isinstance(request, ForwardRequest):
+            assert request.only
+            key = (int(request.hidden_BTH.double().sum() * 1e6),)
+            answers.setdefault(key, reply.hidden_BTH)
+            assert torch.equal(answers[key], reply.hidden_BTH)
+        return reply
+
+    vars(begun.server)["answer"] = answer
+    trained(begun)
+    assert answers
+
+
+@pytest.mark.parametrize("train", [{}, {"micro_batch": 1}, {"micro_batch": 1, "in_flight": 2}], ids=str)
+def test_what_the_server_sees_is_the_same_for_any_labels(folder: Path, train: dict[str, int]) -> None:
+    seen: list[list[Any]] = []
+    weights = []
+    for flip in (False, True):
+        method = FlexpSfl(build_world(config(folder, train={"rounds": 1, "steps_per_round": 3, **train})))
+        asked: list[Any] = []
+        inner = method.server.answer
+
+        def answer(client: str, request: Any, asked: list[Any] = asked, inner: Any = inner) -> Any:
+            asked.append((client, request))
+            return inner(client, request)
+
+        vars(method.server)["answer"] = answer
+        for trainer in method.clients.values():
+            for example in trainer.data.train if flip else ():
+                example["labels"] = 1 - example["labels"]
+        weights.append(trained(method))
+        seen.append(asked)
+    assert not same(*weights)
+    assert len(seen[0]) == len(seen[1])
+    for (client, one), (other, two) in zip(*seen, strict=True):
+        assert client == other
+        assert isinstance(one, ForwardRequest)
+        for name in one.__dataclass_fields__:
+            ours, theirs = getattr(one, name), getattr(two, name)
+            assert torch.equal(ours, theirs) if isinstance(ours, Tensor) else ours == theirs, name
+
+
+def test_over_a_network_and_after_a_fall_it_is_the_same(folder: Path) -> None:
+    expected = trained(FlexpSfl(build_world(config(folder))))
+
+    class OverGrpc(FlexpSfl):
+        def connect(self, name: str) -> Link:
+            opened = loopback(self.server, name)
+            link = opened.__enter__()
+            closing.append(opened)
+            return link
+
+    closing: list[Any] = []
+    try:
+        assert same(expected, trained(OverGrpc(build_world(config(folder)))))
+    finally:
+        for opened in closing:
+            opened.__exit__(None, None, None)
+    first, second = (FlexpSfl(build_world(config(folder))) for _ in range(2))
+    trained(first, 1)
+    second.load(first.state())
+    assert same(expected, trained(second, 2))
+
+
+def test_a_forward_without_a_backward_keeps_nothing(folder: Path) -> None:
+    method = FlexpSfl(build_world(config(folder)))
+    (name, trainer), *_ = method.clients.items()
+    kept = []
+    inner = method.server.answer
+
+    def answer(client: str, request: Any) -> Any:
+        assert not isinstance(request, BackwardRequest)
+        reply = inner(client, request)
+        session = method.server._sessions[client]
+        kept.append((session.kept_bytes, len(session.pending)))
+        return reply
+
+    vars(method.server)["answer"] = answer
+    trainer.step()
+    assert kept == [(0, 0)]
+    assert method.server._sessions[name].shared.version == 0
+    half, whole = trainer.model.link.meter.training, None  # type: ignore[union-attr]
+    whole = FlexpSfl(build_world(config(folder, sends=True))).clients[name]
+    whole.step()
+    assert half.bytes_up < 0.6 * whole.model.link.meter.training.bytes_up  # type: ignore[union-attr]
+
+
+def test_an_audit_attacks_labels_by_activations_alone(folder: Path, tmp_path: Path) -> None:
+    public = tmp_path / "public.txt"
+    public.write_text("good bad fine poor and many other words that people use\n" * 4)
+    found = audit(FlexpSfl(build_world(config(folder))), public=public)
+    assert not found.by_gradients
+    assert {"features", "majority"} <= found.labels.keys()
+    assert "by activations" in found.line
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"method": {"align": {"kind": "kl"}}}, "nothing is aligned"),
+        ({"privacy": {"gradients": False, "penalty": "nopeek"}}, "leave privacy.penalty out"),
+        ({"privacy": {"gradients": False, "label_epsilon": 1.0}}, "leave privacy.label_epsilon out"),
+        ({"method": {"name": "fedavg"}}, "heads stay on their clients"),
+    ],
+    ids=["aligned", "penalty", "epsilon", "method"],
+)
+def test_what_does_not_go_with_it_is_refused(folder: Path, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        config(folder, **changes)
