@@ -41,6 +41,8 @@ ROWS: dict[str, tuple[str, ...]] = {
     "deep, noise 1": (DEEP, "privacy.noise=1"),
     "deep, pooled": (DEEP, *POOLED),
     "deep, pooled, noise 0.5": (DEEP, *POOLED, "privacy.noise=0.5"),
+    "deep, pooled, noise 1": (DEEP, *POOLED, "privacy.noise=1"),
+    "no gradients": ("privacy.gradients=false",),
     "deep, nopeek within 10 %": ("privacy.penalty=nopeek", *WITHIN),
     "deep, adversary within 10 %": ("privacy.penalty=adversary", *WITHIN),
     "fedavg": ("method.name=fedavg",),
@@ -113,9 +115,9 @@ def _row(found: Mapping[str, Any]) -> list[str]:
         return "" if value is None else format(value, form)
 
     labels, scores = found.get("labels", {}).get, found["scores"]
-    return [best("z"), best("z", worst=True), best("z_base"), told(labels("clusters"), ".0%"),
-            told(labels("auc"), ".2f"), told(labels("inverted"), ".0%"), told(found.get("members"), ".2f"),
-            told(scores["personal_mean"], ".1%"), told(scores["global_mean"], ".1%"), f"{found['bytes'] / 1e6:.1f}",
+    return [best("z"), best("z", worst=True), best("z_base"), told(labels("clusters", labels("features")), ".0%"),
+            told(labels("auc", labels("features_auc")), ".2f"), told(labels("inverted"), ".0%"),
+            told(found.get("members"), ".2f"), told(scores["personal_mean"], ".1%"), told(scores["global_mean"], ".1%"), f"{found['bytes'] / 1e6:.1f}",
             f"{found['memory'] / 2**20:.0f}" if found["memory"] else ""]  # fmt: skip
 
 

@@ -214,9 +214,9 @@ def test_a_run_as_the_server_sees_it(folder: Path, public: Path) -> None:
     assert found.texts == 2 * 3 * 4  # steps, clients, examples of a step
     assert found.content > 0.7 > found.blind["content"]
     assert all(set(one.by_step) == {1, 2} for one in found.readings)
-    assert set(found.labels) == {"clusters", "known", "inverted", "majority"} | (
-        {"auc"} if "auc" in found.labels else set()
-    )
+    attacks = {"clusters", "known", "inverted", "features", "features_known", "majority"}
+    assert attacks <= set(found.labels) <= attacks | {"auc", "features_auc"}
+    assert found.by_gradients
     assert "worst" not in found.as_json()
     page = render(found)
     assert found.members is not None

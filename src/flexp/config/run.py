@@ -156,7 +156,9 @@ class RunConfig(Section):
             raise ValueError("privacy.gradients = false is for one cut, which recut.on and devices.changes move: "
                              "choose one")  # fmt: skip
         if self.privacy.label_epsilon is not None:
-            raise ValueError("privacy.gradients = false sends nothing that labels tell: leave privacy.label_epsilon out")
+            raise ValueError(
+                "privacy.gradients = false sends nothing that labels tell: leave privacy.label_epsilon out"
+            )
 
     @property
     def on_devices(self) -> bool:
