@@ -117,7 +117,8 @@ def _row(found: Mapping[str, Any]) -> list[str]:
     labels, scores = found.get("labels", {}).get, found["scores"]
     return [best("z"), best("z", worst=True), best("z_base"), told(labels("clusters", labels("features")), ".0%"),
             told(labels("auc", labels("features_auc")), ".2f"), told(labels("inverted"), ".0%"),
-            told(found.get("members"), ".2f"), told(scores["personal_mean"], ".1%"), told(scores["global_mean"], ".1%"), f"{found['bytes'] / 1e6:.1f}",
+            told(found.get("members"), ".2f"), told(scores["personal_mean"], ".1%"),
+            told(scores["global_mean"], ".1%"), f"{found['bytes'] / 1e6:.1f}",
             f"{found['memory'] / 2**20:.0f}" if found["memory"] else ""]  # fmt: skip
 
 
