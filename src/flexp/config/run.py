@@ -160,6 +160,10 @@ class RunConfig(Section):
                 "privacy.gradients = false sends nothing that labels tell: leave privacy.label_epsilon out"
             )
 
+    def frozen(self, start: int) -> int:
+        """How many of its first blocks a client with a cut at ``start`` leaves as they are."""
+        return self.method.personal.frozen_head_blocks if self.privacy.gradients else start
+
     @property
     def on_devices(self) -> bool:
         """Whether the clients' device classes are known; without them nobody is short of memory."""

@@ -56,8 +56,7 @@ def server_stage(world: World, part: Part) -> Stage:
 
 def tune_own(stage: Stage, config: RunConfig, ranks: Mapping[int, int] | None = None) -> None:
     """Make a client's stage ready for training, as the configuration says."""
-    frozen = config.method.personal.frozen_head_blocks if config.privacy.gradients else stage.part.start
-    tune(stage, config.model, seed=config.seed, ranks=ranks, frozen=frozen)
+    tune(stage, config.model, seed=config.seed, ranks=ranks, frozen=config.frozen(stage.part.start))
 
 
 def split_model(

@@ -174,7 +174,7 @@ def _probe(world: World, client: str, examples: int, length: int) -> Probe:
         extra_weights=held.weights,
         extra_optimizers=held.optimizers,
         ranks=tuple(own.beside.items()),
-        frozen=config.method.personal.frozen_head_blocks,
+        frozen=config.frozen(world.cuts.get(client, (0, 0))[0]),
         rows=config.link.rows,
         cache=config.link.cache,
     )
