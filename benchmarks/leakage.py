@@ -7,6 +7,7 @@ attacks read; of the whole run accuracy, bytes and the device's memory.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,12 +15,14 @@ from typing import Annotated, Any
 
 import plotly.graph_objects as go
 import typer
+from rich.console import Console
 
 from benchmarks.tools.command import Result, Steps, say
 from flexp.config.loading import load
 from flexp.errors import ConfigError, PrivacyError
 from flexp.files import read_json, write_text
 from flexp.report.figures import blank
+from flexp.report.progress import Progress
 from flexp.run.audited import AUDIT
 from flexp.run.runner import run
 
@@ -64,13 +67,14 @@ def measure(
     if unknown := [name for name in chosen if name not in ROWS]:
         raise ConfigError(f"--only {unknown[0]}: expected some of {'; '.join(ROWS)}")
     facts: dict[str, Any] = {}
+    shown = partial(Progress, console=Console(stderr=True))  # standard output may be JSON
     base = [f"train.steps_per_round={steps}", f"train.rounds={rounds}", f"seed={seed}", "privacy.audit=true",
             "output.html=false", "output.checkpoint_every=0"]  # fmt: skip
     for name in chosen:
         say(f"{name}: flexp run {config} " + " ".join(f"--set '{setting}'" for setting in [*base, *ROWS[name]]))
         with TemporaryDirectory() as folder:
             try:
-                summary = run(load(Path(config), [*base, *ROWS[name]]), Path(folder) / "run")
+                summary = run(load(Path(config), [*base, *ROWS[name]]), Path(folder) / "run", progress=shown)
             except PrivacyError as error:
                 facts[name] = {"refused": str(error)}
                 continue
