@@ -58,7 +58,9 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 def test_it_is_training_with_everything_up_to_the_tail_frozen(folder: Path) -> None:
     """Bit for bit what a client does whose head and server are frozen and which sends gradients in vain; and a server
     that trains stays as it was."""
-    begun = FlexpSfl(build_world(config(folder)))
+    world = build_world(config(folder))
+    assert any("nothing that labels tell is sent" in note for note in world.federation.notes)
+    begun = FlexpSfl(world)
     before = begun.server.shared.state()
     found = trained(begun)
     frozen = {"align": {"kind": "off"}, "personal": {"frozen_head_blocks": CUT[0]}}

@@ -110,6 +110,11 @@ def privacy_notes(config: RunConfig, federation: Federation, hidden: int) -> lis
             f"than ε = {once:.3g} (δ = {DELTA:g}) if no two of them are in one update; more than about 10 is no "
             "guarantee" + ("; class sums of meetings it does not cover" if sums else "")
         )
+    if not config.privacy.gradients:
+        notes.append(
+            "privacy.gradients = false: nothing that labels tell is sent; what is below the cuts and the shared blocks "
+            "stay as they are"
+        )
     if labels is not None:
         classes = len(federation.task.label_names or ())
         answers = RandomLabels(labels, classes, 0)
