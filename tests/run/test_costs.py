@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from flexp.client.personal import WholeModel
+from flexp.client.trainer import split_model_of
 from flexp.cost.choice import ExchangeCost
 from flexp.cost.clock import SPLIT_ASYNC
 from flexp.cost.counting import counting
@@ -17,6 +18,7 @@ from flexp.cost.model_cost import model_cost
 from flexp.cost.probe import Probe
 from flexp.links.base import Traffic
 from flexp.methods.base import Account
+from flexp.methods.flexp_sfl import FlexpSfl
 from flexp.methods.parties import own_stage
 from flexp.models.anatomy import Part
 from flexp.run.costs import Costs
@@ -197,3 +199,28 @@ def test_kept_examples_cost_their_numbers(tmp_path: Path) -> None:
     steps = Account(0, traffic, Traffic(), 0.0, 0.0)
     work = client_work(cost, steps, [3, 3, 3], SPLIT_ASYNC)
     assert (work.forward_up, work.later_up, work.backward_up) == (cost.forward_up, numbers, cost.backward_up)
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("pool", [True, False])
+def test_what_a_defence_keeps_at_home_is_not_counted(home: Path, *, pool: bool, gradients: bool) -> None:
+    """Of a pooled text one vector, whatever its length, and of what is not sent nothing: as it crosses."""
+    privacy = {"pool": pool, "gradients": gradients}
+    found = costs(home, model={"id": str(home / "model"), "pooling": "mean"}, privacy=privacy)
+    name = found.world.participants[0].name
+    examples, length, exchanges = found.shape(name)
+    cost, vectors = found.of(name), examples * (1 if pool else length)
+    hidden = found.world.source.anatomy.hidden
+    assert cost.forward_up == vectors * (4 * hidden + 1)  # and the mask
+    assert cost.backward_up == (vectors * 4 * hidden if gradients else 0)
+    assert cost.combined == (not gradients)
+    assert (cost.server_backward == 0) == (not gradients)
+    trainer = FlexpSfl(found.world).clients[name]
+    trainer.step()
+    crossed = split_model_of(trainer).link.meter.training
+    if pool:
+        assert (crossed.bytes_up, crossed.bytes_down) == (
+            exchanges * (cost.forward_up + cost.backward_up), exchanges * (cost.forward_down + cost.backward_down)
+        )  # fmt: skip
+    else:
+        assert crossed.bytes_up < (2.1 if gradients else 1.1) * exchanges * examples * 16 * 4 * hidden

@@ -55,6 +55,7 @@ class JoinedModel(PersonalModel):
         reuse: float = 0.0,
         base_depth: int | None = None,
         pools: bool = False,
+        gradients: bool = True,
     ) -> None:
         super().__init__(stage)
         if pools and (
@@ -65,6 +66,7 @@ class JoinedModel(PersonalModel):
                 "same several times, so an exported model would answer otherwise; choose one of plain attention"
             )
         self.pools = pools
+        self.gradients = gradients
         self.rows = rows
         self.cache = cache
         self.reuse = reuse

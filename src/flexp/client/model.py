@@ -76,6 +76,8 @@ class SplitModel(JoinedModel):
             say no other, since what goes up for alignment comes out of block s_min − 1.
         pools: of each text one vector goes up, the mean of its tokens, and all blocks after s go on with that one
             (``privacy.pool``; for classifiers that read the mean).
+        gradients: whether ∂task/∂h goes up (``privacy.gradients``). Without, nothing below the cut may be trained, and
+            the server's blocks run as in evaluation.
 
     Raises:
         ConfigError: bare embeddings would go up.
@@ -220,7 +222,7 @@ class SplitModel(JoinedModel):
             z_BTH, inputs, plan = pooled_texts(self.stage, z_BTH, inputs)
         if self.guard is not None and self.guard.config.of_texts:
             z_BTH = self.guard.sent(texts["input_ids"], texts.get("attention_mask"), z_BTH)
-        back, only = z_BTH.requires_grad, train and self.guard is not None and not self.guard.config.gradients
+        back, only = z_BTH.requires_grad, train and not self.gradients
         if back and only:
             raise ConfigError("privacy.gradients = false: something below the cut is trained, expected nothing")
         if train and not (back or only):
@@ -259,7 +261,7 @@ class SplitModel(JoinedModel):
     def _numbered(self, inputs: Mapping[str, Any]) -> tuple[int, ...]:
         """The numbers of a batch's examples, if they have any and a server could keep z of each."""
         piece, mask_BT = self.steps.piece, inputs.get("attention_mask")
-        if self.cache == "off" or self.guard is not None or piece is None or mask_BT is None:
+        if self.cache == "off" or self.guard is not None or not self.gradients or piece is None or mask_BT is None:
             return ()
         whole = self.ignores_padding and right_padded(mask_BT) and "position_ids" not in inputs
         return piece.examples if whole and "input_ids" in inputs and len(piece.examples) == len(mask_BT) else ()

@@ -102,8 +102,8 @@ class ExchangeCost:
         server_forward, server_backward: the server's.
         forward_up, forward_down, backward_up, backward_down: bytes.
         pull_down: bytes of the shared weights that the client fetches now and then.
-        combined: the labels go up with the forward, so that the server's forward and backward are one visit, and the
-            gradient comes back as ``backward_down``; there is nothing ``between``.
+        combined: one visit of the server: the labels go up with the forward and the gradient comes back, or h does and
+            no gradient goes up; ``backward_down`` is what comes, and there is nothing ``between``.
         weights: bytes of what the client trains.
         later_before, later_up: in place of ``before`` and ``forward_up`` once the server keeps the examples
             (``link.cache``): after ``epoch`` steps; ``None``: it keeps none.

@@ -162,7 +162,7 @@ def client_model(probe: Probe, stage: Stage, link_type: type[EchoLink] = EchoLin
     align = OFF if probe.align is None else AlignConfig(**{**probe.align, "every": 1})
     tuning = str(probe.model_config.get("tuning", "full"))
     options: dict[str, Any] = {"align": align, "tuning": tuning, "expose_embeddings": True, "rows": probe.rows}
-    options["cache"] = probe.cache
+    options |= {"cache": probe.cache, "pools": probe.pools, "gradients": probe.gradients}
     return SPLIT_MODELS[probe.kind](stage, probe.cut, link, **options)
 
 

@@ -96,13 +96,23 @@ def _split(probe: Probe, stage: Stage, server: Server) -> ExchangeCost:
             model.head(batch)
     model.steps.done = model.align.every if model.align.kind == "weights" else model.steps.done  # a pull is due
     model.after_step()
-    forward, backward = link.requests[:2]
     server.answer(link.client, link.joined)
     with counting() as flops:
-        server.answer(link.client, forward)
+        server.answer(link.client, link.requests[0])
         server_forward = flops()
-        server.answer(link.client, backward)
+        if model.gradients:
+            server.answer(link.client, link.requests[1])
         server_backward = flops() - server_forward
+    if not model.gradients:  # h comes down, and all the rest is the client's
+        return ExchangeCost(
+            before=link.marks[0],
+            after=total - link.marks[0],
+            server_forward=server_forward,
+            forward_up=link.up[0],
+            backward_down=link.down[0],
+            combined=True,
+            weights=_bytes(stage.trainable()),
+        )
     return ExchangeCost(
         before=link.marks[0],
         between=link.marks[1] - link.marks[0],

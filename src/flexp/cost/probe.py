@@ -40,7 +40,7 @@ class Probe:
     trains, ``extra_optimizers`` further states of the optimiser, that it holds all the while
     (:class:`flexp.methods.base.Holds`). ``ranks`` are those of the adapters in some blocks, (block, rank), where they
     are not ``model_config``'s. ``frozen`` of its first blocks are not trained. ``rows`` and ``cache`` are the run's
-    ``link.rows`` and ``link.cache``.
+    ``link.rows`` and ``link.cache``, ``pools`` and ``gradients`` its ``privacy.pool`` and ``.gradients``.
     """
 
     model: str
@@ -61,6 +61,8 @@ class Probe:
     frozen: int = 0
     rows: str = "loss"
     cache: str = "off"
+    pools: bool = False
+    gradients: bool = True
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,7 @@ def split_model(
         reuse=config.link.reuse,
         base_depth=config.model.base_depth,
         pools=config.privacy.pool,
+        gradients=config.privacy.gradients,
     )
 
 

@@ -177,6 +177,8 @@ def _probe(world: World, client: str, examples: int, length: int) -> Probe:
         frozen=config.frozen(world.cuts.get(client, (0, 0))[0]),
         rows=config.link.rows,
         cache=config.link.cache,
+        pools=config.privacy.pool,
+        gradients=config.privacy.gradients,
     )
 
 
