@@ -19,7 +19,17 @@ from flexp.config import AlignConfig, GuardConfig, OptimizerConfig, ServerConfig
 from flexp.errors import BadValuesError, ConfigError, LinkError, LinkLostError
 from flexp.links.base import Link, Wrapping
 from flexp.links.grpc import Tokens, connect, serve
-from flexp.links.messages import Abort, BackwardRequest, FetchRequest, ForwardRequest, Join, Lead, Leave, Settle
+from flexp.links.messages import (
+    Abort,
+    BackwardRequest,
+    FetchRequest,
+    ForwardRequest,
+    Join,
+    Lead,
+    Leave,
+    PullRequest,
+    Settle,
+)
 from flexp.optim import Updater
 from flexp.rng import RandomStream
 from flexp.server import Server
@@ -94,6 +104,7 @@ class Federation:
 
 TEACH = AlignConfig(kind="kl", weight=0.3, at="every-block", teach=True)
 PULL = AlignConfig(kind="weights", pull=0.3, every=2, teach=True)
+FOLLOW = AlignConfig(kind="weights", pull=1.0, teach=True, follow=True)
 PROJECT = AlignConfig(kind="mse", weight=0.3, combine="project")
 CUTS = {"a": (1, 4), "bb": (2, 4), "ccc": (1, 2), "dddd": (3, 4), "e": (1, 3)}
 
@@ -102,7 +113,7 @@ CUTS = {"a": (1, 4), "bb": (2, 4), "ccc": (1, 2), "dddd": (3, 4), "e": (1, 3)}
     ("name", "align", "tuning", "pieces", "config", "optimizer"),
     [
         ("bert", TEACH, "full", 1, ServerConfig(), ADAM),
-        ("bert", OFF, "lora", 2, ServerConfig(guard=GuardConfig(clip=0.05)), SGD),
+        ("bert", FOLLOW, "lora", 2, ServerConfig(guard=GuardConfig(clip=0.05)), SGD),
         ("gpt2", PULL, "full", 2, ServerConfig(update="mean", mean_over=3, memory="recompute"), ADAM),
         ("llama", PROJECT, "lora", 1, ServerConfig(update="trimmed", mean_over=3, guard=GuardConfig(clip=0.02)), SGD),
     ],
@@ -320,6 +331,22 @@ def test_answers_are_written_and_weights_fetched_along_the_chain() -> None:
     assert torch.equal(*texts)
     assert parts[0].weights.keys() == parts[1].weights.keys() != set()
     assert all(torch.equal(value, parts[1].weights[name]) for name, value in parts[0].weights.items())
+
+
+def test_weights_further_on_are_gathered_once_a_version_however_often_a_client_pulls() -> None:
+    here, _ = chained("llama", 2)
+    chain = here.server.chain
+    assert chain is not None
+    asked, call = list[Any](), chain.control.call
+    chain.control.call = lambda request: asked.append(request) or call(request)  # type: ignore[method-assign, func-returns-value]
+    here.join("a", (3, 4), align=AlignConfig(kind="weights", pull=0.5))
+    for step in range(3):
+        for _ in range(3):
+            first = here.server.answer("a", PullRequest(2, 3, first=10**6))  # of which nothing crosses
+        assert first.weights == {}
+        here.server.answer("a", request(step + 1))
+        here.server.answer("a", gradient(step + 1))
+    assert sum(isinstance(one, FetchRequest) for one in asked) == 3
 
 
 class Kept:
