@@ -268,6 +268,24 @@ def test_nothing_stays_anywhere_of_a_step_that_was_given_up_however_far_it_was(g
         assert answer.result().grad_BTH.shape == (2, 5, 32)
 
 
+def test_what_is_on_its_way_further_on_holds_up_nobody_else() -> None:
+    here, servers, controls, links = slowly(2)
+    for name, cut in (("a", (1, 4)), ("b", (1, 4)), ("c", (1, 2))):
+        here.join(name, cut)
+    first, second = (here.server.answer(name, request(1)) for name in "ab")
+    assert isinstance(first, Future)
+    assert isinstance(second, Future)
+    assert [len(link.up) for link in links] == [1, 1]  # of both the first server has done its part
+    assert here.server.answer("c", request(1)).hidden_BTH.shape == (2, 5, 32)
+    here.server.answer("c", gradient(1))  # is answered when the next server has heard of it, and nothing waits here
+    assert [server.shared.version for server in servers] == [2, 1]
+    move([links[1]])
+    assert (first.done(), second.done()) == (False, True)
+    move([*links, *controls])
+    assert first.done()
+    assert [server.shared.version for server in servers] == [2, 2]
+
+
 def test_a_step_that_is_done_again_waits_until_all_have_heard_that_it_was_refused() -> None:
     here, servers, controls, links = slowly(3)
     here.join("a", (1, 4), numbering=7)
