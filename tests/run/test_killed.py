@@ -3,8 +3,10 @@ imported, which this file's tests have in common."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import socket
 import time
 from pathlib import Path
 
@@ -15,15 +17,17 @@ from flexp.comparison.compare import plan
 from flexp.comparison.config import load
 from flexp.comparison.workers import Pool
 from flexp.run import runner
-from flexp.run.fleet import Fleet, command
+from flexp.run.fleet import Fleet, Process, command
 from flexp.run.processes import begin
 from flexp.run.settle import settle
 from tests.cli.test_commands import toml
 from tests.cli.test_compare import TABLE
+from tests.harness import equal
 from tests.tiny import bert_folder, checkpoint, config
 
 from .test_fleet import check, configured, kept_examples, until
 from .test_runner import same
+from .tools import newest, without_meters
 
 
 def test_killed_at_any_moment_resumes_to_equal_weights(home: Path) -> None:
@@ -61,6 +65,63 @@ def test_processes_that_are_killed(home: Path, tmp_path: Path, cached: bool) -> 
         made.stop(5)
     assert made.clients["west"].starts == made.server.starts == 2
     check(tmp_path / "sim", tmp_path / "fleet")
+
+
+def chained(made: Fleet, borders: list[int]) -> list[Process]:
+    """The fleet's server as several, each with the blocks between two borders: started, the last one first."""
+    servers, following = list[Process](), list[str]()
+    for start, stop in reversed([*itertools.pairwise(borders)]):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            listen = f"127.0.0.1:{free.getsockname()[1]}"
+        place = made.out / f"blocks-{start}"
+        own = ["--blocks", f"{start}:{stop}", "--state", str(place), "--listen", listen, *following]
+        config = ["--config", str(made.out / "fleet.json"), "--base-depth", str(borders[0])]
+        servers.append(Process(place.name, ["server", *config, *own], place / "log.txt"))
+        servers[-1].start(1)
+        following, made.address = ["--next", f"grpc://{listen}"], listen
+    made.server = servers[-1]
+    return servers
+
+
+@pytest.mark.parametrize(
+    ("borders", "align"),
+    [
+        pytest.param(
+            [1, 3, 4], {"kind": "weights", "pull": 0.3, "teach": True, "follow": True}, marks=pytest.mark.slow
+        ),
+        ([1, 2, 3, 4], {"kind": "kl", "at": "every-block", "teach": True}),
+    ],
+)
+def test_each_server_of_a_chain_is_killed(
+    home: Path, tmp_path: Path, borders: list[int], align: dict[str, object]
+) -> None:
+    """And a client. What they end with is one server's, as the simulation has it."""
+    train = {"rounds": 2, "steps_per_round": 4, "batch_size": 4, "micro_batch": 2, "shared": {"clip": 0.05}}
+    settings = config(home, train=train, method={"align": align})
+    runner.run(settings, tmp_path / "sim")
+    made = Fleet(settle(settings), tmp_path / "chain", schedule="deterministic", save_every=2, say=lambda _: None)
+    servers = chained(made, borders)
+    try:
+        for name in made.clients:
+            made.start_client(name)
+        for killed, party in enumerate([made.clients["west"], *servers], start=1):
+            steps = 20 * killed // (len(servers) + 1)
+            until(lambda steps=steps: sum(row["steps"] for row in made.results()) >= steps or made.watch(), 120, 0.05)
+            assert party.process is not None
+            party.process.kill()
+            party.process.join()
+            party.start(1)
+        until(lambda: made.watch() and {party.code for party in servers} == {0}, 120, 0.05)
+    finally:
+        for party in servers:
+            assert party.process is not None
+            party.process.kill()
+        made.stop(5)
+    assert [party.starts for party in (made.clients["west"], *servers)] == [2] * (len(servers) + 1)
+    here = {f"client-{name}": newest(made.folder(name) / "snapshots") for name in made.clients}
+    here["server"] = {key: value for party in servers for key, value in newest(party.log.parent).items()}
+    for name, state in checkpoint(tmp_path / "sim").items():
+        assert equal(without_meters(state), without_meters(here[name])), name
 
 
 def test_a_worker_that_dies_takes_only_its_cell_with_it(tmp_path: Path) -> None:

@@ -19,7 +19,17 @@ from flexp.config import AlignConfig, GuardConfig, OptimizerConfig, ServerConfig
 from flexp.errors import BadValuesError, ConfigError, LinkError, LinkLostError
 from flexp.links.base import Link, Wrapping
 from flexp.links.grpc import Tokens, connect, serve
-from flexp.links.messages import Abort, BackwardRequest, FetchRequest, ForwardRequest, Join, Lead, Leave, Settle
+from flexp.links.messages import (
+    Abort,
+    BackwardRequest,
+    FetchRequest,
+    ForwardRequest,
+    Join,
+    Lead,
+    Leave,
+    PullRequest,
+    Settle,
+)
 from flexp.optim import Updater
 from flexp.rng import RandomStream
 from flexp.server import Server
@@ -94,6 +104,7 @@ class Federation:
 
 TEACH = AlignConfig(kind="kl", weight=0.3, at="every-block", teach=True)
 PULL = AlignConfig(kind="weights", pull=0.3, every=2, teach=True)
+FOLLOW = AlignConfig(kind="weights", pull=1.0, teach=True, follow=True)
 PROJECT = AlignConfig(kind="mse", weight=0.3, combine="project")
 CUTS = {"a": (1, 4), "bb": (2, 4), "ccc": (1, 2), "dddd": (3, 4), "e": (1, 3)}
 
@@ -102,7 +113,7 @@ CUTS = {"a": (1, 4), "bb": (2, 4), "ccc": (1, 2), "dddd": (3, 4), "e": (1, 3)}
     ("name", "align", "tuning", "pieces", "config", "optimizer"),
     [
         ("bert", TEACH, "full", 1, ServerConfig(), ADAM),
-        ("bert", OFF, "lora", 2, ServerConfig(guard=GuardConfig(clip=0.05)), SGD),
+        ("bert", FOLLOW, "lora", 2, ServerConfig(guard=GuardConfig(clip=0.05)), SGD),
         ("gpt2", PULL, "full", 2, ServerConfig(update="mean", mean_over=3, memory="recompute"), ADAM),
         ("llama", PROJECT, "lora", 1, ServerConfig(update="trimmed", mean_over=3, guard=GuardConfig(clip=0.02)), SGD),
     ],
@@ -257,6 +268,24 @@ def test_nothing_stays_anywhere_of_a_step_that_was_given_up_however_far_it_was(g
         assert answer.result().grad_BTH.shape == (2, 5, 32)
 
 
+def test_what_is_on_its_way_further_on_holds_up_nobody_else() -> None:
+    here, servers, controls, links = slowly(2)
+    for name, cut in (("a", (1, 4)), ("b", (1, 4)), ("c", (1, 2))):
+        here.join(name, cut)
+    first, second = (here.server.answer(name, request(1)) for name in "ab")
+    assert isinstance(first, Future)
+    assert isinstance(second, Future)
+    assert [len(link.up) for link in links] == [1, 1]  # of both the first server has done its part
+    assert here.server.answer("c", request(1)).hidden_BTH.shape == (2, 5, 32)
+    here.server.answer("c", gradient(1))  # is answered when the next server has heard of it, and nothing waits here
+    assert [server.shared.version for server in servers] == [2, 1]
+    move([links[1]])
+    assert (first.done(), second.done()) == (False, True)
+    move([*links, *controls])
+    assert first.done()
+    assert [server.shared.version for server in servers] == [2, 2]
+
+
 def test_a_step_that_is_done_again_waits_until_all_have_heard_that_it_was_refused() -> None:
     here, servers, controls, links = slowly(3)
     here.join("a", (1, 4), numbering=7)
@@ -320,6 +349,22 @@ def test_answers_are_written_and_weights_fetched_along_the_chain() -> None:
     assert torch.equal(*texts)
     assert parts[0].weights.keys() == parts[1].weights.keys() != set()
     assert all(torch.equal(value, parts[1].weights[name]) for name, value in parts[0].weights.items())
+
+
+def test_weights_further_on_are_gathered_once_a_version_however_often_a_client_pulls() -> None:
+    here, _ = chained("llama", 2)
+    chain = here.server.chain
+    assert chain is not None
+    asked, call = list[Any](), chain.control.call
+    chain.control.call = lambda request: asked.append(request) or call(request)  # type: ignore[method-assign, func-returns-value]
+    here.join("a", (3, 4), align=AlignConfig(kind="weights", pull=0.5))
+    for step in range(3):
+        for _ in range(3):
+            first = here.server.answer("a", PullRequest(2, 3, first=10**6))  # of which nothing crosses
+        assert first.weights == {}
+        here.server.answer("a", request(step + 1))
+        here.server.answer("a", gradient(step + 1))
+    assert sum(isinstance(one, FetchRequest) for one in asked) == 3
 
 
 class Kept:

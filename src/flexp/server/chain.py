@@ -21,7 +21,7 @@ from flexp.config import AlignConfig, GuardConfig, ServerConfig
 from flexp.errors import ConfigError, LinkError, LinkLostError
 from flexp.links.base import Link, ask
 from flexp.links.declaring import Request
-from flexp.links.messages import Behind, Join, Keep, Lead, Settle, Update
+from flexp.links.messages import Behind, FetchReply, FetchRequest, Join, Keep, Lead, Settle, Update
 from flexp.optim import merged, norms, total
 from flexp.server.session import Gathered
 
@@ -59,6 +59,7 @@ class Chain:
         self._leaving = dict[str, Future[None]]()  # links of clients that have left, until their names are free
         self._aside = ThreadPoolExecutor(1, "flexp-leaving")  # leaving waits for an answer
         self._voided = dict[str, Future[Behind]]()
+        self._asked = dict[tuple[int, int], Future[FetchReply]]()  # weights, by block and the first of them
         self.control = reach(PREVIOUS)
         try:
             welcome = ask(self.control, card)
@@ -108,7 +109,15 @@ class Chain:
         """Say something that concerns all clients; what is said is done in this order."""
         if self.lost is not None:
             raise self.lost
+        self._asked = {}  # it may change what they have
         return self._hear(self.control.call(request))
+
+    def weights(self, block: int, first: int) -> Future[FetchReply]:
+        """Trained weights of a block further on, from the first that is asked for; as long as they stay as they are
+        nothing comes twice, whoever asks."""
+        if (block, first) not in self._asked:
+            self._asked[block, first] = self.control.call(FetchRequest(block, first=first))
+        return self._asked[block, first]
 
     def norm(self, told: Future[Behind], gradients: Mapping[str, Tensor]) -> tuple[float, Future[Behind]]:
         """The norm of an update: of ``gradients``, and of what the servers further on have for it, who are told."""

@@ -342,8 +342,8 @@ class Server(Led):
         """The trained weights of blocks further on, as they are now: updates come in the order of what is asked. (Of a
         block that needs several answers the later ones may have later updates.)"""
         assert self.chain is not None
-        link, found = self.chain.control, dict[str, Tensor]()
-        asked = [(block, link.call(FetchRequest(block))) for block in blocks]
+        found = dict[str, Tensor]()
+        asked = [(block, self.chain.weights(block, 0)) for block in blocks]
         for block, answer in asked:
             reply, count = (yield answer), 0
             while True:
@@ -353,7 +353,7 @@ class Server(Led):
                     break
                 if not reply.weights:
                     raise LinkError(f"the next server gives {count} of {reply.total} weights of block {block}")
-                reply = yield link.call(FetchRequest(block, first=count))
+                reply = yield self.chain.weights(block, count)
         return found
 
     @_handle.register
