@@ -99,7 +99,7 @@ def test_a_gpu_is_profiled_by_its_own_memory_and_when_it_is_done(
         mem_get_info=lambda _: (3 * 2**30, 2**40), memory_reserved=lambda _: 2**30, memory_allocated=lambda _: 2**28
     )
     for name, answer in (
-        ("is_available", lambda: True), ("current_accelerator", lambda: torch.device(DEVICE.type)),
+        ("is_available", lambda: True), ("current_accelerator", lambda **_: torch.device(DEVICE.type)),
         ("device_count", lambda: 8), ("synchronize", waits.append),
     ):  # fmt: skip
         monkeypatch.setattr(torch.accelerator, name, answer)
