@@ -60,11 +60,10 @@ class _EachToken(torch.autograd.Function):
     def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor, ignore_index: int) -> Tensor:
         ctx.save_for_backward(logits_NV, targets_N)
         ctx.ignore_index = ignore_index
-        found = [_lost(*piece, ignore_index) for piece in _pieces(logits_NV, targets_N)]
-        return torch.cat(found)
+        return torch.cat([_lost(logits, targets, ignore_index) for logits, targets in _pieces(logits_NV, targets_N)])
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         logits_NV, targets_N = ctx.saved_tensors
         found_NV = torch.empty_like(logits_NV)
@@ -82,4 +81,5 @@ def _lost(logits_NV: Tensor, targets_N: Tensor, ignore_index: int) -> Tensor:
 
 def _pieces(*values: Tensor) -> Any:
     """The same rows of all of ``values``, of which the first is (N, V), piece by piece."""
-    return zip(*(value.split(max(1, PIECE // values[0].shape[-1])) for value in values), strict=True)
+    rows = max(1, PIECE // values[0].shape[-1])
+    return zip(*(torch.split(value, rows) for value in values), strict=True)

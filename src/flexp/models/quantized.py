@@ -91,17 +91,17 @@ def piece_by_piece(wanted: bool = True) -> Iterator[None]:
         return
     import bitsandbytes  # noqa: F401  # brings the operators
 
-    operators = torch.ops.bitsandbytes
+    operators: Any = torch.ops.bitsandbytes
     four, eight = operators.quantize_4bit, operators.int8_vectorwise_quant
 
     def in_four(weight: Tensor, *how: Any) -> tuple[Tensor, ...]:
-        found = [four.default(piece, *how) for piece in weight.reshape(-1).split(PIECE)]
+        found = [four.default(piece, *how) for piece in torch.split(weight.reshape(-1), PIECE)]
         return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
 
     def in_eight(rows: Tensor, threshold: float = 0.0) -> tuple[Tensor | None, ...]:
         if threshold > 0:  # activations
             return eight.default(rows, threshold)  # type: ignore[no-any-return]
-        found = [eight.default(piece) for piece in rows.split(max(1, PIECE // rows.shape[-1]))]
+        found = [eight.default(piece) for piece in torch.split(rows, max(1, PIECE // rows.shape[-1]))]
         return (*(torch.cat(parts) for parts in zip(*(both[:2] for both in found), strict=True)), None)
 
     try:
