@@ -8,12 +8,14 @@ are packed, too (``nf4+ends``: ``model.quantize_ends``), when they are 0.6 GB.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 
 from benchmarks.tools.big_model import SHAPES, server_memory, write_random
@@ -21,6 +23,10 @@ from benchmarks.tools.command import Cut, Examples, Length, Result, say
 from benchmarks.tools.parties import blocks_of, cut_of, probe
 from flexp.config import ModelConfig
 from flexp.cost.probe import measure as peak
+from flexp.links.codecs import codec_of
+from flexp.models.loading import load_config
+
+BF16, CODECS = torch.bfloat16, ("fp32", "bf16", "int8-row", "int4")
 
 
 def measure(
@@ -29,6 +35,9 @@ def measure(
         str, typer.Option(help="Some of off, int8, nf4, int8+ends, nf4+ends, with commas.")
     ] = "off,nf4",
     embeddings: Annotated[str, typer.Option(help="Of the client's: memory, or file.")] = "memory",
+    blocks: Annotated[
+        int | None, typer.Option(min=2, help="The first of the shape's alone: memory is linear in them.")
+    ] = None,
     cut: Cut = None,
     examples: Examples = 1,
     length: Length = 512,
@@ -38,9 +47,9 @@ def measure(
 ) -> Result:
     """Peak memory of loading and of LoRA steps: client, server, and whole model, in bfloat16 and quantised."""
     with tempfile.TemporaryDirectory() if folder is None else nullcontext(str(folder)) as place:
-        model = write_random(shape, Path(place))
-        blocks = blocks_of(str(model))
-        where = cut_of(cut, blocks, (2, blocks - 1))
+        model = write_random(shape, Path(place), blocks)
+        depth, hidden = blocks_of(str(model)), load_config(str(model)).get_text_config().hidden_size
+        where = cut_of(cut, depth, (2, depth - 1))
         found: dict[str, Any] = {}
         for how in quantization.split(","):
             kind, _, ends = how.partition("+")
@@ -63,5 +72,14 @@ def measure(
         for party, figures in of.items():
             share = f"{100 * figures['peak'] / of['whole']['peak']:.1f} %" if "whole" in of else ""
             rows.append((f"{how}: {party}", *(f"{figures[key] / 1e6:,.0f} MB" for key in ("loaded", "peak")), share))
+    message = (examples, length, hidden)
     facts = {"shape": shape, "cut": list(where), "batch": [examples, length], "embeddings": embeddings, **found}
-    return Result(facts, rows, ("party", "loading", "two steps of LoRA", "of the whole"))
+    crosses = {
+        codec: 4 * sum(dtype.itemsize * math.prod(dims) for dtype, dims in codec_of(codec, BF16).layout(message))
+        for codec in CODECS
+    }
+    said = ", ".join(f"{codec} {size / 1e6:.2f}" for codec, size in crosses.items())
+    return Result(
+        facts | {"crosses": crosses}, rows, ("party", "loading", "steps of LoRA", "of the whole"),
+        [f"MB of a step's four messages: {said}"],
+    )  # fmt: skip

@@ -23,3 +23,10 @@ def test_what_is_written_shard_by_shard_is_the_whole_model(tmp_path: Path, monke
     deviations = [float(value.detach().std()) for value in model.parameters() if value.dim() == 2]
     assert all(spread == pytest.approx(0.02, rel=0.1) for spread in deviations)
     assert big_model.write_random("small", folder) == folder  # once there, it stays
+
+
+def test_fewer_blocks_are_the_first_ones(tmp_path: Path) -> None:
+    folder = big_model.write_random("small", tmp_path / "model", 2)
+    with quietly():
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert len(model.model.layers) == model.config.num_hidden_layers == 2

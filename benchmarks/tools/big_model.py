@@ -46,9 +46,14 @@ SHAPES: dict[str, Any] = {
 """From the models' published ``config.json``; ``small`` is for tests."""
 
 
-def write_random(shape: str, folder: Path) -> Path:
-    """A checkpoint in bfloat16 of one of :data:`SHAPES`, of which no process ever holds more than a shard."""
+def write_random(shape: str, folder: Path, blocks: int | None = None) -> Path:
+    """A checkpoint in bfloat16 of one of :data:`SHAPES`, of which no process ever holds more than a shard; of its first
+    ``blocks`` alone, where that is said."""
     config = SHAPES[shape]()
+    if blocks is not None:
+        config.num_hidden_layers = blocks
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:blocks]
     config.pad_token_id = 0
     if (folder / "model.safetensors.index.json").is_file():
         return folder
@@ -105,7 +110,7 @@ def _serve(config: ModelConfig, cut: tuple[int, int], examples: int, length: int
     )
     stage = server.shared.stage
     for value in stage.model.parameters():  # mapped from a file: read once, so that they count
-        value.detach().sum()
+        value.detach().amax()
     loaded = resident("VmHWM") - before
     link = server.connect("bench")
     join = Join(

@@ -50,10 +50,20 @@ def device_of(name: str) -> torch.device:
                       "server.device)")  # fmt: skip
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a GPU; 1, where it cannot tell."""
-    ask = getattr(torch.get_device_module(device), "mem_get_info", None) if device.type not in ("cpu", "meta") else None
-    return 1 if ask is None else int(ask(device)[0])
+def gpu_of(device: torch.device) -> Any:
+    """torch's module of a GPU (such as ``torch.cuda``); ``None``: it is none."""
+    try:
+        return None if device.type == "cpu" else torch.get_device_module(device)
+    except RuntimeError:  # tensors without content
+        return None
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that are free on a GPU, and what torch's allocator keeps of it for what comes; ``None``: it cannot tell."""
+    gpu = gpu_of(device)
+    if not hasattr(gpu, "mem_get_info"):
+        return None
+    return int(gpu.mem_get_info(device)[0] + gpu.memory_reserved(device) - gpu.memory_allocated(device))
 
 
 def shares(sizes: Sequence[int], room: Sequence[int]) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,13 +16,16 @@ from flexp.cli.main import app
 from flexp.cli.settings import overrides, placed
 from flexp.config import ModelConfig
 from flexp.config.loading import load
+from flexp.cost.device import free_bytes, this_machine
+from flexp.cost.echo import highest
+from flexp.cost.profile import Profile
 from flexp.errors import ConfigError
 from flexp.machine import device_of
 from flexp.models.anatomy import Part
 from flexp.models.stage import Stage, carve
 from flexp.models.zoo import tiny_model
 from tests.cli.test_commands import toml
-from tests.devices.elsewhere import DEVICE, elsewhere
+from tests.devices.elsewhere import DEVICE, NAME, elsewhere
 from tests.tiny import bert_folder
 
 COMPUTE = ("run", "server", "client", "fleet", "generate", "chat", "serve", "predict", "evaluate", "verify", "profile")
@@ -83,3 +87,35 @@ def test_a_party_that_moves_leaves_shared_tensors_where_they_are() -> None:
         moved = carve(source, Part.server(1, 3)).to(DEVICE)
         assert {value.device for value in moved.model.parameters()} == {DEVICE}
         assert {value.device for value in source.model.parameters()} == {torch.device("cpu")}
+
+
+@pytest.mark.parametrize("side", ["client", "server"])
+def test_a_gpu_is_profiled_by_its_own_memory_and_when_it_is_done(
+    side: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a device that is not there: its clock is read after it was waited for, and a plan knows what it has free."""
+    waits = list[torch.device]()
+    gpu = SimpleNamespace(
+        mem_get_info=lambda _: (3 * 2**30, 2**40), memory_reserved=lambda _: 2**30, memory_allocated=lambda _: 2**28
+    )
+    for name, answer in (
+        ("is_available", lambda: True), ("current_accelerator", lambda **_: torch.device(DEVICE.type)),
+        ("device_count", lambda: 8), ("synchronize", waits.append),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.accelerator, name, answer)
+    monkeypatch.setattr(torch, "get_device_module", lambda _: gpu)
+    out = tmp_path / "gpu.json"
+    with elsewhere():
+        done = CliRunner().invoke(app, [
+            "profile", "arch:bert", "--kind", "sequence-classification", "--labels", "3", "--length", "10",
+            "--batch", "2", "--as", side, "--no-probe", "--device", NAME, "--out", str(out),
+        ], catch_exceptions=False)  # fmt: skip
+    assert done.exit_code == 0, done.output
+    found = Profile.read(out)
+    free = 4 * 2**30 - 2**28
+    assert (found.memory_bytes, found.memory_from) == (free, f"free on {NAME}")
+    assert found.flops > 0
+    assert set(waits) == {DEVICE}
+    assert this_machine(NAME).memory_bytes == free_bytes(NAME) == free
+    gpu.reset_peak_memory_stats, gpu.max_memory_allocated = (lambda _: None), (lambda _: 2**29)
+    assert highest(DEVICE)() == 2**29 - 2**28

@@ -48,7 +48,7 @@ def test_limits_that_count_reserves_leave_room_for_threads(monkeypatch: pytest.M
 
 def memory(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     found = Profile.from_class("laptop").model_copy(update={"memory_bytes": size, "memory_from": "a test"})
-    monkeypatch.setattr(own, "this_machine", lambda: found)
+    monkeypatch.setattr(own, "this_machine", lambda _: found)
 
 
 def test_a_model_that_chooses_its_cut(

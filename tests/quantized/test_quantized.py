@@ -17,7 +17,9 @@ from transformers import BitsAndBytesConfig
 
 import flexp
 from flexp.config import ModelConfig, RunConfig, ServerConfig
+from flexp.cost.choice import Choice
 from flexp.cost.model_cost import model_cost
+from flexp.cost.predict import memory
 from flexp.errors import ConfigError, LinkError, ModelError
 from flexp.export.whole import merged
 from flexp.models import quantized
@@ -25,7 +27,7 @@ from flexp.models.anatomy import Part
 from flexp.models.loading import load_stage, quietly
 from flexp.models.stage import Stage, carve
 from flexp.models.tuning import tune
-from flexp.models.zoo import tiny_batch
+from flexp.models.zoo import save_tiny, tiny_batch
 from flexp.run.verify import Setup, verify
 
 pytest.importorskip("bitsandbytes", reason="needs flexp[quantized]; make test has it")
@@ -188,6 +190,40 @@ def test_the_merged_model_is_plain_and_answers_as_trained(folder: Path, how: str
     assert torch.equal(source.model.eval()(**batch).logits, carve(source, source.part).model.eval()(**batch).logits)
 
 
+@pytest.mark.parametrize("how", HOW)
+def test_a_weight_is_quantised_in_pieces_as_at_once(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits, double quantisation included, where the last piece is no whole block and rows are odd."""
+    import bitsandbytes
+
+    kinds = {"nf4": bitsandbytes.nn.Params4bit, "int8": bitsandbytes.nn.Int8Params}
+    options = {"nf4": {"compress_statistics": True, "quant_type": "nf4"}, "int8": {}}[how]
+    monkeypatch.setattr(quantized, "PIECE", 1024)
+    for shape in ((300, 192), (77, 33)):
+        weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+        found = []
+        for wanted in (False, True):
+            with quantized.piece_by_piece(wanted):
+                value = kinds[how](weight.clone(), requires_grad=False, **options)._quantize("cpu")
+            state = getattr(value, "quant_state", None)
+            scales = (value.SCB,) if state is None else (state.absmax, state.offset, state.state2.absmax)
+            found.append((value.data, *scales))
+        assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    assert torch.ops.bitsandbytes.quantize_4bit.default is not None
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_a_trained_head_in_another_order_leaves_the_blocks_alone(tmp_path: Path, how: str) -> None:
+    folder = save_tiny("llama", tmp_path, task="sequence-classification")
+    config = ModelConfig.of(folder, quantization=how, tuning="lora")
+    before, after = (
+        load_stage(config, "sequence-classification", labels=[f"LABEL_{row}" for row in order], pad_token_id=0).model
+        for order in ((0, 1, 2), (2, 0, 1))
+    )
+    assert torch.equal(after.score.weight, before.score.weight[[2, 0, 1]])
+    for name, value in before.named_parameters():
+        assert name == "score.weight" or torch.equal(value, after.get_parameter(name)), name
+
+
 @pytest.mark.parametrize("how", ["off", *HOW])
 def test_predicted_weights_are_those_that_are_held(folder: Path, how: str) -> None:
     config = ModelConfig.of(folder, quantization=how, tuning="lora")
@@ -202,3 +238,6 @@ def test_predicted_weights_are_those_that_are_held(folder: Path, how: str) -> No
         if type(module).__name__ == "Linear8bitLt":
             held += module.state.SCB.numel() * 4  # type: ignore[union-attr,operator]
     assert piece.weight_bytes == pytest.approx(held, rel=0.03)
+    if how != "off":
+        with pytest.raises(ModelError, match=rf"full tuning of blocks in {how}.*say the rank of the adapters"):
+            memory(model_cost(config, "causal-lm", length=16), Choice((1, 3), 2))

@@ -38,7 +38,7 @@ def phone(home: Path, name: str, memory_bytes: int, role: str = "client") -> str
 
 def memory(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     found = Profile.from_class("laptop").model_copy(update={"memory_bytes": size, "memory_from": "a test"})
-    monkeypatch.setattr("flexp.run.planned.this_machine", lambda: found)
+    monkeypatch.setattr("flexp.run.planned.this_machine", lambda _: found)
 
 
 def entry(name: str, **changes: Any) -> dict[str, Any]:

@@ -10,7 +10,6 @@ import typer
 
 from flexp.cli.settings import Device, Force, console
 from flexp.cli.verify import Dtype, Task, Tuning
-from flexp.errors import ConfigError
 
 if TYPE_CHECKING:
     from flexp.cost.profile import Profile
@@ -66,13 +65,12 @@ def profile(
     from flexp.machine import device_of
 
     check_new(out, force=force)
-    if device_of(device or "cpu").type != "cpu":
-        raise ConfigError("flexp profile measures processors alone so far: leave out --device")
+    place = str(device_of(device or "cpu"))
     if threads is not None:
         torch.set_num_threads(threads)
     ready = Profile.from_class(like, role=side.value)
-    limit = None if memory is not None else training_memory(torch.get_num_threads())
-    wanted = ModelConfig.of(model, dtype=dtype.value, autocast="bfloat16" if autocast else "off")
+    limit = None if memory is not None else training_memory(torch.get_num_threads(), place)
+    wanted = ModelConfig.of(model, dtype=dtype.value, autocast="bfloat16" if autocast else "off").on(place)
     cost = model_cost(wanted, kind.value, length=length, labels=labels)
     with Console(stderr=True).status("measuring"):
         measured = measure_model(

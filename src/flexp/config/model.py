@@ -73,6 +73,8 @@ class ModelConfig(Section):
         Raises:
             ConfigError: there is no such setting, or it cannot have that value.
         """
+        if isinstance(model, ModelConfig) and not settings:
+            return model
         given = model.model_dump() if isinstance(model, ModelConfig) else {"id": str(model)}
         return cls.checked({**given, **settings}, str(given["id"]), "model")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from flexp.cost.profile import Profile
 from flexp.errors import FlexpError
 from flexp.limits import COUNTING, soft_limit
+from flexp.machine import device_of, free_memory
 
 UNLIMITED = 2**60
 """A cgroup of version 1 without a limit names a number of this size."""
@@ -58,12 +59,18 @@ def memory_limits(root: Path = Path("/"), rlimits: Mapping[str, int] | None = No
     return sorted(found, key=lambda limit: limit.free_bytes)
 
 
-def training_memory(threads: int = 1) -> Limit:
-    """The limit that leaves this process least for training, and how much: see :func:`for_training`.
+def training_memory(threads: int = 1, device: str = "cpu") -> Limit:
+    """The limit that leaves this process least for training, and how much: see :func:`for_training`. On a GPU that
+    tells it, its free memory.
 
     Raises:
+        ConfigError: there is no such device here.
         FlexpError: see :func:`memory_limits`.
     """
+    place = device_of(device)
+    free = free_memory(place)
+    if free is not None:
+        return Limit(f"free on {place}", free)
     found = [Limit(limit.name, for_training(limit, threads)) for limit in memory_limits()]
     return min(found, key=lambda limit: limit.free_bytes)
 
@@ -85,11 +92,11 @@ def for_training(limit: Limit, threads: int = 1) -> int:
     return max(0, limit.free_bytes - each * coming)
 
 
-def this_machine() -> Profile:
-    """What this process may use, with the speed and the network of a laptop, which were not measured."""
+def this_machine(device: str = "cpu") -> Profile:
+    """What this process may use on a device, with the speed and the network of a laptop, which were not measured."""
     import torch
 
-    tightest = training_memory(torch.get_num_threads())
+    tightest = training_memory(torch.get_num_threads(), device)
     return Profile.from_class("laptop").model_copy(
         update={
             "name": "this machine",
@@ -185,9 +192,11 @@ def _table(path: Path) -> dict[str, int]:
     return found
 
 
-def free_bytes() -> int:
-    """What this process may still take: within the tightest limit, and what its allocator holds ready."""
-    return memory_limits()[0].free_bytes + held_ready()
+def free_bytes(device: str = "cpu") -> int:
+    """What this process may still take: within the tightest limit, and what its allocator holds ready; on a GPU that
+    tells it, of its memory."""
+    free = free_memory(device_of(device))
+    return free if free is not None else memory_limits()[0].free_bytes + held_ready()
 
 
 class _Arena(ctypes.Structure):

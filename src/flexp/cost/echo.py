@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -43,6 +43,7 @@ from flexp.links.messages import (
     PullRequest,
     Welcome,
 )
+from flexp.machine import device_of, gpu_of
 from flexp.models.anatomy import Part, block_count
 from flexp.models.loading import load_config, load_stage
 from flexp.models.stage import Stage
@@ -185,8 +186,7 @@ def _run(probe: Probe) -> Measured:
     torch.set_num_threads(1)
     config = ModelConfig(**probe.model_config)
     warm_up()
-    before = resident("VmRSS")
-    reset_peak()
+    peak = highest(device_of(config.device))
     part = None
     if probe.cut is not None:
         blocks = block_count(probe.model, load_config(probe.model))
@@ -197,8 +197,8 @@ def _run(probe: Probe) -> Measured:
     in_file = {id(value) for value in stored(stage.model)}
     for value in own:  # weights are mapped from their file: read them once, so that they count
         if id(value) not in in_file:
-            value.detach().sum()
-    loaded = resident("VmHWM") - before
+            value.detach().amax()  # a sum of packed numbers would make a copy of eight times their size
+    loaded = peak()
     extra: list[Any] = [
         [value.detach().clone() for value in stage.trainable().values()] for _ in range(probe.extra_weights)
     ]
@@ -215,7 +215,20 @@ def _run(probe: Probe) -> Measured:
         if step == 0:  # the first step makes the optimiser's state; the others have theirs by then as well
             state = updater.state().values()
             extra += [[value.clone() for value in state] for _ in range(probe.extra_optimizers)]
-    return Measured(loaded=max(0, loaded), peak=max(0, resident("VmHWM") - before))
+    return Measured(loaded, peak())
+
+
+def highest(device: torch.device) -> Callable[[], int]:
+    """What tells the most bytes that were in use since now, above what is now: the kernel's figure for this process, or
+    on a GPU its allocator's."""
+    gpu = gpu_of(device)
+    if hasattr(gpu, "reset_peak_memory_stats"):
+        before = gpu.memory_allocated(device)
+        gpu.reset_peak_memory_stats(device)
+        return lambda: int(gpu.max_memory_allocated(device)) - before
+    before = resident("VmRSS")
+    reset_peak()
+    return lambda: max(0, resident("VmHWM") - before)
 
 
 def warm_up() -> None:

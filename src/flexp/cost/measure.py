@@ -34,9 +34,16 @@ REPEATS = 12
 """Steps that are timed; each interval counts with the shortest that it took."""
 
 
-def clock() -> Callable[[], float]:
-    """The process's own seconds with one thread, the clock's with more."""
-    return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+def clock(device: torch.device) -> Callable[[], float]:
+    """The process's own seconds with one thread, the clock's with more; on a GPU the clock's once it is done."""
+    if device.type == "cpu":
+        return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+
+    def now() -> float:
+        torch.accelerator.synchronize(device)
+        return time.perf_counter()
+
+    return now
 
 
 def measure_model(
@@ -125,7 +132,7 @@ def _time(
 ) -> tuple[list[float], float]:
     """Seconds between a step's notes (see :func:`flexp.cost.counting.noted_forward`), and the optimiser's for each
     parameter."""
-    now = clock()
+    now = clock(stage.model.device)
     updater = Updater(stage.trainable(), OptimizerConfig.model_validate({"name": cost.optimizer, "lr": 1e-9}))
     probe = Probe(cost.config.id, cost.kind, None, examples, cost.length, _labels(cost), {}, {})
     batch = random_batch(probe, stage.model.config) if role == "client" else {}
@@ -167,7 +174,7 @@ def _server_forward(
     cost: ModelCost, stage: Stage, chosen: list[int], examples: int, note: Callable[..., None]
 ) -> tuple[Tensor, Tensor]:
     tokens = cost.at(examples).message_bytes // (stage.model.dtype.itemsize * cost.hidden * examples)
-    hidden_BTH = torch.randn(examples, tokens, cost.hidden, dtype=stage.model.dtype)
+    hidden_BTH = torch.randn(examples, tokens, cost.hidden, dtype=stage.model.dtype).to(stage.model.device)
     mask_BT = None if stage.anatomy.image else torch.ones(examples, tokens, dtype=torch.long)
     plan = stage.plan_without_inputs(hidden_BTH, mask_BT)
     hidden_BTH = hidden_BTH.requires_grad_()

@@ -139,8 +139,13 @@ class ModelCost:
         ``still``: of blocks of which nothing is trained, nor anything before them.
 
         Raises:
-            ModelError: the model's own code cannot be run without its weights.
+            ModelError: the model's own code cannot be run without its weights, or is quantised and to be trained whole.
         """
+        if self.config.quantization != "off" and rank is None and not still:
+            raise ModelError(
+                f"{self.config.id}: full tuning of blocks in {self.config.quantization} costs nothing that could be "
+                "counted, since they cannot be trained; say the rank of the adapters"
+            )
         key = (micro_batch, rank, checkpointing, still)
         if key not in self._shapes:
             few, more = self._counted(rank, checkpointing, still)

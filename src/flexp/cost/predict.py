@@ -92,7 +92,9 @@ def predict(
 
 def rows_read(cost: ModelCost, choice: Choice, rows: Rows, read: float) -> tuple[float, int]:
     """The share of the rows of h that cross, and the bytes of the flags that say which; texts without padding."""
-    tokens = cost.at(choice.micro_batch).message_bytes // (DTYPES[cost.config.dtype].itemsize * cost.hidden)
+    tokens = cost.at(choice.micro_batch, choice.rank).message_bytes // (
+        DTYPES[cost.config.dtype].itemsize * cost.hidden
+    )
     length = tokens // choice.micro_batch
     answers, share = KINDS[cost.kind].answers, None
     if rows == "all" or choice.cut[1] < cost.blocks:

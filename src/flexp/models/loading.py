@@ -34,7 +34,7 @@ from flexp.models.heads import AUTO, fit_head, name_classes, set_head, trained_c
 from flexp.models.low_memory import low_memory_loading
 from flexp.models.packed import give_packed, without_ends
 from flexp.models.pooling import put_pooling
-from flexp.models.quantized import brought_by, quantizer, settle_blocks
+from flexp.models.quantized import brought_by, piece_by_piece, quantizer, settle_blocks
 from flexp.models.stage import Stage, carve, forget_ties
 from flexp.models.stored import PACKED, check_table, give_table, refused, without_table
 from flexp.rng import RandomStream
@@ -118,7 +118,7 @@ def load_stage(
     quantization_config = quantizer(wanted.quantization, original, config, dtype, name)
     given = {} if quantization_config is None else {"quantization_config": quantization_config}
     # One at a time: transformers loads by way of globals.
-    with RandomStream(seed).active(), quietly(), low_memory_loading(quantised=bool(given)):
+    with RandomStream(seed).active(), quietly(), low_memory_loading(quantised=bool(given)), piece_by_piece(bool(given)):
         try:
             loaded, info = cls.from_pretrained(
                 name,

@@ -7,12 +7,15 @@ quantised. What is trained are adapters beside it (Dettmers et al., 2023, arXiv 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from flexp.errors import ModelError
 from flexp.models.anatomy import dissect
@@ -70,6 +73,43 @@ def brought_by(config: Any) -> str:
     if told.get("load_in_4bit"):
         return str(told.get("bnb_4bit_quant_type", "fp4"))
     return _method(config)
+
+
+PIECE = 1 << 20
+"""Numbers of a weight that are quantised at once, at most: whole rows in 8 bits, a multiple of any block in 4."""
+
+
+@contextlib.contextmanager
+def piece_by_piece(wanted: bool = True) -> Iterator[None]:
+    """While this lasts, bitsandbytes quantises one piece of a weight after the other, with the same bits.
+
+    By itself it takes several copies in float32 on a processor: 1.5 GB for the largest of an 8B model. For one thread
+    at a time.
+    """
+    if not wanted:
+        yield
+        return
+    import bitsandbytes  # noqa: F401  # brings the operators
+
+    operators: Any = torch.ops.bitsandbytes
+    four, eight = operators.quantize_4bit, operators.int8_vectorwise_quant
+
+    def in_four(weight: Tensor, *how: Any) -> tuple[Tensor, ...]:
+        found = [four.default(piece, *how) for piece in torch.split(weight.reshape(-1), PIECE)]
+        return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+
+    def in_eight(rows: Tensor, threshold: float = 0.0) -> tuple[Tensor | None, ...]:
+        if threshold > 0:  # activations
+            return eight.default(rows, threshold)  # type: ignore[no-any-return]
+        found = [eight.default(piece) for piece in torch.split(rows, max(1, PIECE // rows.shape[-1]))]
+        return (*(torch.cat(parts) for parts in zip(*(both[:2] for both in found), strict=True)), None)
+
+    try:
+        operators.quantize_4bit = SimpleNamespace(default=in_four)
+        operators.int8_vectorwise_quant = SimpleNamespace(default=in_eight)
+        yield
+    finally:
+        operators.quantize_4bit, operators.int8_vectorwise_quant = four, eight
 
 
 def settle_blocks(model: nn.Module) -> None:

@@ -18,6 +18,7 @@ from flexp.models import execution
 from flexp.models.anatomy import Anatomy, Part, dissect, prune
 from flexp.models.batches import NOT_FOR_BLOCKS, USUAL, check_padding, for_blocks, longest_exact
 from flexp.models.execution import Absent, ExecutionPlan, ZeroPatches
+from flexp.models.losses import give_loss
 from flexp.models.quantized import scales
 from flexp.models.stored import stored
 
@@ -43,6 +44,7 @@ class Stage:
         self._tuples: int | None = None
         self.compares = True  # every plan with a server's, where it has the ends
         self.longest = longest_exact(model.config)
+        give_loss(model)
         self._server: Stage | None = None  # the model as a server has it, of no blocks, to compare with
         parameters = inspect.signature(type(model).forward).parameters
         cached = getattr(model.config.get_text_config(), "use_cache", None) is not None
@@ -89,7 +91,7 @@ class Stage:
         devices = [device_of(name) for name in names]
         owned = sorted(self.part.blocks)
         sizes = [sum(value.nbytes for value in self.blocks[index].state_dict().values()) for index in owned]
-        chosen = shares(sizes, [free_memory(device) for device in devices])
+        chosen = shares(sizes, [free_memory(device) or 1 for device in devices])
         with self._moving(", ".join(map(str, devices))):
             self.places = {index: devices[place] for index, place in zip(owned, chosen, strict=True)}
             for index, device in self.places.items():

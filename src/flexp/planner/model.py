@@ -112,7 +112,7 @@ def own_cut(
     choices = Choices(micro_batches=[task.batch_size], checkpointing=[model.gradient_checkpointing])
     costs = ModelCosts(model.id, task, choices, Profile.from_class("server"))
     costs.block_bytes(task.adapters)  # counting takes memory: it comes before measuring
-    plan = make_plan(of_run(None, {"this process": this_machine()}, task, choices), costs)
+    plan = make_plan(of_run(None, {"this process": this_machine(model.device)}, task, choices), costs)
     here, option = plan.fleet.devices[0].profile, plan.solution.options["this process"]
     log.info(
         "cut %s planned: %s of the %s that %s leaves", shown(option.choice.cut),

@@ -115,7 +115,9 @@ def auto_fleet(
             if own.profile is not None:
                 known[key] = _client_profile(Path(own.profile))
             else:
-                known[key] = Profile.from_class(key, config.devices.classes) if key else this_machine()
+                known[key] = (
+                    Profile.from_class(key, config.devices.classes) if key else this_machine(config.model.device)
+                )
         profiles[name] = known[key]
     return of_run(config.devices if classes else None, profiles, *_task(config, federation, least))
 

@@ -145,7 +145,7 @@ class Mover:
 
     def _memory(self) -> int:
         """Bytes for training in all, as predictions count: what is free, and what the client holds."""
-        return free_bytes() + self._resting(self.policy.current)
+        return free_bytes(str(self.model.model.device)) + self._resting(self.policy.current)
 
     def _restart(self) -> None:
         self._since, self._before = self.trainer.steps, self._spent()

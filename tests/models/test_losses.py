@@ -1,0 +1,57 @@
+"""A language model's loss in pieces: transformers' number and gradient, bit for bit, in less memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from flexp.cost.model_cost import model_cost
+from flexp.models import losses
+from flexp.models.loading import load_stage
+from flexp.models.zoo import save_tiny, tiny_batch
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("items", [None, 41, torch.tensor(41)])
+@pytest.mark.parametrize("shape", [(2, 37, 301), (1, 300, 50), (3, 2, 7000)])
+def test_bits(shape: tuple[int, int, int], items: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With ignored labels, a step's items counted, labels that are shifted already, and without any gradient."""
+    monkeypatch.setattr(losses, "PIECE", 4096)
+    torch.manual_seed(0)
+    logits, labels = 3 * torch.randn(shape, dtype=dtype), torch.randint(0, shape[-1], shape[:2])
+    labels[:, : shape[1] // 3] = -100
+    for shifted in (None, labels.roll(-1, 1)):
+        found = []
+        for loss in (ForCausalLMLoss, losses.next_token_loss):
+            given = logits.clone().requires_grad_()
+            value = loss(given, labels, shape[-1], items, shift_labels=shifted)
+            (0.37 * value).backward()
+            found.append((value.detach(), given.grad))
+            assert torch.equal(value.detach(), loss(logits, labels, shape[-1], items, shift_labels=shifted))
+        (value, grad), (other, other_grad) = found
+        assert torch.isfinite(value)
+        assert torch.equal(value, other)
+        assert torch.equal(grad, other_grad)
+
+
+def test_a_loaded_model_has_it_and_plans_know(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_tiny("llama", tmp_path)
+    stage = load_stage(str(folder), "causal-lm")
+    batch = tiny_batch(stage.model, batch=8, length=64)
+    batch["labels"] = batch["input_ids"]
+    vocabulary = stage.model.config.vocab_size
+    at_once, before = stage.model(**batch).loss, extra(folder, 64)
+    monkeypatch.setattr(losses, "PIECE", 8 * vocabulary)
+    assert torch.equal(at_once, stage.model(**batch).loss)
+    in_pieces = extra(folder, 65)
+    assert before - in_pieces > 1.8 * 8 * 64 * vocabulary * 4  # a copy of the logits forwards, one backwards
+
+
+def extra(folder: Path, length: int) -> int:
+    """Bytes that a plan counts at the worst moments of a head with its loss, beside what it keeps."""
+    head = model_cost(str(folder), "causal-lm", length=length).exactly(8).head
+    return head.forward_extra + head.backward_extra
