@@ -134,6 +134,23 @@ def test_one_two_and_three_servers_end_with_the_same_bits(
         assert [name for name, value in end.items() if not torch.equal(value, ends[0][name])] == []
 
 
+def test_a_client_that_sends_no_gradients_is_answered_along_the_chain() -> None:
+    """And changes nothing there: it is the same whether one server or three answer it beside others that train."""
+    ends, losses = [], []
+    for count in (1, 3):
+        made = Federation("bert", count, CUTS)
+        model = made.clients["a"][0]
+        for name, value in model.stage.trainable().items():
+            value.requires_grad_(not model.stage.within(name, 0, model.cut[0]))
+        model.gradients = False
+        made.steps(2, 2)
+        ends.append(made.everything())
+        losses.append(made.losses)
+        assert made.servers[0].clients["a"].progress.newest == 2
+    assert losses[0] == losses[1]
+    assert [name for name, value in ends[1].items() if not torch.equal(value, ends[0][name])] == []
+
+
 def request(step: int) -> ForwardRequest:
     hidden = torch.randn(2, 5, 32, generator=seeded(step))
     return ForwardRequest(step << 16 | 1, hidden, train=True, step=step)
