@@ -10,14 +10,17 @@ import torch
 from torch import Tensor
 
 from flexp.audit import audit
-from flexp.config import RunConfig
+from flexp.client.trainer import split_model_of
+from flexp.config import DeploymentConfig, RunConfig
 from flexp.errors import ConfigError
 from flexp.links.base import Link
-from flexp.links.messages import BackwardRequest, ForwardRequest
+from flexp.links.messages import BackwardRequest, ForwardRequest, Ready
 from flexp.links.opening import loopback
 from flexp.methods.flexp_sfl import FlexpSfl
 from flexp.run.settle import build_world
 from tests import tiny
+from tests.harness import world
+from tests.run.tools import Client, Server, plain
 
 CUT = [2, 3]
 
@@ -184,9 +187,112 @@ def test_an_audit_attacks_labels_by_activations_alone(folder: Path, tmp_path: Pa
         ({"privacy": {"gradients": False, "penalty": "nopeek"}}, "leave privacy.penalty out"),
         ({"privacy": {"gradients": False, "label_epsilon": 1.0}}, "leave privacy.label_epsilon out"),
         ({"method": {"name": "fedavg"}}, "heads stay on their clients"),
+        ({"method": {"align": {"kind": "off"}, "meet": {"on": True, "masked": False}}}, "class sums without masks"),
+        ({"train": {"early_stopping": {"patience": 1}}, "data": {"validation_fraction": 0.2}}, "stops early"),
+        ({"data": {"clients": {"cut": "auto"}}}, "name the cuts"),
     ],
-    ids=["aligned", "penalty", "epsilon", "method"],
+    ids=["aligned", "penalty", "epsilon", "method", "sums", "stopping", "planned"],
 )
 def test_what_does_not_go_with_it_is_refused(folder: Path, changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         config(folder, **changes)
+
+
+@pytest.mark.parametrize("schedule", ["free", "deterministic"])
+def test_a_server_that_conducts_is_told_no_losses_and_saves_all_the_same(
+    folder: Path, tmp_path: Path, schedule: Any
+) -> None:
+    """Out of a step's loss and the texts all of its labels could be computed. Steps are counted as any others."""
+    told = config(folder, train={"rounds": 2, "steps_per_round": 6, "batch_size": 4})
+    deployment = DeploymentConfig(schedule=schedule, clients=list(tiny.CLIENTS), save_every=2)
+    server = Server(told, deployment, tmp_path / "server")
+    readies: list[Ready] = []
+    answers: list[int] = []
+    ready = server.conductor.ready
+
+    def hear(client: str, said: Ready) -> Any:
+        readies.append(said)
+        answers.append(sum(len(record.progress._answers) for record in server.server.clients.values()))
+        return ready(client, said)
+
+    vars(server.conductor)["ready"] = hear
+    clients = [Client(told, deployment, name, plain(server), tmp_path / "clients" / name) for name in tiny.CLIENTS]
+    for client in clients:
+        client.join()
+    server.end()
+    assert {"lr", "seconds"} <= set().union(*(said.facts for said in readies))
+    assert not any({"loss", "score", "ended"} & said.facts.keys() for said in readies)
+    assert any(0 < said.saved < 12 for said in readies if said.saved is not None)
+    assert set(answers) == {0}
+
+
+def test_a_batch_of_a_step_that_was_given_up_gets_no_other_batch_s_answer(folder: Path) -> None:
+    method = FlexpSfl(build_world(config(folder)))
+    method.server.remembers = True
+    trainer = next(iter(method.clients.values()))
+    model = split_model_of(trainer)
+    (piece, batch), *_ = trainer.pieces()
+    other = {key: value.flip(0) if key == "input_ids" else value for key, value in batch.items()}
+
+    def fail() -> None:
+        with model.part_of_step(piece):
+            model(**other)
+            raise RuntimeError("given up")
+
+    with pytest.raises(RuntimeError, match="given up"):
+        fail()
+    with model.part_of_step(piece):
+        found = model(**batch).logits
+    fresh = FlexpSfl(build_world(config(folder)))
+    again = split_model_of(next(iter(fresh.clients.values())))
+    again.train(True)
+    with again.part_of_step(piece):
+        assert torch.equal(again(**batch).logits, found)
+
+
+@pytest.mark.parametrize("model", [{"tuning": "lora"}, {"gradient_checkpointing": True}], ids=str)
+def test_adapters_and_recomputation_below_the_cut_stay_out_of_it(folder: Path, model: dict[str, Any]) -> None:
+    told = config(folder)
+    told = told.model_copy(update={"model": told.model.model_copy(update=model)})
+    method = FlexpSfl(build_world(told))
+    before = {
+        name: value.clone() for name, value in split_model_of(method.clients["north"]).stage.model.named_parameters()
+    }
+    found = trained(method)
+    after = dict(split_model_of(method.clients["north"]).stage.model.named_parameters())
+    changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    assert changed
+    assert not any(f".layer.{block}." in name for name in changed for block in range(CUT[0]))
+    assert found
+
+
+def test_accumulated_exchanges_of_a_loop_of_one_s_own_are_no_half_step(folder: Path) -> None:
+    method = FlexpSfl(build_world(config(folder)))
+    trainer = next(iter(method.clients.values()))
+    model, (_, batch) = split_model_of(trainer), trainer.pieces()[0]
+    model.steps.accumulation = 2
+    sum(model(**batch).loss for _ in range(2)).backward()
+    assert model.steps.done == 1
+
+
+def test_which_rows_are_read_tells_no_labels(tmp_path: Path) -> None:
+    """Of a language model: with ``link.rows = "loss"`` else those that have a label."""
+    here = world("llama")
+    model = here.client("a", (1, 4))
+    model.rows, model.gradients = "loss", False
+    for name, value in model.stage.trainable().items():
+        value.requires_grad_(not model.stage.within(name, 0, 1))
+    batch = here.batch()
+    half = {**batch, "labels": batch["labels"].clone()}
+    half["labels"][:, :5] = -100
+    seen = []
+    inner = here.server.answer
+
+    def answer(client: str, request: Any) -> Any:
+        seen.append(request)
+        return inner(client, request)
+
+    vars(here.server)["answer"] = answer
+    losses = [float(model(**each).loss) for each in (batch, half)]
+    assert losses[0] != losses[1]
+    assert [one.rows_BT for one in seen] == [None, None]

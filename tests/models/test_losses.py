@@ -38,6 +38,24 @@ def test_bits(shape: tuple[int, int, int], items: Any, dtype: torch.dtype, monke
         assert torch.equal(grad, other_grad)
 
 
+def test_what_is_differentiated_twice_and_other_words_for_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As gradients are inverted; of logits that are a part of larger ones; 0 may stand for no label."""
+    monkeypatch.setattr(losses, "PIECE", 1024)
+    torch.manual_seed(0)
+    whole, labels = torch.randn(2, 40, 301, dtype=torch.bfloat16), torch.randint(0, 3, (2, 37))
+    for ignored in (-100, 0):
+        found = []
+        for loss in (ForCausalLMLoss, losses.next_token_loss):
+            given = whole.clone().requires_grad_()
+            value = loss(given[:, :37].float().cos(), labels, 301, 41, ignored)
+            (grad,) = torch.autograd.grad(value, given, create_graph=True)
+            found.append((value, grad, *torch.autograd.grad(grad.square().sum(), given)))
+            loss(given[:, :37], labels, 301, 41, ignored).backward()
+            found[-1] += (given.grad,)
+        assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+        assert found[0][0] > 0
+
+
 def test_a_loaded_model_has_it_and_plans_know(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save_tiny("llama", tmp_path)
     stage = load_stage(str(folder), "causal-lm")

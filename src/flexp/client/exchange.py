@@ -111,7 +111,7 @@ class RemoteCall:
         self._sent_BTH: Tensor | None = None
         self.align: float | None = None
         self.kept = False  # whether the server keeps the examples that came
-        self.answered = False  # whether the backward is through, or none will come
+        self.answered = False  # whether the backward is through
         self.apart = False  # whether the backward through the tail ends with sending: see flexp.client.overlap
         self._backward: Future[BackwardReply] | None = None
         self._link = link
@@ -125,7 +125,7 @@ class RemoteCall:
         with self._waiting():
             reply = self._forward.result()
         check_forward_reply(self.request, reply, self._reads)
-        self.align, self.kept, self.answered = reply.align, reply.kept, self.request.only
+        self.align, self.kept = reply.align, reply.kept
         h_BTH = unpack(reply.hidden_BTH, self._reads)
         self._h_BTH = None if self._look is None else h_BTH
         return h_BTH

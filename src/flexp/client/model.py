@@ -222,9 +222,13 @@ class SplitModel(JoinedModel):
             z_BTH, inputs, plan = pooled_texts(self.stage, z_BTH, inputs)
         if self.guard is not None and self.guard.config.of_texts:
             z_BTH = self.guard.sent(texts["input_ids"], texts.get("attention_mask"), z_BTH)
-        back, only = z_BTH.requires_grad, train and not self.gradients
-        if back and only:
-            raise ConfigError("privacy.gradients = false: something below the cut is trained, expected nothing")
+        only = train and not self.gradients
+        if only:
+            trained = [name for name in self.stage.trainable() if self.stage.within(name, 0, start)]
+            if trained:
+                raise ConfigError(f"privacy.gradients = false: {trained[0]} below the cut is trained, expected nothing")
+            z_BTH = z_BTH.detach()  # gradient checkpointing has the embeddings ask for a gradient
+        back = z_BTH.requires_grad
         if train and not (back or only):
             z_BTH = z_BTH.detach().requires_grad_()  # the server's blocks need a backward even if nothing here does
         examples = self._numbered(inputs) if train and self.reuse and not align_now else ()
@@ -339,7 +343,7 @@ class SplitModel(JoinedModel):
         if headless:
             return kept, None
         if per_token:
-            read_BT = labelled(self.kind, inputs)
+            read_BT = labelled(self.kind, inputs) if self.gradients else None  # which rows they are tells of labels
         else:
             read_BT = self._pooling.rows(inputs, plan, tuple(z_BTH.shape))
             if read_BT is None and kept is not None and self._pooling.reads_padding(inputs, plan, z_BTH):

@@ -111,7 +111,7 @@ class RunConfig(Section):
                              "choose one")  # fmt: skip
         if not self.privacy.gradients:
             self._check_without_gradients()
-        if self.privacy.of_labels and self.train.class_weights is not None:
+        if self.privacy.of_labels and self.privacy.gradients and self.train.class_weights is not None:
             raise ValueError("privacy.label_epsilon hides the labels that train.class_weights counts: leave one out")
         if self.recut.on and self.server.tuning not in (None, self.model.tuning):
             raise ValueError(
@@ -155,6 +155,19 @@ class RunConfig(Section):
         if self.recut.on or self.devices.changes:
             raise ValueError("privacy.gradients = false is for one cut, which recut.on and devices.changes move: "
                              "choose one")  # fmt: skip
+        if self.method.meet.on is not False and not self.method.meet.masked:
+            raise ValueError(
+                "privacy.gradients = false sends nothing that labels tell, and class sums without masks tell them: "
+                "leave method.meet.masked = false out, or set method.meet.on = false"
+            )
+        if self.train.early_stopping.patience is not None:
+            raise ValueError("privacy.gradients = false: when a client stops early tells of its labels; leave "
+                             "train.early_stopping out")  # fmt: skip
+        if self.data.clients.planned:
+            raise ValueError(
+                "privacy.gradients = false: plans do not know what is not sent, nor that a tail needs blocks to learn "
+                "with; name the cuts"
+            )
         if self.privacy.label_epsilon is not None:
             raise ValueError(
                 "privacy.gradients = false sends nothing that labels tell: leave privacy.label_epsilon out"

@@ -66,7 +66,9 @@ def measure_link(
             align=AlignConfig(kind="off"),
         ),
     )
-    tokens = cost.at(examples).message_bytes // (DTYPES[cost.config.dtype].itemsize * cost.hidden * examples)
+    tokens = cost.at(examples, still=True).message_bytes // (
+        DTYPES[cost.config.dtype].itemsize * cost.hidden * examples
+    )
 
     def echo(batch: int, length: int) -> tuple[float, int]:
         hidden_BTH = torch.randn(batch, length, cost.hidden).to(DTYPES[cost.config.dtype])

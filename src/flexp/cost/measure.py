@@ -173,7 +173,7 @@ def _time(
 def _server_forward(
     cost: ModelCost, stage: Stage, chosen: list[int], examples: int, note: Callable[..., None]
 ) -> tuple[Tensor, Tensor]:
-    tokens = cost.at(examples).message_bytes // (stage.model.dtype.itemsize * cost.hidden * examples)
+    tokens = cost.at(examples, still=True).message_bytes // (stage.model.dtype.itemsize * cost.hidden * examples)
     hidden_BTH = torch.randn(examples, tokens, cost.hidden, dtype=stage.model.dtype).to(stage.model.device)
     mask_BT = None if stage.anatomy.image else torch.ones(examples, tokens, dtype=torch.long)
     plan = stage.plan_without_inputs(hidden_BTH, mask_BT)

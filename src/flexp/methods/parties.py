@@ -17,6 +17,7 @@ from flexp.client.personal_head import Choice
 from flexp.client.trainer import Trainable, Trainer
 from flexp.config import ClientConfig, CodecConfig, RunConfig
 from flexp.data.types import ClientData, Task
+from flexp.errors import ConfigError
 from flexp.kinds import ModelKind
 from flexp.links.base import Link
 from flexp.links.sums import Adder
@@ -104,6 +105,9 @@ def own_trainer(
     config: RunConfig, data: ClientData, task: Task, model: Trainable, stage: Stage, key: int | None = None
 ) -> Trainer:
     """The same for a client that has nobody else's data. ``key``: of its noise; ``None``: a secret one."""
+    if not (config.privacy.gradients or stage.trainable()):
+        raise ConfigError(f"client {data.name}: privacy.gradients = false leaves nothing to train, since its tail has no "
+                          "blocks; cut it at an earlier e")  # fmt: skip
     updater = Updater(stage.trainable(), config.train.personal, config.train.total_steps, stage.new)
     seed = client_seed(config.seed, data.name)
     if config.privacy.on and isinstance(model, SplitModel):

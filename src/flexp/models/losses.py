@@ -1,4 +1,4 @@
-"""The loss of a language model, a piece of its tokens at a time, with transformers' bits.
+"""The loss of a language model, a piece of its tokens at a time, with the bits that transformers has on a processor.
 
 transformers computes it from a copy of all logits in float32, beside which are their log-probabilities and the
 gradients of both: four numbers of 4 bytes for each logit, which for 512 tokens and a vocabulary of 128,000 are a
@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers.loss.loss_utils import ForCausalLMLoss
+
+from flexp.kinds import IGNORED
 
 PIECE = 1 << 22
 """Logits of a piece, at most; fewer altogether are left to transformers."""
@@ -42,12 +43,12 @@ def next_token_loss(
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     targets_N = shift_labels.reshape(-1).to(logits.device)
-    logits_NV = logits.view(-1, vocab_size)
+    logits_NV = logits.reshape(-1, vocab_size)
     lost_N: Tensor = _EachToken.apply(logits_NV, targets_N, ignore_index)  # type: ignore[no-untyped-call]
     # Summed as cross_entropy sums: by nll_loss, which reads column 0 of what has one column, or ignores the row.
-    column_N = torch.where(targets_N == ignore_index, ignore_index, 0)
+    column_N = torch.where(targets_N == ignore_index, IGNORED, 0)
     how = "mean" if num_items_in_batch is None else "sum"
-    loss = F.nll_loss(-lost_N[:, None], column_N, ignore_index=ignore_index, reduction=how)
+    loss = F.nll_loss(-lost_N[:, None], column_N, ignore_index=IGNORED, reduction=how)
     if num_items_in_batch is None:
         return loss
     return loss / (num_items_in_batch.to(loss.device) if torch.is_tensor(num_items_in_batch) else num_items_in_batch)
@@ -63,9 +64,11 @@ class _EachToken(torch.autograd.Function):
         return torch.cat([_lost(logits, targets, ignore_index) for logits, targets in _pieces(logits_NV, targets_N)])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         logits_NV, targets_N = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the gradient is to be differentiated as well
+            lost_N = _lost(logits_NV, targets_N, ctx.ignore_index)
+            return torch.autograd.grad(lost_N, logits_NV, grads[0], create_graph=True)[0], None, None
         found_NV = torch.empty_like(logits_NV)
         for into, logits, targets, grad in _pieces(found_NV, logits_NV, targets_N, grads[0]):
             with torch.enable_grad():

@@ -66,6 +66,7 @@ def tune(
     stage.model.requires_grad_(False)
     if tuning == "lora" and stage.part.blocks:
         _inject(stage, model.lora, seed, ranks or {})
+        stage.model.requires_grad_(False)  # adapters come in as trained, in blocks that are left as they are as well
     whole = len(stage.part.blocks) == stage.anatomy.blocks
     chosen = _chooser(stage, tuning, embeddings, 0 if whole else frozen)
     copies: dict[int, nn.Parameter] = {}  # tied parameters stay tied

@@ -52,7 +52,7 @@ class Free(Conductor):
         self._number = max(self.numbers, default=-1)
         if self._number >= 0:
             self.restore(self._number)
-        self._saved_version = self.server.updates
+        self._saved_steps = self._steps
 
     def ready(self, client: str, ready: Ready) -> Future[Order]:
         member, future = self.come(client, ready)
@@ -106,13 +106,19 @@ class Free(Conductor):
             member.answer(Order("stop", self.run, self._number, save=self._number))
 
     def _save_if_due(self) -> None:
-        new = self.server.updates - self._saved_version
+        self._saved_steps = min(self._saved_steps, self._steps)  # who comes as another client begins to count anew
+        new = self._steps - self._saved_steps
         if new >= self.save_every * max(1, len(self.members)) or self._number < 0:
             self._save()
 
+    @property
+    def _steps(self) -> int:
+        """Of all clients; of frozen blocks as well, which nothing updates."""
+        return sum(record.progress.newest for record in self.server.clients.values())
+
     def _save(self) -> None:
         self._number += 1
-        self._saved_version = self.server.updates
+        self._saved_steps = self._steps
         self.save(self._number, unfinished=True)
 
     def _compare(self, client: str, ready: Ready, here: int) -> None:

@@ -323,10 +323,11 @@ class Party:
         return link
 
     def _told(self) -> dict[str, float]:
-        """What the operator may know: no data, no labels, no weights."""
-        meter = self.model.link.meter.training
+        """What the operator may know: no data, no labels, no weights; where no gradients are sent no losses and scores
+        either, out of which labels could be computed."""
+        meter, open_ = self.model.link.meter.training, self.config.privacy.gradients
         facts = {
-            **self._facts,
+            **{key: value for key, value in self._facts.items() if open_ or key != "loss"},
             "bytes_up": float(meter.bytes_up),
             "bytes_down": float(meter.bytes_down),
             "waited_seconds": meter.waited_seconds,
@@ -334,7 +335,7 @@ class Party:
         }
         if ended(self._validated, self.config.train.early_stopping, self.task.higher_is_better):
             facts[ENDED] = 1.0
-        if self.task.metric in self.scores:
+        if self.task.metric in self.scores and open_:
             facts["score"] = float(self.scores[self.task.metric])
         return facts
 

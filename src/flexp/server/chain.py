@@ -115,7 +115,8 @@ class Chain:
     def weights(self, block: int, first: int) -> Future[FetchReply]:
         """Trained weights of a block further on, from the first that is asked for; as long as they stay as they are
         nothing comes twice, whoever asks."""
-        if (block, first) not in self._asked:
+        known = self._asked.get((block, first))
+        if known is None or (known.done() and known.exception() is not None):
             self._asked[block, first] = self.control.call(FetchRequest(block, first=first))
         return self._asked[block, first]
 

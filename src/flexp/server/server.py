@@ -234,7 +234,7 @@ class Server(Led):
 
     def _known_forward(self, session: Session, request: ForwardRequest) -> ForwardReply | None:
         """What was answered to it, if it comes again and its step was applied."""
-        known = session.progress.answer(request.step, ("forward", request.exchange)) if request.train else None
+        known = session.progress.answer(request.step, ("forward", request.exchange)) if request.keeps else None
         applied = session.progress.applied(request.step)
         return known if known is not None and applied and same_exchange(session, request, known) else None
 
@@ -271,7 +271,8 @@ class Server(Led):
             reply = replace(reply, hidden_BTH=there.hidden_BTH)
             if base_BTH is not None:
                 reply = session.compare(request.exchange, reply, there.teachers)
-        self._remember(session, request.step, ("forward", request.exchange), reply)
+        if request.keeps:  # else it can be computed again at any time
+            self._remember(session, request.step, ("forward", request.exchange), reply)
         return reply
 
     def _check(self, session: Session, request: ForwardRequest, in_flight: int) -> None:

@@ -248,7 +248,8 @@ class Turns(ServerState, ABC):
             replies = self._together.forward([ReadyForward(one.session, whole, sent) for one, whole, sent in ready])
         each = (time.perf_counter() - began) / len(ready)
         for (one, whole, _), reply in zip(ready, replies, strict=True):
-            self._remember(one.session, whole.step, ("forward", whole.exchange), reply)
+            if whole.keeps:
+                self._remember(one.session, whole.step, ("forward", whole.exchange), reply)
             one.tell(partial(_same, reply), each)
 
     def _backwards(self, group: Sequence[Waiting]) -> None:
