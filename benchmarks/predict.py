@@ -131,7 +131,7 @@ def _model(
 
 def _seconds(here: Parties, model: Any, repeats: int) -> tuple[float, float]:
     """Of a client's step with an echo for a server, and of one with a server in this process: in turn."""
-    steps, now = (here.step(model.stage, model), here.split_step()), clock()
+    steps, now = (here.step(model.stage, model), here.split_step()), clock(torch.device("cpu"))
     found: tuple[list[float], list[float]] = ([], [])
     for number in range(repeats + 2):
         for step, seconds in zip(steps, found, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from flexp.links.base import Link
 from flexp.links.messages import BackwardRequest, ForwardRequest, Ready
 from flexp.links.opening import loopback
 from flexp.methods.flexp_sfl import FlexpSfl
+from flexp.methods.parties import own_trainer
 from flexp.run.settle import build_world
 from tests import tiny
 from tests.harness import world
@@ -84,7 +86,7 @@ def test_with_dropout_the_server_s_blocks_draw_none(folder: Path) -> None:
     inner = begun.server.answer
 
     def answer(client: str, request: Any) -> Any:
-        reply = inner(client, request)
+        reply: Any = inner(client, request)
         if isinstance(request, ForwardRequest):
             assert request.only
             key = (int(request.hidden_BTH.double().sum() * 1e6),)
@@ -165,10 +167,10 @@ def test_a_forward_without_a_backward_keeps_nothing(folder: Path) -> None:
     trainer.step()
     assert kept == [(0, 0)]
     assert method.server._sessions[name].shared.version == 0
-    half, whole = trainer.model.link.meter.training, None  # type: ignore[union-attr]
+    half = split_model_of(trainer).link.meter.training
     whole = FlexpSfl(build_world(config(folder, sends=True))).clients[name]
     whole.step()
-    assert half.bytes_up < 0.6 * whole.model.link.meter.training.bytes_up  # type: ignore[union-attr]
+    assert half.bytes_up < 0.6 * split_model_of(whole).link.meter.training.bytes_up
 
 
 def test_an_audit_attacks_labels_by_activations_alone(folder: Path, tmp_path: Path) -> None:
@@ -264,6 +266,14 @@ def test_adapters_and_recomputation_below_the_cut_stay_out_of_it(folder: Path, m
     assert changed
     assert not any(f".layer.{block}." in name for name in changed for block in range(CUT[0]))
     assert found
+
+
+def test_a_tail_of_nothing_is_refused(folder: Path) -> None:
+    """As of a language model with adapters, cut at e = L."""
+    world = build_world(config(folder))
+    stage: Any = SimpleNamespace(trainable=dict)
+    with pytest.raises(ConfigError, match="leaves nothing to train, since its tail has no blocks"):
+        own_trainer(world.config, world.federation.clients[0], world.federation.task, stage, stage)
 
 
 def test_accumulated_exchanges_of_a_loop_of_one_s_own_are_no_half_step(folder: Path) -> None:

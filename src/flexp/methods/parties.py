@@ -106,8 +106,10 @@ def own_trainer(
 ) -> Trainer:
     """The same for a client that has nobody else's data. ``key``: of its noise; ``None``: a secret one."""
     if not (config.privacy.gradients or stage.trainable()):
-        raise ConfigError(f"client {data.name}: privacy.gradients = false leaves nothing to train, since its tail has no "
-                          "blocks; cut it at an earlier e")  # fmt: skip
+        raise ConfigError(
+            f"client {data.name}: privacy.gradients = false leaves nothing to train, since its tail has no blocks; cut "
+            "it at an earlier e"
+        )
     updater = Updater(stage.trainable(), config.train.personal, config.train.total_steps, stage.new)
     seed = client_seed(config.seed, data.name)
     if config.privacy.on and isinstance(model, SplitModel):
