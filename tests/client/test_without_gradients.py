@@ -303,6 +303,6 @@ def test_which_rows_are_read_tells_no_labels(tmp_path: Path) -> None:
         return inner(client, request)
 
     vars(here.server)["answer"] = answer
-    losses = [float(model(**each).loss) for each in (batch, half)]
+    losses = [model(**each).loss.item() for each in (batch, half)]
     assert losses[0] != losses[1]
     assert [one.rows_BT for one in seen] == [None, None]

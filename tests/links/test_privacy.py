@@ -75,6 +75,7 @@ VOCABULARY = {
         "base_BTH",
         "inner_BTH",
         "train",
+        "only",
         "step",
         "rows_BT",
     },

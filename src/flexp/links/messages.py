@@ -156,11 +156,6 @@ class ForwardRequest(Request[ForwardReply]):
     step: Integer = 0
     rows_BT: Annotated[Tensor | None, MASK] = None
 
-    @property
-    def keeps(self) -> bool:
-        """Whether the server keeps something for a backward."""
-        return self.train and not self.only
-
 
 @message
 class KeptForwardRequest(Request[ForwardReply]):
@@ -176,7 +171,6 @@ class KeptForwardRequest(Request[ForwardReply]):
     """
 
     trains: ClassVar[bool | None] = True
-    keeps: ClassVar[bool] = True
 
     exchange: Integer
     mask_BT: Annotated[Tensor, MASK]

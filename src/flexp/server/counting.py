@@ -1,4 +1,4 @@
-"""Bytes: of tensors, and of what autograd keeps of a forward until its backward."""
+"""What is kept of a forward until its backward, and the bytes of tensors."""
 
 from __future__ import annotations
 
@@ -8,6 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from flexp.links.declaring import Request
+
+
+def keeps(request: Request[Any]) -> bool:
+    """Whether something is kept of a request that runs blocks: a backward will follow, or it is one."""
+    return getattr(request, "train", True) and not getattr(request, "only", False)
 
 
 class Kept:

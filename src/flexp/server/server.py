@@ -58,6 +58,7 @@ from flexp.server.admission import (
     same_exchange,
 )
 from flexp.server.chain import PREVIOUS
+from flexp.server.counting import keeps
 from flexp.server.examples import Examples
 from flexp.server.joining import can_join
 from flexp.server.led import Led
@@ -234,7 +235,7 @@ class Server(Led):
 
     def _known_forward(self, session: Session, request: ForwardRequest) -> ForwardReply | None:
         """What was answered to it, if it comes again and its step was applied."""
-        known = session.progress.answer(request.step, ("forward", request.exchange)) if request.keeps else None
+        known = session.progress.answer(request.step, ("forward", request.exchange)) if keeps(request) else None
         applied = session.progress.applied(request.step)
         return known if known is not None and applied and same_exchange(session, request, known) else None
 
@@ -262,7 +263,7 @@ class Server(Led):
         self._check(session, request, self._sessions.in_flight)
         with session.random.active():
             reply = session.forward(request, sent)
-        if request.keeps and self.config.joined:
+        if keeps(request) and self.config.joined:
             self._together.drew(session.drew)
         if session.further is not None:
             base_BTH = reply.teachers[-1] if reply.teachers and session.aligned_further else None
@@ -271,7 +272,7 @@ class Server(Led):
             reply = replace(reply, hidden_BTH=there.hidden_BTH)
             if base_BTH is not None:
                 reply = session.compare(request.exchange, reply, there.teachers)
-        if request.keeps:  # else it can be computed again at any time
+        if keeps(request):  # else it can be computed again at any time
             self._remember(session, request.step, ("forward", request.exchange), reply)
         return reply
 
