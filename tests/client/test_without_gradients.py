@@ -88,7 +88,8 @@ def test_with_dropout_the_server_s_blocks_draw_none(folder: Path) -> None:
     def answer(client: str, request: Any) -> Any:
         reply: Any = inner(client, request)
         if isinstance(request, ForwardRequest):
-            assert request.only
+            assert request.step
+            assert not request.train
             key = (int(request.hidden_BTH.double().sum() * 1e6),)
             answers.setdefault(key, reply.hidden_BTH)
             assert torch.equal(answers[key], reply.hidden_BTH)

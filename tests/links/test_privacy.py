@@ -75,7 +75,6 @@ VOCABULARY = {
         "base_BTH",
         "inner_BTH",
         "train",
-        "only",
         "step",
         "rows_BT",
     },

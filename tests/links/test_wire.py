@@ -179,7 +179,7 @@ def test_a_frame_byte_by_byte() -> None:
     tensors = struct.pack("<2f", 1.0, 1.0) + bytes([1, 0])
     text = (
         b'{"__metadata__":{"message":"ForwardRequest","call":"2","seconds":"0.0","exchange":"5","train":"true",'
-        b'"only":"false","step":"0","mask_BT":"I64"},"hidden_BTH":{"dtype":"F32","shape":[1,2,1],"data_offsets":[0,8]},'
+        b'"step":"0","mask_BT":"I64"},"hidden_BTH":{"dtype":"F32","shape":[1,2,1],"data_offsets":[0,8]},'
         b'"mask_BT":{"dtype":"U8","shape":[1,2],"data_offsets":[8,10]}}'
     )
     rest = struct.pack("<IQ", zlib.crc32(tensors), len(text)) + text

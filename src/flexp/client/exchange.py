@@ -89,6 +89,8 @@ class RemoteCall:
     sent in the request's place.
     """
 
+    two_way = True
+
     def __init__(
         self,
         link: Link,
@@ -119,6 +121,11 @@ class RemoteCall:
         self._turn = current_turn()  # autograd may run the backward in a thread of its own
         with self._waiting():  # a link inside this process computes at once
             self._forward: Future[ForwardReply] = link.call(crosses or sent(request, kept))
+
+    def through(self, z_BTH: Tensor, *inner_BTH: Tensor) -> Tensor:
+        """h as a function of what was sent up."""
+        h_BTH: Tensor = RemoteMiddle.apply(self, z_BTH, *inner_BTH)  # type: ignore[no-untyped-call]
+        return h_BTH
 
     def forward(self) -> Tensor:
         """h, (B, T, H), once it is here."""
@@ -186,7 +193,16 @@ class RemoteCall:
         return self.answer.done()
 
     def _waiting(self) -> AbstractContextManager[None]:
-        return waiting(self._link, self._turn, train=self.request.train)
+        return waiting(self._link, self._turn, train=self.place is not None)
+
+
+class OneWayCall(RemoteCall):
+    """A step's forward that no backward follows (``privacy.gradients = false``): the graph begins with h."""
+
+    two_way = False
+
+    def through(self, z_BTH: Tensor, *inner_BTH: Tensor) -> Tensor:
+        return self.forward()
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flexp.assets import resolve
-from flexp.client.exchange import Piece, RemoteCall, RemoteMiddle
+from flexp.client.exchange import OneWayCall, Piece, RemoteCall
 from flexp.client.generation import SplitGenerator
 from flexp.client.joined import OFF, JoinedModel
 from flexp.client.once import request_moved, request_once, right_padded, standing
@@ -222,14 +222,12 @@ class SplitModel(JoinedModel):
             z_BTH, inputs, plan = pooled_texts(self.stage, z_BTH, inputs)
         if self.guard is not None and self.guard.config.of_texts:
             z_BTH = self.guard.sent(texts["input_ids"], texts.get("attention_mask"), z_BTH)
-        only = train and not self.gradients
-        if only:
-            trained = [name for name in self.stage.trainable() if self.stage.within(name, 0, start)]
-            if trained:
-                raise ConfigError(f"privacy.gradients = false: {trained[0]} below the cut is trained, expected nothing")
+        one_way = train and not self.gradients
+        if one_way:
+            self._refuse_trained_head()
             z_BTH = z_BTH.detach()  # gradient checkpointing has the embeddings ask for a gradient
         back = z_BTH.requires_grad
-        if train and not (back or only):
+        if train and not (back or one_way):
             z_BTH = z_BTH.detach().requires_grad_()  # the server's blocks need a backward even if nothing here does
         examples = self._numbered(inputs) if train and self.reuse and not align_now else ()
         place = self.steps.place(self.kind, inputs) if train else None
@@ -242,8 +240,7 @@ class SplitModel(JoinedModel):
             base_BTH=base_BTH.detach() if align_now else None,
             inner_BTH=tuple(value.detach() for value in inner_BTH),
             rows_BT=rows_BT,
-            train=train,
-            only=only,
+            train=train and not one_way,
             step=0 if place is None else place.step,
         )
         crosses = None
@@ -257,10 +254,16 @@ class SplitModel(JoinedModel):
             own_BTH = place.tokens * self.guard.gradient(
                 self.stage, ids_BT, mask_BT, z_BTH, (place.step, place.exchange)
             )
-        call = RemoteCall(self.link, request, place, back=back, look=look, own_BTH=own_BTH, kept=kept, crosses=crosses)
+        made = OneWayCall if one_way else RemoteCall
+        call = made(self.link, request, place, back=back, look=look, own_BTH=own_BTH, kept=kept, crosses=crosses)
         if train:
             self.steps.remember(call)
         return Sent(call, z_BTH, tuple(inner_BTH), inputs, plan)
+
+    def _refuse_trained_head(self) -> None:
+        trained = [name for name in self.stage.trainable() if self.stage.within(name, 0, self.cut[0])]
+        if trained:
+            raise ConfigError(f"privacy.gradients = false: {trained[0]} below the cut is trained, expected nothing")
 
     def _numbered(self, inputs: Mapping[str, Any]) -> tuple[int, ...]:
         """The numbers of a batch's examples, if they have any and a server could keep z of each."""
@@ -304,11 +307,8 @@ class SplitModel(JoinedModel):
         (:mod:`flexp.client.overlap`). ``headless``: neither head nor loss.
         """
         sent.call.apart = apart
-        if sent.call.request.only:
-            h_BTH = sent.call.forward()
-        else:
-            ends = (sent.z_BTH.detach().requires_grad_(),) if apart else (sent.z_BTH, *sent.inner_BTH)
-            h_BTH = RemoteMiddle.apply(sent.call, *ends)  # type: ignore[no-untyped-call]
+        ends = (sent.z_BTH.detach().requires_grad_(),) if apart else (sent.z_BTH, *sent.inner_BTH)
+        h_BTH = sent.call.through(*ends)
         self.last_align = sent.call.align
         if sent.call.kept and sent.call.place is not None:
             self.known.update(sent.call.place.examples)

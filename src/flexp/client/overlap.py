@@ -67,7 +67,7 @@ def overlapped(
                 loss = loss_of(output, sent.inputs)
                 check(loss)
                 torch.autograd.backward(loss * piece.share)  # tail only; sends ∂task/∂h
-                if not sent.call.request.only:
+                if sent.call.two_way:
                     returning.append(sent)
                 yield Done(piece, loss.item(), sent.call.align)
             elif fresh and len(at_server) + len(returning) < most:

@@ -51,7 +51,9 @@ class Meter:
 
     def counting(self, request: Request[Any]) -> Traffic | None:
         """The account that a request and its answer go to, if they have tensors."""
-        return None if request.trains is None else self.of(request.trains and getattr(request, "train", True))
+        if request.trains is None:
+            return None
+        return self.of(request.trains and (getattr(request, "train", True) or getattr(request, "step", 0) > 0))
 
     @contextmanager
     def as_training(self) -> Iterator[None]:

@@ -136,9 +136,9 @@ class ForwardRequest(Request[ForwardReply]):
         positions_BT: explicit positions, if the client uses any.
         base_BTH: z_base, when alignment is due on this exchange; from the server before, z' where its blocks end.
         inner_BTH: with alignment at every block, the activations after blocks s_min … s−2, in order.
-        train: whether it belongs to a training step.
-        only: no backward will follow, though it does: the blocks run as in evaluation, and the step is counted.
-        step: of the client's steps the one that it belongs to, as in its backward; 0: not numbered.
+        train: whether a backward will follow.
+        step: of the client's steps the one that it belongs to, as in its backward; 0: not numbered. Without ``train``
+            the client does it alone: the blocks run as in evaluation, and with this the step is done.
         rows_BT: the rows of h that the client reads: these alone come down, (1, R, H), and go up as ∂task/∂h; ``None``:
             those of ``hidden_BTH``.
     """
@@ -152,7 +152,6 @@ class ForwardRequest(Request[ForwardReply]):
     base_BTH: Annotated[Tensor | None, hidden("aligned")] = None
     inner_BTH: Annotated[tuple[Tensor, ...], hidden("aligned")] = ()
     train: bool = False
-    only: bool = False
     step: Integer = 0
     rows_BT: Annotated[Tensor | None, MASK] = None
 
@@ -171,6 +170,7 @@ class KeptForwardRequest(Request[ForwardReply]):
     """
 
     trains: ClassVar[bool | None] = True
+    train: ClassVar[bool] = True
 
     exchange: Integer
     mask_BT: Annotated[Tensor, MASK]

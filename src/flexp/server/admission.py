@@ -22,7 +22,6 @@ from flexp.links.messages import (
 )
 from flexp.models.fingerprint import fingerprint
 from flexp.models.stage import Stage
-from flexp.server.counting import keeps
 from flexp.server.generations import Answer, bytes_of_token
 from flexp.server.session import Pending, Session, size_kept
 
@@ -136,7 +135,7 @@ def check_forward(session: Session, request: ForwardRequest, stage: Stage, in_fl
     _check_aligned(session, request, min(stage.part.blocks))
     if request.exchange in session.pending:
         raise LinkError(f"client {client}: exchange {request.exchange} is in flight already")
-    if not keeps(request):
+    if not request.train:
         return
     own, config = len(session.pending), session.config
     if own >= config.max_in_flight:

@@ -9,13 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flexp.links.declaring import Request
-
-
-def keeps(request: Request[Any]) -> bool:
-    """Whether something is kept of a request that runs blocks: a backward will follow, or it is one."""
-    return getattr(request, "train", True) and not getattr(request, "only", False)
-
 
 class Kept:
     """Bytes that autograd keeps of a forward, without the weights: they are there anyway."""

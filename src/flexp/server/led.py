@@ -17,7 +17,6 @@ from flexp.links.messages import BackwardRequest, Behind, Keep, Lead, PassedBack
 from flexp.optim import merged, norms
 from flexp.server.admission import check_backward
 from flexp.server.chain import PREVIOUS, Following
-from flexp.server.counting import keeps
 from flexp.server.session import Pending, Session
 from flexp.server.turns import R, Steps, Turns
 
@@ -34,7 +33,7 @@ class Led(Turns):
         try:
             reply: R = yield session.further.call(request)
         except LinkError:
-            if session.drops == drops and keeps(request):  # else it is not what is in flight now
+            if session.drops == drops and getattr(request, "train", True):  # else it is not what is in flight now
                 session.drop()
             raise
         self._still(session)

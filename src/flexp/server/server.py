@@ -58,7 +58,6 @@ from flexp.server.admission import (
     same_exchange,
 )
 from flexp.server.chain import PREVIOUS
-from flexp.server.counting import keeps
 from flexp.server.examples import Examples
 from flexp.server.joining import can_join
 from flexp.server.led import Led
@@ -235,7 +234,7 @@ class Server(Led):
 
     def _known_forward(self, session: Session, request: ForwardRequest) -> ForwardReply | None:
         """What was answered to it, if it comes again and its step was applied."""
-        known = session.progress.answer(request.step, ("forward", request.exchange)) if keeps(request) else None
+        known = session.progress.answer(request.step, ("forward", request.exchange)) if request.train else None
         applied = session.progress.applied(request.step)
         return known if known is not None and applied and same_exchange(session, request, known) else None
 
@@ -263,7 +262,7 @@ class Server(Led):
         self._check(session, request, self._sessions.in_flight)
         with session.random.active():
             reply = session.forward(request, sent)
-        if keeps(request) and self.config.joined:
+        if request.train and self.config.joined:
             self._together.drew(session.drew)
         if session.further is not None:
             base_BTH = reply.teachers[-1] if reply.teachers and session.aligned_further else None
@@ -272,17 +271,18 @@ class Server(Led):
             reply = replace(reply, hidden_BTH=there.hidden_BTH)
             if base_BTH is not None:
                 reply = session.compare(request.exchange, reply, there.teachers)
-        if keeps(request):  # else it can be computed again at any time
+        if request.train:  # else it can be computed again at any time
             self._remember(session, request.step, ("forward", request.exchange), reply)
         return reply
 
     def _check(self, session: Session, request: ForwardRequest, in_flight: int) -> None:
         client, applied = session.join.client, session.progress.applied(request.step)
+        trains = request.train or request.step > 0
         self._drop_late()
         check_forward(session, request, self.shared.stage, in_flight)
-        if request.train and self.sealed and not applied:
+        if trains and self.sealed and not applied:
             raise LinkError(f"client {client}: the run is over, and this server trains no more")
-        if request.train and self.following is None:  # without training nothing but its own answer comes of it
+        if trains and self.following is None:  # without training nothing but its own answer comes of it
             check_finite(client, f"an activation of exchange {request.exchange}", _activations(request))
 
     @_handle.register

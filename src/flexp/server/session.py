@@ -40,7 +40,7 @@ from flexp.optim import laid_out, merged, norms, total
 from flexp.rng import RandomStream, derived_seed, drawn, seed_here
 from flexp.server.alignment import aligned, combine, pupil, taught, teachers
 from flexp.server.clients import Progress
-from flexp.server.counting import bytes_of, counted, keeps
+from flexp.server.counting import bytes_of, counted
 from flexp.server.examples import Examples
 from flexp.server.generations import Generations
 from flexp.server.joining import Member, Pass
@@ -203,8 +203,8 @@ class Session:
         request = on(request, stage.model.device)
         start, stop = self.join.cut
         plan = stage.plan_without_inputs(request.hidden_BTH, request.mask_BT, request.positions_BT)
-        stage.model.train(keeps(request))
-        if not keeps(request):
+        stage.model.train(request.train)
+        if not request.train:
             with torch.no_grad():
                 reply = ForwardReply(pack(stage.run(request.hidden_BTH, plan, start, stop), down).to(origin))
             self._count(request)
@@ -371,7 +371,7 @@ class Session:
         """
         reads = sent if request.rows_BT is None else Places.of(request.rows_BT)
         self._count(request)
-        if keeps(request):
+        if request.train:
             self.pending[request.exchange] = Pending(
                 request,
                 self.shared.hold(version),
@@ -387,7 +387,7 @@ class Session:
 
     def _count(self, request: ForwardRequest) -> None:
         """A step of which nothing but forwards comes is done with the first of them: the blocks take nothing of it."""
-        if request.train and request.only:
+        if not request.train:
             self.progress.apply(request.step)
 
     def take(self, exchange: int) -> Pending:

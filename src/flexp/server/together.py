@@ -13,7 +13,7 @@ import torch
 from flexp.links.messages import BackwardReply, BackwardRequest, ForwardReply, ForwardRequest
 from flexp.links.packing import Places, on, unpack
 from flexp.models.stage import Stage
-from flexp.server.counting import bytes_of, keeps
+from flexp.server.counting import bytes_of
 from flexp.server.joining import Pace, Pass, fits
 from flexp.server.line import Waiting
 from flexp.server.session import Session, Sessions
@@ -103,7 +103,7 @@ class Together:
 
     def forward(self, ready: Sequence[Ready]) -> list[ForwardReply]:
         """Answers, from one pass."""
-        stage, train = self._stage, keeps(ready[0].request)
+        stage, train = self._stage, ready[0].request.train
         stage.model.train(train)
         placed = [on(one.request, stage.model.device) for one in ready]
         versions = [one.session.version_now() if train else one.session.shared.version for one in ready]
@@ -186,7 +186,7 @@ class Together:
 
     def _may_run(self, one: Waiting, in_flight: int) -> bool:
         """Whether there is room for it, after so many forwards of all clients in flight."""
-        trains = not isinstance(one.request, BackwardRequest) and keeps(one.request)
+        trains = not isinstance(one.request, BackwardRequest) and one.request.train  # type: ignore[attr-defined]
         return not trains or one.session.may_begin(in_flight)
 
     def _joint(self, one: Waiting) -> Pass | None:
@@ -215,6 +215,6 @@ class Together:
             return Kind("backward", True, has, self.tokens(one).bit_length())
         if not isinstance(request, ForwardRequest) or request.base_BTH is not None:
             return None
-        if keeps(request) and self.draws is not False:
+        if request.train and self.draws is not False:
             return None
-        return Kind("forward", keeps(request), request.positions_BT is not None, self.tokens(one).bit_length())
+        return Kind("forward", request.train, request.positions_BT is not None, self.tokens(one).bit_length())

@@ -31,7 +31,6 @@ from flexp.links.packing import Places, arrived
 from flexp.models.stage import Stage
 from flexp.server.admission import check_backward
 from flexp.server.clients import Key
-from flexp.server.counting import keeps
 from flexp.server.line import Line, Waiting
 from flexp.server.session import Session
 from flexp.server.state import ServerState
@@ -200,7 +199,7 @@ class Turns(ServerState, ABC):
         together = self.config.joined and not self.shared.frozen
         if together and waiting_thread() is None and isinstance(request, ForwardRequest | BackwardRequest):
             return True
-        if not isinstance(request, ForwardRequest | KeptForwardRequest) or not keeps(request):
+        if not isinstance(request, ForwardRequest | KeptForwardRequest) or not request.train:
             return False
         session.thread = waiting_thread()
         if len(session.pending) >= self.config.max_in_flight:  # it is refused
@@ -249,7 +248,7 @@ class Turns(ServerState, ABC):
             replies = self._together.forward([ReadyForward(one.session, whole, sent) for one, whole, sent in ready])
         each = (time.perf_counter() - began) / len(ready)
         for (one, whole, _), reply in zip(ready, replies, strict=True):
-            if keeps(whole):
+            if whole.train:
                 self._remember(one.session, whole.step, ("forward", whole.exchange), reply)
             one.tell(partial(_same, reply), each)
 
@@ -295,7 +294,7 @@ class Turns(ServerState, ABC):
         """Give up what is in flight for too long: sooner, where somebody in line waits for what it holds."""
         in_flight, begin = self._sessions.in_flight, (ForwardRequest, KeptForwardRequest)
         wanted = self.busy and any(
-            isinstance(one.request, begin) and keeps(one.request) and not one.session.may_begin(in_flight)
+            isinstance(one.request, begin) and one.request.train and not one.session.may_begin(in_flight)
             for one in self._line.firsts()
         )
         for session in self._sessions.values():
