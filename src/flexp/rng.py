@@ -163,6 +163,43 @@ def seed_here(seed: int, device: torch.device = CPU) -> None:
     draw_from_here(RandomStream(seed, device).state, device)
 
 
+@contextmanager
+def undisturbed(device: torch.device) -> Iterator[None]:
+    """Leave the generators as they were: what is drawn inside the ``with`` block is not missed after it."""
+    state = drawn(device)
+    try:
+        yield
+    finally:
+        draw_from_here(state, device)
+
+
+class BlockDraws:
+    """What the blocks draw for one exchange of a client: each from a seed of its own, so the same whenever the exchange
+    is tried again, whatever ran before, and on whichever server the block is."""
+
+    def __init__(self, seed: int, exchange: int, *, watched: bool = False) -> None:
+        self._seed, self._exchange, self._watched = seed, exchange, watched
+        self._begun: tuple[torch.device, Tensor] | None = None
+        self._drew = False
+
+    def begin(self, block: int, place: torch.device) -> None:
+        """That block computes next, there."""
+        self._look()
+        seed_here(derived_seed(self._seed, str(self._exchange), str(block)), place)
+        self._begun = (place, drawn(place)) if self._watched else None
+
+    @property
+    def drew(self) -> bool:
+        """Whether any block has drawn, where this is ``watched``."""
+        self._look()
+        return self._drew
+
+    def _look(self) -> None:
+        if self._begun is not None:
+            place, before = self._begun
+            self._drew |= not torch.equal(before, drawn(place))
+
+
 def _which(device: torch.device) -> list[torch.device]:
     return [] if device.type == "mps" else [device]  # which has one alone
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +77,7 @@ class RemoteMiddle(torch.autograd.Function):
         return (None, reply.grad_BTH, *reply.inner_BTH)
 
 
+R = TypeVar("R")
 Look = Callable[[ForwardRequest, Tensor, Tensor, Tensor, float], None]
 
 
@@ -119,8 +120,9 @@ class RemoteCall:
         self._link = link
         self.place = place
         self._turn = current_turn()  # autograd may run the backward in a thread of its own
+        crossing = crosses or sent(request, kept)
         with self._waiting():  # a link inside this process computes at once
-            self._forward: Future[ForwardReply] = link.call(crosses or sent(request, kept))
+            self._forward: Future[ForwardReply] = link.call(crossing)
 
     def through(self, z_BTH: Tensor, *inner_BTH: Tensor) -> Tensor:
         """h as a function of what was sent up."""
@@ -129,8 +131,7 @@ class RemoteCall:
 
     def forward(self) -> Tensor:
         """h, (B, T, H), once it is here."""
-        with self._waiting():
-            reply = self._forward.result()
+        reply = self._come(self._forward)
         check_forward_reply(self.request, reply, self._reads)
         self.align, self.kept = reply.align, reply.kept
         h_BTH = unpack(reply.hidden_BTH, self._reads)
@@ -166,13 +167,12 @@ class RemoteCall:
     def reply(self) -> BackwardReply:
         """The gradients at what was sent up, once they are here."""
         assert self._backward is not None
-        with self._waiting():
-            reply = self._backward.result()
+        reply = self._come(self._backward)
         if self.back or reply.grad_BTH is not None:
             check_backward_reply(self.request, reply, self._kept)
             assert reply.grad_BTH is not None
-            grad_BTH, *inner = (unpack(value, self._kept) for value in (reply.grad_BTH, *reply.inner_BTH))
-            reply = BackwardReply(grad_BTH, tuple(inner))
+            inner_BTH = [unpack(value, self._kept) for value in reply.inner_BTH]
+            reply = BackwardReply(unpack(reply.grad_BTH, self._kept), tuple(inner_BTH))
         if self._look is not None and self.place is not None and reply.grad_BTH is not None:
             assert self._h_BTH is not None
             assert self._sent_BTH is not None
@@ -191,6 +191,12 @@ class RemoteCall:
     def here(self) -> bool:
         """Whether that has come."""
         return self.answer.done()
+
+    def _come(self, answer: Future[R]) -> R:
+        if not answer.done():
+            with self._waiting():
+                return answer.result()
+        return answer.result()
 
     def _waiting(self) -> AbstractContextManager[None]:
         return waiting(self._link, self._turn, train=self.place is not None)
@@ -299,7 +305,7 @@ class Steps:
         Raises:
             ConfigError: it did.
         """
-        if self.piece is not None or not self._begun or self._previous is None or not self._previous.answered:
+        if not self._begun or self._previous is None or not self._previous.answered:
             return
         parameters = list(personal)
         if parameters and all(parameter.grad is None for parameter in parameters):
@@ -353,7 +359,7 @@ def check_backward_reply(request: ForwardRequest, reply: BackwardReply, kept: Pl
 
 
 def _check_shape(what: str, value: Tensor, whole_BTH: Tensor, kept: Places | None) -> None:
-    shape = tuple(whole_BTH.shape if kept is None else (1, len(kept), whole_BTH.shape[2]))
+    shape = tuple(whole_BTH.shape if kept is None else (1, len(kept.places_N), whole_BTH.shape[2]))
     if tuple(value.shape) != shape:
         raise LinkError(f"{what} is {tuple(value.shape)}, expected {shape}, as was asked for")
 

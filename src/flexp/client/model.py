@@ -198,8 +198,9 @@ class SplitModel(JoinedModel):
         """
         train = self.training and torch.is_grad_enabled()
         if train:
-            self.steps.refuse_half_steps(self.stage.trainable().values())
-            self.after_step()  # for loops that know nothing of FlexP
+            if self.steps.piece is None:  # loops that know nothing of FlexP
+                self.steps.refuse_half_steps(self.stage.trainable().values())
+            self.after_step()
         start, base_depth = self.cut[0], self.base_depth
         if self.guard is not None:
             self.guard.teach(self.stage, start, self.steps.done)  # before anything is sent
@@ -213,10 +214,11 @@ class SplitModel(JoinedModel):
                 return sent
         base_BTH = z_BTH = self.stage.run(embedded_BTH, plan, 0, min(base_depth, start))
         inner_BTH: list[Tensor] = []
-        for index in range(base_depth, start):
+        for index in range(base_depth, start - 1) if inner else ():
             z_BTH = self.stage.run(z_BTH, plan, index, index + 1)
-            if inner and index < start - 1:
-                inner_BTH.append(z_BTH)
+            inner_BTH.append(z_BTH)
+        if base_depth + len(inner_BTH) < start:
+            z_BTH = self.stage.run(z_BTH, plan, base_depth + len(inner_BTH), start)
         texts = inputs
         if self.pools:
             z_BTH, inputs, plan = pooled_texts(self.stage, z_BTH, inputs)
@@ -230,15 +232,15 @@ class SplitModel(JoinedModel):
         if train and not (back or one_way):
             z_BTH = z_BTH.detach().requires_grad_()  # the server's blocks need a backward even if nothing here does
         examples = self._numbered(inputs) if train and self.reuse and not align_now else ()
-        place = self.steps.place(self.kind, inputs) if train else None
         kept, rows_BT = self._crossing(inputs, plan, z_BTH, train=train, headless=headless)
+        place = self.steps.place(self.kind, inputs) if train else None
         request = ForwardRequest(
             exchange=0 if place is None else place.exchange,
             hidden_BTH=z_BTH.detach(),
             mask_BT=inputs.get("attention_mask"),
             positions_BT=inputs.get("position_ids"),
             base_BTH=base_BTH.detach() if align_now else None,
-            inner_BTH=tuple(value.detach() for value in inner_BTH),
+            inner_BTH=tuple(map(Tensor.detach, inner_BTH)),
             rows_BT=rows_BT,
             train=train and not one_way,
             step=0 if place is None else place.step,

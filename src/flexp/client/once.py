@@ -21,8 +21,8 @@ from torch import Tensor
 
 from flexp.links.messages import ForwardRequest, KeptForwardRequest
 from flexp.links.packing import Places
-from flexp.models.execution import undisturbed
 from flexp.models.stage import Stage
+from flexp.rng import undisturbed
 
 
 def right_padded(mask_BT: Tensor | None) -> bool:

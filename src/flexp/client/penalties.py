@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flexp.models.execution import undisturbed
-from flexp.rng import CPU, seed_here
+from flexp.rng import CPU, seed_here, undisturbed
 
 STATE = "adversary."
 

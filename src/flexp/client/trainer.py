@@ -116,7 +116,7 @@ class Trainer:
         self.steps += 1
         self.model.after_step()  # alignment in weight space, if asked for
 
-        items = int(sum(piece.weight for piece, _ in pieces))
+        items = int(sum([piece.weight for piece, _ in pieces]))
         seconds = time.perf_counter() - began
         self.seconds += seconds
         aligned = align if self.model.last_align is not None else None
@@ -162,25 +162,25 @@ class Trainer:
     def pieces(self) -> list[tuple[Piece, Batch]]:
         """The next step's exchanges, and what each counts; those without any item of the loss are left out."""
         indices, size = self._order.indices(self.steps), self.micro_batch
-        loss_items = KINDS[self.task.model_kind].items
-        groups = [indices[start : start + size] for start in range(0, len(indices), size)]
-        collated = [(self.task.collate([self.data.train[index] for index in group]), group) for group in groups]
-        whose = [tuple(map(int, group)) for batch, group in collated if loss_items(batch)]
-        batches = [batch for batch, _ in collated if loss_items(batch)]
-        if not batches:
+        weights_C, kind = self._weights_C, KINDS[self.task.model_kind]
+        counted: list[tuple[Batch, tuple[int, ...], float, float, int]] = []
+        for start in range(0, len(indices), size):
+            group = tuple(indices[start : start + size])
+            batch = self.task.collate([self.data.train[index] for index in group])
+            items = kind.items(batch)
+            if items:
+                mass = items if weights_C is None else kind.mass(batch, weights_C)
+                counted.append((batch, group, items, mass, unmasked_tokens(batch)))
+        if not counted:
             raise DataError(
                 f"client {self.name}, step {self.steps + 1}: no token of the batch has a loss; "
                 "raise data.max_length, so that answers are not cut off"
             )
-        items = [loss_items(batch) for batch in batches]
-        weights_C, kind = self._weights_C, KINDS[self.task.model_kind]
-        mass = items if weights_C is None else [kind.mass(batch, weights_C) for batch in batches]
-        tokens = [unmasked_tokens(batch) for batch in batches]
+        of = len(counted)
+        _, _, _, masses, tokens = zip(*counted, strict=True)
         return [
-            (Piece(number, len(batches), own / sum(mass), part / sum(tokens), count, examples=examples), batch)
-            for number, (batch, count, own, part, examples) in enumerate(
-                zip(batches, items, mass, tokens, whose, strict=True), start=1
-            )
+            (Piece(number, of, mass / sum(masses), part / sum(tokens), items, examples=group), batch)
+            for number, (batch, group, items, mass, part) in enumerate(counted, start=1)
         ]
 
     def _loss_of(self, output: Any, batch: Mapping[str, Any]) -> Tensor:

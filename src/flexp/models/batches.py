@@ -15,8 +15,9 @@ from torch import Tensor
 
 from flexp.errors import ModelError
 from flexp.kinds import IGNORED, KINDS, LABELS
-from flexp.models.execution import ExecutionPlan, undisturbed
+from flexp.models.execution import ExecutionPlan
 from flexp.models.quantized import brought_by
+from flexp.rng import undisturbed
 
 if TYPE_CHECKING:
     from flexp.models.stage import Stage

@@ -19,6 +19,7 @@ from flexp.models.anatomy import Part
 from flexp.models.batches import check_length
 from flexp.models.execution import BlockCall, ExecutionPlan
 from flexp.models.stage import Stage, carve
+from flexp.rng import undisturbed
 
 
 class _Elsewhere:
@@ -99,7 +100,7 @@ def cached_plan(
 ) -> ExecutionPlan:
     """How a party without inputs calls its blocks for new tokens (B, T, H); ``mask_BT`` is over all tokens so far."""
     ids = torch.zeros(hidden_BTH.shape[:2], dtype=torch.long, device=hidden_BTH.device)
-    with execution.undisturbed(hidden_BTH.device):
+    with undisturbed(hidden_BTH.device):
         return _record(stage, ids, mask_BT, positions_BT, cache)
 
 
@@ -124,7 +125,7 @@ def check_cached(stage: Stage) -> None:
         for party, tokens in ((stage, ids), (stub, torch.zeros_like(ids))):
             cache = PartCache(stage.model, none)
             cache.advance(past)
-            with execution.undisturbed(ids.device):
+            with undisturbed(ids.device):
                 plans.append(_record(party, tokens, mask, positions, cache))
         given = [ExecutionPlan(tuple(_without_caches(call) for call in plan.calls), plan.tuples) for plan in plans]
         cached = all(_has_cache(call) for call in plans[0].calls)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from flexp.errors import ModelError
-from flexp.rng import draw_from_here, drawn
+from flexp.rng import BlockDraws, draw_from_here, drawn
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,22 @@ class ExecutionPlan:
         start: int,
         stop: int,
         places: Mapping[int, torch.device] | None = None,
+        draws: BlockDraws | None = None,
     ) -> Tensor:
-        """Run blocks [start, stop) on a hidden state (B, T, H); ``places``: their devices, where those are several."""
+        """Run blocks [start, stop) on a hidden state (B, T, H).
+
+        Args:
+            places: their devices, where those are several.
+            draws: what each of them draws; ``None``: as the generators go on.
+        """
         known: dict[tuple[int, torch.device], Tensor] = {}  # most blocks get the very arguments of the block before
         for index in range(start, stop):
             call = self.calls[index]
             if places:
                 args, kwargs = (_moved(value, places[index], known) for value in (call.args, call.kwargs))
                 call, hidden_BTH = BlockCall(args, kwargs, call.keyword), hidden_BTH.to(places[index])
+            if draws is not None:
+                draws.begin(index, hidden_BTH.device)
             if call.keyword is None:
                 output = blocks[index](hidden_BTH, *call.args, **call.kwargs)
             else:
@@ -248,16 +256,6 @@ def _generator_state(inputs: Mapping[str, Any]) -> tuple[Tensor, torch.device] |
     """The state of the generators that embedding ``inputs`` draws from, and their device."""
     device = next((value.device for value in inputs.values() if isinstance(value, Tensor)), None)
     return None if device is None else (drawn(device), device)
-
-
-@contextlib.contextmanager
-def undisturbed(device: torch.device) -> Iterator[None]:
-    """Leave the random generators as they were: what is drawn inside the ``with`` block is not missed after it."""
-    state = drawn(device)
-    try:
-        yield
-    finally:
-        draw_from_here(state, device)
 
 
 def _unheard(*_: Any, **__: Any) -> None:

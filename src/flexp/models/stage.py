@@ -16,11 +16,12 @@ from flexp.limits import out_of_memory
 from flexp.machine import device_of, free_memory, shares
 from flexp.models import execution
 from flexp.models.anatomy import Anatomy, Part, dissect, prune
-from flexp.models.batches import NOT_FOR_BLOCKS, USUAL, check_padding, for_blocks, longest_exact
+from flexp.models.batches import NOT_FOR_BLOCKS, USUAL, check_length, check_padding, for_blocks, longest_exact
 from flexp.models.execution import Absent, ExecutionPlan, ZeroPatches
 from flexp.models.losses import give_loss
 from flexp.models.quantized import scales
 from flexp.models.stored import stored
+from flexp.rng import BlockDraws, undisturbed
 
 
 class Stage:
@@ -149,12 +150,16 @@ class Stage:
         wanted = for_blocks(self.model, inputs, self.longest) | self.no_cache
         if self.part.ends:
             check_padding(self.model, inputs)
-        wanted, inputs = self.placed(wanted), self.placed(inputs)
+        hidden_BTH, plan = self._recorded(wanted)
+        if self.part.ends and self.compares:
+            self._compare(hidden_BTH, plan, self.placed(inputs))
+        return hidden_BTH, plan
+
+    def _recorded(self, wanted: Mapping[str, Any]) -> tuple[Tensor, ExecutionPlan]:
+        wanted = self.placed(wanted)
         with self.computing():
             hidden_BTH, plan = execution.record(self.model, self.blocks, wanted, self._tuples)
         self._tuples = plan.tuples
-        if self.part.ends and self.compares:
-            self._compare(hidden_BTH, plan, inputs)
         return hidden_BTH, plan
 
     def plan_without_inputs(
@@ -184,8 +189,12 @@ class Stage:
         if positions_BT is not None:
             inputs["position_ids"] = positions_BT
         # Dropout on the zeros draws random numbers, which are the client's in one process.
-        with torch.no_grad(), execution.undisturbed(hidden_BTH.device):
-            return self.plan(inputs)[1]
+        with torch.no_grad(), undisturbed(hidden_BTH.device):
+            if self.part.ends:
+                return self.plan(inputs)[1]
+            if self.longest is not None:
+                check_length(self.model, length, positions_BT, self.longest)
+            return self._recorded(inputs | self.no_cache)[1]
 
     def _compare(self, hidden_BTH: Tensor, plan: ExecutionPlan, inputs: Mapping[str, Any]) -> None:
         """Make the plan as a server will, without any weights, and refuse the batch if it is another one.
@@ -230,13 +239,15 @@ class Stage:
         self._server.model.train(self.model.training)
         return self._server
 
-    def run(self, hidden_BTH: Tensor, plan: ExecutionPlan, start: int, stop: int) -> Tensor:
-        """Run blocks [start, stop) on a hidden state (B, T, H)."""
+    def run(
+        self, hidden_BTH: Tensor, plan: ExecutionPlan, start: int, stop: int, draws: BlockDraws | None = None
+    ) -> Tensor:
+        """Run blocks [start, stop) on a hidden state (B, T, H); ``draws``: what each of them draws."""
         if self.autocast is not None and hidden_BTH.is_leaf and hidden_BTH.requires_grad:
             # A leaf's cast is kept and shared by all that read it, whose gradients would then be summed in bfloat16.
             hidden_BTH = hidden_BTH.view_as(hidden_BTH)
         with self.computing():
-            return plan.replay(self.blocks, hidden_BTH, start, stop, self.places)
+            return plan.replay(self.blocks, hidden_BTH, start, stop, self.places, draws)
 
     def finish(
         self, hidden_BTH: Tensor, inputs: Mapping[str, Any], plan: ExecutionPlan, *, headless: bool = False
@@ -291,6 +302,10 @@ class Stage:
         """The index of the block that a parameter belongs to; ``None`` for the ends."""
         prefix = self.anatomy.path + "."
         return int(name[len(prefix) :].partition(".")[0]) if name.startswith(prefix) else None
+
+    def among(self, names: Iterable[str], start: int, stop: int) -> list[str]:
+        """Those parameters that belong to blocks [start, stop)."""
+        return [name for name in names if self.within(name, start, stop)]
 
     def within(self, name: str, start: int, stop: int) -> bool:
         """Whether a parameter belongs to one of the blocks [start, stop)."""

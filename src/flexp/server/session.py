@@ -37,7 +37,7 @@ from flexp.links.messages import (
 from flexp.links.packing import Places, on, pack, unpack
 from flexp.models.execution import ExecutionPlan
 from flexp.optim import laid_out, merged, norms, total
-from flexp.rng import RandomStream, derived_seed, drawn, seed_here
+from flexp.rng import BlockDraws, RandomStream
 from flexp.server.alignment import aligned, combine, pupil, taught, teachers
 from flexp.server.clients import Progress
 from flexp.server.counting import bytes_of, counted
@@ -329,10 +329,10 @@ class Session:
             with self.shared.installed(pending.version):
                 z_BTH, h_BTH = self._graph(pending)
                 grad_BTH = request.grad_BTH.to(h_BTH.device, non_blocking=True)
-                reached = [name for name in parameters if self.shared.stage.within(name, *self.join.cut)]
+                reached = self.shared.stage.among(parameters, *self.join.cut)
                 gradients = torch.autograd.grad(
                     h_BTH,
-                    [z_BTH, *(parameters[name] for name in reached)],
+                    [z_BTH, *map(parameters.__getitem__, reached)],
                     unpack(grad_BTH, pending.reads if self.further is None else pending.sent),
                     allow_unused=True,
                 )
@@ -497,15 +497,10 @@ class Session:
         return z_BTH, self._run(request.exchange, z_BTH, plan, *self.join.cut)
 
     def _run(self, exchange: int, hidden_BTH: Tensor, plan: ExecutionPlan, start: int, stop: int) -> Tensor:
-        """Run blocks [start, stop), training. What each draws follows from the client, its exchange (and so its step)
-        and the block alone: the same whenever it is tried again, and on whichever server the block is."""
-        stage = self.shared.stage
-        for block in range(start, stop):
-            place = stage.place_of(block)
-            seed_here(derived_seed(self.seed, str(exchange), str(block)), place)
-            before = drawn(place) if self.config.joined else None
-            hidden_BTH = stage.run(hidden_BTH, plan, block, block + 1)
-            self.drew |= before is not None and not torch.equal(before, drawn(place))
+        """Run blocks [start, stop), training."""
+        draws = BlockDraws(self.seed, exchange, watched=self.config.joined)
+        hidden_BTH = self.shared.stage.run(hidden_BTH, plan, start, stop, draws)
+        self.drew |= self.config.joined and draws.drew
         return hidden_BTH
 
     def _refuse_nan(self, request: BackwardRequest, norm: float) -> None:
