@@ -18,9 +18,10 @@ import torch
 from benchmarks.tools.command import Data, Encoder, Examples, Length, Result, Steps, Tests, Threads, fetched, say
 from flexp.config import RunConfig
 from flexp.data.scores import evaluate
-from flexp.links.base import Link, Wrapping
+from flexp.links.base import Link
 from flexp.links.declaring import Request
 from flexp.links.messages import BackwardRequest
+from flexp.links.wrapping import Wrapping
 from flexp.methods.flexp_sfl import FlexpSfl
 from flexp.models.loading import load_config
 from flexp.run.settle import build_world

@@ -29,8 +29,9 @@ from flexp.client.exchange import Piece
 from flexp.client.model import SplitModelForCausalLM
 from flexp.config import CodecConfig, OptimizerConfig
 from flexp.config.loading import load
-from flexp.links.base import Link, Wrapping
+from flexp.links.base import Link
 from flexp.links.messages import BackwardRequest, ForwardRequest, KeptForwardRequest, Request
+from flexp.links.wrapping import Wrapping
 from flexp.methods.base import World
 from flexp.methods.flexp_sfl import FlexpSfl
 from flexp.optim import Updater

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from flexp.client.model import OFF, SPLIT_MODELS, SplitModel
 from flexp.config import AlignConfig, CodecConfig, LoraConfig, ModelConfig, OptimizerConfig, ServerConfig
-from flexp.links.base import Link, Wrapping
+from flexp.links.base import Link
 from flexp.links.declaring import Request
 from flexp.links.messages import Join, Welcome
+from flexp.links.wrapping import Wrapping
 from flexp.models.anatomy import Part
 from flexp.models.fingerprint import fingerprint
 from flexp.models.stage import Stage, carve

@@ -17,7 +17,7 @@ from flexp.client.taking import fetched
 from flexp.config import AlignConfig
 from flexp.config.loading import validate
 from flexp.errors import FlexpError, LinkError, LinkLostError
-from flexp.links.base import Link, Wrapping, finished
+from flexp.links.base import Link, finished
 from flexp.links.declaring import Request
 from flexp.links.messages import (
     BackwardRequest,
@@ -29,6 +29,7 @@ from flexp.links.messages import (
     Refusal,
     Welcome,
 )
+from flexp.links.wrapping import Wrapping
 from tests.harness import World, copied, equal, world
 
 NAN = float("nan")

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from flexp.client.watching import EXCHANGES, Watch, _cka, most_alignment
 from flexp.config import AlignConfig
-from flexp.links.base import Wrapping, finished
+from flexp.links.base import finished
 from flexp.links.declaring import Request
 from flexp.links.messages import BackwardRequest, ForwardRequest
+from flexp.links.wrapping import Wrapping
 from tests.harness import seeded, world
 
 KL = AlignConfig(kind="kl", weight=0.25)

@@ -141,7 +141,7 @@ def test_adapters_of_idle_clients_are_in_main_memory(
 ) -> None:
     """Here one idle client's stay on the device, beside those that compute. All train as on the CPU."""
     monkeypatch.setattr("flexp.server.state.RESIDENT", 1)
-    monkeypatch.setattr("flexp.server.turns.waiting_thread", lambda: None)
+    monkeypatch.setattr("flexp.server.exchanges.waiting_thread", lambda: None)
     monkeypatch.setattr("flexp.server.together.Pace.pays", lambda *_: together)
     states = []
     for place in (CPU, several if together else there):

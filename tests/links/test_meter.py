@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from flexp.config import AlignConfig
-from flexp.links.base import InProcessLink, Link, Meter
-from flexp.links.declaring import size, tensors
+from flexp.links.base import InProcessLink, Link, Meter, size
+from flexp.links.declaring import tensors
 from flexp.links.messages import Leave, PullReply, PullRequest
 from flexp.links.opening import connected
 from tests.harness import RecordingLink, world

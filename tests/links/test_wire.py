@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from flexp.config import AlignConfig, LoraConfig
 from flexp.errors import LinkError, LinkLostError
 from flexp.links import frames
+from flexp.links.base import size
 from flexp.links.coding import PLAIN
-from flexp.links.declaring import MESSAGES, Request, size
+from flexp.links.declaring import MESSAGES, Request
 from flexp.links.frames import CHUNK, TYPES, Field, Frame, Head, Incoming, describe, encode, head_bytes, parse, signed
 from flexp.links.grpc import connect, serve
 from flexp.links.messages import (

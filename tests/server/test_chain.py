@@ -17,7 +17,7 @@ from flexp.client.exchange import Piece
 from flexp.client.model import OFF, SplitModel
 from flexp.config import AlignConfig, GuardConfig, OptimizerConfig, ServerConfig
 from flexp.errors import BadValuesError, ConfigError, LinkError, LinkLostError
-from flexp.links.base import Link, Wrapping
+from flexp.links.base import Link
 from flexp.links.grpc import Tokens, connect, serve
 from flexp.links.messages import (
     Abort,
@@ -30,11 +30,12 @@ from flexp.links.messages import (
     PullRequest,
     Settle,
 )
+from flexp.links.wrapping import Wrapping
 from flexp.optim import Updater
 from flexp.rng import RandomStream
 from flexp.server import Server
 from flexp.server.chain import PREVIOUS, Chain, Following, check_can_chain
-from flexp.server.session import Gathered
+from flexp.server.kept import Gathered
 from tests.harness import World, copied, seeded, world
 
 ADAM = OptimizerConfig(name="adamw", lr=3e-3, weight_decay=0.1, schedule="linear", warmup_steps=1, clip=0.05)

@@ -13,8 +13,8 @@ from flexp.config import AlignConfig, GuardConfig, ServerConfig
 from flexp.errors import BadValuesError, LinkError
 from flexp.links.messages import Abort, BackwardRequest, FetchRequest, ForwardRequest, PullRequest
 from flexp.optim import norms, total
+from flexp.server.checks import Bounds
 from flexp.server.clients import Guard
-from flexp.server.shared import Bounds
 from tests.harness import World, equal, seeded, shared_weights, world
 
 HIDDEN = 32

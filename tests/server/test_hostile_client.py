@@ -169,7 +169,7 @@ def test_what_is_kept_is_what_autograd_keeps() -> None:
     """Of a linear layer its input, by hand: 4 · 16 · 32 numbers of 4 bytes, once though three layers read them."""
     from torch import nn
 
-    from flexp.server.counting import counted
+    from flexp.server.kept import counted
 
     layers = nn.ModuleList(nn.Linear(32, 32, bias=False) for _ in range(3))
     for number, layer in enumerate(layers, start=1):

@@ -37,7 +37,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Passes:
         found.append(len(args[1]))
         return Pass(*args, **options)
 
-    monkeypatch.setattr("flexp.server.turns.waiting_thread", lambda: None)
+    monkeypatch.setattr("flexp.server.exchanges.waiting_thread", lambda: None)
     monkeypatch.setattr("flexp.server.together.Pass", made)
     monkeypatch.setattr(Pace, "pays", lambda *_: True)
     return found

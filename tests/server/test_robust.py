@@ -13,8 +13,9 @@ from flexp.config import GuardConfig, OptimizerConfig, ServerConfig
 from flexp.errors import StorageError
 from flexp.gaussian import epsilon
 from flexp.links.messages import BackwardRequest, ForwardRequest
+from flexp.server.checks import Bounds
 from flexp.server.rules import Past, Quota, Trimmed
-from flexp.server.shared import Bounds, SharedBlocks
+from flexp.server.shared import SharedBlocks
 from tests.harness import World, equal, shared_weights, world
 
 

@@ -27,7 +27,7 @@ from tests.server.test_interleavings import CUTS, Reference, request
 @pytest.fixture
 def link_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers are taken when they are known, as a link over a network takes them."""
-    monkeypatch.setattr("flexp.server.turns.waiting_thread", lambda: None)
+    monkeypatch.setattr("flexp.server.exchanges.waiting_thread", lambda: None)
 
 
 def joined(names: list[str], **config: Any) -> World:

@@ -16,10 +16,11 @@ from flexp.client.trainer import Trainer, split_model_of
 from flexp.config import RunConfig
 from flexp.data.types import Batch, Task
 from flexp.errors import ConfigError
-from flexp.links.base import Link, Wrapping
+from flexp.links.base import Link
 from flexp.links.declaring import Request
 from flexp.links.messages import BackwardRequest, ForwardRequest, KeptForwardRequest
 from flexp.links.packing import Places, arrived, unpack
+from flexp.links.wrapping import Wrapping
 from flexp.methods.parties import own_stage
 from flexp.methods.split import Split
 from flexp.models.anatomy import Part

@@ -154,19 +154,6 @@ class JoinedModel(PersonalModel):
         self.steps.abandon()
         ask(self.link, Abort())
 
-    def after_step(self) -> None:
-        """Once the optimiser has stepped: pull the aligned blocks towards the server's, if the alignment says so.
-
-        θ_k ← θ_k + μ·(θ_server − θ_k) for the personal copies of blocks [s_min, s), every n-th step. With ``follow``
-        that is all that ever happens to them. Whoever does not call this has it done at the beginning of the next step.
-        """
-        done = self.steps.done
-        if done == self._pulled or done % self.align.every:
-            return
-        if self.align.kind == "weights" and self.cut[0] > self.base_depth:
-            self._pull(done, self.align.pull)
-        self._pulled = done
-
     def following(self, cut: tuple[int, int]) -> range:
         """The blocks that this client would follow with ``cut``: which the server trains, and it takes over."""
         return range(self.base_depth, cut[0]) if self.align.follow else range(0)
@@ -194,14 +181,19 @@ class JoinedModel(PersonalModel):
     def take_over(self) -> None:
         """Make what the client follows the server's blocks as they are: others have taught them before it came."""
         if self.stage.followed:
-            self._pull(0, 1.0)
+            self.pull(0, 1.0)
 
     def go_on(self, steps: int) -> None:
         """Be as after so many steps, whose state is loaded."""
         self.steps.done = self._pulled = steps
         self._coming = 0, {}
 
-    def _pull(self, step: int, share: float) -> None:
+    def pull(self, step: int, share: float) -> None:
+        """Move the copies of the aligned blocks by a ``share`` of their way to the server's, as they are after a step.
+
+        Raises:
+            LinkError: the server gives other weights than were asked for.
+        """
         aligned = range(self.base_depth, self.cut[0])
         personal = {name: value for name, value in self.stage.own().items() if self.stage.block_of(name) in aligned}
         # Of its own, what it does not train is the server's. (What it trains, it need not know.)

@@ -329,6 +329,19 @@ class SplitModel(JoinedModel):
                 self.abort()
             raise
 
+    def after_step(self) -> None:
+        """Once the optimiser has stepped: pull the aligned blocks towards the server's, if the alignment says so.
+
+        θ_k ← θ_k + μ·(θ_server − θ_k) for the personal copies of blocks [s_min, s), every n-th step. With ``follow``
+        that is all that ever happens to them. Whoever does not call this has it done at the beginning of the next step.
+        """
+        done = self.steps.done
+        if done == self._pulled or done % self.align.every:
+            return
+        if self.align.kind == "weights" and self.cut[0] > self.base_depth:
+            self.pull(done, self.align.pull)
+        self._pulled = done
+
     def _look(self, request: ForwardRequest, h_BTH: Tensor, sent_BTH: Tensor, got_BTH: Tensor, share: float) -> None:
         assert self.watch is not None
         self.watch.exchange(request, h_BTH, sent_BTH, got_BTH, most_alignment(self.align, request, share))

@@ -12,8 +12,7 @@ from flexp.config import AlignConfig
 from flexp.cost.model_cost import ModelCost
 from flexp.errors import LinkError
 from flexp.kinds import KINDS
-from flexp.links.base import Link, ask
-from flexp.links.declaring import size
+from flexp.links.base import Link, ask, size
 from flexp.links.messages import ForwardRequest, Join, PullRequest
 from flexp.models.loading import DTYPES
 

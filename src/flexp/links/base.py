@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from flexp.links.coding import Coding
-from flexp.links.declaring import Request, size
+from flexp.links.declaring import Request, declared
 from flexp.links.messages import Join, Leave, Welcome
 from flexp.links.rules import dtype_of
 from flexp.rng import current_turn, resting
@@ -92,6 +92,18 @@ class Meter:
         self.load(found)
 
 
+def size(said: Any) -> int:
+    """The bytes of a message's tensors, as they cross without a codec (:meth:`flexp.links.coding.Coding.size`)."""
+    found = 0
+    for entry in declared(type(said)).entries:
+        value = getattr(said, entry.field)
+        values = value.values() if entry.holds == "named" else value if entry.holds == "many" else (value,)
+        for each in values:
+            if each is not None:
+                found += each.numel() * (1 if entry.tensors.flags else each.element_size())  # a flag crosses as a byte
+    return found
+
+
 @runtime_checkable
 class Link(Protocol):
     """Carries requests from one client to the server, and the answers back.
@@ -163,39 +175,6 @@ class Service(Protocol):
     def aside_listeners(self) -> list[Callable[[str, str], None]]:
         """Told the name of each client that is put aside, and why; in the thread that computes."""
         ...
-
-
-class Wrapping:
-    """A link around another one: what it does not override is the inner link's."""
-
-    def __init__(self, inner: Link) -> None:
-        self.inner = inner
-
-    @property
-    def meter(self) -> Meter:
-        return self.inner.meter
-
-    @meter.setter
-    def meter(self, meter: Meter) -> None:
-        self.inner.meter = meter
-
-    @property
-    def residuals(self) -> dict[str, Tensor]:
-        return self.inner.residuals
-
-    @residuals.setter
-    def residuals(self, residuals: dict[str, Tensor]) -> None:
-        self.inner.residuals = residuals
-
-    @property
-    def client(self) -> str:
-        return self.inner.client
-
-    def call(self, request: Request[R]) -> Future[R]:
-        return self.inner.call(request)
-
-    def close(self) -> None:
-        self.inner.close()
 
 
 def ask(link: Link, request: Request[R]) -> R:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
+from functools import cache
 from itertools import count, takewhile
 from typing import (
     Annotated,
@@ -161,13 +162,6 @@ class Declaration:
             raise LinkError(f"{self.name} cannot be read: {where}: {first['msg']}") from error
 
 
-def declared(kind: type[Any]) -> Declaration:
-    """The declaration of a type of message."""
-    if kind not in _declared:
-        _declared[kind] = _read(kind)
-    return _declared[kind]
-
-
 def tensors(said: Any) -> Iterator[tuple[str, Tensor]]:
     """Every tensor in a message, with the name of its field (and, of weights, its own)."""
     for entry in declared(type(said)).entries:
@@ -175,19 +169,9 @@ def tensors(said: Any) -> Iterator[tuple[str, Tensor]]:
             yield entry.field if entry.holds == "many" else name, value
 
 
-def size(said: Any) -> int:
-    """The bytes of a message's tensors, as they cross without a codec (:meth:`flexp.links.coding.Coding.size`)."""
-    return sum(
-        value.numel() * (1 if entry.tensors.flags else value.element_size())  # flags cross as one byte each
-        for entry in declared(type(said)).entries
-        for _, value in entry.split(getattr(said, entry.field))
-    )
-
-
-_declared: dict[type[Any], Declaration] = {}
-
-
-def _read(kind: type[Any]) -> Declaration:
+@cache
+def declared(kind: Any) -> Declaration:
+    """The declaration of a type of message."""
     hints = get_type_hints(kind, include_extras=True)
     entries, scalars = [], {}
     for item in fields(kind):

@@ -24,11 +24,12 @@ from typing import Any, TypeVar
 from urllib.parse import parse_qsl
 
 from flexp.errors import ConfigError, LinkError, LinkLostError
-from flexp.links.base import Link, Wrapping, in_place_of, waiting_thread
+from flexp.links.base import Link, in_place_of, waiting_thread
 from flexp.links.coding import Coding
 from flexp.links.declaring import Request
 from flexp.links.messages import Join
 from flexp.links.rules import dtype_of
+from flexp.links.wrapping import Wrapping
 from flexp.rng import current_turn, resting
 
 R = TypeVar("R")

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from flexp.links.base import InProcessLink, Link, Service, Wrapping
+from flexp.links.base import InProcessLink, Link, Service
+from flexp.links.wrapping import Wrapping
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from flexp.links.base import Link, ask
 from flexp.links.declaring import Request
 from flexp.links.messages import Behind, FetchReply, FetchRequest, Join, Keep, Lead, Settle, Update
 from flexp.optim import merged, norms, total
-from flexp.server.session import Gathered
+from flexp.server.kept import Gathered
 
 PREVIOUS = "chain"
 """What the server before calls itself, and whose token it has."""

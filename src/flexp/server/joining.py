@@ -23,7 +23,7 @@ from torch.nn import functional
 from flexp.models.batches import ignores_padding
 from flexp.models.stage import Stage
 from flexp.optim import laid_out
-from flexp.server.counting import counted
+from flexp.server.kept import counted
 
 MOST_TOKENS = 2048
 """Of one pass, padding included: the time for which nobody else is served is bounded by it."""

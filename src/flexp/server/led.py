@@ -5,20 +5,33 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import fields, replace
-from functools import singledispatchmethod
-from typing import Any, TypeVar
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from flexp.errors import LinkError, LinkLostError
 from flexp.links.declaring import Request
-from flexp.links.messages import BackwardRequest, Behind, Keep, Lead, PassedBackward, PassedReply, Settle, Update
+from flexp.links.messages import (
+    BackwardRequest,
+    Behind,
+    ForwardReply,
+    Keep,
+    Lead,
+    PassedBackward,
+    PassedReply,
+    Settle,
+    Update,
+)
+from flexp.links.packing import pack, unpack
 from flexp.optim import merged, norms
-from flexp.server.admission import check_backward
+from flexp.server.alignment import aligned, pupil
 from flexp.server.chain import PREVIOUS, Following
-from flexp.server.session import Pending, Session
-from flexp.server.turns import R, Steps, Turns
+from flexp.server.checks import check_backward
+from flexp.server.kept import Gathered, Pending, bytes_of
+from flexp.server.session import Session, mean
+from flexp.server.turns import R, Steps, Turns, handles
 
 Q = TypeVar("Q", BackwardRequest, PassedBackward)
 
@@ -67,7 +80,7 @@ class Led(Turns):
                 yield voided
             if session.pending.get(request.exchange) is not pending:
                 raise LinkLostError(f"client {client}: exchange {request.exchange} was given up meanwhile")
-            base_BTH = session.pupil(pending, request)
+            base_BTH = _pupil(session, pending, request)
             passed = PassedBackward(**{name: getattr(request, name) for name in names}, base_BTH=base_BTH)
             behind = yield from self._further(session, passed)
             if session.pending.get(request.exchange) is not pending:
@@ -81,12 +94,7 @@ class Led(Turns):
             session.passing += Counter()  # without those at zero
         return replace(request, grad_BTH=behind.grad_BTH), behind
 
-    @singledispatchmethod
-    def _said(self, request: Any, client: str) -> Any:
-        """The answer to what only the server before says."""
-        raise LinkError(f"client {client}: this server has no answer to {type(request).__name__}")
-
-    @_said.register
+    @handles.register
     def _passed_backward(self, request: PassedBackward, client: str) -> Steps[PassedReply]:
         """Blocks backward for the server before, which says later what becomes of the step."""
         following, session = self._followed(PREVIOUS), self._sessions[client]
@@ -94,9 +102,9 @@ class Led(Turns):
         if session.further is not None:
             request, behind = yield from self._passed(session, pending, request)
         with session.random.active():
-            return session.pass_back(request, behind, following.complete)
+            return _pass_back(session, request, behind, following.complete)
 
-    @_said.register
+    @handles.register
     def _lead(self, request: Lead, client: str) -> Steps[Behind]:
         """The server before has come, or has heard from the one before it which run it is."""
         following, session = self._followed(client, led=False), self._sessions[client]
@@ -108,7 +116,7 @@ class Led(Turns):
         following.led, following.run = True, request.run
         return self._report()
 
-    @_said.register
+    @handles.register
     def _settle(self, request: Settle, client: str) -> Steps[Behind]:
         """What becomes of a client's step."""
         following = self._followed(client)
@@ -135,7 +143,7 @@ class Led(Turns):
         told, norms_N = merged(names, own_N, behind.names, behind.norms_N)
         return replace(self._report(), names=told, norms_N=norms_N if told else None)
 
-    @_said.register
+    @handles.register
     def _update(self, request: Update, client: str) -> Steps[Behind]:
         """The norm of the update that waits for it."""
         following = self._followed(client)
@@ -147,7 +155,7 @@ class Led(Turns):
             yield further
         return self._report()
 
-    @_said.register
+    @handles.register
     def _keep_state(self, request: Keep, client: str) -> Steps[Behind]:
         following = self._followed(client)
         further = None if self.chain is None else self.chain.tell(request)
@@ -180,3 +188,55 @@ class Led(Turns):
         own = range(min(self.shared.stage.part.blocks), max(self.shared.stage.part.blocks) + 1)
         facts = {f"[{own.start}, {own.stop})": self.counts()} | behind.facts
         return Behind(self.blocks[1], "" if kept is None else kept.run, tuple(sorted(numbers)), facts=facts)
+
+
+def compared(session: Session, exchange: int, reply: ForwardReply, behind: tuple[Tensor, ...]) -> ForwardReply:
+    """The answer to a forward whose aligned blocks are here and further on, with z' of those ``behind`` as well.
+
+    Raises:
+        LinkLostError: the exchange was given up meanwhile.
+    """
+    every = (*(reply.teachers if session.align.at == "every-block" else ()), *behind)
+    if session.led:
+        return replace(reply, teachers=every)
+    pending = session.pending.get(exchange)
+    if pending is None:
+        raise LinkLostError(f"client {session.join.client}: exchange {exchange} was given up meanwhile")
+    values, pending.align_BTH = aligned(session.align, [unpack(one, pending.sent) for one in every], pending.request)
+    pending.bytes += bytes_of(*pending.align_BTH)
+    return replace(reply, align=mean(values.tolist()), teachers=())
+
+
+def _pass_back(
+    session: Session, request: PassedBackward, behind: PassedReply | None, complete: dict[tuple[str, int], Gathered]
+) -> PassedReply:
+    """The gradient at what came from another server, which judges the step: what it has gathered is then among
+    those that are ``complete``."""
+    origin = request.grad_BTH.device
+    pending, trained, task_BTH, base_BTH = session.gradients(request, behind)
+    norms_N = norms([*trained.values(), task_BTH])
+    own, own_N = (tuple(trained), norms_N[:-1]) if behind is None else merged(
+        [*trained], norms_N[:-1], behind.names, behind.norms_N
+    )  # fmt: skip
+    step = session.gathered.setdefault(request.step, Gathered())
+    step.further |= behind is not None
+    if step.take(trained, request):
+        client = session.join.client
+        complete.pop((client, request.step), None)
+        complete[client, request.step] = session.gathered.pop(request.step)
+        for old in [key for key in complete if key[0] == client][: -session.config.max_in_flight]:
+            del complete[old]  # of steps that were given up, which nobody settles
+    every, every_N = step.norms(behind) if step.arrived > 1 else ((), own_N[:0])
+    grad_BTH = pack(task_BTH, pending.sent).to(origin)
+    base_BTH = None if base_BTH is None else pack(base_BTH, pending.sent).to(origin)
+    return PassedReply(grad_BTH, base_BTH, own, own_N if own else None, every, every_N if every else None)
+
+
+def _pupil(session: Session, pending: Pending, request: BackwardRequest | PassedBackward) -> Tensor | None:
+    """What of an exchange's blocks that are taught goes on to those further on; ``None``: none are there."""
+    given = session.to_teach(pending, request)
+    if given.base_BTH is None or not session.aligned_further:
+        return None
+    with session.random.active(), session.shared.installed(pending.version):
+        made_BTH = pupil(session.shared.stage, partial(session.run, request.exchange), given, session.join.cut[0])
+    return pack(made_BTH.detach(), pending.sent).to(request.grad_BTH.device)

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flexp.errors import LinkError, LinkLostError
-from flexp.links.base import Later
-from flexp.links.declaring import Request, size
-from flexp.server.session import Session, Sessions
+from flexp.links.base import Later, size
+from flexp.links.declaring import Request
+from flexp.server.kept import Sessions
+from flexp.server.session import Session
 
 GIVEN_UP = "the step was given up while its request waited; do the step again"
 BUSY = "others took what its request has waited for, for more than {:g} s (server.exchange_seconds); do the step again"

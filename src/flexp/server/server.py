@@ -5,68 +5,46 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
-from functools import singledispatchmethod
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor
 
 from flexp.assets import resolve
 from flexp.config import LoraConfig, ModelConfig, OptimizerConfig, ServerConfig
-from flexp.errors import ConfigError, LinkError, LinkLostError
+from flexp.errors import ConfigError, LinkLostError
 from flexp.kinds import ModelKind
 from flexp.links.base import InProcessLink
 from flexp.links.messages import (
     Abort,
-    BackwardReply,
-    BackwardRequest,
     Behind,
     Done,
-    EndGeneration,
-    ExtendReply,
-    ExtendRequest,
-    FetchReply,
-    FetchRequest,
-    ForwardReply,
-    ForwardRequest,
     Join,
-    KeptForwardRequest,
     Leave,
-    PullReply,
-    PullRequest,
     Settle,
     SumReply,
     SumRequest,
     Welcome,
 )
-from flexp.links.packing import Places, arrived, on, pack
 from flexp.models.anatomy import Part, block_count, check_cut
 from flexp.models.loading import load_config, load_stage
 from flexp.models.stage import Stage
 from flexp.models.tuning import tune
 from flexp.rng import RandomStream
 from flexp.server.admission import (
-    alike,
-    check_backward,
-    check_extend,
-    check_fetch,
-    check_finite,
-    check_forward,
     check_join,
-    check_pull,
     check_taking_part,
-    same_exchange,
 )
 from flexp.server.chain import PREVIOUS
 from flexp.server.examples import Examples
+from flexp.server.extending import Extending
+from flexp.server.giving import Giving
 from flexp.server.joining import can_join
-from flexp.server.led import Led
 from flexp.server.session import Session
-from flexp.server.shared import portion
-from flexp.server.turns import Steps
+from flexp.server.turns import handles
 
 
-class Server(Led):
+class Server(Giving, Extending):
     """Runs and trains the shared blocks for all clients; each request as it arrives, one at a time.
 
     Args:
@@ -83,8 +61,6 @@ class Server(Led):
 
     Attributes:
         only: the clients that may join; ``None``: all.
-        sealed: the run is over: clients use and fetch what there is, and nobody trains. (A step that the shared blocks
-            have taken already is answered again.)
     """
 
     def __init__(
@@ -115,7 +91,6 @@ class Server(Led):
         self.only: Collection[str] | None = None
         places = dict.fromkeys(stage.places.values()) or [stage.model.device]
         self._random = RandomStream(0, *places)  # of all: seeded anew for every block that anybody runs
-        self.sealed = False
 
     @classmethod
     def from_pretrained(
@@ -177,11 +152,7 @@ class Server(Led):
         """A link for ``client`` inside this process."""
         return InProcessLink(self, client)
 
-    @singledispatchmethod
-    def _handle(self, request: Any, client: str) -> Any:
-        return self._said(request, client)
-
-    @_handle.register
+    @handles.register
     def _join(self, request: Join, client: str) -> Welcome:
         """Open a client's session, or open it anew with another cut."""
         following, leads = self.following, self._leads(client)
@@ -208,9 +179,9 @@ class Server(Led):
             own,
             self.blocks_of(client),
             self.config,
-            self._random,
-            self.clients.seed_of(client),
             progress,
+            random=self._random,
+            seed=self.clients.seed_of(client),
             peers=self._sessions,
             examples=examples,
             cut=request.cut,
@@ -224,179 +195,18 @@ class Server(Led):
         trained = shared.fingerprint if whole and fixed else ""  # of one of a chain it would be a part's
         return Welcome(self.blocks[0], anatomy.blocks, anatomy.hidden, self.config.max_in_flight, trained=trained)
 
-    @_handle.register
-    def _forward(self, request: ForwardRequest, client: str) -> Steps[ForwardReply]:
-        session = self._sessions[client]
-        known = self._known_forward(session, request)
-        if known is not None:
-            return known
-        return (yield from self._run(session, *arrived(request, f"client {client}")))
-
-    def _known_forward(self, session: Session, request: ForwardRequest) -> ForwardReply | None:
-        """What was answered to it, if it comes again and its step was applied."""
-        known = session.progress.answer(request.step, ("forward", request.exchange)) if request.train else None
-        applied = session.progress.applied(request.step)
-        return known if known is not None and applied and same_exchange(session, request, known) else None
-
-    @_handle.register
-    def _kept_forward(self, request: KeptForwardRequest, client: str) -> Steps[ForwardReply]:
-        """A forward of examples some of which are here."""
-        session = self._sessions[client]
-        whole, new = session.examples.whole(request, client)
-        reads = whole.mask_BT if whole.rows_BT is None else whole.rows_BT
-        known = session.progress.answer(request.step, ("forward", request.exchange))
-        if known is not None and session.progress.applied(request.step):
-            assert reads is not None
-            if known.hidden_BTH.shape[1] == int(reads.sum()):
-                return cast(ForwardReply, replace(known, kept=self._keep(session, new)))
-        assert whole.mask_BT is not None
-        reply = yield from self._run(session, whole, Places.of(whole.mask_BT))
-        return replace(reply, kept=self._keep(session, new))
-
-    def _keep(self, session: Session, new: dict[int, Tensor]) -> bool:
-        held = sum(other.examples.bytes for other in self._sessions.values())
-        return session.examples.keep(new, self.config.max_examples_bytes - held)
-
-    def _run(self, session: Session, request: ForwardRequest, sent: Places | None) -> Steps[ForwardReply]:
-        """A forward with whole activations, of which ``sent`` crossed."""
-        self._check(session, request, self._sessions.in_flight)
-        with session.random.active():
-            reply = session.forward(request, sent)
-        if request.train and self.config.joined:
-            self._together.drew(session.drew)
-        if session.further is not None:
-            base_BTH = reply.teachers[-1] if reply.teachers and session.aligned_further else None
-            passed = replace(request, hidden_BTH=reply.hidden_BTH, base_BTH=base_BTH, inner_BTH=())
-            there = yield from self._further(session, passed)
-            reply = replace(reply, hidden_BTH=there.hidden_BTH)
-            if base_BTH is not None:
-                reply = session.compare(request.exchange, reply, there.teachers)
-        if request.train:  # else it can be computed again at any time
-            self._remember(session, request.step, ("forward", request.exchange), reply)
-        return reply
-
-    def _check(self, session: Session, request: ForwardRequest, in_flight: int) -> None:
-        client, applied = session.join.client, session.progress.applied(request.step)
-        trains = request.train or request.step > 0
-        self._drop_late()
-        check_forward(session, request, self.shared.stage, in_flight)
-        if trains and self.sealed and not applied:
-            raise LinkError(f"client {client}: the run is over, and this server trains no more")
-        if trains and self.following is None:  # without training nothing but its own answer comes of it
-            check_finite(client, f"an activation of exchange {request.exchange}", _activations(request))
-
-    @_handle.register
-    def _backward(self, request: BackwardRequest, client: str) -> Steps[BackwardReply]:
-        """Blocks [s, e) backward, and the update that follows."""
-        session, key = self._sessions[client], ("backward", request.exchange)
-        known = session.progress.answer(request.step, key)
-        complete = request.exchange not in session.pending
-        answered = session.progress.answer(request.step, ("forward", request.exchange))
-        fits = known is not None and answered is not None and alike(request.grad_BTH, answered.hidden_BTH)
-        if fits and complete:
-            return cast(BackwardReply, known)
-        if self.following is not None:
-            raise LinkError(f"client {client}: this server trains as the server before says")
-        pending, behind = check_backward(session, request), None
-        if session.further is not None:
-            request, behind = yield from self._passed(session, pending, request)
-        with session.random.active():
-            reply = session.backward(request, behind)
-        self._remember(session, request.step, key, reply)
-        if session.settled is not None:
-            yield session.settled
-        return reply
-
-    @_handle.register
-    def _pull(self, request: PullRequest, client: str) -> Steps[PullReply]:
-        session, key = self._sessions[client], ("pull", request.start << 16 | request.stop)
-        check_pull(session, request, self.blocks[0])
-        known = session.progress.answer(request.step, key)
-        if known is None and request.first and session.pulled is not None and session.pulled[0] == (request.step, key):
-            known = session.pulled[1]  # all portions are of one version, also where no answers are remembered
-        if known is None:
-            wanted = range(request.start, request.stop)
-            parameters = session.shared.updater.parameters.items()
-            block_of = self.shared.stage.block_of
-            found = {name: value.detach().clone() for name, value in parameters if block_of(name) in wanted}
-            if self.chain is not None and request.stop > self.chain.first:
-                found |= yield from self._weights_further(range(max(request.start, self.chain.first), request.stop))
-                self._still(session)
-            known = PullReply(len(found), weights=found)  # all of them: the rest is asked for later, and some again
-            self._remember(session, request.step, key, known)
-        same, weights = portion(known.weights, request, session.coded)
-        left = known.total - request.first - len(weights) - len(same)
-        session.pulled = ((request.step, key), known) if left > 0 else None
-        return PullReply(known.total, same, weights)
-
-    @_handle.register
-    def _fetch(self, request: FetchRequest, client: str) -> Steps[FetchReply]:
-        """The trained shared weights of one block, as they are between two updates."""
-        session = self._sessions[client]
-        check_fetch(session, request, self.blocks, self.allow_export or self._leads(client))
-        if self.chain is not None and request.block >= self.chain.first:
-            version = self.shared.version  # theirs may count otherwise; updates come in the order of what is asked
-            reply: FetchReply = yield self.chain.control.call(request)
-            return replace(reply, version=version)
-        return session.shared.give(request, session.coded)
-
-    def _weights_further(self, blocks: range) -> Steps[dict[str, Tensor]]:
-        """The trained weights of blocks further on, as they are now: updates come in the order of what is asked. (Of a
-        block that needs several answers the later ones may have later updates.)"""
-        assert self.chain is not None
-        found = dict[str, Tensor]()
-        asked = [(block, self.chain.weights(block, 0)) for block in blocks]
-        for block, answer in asked:
-            reply, count = (yield answer), 0
-            while True:
-                found |= reply.weights
-                count += len(reply.weights)
-                if count >= reply.total:
-                    break
-                if not reply.weights:
-                    raise LinkError(f"the next server gives {count} of {reply.total} weights of block {block}")
-                reply = yield self.chain.weights(block, count)
-        return found
-
-    @_handle.register
+    @handles.register
     def _sum(self, request: SumRequest, client: str) -> Future[SumReply]:
         """Clients' tensors, added up when all have come."""
         self._sessions[client]  # it has joined
         return self.sums.give(client, request)
 
-    @_handle.register
-    def _extend(self, request: ExtendRequest, client: str) -> Steps[ExtendReply]:
-        """Blocks [s, e) on the next tokens of an answer, whose cache is kept here."""
-        session = self._sessions[client]
-        request, sent = arrived(request, f"client {client}")
-        for other in self._sessions.values():
-            other.generations.drop_unused(self.config.generation_seconds)
-        stage, origin = self.shared.stage, request.hidden_BTH.device
-        check_extend(session, request, stage, self._sessions.values())
-        hidden_BTH = session.generations.extend(on(request, stage.model.device), stage, session.join.cut)
-        reply = ExtendReply(pack(hidden_BTH, sent).to(origin))
-        if session.further is not None:
-            try:
-                reply = yield session.further.call(replace(request, hidden_BTH=reply.hidden_BTH))
-            except LinkError:
-                session.generations.end(request.generation)  # whoever asks again sends all of it
-                raise
-        return reply
-
-    @_handle.register
-    def _end_generation(self, request: EndGeneration, client: str) -> Done:
-        session = self._sessions[client]
-        session.generations.end(request.generation)
-        if session.further is not None:
-            session.further.call(request)
-        return Done()
-
-    @_handle.register
+    @handles.register
     def _abort(self, _: Abort, client: str) -> Done:
         self._sessions[client].drop()
         return Done()
 
-    @_handle.register
+    @handles.register
     def _leave(self, _: Leave, client: str) -> Done:
         self._forget(client)
         if self.conductor is not None:
@@ -419,7 +229,3 @@ class Server(Led):
             self.shared.flush(None if chain is None else whole)
         for answer in told:
             answer.result()
-
-
-def _activations(request: ForwardRequest) -> list[Tensor]:
-    return [value for value in (request.hidden_BTH, request.base_BTH, *request.inner_BTH) if value is not None]

@@ -7,8 +7,6 @@ it got the first time and is never applied twice (:class:`flexp.server.clients.P
 from __future__ import annotations
 
 import math
-import time
-from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
@@ -18,17 +16,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from flexp.config import AlignConfig, ServerConfig
-from flexp.errors import BadValuesError, LinkError, LinkLostError
-from flexp.links.base import Link
+from flexp.config import AlignConfig
+from flexp.errors import BadValuesError
 from flexp.links.messages import (
-    Abort,
     BackwardReply,
     BackwardRequest,
     Behind,
     ForwardReply,
     ForwardRequest,
-    Join,
     PassedBackward,
     PassedReply,
     PullReply,
@@ -38,135 +33,32 @@ from flexp.links.packing import Places, on, pack, unpack
 from flexp.models.execution import ExecutionPlan
 from flexp.optim import laid_out, merged, norms, total
 from flexp.rng import BlockDraws, RandomStream
-from flexp.server.alignment import aligned, combine, pupil, taught, teachers
-from flexp.server.clients import Progress
-from flexp.server.counting import bytes_of, counted
+from flexp.server.alignment import aligned, combine, taught, teachers
 from flexp.server.examples import Examples
 from flexp.server.generations import Generations
 from flexp.server.joining import Member, Pass
-from flexp.server.shared import SharedBlocks
+from flexp.server.kept import Gathered, InFlight, Pending, bytes_of, counted, size_kept
 
 if TYPE_CHECKING:
     from flexp.server.chain import Chain
 
 
-@dataclass
-class Pending:
-    """A forward whose backward has not come yet.
-
-    ``output_BTH`` holds the graph; with memory = "recompute", or where the graph has no room, it is ``None`` and the
-    input and the mask are kept instead. ``bytes`` are all of it, ``since`` in seconds of the monotonic clock. ``sent``
-    are the tokens that crossed of z, ``reads`` those of h; ``None``: all.
-    """
-
-    request: ForwardRequest  # on the blocks' device
-    version: int
-    input_BTH: Tensor
-    output_BTH: Tensor | None
-    align_BTH: list[Tensor]
-    bytes: int = 0
-    since: float = field(default_factory=time.monotonic)
-    sent: Places | None = None
-    reads: Places | None = None
-    joint: Pass | None = None  # the pass of several clients that it was part of, with their graph
-
-
-@dataclass
-class Gathered:
-    """A client's step of which some exchanges have arrived: the sum of their gradients, and of their items.
-
-    ``exchanges``: that it has, as far as its client has said. ``further``: the servers further on have a part of it.
-    """
-
-    exchanges: int = 0
-    further: bool = False
-    arrived: int = 0
-    gradients: dict[str, Tensor] = field(default_factory=dict)
-    weight: float = 0.0
-
-    @property
-    def bytes(self) -> int:
-        return bytes_of(*self.gradients.values())
-
-    def norms(self, behind: PassedReply | None) -> tuple[tuple[str, ...], Tensor]:
-        """Of its gradients by their names, with those that the servers further on have of it."""
-        names = sorted(self.gradients)
-        own_N = norms([self.gradients[name] for name in names]) if names else torch.zeros(0)
-        further = behind or PassedReply(own_N)
-        return merged(names, own_N, further.all_names, further.all_N)
-
-    def take(self, gradients: dict[str, Tensor], request: BackwardRequest | PassedBackward) -> bool:
-        """Add an exchange's gradients; gives whether the step is complete."""
-        for name, value in gradients.items():
-            self.gradients[name] = self.gradients[name] + value if name in self.gradients else value
-        self.weight += request.weight
-        self.arrived += 1
-        self.exchanges = request.exchanges
-        return self.arrived == self.exchanges
-
-
-@dataclass
-class Session:
+@dataclass(kw_only=True)
+class Session(InFlight):
     """What the server knows of one client. ``random`` is active while it computes, and seeded anew for every block."""
 
-    join: Join
-    shared: SharedBlocks
-    config: ServerConfig
     random: RandomStream
     seed: int
-    progress: Progress
-    pending: dict[int, Pending] = field(default_factory=dict)
-    gathered: dict[int, Gathered] = field(default_factory=dict)
     generations: Generations = field(default_factory=Generations)
-    peers: Mapping[str, Session] = field(default_factory=dict)  # all sessions, this one among them
     graph_rate: float = 0.0  # bytes of the last graph for each number that came: what has no room is not made at all
-    late: dict[int, float] = field(default_factory=dict)  # exchanges given up, since no backward came; since when
-    drops: int = 0  # how often what is in flight was given up
     thread: int | None = None  # that waits for its answers, if it is in this process
     examples: Examples = field(default_factory=Examples)
     cut: tuple[int, int] = (0, 0)  # the client's; ``join`` has what of it is here
-    chain: Chain | None = None  # the servers further on, if there are any,
-    further: Link | None = None  # and the client's link to them, if its cut needs them
+    chain: Chain | None = None  # the servers further on, if there are any
     led: bool = False  # by the server before: the first has what the client sent, and compares it
-    passing: Counter[int] = field(default_factory=Counter)  # by step, exchanges whose backward is with them
     settled: Future[Behind] | None = None  # what they say of the last step
     pulled: tuple[Any, PullReply] | None = None  # what a pull in portions is of, and all of it
     drew: bool = False  # whether a block has drawn random numbers, where requests may be joined
-    lined: int = 0  # bytes of its requests that are in line
-
-    @property
-    def kept_bytes(self) -> int:
-        """What it holds until backwards come: activations with their graphs, the gradients of unfinished steps, and
-        what waits in line."""
-        kept = sum(one.bytes for one in self.pending.values()) + sum(one.bytes for one in self.gathered.values())
-        return kept + self.lined
-
-    @property
-    def share_bytes(self) -> int:
-        """Of ``server.max_kept_bytes``, what is this client's in any case."""
-        return self.config.max_kept_bytes // max(2, len(self.peers))
-
-    def has_room(self, size: int, *, graph: bool) -> bool:
-        """Whether so many more bytes may be kept.
-
-        Args:
-            graph: they are a graph's, which could be made again: it must be within this client's share, and within what
-                all may keep. Inputs may be either.
-        """
-        own = self.kept_bytes + size <= self.share_bytes
-        both = sum(one.kept_bytes for one in self.peers.values()) + size <= self.config.max_kept_bytes
-        return own and both if graph else own or both
-
-    def may_begin(self, in_flight: int) -> bool:
-        """Whether it may be the next, after so many forwards of all clients in flight: there is room for one more, and
-        for the version of the weights that it would hold. Who holds something goes on, or all could wait for each
-        other; so ``max_in_flight_total`` is where nobody else begins."""
-        return bool(self.pending) or (in_flight < self.config.max_in_flight_total and self.shared.has_room)
-
-    @property
-    def patience(self) -> float:
-        """Seconds that it may hold what others wait for."""
-        return min(self.config.exchange_seconds, max(self.config.hold_seconds, 2 * self.progress.slow))
 
     @property
     def align(self) -> AlignConfig:
@@ -181,11 +73,6 @@ class Session:
     def aligned_further(self) -> bool:
         """Whether some of its aligned blocks are further on."""
         return self.cut[0] > self.join.cut[0]
-
-    @property
-    def busy(self) -> bool:
-        """Whether a step is under way."""
-        return bool(self.pending or self.gathered)
 
     def forward(self, request: ForwardRequest, sent: Places | None = None) -> ForwardReply:
         """Run blocks [s, e); keep what the backward will need, with the weights that it belongs to.
@@ -222,7 +109,7 @@ class Session:
         teachers_BTH: list[Tensor] = []
         with self.shared.installed(version):
             with torch.enable_grad(), counted(stage.model, keep=keep_graph) as graph:
-                h_BTH = self._run(request.exchange, z_BTH, plan, start, stop)
+                h_BTH = self.run(request.exchange, z_BTH, plan, start, stop)
             if request.base_BTH is not None and self.align.has_term:
                 teachers_BTH = teachers(self.align, stage, request, start)
         if teachers_BTH and not (self.led or self.aligned_further):
@@ -247,24 +134,10 @@ class Session:
             reads=reads,
         )
         answer = pack(h_BTH.detach(), down).to(origin)  # before the term, for which nothing need be waited for then
-        passed = tuple(pack(value, sent).to(origin) for value in teachers_BTH)
-        return ForwardReply(answer, None if values is None else _mean(values.tolist()), teachers=passed)
-
-    def compare(self, exchange: int, reply: ForwardReply, behind: tuple[Tensor, ...]) -> ForwardReply:
-        """The answer to a forward whose aligned blocks are here and further on, with z' of those ``behind`` as well.
-
-        Raises:
-            LinkLostError: the exchange was given up meanwhile.
-        """
-        every = (*(reply.teachers if self.align.at == "every-block" else ()), *behind)
-        if self.led:
-            return replace(reply, teachers=every)
-        pending = self.pending.get(exchange)
-        if pending is None:
-            raise LinkLostError(f"client {self.join.client}: exchange {exchange} was given up meanwhile")
-        values, pending.align_BTH = aligned(self.align, [unpack(one, pending.sent) for one in every], pending.request)
-        pending.bytes += bytes_of(*pending.align_BTH)
-        return replace(reply, align=_mean(values.tolist()), teachers=())
+        align = None if values is None else mean(values.tolist())
+        if not teachers_BTH:
+            return ForwardReply(answer, align)
+        return ForwardReply(answer, align, teachers=tuple(pack(value, sent).to(origin) for value in teachers_BTH))
 
     def backward(self, request: BackwardRequest, behind: PassedReply | None = None) -> BackwardReply:
         """The gradient at z, from the very weights of the forward; then train the shared blocks.
@@ -272,50 +145,17 @@ class Session:
         Args:
             behind: what the servers further on gave for it; ``request`` has their gradient.
         """
-        pending, trained, task_BTH, _ = self._gradients(request, behind)
+        pending, trained, task_BTH, _ = self.gradients(request, behind)
         return self.settle(pending, request, task_BTH, trained, behind)
 
-    def pass_back(
-        self, request: PassedBackward, behind: PassedReply | None, complete: dict[tuple[str, int], Gathered]
-    ) -> PassedReply:
-        """The gradient at what came from another server, which judges the step: what it has gathered is then among
-        those that are ``complete``."""
-        origin = request.grad_BTH.device
-        pending, trained, task_BTH, base_BTH = self._gradients(request, behind)
-        norms_N = norms([*trained.values(), task_BTH])
-        own, own_N = (tuple(trained), norms_N[:-1]) if behind is None else merged(
-            [*trained], norms_N[:-1], behind.names, behind.norms_N
-        )  # fmt: skip
-        step = self.gathered.setdefault(request.step, Gathered())
-        step.further |= behind is not None
-        if step.take(trained, request):
-            client = self.join.client
-            complete.pop((client, request.step), None)
-            complete[client, request.step] = self.gathered.pop(request.step)
-            for old in [key for key in complete if key[0] == client][: -self.config.max_in_flight]:
-                del complete[old]  # of steps that were given up, which nobody settles
-        every, every_N = step.norms(behind) if step.arrived > 1 else ((), own_N[:0])
-        grad_BTH = pack(task_BTH, pending.sent).to(origin)
-        base_BTH = None if base_BTH is None else pack(base_BTH, pending.sent).to(origin)
-        return PassedReply(grad_BTH, base_BTH, own, own_N if own else None, every, every_N if every else None)
-
-    def pupil(self, pending: Pending, request: BackwardRequest | PassedBackward) -> Tensor | None:
-        """What of an exchange's blocks that are taught goes on to those further on; ``None``: none are there."""
-        given = self._to_teach(pending, request)
-        if given.base_BTH is None or not self.aligned_further:
-            return None
-        with self.random.active(), self.shared.installed(pending.version):
-            made_BTH = pupil(self.shared.stage, partial(self._run, request.exchange), given, self.join.cut[0])
-        return pack(made_BTH.detach(), pending.sent).to(request.grad_BTH.device)
-
-    def _to_teach(self, pending: Pending, request: BackwardRequest | PassedBackward) -> ForwardRequest:
+    def to_teach(self, pending: Pending, request: BackwardRequest | PassedBackward) -> ForwardRequest:
         """The forward with what the blocks that are taught run on, if any are."""
         base_BTH = pending.request.base_BTH if self.align.teach else None
         if isinstance(request, PassedBackward) and request.base_BTH is not None:
             base_BTH = unpack(request.base_BTH.to(pending.input_BTH.device), pending.sent).requires_grad_()
         return replace(pending.request, base_BTH=base_BTH)
 
-    def _gradients(
+    def gradients(
         self, request: BackwardRequest | PassedBackward, behind: PassedReply | None
     ) -> tuple[Pending, dict[str, Tensor], Tensor, Tensor | None]:
         """Of an exchange in flight: the gradients of what is trained, in the order of its names, that at z, and that at
@@ -323,7 +163,7 @@ class Session:
         pending = self.pending.pop(request.exchange)
         self.progress.held(pending.since)
         own: dict[str, Tensor] = {}
-        given, base_BTH = self._to_teach(pending, request), None
+        given, base_BTH = self.to_teach(pending, request), None
         try:
             parameters = self.shared.parameters_of(pending.version)
             with self.shared.installed(pending.version):
@@ -338,7 +178,7 @@ class Session:
                 )
                 task_BTH = gradients[0]
                 if given.base_BTH is not None:
-                    run = partial(self._run, request.exchange)
+                    run = partial(self.run, request.exchange)
                     there = behind.base_BTH if behind is not None and self.aligned_further else None
                     goal_BTH = task_BTH if there is None else unpack(there, pending.sent)
                     own, base_BTH = taught(self.shared.stage, run, given, self.join.cut[0], parameters, goal_BTH)
@@ -350,7 +190,7 @@ class Session:
 
     def version_now(self) -> int:
         """The version of the weights that a forward runs with."""
-        return self.shared.version_for(one.version for one in self.pending.values())
+        return self.shared.version_for([one.version for one in self.pending.values()])
 
     def member(self, request: ForwardRequest, version: int) -> Member:
         """This client's part of a pass of several clients' exchanges, with the weights of a version."""
@@ -390,13 +230,6 @@ class Session:
         if not request.train:
             self.progress.apply(request.step)
 
-    def take(self, exchange: int) -> Pending:
-        """An exchange whose gradients are here; its weights are let go of."""
-        pending = self.pending.pop(exchange)
-        self.progress.held(pending.since)
-        self.shared.release(pending.version)
-        return pending
-
     def settle(
         self,
         pending: Pending,
@@ -410,12 +243,14 @@ class Session:
         if behind is not None:
             _, own_N = merged([*trained], norms_N[:-1], behind.names, behind.norms_N)
             norms_N = torch.cat([own_N, norms_N[-1:]])
+        norm: float | None
+        all_of_it, norm = total(norms_N), total(norms_N[:-1])
         reply = self._reply(pending, request, task_BTH, request.grad_BTH.device)
-        self._refuse_nan(request, total(norms_N))
+        self._refuse_nan(request, all_of_it)
         step = self.gathered.setdefault(request.step, Gathered())
         if step.take(trained, request):
             del self.gathered[request.step]
-            norm = None if len(norms_N) == 1 else total(norms_N[:-1])
+            norm = None if len(norms_N) == 1 else norm
             if step.arrived > 1:  # of several exchanges it is another one
                 names, all_N = step.norms(behind)
                 norm = total(all_N) if names else None
@@ -464,29 +299,6 @@ class Session:
             tuple(pack(value.to(task_BTH.dtype), pending.sent).to(origin) for value in inner),
         )
 
-    def drop(self) -> None:
-        """Forget what is in flight, and every unfinished step."""
-        self.progress.give_up(self.progress.unapplied())
-        for pending in self.pending.values():
-            self.shared.release(pending.version)
-        self.drops += 1
-        self.pending.clear()
-        self.gathered.clear()
-        if self.further is not None:
-            self.further.call(Abort())
-
-    def drop_late(self, seconds: float) -> None:
-        """Give up everything that is in flight if a backward has not come in so long."""
-        if self.is_late(seconds):
-            oldest = time.monotonic() - seconds
-            self.late = {number: pending.since for number, pending in self.pending.items() if pending.since < oldest}
-            self.drop()
-
-    def is_late(self, seconds: float) -> bool:
-        """Whether a backward has not come in so long, here or to the servers further on."""
-        oldest = time.monotonic() - seconds
-        return any(one.since < oldest and not self.passing[one.request.step] for one in self.pending.values())
-
     def _graph(self, pending: Pending) -> tuple[Tensor, Tensor]:
         if pending.output_BTH is not None:
             return pending.input_BTH, pending.output_BTH
@@ -494,9 +306,9 @@ class Session:
         plan = stage.plan_without_inputs(request.hidden_BTH, request.mask_BT, request.positions_BT)
         stage.model.train(True)
         z_BTH = pending.input_BTH.requires_grad_()
-        return z_BTH, self._run(request.exchange, z_BTH, plan, *self.join.cut)
+        return z_BTH, self.run(request.exchange, z_BTH, plan, *self.join.cut)
 
-    def _run(self, exchange: int, hidden_BTH: Tensor, plan: ExecutionPlan, start: int, stop: int) -> Tensor:
+    def run(self, exchange: int, hidden_BTH: Tensor, plan: ExecutionPlan, start: int, stop: int) -> Tensor:
         """Run blocks [start, stop), training."""
         draws = BlockDraws(self.seed, exchange, watched=self.config.joined)
         hidden_BTH = self.shared.stage.run(hidden_BTH, plan, start, stop, draws)
@@ -524,43 +336,6 @@ class Session:
             self.chain.void(self.join.client, step)
 
 
-def size_kept(request: ForwardRequest) -> int:
-    """The bytes that a forward keeps in any case."""
-    given = (request.hidden_BTH, request.mask_BT, request.positions_BT, request.base_BTH, *request.inner_BTH)
-    return bytes_of(*given)
-
-
-class Sessions(dict[str, Session]):
-    """By name. Who asks for one that is not there is told that the client has not joined.
-
-    Raises:
-        LinkError: from ``sessions[client]``, see above.
-    """
-
-    def __missing__(self, client: str) -> Session:
-        raise LinkError(f"client {client} has not joined: Join comes first")
-
-    @property
-    def in_flight(self) -> int:
-        """Forwards of all clients whose backward has not come yet."""
-        return sum(len(session.pending) for session in self.values())
-
-    def end(self, client: str) -> None:
-        """Close a client's session, if it has one, and drop what it has in flight."""
-        session = self.pop(client, None)
-        if session is not None:
-            session.drop()
-
-    def refuse_busy(self, what: str) -> None:
-        """Refuse to have the server ``what`` (saved, restored, frozen) in the middle of a step.
-
-        Raises:
-            LinkError: a client has begun a step and not ended it.
-        """
-        busy = [name for name, session in self.items() if session.busy]
-        if busy:
-            raise LinkError(f"the server cannot be {what} in the middle of a step of {', '.join(busy)}")
-
-
-def _mean(values: list[float]) -> float:
+def mean(values: list[float]) -> float:
+    """Of an alignment's terms."""
     return sum(values) / len(values)

@@ -8,29 +8,23 @@ on with copies of them (weight stashing). Nothing is copied when nothing is in f
 from __future__ import annotations
 
 import hashlib
-import statistics
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from flexp.config import GuardConfig, OptimizerConfig, ServerConfig
-from flexp.errors import BadValuesError, StorageError
-from flexp.links.codecs import codec_of
-from flexp.links.frames import MOST_FIELDS
-from flexp.links.messages import FetchReply, FetchRequest, PullRequest
+from flexp.config import OptimizerConfig, ServerConfig
+from flexp.errors import StorageError
 from flexp.models.fingerprint import tensor_fingerprint
 from flexp.models.stage import Stage
 from flexp.optim import Updater
+from flexp.server.checks import Bounds
 from flexp.server.rules import Covered, Mean, Past, Quota, Trimmed
 
 CPU = torch.device("cpu")
 Whole = Callable[[Mapping[str, Tensor]], float]
-
-MOST_BYTES = 64 << 20
-"""Bytes of weights in an answer, whatever is asked for; but for a tensor that is larger."""
 
 
 class SharedBlocks:
@@ -215,15 +209,6 @@ class SharedBlocks:
             self.apply(due, None, whole)
         return due is not None
 
-    def give(self, request: FetchRequest, coded: str = "off") -> FetchReply:
-        """Copies of a block's trained tensors: :func:`portion`.
-
-        What was not trained (the base weights under LoRA, frozen blocks) is not sent: the client has it.
-        """
-        block_of = self.stage.block_of
-        trained = {name: value for name, value in self.updater.parameters.items() if block_of(name) == request.block}
-        return FetchReply(self.version, len(trained), *portion(trained, request, coded))
-
     @property
     def fingerprint(self) -> str:
         """A hash of the trained weights: 32 hexadecimal digits."""
@@ -316,103 +301,3 @@ def _rule(config: ServerConfig) -> Mean | Trimmed:
         assert isinstance(config.guard.clip, float)
         return Covered(config.noise, config.guard.clip)
     return Trimmed(config.trim) if config.update == "trimmed" else Mean()
-
-
-def portion(
-    trained: Mapping[str, Tensor], request: FetchRequest | PullRequest, coded: str = "off"
-) -> tuple[tuple[str, ...], dict[str, Tensor]]:
-    """Of tensors, in the order of their names, from the first that is asked for on: which of them the client has, and
-    copies of the others until ``request.most`` bytes, or :data:`MOST_BYTES`, are full.
-
-    A tensor that is larger than that comes alone, so that every answer brings the client further.
-
-    Args:
-        coded: the codec in which weights cross: whoever has what it makes of a tensor has the tensor.
-    """
-    chosen: dict[str, Tensor] = {}
-    same: list[str] = []
-    size = 0
-    for name, value in sorted(trained.items())[request.first :]:
-        if name in request.known and request.known[name] in _fingerprints(value, coded):
-            same.append(name)
-            continue
-        size += value.numel() * value.element_size()
-        if chosen and (size > min(request.most, MOST_BYTES) or len(chosen) == MOST_FIELDS):
-            break
-        chosen[name] = value.detach().clone()
-    return tuple(same), chosen
-
-
-def _fingerprints(value: Tensor, coded: str) -> Iterator[str]:
-    yield tensor_fingerprint(value)
-    if coded != "off":
-        codec = codec_of(coded, value.dtype)
-        yield tensor_fingerprint(codec.decode(codec.encode(value), value.shape[-1], value.dtype))
-
-
-SMALL = 1.0
-"""A median below this counts as this: where training has converged, an ordinary gradient is many times the median."""
-OWN = 16
-"""Norms of each client that ``clip = "median"`` looks at: a client has one vote, however many steps it does."""
-
-
-class Bounds:
-    """Judges gradients by their global norm, and remembers the norms that it accepted."""
-
-    def __init__(self, config: GuardConfig | None = None) -> None:
-        self.config = config or GuardConfig()
-        self._norms: deque[float] = deque(maxlen=self.config.median_over)
-        self._own: dict[str, deque[float]] = {}  # the last of each client's, for clip = "median"
-
-    @property
-    def most(self) -> float | None:
-        """The largest norm that is accepted now; ``None``: any that is finite."""
-        limits = [] if self.config.max_norm is None else [self.config.max_norm]
-        if self.config.explode is not None and len(self._norms) >= min(self.config.settle, self.config.median_over):
-            limits.append(self.config.explode * max(SMALL, statistics.median(self._norms)))
-        return min(limits, default=None)
-
-    def judge(self, client: str, step: int, norm: float) -> float | None:
-        """What a whole step's gradient of this norm is to be scaled by before it reaches the shared weights; ``None``:
-        nothing.
-
-        Raises:
-            BadValuesError: the norm is not finite, or beyond a bound.
-        """
-        most = self.most
-        if not norm < float("inf"):
-            raise BadValuesError(f"client {client}: the gradient of step {step} is not finite")
-        if most is not None and norm > most:
-            raise BadValuesError(
-                f"client {client}: the gradient of step {step} has the norm {norm:.3g}, the server takes at most "
-                f"{most:.3g} ({self._why(most)}), so the shared blocks were not updated; lower train.personal.lr"
-            )
-        clip = self._clip(client)
-        self._norms.append(norm)
-        if self.config.clip == "median":
-            self._own.setdefault(client, deque(maxlen=OWN)).append(norm)
-        return None if clip is None or norm <= clip else clip / norm
-
-    def state(self) -> dict[str, Tensor]:
-        """The norms accepted last; nothing before the first."""
-        own = {f"norms/{name}": torch.tensor(list(norms), dtype=torch.float64) for name, norms in self._own.items()}
-        return own | ({"norms": torch.tensor(list(self._norms), dtype=torch.float64)} if self._norms else {})
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from :meth:`state`."""
-        self._norms.clear()
-        self._norms.extend(float(value) for value in state.get("norms", ()))
-        found = {key.removeprefix("norms/"): value for key, value in state.items() if key.startswith("norms/")}
-        self._own = {name: deque(map(float, value), maxlen=OWN) for name, value in found.items()}
-
-    def _clip(self, client: str) -> float | None:
-        """What a larger norm of this client is scaled down to."""
-        if self.config.clip != "median":
-            return self.config.clip
-        others = [statistics.median(norms) for name, norms in self._own.items() if name != client]
-        return statistics.median(others) if others else None
-
-    def _why(self, most: float) -> str:
-        if most == self.config.max_norm:
-            return "server.guard.max_norm"
-        return f"server.guard.explode = {self.config.explode:g} times the median of the last {len(self._norms)}"

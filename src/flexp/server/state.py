@@ -14,7 +14,7 @@ from flexp.config import OptimizerConfig, ServerConfig
 from flexp.models.stage import Stage
 from flexp.server.chain import Chain, Following
 from flexp.server.clients import ClientRegistry, Guard
-from flexp.server.session import Sessions
+from flexp.server.kept import Sessions
 from flexp.server.shared import SharedBlocks
 from flexp.server.sums import SumTable
 

@@ -13,10 +13,10 @@ import torch
 from flexp.links.messages import BackwardReply, BackwardRequest, ForwardReply, ForwardRequest
 from flexp.links.packing import Places, on, unpack
 from flexp.models.stage import Stage
-from flexp.server.counting import bytes_of
 from flexp.server.joining import Pace, Pass, fits
+from flexp.server.kept import Sessions, bytes_of
 from flexp.server.line import Waiting
-from flexp.server.session import Session, Sessions
+from flexp.server.session import Session
 
 log = logging.getLogger("flexp.server")
 

@@ -8,19 +8,16 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, nullcontext
-from functools import partial
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial, singledispatchmethod
 from typing import Any, Protocol, TypeVar, cast
-
-import torch
 
 from flexp.config import ServerConfig
 from flexp.errors import LinkError, LinkLostError, StoppedError
-from flexp.links.base import waiting_thread
-from flexp.links.declaring import Request, size
+from flexp.links.base import size
+from flexp.links.declaring import Request
 from flexp.links.messages import (
     BackwardRequest,
-    Done,
     ForwardReply,
     ForwardRequest,
     KeptForwardRequest,
@@ -29,7 +26,7 @@ from flexp.links.messages import (
 )
 from flexp.links.packing import Places, arrived
 from flexp.models.stage import Stage
-from flexp.server.admission import check_backward
+from flexp.server.checks import check_backward
 from flexp.server.clients import Key
 from flexp.server.line import Line, Waiting
 from flexp.server.session import Session
@@ -60,6 +57,14 @@ class Conductor(Protocol):
         ...
 
 
+def _unknown(self: Turns, request: Any, client: str) -> Any:
+    raise LinkError(f"client {client}: this server has no answer to {type(request).__name__}")
+
+
+handles = singledispatchmethod(_unknown)
+"""By its type, a request's handler: a method of any of the classes that make up a server."""
+
+
 class Turns(ServerState, ABC):
     """Requests as they arrive, one at a time; a subclass says what answers each.
 
@@ -78,30 +83,6 @@ class Turns(ServerState, ABC):
         self.conductor: Conductor | None = None
         self.stops = False
         self.submit: Callable[[Callable[[], None]], object] = lambda work: work()
-
-    def answer(self, client: str, request: Request[R]) -> R | Future[R]:
-        """Answer a request of a client; all but :class:`Join` and :class:`Leave` need it to have joined.
-
-        Raises:
-            LinkError: the request does not go with this server, with what was agreed on joining, or with what is in
-                flight; it has no effect then.
-        """
-        if self.stops and not issubclass(request.reply, Done):
-            raise StoppedError(STOPS)
-        if isinstance(request, Ready):
-            return cast("Future[R]", self._next_order(client, request))
-        with self._lock:
-            if self._must_wait(client, request):
-                self._check_line(client, request)
-                answer = self._line.add(client, request)
-                if any(session.is_late(session.patience) for session in self._sessions.values()):
-                    self.submit(self._look_after_line)  # after what has come already, which may be what is missing
-                return answer
-            try:
-                return cast(R, self._now(client, request))
-            finally:
-                if self._line.waiting and waiting_thread() is not None:  # a link calls work() itself
-                    self._work_off()
 
     @property
     def busy(self) -> bool:
@@ -134,41 +115,25 @@ class Turns(ServerState, ABC):
             self._together.pace.note(kind, joined, tokens, (time.perf_counter() - began) / len(group))
             return 0.0
 
+    def _line_up(self, client: str, request: Request[R]) -> Future[R]:
+        """Answer a request later."""
+        self._check_line(client, request)
+        answer = self._line.add(client, request)
+        if any(session.is_late(session.patience) for session in self._sessions.values()):
+            self.submit(self._look_after_line)  # after what has come already, which may be what is missing
+        return answer
+
+    def _held_up(self) -> bool:
+        """Whether somebody in line waits for what others hold."""
+        in_flight, begin = self._sessions.in_flight, (ForwardRequest, KeptForwardRequest)
+        return any(
+            isinstance(one.request, begin) and one.request.train and not one.session.may_begin(in_flight)
+            for one in self._line.firsts()
+        )
+
     def _work_off(self) -> None:
         while self.work() == 0.0:
             pass
-
-    def _finished(self, client: str, made: Any) -> Any:
-        """What a handler gives; where it waits for the servers further on, a future, and it goes on later."""
-        if not isinstance(made, Generator):
-            return made
-        value, waited = driven(made)
-        if waited is None:
-            return value
-        answer: Future[Any] = Future()
-        answer.set_running_or_notify_cancel()
-
-        def go_on(come: Future[Any]) -> None:
-            try:
-                with self._lock:
-                    try:
-                        with self.guard.judged(client), self._computing():
-                            value, waited = driven(made, come)
-                    finally:
-                        self._work_off()
-            except Exception as error:
-                answer.set_exception(error)
-                return
-            if waited is None:
-                answer.set_result(value)
-            else:
-                waited.add_done_callback(later)
-
-        def later(come: Future[Any]) -> None:
-            self.submit(lambda: go_on(come))
-
-        waited.add_done_callback(later)
-        return answer
 
     def dismiss(self) -> None:
         """Tell all clients to save and leave: those that wait for something now, the others when they ask for
@@ -177,39 +142,6 @@ class Turns(ServerState, ABC):
         for waited in (self.sums, self.conductor, self._line):
             if waited is not None:
                 waited.dismiss(StoppedError(STOPS))
-
-    def _now(self, client: str, request: Request[Any]) -> Any:
-        if issubclass(request.reply, Done):  # it only makes the server forget, which nobody is refused
-            return self._handle(request, client)
-        if client in self.own:
-            self.blocks_of(client)
-        with self.guard.request(client), nullcontext() if request.trains is None else self._computing():
-            return self._finished(client, self._handle(request, client))
-
-    def _must_wait(self, client: str, request: Request[Any]) -> bool:
-        """Whether a request goes into the line: it may be answered together with others, which only links wait for, or
-        it is a forward that would be one too many, or hold one version of the weights too many.
-
-        A client that holds something never waits, nor does one whose thread holds some, since it would wait for itself;
-        so everything is let go at last.
-        """
-        session = self._sessions.get(client)
-        if session is None:
-            return False
-        together = self.config.joined and not self.shared.frozen
-        if together and waiting_thread() is None and isinstance(request, ForwardRequest | BackwardRequest):
-            return True
-        if not isinstance(request, ForwardRequest | KeptForwardRequest) or not request.train:
-            return False
-        session.thread = waiting_thread()
-        if len(session.pending) >= self.config.max_in_flight:  # it is refused
-            return False
-        if session.pending or (session.may_begin(self._sessions.in_flight) and not self._line.waiting):
-            return False
-        if session.thread in {other.thread for other in self._sessions.values() if other.pending} - {None}:
-            return False
-        self._work_off()
-        return len(self._line.waiting) > 0 or not session.may_begin(self._sessions.in_flight)
 
     def _check_line(self, client: str, request: Request[Any]) -> None:
         """Refuse to keep what would wait in line, where it is more than may be kept; but what lets others go on."""
@@ -290,42 +222,28 @@ class Turns(ServerState, ABC):
             self._work_off()
             self._line.watch()
 
-    def _drop_late(self) -> None:
-        """Give up what is in flight for too long: sooner, where somebody in line waits for what it holds."""
-        in_flight, begin = self._sessions.in_flight, (ForwardRequest, KeptForwardRequest)
-        wanted = self.busy and any(
-            isinstance(one.request, begin) and one.request.train and not one.session.may_begin(in_flight)
-            for one in self._line.firsts()
-        )
-        for session in self._sessions.values():
-            session.drop_late(session.patience if wanted else self.config.exchange_seconds)
-
     def _next_order(self, client: str, request: Ready) -> Future[Order]:
         if self.conductor is None:
             raise LinkError("this server conducts no run")
         return self.conductor.ready(client, request)
 
+    _handle = handles
+
     @abstractmethod
-    def _handle(self, request: Any, client: str) -> Any:
-        """The answer; of a handler that waits for the servers further on :data:`Steps`."""
+    def _now(self, client: str, request: Request[Any]) -> Any:
+        """Answer a request, whoever waits; of a handler that waits for the servers further on, a future."""
 
+    @abstractmethod
+    def _computing(self) -> AbstractContextManager[None]:
+        """What is computed inside the ``with`` block is a request's."""
+
+    @abstractmethod
     def _remember(self, session: Session, step: int, key: Key, reply: Any) -> None:
-        if self.remembers:
-            session.progress.remember(step, key, reply, self.config.keep_answers_bytes)
+        """Keep an answer for whoever asks again."""
 
-    @contextmanager
-    def _computing(self) -> Iterator[None]:
-        """Count the seconds, and let none of the caller's modes in, which a link to another process would not carry.
-
-        A backward in the same process, for instance, arrives with gradients switched off, a Trainer's forward perhaps
-        with mixed precision switched on.
-        """
-        began, device = time.perf_counter(), self.shared.stage.model.device
-        try:
-            with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-                yield
-        finally:
-            self.compute_seconds += time.perf_counter() - began
+    @abstractmethod
+    def _drop_late(self) -> None:
+        """Give up what is in flight for too long."""
 
     @abstractmethod
     def _known_forward(self, session: Session, request: ForwardRequest) -> ForwardReply | None:
@@ -334,24 +252,6 @@ class Turns(ServerState, ABC):
     @abstractmethod
     def _check(self, session: Session, request: ForwardRequest, in_flight: int) -> None:
         """Refuse a forward that may not be computed."""
-
-
-def driven(work: Steps[R], come: Future[Any] | None = None) -> tuple[R | None, Future[Any] | None]:
-    """Let a handler go on with what has ``come`` until it has ended, or waits for something that is not there yet; what
-    it gives, or what it waits for."""
-    while True:
-        try:
-            if come is None:
-                waited = next(work)
-            elif (error := come.exception()) is not None:
-                waited = work.throw(error)
-            else:
-                waited = work.send(come.result())
-        except StopIteration as end:
-            return end.value, None
-        if not waited.done():
-            return None, waited
-        come = waited
 
 
 def _same(value: Any) -> Any:
