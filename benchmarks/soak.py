@@ -25,7 +25,7 @@ import typer
 
 from benchmarks.tools.command import Result, say
 from benchmarks.tools.tiny_run import tiny_run
-from flexp.client.model import SplitModelForSequenceClassification
+from flexp.client.pretrained import SplitModelForSequenceClassification
 from flexp.errors import FlexpError, LinkError
 from flexp.links.grpc import connect
 from flexp.models.zoo import tiny_batch

@@ -26,7 +26,7 @@ from benchmarks.tools.command import Result, Threads, say
 from benchmarks.tools.one_client import OneClient, frozen_head, one_client_world, without_dropout
 from flexp.assets import resolve
 from flexp.client.exchange import Piece
-from flexp.client.model import SplitModelForCausalLM
+from flexp.client.pretrained import SplitModelForCausalLM
 from flexp.config import CodecConfig, OptimizerConfig
 from flexp.config.loading import load
 from flexp.links.base import Link

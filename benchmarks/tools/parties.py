@@ -13,7 +13,8 @@ from typing import Any, cast
 
 import torch
 
-from flexp.client.model import SPLIT_MODELS, SplitModel
+from flexp.client.model import SplitModel
+from flexp.client.pretrained import SPLIT_MODELS
 from flexp.config import CodecConfig, ModelConfig, OptimizerConfig, ServerConfig
 from flexp.cost.echo import random_batch
 from flexp.cost.probe import Probe

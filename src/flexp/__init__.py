@@ -10,7 +10,7 @@ from flexp._version import __version__
 if TYPE_CHECKING:
     from flexp.client.callback import TrainerCallback
     from flexp.client.generation import SplitGenerator
-    from flexp.client.model import (
+    from flexp.client.pretrained import (
         SplitModelForCausalLM,
         SplitModelForImageClassification,
         SplitModelForMultiLabelClassification,
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 _HOMES = {
     "Server": "flexp.server",
     "SplitGenerator": "flexp.client.generation",
-    "SplitModelForCausalLM": "flexp.client.model",
-    "SplitModelForImageClassification": "flexp.client.model",
-    "SplitModelForMultiLabelClassification": "flexp.client.model",
-    "SplitModelForQuestionAnswering": "flexp.client.model",
-    "SplitModelForRegression": "flexp.client.model",
-    "SplitModelForTokenClassification": "flexp.client.model",
-    "SplitModelForSequenceClassification": "flexp.client.model",
+    "SplitModelForCausalLM": "flexp.client.pretrained",
+    "SplitModelForImageClassification": "flexp.client.pretrained",
+    "SplitModelForMultiLabelClassification": "flexp.client.pretrained",
+    "SplitModelForQuestionAnswering": "flexp.client.pretrained",
+    "SplitModelForRegression": "flexp.client.pretrained",
+    "SplitModelForTokenClassification": "flexp.client.pretrained",
+    "SplitModelForSequenceClassification": "flexp.client.pretrained",
     "TrainerCallback": "flexp.client.callback",
     "connect": "flexp.links.grpc",
     "serve": "flexp.links.grpc",

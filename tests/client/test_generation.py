@@ -11,7 +11,8 @@ from torch import Tensor
 
 from flexp.client import joined
 from flexp.client.generation import SplitGenerator
-from flexp.client.model import SplitModel, SplitModelForCausalLM
+from flexp.client.model import SplitModel
+from flexp.client.pretrained import SplitModelForCausalLM
 from flexp.config import ModelConfig, ServerConfig
 from flexp.errors import ConfigError, LinkError, LinkLostError, ModelError
 from flexp.links.base import Link

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from flexp.client.exchange import Piece
-from flexp.client.model import SPLIT_MODELS
 from flexp.client.overlap import overlapped
+from flexp.client.pretrained import SPLIT_MODELS
 from flexp.config import AlignConfig, CodecConfig, OptimizerConfig, ServerConfig
 from flexp.links.messages import BackwardRequest, ExtendReply, ExtendRequest, ForwardRequest
 from flexp.models.anatomy import Part

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flexp.client.exchange import Piece
-from flexp.client.model import SplitModelForCausalLM
+from flexp.client.pretrained import SplitModelForCausalLM
 from flexp.config import AlignConfig, ServerConfig
 from flexp.errors import LinkError, LinkLostError
 from flexp.links.base import Link

@@ -10,7 +10,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from flexp.client.model import SPLIT_MODELS, SplitModel
+from flexp.client.model import SplitModel
+from flexp.client.pretrained import SPLIT_MODELS
 from flexp.config import ModelConfig, ServerConfig
 from flexp.errors import ModelError
 from flexp.models.anatomy import Part

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flexp.client.model import SplitModelForCausalLM
+from flexp.client.pretrained import SplitModelForCausalLM
 from flexp.config import ModelConfig
 from flexp.models.anatomy import Part
 from flexp.models.stage import Stage, carve

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from flexp.client.model import SPLIT_MODELS, SplitModel
+from flexp.client.model import SplitModel
+from flexp.client.pretrained import SPLIT_MODELS
 from flexp.config import ModelConfig, OptimizerConfig, ServerConfig
 from flexp.models.anatomy import Part
 from flexp.models.architectures import ARCHITECTURES

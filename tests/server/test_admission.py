@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from flexp.client.model import SplitModelForCausalLM
+from flexp.client.pretrained import SplitModelForCausalLM
 from flexp.config import AlignConfig, LoraConfig, ModelConfig, ServerConfig
 from flexp.errors import ConfigError, LinkError
 from flexp.links.messages import Abort, BackwardRequest, FetchRequest, ForwardRequest, Leave, PullRequest

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from flexp.client.exchange import Piece
-from flexp.client.model import OFF, SPLIT_MODELS, SplitModel
+from flexp.client.model import OFF, SplitModel
 from flexp.client.personal import WholeModel
+from flexp.client.pretrained import SPLIT_MODELS
 from flexp.config import AlignConfig, ModelConfig, OptimizerConfig
 from flexp.cost.probe import Measured, Probe
 from flexp.errors import FlexpError

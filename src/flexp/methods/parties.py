@@ -12,8 +12,9 @@ import torch
 from flexp.assets import resolve
 from flexp.client.guarding import Guard
 from flexp.client.meeting import FIRST, Seat, together
-from flexp.client.model import SPLIT_MODELS, SplitModel
+from flexp.client.model import SplitModel
 from flexp.client.personal_head import Choice
+from flexp.client.pretrained import SPLIT_MODELS
 from flexp.client.trainer import Trainable, Trainer
 from flexp.config import ClientConfig, CodecConfig, RunConfig
 from flexp.data.types import ClientData, Task

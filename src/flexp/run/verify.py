@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from flexp.assets.store import resolve
-from flexp.client.model import SPLIT_MODELS, SplitModel
+from flexp.client.model import SplitModel
+from flexp.client.pretrained import SPLIT_MODELS
 from flexp.config import ModelConfig, OptimizerConfig, ServerConfig
 from flexp.errors import ConfigError, FlexpError, ModelError
 from flexp.kinds import KINDS, ModelKind, logits_of
