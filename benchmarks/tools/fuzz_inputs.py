@@ -16,21 +16,11 @@ import torch
 
 from flexp.config import AlignConfig, CodecConfig, LoraConfig
 from flexp.errors import LinkError
+from flexp.links.asking import EndGeneration, ExtendRequest, FetchRequest, PullRequest
 from flexp.links.coding import Coding
 from flexp.links.declaring import MESSAGES
 from flexp.links.frames import TYPES, Field, Head, encode, head_bytes, parse, signed
-from flexp.links.messages import (
-    Abort,
-    BackwardRequest,
-    EndGeneration,
-    ExtendRequest,
-    FetchRequest,
-    ForwardRequest,
-    Join,
-    Leave,
-    PullRequest,
-    Ready,
-)
+from flexp.links.messages import Abort, BackwardRequest, ForwardRequest, Join, Leave, Ready
 
 STRANGER, HANDSHAKE = 0, 7
 CODECS: dict[int, CodecConfig] = {

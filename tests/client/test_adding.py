@@ -16,8 +16,8 @@ from flexp.client.adding import KEYS, LateError, OverLink, agree
 from flexp.client.closed_form import Discriminant, Statistics
 from flexp.config import MeetConfig
 from flexp.errors import ConfigError, LinkError
+from flexp.links.asking import SumReply, SumRequest
 from flexp.links.base import Meter
-from flexp.links.messages import SumReply, SumRequest
 from flexp.links.sums import Sums
 from flexp.masking import Group, Identity, from_ring
 from flexp.server.sums import SumTable

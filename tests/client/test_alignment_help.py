@@ -17,7 +17,8 @@ from torch import Tensor
 from flexp.client.exchange import Piece
 from flexp.client.model import SplitModel
 from flexp.config import AlignConfig, OptimizerConfig, ServerConfig
-from flexp.links.messages import Abort, BackwardReply, ForwardReply, ForwardRequest, PullReply, PullRequest
+from flexp.links.asking import PullReply, PullRequest
+from flexp.links.messages import Abort, BackwardReply, ForwardReply, ForwardRequest
 from flexp.models.stage import Stage
 from tests.harness import KINDS, RecordingLink, World, copied, disturb, equal, gradients, shared_weights, world
 

@@ -16,9 +16,10 @@ from flexp.client.trainer import Trainer, cut_in, load_party, party_state
 from flexp.config import AlignConfig, CodecConfig, OptimizerConfig, TrainConfig
 from flexp.data.types import ClientData
 from flexp.errors import LinkLostError
+from flexp.links.asking import PullReply, PullRequest
 from flexp.links.base import Link
 from flexp.links.declaring import Request
-from flexp.links.messages import Leave, PullReply, PullRequest
+from flexp.links.messages import Leave
 from flexp.links.opening import loopback
 from flexp.optim import Updater
 from tests.client.test_recut import Words, blocks_of, model_of

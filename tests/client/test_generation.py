@@ -15,10 +15,10 @@ from flexp.client.model import SplitModel
 from flexp.client.pretrained import SplitModelForCausalLM
 from flexp.config import ModelConfig, ServerConfig
 from flexp.errors import ConfigError, LinkError, LinkLostError, ModelError
+from flexp.links.asking import EndGeneration, ExtendRequest
 from flexp.links.base import Link
 from flexp.links.declaring import tensors
 from flexp.links.grpc import connect, serve
-from flexp.links.messages import EndGeneration, ExtendRequest
 from flexp.models.anatomy import Part
 from flexp.models.architectures import ARCHITECTURES
 from flexp.models.stage import Stage, carve

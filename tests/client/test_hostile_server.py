@@ -17,18 +17,10 @@ from flexp.client.taking import fetched
 from flexp.config import AlignConfig
 from flexp.config.loading import validate
 from flexp.errors import FlexpError, LinkError, LinkLostError
+from flexp.links.asking import FetchRequest, PullRequest
 from flexp.links.base import Link, finished
 from flexp.links.declaring import Request
-from flexp.links.messages import (
-    BackwardRequest,
-    FetchRequest,
-    ForwardRequest,
-    Join,
-    Order,
-    PullRequest,
-    Refusal,
-    Welcome,
-)
+from flexp.links.messages import BackwardRequest, ForwardRequest, Join, Order, Refusal, Welcome
 from flexp.links.wrapping import Wrapping
 from tests.harness import World, copied, equal, world
 

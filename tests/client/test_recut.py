@@ -19,8 +19,8 @@ from flexp.client.trainer import Trainer, cut_in, load_party, party_state
 from flexp.config import OptimizerConfig, TrainConfig
 from flexp.data.types import ClientData
 from flexp.errors import ConfigError, LinkError, LinkLostError, ModelError, StorageError
+from flexp.links.asking import FetchRequest
 from flexp.links.base import Link
-from flexp.links.messages import FetchRequest
 from flexp.links.opening import loopback
 from flexp.models.anatomy import Part
 from flexp.models.stage import Stage

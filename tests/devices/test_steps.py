@@ -15,7 +15,8 @@ from flexp.client.exchange import Piece
 from flexp.client.overlap import overlapped
 from flexp.client.pretrained import SPLIT_MODELS
 from flexp.config import AlignConfig, CodecConfig, OptimizerConfig, ServerConfig
-from flexp.links.messages import BackwardRequest, ExtendReply, ExtendRequest, ForwardRequest
+from flexp.links.asking import ExtendReply, ExtendRequest
+from flexp.links.messages import BackwardRequest, ForwardRequest
 from flexp.models.anatomy import Part
 from flexp.models.stage import Stage
 from flexp.models.zoo import tiny_batch, tiny_model

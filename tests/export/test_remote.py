@@ -19,8 +19,8 @@ from flexp.errors import ConfigError, LinkError, LinkLostError, StorageError
 from flexp.export import remote as exporting
 from flexp.export.folder import Form, export
 from flexp.export.opening import open_trained
+from flexp.links.asking import FetchReply, FetchRequest
 from flexp.links.base import Link
-from flexp.links.messages import FetchReply, FetchRequest
 from tests.harness import RecordingLink
 
 from .remote_tools import Remote, remote

@@ -18,6 +18,7 @@ from flexp.client.exchange import Piece
 from flexp.client.pretrained import SplitModelForCausalLM
 from flexp.config import AlignConfig, ServerConfig
 from flexp.errors import LinkError, LinkLostError
+from flexp.links.asking import PullRequest
 from flexp.links.base import Link
 from flexp.links.coding import PLAIN
 from flexp.links.emulated import EmulatedLink, Network
@@ -25,7 +26,7 @@ from flexp.links.frames import CHUNK, encode
 from flexp.links.grpc import connect, serve
 from flexp.links.grpc.link import _Call
 from flexp.links.grpc.loop import background
-from flexp.links.messages import BackwardRequest, ForwardRequest, PullRequest
+from flexp.links.messages import BackwardRequest, ForwardRequest
 from flexp.links.opening import connected, loopback
 from flexp.links.rules import Limits
 from flexp.rng import RandomStream

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from flexp.config import AlignConfig, CodecConfig
 from flexp.errors import LinkError
+from flexp.links.asking import EndGeneration, ExtendRequest, PullRequest
 from flexp.links.base import Link, ask
 from flexp.links.grpc import connect, serve
-from flexp.links.messages import Abort, BackwardRequest, EndGeneration, ExtendRequest, ForwardRequest, Join, PullRequest
+from flexp.links.messages import Abort, BackwardRequest, ForwardRequest, Join
 from flexp.links.opening import connected
 from flexp.rng import RandomStream
 from tests.harness import World, seeded, world

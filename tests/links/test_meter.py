@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from flexp.config import AlignConfig
+from flexp.links.asking import PullReply, PullRequest
 from flexp.links.base import InProcessLink, Link, Meter, size
 from flexp.links.declaring import tensors
-from flexp.links.messages import Leave, PullReply, PullRequest
+from flexp.links.messages import Leave
 from flexp.links.opening import connected
 from tests.harness import RecordingLink, world
 

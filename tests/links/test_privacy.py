@@ -14,38 +14,34 @@ from flexp.client.exchange import Piece
 from flexp.client.model import SplitModel
 from flexp.config import AlignConfig
 from flexp.errors import ConfigError
-from flexp.links.declaring import MESSAGES, tensors
-from flexp.links.messages import (
-    Abort,
-    BackwardReply,
-    BackwardRequest,
-    Behind,
-    Done,
+from flexp.links.asking import (
     EndGeneration,
     ExtendReply,
     ExtendRequest,
     FetchReply,
     FetchRequest,
+    PullReply,
+    PullRequest,
+    SumReply,
+    SumRequest,
+)
+from flexp.links.declaring import MESSAGES, tensors
+from flexp.links.messages import (
+    Abort,
+    BackwardReply,
+    BackwardRequest,
+    Done,
     ForwardReply,
     ForwardRequest,
     Join,
-    Keep,
     KeptForwardRequest,
-    Lead,
     Leave,
     Order,
-    PassedBackward,
-    PassedReply,
-    PullReply,
-    PullRequest,
     Ready,
     Refusal,
-    Settle,
-    SumReply,
-    SumRequest,
-    Update,
     Welcome,
 )
+from flexp.links.passing import Behind, Keep, Lead, PassedBackward, PassedReply, Settle, Update
 from tests.harness import RecordingLink, World, copied, disturb, world
 
 # The whole vocabulary of the protocol: a new field must be argued for here.

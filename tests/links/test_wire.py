@@ -17,6 +17,15 @@ from hypothesis import strategies as st
 from flexp.config import AlignConfig, LoraConfig
 from flexp.errors import LinkError, LinkLostError
 from flexp.links import frames
+from flexp.links.asking import (
+    EndGeneration,
+    ExtendReply,
+    ExtendRequest,
+    FetchReply,
+    FetchRequest,
+    PullReply,
+    PullRequest,
+)
 from flexp.links.base import size
 from flexp.links.coding import PLAIN
 from flexp.links.declaring import MESSAGES, Request
@@ -26,17 +35,10 @@ from flexp.links.messages import (
     Abort,
     BackwardReply,
     BackwardRequest,
-    EndGeneration,
-    ExtendReply,
-    ExtendRequest,
-    FetchReply,
-    FetchRequest,
     ForwardReply,
     ForwardRequest,
     Join,
     Order,
-    PullReply,
-    PullRequest,
     Ready,
     Refusal,
     Welcome,

@@ -27,7 +27,7 @@ from flexp.errors import ConfigError, LinkError
 from flexp.export.folder import export
 from flexp.export.opening import open_trained
 from flexp.export.saved import RunModel, open_run
-from flexp.links.messages import SumRequest
+from flexp.links.asking import SumRequest
 from flexp.methods import split
 from flexp.methods.base import method_of
 from flexp.models.zoo import save_tiny

@@ -15,7 +15,8 @@ import torch
 from flexp.client.pretrained import SplitModelForCausalLM
 from flexp.config import AlignConfig, LoraConfig, ModelConfig, ServerConfig
 from flexp.errors import ConfigError, LinkError
-from flexp.links.messages import Abort, BackwardRequest, FetchRequest, ForwardRequest, Leave, PullRequest
+from flexp.links.asking import FetchRequest, PullRequest
+from flexp.links.messages import Abort, BackwardRequest, ForwardRequest, Leave
 from flexp.models.fingerprint import weights_fingerprint
 from flexp.models.loading import load_stage
 from flexp.models.zoo import tiny_batch, tiny_model

@@ -17,19 +17,11 @@ from flexp.client.exchange import Piece
 from flexp.client.model import OFF, SplitModel
 from flexp.config import AlignConfig, GuardConfig, OptimizerConfig, ServerConfig
 from flexp.errors import BadValuesError, ConfigError, LinkError, LinkLostError
+from flexp.links.asking import FetchRequest, PullRequest
 from flexp.links.base import Link
 from flexp.links.grpc import Tokens, connect, serve
-from flexp.links.messages import (
-    Abort,
-    BackwardRequest,
-    FetchRequest,
-    ForwardRequest,
-    Join,
-    Lead,
-    Leave,
-    PullRequest,
-    Settle,
-)
+from flexp.links.messages import Abort, BackwardRequest, ForwardRequest, Join, Leave
+from flexp.links.passing import Lead, Settle
 from flexp.links.wrapping import Wrapping
 from flexp.optim import Updater
 from flexp.rng import RandomStream

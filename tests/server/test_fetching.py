@@ -7,7 +7,7 @@ import torch
 
 from flexp.client.taking import fetched
 from flexp.errors import LinkError
-from flexp.links.messages import FetchRequest
+from flexp.links.asking import FetchRequest
 from flexp.models.fingerprint import tensor_fingerprint
 from tests.harness import RecordingLink, copied, equal, world
 

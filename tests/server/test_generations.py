@@ -11,7 +11,8 @@ from torch import Tensor
 
 from flexp.config import ServerConfig
 from flexp.errors import LinkError
-from flexp.links.messages import EndGeneration, ExtendRequest, Leave
+from flexp.links.asking import EndGeneration, ExtendRequest
+from flexp.links.messages import Leave
 from flexp.server import generations
 from flexp.server.generations import bytes_of_token
 from tests.harness import World, seeded, world

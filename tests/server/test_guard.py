@@ -11,7 +11,8 @@ import torch
 
 from flexp.config import AlignConfig, GuardConfig, ServerConfig
 from flexp.errors import BadValuesError, LinkError
-from flexp.links.messages import Abort, BackwardRequest, FetchRequest, ForwardRequest, PullRequest
+from flexp.links.asking import FetchRequest, PullRequest
+from flexp.links.messages import Abort, BackwardRequest, ForwardRequest
 from flexp.optim import norms, total
 from flexp.server.checks import Bounds
 from flexp.server.clients import Guard

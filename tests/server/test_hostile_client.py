@@ -12,7 +12,8 @@ from torch import Tensor
 
 from flexp.config import AlignConfig, ServerConfig
 from flexp.errors import BadValuesError, LinkError, LinkLostError
-from flexp.links.messages import Abort, BackwardRequest, ExtendRequest, FetchRequest, ForwardRequest, Join, PullRequest
+from flexp.links.asking import ExtendRequest, FetchRequest, PullRequest
+from flexp.links.messages import Abort, BackwardRequest, ForwardRequest, Join
 from tests.harness import World, equal, shared_weights, world
 
 NAN, INF = float("nan"), float("inf")

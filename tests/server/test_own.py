@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flexp.config import AlignConfig, GuardConfig, OptimizerConfig, ServerConfig
 from flexp.errors import ConfigError
-from flexp.links.messages import FetchRequest, PullRequest
+from flexp.links.asking import FetchRequest, PullRequest
 from flexp.optim import Updater
 from flexp.rng import RandomStream
 from tests.harness import World, copied, equal, world

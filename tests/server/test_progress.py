@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from flexp.errors import LinkError
-from flexp.links.messages import BackwardRequest, ForwardRequest, Leave, PullRequest
+from flexp.links.asking import PullRequest
+from flexp.links.messages import BackwardRequest, ForwardRequest, Leave
 from flexp.server.clients import WINDOW, Progress
 from tests.harness import World, equal, seeded, shared_weights, world
 

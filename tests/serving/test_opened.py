@@ -11,8 +11,8 @@ from flexp.errors import ConfigError, StorageError
 from flexp.export.folder import export
 from flexp.export.opening import open_trained
 from flexp.export.saved import open_run
+from flexp.links.asking import ExtendRequest
 from flexp.links.grpc import connect, serve
-from flexp.links.messages import ExtendRequest
 from flexp.run.server import load
 from flexp.run.store import Store
 from flexp.server import Server

@@ -18,8 +18,8 @@ from flexp.client.exchange import waiting
 from flexp.config import MeetConfig
 from flexp.errors import ConfigError, LinkError, StorageError
 from flexp.files import write_private
+from flexp.links.asking import SumReply, SumRequest
 from flexp.links.base import Link
-from flexp.links.messages import SumReply, SumRequest
 from flexp.links.sums import Sums
 from flexp.masking import NONCE_BYTES, Group, Identity, fingerprint, from_ring, to_ring
 from flexp.rng import current_turn

@@ -19,7 +19,13 @@ from torch import Tensor, nn
 from flexp.errors import ConfigError, LinkError
 from flexp.kinds import ModelKind, share_of
 from flexp.links.base import Link
-from flexp.links.messages import BackwardReply, BackwardRequest, ForwardReply, ForwardRequest, KeptForwardRequest
+from flexp.links.messages import (
+    BackwardReply,
+    BackwardRequest,
+    ForwardReply,
+    ForwardRequest,
+    KeptForwardRequest,
+)
 from flexp.links.packing import Places, pack, sent, unpack
 from flexp.rng import Turn, current_turn, resting
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from flexp.client.exchange import waiting
 from flexp.client.joined import JoinedModel
 from flexp.errors import ConfigError, LinkError, LinkLostError, ModelError
+from flexp.links.asking import EndGeneration, ExtendRequest
 from flexp.links.base import Link, ask
-from flexp.links.messages import EndGeneration, ExtendRequest
 from flexp.links.packing import sent, unpack, without_padding
 from flexp.models.batches import NEED_ALL_BLOCKS
 from flexp.models.caching import PartCache, check_cached

@@ -19,8 +19,9 @@ from flexp.client.taking import check_shapes, fetched
 from flexp.client.watching import Watch
 from flexp.config import AlignConfig, Cache, CodecConfig, LoraConfig, Rows
 from flexp.errors import ConfigError, LinkError, LinkLostError
+from flexp.links.asking import PullRequest
 from flexp.links.base import Link, ask
-from flexp.links.messages import Abort, Join, PullRequest, Welcome
+from flexp.links.messages import Abort, Join, Welcome
 from flexp.models.anatomy import check_cut
 from flexp.models.batches import Pooling, ignores_padding, only_masks
 from flexp.models.fingerprint import fingerprint

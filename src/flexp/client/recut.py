@@ -27,7 +27,7 @@ from flexp.client.model import SplitModel
 from flexp.client.taking import fetched
 from flexp.client.trainer import Trainer, cut_in, load_party, split_model_of
 from flexp.errors import ConfigError, LinkError, ModelError
-from flexp.links.messages import FetchRequest
+from flexp.links.asking import FetchRequest
 from flexp.models.anatomy import Part, check_cut
 from flexp.models.stage import Stage
 

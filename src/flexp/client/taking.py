@@ -11,8 +11,8 @@ from torch import Tensor
 
 from flexp.client.exchange import check_finite
 from flexp.errors import LinkError
+from flexp.links.asking import FetchReply, FetchRequest, PullReply, PullRequest
 from flexp.links.base import Link, ask
-from flexp.links.messages import FetchReply, FetchRequest, PullReply, PullRequest
 from flexp.models.fingerprint import tensor_fingerprint
 
 MOST = 16 << 20

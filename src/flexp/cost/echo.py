@@ -26,22 +26,17 @@ from flexp.config import AlignConfig, ModelConfig, OptimizerConfig
 from flexp.cost.probe import Measured, Probe
 from flexp.errors import FlexpError
 from flexp.kinds import KINDS
+from flexp.links.asking import ExtendReply, ExtendRequest, FetchReply, FetchRequest, PullReply, PullRequest
 from flexp.links.base import Meter, finished
 from flexp.links.declaring import Request
 from flexp.links.messages import (
     BackwardReply,
     BackwardRequest,
     Done,
-    ExtendReply,
-    ExtendRequest,
-    FetchReply,
-    FetchRequest,
     ForwardReply,
     ForwardRequest,
     Join,
     KeptForwardRequest,
-    PullReply,
-    PullRequest,
     Welcome,
 )
 from flexp.machine import device_of, gpu_of

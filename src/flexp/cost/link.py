@@ -12,8 +12,9 @@ from flexp.config import AlignConfig
 from flexp.cost.model_cost import ModelCost
 from flexp.errors import LinkError
 from flexp.kinds import KINDS
+from flexp.links.asking import PullRequest
 from flexp.links.base import Link, ask, size
-from flexp.links.messages import ForwardRequest, Join, PullRequest
+from flexp.links.messages import ForwardRequest, Join
 from flexp.models.loading import DTYPES
 
 LEAST = 2**16

@@ -22,8 +22,9 @@ from flexp.export.adapter import write_adapter
 from flexp.export.client_folder import ClientModel
 from flexp.export.whole import fill, let_go
 from flexp.files import write_json
+from flexp.links.asking import FetchRequest
 from flexp.links.base import Link, ask
-from flexp.links.messages import FetchRequest, Join
+from flexp.links.messages import Join
 from flexp.links.opening import connected
 from flexp.models.anatomy import Part
 from flexp.models.fingerprint import fingerprint, read_header

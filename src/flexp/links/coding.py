@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flexp.config import CodecConfig
 from flexp.errors import LinkError
+from flexp.links import asking, passing  # noqa: F401  (whoever carries messages knows them all)
 from flexp.links.codecs import SCALE, Codec, codec_of
 from flexp.links.declaring import MESSAGES, Tensors, declared
 from flexp.links.frames import NAMES, TYPES, Frame, Head, describe

@@ -1,8 +1,9 @@
 """What crosses a link. Nothing else ever does: no token id, label, pixel or personal weight has a place here.
 
-A message is declared here alone: its answer, its tensors, their shapes and codecs, the bounds of its numbers
-(:mod:`flexp.links.declaring`). :class:`flexp.server.Server` has a handler for each request; links carry whatever is
-declared. Every tensor is detached. Shapes: B examples, T tokens, H hidden width.
+A message is declared here alone, or in :mod:`flexp.links.asking` or :mod:`flexp.links.passing`: its answer, its
+tensors, their shapes and codecs, the bounds of its numbers (:mod:`flexp.links.declaring`).
+:class:`flexp.server.Server` has a handler for each request; links carry whatever is declared. Every tensor is detached.
+Shapes: B examples, T tokens, H hidden width.
 """
 
 from __future__ import annotations
@@ -17,11 +18,9 @@ from flexp.config import AlignConfig, CodecConfig, LoraConfig
 from flexp.errors import LinkError, LinkLostError, StoppedError, plain
 from flexp.links.declaring import (
     FLAGS,
-    INTEGERS,
     MASK,
     POSITIONS,
     ROWS,
-    WEIGHTS,
     Count,
     Integer,
     Request,
@@ -218,146 +217,8 @@ class BackwardRequest(Request[BackwardReply]):
 
 
 @message
-class PullReply:
-    """The trained shared parameters of the aligned blocks, by their names in the model.
-
-    Attributes:
-        total: how many there are; ``weights`` holds some of them.
-        same: others of them, which the client said it has.
-    """
-
-    total: Integer
-    same: tuple[str, ...] = ()
-    weights: Annotated[dict[str, Tensor], WEIGHTS] = field(default_factory=dict)
-
-
-@message
-class PullRequest(Request[PullReply]):
-    """Ask for the shared weights of blocks [start, stop), which lie in [s_min, s), for alignment in weight space.
-
-    Attributes:
-        step: the client's step that it ends, whose pulls all have the same weights; 0: not numbered.
-        first, most: as in :class:`FetchRequest`.
-        known: of tensors of which the client holds copies, by their names, the fingerprints
-            (:func:`flexp.models.fingerprint.tensor_fingerprint`): what has the same does not come. Who was cut off in
-            the middle names what has come.
-    """
-
-    trains: ClassVar[bool | None] = True
-
-    start: Integer
-    stop: Integer
-    step: Integer = 0
-    first: Integer = 0
-    most: Integer = 64 << 20
-    known: dict[str, str] = field(default_factory=dict)
-
-
-@message
-class SumReply:
-    """``values_N``: what the clients of the run gave under the request's number, added up modulo 2⁶⁴; ``notes``: what
-    each said with it, by its name."""
-
-    values_N: Annotated[Tensor | None, INTEGERS] = None
-    notes: dict[str, str] = field(default_factory=dict)
-
-
-@message
-class SumRequest(Request[SumReply]):
-    """Give integers to be added up over all clients of the run, modulo 2⁶⁴, with a note for all of them.
-
-    What they stand for is the clients' business (:mod:`flexp.client.adding`: fixed-point numbers under masks; public
-    keys). The answer comes when all have given theirs. The server sums in runs alone whose configuration says that
-    clients meet.
-
-    Attributes:
-        number: which sum; asked again, it is the same one.
-    """
-
-    trains: ClassVar[bool | None] = True
-
-    number: Count
-    values_N: Annotated[Tensor | None, INTEGERS] = None
-    note: Annotated[str, Field(max_length=1 << 16)] = ""
-
-
-@message
-class FetchReply:
-    """Trained shared parameters of one block, by their names in the model.
-
-    Attributes:
-        version: how many updates the shared blocks have had; parts of one model must have the same.
-        total: how many trained tensors the block has; ``weights`` holds some of them.
-        same: others of them, which the client said it has.
-    """
-
-    version: Integer
-    total: Integer
-    same: tuple[str, ...] = ()
-    weights: Annotated[dict[str, Tensor], WEIGHTS] = field(default_factory=dict)
-
-
-@message
-class FetchRequest(Request[FetchReply]):
-    """Ask for the trained shared weights of one block: one that the client keeps a copy of itself (to begin with), or
-    with the operator's permission one of the blocks [s, e) that the server runs for it.
-
-    Attributes:
-        block: its index in the model.
-        first: of the block's trained tensors, in the order of their names, the first to send: a large block comes in
-            several answers.
-        known: as in :class:`PullRequest`.
-        most: bytes of tensors that one answer may have; a single tensor that is larger comes alone.
-    """
-
-    trains: ClassVar[bool | None] = False
-
-    block: Integer
-    first: Integer = 0
-    most: Integer = 64 << 20
-    known: dict[str, str] = field(default_factory=dict)
-
-
-@message
-class ExtendReply:
-    """``hidden_BTH``: what comes out of block e−1, for the new tokens."""
-
-    hidden_BTH: Annotated[Tensor, hidden()]
-
-
-@message
-class ExtendRequest(Request[ExtendReply]):
-    """Run blocks [s, e) on the next tokens of an answer, with the keys and values of those before.
-
-    Attributes:
-        generation: numbers this client's answers; the server keeps a cache for each.
-        past: how many tokens came before, which must be what the server holds; 0 begins anew.
-        hidden_BTH: the activations of the new tokens alone.
-        mask_BT: of the new tokens alone; an answer that begins with a mask has one all the way.
-        positions_BT: explicit positions of the new tokens, if the model takes any.
-        rows_B: which row of the cache each row goes on from, where that is not the same one (beam search).
-    """
-
-    trains: ClassVar[bool | None] = False
-
-    generation: Integer
-    past: Integer
-    hidden_BTH: Annotated[Tensor, hidden()]
-    mask_BT: Annotated[Tensor | None, MASK] = None
-    positions_BT: Annotated[Tensor | None, POSITIONS] = None
-    rows_B: Annotated[Tensor | None, ROWS] = None
-
-
-@message
 class Done:
     """The answer to what only makes the server forget something."""
-
-
-@message
-class EndGeneration(Request[Done]):
-    """An answer is complete, or given up: the server forgets its cache, if it has one."""
-
-    generation: Integer
 
 
 @message
@@ -414,112 +275,3 @@ class Ready(Request[Order]):
     facts: dict[str, float] = field(default_factory=dict)
     planned: Integer = 0
     met: Count = 0
-
-
-@message
-class PassedReply:
-    """The answer of a server that runs the blocks further on, which has applied nothing yet.
-
-    Attributes:
-        grad_BTH: at the activation that came; ``base_BTH``: at what came to be taught.
-        names, norms_N: the gradients of its trained tensors of this exchange, and of the servers behind it.
-        all_names, all_N: likewise of the step's exchanges so far, added up.
-    """
-
-    grad_BTH: Annotated[Tensor, hidden()]
-    base_BTH: Annotated[Tensor | None, hidden()] = None
-    names: tuple[str, ...] = ()
-    norms_N: Annotated[Tensor | None, Tensors()] = None
-    all_names: tuple[str, ...] = ()
-    all_N: Annotated[Tensor | None, Tensors()] = None
-
-
-@message
-class PassedBackward(Request[PassedReply]):
-    """A :class:`BackwardRequest` from one server to the next: its gradient is kept until a :class:`Settle` says what
-    becomes of the step. ``base_BTH``: what the blocks before, where they are taught, made of z_base."""
-
-    trains: ClassVar[bool | None] = True
-
-    exchange: Integer
-    grad_BTH: Annotated[Tensor, hidden()]
-    base_BTH: Annotated[Tensor | None, Tensors()] = None
-    step: Integer = 0
-    exchanges: Integer = 1
-    tokens: float = 1.0
-    weight: float = 1.0
-
-
-@message
-class Behind:
-    """What the servers further on say to the one before them.
-
-    Attributes:
-        end: behind the last block that they hold.
-        run, snapshots: whose snapshots all of them hold, and which.
-        names, norms_N: what an update is to come to that waits for its norm.
-        facts: of each, by its blocks: counts for the operator.
-    """
-
-    end: Count = 0
-    run: str = ""
-    snapshots: tuple[Integer, ...] = ()
-    names: tuple[str, ...] = ()
-    norms_N: Annotated[Tensor | None, Tensors()] = None
-    facts: dict[str, dict[str, float]] = field(default_factory=dict)
-
-
-@message
-class Lead(Request[Behind]):
-    """The first word of the server before: the ``settings`` that must be the same here, by their names, and its
-    ``run``, which comes later from one that is led itself, and goes on to the servers behind."""
-
-    settings: dict[str, str] = field(default_factory=dict)
-    run: str = ""
-
-
-@message
-class Settle(Request[Behind]):
-    """A client's step is complete and judged.
-
-    Attributes:
-        client, step: whose gradient, kept since :class:`PassedBackward`; none is, where the client's cut ends before.
-        take: whether it is to train the blocks; otherwise it is dropped. Without ``client``: what the update rule has
-            gathered is to train them now.
-        weight, scale: as the update rule has it; the gradient is scaled first.
-        norm: of the whole update, which is then applied; ``None``: it is asked for, and comes with :class:`Update`.
-    """
-
-    trains: ClassVar[bool | None] = True
-
-    client: str
-    step: Integer = 0
-    take: bool = True
-    reaches: bool = True
-    weight: float = 1.0
-    scale: float | None = None
-    norm: float | None = None
-
-
-@message
-class Update(Request[Behind]):
-    """Apply what waits for its norm."""
-
-    trains: ClassVar[bool | None] = True
-
-    norm: float
-
-
-@message
-class Keep(Request[Behind]):
-    """Save the state as snapshot ``number`` of ``run``, or go ``back`` to it; ``over``: the run has ended.
-
-    Attributes:
-        held: snapshots that the first server has: others may go.
-    """
-
-    number: Integer = -1
-    run: str = ""
-    held: tuple[Integer, ...] = ()
-    back: bool = False
-    over: bool = False

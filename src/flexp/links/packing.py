@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from flexp.errors import LinkError
-from flexp.links.messages import ExtendRequest, ForwardRequest
+from flexp.links.asking import ExtendRequest
+from flexp.links.messages import ForwardRequest
 
 S = TypeVar("S", ForwardRequest, ExtendRequest)
 

@@ -16,7 +16,8 @@ from flexp.links.codecs import SCALE, codec_of
 from flexp.links.coding import codec_name
 from flexp.links.declaring import MESSAGES, Entry, Request, Tensors, declared
 from flexp.links.frames import Field, Head
-from flexp.links.messages import BackwardReply, Join, Leave, PassedReply, Refusal, Welcome
+from flexp.links.messages import BackwardReply, Join, Leave, Refusal, Welcome
+from flexp.links.passing import PassedReply
 
 DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 

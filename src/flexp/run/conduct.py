@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from flexp.config import TrainConfig
 from flexp.errors import ConfigError, LinkError, LinkLostError, StorageError
 from flexp.files import read_json, write_json
-from flexp.links.messages import Keep, Order, Ready
+from flexp.links.messages import Order, Ready
+from flexp.links.passing import Keep
 from flexp.run.store import Store
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from flexp.gaussian import DELTA, epsilon
 from flexp.kinds import ModelKind
 from flexp.limits import allow_many_files
 from flexp.links.grpc import Serving, serve
-from flexp.links.messages import Keep
+from flexp.links.passing import Keep
 from flexp.methods.turns import schedule
 from flexp.run.chaining import own_blocks, shared_blocks
 from flexp.run.conduct import Conductor, run_name

@@ -19,9 +19,11 @@ from torch import Tensor
 
 from flexp.config import AlignConfig, GuardConfig, ServerConfig
 from flexp.errors import ConfigError, LinkError, LinkLostError
+from flexp.links.asking import FetchReply, FetchRequest
 from flexp.links.base import Link, ask
 from flexp.links.declaring import Request
-from flexp.links.messages import Behind, FetchReply, FetchRequest, Join, Keep, Lead, Settle, Update
+from flexp.links.messages import Join
+from flexp.links.passing import Behind, Keep, Lead, Settle, Update
 from flexp.optim import merged, norms, total
 from flexp.server.kept import Gathered
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from flexp.config import GuardConfig
 from flexp.errors import BadValuesError, LinkError, LinkLostError
-from flexp.links.messages import BackwardRequest, ForwardReply, ForwardRequest, PassedBackward
+from flexp.links.messages import BackwardRequest, ForwardReply, ForwardRequest
+from flexp.links.passing import PassedBackward
 from flexp.models.stage import Stage
 from flexp.server.kept import size_kept
 

@@ -8,7 +8,8 @@ from dataclasses import replace
 import torch
 
 from flexp.errors import LinkError
-from flexp.links.messages import Done, EndGeneration, ExtendReply, ExtendRequest
+from flexp.links.asking import EndGeneration, ExtendReply, ExtendRequest
+from flexp.links.messages import Done
 from flexp.links.packing import arrived, on, pack
 from flexp.models.stage import Stage
 from flexp.server.checks import check_positions

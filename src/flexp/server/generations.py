@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from flexp.links.messages import ExtendRequest
+from flexp.links.asking import ExtendRequest
 from flexp.models.caching import PartCache, cached_plan
 from flexp.models.stage import Stage
 

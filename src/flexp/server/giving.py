@@ -8,9 +8,9 @@ from dataclasses import replace
 from torch import Tensor
 
 from flexp.errors import LinkError
+from flexp.links.asking import FetchReply, FetchRequest, PullReply, PullRequest
 from flexp.links.codecs import codec_of
 from flexp.links.frames import MOST_FIELDS
-from flexp.links.messages import FetchReply, FetchRequest, PullReply, PullRequest
 from flexp.models.fingerprint import tensor_fingerprint
 from flexp.server.exchanges import Exchanges
 from flexp.server.session import Session

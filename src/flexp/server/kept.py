@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from flexp.config import ServerConfig
 from flexp.errors import LinkError
 from flexp.links.base import Link
-from flexp.links.messages import Abort, BackwardRequest, ForwardRequest, Join, PassedBackward, PassedReply
+from flexp.links.messages import Abort, BackwardRequest, ForwardRequest, Join
 from flexp.links.packing import Places
+from flexp.links.passing import PassedBackward, PassedReply
 from flexp.optim import merged, norms
 from flexp.server.clients import Progress
 

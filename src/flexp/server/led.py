@@ -13,18 +13,9 @@ from torch import Tensor
 
 from flexp.errors import LinkError, LinkLostError
 from flexp.links.declaring import Request
-from flexp.links.messages import (
-    BackwardRequest,
-    Behind,
-    ForwardReply,
-    Keep,
-    Lead,
-    PassedBackward,
-    PassedReply,
-    Settle,
-    Update,
-)
+from flexp.links.messages import BackwardRequest, ForwardReply
 from flexp.links.packing import pack, unpack
+from flexp.links.passing import Behind, Keep, Lead, PassedBackward, PassedReply, Settle, Update
 from flexp.optim import merged, norms
 from flexp.server.alignment import aligned, pupil
 from flexp.server.chain import PREVIOUS, Following

@@ -14,18 +14,10 @@ from flexp.assets import resolve
 from flexp.config import LoraConfig, ModelConfig, OptimizerConfig, ServerConfig
 from flexp.errors import ConfigError, LinkLostError
 from flexp.kinds import ModelKind
+from flexp.links.asking import SumReply, SumRequest
 from flexp.links.base import InProcessLink
-from flexp.links.messages import (
-    Abort,
-    Behind,
-    Done,
-    Join,
-    Leave,
-    Settle,
-    SumReply,
-    SumRequest,
-    Welcome,
-)
+from flexp.links.messages import Abort, Done, Join, Leave, Welcome
+from flexp.links.passing import Behind, Settle
 from flexp.models.anatomy import Part, block_count, check_cut
 from flexp.models.loading import load_config, load_stage
 from flexp.models.stage import Stage

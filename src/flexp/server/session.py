@@ -18,18 +18,10 @@ from torch import Tensor
 
 from flexp.config import AlignConfig
 from flexp.errors import BadValuesError
-from flexp.links.messages import (
-    BackwardReply,
-    BackwardRequest,
-    Behind,
-    ForwardReply,
-    ForwardRequest,
-    PassedBackward,
-    PassedReply,
-    PullReply,
-    Settle,
-)
+from flexp.links.asking import PullReply
+from flexp.links.messages import BackwardReply, BackwardRequest, ForwardReply, ForwardRequest
 from flexp.links.packing import Places, on, pack, unpack
+from flexp.links.passing import Behind, PassedBackward, PassedReply, Settle
 from flexp.models.execution import ExecutionPlan
 from flexp.optim import laid_out, merged, norms, total
 from flexp.rng import BlockDraws, RandomStream

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flexp.errors import LinkError
-from flexp.links.messages import SumReply, SumRequest
+from flexp.links.asking import SumReply, SumRequest
 
 MOST = 8
 """Sums of a run: two meetings with three each, and two in which clients agree on a key."""
