@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from flexp.client.model import OFF, SplitModel
+from flexp.client.joined import OFF
+from flexp.client.model import SplitModel
 from flexp.client.pretrained import SPLIT_MODELS
 from flexp.config import AlignConfig, CodecConfig, LoraConfig, ModelConfig, OptimizerConfig, ServerConfig
 from flexp.links.base import Link

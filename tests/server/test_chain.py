@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from flexp.client.exchange import Piece
-from flexp.client.model import OFF, SplitModel
+from flexp.client.joined import OFF
+from flexp.client.model import SplitModel
 from flexp.config import AlignConfig, GuardConfig, OptimizerConfig, ServerConfig
 from flexp.errors import BadValuesError, ConfigError, LinkError, LinkLostError
 from flexp.links.asking import FetchRequest, PullRequest

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from flexp.client.exchange import Piece
-from flexp.client.model import OFF, SplitModel
+from flexp.client.joined import OFF
+from flexp.client.model import SplitModel
 from flexp.client.personal import WholeModel
 from flexp.client.pretrained import SPLIT_MODELS
 from flexp.config import AlignConfig, ModelConfig, OptimizerConfig

@@ -7,7 +7,7 @@ text or a configuration, which pydantic reads and bounds.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from itertools import count, takewhile
@@ -169,9 +169,7 @@ def tensors(said: Any) -> Iterator[tuple[str, Tensor]]:
             yield entry.field if entry.holds == "many" else name, value
 
 
-@cache
-def declared(kind: Any) -> Declaration:
-    """The declaration of a type of message."""
+def _read(kind: type[Any]) -> Declaration:
     hints = get_type_hints(kind, include_extras=True)
     entries, scalars = [], {}
     for item in fields(kind):
@@ -184,3 +182,7 @@ def declared(kind: Any) -> Declaration:
         optional = item.default is not MISSING or item.default_factory is not MISSING
         entries.append(Entry(item.name, tensors, holds, not optional))
     return Declaration(kind.__name__, tuple(entries), scalars)
+
+
+declared: Callable[[type[Any]], Declaration] = cache(_read)
+"""The declaration of a type of message."""

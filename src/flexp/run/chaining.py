@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from flexp.assets import resolve
-from flexp.client.model import OFF
+from flexp.client.joined import OFF
 from flexp.config import CodecConfig, DeploymentConfig, RunConfig
 from flexp.errors import ConfigError, LinkError, StorageError
 from flexp.links.base import Link
