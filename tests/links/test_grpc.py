@@ -22,7 +22,7 @@ from flexp.links.asking import PullRequest
 from flexp.links.base import Link
 from flexp.links.coding import PLAIN
 from flexp.links.emulated import EmulatedLink, Network
-from flexp.links.frames import CHUNK, encode
+from flexp.links.frames import CHUNK, VERSION, encode
 from flexp.links.grpc import connect, serve
 from flexp.links.grpc.link import _Call
 from flexp.links.grpc.loop import background
@@ -209,7 +209,7 @@ def test_after_a_refused_join_the_same_process_joins(how: str) -> None:
         model.link.close()
 
 
-@pytest.mark.parametrize(("older", "says"), [("connecting", "server speaks version 7"), ("gate", "speaks version 3")])
+@pytest.mark.parametrize(("older", "says"), [("connecting", f"server speaks version {VERSION}"), ("gate", "speaks version 3")])
 def test_another_version_is_refused_in_one_line(older: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """3 is the last that knew neither rows nor packed tokens."""
     monkeypatch.setattr(f"flexp.links.grpc.{older}.VERSION", 3)
