@@ -9,6 +9,7 @@ processor's caches as well; 1.0 with one client, whom nobody waits with.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Annotated, Any
@@ -32,6 +33,7 @@ def measure(
     counts: Annotated[str, typer.Option(help="How many clients, with commas.")] = "1,8,32",
     shapes: Annotated[str, typer.Option(help="Texts x tokens of a request, with commas.")] = "1x16,8x16",
     own: Annotated[bool, typer.Option(help='With server.adapters = "own".')] = False,
+    processor: Annotated[bool, typer.Option(help="Seconds of the processor, which other work hardly changes.")] = False,
     pairs: Pairs = 6,
     threads: Threads = 1,
 ) -> Result:
@@ -44,7 +46,7 @@ def measure(
             here = parties(folder, kind, examples=examples, length=length, tuning="lora")
             for count in map(int, counts.split(",")):
                 alone, joined = (_round(here, count, (examples, length), own, how) for how in (False, True))
-                timed = paired(alone, joined, pairs)
+                timed = paired(alone, joined, pairs, time.process_time if processor else time.perf_counter)
                 ratio, low, high = 1 / timed.ratio, *(1 / value for value in timed.quartiles[::-1])
                 say(f"{count} clients, {shape}: {ratio:.2f}")
                 found.append({
@@ -56,7 +58,7 @@ def measure(
                     *(f"{1e3 * seconds / count:.1f}" for seconds in (timed.first, timed.second)),
                 ))  # fmt: skip
     columns = ("texts x tokens", "clients", "joined ÷ one by one", "ms a request, one by one", "ms, joined")
-    return Result({"model": model, "own": own, "rows": found}, rows, columns)
+    return Result({"model": model, "own": own, "processor": processor, "rows": found}, rows, columns)
 
 
 def _round(here: Parties, count: int, shape: tuple[int, int], own: bool, joined: bool) -> Callable[[], None]:

@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from benchmarks.tools import big_model
+from flexp.errors import FlexpError
 from flexp.models.loading import quietly
 
 
@@ -30,3 +31,12 @@ def test_fewer_blocks_are_the_first_ones(tmp_path: Path) -> None:
     with quietly():
         model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     assert len(model.model.layers) == model.config.num_hidden_layers == 2
+
+
+def test_a_checkpoint_of_another_shape_is_not_taken_for_it(tmp_path: Path) -> None:
+    folder = big_model.write_random("small", tmp_path / "model", 2)
+    assert big_model.write_random("small", folder, 2) == folder
+    with pytest.raises(FlexpError, match=r"its num_hidden_layers is 2, small has 4; name another folder"):
+        big_model.write_random("small", folder)
+    with pytest.raises(FlexpError, match=r"another shape: its hidden_size is 64, llama-3.2-1b with 2 blocks has 2048"):
+        big_model.write_random("llama-3.2-1b", folder, 2)

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from flexp.config import AlignConfig, ModelConfig, OptimizerConfig, ServerConfig
 from flexp.cost.echo import reset_peak, resident, warm_up
+from flexp.errors import FlexpError
 from flexp.files import write_json
 from flexp.links.base import ask
 from flexp.links.messages import BackwardRequest, ForwardRequest, Join
@@ -46,6 +47,11 @@ SHAPES: dict[str, Any] = {
 """From the models' published ``config.json``; ``small`` is for tests."""
 
 
+SIZES = ("model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size", "num_attention_heads",
+         "num_key_value_heads", "tie_word_embeddings")  # fmt: skip
+"""What makes a checkpoint another one, in its ``config.json``."""
+
+
 def write_random(shape: str, folder: Path, blocks: int | None = None) -> Path:
     """A checkpoint in bfloat16 of one of :data:`SHAPES`, of which no process ever holds more than a shard; of its first
     ``blocks`` alone, where that is said."""
@@ -56,6 +62,13 @@ def write_random(shape: str, folder: Path, blocks: int | None = None) -> Path:
             config.layer_types = config.layer_types[:blocks]
     config.pad_token_id = 0
     if (folder / "model.safetensors.index.json").is_file():
+        told, wanted = json.loads((folder / "config.json").read_text()), json.loads(config.to_json_string())
+        odd = [key for key in SIZES if told.get(key) != wanted.get(key)]
+        if odd:
+            raise FlexpError(
+                f"{folder} holds a checkpoint of another shape: its {odd[0]} is {told.get(odd[0])}, {shape}"
+                f"{'' if blocks is None else f' with {blocks} blocks'} has {wanted.get(odd[0])}; name another folder"
+            )
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     config.architectures = [f"{type(config).__name__.removesuffix('Config')}ForCausalLM"]

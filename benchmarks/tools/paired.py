@@ -37,8 +37,10 @@ class Paired:
         ]
 
 
-def paired(first: Callable[[], None], second: Callable[[], None], pairs: int) -> Paired:
-    """Time ``pairs`` of calls, after a warm-up."""
+def paired(
+    first: Callable[[], None], second: Callable[[], None], pairs: int, clock: Callable[[], float] = time.perf_counter
+) -> Paired:
+    """Time ``pairs`` of calls by ``clock``, after a warm-up."""
     for _ in range(WARM_UP):
         first()
         second()
@@ -46,8 +48,8 @@ def paired(first: Callable[[], None], second: Callable[[], None], pairs: int) ->
     for number in range(pairs):
         # Every other pair starts with the second: what comes later may find warmer caches.
         for step, found in ((first, seconds[0]), (second, seconds[1]))[:: 1 if number % 2 else -1]:
-            began = time.perf_counter()
+            began = clock()
             step()
-            found.append(time.perf_counter() - began)
+            found.append(clock() - began)
     low, middle, high = statistics.quantiles([b / a for a, b in zip(*seconds, strict=True)], n=4)
     return Paired(middle, [low, high], statistics.median(seconds[0]), statistics.median(seconds[1]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from flexp.cost.model_cost import model_cost
 from flexp.models import losses
 from flexp.models.loading import load_stage
-from flexp.models.zoo import save_tiny, tiny_batch
+from flexp.models.stage import Stage
+from flexp.models.zoo import save_tiny, tiny_batch, tiny_model
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -73,3 +76,31 @@ def extra(folder: Path, length: int) -> int:
     """Bytes that a plan counts at the worst moments of a head with its loss, beside what it keeps."""
     head = model_cost(str(folder), "causal-lm", length=length).exactly(8).head
     return head.forward_extra + head.backward_extra
+
+
+def test_a_model_that_is_given_away_takes_nothing_of_it_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pickled it needs no FlexP, and computes the same; wrapped again, or copied, it has its loss in pieces."""
+    model = tiny_model("llama", task="causal-lm")
+    Stage.whole(model)
+    assert model.loss_function is losses.IN_PIECES
+    written = pickle.dumps(model)
+    assert b"flexp" not in written
+    loaded = pickle.loads(written)
+    batch = tiny_batch(model)
+    batch["labels"] = batch["input_ids"]
+    assert torch.equal(loaded(**batch).loss, model(**batch).loss)
+    for other in (copy.deepcopy(model), Stage.whole(loaded).model):
+        assert other.loss_function is losses.IN_PIECES
+
+
+def test_no_line_is_drawn_from_one_way_to_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_tiny("llama", tmp_path)
+    cost = model_cost(str(folder), "causal-lm", length=64)
+    words = load_stage(str(folder), "causal-lm").model.config.vocab_size
+    monkeypatch.setattr(losses, "PIECE", 8 * 64 * words)  # of 9 examples the loss comes in pieces
+    for size in (1, 2, 8, 9, 12, 16):
+        line, true = (
+            each.head.forward_extra + each.head.backward_extra for each in (cost.at(size), cost.exactly(size))
+        )
+        assert line >= true
+    assert cost.at(8).head == cost.exactly(8).head

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,7 @@ from flexp.errors import ConfigError
 from flexp.models.anatomy import Part
 from flexp.models.zoo import save_tiny
 from flexp.planner import model as own
+from flexp.planner.fleet import Choices, TaskShape
 from flexp.planner.infeasible import InfeasibleError
 from flexp.server import Server
 
@@ -80,3 +82,21 @@ def test_a_limit_on_addresses_counts_the_map_of_the_embeddings_too(
     monkeypatch.setattr(own, "maps_count", lambda: True)
     with pytest.raises(InfeasibleError, match="needs"):
         own.own_cut(model, "sequence-classification", (4, 16))
+
+
+def test_the_server_is_planned_as_its_own_blocks_are_quantised(tmp_path: Path) -> None:
+    """Not as the clients'; what a client takes is its own matter."""
+    folder, device, choice = save_tiny("llama", tmp_path), Profile.from_class("laptop"), Choice((1, 3), 4, rank=4)
+
+    def costs(quantization: Any, server: Any = None) -> own.ModelCosts:
+        task = TaskShape(
+            kind="causal-lm", length=16, tuning="lora", quantization=quantization, server_quantization=server
+        )
+        return own.ModelCosts(str(folder), task, Choices(), device)
+
+    plain, packed, mixed, other = costs("off"), costs("nf4"), costs("nf4", "off"), costs("off", "nf4")
+    assert mixed.block_bytes(4) == plain.block_bytes(4) > packed.block_bytes(4) == other.block_bytes(4)
+    for one, client, server in ((mixed, packed, plain), (other, plain, packed)):
+        found = one.predict(device, choice)
+        assert found.memory_bytes == client.predict(device, choice).memory_bytes
+        assert found.server_memory_bytes == server.predict(device, choice).server_memory_bytes

@@ -5,6 +5,7 @@ bitsandbytes makes peft's import slow wherever it is found, so it has a place of
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,12 @@ def test_either_side_by_itself_and_only_as_agreed(folder: Path) -> None:
         flexp.SplitModelForCausalLM.from_pretrained(folder, cut=(1, 3), **other)
 
 
+def failing(name: str, *package: Any, found: Any = importlib.import_module) -> Any:
+    if name == "bitsandbytes":
+        raise OSError("no libbitsandbytes\n  here")
+    return found(name, *package)
+
+
 def test_what_cannot_be_is_refused_in_one_line(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r'model\.quantization = "nf4" keeps whole numbers.*model\.tuning = "lora"'):
         RunConfig.checked({"model": {"id": "m", "quantization": "nf4"}, "data": {"source": "d"}}, "here")
@@ -154,6 +161,12 @@ def test_what_cannot_be_is_refused_in_one_line(folder: Path, tmp_path: Path, mon
     assert brought.quantization == "nf4"
     with pytest.raises(ModelError, match=r"quantised already \(nf4\)"):
         load_stage(ModelConfig.of(tmp_path, quantization="int8"), "causal-lm")
+    with monkeypatch.context() as broken:
+        broken.setattr(quantized.importlib, "import_module", failing)
+        with pytest.raises(ModelError, match=r"bitsandbytes is installed and cannot be imported \(OSError: no lib"):
+            load_stage(ModelConfig.of(folder, quantization="nf4"), "causal-lm")
+        with pytest.raises(ModelError, match=r'model.tuning = "lora" \(peft\): bitsandbytes is installed and cannot'):
+            tune(load_stage(ModelConfig.of(folder), "causal-lm"), ModelConfig.of(folder, tuning="lora"))
     monkeypatch.setattr(quantized.importlib.util, "find_spec", lambda _: None)  # type: ignore[attr-defined]
     with pytest.raises(ModelError, match=r'pip install "flexp\[quantized\]"'):
         load_stage(ModelConfig.of(folder, quantization="nf4"), "causal-lm")

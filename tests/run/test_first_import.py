@@ -7,7 +7,7 @@ import sys
 
 NOT_ITS_OWN = (
     "flexp.server", "flexp.audit", "flexp.planner", "flexp.methods.split",
-    "bitsandbytes", "datasets", "flwr_datasets", "pandas", "peft", "plotly", "sklearn", "tensorboard",
+    "bitsandbytes", "datasets", "flwr_datasets", "grpc", "pandas", "peft", "plotly", "sklearn", "tensorboard",
 )  # fmt: skip
 
 

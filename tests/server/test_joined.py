@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Any
 
@@ -39,7 +39,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Passes:
 
     monkeypatch.setattr("flexp.server.exchanges.waiting_thread", lambda: None)
     monkeypatch.setattr("flexp.server.together.Pass", made)
-    monkeypatch.setattr(Pace, "pays", lambda *_: True)
+    monkeypatch.setattr(Pace, "most", lambda _, __, waiting, **___: waiting)
     return found
 
 
@@ -207,23 +207,93 @@ def test_who_draws_dropout_goes_alone(caplog: pytest.LogCaptureFixture) -> None:
     assert caplog.text.count("server.joined has no effect") == 1
 
 
-def test_the_rule() -> None:
+def served(pace: Pace, seconds: Callable[[str, int], float], waiting: int, passes: int) -> tuple[list[int], float]:
+    """How many were in each pass of a server whose clock is ``seconds`` of a pass of so many; and, after that many
+    passes of warming up, all of them one by one ÷ as they were."""
+    found, alone, joined = [], 0.0, 0.0
+    for number in range(2 * passes):
+        members = pace.most(16, waiting)
+        took = [seconds(kind, members) for kind in ("forward", "backward")]
+        for kind, each in zip(("forward", "backward"), took, strict=True):
+            pace.note(kind, members, [16] * members, each)
+        found.append(members)
+        if number >= passes:
+            alone += members * sum(seconds(kind, 1) for kind in ("forward", "backward"))
+            joined += sum(took)
+    return found, alone / joined
+
+
+def test_as_many_go_together_as_pay() -> None:
+    found, ratio = served(Pace(), lambda _, members: 0.8 + 0.2 * members, 9, 200)
+    assert found[:7] == [1, 1, 1, 9, 9, 9, 9]
+    assert ratio > 3
+    cache = served(Pace(), lambda _, members: members * [1.0, 0.7, 1.5, 1.5][members.bit_length() - 1], 9, 200)
+    assert cache[0][200:].count(3) > 190  # eight are too many, two or three pay
+    assert cache[1] > 1.35
+
+
+@pytest.mark.parametrize(
+    "seconds",
+    [
+        lambda _, members: float(members),
+        lambda _, members: members * (1.0 if members == 1 else 1.4),
+        lambda kind, members: members * (1.0 if members == 1 else 0.6 if kind == "forward" else 1.6),  # run again
+    ],
+    ids=["no gain", "a loss", "a loss backwards"],
+)
+def test_it_is_never_slower(seconds: Callable[[str, int], float]) -> None:
+    found, ratio = served(Pace(), seconds, 8, 1000)
+    assert ratio > 0.98  # what is tried now and then
+    assert max(found[1000:]) > 1
+
+
+def test_a_moment_decides_nothing() -> None:
+    """The first time, and what else the machine does, take longer; what changes for good is seen."""
+    pace, calls = Pace(), 0
+
+    def busy(_: str, members: int) -> float:
+        nonlocal calls
+        calls += 1
+        return members * (20.0 if calls in (1, 2, 15, 200) else 1.0) * (1.2 if members > 1 else 1.0)
+
+    found, _ = served(pace, busy, 4, 600)
+    assert sum(members > 1 for members in found[30:]) < 12
+    found, _ = served(pace, lambda _, members: members * (0.5 if members > 1 else 1.0), 4, 2000)
+    assert found[-100:].count(4) > 90
+    found, _ = served(pace, lambda _, members: members * (2.0 if members > 1 else 1.0), 4, 2000)
+    assert found[-100:].count(1) > 90
+
+
+def test_what_only_looks_is_judged_by_itself() -> None:
     pace = Pace()
-    assert not pace.pays(16)  # alone is measured first
-    for kind in ("forward", "backward"):
-        pace.note(kind, False, 16, 1.0)
-    assert pace.pays(16)
-    pace.note("forward", True, 16, 0.4)
-    assert pace.pays(16)
-    pace.note("backward", True, 16, 1.9)
-    assert [pace.pays(16) for _ in range(40)].count(True) == 1  # slower, and tried again now and then
-    for _ in range(9):
-        pace.note("backward", True, 16, 0.2)
-    assert [pace.pays(16) for _ in range(40)].count(False) == 1
-    assert not pace.pays(999)
+    for _ in range(3):
+        pace.note("look", 1, [16], 1.0)
+    assert pace.most(16, 4) == 1
+    assert pace.most(16, 4, train=False) == 4
+    assert pace.most(999, 4, train=False) == 1
+
+
+def test_what_fits_in_a_pass() -> None:
     assert fits([(1, 16), (1, 13)])
     assert not fits([(1, 16), (4, 4)])
     assert not fits([(4, 512), (1, 512)])
+
+
+def test_no_graph_is_made_that_has_no_room(passes: Passes, monkeypatch: pytest.MonkeyPatch) -> None:
+    grads = []
+
+    def made(*args: Any, grad: bool, **options: Any) -> Pass:
+        grads.append(grad)
+        return Pass(*args, grad=grad, **options)
+
+    monkeypatch.setattr("flexp.server.together.Pass", made)
+    here = server(max_kept_bytes=1 << 20)
+    here._sessions["a"].graph_rate = 320.0  # of 829 kB, but the largest has more than its quarter of the room
+    asked = forwards(1, padded=True)
+    all_of(here, asked)
+    all_of(here, backwards(1, asked))
+    assert grads[0] is False
+    assert here.shared.version == 4
 
 
 def test_over_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,7 +306,7 @@ def test_over_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
         return Pass(*args, **options)
 
     monkeypatch.setattr("flexp.server.together.Pass", made)
-    monkeypatch.setattr(Pace, "pays", lambda *_: True)
+    monkeypatch.setattr(Pace, "most", lambda _, __, waiting, **___: waiting)
     found: dict[bool, dict[str, list[float]]] = {}
     for joined in (True, False):
         here = world("llama", tuning="lora", config=ServerConfig(joined=joined, adapters="own"), optimizer=SGD)

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from flexp.config import ServerConfig
 from flexp.errors import LinkError
 from flexp.links.asking import PullRequest
-from flexp.links.messages import BackwardRequest, ForwardRequest, Leave
+from flexp.links.messages import BackwardReply, BackwardRequest, ForwardRequest, Leave
 from flexp.server.clients import WINDOW, Progress
 from tests.harness import World, equal, seeded, shared_weights, world
 
@@ -180,3 +181,26 @@ def test_steps_in_any_order_within_the_window() -> None:
     assert not progress.applied(2 * WINDOW - 1)
     back = Progress.restored(progress.state())
     assert (back.numbering, back.newest, back.applied(2 * WINDOW), back.applied(0)) == (MINE, 2 * WINDOW, True, False)
+
+
+def test_answers_of_one_step_are_bounded_too_and_computed_anew_where_they_are_gone() -> None:
+    progress, one = Progress(MINE), BackwardReply(torch.zeros(25))
+    for piece in range(1, 9):
+        progress.remember(1, ("forward", piece), one, 250)
+    assert [progress.answer(1, ("forward", piece)) is None for piece in range(1, 9)] == [True] * 6 + [False] * 2
+    progress.remember(1, ("forward", 9), BackwardReply(torch.zeros(100)), 250)
+    assert progress.answer(1, ("forward", 8)) is None
+    assert progress.answer(1, ("forward", 9)) is not None  # the newest stays, whatever its size
+    progress.remember(2, ("forward", 1), one, 250)
+    assert progress.answer(2, ("forward", 1)) is one
+
+    here = joined(config=ServerConfig(keep_answers_bytes=2 * 5 * 32 * 4 * 3))
+    for again in (False, True):
+        for piece in (1, 2):
+            here.server.answer("a", request(1, piece))
+        for piece in (1, 2):
+            assert here.server.answer("a", gradient(1, piece, of=2)).grad_BTH is not None
+        if not again:
+            after = shared_weights(here.server)
+    assert equal(after, shared_weights(here.server))
+    assert here.server.shared.version == 1

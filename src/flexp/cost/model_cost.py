@@ -23,6 +23,7 @@ from flexp.models.anatomy import dissect
 from flexp.models.batches import pooled
 from flexp.models.fingerprint import fingerprint
 from flexp.models.loading import DTYPES
+from flexp.models.losses import in_pieces
 from flexp.models.packed import saved_by_packing
 from flexp.models.quantized import held_bytes
 from flexp.models.stored import check_table, token_embedding
@@ -120,6 +121,7 @@ class ModelCost:
         own = {key: value for key, value in bare.config.to_dict().items() if key != "_name_or_path"}
         of_run = config.model_dump(mode="json", exclude={"id"})
         self._known_by = json.dumps([own, of_run, kind, length, labels], sort_keys=True, default=str)
+        self._words = getattr(bare.config.get_text_config(), "vocab_size", 0) if kind == "causal-lm" else 0
         self.blocks, self.hidden = anatomy.blocks, anatomy.hidden
         self.kinds = kinds(bare)
         self._chosen = sorted(set(self.kinds))
@@ -148,6 +150,9 @@ class ModelCost:
             )
         key = (micro_batch, rank, checkpointing, still)
         if key not in self._shapes:
+            logits = self.length * self._words
+            if len({in_pieces(logits * size) for size in (*SIZES, micro_batch)}) > 1:  # no line leads from one to other
+                return self.exactly(micro_batch, rank, checkpointing, still=still)
             few, more = self._counted(rank, checkpointing, still)
             share = (micro_batch - SIZES[0]) / (SIZES[1] - SIZES[0])
             self._shapes[key] = _between(few, more, share)

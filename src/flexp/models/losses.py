@@ -7,6 +7,7 @@ gigabyte. Here a piece of tokens has them at a time, forwards and, computed agai
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,8 +23,14 @@ PIECE = 1 << 22
 
 def give_loss(model: Any) -> None:
     """Have ``model``, if its loss is transformers' of the next token, compute it in pieces."""
-    if getattr(model, "loss_type", None) == "ForCausalLM" and model.loss_function is ForCausalLMLoss:
-        model.loss_function = next_token_loss
+    found = getattr(model, "loss_function", None)
+    if getattr(model, "loss_type", None) == "ForCausalLM" and getattr(found, "func", found) is ForCausalLMLoss:
+        model.loss_function = IN_PIECES
+
+
+def in_pieces(logits: int) -> bool:
+    """Whether the loss of so many logits (B·T·V) is computed in pieces."""
+    return logits > PIECE
 
 
 def next_token_loss(
@@ -36,7 +43,7 @@ def next_token_loss(
     **others: Any,
 ) -> Tensor:
     """As ``transformers.loss.loss_utils.ForCausalLMLoss``: logits (B, T, V), labels (B, T) → a number."""
-    if logits.numel() <= PIECE:
+    if not in_pieces(logits.numel()):
         return ForCausalLMLoss(  # type: ignore[no-any-return]
             logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **others
         )
@@ -52,6 +59,25 @@ def next_token_loss(
     if num_items_in_batch is None:
         return loss
     return loss / (num_items_in_batch.to(loss.device) if torch.is_tensor(num_items_in_batch) else num_items_in_batch)
+
+
+class _InPieces:
+    """:func:`next_token_loss`, of which a model takes nothing along: pickled, it is transformers' own."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return next_token_loss(*args, **kwargs)
+
+    def __copy__(self) -> _InPieces:
+        return self
+
+    def __deepcopy__(self, _: Any) -> _InPieces:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial, (ForCausalLMLoss,)
+
+
+IN_PIECES = _InPieces()
 
 
 class _EachToken(torch.autograd.Function):

@@ -8,6 +8,7 @@ quantised. What is trained are adapters beside it (Dettmers et al., 2023, arXiv 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import logging
 from collections.abc import Iterator
@@ -173,9 +174,28 @@ def _method(config: Any) -> str:
     return str(getattr(method, "value", method))
 
 
+def check_bitsandbytes(what: str) -> None:
+    """Refuse to go on where bitsandbytes is installed and cannot be imported, which transformers and peft try.
+
+    Raises:
+        ModelError: see above; ``what`` needs it.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return
+    try:
+        importlib.import_module("bitsandbytes")
+    except Exception as error:
+        said = " ".join(str(error).split())
+        raise ModelError(
+            f"{what}: bitsandbytes is installed and cannot be imported ({type(error).__name__}: {said}); install it "
+            "anew, or remove it where nothing is quantised (pip uninstall bitsandbytes)"
+        ) from error
+
+
 def _refuse_missing(name: str) -> None:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError(
             f'{name}: quantised blocks need bitsandbytes; pip install "flexp[quantized]", or set model.quantization = '
             '"off"'
         )
+    check_bitsandbytes(name)

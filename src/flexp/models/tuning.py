@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from flexp.config import LoraConfig, ModelConfig
 from flexp.errors import ConfigError, ModelError
 from flexp.models.loading import named_generator
+from flexp.models.quantized import check_bitsandbytes
 from flexp.models.stage import Stage
 from flexp.models.stored import stored
 
@@ -139,6 +140,7 @@ _STATE_SPACE = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
 
 
 def _inject(stage: Stage, config: LoraConfig, seed: int, ranks: Mapping[int, int]) -> None:
+    check_bitsandbytes('model.tuning = "lora" (peft)')
     from peft import LoraConfig as PeftLoraConfig  # brings bitsandbytes and a compiler along, which take seconds
     from peft import inject_adapter_in_model
 

@@ -87,6 +87,7 @@ class TaskShape(Section):
         read: the share of a text's predicted tokens that have a label, where all have an answer.
         frozen: so many of the first blocks are not trained, nor can a client cut shallower.
         anew: the share of a client's steps in which its examples go up for the first time, with ``link.cache``.
+        server_quantization: of the shared blocks, where that is not the clients'.
         own: whether the server holds LoRA adapters for each client by itself (``server.adapters``).
     """
 
@@ -110,6 +111,7 @@ class TaskShape(Section):
     read: Fraction = 1.0
     frozen: Annotated[int, Field(ge=0)] = 0
     anew: Fraction = 1.0
+    server_quantization: Quantization | None = None
     own: bool = False
 
     @property

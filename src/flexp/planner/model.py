@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from flexp.config import AlignConfig, ModelConfig
 from flexp.cost.choice import Choice, Prediction
 from flexp.cost.device import this_machine
 from flexp.cost.model_cost import ModelCost, model_cost
-from flexp.cost.predict import memory, predict, resting
+from flexp.cost.predict import adapters_bytes, memory, predict, resting, server_memory
 from flexp.cost.profile import Profile
 from flexp.kinds import ModelKind
 from flexp.limits import maps_count
@@ -41,7 +42,7 @@ class ModelCosts:
 
     def predict(self, profile: Profile, choice: Choice) -> Prediction:
         """One step of a client on ``profile``."""
-        return predict(
+        found = predict(
             self._cost(self.task),
             profile,
             choice,
@@ -54,6 +55,8 @@ class ModelCosts:
             anew=self.task.anew,
             own=self.task.own,
         )
+        own = adapters_bytes(self._shared, choice) if self.task.own else 0
+        return replace(found, server_memory_bytes=server_memory(self._shared, choice) + own)
 
     def resting(self, choice: Choice) -> int:
         """What a client holds between two steps."""
@@ -61,8 +64,16 @@ class ModelCosts:
 
     def block_bytes(self, rank: int | None) -> tuple[int, ...]:
         """Of each block on the server, with gradient and optimiser state."""
-        cost = self._cost(self.task)
-        return tuple(cost.server_weights(block, block + 1, rank) for block in range(self.blocks))
+        shared = self._shared
+        return tuple(shared.server_weights(block, block + 1, rank) for block in range(self.blocks))
+
+    @property
+    def _shared(self) -> ModelCost:
+        """Of blocks as the server has them; blocks in fewer bits are for adapters."""
+        how = self.task.server_quantization
+        if how is None or self.task.adapters is None:
+            return self._cost(self.task)
+        return self._cost(self.task.model_copy(update={"quantization": how, "quantize_ends": False}))
 
     def memory(self, task: TaskShape, choice: Choice) -> int:
         """The client's peak when the task is another one."""

@@ -173,6 +173,7 @@ def _task(config: RunConfig, federation: Federation, least: int) -> tuple[TaskSh
         read=_labelled(federation),
         frozen=frozen,
         anew=_anew(config, federation),
+        server_quantization=config.server.quantization,
         own=config.server.adapters == "own" and model.tuning == "lora",
     )
     if here and maps_count():

@@ -74,7 +74,9 @@ class Progress:
         return self._answers.get(step, {}).get(key)
 
     def remember(self, step: int, key: Key, reply: Any, most_bytes: int) -> None:
-        """Keep an answer of a numbered step; the oldest steps' go first when all take more than ``most_bytes``."""
+        """Keep an answer of a numbered step; when all take more than ``most_bytes`` the oldest go first, of whole steps
+        before those of the last, of which the newest stays. What is not known any more is computed anew, not applied.
+        """
         if step <= 0:
             return
         known = self._answers.setdefault(step, {})
@@ -83,6 +85,9 @@ class Progress:
         self.forget(step - 1 if self.kept_from is None else self.kept_from)
         while self._bytes > most_bytes and len(self._answers) > 1:
             self._drop(min(self._answers))
+        (last,) = self._answers.values() if len(self._answers) == 1 else ({},)
+        while self._bytes > most_bytes and len(last) > 1:
+            self._bytes -= size(last.pop(next(iter(last))))
 
     def forget(self, step: int) -> None:
         """Drop the answers of ``step`` and those before it."""

@@ -9,12 +9,13 @@ masks. Sums of a matrix product may run in another order than alone: that is the
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,9 @@ MOST_PADDED = 1.25
 PATIENCE, MOST_PATIENCE = 4.0, 0.5
 """So many times as long as a pass took, and so many seconds at most, its backwards wait for each other."""
 AGAIN = 32
-"""Every so often what seems slower is tried again."""
+"""One of so many requests, at most, goes the way that seems slower, to see whether it still is."""
+WORTH, FEW = 0.95, 3
+"""A pass pays whose share of an exchange takes less than so much of it alone; measured so often before it is judged."""
 
 
 @dataclass
@@ -117,29 +120,45 @@ def can_join(stage: Stage, trained: Mapping[str, nn.Parameter]) -> str:
 
 
 class Pace:
-    """Seconds of a client's exchange, alone and in a pass, by its size: what joining is worth here, as measured."""
+    """Seconds a token, alone and in passes of many: what joining is worth here, as measured.
+
+    Of each the median of the last few counts, so that neither a first time, which takes longer, nor what else the
+    machine does for a moment decides. A pass is noted with all that it took: what waited for it backwards, too, and
+    blocks that ran again, for whoever came late or since its graph had no room.
+    """
 
     def __init__(self) -> None:
-        self._seconds: dict[tuple[str, bool, int], float] = {}
-        self._asked: Counter[int] = Counter()
+        self._seconds: dict[tuple[str, int, int], deque[float]] = {}
+        self._since: Counter[tuple[int, int]] = Counter()
 
-    def note(self, kind: str, joined: bool, tokens: int, seconds: float) -> None:
-        """So long took the ``kind`` (forward, backward) of one exchange of ``tokens``."""
-        key = kind, joined, tokens.bit_length()
-        before = self._seconds.get(key)
-        self._seconds[key] = seconds if before is None else 0.75 * before + 0.25 * seconds
+    def note(self, kind: str, members: int, tokens: Sequence[int], seconds: float) -> None:
+        """So long took the ``kind`` (forward, backward, look) of exchanges of so many tokens each, in a pass of so many
+        ``members``."""
+        key = kind, tokens[0].bit_length(), members.bit_length()
+        self._seconds.setdefault(key, deque(maxlen=2 * FEW - 1)).append(seconds / sum(tokens))
 
-    def pays(self, tokens: int) -> bool:
-        """Whether an exchange of that size is to go with others; what was never measured is tried, alone first."""
-        size = tokens.bit_length()
-        kinds = [kind for kind in ("forward", "backward") if (kind, False, size) in self._seconds]
-        if len(kinds) < 2:
-            return False
-        if any((kind, True, size) not in self._seconds for kind in kinds):
-            return True
-        alone, joined = (sum(self._seconds[kind, how, size] for kind in kinds) for how in (False, True))
-        self._asked[size] += 1
-        return (joined < alone) != (self._asked[size] % AGAIN == 0)
+    def most(self, tokens: int, waiting: int, *, train: bool = True) -> int:
+        """How many of so many exchanges of that size are to go together: as many as pay, by powers of two. What was not
+        measured often enough is tried, alone first. Those that do not ``train`` have no backward."""
+        kinds = ("forward", "backward") if train else ("look",)
+        size, wide = tokens.bit_length(), waiting.bit_length()
+        alone = self._cost(kinds, size, 1)
+        if alone is None or wide == 1:
+            return 1
+        costs = {members: self._cost(kinds, size, members) for members in range(2, wide + 1)}
+        chosen = max((members for members, cost in costs.items() if cost is None or cost < WORTH * alone), default=1)
+        if costs.get(chosen, alone) is not None:
+            for members in {*range(1, wide + 1)} - {chosen}:
+                self._since[size, members] += 1
+                if self._since[size, members] >= AGAIN * wide << members:  # the more at once, the less often
+                    self._since[size, members], chosen = 0, members
+                    break
+        return min(waiting, (1 << chosen) - 1)
+
+    def _cost(self, kinds: Sequence[str], size: int, members: int) -> float | None:
+        """Seconds a token, of all kinds; ``None``: not known yet."""
+        found = [self._seconds.get((kind, size, members), ()) for kind in kinds]
+        return sum(map(median, found)) if min(map(len, found)) >= FEW else None
 
 
 def fits(shapes: Sequence[tuple[int, int]]) -> bool:

@@ -78,7 +78,7 @@ class Together:
     def _along(self, one: Waiting, others: Sequence[Waiting], now: float, in_flight: int) -> list[Waiting]:
         """Who of the others goes with one, with which so many forwards are in flight."""
         kind, shapes = self._kind(one), [self._shape(one)]
-        if kind is None or (kind.name == "forward" and not self.pace.pays(self.tokens(one))):
+        if kind is None:
             return []
         found: list[Waiting] = []
         for other in others:
@@ -90,16 +90,19 @@ class Together:
                 continue  # it waits for others that have a graph with it
             found.append(other)
             shapes.append(self._shape(other))
-        return found
+        if kind.name == "backward":
+            return found
+        return found[: self.pace.most(self.tokens(one), len(shapes), train=kind.train) - 1]
 
     def tokens(self, one: Waiting) -> int:
         """B·T."""
         batch, length = self._shape(one)
         return batch * length
 
-    def was_joined(self, one: Waiting) -> bool:
-        """Whether it is the backward of a forward that ran in a pass."""
-        return self._joint(one) is not None
+    def members(self, group: Sequence[Waiting]) -> int:
+        """Of the pass that they make, or that their forwards were in."""
+        joint = self._joint(group[0])
+        return len(group) if joint is None else len(joint.exchanges)
 
     def forward(self, ready: Sequence[Ready]) -> list[ForwardReply]:
         """Answers, from one pass."""
@@ -110,7 +113,7 @@ class Together:
         members = [
             one.session.member(request, version) for one, request, version in zip(ready, placed, versions, strict=True)
         ]
-        grad = train and ready[0].session.config.memory == "keep"
+        grad = train and ready[0].session.config.memory == "keep" and self._has_room(ready)
         exchanges = [(one.session.join.client, one.request.exchange) for one in ready]
         joint = Pass(stage, members, grad=grad, exchanges=exchanges)
         outputs, share = joint.h_BTH, joint.bytes // len(ready)
@@ -174,6 +177,15 @@ class Together:
         rate = max(session.graph_rate for session in self._sessions.values())
         most = next(iter(self._sessions.values())).config.max_kept_bytes
         return fits(shapes) and rate * tokens * self._stage.anatomy.hidden <= most
+
+    def _has_room(self, ready: Sequence[Ready]) -> bool:
+        """Whether their graph, as far as clients' were counted, may be kept: else none is made."""
+        rate = max(session.graph_rate for session in self._sessions.values())
+        length = max(one.request.hidden_BTH.shape[1] for one in ready)
+        sizes = [round(rate * one.request.hidden_BTH[:, :1].numel() * length) for one in ready]
+        held = sum(session.kept_bytes for session in self._sessions.values())
+        fits = held + sum(sizes) <= ready[0].session.config.max_kept_bytes
+        return fits and all(one.session.has_room(size, graph=True) for one, size in zip(ready, sizes, strict=True))
 
     def _alive(self, joint: Pass) -> int:
         """How many of a pass still have their backward before them."""

@@ -95,7 +95,7 @@ class Turns(ServerState, ABC):
             self._line.take(group)
             one, began = group[0], time.perf_counter()
             kind = "backward" if isinstance(one.request, BackwardRequest) else "forward"
-            joined, tokens = len(group) > 1 or self._together.was_joined(one), self._together.tokens(one)
+            members, tokens = self._together.members(group), [self._together.tokens(each) for each in group]
             if len(group) == 1:
                 one.tell(partial(self._now, one.client, one.request))
             else:
@@ -105,7 +105,8 @@ class Turns(ServerState, ABC):
                     log.exception("%d requests could not be answered together, so they are one by one", len(group))
                     for other in group:
                         other.tell(partial(self._now, other.client, other.request))
-            self._together.pace.note(kind, joined, tokens, (time.perf_counter() - began) / len(group))
+            noted = kind if getattr(one.request, "train", True) else "look"
+            self._together.pace.note(noted, members, tokens, time.perf_counter() - began)
             return 0.0
 
     def _line_up(self, client: str, request: Request[R]) -> Future[R]:
