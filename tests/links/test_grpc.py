@@ -209,7 +209,9 @@ def test_after_a_refused_join_the_same_process_joins(how: str) -> None:
         model.link.close()
 
 
-@pytest.mark.parametrize(("older", "says"), [("connecting", f"server speaks version {VERSION}"), ("gate", "speaks version 3")])
+@pytest.mark.parametrize(
+    ("older", "says"), [("connecting", f"server speaks version {VERSION}"), ("gate", "speaks version 3")]
+)
 def test_another_version_is_refused_in_one_line(older: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """3 is the last that knew neither rows nor packed tokens."""
     monkeypatch.setattr(f"flexp.links.grpc.{older}.VERSION", 3)

@@ -184,5 +184,5 @@ def _read(kind: type[Any]) -> Declaration:
     return Declaration(kind.__name__, tuple(entries), scalars)
 
 
-declared: Callable[[type[Any]], Declaration] = cache(_read)
+declared: Callable[[Any], Declaration] = cache(_read)
 """The declaration of a type of message."""

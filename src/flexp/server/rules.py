@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from flexp.config import ServerConfig
 from flexp.errors import StorageError
 from flexp.gaussian import drawn, key_as_tensor, key_of, secret_key
 from flexp.optim import norms, stacked, total
@@ -253,3 +254,11 @@ def _named(kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _under(kind: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(f"{kind}/"): value for name, value in state.items() if name.startswith(f"{kind}/")}
+
+
+def rule_of(config: ServerConfig) -> Mean | Trimmed:
+    """How a server gathers steps (``server.update``, ``server.noise``)."""
+    if config.noise:
+        assert isinstance(config.guard.clip, float)
+        return Covered(config.noise, config.guard.clip)
+    return Trimmed(config.trim) if config.update == "trimmed" else Mean()

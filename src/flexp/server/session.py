@@ -1,4 +1,4 @@
-"""One client's side of the server: its cut, its exchanges in flight, its step so far, and the steps that were taken.
+"""One client's side of the server: what is computed for its exchanges, and what becomes of its steps.
 
 A step that comes again, after its answer was lost or after the client went back to a snapshot, gets the answers that
 it got the first time and is never applied twice (:class:`flexp.server.clients.Progress`).

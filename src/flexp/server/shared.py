@@ -21,7 +21,7 @@ from flexp.models.fingerprint import tensor_fingerprint
 from flexp.models.stage import Stage
 from flexp.optim import Updater
 from flexp.server.checks import Bounds
-from flexp.server.rules import Covered, Mean, Past, Quota, Trimmed
+from flexp.server.rules import Covered, Past, Quota, rule_of
 
 CPU = torch.device("cpu")
 Whole = Callable[[Mapping[str, Tensor]], float]
@@ -62,7 +62,7 @@ class SharedBlocks:
         self.updater = Updater(stage.trainable(), optimizer, total_steps)
         self._held: Counter[int] = Counter()
         self.stashed: dict[int, dict[str, nn.Parameter]] = {}
-        self._gathered = _rule(config)
+        self._gathered = rule_of(config)
         self._past = None if config.guard.similar is None else Past(config.guard.similar, config.guard.settle)
         self.quota: Quota | None = None
         self.skipped: Counter[str] = Counter()  # steps of clients that were answered and not applied
@@ -294,10 +294,3 @@ class SharedBlocks:
         for name, parameter in parameters.items():
             path, _, leaf = name.rpartition(".")
             self.stage.model.get_submodule(path)._parameters[leaf] = parameter
-
-
-def _rule(config: ServerConfig) -> Mean | Trimmed:
-    if config.noise:
-        assert isinstance(config.guard.clip, float)
-        return Covered(config.noise, config.guard.clip)
-    return Trimmed(config.trim) if config.update == "trimmed" else Mean()
