@@ -88,6 +88,7 @@ class TaskShape(Section):
         frozen: so many of the first blocks are not trained, nor can a client cut shallower.
         anew: the share of a client's steps in which its examples go up for the first time, with ``link.cache``.
         own: whether the server holds LoRA adapters for each client by itself (``server.adapters``).
+        pools: whether of each text one vector crosses (``privacy.pool``).
     """
 
     kind: ModelKind = "sequence-classification"
@@ -111,6 +112,7 @@ class TaskShape(Section):
     frozen: Annotated[int, Field(ge=0)] = 0
     anew: Fraction = 1.0
     own: bool = False
+    pools: bool = False
 
     @property
     def adapters(self) -> int | None:
@@ -137,6 +139,7 @@ class TaskShape(Section):
             embeddings=self.embeddings,
             quantization=self.quantization,
             quantize_ends=self.quantize_ends,
+            pooling="mean" if self.pools else "checkpoint",
         )
 
     @model_validator(mode="after")

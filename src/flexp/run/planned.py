@@ -174,6 +174,7 @@ def _task(config: RunConfig, federation: Federation, least: int) -> tuple[TaskSh
         frozen=frozen,
         anew=_anew(config, federation),
         own=config.server.adapters == "own" and model.tuning == "lora",
+        pools=config.privacy.pool,
     )
     if here and maps_count():
         shape = shape.model_copy(update={"embeddings": "memory"})
