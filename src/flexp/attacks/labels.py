@@ -71,4 +71,3 @@ def auc(rows_NH: Tensor, labels_N: Tensor, known: int = KNOWN) -> float | None:
 def area(yes_N: Tensor, no_M: Tensor) -> float:
     """Under the curve: how often a score of ``yes_N`` is above one of ``no_M``; equal ones count half."""
     return float(((yes_N[:, None] > no_M).double() + 0.5 * (yes_N[:, None] == no_M).double()).mean())
-

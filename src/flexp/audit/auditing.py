@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from flexp.attacks.public import MANUAL, dull_tokens, encoded, known_to_all, paragraphs
+from flexp.attacks.texts import Texts
 from flexp.attacks.tokens import ATTACKS, ON_MEANS, Attack, Public
 from flexp.audit.training import labels_told, membership_told, words_told
 from flexp.audit.truth import Truth
@@ -38,7 +39,8 @@ SURROGATE = 400
 SHOWN = 5
 """Texts that are shown beside what was read of them."""
 _BY = {
-    "clusters": "clusters", "inverted": "inverted", "answers": "answers by gradients", "outputs": "answers by activations", "known": "two of each known",
+    "clusters": "clusters", "inverted": "inverted", "answers": "answers by gradients",
+    "outputs": "answers by activations", "known": "two of each known",
     "features": "by activations", "features_known": "by activations, two of each known",
 }  # fmt: skip
 
@@ -112,7 +114,14 @@ class Audit:
     @property
     def by_gradients(self) -> bool:
         """Whether labels were attacked by gradients, which a client may not have sent."""
-        return not self.labels.keys() <= {"features", "features_known", "features_auc", "majority", "outputs", "generated"}
+        return not self.labels.keys() <= {
+            "features",
+            "features_known",
+            "features_auc",
+            "majority",
+            "outputs",
+            "generated",
+        }
 
     @property
     def line(self) -> str:
@@ -153,9 +162,7 @@ def audit(
     return attacked(watch, public=public, full=full, only=only)
 
 
-def attacked(
-    watch: Watch, *, public: Path | None = None, full: bool = False, only: Collection[str] = ()
-) -> Audit:
+def attacked(watch: Watch, *, public: Path | None = None, full: bool = False, only: Collection[str] = ()) -> Audit:
     """:func:`audit` of what was watched already.
 
     Raises:
@@ -225,7 +232,7 @@ def attacked(
 
 def _kinds(*, pooled: bool, decoder: bool, full: bool, only: Collection[str]) -> list[type[Attack]]:
     """The attacks that are made on tokens."""
-    made = [kind for kind in (ON_MEANS if pooled else ATTACKS) if decoder or not kind.causal]
+    made = [kind for kind in ((*ON_MEANS, Texts) if pooled else ATTACKS) if decoder or not kind.causal]
     names = [kind.name for kind in made]
     if strange := sorted(set(only) - set(names)):
         raise ConfigError(f"--attack {strange[0]}: not made on what is sent here; choose of {', '.join(names)}")

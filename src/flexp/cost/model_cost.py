@@ -167,9 +167,7 @@ class ModelCost:
             return whole
         one = self.after.at(micro_batch, rank, checkpointing)
         blocks = (*whole.blocks[:start], *one.blocks[start:])
-        return replace(
-            whole, blocks=blocks, head=one.head, message_bytes=one.message_bytes, mask_bytes=one.mask_bytes
-        )
+        return replace(whole, blocks=blocks, head=one.head, message_bytes=one.message_bytes, mask_bytes=one.mask_bytes)
 
     def exactly(
         self, micro_batch: int, rank: int | None = None, checkpointing: bool = False, *, still: bool = False
