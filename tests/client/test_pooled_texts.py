@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import transformers
 
-from flexp.attacks.texts import Texts
 from flexp.attacks.tokens import Public, Pursuit, Sent, Words
 from flexp.config import RunConfig
 from flexp.data.types import Batch
@@ -166,8 +164,7 @@ def test_tokens_that_add_up_to_a_mean_are_found(noise: float, least: float, most
     assert least <= float((attack.read(sent, ids_N) == ids_N).float().mean()) <= most
 
 
-@pytest.mark.parametrize("kind", [Words, Texts])
-def test_words_are_read_out_of_a_mean_that_tells_them_in_any_order(kind: type[Words]) -> None:
+def test_words_are_read_out_of_a_mean_that_tells_them_in_any_order() -> None:
     """Every word has a direction of its own, so a mean tells its text's words, and no places."""
     generator = torch.Generator().manual_seed(0)
     texts = [torch.randperm(40, generator=generator)[:5] for _ in range(400)]
@@ -181,11 +178,8 @@ def test_words_are_read_out_of_a_mean_that_tells_them_in_any_order(kind: type[Wo
     private, truth_N = sent(texts[350:])
     one = private.as_one()
     assert torch.allclose(one.z_NH[:5], tokens_TH[texts[350]].mean(0).expand(5, -1))
-    attack: Any = kind()
-    attack.steps, attack.batch, attack.width = 200, 32, 64
-    stage: Any = SimpleNamespace(model=torch.nn.Module())
-    stage.model.get_input_embeddings = lambda: torch.nn.Embedding.from_pretrained(tokens_TH)
-    attack.learn(Public(stage, 1, public.as_one(), ids_N, public if kind is Texts else None))
+    attack = Words()
+    attack.learn(Public(None, 1, public.as_one(), ids_N))  # type: ignore[arg-type]
     read_N = attack.read(one, truth_N)
     assert float((read_N == truth_N).float().mean()) > 0.99
     guess_N = attack.guess(one)

@@ -58,7 +58,7 @@ class Sent:
 
     def as_one(self, cover: Callable[[Tensor], Tensor] = lambda means_UH: means_UH) -> Sent:
         """With the mean of its text, which ``cover`` changes, in every token's place: what is sent of pooled texts."""
-        means_UH, at_N = means(self)
+        means_UH, at_N = _means(self)
         return replace(self, z_NH=cover(means_UH)[at_N])
 
 
@@ -177,7 +177,7 @@ class Words(Attack):
 
     def learn(self, public: Public) -> None:
         """See :class:`Attack`."""
-        means_UH, texts_N = means(public.sent)
+        means_UH, texts_N = _means(public.sent)
         self._ids, words_N = torch.unique(public.ids_N, return_inverse=True)
         text_P, word_P = torch.unique(torch.stack([texts_N, words_N]), dim=1)  # each word of a text once
         held_U = torch.arange(len(means_UH)) % 10 == 0
@@ -199,17 +199,13 @@ class Words(Attack):
 
     def guess(self, sent: Sent) -> Tensor:
         """See :class:`Attack`; of a text the likeliest first."""
-        means_UH, texts_N = means(sent)
-        read_N, scores_UV = torch.zeros(len(sent), dtype=torch.long), self.scores(means_UH)
-        for text in range(len(means_UH)):
+        means_UH, texts_N = _means(sent)
+        read_N = torch.zeros(len(sent), dtype=torch.long)
+        for text, mean_H in enumerate(means_UH):
             rows = texts_N == text
-            best = scores_UV[text].topk(min(int(rows.sum()), len(self._ids))).indices
+            best = ((mean_H - self._mean) @ self._map).topk(min(int(rows.sum()), len(self._ids))).indices
             read_N[rows.nonzero()[: len(best), 0]] = self._ids[best]
         return read_N
-
-    def scores(self, means_UH: Tensor) -> Tensor:
-        """How likely each of its words is in each text, (U, V)."""
-        return (means_UH - self._mean) @ self._map
 
     def read(self, sent: Sent, ids_N: Tensor) -> Tensor:
         """See :class:`Attack`: every guess of a text where it is right, if it is right anywhere."""
@@ -249,7 +245,7 @@ class Pursuit(Words):
         apart_NH = (z_NH - table_VH[at_N])[often_N] if bool(often_N.any()) else z_NH - self._mean
         gram = apart_NH.T @ apart_NH / len(apart_NH)
         if public.apart is not None:  # of n tokens the sum differs by n of these, and by n times the noise on the mean
-            noise_UH = means(public.sent)[0] - means(public.apart)[0]
+            noise_UH = _means(public.sent)[0] - _means(public.apart)[0]
             gram += len(z_NH) / len(noise_UH) * (noise_UH.T @ noise_UH / len(noise_UH))
         values, vectors = torch.linalg.eigh(gram + 1e-2 * gram.diagonal().mean() * torch.eye(len(gram)))
         self._white = vectors * values.clamp_min(1e-12).rsqrt()
@@ -257,7 +253,7 @@ class Pursuit(Words):
 
     def guess(self, sent: Sent) -> Tensor:
         """See :class:`Attack`."""
-        means_UH, at_N = means(sent)
+        means_UH, at_N = _means(sent)
         counts_U = at_N.bincount()
         left_UH = counts_U[:, None] * ((means_UH - self._mean) @ self._white)
         squares_V, chosen_UT = self._table.square().sum(1), torch.zeros(len(left_UH), int(counts_U.max())).long()
@@ -348,7 +344,7 @@ class Prefix(Attack):
         return read_N
 
 
-def means(sent: Sent) -> tuple[Tensor, Tensor]:
+def _means(sent: Sent) -> tuple[Tensor, Tensor]:
     """The mean (U, H) of each text, and which of them each row, (N,), belongs to."""
     texts_U, at_N, counts_U = torch.unique(sent.texts_N, return_inverse=True, return_counts=True)
     sums_UH = torch.zeros(len(texts_U), sent.z_NH.shape[1]).index_add_(0, at_N, sent.z_NH)

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from flexp.attacks.public import MANUAL, dull_tokens, encoded, known_to_all, paragraphs
-from flexp.attacks.texts import Texts
 from flexp.attacks.tokens import ATTACKS, ON_MEANS, Attack, Public
 from flexp.audit.training import labels_told, membership_told, words_told
 from flexp.audit.truth import Truth
@@ -232,7 +231,7 @@ def attacked(watch: Watch, *, public: Path | None = None, full: bool = False, on
 
 def _kinds(*, pooled: bool, decoder: bool, full: bool, only: Collection[str]) -> list[type[Attack]]:
     """The attacks that are made on tokens."""
-    made = [kind for kind in ((*ON_MEANS, Texts) if pooled else ATTACKS) if decoder or not kind.causal]
+    made = [kind for kind in (ON_MEANS if pooled else ATTACKS) if decoder or not kind.causal]
     names = [kind.name for kind in made]
     if strange := sorted(set(only) - set(names)):
         raise ConfigError(f"--attack {strange[0]}: not made on what is sent here; choose of {', '.join(names)}")
