@@ -14,8 +14,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from flexp.attacks.answers import said, trained
 from flexp.attacks.gradients import inverted, words
-from flexp.attacks.labels import answers, auc, clustered, directions, with_known
+from flexp.attacks.labels import auc, clustered, directions, with_known
 from flexp.attacks.membership import membership
 from flexp.attacks.tokens import ATTACKS, Decoder, Linear, Prefix, Public, Sent, Table
 from flexp.audit import Watch, audit, watchable, watching
@@ -124,16 +125,30 @@ def test_classes_by_the_direction_of_their_gradients() -> None:
     assert clustered(noise, labels) < 0.75
 
 
-def test_words_of_answers_by_the_head() -> None:
-    """The gradient of cross-entropy at h is Wᵀ(p − y): the row of the right token stands out."""
-    head_VH = torch.randn(50, 32, generator=seeded(0))
-    h_BTH = torch.randn(2, 6, 32, generator=seeded(1), requires_grad=True)
-    labels = torch.randint(0, 50, (2, 6), generator=seeded(2))
-    labels[0, :3] = -100
-    logits = h_BTH[:, :-1] @ head_VH.T
-    torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten()).backward()
-    assert h_BTH.grad is not None
-    assert answers([h_BTH.grad], head_VH, [labels]) == 1.0
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("tail", [0, 1, 2])
+def test_words_of_answers_through_the_tail(name: str, tail: int) -> None:
+    """Of plain transformers' gradient every answer, however many blocks are in the tail; of h what the model says."""
+    whole = whole_stage(name)
+    model, first = whole.model.eval(), whole.anatomy.blocks - tail
+    ids = torch.randint(2, model.config.vocab_size, (3, 8), generator=seeded(0))
+    labels = torch.randint(2, model.config.vocab_size, (3, 8), generator=seeded(1))
+    labels[0, :4] = -100
+    hidden: list[torch.Tensor] = []
+    block = whole.blocks[first - 1].register_forward_hook(
+        lambda _, __, out: hidden.append(out if isinstance(out, torch.Tensor) else out[0])
+    )
+    embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+    out = model(inputs_embeds=embedded, labels=labels, use_cache=False)
+    block.remove()
+    (grad_BTH,) = torch.autograd.grad(out.loss, hidden[0])
+    batch = {"input_ids": torch.zeros_like(ids), "attention_mask": torch.ones_like(ids), "labels": labels}
+    there = labels[:, 1:] != -100
+    read = trained(whole, first, hidden[0], grad_BTH, batch)[:, :-1]
+    assert torch.equal(read[there], labels[:, 1:][there])
+    assert torch.equal(said(whole, first, hidden[0], batch), out.logits.argmax(2))
+    noise = grad_BTH.norm() * torch.randn(grad_BTH.shape, generator=seeded(2)) / grad_BTH.numel() ** 0.5
+    assert (trained(whole, first, hidden[0], noise, batch)[:, :-1] == labels[:, 1:])[there].float().mean() < 0.2
 
 
 def test_labels_by_the_gradient_that_fits() -> None:

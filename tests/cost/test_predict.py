@@ -99,6 +99,23 @@ def test_bytes_and_link_by_hand() -> None:
     assert slower.link_seconds == pytest.approx(0.04 + 8 * slower.bytes_up / 1e9 + 8 * slower.bytes_down / 4e6)
 
 
+def test_one_vector_of_a_text_by_hand() -> None:
+    """The head works on all ten tokens; one row of each text crosses, with its mask, and goes on."""
+    model = ModelConfig.of("arch:bert", pooling="mean")
+    apart = model_cost(model, "sequence-classification", length=10)
+    pooled = model_cost(model, "sequence-classification", length=10, pools=True)
+    choice, row = Choice((2, 4), 4, 3), 4 * apart.hidden * 4
+    whole, one = (predict(each, plain_profile(), choice, SERVER) for each in (apart, pooled))
+    assert (one.bytes_up, one.bytes_down) == (3 * (2 * row + 4), 3 * 2 * row)
+    few = model_cost(model, "sequence-classification", length=1).at(4)
+    middle = few.blocks[2:4]
+    assert one.server_seconds == pytest.approx(3 * sum(p.forward_flops + p.backward_flops for p in middle) / 1e10)
+    assert one.server_seconds < 0.2 * whole.server_seconds
+    assert one.client_seconds < whole.client_seconds
+    assert one.memory_bytes < whole.memory_bytes
+    assert one.server_memory_bytes < 0.2 * whole.server_memory_bytes
+
+
 def test_a_frozen_head_and_one_that_is_sent_once_by_hand(tmp_path: Path) -> None:
     """Numbers are int64, flags bytes: as :class:`flexp.links.messages.KeptForwardRequest` has them."""
     cost, choice, message, rows, mask = cost_of("bert"), Choice((2, 4), 4, 3), 4 * 10 * 32 * 4, 4 * 32 * 4, 4 * 10
@@ -224,8 +241,8 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.mark.parametrize(
     ("saved", "how"),
-    [(False, "trains"), (False, "follows"), (True, "trains"), (False, "sends once")],
-    ids=["trains", "follows", "in its file", "sends once"],
+    [(False, "trains"), (False, "follows"), (True, "trains"), (False, "sends once"), (False, "pools")],
+    ids=["trains", "follows", "in its file", "sends once", "pools"],
     indirect=["saved"],
 )
 def test_a_process_needs_what_was_predicted(saved: tuple[ModelConfig, ModelCost], how: str) -> None:
@@ -251,10 +268,18 @@ def test_a_process_needs_what_was_predicted(saved: tuple[ModelConfig, ModelCost]
     if how == "sends once":
         probe = replace(probe, frozen=5, cache="memory")
         predicted = memory(cost, Choice(cut, examples), frozen=5)
+    if how == "pools":
+        mean = model.model_copy(update={"pooling": "mean"})
+        probe = replace(probe, cut=(2, 3), pools=True, model_config=mean.model_dump(mode="json"))
+        apart, pooled = (model_cost(mean, cost.kind, length=cost.length, pools=pools) for pools in (False, True))
+        trains, predicted = (memory(each, Choice(probe.cut, examples)) for each in (apart, pooled))
+        assert predicted < trains - 10e6
     peak = warmly(probe).peak
     assert peak > 40e6
     assert predicted == pytest.approx(peak, rel=0.15)
-    assert how == "trains" or predicted < 0.8 * trains  # no gradient and no optimiser for four or all of five blocks
+    assert (
+        how in ("trains", "pools") or predicted < 0.8 * trains
+    )  # no gradient and no optimiser for four or all of five blocks
 
 
 def test_a_table_in_its_file_takes_no_memory(tmp_path: Path) -> None:

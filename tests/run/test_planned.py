@@ -8,15 +8,19 @@ from typing import Any
 
 import pytest
 
+from flexp.client.trainer import split_model_of
 from flexp.config import RunConfig
+from flexp.cost.choice import Choice
 from flexp.cost.device import this_machine
 from flexp.cost.profile import Profile
 from flexp.errors import ConfigError, StorageError
 from flexp.files import write_json
 from flexp.methods import METHODS
 from flexp.planner.infeasible import InfeasibleError
+from flexp.planner.model import ModelCosts
 from flexp.report.metrics import read
 from flexp.run import runner
+from flexp.run.planned import _task
 from flexp.run.settle import build_world
 from tests.tiny import CLIENTS, bert_folder, config, each
 
@@ -189,3 +193,21 @@ def test_a_bad_plan_is_one_line(
     with pytest.raises(ConfigError, match=message) as refused:
         build_world(planned(home, {"plan": plan_file(home, *clients, **changes)}))
     assert "\n" not in str(refused.value)
+
+
+def test_bytes_of_pooled_texts_are_those_that_a_client_sends(home: Path) -> None:
+    """One vector of each text, whatever its length, as the plan of ``cut = "auto"`` says."""
+    model = {"pooling": "mean", "id": str(home / "model")}
+    own = config(home, model=model, privacy={"pool": True}, method={"align": {"kind": "off"}})
+    world = build_world(own)
+    method = world.method(world)
+    name = world.federation.clients[0].name
+    method.clients[name].step()
+    metered = split_model_of(method.clients[name]).link.meter.training
+    shape, choices = _task(own, world.federation, 1)
+    server = Profile.from_class("server")
+    for pools in (True, False):
+        costs = ModelCosts(own.model.id, shape.model_copy(update={"pools": pools}), choices, server)
+        planned = costs.predict(Profile.from_class("laptop"), Choice(world.cuts[name], own.train.batch_size))
+        equal = (planned.bytes_up, planned.bytes_down) == (metered.bytes_up, metered.bytes_down)
+        assert equal == pools, (planned, metered)

@@ -1,4 +1,4 @@
-"""What ∂task/∂h tells of labels: of classes by its direction, of the words of an answer by the model's own head.
+"""What ∂task/∂h tells of classes, by its direction.
 
 After Li et al. (2022), *Label leakage and protection in two-party split learning* (arXiv 2102.08504): with a tail that
 is the classifier alone, examples of one class have gradients of one direction.
@@ -71,21 +71,3 @@ def auc(rows_NH: Tensor, labels_N: Tensor, known: int = KNOWN) -> float | None:
 def area(yes_N: Tensor, no_M: Tensor) -> float:
     """Under the curve: how often a score of ``yes_N`` is above one of ``no_M``; equal ones count half."""
     return float(((yes_N[:, None] > no_M).double() + 0.5 * (yes_N[:, None] == no_M).double()).mean())
-
-
-def answers(grads: Sequence[Tensor], head_VH: Tensor, labels: Sequence[Tensor]) -> float | None:
-    """The share of predicted tokens that the head's rows read out of ∂task/∂h, for language models whose tail is norm
-    and head: −∂task/∂h at a place points to the row of the token that was to come.
-
-    Args:
-        head_VH: the public model's output embeddings.
-        labels: (B, T), −100 where there is no loss, not shifted yet.
-    """
-    right = total = 0
-    for grad_BTH, labels_BT in zip(grads, labels, strict=True):
-        wanted_BT = labels_BT[:, 1:]
-        there_BT = wanted_BT != -100
-        read = (-grad_BTH[:, :-1][there_BT].float() @ head_VH.T).argmax(1)
-        right += int((read == wanted_BT[there_BT]).sum())
-        total += len(read)
-    return right / total if total else None

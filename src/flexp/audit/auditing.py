@@ -7,7 +7,7 @@ a better attacker may: an audit shows what leaks, never that nothing does.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from flexp.audit.truth import Truth
 from flexp.audit.watching import Exchange, Known, Watch, watchable, watching
 from flexp.client.guarding import Guard
 from flexp.data.types import Example
-from flexp.errors import PrivacyError
+from flexp.errors import ConfigError, PrivacyError
 from flexp.kinds import KINDS
 from flexp.methods.base import Method
 
@@ -38,7 +38,8 @@ SURROGATE = 400
 SHOWN = 5
 """Texts that are shown beside what was read of them."""
 _BY = {
-    "clusters": "clusters", "inverted": "inverted", "answers": "answers", "known": "two of each known",
+    "clusters": "clusters", "inverted": "inverted", "answers": "answers by gradients",
+    "outputs": "answers by activations", "known": "two of each known",
     "features": "by activations", "features_known": "by activations, two of each known",
 }  # fmt: skip
 
@@ -112,7 +113,14 @@ class Audit:
     @property
     def by_gradients(self) -> bool:
         """Whether labels were attacked by gradients, which a client may not have sent."""
-        return not self.labels.keys() <= {"features", "features_known", "features_auc", "majority"}
+        return not self.labels.keys() <= {
+            "features",
+            "features_known",
+            "features_auc",
+            "majority",
+            "outputs",
+            "generated",
+        }
 
     @property
     def line(self) -> str:
@@ -132,12 +140,15 @@ class Audit:
         return {"schema": 1, "line": self.line, **{key: value for key, value in asdict(self).items() if key != "worst"}}
 
 
-def audit(method: Method, *, rounds: int = 1, public: Path | None = None, full: bool = False) -> Audit:
+def audit(
+    method: Method, *, rounds: int = 1, public: Path | None = None, full: bool = False, only: Collection[str] = ()
+) -> Audit:
     """Train ``rounds`` rounds of a method that begins, or was trained already, and attack what the server was sent.
 
     Args:
         public: a file of public texts, one a line; ``None``: :data:`~flexp.attacks.public.MANUAL`.
         full: with the slow attacks and more public text.
+        only: the attacks on tokens that are made, slow ones too; none named: all.
 
     Raises:
         ConfigError: the method sends no activations, or its input is no text.
@@ -147,13 +158,14 @@ def audit(method: Method, *, rounds: int = 1, public: Path | None = None, full: 
     with watching(watchable(method), watch):
         for number in range(1, rounds + 1):
             method.train_round(number, lambda _: None)
-    return attacked(watch, public=public, full=full)
+    return attacked(watch, public=public, full=full, only=only)
 
 
-def attacked(watch: Watch, *, public: Path | None = None, full: bool = False) -> Audit:
+def attacked(watch: Watch, *, public: Path | None = None, full: bool = False, only: Collection[str] = ()) -> Audit:
     """:func:`audit` of what was watched already.
 
     Raises:
+        ConfigError: an attack of that name is not made here.
         DataError: the public texts cannot be read.
         Exception: what went wrong while it was watched, if anything did.
     """
@@ -169,16 +181,12 @@ def attacked(watch: Watch, *, public: Path | None = None, full: bool = False) ->
     special = torch.tensor(sorted(tokenizer.all_special_ids))
     answers = KINDS[run.task.model_kind].answers
     decoder = answers == "next-token"
+    kinds = _kinds(pooled=config.privacy.pool, decoder=decoder, full=full, only=only)
     readings: list[Reading] = []
     best: tuple[float, Tensor, Tensor, Tensor] | None = None
     places = _places(watch.exchanges)
     blind: dict[str, float] = {}
     for depth in sorted({depth for _, depth in places}):
-        kinds = [
-            kind
-            for kind in (ON_MEANS if config.privacy.pool else ATTACKS)
-            if (full or not kind.slow) and (decoder or not kind.causal)
-        ]
         heads = _heads(run, depth, examples)
         dull = dull_tokens(heads[PRETRAINED], special.tolist())
         truths = {of: Truth.of(seen, of, special, dull) for (of, where), seen in places.items() if where == depth}
@@ -214,11 +222,20 @@ def attacked(watch: Watch, *, public: Path | None = None, full: bool = False) ->
         public=MANUAL if public is None else str(public.name),
         blind=blind,
         readings=readings,
-        labels=labels_told(watch.exchanges, run.source, answers),
+        labels=labels_told(watch.exchanges, run, answers),
         gradients=words_told(watch.exchanges, run) if full and not pooled else None,
         members=None if run.method is None or pooled else membership_told(watch.exchanges, run.method, words=decoder),
         worst=_worst(*best[1:], tokenizer),
     )
+
+
+def _kinds(*, pooled: bool, decoder: bool, full: bool, only: Collection[str]) -> list[type[Attack]]:
+    """The attacks that are made on tokens."""
+    made = [kind for kind in (ON_MEANS if pooled else ATTACKS) if decoder or not kind.causal]
+    names = [kind.name for kind in made]
+    if strange := sorted(set(only) - set(names)):
+        raise ConfigError(f"--attack {strange[0]}: not made on what is sent here; choose of {', '.join(names)}")
+    return [kind for kind in made if (kind.name in only if only else full or not kind.slow)]
 
 
 def _heads(run: Known, depth: int, examples: Sequence[Example]) -> dict[str, Public]:

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from flexp.attacks import labels as label_attacks
+from flexp.attacks.answers import said, trained
 from flexp.attacks.gradients import inverted, words
 from flexp.attacks.membership import membership
 from flexp.audit.watching import Exchange, Known
+from flexp.client.trainer import split_model_of
 from flexp.kinds import IGNORED, Answers
 from flexp.methods.split import Split
-from flexp.models.packed import table_of
 from flexp.models.stage import Stage
 
 TRIED = 256
@@ -22,12 +23,12 @@ TEXTS = 256
 """Texts that were trained on, and as many that were not, whose membership is asked for."""
 
 
-def labels_told(exchanges: Sequence[Exchange], source: Stage, kind: Answers) -> dict[str, float]:
-    """What the gradients of all clients together tell, and of classes the server's own activations, which it has of
-    any text; nothing of heads that no attack here knows."""
+def labels_told(exchanges: Sequence[Exchange], run: Known, kind: Answers) -> dict[str, float]:
+    """What the gradients of all clients together tell, and the server's own activations, which it has of any text;
+    nothing of heads that no attack here knows."""
     if kind == "class":
-        return _by_activations(exchanges) | _by_gradients(exchanges, source, kind)
-    return _by_gradients(exchanges, source, kind) if kind == "next-token" else {}
+        return _by_activations(exchanges) | _by_gradients(exchanges, run.source)
+    return _answers(exchanges, run) if kind == "next-token" else {}
 
 
 def _by_activations(exchanges: Sequence[Exchange]) -> dict[str, float]:
@@ -45,33 +46,50 @@ def _by_activations(exchanges: Sequence[Exchange]) -> dict[str, float]:
     return {key: value for key, value in found.items() if value is not None}
 
 
-def _by_gradients(exchanges: Sequence[Exchange], source: Stage, kind: Answers) -> dict[str, float]:
+def _by_gradients(exchanges: Sequence[Exchange], source: Stage) -> dict[str, float]:
     seen = [exchange for exchange in exchanges if exchange.grad_BTH is not None]
     if not seen:
         return {}
     grads = [exchange.grad_BTH for exchange in seen if exchange.grad_BTH is not None]
-    truth = [exchange.batch["labels"] for exchange in seen]
-    found: dict[str, float | None]
-    if kind == "next-token":
-        head = table_of(source.model.get_output_embeddings()).float().cpu()
-        tokens = torch.cat([each[:, 1:][each[:, 1:] != IGNORED] for each in truth])
-        found = {"answers": label_attacks.answers(grads, head, truth), "majority": _majority(tokens)}
-    else:
-        rows_NH, labels_N = label_attacks.directions(grads), torch.cat(truth)
-        found = {
-            "clusters": label_attacks.clustered(rows_NH, labels_N),
-            "known": label_attacks.with_known(rows_NH, labels_N),
-            "auc": label_attacks.auc(rows_NH, labels_N),
-            "majority": _majority(labels_N),
-        }
-        tried = seen[: max(1, TRIED // int(source.model.config.num_labels))]
-        read = [
-            inverted(source, one.cut[1], one.h_BTH, one.grad_BTH, one.batch)
-            for one in tried
-            if one.h_BTH is not None and one.grad_BTH is not None
-        ]
-        found["inverted"] = float((torch.cat(read) == labels_N[: sum(map(len, read))]).float().mean())
+    labels_N = torch.cat([exchange.batch["labels"] for exchange in seen])
+    rows_NH = label_attacks.directions(grads)
+    found: dict[str, float | None] = {
+        "clusters": label_attacks.clustered(rows_NH, labels_N),
+        "known": label_attacks.with_known(rows_NH, labels_N),
+        "auc": label_attacks.auc(rows_NH, labels_N),
+        "majority": _majority(labels_N),
+    }
+    tried = seen[: max(1, TRIED // int(source.model.config.num_labels))]
+    read = [
+        inverted(source, one.cut[1], one.h_BTH, one.grad_BTH, one.batch)
+        for one in tried
+        if one.h_BTH is not None and one.grad_BTH is not None
+    ]
+    found["inverted"] = float((torch.cat(read) == labels_N[: sum(map(len, read))]).float().mean())
     return {key: value for key, value in found.items() if value is not None}
+
+
+def _answers(exchanges: Sequence[Exchange], run: Known) -> dict[str, float]:
+    """The words of answers that were trained on, by ∂task/∂h and by h; and of those that clients' own tails would say
+    now, by h, where these are here to ask."""
+    right: dict[str, list[Tensor]] = {}
+    for one in exchanges[:: -(-len(exchanges) // TRIED)]:
+        if one.h_BTH is None:
+            continue
+        wanted_BT, public_BT = one.batch["labels"][:, 1:], said(run.source, one.cut[1], one.h_BTH, one.batch)[:, :-1]
+        there_BT = wanted_BT != IGNORED
+        right.setdefault("majority", []).append(wanted_BT[there_BT])
+        right.setdefault("outputs", []).append((public_BT == wanted_BT)[there_BT])
+        if run.method is not None:
+            tail = split_model_of(run.method.clients[one.client]).stage
+            own_BT = said(tail, one.cut[1], one.h_BTH, one.batch)[:, :-1]
+            right.setdefault("generated", []).append((public_BT == own_BT)[there_BT])
+        if one.grad_BTH is not None:
+            read_BT = trained(run.source, one.cut[1], one.h_BTH, one.grad_BTH, one.batch)[:, :-1]
+            right.setdefault("answers", []).append((read_BT == wanted_BT)[there_BT])
+    joined = {key: torch.cat(values) for key, values in right.items()}
+    shares = {key: float(value.float().mean()) for key, value in joined.items() if key != "majority" and len(value)}
+    return shares | ({"majority": _majority(joined["majority"])} if shares else {})
 
 
 def words_told(exchanges: Sequence[Exchange], run: Known) -> float | None:

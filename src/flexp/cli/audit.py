@@ -20,6 +20,9 @@ def audit(
         Path | None, typer.Option(metavar="FILE", help="Public text that the attacker learns from, one a line.")
     ] = None,
     full: Annotated[bool, typer.Option("--full", help="Slow attacks, too, and more public text.")] = False,
+    only: Annotated[
+        list[str] | None, typer.Option("--attack", metavar="NAME", help="Only these attacks on tokens, slow ones too.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(metavar="PAGE.html", help="Write a page; it shows private texts.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, without texts.")] = False,
 ) -> None:
@@ -43,7 +46,7 @@ def audit(
     else:
         world = build_world(load(place, settings or ()))
         method = world.method(world)
-    found = attack(method, rounds=rounds, public=public, full=full)
+    found = attack(method, rounds=rounds, public=public, full=full, only=only or ())
     if out is not None:
         write_text(out, render(found))
     if as_json:

@@ -97,6 +97,7 @@ class ModelCost:
         fingerprint: of the model's configuration, as :class:`flexp.cost.profile.ModelSeconds` names it.
         blocks: L; ``hidden``: H.
         pooled: which token of a text a classifier's head reads (:func:`flexp.models.batches.pooled`).
+        after: of pooled texts (``privacy.pool``) what follows the cut costs, at one token a text; ``None``: of all.
         draws: whether its configuration names a dropout before the head, with which z of an example is another one
             each time.
         optimizer: of what is trained, a key of :data:`STATE`.
@@ -109,7 +110,9 @@ class ModelCost:
         length: int,
         labels: int,
         optimizer: str,
+        after: ModelCost | None = None,
     ) -> None:
+        self.after = after
         if optimizer not in STATE:
             raise ModelError(f"optimizer {optimizer!r} is not known: expected one of {', '.join(STATE)}")
         self.config, self.kind, self.length, self.labels, self.optimizer = config, kind, length, labels, optimizer
@@ -157,6 +160,19 @@ class ModelCost:
             share = (micro_batch - SIZES[0]) / (SIZES[1] - SIZES[0])
             self._shapes[key] = _between(few, more, share)
         return self._shapes[key]
+
+    def cut(self, start: int, micro_batch: int, rank: int | None = None, checkpointing: bool = False) -> ShapeCost:
+        """:meth:`at`, of a model that is cut at ``start``: of pooled texts one vector crosses, and goes on.
+
+        Raises:
+            ModelError: as :meth:`at`.
+        """
+        whole = self.at(micro_batch, rank, checkpointing)
+        if self.after is None:
+            return whole
+        one = self.after.at(micro_batch, rank, checkpointing)
+        blocks = (*whole.blocks[:start], *one.blocks[start:])
+        return replace(whole, blocks=blocks, head=one.head, message_bytes=one.message_bytes, mask_bytes=one.mask_bytes)
 
     def exactly(
         self, micro_batch: int, rank: int | None = None, checkpointing: bool = False, *, still: bool = False
@@ -304,6 +320,7 @@ def model_cost(
     length: int = 128,
     labels: int = 2,
     optimizer: str = "adamw",
+    pools: bool = False,
 ) -> ModelCost:
     """Prepare to count; no weight is read.
 
@@ -314,9 +331,12 @@ def model_cost(
         length: tokens of an example (images: not used).
         labels: classes, of classifiers.
         optimizer: a key of :data:`STATE`.
+        pools: of each text one vector crosses, as with ``privacy.pool``.
 
     Raises:
         ModelError: there is no such model, it cannot be split, or its embeddings cannot stay in their file.
     """
     config = ModelConfig.of(model)
-    return ModelCost(config.at(resolve(config.id)), kind, length, labels, optimizer)
+    config = config.at(resolve(config.id))
+    after = ModelCost(config, kind, 1, labels, optimizer) if pools else None
+    return ModelCost(config, kind, length, labels, optimizer, after)

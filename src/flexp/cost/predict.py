@@ -56,7 +56,7 @@ def predict(
         ConfigError: the cut does not fit the model.
     """
     start, stop = check_cut(choice.cut, cost.blocks)
-    shape = cost.at(choice.micro_batch, choice.rank)
+    shape = cost.cut(start, choice.micro_batch, choice.rank)
     base = base_depth is not None and base_depth < start
     back = cost.config.train_embeddings or frozen < start  # whether a gradient comes down to the head
     keeps = anew < 1 and not (back or base or cost.draws or KINDS[cost.kind].images)
@@ -92,7 +92,7 @@ def predict(
 
 def rows_read(cost: ModelCost, choice: Choice, rows: Rows, read: float) -> tuple[float, int]:
     """The share of the rows of h that cross, and the bytes of the flags that say which; texts without padding."""
-    tokens = cost.at(choice.micro_batch, choice.rank).message_bytes // (
+    tokens = cost.cut(choice.cut[0], choice.micro_batch, choice.rank).message_bytes // (
         DTYPES[cost.config.dtype].itemsize * cost.hidden
     )
     length = tokens // choice.micro_batch
@@ -124,7 +124,7 @@ def memory(
         ConfigError: the cut does not fit the model.
     """
     start, stop = check_cut(choice.cut, cost.blocks)
-    shape = cost.at(choice.micro_batch, choice.rank, choice.checkpointing)
+    shape = cost.cut(start, choice.micro_batch, choice.rank, choice.checkpointing)
     head = _head(cost, choice, shape, followed, frozen)
     tail = list(shape.blocks[stop:])
     held, trained = _own(cost, shape, head, tail)
@@ -151,8 +151,8 @@ def resting(
     Raises:
         ConfigError: the cut does not fit the model.
     """
-    _, stop = check_cut(choice.cut, cost.blocks)
-    shape = cost.at(choice.micro_batch, choice.rank, choice.checkpointing)
+    start, stop = check_cut(choice.cut, cost.blocks)
+    shape = cost.cut(start, choice.micro_batch, choice.rank, choice.checkpointing)
     held, _ = _own(cost, shape, _head(cost, choice, shape, followed, frozen), list(shape.blocks[stop:]))
     return held + overhead(choice.rank, choice.checkpointing, overhead_bytes)
 
@@ -173,7 +173,7 @@ def overhead(rank: int | None, checkpointing: bool, measured: int | None = None)
 def server_memory(cost: ModelCost, choice: Choice) -> int:
     """What a server that keeps its activations holds for a client besides weights: most during the backward."""
     start, stop = check_cut(choice.cut, cost.blocks)
-    shape = cost.at(choice.micro_batch, choice.rank)
+    shape = cost.cut(start, choice.micro_batch, choice.rank)
     return _walk(shape.message_bytes + shape.mask_bytes, [], 0, list(shape.blocks[start:stop]), False)
 
 
@@ -240,7 +240,7 @@ class Speed:
     def __init__(self, cost: ModelCost, profile: Profile, choice: Choice, frozen: int = 0, anew: float = 1.0) -> None:
         self.cost, self.profile, self.choice = cost, profile, choice
         self.frozen, self.anew = frozen, anew
-        self.shape = cost.at(choice.micro_batch, choice.rank)
+        self.shape = cost.cut(choice.cut[0], choice.micro_batch, choice.rank)
         self.measured = fitting(profile.measured, cost, choice)
 
     @property

@@ -89,6 +89,7 @@ class TaskShape(Section):
         anew: the share of a client's steps in which its examples go up for the first time, with ``link.cache``.
         server_quantization: of the shared blocks, where that is not the clients'.
         own: whether the server holds LoRA adapters for each client by itself (``server.adapters``).
+        pools: whether of each text one vector crosses (``privacy.pool``).
     """
 
     kind: ModelKind = "sequence-classification"
@@ -113,6 +114,7 @@ class TaskShape(Section):
     anew: Fraction = 1.0
     server_quantization: Quantization | None = None
     own: bool = False
+    pools: bool = False
 
     @property
     def adapters(self) -> int | None:
@@ -139,6 +141,7 @@ class TaskShape(Section):
             embeddings=self.embeddings,
             quantization=self.quantization,
             quantize_ends=self.quantize_ends,
+            pooling="mean" if self.pools else "checkpoint",
         )
 
     @model_validator(mode="after")

@@ -175,6 +175,7 @@ def _task(config: RunConfig, federation: Federation, least: int) -> tuple[TaskSh
         anew=_anew(config, federation),
         server_quantization=config.server.quantization,
         own=config.server.adapters == "own" and model.tuning == "lora",
+        pools=config.privacy.pool,
     )
     if here and maps_count():
         shape = shape.model_copy(update={"embeddings": "memory"})
