@@ -126,7 +126,7 @@ class Watch:
     def see(self, client: str, request: Request[Any]) -> None:
         """A request on its way to the server."""
         with self._harmless():
-            if isinstance(request, FORWARDS) and (request.train or request.step):
+            if isinstance(request, FORWARDS) and (request.train or request.step > 0):
                 self._forward(client, request)
             elif isinstance(request, BackwardRequest) and (client, request.exchange) in self._open:
                 exchange = self._open.pop((client, request.exchange))

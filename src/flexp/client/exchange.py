@@ -199,10 +199,8 @@ class RemoteCall:
         return self.answer.done()
 
     def _come(self, answer: Future[R]) -> R:
-        if not answer.done():
-            with self._waiting():
-                return answer.result()
-        return answer.result()
+        with self._waiting():
+            return answer.result()
 
     def _waiting(self) -> AbstractContextManager[None]:
         return waiting(self._link, self._turn, train=self.place is not None)
@@ -365,7 +363,7 @@ def check_backward_reply(request: ForwardRequest, reply: BackwardReply, kept: Pl
 
 
 def _check_shape(what: str, value: Tensor, whole_BTH: Tensor, kept: Places | None) -> None:
-    shape = tuple(whole_BTH.shape if kept is None else (1, len(kept.places_N), whole_BTH.shape[2]))
+    shape = tuple(whole_BTH.shape if kept is None else (1, len(kept), whole_BTH.shape[2]))
     if tuple(value.shape) != shape:
         raise LinkError(f"{what} is {tuple(value.shape)}, expected {shape}, as was asked for")
 

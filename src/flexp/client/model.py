@@ -158,7 +158,7 @@ class SplitModel(JoinedModel):
             mask_BT=inputs.get("attention_mask"),
             positions_BT=inputs.get("position_ids"),
             base_BTH=base_BTH.detach() if align_now else None,
-            inner_BTH=tuple(map(Tensor.detach, inner_BTH)),
+            inner_BTH=tuple(value.detach() for value in inner_BTH),
             rows_BT=rows_BT,
             train=train and not one_way,
             step=0 if place is None else place.step,

@@ -116,7 +116,7 @@ class Trainer:
         self.steps += 1
         self.model.after_step()  # alignment in weight space, if asked for
 
-        items = int(sum([piece.weight for piece, _ in pieces]))
+        items = int(sum(piece.weight for piece, _ in pieces))
         seconds = time.perf_counter() - began
         self.seconds += seconds
         aligned = align if self.model.last_align is not None else None

@@ -94,14 +94,11 @@ class Meter:
 
 def size(said: Any) -> int:
     """The bytes of a message's tensors, as they cross without a codec (:meth:`flexp.links.coding.Coding.size`)."""
-    found = 0
-    for entry in declared(type(said)).entries:
-        value = getattr(said, entry.field)
-        values = value.values() if entry.holds == "named" else value if entry.holds == "many" else (value,)
-        for each in values:
-            if each is not None:
-                found += each.numel() * (1 if entry.tensors.flags else each.element_size())  # a flag crosses as a byte
-    return found
+    return sum(
+        value.numel() * (1 if entry.tensors.flags else value.element_size())  # flags cross as one byte each
+        for entry in declared(type(said)).entries
+        for _, value in entry.split(getattr(said, entry.field))
+    )
 
 
 @runtime_checkable

@@ -7,7 +7,7 @@ text or a configuration, which pydantic reads and bounds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from itertools import count, takewhile
@@ -169,7 +169,9 @@ def tensors(said: Any) -> Iterator[tuple[str, Tensor]]:
             yield entry.field if entry.holds == "many" else name, value
 
 
-def _read(kind: type[Any]) -> Declaration:
+@cache
+def declared(kind: Any) -> Declaration:
+    """The declaration of a type of message."""
     hints = get_type_hints(kind, include_extras=True)
     entries, scalars = [], {}
     for item in fields(kind):
@@ -182,7 +184,3 @@ def _read(kind: type[Any]) -> Declaration:
         optional = item.default is not MISSING or item.default_factory is not MISSING
         entries.append(Entry(item.name, tensors, holds, not optional))
     return Declaration(kind.__name__, tuple(entries), scalars)
-
-
-declared: Callable[[Any], Declaration] = cache(_read)
-"""The declaration of a type of message."""

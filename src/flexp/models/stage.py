@@ -303,10 +303,6 @@ class Stage:
         prefix = self.anatomy.path + "."
         return int(name[len(prefix) :].partition(".")[0]) if name.startswith(prefix) else None
 
-    def among(self, names: Iterable[str], start: int, stop: int) -> list[str]:
-        """Those parameters that belong to blocks [start, stop)."""
-        return [name for name in names if self.within(name, start, stop)]
-
     def within(self, name: str, start: int, stop: int) -> bool:
         """Whether a parameter belongs to one of the blocks [start, stop)."""
         block = self.block_of(name)

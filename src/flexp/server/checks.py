@@ -103,7 +103,7 @@ def check_backward(session: Session, request: BackwardRequest | PassedBackward) 
             f"(in flight: {sorted(session.pending) or 'none'})"
         )
     given, whole = request.grad_BTH, pending.input_BTH
-    shape = whole.shape if pending.reads is None else (1, len(pending.reads.places_N), whole.shape[2])
+    shape = whole.shape if pending.reads is None else (1, len(pending.reads), whole.shape[2])
     if tuple(given.shape) != tuple(shape) or given.dtype != whole.dtype:
         raise LinkError(
             f"client {client}: the gradient is {_facts(given)}, expected {tuple(shape)} {whole.dtype} as the activation"

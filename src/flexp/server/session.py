@@ -127,8 +127,6 @@ class Session(InFlight):
         )
         answer = pack(h_BTH.detach(), down).to(origin)  # before the term, for which nothing need be waited for then
         align = None if values is None else mean(values.tolist())
-        if not teachers_BTH:
-            return ForwardReply(answer, align)
         return ForwardReply(answer, align, teachers=tuple(pack(value, sent).to(origin) for value in teachers_BTH))
 
     def backward(self, request: BackwardRequest, behind: PassedReply | None = None) -> BackwardReply:
@@ -161,10 +159,10 @@ class Session(InFlight):
             with self.shared.installed(pending.version):
                 z_BTH, h_BTH = self._graph(pending)
                 grad_BTH = request.grad_BTH.to(h_BTH.device, non_blocking=True)
-                reached = self.shared.stage.among(parameters, *self.join.cut)
+                reached = [name for name in parameters if self.shared.stage.within(name, *self.join.cut)]
                 gradients = torch.autograd.grad(
                     h_BTH,
-                    [z_BTH, *map(parameters.__getitem__, reached)],
+                    [z_BTH, *(parameters[name] for name in reached)],
                     unpack(grad_BTH, pending.reads if self.further is None else pending.sent),
                     allow_unused=True,
                 )
@@ -182,7 +180,7 @@ class Session(InFlight):
 
     def version_now(self) -> int:
         """The version of the weights that a forward runs with."""
-        return self.shared.version_for([one.version for one in self.pending.values()])
+        return self.shared.version_for(one.version for one in self.pending.values())
 
     def member(self, request: ForwardRequest, version: int) -> Member:
         """This client's part of a pass of several clients' exchanges, with the weights of a version."""
@@ -235,14 +233,12 @@ class Session(InFlight):
         if behind is not None:
             _, own_N = merged([*trained], norms_N[:-1], behind.names, behind.norms_N)
             norms_N = torch.cat([own_N, norms_N[-1:]])
-        norm: float | None
-        all_of_it, norm = total(norms_N), total(norms_N[:-1])
         reply = self._reply(pending, request, task_BTH, request.grad_BTH.device)
-        self._refuse_nan(request, all_of_it)
+        self._refuse_nan(request, total(norms_N))
         step = self.gathered.setdefault(request.step, Gathered())
         if step.take(trained, request):
             del self.gathered[request.step]
-            norm = None if len(norms_N) == 1 else norm
+            norm = None if len(norms_N) == 1 else total(norms_N[:-1])
             if step.arrived > 1:  # of several exchanges it is another one
                 names, all_N = step.norms(behind)
                 norm = total(all_N) if names else None
