@@ -143,7 +143,7 @@ def test_adapters_of_idle_clients_are_in_main_memory(
     """Here one idle client's stay on the device, beside those that compute. All train as on the CPU."""
     monkeypatch.setattr("flexp.server.state.RESIDENT", 1)
     monkeypatch.setattr("flexp.server.exchanges.waiting_thread", lambda: None)
-    monkeypatch.setattr("flexp.server.together.Pace.pays", lambda *_: together)
+    monkeypatch.setattr("flexp.server.together.Pace.most", lambda _, tokens, waiting, **__: waiting if together else 1)
     states = []
     for place in (CPU, several if together else there):
         source = whole("llama", "causal-lm")
