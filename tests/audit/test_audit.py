@@ -8,7 +8,8 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -22,8 +23,9 @@ from flexp.attacks.tokens import ATTACKS, Decoder, Linear, Prefix, Public, Sent,
 from flexp.audit import Watch, audit, watchable, watching
 from flexp.audit.auditing import rouge_l
 from flexp.audit.page import render
+from flexp.audit.training import labels_told
 from flexp.audit.truth import Truth
-from flexp.audit.watching import Exchange
+from flexp.audit.watching import Exchange, Known
 from flexp.cli.main import app
 from flexp.config import RunConfig
 from flexp.errors import ConfigError, DataError
@@ -126,10 +128,12 @@ def test_classes_by_the_direction_of_their_gradients() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-@pytest.mark.parametrize("tail", [0, 1, 2])
-def test_words_of_answers_through_the_tail(name: str, tail: int) -> None:
-    """Of plain transformers' gradient every answer, however many blocks are in the tail; of h what the model says."""
+@pytest.mark.parametrize(("tail", "scale"), [(0, 1.0), (1, 1.0), (2, 1.0), (0, 8.0), (1, 0.125)])
+def test_words_of_answers_through_the_tail(name: str, tail: int, scale: float) -> None:
+    """Of plain transformers' gradient every answer, however many blocks are in the tail, whatever the head multiplies
+    its logits with, and in a step of several exchanges; of h what the model says."""
     whole = whole_stage(name)
+    whole.model.get_output_embeddings().register_forward_hook(lambda _, __, logits_BTV: scale * logits_BTV)
     model, first = whole.model.eval(), whole.anatomy.blocks - tail
     ids = torch.randint(2, model.config.vocab_size, (3, 8), generator=seeded(0))
     labels = torch.randint(2, model.config.vocab_size, (3, 8), generator=seeded(1))
@@ -147,6 +151,9 @@ def test_words_of_answers_through_the_tail(name: str, tail: int) -> None:
     read = trained(whole, first, hidden[0], grad_BTH, batch)[:, :-1]
     assert torch.equal(read[there], labels[:, 1:][there])
     assert torch.equal(said(whole, first, hidden[0], batch), out.logits.argmax(2))
+    quarter = Exchange("a", 1, batch, (1, first), hidden[0], 1, None, None, hidden[0], grad_BTH / 4, share=0.25)
+    told = labels_told([quarter], cast(Known, SimpleNamespace(source=whole, method=None)), "next-token")
+    assert told["answers"] == 1.0
     noise = grad_BTH.norm() * torch.randn(grad_BTH.shape, generator=seeded(2)) / grad_BTH.numel() ** 0.5
     assert (trained(whole, first, hidden[0], noise, batch)[:, :-1] == labels[:, 1:])[there].float().mean() < 0.2
 
@@ -286,6 +293,21 @@ def test_what_is_seen_is_what_crosses_after_the_codec(folder: Path, public: Path
     coded = audit(begun(folder, link={"codec": {"activation": "int4"}}), public=public)
     told = [[one.tokens for one in found.readings if one.of == "z"] for found in (plain, coded)]
     assert told[0] != told[1]
+
+
+def test_a_step_of_several_exchanges_is_a_mean_over_them(folder: Path) -> None:
+    method = begun(folder, train={"rounds": 1, "steps_per_round": 2, "batch_size": 4, "micro_batch": 1})
+    watch = Watch.of(method)  # type: ignore[arg-type]
+    with watching(method, watch):  # type: ignore[arg-type]
+        method.train_round(1, lambda _: None)
+    assert {one.share for one in watch.exchanges} == {0.25}
+
+
+def test_an_unknown_attack_is_told_before_anything_is_trained(folder: Path) -> None:
+    method = begun(folder)
+    with pytest.raises(ConfigError, match="--attack tabel: not made on what is sent here; choose of table, linear"):
+        audit(method, only=["tabel"])
+    assert method.server.shared.version == 0  # type: ignore[attr-defined]
 
 
 def test_watching_changes_no_weight(folder: Path) -> None:

@@ -112,6 +112,8 @@ def test_one_vector_of_a_text_by_hand() -> None:
     assert one.server_seconds == pytest.approx(3 * sum(p.forward_flops + p.backward_flops for p in middle) / 1e10)
     assert one.server_seconds < 0.2 * whole.server_seconds
     assert one.client_seconds == whole.client_seconds  # its tail is the classifier alone
+    kept = predict(pooled, plain_profile(), choice, SERVER, frozen=2, anew=0.5)
+    assert kept.bytes_up == one.bytes_up  # means do not cross once
     tails = [predict(each, plain_profile(), Choice((2, 3), 4, 3), SERVER).client_seconds for each in (pooled, apart)]
     assert tails[0] < tails[1]
     assert one.memory_bytes < whole.memory_bytes

@@ -39,8 +39,9 @@ def trained(stage: Stage, first: int, h_BTH: Tensor, grad_BTH: Tensor, batch: Ma
     """The token that each place was trained to predict, (B, T), where it was.
 
     Args:
-        grad_BTH: what came back, of a mean over all places that have a label. Of ``labels`` only where they are is
-            looked at, which gradients of a norm and a head alone show as well. The others: as for :func:`said`.
+        grad_BTH: what came back, of a mean over all places of the batch that have a label. Of ``labels`` only where
+            they are is looked at, which gradients of a norm and a head alone show as well. The others: as for
+            :func:`said`.
     """
     there_BT = torch.zeros_like(batch["labels"], dtype=torch.bool, device=stage.model.device)
     there_BT[:, :-1] = batch["labels"].to(there_BT.device)[:, 1:] != IGNORED
@@ -48,7 +49,10 @@ def trained(stage: Stage, first: int, h_BTH: Tensor, grad_BTH: Tensor, batch: Ma
     table_VH = table_of(stage.model.get_output_embeddings())
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
         last_BTH, logits_BTV = _tail(stage, first, h_BTH, batch)
-        expected_BTH = logits_BTV.detach().float().softmax(2).to(table_VH.dtype) @ table_VH
+        chances_BTV = logits_BTV.detach().float().softmax(2).to(table_VH.dtype)
+        expected_BTH = chances_BTV @ table_VH
+        made_BTH = torch.autograd.grad(logits_BTV, last_BTH, chances_BTV, retain_graph=True)[0]
+        scale = (made_BTH * expected_BTH).sum() / expected_BTH.square().sum()  # some heads multiply their logits
         sought_BTH = torch.zeros_like(last_BTH, requires_grad=True)
         back_BTH = torch.autograd.grad(last_BTH, h_BTH, sought_BTH, create_graph=True)[0]
 
@@ -59,7 +63,7 @@ def trained(stage: Stage, first: int, h_BTH: Tensor, grad_BTH: Tensor, batch: Ma
         return torch.autograd.grad(last_BTH, h_BTH, value_BTH, retain_graph=True)[0]
 
     found_BTH = _least_squares(behind, along, int(there_BT.sum()) * _placed(grad_BTH, stage))
-    wanted_BTH = expected_BTH - found_BTH
+    wanted_BTH = expected_BTH - found_BTH / scale
     return (wanted_BTH @ table_VH.T - table_VH.square().sum(1) / 2).argmax(2).detach().cpu()
 
 

@@ -155,6 +155,7 @@ def audit(
         DataError: the public texts cannot be read.
     """
     watch = Watch.of(watchable(method))
+    _kinds(watch.known(), full=full, only=only)  # an unknown name is told before anything is trained
     with watching(watchable(method), watch):
         for number in range(1, rounds + 1):
             method.train_round(number, lambda _: None)
@@ -181,7 +182,7 @@ def attacked(watch: Watch, *, public: Path | None = None, full: bool = False, on
     special = torch.tensor(sorted(tokenizer.all_special_ids))
     answers = KINDS[run.task.model_kind].answers
     decoder = answers == "next-token"
-    kinds = _kinds(pooled=config.privacy.pool, decoder=decoder, full=full, only=only)
+    kinds = _kinds(run, full=full, only=only)
     readings: list[Reading] = []
     best: tuple[float, Tensor, Tensor, Tensor] | None = None
     places = _places(watch.exchanges)
@@ -229,9 +230,10 @@ def attacked(watch: Watch, *, public: Path | None = None, full: bool = False, on
     )
 
 
-def _kinds(*, pooled: bool, decoder: bool, full: bool, only: Collection[str]) -> list[type[Attack]]:
+def _kinds(run: Known, *, full: bool, only: Collection[str]) -> list[type[Attack]]:
     """The attacks that are made on tokens."""
-    made = [kind for kind in (ON_MEANS if pooled else ATTACKS) if decoder or not kind.causal]
+    decoder = KINDS[run.task.model_kind].answers == "next-token"
+    made = [kind for kind in (ON_MEANS if run.config.privacy.pool else ATTACKS) if decoder or not kind.causal]
     names = [kind.name for kind in made]
     if strange := sorted(set(only) - set(names)):
         raise ConfigError(f"--attack {strange[0]}: not made on what is sent here; choose of {', '.join(names)}")

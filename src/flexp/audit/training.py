@@ -19,6 +19,8 @@ from flexp.models.stage import Stage
 
 TRIED = 256
 """Backwards of an exchange through the public tail, one a class, at most; of many classes fewer exchanges are tried."""
+SOLVED = 32
+"""Exchanges whose answers are solved for: each takes up to sixty passes through the tail."""
 TEXTS = 256
 """Texts that were trained on, and as many that were not, whose membership is asked for."""
 
@@ -73,7 +75,7 @@ def _answers(exchanges: Sequence[Exchange], run: Known) -> dict[str, float]:
     """The words of answers that were trained on, by ∂task/∂h and by h; and of those that clients' own tails would say
     now, by h, where these are here to ask."""
     right: dict[str, list[Tensor]] = {}
-    for one in exchanges[:: -(-len(exchanges) // TRIED)]:
+    for one in exchanges[:: -(-len(exchanges) // SOLVED)]:
         if one.h_BTH is None:
             continue
         wanted_BT, public_BT = one.batch["labels"][:, 1:], said(run.source, one.cut[1], one.h_BTH, one.batch)[:, :-1]
@@ -85,7 +87,7 @@ def _answers(exchanges: Sequence[Exchange], run: Known) -> dict[str, float]:
             own_BT = said(tail, one.cut[1], one.h_BTH, one.batch)[:, :-1]
             right.setdefault("generated", []).append((public_BT == own_BT)[there_BT])
         if one.grad_BTH is not None:
-            read_BT = trained(run.source, one.cut[1], one.h_BTH, one.grad_BTH, one.batch)[:, :-1]
+            read_BT = trained(run.source, one.cut[1], one.h_BTH, one.grad_BTH / one.share, one.batch)[:, :-1]
             right.setdefault("answers", []).append((read_BT == wanted_BT)[there_BT])
     joined = {key: torch.cat(values) for key, values in right.items()}
     shares = {key: float(value.float().mean()) for key, value in joined.items() if key != "majority" and len(value)}

@@ -44,6 +44,7 @@ class Exchange:
         reads: the rows of h that its client read; ``None``: all.
         h_BTH: what went down.
         grad_BTH: ∂task/∂h; ``None`` until the backward has come.
+        share: of its step's loss items, which a step of several exchanges is a mean over.
     """
 
     client: str
@@ -56,6 +57,7 @@ class Exchange:
     reads: Places | None = None
     h_BTH: Tensor | None = None
     grad_BTH: Tensor | None = None
+    share: float = 1.0
 
     @property
     def mask(self) -> Tensor:
@@ -102,7 +104,8 @@ class Watch:
     failed: Exception | None = None
     _kept: dict[str, Examples] = field(default_factory=dict)  # that cross once, by client
     _open: dict[tuple[str, int], Exchange] = field(default_factory=dict)
-    _next: dict[str, tuple[int, int, list[Batch]]] = field(default_factory=dict)  # step, exchange, batches to come
+    # step, exchange, what is to come of the step: each one's share and batch
+    _next: dict[str, tuple[int, int, list[tuple[float, Batch]]]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, method: Split, most: int | None = None) -> Watch:
@@ -150,10 +153,10 @@ class Watch:
 
     def _forward(self, client: str, request: ForwardRequest | KeptForwardRequest) -> None:
         trainer = self.trainers[client]
-        step, last, batches = self._next.get(client, (-1, 0, []))
+        step, last, pieces = self._next.get(client, (-1, 0, []))
         if step != trainer.steps or request.exchange <= last:  # a new step, or one that is done again
-            batches = [batch for _, batch in trainer.pieces()]
-        batch, *later = batches
+            pieces = [(piece.share, batch) for piece, batch in trainer.pieces()]
+        (share, batch), *later = pieces
         self._next[client] = trainer.steps, request.exchange, later
         if self.most is not None and sum(each.client == client for each in self.exchanges) >= self.most:
             return
@@ -165,8 +168,9 @@ class Watch:
         base_BTH = None if whole.base_BTH is None else _copied(whole.base_BTH)
         model = split_model_of(trainer)
         exchange = Exchange(
-            client, request.step, batch, model.cut, _copied(whole.hidden_BTH), model.base_depth, base_BTH, reads
-        )
+            client, request.step, batch, model.cut, _copied(whole.hidden_BTH), model.base_depth, base_BTH, reads,
+            share=share,
+        )  # fmt: skip
         exchange.z_BTH = exchange.of_tokens(exchange.z_BTH)
         self._open[client, request.exchange] = exchange
         self.exchanges.append(exchange)

@@ -19,11 +19,11 @@ from flexp.config import ModelConfig
 from flexp.cost.counting import Counted, count_pieces
 from flexp.cost.skeleton import Skeleton, bare_model, kinds
 from flexp.errors import ModelError
+from flexp.models import losses
 from flexp.models.anatomy import dissect
 from flexp.models.batches import pooled
 from flexp.models.fingerprint import fingerprint
 from flexp.models.loading import DTYPES
-from flexp.models.losses import in_pieces
 from flexp.models.packed import saved_by_packing
 from flexp.models.quantized import held_bytes
 from flexp.models.stored import check_table, token_embedding
@@ -153,12 +153,9 @@ class ModelCost:
             )
         key = (micro_batch, rank, checkpointing, still)
         if key not in self._shapes:
-            logits = self.length * self._words
-            if len({in_pieces(logits * size) for size in (*SIZES, micro_batch)}) > 1:  # no line leads from one to other
-                return self.exactly(micro_batch, rank, checkpointing, still=still)
-            few, more = self._counted(rank, checkpointing, still)
-            share = (micro_batch - SIZES[0]) / (SIZES[1] - SIZES[0])
-            self._shapes[key] = _between(few, more, share)
+            low, high = self._sizes(micro_batch)
+            few, more = (self._counted(size, rank, checkpointing, still) for size in (low, high))
+            self._shapes[key] = _between(few, more, (micro_batch - low) / max(1, high - low))
         return self._shapes[key]
 
     def cut(self, start: int, micro_batch: int, rank: int | None = None, checkpointing: bool = False) -> ShapeCost:
@@ -199,12 +196,18 @@ class ModelCost:
         pieces = self.at(SIZES[0], rank).blocks[start:stop]
         return sum(piece.weight_bytes + STATE[self.optimizer] * piece.trained_bytes for piece in pieces)
 
-    def _counted(self, rank: int | None, checkpointing: bool, still: bool) -> tuple[ShapeCost, ShapeCost]:
-        key = ("counted", rank, checkpointing, still)
-        for number, size in enumerate(SIZES):
-            if (*key, number) not in self._shapes:
-                self._shapes[*key, number] = self.exactly(size, rank, checkpointing, still=still)
-        return self._shapes[*key, 0], self._shapes[*key, 1]
+    def _sizes(self, micro_batch: int) -> tuple[int, int]:
+        """Those between which a line leads through ``micro_batch``: their losses come at once, or in pieces, as its."""
+        most = losses.PIECE // (self.length * self._words) if self._words else micro_batch  # at once
+        if micro_batch <= most:
+            return SIZES if most >= SIZES[1] or not self._words else (1, most)
+        return SIZES if most < SIZES[0] else (most + 1, 2 * max(most + 1, SIZES[1]))
+
+    def _counted(self, size: int, rank: int | None, checkpointing: bool, still: bool) -> ShapeCost:
+        key = ("counted", size, rank, checkpointing, still)
+        if key not in self._shapes:
+            self._shapes[key] = self.exactly(size, rank, checkpointing, still=still)
+        return self._shapes[key]
 
     def _count(self, examples: int, rank: int | None, checkpointing: bool, still: bool) -> ShapeCost:
         skeleton = Skeleton(

@@ -59,7 +59,7 @@ def predict(
     shape = cost.cut(start, choice.micro_batch, choice.rank)
     base = base_depth is not None and base_depth < start
     back = cost.config.train_embeddings or frozen < start  # whether a gradient comes down to the head
-    keeps = anew < 1 and not (back or base or cost.draws or KINDS[cost.kind].images)
+    keeps = anew < 1 and not (back or base or cost.draws or cost.after or KINDS[cost.kind].images)
     anew = anew if keeps else 1.0
     share, flags = rows_read(cost, choice, rows, read)
     sent = float(shape.message_bytes)

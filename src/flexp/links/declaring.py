@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
-from functools import cache
 from itertools import count, takewhile
 from typing import (
     Annotated,
@@ -169,9 +168,17 @@ def tensors(said: Any) -> Iterator[tuple[str, Tensor]]:
             yield entry.field if entry.holds == "many" else name, value
 
 
-@cache
-def declared(kind: Any) -> Declaration:
+def declared(kind: type[Any]) -> Declaration:
     """The declaration of a type of message."""
+    if kind not in _declared:
+        _declared[kind] = _read(kind)
+    return _declared[kind]
+
+
+_declared: dict[type[Any], Declaration] = {}
+
+
+def _read(kind: type[Any]) -> Declaration:
     hints = get_type_hints(kind, include_extras=True)
     entries, scalars = [], {}
     for item in fields(kind):

@@ -24,13 +24,10 @@ PIECE = 1 << 22
 def give_loss(model: Any) -> None:
     """Have ``model``, if its loss is transformers' of the next token, compute it in pieces."""
     found = getattr(model, "loss_function", None)
-    if getattr(model, "loss_type", None) == "ForCausalLM" and getattr(found, "func", found) is ForCausalLMLoss:
+    if isinstance(found, partial) and not (found.args or found.keywords):  # as it comes out of a pickle
+        found = found.func
+    if getattr(model, "loss_type", None) == "ForCausalLM" and found is ForCausalLMLoss:
         model.loss_function = IN_PIECES
-
-
-def in_pieces(logits: int) -> bool:
-    """Whether the loss of so many logits (B·T·V) is computed in pieces."""
-    return logits > PIECE
 
 
 def next_token_loss(
@@ -43,7 +40,7 @@ def next_token_loss(
     **others: Any,
 ) -> Tensor:
     """As ``transformers.loss.loss_utils.ForCausalLMLoss``: logits (B, T, V), labels (B, T) → a number."""
-    if not in_pieces(logits.numel()):
+    if logits.numel() <= PIECE:
         return ForCausalLMLoss(  # type: ignore[no-any-return]
             logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **others
         )

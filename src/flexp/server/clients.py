@@ -48,6 +48,7 @@ class Progress:
     _recent: set[int] = field(default_factory=set)
     _answers: dict[int, dict[Key, Any]] = field(default_factory=dict)
     _bytes: int = 0
+    _too_large: int = 0
 
     def goes_on(self, numbering: int) -> bool:
         """Whether a client that joins with ``numbering`` goes on with these steps."""
@@ -74,20 +75,20 @@ class Progress:
         return self._answers.get(step, {}).get(key)
 
     def remember(self, step: int, key: Key, reply: Any, most_bytes: int) -> None:
-        """Keep an answer of a numbered step; when all take more than ``most_bytes`` the oldest go first, of whole steps
-        before those of the last, of which the newest stays. What is not known any more is computed anew, not applied.
+        """Keep an answer of a numbered step; when all take more than ``most_bytes`` the oldest steps go, each whole,
+        and a step that is too large by itself is not kept. What is not known any more is computed anew, not applied.
         """
-        if step <= 0:
+        if step <= 0 or step == self._too_large:
             return
         known = self._answers.setdefault(step, {})
         self._bytes += size(reply) - (size(known[key]) if key in known else 0)
         known[key] = reply
         self.forget(step - 1 if self.kept_from is None else self.kept_from)
-        while self._bytes > most_bytes and len(self._answers) > 1:
-            self._drop(min(self._answers))
-        (last,) = self._answers.values() if len(self._answers) == 1 else ({},)
-        while self._bytes > most_bytes and len(last) > 1:
-            self._bytes -= size(last.pop(next(iter(last))))
+        while self._bytes > most_bytes:
+            oldest = min(self._answers)
+            self._drop(oldest)
+            if oldest == step:
+                self._too_large = step
 
     def forget(self, step: int) -> None:
         """Drop the answers of ``step`` and those before it."""
