@@ -10,8 +10,8 @@ import torch
 
 from flexp.config import AlignConfig
 from flexp.links.asking import PullReply, PullRequest
-from flexp.links.base import InProcessLink, Link, Meter, size
-from flexp.links.declaring import tensors
+from flexp.links.base import InProcessLink, Link, Meter
+from flexp.links.declaring import size, tensors
 from flexp.links.messages import Leave
 from flexp.links.opening import connected
 from tests.harness import RecordingLink, world

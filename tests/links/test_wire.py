@@ -26,9 +26,8 @@ from flexp.links.asking import (
     PullReply,
     PullRequest,
 )
-from flexp.links.base import size
 from flexp.links.coding import PLAIN
-from flexp.links.declaring import MESSAGES, Request
+from flexp.links.declaring import MESSAGES, Request, size
 from flexp.links.frames import CHUNK, TYPES, Field, Frame, Head, Incoming, describe, encode, head_bytes, parse, signed
 from flexp.links.grpc import connect, serve
 from flexp.links.messages import (

@@ -24,8 +24,7 @@ from flexp.cost.echo import EchoLink, client_model, random_batch, without_tail
 from flexp.cost.probe import Probe
 from flexp.kinds import LABELS
 from flexp.links.asking import PullRequest
-from flexp.links.base import size
-from flexp.links.declaring import Request
+from flexp.links.declaring import Request, size
 from flexp.links.messages import BackwardRequest, ForwardRequest, Join, KeptForwardRequest
 from flexp.models.stage import Stage
 from flexp.server import Server

@@ -13,7 +13,8 @@ from flexp.cost.model_cost import ModelCost
 from flexp.errors import LinkError
 from flexp.kinds import KINDS
 from flexp.links.asking import PullRequest
-from flexp.links.base import Link, ask, size
+from flexp.links.base import Link, ask
+from flexp.links.declaring import size
 from flexp.links.messages import ForwardRequest, Join
 from flexp.models.loading import DTYPES
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from flexp.links.coding import Coding
-from flexp.links.declaring import Request, declared
+from flexp.links.declaring import Request, size
 from flexp.links.messages import Join, Leave, Welcome
 from flexp.links.rules import dtype_of
 from flexp.rng import current_turn, resting
@@ -90,15 +90,6 @@ class Meter:
             for name, zero in counts.items():
                 counts[name] = type(zero)(state[f"meter/{kind}/{name}"])
         self.load(found)
-
-
-def size(said: Any) -> int:
-    """The bytes of a message's tensors, as they cross without a codec (:meth:`flexp.links.coding.Coding.size`)."""
-    return sum(
-        value.numel() * (1 if entry.tensors.flags else value.element_size())  # flags cross as one byte each
-        for entry in declared(type(said)).entries
-        for _, value in entry.split(getattr(said, entry.field))
-    )
 
 
 @runtime_checkable

@@ -168,6 +168,15 @@ def tensors(said: Any) -> Iterator[tuple[str, Tensor]]:
             yield entry.field if entry.holds == "many" else name, value
 
 
+def size(said: Any) -> int:
+    """The bytes of a message's tensors, as they cross without a codec (:meth:`flexp.links.coding.Coding.size`)."""
+    return sum(
+        value.numel() * (1 if entry.tensors.flags else value.element_size())  # flags cross as one byte each
+        for entry in declared(type(said)).entries
+        for _, value in entry.split(getattr(said, entry.field))
+    )
+
+
 def declared(kind: type[Any]) -> Declaration:
     """The declaration of a type of message."""
     if kind not in _declared:

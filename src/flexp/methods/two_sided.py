@@ -30,7 +30,7 @@ from flexp.cost.clock import Schedule
 from flexp.errors import ConfigError
 from flexp.kinds import LABELS, logits_of
 from flexp.links.base import Meter
-from flexp.links.base import size as message_size
+from flexp.links.declaring import size as message_size
 from flexp.links.messages import ForwardRequest
 from flexp.links.packing import sent, without_padding
 from flexp.methods.base import RATIO, Account, Axis, Cuts, Holds, OnStep, State, World

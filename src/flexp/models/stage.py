@@ -16,7 +16,7 @@ from flexp.limits import out_of_memory
 from flexp.machine import device_of, free_memory, shares
 from flexp.models import execution
 from flexp.models.anatomy import Anatomy, Part, dissect, prune
-from flexp.models.batches import NOT_FOR_BLOCKS, USUAL, check_length, check_padding, for_blocks, longest_exact
+from flexp.models.batches import NOT_FOR_BLOCKS, USUAL, check_padding, for_blocks, longest_exact
 from flexp.models.execution import Absent, ExecutionPlan, ZeroPatches
 from flexp.models.losses import give_loss
 from flexp.models.quantized import scales
@@ -150,16 +150,12 @@ class Stage:
         wanted = for_blocks(self.model, inputs, self.longest) | self.no_cache
         if self.part.ends:
             check_padding(self.model, inputs)
-        hidden_BTH, plan = self._recorded(wanted)
-        if self.part.ends and self.compares:
-            self._compare(hidden_BTH, plan, self.placed(inputs))
-        return hidden_BTH, plan
-
-    def _recorded(self, wanted: Mapping[str, Any]) -> tuple[Tensor, ExecutionPlan]:
-        wanted = self.placed(wanted)
+        wanted, inputs = self.placed(wanted), self.placed(inputs)
         with self.computing():
             hidden_BTH, plan = execution.record(self.model, self.blocks, wanted, self._tuples)
         self._tuples = plan.tuples
+        if self.part.ends and self.compares:
+            self._compare(hidden_BTH, plan, inputs)
         return hidden_BTH, plan
 
     def plan_without_inputs(
@@ -190,11 +186,7 @@ class Stage:
             inputs["position_ids"] = positions_BT
         # Dropout on the zeros draws random numbers, which are the client's in one process.
         with torch.no_grad(), undisturbed(hidden_BTH.device):
-            if self.part.ends:
-                return self.plan(inputs)[1]
-            if self.longest is not None:
-                check_length(self.model, length, positions_BT, self.longest)
-            return self._recorded(inputs | self.no_cache)[1]
+            return self.plan(inputs)[1]
 
     def _compare(self, hidden_BTH: Tensor, plan: ExecutionPlan, inputs: Mapping[str, Any]) -> None:
         """Make the plan as a server will, without any weights, and refuse the batch if it is another one.

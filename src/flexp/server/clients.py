@@ -18,8 +18,8 @@ from torch import Tensor
 
 from flexp.config import GuardConfig
 from flexp.errors import BadValuesError, LinkError
-from flexp.links.base import size
 from flexp.links.coding import load_residuals, save_residuals
+from flexp.links.declaring import size
 from flexp.rng import derived_seed
 
 WINDOW = 256

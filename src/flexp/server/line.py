@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flexp.errors import LinkError, LinkLostError
-from flexp.links.base import Later, size
-from flexp.links.declaring import Request
+from flexp.links.base import Later
+from flexp.links.declaring import Request, size
 from flexp.server.kept import Sessions
 from flexp.server.session import Session
 

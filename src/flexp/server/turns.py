@@ -14,8 +14,7 @@ from typing import Any, Protocol, TypeVar, cast
 
 from flexp.config import ServerConfig
 from flexp.errors import LinkError, LinkLostError, StoppedError
-from flexp.links.base import size
-from flexp.links.declaring import Request
+from flexp.links.declaring import Request, size
 from flexp.links.messages import BackwardRequest, ForwardReply, ForwardRequest, KeptForwardRequest, Order, Ready
 from flexp.links.packing import Places, arrived
 from flexp.models.stage import Stage
