@@ -15,7 +15,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from flexp.attacks.answers import said, trained
+from flexp.attacks.answers import pointed, said, trained
 from flexp.attacks.gradients import inverted, words
 from flexp.attacks.labels import auc, clustered, directions, with_known
 from flexp.attacks.membership import membership
@@ -154,6 +154,8 @@ def test_words_of_answers_through_the_tail(name: str, tail: int, scale: float) -
     quarter = Exchange("a", 1, batch, (1, first), hidden[0], 1, None, None, hidden[0], grad_BTH / 4, share=0.25)
     told = labels_told([quarter], cast(Known, SimpleNamespace(source=whole, method=None)), "next-token")
     assert told["answers"] == 1.0
+    if tail == 0:
+        assert torch.equal(pointed(whole, grad_BTH)[:, :-1][there], labels[:, 1:][there])
     noise = grad_BTH.norm() * torch.randn(grad_BTH.shape, generator=seeded(2)) / grad_BTH.numel() ** 0.5
     assert (trained(whole, first, hidden[0], noise, batch)[:, :-1] == labels[:, 1:])[there].float().mean() < 0.2
 

@@ -67,6 +67,13 @@ def trained(stage: Stage, first: int, h_BTH: Tensor, grad_BTH: Tensor, batch: Ma
     return (wanted_BTH @ table_VH.T - table_VH.square().sum(1) / 2).argmax(2).detach().cpu()
 
 
+def pointed(stage: Stage, grad_BTH: Tensor) -> Tensor:
+    """The token that each place was trained to predict, (B, T), as the head alone tells it: −∂task/∂h points to its
+    row, and through a few blocks nearly so. Knows neither h nor what a step's mean is over."""
+    table_VH = table_of(stage.model.get_output_embeddings())
+    return (-_placed(grad_BTH, stage) @ table_VH.T).argmax(2).cpu()
+
+
 def _placed(value: Tensor, stage: Stage) -> Tensor:
     return value.detach().to(stage.model.device, stage.model.dtype)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flexp.attacks import labels as label_attacks
-from flexp.attacks.answers import said, trained
+from flexp.attacks.answers import pointed, said, trained
 from flexp.attacks.gradients import inverted, words
 from flexp.attacks.membership import membership
 from flexp.audit.watching import Exchange, Known
@@ -72,8 +72,8 @@ def _by_gradients(exchanges: Sequence[Exchange], source: Stage) -> dict[str, flo
 
 
 def _answers(exchanges: Sequence[Exchange], run: Known) -> dict[str, float]:
-    """The words of answers that were trained on, by ∂task/∂h and by h; and of those that clients' own tails would say
-    now, by h, where these are here to ask."""
+    """The words of answers that were trained on, by ∂task/∂h (the better of two attacks) and by h; and of those that
+    clients' own tails would say now, by h, where these are here to ask."""
     right: dict[str, list[Tensor]] = {}
     for one in exchanges[:: -(-len(exchanges) // SOLVED)]:
         if one.h_BTH is None:
@@ -88,9 +88,14 @@ def _answers(exchanges: Sequence[Exchange], run: Known) -> dict[str, float]:
             right.setdefault("generated", []).append((public_BT == own_BT)[there_BT])
         if one.grad_BTH is not None:
             read_BT = trained(run.source, one.cut[1], one.h_BTH, one.grad_BTH / one.share, one.batch)[:, :-1]
-            right.setdefault("answers", []).append((read_BT == wanted_BT)[there_BT])
+            right.setdefault("solved", []).append((read_BT == wanted_BT)[there_BT])
+            by_head_BT = pointed(run.source, one.grad_BTH)[:, :-1]
+            right.setdefault("pointed", []).append((by_head_BT == wanted_BT)[there_BT])
     joined = {key: torch.cat(values) for key, values in right.items()}
     shares = {key: float(value.float().mean()) for key, value in joined.items() if key != "majority" and len(value)}
+    both = [shares.pop(key) for key in ("solved", "pointed") if key in shares]
+    if both:
+        shares["answers"] = max(both)
     return shares | ({"majority": _majority(joined["majority"])} if shares else {})
 
 
