@@ -189,6 +189,23 @@ def test_one_of_them(how: str, adapters: Any) -> None:
         assert near(copied(one.updater.parameters), copied(other.updater.parameters))
 
 
+def test_what_has_no_memory_together_is_answered_one_by_one(passes: Passes, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **_: Any) -> Any:
+        passes.append(len(args[1]))
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("flexp.server.together.Pass", full)
+    together, alone = server(), server(joined=False)
+    asked = forwards(1, padded=True)
+    for requests in (asked, backwards(1, asked)):
+        got, wanted = all_of(together, requests), all_of(alone, requests)
+        for client, answer in wanted.items():
+            field = "grad_BTH" if hasattr(answer, "grad_BTH") else "hidden_BTH"
+            assert torch.equal(getattr(got[client], field), getattr(answer, field))
+    assert passes == [4]
+    assert together.shared.version == alone.shared.version == 4
+
+
 def test_where_it_is_not_for() -> None:
     with pytest.raises(ConfigError, match=r"server.joined cannot be had of these blocks: .* for LoRA"):
         server(tuning="full")
