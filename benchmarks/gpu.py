@@ -1,11 +1,11 @@
-"""What FlexP does on a GPU, or whatever computes here: in one script of minutes, for whoever has such a machine.
+"""What FlexP does on a GPU, or whatever computes here: in one script of 8 minutes, for whoever has such a machine.
 
 For each shape, with random weights made on the device (LoRA, bfloat16, cut (2, L − 1)): a split step beside a whole
 one, the device's peak memory in both, how often the host waits for the device in each, and tokens a second of 1, 4 and
-16 clients: in this process in turn, and each in a thread of its own over gRPC. Requests are answered one by one;
-``python -m benchmarks joined`` joins them. Where there are several GPUs, also a step whose server is spread over all of
-them (``server.device``) beside one whose is not. ``--json`` prints :class:`Figures`, whose schema ``--schema`` prints:
-send it in.
+16 clients: in this process in turn, and each in a thread of its own over gRPC, answered one by one and together
+(``server.joined``). Where there are several GPUs, also a step whose server is spread over all of them
+(``server.device``) beside one whose is not. What would end after ``--minutes`` is not begun. ``--json`` prints
+:class:`Figures`, whose schema ``--schema`` prints: send it in.
 
 Predicted: split ÷ whole 1.0–1.1 at 512 tokens, since nothing waits but the copies of the messages, some of which are
 copies within the device here; several clients get through no more tokens than one, since one thread answers them.
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
@@ -25,7 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.server_scaling import in_process, over_grpc
 from benchmarks.tools.big_model import SHAPES
 from benchmarks.tools.command import Examples, Length, Pairs, Result, say
-from benchmarks.tools.paired import paired
+from benchmarks.tools.paired import WARM_UP, paired
 from benchmarks.tools.parties import Parties, Step, cut_of, probe
 from flexp.config import ModelConfig, OptimizerConfig, ServerConfig
 from flexp.cost.echo import random_batch
@@ -39,13 +40,15 @@ WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize")
 
 
 class Clients(BaseModel):
-    """So many clients of one server: tokens a second in turn in one process, and over gRPC with a thread each; the
-    median and the last percentile of a step's seconds there, and the largest number of weight versions."""
+    """So many clients of one server: tokens a second in turn in one process, and over gRPC with a thread each, one by
+    one and joined; the median and the last percentile of a step's seconds one by one, and the largest number of weight
+    versions."""
 
     model_config = ConfigDict(extra="forbid")
     clients: int
     in_turn_tokens_per_second: float
     grpc_tokens_per_second: float
+    joined_tokens_per_second: float
     grpc_p50_seconds: float
     grpc_p99_seconds: float
     versions: int
@@ -75,8 +78,8 @@ class Shape(BaseModel):
 
 
 class Figures(BaseModel):
-    """All of it, and what it was measured on. ``left_out``: shapes for which there was no time, or no room; and why no
-    server was spread."""
+    """All of it, what it was measured on and how long that took. ``left_out``: shapes and numbers of clients for which
+    there was no time, or no room; and why no server was spread."""
 
     model_config = ConfigDict(extra="forbid")
     bench: str
@@ -84,6 +87,7 @@ class Figures(BaseModel):
     batch: tuple[int, int]
     shapes: list[Shape]
     left_out: dict[str, str]
+    seconds: float
     versions: dict[str, str]
     machine: dict[str, Any]
 
@@ -96,7 +100,7 @@ def measure(
     length: Length = 512,
     pairs: Pairs = 10,
     seconds: Annotated[float, typer.Option(min=0.1, help="For each number of clients, each way.")] = 8.0,
-    minutes: Annotated[float, typer.Option(help="After which no other shape is begun.")] = 5.0,
+    minutes: Annotated[float, typer.Option(help="That all of it takes at most.")] = 8.0,
     schema: Annotated[
         bool, typer.Option("--schema", help="Print the result's JSON schema and measure nothing.")
     ] = False,
@@ -111,48 +115,72 @@ def measure(
     left_out: dict[str, str] = {}
     if len(places) < 2:
         left_out["several GPUs"] = f"there is no second one beside {place}"
+    clock = Clock(began + 60 * minutes, left_out)
     for name in shapes.split(","):
-        if time.monotonic() - began > 60 * minutes:
-            left_out[name] = "no time was left"
-            continue
         say(f"{name}: on {place}")
         try:
-            found.append(
-                _measured(name, place, [int(count) for count in counts.split(",")], examples, length, pairs, seconds)
-            )
-            if len(places) > 1:
-                found[-1].spread_ratio, found[-1].gpus = (
-                    _spread(name, place, places, examples, length, pairs),
-                    len(places),
-                )
+            one = _measured(name, place, [int(count) for count in counts.split(",")], examples, length, pairs, seconds,
+                            clock)  # fmt: skip
+            if one is None:
+                continue
+            found.append(one)
+            if len(places) > 1 and clock.has(4 * pairs * one.split_seconds, f"{name} on several GPUs"):
+                one.spread_ratio, one.gpus = _spread(name, place, places, examples, length, pairs), len(places)
         except torch.OutOfMemoryError as error:
             left_out[name] = str(error).splitlines()[0]
     facts = {
         "device": str(place), "batch": [examples, length], "shapes": [one.model_dump(mode="json") for one in found],
-        "left_out": left_out, "versions": versions(),
+        "left_out": left_out, "seconds": time.monotonic() - began, "versions": versions(),
     }  # fmt: skip
     notes = [f"{name} was left out: {why}" for name, why in left_out.items()]
     return Result(facts, [row for one in found for row in _rows(one)], notes=notes)
 
 
+@dataclass(frozen=True)
+class Clock:
+    """When all is to be over, on the monotonic clock, and what was left out for that."""
+
+    end: float
+    left_out: dict[str, str]
+
+    def has(self, seconds: float, what: str) -> bool:
+        """Whether there are so many seconds left for it."""
+        left = self.end - time.monotonic()
+        if left < seconds:
+            self.left_out[what] = f"no time was left: {max(left, 0):.0f} s, and it takes {seconds:.0f}"
+        return left >= seconds
+
+
 def _measured(
-    name: str, place: torch.device, counts: list[int], examples: int, length: int, pairs: int, seconds: float
-) -> Shape:
+    name: str, place: torch.device, counts: list[int], examples: int, length: int, pairs: int, seconds: float,
+    clock: Clock,
+) -> Shape | None:  # fmt: skip
+    if not clock.has(2 * seconds, name):
+        return None
     here = _parties(name, place, examples, length)
     whole = here.whole()
     plain = {"whole": here.step(whole, whole.model.train()), "split": here.split_step()}
     steps = {way: _through(step, place) for way, step in plain.items()}
+    began = time.monotonic()
+    steps["whole"](), steps["split"]()
+    once = time.monotonic() - began
+    if not clock.has((pairs + WARM_UP) * once, name):
+        return None
     timed = paired(steps["whole"], steps["split"], pairs)
     peaks = {way: _peak(step, place) for way, step in steps.items()}
     waits = {way: _waits(step, place) for way, step in plain.items()}
     clients = []
     for count in counts:
+        if not clock.has(3 * seconds + 4 * count * once, f"{name}, {count} clients"):
+            continue
         near, far = in_process(here, count, seconds), over_grpc(here, count, seconds)
+        joined = over_grpc(here, count, seconds, ServerConfig(joined=True))
         clients.append(
             Clients(
                 clients=count,
                 in_turn_tokens_per_second=near * examples * length,
                 grpc_tokens_per_second=far["steps"] * examples * length,
+                joined_tokens_per_second=joined["steps"] * examples * length,
                 grpc_p50_seconds=far["p50_seconds"],
                 grpc_p99_seconds=far["p99_seconds"],
                 versions=far["peak_versions"],
@@ -246,11 +274,9 @@ def _rows(one: Shape) -> list[tuple[str, str]]:
     ]
     if one.spread_ratio is not None:
         rows.append((f"server on {one.gpus} GPUs ÷ on one", f"{one.spread_ratio:.3f}"))
-    rows += [
-        (
-            f"{at.clients} clients, tokens/s: in turn, over gRPC",
-            f"{at.in_turn_tokens_per_second:,.0f}, {at.grpc_tokens_per_second:,.0f}",
-        )
-        for at in one.clients
-    ]
+    for at in one.clients:
+        ways = (at.in_turn_tokens_per_second, at.grpc_tokens_per_second, at.joined_tokens_per_second)
+        rows.append((
+            f"{at.clients} clients, tokens/s: in turn, over gRPC, joined", ", ".join(f"{way:,.0f}" for way in ways)
+        ))  # fmt: skip
     return rows

@@ -19,7 +19,7 @@ import typer
 
 from benchmarks.tools.command import Examples, Kind, Length, Model, Result, Threads, fetched, say
 from benchmarks.tools.parties import Parties, Step, at_once, parties
-from flexp.config import CodecConfig, OptimizerConfig
+from flexp.config import CodecConfig, OptimizerConfig, ServerConfig
 from flexp.links.base import Link
 from flexp.links.grpc import connect, serve
 
@@ -57,9 +57,9 @@ def measure(
     return Result(facts, rows, COLUMNS)
 
 
-def over_grpc(here: Parties, count: int, seconds: float) -> dict[str, Any]:
+def over_grpc(here: Parties, count: int, seconds: float, config: ServerConfig | None = None) -> dict[str, Any]:
     """Steps a second of ``count`` clients, each in a thread of its own over gRPC; and how long they take."""
-    server = here.server()
+    server = here.server(config)
     times: list[list[float]] = [[] for _ in range(count)]
     with ExitStack() as stack:
         serving = stack.enter_context(serve(server))

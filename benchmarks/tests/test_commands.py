@@ -113,7 +113,7 @@ def test_split_and_whole_write_the_same_and_bytes_are_counted(
 
 def test_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """On the processor, by the schema that it prints; a shape for which there is no time is named."""
-    options = ("--length", "8", "--examples", "1", "--pairs", "4", "--seconds", "0.1", "--counts", "1,2")
+    options = ("--length", "8", "--examples", "1", "--pairs", "4", "--seconds", "0.1", "--counts", "2")
     with monkeypatch.context() as here:
         here.setattr(gpu, "several", lambda place: [str(place)] * 2)  # the server's blocks are spread over both
         code, shown = call(here, capsys, "gpu", "--shapes", "small", *options, "--device", "cpu", "--json")
@@ -122,8 +122,16 @@ def test_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     assert shape.gpus == 2
     assert shape.spread_ratio is not None
     assert shape.spread_ratio > 0
-    assert (shape.cut, [at.clients for at in shape.clients], shape.split_bytes) == ((2, 3), [1, 2], None)
+    assert (shape.cut, [at.clients for at in shape.clients], shape.split_bytes) == ((2, 3), [2], None)
     assert shape.ratio > 0
+    assert all(at.joined_tokens_per_second > 0 for at in shape.clients)
+    short = ("--minutes", "100", "--seconds", "2500", "--counts", "1")  # for a ratio, and for no clients
+    code, shown = call(
+        monkeypatch, capsys, "gpu", "--shapes", "small", *options[:6], *short, "--device", "cpu", "--json"
+    )
+    figures = gpu.Figures.model_validate_json(shown)
+    assert (figures.shapes[0].clients, figures.seconds < 2500) == ([], True)
+    assert figures.left_out["small, 1 clients"].startswith("no time was left")
     code, shown = call(monkeypatch, capsys, "gpu", "--shapes", "small", "--device", "cpu", "--minutes", "0")
     assert code == 0
     assert "small was left out: no time was left" in shown

@@ -150,7 +150,8 @@ class Target:
     def _answer(self, state: int, frame: Frame) -> tuple[Any, Head]:
         answer = self._serving._work(name_of(state), frame)
         assert isinstance(answer, tuple)  # only an order would come later, and nobody conducts a run here
-        return answer[0], parse(answer[1][0])
+        said, made = answer
+        return said, made.head if isinstance(made, Frame) else parse(made[0])  # a frame is yet to be encoded
 
     def _judged(self, state: int, frame: Frame, data: bytes) -> str:
         answer, head = self._answer(state, frame)

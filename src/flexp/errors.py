@@ -49,6 +49,10 @@ class BadValuesError(LinkError):
     """What a client sent is not finite, or beyond the server's bounds; nothing was done with it."""
 
 
+class FullError(LinkError, MemoryError):
+    """The server's memory ran out at a client's request, which had no effect: less at a time may fit."""
+
+
 class StorageError(FlexpError):
     """A file could not be written, or what was saved is damaged."""
 

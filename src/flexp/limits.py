@@ -11,6 +11,8 @@ import ctypes
 import os
 from contextlib import suppress
 
+from flexp.errors import FullError
+
 M_MMAP_THRESHOLD, LARGE = -3, 1 << 20
 """glibc's name for what larger allocations (bytes) get a mapping of their own; set, it does not grow by itself."""
 
@@ -19,6 +21,7 @@ COUNTING = ("RLIMIT_DATA", "RLIMIT_AS")
 _SIGNS = (
     "can't allocate memory", "cannot allocate memory", "not enough memory", "out of memory",
     "could not create a primitive",  # oneDNN has no room for a kernel
+    "status_alloc_failed",  # nor has cuBLAS, or cuDNN
 )  # fmt: skip
 
 
@@ -66,10 +69,11 @@ def allow_many_files() -> None:
 
 def out_of_memory(error: BaseException) -> str | None:
     """One line for a user where ``error`` means that memory ran out; ``None``: it means something else."""
+    if isinstance(error, FullError):  # another party's memory
+        return str(error)
     text = str(error).lower()
-    if not isinstance(error, MemoryError) and not (
-        isinstance(error, RuntimeError | OSError) and any(sign in text for sign in _SIGNS)
-    ):
+    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's, of any device
+    if not known and not (isinstance(error, RuntimeError | OSError) and any(sign in text for sign in _SIGNS)):
         return None
     found = [f"{name} = {soft / 2**20:.0f} MiB" for name in COUNTING if (soft := soft_limit(name)) is not None]
     under = f" under {' and '.join(found)}" if found else ""

@@ -114,8 +114,12 @@ def test_a_gpu_is_profiled_by_its_own_memory_and_when_it_is_done(
     found = Profile.read(out)
     free = 4 * 2**30 - 2**28
     assert (found.memory_bytes, found.memory_from) == (free, f"free on {NAME}")
+    assert found.host_bytes is not None  # as its machine's memory does
+    assert 0 < found.host_bytes != free
     assert found.flops > 0
     assert set(waits) == {DEVICE}
+    assert this_machine(NAME).host_bytes
+    assert this_machine("cpu").host_bytes is None
     assert this_machine(NAME).memory_bytes == free_bytes(NAME) == free
     gpu.reset_peak_memory_stats, gpu.max_memory_allocated = (lambda _: None), (lambda _: 2**29)
     assert highest(DEVICE)() == 2**29 - 2**28

@@ -22,7 +22,7 @@ from flexp.links.asking import PullRequest
 from flexp.links.base import Link
 from flexp.links.coding import PLAIN
 from flexp.links.emulated import EmulatedLink, Network
-from flexp.links.frames import CHUNK, VERSION, encode
+from flexp.links.frames import CHUNK, VERSION, Frame, encode
 from flexp.links.grpc import connect, serve
 from flexp.links.grpc.link import _Call
 from flexp.links.grpc.loop import background
@@ -77,7 +77,18 @@ def train(links: dict[str, Link], here: World, align: AlignConfig) -> dict[str, 
 
 
 @pytest.mark.parametrize("align", [KL, WEIGHTS], ids=["kl", "weights"])
-def test_every_link_gives_the_same_weights_and_bytes(align: AlignConfig, certificates: Certificates) -> None:
+def test_every_link_gives_the_same_weights_and_bytes(
+    align: AlignConfig, certificates: Certificates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers to exchanges may be encoded outside the thread that computes."""
+    encoded: list[tuple[str, str]] = []
+
+    def told(frame: Frame) -> list[bytes]:
+        encoded.append((frame.head.message, threading.current_thread().name.rsplit("_", 1)[0]))
+        return encode(frame)
+
+    monkeypatch.setattr("flexp.links.grpc.serving.encode", told)
+
     def fresh() -> World:
         return world("bert", dropout=0.2, config=ServerConfig(update="mean", mean_over=2))
 
@@ -86,6 +97,8 @@ def test_every_link_gives_the_same_weights_and_bytes(align: AlignConfig, certifi
     assert int(expected["clinic-a/meter/True"][0]) > 0
     for secure in (False, True):
         here = fresh()
+        encoded.clear()
+        monkeypatch.setattr("flexp.links.grpc.serving.LARGE", 0 if secure else 1 << 30)
         options: dict[str, Any] = {}
         settings: dict[str, Any] = {"tls": certificates.tls(mutual=True)} if secure else {}
         if secure:
@@ -97,6 +110,8 @@ def test_every_link_gives_the_same_weights_and_bytes(align: AlignConfig, certifi
             got = train(links, here, align)
         assert equal(got, expected)
         assert not here.server._sessions  # closing is leaving
+        outside = {message for message, thread in encoded if thread == "flexp-encoder"}
+        assert outside == ({"ForwardReply", "BackwardReply"} if secure else set())
 
 
 def test_refusals_have_the_servers_words() -> None:

@@ -62,7 +62,7 @@ VOCABULARY = {
         "examples_key",  # drawn for this, and of no use elsewhere: the server keeps nothing that it did not get
     },
     Welcome: {"base_depth", "blocks", "hidden", "max_in_flight", "max_tokens", "frame_bytes", "trained"},
-    Refusal: {"error", "again", "leave"},
+    Refusal: {"error", "again", "leave", "full"},
     ForwardRequest: {
         "exchange",
         "hidden_BTH",

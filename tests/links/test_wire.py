@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexp.config import AlignConfig, LoraConfig
-from flexp.errors import LinkError, LinkLostError
+from flexp.errors import FullError, LinkError, LinkLostError
 from flexp.links import frames
 from flexp.links.asking import (
     EndGeneration,
@@ -165,6 +165,7 @@ def test_numbers_stay_within_their_bounds(text: str) -> None:
         Ready(3, None, "run", (1, 4), 2, {"loss": 0.5, "odd": float("inf")}),
         Order("step", "run", 7, count=3, save=4),
         Refusal("one line", again=True),
+        Refusal.of(FullError("memory ran out")),
     ],
     ids=lambda said: type(said).__name__,
 )
@@ -185,7 +186,7 @@ def test_a_frame_byte_by_byte() -> None:
         b'"mask_BT":{"dtype":"U8","shape":[1,2],"data_offsets":[8,10]}}'
     )
     rest = struct.pack("<IQ", zlib.crc32(tensors), len(text)) + text
-    assert message == b"FLXP\x08" + struct.pack("<I", zlib.crc32(rest)) + rest + tensors
+    assert message == b"FLXP\x09" + struct.pack("<I", zlib.crc32(rest)) + rest + tensors
     loaded = safetensors.torch.load(message[13:])
     assert torch.equal(loaded["hidden_BTH"], torch.ones(1, 2, 1))
     assert loaded["mask_BT"].tolist() == [[1, 0]]
@@ -199,7 +200,7 @@ def test_a_body_that_safetensors_wrote_is_read() -> None:
     body = safetensors.torch.save(tensors, metadata)
     size = 8 + int.from_bytes(body[:8], "little")
     rest = struct.pack("<I", zlib.crc32(body[size:])) + body[:size]
-    got = receive([b"FLXP\x08" + struct.pack("<I", zlib.crc32(rest)) + rest + body[size:]])
+    got = receive([b"FLXP\x09" + struct.pack("<I", zlib.crc32(rest)) + rest + body[size:]])
     assert all(same(getattr(got, name), getattr(FORWARD, name)) for name in FORWARD.__dataclass_fields__)
 
 
@@ -332,7 +333,7 @@ def test_a_huge_shape_takes_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         receive([(head_bytes(head) + bytes(CHUNK))[:CHUNK]])
 
 
-@given(st.binary(max_size=300) | st.binary(max_size=300).map(lambda rest: b"FLXP\x08" + rest))
+@given(st.binary(max_size=300) | st.binary(max_size=300).map(lambda rest: b"FLXP\x09" + rest))
 @settings(max_examples=300)
 def test_noise_is_refused(noise: bytes) -> None:
     for agreement in (AGREED, None):

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from flexp import limits
 from flexp.cost.echo import reset_peak, resident
-from flexp.errors import ModelError
+from flexp.errors import FullError, ModelError
 from flexp.limits import out_of_memory
 from flexp.models import loading, low_memory
 from flexp.models.anatomy import Part
@@ -71,6 +71,9 @@ def test_running_out_of_memory_is_one_line(tmp_path: Path, monkeypatch: pytest.M
         load_stage(folder, "sequence-classification", Part.client((1, 3), 4))
     assert "\n" not in str(told.value)
     assert out_of_memory(MemoryError()) is not None
+    assert out_of_memory(torch.OutOfMemoryError("the device's allocator has no more")) is not None
+    assert out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`")) is not None
+    assert out_of_memory(FullError("the server's memory ran out")) == "the server's memory ran out"
     assert out_of_memory(RuntimeError("shapes do not match")) is None
     assert out_of_memory(ValueError("cannot allocate memory")) is None
 

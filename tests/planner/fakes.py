@@ -46,6 +46,7 @@ class FakeCosts:
             bytes_up=crossing,
             bytes_down=crossing,
             server_memory_bytes=MB * (stop - start) * choice.micro_batch,
+            host_bytes=10 * MB * own,
         )
 
     def block_bytes(self, rank: int | None) -> tuple[int, ...]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from flexp.cost.choice import Choice
 from flexp.errors import ModelError
-from flexp.planner.fleet import TaskShape
+from flexp.planner.fleet import Fleet, TaskShape
 from flexp.planner.infeasible import InfeasibleError
+from flexp.planner.options import fits_memory, options_of
 from flexp.planner.plan import make_plan
 
-from .fakes import MB, FakeCosts, fleet
+from .fakes import BLOCKS, MB, FakeCosts, fleet
 
 FULL = {"micro_batches": [8], "checkpointing": [False], "tails": [0]}
 
@@ -85,6 +88,26 @@ def test_a_deadline_that_nobody_keeps() -> None:
     (lack,) = it.value.lacks
     assert (lack.what, lack.available) == ("time", 0.01)
     assert "a deadline of" in lack.change
+
+
+def test_the_machine_that_a_gpu_is_in_counts_as_well() -> None:
+    """The GPU has room for every cut; its machine has 21 MB for weights, or 9."""
+    here = fleet([{"name": "a"}], margin=0.0)
+
+    def on(host_bytes: int | None) -> Fleet:
+        profile = here.devices[0].profile.model_copy(update={"host_bytes": host_bytes})
+        return replace(here, devices=(replace(here.devices[0], profile=profile),))
+
+    costs = FakeCosts()
+    for host_bytes, held in ((21 * MB, [1, 2]), (None, [1, 2, 3])):
+        (device,) = on(host_bytes).devices
+        options = options_of(device, [Choice((own, BLOCKS), 8, 1) for own in (1, 2, 3)], costs.predict, lambda _: 0.0)
+        assert [option.choice.cut[0] for option in options if fits_memory(option, device)] == held
+    assert make_plan(on(21 * MB), costs).solution.options["a"].prediction.host_bytes <= 21 * MB
+    with pytest.raises(InfeasibleError) as it:
+        make_plan(on(9 * MB), FakeCosts())
+    (lack,) = it.value.lacks
+    assert (lack.what, lack.needed, lack.available, lack.limit) == ("memory", 10 * MB, 9 * MB, "the machine itself")
 
 
 def test_a_server_that_is_too_small_or_too_slow() -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.tools.tiny_run import tiny_run
 from flexp.client.trainer import Trainer
 from flexp.config import DeploymentConfig, RecutConfig, RunConfig
 from flexp.errors import LinkError, StorageError, TrainingError
+from flexp.limits import out_of_memory
+from flexp.models.stage import Stage
 from flexp.planner.policy import Situation
 from flexp.report.metrics import read
 from flexp.run import recutting
@@ -141,12 +146,19 @@ def test_a_move_that_the_server_refuses_is_told_once_and_training_goes_on(
     assert all(record["cut"] == [3, 4] for record in moves(tmp_path / "client"))  # what is left is smaller exchanges
 
 
+def allocate(_: Any = None) -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+@pytest.mark.parametrize("where", ["between exchanges", "client's block", "server's block", "server's block, backward"])
 def test_a_step_that_runs_out_of_memory_is_done_again_with_less(
-    tmp_path: Path, situations: list[tuple[int, Situation]], monkeypatch: pytest.MonkeyPatch
+    where: str, tmp_path: Path, situations: list[tuple[int, Situation]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = config(tmp_path, gain=1.0)
     assert situations
-    exchanges = Trainer._exchanges
+    held: list[weakref.ref[Any]] = []
+    server = Server(settings, DEPLOYMENT, tmp_path / "server")
+    shared, run, exchanges, told = server.server, Stage.run, Trainer._exchanges, list[str]()
 
     def limited(self: Trainer, pieces: Any) -> Any:
         done = exchanges(self, pieces)
@@ -156,17 +168,42 @@ def test_a_step_that_runs_out_of_memory_is_done_again_with_less(
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
         yield from done
 
-    monkeypatch.setattr(Trainer, "_exchanges", limited)
-    server = Server(settings, DEPLOYMENT, tmp_path / "server")
+    def full(self: Stage, hidden_BTH: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        mine = self is shared.shared.stage
+        if shared.updates > 5 and len(hidden_BTH) > 1 and hidden_BTH.requires_grad and mine == ("server" in where):
+            held.append(weakref.ref(hidden_BTH))
+            if "backward" not in where:
+                allocate()
+            hidden_BTH.register_hook(allocate)
+        return run(self, hidden_BTH, *args, **options)
+
+    def why(error: BaseException) -> str | None:
+        told.append(str(out_of_memory(error)))
+        return told[-1]
+
+    monkeypatch.setattr("flexp.run.party.out_of_memory", why)
+    if where == "between exchanges":
+        monkeypatch.setattr(Trainer, "_exchanges", limited)
+    else:
+        monkeypatch.setattr(Stage, "run", full)
     client = Client(settings, DEPLOYMENT, NAME, plain(server), tmp_path / "client")
     client.join()
     server.end()
     found = moves(tmp_path / "client")
     assert {record["why"] for record in found} == {"memory"}
     assert [record["micro_batch"] for record in found][-1] == 1
-    assert kept(found[-1]["cut"]) < 3
     sizes = [(record["micro_batch"], -kept(record["cut"])) for record in found]
     assert sizes[0][0] < 4  # first a smaller exchange
+    if where == "between exchanges":
+        assert kept(found[-1]["cut"]) < 3
+    else:  # which is enough
+        assert [record["cut"] for record in found] == [[3, 4]] * len(found)
+        gc.collect()
+        assert held
+        assert not any(value() is not None for value in held)  # nothing of what failed is kept
+    said = "the server's memory ran out at a" if "server" in where else "memory ran out; give it more"
+    assert len(told) >= len(found) > 0
+    assert all(said in line and "\n" not in line for line in told)
     steps = [record["step"] for record in read(tmp_path / "client" / "metrics.jsonl") if record["kind"] == "step"]
     assert steps == list(range(1, 25))
     assert server.server.clients[NAME].progress.newest == 24

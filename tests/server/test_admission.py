@@ -19,6 +19,7 @@ from flexp.links.asking import FetchRequest, PullRequest
 from flexp.links.messages import Abort, BackwardRequest, ForwardRequest, Leave
 from flexp.models.fingerprint import weights_fingerprint
 from flexp.models.loading import load_stage
+from flexp.models.stage import Stage
 from flexp.models.zoo import tiny_batch, tiny_model
 from flexp.server import Server
 from tests.harness import World, equal, seeded, shared_weights, world
@@ -54,6 +55,30 @@ def joined(**options: Any) -> World:
     here.join("a", (1, 4))
     here.join("b", (2, 3))
     return here
+
+
+def allocate(*_: Any, **__: Any) -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def test_memory_that_runs_out_is_one_line_and_graphs_are_let_go_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    here, alone = joined(), joined()
+    for one in (here, alone):
+        one.server.answer("a", forward(1))
+    session = here.server._sessions["a"]
+    kept = session.kept_bytes
+    assert session.pending[1].output_BTH is not None
+    with monkeypatch.context() as full:
+        full.setattr(Stage, "run", allocate)
+        with refused(here, "client b: the server's memory ran out at a ForwardRequest", "train.micro_batch"):
+            here.server.answer("b", forward(1))
+    assert not here.server._sessions["b"].pending
+    assert session.pending[1].output_BTH is None
+    assert 0 < session.kept_bytes < kept
+    got, wanted = (one.server.answer("a", backward(1)) for one in (here, alone))
+    assert torch.equal(got.grad_BTH, wanted.grad_BTH)  # its blocks ran again
+    assert equal(shared_weights(here.server), shared_weights(alone.server))
+    assert here.server.answer("b", forward(1))
 
 
 def test_the_bounds_on_what_is_in_flight_say_so() -> None:

@@ -16,7 +16,8 @@ from flexp.errors import BadValuesError, ConfigError
 from flexp.links.grpc import connect, serve
 from flexp.links.messages import Abort, BackwardRequest, ForwardRequest, Leave
 from flexp.server import Server
-from flexp.server.joining import Pace, Pass, fits
+from flexp.server.joining import MOST_TOKENS, Pass, fits
+from flexp.server.pace import Pace, curve_of
 from tests.harness import copied, seeded, world
 
 CUTS = {"a": (1, 4), "b": (2, 3), "c": (1, 3), "d": (1, 4)}
@@ -40,6 +41,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Passes:
     monkeypatch.setattr("flexp.server.exchanges.waiting_thread", lambda: None)
     monkeypatch.setattr("flexp.server.together.Pass", made)
     monkeypatch.setattr(Pace, "most", lambda _, __, waiting, **___: waiting)
+    monkeypatch.setattr("flexp.server.together.curve_of", lambda *_: {5: 1.0})
     return found
 
 
@@ -187,6 +189,23 @@ def test_one_of_them(how: str, adapters: Any) -> None:
         assert near(copied(one.updater.parameters), copied(other.updater.parameters))
 
 
+def test_what_has_no_memory_together_is_answered_one_by_one(passes: Passes, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **_: Any) -> Any:
+        passes.append(len(args[1]))
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("flexp.server.together.Pass", full)
+    together, alone = server(), server(joined=False)
+    asked = forwards(1, padded=True)
+    for requests in (asked, backwards(1, asked)):
+        got, wanted = all_of(together, requests), all_of(alone, requests)
+        for client, answer in wanted.items():
+            field = "grad_BTH" if hasattr(answer, "grad_BTH") else "hidden_BTH"
+            assert torch.equal(getattr(got[client], field), getattr(answer, field))
+    assert passes == [4]
+    assert together.shared.version == alone.shared.version == 4
+
+
 def test_where_it_is_not_for() -> None:
     with pytest.raises(ConfigError, match=r"server.joined cannot be had of these blocks: .* for LoRA"):
         server(tuning="full")
@@ -207,29 +226,36 @@ def test_who_draws_dropout_goes_alone(caplog: pytest.LogCaptureFixture) -> None:
     assert caplog.text.count("server.joined has no effect") == 1
 
 
-def served(pace: Pace, seconds: Callable[[str, int], float], waiting: int, passes: int) -> tuple[list[int], float]:
-    """How many were in each pass of a server whose clock is ``seconds`` of a pass of so many; and, after that many
-    passes of warming up, all of them one by one ÷ as they were."""
-    found, alone, joined = [], 0.0, 0.0
-    for number in range(2 * passes):
+GAIN = {5: 1.0, 6: 0.6, 7: 0.4, 8: 0.3}
+"""Seconds a token of one request of 16, 32, 64, 128 tokens, where several are expected to pay."""
+FLAT = dict.fromkeys(GAIN, 1.0)
+
+
+def served(
+    curve: Mapping[int, float], seconds: Callable[[str, int], float], waiting: int, passes: int
+) -> tuple[list[int], list[float]]:
+    """How many were in each pass of a server whose clock is ``seconds`` of a pass of so many; and of every tenth of
+    them one by one ÷ as they were."""
+    pace, found, times = Pace(), [], []
+    pace.curve = curve
+    for _ in range(passes):
         members = pace.most(16, waiting)
         took = [seconds(kind, members) for kind in ("forward", "backward")]
         for kind, each in zip(("forward", "backward"), took, strict=True):
             pace.note(kind, members, [16] * members, each)
         found.append(members)
-        if number >= passes:
-            alone += members * sum(seconds(kind, 1) for kind in ("forward", "backward"))
-            joined += sum(took)
-    return found, alone / joined
+        times.append((members * sum(seconds(kind, 1) for kind in ("forward", "backward")), sum(took)))
+    parts = [times[at : at + passes // 10] for at in range(0, passes, passes // 10)]
+    return found, [sum(alone for alone, _ in part) / sum(joined for _, joined in part) for part in parts]
 
 
 def test_as_many_go_together_as_pay() -> None:
-    found, ratio = served(Pace(), lambda _, members: 0.8 + 0.2 * members, 9, 200)
+    found, ratios = served(GAIN, lambda _, members: 0.8 + 0.2 * members, 9, 200)
     assert found[:7] == [1, 1, 1, 9, 9, 9, 9]
-    assert ratio > 3
-    cache = served(Pace(), lambda _, members: members * [1.0, 0.7, 1.5, 1.5][members.bit_length() - 1], 9, 200)
-    assert cache[0][200:].count(3) > 190  # eight are too many, two or three pay
-    assert cache[1] > 1.35
+    assert min(ratios) > 2.5
+    found, ratios = served(GAIN, lambda _, members: members * [1.0, 0.7, 1.5, 1.5][members.bit_length() - 1], 9, 400)
+    assert found[200:].count(3) > 190  # eight are too many, two or three pay
+    assert ratios[-1] > 1.35
 
 
 @pytest.mark.parametrize(
@@ -242,30 +268,61 @@ def test_as_many_go_together_as_pay() -> None:
     ids=["no gain", "a loss", "a loss backwards"],
 )
 def test_it_is_never_slower(seconds: Callable[[str, int], float]) -> None:
-    found, ratio = served(Pace(), seconds, 8, 1000)
-    assert ratio > 0.98  # what is tried now and then
-    assert max(found[1000:]) > 1
+    """Where the start expects nothing of it, from the first request on; else after nine passes that try it."""
+    found, ratios = served(FLAT, seconds, 8, 2000)
+    assert ratios[0] > 0.99
+    assert min(ratios) > 0.98  # what is tried now and then
+    assert found[:100] == [1] * 100
+    assert max(found) > 1
+    found, ratios = served(GAIN, seconds, 8, 2000)
+    assert [members > 1 for members in found[:100]].count(True) == 9
+    assert min(ratios[1:]) > 0.98
 
 
-def test_a_moment_decides_nothing() -> None:
-    """The first time, and what else the machine does, take longer; what changes for good is seen."""
-    pace, calls = Pace(), 0
+def test_what_the_start_expects_is_measured_again() -> None:
+    """A moment decides nothing: the first time, and what else the machine does, take longer; what lasts is seen."""
+    calls = 0
 
     def busy(_: str, members: int) -> float:
         nonlocal calls
         calls += 1
         return members * (20.0 if calls in (1, 2, 15, 200) else 1.0) * (1.2 if members > 1 else 1.0)
 
-    found, _ = served(pace, busy, 4, 600)
+    found, _ = served(GAIN, busy, 4, 600)
     assert sum(members > 1 for members in found[30:]) < 12
-    found, _ = served(pace, lambda _, members: members * (0.5 if members > 1 else 1.0), 4, 2000)
-    assert found[-100:].count(4) > 90
-    found, _ = served(pace, lambda _, members: members * (2.0 if members > 1 else 1.0), 4, 2000)
+    for curve in (GAIN, FLAT, {}):
+        found, _ = served(curve, lambda _, members: members * (0.5 if members > 1 else 1.0), 4, 2000)
+        assert found[-100:].count(4) > 90
+    found, _ = served(GAIN, lambda _, members: members * (2.0 if members > 1 else 1.0), 4, 2000)
     assert found[-100:].count(1) > 90
+
+
+def test_the_start_measures_a_block_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    here, before = server().shared, torch.get_rng_state()
+    weights = copied(here.updater.parameters)
+    monkeypatch.setattr("flexp.server.pace.START_SECONDS", 60.0)
+    curve = curve_of(here.stage, 1, {name: weights[name] for name in weights if here.stage.within(name, 1, 2)})
+    assert [*curve] == list(range(5, MOST_TOKENS.bit_length() + 1))
+    assert curve[5] > 2 * curve[8] > 0  # a pass has a price of its own
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(torch.equal(value, here.updater.parameters[name]) for name, value in weights.items())
+    monkeypatch.setattr("flexp.server.pace.START_SECONDS", 0.0)  # of a block that takes long it has but two sizes
+    assert [*curve_of(here.stage, 1, {})] == [5, 6]
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_the_start_is_the_first_to_join_over_a_link(joined: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = []
+    monkeypatch.setattr("flexp.server.together.curve_of", lambda *args: measured.append(args[1]) or GAIN)
+    assert server(joined=joined)._together.pace.curve == {}
+    monkeypatch.setattr("flexp.server.server.waiting_thread", lambda: None)
+    assert server(joined=joined)._together.pace.curve == (GAIN if joined else {})
+    assert measured == [1] * joined
 
 
 def test_what_only_looks_is_judged_by_itself() -> None:
     pace = Pace()
+    pace.curve = GAIN
     for _ in range(3):
         pace.note("look", 1, [16], 1.0)
     assert pace.most(16, 4) == 1
@@ -276,7 +333,7 @@ def test_what_only_looks_is_judged_by_itself() -> None:
 def test_what_fits_in_a_pass() -> None:
     assert fits([(1, 16), (1, 13)])
     assert not fits([(1, 16), (4, 4)])
-    assert not fits([(4, 512), (1, 512)])
+    assert not fits([(8, 128), (8, 128)])
 
 
 def test_no_graph_is_made_that_has_no_room(passes: Passes, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,6 +364,7 @@ def test_over_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("flexp.server.together.Pass", made)
     monkeypatch.setattr(Pace, "most", lambda _, __, waiting, **___: waiting)
+    monkeypatch.setattr("flexp.server.together.curve_of", lambda *_: {5: 1.0})
     found: dict[bool, dict[str, list[float]]] = {}
     for joined in (True, False):
         here = world("llama", tuning="lora", config=ServerConfig(joined=joined, adapters="own"), optimizer=SGD)

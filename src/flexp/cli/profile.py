@@ -57,7 +57,7 @@ def profile(
     from rich.console import Console
 
     from flexp.config import ModelConfig
-    from flexp.cost.device import cores, training_memory
+    from flexp.cost.device import cores, host_bytes, training_memory
     from flexp.cost.measure import flops_per_second, measure_model
     from flexp.cost.model_cost import model_cost
     from flexp.cost.profile import Profile
@@ -93,6 +93,7 @@ def profile(
         "name": name,
         "memory_bytes": max(1, limit.free_bytes) if limit is not None else (memory or 0) * 2**20,
         "memory_from": limit.name if limit is not None else "--memory",
+        "host_bytes": host_bytes(torch.get_num_threads(), place),
         "cores": cores(),
         "threads": torch.get_num_threads(),
         "flops": flops_per_second(measured),
@@ -142,6 +143,8 @@ def _print(found: Profile) -> None:
     for column in ("what", "measured"):
         table.add_column(column, justify="left" if column == "what" else "right")
     table.add_row("memory that training may use", f"{found.memory_bytes / 2**20:,.0f} MiB ({found.memory_from})")
+    if found.host_bytes is not None:
+        table.add_row("of the machine itself", f"{found.host_bytes / 2**20:,.0f} MiB")
     if measured.overhead_bytes is not None:
         table.add_row("of it no tensors", f"{measured.overhead_bytes / 2**20:.0f} MiB")
     table.add_row("cores, threads", f"{found.cores}, {found.threads}")

@@ -77,6 +77,8 @@ class Prediction:
         bytes_up: tensors from the client to the server; ``bytes_down`` back.
         server_memory_bytes: what the server holds for this client while its exchange is in flight, without the shared
             weights themselves (:meth:`flexp.cost.model_cost.ModelCost.server_weights`).
+        host_bytes: of a client that computes on a GPU, what its machine's own memory must hold: its weights, which are
+            loaded there first, what crosses, and what is no tensor. It was compared with no GPU.
     """
 
     memory_bytes: int
@@ -88,6 +90,7 @@ class Prediction:
     bytes_up: int
     bytes_down: int
     server_memory_bytes: int
+    host_bytes: int = 0
 
 
 @dataclass(frozen=True)

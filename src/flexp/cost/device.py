@@ -71,8 +71,22 @@ def training_memory(threads: int = 1, device: str = "cpu") -> Limit:
     free = free_memory(place)
     if free is not None:
         return Limit(f"free on {place}", free)
+    return host_memory(threads)
+
+
+def host_memory(threads: int = 1) -> Limit:
+    """The same of the machine's own memory, which a client with a GPU needs as well.
+
+    Raises:
+        FlexpError: see :func:`memory_limits`.
+    """
     found = [Limit(limit.name, for_training(limit, threads)) for limit in memory_limits()]
     return min(found, key=lambda limit: limit.free_bytes)
+
+
+def host_bytes(threads: int = 1, device: str = "cpu") -> int | None:
+    """Of :func:`host_memory`, for a device that has a memory of its own; ``None``: it has none."""
+    return None if free_memory(device_of(device)) is None else max(1, host_memory(threads).free_bytes)
 
 
 def for_training(limit: Limit, threads: int = 1) -> int:
@@ -102,6 +116,7 @@ def this_machine(device: str = "cpu") -> Profile:
             "name": "this machine",
             "memory_bytes": max(1, tightest.free_bytes),
             "memory_from": f"this machine's memory ({tightest.name})",
+            "host_bytes": host_bytes(torch.get_num_threads(), device),
         }
     )
 

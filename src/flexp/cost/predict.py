@@ -87,6 +87,7 @@ def predict(
         bytes_up=up,
         bytes_down=down,
         server_memory_bytes=server_memory(cost, choice) + (adapters_bytes(cost, choice) if own else 0),
+        host_bytes=resting(cost, choice, overhead_bytes=here.overhead_bytes, state=False) + 2 * shape.message_bytes,
     )
 
 
@@ -145,15 +146,19 @@ def resting(
     overhead_bytes: int | None = None,
     followed: int | None = None,
     frozen: int = 0,
+    state: bool = True,
 ) -> int:
-    """What the client holds between two steps: weights, optimiser state, and what is no tensor. See :func:`memory`.
+    """What the client holds between two steps: weights, optimiser state (or not: ``state``), and what is no tensor. See
+    :func:`memory`.
 
     Raises:
         ConfigError: the cut does not fit the model.
     """
     start, stop = check_cut(choice.cut, cost.blocks)
     shape = cost.cut(start, choice.micro_batch, choice.rank, choice.checkpointing)
-    held, _ = _own(cost, shape, _head(cost, choice, shape, followed, frozen), list(shape.blocks[stop:]))
+    held, trained = _own(cost, shape, _head(cost, choice, shape, followed, frozen), list(shape.blocks[stop:]))
+    if not state:
+        held -= STATE[cost.optimizer] * trained
     return held + overhead(choice.rank, choice.checkpointing, overhead_bytes)
 
 

@@ -75,6 +75,7 @@ class Profile(Section):
     Attributes:
         memory_bytes: what training may use, above the bare interpreter; swap does not count.
         memory_from: which limit that is.
+        host_bytes: where that is a GPU's, what the machine's own memory allows besides; ``None``: there is no such.
         flops: floating-point operations a second that training sustains; for models that were not measured.
         uplink_bps: bits a second to the server (or, of a server, to the network); ``downlink_bps`` from it.
         latency_s: of a message, one way.
@@ -89,6 +90,7 @@ class Profile(Section):
     role: Role = "client"
     memory_bytes: PositiveInt
     memory_from: str = ""
+    host_bytes: PositiveInt | None = None
     cores: PositiveInt = 1
     threads: PositiveInt = 1
     flops: Rate

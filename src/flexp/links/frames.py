@@ -23,7 +23,7 @@ from torch import Tensor
 from flexp.errors import LinkError, LinkLostError
 
 MAGIC = b"FLXP"
-VERSION = 8
+VERSION = 9
 CHUNK = 1 << 20
 MOST_TEXT = 768 << 10
 MOST_FIELDS = 2048

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from flexp.config import AlignConfig, CodecConfig, LoraConfig
-from flexp.errors import LinkError, LinkLostError, StoppedError, plain
+from flexp.errors import FullError, LinkError, LinkLostError, StoppedError, plain
 from flexp.links.declaring import (
     FLAGS,
     MASK,
@@ -35,21 +35,24 @@ What = Literal["step", "evaluate", "meet", "save", "restore", "stop"]
 @message
 class Refusal:
     """The answer to what is refused: one line that says why; ``again``: connecting and joining again may help;
-    ``leave``: the server stops, and whoever takes part in its run is to save and leave."""
+    ``leave``: the server stops, and whoever takes part in its run is to save and leave; ``full``: its memory ran
+    out."""
 
     error: str
     again: bool = False
     leave: bool = False
+    full: bool = False
 
     @classmethod
     def of(cls, error: Exception | str) -> Refusal:
         """What an error comes to."""
-        return cls(plain(error), isinstance(error, LinkLostError), isinstance(error, StoppedError))
+        kinds = (isinstance(error, kind) for kind in (LinkLostError, StoppedError, FullError))
+        return cls(plain(error), *kinds)
 
     def as_error(self) -> LinkError:
         """The error on the other side, with the words of this one."""
         lost = StoppedError if self.leave else LinkLostError
-        return (lost if self.again else LinkError)(plain(self.error))
+        return (lost if self.again else FullError if self.full else LinkError)(plain(self.error))
 
 
 @message

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -231,6 +232,11 @@ class Device:
     def usable_bytes(self) -> int:
         """The most that may be predicted."""
         return int(self.profile.memory_bytes / (1.0 + self.margin))
+
+    @property
+    def usable_host_bytes(self) -> float:
+        """The same of the machine that its GPU is in."""
+        return math.inf if self.profile.host_bytes is None else self.profile.host_bytes / (1.0 + self.margin)
 
     @property
     def kind(self) -> tuple[str, float | None]:

@@ -10,7 +10,7 @@ from flexp.cost.choice import Choice
 from flexp.errors import ConfigError, ModelError
 from flexp.kinds import KINDS
 from flexp.planner.fleet import Device, TaskShape
-from flexp.planner.options import Option, in_time
+from flexp.planner.options import Option, fits_memory, in_time
 from flexp.planner.problem import Problem
 from flexp.planner.solve import solve
 from flexp.report.formats import seconds as duration
@@ -98,7 +98,12 @@ def device_lacks(
         may_map = "RLIMIT_AS" not in limit  # which counts the whole map of a file
         change = _smallest(task, least.choice, available, memory, keys, may_map)
         return Lack(names, "memory", least.prediction.memory_bytes, available, change, limit)
-    fitting = [option for option in options if option.prediction.memory_bytes <= available]
+    fitting = [option for option in options if fits_memory(option, device)]
+    if not fitting:  # of those that the GPU can hold none fits the machine that it is in
+        host = min(option.prediction.host_bytes for option in options
+                   if option.prediction.memory_bytes <= available)  # fmt: skip
+        change = "the weights are loaded there before they go to its GPU: give it more, or a smaller model"
+        return Lack(names, "memory", host, int(device.usable_host_bytes), change, "the machine itself")
     fastest = min(fitting, key=lambda option: option.prediction.step_seconds)
     assert device.deadline_s is not None
     assert not in_time(fastest, device)

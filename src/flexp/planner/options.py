@@ -82,8 +82,9 @@ def fits(option: Option, device: Device) -> bool:
 
 
 def fits_memory(option: Option, device: Device) -> bool:
-    """Whether the peak is within the device's memory, with its margin."""
-    return option.prediction.memory_bytes <= device.usable_bytes
+    """Whether the peak is within the device's memory, and a GPU's client within its machine's, with its margin."""
+    prediction = option.prediction
+    return prediction.memory_bytes <= device.usable_bytes and prediction.host_bytes <= device.usable_host_bytes
 
 
 def in_time(option: Option, device: Device) -> bool:

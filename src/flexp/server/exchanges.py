@@ -15,7 +15,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from flexp.errors import LinkError, StoppedError
+from flexp.errors import FullError, LinkError, StoppedError
+from flexp.limits import out_of_memory
 from flexp.links.base import waiting_thread
 from flexp.links.declaring import Request
 from flexp.links.messages import (
@@ -33,6 +34,11 @@ from flexp.server.clients import Key
 from flexp.server.led import Led, compared
 from flexp.server.session import Session
 from flexp.server.turns import STOPS, R, Steps, handles
+
+FULL = (
+    "client {}: the server's memory ran out at a {}; do the step again with less at a time (train.micro_batch), or "
+    "give the server more"
+)
 
 
 class Exchanges(Led):
@@ -93,10 +99,17 @@ class Exchanges(Led):
     def _now(self, client: str, request: Request[Any]) -> Any:
         if issubclass(request.reply, Done):  # it only makes the server forget, which nobody is refused
             return self._handle(request, client)
-        if client in self.own:
-            self.blocks_of(client)
-        with self.guard.request(client), nullcontext() if request.trains is None else self._computing():
-            return self._finished(client, self._handle(request, client))
+        try:
+            if client in self.own:
+                self.blocks_of(client)
+            with self.guard.request(client), nullcontext() if request.trains is None else self._computing():
+                return self._finished(client, self._handle(request, client))
+        except (MemoryError, RuntimeError) as error:
+            if out_of_memory(error) is None:
+                raise
+        for session in self._sessions.values():  # not within the above, where the error holds what it computed
+            session.shed()
+        raise FullError(FULL.format(client, type(request).__name__))
 
     def _finished(self, client: str, made: Any) -> Any:
         """What a handler gives; where it waits for the servers further on, a future, and it goes on later."""

@@ -9,13 +9,11 @@ masks. Sums of a matrix product may run in another order than alone: that is the
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -26,16 +24,12 @@ from flexp.models.stage import Stage
 from flexp.optim import laid_out
 from flexp.server.kept import counted
 
-MOST_TOKENS = 2048
-"""Of one pass, padding included: the time for which nobody else is served is bounded by it."""
+MOST_TOKENS = 1024
+"""Of one pass, padding included: the time for which nobody else is served is bounded by it, and more gained nothing."""
 MOST_PADDED = 1.25
 """Tokens of a pass, padding included, for each token without."""
 PATIENCE, MOST_PATIENCE = 4.0, 0.5
 """So many times as long as a pass took, and so many seconds at most, its backwards wait for each other."""
-AGAIN = 32
-"""One of so many requests, at most, goes the way that seems slower, to see whether it still is."""
-WORTH, FEW = 0.95, 3
-"""A pass pays whose share of an exchange takes less than so much of it alone; measured so often before it is judged."""
 
 
 @dataclass
@@ -117,48 +111,6 @@ def can_join(stage: Stage, trained: Mapping[str, nn.Parameter]) -> str:
     if not all(type(module) is nn.Linear and "lora_" in name for module, name in zip(modules, trained, strict=True)):
         return "each client's gradient of whole weights costs as much as alone; it is for LoRA and frozen blocks"
     return ""
-
-
-class Pace:
-    """Seconds a token, alone and in passes of many: what joining is worth here, as measured.
-
-    Of each the median of the last few counts, so that neither a first time, which takes longer, nor what else the
-    machine does for a moment decides. A pass is noted with all that it took: what waited for it backwards, too, and
-    blocks that ran again, for whoever came late or since its graph had no room.
-    """
-
-    def __init__(self) -> None:
-        self._seconds: dict[tuple[str, int, int], deque[float]] = {}
-        self._since: Counter[tuple[int, int]] = Counter()
-
-    def note(self, kind: str, members: int, tokens: Sequence[int], seconds: float) -> None:
-        """So long took the ``kind`` (forward, backward, look) of exchanges of so many tokens each, in a pass of so many
-        ``members``."""
-        key = kind, tokens[0].bit_length(), members.bit_length()
-        self._seconds.setdefault(key, deque(maxlen=2 * FEW - 1)).append(seconds / sum(tokens))
-
-    def most(self, tokens: int, waiting: int, *, train: bool = True) -> int:
-        """How many of so many exchanges of that size are to go together: as many as pay, by powers of two. What was not
-        measured often enough is tried, alone first. Those that do not ``train`` have no backward."""
-        kinds = ("forward", "backward") if train else ("look",)
-        size, wide = tokens.bit_length(), waiting.bit_length()
-        alone = self._cost(kinds, size, 1)
-        if alone is None or wide == 1:
-            return 1
-        costs = {members: self._cost(kinds, size, members) for members in range(2, wide + 1)}
-        chosen = max((members for members, cost in costs.items() if cost is None or cost < WORTH * alone), default=1)
-        if costs.get(chosen, alone) is not None:
-            for members in {*range(1, wide + 1)} - {chosen}:
-                self._since[size, members] += 1
-                if self._since[size, members] >= AGAIN * wide << members:  # the more at once, the less often
-                    self._since[size, members], chosen = 0, members
-                    break
-        return min(waiting, (1 << chosen) - 1)
-
-    def _cost(self, kinds: Sequence[str], size: int, members: int) -> float | None:
-        """Seconds a token, of all kinds; ``None``: not known yet."""
-        found = [self._seconds.get((kind, size, members), ()) for kind in kinds]
-        return sum(map(median, found)) if min(map(len, found)) >= FEW else None
 
 
 def fits(shapes: Sequence[tuple[int, int]]) -> bool:

@@ -146,6 +146,14 @@ class InFlight:
         self.shared.release(pending.version)
         return pending
 
+    def shed(self) -> None:
+        """Let go of the graphs, since memory ran out: the blocks run again for their backwards."""
+        for one in self.pending.values():
+            if one.joint is not None:
+                one.joint.free()
+            one.input_BTH, one.output_BTH = one.request.hidden_BTH.detach(), None
+            one.bytes = size_kept(one.request) + bytes_of(*one.align_BTH)
+
     def drop(self) -> None:
         """Forget what is in flight, and every unfinished step."""
         self.progress.give_up(self.progress.unapplied())

@@ -15,7 +15,7 @@ from flexp.config import LoraConfig, ModelConfig, OptimizerConfig, ServerConfig
 from flexp.errors import ConfigError, LinkLostError
 from flexp.kinds import ModelKind
 from flexp.links.asking import SumReply, SumRequest
-from flexp.links.base import InProcessLink
+from flexp.links.base import InProcessLink, waiting_thread
 from flexp.links.messages import Abort, Done, Join, Leave, Welcome
 from flexp.links.passing import Behind, Settle
 from flexp.models.anatomy import Part, block_count, check_cut
@@ -181,6 +181,8 @@ class Server(Giving, Extending):
             further=further,
             led=following is not None,
         )
+        if self.config.joined and not self.shared.frozen and waiting_thread() is None:
+            self._together.measure(self._sessions[client])
         anatomy = self.shared.stage.anatomy
         whole, shared = self.chain is None and self.following is None, self._sessions[client].shared
         fixed = self.sealed or shared.frozen or not shared.updater.parameters

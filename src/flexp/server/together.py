@@ -13,9 +13,10 @@ import torch
 from flexp.links.messages import BackwardReply, BackwardRequest, ForwardReply, ForwardRequest
 from flexp.links.packing import Places, on, unpack
 from flexp.models.stage import Stage
-from flexp.server.joining import Pace, Pass, fits
+from flexp.server.joining import Pass, fits
 from flexp.server.kept import Sessions, bytes_of
 from flexp.server.line import Waiting
+from flexp.server.pace import Pace, curve_of
 from flexp.server.session import Session
 
 log = logging.getLogger("flexp.server")
@@ -51,6 +52,14 @@ class Together:
         self._stage, self._sessions = stage, sessions
         self.pace = Pace()
         self.draws: bool | None = None
+
+    def measure(self, session: Session) -> None:
+        """Before the first client trains, measure on a block of it what a pass of several is to be expected to take."""
+        if not self.pace.curve:
+            start, weights = session.join.cut[0], session.shared.parameters_of(session.shared.version)
+            own = {name: value for name, value in weights.items() if self._stage.within(name, start, start + 1)}
+            with session.random.active():
+                self.pace.curve = curve_of(self._stage, start, own)
 
     def drew(self, drew: bool) -> None:
         """A client's training forward, alone, drew random numbers, or did not."""

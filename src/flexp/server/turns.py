@@ -95,18 +95,21 @@ class Turns(ServerState, ABC):
             one, began = group[0], time.perf_counter()
             kind = "backward" if isinstance(one.request, BackwardRequest) else "forward"
             members, tokens = self._together.members(group), [self._together.tokens(each) for each in group]
-            if len(group) == 1:
-                one.tell(partial(self._now, one.client, one.request))
-            else:
-                try:
-                    (self._forwards if kind == "forward" else self._backwards)(group)
-                except Exception:
-                    log.exception("%d requests could not be answered together, so they are one by one", len(group))
-                    for other in group:
-                        other.tell(partial(self._now, other.client, other.request))
+            if len(group) == 1 or not self._all_at_once(group, kind):  # of all, who has been told is told nothing more
+                for other in group:
+                    other.tell(partial(self._now, other.client, other.request))
             noted = kind if getattr(one.request, "train", True) else "look"
             self._together.pace.note(noted, members, tokens, time.perf_counter() - began)
             return 0.0
+
+    def _all_at_once(self, group: Sequence[Waiting], kind: str) -> bool:
+        """Whether they could be answered together; that what failed has made is let go of before they are alone."""
+        try:
+            (self._forwards if kind == "forward" else self._backwards)(group)
+        except Exception:
+            log.exception("%d requests could not be answered together, so they are one by one", len(group))
+            return False
+        return True
 
     def _line_up(self, client: str, request: Request[R]) -> Future[R]:
         """Answer a request later."""

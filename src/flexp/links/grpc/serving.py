@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import grpc
@@ -27,7 +28,7 @@ from flexp.links.grpc.security import PROTOCOL_KEY, Address, ServerTls, check_li
 from flexp.links.grpc.status import operator_handlers
 from flexp.links.grpc.stream import Answer, Memory, Rates, Stream, refused
 from flexp.links.grpc.tokens import Tokens
-from flexp.links.messages import Join, Leave
+from flexp.links.messages import BackwardReply, ForwardReply, Join, Leave, Refusal, Welcome
 from flexp.links.rules import Limits, dtype_of
 
 CPU = torch.device("cpu")
@@ -35,6 +36,10 @@ Value = TypeVar("Value")
 log = logging.getLogger("flexp.links")
 
 
+LARGE = 64 << 10
+"""Bytes from which on an answer is worth another thread's attention."""
+Made = tuple[Welcome | Refusal | None, list[bytes] | Frame]
+"""What was computed: an answer, perhaps to be encoded yet."""
 STOPPING = "the server is stopping; connect again when it is back"
 
 
@@ -113,6 +118,7 @@ class Serving:
         self._timer: asyncio.TimerHandle | None = None
         self._seldom, self._failed = Seldom(say), set[str]()
         self._worker = ThreadPoolExecutor(1, "flexp-server", _begin, (torch.get_num_threads(),))
+        self._encoder = ThreadPoolExecutor(1, "flexp-encoder")
         self._memory = Memory(self.limits.memory_bytes)
         credentials = None if tls is None else tls.credentials()
         self.address = wait_for(self._start(asked, credentials))
@@ -140,6 +146,7 @@ class Serving:
         """Stop listening, give streams ``grace`` seconds to end, and drop what is in flight."""
         wait_for(self._end(grace))
         self._worker.shutdown()
+        self._encoder.shutdown()
 
     async def _end(self, grace: float) -> None:
         self._watching.cancel()
@@ -193,18 +200,21 @@ class Serving:
         self._loop.call_soon_threadsafe(self._gate.put_aside, client, why)
 
     def _compute(self, client: str, frame: Frame, lines: Callable[[], None]) -> asyncio.Future[Answer]:
-        """The answer to a request, computed and encoded in the one thread that does."""
+        """The answer to a request, computed in the one thread that does."""
         loop = asyncio.get_running_loop()
         return asyncio.ensure_future(self._known(loop.run_in_executor(self._worker, self._work, client, frame), lines))
 
-    async def _known(self, computed: asyncio.Future[Answer | Future[Answer]], lines: Callable[[], None]) -> Answer:
+    async def _known(self, computed: asyncio.Future[Made | Future[Made]], lines: Callable[[], None]) -> Answer:
         """The answer, once it is known; meanwhile nothing is computed for the client."""
         answer = await computed
         if isinstance(answer, Later):
             lines()
-        return await asyncio.wrap_future(answer) if isinstance(answer, Future) else answer
+        said, made = await asyncio.wrap_future(answer) if isinstance(answer, Future) else answer
+        if isinstance(made, Frame):
+            made = await asyncio.get_running_loop().run_in_executor(self._encoder, encode, made)
+        return said, made
 
-    def _work(self, client: str, frame: Frame) -> Answer | Future[Answer]:
+    def _work(self, client: str, frame: Frame) -> Made | Future[Made]:
         try:
             return self._or_refusal(client, frame.head, lambda: self._answer(client, frame))
         finally:
@@ -244,7 +254,7 @@ class Serving:
                 log.exception("the request %s of client %s failed", head.message, client)
             return refused(f"the server failed ({type(error).__name__}: {error})", head.call)
 
-    def _answer(self, client: str, frame: Frame) -> Answer | Future[Answer]:
+    def _answer(self, client: str, frame: Frame) -> Made | Future[Made]:
         head, began = frame.head, time.perf_counter()
         coding = self._codings.get(client, PLAIN)
         request = coding.message(frame, self._device)
@@ -263,9 +273,9 @@ class Serving:
         messages = self._encoded(coding, head, reply, time.perf_counter() - began)
         return reply if isinstance(request, Join) else None, messages
 
-    def _later(self, client: str, head: Head, reply: Future[Any], coding: Coding) -> Future[Answer]:
-        """The answer to be; it is encoded where the reply is made."""
-        answer: Future[Answer] = Later() if isinstance(reply, Later) else Future()
+    def _later(self, client: str, head: Head, reply: Future[Any], coding: Coding) -> Future[Made]:
+        """The answer to be; it is coded where the reply is made."""
+        answer: Future[Made] = Later() if isinstance(reply, Later) else Future()
 
         def known(done: Future[Any]) -> None:
             if answer.set_running_or_notify_cancel():
@@ -277,13 +287,17 @@ class Serving:
         reply.add_done_callback(known)
         return answer
 
-    def _encoded(self, coding: Coding, head: Head, reply: Any, seconds: float) -> list[bytes]:
+    def _encoded(self, coding: Coding, head: Head, reply: Any, seconds: float) -> list[bytes] | Frame:
+        """The answer coded, which error feedback has in the order of what is computed, and copied from the device. Of a
+        large one that nobody changes, check sums and bytes are left to the thread that encodes."""
         answer = coding.frame(reply, head.call, seconds)
         if answer.head.payload > self.limits.frame_bytes:  # the client would have to refuse it, and end the stream
             raise LinkError(
                 f"the answer to {head.message} has {answer.head.payload} bytes, and a frame holds at most "
                 f"{self.limits.frame_bytes}"
             )
+        if answer.head.payload >= LARGE and isinstance(reply, ForwardReply | BackwardReply):
+            return replace(answer, tensors=tuple(value.detach().cpu() for value in answer.tensors))
         return encode(answer)
 
     def _leave(self, client: str) -> None:
