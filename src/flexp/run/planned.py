@@ -26,6 +26,7 @@ from flexp.models.loading import load_config
 from flexp.planner.accuracy import AccuracyCurve
 from flexp.planner.document import PlannedClient, SavedPlan, document, read_plan
 from flexp.planner.fleet import Choices, Fleet, TaskShape, of_run, parse_fleet
+from flexp.planner.infeasible import InfeasibleError
 from flexp.planner.model import ModelCosts
 from flexp.planner.plan import Plan, make_plan
 from flexp.report.formats import cut, size
@@ -108,6 +109,8 @@ def plan_within(fleet: Fleet, model: str, curve: AccuracyCurve) -> Defended:
         if own.pool not in known:
             known[own.pool] = ModelCosts(model, shape, fleet.choices, fleet.server)
         deep = [s for s in starts or range(1, known[own.pool].blocks) if s >= least]
+        if not deep:
+            raise InfeasibleError((), f"{fleet.name}: choices.starts has no s of {least} or more")
         choices = fleet.choices.model_copy(update={"starts": deep})
         return make_plan(replace(fleet, task=shape, choices=choices), known[own.pool], curve)
 
