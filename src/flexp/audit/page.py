@@ -34,8 +34,8 @@ def tables(found: Audit) -> list[Table]:
     ]  # fmt: skip
     rows.append(["blind guess", "", _percent(found.blind["tokens"]), _percent(found.blind["content"]), "", "", ""])
     if "foretold" in found.blind:
-        told = map(_percent, (found.blind["foretold"], found.blind["foretold_content"]))
-        rows.append(["the public model's own next token", "", *told, "", "", ""])
+        guessed = map(_percent, (found.blind["foretold"], found.blind["foretold_content"]))
+        rows.append(["the public model's own next token", "", *guessed, "", "", ""])
     if found.gradients is not None:
         rows.append(["inverting gradients alone", "", _percent(found.gradients), "", "", "", ""])
     made = [
