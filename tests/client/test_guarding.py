@@ -386,7 +386,7 @@ def test_the_planner_cuts_where_the_bound_is_kept(folder: Path, told: list[tuple
 @pytest.mark.parametrize(
     ("bound", "chosen", "start"),
     [
-        (0.95, (True, 2.0), 1),  # which costs less than the two blocks more that go without
+        (0.95, (False, 0.0), 3),  # a cut alone
         (0.5, (True, 0.0), 3),
         (0.15, (True, 1.0), 3),
     ],

@@ -32,6 +32,8 @@ from flexp.planner.plan import Plan
 
 NOISES = (0.0, 0.5, 1.0, 2.0)
 """Strengths of noise that are tried where none is named."""
+POOLED_FROM = 5 / 6
+"""Of a model's blocks, below the cut of pooled texts: what was measured; of shallower ones nothing is known."""
 FIELDS = ("pool", "penalty", "noise")
 """Of ``[privacy]``: what makes a defence of texts."""
 
@@ -204,6 +206,8 @@ def _tried(privacy: PrivacyConfig, texts: Texts, least: int) -> Tried:
         read[depth] = public_read(privacy, texts, depth)
         return read[depth] <= bound
 
+    if privacy.pool:
+        least = max(least, min(deepest, math.ceil(POOLED_FROM * texts.blocks)))
     kept = keeps(deepest)
     depth = least + bisect_left(range(least, deepest), True, key=keeps) if kept else deepest
     return Tried(privacy, price(privacy), depth, read[depth], kept)
