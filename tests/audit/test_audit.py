@@ -23,7 +23,7 @@ from flexp.attacks.tokens import ATTACKS, Decoder, Linear, Prefix, Public, Sent,
 from flexp.audit import Watch, audit, watchable, watching
 from flexp.audit.auditing import rouge_l
 from flexp.audit.page import render
-from flexp.audit.training import labels_told
+from flexp.audit.training import foretold, labels_told
 from flexp.audit.truth import Truth
 from flexp.audit.watching import Exchange, Known
 from flexp.cli.main import app
@@ -449,7 +449,30 @@ def test_the_command(folder: Path, public: Path, tmp_path: Path) -> None:
     found = json.loads(ran.output)
     assert found["schema"] == 1
     assert found["public"] == "public.txt"
-    assert page.is_file()
+    shown = page.read_text(encoding="utf-8")
+    assert all(title in shown for title in ("What is read, step by step", "What is read, by cut and attack"))
+
+
+def test_what_the_public_model_says_next_is_what_it_says_of_the_text_alone() -> None:
+    """The blind guess of a language model: nothing of what crossed is looked at, and a first token is not known."""
+    whole = whole_stage("llama")
+    ids_BT = torch.randint(2, whole.model.config.vocab_size, (3, 8), generator=seeded(0))
+    mask_BT = torch.ones_like(ids_BT)
+    mask_BT[0, 6:] = 0
+    with torch.no_grad():
+        next_BT = whole.model.eval()(input_ids=ids_BT, attention_mask=mask_BT).logits.argmax(2)
+        ids_BT[1, 1:4] = next_BT[1, :3]  # so that something is right
+        next_BT = whole.model(input_ids=ids_BT, attention_mask=mask_BT).logits.argmax(2)
+    batch = {"input_ids": ids_BT, "attention_mask": mask_BT, "labels": ids_BT}
+    seen = Exchange("north", 1, batch, (1, 2), torch.full((3, 8, 4), torch.nan), 1, None)
+    dull = ids_BT[2].unique()
+    found = foretold([seen], whole, torch.tensor([-1]), dull)
+    there_BT = mask_BT.bool()
+    right_BT = torch.cat([torch.zeros(3, 1).bool(), next_BT[:, :-1] == ids_BT[:, 1:]], 1)
+    assert found["foretold"] == pytest.approx(float(right_BT[there_BT].float().mean()))
+    assert found["foretold"] > 0
+    content_BT = there_BT & ~torch.isin(ids_BT, dull)
+    assert found["foretold_content"] == pytest.approx(float(right_BT[content_BT].float().mean()))
 
 
 def test_carved_heads_are_enough(folder: Path) -> None:

@@ -31,6 +31,7 @@ from flexp.methods.flexp_sfl import FlexpSfl
 from flexp.methods.parties import own_stage
 from flexp.models.anatomy import Part
 from flexp.planner.fleet import TaskShape
+from flexp.run import defending
 from flexp.run.runner import run
 from flexp.run.settle import build_world, load_processor, model_folder
 from tests import tiny
@@ -101,7 +102,7 @@ def test_an_adversary_s_first_weights_disturb_no_generator(monkeypatch: pytest.M
 @pytest.mark.parametrize(("tuning", "penalty"), [("full", "nopeek"), ("lora", "nopeek"), ("full", "adversary")])
 def test_what_a_taught_head_sends_depends_less_on_its_tokens(folder: Path, tuning: str, penalty: str) -> None:
     world = build_world(config(folder, model={"tuning": tuning}))
-    tokenizer = load_processor(model_folder(world.config), world.config)
+    tokenizer = load_processor(model_folder(world.config), images=False)
     examples = world.federation.clients[0].train
     stage = own_stage(world, Part.client((2, 4), world.source.anatomy.blocks))
 
@@ -340,32 +341,82 @@ def test_the_bound_on_labels_chooses_the_answers(folder: Path, classes: int) -> 
     assert any("an AUC of at most 0.60" in note for note in world.federation.notes)
 
 
-def test_the_planner_cuts_where_the_bound_is_kept(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """Planned on public texts, deeper than memory alone would have it; found once, and kept."""
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[Any, ...]]:
+    """Public texts tell less the deeper the cut, pooled, and with noise; what was taught and attacked, in order."""
     monkeypatch.setenv("FLEXP_HOME", str(tmp_path))
-    read = {1: 0.9, 2: 0.5, 3: 0.05}
-    taught: list[int] = []
+    taught: list[tuple[Any, ...]] = []
 
     def teach(self: Guard, stage: Any, depth: int) -> None:
-        assert not private & {tuple(each["input_ids"]) for each in self._examples}
-        taught.append(depth)
-        self.read = read[depth]
+        own = self.config
+        taught.append((own.penalty, own.pool, own.noise, depth, {tuple(each["input_ids"]) for each in self._examples}))
+        least = {"off": 0.4 if own.pool else 0.6, "nopeek": 0.02}[own.penalty] / (1 + 4 * own.noise)
+        self.read = {1: 0.9, 2: 0.7, 3: 0.03}[depth] + least
 
-    def planned(bound: float) -> World:
-        auto = {"clients": {"cut": "auto"}}
-        return build_world(config(folder, {"max_content_words": bound}, data=auto))
+    monkeypatch.setattr(Guard, "teach", teach)
+    return taught
 
+
+AUTO = {"clients": {"cut": "auto"}}
+NOISY = [f"with privacy.pool = true and privacy.noise = {noise}" for noise in ("0.5", "1")]
+
+
+def unnamed(folder: Path, **privacy: Any) -> RunConfig:
+    """No defence but in ``privacy``; cuts are planned, and texts may be pooled."""
+    own = {"public": str(folder / "public.txt"), **privacy}
+    model = {"id": str(folder / "model"), "pooling": "mean"}
+    return tiny.config(folder, privacy=own, data=AUTO, model=model, method={"align": {"kind": "off"}})
+
+
+def test_the_planner_cuts_where_the_bound_is_kept(folder: Path, told: list[tuple[Any, ...]]) -> None:
+    """Planned on public texts, deeper than memory alone would have it; found once, and kept. What is named stays."""
+    named = {"max_content_words": 0.1, "noise": 0.0, "pool": False}
     clients = build_world(config(folder)).federation.clients
     private = {tuple(each["input_ids"]) for client in clients for each in client.train}
-    monkeypatch.setattr(Guard, "teach", teach)
-    assert {start for start, _ in planned(0.1).cuts.values()} == {3}
-    assert taught == [1, 2, 3]
-    assert {start for start, _ in planned(0.1).cuts.values()} == {3}
-    assert taught == [1, 2, 3]
-    with pytest.raises(PrivacyError, match=r"kept by no cut: .* 90 % at s = 1, 50 % at s = 2, 5 % at s = 3"):
-        planned(0.01)
+    for _ in range(2):
+        assert {start for start, _ in build_world(config(folder, named, data=AUTO)).cuts.values()} == {3}
+        assert [(each[:3], each[3]) for each in told] == [(("nopeek", False, 0.0), depth) for depth in (3, 2)]
+    assert not any(private & each[4] for each in told)
+    with pytest.raises(
+        PrivacyError, match=r"kept by no cut .* 5 % at s = 3 with privacy.penalty = .*; a bound of 0.05"
+    ):
+        build_world(config(folder, {**named, "max_content_words": 0.01}, data=AUTO))
+
+
+@pytest.mark.parametrize(
+    ("bound", "chosen", "start"),
+    [
+        (0.95, (False, 0.0), 3),  # a cut alone
+        (0.5, (True, 0.0), 3),
+        (0.15, (True, 1.0), 3),
+    ],
+)
+def test_the_planner_chooses_the_cheapest_defence(
+    folder: Path, told: list[tuple[Any, ...]], bound: float, chosen: tuple[bool, float], start: int
+) -> None:
+    """It is written out, and the plan says what the others tell."""
+    world = build_world(unnamed(folder, max_content_words=bound))
+    own = world.config.privacy
+    assert (own.pool, own.noise, own.penalty) == (*chosen, "off")
+    assert {cut[0] for cut in world.cuts.values()} == {start}
+    assert world.plan is not None
+    assert world.plan["task"]["pools"] is own.pool
+    rows = world.plan["privacy"]["tried"]
+    assert [row["with"] for row in rows if row["chosen"]] == [defending.words(own)]
+    assert [row["with"] for row in rows][:4] == ["without a defence", "with privacy.pool = true", *NOISY]
+    assert all(row["s"] > start or row["content"] > bound for row in rows if row["price"] < defending.price(own))
+    note = f"is kept {defending.words(own)}, s of at least {start}"
+    assert any(note in each for each in world.federation.notes)
+
+
+def test_a_refusal_says_what_would_keep_the_bound(folder: Path, told: list[tuple[Any, ...]]) -> None:
+    """What is named excludes it; or there is nothing but another bound."""
+    says = r"kept by no cut .* 23 % at s = 3 with privacy.noise = 0.5; 11 % at s = 3 with privacy.pool = true and "
+    with pytest.raises(PrivacyError, match=says + r"privacy.noise = 1 would be: leave out privacy.pool and "):
+        build_world(unnamed(folder, max_content_words=0.12, pool=False, penalty="off", noise=0.5))
+    with pytest.raises(PrivacyError, match=r"a bound of 0.05 would be kept with privacy.penalty = .nopeek."):
+        build_world(unnamed(folder, max_content_words=0.01))
+    assert {each[0] for each in told} == {"off", "nopeek"}
 
 
 def test_gradients_tell_only_the_answers_of_labels(folder: Path) -> None:
@@ -458,7 +509,6 @@ def test_over_grpc_it_is_the_same(folder: Path) -> None:
         ({"data": {"task": "causal-lm"}, "privacy": {"label_epsilon": 1.0}}, "one class of an example"),
         ({"data": {"task": "causal-lm"}, "privacy": {"max_label_auc": 0.6}}, "one class of an example"),
         ({"privacy": {"label_epsilon": 1.0, "max_label_auc": 0.6}}, r"AUC of 0.73.* lower it to 0.405"),
-        ({"privacy": {"penalty": "off", "max_content_words": 0.1}}, 'set privacy.pool'),
     ],
 )  # fmt: skip
 def test_what_cannot_be_guarded_is_refused(folder: Path, changes: dict[str, Any], says: str) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flexp.attacks.public import MANUAL, dull_tokens, encoded, known_to_all, paragraphs
 from flexp.attacks.tokens import ATTACKS, ON_MEANS, Attack, Public
-from flexp.audit.training import labels_told, membership_told, words_told
+from flexp.audit.training import foretold, labels_told, membership_told, words_told
 from flexp.audit.truth import Truth
 from flexp.audit.watching import Exchange, Known, Watch, watchable, watching
 from flexp.client.guarding import Guard
@@ -84,7 +84,8 @@ class Audit:
         cuts: (s, e) by client.
         texts, tokens: how many were seen.
         public: what the attacker learnt from.
-        blind: the share of tokens and of content words that the most frequent public token gives.
+        blind: the share of tokens and of content words that the most frequent public token gives; of language models
+            also what the public model says next, told the text so far (``foretold``, ``foretold_content``).
         labels: what ∂task/∂h, and h, tell of labels, beside ``majority``, the most frequent label's share.
         gradients: the share of tokens that an optimising inversion reads out of ∂task/∂h alone; ``None``: not tried.
         members: the area under the curve of which texts the shared blocks were trained on; ``None``: not attacked.
@@ -212,6 +213,8 @@ def attacked(watch: Watch, *, public: Path | None = None, full: bool = False, on
                         best = reading.content, asked.ids_N, read_N, asked.sent.texts_N
                     began = time.perf_counter()
     assert best is not None
+    if decoder and len(run.source.part.blocks) == run.source.anatomy.blocks:
+        blind |= foretold(watch.exchanges, run.source, special, dull)
     pooled = config.privacy.pool  # those two run a model without the mean between its blocks
     return Audit(
         model=config.model.id,

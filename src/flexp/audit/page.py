@@ -33,6 +33,9 @@ def tables(found: Audit) -> list[Table]:
         for one in found.readings
     ]  # fmt: skip
     rows.append(["blind guess", "", _percent(found.blind["tokens"]), _percent(found.blind["content"]), "", "", ""])
+    if "foretold" in found.blind:
+        guessed = map(_percent, (found.blind["foretold"], found.blind["foretold_content"]))
+        rows.append(["the public model's own next token", "", *guessed, "", "", ""])
     if found.gradients is not None:
         rows.append(["inverting gradients alone", "", _percent(found.gradients), "", "", "", ""])
     made = [
@@ -80,7 +83,7 @@ def render(found: Audit) -> str:
         warnings=["This page shows private texts: it stays with their owner.",
                   "An audit shows what leaks to these attacks, never that nothing leaks to better ones."],
         tables=[*tables(found), worst],
-        figures=[_by_step(found.readings)],
+        figures=[_by_step(found.readings), _by_cut(found.readings)],
         machine={},
         config=None,
         version=__version__,
@@ -106,6 +109,18 @@ def _by_step(readings: Sequence[Reading]) -> Plot:
     return Plot(
         "steps", "What is read, step by step", "Content words of each step's texts that an attack reads.", figure
     )
+
+
+def _by_cut(readings: Sequence[Reading]) -> Plot:
+    figure, depths = blank(height=360), sorted({one.depth for one in readings})
+    for number, name in enumerate(dict.fromkeys(one.name for one in readings)):
+        told = {one.depth: 100 * one.content for one in readings if one.name == name}
+        values = [told.get(depth) for depth in depths]
+        figure.add_bar(x=depths, y=values, name=name, marker={"color": PALETTE[number % len(PALETTE)]})
+    figure.update_layout(barmode="group")
+    figure.update_xaxes(title="blocks on the client, s", tickvals=depths)
+    figure.update_yaxes(title="content words read (%)", range=[0, 102])
+    return Plot("cuts", "What is read, by cut and attack", "Content words of all texts that an attack reads.", figure)
 
 
 def _percent(value: float) -> str:

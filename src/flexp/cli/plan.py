@@ -31,14 +31,15 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON instead of a table.")] = False,
     force: Force = False,
 ) -> None:
-    """Choose every device's cut, micro-batch and more for a model; nothing is trained or loaded."""
+    """Choose every device's cut, micro-batch and more for a model; nothing is trained or loaded, but to keep a bound of
+    [privacy]."""
     from flexp.files import check_new
     from flexp.planner.accuracy import AccuracyCurve, fit, prior, read_pilots
     from flexp.planner.document import document
     from flexp.planner.model import ModelCosts
     from flexp.planner.pareto import front
     from flexp.planner.plan import make_plan
-    from flexp.run.planned import load_fleet
+    from flexp.run.planned import load_fleet, plan_within
 
     check_new(out, force=force, read=[devices])
     check_new(plot, "--plot", force=force, read=[devices])
@@ -53,11 +54,16 @@ def plan(
             known.write(curve)
     elif curve is not None:
         known = AccuracyCurve.read(curve)
-    costs = ModelCosts(model, fleet.task, fleet.choices, fleet.server)
-    if known.model and known.model != costs.name:
-        raise ConfigError(f"the accuracy curve is of {known.model}, not of {costs.name}; run pilots of this model")
-    made = make_plan(fleet, costs, known)
-    content = document(made, front(made) if pareto else ())
+    if known.model and known.model != Path(model).name:
+        raise ConfigError(
+            f"the accuracy curve is of {known.model}, not of {Path(model).name}; run pilots of this model"
+        )
+    if fleet.privacy.max_content_words is None:
+        made = make_plan(fleet, ModelCosts(model, fleet.task, fleet.choices, fleet.server), known)
+        content = document(made, front(made) if pareto else ())
+    else:
+        kept = plan_within(fleet, model, known)
+        content = kept.document(document(kept.plan, front(kept.plan) if pareto else ()))
     if as_json:
         typer.echo(json.dumps(content))
     else:
@@ -82,6 +88,11 @@ def _taken_over(content: dict[str, Any]) -> str:
     """What a run that follows the plan must be told besides: what is one setting for all clients."""
     first = content["clients"][0]
     settings = [f"train.batch_size = {first['micro_batch'] * first['accumulation']}"]
+    if defence := content.get("privacy"):
+        settings += [f"privacy.max_content_words = {defence['max_content_words']:g}"]
+        settings += ['model.pooling = "mean"', "privacy.pool = true"] if defence["pool"] else []
+        settings += [f'privacy.penalty = "{defence["penalty"]}"'] if defence["penalty"] != "off" else []
+        settings += [f"privacy.noise = {defence['noise']:g}"] if defence["noise"] else []
     if content["task"]["embeddings"] == "file":
         settings += ['model.embeddings = "file"']
     if first["rank"]:
@@ -91,6 +102,21 @@ def _taken_over(content: dict[str, Any]) -> str:
         f"flexp-sfl, split-fedavg and splitft, and train.in_flight above 1: the cuts); it must say "
         f"{', '.join(settings)}."
     )
+
+
+def _defences(privacy: dict[str, Any]) -> Any:
+    """What was tried to keep a bound on content words."""
+    from rich.table import Table
+
+    bound = f"{100 * privacy['max_content_words']:g} %"
+    table = Table(title=f"Content words of public texts that are read: at most {bound}", title_justify="left")
+    for column in ("defence", "s", "read", "costs", ""):
+        table.add_column(column, justify="right" if column in ("s", "read", "costs") else "left")
+    for row in privacy["tried"]:
+        end = "chosen" if row["chosen"] else "fits no device" if row["lacks"] else "" if row["kept"] else "tells more"
+        price = f"{100 * row['price']:.1f} points"
+        table.add_row(row["with"], str(row["s"]), f"{100 * row['content']:.0f} %", price, end)
+    return table
 
 
 def show(content: dict[str, Any]) -> None:
@@ -120,6 +146,8 @@ def show(content: dict[str, Any]) -> None:
             formats.seconds(found["step_seconds"]), formats.size(found["bytes_up"]), formats.size(found["bytes_down"]),
         )  # fmt: skip
     console.print(table)
+    if "privacy" in content:
+        console.print(_defences(content["privacy"]))
     for row in rows:
         why, found = row["why_not"], row["predicted"]
         parts = [f"{formats.seconds(found[f'{part}_seconds'])} {part}" for part in ("client", "link", "server")]

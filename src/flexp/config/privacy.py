@@ -41,15 +41,16 @@ class PrivacyConfig(Section):
     max_label_auc: Annotated[float, Field(gt=0.5, lt=1.0)] | None = None
     public: str | None = None  # a file of public texts, one a line; None: the manual that comes with Python
     # what an attacker who is given the head itself may read when the warm-up ends, and while it trains; else nothing
-    # (more) is sent. None: no bound
+    # (more) is sent. With data.clients.cut = "auto" it chooses the cut, and pool, noise and penalty where those are not
+    # named. None: no bound
     max_content_words: Fraction | None = None
     audit: bool = False  # attack what the server is sent in the first round, and say what it can read
     warm_up: WarmUpConfig = WarmUpConfig()
 
     @property
     def of_texts(self) -> bool:
-        """Whether anything is done for texts."""
-        return self.penalty != "off" or self.noise > 0 or self.pool
+        """Whether anything is done for texts, or looked at before they are sent."""
+        return self.penalty != "off" or self.noise > 0 or self.pool or self.max_content_words is not None
 
     @property
     def on(self) -> bool:

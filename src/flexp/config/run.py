@@ -96,11 +96,6 @@ class RunConfig(Section):
         if self.privacy.of_texts and (self.recut.on or self.devices.changes):
             raise ValueError("[privacy] is for one cut, which recut.on and devices.changes move: "
                              "choose one")  # fmt: skip
-        if self.privacy.max_content_words is not None and not self.privacy.of_texts:
-            raise ValueError(
-                "privacy.max_content_words holds a defence to it: set privacy.pool, privacy.penalty = 'nopeek' or "
-                "privacy.noise"
-            )
         if self.privacy.pool and self.model.pooling != "mean":
             raise ValueError(
                 "privacy.pool sends the mean of a text's tokens, whose classifier reads their mean as well: set "

@@ -17,7 +17,7 @@ from flexp.client.personal import answering
 from flexp.client.recut import PERSONAL
 from flexp.client.trainer import cut_in
 from flexp.config import RunConfig
-from flexp.data.tasks import limit_of, make_task
+from flexp.data.tasks import limit_of, make_task, task_of
 from flexp.data.types import Example, Forward, Task
 from flexp.errors import ConfigError, StorageError
 from flexp.kinds import ModelKind
@@ -81,7 +81,7 @@ class Trained:
     @cached_property
     def processor(self) -> Any:
         """Its tokenizer or image processor."""
-        return load_processor(model_folder(self.config), self.config)
+        return load_processor(model_folder(self.config), images=task_of(self.config.data).images)
 
     @cached_property
     def positions(self) -> int | None:

@@ -46,6 +46,16 @@ class PlannedTask(BaseModel):
     embeddings: Literal["memory", "file"] = "memory"
 
 
+class PlannedPrivacy(BaseModel):
+    """The defence of texts that was planned with."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    pool: bool = False
+    penalty: str = "off"
+    noise: float = 0.0
+
+
 class SavedPlan(BaseModel):
     """A ``plan.json``, as far as a run needs it."""
 
@@ -55,6 +65,7 @@ class SavedPlan(BaseModel):
     model: str
     blocks: PositiveInt
     task: PlannedTask = PlannedTask()
+    privacy: PlannedPrivacy | None = None
     clients: Annotated[list[PlannedClient], Field(min_length=1)]
 
 

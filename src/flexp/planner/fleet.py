@@ -15,6 +15,7 @@ from flexp.config import (
     DevicesConfig,
     Fraction,
     ModelConfig,
+    PrivacyConfig,
     Quantization,
     Rate,
     Rows,
@@ -214,9 +215,18 @@ class FleetConfig(Section):
     task: TaskShape = TaskShape()
     choices: Choices = Choices()
     weights: Weights = Weights()
+    privacy: PrivacyConfig = PrivacyConfig()
     server: FleetServer = FleetServer.model_validate({"class": "server"})
     devices: Annotated[list[FleetDevice], Field(min_length=1)]
     classes: dict[str, DeviceClassConfig] = Field(default={})
+
+    @model_validator(mode="after")
+    def _of_texts_alone(self) -> FleetConfig:
+        if self.privacy.of_labels or not self.privacy.gradients:
+            raise ValueError("privacy: plans keep max_content_words; what hides labels is said in a run's file alone")
+        if self.privacy.of_texts and self.task.aligned:
+            raise ValueError("privacy: alignment sends z_base, which tells texts: set task.aligned = false")
+        return self
 
 
 @dataclass(frozen=True)
@@ -257,6 +267,7 @@ class Fleet:
     weights: Weights = field(default_factory=Weights)
     margin: float = MARGIN
     of_run: bool = False
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
 
     @property
     def ranks(self) -> list[int | None]:
@@ -299,6 +310,7 @@ def parse_fleet(content: Mapping[str, Any], where: str, folder: Path = Path()) -
         config.choices,
         config.weights,
         config.margin,
+        privacy=config.privacy,
     )
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from flexp.assets import resolve
-from flexp.config import RunConfig
+from flexp.config import LoraConfig, PrivacyConfig, RunConfig
 from flexp.config.loading import override, read
 from flexp.cost.choice import Choice, form
 from flexp.cost.device import this_machine
@@ -15,15 +17,21 @@ from flexp.cost.profile import Profile
 from flexp.data.types import Federation
 from flexp.errors import ConfigError
 from flexp.files import read_json
-from flexp.kinds import IGNORED
+from flexp.kinds import IGNORED, KINDS
 from flexp.limits import maps_count
 from flexp.methods.base import method_of
+from flexp.models.anatomy import block_count
+from flexp.models.heads import trained_classes
+from flexp.models.loading import load_config
+from flexp.planner.accuracy import AccuracyCurve
 from flexp.planner.document import PlannedClient, SavedPlan, document, read_plan
 from flexp.planner.fleet import Choices, Fleet, TaskShape, of_run, parse_fleet
+from flexp.planner.infeasible import InfeasibleError
 from flexp.planner.model import ModelCosts
 from flexp.planner.plan import Plan, make_plan
 from flexp.report.formats import cut, size
-from flexp.run.privacy import deep_enough
+from flexp.run.defending import FIELDS, Defended, Texts, defended
+from flexp.run.settle import load_processor
 
 
 def load_fleet(path: Path, overrides: Iterable[str] = ()) -> Fleet:
@@ -44,13 +52,15 @@ def _own_exchanges(config: RunConfig) -> bool:
 
 
 def with_cuts(config: RunConfig, federation: Federation, blocks: int) -> tuple[RunConfig, list[str], Any]:
-    """The configuration with its cuts written out; unchanged where they are.
+    """The configuration with its cuts written out, and with the defence that keeps ``privacy.max_content_words``;
+    unchanged where they are.
 
     Returns:
         It, what to tell the user in a line, and the ``plan.json`` that it follows (``None``: nothing was planned).
 
     Raises:
         InfeasibleError: a device lacks something.
+        PrivacyError: nothing that may be chosen keeps the bound.
         ConfigError: the plan's file is about another model or other clients.
     """
     clients, names = config.data.clients, [client.name for client in federation.clients]
@@ -61,8 +71,14 @@ def with_cuts(config: RunConfig, federation: Federation, blocks: int) -> tuple[R
         return _written(config, names, chosen), [f"cuts of {path.name}: {_told(names, chosen)}"], read_json(path)
     if clients.cut != "auto":
         return config, [], None
-    least = deep_enough(config, federation, blocks)
-    made = auto_plan(config, federation, least)
+    kept: Defended | None = None
+    if config.privacy.max_content_words is None:
+        made = auto_plan(config, federation)
+    else:
+        texts = _texts(config, federation, blocks)
+        base = config
+        kept = defended(config.privacy, texts, lambda own, least: auto_plan(_with(base, own), federation, least))
+        config, made = _with(config, kept.privacy), kept.plan
     chosen_now = [made.choice(name) for name in names]
     if any(own.profile is not None for own in clients.every(names).values()):
         where = "data.clients.profile"
@@ -72,9 +88,74 @@ def with_cuts(config: RunConfig, federation: Federation, blocks: int) -> tuple[R
         here = made.fleet.devices[0].profile
         where = f"{here.memory_from}, {size(here.memory_bytes)}; speed and network are a laptop's, not measured"
     notes = [f"cuts planned from {where}: {_told(names, chosen_now)}"]
-    if config.privacy.max_content_words is not None:
-        notes.append(f"s of at least {least}, so that public texts keep privacy.max_content_words")
-    return _written(config, names, chosen_now), notes, document(made)
+    if kept is None:
+        return _written(config, names, chosen_now), notes, document(made)
+    return _written(config, names, chosen_now), [kept.line, *notes], kept.document(document(made))
+
+
+def plan_within(fleet: Fleet, model: str, curve: AccuracyCurve) -> Defended:
+    """A plan for ``fleet`` that keeps ``privacy.max_content_words`` of its ``[privacy]``.
+
+    Raises:
+        InfeasibleError: a device or the server lacks something.
+        PrivacyError: nothing that may be chosen keeps the bound.
+        ModelError: the model has no tokenizer.
+    """
+    task, starts = fleet.task, fleet.choices.starts
+    known: dict[bool, ModelCosts] = {}
+
+    def plan(own: PrivacyConfig, least: int) -> Plan:
+        shape = task.model_copy(update={"pools": own.pool})
+        if own.pool not in known:
+            known[own.pool] = ModelCosts(model, shape, fleet.choices, fleet.server)
+        deep = [s for s in starts or range(1, known[own.pool].blocks) if s >= least]
+        if not deep:
+            raise InfeasibleError((), f"{fleet.name}: choices.starts has no s of {least} or more")
+        choices = fleet.choices.model_copy(update={"starts": deep})
+        return make_plan(replace(fleet, task=shape, choices=choices), known[own.pool], curve)
+
+    place = str(resolve(model))
+    texts = Texts(
+        model=task.model(place).model_copy(update={"tuning": task.tuning, "lora": LoraConfig(rank=task.rank)}),
+        kind=task.kind,
+        blocks=block_count(model, load_config(place)),
+        processor=load_processor(place, images=KINDS[task.kind].images),
+        longest=task.length,
+        labels=[str(number) for number in range(task.labels)],
+        pools=task.kind == "sequence-classification",
+        frozen=task.frozen,
+    )
+    return defended(fleet.privacy, texts, plan, min(starts or [1]))
+
+
+def _texts(config: RunConfig, federation: Federation, blocks: int) -> Texts:
+    task, model = federation.task, config.model
+    place = str(resolve(model.id))
+    head = trained_classes(load_config(place), task.model_kind, model.pooling)
+    free = "pooling" not in model.model_fields_set and not head
+    return Texts(
+        model=model.at(place),
+        kind=task.model_kind,
+        blocks=blocks,
+        processor=task.processor,
+        longest=_longest(federation),
+        labels=task.label_names,
+        pools=task.model_kind == "sequence-classification" and (model.pooling == "mean" or free),
+        frozen=config.method.personal.frozen_head_blocks if _own_exchanges(config) else 0,
+        seed=config.seed,
+    )
+
+
+def _with(config: RunConfig, privacy: PrivacyConfig) -> RunConfig:
+    """``config`` with a defence; a pooled text's classifier reads the mean."""
+    model = config.model.model_copy(update={"pooling": "mean"}) if privacy.pool else config.model
+    return config.model_copy(update={"privacy": privacy, "model": model})
+
+
+def _longest(federation: Federation) -> int:
+    """Tokens of the clients' longest example."""
+    lengths = (len(each.get("input_ids", ())) for client in federation.clients for each in client.train)
+    return max(1, max(lengths, default=1))
 
 
 def auto_plan(config: RunConfig, federation: Federation, least: int = 1) -> Plan:
@@ -154,16 +235,13 @@ def _anew(config: RunConfig, federation: Federation) -> float:
 def _task(config: RunConfig, federation: Federation, least: int) -> tuple[TaskShape, Choices]:
     """What the run trains, as far as it costs, and what may be chosen for it."""
     task, model, method = federation.task, config.model, config.method
-    longest = max(
-        (len(example.get("input_ids", ())) for client in federation.clients for example in client.train), default=1
-    )
     names = [client.name for client in federation.clients]
     frozen = method.personal.frozen_head_blocks if _own_exchanges(config) else 0
     here = any(own.profile is None and own.device is None for own in config.data.clients.every(names).values())
     shape = TaskShape.of_model(
         model,
         kind=task.model_kind,
-        length=max(1, longest),
+        length=_longest(federation),
         labels=len(task.label_names or ("", "")),
         batch_size=config.train.batch_size,
         optimizer=config.train.personal.name,
@@ -209,6 +287,9 @@ def _of_file(config: RunConfig, saved: SavedPlan, names: Sequence[str], blocks: 
     chosen = [saved.clients[i % len(saved.clients)] if missing else known[name] for i, name in enumerate(names)]
     if saved.task.embeddings == "file" != config.model.embeddings:
         raise ConfigError(f'{path} plans with embeddings that stay in their file; set model.embeddings = "file"')
+    for name, wanted in (saved.privacy or config.privacy).model_dump(include=set(FIELDS)).items():
+        if getattr(config.privacy, name) != wanted:
+            raise ConfigError(f"{path} plans privacy.{name} = {json.dumps(wanted)}; set it to that")
     rank = config.model.lora.rank if config.model.tuning == "lora" else None
     for client in chosen:
         if client.rank != rank:

@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
-from contextlib import suppress
-from pathlib import Path
 
-from flexp.assets import resolve
-from flexp.assets.store import root
-from flexp.attacks.public import encoded, paragraphs
-from flexp.client.guarding import PUBLIC, Guard
 from flexp.client.meeting import Meets
 from flexp.client.noise import ledger, told
 from flexp.client.random_labels import RandomLabels, epsilon_within
 from flexp.config import RunConfig
 from flexp.data.types import Federation
-from flexp.errors import ConfigError, PrivacyError
-from flexp.files import read_json, write_json
+from flexp.errors import ConfigError
 from flexp.gaussian import DELTA, epsilon
 from flexp.kinds import KINDS
 from flexp.methods.base import base_depth, method_of
-from flexp.methods.parties import tune_own
-from flexp.models.anatomy import Part
-from flexp.models.loading import load_stage
 
 
 def within_label_bound(config: RunConfig, federation: Federation) -> RunConfig:
@@ -48,54 +37,6 @@ def within_label_bound(config: RunConfig, federation: Federation) -> RunConfig:
         )
     own = {"label_epsilon": enough if privacy.label_epsilon is None else privacy.label_epsilon}
     return config.model_copy(update={"privacy": privacy.model_copy(update=own)})
-
-
-def deep_enough(config: RunConfig, federation: Federation, blocks: int) -> int:
-    """The smallest s that keeps ``privacy.max_content_words`` with the run's defences; 1 where there is no bound.
-
-    On public texts as if they were private: heads are taught and attacked as clients do before they send anything
-    (:class:`flexp.client.guarding.Guard`), from the shallowest on; that deeper cuts tell less is taken for granted.
-    Clients check their own texts all the same. What was found is kept for the next run, one file a model, cut and
-    defence, in ``$FLEXP_HOME/audits``.
-
-    Raises:
-        PrivacyError: no cut keeps it.
-    """
-    bound = config.privacy.max_content_words
-    if bound is None:
-        return 1
-    read: list[float] = []
-    for depth in range(1, blocks):
-        read.append(_public_read(config, federation, depth, blocks))
-        if read[-1] <= bound:
-            return depth
-    raise PrivacyError(
-        f"privacy.max_content_words = {bound:g} is kept by no cut: of public texts, with these defences, "
-        + ", ".join(f"{100 * share:.0f} % at s = {depth}" for depth, share in enumerate(read, 1))
-        + "; raise privacy.warm_up.steps, .weight or privacy.noise, or the bound"
-    )
-
-
-def _public_read(config: RunConfig, federation: Federation, depth: int, blocks: int) -> float:
-    """The share of public content words that is read at ``depth``, as it was found earlier, or now."""
-    task, model, privacy = federation.task, config.model.at(str(resolve(config.model.id))), config.privacy
-    stage = load_stage(model, task.model_kind, Part.client((depth, blocks), blocks), labels=task.label_names)
-    longest = max(len(example["input_ids"]) for client in federation.clients for example in client.train)
-    said = [stage.weights, depth, longest, config.model.model_copy(update={"id": ""}), privacy, config.seed]
-    key = hashlib.sha256("|".join(map(str, said)).encode()).hexdigest()[:32]
-    kept = root().parent / "audits" / f"{key}.json"
-    if kept.is_file() and stage.weights is not None:
-        return float(read_json(kept)["content"])
-    tune_own(stage, config)
-    texts = paragraphs(None if privacy.public is None else Path(privacy.public), 2 * PUBLIC)
-    held = encoded(task.processor, texts[PUBLIC:] or texts, passes=0)
-    guard = Guard(privacy, [{"input_ids": each["input_ids"][:longest]} for each in held], task.processor, config.seed)
-    with suppress(PrivacyError):
-        guard.teach(stage, depth)
-    assert guard.read is not None
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    write_json(kept, {"model": config.model.id, "s": depth, "content": guard.read})
-    return guard.read
 
 
 def privacy_notes(config: RunConfig, federation: Federation, hidden: int) -> list[str]:

@@ -129,7 +129,7 @@ def settle(
     device_of(config.model.device)  # before anything is read
     model_id = str(resolve(config.model.id))
     model_config = load_config(model_id)
-    processor = load_processor(model_id, config)
+    processor = load_processor(model_id, images=task_of(config.data).images)
     head = trained_classes(model_config, task_of(config.data).model_kind, config.model.pooling)
     federation = federate(config.data, processor, config.seed, max_positions(model_config), head)
     blocks = block_count(model_id, model_config)
@@ -301,15 +301,14 @@ def own_pad(kind: ModelKind, processor: Any) -> int | None:
     return None if KINDS[kind].images else pad_id(processor)
 
 
-def load_processor(model_id: str, config: RunConfig) -> Any:
+def load_processor(model_id: str, *, images: bool) -> Any:
     """The tokenizer of a text model, or the image processor of an image model.
 
     Raises:
         ModelError: the model has none.
     """
-    image = task_of(config.data).images
-    auto = transformers.AutoImageProcessor if image else transformers.AutoTokenizer
-    kind = "image processor" if image else "tokenizer"
+    auto = transformers.AutoImageProcessor if images else transformers.AutoTokenizer
+    kind = "image processor" if images else "tokenizer"
     if model_id.startswith("arch:"):
         raise ModelError(
             f"{model_id} has no {kind}; use a model with one (arch: models are for flexp verify and bench)"
@@ -319,7 +318,7 @@ def load_processor(model_id: str, config: RunConfig) -> Any:
     except Exception as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"{model_id}: its {kind} cannot be loaded ({first})") from error
-    if not image:
+    if not images:
         processor.padding_side = "right"  # on the left it would shift absolute positions (GPT-2)
     return processor
 
