@@ -7,11 +7,12 @@ from collections.abc import Iterator
 
 import pytest
 
+gc.disable()
+
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Iterator[None]:
-    """Half a million objects of libraries and tests come while tests are collected, and all of them stay."""
-    gc.disable()
+    """Half a million objects of libraries and tests come until tests are collected, and all of them stay."""
     try:
         return (yield)
     finally:
