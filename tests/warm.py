@@ -7,6 +7,7 @@ of :func:`subprocess.run`; FlexP itself is imported by the process, not before t
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import runpy
@@ -80,6 +81,7 @@ def _serve(place: str, listening: socket.socket) -> None:
     """Never returns."""
     for name in LIBRARIES:
         import_module(name)
+    gc.freeze()  # what is forked looks through what it made
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that wait for a child
     held: dict[socket.socket, TextIO] = {}
     while True:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from pathlib import Path
 from typing import Any
 
@@ -189,4 +188,3 @@ def test_the_page_is_what_was_tried() -> None:
     assert missing() == set()
     assert REFUSED.keys() == TRIED.keys()
     assert PAGE.read_text(encoding="utf-8") == page(), "stale: python -m tests.client.trainer_matrix"
-    gc.unfreeze()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +64,8 @@ def trainer(model: Any, here: World, folder: Path, *, rows: int = 24, **changes:
 
 
 def quiet(made: transformers.Trainer) -> transformers.Trainer:
-    """Prints nothing; and does not look through all of Python's objects for garbage each time that it trains."""
+    """Prints nothing."""
     made.remove_callback(transformers.PrinterCallback)
-    gc.freeze()
     return made
 
 

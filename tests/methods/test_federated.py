@@ -139,10 +139,7 @@ def test_apfl_holds_no_more_on_a_rounds_first_step(home: Path, monkeypatch: pyte
     monkeypatch.setattr(Worker, "step", counted)
     sgd = {"name": "sgd", "lr": 0.1}
     gc.freeze()  # only what comes from here on is looked through
-    try:
-        trained(home, "apfl", rounds=1, data=ONE, train={"steps_per_round": 8, "personal": sgd})
-    finally:
-        gc.unfreeze()
+    trained(home, "apfl", rounds=1, data=ONE, train={"steps_per_round": 8, "personal": sgd})
     assert len(counts) == 8
     assert len(set(counts[0::2])) == len(set(counts[1::2])) == 1
 

@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from flexp.cli.settings import Device, Force, console
-from flexp.cli.verify import Dtype, Task, Tuning
+from flexp.cli.verify import Dtype, Tuning
+from flexp.kinds import ModelKind
 
 if TYPE_CHECKING:
     from flexp.cost.profile import Profile
 
 
-class Side(StrEnum):
-    client = "client"
-    server = "server"
-
-
 def profile(
     model: Annotated[str, typer.Argument(help="Folder, Hugging Face id, asset:NAME or arch:NAME.")],
-    kind: Annotated[Task, typer.Option(help="What the model is for.")] = Task("causal-lm"),
-    side: Annotated[Side, typer.Option("--as", help="A client has the model's ends; a server has blocks.")] = (
-        Side.client
-    ),
+    kind: Annotated[ModelKind, typer.Option(help="What the model is for.")] = "causal-lm",
+    side: Annotated[
+        Literal["client", "server"], typer.Option("--as", help="A client has the model's ends; a server has blocks.")
+    ] = "client",
     batch: Annotated[int, typer.Option(min=1, help="Examples of an exchange; a quarter is measured too.")] = 8,
     length: Annotated[int, typer.Option(min=2, help="Tokens of an example.")] = 128,
     labels: Annotated[int, typer.Option(min=2, help="Classes, of classifiers.")] = 2,
-    dtype: Annotated[Dtype, typer.Option(help="Type of weights and activations.")] = Dtype.float32,
+    dtype: Annotated[Dtype, typer.Option(help="Type of weights and activations.")] = "float32",
     autocast: Annotated[bool, typer.Option("--autocast", help="Compute matrix products in bfloat16.")] = False,
-    tuning: Annotated[Tuning, typer.Option(help="Everything, or adapters.")] = Tuning.full,
+    tuning: Annotated[Tuning, typer.Option(help="Everything, or adapters.")] = "full",
     rank: Annotated[int, typer.Option(min=1, help="LoRA: rank of the adapters.")] = 8,
     threads: Annotated[int | None, typer.Option(min=1, max=1024, help="Torch's threads.", show_default=False)] = None,
     server: Annotated[
@@ -68,21 +63,21 @@ def profile(
     place = str(device_of(device or "cpu"))
     if threads is not None:
         torch.set_num_threads(threads)
-    ready = Profile.from_class(like, role=side.value)
+    ready = Profile.from_class(like, role=side)
     limit = None if memory is not None else training_memory(torch.get_num_threads(), place)
-    wanted = ModelConfig.of(model, dtype=dtype.value, autocast="bfloat16" if autocast else "off").on(place)
-    cost = model_cost(wanted, kind.value, length=length, labels=labels)
+    wanted = ModelConfig.of(model, dtype=dtype, autocast="bfloat16" if autocast else "off").on(place)
+    cost = model_cost(wanted, kind, length=length, labels=labels)
     with Console(stderr=True).status("measuring"):
         measured = measure_model(
             cost,
-            role=side.value,
+            role=side,
             examples=batch,
-            rank=rank if tuning is Tuning.lora else None,
+            rank=rank if tuning == "lora" else None,
             memory_too=probe,
         )
         network = {}
         if server is not None:
-            network = _network(server, cost, batch, tuning.value)
+            network = _network(server, cost, batch, tuning)
     given = {
         "uplink_bps": None if uplink is None else 1e6 * uplink,
         "downlink_bps": None if downlink is None else 1e6 * downlink,

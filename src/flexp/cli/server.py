@@ -11,8 +11,9 @@ import typer
 
 from flexp.cli.reaching import Secured
 from flexp.cli.settings import Device, Settings, overrides, placed
-from flexp.cli.verify import Task, parse_cut
+from flexp.cli.verify import parse_cut
 from flexp.errors import ConfigError, plain
+from flexp.kinds import ModelKind
 
 
 def server(
@@ -23,7 +24,7 @@ def server(
         Path | None, typer.Option(help="Conduct the run of this configuration; a table `data` is not needed.")
     ] = None,
     kind: Annotated[
-        Task | None, typer.Option(help="What the model is for. Default: as --config says, or causal-lm.")
+        ModelKind | None, typer.Option(help="What the model is for. Default: as --config says, or causal-lm.")
     ] = None,
     base_depth: Annotated[
         int | None, typer.Option(min=0, help="First block that the server holds (model.base_depth). Default: 1.")
@@ -106,8 +107,8 @@ def server(
         typer.echo(f"flexp server: {plain(line)}")
 
     if config is None:
-        kind = kind or Task("causal-lm")
-    task = None if kind is None else task_for(kind.value)
+        kind = kind or "causal-lm"
+    task = None if kind is None else task_for(kind)
     own = None if blocks is None else parse_cut(blocks, "--blocks")
     given = {"model": model, "kind": task, "base_depth": base_depth, "end": end}
     where = placed(device)  # a server has one side alone

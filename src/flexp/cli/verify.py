@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from flexp.cli.settings import Device, console
 from flexp.errors import ConfigError
-from flexp.kinds import KINDS, ModelKind
+from flexp.kinds import ModelKind
 
 if TYPE_CHECKING:
     from flexp.run.verify import Outcome, Setup
@@ -18,46 +17,8 @@ if TYPE_CHECKING:
 NOT_EXACT = 1
 
 
-Task = StrEnum("Task", {kind.replace("-", "_"): kind for kind in KINDS})  # type: ignore[misc]
-
-
-class Tuning(StrEnum):
-    full = "full"
-    lora = "lora"
-
-
-class Padding(StrEnum):
-    none = "none"
-    left = "left"
-    right = "right"
-
-
-class Dtype(StrEnum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
-
-class Quantization(StrEnum):
-    off = "off"
-    int8 = "int8"
-    nf4 = "nf4"
-
-
-class Attention(StrEnum):
-    sdpa = "sdpa"
-    eager = "eager"
-
-
-class Pooling(StrEnum):
-    checkpoint = "checkpoint"
-    mean = "mean"
-    last = "last"
-    cls = "cls"
-
-
-class Memory(StrEnum):
-    keep = "keep"
-    recompute = "recompute"
+Tuning = Literal["full", "lora"]
+Dtype = Literal["float32", "bfloat16"]
 
 
 def verify(
@@ -67,7 +28,9 @@ def verify(
     cut: Annotated[
         str | None, typer.Option(metavar="S:E", help="The server runs blocks [S, E). Default: all but the outermost.")
     ] = None,
-    task: Annotated[Task | None, typer.Option(help="What the model is for. Default: as its checkpoint says.")] = None,
+    task: Annotated[
+        ModelKind | None, typer.Option(help="What the model is for. Default: as its checkpoint says.")
+    ] = None,
     tuning: Annotated[
         Tuning | None,
         typer.Option(
@@ -75,7 +38,9 @@ def verify(
             show_default=False,
         ),
     ] = None,
-    padding: Annotated[Padding, typer.Option(help="Which side of the batches is padded.")] = Padding.none,
+    padding: Annotated[
+        Literal["none", "left", "right"], typer.Option(help="Which side of the batches is padded.")
+    ] = "none",
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 3,
     base_depth: Annotated[
         int | None, typer.Option(min=0, help="First block that the server holds. Default: S.", show_default=False)
@@ -83,18 +48,22 @@ def verify(
     link: Annotated[
         str, typer.Option(metavar="in-process|grpc", help="How the client reaches the server.")
     ] = "in-process",
-    dtype: Annotated[Dtype, typer.Option(help="Type of weights and activations.")] = Dtype.float32,
+    dtype: Annotated[Dtype, typer.Option(help="Type of weights and activations.")] = "float32",
     autocast: Annotated[bool, typer.Option("--autocast", help="Compute matrix products in bfloat16.")] = False,
     quantization: Annotated[
-        Quantization, typer.Option(help="Of the blocks' linear layers, on both sides.")
-    ] = Quantization.off,
+        Literal["off", "int8", "nf4"], typer.Option(help="Of the blocks' linear layers, on both sides.")
+    ] = "off",
     quantize_ends: Annotated[
         bool, typer.Option("--quantize-ends", help="Likewise of the token embeddings and a language model's head.")
     ] = False,
-    attention: Annotated[Attention, typer.Option(help="Models without SDPA run eager anyway.")] = Attention.sdpa,
-    memory: Annotated[Memory, typer.Option(help="What the server does with its activations.")] = Memory.keep,
+    attention: Annotated[Literal["sdpa", "eager"], typer.Option(help="Models without SDPA run eager anyway.")] = "sdpa",
+    memory: Annotated[
+        Literal["keep", "recompute"], typer.Option(help="What the server does with its activations.")
+    ] = "keep",
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Checkpoint the client's blocks.")] = False,
-    pooling: Annotated[Pooling, typer.Option(help="What a text classifier's head reads.")] = Pooling.checkpoint,
+    pooling: Annotated[
+        Literal["checkpoint", "mean", "last", "cls"], typer.Option(help="What a text classifier's head reads.")
+    ] = "checkpoint",
     batch: Annotated[int, typer.Option(min=1, help="Examples of a step.")] = 3,
     length: Annotated[int, typer.Option(min=2, help="Tokens of an example.")] = 10,
     seed: Annotated[int, typer.Option(help="Of the batches, and of weights that no checkpoint holds.")] = 0,
@@ -125,21 +94,21 @@ def verify(
         torch.set_num_threads(threads)
     setup = Setup(
         model=model or "",
-        task=cast(ModelKind, task.value) if task else None,
+        task=task,
         cut=None if cut is None else parse_cut(cut),
         base_depth=base_depth,
-        tuning=(tuning or (Tuning.full if quantization is Quantization.off else Tuning.lora)).value,
-        padding=padding.value,
+        tuning=tuning or ("full" if quantization == "off" else "lora"),
+        padding=padding,
         steps=steps,
         link=link,
-        dtype=dtype.value,
+        dtype=dtype,
         autocast="bfloat16" if autocast else "off",
-        quantization=quantization.value,
+        quantization=quantization,
         quantize_ends=quantize_ends,
-        attention=attention.value,
-        memory=memory.value,
+        attention=attention,
+        memory=memory,
         checkpointing=checkpointing,
-        pooling=pooling.value,
+        pooling=pooling,
         batch=batch,
         length=length,
         seed=seed,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +20,40 @@ SCHEMA = 1
 FILE = "comparison.json"
 MEASURE = "mean validation score at the last round"
 
-Result = tuple[Entry, list[Settings], list[Cell], Settings | None, list[Cell]]
-"""An entry, what was tried, the tuning cells, what was chosen (None: nothing yet), the final cells."""
+
+@dataclass
+class Track:
+    """One entry's way through the comparison."""
+
+    entry: Entry
+    tried: list[Settings]
+    tuning: list[Cell]
+    chosen: Settings | None = None
+    nobody_fits: bool = False  # in no trial could a client's device hold the method: there is nothing to choose
+    final: list[Cell] = field(default_factory=list)
+
+    def scores(self, out: Path) -> list[tuple[float, float, bool] | None]:
+        """Each trial's :func:`trial_score`."""
+        return [trial_score([cell for cell in self.tuning if cell.trial == n], out) for n in range(len(self.tried))]
 
 
-def gather(comparison: Comparison, out: Path, results: Sequence[Result]) -> dict[str, Any]:
-    """The content of ``comparison.json``: whatever is finished."""
+def gather(comparison: Comparison, out: Path, tracks: Sequence[Track]) -> dict[str, Any]:
+    """Write ``comparison.json`` in ``out``, of whatever is finished, and give its content."""
     methods, first = [], None
-    for entry, tried, tuning, chosen, final in results:
-        runs = [run for cell in final if (run := _run(cell, out)) is not None]
-        if chosen is None and nobody_fits(tuning, out):  # no seed's clients would
-            runs = [_nobody(tuning[0], seed, out) for seed in comparison.seeds]
+    for track in tracks:
+        runs = [run for cell in track.final if (run := _run(cell, out)) is not None]
+        if track.chosen is None and nobody_fits(track.tuning, out):  # no seed's clients would
+            runs = [_nobody(track.tuning[0], seed, out) for seed in comparison.seeds]
         _share_memory(runs)
-        trials = [{"settings": settings, "validation": _validation(tuning, n, out)} for n, settings in enumerate(tried)]
         methods.append(
             {
-                "name": entry.name,
-                "method": entry.method,
-                "settings": chosen or {},
-                "trials": trials,
+                "name": track.entry.name,
+                "method": track.entry.method,
+                "settings": track.chosen or {},
+                "trials": [
+                    {"settings": settings, "validation": None if score is None else score[0]}
+                    for settings, score in zip(track.tried, track.scores(out), strict=True)
+                ],
                 "problem": _problem(runs),
                 "runs": runs,
             }
@@ -48,7 +64,7 @@ def gather(comparison: Comparison, out: Path, results: Sequence[Result]) -> dict
     summary: Mapping[str, Any] = first or {}
     model = summary.get("model", {})
     keys = ("id", "kind", "parameters", "blocks", "hidden", "tuning", "dtype")
-    return {
+    content = {
         "schema": SCHEMA,
         "name": comparison.base.name,
         "metric": summary.get("metric"),
@@ -67,12 +83,8 @@ def gather(comparison: Comparison, out: Path, results: Sequence[Result]) -> dict
         },
         "methods": methods,
     }
-
-
-def write(content: dict[str, Any], out: Path) -> Path:
-    """Write ``comparison.json`` in ``out``."""
     write_json(out / FILE, content)
-    return out / FILE
+    return content
 
 
 def trial_score(cells: Sequence[Cell], out: Path) -> tuple[float, float, bool] | None:
@@ -102,11 +114,6 @@ def _problem(runs: Sequence[Mapping[str, Any]]) -> str | None:
     clients = [client for run in runs for client in run["clients"]]
     need, have = (max(client[key] for client in clients) for key in ("peak_memory_bytes", "available_bytes"))
     return f"all {len(runs[0]['clients'])} clients dropped: need {size(need)}, have {size(have)}"
-
-
-def _validation(tuning: Sequence[Cell], number: int, out: Path) -> float | None:
-    found = trial_score([cell for cell in tuning if cell.trial == number], out)
-    return None if found is None else found[0]
 
 
 def _run(cell: Cell, out: Path) -> dict[str, Any] | None:

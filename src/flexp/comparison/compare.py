@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from flexp.comparison import collect
 from flexp.comparison.cells import FOLDER, Cell, final_cell, fingerprint, is_done, tuning_cell
-from flexp.comparison.collect import FILE
+from flexp.comparison.collect import FILE, Track, gather, nobody_fits
 from flexp.comparison.config import CompareConfig, Comparison, Entry, make
-from flexp.comparison.engines import Engine, engine_of
+from flexp.comparison.engines import engine_of
 from flexp.comparison.grid import Settings, trials, untried
 from flexp.comparison.report.write import PAGES
 from flexp.comparison.workers import Pool
@@ -28,18 +27,6 @@ from flexp.run.settle import settle
 
 PLAN = "plan.json"
 """What was asked for, with all defaults, and what data and weights the cells are made of."""
-
-
-@dataclass
-class Track:
-    """One entry's way through the comparison."""
-
-    entry: Entry
-    tried: list[Settings]
-    tuning: list[Cell]
-    chosen: Settings | None = None
-    nobody_fits: bool = False  # in no trial could a client's device hold the method: there is nothing to choose
-    final: list[Cell] = field(default_factory=list)
 
 
 @dataclass
@@ -117,7 +104,7 @@ def compare(
         write_json(out / PLAN, {**asked, "made_of": _known_data(comparison.base, out)})
         state = _State(comparison, out, watcher, tracks)
         needs = comparison.config.needs
-        here: Engine = Pool(jobs, out) if engine == "local" else engine_of(engine, jobs, out, needs)
+        here = Pool(jobs, out) if engine == "local" else engine_of(engine, jobs, out, needs)
         with here as pool:
             while state.waiting or pool.busy:
                 while state.waiting and pool.free:
@@ -132,7 +119,7 @@ def compare(
                             f"(what was trained is in {aside})"
                         )
                     state.ended(cell, problem)
-        return Outcome(_gather(comparison, out, tracks), state.failures, state.done, state.kept)
+        return Outcome(gather(comparison, out, tracks), state.failures, state.done, state.kept)
 
 
 def _is_comparison(out: Path) -> bool:
@@ -200,7 +187,7 @@ def regather(out: Path) -> dict[str, Any]:
             _choose(comparison, track, best)
             if not all(is_done(cell, out) for cell in track.tuning) and not any(is_done(c, out) for c in track.final):
                 track.chosen, track.final = None, []  # tuning goes on
-    return _gather(comparison, out, tracks)
+    return gather(comparison, out, tracks)
 
 
 class _State:
@@ -261,7 +248,7 @@ class _State:
         if self._open[track.entry.name] or track.chosen is not None:
             return
         best = choose(self.out, track)
-        track.nobody_fits = collect.nobody_fits(track.tuning, self.out)
+        track.nobody_fits = nobody_fits(track.tuning, self.out)
         if track.nobody_fits:
             return
         if best is None:
@@ -276,12 +263,11 @@ class _State:
 def choose(out: Path, track: Track) -> Settings | None:
     """The trial with the best validation score, by loss among equals, the earliest of the still equal ones."""
     ranked = []
-    for number, settings in enumerate(track.tried):
-        found = collect.trial_score([cell for cell in track.tuning if cell.trial == number], out)
+    for number, found in enumerate(track.scores(out)):
         if found is not None:
             score, loss, higher = found
-            ranked.append((-score if higher else score, loss, number, settings))
-    return min(ranked, key=lambda item: item[:3])[3] if ranked else None
+            ranked.append((-score if higher else score, loss, number))
+    return track.tried[min(ranked)[2]] if ranked else None
 
 
 @contextlib.contextmanager
@@ -302,12 +288,6 @@ def _alone(out: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def _gather(comparison: Comparison, out: Path, tracks: list[Track]) -> dict[str, Any]:
-    content = collect.gather(comparison, out, [(t.entry, t.tried, t.tuning, t.chosen, t.final) for t in tracks])
-    collect.write(content, out)
-    return content
 
 
 def _choose(comparison: Comparison, track: Track, settings: Settings) -> None:

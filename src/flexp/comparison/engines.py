@@ -1,6 +1,6 @@
 """Who does cells: processes on this machine, the workers of a Ray or dask cluster, or jobs of Slurm.
 
-Everybody has the same four verbs. Elsewhere, workers need FlexP, and the comparison's folder under the same path. A
+All have the same four verbs. Elsewhere, workers need FlexP, and the comparison's folder under the same path. A
 worker that is lost takes no cell with it: its cells are given out again, and go on from their checkpoints.
 """
 
@@ -12,8 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from filelock import FileLock
 
@@ -29,35 +28,8 @@ ALONE = threading.Lock()
 """Cells of one process go one after the other: torch's random numbers and threads are the process's."""
 
 
-class Engine(Protocol):
-    """Does cells, several at a time. Leaving the block ends what is being done."""
-
-    def __enter__(self) -> Self: ...
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
-    ) -> None: ...
-
-    @property
-    def free(self) -> int:
-        """How many cells can be given out now."""
-        ...
-
-    @property
-    def busy(self) -> bool:
-        """Whether a cell is being done."""
-        ...
-
-    def give(self, cell: Cell) -> None:
-        """Have ``cell`` done."""
-        ...
-
-    def take(self) -> Iterator[tuple[Cell, str | None]]:
-        """Wait for cells to end; gives each with what went wrong with it, or None."""
-        ...
-
-
 class Elsewhere:
-    """Cells as jobs of somebody else's scheduler.
+    """Cells as jobs of somebody else's scheduler, with the verbs of :class:`flexp.comparison.workers.Pool`.
 
     Args:
         submit: starts a cell; gives something that stands for it.
@@ -86,16 +58,20 @@ class Elsewhere:
 
     @property
     def free(self) -> int:
+        """How many cells can be given out now."""
         return self.jobs - len(self._at_work)
 
     @property
     def busy(self) -> bool:
+        """Whether a cell is being done."""
         return bool(self._at_work)
 
     def give(self, cell: Cell) -> None:
+        """Have ``cell`` done."""
         self._at_work[self._submit(cell)] = cell
 
     def take(self) -> Iterator[tuple[Cell, str | None]]:
+        """Wait for cells to end; gives each with what went wrong with it, or None."""
         for job in self._ended(list(self._at_work)):
             cell = self._at_work.pop(job)
             try:
@@ -109,7 +85,7 @@ class Elsewhere:
             yield cell, problem
 
 
-def engine_of(name: str, jobs: int, out: Path, needs: Needs) -> Engine:
+def engine_of(name: str, jobs: int, out: Path, needs: Needs) -> Elsewhere:
     """The engine that ``--engine`` names, if it is not ``local``, which is :class:`flexp.comparison.workers.Pool`.
 
     Raises:
@@ -148,7 +124,7 @@ def _first(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".strip().splitlines()[0]
 
 
-def _ray(address: str, jobs: int, out: Path, needs: Needs) -> Engine:
+def _ray(address: str, jobs: int, out: Path, needs: Needs) -> Elsewhere:
     import ray
 
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -176,7 +152,7 @@ def _ray(address: str, jobs: int, out: Path, needs: Needs) -> Engine:
     )
 
 
-def _dask(address: str, jobs: int, out: Path, needs: Needs) -> Engine:
+def _dask(address: str, jobs: int, out: Path, needs: Needs) -> Elsewhere:
     from distributed import Client, wait
 
     client = Client(address)
@@ -196,7 +172,7 @@ def _dask(address: str, jobs: int, out: Path, needs: Needs) -> Engine:
     )
 
 
-def _slurm(address: str, jobs: int, out: Path, needs: Needs) -> Engine:
+def _slurm(address: str, jobs: int, out: Path, needs: Needs) -> Elsewhere:
     import submitit
 
     executor = submitit.AutoExecutor(folder=out / "slurm", cluster=address or "slurm")
@@ -219,4 +195,4 @@ def _slurm(address: str, jobs: int, out: Path, needs: Needs) -> Engine:
     )
 
 
-ENGINES: dict[str, Callable[[str, int, Path, Needs], Engine]] = {"ray": _ray, "dask": _dask, "slurm": _slurm}
+ENGINES: dict[str, Callable[[str, int, Path, Needs], Elsewhere]] = {"ray": _ray, "dask": _dask, "slurm": _slurm}

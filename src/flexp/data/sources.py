@@ -290,7 +290,8 @@ def _join(name: str, found: Sequence[tuple[Table, Part]]) -> Rows:
     from datasets import Dataset, concatenate_datasets
     from datasets.table import InMemoryTable
 
-    tables = [Dataset(InMemoryTable(table.data)) for table, _ in found]
+    # Named here, since it would hash all rows for a name of its own.
+    tables = [Dataset(InMemoryTable(table.data), fingerprint=str(number)) for number, (table, _) in enumerate(found)]
     try:
         dataset = tables[0] if len(tables) == 1 else concatenate_datasets(tables)
     except (ValueError, pa.ArrowInvalid) as error:

@@ -71,16 +71,18 @@ def fit_head(
 
 
 def _by_class(model: Any, classes: int) -> set[str]:
-    """The names of the parameters that have a row for each class: those that are larger with one class more."""
-    shapes = []
-    for count in (classes, classes + 1):
-        config = copy.deepcopy(model.config)
-        name_classes(config, [str(row) for row in range(count)])
-        with torch.device("meta"):  # where weights have their shape in the model itself; here they may be packed
-            twin = type(model)._from_config(config, dtype=model.dtype)
-        shapes.append({name: value.shape for name, value in twin.named_parameters()})
-    few, more = shapes
-    return {name for name, _ in model.named_parameters() if few[name] != more[name]}
+    """The names of the parameters that have a row for each class: those that have one more with one class more."""
+    config = copy.deepcopy(model.config)
+    name_classes(config, [str(row) for row in range(classes + 1)])
+    with torch.device("meta"):
+        twin = type(model)._from_config(config, dtype=model.dtype)
+    more = {name: list(value.shape) for name, value in twin.named_parameters()}
+    # What is packed here has another shape than in the twin, but not by one row.
+    return {
+        name
+        for name, value in model.named_parameters()
+        if value.dim() and [value.shape[0] + 1, *value.shape[1:]] == more[name]
+    }
 
 
 AUTO: dict[str, Any] = {kind: getattr(transformers, told.auto) for kind, told in KINDS.items()}

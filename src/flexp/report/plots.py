@@ -33,11 +33,11 @@ from flexp.report.figures import (
     score_title,
 )
 from flexp.report.metrics import Record
+from flexp.report.progress import DECAY, Average
 from flexp.report.summary import SIDES, scores_by_round
 
 MOST_POINTS = 1500
 """Points drawn of one client's training curve; longer curves are thinned evenly."""
-SMOOTHING = 0.9
 
 
 def all_plots(summary: Mapping[str, Any], records: Sequence[Record]) -> list[Plot]:
@@ -101,16 +101,14 @@ def learning_curves(summary: Mapping[str, Any], records: Sequence[Record]) -> Pl
 
 def training_loss(summary: Mapping[str, Any], records: Sequence[Record]) -> Plot | None:
     """Training loss of every client by its own step: raw faint, smoothed on top."""
-    figure = _step_curves(summary, records, "loss", "Training loss (nats)")
-    caption = f"Faint: every step. Line: exponential moving average (decay {SMOOTHING}, bias-corrected)."
-    return None if figure is None else Plot("loss", "Training loss", caption, figure)
+    caption = f"Faint: every step. Line: exponential moving average (decay {DECAY}, bias-corrected)."
+    return _step_curves(summary, records, "loss", "Training loss (nats)", "Training loss", caption)
 
 
 def alignment(summary: Mapping[str, Any], records: Sequence[Record]) -> Plot | None:
     """The alignment term of every client, where there is one."""
-    figure = _step_curves(summary, records, "align", "Alignment term")
     caption = "How far a client's personal blocks are from the server's copy; smoothed like the training loss."
-    return None if figure is None else Plot("align", "Alignment with the server", caption, figure)
+    return _step_curves(summary, records, "align", "Alignment term", "Alignment with the server", caption)
 
 
 def dumbbells(summary: Mapping[str, Any], records: Sequence[Record]) -> Plot | None:
@@ -254,20 +252,15 @@ def score_by_depth(summary: Mapping[str, Any], records: Sequence[Record]) -> Plo
     return Plot("depth", "Score and depth of the personal part", caption, figure)
 
 
-def smooth(values: Sequence[float | None], decay: float = SMOOTHING) -> list[float | None]:
+def smooth(values: Sequence[float | None]) -> list[float | None]:
     """Bias-corrected exponential moving average; missing values stay missing and do not count."""
-    average, weight, result = 0.0, 0.0, list[float | None]()
-    for value in values:
-        if value is None:
-            result.append(None)
-            continue
-        average = decay * average + (1 - decay) * value
-        weight = decay * weight + (1 - decay)
-        result.append(average / weight)
-    return result
+    average = Average()
+    return [None if value is None else average.add(value) for value in values]
 
 
-def _step_curves(summary: Mapping[str, Any], records: Sequence[Record], key: str, title: str) -> Any:
+def _step_curves(
+    summary: Mapping[str, Any], records: Sequence[Record], key: str, axis: str, title: str, caption: str
+) -> Plot | None:
     figure = blank(height=430)
     drawn = False
     for index, client in enumerate(summary["clients"]):
@@ -301,5 +294,5 @@ def _step_curves(summary: Mapping[str, Any], records: Sequence[Record], key: str
             hovertemplate="%{fullData.name}<br>step %{x}: %{y:.4g} (smoothed)<extra></extra>",
         )
     figure.update_xaxes(title="Step of the client")
-    figure.update_yaxes(title=title, rangemode="nonnegative")
-    return figure if drawn else None
+    figure.update_yaxes(title=axis, rangemode="nonnegative")
+    return Plot(key, title, caption, figure) if drawn else None

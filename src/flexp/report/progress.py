@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
-from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
@@ -16,6 +15,7 @@ from flexp.errors import plain
 from flexp.report import formats
 
 DECAY = 0.9
+"""Of what is shown of losses and alignment, here and in figures."""
 
 
 class Progress:
@@ -42,8 +42,8 @@ class Progress:
         self.total, self.title, self.metric, self.done = total_steps, title, metric, done
         self.console = console or Console()
         self._first = done
-        self._loss: dict[str, _Average] = {}
-        self._align: dict[str, _Average] = {}
+        self._loss: dict[str, Average] = {}
+        self._align: dict[str, Average] = {}
         self._started = time.monotonic()
         self._bar: RichProgress | None = None
         self._task: TaskID | None = None
@@ -63,9 +63,7 @@ class Progress:
             self._print(f"{self.title}: {self.total - self.done} steps to do")
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -75,10 +73,10 @@ class Progress:
     def step(self, client: str, loss: float, align: float | None = None) -> None:
         """One optimiser step of ``client`` has passed."""
         self.done += 1
-        average = self._loss.setdefault(client, _Average()).add(loss)
+        average = self._loss.setdefault(client, Average()).add(loss)
         state = f"{client}  loss {average:.3f}"
         if align is not None:
-            state += f"  align {self._align.setdefault(client, _Average()).add(align):.3g}"
+            state += f"  align {self._align.setdefault(client, Average()).add(align):.3g}"
         if self._bar is not None and self._task is not None:
             most = max(self.total, self.done)
             self._bar.update(self._task, completed=self.done, total=most, state=f"{state}  {self._left()}")
@@ -136,19 +134,21 @@ class Progress:
         self.console.print(Text(text), soft_wrap=not self.live)
 
 
-class _Average:
+class Average:
     """Bias-corrected exponential moving average."""
 
     def __init__(self) -> None:
         self._sum = self._weight = 0.0
 
     def add(self, value: float) -> float:
+        """The average with ``value``."""
         self._sum = DECAY * self._sum + (1 - DECAY) * value
         self._weight = DECAY * self._weight + (1 - DECAY)
         return self.value
 
     @property
     def value(self) -> float:
+        """The average; NaN of nothing."""
         return self._sum / self._weight if self._weight else float("nan")
 
 

@@ -229,14 +229,20 @@ def place(row: Row) -> str:
     return str(row.get(PLACE, "a row"))
 
 
-class OneClass(BaseTask):
-    """One class of ``label_names`` for each example."""
+class Classifier(BaseTask):
+    """A task with classes, ``label_names``."""
 
-    metric = "accuracy"
+    label_names: list[str]
     higher_is_better = True
     labelled = True
     classes = True
     answers = True
+
+
+class OneClass(Classifier):
+    """One class for each example."""
+
+    metric = "accuracy"
 
     def measure(self, logits: Tensor, labels: Tensor, examples: Sequence[Example]) -> Tally:
         """Cross-entropy, hits and probabilities."""
@@ -249,13 +255,11 @@ class OneClass(BaseTask):
 
     def details(self, tally: Tally) -> dict[str, Any]:
         """``f1_by_class``, and the table of confusion: right answers are rows."""
-        assert self.label_names is not None
         given = [max(range(len(row)), key=row.__getitem__) for row in tally.answers]
         return class_details(self.label_names, confusion(tally.targets, given, len(self.label_names)))
 
     def answer(self, logits: Tensor, examples: Sequence[Example]) -> list[dict[str, Any]]:
         """The label, its probability and those of all."""
-        assert self.label_names is not None
         found = []
         for values in torch.softmax(logits.double(), dim=-1).tolist():
             row = dict(zip(self.label_names, values, strict=True))
@@ -284,7 +288,7 @@ def class_tally(logits_BC: Tensor, labels_B: Tensor) -> Tally:
     )
 
 
-class SeveralLabels(BaseTask):
+class SeveralLabels(Classifier):
     """A task whose rows have a list of labels each: some of the classes, or one for every word."""
 
     @classmethod

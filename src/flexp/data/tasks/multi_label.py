@@ -30,10 +30,6 @@ class MultiLabel(SeveralLabels, TextTask):
     name = "multi-label"
     model_kind: ModelKind = "multi-label-classification"
     metric = "micro_f1"
-    higher_is_better = True
-    labelled = True
-    classes = True
-    answers = True
 
     @classmethod
     def suits(cls, columns: Sequence[Column]) -> dict[str, Any] | None:
@@ -79,12 +75,10 @@ class MultiLabel(SeveralLabels, TextTask):
         return []
 
     def classes_in(self, example: Example) -> list[str]:
-        assert self.label_names is not None
         return [name for name, there in zip(self.label_names, example["labels"], strict=True) if there]
 
     def encode(self, rows: Sequence[Row]) -> list[Example]:
         """The text (or the filled template), with ``labels`` 1 for each class that is there and 0 for others."""
-        assert self.label_names is not None
         examples = self.inputs(rows)
         for example, row in zip(examples, rows, strict=True):
             there = set(row[self.config.label])
@@ -108,12 +102,10 @@ class MultiLabel(SeveralLabels, TextTask):
 
     def details(self, tally: Tally) -> dict[str, Any]:
         """``f1_by_class``."""
-        assert self.label_names is not None
         return {"f1_by_class": dict(zip(self.label_names, several_f1(tally.answers, tally.targets), strict=True))}
 
     def answer(self, logits: Tensor, examples: Sequence[Example]) -> list[dict[str, Any]]:
         """The labels with a probability of one half at least, and the probability of each."""
-        assert self.label_names is not None
         found = []
         for values in torch.sigmoid(logits.double()).tolist():
             row = dict(zip(self.label_names, values, strict=True))

@@ -33,10 +33,6 @@ class TokenClassification(SeveralLabels):
     name = "token-classification"
     model_kind: ModelKind = "token-classification"
     metric = "f1"
-    higher_is_better = True
-    labelled = True
-    classes = True
-    answers = True
 
     @classmethod
     def suits(cls, columns: Sequence[Column]) -> dict[str, Any] | None:
@@ -66,7 +62,6 @@ class TokenClassification(SeveralLabels):
         return None
 
     def classes_in(self, example: Example) -> list[str]:
-        assert self.label_names is not None
         return [self.label_names[tag] for tag in example["labels"] if tag != IGNORED]
 
     def encode(self, rows: Sequence[Row]) -> list[Example]:
@@ -123,7 +118,6 @@ class TokenClassification(SeveralLabels):
     def figures(self, tally: Tally) -> dict[str, Any]:
         """Over all words ``accuracy``, ``macro_f1`` and ``auc``; of entities ``f1``, ``precision`` and ``recall``, else
         ``majority``."""
-        assert self.label_names is not None
         right, given = list(chain(*tally.targets)), list(chain(*tally.answers))
         hits = sum(answer == wanted for answer, wanted in zip(map(_likeliest, given), right, strict=True))
         scores = {"accuracy": hits / len(right), **class_scores(given, right)}
@@ -137,13 +131,11 @@ class TokenClassification(SeveralLabels):
 
     def details(self, tally: Tally) -> dict[str, Any]:
         """``f1_by_class`` and the table of confusion, of words."""
-        assert self.label_names is not None
         given = [_likeliest(word) for words in tally.answers for word in words]
         return class_details(self.label_names, confusion(list(chain(*tally.targets)), given, len(self.label_names)))
 
     def answer(self, logits: Tensor, examples: Sequence[Example]) -> list[dict[str, Any]]:
         """A tag for each word; nothing for words that were cut off."""
-        assert self.label_names is not None
         found = []
         for tags_T, example in zip(logits.argmax(-1).tolist(), examples, strict=True):
             shift = len(tags_T) - len(example["labels"]) if self.processor.padding_side == "left" else 0
