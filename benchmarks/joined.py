@@ -45,7 +45,7 @@ def measure(
             examples, length = map(int, shape.split("x"))
             here = parties(folder, kind, examples=examples, length=length, tuning="lora")
             for count in map(int, counts.split(",")):
-                alone, joined = (_round(here, count, (examples, length), own, how) for how in (False, True))
+                alone, joined = (a_round(here, count, (examples, length), own, how) for how in (False, True))
                 timed = paired(alone, joined, pairs, time.process_time if processor else time.perf_counter)
                 ratio, low, high = 1 / timed.ratio, *(1 / value for value in timed.quartiles[::-1])
                 say(f"{count} clients, {shape}: {ratio:.2f}")
@@ -61,7 +61,7 @@ def measure(
     return Result({"model": model, "own": own, "processor": processor, "rows": found}, rows, columns)
 
 
-def _round(here: Parties, count: int, shape: tuple[int, int], own: bool, joined: bool) -> Callable[[], None]:
+def a_round(here: Parties, count: int, shape: tuple[int, int], own: bool, joined: bool) -> Callable[[], None]:
     """A forward and a backward of every client of a server of its own."""
     adapters: Any = "own" if own else "shared"
     server = here.server(ServerConfig(adapters=adapters, joined=joined, max_in_flight_total=count))

@@ -41,6 +41,15 @@ def test_codec_and_slow_link(
     assert (result["bench"], result["in_flight"], result["network"]["latency_s"]) == ("slow-link", 2, 0.001)
 
 
+def test_server_shares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    where = ("--model", str(bert_folder(tmp_path / "model")), "--shapes", "2x8", "--exchanges", "2", "--json")
+    code, shown = call(monkeypatch, capsys, "server-shares", *where)
+    ((row,), found) = json.loads(shown)["rows"], {"plan", "forward", "gradient", "norms", "optimiser", "rest"}
+    assert (code, row["shape"], set(row["shares"])) == (0, [2, 8], found)
+    assert sum(row["shares"].values()) == pytest.approx(1)
+    assert min(row["shares"].values()) > 0
+
+
 def test_unknown_codecs_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in (("codec", "--codec", "zip"), ("slow-link", "--codec", "zip")):
         code, shown = call(monkeypatch, capsys, *arguments)

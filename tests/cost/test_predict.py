@@ -246,8 +246,8 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.mark.parametrize(
     ("saved", "how"),
-    [(False, "trains"), (False, "follows"), (True, "trains"), (False, "sends once"), (False, "pools")],
-    ids=["trains", "follows", "in its file", "sends once", "pools"],
+    [(False, "trains"), (False, "follows"), (True, "trains"), (False, "sends once"), (False, "pools"), (True, "pages")],
+    ids=["trains", "follows", "in its file", "sends once", "pools", "blocks in their file"],
     indirect=["saved"],
 )
 def test_a_process_needs_what_was_predicted(saved: tuple[ModelConfig, ModelCost], how: str) -> None:
@@ -279,11 +279,17 @@ def test_a_process_needs_what_was_predicted(saved: tuple[ModelConfig, ModelCost]
         apart, pooled = (model_cost(mean, cost.kind, length=cost.length, pools=pools) for pools in (False, True))
         trains, predicted = (memory(each, Choice(probe.cut, examples)) for each in (apart, pooled))
         assert predicted < trains - 10e6
+    if how == "pages":
+        pages = model.model_copy(update={"tuning": "lora", "blocks": "file"})
+        probe = replace(probe, model_config=pages.model_dump(mode="json"))
+        cost, adapters = model_cost(pages, cost.kind, length=cost.length), Choice(cut, examples, rank=8)
+        trains, predicted = memory(model_cost(model, cost.kind, length=cost.length), adapters), memory(cost, adapters)
+        assert predicted < trains - 12e6  # four of five blocks
     peak = warmly(probe).peak
     assert peak > 40e6
     assert predicted == pytest.approx(peak, rel=0.15)
     assert (
-        how in ("trains", "pools") or predicted < 0.8 * trains
+        how in ("trains", "pools", "pages") or predicted < 0.8 * trains
     )  # no gradient and no optimiser for four or all of five blocks
 
 

@@ -57,6 +57,9 @@ class ModelConfig(Section):
     # of tokens, frozen and not tied to the head; file: they stay in the checkpoint's file, which each batch reads the
     # rows of its tokens from: equal numbers, less memory
     embeddings: Literal["memory", "file"] = "memory"
+    # of whoever has the ends, with LoRA; file: what is frozen of a block is read from the checkpoint's file when the
+    # block runs, forward or backward, and is in memory no longer: equal numbers, less memory (Linux)
+    blocks: Literal["memory", "file"] = "memory"
     # what a text classifier's head reads: the checkpoint's own head, or one linear layer on the mean of the tokens'
     # last hidden states, on the last token's or on the first's
     pooling: Literal["checkpoint", "mean", "last", "cls"] = "checkpoint"

@@ -137,6 +137,17 @@ class RunConfig(Section):
                 'model.embeddings = "file" leaves them as they are, and model.train_embeddings = true trains them: '
                 "choose one"
             )
+        if self.model.blocks == "file" and (self.model.tuning == "full" or self.model.quantization != "off"):
+            what = "model.tuning" if self.model.tuning == "full" else "model.quantization"
+            raise ValueError(
+                f'model.blocks = "file" leaves the blocks\' weights as the file has them, and {what} = '
+                f'"{self.model.tuning if what == "model.tuning" else self.model.quantization}" does not; set '
+                'model.tuning = "lora" and model.quantization = "off", or model.blocks = "memory"'
+            )
+        if self.model.blocks == "file" and (self.recut.on or self.devices.changes):
+            raise ValueError(
+                'model.blocks = "file" is for one cut, which recut.on and devices.changes move: choose one'
+            )
         return self
 
     def _check_without_gradients(self) -> None:

@@ -191,7 +191,7 @@ def _run(probe: Probe) -> Measured:
     stage = load_stage(config.at(probe.model), cast(Any, probe.kind), part, labels=probe.labels, pad_token_id=0)
     tune(stage, config, ranks=dict(probe.ranks), frozen=probe.frozen)
     own = stage.model.parameters() if probe.tail else without_tail(stage)
-    in_file = {id(value) for value in stored(stage.model)}
+    in_file = {id(value) for value in (*stored(stage.model), *stage.in_file)}
     for value in own:  # weights are mapped from their file: read them once, so that they count
         if id(value) not in in_file:
             value.detach().amax()  # a sum of packed numbers would make a copy of eight times their size

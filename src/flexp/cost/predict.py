@@ -166,7 +166,11 @@ def _own(cost: ModelCost, shape: ShapeCost, head: list[PieceCost], tail: list[Pi
     """Bytes of the client's weights with their optimiser's state, and of those weights that it trains."""
     own = [*head, *tail, shape.head]
     trained = sum(piece.trained_bytes for piece in own)
-    return sum(piece.weight_bytes for piece in own) + STATE[cost.optimizer] * trained, trained
+    weights = sum(piece.weight_bytes for piece in own)
+    if cost.config.blocks == "file":  # one block's are there at a time
+        frozen = [piece.weight_bytes - piece.trained_bytes for piece in (*head, *tail)]
+        weights -= sum(frozen) - max(frozen)
+    return weights + STATE[cost.optimizer] * trained, trained
 
 
 def overhead(rank: int | None, checkpointing: bool, measured: int | None = None) -> int:

@@ -109,7 +109,9 @@ class Skeleton:
         self.stage = Stage(bare, anatomy, Part.whole(anatomy.blocks) if not real else Part(frozenset(chosen), True))
         self.stage.compares = False  # a plan cannot be compared without content; loading the real model does it
         self.stage.autocast = AUTOCAST[config.autocast]
-        tune(self.stage, config, "frozen" if still else None)
+        tune(
+            self.stage, config.model_copy(update={"blocks": "memory"}), "frozen" if still else None
+        )  # there is no file
         with self.mode, torch.no_grad():
             _replace(bare, _filled if real else lambda value: torch.empty(value.shape, dtype=value.dtype))
         bare.train()

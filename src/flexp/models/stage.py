@@ -41,6 +41,7 @@ class Stage:
         self.lent = False  # whether the tensors belong to another stage as well
         self.weights: str | None = None  # which pretrained weights these are, where that is known
         self.quantization = "off"  # of the blocks' linear layers, in the words of ``model.quantization``
+        self.in_file: tuple[nn.Parameter, ...] = ()  # weights that are in memory only while their block runs
         self.places: dict[int, torch.device] = {}  # of its blocks, where they are on several devices
         self._tuples: int | None = None
         self.compares = True  # every plan with a server's, where it has the ends

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from flexp.config import LoraConfig, ModelConfig
 from flexp.errors import ConfigError, ModelError
 from flexp.models.loading import named_generator
+from flexp.models.paged import keep_in_file
 from flexp.models.quantized import check_bitsandbytes
 from flexp.models.stage import Stage
 from flexp.models.stored import stored
@@ -38,7 +39,8 @@ def tune(
       since it is new.
     - ``frozen``: nothing.
 
-    ``model.gradient_checkpointing`` is for who has the ends, too: a server's blocks are not checkpointed.
+    ``model.gradient_checkpointing`` and ``model.blocks`` are for who has the ends, too: a server's blocks are neither
+    checkpointed nor kept in their file.
 
     Args:
         seed: of the adapters' weights, which depend on it and on their names alone.
@@ -51,7 +53,8 @@ def tune(
     Raises:
         ConfigError: embeddings are to be trained without full tuning, or where they stay in their file; or quantised
             blocks are to be trained in full.
-        ModelError: LoRA finds no linear layer with the wanted names, or the model knows no gradient checkpointing.
+        ModelError: LoRA finds no linear layer with the wanted names, the model knows no gradient checkpointing, or its
+            blocks cannot stay in their file.
     """
     tuning = tuning or model.tuning
     embeddings = model.train_embeddings and stage.part.ends
@@ -83,6 +86,8 @@ def tune(
             module._parameters[name.rpartition(".")[2]] = copies[id(parameter)]
     if model.gradient_checkpointing and stage.part.ends:
         _checkpoint(stage.model)
+    if model.blocks == "file" and stage.part.ends:
+        keep_in_file(stage)
 
 
 def _checkpoint(model: Any) -> None:

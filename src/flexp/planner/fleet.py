@@ -105,6 +105,7 @@ class TaskShape(Section):
     rank: PositiveInt = 8
     train_embeddings: bool = False
     embeddings: Literal["memory", "file"] = "memory"
+    blocks: Literal["memory", "file"] = "memory"
     quantization: Quantization = "off"
     quantize_ends: bool = False
     optimizer: Literal["adamw", "adam", "sgd", "sgd-plain"] = "adamw"
@@ -127,7 +128,7 @@ class TaskShape(Section):
     def of_model(cls, model: ModelConfig, **others: Any) -> TaskShape:
         """What ``model`` says of it, and ``others``."""
         names = (
-            "dtype", "autocast", "attention", "tuning", "train_embeddings", "embeddings", "quantization",
+            "dtype", "autocast", "attention", "tuning", "train_embeddings", "embeddings", "blocks", "quantization",
             "quantize_ends",
         )  # fmt: skip
         return cls(rank=model.lora.rank, **{name: getattr(model, name) for name in names}, **others)
@@ -141,6 +142,7 @@ class TaskShape(Section):
             attention=self.attention,
             train_embeddings=self.tuning == "full" and self.train_embeddings,
             embeddings=self.embeddings,
+            blocks=self.blocks,
             quantization=self.quantization,
             quantize_ends=self.quantize_ends,
             pooling="mean" if self.pools else "checkpoint",
@@ -154,6 +156,10 @@ class TaskShape(Section):
             )
         if self.quantization != "off" and self.tuning != "lora":
             raise ValueError(f'quantization = "{self.quantization}" is for adapters; set tuning = "lora"')
+        if self.blocks == "file" and (self.tuning != "lora" or self.quantization != "off"):
+            raise ValueError(
+                'blocks = "file" leaves weights as the file has them; set tuning = "lora" and quantization = "off"'
+            )
         if self.quantize_ends and self.quantization == "off":
             raise ValueError('quantize_ends needs a quantization; set it to "nf4" or "int8"')
         if self.own and self.tuning != "lora":
