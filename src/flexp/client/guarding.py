@@ -5,8 +5,8 @@ server there is no task to keep z useful for; what is kept instead is each text'
 head made of it when it came: what a text is about, not which tokens stand where. Later the server's gradients say what
 is needed.
 
-The bound is checked against an attacker who is given this very head, more than a server ever has: it runs public text,
-and every token of the private ones in random order, through it, and learns the attacks of an audit from that.
+The bound is checked against an attacker who is given this very head, more than a server ever has: it runs public text
+and the vocabulary in random order through it, and learns the attacks of an audit from that.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,6 +38,8 @@ PUBLIC = 400
 """Public texts of the warm-up, and half as many of a check."""
 CHECKED = 64
 """Private texts that a check attacks."""
+VOCABULARY = 1 << 15
+"""Tokens that its attacker knows; of a larger vocabulary those of the private texts and others by lot."""
 STREAM = "privacy"
 
 
@@ -242,9 +245,10 @@ class Guard:
         """The share of content words of some private texts that the best of these attacks reads."""
         special, draw = set(self._tokenizer.all_special_ids), generator(self._seed, STREAM, "check")
         some = [private[number] for number in draw.permutation(len(private))[:CHECKED]]
-        tokens = sorted({token for ids in some for token in ids} - special)
-        mixed = [draw.permutation(tokens).tolist() for _ in range(3)]
-        flat = [token for each in mixed for token in each]
+        words = {token for ids in some for token in ids} - special
+        others = np.setdiff1d(np.arange(len(self._tokenizer)), [*words, *special])
+        more = draw.permutation(others)[: max(0, VOCABULARY - len(words))]
+        flat = draw.permutation([*words, *more.tolist()]).tolist()
         length = max(map(len, some))
         shuffled = [flat[start : start + length] for start in range(0, len(flat), length)]
         known = known_to_all(stage, depth, [{"input_ids": ids} for ids in [*public[: PUBLIC // 2], *shuffled]])
