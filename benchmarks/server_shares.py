@@ -21,7 +21,6 @@ from benchmarks.joined import a_round
 from benchmarks.tools.command import Kind, Model, Result, Threads, fetched, say
 from benchmarks.tools.one_client import without_dropout
 from benchmarks.tools.parties import parties
-from flexp.links.base import never_wait
 from flexp.models.stage import Stage
 from flexp.optim import Updater
 from flexp.server import session
@@ -45,7 +44,6 @@ def measure(
     threads: Threads = 1,
 ) -> Result:
     """Shares of a server's time for an exchange, by the size of the request."""
-    never_wait()
     found, rows = [], []
     with without_dropout(fetched(model, threads)) as (folder, _):
         for shape in shapes.split(","):

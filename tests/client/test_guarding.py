@@ -30,10 +30,11 @@ from flexp.methods import World
 from flexp.methods.flexp_sfl import FlexpSfl
 from flexp.methods.parties import own_stage
 from flexp.models.anatomy import Part
+from flexp.models.loading import load_processor
 from flexp.planner.fleet import TaskShape
 from flexp.run import defending
 from flexp.run.runner import run
-from flexp.run.settle import build_world, load_processor, model_folder
+from flexp.run.settle import build_world, model_folder
 from tests import tiny
 from tests.harness import seeded
 

@@ -31,8 +31,8 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON instead of a table.")] = False,
     force: Force = False,
 ) -> None:
-    """Choose every device's cut, micro-batch and more for a model; nothing is trained or loaded, but to keep a bound of
-    [privacy]."""
+    """Choose every device's cut, micro-batch and more for a model; nothing is trained or loaded, but to keep a bound on
+    content words."""
     from flexp.files import check_new
     from flexp.planner.accuracy import AccuracyCurve, fit, prior, read_pilots
     from flexp.planner.document import document

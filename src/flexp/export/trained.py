@@ -22,9 +22,9 @@ from flexp.data.types import Example, Forward, Task
 from flexp.errors import ConfigError, StorageError
 from flexp.kinds import ModelKind
 from flexp.models.batches import max_positions
-from flexp.models.loading import load_config
+from flexp.models.loading import load_config, load_processor
 from flexp.models.stage import Stage
-from flexp.run.settle import load_processor, model_folder
+from flexp.run.settle import model_folder
 from flexp.run.store import Checkpoint, Store, party_of
 
 LAST, BEST = "last", "best"

@@ -197,6 +197,28 @@ def load_config(name: str) -> Any:
         ) from error
 
 
+def load_processor(model_id: str, *, images: bool) -> Any:
+    """The tokenizer of a text model, or the image processor of an image model.
+
+    Raises:
+        ModelError: the model has none.
+    """
+    auto = transformers.AutoImageProcessor if images else transformers.AutoTokenizer
+    kind = "image processor" if images else "tokenizer"
+    if model_id.startswith("arch:"):
+        raise ModelError(
+            f"{model_id} has no {kind}; use a model with one (arch: models are for flexp verify and bench)"
+        )
+    try:
+        processor: Any = auto.from_pretrained(model_id)
+    except Exception as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"{model_id}: its {kind} cannot be loaded ({first})") from error
+    if not images:
+        processor.padding_side = "right"  # on the left it would shift absolute positions (GPT-2)
+    return processor
+
+
 def _from_zoo(wanted: ModelConfig, kind: ModelKind, labels: Sequence[str] | None, dropout: float, seed: int) -> Stage:
     from flexp.models import zoo
 

@@ -22,7 +22,7 @@ from flexp.limits import maps_count
 from flexp.methods.base import method_of
 from flexp.models.anatomy import block_count
 from flexp.models.heads import trained_classes
-from flexp.models.loading import load_config
+from flexp.models.loading import load_config, load_processor
 from flexp.planner.accuracy import AccuracyCurve
 from flexp.planner.document import PlannedClient, SavedPlan, document, read_plan
 from flexp.planner.fleet import Choices, Fleet, TaskShape, of_run, parse_fleet
@@ -31,7 +31,6 @@ from flexp.planner.model import ModelCosts
 from flexp.planner.plan import Plan, make_plan
 from flexp.report.formats import cut, size
 from flexp.run.defending import FIELDS, Defended, Texts, defended
-from flexp.run.settle import load_processor
 
 
 def load_fleet(path: Path, overrides: Iterable[str] = ()) -> Fleet:

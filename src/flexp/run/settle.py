@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from flexp.assets import resolve
 from flexp.client.model import SplitModel
@@ -25,7 +24,7 @@ from flexp.data.columns import rows_of
 from flexp.data.split import Identity, identity
 from flexp.data.tasks import task_of
 from flexp.data.types import ClientData, Federation
-from flexp.errors import ConfigError, DataError, ModelError, StorageError
+from flexp.errors import ConfigError, DataError, StorageError
 from flexp.files import read_json
 from flexp.kinds import KINDS, ModelKind
 from flexp.links.base import Link
@@ -35,7 +34,7 @@ from flexp.methods.parties import own_config, own_trainer, split_model, tune_own
 from flexp.models.anatomy import Part, block_count, check_cut
 from flexp.models.batches import max_positions
 from flexp.models.heads import trained_classes
-from flexp.models.loading import load_config, load_stage
+from flexp.models.loading import load_config, load_processor, load_stage
 from flexp.models.stage import Stage
 from flexp.run.folder import JOINED, JOINED_SCHEMA, is_joined
 from flexp.run.meetings import check_masks, with_meetings
@@ -299,28 +298,6 @@ def load_part(
 def own_pad(kind: ModelKind, processor: Any) -> int | None:
     """The padding token that a text model is told; images have none."""
     return None if KINDS[kind].images else pad_id(processor)
-
-
-def load_processor(model_id: str, *, images: bool) -> Any:
-    """The tokenizer of a text model, or the image processor of an image model.
-
-    Raises:
-        ModelError: the model has none.
-    """
-    auto = transformers.AutoImageProcessor if images else transformers.AutoTokenizer
-    kind = "image processor" if images else "tokenizer"
-    if model_id.startswith("arch:"):
-        raise ModelError(
-            f"{model_id} has no {kind}; use a model with one (arch: models are for flexp verify and bench)"
-        )
-    try:
-        processor: Any = auto.from_pretrained(model_id)
-    except Exception as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"{model_id}: its {kind} cannot be loaded ({first})") from error
-    if not images:
-        processor.padding_side = "right"  # on the left it would shift absolute positions (GPT-2)
-    return processor
 
 
 def _precision_notes(config: RunConfig) -> list[str]:
