@@ -14,7 +14,7 @@ import torch
 
 from flexp.client.pretrained import SplitModelForCausalLM
 from flexp.config import AlignConfig, LoraConfig, ModelConfig, ServerConfig
-from flexp.errors import ConfigError, LinkError
+from flexp.errors import ConfigError, LinkError, StorageError
 from flexp.links.asking import FetchRequest, PullRequest
 from flexp.links.messages import Abort, BackwardRequest, ForwardRequest, Leave
 from flexp.models.fingerprint import weights_fingerprint
@@ -79,6 +79,25 @@ def test_memory_that_runs_out_is_one_line_and_graphs_are_let_go_of(monkeypatch: 
     assert torch.equal(got.grad_BTH, wanted.grad_BTH)  # its blocks ran again
     assert equal(shared_weights(here.server), shared_weights(alone.server))
     assert here.server.answer("b", forward(1))
+
+
+@pytest.mark.parametrize("rule", ["every", "mean"])
+def test_an_update_that_is_not_finished_ends_the_server(monkeypatch: pytest.MonkeyPatch, rule: Any) -> None:
+    """What the optimiser has changed by then, nobody knows: no other step goes in, and nothing of it is saved."""
+    here = joined(update=rule, mean_over=1)
+    here.server.answer("a", forward(1))
+    here.server.answer("b", forward(1))
+    monkeypatch.setattr(torch.optim.AdamW, "step", allocate)
+    broken = "an update of the shared blocks was not finished .OutOfMemoryError.*start the server again"
+    with pytest.raises(LinkError, match=broken):
+        here.server.answer("a", backward(1))
+    monkeypatch.undo()
+    assert all(value.grad is None for value in here.server.shared.updater.parameters.values())
+    for client in ("a", "b"):
+        with pytest.raises(LinkError, match=broken):
+            here.server.answer(client, backward(1))
+    with pytest.raises(StorageError, match=broken):
+        here.server.shared.state()
 
 
 def test_the_bounds_on_what_is_in_flight_say_so() -> None:

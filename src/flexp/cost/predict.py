@@ -169,7 +169,7 @@ def _own(cost: ModelCost, shape: ShapeCost, head: list[PieceCost], tail: list[Pi
     weights = sum(piece.weight_bytes for piece in own)
     if cost.config.blocks == "file":  # one block's are there at a time
         frozen = [piece.weight_bytes - piece.trained_bytes for piece in (*head, *tail)]
-        weights -= sum(frozen) - max(frozen)
+        weights -= sum(frozen) - max(frozen, default=0)
     return weights + STATE[cost.optimizer] * trained, trained
 
 

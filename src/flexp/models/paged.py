@@ -23,6 +23,7 @@ from flexp.models.stage import Stage
 from flexp.models.stored import refused
 
 SETTING = ('model.blocks = "file"', '"memory"')
+LIBC: Any = ctypes.CDLL(None, use_errno=True) if sys.platform.startswith("linux") else None
 _OF_A_FILE, _SWAPPED, _PRESENT = (np.uint64(1 << bit) for bit in (61, 62, 63))
 """Bits of an entry of ``/proc/self/pagemap``: the page is one of a file (or shared), swapped out, in memory."""
 
@@ -36,7 +37,7 @@ def keep_in_file(stage: Stage) -> None:
     """
     if stage.quantization != "off":
         raise refused(f"blocks in {stage.quantization} are made as they are loaded, and are in no file", SETTING)
-    if not sys.platform.startswith("linux"):
+    if LIBC is None:
         raise refused(f"it needs Linux's /proc/self/pagemap, and this is {sys.platform}", SETTING)
     maps = list(_maps())
     for index in sorted(stage.part.blocks):
@@ -56,7 +57,10 @@ def keep_in_file(stage: Stage) -> None:
         pages = Pages(weights)
         block.register_forward_pre_hook(pages.enter, with_kwargs=True)
         block.register_forward_hook(pages.leave)
-        pages.release()  # loading looked at them
+        try:
+            pages.release()  # loading looked at them
+        except OSError as error:
+            raise refused(f"this system gives no memory back ({error})", SETTING) from error
         stage.in_file += tuple(weights)
 
 
@@ -85,9 +89,12 @@ class Pages:
         with Path("/proc/self/pagemap").open("rb", buffering=0) as stream:
             for start, stop in _whole_pages(self.weights):
                 stream.seek(8 * (start // mmap.PAGESIZE))
-                entries = np.frombuffer(stream.read(8 * ((stop - start) // mmap.PAGESIZE)), np.uint64)
+                count = (stop - start) // mmap.PAGESIZE
+                entries = np.frombuffer(stream.read(8 * count), np.uint64)
                 written = (entries & _PRESENT != 0) & (entries & _OF_A_FILE == 0) | (entries & _SWAPPED != 0)
-                if not written.any() and _libc().madvise(ctypes.c_void_p(start), stop - start, mmap.MADV_DONTNEED):
+                if len(entries) < count or written.any():
+                    continue
+                if LIBC.madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), mmap.MADV_DONTNEED):
                     raise OSError(ctypes.get_errno(), f"madvise: {os.strerror(ctypes.get_errno())}")
 
 
@@ -112,7 +119,3 @@ def _maps() -> Iterator[tuple[int, int]]:
         if inode != "0":
             start, stop = addresses.split("-")
             yield int(start, 16), int(stop, 16)
-
-
-def _libc() -> Any:
-    return ctypes.CDLL(None, use_errno=True)

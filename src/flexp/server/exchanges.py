@@ -63,6 +63,9 @@ class Exchanges(Led):
         if isinstance(request, Ready):
             return cast("Future[R]", self._next_order(client, request))
         with self._lock:
+            broken = self.own.get(client, self.shared).broken
+            if broken and not issubclass(request.reply, Done):
+                raise LinkError(broken)
             if self._must_wait(client, request):
                 return self._line_up(client, request)
             try:

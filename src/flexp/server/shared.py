@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from flexp.config import OptimizerConfig, ServerConfig
-from flexp.errors import StorageError
+from flexp.errors import LinkError, StorageError, TrainingError
 from flexp.models.fingerprint import tensor_fingerprint
 from flexp.models.stage import Stage
 from flexp.optim import Updater
@@ -67,6 +67,7 @@ class SharedBlocks:
         self.quota: Quota | None = None
         self.skipped: Counter[str] = Counter()  # steps of clients that were answered and not applied
         self.peak_versions = 1
+        self.broken = ""  # why these weights may be between two steps, so that nobody may have them any more
         self._parked = False  # in main memory, since its client is idle
         self._fingerprint: str | None = None
 
@@ -218,7 +219,13 @@ class SharedBlocks:
         return self._fingerprint
 
     def state(self) -> dict[str, Tensor]:
-        """Weights, optimiser, and what the ``mean`` rule has gathered; nothing may be in flight that matters."""
+        """Weights, optimiser, and what the ``mean`` rule has gathered; nothing may be in flight that matters.
+
+        Raises:
+            StorageError: they are broken.
+        """
+        if self.broken:
+            raise StorageError(self.broken)
         flat = {f"weights/{name}": value.detach() for name, value in self.updater.parameters.items()}
         flat |= {f"optimizer/{name}": value for name, value in self.updater.state().items()}
         flat |= self._gathered.state()
@@ -269,7 +276,11 @@ class SharedBlocks:
         self._fingerprint = None
 
     def apply(self, gradients: Mapping[str, Tensor], norm: float | None = None, whole: Whole | None = None) -> None:
-        """Update the weights; see :meth:`add`."""
+        """Update the weights; see :meth:`add`.
+
+        Raises:
+            LinkError: the optimiser failed on its way, for instance because memory ran out; the blocks are then broken.
+        """
         if norm is None and whole is not None:
             norm = whole(gradients)
         if self._held[self.version] > 0:
@@ -278,7 +289,17 @@ class SharedBlocks:
             del self._held[self.version]
         for name, gradient in gradients.items():
             self.updater.parameters[name].grad = gradient
-        self.updater.step(norm)
+        try:
+            self.updater.step(norm)
+        except TrainingError:
+            raise  # nothing was applied
+        except Exception as error:
+            self.updater.forget()
+            self.broken = (
+                f"an update of the shared blocks was not finished ({type(error).__name__}: {error}), so their weights "
+                "may be between two steps; start the server again, it goes on from what it has saved"
+            )
+            raise LinkError(self.broken) from error
         self.version += 1
         self._fingerprint = None
 

@@ -159,7 +159,11 @@ class Together:
             all_grads = [torch.zeros_like(h_BTH) for h_BTH in joint.h_BTH]
             for place, grad_BTH in zip(order, grads, strict=True):
                 all_grads[place] = grad_BTH
-            found = joint.gradients(all_grads)
+            try:
+                found = joint.gradients(all_grads)
+            except Exception:
+                joint.free()  # before each is computed alone
+                raise
             found = [found[place] for place in order]
         else:
             for pending in pendings:  # its graph would stay for whoever comes later, who is computed anew

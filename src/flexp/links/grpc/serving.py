@@ -17,7 +17,8 @@ import grpc
 import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from flexp.errors import ConfigError, FlexpError, LinkError, LinkLostError
+from flexp.errors import ConfigError, FlexpError, FullError, LinkError, LinkLostError
+from flexp.limits import out_of_memory
 from flexp.links.base import Later, Service, never_wait
 from flexp.links.coding import PLAIN, Coding
 from flexp.links.frames import VERSION, Frame, Head, encode
@@ -202,17 +203,21 @@ class Serving:
     def _compute(self, client: str, frame: Frame, lines: Callable[[], None]) -> asyncio.Future[Answer]:
         """The answer to a request, computed in the one thread that does."""
         loop = asyncio.get_running_loop()
-        return asyncio.ensure_future(self._known(loop.run_in_executor(self._worker, self._work, client, frame), lines))
+        computed = loop.run_in_executor(self._worker, self._work, client, frame)
+        return asyncio.ensure_future(self._known(client, frame.head, computed, lines))
 
-    async def _known(self, computed: asyncio.Future[Made | Future[Made]], lines: Callable[[], None]) -> Answer:
+    async def _known(
+        self, client: str, head: Head, computed: asyncio.Future[Made | Future[Made]], lines: Callable[[], None]
+    ) -> Answer:
         """The answer, once it is known; meanwhile nothing is computed for the client."""
         answer = await computed
         if isinstance(answer, Later):
             lines()
         said, made = await asyncio.wrap_future(answer) if isinstance(answer, Future) else answer
-        if isinstance(made, Frame):
-            made = await asyncio.get_running_loop().run_in_executor(self._encoder, encode, made)
-        return said, made
+        if not isinstance(made, Frame):
+            return said, made
+        whole: Callable[[], Answer] = lambda: (said, encode(made))  # noqa: E731
+        return await asyncio.get_running_loop().run_in_executor(self._encoder, self._or_refusal, client, head, whole)
 
     def _work(self, client: str, frame: Frame) -> Made | Future[Made]:
         try:
@@ -246,6 +251,10 @@ class Serving:
         except FlexpError as error:
             return refused(error, head.call)
         except Exception as error:  # one client's request must not end the others' server
+            if out_of_memory(error) is not None:
+                return refused(
+                    FullError(f"client {client}: the server's memory ran out at a {head.message}"), head.call
+                )
             kind = f"{head.message} {type(error).__name__}"
             new = kind not in self._failed  # what a client can repeat would fill the log
             self._failed.add(kind)
