@@ -33,6 +33,7 @@ from flexp.models.anatomy import Part
 from flexp.models.loading import load_processor
 from flexp.planner.fleet import TaskShape
 from flexp.run import defending
+from flexp.run.public_texts import words
 from flexp.run.runner import run
 from flexp.run.settle import build_world, model_folder
 from tests import tiny
@@ -352,6 +353,7 @@ def told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[Any, ...
         own = self.config
         taught.append((own.penalty, own.pool, own.noise, depth, {tuple(each["input_ids"]) for each in self._examples}))
         least = {"off": 0.4 if own.pool else 0.6, "nopeek": 0.02}[own.penalty] / (1 + 4 * own.noise)
+        self.attacked = 50
         self.read = {1: 0.9, 2: 0.7, 3: 0.03}[depth] + least
 
     monkeypatch.setattr(Guard, "teach", teach)
@@ -403,10 +405,10 @@ def test_the_planner_chooses_the_cheapest_defence(
     assert world.plan is not None
     assert world.plan["task"]["pools"] is own.pool
     rows = world.plan["privacy"]["tried"]
-    assert [row["with"] for row in rows if row["chosen"]] == [defending.words(own)]
+    assert [row["with"] for row in rows if row["chosen"]] == [words(own)]
     assert [row["with"] for row in rows][:4] == ["without a defence", "with privacy.pool = true", *NOISY]
     assert all(row["s"] > start or row["content"] > bound for row in rows if row["price"] < defending.price(own))
-    note = f"is kept {defending.words(own)}, s of at least {start}"
+    note = f"is kept {words(own)}, s of at least {start}"
     assert any(note in each for each in world.federation.notes)
 
 
