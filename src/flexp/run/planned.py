@@ -62,6 +62,7 @@ def with_cuts(config: RunConfig, federation: Federation, blocks: int) -> tuple[R
         InfeasibleError: a device lacks something.
         PrivacyError: nothing that may be chosen keeps the bound.
         ConfigError: the plan's file is about another model or other clients.
+        DataError: the public texts are too few to plan a bound by.
     """
     clients, names = config.data.clients, [client.name for client in federation.clients]
     if clients.plan is not None:
