@@ -52,7 +52,8 @@ class PrivacyConfig(Section):
     @model_validator(mode="after")
     def _one_vector_or_a_taught_head(self) -> PrivacyConfig:
         if self.pool and self.penalty != "off":
-            raise ValueError("pool and penalty: no token's activation is sent that could be taught; choose one")
+            raise ValueError("privacy.pool and privacy.penalty: no token's activation is sent that could be taught; "
+                             "choose one")  # fmt: skip
         return self
 
     @property
