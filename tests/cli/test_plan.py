@@ -76,6 +76,13 @@ def test_a_table_a_file_and_a_page(
     assert "arch:bert has no file" in said
     code, shown, _ = call(monkeypatch, capsys, "plan", str(save_tiny("bert", tmp_path / "model")), *options)
     assert 'it must say train.batch_size = 4, model.embeddings = "file".' in shown
+    lean = (*options[:2], "--set", "task.tuning=lora", "--set", "task.blocks=file")
+    code, shown, _ = call(monkeypatch, capsys, "plan", str(tmp_path / "model"), *lean)
+    assert 'it must say train.batch_size = 4, model.blocks = "file", model.tuning' in shown
+    bound = (*options[:2], "--set", "privacy.max_content_words=0.5", "--set", "choices.starts=[9]")
+    code, _, said = call(monkeypatch, capsys, "plan", str(tmp_path / "model"), *bound)
+    assert code == 2
+    assert "choices.starts = 9 leaves the server no block of 4; expected 3 at most" in said
     code, shown, _ = call(monkeypatch, capsys, "plan", "arch:bert", "--devices", str(fleet), "--json")
     assert code == 0
     assert json.loads(shown)["totals"]["round_seconds"] > 0

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from scipy.stats import mannwhitneyu
 
 from flexp.attacks.public import known_to_all
@@ -21,7 +24,8 @@ from flexp.client.penalties import Adversary, distance_correlation
 from flexp.client.random_labels import RandomLabels, epsilon_within
 from flexp.config import PrivacyConfig, RunConfig
 from flexp.config.loading import validate
-from flexp.errors import ConfigError, PrivacyError
+from flexp.cost.choice import Choice
+from flexp.errors import ConfigError, DataError, PrivacyError
 from flexp.gaussian import DELTA, drawn, key_as_tensor, key_of
 from flexp.gaussian import epsilon as gaussian
 from flexp.links.messages import BackwardRequest, ForwardRequest
@@ -30,9 +34,10 @@ from flexp.methods import World
 from flexp.methods.flexp_sfl import FlexpSfl
 from flexp.methods.parties import own_stage
 from flexp.models.anatomy import Part
-from flexp.models.loading import load_processor
+from flexp.models.loading import load_processor, load_stage
 from flexp.planner.fleet import TaskShape
 from flexp.run import defending
+from flexp.run.public_texts import Reader, Texts, words
 from flexp.run.runner import run
 from flexp.run.settle import build_world, model_folder
 from tests import tiny
@@ -352,6 +357,7 @@ def told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[Any, ...
         own = self.config
         taught.append((own.penalty, own.pool, own.noise, depth, {tuple(each["input_ids"]) for each in self._examples}))
         least = {"off": 0.4 if own.pool else 0.6, "nopeek": 0.02}[own.penalty] / (1 + 4 * own.noise)
+        self.attacked = 50
         self.read = {1: 0.9, 2: 0.7, 3: 0.03}[depth] + least
 
     monkeypatch.setattr(Guard, "teach", teach)
@@ -378,6 +384,10 @@ def test_the_planner_cuts_where_the_bound_is_kept(folder: Path, told: list[tuple
         assert {start for start, _ in build_world(config(folder, named, data=AUTO)).cuts.values()} == {3}
         assert [(each[:3], each[3]) for each in told] == [(("nopeek", False, 0.0), depth) for depth in (3, 2)]
     assert not any(private & each[4] for each in told)
+    frozen = {"personal": {"frozen_head_blocks": 2}, "align": {"kind": "off"}}
+    told.clear()
+    assert {start for start, _ in build_world(config(folder, named, data=AUTO, method=frozen)).cuts.values()} == {3}
+    assert {each[3] for each in told} == {3}  # nothing is taught in two blocks that are not trained
     with pytest.raises(
         PrivacyError, match=r"kept by no cut .* 5 % at s = 3 with privacy.penalty = .*; a bound of 0.05"
     ):
@@ -403,10 +413,10 @@ def test_the_planner_chooses_the_cheapest_defence(
     assert world.plan is not None
     assert world.plan["task"]["pools"] is own.pool
     rows = world.plan["privacy"]["tried"]
-    assert [row["with"] for row in rows if row["chosen"]] == [defending.words(own)]
+    assert [row["with"] for row in rows if row["chosen"]] == [words(own)]
     assert [row["with"] for row in rows][:4] == ["without a defence", "with privacy.pool = true", *NOISY]
     assert all(row["s"] > start or row["content"] > bound for row in rows if row["price"] < defending.price(own))
-    note = f"is kept {defending.words(own)}, s of at least {start}"
+    note = f"is kept {words(own)}, s of at least {start}"
     assert any(note in each for each in world.federation.notes)
 
 
@@ -418,6 +428,71 @@ def test_a_refusal_says_what_would_keep_the_bound(folder: Path, told: list[tuple
     with pytest.raises(PrivacyError, match=r"a bound of 0.05 would be kept with privacy.penalty = .nopeek."):
         build_world(unnamed(folder, max_content_words=0.01))
     assert {each[0] for each in told} == {"off", "nopeek"}
+
+
+def texts_of(folder: Path) -> Texts:
+    place, task = folder / "model", TaskShape(length=16)
+    processor = load_processor(str(place), images=False)
+    return Texts(task.model(str(place)), task.kind, 4, processor, longest=16, labels=["0", "1"])
+
+
+def test_what_was_read_is_taken_for_the_same_content_alone(tmp_path: Path, told: list[tuple[Any, ...]]) -> None:
+    """Texts, embeddings and configuration, wherever they stand; half of a small file is the attacker's."""
+    tiny.bert_folder(tmp_path / "model")
+    public, weights, said = tmp_path / "public.txt", tmp_path / "model/model.safetensors", list[str]()
+    lines = [f"w1 w2 w3 w4 w5 w6 w7 w{number}" for number in (10, 11, 12, 13)]
+    public.write_text("\n".join(lines))
+    bound = PrivacyConfig(max_content_words=0.5)
+
+    def read(privacy: PrivacyConfig = bound) -> int:
+        Reader(str(public), texts_of(tmp_path), said.append).read(privacy, 3)
+        return len(told)
+
+    assert (read(), read(), len(told[0][4])) == (1, 1, 2)
+    assert said == ["63 % of content words are read at s = 3 without a defence"]
+    public.write_text("\n".join([*lines[:-1], "w20 w21 w22 w23 w24 w25"]))
+    assert (read(), read()) == (2, 2)
+    tensors = load_file(weights)
+    name = next(name for name in tensors if name.endswith("word_embeddings.weight"))
+    save_file({**tensors, name: tensors[name] + 1}, weights, {"format": "pt"})
+    assert (read(), read()) == (3, 3)
+    content = tmp_path / "model/config.json"
+    content.write_text(content.read_text().replace('"layer_norm_eps": 1e-12', '"layer_norm_eps": 1e-5'))
+    assert (read(), read()) == (4, 4)
+
+
+@pytest.mark.parametrize(
+    ("count", "says"), [(1, "and it has one"), (4, r"50 content words .* and they have [1-9]\d?;")]
+)
+def test_too_few_public_texts_plan_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, says: str
+) -> None:
+    monkeypatch.setenv("FLEXP_HOME", str(tmp_path))
+    (tmp_path / "few.txt").write_text("w1 w2 w3 w4 w5 w6 w7 w8 w9\n" * count)
+    with pytest.raises(DataError, match=f"few.txt: .*{says}"):
+        Reader(str(tmp_path / "few.txt"), texts_of(folder)).read(PrivacyConfig(max_content_words=0.5), 3)
+
+
+def test_a_plan_s_own_cuts_are_looked_at(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A deeper one may tell more than the shallowest that keeps the bound: then cuts begin beyond it."""
+    monkeypatch.setenv("FLEXP_HOME", str(tmp_path))
+    reads = {1: 0.1, 2: 0.2, 3: 0.3, 4: 0.8, 5: 0.4}
+    monkeypatch.setattr(Reader, "read", lambda self, privacy, depth: reads[depth])
+    monkeypatch.setattr(Reader, "_load", lambda self: load_stage(self.texts.model, self.texts.kind))
+    asked: list[int] = []
+
+    def plan(own: PrivacyConfig, least: int) -> Any:
+        asked.append(least)
+        options = {str(s): SimpleNamespace(choice=Choice((s, 6), 1)) for s in {least, max(least, 4)}}
+        return SimpleNamespace(solution=SimpleNamespace(options=options), measures=SimpleNamespace(loss=0.0))
+
+    told = PrivacyConfig(max_content_words=0.5, pool=False, noise=0.0, penalty="off", public=str(folder / "public.txt"))
+    texts = replace(texts_of(folder), blocks=6)
+    found = defending.defended(told, texts, plan)
+    assert (asked, found.chosen.depth, found.read) == ([1, 5], 5, {5: 0.4})
+    assert "s of at least 5: of public texts' content words are read, as planned, 40 % at s = 5" in found.line
+    with pytest.raises(ConfigError, match="planned for s of 1 to 5, and 6 or more is asked for"):
+        defending.defended(told, texts, plan, 6)
 
 
 def test_gradients_tell_only_the_answers_of_labels(folder: Path) -> None:

@@ -9,9 +9,10 @@ from flexp.comparison.cells import _same_work
 from flexp.config import RunConfig
 
 
-def run(cut: Any = (1, None), lr: float = 1e-4, **clients: Any) -> RunConfig:
+def run(cut: Any = (1, None), lr: float = 1e-4, privacy: Any = None, model: Any = None, **clients: Any) -> RunConfig:
     content = {
-        "model": {"id": "arch:bert"},
+        "model": {"id": "arch:bert", **(model or {})},
+        "privacy": privacy or {},
         "data": {"source": "rows.jsonl", "clients": {"cut": cut, **clients}},
         "train": {"personal": {"lr": lr}},
     }
@@ -26,6 +27,16 @@ def test_a_run_with_planned_cuts_is_the_cell_that_asked_for_a_plan(tmp_path: Pat
     assert _same_work(done, asked)
     assert not _same_work(run(each=PLANNED, lr=2e-4), asked)
     assert _same_work(done, run(plan=str(tmp_path / "plan.json")))
+
+
+def test_a_bound_s_defence_is_planned_as_well() -> None:
+    bound = {"max_content_words": 0.2}
+    done = run(each=PLANNED, privacy={**bound, "pool": True, "noise": 1.0}, model={"pooling": "mean"})
+    assert _same_work(done, run("auto", privacy=bound))
+    assert _same_work(done, run("auto", privacy={**bound, "noise": 1.0}, model={"pooling": "mean"}))
+    for other in ({"noise": 2.0}, {"max_content_words": 0.3}, {"weight": 3.0}):
+        assert not _same_work(done, run("auto", privacy={**bound, **other}))
+    assert not _same_work(done, run(each=PLANNED, privacy=bound))
 
 
 def test_a_plan_leaves_devices_as_they_were() -> None:

@@ -54,6 +54,9 @@ def test_classes_profiles_and_what_is_otherwise(tmp_path: Path) -> None:
     assert one.kind == two.kind != three.kind
 
 
+PHONE = [{"name": "a", "class": "phone"}]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -64,6 +67,9 @@ def test_classes_profiles_and_what_is_otherwise(tmp_path: Path) -> None:
         ({"devices": [{"name": "a", "class": "phone", "memory": 1}]}, "unknown key devices.0.memory"),
         ({"devices": [{"name": "a", "class": "phone"}], "choices": {"codecs": ["zip"]}}, "'zip' is not known"),
         ({"devices": [{"name": "a", "class": "phone"}], "weights": {"round": -1}}, "weights.round"),
+        ({"devices": PHONE, "privacy": {"max_content_words": 0.2, "pool": True, "penalty": "nopeek"}}, "choose one"),
+        ({"devices": PHONE, "privacy": {"pool": True}}, "set privacy.max_content_words, or leave [privacy] out"),
+        ({"devices": PHONE, "privacy": {"max_content_words": 0.2}, "task": {"pools": True}}, "privacy.pool = true"),
     ],
 )
 def test_what_is_wrong_is_named(content: dict[str, Any], message: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 from flexp.cost.choice import Choice
 from flexp.errors import ModelError
 from flexp.planner.fleet import Fleet, TaskShape
-from flexp.planner.infeasible import InfeasibleError
+from flexp.planner.infeasible import FLEET, InfeasibleError, _changes
 from flexp.planner.options import fits_memory, options_of
 from flexp.planner.plan import make_plan
 
@@ -70,6 +70,12 @@ def test_embeddings_in_their_file_come_first(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(FakeCosts, "memory", impossible)
     assert "micro-batches of 4" in refused(66 * MB).lacks[0].change
+
+
+def test_blocks_in_their_file_have_its_type() -> None:
+    task = TaskShape(tuning="lora", blocks="file")
+    halves = [each.task for each in _changes(task, Choice((1, 4), 8), FLEET, True) if each.task.dtype == "bfloat16"]
+    assert {half.blocks for half in halves} == {"memory"}
 
 
 def test_the_change_really_fits() -> None:

@@ -94,6 +94,9 @@ def test_the_server_is_planned_as_its_own_blocks_are_quantised(tmp_path: Path) -
         )
         return own.ModelCosts(str(folder), task, Choices(), device)
 
+    in_file = TaskShape(kind="causal-lm", length=16, tuning="lora", blocks="file")
+    known = costs("off")  # of blocks in memory, which are others
+    assert known.memory(in_file, choice) < known.memory(known.task, choice)
     plain, packed, mixed, other = costs("off"), costs("nf4"), costs("nf4", "off"), costs("off", "nf4")
     assert mixed.block_bytes(4) == plain.block_bytes(4) > packed.block_bytes(4) == other.block_bytes(4)
     for one, client, server in ((mixed, packed, plain), (other, plain, packed)):

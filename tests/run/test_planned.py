@@ -180,6 +180,8 @@ def test_small_exchanges_and_checkpointing_change_no_loss(home: Path) -> None:
         ([entry("north", rank=4)], {}, "plans LoRA of rank 4; set model.tuning and model.lora.rank accordingly"),
         ([entry("north", accumulation=3)], {}, "plans steps of 12 examples; set train.batch_size to that"),
         ([entry("north")], {"task": {"embeddings": "file"}}, 'set model.embeddings = "file"'),
+        ([entry("north")], {"task": {"blocks": "file"}}, 'set model.blocks = "file"'),
+        ([entry("north")], {"privacy": {"max_content_words": 0.2}}, "plans privacy.max_content_words = 0.2; set it"),
         ([], {}, "clients: .*; expected what flexp plan --out wrote"),
         ([entry("north")], {"version": 2}, "version: .*; expected what flexp plan --out wrote"),
         ([{"name": "north"}], {}, r"clients\.0\.cut: .*; expected what flexp plan --out wrote"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -62,7 +63,7 @@ def plan(
         made = make_plan(fleet, ModelCosts(model, fleet.task, fleet.choices, fleet.server), known)
         content = document(made, front(made) if pareto else ())
     else:
-        kept = plan_within(fleet, model, known)
+        kept = plan_within(fleet, model, known, partial(typer.echo, err=True))
         content = kept.document(document(kept.plan, front(kept.plan) if pareto else ()))
     if as_json:
         typer.echo(json.dumps(content))
@@ -93,8 +94,7 @@ def _taken_over(content: dict[str, Any]) -> str:
         settings += ['model.pooling = "mean"', "privacy.pool = true"] if defence["pool"] else []
         settings += [f'privacy.penalty = "{defence["penalty"]}"'] if defence["penalty"] != "off" else []
         settings += [f"privacy.noise = {defence['noise']:g}"] if defence["noise"] else []
-    if content["task"]["embeddings"] == "file":
-        settings += ['model.embeddings = "file"']
+    settings += [f'model.{name} = "file"' for name in ("embeddings", "blocks") if content["task"][name] == "file"]
     if first["rank"]:
         settings += ['model.tuning = "lora"', f"model.lora.rank = {first['rank']}"]
     return (

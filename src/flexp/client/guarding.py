@@ -11,7 +11,7 @@ and the vocabulary in random order through it, and learns the attacks of an audi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,10 +53,13 @@ class Guard:
         key: of its noise and of its labels' answers; ``None``: a secret one. The seed is none: every party of a run
             knows it.
         classes: of its labels, where there are any.
+        public: texts that everybody knows; ``None``: some of ``config.public``.
+        known: what the head makes of texts, for a check.
 
     Attributes:
         taught: the cut's s that the head has been taught for; −1: for none yet.
         read: the share of content words that the last check read; ``None``: none was made.
+        attacked: how many content words that check was about.
         checked: the steps after which it was made.
     """
 
@@ -68,8 +71,10 @@ class Guard:
         seed: int,
         key: int | None = None,
         classes: int = 0,
+        public: Sequence[str] | None = None,
+        known: Callable[[Stage, int, Sequence[Example]], Public] = known_to_all,
     ) -> None:
-        self.config, self.taught, self.checked = config, -1, 0
+        self.config, self.taught, self.checked, self.attacked = config, -1, 0, 0
         key = secret_key() if key is None else key
         self.noise = Noise(config.noise, key, config.clip) if config.noise else None
         epsilon = config.label_epsilon
@@ -77,6 +82,7 @@ class Guard:
         self.penalty = Adversary(seed) if config.penalty == "adversary" else NoPeek()
         self.read: float | None = None
         self._examples, self._tokenizer, self._seed = examples, tokenizer, seed
+        self._public, self._known = public, known
 
     @property
     def penalises(self) -> bool:
@@ -176,11 +182,13 @@ class Guard:
         steps = 0 if self.config.penalty == "off" else warm.steps
         private = [_tokens(example) for example in self._examples]
         longest = max(map(len, private))
-        texts = paragraphs(None if self.config.public is None else Path(self.config.public), PUBLIC)
+        texts = self._public
+        if texts is None:
+            texts = paragraphs(None if self.config.public is None else Path(self.config.public), PUBLIC)
         public = [example["input_ids"][:longest] for example in encoded(self._tokenizer, texts, passes=0)]
         everything = [*private, *public]
         if self.noise is not None and self.noise.clip is None:
-            came = known_to_all(stage, depth, [{"input_ids": ids} for ids in public]).sent
+            came = self._known(stage, depth, [{"input_ids": ids} for ids in public]).sent
             self.noise.clip = float((came.as_one() if self.config.pool else came).z_NH.norm(dim=1).median())
         if not steps:
             if bound is not None:
@@ -251,19 +259,21 @@ class Guard:
         flat = draw.permutation([*words, *more.tolist()]).tolist()
         length = max(map(len, some))
         shuffled = [flat[start : start + length] for start in range(0, len(flat), length)]
-        known = known_to_all(stage, depth, [{"input_ids": ids} for ids in [*public[: PUBLIC // 2], *shuffled]])
-        truth = known_to_all(stage, depth, [{"input_ids": ids} for ids in some])
+        known = self._known(stage, depth, [{"input_ids": ids} for ids in [*public[: PUBLIC // 2], *shuffled]])
+        truth = self._known(stage, depth, [{"input_ids": ids} for ids in some])
+        content_N = ~torch.isin(truth.ids_N, dull_tokens(known, special))
+        self.attacked = int(content_N.sum())
+        if not self.attacked:
+            return 0.0
         known, truth = self.covered(known), self.covered(truth)
         attacks = [kind() for kind in (ON_MEANS if self.config.pool else ATTACKS) if not kind.slow]
-        return max(content_read(attack, known, truth.sent, truth.ids_N, special) for attack in attacks)
+        return max(content_read(attack, known, truth.sent, truth.ids_N, content_N) for attack in attacks)
 
 
-def content_read(attack: Attack, known: Public, sent: Sent, ids_N: Tensor, special: set[int]) -> float:
+def content_read(attack: Attack, known: Public, sent: Sent, ids_N: Tensor, content_N: Tensor) -> float:
     """The share of content words that an attack reads which learns from ``known``."""
     attack.learn(known)
-    content_N = ~torch.isin(ids_N, dull_tokens(known, special))
-    read_N = attack.read(sent, ids_N)
-    return float((read_N == ids_N)[content_N].float().mean()) if bool(content_N.any()) else 0.0
+    return float((attack.read(sent, ids_N) == ids_N)[content_N].float().mean())
 
 
 def _run(stage: Stage, depth: int, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from flexp.comparison.config import Comparison, Entry
 from flexp.comparison.grid import Settings, apply
-from flexp.config import RunConfig
+from flexp.config import PrivacyConfig, RunConfig
 from flexp.config.loading import validate
 from flexp.errors import FlexpError, StorageError
 from flexp.files import read_json, write_json
@@ -202,7 +202,7 @@ def _holds(cell: Cell, folder: Path) -> bool:
 
 
 def _same_work(found: RunConfig, asked: RunConfig) -> bool:
-    """Whether the same is computed; what was left to the run (plans, meetings), ``found`` says as it came out."""
+    """Whether the same is computed; what was left to the run (plans, defences, meetings), ``found`` says."""
     names = [own.name or "" for own in found.data.clients.each]
     blank = dict.fromkeys(("cut", "micro_batch", "checkpointing", "codec"), [None] * len(names))
 
@@ -210,6 +210,11 @@ def _same_work(found: RunConfig, asked: RunConfig) -> bool:
         if asked.data.clients.planned:
             config = config.with_clients(config.data.clients.written(names, **blank))
         content = config.model_dump(mode="json", exclude={"name", "threads", "output"})
+        if asked.data.clients.cut == "auto" and asked.privacy.max_content_words is not None:
+            for name in set(PrivacyConfig.DEFENCE) - asked.privacy.model_fields_set:
+                content["privacy"][name] = None
+            if "pooling" not in asked.model.model_fields_set:
+                content["model"]["pooling"] = None
         if asked.method.meet.on == "auto":
             content["method"]["meet"]["on"] = "auto"
         return content

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 
 from flexp.config.section import Fraction, Rate, Section
 
@@ -23,6 +23,8 @@ class PrivacyConfig(Section):
     """A client teaches its head not to tell its tokens (:mod:`flexp.client.guarding`), covers what it sends with noise
     (:mod:`flexp.client.noise`), sends one vector of each text alone, and trains on labels that were answered at random
     (:mod:`flexp.client.random_labels`)."""
+
+    DEFENCE: ClassVar = ("pool", "penalty", "noise")  # of texts: what a bound chooses where it is not named
 
     # nopeek: the distance correlation between what is sent and the input embeddings (NoPeek, arXiv 2008.09161);
     # adversary: how well a small network reads these embeddings, which learns along with the head
@@ -46,6 +48,13 @@ class PrivacyConfig(Section):
     max_content_words: Fraction | None = None
     audit: bool = False  # attack what the server is sent in the first round, and say what it can read
     warm_up: WarmUpConfig = WarmUpConfig()
+
+    @model_validator(mode="after")
+    def _one_vector_or_a_taught_head(self) -> PrivacyConfig:
+        if self.pool and self.penalty != "off":
+            raise ValueError("privacy.pool and privacy.penalty: no token's activation is sent that could be taught; "
+                             "choose one")  # fmt: skip
+        return self
 
     @property
     def of_texts(self) -> bool:

@@ -101,9 +101,6 @@ class RunConfig(Section):
                 "privacy.pool sends the mean of a text's tokens, whose classifier reads their mean as well: set "
                 'model.pooling = "mean", which is for one class of a text'
             )
-        if self.privacy.pool and self.privacy.penalty != "off":
-            raise ValueError("privacy.pool and privacy.penalty: no token's activation is sent that could be taught; "
-                             "choose one")  # fmt: skip
         if not self.privacy.gradients:
             self._check_without_gradients()
         if self.privacy.of_labels and self.privacy.gradients and self.train.class_weights is not None:

@@ -44,16 +44,18 @@ class PlannedTask(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     embeddings: Literal["memory", "file"] = "memory"
+    blocks: Literal["memory", "file"] = "memory"
 
 
 class PlannedPrivacy(BaseModel):
-    """The defence of texts that was planned with."""
+    """The bound that was planned for, and the defence of texts that keeps it."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     pool: bool = False
     penalty: str = "off"
     noise: float = 0.0
+    max_content_words: float | None = None
 
 
 class SavedPlan(BaseModel):

@@ -230,6 +230,12 @@ class FleetConfig(Section):
     def _of_texts_alone(self) -> FleetConfig:
         if self.privacy.of_labels or not self.privacy.gradients:
             raise ValueError("privacy: plans keep max_content_words; what hides labels is said in a run's file alone")
+        if self.privacy.model_fields_set and self.privacy.max_content_words is None:
+            raise ValueError("privacy: a plan needs the bound that it is to keep: set privacy.max_content_words, or "
+                             "leave [privacy] out")  # fmt: skip
+        if self.task.pools and self.privacy.of_texts and not self.privacy.pool:
+            raise ValueError("task.pools = true: with privacy.max_content_words it is planned; set privacy.pool = true "
+                             "instead")  # fmt: skip
         if self.privacy.of_texts and self.task.aligned:
             raise ValueError("privacy: alignment sends z_base, which tells texts: set task.aligned = false")
         return self

@@ -176,7 +176,7 @@ def _lossy(task: TaskShape, choice: Choice, keys: Mapping[str, str]) -> Iterator
     lora = task.model_copy(update={"tuning": "lora", "train_embeddings": False})
     for rank in dict.fromkeys(ranks):
         yield Change(lora, replace(both, rank=rank), f"LoRA of rank {rank} ({keys['lora'].format(rank)})")
-    half = lora.model_copy(update={"dtype": "bfloat16", "embeddings": "memory"})
+    half = lora.model_copy(update={"dtype": "bfloat16", "embeddings": "memory", "blocks": "memory"})
     for rank in dict.fromkeys([choice.rank or task.rank, 1]):
         words = f"LoRA of rank {rank} in bfloat16 ({keys['bfloat16']})"
         if task.dtype != "bfloat16":

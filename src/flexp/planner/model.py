@@ -83,8 +83,8 @@ class ModelCosts:
 
     def _cost(self, task: TaskShape) -> ModelCost:
         model = task.model(self.model)
-        loaded = (model.dtype, model.train_embeddings, model.embeddings, model.quantization, model.quantize_ends)
-        key = (task.kind, task.length, task.pools, *loaded)
+        loaded = (model.dtype, model.train_embeddings, model.embeddings, model.blocks)
+        key = (task.kind, task.length, task.pools, *loaded, model.quantization, model.quantize_ends)
         if key not in self._known:
             self._known[key] = model_cost(
                 model, task.kind, length=task.length, labels=task.labels, optimizer=task.optimizer, pools=task.pools

@@ -1,62 +1,25 @@
-"""Which defence of texts, and how strong, keeps ``privacy.max_content_words``: the cheapest that does, on public texts.
-
-Heads are taught, covered and attacked as clients do before they send anything (:class:`flexp.client.guarding.Guard`),
-with public texts as if they were private. What was read is kept for the next plan, one file a model, cut and defence,
-in ``$FLEXP_HOME/audits``. Clients check their own texts all the same, before the first is sent.
-"""
+"""Which defence of texts, and how strong, keeps ``privacy.max_content_words``: the cheapest that does, on public texts
+(:mod:`flexp.run.public_texts`). Clients check their own texts all the same, before the first is sent."""
 
 from __future__ import annotations
 
-import hashlib
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from pathlib import Path
 from typing import Any
 
-from flexp.assets.store import root
-from flexp.attacks.public import encoded, paragraphs
-from flexp.client.guarding import PUBLIC, Guard
-from flexp.config import ModelConfig, PrivacyConfig
-from flexp.errors import PrivacyError
-from flexp.files import read_json, write_json
-from flexp.kinds import ModelKind
-from flexp.models.anatomy import Part
-from flexp.models.loading import load_stage
-from flexp.models.tuning import tune
+from flexp.config import PrivacyConfig
+from flexp.errors import ConfigError, PrivacyError
 from flexp.planner.infeasible import InfeasibleError
 from flexp.planner.plan import Plan
+from flexp.run.public_texts import Reader, Texts, words
 
 NOISES = (0.0, 0.5, 1.0, 2.0)
 """Strengths of noise that are tried where none is named."""
 POOLED_FROM = 5 / 6
 """Of a model's blocks, below the cut of pooled texts: what was measured; of shallower ones nothing is known."""
-FIELDS = ("pool", "penalty", "noise")
-"""Of ``[privacy]``: what makes a defence of texts."""
-
-
-@dataclass(frozen=True)
-class Texts:
-    """What a public audit needs to know: the model as clients load it, and what its texts are like.
-
-    Attributes:
-        pools: whether ``privacy.pool`` may be chosen: for classifiers that read the mean, or whose head is drawn anew.
-        longest: tokens of a text, at most.
-        frozen: so many of the first blocks are not trained, so that no head is taught there.
-    """
-
-    model: ModelConfig
-    kind: ModelKind
-    blocks: int
-    processor: Any
-    longest: int
-    labels: Sequence[str] | None = None
-    pools: bool = False
-    frozen: int = 0
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -85,12 +48,14 @@ class Tried:
 
 @dataclass(frozen=True)
 class Defended:
-    """A plan that keeps the bound, with the defence that it is for, and what else was tried."""
+    """A plan that keeps the bound, with the defence that it is for, and what else was tried; ``read``: the share of
+    content words at each s that was planned."""
 
     privacy: PrivacyConfig
     plan: Plan
     chosen: Tried
-    tried: tuple[Tried, ...]
+    read: Mapping[int, float]
+    tried: tuple[Tried, ...] = ()
 
     @property
     def loss(self) -> float:
@@ -102,29 +67,21 @@ class Defended:
         """What a user is told."""
         bound, mine = self.privacy.max_content_words, self.chosen
         others = ", ".join(each.line for each in self.tried if each is not mine)
+        read = ", ".join(f"{100 * share:.0f} % at s = {depth}" for depth, share in sorted(self.read.items()))
         return (
             f"privacy.max_content_words = {bound:g} is kept {words(self.privacy)}, s of at least {mine.depth}: of "
-            f"public texts {100 * mine.read:.0f} % of content words are read"
-            + (f"; not chosen: {others}" if others else "")
+            f"public texts' content words are read, as planned, {read}" + (f"; not chosen: {others}" if others else "")
         )
 
     def document(self, content: dict[str, Any]) -> dict[str, Any]:
         """A plan's document, with ``privacy``: what a run that follows it must say, and what was tried."""
-        own = {name: getattr(self.privacy, name) for name in (*FIELDS, "max_content_words")}
+        own = {name: getattr(self.privacy, name) for name in (*PrivacyConfig.DEFENCE, "max_content_words")}
         rows = [
             {"with": words(each.privacy), "s": each.depth, "content": each.read, "kept": each.kept,
              "price": each.price, "chosen": each is self.chosen, "lacks": each.lacks}
             for each in self.tried
         ]  # fmt: skip
         return {**content, "privacy": {**own, "tried": rows}}
-
-
-def words(privacy: PrivacyConfig) -> str:
-    """A defence in words: ``with privacy.pool = true and privacy.noise = 1``."""
-    told = ["privacy.pool = true"] if privacy.pool else []
-    told += [f'privacy.penalty = "{privacy.penalty}"'] if privacy.penalty != "off" else []
-    told += [f"privacy.noise = {privacy.noise:g}"] if privacy.noise else []
-    return f"with {' and '.join(told)}" if told else "without a defence"
 
 
 def price(privacy: PrivacyConfig) -> float:
@@ -156,33 +113,47 @@ def candidates(privacy: PrivacyConfig, texts: Texts) -> list[PrivacyConfig]:
 
 
 def defended(
-    privacy: PrivacyConfig, texts: Texts, plan: Callable[[PrivacyConfig, int], Plan], least: int = 1
+    privacy: PrivacyConfig,
+    texts: Texts,
+    plan: Callable[[PrivacyConfig, int], Plan],
+    least: int = 1,
+    said: Callable[[str], None] | None = None,
 ) -> Defended:
     """The defence and the plan with the least expected loss of accuracy that keep ``privacy.max_content_words``.
 
     Args:
         plan: for a defence and the smallest s that may be cut at.
-        least: the smallest s of all.
+        least: the smallest s of all; where a penalty is named, one more than the blocks that are not trained.
+        said: is told what each attack reads.
 
     Raises:
         PrivacyError: nothing that may be chosen keeps it.
         InfeasibleError: what keeps it fits no device.
+        ConfigError: no s may be chosen.
+        DataError: see :class:`Reader`.
     """
+    least = max(least, texts.frozen + (privacy.penalty != "off"))
+    if least >= texts.blocks:
+        raise ConfigError(
+            f"privacy.max_content_words is planned for s of 1 to {texts.blocks - 1}, and {least} or more is asked for: "
+            "lower choices.starts, or model.base_depth and method.personal.frozen_head_blocks"
+        )
+    reader = Reader(privacy.public, texts, said)
     best: Defended | None = None
     tried: list[Tried] = []
     lacking: list[InfeasibleError] = []
     for own in candidates(privacy, texts):
         if best is not None and price(own) >= best.loss:
             break  # no cut makes up for that
-        found = _tried(own, texts, least)
+        found = _tried(own, reader, least)
         if found.kept:
             try:
-                made = Defended(own, plan(own, found.depth), found, ())
+                made = _kept(found, reader, plan)
             except InfeasibleError as error:
                 lacking.append(error)
                 found = replace(found, lacks=str(error))
             else:
-                best = made if best is None or made.loss < best.loss else best
+                found, best = made.chosen, made if best is None or made.loss < best.loss else best
         tried.append(found)
     if best is not None:
         return replace(best, tried=tuple(tried))
@@ -193,17 +164,34 @@ def defended(
             f"privacy.max_content_words = {privacy.max_content_words:g} is kept {words(shallowest.privacy)} from s = "
             f"{shallowest.depth} on: {shallowest.lacks}",
         )
-    raise PrivacyError(_refusal(privacy, texts, tried))
+    raise PrivacyError(_refusal(privacy, reader, tried))
 
 
-def _tried(privacy: PrivacyConfig, texts: Texts, least: int) -> Tried:
-    """The shallowest s that keeps the bound; that deeper cuts tell less is taken for granted."""
+def _kept(found: Tried, reader: Reader, plan: Callable[[PrivacyConfig, int], Plan]) -> Defended:
+    """A plan with each s within the bound: where a deeper one tells more, from the next on that does not."""
+    own, bound = found.privacy, found.privacy.max_content_words
+    assert bound is not None
+    while True:
+        made = plan(own, found.depth)
+        read = {option.choice.cut[0]: 0.0 for option in made.solution.options.values()}
+        read = {depth: reader.read(own, depth) for depth in read}
+        over = [depth for depth, share in read.items() if share > bound]
+        if not over:
+            return Defended(own, made, found, read)
+        deeper = range(max(over) + 1, reader.texts.blocks)  # the last keeps it
+        depth = next(depth for depth in deeper if reader.read(own, depth) <= bound)
+        found = replace(found, depth=depth, read=reader.read(own, depth))
+
+
+def _tried(privacy: PrivacyConfig, reader: Reader, least: int) -> Tried:
+    """The shallowest s that keeps the bound, as if deeper cuts told less (:func:`_kept` looks at those planned)."""
+    texts = reader.texts
     bound, deepest = privacy.max_content_words, texts.blocks - 1
     assert bound is not None
     read: dict[int, float] = {}
 
     def keeps(depth: int) -> bool:
-        read[depth] = public_read(privacy, texts, depth)
+        read[depth] = reader.read(privacy, depth)
         return read[depth] <= bound
 
     if privacy.pool:
@@ -213,15 +201,16 @@ def _tried(privacy: PrivacyConfig, texts: Texts, least: int) -> Tried:
     return Tried(privacy, price(privacy), depth, read[depth], kept)
 
 
-def _refusal(privacy: PrivacyConfig, texts: Texts, tried: Sequence[Tried]) -> str:
+def _refusal(privacy: PrivacyConfig, reader: Reader, tried: Sequence[Tried]) -> str:
     """What was read, and what would keep the bound: leaving a defence to the planner, or another bound."""
+    texts = reader.texts
     allowed = candidates(privacy, texts)
-    free = PrivacyConfig.model_validate(privacy.model_dump(exclude=set(FIELDS), exclude_unset=True))
+    free = PrivacyConfig.model_validate(privacy.model_dump(exclude=set(privacy.DEFENCE), exclude_unset=True))
     others = [each for each in candidates(free, texts) if each.penalty == "off" and each not in allowed]
-    would = next((found for each in others if (found := _tried(each, texts, texts.blocks - 1)).kept), None)
+    would = next((found for each in others if (found := _tried(each, reader, texts.blocks - 1)).kept), None)
     nearest = min(tried, key=lambda each: each.read)
     if would is not None:
-        named = " and ".join(f"privacy.{name}" for name in FIELDS if name in privacy.model_fields_set)
+        named = " and ".join(f"privacy.{name}" for name in privacy.DEFENCE if name in privacy.model_fields_set)
         helps = f"{would.line} would be: leave out {named}"
     else:
         helps = f"a bound of {math.ceil(100 * nearest.read) / 100:g} would be kept {words(nearest.privacy)}"
@@ -230,29 +219,3 @@ def _refusal(privacy: PrivacyConfig, texts: Texts, tried: Sequence[Tried]) -> st
         f"privacy.max_content_words = {privacy.max_content_words:g} is kept by no cut that may be chosen: of public "
         f"texts are read {', '.join(each.line for each in tried)}; {helps}"
     )
-
-
-def public_read(privacy: PrivacyConfig, texts: Texts, depth: int) -> float:
-    """The share of public content words that is read at ``depth``, as it was found earlier, or now."""
-    model = texts.model
-    stage = load_stage(model, texts.kind, Part.client((depth, texts.blocks), texts.blocks), labels=texts.labels)
-    said: list[object] = [stage.weights, depth, texts.longest, texts.seed]
-    said += [model.dtype, model.quantization, model.quantize_ends]
-    said += [privacy.public, privacy.clip, privacy.pool, privacy.noise]
-    if privacy.penalty != "off":
-        said += [privacy.penalty, privacy.max_content_words, privacy.warm_up, model.tuning, model.lora, texts.frozen]
-    key = hashlib.sha256("|".join(map(str, said)).encode()).hexdigest()[:32]
-    kept = root().parent / "audits" / f"{key}.json"
-    if kept.is_file() and stage.weights is not None:
-        return float(read_json(kept)["content"])
-    tune(stage, model, seed=texts.seed, frozen=texts.frozen)
-    public = paragraphs(None if privacy.public is None else Path(privacy.public), 2 * PUBLIC)
-    held = encoded(texts.processor, public[PUBLIC:] or public, passes=0)
-    short = [{"input_ids": each["input_ids"][: texts.longest]} for each in held]
-    guard = Guard(privacy, short, texts.processor, texts.seed, key=texts.seed)  # these are no secrets
-    with suppress(PrivacyError):
-        guard.teach(stage, depth)
-    assert guard.read is not None
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    write_json(kept, {"model": model.id, "s": depth, "with": words(privacy), "content": guard.read})
-    return guard.read

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,8 @@ from flexp.planner.infeasible import InfeasibleError
 from flexp.planner.model import ModelCosts
 from flexp.planner.plan import Plan, make_plan
 from flexp.report.formats import cut, size
-from flexp.run.defending import FIELDS, Defended, Texts, defended
+from flexp.run.defending import Defended, defended
+from flexp.run.public_texts import Texts
 
 
 def load_fleet(path: Path, overrides: Iterable[str] = ()) -> Fleet:
@@ -61,6 +62,7 @@ def with_cuts(config: RunConfig, federation: Federation, blocks: int) -> tuple[R
         InfeasibleError: a device lacks something.
         PrivacyError: nothing that may be chosen keeps the bound.
         ConfigError: the plan's file is about another model or other clients.
+        DataError: the public texts are too few to plan a bound by.
     """
     clients, names = config.data.clients, [client.name for client in federation.clients]
     if clients.plan is not None:
@@ -76,7 +78,10 @@ def with_cuts(config: RunConfig, federation: Federation, blocks: int) -> tuple[R
     else:
         texts = _texts(config, federation, blocks)
         base = config
-        kept = defended(config.privacy, texts, lambda own, least: auto_plan(_with(base, own), federation, least))
+        least = max(1, config.model.base_depth or 0)
+        kept = defended(
+            config.privacy, texts, lambda own, from_s: auto_plan(_with(base, own), federation, from_s), least
+        )
         config, made = _with(config, kept.privacy), kept.plan
     chosen_now = [made.choice(name) for name in names]
     if any(own.profile is not None for own in clients.every(names).values()):
@@ -92,12 +97,14 @@ def with_cuts(config: RunConfig, federation: Federation, blocks: int) -> tuple[R
     return _written(config, names, chosen_now), [kept.line, *notes], kept.document(document(made))
 
 
-def plan_within(fleet: Fleet, model: str, curve: AccuracyCurve) -> Defended:
-    """A plan for ``fleet`` that keeps ``privacy.max_content_words`` of its ``[privacy]``.
+def plan_within(fleet: Fleet, model: str, curve: AccuracyCurve, said: Callable[[str], None] | None = None) -> Defended:
+    """A plan for ``fleet`` that keeps ``privacy.max_content_words`` of its ``[privacy]``; ``said`` is told each attack.
 
     Raises:
         InfeasibleError: a device or the server lacks something.
         PrivacyError: nothing that may be chosen keeps the bound.
+        ConfigError: ``choices.starts`` has none of the model's.
+        DataError: the public texts are too few.
         ModelError: the model has no tokenizer.
     """
     task, starts = fleet.task, fleet.choices.starts
@@ -114,17 +121,23 @@ def plan_within(fleet: Fleet, model: str, curve: AccuracyCurve) -> Defended:
         return make_plan(replace(fleet, task=shape, choices=choices), known[own.pool], curve)
 
     place = str(resolve(model))
+    blocks = block_count(model, load_config(place))
+    if beyond := [s for s in starts or () if s >= blocks]:
+        raise ConfigError(
+            f"{fleet.name}: choices.starts = {beyond[0]} leaves the server no block of {blocks}; expected {blocks - 1} "
+            "at most"
+        )
     texts = Texts(
         model=task.model(place).model_copy(update={"tuning": task.tuning, "lora": LoraConfig(rank=task.rank)}),
         kind=task.kind,
-        blocks=block_count(model, load_config(place)),
+        blocks=blocks,
         processor=load_processor(place, images=KINDS[task.kind].images),
         longest=task.length,
         labels=[str(number) for number in range(task.labels)],
         pools=task.kind == "sequence-classification",
         frozen=task.frozen,
     )
-    return defended(fleet.privacy, texts, plan, min(starts or [1]))
+    return defended(fleet.privacy, texts, plan, min(starts or [1]), said)
 
 
 def _texts(config: RunConfig, federation: Federation, blocks: int) -> Texts:
@@ -284,9 +297,10 @@ def _of_file(config: RunConfig, saved: SavedPlan, names: Sequence[str], blocks: 
             f"{path} plans some of the clients but not {', '.join(missing)}; name all of them in the fleet, or none"
         )
     chosen = [saved.clients[i % len(saved.clients)] if missing else known[name] for i, name in enumerate(names)]
-    if saved.task.embeddings == "file" != config.model.embeddings:
-        raise ConfigError(f'{path} plans with embeddings that stay in their file; set model.embeddings = "file"')
-    for name, wanted in (saved.privacy or config.privacy).model_dump(include=set(FIELDS)).items():
+    for name in ("embeddings", "blocks"):
+        if getattr(saved.task, name) == "file" != getattr(config.model, name):
+            raise ConfigError(f'{path} plans with {name} that stay in their file; set model.{name} = "file"')
+    for name, wanted in {} if saved.privacy is None else saved.privacy.model_dump(exclude_none=True).items():
         if getattr(config.privacy, name) != wanted:
             raise ConfigError(f"{path} plans privacy.{name} = {json.dumps(wanted)}; set it to that")
     rank = config.model.lora.rank if config.model.tuning == "lora" else None
