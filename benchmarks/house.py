@@ -155,8 +155,8 @@ def _exchange(config: RunConfig) -> Walk:
     return walk
 
 
-class _FirstStepError(Exception):
-    """The walk is over."""
+class _FirstStepError(BaseException):
+    """The walk is over; nobody is to take it for an update that failed."""
 
 
 def _run(config: RunConfig, folder: Path) -> Walk:
