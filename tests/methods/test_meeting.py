@@ -142,6 +142,7 @@ def test_neither_rare_classes_nor_the_classifier_cross(home: Path, monkeypatch: 
         for example in data.train:
             example["labels"] = int(example is rare[0] or example is rare[-1])
     method.meet(FIRST)
+    assert method.rare == 1
     heads = [classifier(method, client) for client in CLIENTS]
     method.train_round(1, lambda _: None)
     heads += [classifier(method, client) for client in CLIENTS]

@@ -60,6 +60,12 @@ UNMASKED = (
 )
 
 
+RARE = (
+    "{} classes have fewer than method.meet.min_examples = {} examples of all who met: they are in no sum, so nobody "
+    "has them from others; 1 takes them in, and the mean of a single example is that example"
+)
+
+
 @dataclass(frozen=True)
 class Meets:
     """Which meetings a run has."""
@@ -128,6 +134,7 @@ class Seat:
             made of that, the last one, of which none do, of the labels as they are.
         noise: the seed of the noise in its sums. A simulation's is known; a client's is drawn where it runs.
         seconds: that its meetings took, waiting for the others not counted.
+        rare: classes that its last meeting left out, though somebody has examples of them.
     """
 
     examples: list[Example]
@@ -141,6 +148,7 @@ class Seat:
     told: Callable[[Batch], Batch] | None = None
     noise: int | None = None
     seconds: float = 0.0
+    rare: int = 0
 
     def first(self) -> Rounds[dict[str, Tensor]]:
         """The classifier to begin with, as weights by their names in the model."""
@@ -221,7 +229,9 @@ class Seat:
         places_N = torch.zeros(len(labels_N), dtype=torch.long) if number else labels_N
         noised = Noise(meet, self.seed if self.noise is None else self.noise)
         seen_C = torch.bincount(places_N, minlength=classes).float()
-        enough_C = (yield noised({"counts": seen_C}))["counts"] >= meet.min_examples
+        counts_C = (yield noised({"counts": seen_C}))["counts"]
+        enough_C = counts_C >= meet.min_examples
+        self.rare = int(((counts_C >= 1) & ~enough_C).sum())
         enough_N = enough_C[places_N]
 
         def sums(which_N: Tensor) -> Statistics:

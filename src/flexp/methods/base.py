@@ -181,6 +181,7 @@ class Method(ABC):
 
     def __init__(self, world: World) -> None:
         self.world = world
+        self.rare = 0  # classes that the last meeting left out (:class:`flexp.client.meeting.Seat`)
 
     @classmethod
     def own(cls, config: RunConfig) -> Any:

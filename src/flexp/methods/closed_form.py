@@ -73,6 +73,7 @@ class ClosedForm(Method):
         self.bytes += table.bytes
         for name, seat in seats.items():
             self.seconds[name] += seat.seconds
+        self.rare = max(seat.rare for seat in seats.values())
         return dict.fromkeys(names, "closed-form")
 
     def personal(self, client: str) -> Forward:

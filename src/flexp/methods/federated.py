@@ -258,6 +258,7 @@ class Federated(Method):
             traffic.bytes_up, traffic.bytes_down = traffic.bytes_up + table.bytes, traffic.bytes_down + table.bytes
             client.seconds += seats[client.name].seconds
         self.harness.holds = None
+        self.rare = max(seat.rare for seat in seats.values())
         return choices
 
     def personal(self, client: str) -> Forward:

@@ -59,7 +59,9 @@ class Split(Method):
         for seat in seats.values():
             seat.personal = self.own_classifiers
         adders = {name: OverLink(self._model(name).link) for name in there}
-        return meet_at(seats, adders, {name: self.clients[name] for name in there}, meeting)
+        choices = meet_at(seats, adders, {name: self.clients[name] for name in there}, meeting)
+        self.rare = max(seat.rare for seat in seats.values())
+        return choices
 
     def recut(self, client: str, cut: tuple[int, int], micro_batch: int | None = None) -> Move:
         """Move a client's cut between two rounds, and change the size of its exchanges.

@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, TypeVar
 
 from flexp.client.adding import LateError, OverLink, agree
-from flexp.client.meeting import FIRST, LAST, UNMASKED, Meets
+from flexp.client.meeting import FIRST, LAST, RARE, UNMASKED, Meets
 from flexp.client.model import SplitModel
 from flexp.client.recut import fit
 from flexp.client.trainer import Step, Trainer, cut_in, load_party, party_state
@@ -273,6 +273,8 @@ class Party:
         seat.noise = secret_key()  # nobody else knows it
         choice = meet_at({name: seat}, {name: adder}, {name: self.trainer}, meeting)[name]
         self._met = meeting + 1
+        if seat.rare and meeting == FIRST:
+            self.diary.note(RARE.format(seat.rare, meet.min_examples))
         if meeting == LAST:
             self.diary.note(f"{name}: after the last meeting its classifier is: {choice}")
 

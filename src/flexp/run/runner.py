@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flexp.audit import Watch, unread, watchable, watching
-from flexp.client.meeting import FIRST, LAST
+from flexp.client.meeting import FIRST, LAST, RARE
 from flexp.client.personal_head import Choice
 from flexp.config import RunConfig
 from flexp.config.loading import validate
@@ -214,6 +214,8 @@ class _Run:
                     if self.world.meets.first:
                         progress.note("clients meet: one classifier of everybody's sums, before the first step")
                         self.method.meet(FIRST)
+                        if self.method.rare:
+                            progress.note(RARE.format(self.method.rare, self.config.method.meet.min_examples))
                 for number in range(max(1, self.first_round), self.config.train.rounds + 1):
                     if self._ended():
                         break
