@@ -6,6 +6,7 @@ bitsandbytes makes peft's import slow wherever it is found, so it has a place of
 from __future__ import annotations
 
 import importlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,21 @@ def failing(name: str, *package: Any, found: Any = importlib.import_module) -> A
     return found(name, *package)
 
 
+def test_importing_it_fetches_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "kernels.py").write_text("def get_kernel(name):\n    raise SystemExit('fetched ' + name)\n")
+    (tmp_path / "bitsandbytes").mkdir()
+    (tmp_path / "bitsandbytes" / "__init__.py").write_text(
+        "try:\n    from kernels import get_kernel\nexcept ImportError:\n    pass\nelse:\n    get_kernel('code')\n"
+    )
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("bitsandbytes", "kernels")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    kernels = importlib.import_module("kernels")
+    quantized.check_bitsandbytes("a test")
+    assert sys.modules["bitsandbytes"].__file__ == str(tmp_path / "bitsandbytes" / "__init__.py")
+    assert sys.modules["kernels"] is kernels
+
+
 def test_what_cannot_be_is_refused_in_one_line(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r'model\.quantization = "nf4" keeps whole numbers.*model\.tuning = "lora"'):
         RunConfig.checked({"model": {"id": "m", "quantization": "nf4"}, "data": {"source": "d"}}, "here")
@@ -162,6 +178,7 @@ def test_what_cannot_be_is_refused_in_one_line(folder: Path, tmp_path: Path, mon
     with pytest.raises(ModelError, match=r"quantised already \(nf4\)"):
         load_stage(ModelConfig.of(tmp_path, quantization="int8"), "causal-lm")
     with monkeypatch.context() as broken:
+        broken.delitem(sys.modules, "bitsandbytes")
         broken.setattr(quantized.importlib, "import_module", failing)
         with pytest.raises(ModelError, match=r"bitsandbytes is installed and cannot be imported \(OSError: no lib"):
             load_stage(ModelConfig.of(folder, quantization="nf4"), "causal-lm")

@@ -60,6 +60,7 @@ for _name, _command in commands().items():
 def main(command: typer.Typer = app, prog: str | None = None) -> None:
     """Entry point: one line and exit code 2 for a user's mistake, a traceback only for ours."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("USE_HUB_KERNELS", "NO")  # transformers would fetch compiled code, with the package kernels
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     reserve_less()
     try:

@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import importlib.util
 import logging
+import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -180,16 +181,33 @@ def check_bitsandbytes(what: str) -> None:
     Raises:
         ModelError: see above; ``what`` needs it.
     """
-    if importlib.util.find_spec("bitsandbytes") is None:
+    if "bitsandbytes" in sys.modules or importlib.util.find_spec("bitsandbytes") is None:
         return
     try:
-        importlib.import_module("bitsandbytes")
+        with _fetching_nothing():
+            importlib.import_module("bitsandbytes")
     except Exception as error:
         said = " ".join(str(error).split())
         raise ModelError(
             f"{what}: bitsandbytes is installed and cannot be imported ({type(error).__name__}: {said}); install it "
             "anew, or remove it where nothing is quantised (pip uninstall bitsandbytes)"
         ) from error
+
+
+@contextlib.contextmanager
+def _fetching_nothing() -> Iterator[None]:
+    """While this lasts the package ``kernels`` cannot be imported: where it is installed, bitsandbytes fetches compiled
+    code from a hub with it, as it is imported (some processors) or on first use (Apple's), and runs that."""
+    known = {name: sys.modules.pop(name) for name in [*sys.modules] if name.partition(".")[0] == "kernels"}
+    sys.modules["kernels"] = None  # type: ignore[assignment]
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # it says so
+    try:
+        yield
+        if (lazy := sys.modules.get("bitsandbytes.backends.mps.ops")) is not None:
+            vars(lazy)["_kernel_load_failed"] = True
+    finally:
+        del sys.modules["kernels"]
+        sys.modules.update(known)
 
 
 def _refuse_missing(name: str) -> None:
