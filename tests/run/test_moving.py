@@ -150,11 +150,17 @@ def allocate(_: Any = None) -> Any:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
-@pytest.mark.parametrize("where", ["between exchanges", "client's block", "server's block", "server's block, backward"])
+@pytest.mark.parametrize(
+    "where",
+    ["between exchanges", "client's block", "server's block", "server's block, backward", "server, of several blocks"],
+)
 def test_a_step_that_runs_out_of_memory_is_done_again_with_less(
     where: str, tmp_path: Path, situations: list[tuple[int, Situation]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = config(tmp_path, gain=1.0)
+    settings, several = config(tmp_path, gain=1.0), "several" in where
+    if several:
+        clients = settings.data.clients.model_copy(update={"cut": (1, 4)})
+        settings = settings.model_copy(update={"data": settings.data.model_copy(update={"clients": clients})})
     assert situations
     held: list[weakref.ref[Any]] = []
     server = Server(settings, DEPLOYMENT, tmp_path / "server")
@@ -170,7 +176,8 @@ def test_a_step_that_runs_out_of_memory_is_done_again_with_less(
 
     def full(self: Stage, hidden_BTH: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
         mine = self is shared.shared.stage
-        if shared.updates > 5 and len(hidden_BTH) > 1 and hidden_BTH.requires_grad and mine == ("server" in where):
+        many = args[2] - args[1] > 1 if several else len(hidden_BTH) > 1
+        if shared.updates > 5 and many and hidden_BTH.requires_grad and mine == ("server" in where):
             held.append(weakref.ref(hidden_BTH))
             if "backward" not in where:
                 allocate()
@@ -191,11 +198,13 @@ def test_a_step_that_runs_out_of_memory_is_done_again_with_less(
     server.end()
     found = moves(tmp_path / "client")
     assert {record["why"] for record in found} == {"memory"}
-    assert [record["micro_batch"] for record in found][-1] == 1
+    assert several or found[-1]["micro_batch"] == 1
     sizes = [(record["micro_batch"], -kept(record["cut"])) for record in found]
     assert sizes[0][0] < 4  # first a smaller exchange
     if where == "between exchanges":
         assert kept(found[-1]["cut"]) < 3
+    elif several:  # smaller exchanges are not enough: the client takes blocks off the server
+        assert kept(found[-1]["cut"]) == 3
     else:  # which is enough
         assert [record["cut"] for record in found] == [[3, 4]] * len(found)
         gc.collect()

@@ -110,9 +110,18 @@ class DevicePolicy:
         """Whether what the device has would not fit into so much any more."""
         return not any(option.choice == self.current and _leaves(option, memory_bytes, HOLD) for option in self.options)
 
-    def less(self) -> Decision | None:
-        """What to do when memory has run out, whatever was measured; ``None``: there is nothing smaller."""
+    def less(self, there: int | None = None) -> Decision | None:
+        """What to do when memory has run out, whatever was measured; ``None``: there is nothing smaller.
+
+        Args:
+            there: it was the server's; so many bytes for training the device has.
+        """
         mine = next(option for option in self.options if option.choice == self.current)
+        if there is not None:
+            held = mine.prediction.server_memory_bytes
+            smaller = [option for option in self.options if option.prediction.server_memory_bytes < held]
+            fitting = [option for option in smaller if _leaves(option, there, MARGIN)]
+            return self._shed(mine, fitting, [mine])
         found = self.look(Situation(int(mine.prediction.memory_bytes / (1.0 + HOLD))), 0, 0)
         return found if found is not None and found.choice != self.current else None
 

@@ -14,7 +14,7 @@ from flexp.client.model import SplitModel
 from flexp.client.recut import fit
 from flexp.client.trainer import Step, Trainer, cut_in, load_party, party_state
 from flexp.data.scores import Scores, evaluate
-from flexp.errors import LinkError, LinkLostError, StoppedError, StorageError, TrainingError
+from flexp.errors import FullError, LinkError, LinkLostError, StoppedError, StorageError, TrainingError
 from flexp.gaussian import secret_key
 from flexp.limits import out_of_memory
 from flexp.links.base import Link
@@ -215,11 +215,11 @@ class Party:
             self._pull_due = self.trainer.steps > before  # all of the step is done but the pull at its end
             raise
         except (MemoryError, RuntimeError) as error:
-            why = out_of_memory(error)
+            why, there = out_of_memory(error), isinstance(error, FullError)
             if why is None or self._mover is None or self.model.steps.done > before:  # the server has applied it
                 raise
         self.trainer.updater.forget()  # the step's tensors went with the exception, but for its gradients
-        record = self._mover.after_failure()
+        record = self._mover.after_failure(there=there)
         if record is None:
             raise TrainingError(f"{self.data.name}, step {before + 1}: {why}")
         self._moved(record)

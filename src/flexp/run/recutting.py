@@ -92,14 +92,15 @@ class Mover:
         self._restart()
         return None if decision is None else self._do(decision, now)
 
-    def after_failure(self) -> Record | None:
-        """A step ran out of memory: choose something smaller, to do it again; ``None``: there is nothing smaller.
+    def after_failure(self, *, there: bool = False) -> Record | None:
+        """A step ran out of memory, here or on the server (``there``): choose something smaller, to do it again;
+        ``None``: there is nothing smaller.
 
         Raises:
             LinkLostError: see :meth:`after_step`.
         """
         self._notice()
-        decision = self.policy.less()
+        decision = self.policy.less(self._memory() if there else None)
         if decision is None:
             return None
         record = self._do(decision, Situation(self._memory()))
