@@ -73,5 +73,5 @@ def test_readmit(flexp: Typed, tmp_path: Path) -> None:
         assert flexp("readmit", str(serving.address), "a", *own)[:2] == (0, "a may join again\n")
         code, _, err = flexp("readmit", str(serving.address), "a", *own)
     assert code == 2
-    assert "has not put a aside" in err
+    assert "has not quarantined a" in err
     assert here.server.aside("a") is None

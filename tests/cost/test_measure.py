@@ -11,8 +11,8 @@ import torch
 from flexp.cost.choice import Choice
 from flexp.cost.link import measure_link
 from flexp.cost.measure import flops_per_second, measure_model
-from flexp.cost.predict import at_size, fitting, scaled
 from flexp.cost.profile import ShapeSeconds
+from flexp.cost.speed import at_size, fitting, scaled
 from flexp.links.asking import PullReply
 from flexp.links.base import Meter, finished
 from flexp.links.messages import ForwardReply, ForwardRequest, Join, Welcome

@@ -12,8 +12,9 @@ from torch import nn
 
 from flexp.config import AlignConfig, ModelConfig, OptimizerConfig, Rows
 from flexp.cost.choice import Choice, codec_names, codec_share
+from flexp.cost.memory import ADAPTERS, CHECKPOINTING, OVERHEAD, memory, server_memory
 from flexp.cost.model_cost import ModelCost, model_cost
-from flexp.cost.predict import ADAPTERS, CHECKPOINTING, OVERHEAD, memory, predict, server_memory
+from flexp.cost.predict import Terms, predict
 from flexp.cost.probe import Probe
 from flexp.errors import ConfigError
 from flexp.models.loading import quietly
@@ -49,7 +50,7 @@ def test_adapters_of_each_client_count_for_the_server() -> None:
     cost, cut = cost_of("llama"), (1, 3)
     block = tiny_model("llama").model.layers[0]
     sizes = [module.in_features + module.out_features for module in block.modules() if isinstance(module, nn.Linear)]
-    shared, own = (predict(cost, SERVER, Choice(cut, 2, rank=4), SERVER, own=own) for own in (False, True))
+    shared, own = (predict(cost, SERVER, Choice(cut, 2, rank=4), SERVER, Terms(own=own)) for own in (False, True))
     adam = 3  # A and B, and two numbers of the optimiser for each of theirs
     assert own.server_memory_bytes - shared.server_memory_bytes == 2 * 4 * sum(sizes) * 4 * adam
     assert replace(own, server_memory_bytes=0) == replace(shared, server_memory_bytes=0)
@@ -84,16 +85,16 @@ def test_bytes_and_link_by_hand() -> None:
     found = predict(cost, plain_profile(), Choice((1, 4), 4, 3), SERVER)
     assert found.bytes_up == 3 * (message + rows + 2 * mask)
     assert found.bytes_down == 3 * (message + rows)
-    whole = predict(cost, plain_profile(), Choice((1, 4), 4, 3), SERVER, rows="all")
+    whole = predict(cost, plain_profile(), Choice((1, 4), 4, 3), SERVER, Terms(rows="all"))
     assert (whole.bytes_up, whole.bytes_down) == (3 * (2 * message + mask), 3 * 2 * message)
     assert predict(cost, plain_profile(), Choice((1, 3), 4, 3), SERVER).bytes_up == whole.bytes_up
     link = 12 * 0.01 + 8 * found.bytes_up / 1e6 + 8 * found.bytes_down / 4e6
     assert found.link_seconds == pytest.approx(link)
     assert found.step_seconds == pytest.approx(found.client_seconds + found.server_seconds + link)
     assert found.energy_joules == pytest.approx(10.0 * found.client_seconds + 1.0 * link)
-    aligned = predict(cost, plain_profile(), Choice((2, 4), 4, 3), SERVER, base_depth=1)
+    aligned = predict(cost, plain_profile(), Choice((2, 4), 4, 3), SERVER, Terms(base_depth=1))
     assert aligned.bytes_up == 3 * (2 * message + rows + 2 * mask)
-    same_depth = predict(cost, plain_profile(), Choice((1, 4), 4, 3), SERVER, base_depth=1)
+    same_depth = predict(cost, plain_profile(), Choice((1, 4), 4, 3), SERVER, Terms(base_depth=1))
     assert same_depth.bytes_up == found.bytes_up
     slower = predict(cost, plain_profile(uplink_bps=1e12), Choice((1, 4), 4), SERVER)
     assert slower.link_seconds == pytest.approx(0.04 + 8 * slower.bytes_up / 1e9 + 8 * slower.bytes_down / 4e6)
@@ -112,7 +113,7 @@ def test_one_vector_of_a_text_by_hand() -> None:
     assert one.server_seconds == pytest.approx(3 * sum(p.forward_flops + p.backward_flops for p in middle) / 1e10)
     assert one.server_seconds < 0.2 * whole.server_seconds
     assert one.client_seconds == whole.client_seconds  # its tail is the classifier alone
-    kept = predict(pooled, plain_profile(), choice, SERVER, frozen=2, anew=0.5)
+    kept = predict(pooled, plain_profile(), choice, SERVER, Terms(frozen=2, anew=0.5))
     assert kept.bytes_up == one.bytes_up  # means do not cross once
     tails = [predict(each, plain_profile(), Choice((2, 3), 4, 3), SERVER).client_seconds for each in (pooled, apart)]
     assert tails[0] < tails[1]
@@ -125,7 +126,7 @@ def test_a_frozen_head_and_one_that_is_sent_once_by_hand(tmp_path: Path) -> None
     """Numbers are int64, flags bytes: as :class:`flexp.links.messages.KeptForwardRequest` has them."""
     cost, choice, message, rows, mask = cost_of("bert"), Choice((2, 4), 4, 3), 4 * 10 * 32 * 4, 4 * 32 * 4, 4 * 10
     plain, frozen, half, kept = (
-        predict(cost, plain_profile(), choice, SERVER, frozen=first, anew=anew)
+        predict(cost, plain_profile(), choice, SERVER, Terms(frozen=first, anew=anew))
         for first, anew in ((0, 1.0), (2, 1.0), (2, 0.5), (2, 0.0))
     )
     assert (frozen.bytes_up, frozen.bytes_down) == (plain.bytes_up, 3 * rows)
@@ -137,10 +138,10 @@ def test_a_frozen_head_and_one_that_is_sent_once_by_hand(tmp_path: Path) -> None
     assert kept.client_seconds == pytest.approx(3 * head / 1e9)
     assert kept.memory_bytes == frozen.memory_bytes < plain.memory_bytes
     # What is not the same each time, or asks for a gradient, is sent each time.
-    assert predict(cost, plain_profile(), choice, SERVER, frozen=1, anew=0.5) == predict(
-        cost, plain_profile(), choice, SERVER, frozen=1
+    assert predict(cost, plain_profile(), choice, SERVER, Terms(frozen=1, anew=0.5)) == predict(
+        cost, plain_profile(), choice, SERVER, Terms(frozen=1)
     )
-    aligned = predict(cost, plain_profile(), choice, SERVER, frozen=2, anew=0.5, base_depth=1)
+    aligned = predict(cost, plain_profile(), choice, SERVER, Terms(frozen=2, anew=0.5, base_depth=1))
     assert aligned.bytes_up == plain.bytes_up + 3 * message
     sizes: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 100}
     for name, value in (("hidden_dropout_prob", 0.1), ("classifier_dropout", 0.2)):
@@ -148,7 +149,9 @@ def test_a_frozen_head_and_one_that_is_sent_once_by_hand(tmp_path: Path) -> None
         transformers.BertConfig(**sizes, **{**others, name: value}).save_pretrained(tmp_path)
         drawn = model_cost(ModelConfig.of(tmp_path), "sequence-classification", length=10)
         assert drawn.draws == (name == "hidden_dropout_prob")
-    trained = predict(cost_of("bert", train_embeddings=True), plain_profile(), choice, SERVER, frozen=2, anew=0.5)
+    trained = predict(
+        cost_of("bert", train_embeddings=True), plain_profile(), choice, SERVER, Terms(frozen=2, anew=0.5)
+    )
     assert (trained.bytes_up, trained.bytes_down) == (plain.bytes_up, plain.bytes_down)
 
 
@@ -156,7 +159,7 @@ def test_a_frozen_head_and_one_that_is_sent_once_by_hand(tmp_path: Path) -> None
 def test_rows_that_a_language_models_loss_reads(rows: Rows, read: float, share: float) -> None:
     """Of ten tokens nine predict one."""
     cost, message = cost_of("llama"), 4 * 10 * 32 * 4
-    found = predict(cost, plain_profile(), Choice((1, 4), 4), SERVER, rows=rows, read=read)
+    found = predict(cost, plain_profile(), Choice((1, 4), 4), SERVER, Terms(rows=rows, read=read))
     assert found.bytes_down == message + share * message
     assert found.bytes_up == found.bytes_down + 4 * 10 * (1 if rows == "logits" else 2)
 

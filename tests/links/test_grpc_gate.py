@@ -168,12 +168,12 @@ def bad_requests(here: Any, url: str, token: str | None = None) -> str:
     for number in range(3):
         said = str(link.call(ForwardRequest(number, torch.full((1, 2, 32), math.nan), train=True)).exception(SOON))
     assert eventually(lambda: link._broken is not None)
-    assert "client a is put aside" in str(link._broken)
+    assert "client a is quarantined" in str(link._broken)
     link.close()
     return said
 
 
-def test_who_is_put_aside_is_thrown_out_until_the_operator_lets_it_in(tmp_path: Path) -> None:
+def test_who_is_quarantined_is_thrown_out_until_the_operator_lets_it_in(tmp_path: Path) -> None:
     path = tmp_path / "tokens"
     token, operator = issue(path, "a"), issue(path, "operator")
     here, heard = world("llama", config=ServerConfig(guard=GuardConfig(strikes=3, aside_seconds=None))), []
@@ -183,12 +183,12 @@ def test_who_is_put_aside_is_thrown_out_until_the_operator_lets_it_in(tmp_path: 
         assert "an activation of exchange 2 is not finite" in bad_requests(here, url, token)
         assert eventually(lambda: not serving.clients)
         assert ask_status(url, token=operator)["clients_aside"] == 1
-        with pytest.raises(LinkError, match="client a is put aside until the operator lets it in again"):
+        with pytest.raises(LinkError, match="client a is quarantined until the operator lets it in again"):
             connect(url, "a", token=token)
         for wrong in (None, token):
             with pytest.raises(LinkError, match="this needs the token of 'operator'"):
                 ask_readmit(url, "a", token=wrong, insecure=False)
-        with pytest.raises(LinkError, match="has not put b aside"):
+        with pytest.raises(LinkError, match="has not quarantined b"):
             ask_readmit(url, "b", token=operator, insecure=False)
         with pytest.raises(ConfigError, match="is no name"):
             ask_readmit(url, "", token=operator, insecure=False)

@@ -150,7 +150,7 @@ def test_what_is_answered_to_one_is_not_in_what_is_answered_to_the_other(kind: s
 
 
 @LINKS
-def test_leaving_and_being_put_aside_concern_nobody_else(kind: str) -> None:
+def test_leaving_and_being_quarantined_concern_nobody_else(kind: str) -> None:
     with both(kind, dropout=0.0) as pair:
         pair.join(pair.a, "a")
         pair.join(pair.b, "b")

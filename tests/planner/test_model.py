@@ -13,8 +13,8 @@ import flexp
 from flexp.config import ModelConfig
 from flexp.cost.choice import Choice
 from flexp.cost.device import ARENA, OTHER_THREADS, Limit, for_training
+from flexp.cost.memory import memory as least
 from flexp.cost.model_cost import model_cost
-from flexp.cost.predict import memory as least
 from flexp.cost.profile import Profile
 from flexp.errors import ConfigError
 from flexp.models.anatomy import Part

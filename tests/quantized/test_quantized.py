@@ -20,8 +20,8 @@ from transformers import BitsAndBytesConfig
 import flexp
 from flexp.config import ModelConfig, RunConfig, ServerConfig
 from flexp.cost.choice import Choice
+from flexp.cost.memory import memory
 from flexp.cost.model_cost import model_cost
-from flexp.cost.predict import memory
 from flexp.errors import ConfigError, LinkError, ModelError
 from flexp.export.whole import merged
 from flexp.models import quantized

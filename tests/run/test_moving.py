@@ -42,7 +42,7 @@ def config(folder: Path, **recut: Any) -> RunConfig:
 def situations(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Situation]]:
     """From which step on the device is in which situation."""
     told: list[tuple[int, Situation]] = [(0, Situation(BIG))]
-    monkeypatch.setattr("flexp.cost.predict.OVERHEAD", 0)  # so that a tiny model's tensors count
+    monkeypatch.setattr("flexp.cost.memory.OVERHEAD", 0)  # so that a tiny model's tensors count
 
     def scripted(self: Mover) -> Situation:
         return next(now for step, now in reversed(told) if step <= self.trainer.steps)

@@ -15,7 +15,7 @@ from flexp.links.asking import FetchRequest, PullRequest
 from flexp.links.messages import Abort, BackwardRequest, ForwardRequest
 from flexp.optim import norms, total
 from flexp.server.checks import Bounds
-from flexp.server.clients import Guard
+from flexp.server.clients import Quarantine
 from tests.harness import World, equal, seeded, shared_weights, world
 
 HIDDEN = 32
@@ -168,7 +168,7 @@ def strike(here: World, client: str, number: int) -> None:
         forward(here, client, number, hidden_BTH=torch.full((2, 5, HIDDEN), math.nan))
 
 
-def test_who_keeps_sending_bad_values_is_put_aside_and_the_operator_told() -> None:
+def test_who_keeps_sending_bad_values_is_quarantined_and_the_operator_told() -> None:
     clock = Clock()
     here = joined(strikes=3, within=6, aside_seconds=60.0)
     said: list[str] = []
@@ -183,7 +183,7 @@ def test_who_keeps_sending_bad_values_is_put_aside_and_the_operator_told() -> No
     strike(here, "a", 92)
     assert heard == ["a"]
     assert len(said) == 1
-    assert "client a is put aside for another 60 s" in said[0]
+    assert "client a is quarantined for another 60 s" in said[0]
     assert "flexp readmit" in said[0]
     assert not here.server.shared._held  # what it had in flight is dropped
     assert here.server.counts()["bad_requests"] == 3
@@ -195,7 +195,7 @@ def test_who_keeps_sending_bad_values_is_put_aside_and_the_operator_told() -> No
         lambda: here.server.answer("a", PullRequest(1, 2)),
         lambda: here.server.answer("a", FetchRequest(1)),
     ):
-        with pytest.raises(LinkError, match="client a is put aside for another 60 s"):
+        with pytest.raises(LinkError, match="client a is quarantined for another 60 s"):
             call()
     step(here, "b", 1)  # the others never notice
     clock.now += 59.0
@@ -230,7 +230,7 @@ def test_bad_values_now_and_then_are_forgiven() -> None:
     assert here.server.guard.bad("b") == 0
 
 
-def test_a_restart_changes_neither_bounds_nor_who_is_put_aside() -> None:
+def test_a_restart_changes_neither_bounds_nor_who_is_quarantined() -> None:
     clock = Clock()
     here, other = joined(strikes=1, settle=2), joined(strikes=1, settle=2)
     for each in (here, other):
@@ -250,7 +250,7 @@ def test_a_restart_changes_neither_bounds_nor_who_is_put_aside() -> None:
 
 
 def test_giving_up_is_free() -> None:
-    guard = Guard(GuardConfig(strikes=1))
+    guard = Quarantine(GuardConfig(strikes=1))
     with pytest.raises(LinkError, match="has not joined"), guard.request("a"):
         raise LinkError("client a has not joined")
     assert guard.aside("a") is None

@@ -129,7 +129,7 @@ def test_bad_values_count_against_a_client_whatever_they_are() -> None:
     for number in range(5):
         with pytest.raises(BadValuesError):
             forward(positions_BT=places(60 + number))(here)
-    assert "put aside" in str(here.server.aside("a"))
+    assert "quarantined" in str(here.server.aside("a"))
 
 
 def test_models_that_turn_positions_take_any_that_a_text_may_have() -> None:

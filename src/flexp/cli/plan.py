@@ -11,6 +11,7 @@ import typer
 
 from flexp.cli.settings import Force
 from flexp.errors import ConfigError
+from flexp.registry import METHODS
 
 
 def plan(
@@ -97,10 +98,10 @@ def _taken_over(content: dict[str, Any]) -> str:
     settings += [f'model.{name} = "file"' for name in ("embeddings", "blocks") if content["task"][name] == "file"]
     if first["rank"]:
         settings += ['model.tuning = "lora"', f"model.lora.rank = {first['rank']}"]
+    own = [name for name in METHODS if METHODS.owner(name) == "flexp" and METHODS[name].held.part == "ends"]
     return (
         "A run takes cuts, micro-batches, checkpointing and codecs from the plan for each client (other methods than "
-        f"flexp-sfl, split-fedavg and splitft, and train.in_flight above 1: the cuts); it must say "
-        f"{', '.join(settings)}."
+        f"{', '.join(own)}, and train.in_flight above 1: the cuts); it must say {', '.join(settings)}."
     )
 
 

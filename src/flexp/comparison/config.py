@@ -137,8 +137,8 @@ def make(base: RunConfig, config: CompareConfig) -> Comparison:
     if base.train.early_stopping.patience is not None:
         raise ConfigError("train.early_stopping: methods are compared after equally many steps; leave it out")
     names = config.methods
-    if "methods" not in config.model_fields_set and not METHODS["closed-form"].meetings(base):
-        names = [name for name in names if name != "closed-form"]  # the task has none
+    if "methods" not in config.model_fields_set:
+        names = [name for name in names if METHODS[name].suits(base)]
     doubled = next((name for name in names if names.count(name) > 1), None)
     if doubled is not None:
         raise ConfigError(f"compare.methods names {doubled!r} twice")

@@ -5,7 +5,7 @@ from flexp.config.deployment import DeploymentConfig
 from flexp.config.devices import DeviceChange, DeviceClassConfig, DevicesConfig, RecutConfig
 from flexp.config.link import Cache, CodecConfig, CodecName, LinkConfig, Rows
 from flexp.config.methods import AlignConfig, MeetConfig, MethodConfig
-from flexp.config.model import LoraConfig, ModelConfig, Quantization, Tuning
+from flexp.config.model import ComputeConfig, LoraConfig, ModelConfig, Quantization, Tuning
 from flexp.config.privacy import PrivacyConfig
 from flexp.config.run import EvaluationConfig, OutputConfig, RunConfig
 from flexp.config.section import Beta, Fraction, Rate, Section, all_keys
@@ -20,6 +20,7 @@ __all__ = [
     "ClientsConfig",
     "CodecConfig",
     "CodecName",
+    "ComputeConfig",
     "Cut",
     "DataConfig",
     "DeploymentConfig",

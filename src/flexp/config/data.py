@@ -60,7 +60,7 @@ class ClientsConfig(Section):
     micro_batch: PositiveInt | None = None  # examples of one exchange; None: train.micro_batch
     checkpointing: bool | None = None  # None: model.gradient_checkpointing
     codec: CodecName | None = None  # None: link.codec, else for activation, gradient and aligned
-    rank: PositiveInt | None = None  # hetlora: of the client's adapters; None: model.lora.rank
+    rank: PositiveInt | None = None  # of the client's adapters, where a method lets them differ; None: model.lora.rank
     device: str | None = None  # its device class; None: nobody is short of memory, and no virtual clock
     # a file of flexp profile, for cut = "auto"; None: the device class, or this machine
     profile: str | None = None

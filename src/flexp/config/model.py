@@ -35,24 +35,19 @@ class LoraConfig(Section):
     targets: str | list[str] = "all-linear"  # names of linear modules inside the blocks, as peft takes them
 
 
-class ModelConfig(Section):
-    """The pretrained model and how it is tuned."""
+class ComputeConfig(Section):
+    """How a model is computed and tuned, as a run's ``[model]`` and a fleet's ``[task]`` say it alike."""
 
-    # folder (beside the TOML file, or as given), Hugging Face id, asset:NAME, or arch:NAME (tiny, random weights)
-    id: str
     dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 is for LoRA: full tuning in it loses small steps
     # mixed precision: weights, optimiser and what crosses stay in dtype, matrix products are computed in bfloat16
     autocast: Literal["off", "bfloat16"] = "off"
     # an architecture without SDPA (Gemma 2, GPT-Neo, GPT-J, BLOOM) runs eager whatever this says
     attention: Literal["sdpa", "eager"] = "sdpa"
-    # auto: a GPU if there is one; cuda:1: the second GPU (ROCm's, too); also xpu and mps
-    device: Device = "cpu"
     # linear layers of the blocks in 8 or 4 bits, as they are loaded (bitsandbytes); what is trained are adapters
     quantization: Quantization = "off"
     # likewise the token embeddings and a language model's head of whoever has the ends
     quantize_ends: bool = False
     tuning: Tuning = "full"
-    lora: LoraConfig = LoraConfig()
     train_embeddings: bool = False  # with full tuning: also the client's embeddings (and a head tied to them)
     # of tokens, frozen and not tied to the head; file: they stay in the checkpoint's file, which each batch reads the
     # rows of its tokens from: equal numbers, less memory
@@ -60,6 +55,21 @@ class ModelConfig(Section):
     # of whoever has the ends, with LoRA; file: what is frozen of a block is read from the checkpoint's file when the
     # block runs, forward or backward, and is in memory no longer: equal numbers, less memory (Linux)
     blocks: Literal["memory", "file"] = "memory"
+
+    @property
+    def computed(self) -> dict[str, Any]:
+        """These keys alone."""
+        return {name: getattr(self, name) for name in ComputeConfig.model_fields}
+
+
+class ModelConfig(ComputeConfig):
+    """The pretrained model and how it is tuned."""
+
+    # folder (beside the TOML file, or as given), Hugging Face id, asset:NAME, or arch:NAME (tiny, random weights)
+    id: str
+    # auto: a GPU if there is one; cuda:1: the second GPU (ROCm's, too); also xpu and mps
+    device: Device = "cpu"
+    lora: LoraConfig = LoraConfig()
     # what a text classifier's head reads: the checkpoint's own head, or one linear layer on the mean of the tokens'
     # last hidden states, on the last token's or on the first's
     pooling: Literal["checkpoint", "mean", "last", "cls"] = "checkpoint"

@@ -25,7 +25,7 @@ class GuardConfig(Section):
     median_over: PositiveInt = 64  # norms that the median is of, all clients' together
     settle: PositiveInt = 16  # steps to be accepted before explode and similar mean anything
     strikes: PositiveInt = 5  # bad requests of a client …
-    within: PositiveInt = 100  # … among so many of its last, and it is put aside
+    within: PositiveInt = 100  # … among so many of its last, and it is quarantined
     aside_seconds: Rate | None = 3600.0  # for so long; None: until the operator lets it in again (flexp readmit)
 
 

@@ -6,7 +6,8 @@
   (:mod:`~flexp.cost.skeleton`).
 - :mod:`~flexp.cost.device`, :mod:`~flexp.cost.measure`, :mod:`~flexp.cost.link`: what this machine has, the seconds of
   a model's pieces on it, and its network; kept as a :mod:`~flexp.cost.profile`.
-- :mod:`~flexp.cost.predict`: what a step takes with a :mod:`~flexp.cost.choice`, before anything is trained.
+- :mod:`~flexp.cost.predict`: what a step takes with a :mod:`~flexp.cost.choice`, before anything is trained;
+  :mod:`~flexp.cost.memory` its bytes, :mod:`~flexp.cost.speed` its seconds.
 - :mod:`~flexp.cost.clock`: what a run would have taken on its clients' devices.
 
 A cost knows no method: it is given a stage, a :class:`~flexp.cost.probe.Probe` and a

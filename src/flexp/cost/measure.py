@@ -19,8 +19,8 @@ from flexp.config import OptimizerConfig
 from flexp.cost.choice import Choice
 from flexp.cost.counting import noted_forward
 from flexp.cost.echo import random_batch
+from flexp.cost.memory import memory, overhead
 from flexp.cost.model_cost import ModelCost, PieceCost
-from flexp.cost.predict import memory, overhead
 from flexp.cost.probe import Probe, measure
 from flexp.cost.profile import ModelSeconds, PieceSeconds, Role, ShapeSeconds
 from flexp.kinds import KINDS, ModelKind

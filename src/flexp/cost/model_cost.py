@@ -122,7 +122,7 @@ class ModelCost:
         anatomy = dissect(bare)
         self.fingerprint = fingerprint(bare.config)
         own = {key: value for key, value in bare.config.to_dict().items() if key != "_name_or_path"}
-        of_run = config.model_dump(mode="json", exclude={"id"})
+        of_run = config.model_dump(mode="json", exclude={"id", "tuning", "lora"})  # these two are asked for
         self._known_by = json.dumps([own, of_run, kind, length, labels], sort_keys=True, default=str)
         self._words = getattr(bare.config.get_text_config(), "vocab_size", 0) if kind == "causal-lm" else 0
         self.blocks, self.hidden = anatomy.blocks, anatomy.hidden

@@ -152,16 +152,16 @@ class Service(Protocol):
         ...
 
     def aside(self, client: str) -> str | None:
-        """Why a client's requests are refused that was put aside; ``None``: it was not."""
+        """Why a client's requests are refused that was quarantined; ``None``: it was not."""
         ...
 
     def readmit(self, client: str) -> bool:
-        """Let a client in again that was put aside; gives whether it was."""
+        """Let a client in again that was quarantined; gives whether it was."""
         ...
 
     @property
     def aside_listeners(self) -> list[Callable[[str, str], None]]:
-        """Told the name of each client that is put aside, and why; in the thread that computes."""
+        """Told the name of each client that is quarantined, and why; in the thread that computes."""
         ...
 
 

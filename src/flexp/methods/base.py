@@ -200,6 +200,11 @@ class Method(ABC):
         return cls.timing
 
     @classmethod
+    def suits(cls, config: RunConfig) -> bool:
+        """Whether it has something to do there; a comparison that names no methods leaves out who has not."""
+        return True
+
+    @classmethod
     def meetings(cls, config: RunConfig) -> Meets:
         """The meetings that a run with these settings has, if the method knows any."""
         return Meets.of(config)

@@ -38,6 +38,10 @@ class ClosedForm(Method):
     meets = True
 
     @classmethod
+    def suits(cls, config: RunConfig) -> bool:
+        return closed_form_of(config)
+
+    @classmethod
     def meetings(cls, config: RunConfig) -> Meets:
         known = closed_form_of(config)
         return Meets(known, known and config.method.meet.on is True)

@@ -117,34 +117,10 @@ def load_stage(
         cls = without_ends(cls, embedding=not in_file)
     quantization_config = quantizer(wanted.quantization, original, config, dtype, name)
     given = {} if quantization_config is None else {"quantization_config": quantization_config}
+    attention = wanted.attention if original._supports_sdpa else "eager"
     # One at a time: transformers loads by way of globals.
     with RandomStream(seed).active(), quietly(), low_memory_loading(quantised=bool(given)), piece_by_piece(bool(given)):
-        try:
-            loaded, info = cls.from_pretrained(
-                name,
-                config=config,
-                dtype=dtype,
-                attn_implementation=wanted.attention if original._supports_sdpa else "eager",
-                use_safetensors=True,  # nothing is ever unpickled
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # told below, by name
-                **given,
-            )
-        except ModelError:
-            raise
-        except Exception as error:
-            lacking = out_of_memory(error)
-            if lacking is not None:
-                raise ModelError(f"{name}: the model cannot be loaded: {lacking}") from error
-            if isinstance(error, OSError | SafetensorError | JSONDecodeError):
-                raise ModelError(
-                    f"{name}: the model cannot be loaded ({_first_line(error)}); expected intact safetensors files: "
-                    "fetch it again, or save it anew with save_pretrained"
-                ) from error
-            raise ModelError(
-                f"{name}: transformers cannot make this {original.__name__} ({type(error).__name__}: "
-                f"{_first_line(error)}); if plain transformers loads it, this is a limit of FlexP: choose another model"
-            ) from error
+        loaded, info = _read(cls, name, config=config, dtype=dtype, attn_implementation=attention, **given)
     loaded.__class__ = original
     align_padding(loaded, pad_token_id)
     if in_file:
@@ -170,6 +146,38 @@ def load_stage(
     stage.quantization = brought_by(loaded.config)
     settle_blocks(loaded)
     return stage.to(device)
+
+
+def _read(cls: Any, name: str, **settings: Any) -> tuple[Any, dict[str, Any]]:
+    """The model, and which of its weights the checkpoint does not have or has in another shape.
+
+    Raises:
+        ModelError: it cannot be read, or does not fit.
+    """
+    try:
+        loaded, info = cls.from_pretrained(
+            name,
+            **settings,
+            use_safetensors=True,  # nothing is ever unpickled
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told by whoever asks, by name
+        )
+    except ModelError:
+        raise
+    except Exception as error:
+        lacking = out_of_memory(error)
+        if lacking is not None:
+            raise ModelError(f"{name}: the model cannot be loaded: {lacking}") from error
+        if isinstance(error, OSError | SafetensorError | JSONDecodeError):
+            raise ModelError(
+                f"{name}: the model cannot be loaded ({_first_line(error)}); expected intact safetensors files: "
+                "fetch it again, or save it anew with save_pretrained"
+            ) from error
+        raise ModelError(
+            f"{name}: transformers cannot make this {cls.__name__} ({type(error).__name__}: "
+            f"{_first_line(error)}); if plain transformers loads it, this is a limit of FlexP: choose another model"
+        ) from error
+    return loaded, info
 
 
 def load_config(name: str) -> Any:

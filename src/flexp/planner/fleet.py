@@ -11,16 +11,17 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveInt, ValidationError, model_validator
 
 from flexp.config import (
+    ComputeConfig,
     DeviceClassConfig,
     DevicesConfig,
     Fraction,
+    LoraConfig,
     ModelConfig,
     PrivacyConfig,
     Quantization,
     Rate,
     Rows,
     Section,
-    Tuning,
 )
 from flexp.cost.choice import codec_names
 from flexp.cost.profile import FIGURES, Profile
@@ -77,7 +78,7 @@ class Choices(Section):
         return self
 
 
-class TaskShape(Section):
+class TaskShape(ComputeConfig):
     """What is trained, as far as it costs.
 
     Attributes:
@@ -98,16 +99,7 @@ class TaskShape(Section):
     length: PositiveInt = 128
     labels: PositiveInt = 2
     batch_size: PositiveInt = 8
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    autocast: Literal["off", "bfloat16"] = "off"
-    attention: Literal["sdpa", "eager"] = "sdpa"
-    tuning: Tuning = "full"
     rank: PositiveInt = 8
-    train_embeddings: bool = False
-    embeddings: Literal["memory", "file"] = "memory"
-    blocks: Literal["memory", "file"] = "memory"
-    quantization: Quantization = "off"
-    quantize_ends: bool = False
     optimizer: Literal["adamw", "adam", "sgd", "sgd-plain"] = "adamw"
     aligned: bool = False
     follow: bool = False
@@ -127,25 +119,13 @@ class TaskShape(Section):
     @classmethod
     def of_model(cls, model: ModelConfig, **others: Any) -> TaskShape:
         """What ``model`` says of it, and ``others``."""
-        names = (
-            "dtype", "autocast", "attention", "tuning", "train_embeddings", "embeddings", "blocks", "quantization",
-            "quantize_ends",
-        )  # fmt: skip
-        return cls(rank=model.lora.rank, **{name: getattr(model, name) for name in names}, **others)
+        return cls(rank=model.lora.rank, **model.computed, **others)
 
     def model(self, name: str) -> ModelConfig:
         """The model ``name`` as it is trained here."""
+        own = self.computed | {"train_embeddings": self.tuning == "full" and self.train_embeddings}
         return ModelConfig(
-            id=name,
-            dtype=self.dtype,
-            autocast=self.autocast,
-            attention=self.attention,
-            train_embeddings=self.tuning == "full" and self.train_embeddings,
-            embeddings=self.embeddings,
-            blocks=self.blocks,
-            quantization=self.quantization,
-            quantize_ends=self.quantize_ends,
-            pooling="mean" if self.pools else "checkpoint",
+            id=name, lora=LoraConfig(rank=self.rank), pooling="mean" if self.pools else "checkpoint", **own
         )
 
     @model_validator(mode="after")

@@ -10,8 +10,9 @@ from typing import Any
 from flexp.config import AlignConfig, ModelConfig
 from flexp.cost.choice import Choice, Prediction
 from flexp.cost.device import this_machine
+from flexp.cost.memory import adapters_bytes, memory, resting, server_memory
 from flexp.cost.model_cost import ModelCost, model_cost
-from flexp.cost.predict import adapters_bytes, memory, predict, resting, server_memory
+from flexp.cost.predict import Terms, predict
 from flexp.cost.profile import Profile
 from flexp.kinds import ModelKind
 from flexp.limits import maps_count
@@ -39,22 +40,11 @@ class ModelCosts:
         # The least s that may come out: the real base depth may turn out deeper, and less be sent.
         self.base_depth = min(choices.starts or [1]) if task.aligned else None
         self.followed = self.base_depth if task.follow else None
+        self._terms = Terms(self.base_depth, self.followed, task.rows, task.read, task.frozen, task.anew, task.own)
 
     def predict(self, profile: Profile, choice: Choice) -> Prediction:
         """One step of a client on ``profile``."""
-        found = predict(
-            self._cost(self.task),
-            profile,
-            choice,
-            self.server,
-            base_depth=self.base_depth,
-            followed=self.followed,
-            rows=self.task.rows,
-            read=self.task.read,
-            frozen=self.task.frozen,
-            anew=self.task.anew,
-            own=self.task.own,
-        )
+        found = predict(self._cost(self.task), profile, choice, self.server, self._terms)
         own = adapters_bytes(self._shared, choice) if self.task.own else 0
         return replace(found, server_memory_bytes=server_memory(self._shared, choice) + own)
 

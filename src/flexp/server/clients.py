@@ -190,7 +190,7 @@ class Conduct:
 
     Attributes:
         bad: how many were refused for their values, in all.
-        until: when it may come again, in seconds since 1970; 0: it is not put aside.
+        until: when it may come again, in seconds since 1970; 0: it is not quarantined.
     """
 
     requests: int = 0
@@ -199,11 +199,13 @@ class Conduct:
     strikes: deque[int] = field(default_factory=deque)
 
 
-class Guard:
-    """Counts bad requests, by client. Requests come under the server's lock; the rest may be asked from any thread.
+class Quarantine:
+    """Counts bad requests, by client, and keeps out who sends too many.
+
+    Requests come under the server's lock; the rest may be asked from any thread.
 
     Attributes:
-        say: told when a client is put aside.
+        say: told when a client is quarantined.
         listeners: told its name and why, besides: the server forgets its session, a link ends its stream.
     """
 
@@ -219,7 +221,7 @@ class Guard:
         """Count a request of ``client`` in the ``with`` block, and what it is refused for.
 
         Raises:
-            LinkError: the client is put aside.
+            LinkError: the client is quarantined.
         """
         why = self.aside(client)
         if why is not None:
@@ -239,7 +241,7 @@ class Guard:
             raise
 
     def aside(self, client: str) -> str | None:
-        """Why a client's requests are refused, if it is put aside; afterwards it begins with a clean record."""
+        """Why a client's requests are refused, if it is quarantined; afterwards it begins with a clean record."""
         record = self._records.get(client)
         if record is None or not record.until:
             return None
@@ -249,12 +251,12 @@ class Guard:
             return None
         when = "until the operator lets it in again" if left == FOREVER else f"for another {max(1, round(left))} s"
         return (
-            f"client {client} is put aside {when}: it sent {self.config.strikes} activations or gradients that cannot "
-            "be used; lower its learning rate or use float32, and ask the server's operator (flexp readmit)"
+            f"client {client} is quarantined {when}: it sent {self.config.strikes} activations or gradients that "
+            "cannot be used; lower its learning rate or use float32, and ask the server's operator (flexp readmit)"
         )
 
     def readmit(self, client: str) -> bool:
-        """Let a client in again that was put aside; gives whether it was."""
+        """Let a client in again that was quarantined; gives whether it was."""
         record = self._records.get(client)
         if record is None or not record.until:
             return False
@@ -264,7 +266,7 @@ class Guard:
 
     @property
     def all_aside(self) -> dict[str, float]:
-        """Who is put aside, and until when, in seconds since 1970."""
+        """Who is quarantined, and until when, in seconds since 1970."""
         return {name: record.until for name, record in list(self._records.items()) if self.aside(name) is not None}
 
     def bad(self, client: str | None = None) -> int:
@@ -273,7 +275,7 @@ class Guard:
         return sum(record.bad for record in records)
 
     def state(self) -> dict[str, Tensor]:
-        """Who is put aside; strikes of the others are forgotten."""
+        """Who is quarantined; strikes of the others are forgotten."""
         return {f"aside/{name}": torch.tensor(until, dtype=torch.float64) for name, until in self.all_aside.items()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:

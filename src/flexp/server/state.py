@@ -13,7 +13,7 @@ from torch import Tensor
 from flexp.config import OptimizerConfig, ServerConfig
 from flexp.models.stage import Stage
 from flexp.server.chain import Chain, Following
-from flexp.server.clients import ClientRegistry, Guard
+from flexp.server.clients import ClientRegistry, Quarantine
 from flexp.server.kept import Sessions
 from flexp.server.shared import SharedBlocks
 from flexp.server.sums import SumTable
@@ -38,7 +38,7 @@ class ServerState:
         self.remembers = remembers
         self.shared = SharedBlocks(stage, config, optimizer, total_steps)
         self.own: dict[str, SharedBlocks] = {}  # by client, with server.adapters = "own": all begin as shared is
-        self.bounds, self.guard = self.shared.bounds, Guard(config.guard)
+        self.bounds, self.guard = self.shared.bounds, Quarantine(config.guard)
         self.clients = ClientRegistry(seed)
         self.compute_seconds = 0.0
         self.sums = SumTable()
@@ -118,16 +118,16 @@ class ServerState:
             }
 
     def aside(self, client: str) -> str | None:
-        """Why the requests of a client are refused that was put aside; ``None``: it was not."""
+        """Why the requests of a client are refused that was quarantined; ``None``: it was not."""
         return self.guard.aside(client)  # without the lock, for a link must not wait for what is computed
 
     def readmit(self, client: str) -> bool:
-        """Let a client in again that was put aside; gives whether it was."""
+        """Let a client in again that was quarantined; gives whether it was."""
         return self.guard.readmit(client)
 
     @property
     def aside_listeners(self) -> list[Callable[[str, str], None]]:
-        """Told the name of each client that is put aside, and why."""
+        """Told the name of each client that is quarantined, and why."""
         return self.guard.listeners
 
     def cut_of(self, client: str) -> tuple[int, int] | None:

@@ -133,7 +133,7 @@ class Gate:
     Args:
         tokens: of the clients; ``None``: they need none.
         allow: the names that may come; ``None``: all (that have a token).
-        aside: says why a client is put aside, if it is.
+        aside: says why a client is quarantined, if it is.
         say: told who is refused or thrown out.
         bearer: all streams are one party's, which speaks for clients: the name whose token they need.
     """
@@ -221,7 +221,7 @@ class Gate:
         self.inside.pop(client, None)
         self._marks.pop(client, None)
 
-    def put_aside(self, client: str, why: str) -> None:
+    def quarantine(self, client: str, why: str) -> None:
         """End a client's stream once it has its last answer; on the loop."""
         stream = self.inside.get(client)
         if stream is not None:

@@ -151,7 +151,7 @@ class Serving:
 
     async def _end(self, grace: float) -> None:
         self._watching.cancel()
-        self._service.aside_listeners.remove(self._put_aside)
+        self._service.aside_listeners.remove(self._quarantine)
         await self._server.stop(grace)
         while self._gate.inside:  # each hands its leaving to the worker
             await asyncio.sleep(0.005)
@@ -182,7 +182,7 @@ class Serving:
         await self._server.start()
         self._loop = asyncio.get_running_loop()
         self._watching = asyncio.ensure_future(self._gate.watch())
-        self._service.aside_listeners.append(self._put_aside)
+        self._service.aside_listeners.append(self._quarantine)
         return Address(asked.host, port)
 
     async def _stream(self, _: Any, context: Any) -> None:
@@ -197,8 +197,8 @@ class Serving:
             self.say(f"{client}: gone")
             self._worker.submit(self._leave, client)  # after all that it still has waiting there
 
-    def _put_aside(self, client: str, why: str) -> None:
-        self._loop.call_soon_threadsafe(self._gate.put_aside, client, why)
+    def _quarantine(self, client: str, why: str) -> None:
+        self._loop.call_soon_threadsafe(self._gate.quarantine, client, why)
 
     def _compute(self, client: str, frame: Frame, lines: Callable[[], None]) -> asyncio.Future[Answer]:
         """The answer to a request, computed in the one thread that does."""

@@ -18,8 +18,8 @@ from flexp.links.grpc.security import TOKEN_KEY, Address, channel_credentials, c
 
 STATUS, READMIT = "Status", "Readmit"
 NOBODY_KNOWN = (
-    "this server has no tokens, so it cannot tell its operator from the client that it has put aside: wait until that "
-    "may come again (server.guard.aside_seconds), or start the server with --tokens"
+    "this server has no tokens, so it cannot tell its operator from the client that it has quarantined: wait until "
+    "that may come again (server.guard.aside_seconds), or start the server with --tokens"
 )
 
 
@@ -73,11 +73,11 @@ def ask_readmit(url: str, client: str, *, token: str | None = None, ca: Path | N
 
     Raises:
         ConfigError: the address or the name is none, or plaintext would leave this machine.
-        LinkError: no server answers, or not to this token; or the client is not put aside.
+        LinkError: no server answers, or not to this token; or the client is not quarantined.
     """
     answer = ask(url, READMIT, check_name(client).encode(), token=token, ca=ca, insecure=insecure)
     if answer != b"yes":
-        raise LinkError(f"the server has not put {client} aside; flexp status shows whom it has")
+        raise LinkError(f"the server has not quarantined {client}; flexp status shows whom it has")
 
 
 def ask(
