@@ -16,10 +16,15 @@ import torch
 from typer.testing import CliRunner
 
 from flexp.attacks.answers import pointed, said, trained
+from flexp.attacks.base import Public, Sent
+from flexp.attacks.decoder import Decoder
 from flexp.attacks.gradients import inverted, words
 from flexp.attacks.labels import auc, clustered, directions, with_known
+from flexp.attacks.linear import Linear
 from flexp.attacks.membership import membership
-from flexp.attacks.tokens import ATTACKS, Decoder, Linear, Prefix, Public, Sent, Table
+from flexp.attacks.prefix import Prefix
+from flexp.attacks.table import Table
+from flexp.attacks.tokens import ATTACKS
 from flexp.audit import Watch, audit, watchable, watching
 from flexp.audit.auditing import rouge_l
 from flexp.audit.page import render

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexp.attacks.base import Attack, Public
 from flexp.attacks.public import MANUAL, dull_tokens, encoded, known_to_all, paragraphs
-from flexp.attacks.tokens import ATTACKS, ON_MEANS, Attack, Public
+from flexp.attacks.tokens import ATTACKS, ON_MEANS
 from flexp.audit.training import foretold, labels_told, membership_told, words_told
 from flexp.audit.truth import Truth
 from flexp.audit.watching import Exchange, Known, Watch, watchable, watching
