@@ -1,8 +1,9 @@
 """Whether blocks that a server gives do anything: looked at before they are used.
 
 A server that lies can write blocks into what is pulled (``align.kind = "weights"``) that hand activations on, so that
-what a deep cut sends is what a shallow one would. Blocks are therefore tried on random tokens and compared with those that the client began with: by how unlike what they make is to what they are given (1 − linear
-CKA, to which a rotation, a scale and a shift of all tokens are no difference). A server that knows this can pass.
+what a deep cut sends is what a shallow one would. Blocks are therefore tried on random tokens, and compared with those
+that the client began with: by how unlike what they make is to what they are given (1 − linear CKA, to which a rotation,
+a scale and a shift of all tokens are no difference). A server that knows this can pass.
 """
 
 from __future__ import annotations
