@@ -61,9 +61,9 @@ def unlike(stage: Stage, base: int, stop: int) -> float:
     model, training = stage.model, stage.model.training
     config = model.config.get_text_config()
     length = min(TOKENS, stage.longest or TOKENS)
-    ids_BT = torch.randint(int(config.vocab_size), (1, length), generator=torch.Generator().manual_seed(0))
-    pad = getattr(config, "pad_token_id", None)
-    ids_BT = torch.where(ids_BT == pad, 1, ids_BT).to(model.device) if pad else ids_BT.clamp_min(1).to(model.device)
+    size, pad = int(config.vocab_size), getattr(config, "pad_token_id", None)
+    ids_BT = torch.randint(size, (1, length), generator=torch.Generator().manual_seed(0))
+    ids_BT = (ids_BT if pad is None else torch.where(ids_BT == pad, (pad + 1) % size, ids_BT)).to(model.device)
     model.eval()
     try:
         with torch.no_grad():
