@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from transformers import BertConfig, BertForSequenceClassification
 
-from benchmarks import codec, embeddings, house, leakage, link, recut, scale, slow_link
+from benchmarks import codec, embeddings, house, leakage, link, recut, scale, slow_link, timing
 from benchmarks.tools import paired as module
 from benchmarks.tools.one_client import without_dropout
 from benchmarks.tools.paired import WARM_UP, paired
@@ -192,3 +193,22 @@ def test_fleets_make_no_more_steps_than_their_clients_can(tmp_path: Path, monkey
     for row in found["fleets"]:
         assert row["steps"] < 1.02 * row["awake"] / cycle
         assert row["busy"] < 1.02 * scale.BUSY
+
+
+@pytest.mark.parametrize("label", [0.0, 1e-3])
+def test_seconds_beyond_lengths(label: float) -> None:
+    """A label that takes a thousandth of a second is read whole; where none does, nothing is."""
+    draw = np.random.default_rng(0)
+    lengths, labels = np.arange(96) % 12 + 4, draw.integers(0, 2, 96)
+    seconds = lengths * 1e-2 + label * labels + 1e-5 * draw.standard_normal((6, 96))
+    found = timing._told(seconds, lengths, labels)
+    assert found["by_length"] > 0.99
+    assert (found["again"] > found["again_by_chance"]) is bool(label)
+    assert (found["auc"] > 0.99) is bool(label)
+    assert found["auc"] == 1.0 if label else found["auc"] <= found["auc_by_chance"]
+
+
+def test_seconds_of_a_client(tmp_path: Path) -> None:
+    bert_folder(tmp_path / "model")
+    found = timing.measure(str(toml(tmp_path)), client="north", passes=4)
+    assert found["texts"] > 0

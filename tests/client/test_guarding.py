@@ -39,7 +39,7 @@ from flexp.planner.fleet import TaskShape
 from flexp.run import defending
 from flexp.run.public_texts import Reader, Texts, words
 from flexp.run.runner import run
-from flexp.run.settle import build_world, model_folder
+from flexp.run.settle import build_world, model_folder, settle
 from tests import tiny
 from tests.harness import seeded
 
@@ -345,6 +345,34 @@ def test_the_bound_on_labels_chooses_the_answers(folder: Path, classes: int) -> 
     world = build_world(config(folder, {"penalty": "off", "max_label_auc": 0.6}))
     assert world.config.privacy.label_epsilon == pytest.approx(math.log(0.6 / 0.4))
     assert any("an AUC of at most 0.60" in note for note in world.federation.notes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sends", "note"),
+    [
+        ({}, False, "kept by sending no gradients, which is expected to cost 5 points"),
+        ({"privacy": {"max_label_auc": 0.95}}, True, "an AUC of at most 0.95"),  # little is answered wrongly
+        ({"privacy": {"max_label_auc": 0.6, "gradients": True}}, True, "an AUC of at most 0.60"),
+        ({"data": {"clients": tiny.each(cut=[[1, 3], [2, None]])}}, True, "client south has no blocks in its tail"),
+        ({"method": {"align": {"kind": "weights"}}}, True, "leaves the head as it is, so nothing is aligned"),
+    ],
+)
+def test_the_bound_on_labels_sends_no_gradients_where_that_costs_less(
+    folder: Path, changes: dict[str, Any], sends: bool, note: str
+) -> None:
+    told = {
+        "privacy": {"max_label_auc": 0.6},
+        "data": {"clients": tiny.each(cut=[[1, 3], [2, 3]])},
+        "method": {"align": {"kind": "off"}},
+        **changes,
+    }
+    found = settle(tiny.config(folder, **told))
+    privacy = found.config.privacy
+    assert privacy.gradients is sends
+    assert (privacy.label_epsilon is None) is not sends
+    assert note in " ".join(found.federation.notes)
+    again = settle(validate(found.config.resolved(), "again"))  # as whoever goes on reads it
+    assert again.config.privacy == privacy
 
 
 @pytest.fixture

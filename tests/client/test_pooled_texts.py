@@ -9,7 +9,9 @@ import pytest
 import torch
 import transformers
 
-from flexp.attacks.tokens import Public, Pursuit, Sent, Words
+from flexp.attacks.base import Public, Sent
+from flexp.attacks.pursuit import Pursuit
+from flexp.attacks.words import Words
 from flexp.config import RunConfig
 from flexp.data.types import Batch
 from flexp.errors import ConfigError, ModelError, PrivacyError

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flexp.attacks.tokens import Public, Sent
+from flexp.attacks.base import Public, Sent
 from flexp.data.types import Example
 from flexp.errors import DataError
 from flexp.models.stage import Stage

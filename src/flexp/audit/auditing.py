@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexp.attacks.base import Attack, Public
 from flexp.attacks.public import MANUAL, dull_tokens, encoded, known_to_all, paragraphs
-from flexp.attacks.tokens import ATTACKS, ON_MEANS, Attack, Public
+from flexp.attacks.tokens import ATTACKS, ON_MEANS
 from flexp.audit.training import foretold, labels_told, membership_told, words_told
 from flexp.audit.truth import Truth
 from flexp.audit.watching import Exchange, Known, Watch, watchable, watching
@@ -90,6 +91,7 @@ class Audit:
         gradients: the share of tokens that an optimising inversion reads out of ∂task/∂h alone; ``None``: not tried.
         members: the area under the curve of which texts the shared blocks were trained on; ``None``: not attacked.
         worst: texts of which most was read: the truth, and what the best attack read.
+        not_attacked: what a server could try besides, and was not tried here.
     """
 
     model: str
@@ -105,6 +107,7 @@ class Audit:
     gradients: float | None = None
     members: float | None = None
     worst: list[tuple[str, str]] = field(default_factory=list)
+    not_attacked: list[str] = field(default_factory=list)
 
     @property
     def content(self) -> float:
@@ -216,6 +219,9 @@ def attacked(watch: Watch, *, public: Path | None = None, full: bool = False, on
     if decoder and len(run.source.part.blocks) == run.source.anatomy.blocks:
         blind |= foretold(watch.exchanges, run.source, special, dull)
     pooled = config.privacy.pool  # those two run a model without the mean between its blocks
+    labels = labels_told(watch.exchanges, run, answers)
+    members = None if run.method is None or pooled else membership_told(watch.exchanges, run.method, words=decoder)
+    tried = {"labels": bool(labels), "membership": members is not None}
     return Audit(
         model=config.model.id,
         method=config.method.name,
@@ -226,10 +232,11 @@ def attacked(watch: Watch, *, public: Path | None = None, full: bool = False, on
         public=MANUAL if public is None else str(public.name),
         blind=blind,
         readings=readings,
-        labels=labels_told(watch.exchanges, run, answers),
+        labels=labels,
         gradients=words_told(watch.exchanges, run) if full and not pooled else None,
-        members=None if run.method is None or pooled else membership_told(watch.exchanges, run.method, words=decoder),
+        members=members,
         worst=_worst(*best[1:], tokenizer),
+        not_attacked=[what for what, was in tried.items() if not was] + list(run.unheard),
     )
 
 

@@ -62,6 +62,9 @@ def tables(found: Audit) -> list[Table]:
         told = ["area under the curve (AUC), nothing being 0.50", f"{found.members:.2f}"]
         made.append(Table("members", "Texts that the shared blocks were trained on",
                           "By these blocks, beside clients' test texts.", ["membership", "told"], [told]))  # fmt: skip
+    if found.not_attacked:
+        left = [[what, "not attacked"] for what in found.not_attacked]
+        made.append(Table("left", "What was not tried", "A server could.", ["what", "told"], left, words=(0, 1)))
     return made
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from flexp.attacks.tokens import Sent
+from flexp.attacks.base import Sent
 from flexp.audit.watching import Exchange
 
 MOST_KNOWN = 100

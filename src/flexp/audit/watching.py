@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -77,6 +77,7 @@ class Known:
         source: the pretrained model, or the ends and blocks of it that clients have.
         surrogate: a head of so many blocks as clients have theirs before they teach it.
         method: with its server; ``None``: that is another machine's.
+        unheard: what a server has and was not recorded here, so that nobody takes it for safe.
     """
 
     config: RunConfig
@@ -84,6 +85,7 @@ class Known:
     source: Stage
     surrogate: Callable[[int], Stage]
     method: Split | None = None
+    unheard: Sequence[str] = ()
 
 
 @dataclass

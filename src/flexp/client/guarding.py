@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flexp.attacks.base import Attack, Public, Sent
 from flexp.attacks.public import dull_tokens, encoded, known_to_all, padded, paragraphs, pooled
-from flexp.attacks.tokens import ATTACKS, ON_MEANS, Attack, Public, Sent
+from flexp.attacks.tokens import ATTACKS, ON_MEANS
 from flexp.client.noise import Noise
 from flexp.client.penalties import Adversary, NoPeek
 from flexp.client.random_labels import RandomLabels

@@ -39,7 +39,8 @@ class PrivacyConfig(Section):
     gradients: bool = True
     # ε of the labels: each is answered at random once, and training knows that answer alone; None: as they are
     label_epsilon: Rate | None = None
-    # of labels, what may be told at most (0.5: nothing): chooses label_epsilon where that is not set, or judges it
+    # of labels, what may be told at most (0.5: nothing): chooses label_epsilon where that is not set, or judges it; or
+    # gradients = false, where neither is named and that is expected to cost less
     max_label_auc: Annotated[float, Field(gt=0.5, lt=1.0)] | None = None
     public: str | None = None  # a file of public texts, one a line; None: the manual that comes with Python
     # what an attacker who is given the head itself may read when the warm-up ends, and while it trains; else nothing

@@ -102,7 +102,7 @@ class RunConfig(Section):
                 'model.pooling = "mean", which is for one class of a text'
             )
         if not self.privacy.gradients:
-            self._check_without_gradients()
+            self.check_without_gradients()
         if self.privacy.of_labels and self.privacy.gradients and self.train.class_weights is not None:
             raise ValueError("privacy.label_epsilon hides the labels that train.class_weights counts: leave one out")
         if self.recut.on and self.server.tuning not in (None, self.model.tuning):
@@ -147,7 +147,8 @@ class RunConfig(Section):
             )
         return self
 
-    def _check_without_gradients(self) -> None:
+    def check_without_gradients(self) -> None:
+        """See that nothing else of the configuration is against ``privacy.gradients = false``. Raises ValueError."""
         align = self.method.align
         if align.kind != "off" or align.teach:
             raise ValueError('privacy.gradients = false leaves the head as it is, so nothing is aligned: set '

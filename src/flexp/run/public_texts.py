@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from flexp.assets.store import root
+from flexp.attacks.base import Public
 from flexp.attacks.public import encoded, known_to_all, paragraphs
-from flexp.attacks.tokens import Public
 from flexp.client.guarding import PUBLIC, Guard
 from flexp.config import ModelConfig, PrivacyConfig
 from flexp.data.types import Example

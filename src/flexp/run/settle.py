@@ -140,7 +140,8 @@ def settle(
 
         config, more, planned = with_cuts(config, federation, blocks)
         notes += more
-    config = within_label_bound(config, federation)
+    config, more = within_label_bound(config, federation, blocks if plan else 0)
+    notes += more
     notes += privacy_notes(config, federation, int(model_config.get_text_config().hidden_size))
     federation = replace(federation, notes=[*federation.notes, *notes])
     return Settled(config, federation, model_id, blocks, own_pad(federation.task.model_kind, processor), planned)
