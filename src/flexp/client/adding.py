@@ -21,7 +21,7 @@ from flexp.files import write_private
 from flexp.links.asking import SumReply, SumRequest
 from flexp.links.base import Link
 from flexp.links.sums import Sums
-from flexp.masking import NONCE_BYTES, Group, Identity, fingerprint, from_ring, to_ring
+from flexp.masking import NONCE_BYTES, SHARES, SUMS, Group, Identity, fingerprint, from_ring, to_ring
 from flexp.rng import current_turn
 
 KEYS, SEALED = 6, 7
@@ -39,10 +39,13 @@ class OverLink:
     Args:
         group: hides what this client gives; ``None``: the server reads it.
         run: the run's name, so that no mask serves twice.
+        shares: what is given is multiplied by this client's share, and who comes too late takes what the others have;
+            else it adds its own to that.
     """
 
-    def __init__(self, link: Link, group: Group | None = None, run: str = "") -> None:
+    def __init__(self, link: Link, group: Group | None = None, run: str = "", *, shares: bool = False) -> None:
         self._link, self._group, self._run = link, group, run
+        self._scale, self._shares = SHARES if shares else SUMS, shares
 
     def give(self, number: int, values: Sums) -> Callable[[], Sums]:
         """See :class:`flexp.links.sums.Adder`.
@@ -51,9 +54,10 @@ class OverLink:
             TrainingError: a number is not finite, or too large.
         """
         group, client, purpose = self._group, self._link.client, f"{self._run} {number}"
+        scale = self._scale
         flat = torch.cat([value.double().flatten() for value in values.values()]).numpy()
         nonce = secrets.token_bytes(NONCE_BYTES)
-        ring = to_ring(flat) if group is None else group.hide(flat, client, purpose, nonce)
+        ring = to_ring(flat, scale) if group is None else group.hide(flat, client, purpose, nonce, scale)
         note = "" if group is None else f"{nonce.hex()} {group.mark}"
         answer = _asked(self._link, SumRequest(number, torch.from_numpy(ring.view(np.int64)), note))
 
@@ -61,10 +65,10 @@ class OverLink:
             reply = answer()
             if reply.values_N is None or reply.values_N.shape != (len(flat),):
                 raise LinkError(f"client {client}: the server gives a sum that is not of what was given")
-            late = 0.0 if client in reply.notes else flat  # who came too late adds its own to what the others have
+            late = 0.0 if client in reply.notes or self._shares else flat
             added = reply.values_N.contiguous().numpy().view(np.uint64)
             if group is None:
-                return _shaped(from_ring(added) + late, values)
+                return _shaped(from_ring(added, scale) + late, values)
             nonces = {}
             for name, said in reply.notes.items():
                 hidden, _, mark = said.partition(" ")
@@ -74,7 +78,7 @@ class OverLink:
                         "method.meet.masked and secret everywhere, and start the run anew"
                     )
                 nonces[name] = _bytes(hidden)
-            return _shaped(group.reveal(added, nonces, purpose) + late, values)
+            return _shaped(group.reveal(added, nonces, purpose, scale) + late, values)
 
         return total
 
