@@ -15,16 +15,20 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from flexp.links.asking import PIECES
 from flexp.links.sums import Adder, fixed, real
 from flexp.masking import SHARES
 
 PIECE = 1 << 17
 """Numbers of one sum, 1 MiB: a server holds a piece of every client, and no link takes frames of any size."""
-PIECES = 1 << 16
-"""Of a model, at the most."""
 SIZES, FINE = 8, 2.0**-20
 """The number of the sum of all clients' examples, once a run, and of what they are multiples in it; meetings have the
 numbers before."""
+
+READABLE = (
+    "method.meet.masked is off: every client's weights go to the server as they are, and it can read from them what "
+    "each was trained on, as far as weights tell"
+)
 
 Weights = dict[str, Tensor]
 

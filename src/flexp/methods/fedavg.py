@@ -9,6 +9,7 @@ The personal model of every client is w. Budget: exact. With one client and one 
 
 from __future__ import annotations
 
+from flexp.methods.base import Deployed
 from flexp.methods.federated import Federated
 
 
@@ -18,3 +19,4 @@ class FedAvg(Federated):
     name = "fedavg"
     same_for_all = True
     effort = 0.8
+    deployed = Deployed(averages=True, middle=False)
