@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,13 @@ class LateError(LinkError):
     """Others met already, with a key that this client cannot have."""
 
 
+Wait = Callable[["Future[SumReply]"], SumReply]
+
+
+def _result(future: Future[SumReply]) -> SumReply:
+    return future.result()
+
+
 class OverLink:
     """Sums that the server takes.
 
@@ -41,10 +49,13 @@ class OverLink:
         run: the run's name, so that no mask serves twice.
         shares: what is given is multiplied by this client's share, and who comes too late takes what the others have;
             else it adds its own to that.
+        wait: for an answer, which may take as long as another client does.
     """
 
-    def __init__(self, link: Link, group: Group | None = None, run: str = "", *, shares: bool = False) -> None:
-        self._link, self._group, self._run = link, group, run
+    def __init__(
+        self, link: Link, group: Group | None = None, run: str = "", *, shares: bool = False, wait: Wait = _result
+    ) -> None:
+        self._link, self._group, self._run, self._wait = link, group, run, wait
         self._scale, self._shares = SHARES if shares else SUMS, shares
 
     def give(self, number: int, values: Sums) -> Callable[[], Sums]:
@@ -59,7 +70,7 @@ class OverLink:
         nonce = secrets.token_bytes(NONCE_BYTES)
         ring = to_ring(flat, scale) if group is None else group.hide(flat, client, purpose, nonce, scale)
         note = "" if group is None else f"{nonce.hex()} {group.mark}"
-        answer = _asked(self._link, SumRequest(number, torch.from_numpy(ring.view(np.int64)), note))
+        answer = _asked(self._link, SumRequest(number, torch.from_numpy(ring.view(np.int64)), note), self._wait)
 
         def total() -> Sums:
             reply = answer()
@@ -84,7 +95,12 @@ class OverLink:
 
 
 def agree(
-    link: Link, config: MeetConfig, run: str, folder: Path, clients: Callable[[str], None] = lambda _: None
+    link: Link,
+    config: MeetConfig,
+    run: str,
+    folder: Path,
+    clients: Callable[[str], None] = lambda _: None,
+    wait: Wait = _result,
 ) -> Group | None:
     """The key of the run's clients, which the server does not learn; ``None``: their settings want none.
 
@@ -107,9 +123,8 @@ def agree(
         except OSError as error:
             raise ConfigError(f"method.meet.secret = {config.secret!r} cannot be read ({error.strerror})") from error
     own, client = _identity(folder / KEY_FILE), link.client
-    publics = {
-        name: _bytes(note) for name, note in _asked(link, SumRequest(KEYS, note=own.public.hex()))().notes.items()
-    }
+    keys = _asked(link, SumRequest(KEYS, note=own.public.hex()), wait)()
+    publics = {name: _bytes(note) for name, note in keys.notes.items()}
     if client not in publics:
         raise LateError(f"client {client} comes when the others have agreed on their key without it")
     if publics.get(client) != own.public:
@@ -127,7 +142,7 @@ def agree(
     dealer = min(publics)
     sealed = own.deal(publics) if dealer == client else {}
     note = json.dumps({name: each.hex() for name, each in sealed.items()})
-    told = _asked(link, SumRequest(SEALED, note=note))().notes.get(dealer, "")
+    told = _asked(link, SumRequest(SEALED, note=note), wait)().notes.get(dealer, "")
     try:
         mine = _bytes(json.loads(told)[client])
     except (ValueError, KeyError, TypeError) as error:
@@ -148,14 +163,14 @@ def _identity(file: Path) -> Identity:
         raise StorageError(f"{file}: cannot be read as this client's key for meetings ({error})") from error
 
 
-def _asked(link: Link, request: SumRequest) -> Callable[[], SumReply]:
+def _asked(link: Link, request: SumRequest, wait: Wait) -> Callable[[], SumReply]:
     turn = current_turn()
     with waiting(link, turn):
         future = link.call(request)
 
     def answer() -> SumReply:
         with waiting(link, turn):
-            return future.result()
+            return wait(future)
 
     return answer
 

@@ -25,9 +25,9 @@ SIZES, FINE = 8, 2.0**-20
 """The number of the sum of all clients' examples, once a run, and of what they are multiples in it; meetings have the
 numbers before."""
 
+MASKED = "weights are averaged in masked sums, which the server adds and cannot read"
 READABLE = (
-    "method.meet.masked is off: every client's weights go to the server as they are, and it can read from them what "
-    "each was trained on, as far as weights tell"
+    "method.meet.masked is off: the server reads every client's weights, and what they tell of its examples"
 )
 
 Weights = dict[str, Tensor]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
 from flexp.client.adding import LateError, OverLink, agree
-from flexp.client.averaging import READABLE, averaged
+from flexp.client.averaging import MASKED, READABLE, averaged
 from flexp.client.meeting import FIRST, LAST, RARE, UNMASKED, Meets
 from flexp.client.model import SplitModel
 from flexp.client.recut import fit
@@ -200,13 +201,19 @@ class Party:
         train = self.config.train
         planned = 0 if train.personal.schedule == "constant" else train.total_steps
         ready = Ready(self.trainer.steps, done, self._run, numbers, self._saved_steps, self._told(), planned, self._met)
-        future = self.model.link.call(ready)
+        try:
+            return self._waited(self.model.link.call(ready))
+        except _Interrupted:
+            return None
+
+    def _waited(self, future: Future[R]) -> R:
+        """An answer that is given when others are there. Raises StoppedError: the client is to stop meanwhile."""
         while True:
             try:
                 return future.result(0.5)
             except TimeoutError:
                 if self._stop.is_set():
-                    return None
+                    raise _Interrupted("stopped while it waited for others") from None
 
     def _step(self) -> None:
         while (step := self._try()) is None:
@@ -306,10 +313,11 @@ class Party:
                 self._heard.add(line)
                 self.diary.note(line)
 
-        if not self.config.method.meet.masked:
-            once(unmasked)
-        group = agree(self.model.link, self.config.method.meet, self._run, self.snapshots.folder, once)
-        return OverLink(self.model.link, group, self._run, shares=shares)
+        masked = self.config.method.meet.masked
+        if shares or not masked:
+            once(MASKED if masked else unmasked)
+        group = agree(self.model.link, self.config.method.meet, self._run, self.snapshots.folder, once, self._waited)
+        return OverLink(self.model.link, group, self._run, shares=shares, wait=self._waited)
 
     def _restore(self, number: int) -> None:
         snapshot = self.snapshots.open(number)
@@ -378,6 +386,10 @@ class Party:
     def _round(self) -> int:
         """Of the last step."""
         return (self.trainer.steps - 1) // self.config.train.steps_per_round + 1
+
+
+class _Interrupted(StoppedError):
+    """The client is to stop while it waits."""
 
 
 def patiently(attempt: Callable[[], R], seconds: float, stop: threading.Event, most: float = 5.0) -> R:
