@@ -128,7 +128,9 @@ def test_who_goes_back_has_the_last_averages_again_and_waits_for_nobody_who_is_p
     assert equal(again, simulated(*NAMES))
     assert {number // PIECES for number in sums.done} == {0, 2, 3}  # what is kept is bounded …
     assert {name.partition("/")[0] for name in sums.state()} == {str(SIZES)}  # … and none of it is saved
-    with pytest.raises(LinkError, match=r"client a goes back to round 1, and averages are kept of the rounds from 2 on"):
+    with pytest.raises(
+        LinkError, match=r"client a goes back to round 1, and averages are kept of the rounds from 2 on"
+    ):
         averaged(model("a"), EXAMPLES["a"], over(sums, seen, "a"), 1)
     with pytest.raises(LinkError, match=r"this run has 9, and averages of 3 rounds"):
         averaged(model("a"), EXAMPLES["a"], over(sums, seen, "a"), 4)

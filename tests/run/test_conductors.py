@@ -61,9 +61,7 @@ class Word:
         return True
 
 
-def deterministic(
-    folder: Path | None, meets: Meets = Meets(False, False), averages: bool = False
-) -> Deterministic:
+def deterministic(folder: Path | None, meets: Meets = Meets(False, False), averages: bool = False) -> Deterministic:
     snapshots = None if folder is None else Store(folder)
     places = schedule(NAMES, TRAIN, 3, evaluate_every=1, save_every=1, meets=meets, averages=averages)
     return Deterministic(world("bert").server, snapshots, "run", lambda _: None, TRAIN, NAMES, places)
@@ -258,9 +256,7 @@ def test_everybody_is_in_step_where_all_save() -> None:
     assert places[-2:] == [Place("evaluate", number=2), Place("save")]
 
 
-def free(
-    folder: Path, train: TrainConfig = TRAIN, meets: Meets = Meets(False, False), averages: bool = False
-) -> Free:
+def free(folder: Path, train: TrainConfig = TRAIN, meets: Meets = Meets(False, False), averages: bool = False) -> Free:
     server, say = world("bert").server, lambda _: None
     return Free(server, Store(folder), "run", say, train, NAMES, 2, save_every=1, meets=meets, averages=averages)
 

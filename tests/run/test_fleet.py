@@ -16,8 +16,8 @@ from rich.console import Console
 from flexp.config import DeploymentConfig, RunConfig
 from flexp.errors import ConfigError, FlexpError
 from flexp.files import read_json
-from flexp.links.base import Link
 from flexp.links.asking import PIECES
+from flexp.links.base import Link
 from flexp.links.grpc import connect
 from flexp.links.messages import ForwardRequest
 from flexp.report.metrics import read
@@ -394,7 +394,9 @@ def of(prefix: str, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor
 
 def test_what_no_network_runs_is_refused(folder: Path, tmp_path: Path) -> None:
     config = tiny.config(folder, method={"name": "ditto"})
-    with pytest.raises(ConfigError, match=r"'ditto' is for simulations .*; on a network there are .*fedavg, flexp-sfl, s"):
+    with pytest.raises(
+        ConfigError, match=r"'ditto' is for simulations .*; on a network there are .*fedavg, flexp-sfl, s"
+    ):
         Fleet(settle(config), tmp_path / "out")
     stopping = {"train": {"early_stopping": {"patience": 2}}, "data": {"validation_fraction": 0.2}}
     config = tiny.config(folder, method={"name": "fedavg"}, **stopping)

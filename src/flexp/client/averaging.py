@@ -26,9 +26,7 @@ SIZES, FINE = 8, 2.0**-20
 numbers before."""
 
 MASKED = "weights are averaged in masked sums, which the server adds and cannot read"
-READABLE = (
-    "method.meet.masked is off: the server reads every client's weights, and what they tell of its examples"
-)
+READABLE = "method.meet.masked is off: the server reads every client's weights, and what they tell of its examples"
 
 Weights = dict[str, Tensor]
 

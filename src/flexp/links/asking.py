@@ -76,8 +76,6 @@ class SumRequest(Request[SumReply]):
 
     trains: ClassVar[bool | None] = True
 
-    trains: ClassVar[bool | None] = True
-
     number: Count
     values_N: Annotated[Tensor | None, INTEGERS] = None
     note: Annotated[str, Field(max_length=1 << 16)] = ""

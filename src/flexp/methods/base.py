@@ -328,9 +328,7 @@ def as_deployed(config: RunConfig, cuts: Cuts, blocks: int) -> tuple[RunConfig, 
 def without_alignment(config: RunConfig) -> RunConfig:
     """The same without alignment, so that the server's blocks begin at the smallest cut."""
     method = config.method.model_copy(update={"align": AlignConfig(kind="off")})
-    return config.model_copy(
-        update={"method": method, "model": config.model.model_copy(update={"base_depth": None})}
-    )
+    return config.model_copy(update={"method": method, "model": config.model.model_copy(update={"base_depth": None})})
 
 
 def base_depth(config: RunConfig, cuts: Mapping[str, tuple[int, int]]) -> int:

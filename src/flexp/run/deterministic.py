@@ -149,7 +149,9 @@ class Deterministic(Conductor):
         if ready.steps == expected or ahead:
             if ahead:  # only the word that it had done its step was lost
                 self._next()
-            elif item is not None and item.what in ("meet", "average") and ready.met > self._due(self.place):  # likewise
+            elif (
+                item is not None and item.what in ("meet", "average") and ready.met > self._due(self.place)
+            ):  # likewise
                 self._done.add(client)
             return
         found = [number for number in ready.snapshots if number <= self.place]
