@@ -64,8 +64,8 @@ def to_ring(values: Numbers, scale: Scale = SUMS) -> Ring:
     values = np.asarray(values, dtype=np.float64)
     if not np.abs(values).max(initial=0.0) < scale.largest:  # nor is NaN
         raise TrainingError(
-            f"a sum over clients takes finite numbers below {scale.largest:.0e}, and has others; lower the learning rates "
-            "(or scale the numbers that are learned); in a meeting, set method.meet.gram = false"
+            f"a sum over clients takes finite numbers below {scale.largest:.0e}, and has others; lower the learning "
+            "rates (or scale the numbers that are learned); in a meeting, set method.meet.gram = false"
         )
     return np.rint(values * 2.0**scale.bits).astype(np.int64).view(np.uint64)
 

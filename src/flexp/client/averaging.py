@@ -68,10 +68,10 @@ def averaged(weights: Mapping[str, Tensor], examples: int, adder: Adder, number:
     kinds = {value.dtype for value in weights.values()}
     flat_N = torch.cat([value.detach().cpu().flatten() for value in weights.values()])  # a copy
     flat_N = flat_N.double() if len(kinds) > 1 else flat_N
-    for place, piece_N in enumerate(flat_N.split(PIECE)):
+    for place, piece_N in enumerate(torch.split(flat_N, PIECE)):
         total = adder.give(number * PIECES + place, {"share": share, "weights": piece_N.double() * share})()
         piece_N.copy_(total["weights"] / total["share"])
-    parts = flat_N.split([value.numel() for value in weights.values()])
+    parts = torch.split(flat_N, [value.numel() for value in weights.values()])
     return {
         name: part.reshape(value.shape).to(value.dtype)
         for (name, value), part in zip(weights.items(), parts, strict=True)

@@ -100,9 +100,7 @@ class ClientModel(FromCheckpoint):
             ConfigError: none was named.
             LinkError: it cannot be reached.
         """
-        if (
-            self._connect is None and self.cut[0] == self.blocks
-        ):  # it has all of its model, and a server would have none
+        if self._connect is None and self.cut[0] == self.blocks:  # all of its model is here
             return make_server(self.config, *self.cut, self.kind, None, remembers=False).connect(self.client)
         if self._connect is None:
             raise ConfigError(

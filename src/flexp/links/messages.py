@@ -241,7 +241,8 @@ class Order:
     Attributes:
         what: ``step``: ``count`` steps. ``evaluate``: score the personal model after round ``number``. ``meet``: the
             meeting ``number``, 0 before the first step, 1 after the last (``method.meet``). ``average``: the average of
-            everybody's weights after round ``number``. ``save``: keep a snapshot with that number. ``restore``: go back to that snapshot. ``stop``: the run is over.
+            everybody's weights after round ``number``. ``save``: keep a snapshot with that number. ``restore``: go
+            back to that snapshot. ``stop``: the run is over.
         run: the run's name, the same after a restart of the server.
         place: in the schedule; the client's next :class:`Ready` says that it is done.
         save: with any order, first keep a snapshot with this number.

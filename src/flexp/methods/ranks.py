@@ -46,7 +46,7 @@ def average(parts: Mapping[str, Weights], examples: Mapping[str, int]) -> Weight
         name: [max(sizes) for sizes in zip(*(one[name].shape for one in parts.values() if name in one), strict=True)]
         for name in sorted({name for weights in parts.values() for name in weights})
     }
-    kinds = {name: value.dtype for weights in reversed(parts.values()) for name, value in weights.items()}
+    kinds = {name: value.dtype for weights in parts.values() for name, value in weights.items()}
     for client, weights in parts.items():
         fitted = {name: fit(weights[name], shape) for name, shape in shapes.items() if name in weights}
         mean.add(fitted, examples[client] / everything)

@@ -51,7 +51,7 @@ class SplitFedAvg(Split):
     sends: ClassVar[str] = "activations, gradients, weights"
     timing: ClassVar[Schedule | None] = Schedule("split-sync")
     axis: ClassVar[Axis | None] = (RATIO, (1.0, 0.25))
-    deployed = Deployed(averages=True)
+    deployed: ClassVar[Deployed | None] = Deployed(averages=True)
 
     @classmethod
     def cuts(cls, config: RunConfig, cuts: Mapping[str, tuple[int, int]], blocks: int) -> Cuts:

@@ -18,6 +18,9 @@ from flexp.links.messages import Order, Ready
 from flexp.methods.turns import Place
 from flexp.run.conduct import Conductor
 
+GATHER = ("meet", "average")
+"""What clients do together, whose sums a server still has for who lost them."""
+
 
 @dataclass(eq=False)
 class Deterministic(Conductor):
@@ -40,7 +43,7 @@ class Deterministic(Conductor):
         self._done: set[str] = set()  # who has done the place that all do
         self._saved = -1  # the last place at which the server has saved
         owners = [item.client if item.what == "step" else "" for item in self.places]
-        self._meetings = [number for number, item in enumerate(self.places) if item.what in ("meet", "average")]
+        self._meetings = [number for number, item in enumerate(self.places) if item.what in GATHER]
         self._steps = {name: [0, *accumulate(owner == name for owner in owners)] for name in self.clients}
         if self.over:
             self._saved = max(self.numbers)
@@ -73,7 +76,7 @@ class Deterministic(Conductor):
         item = self.places[self.place]
         if item.what == "step" and item.client == client:
             self._next()
-        elif item.what in ("evaluate", "meet", "average", "save"):
+        elif item.what in ("evaluate", "save", *GATHER):
             if item.what == "save":  # if it could: a full disk leaves it with what it saved before
                 self.server.keep_answers_after(client, self.members[client].ready.saved)
             self._done.add(client)
@@ -149,9 +152,7 @@ class Deterministic(Conductor):
         if ready.steps == expected or ahead:
             if ahead:  # only the word that it had done its step was lost
                 self._next()
-            elif (
-                item is not None and item.what in ("meet", "average") and ready.met > self._due(self.place)
-            ):  # likewise
+            elif item is not None and item.what in GATHER and ready.met > self._due(self.place):  # likewise
                 self._done.add(client)
             return
         found = [number for number in ready.snapshots if number <= self.place]

@@ -203,7 +203,7 @@ class Party:
         ready = Ready(self.trainer.steps, done, self._run, numbers, self._saved_steps, self._told(), planned, self._met)
         try:
             return self._waited(self.model.link.call(ready))
-        except _Interrupted:
+        except _InterruptedError:
             return None
 
     def _waited(self, future: Future[R]) -> R:
@@ -213,7 +213,7 @@ class Party:
                 return future.result(0.5)
             except TimeoutError:
                 if self._stop.is_set():
-                    raise _Interrupted("stopped while it waited for others") from None
+                    raise _InterruptedError("stopped while it waited for others") from None
 
     def _step(self) -> None:
         while (step := self._try()) is None:
@@ -388,7 +388,7 @@ class Party:
         return (self.trainer.steps - 1) // self.config.train.steps_per_round + 1
 
 
-class _Interrupted(StoppedError):
+class _InterruptedError(StoppedError):
     """The client is to stop while it waits."""
 
 
