@@ -41,8 +41,12 @@ class Place:
     number: int = 0
 
 
+GATHER = ("meet", "average")
+"""What all clients do together, in sums that the server still has for who lost them."""
+
+
 def gatherings(train: TrainConfig, meets: Meets, averages: bool) -> list[Place]:
-    """What all clients do together, in its order: meetings, and averages after each round."""
+    """Of :data:`GATHER` all that a run has, in its order."""
     return [
         *([Place("meet", number=FIRST)] if meets.first else []),
         *(Place("average", number=number) for number in range(1, train.rounds + 1) if averages),

@@ -15,11 +15,8 @@ from itertools import accumulate
 
 from flexp.errors import LinkError
 from flexp.links.messages import Order, Ready
-from flexp.methods.turns import Place
+from flexp.methods.turns import GATHER, Place
 from flexp.run.conduct import Conductor
-
-GATHER = ("meet", "average")
-"""What clients do together, whose sums a server still has for who lost them."""
 
 
 @dataclass(eq=False)

@@ -27,7 +27,7 @@ from flexp.links.messages import Order, Ready
 from flexp.links.sums import Adder, InOnePlace
 from flexp.methods.base import deployed
 from flexp.methods.parties import meet_at, renew, seat_of
-from flexp.methods.turns import Place, gatherings
+from flexp.methods.turns import GATHER, Place, gatherings
 from flexp.report.metrics import Record
 from flexp.report.summary import VALIDATION
 from flexp.rng import RandomStream
@@ -85,8 +85,7 @@ class Party:
         self._validated = validated or {}
         self._saved_steps = trainer.steps  # of a client that has moved to another cut, what it moved with
         self._place = -1 if snapshots.numbers() else 0
-        self._gatherings = gatherings(self.config.train, Meets.of(self.config), deployed(self.config).averages)
-        self._met = 0  # of these, those that it has been at
+        self._met = 0  # of what all do together, what it has been at
         self._heard: set[str] = set()  # what is told once
         self._pull_due = False
         self._linked = time.monotonic()
@@ -179,18 +178,10 @@ class Party:
                 f"the server orders {order.count} steps after {self.trainer.steps}, and this run has "
                 f"{self.config.train.total_steps}; set the same train.rounds and train.steps_per_round on both sides"
             )
-        meets = Meets.of(self.config)
-        if order.what == "meet" and not (
-            (order.number == FIRST and meets.first) or (order.number == LAST and meets.last)
-        ):
+        if order.what in GATHER and Place(order.what, number=order.number) not in self._gatherings:  # type: ignore[arg-type]
             raise LinkError(
-                f"the server orders a meeting (number {order.number}), and this client's settings have none: set the "
-                "same method.meet and model.head on both sides"
-            )
-        if order.what == "average" and Place("average", number=order.number) not in self._gatherings:
-            raise LinkError(
-                f"the server orders the average of round {order.number}, and by this client's settings there is none: "
-                "set the same method.name and train.rounds on both sides"
+                f"the server orders {order.what} {order.number}, and by this client's settings there is none: set the "
+                "same method.name, method.meet, model.head and train.rounds on both sides"
             )
         if len(order.run) > MOST_RUN or min(order.number, order.save or 0) < 0:
             raise LinkError("the server's order names a run or a snapshot that cannot be")
@@ -368,7 +359,8 @@ class Party:
     def _told(self) -> dict[str, float]:
         """What the operator may know: no data, no labels, no weights; where no gradients are sent no losses and scores
         either, out of which labels could be computed."""
-        meter, open_ = self.model.link.meter.training, self.config.privacy.gradients
+        meter = self.model.link.meter.training
+        open_ = self.config.privacy.gradients and not self.model.whole
         facts = {
             **{key: value for key, value in self._facts.items() if open_ or key != "loss"},
             "bytes_up": float(meter.bytes_up),
@@ -381,6 +373,10 @@ class Party:
         if self.task.metric in self.scores and open_:
             facts["score"] = float(self.scores[self.task.metric])
         return facts
+
+    @property
+    def _gatherings(self) -> list[Place]:
+        return gatherings(self.config.train, Meets.of(self.config), deployed(self.config).averages)
 
     @property
     def _round(self) -> int:
