@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.stats import kstest
 
 from flexp.errors import ConfigError, LinkError, TrainingError
-from flexp.masking import LARGEST, NONCE_BYTES, Group, Identity, Numbers, add, fingerprint, from_ring, to_ring
+from flexp.masking import NONCE_BYTES, SUMS, Group, Identity, Numbers, add, fingerprint, from_ring, to_ring
 
 SECRET = b"sixteen bytes or more"
 
@@ -90,7 +90,7 @@ def test_the_fingerprint_changes_with_every_name_and_key() -> None:
     )
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), LARGEST])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), SUMS.largest])
 def test_numbers_that_do_not_fit_are_refused(value: float) -> None:
     with pytest.raises(TrainingError, match="finite numbers below"):
         to_ring(np.array([1.0, value]))

@@ -21,6 +21,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,11 +29,22 @@ from numpy.typing import NDArray
 
 from flexp.errors import ConfigError, LinkError, TrainingError
 
-FRACTION_BITS = 24
-"""Of the fixed point: steps of 6e-8."""
 MOST_CLIENTS = 2**12
-"""Whose numbers can be added without running over; each below :data:`LARGEST`."""
-LARGEST = 2.0**63 / MOST_CLIENTS / 2.0**FRACTION_BITS
+"""Whose numbers can be added without running over."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Where the fixed point of a sum lies: ``bits`` are behind it, and each number is below ``largest``."""
+
+    bits: int
+    largest: float
+
+
+SUMS = Scale(24, 2.0 ** (63 - 24) / MOST_CLIENTS)
+"""Steps of 6e-8."""
+SHARES = Scale(52, 2.0**10)
+"""Of numbers times the shares of those who give them, whose sum is hardly larger than the largest: steps of 2e-16."""
 NONCE_BYTES = 16
 KEY_BYTES = 32
 SECRET_BYTES = 16
@@ -43,24 +55,24 @@ Numbers = NDArray[np.float64]
 Ring = NDArray[np.uint64]
 
 
-def to_ring(values: Numbers) -> Ring:
-    """Real numbers as integers modulo 2⁶⁴, rounded to :data:`FRACTION_BITS` binary places.
+def to_ring(values: Numbers, scale: Scale = SUMS) -> Ring:
+    """Real numbers as integers modulo 2⁶⁴, rounded.
 
     Raises:
-        TrainingError: a number is not finite, or not below :data:`LARGEST`.
+        TrainingError: a number is not finite, or too large.
     """
     values = np.asarray(values, dtype=np.float64)
-    if not np.abs(values).max(initial=0.0) < LARGEST:  # nor is NaN
+    if not np.abs(values).max(initial=0.0) < scale.largest:  # nor is NaN
         raise TrainingError(
-            f"a sum over clients takes finite numbers below {LARGEST:.0e}, and has others; lower the learning rates "
-            "(or scale the numbers that are learned), or set method.meet.gram = false"
+            f"a sum over clients takes finite numbers below {scale.largest:.0e}, and has others; lower the learning "
+            "rates (or scale the numbers that are learned); in a meeting, set method.meet.gram = false"
         )
-    return np.rint(values * 2.0**FRACTION_BITS).astype(np.int64).view(np.uint64)
+    return np.rint(values * 2.0**scale.bits).astype(np.int64).view(np.uint64)
 
 
-def from_ring(values: Ring) -> Numbers:
+def from_ring(values: Ring, scale: Scale = SUMS) -> Numbers:
     """The other way."""
-    return values.view(np.int64).astype(np.float64) / 2.0**FRACTION_BITS
+    return values.view(np.int64).astype(np.float64) / 2.0**scale.bits
 
 
 class Group:
@@ -92,7 +104,7 @@ class Group:
             )
         return cls(_derived(secret, "group", run))
 
-    def hide(self, values: Numbers, client: str, purpose: str, nonce: bytes) -> Ring:
+    def hide(self, values: Numbers, client: str, purpose: str, nonce: bytes, scale: Scale = SUMS) -> Ring:
         """A client's numbers under its mask. A nonce is for one set of numbers: of two under one mask
         the server would learn the difference.
 
@@ -100,10 +112,10 @@ class Group:
             purpose: what is added up (a run's name and the number of the meeting).
             nonce: :data:`NONCE_BYTES` random bytes, sent along.
         """
-        hidden: Ring = to_ring(values) + self._mask(len(values), client, purpose, nonce)
+        hidden: Ring = to_ring(values, scale) + self._mask(len(values), client, purpose, nonce)
         return hidden
 
-    def reveal(self, total: Ring, nonces: Mapping[str, bytes], purpose: str) -> Numbers:
+    def reveal(self, total: Ring, nonces: Mapping[str, bytes], purpose: str, scale: Scale = SUMS) -> Numbers:
         """The sum of the numbers of those clients whose nonces these are.
 
         Raises:
@@ -111,7 +123,7 @@ class Group:
         """
         for client, nonce in nonces.items():
             total = total - self._mask(len(total), client, purpose, nonce)
-        return from_ring(total)
+        return from_ring(total, scale)
 
     def _mask(self, length: int, client: str, purpose: str, nonce: bytes) -> Ring:
         ciphers = cryptography("ciphers")

@@ -203,6 +203,7 @@ def test_a_client_may_say_the_base_depth_first() -> None:
         Order("save", "run", save=-5),
         Order("stop", "r" * 10_000),
         Order("meet", "run", number=1),
+        Order("average", "run", number=1),
     ],
 )
 def test_orders_that_no_server_of_this_run_gives(order: Order, tmp_path: Path) -> None:

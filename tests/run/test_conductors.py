@@ -12,7 +12,7 @@ from flexp.client.meeting import Meets
 from flexp.config import OptimizerConfig, TrainConfig
 from flexp.errors import ConfigError, LinkError
 from flexp.links.messages import Order, Ready
-from flexp.methods.turns import Place, schedule, turns
+from flexp.methods.turns import Place, gatherings, schedule, turns
 from flexp.run.deterministic import Deterministic
 from flexp.run.free import Free
 from flexp.run.store import Store
@@ -21,6 +21,7 @@ from tests.harness import world
 TRAIN = TrainConfig(rounds=2, steps_per_round=2, order="random")
 STEPS = TRAIN.rounds * TRAIN.steps_per_round
 NAMES = ["a", "b", "c"]
+BOTH = Meets(True, True)
 
 
 class Word:
@@ -47,8 +48,8 @@ class Word:
         for number in [order.number] * (order.what == "save") + ([] if order.save is None else [order.save]):
             self.saved = self.steps
             self.kept[number] = (self.steps, self.met)
-        if order.what == "meet":
-            self.met = order.number + 1
+        if order.what in ("meet", "average"):
+            self.met = max(self.met + 1, order.number if order.what == "average" else 0)  # some may be left out
         if order.what == "step":
             self.steps += order.count
         if order.what == "restore":
@@ -60,9 +61,9 @@ class Word:
         return True
 
 
-def deterministic(folder: Path | None, meets: Meets = Meets(False, False)) -> Deterministic:
+def deterministic(folder: Path | None, meets: Meets = Meets(False, False), averages: bool = False) -> Deterministic:
     snapshots = None if folder is None else Store(folder)
-    places = schedule(NAMES, TRAIN, 3, evaluate_every=1, save_every=1, meets=meets)
+    places = schedule(NAMES, TRAIN, 3, evaluate_every=1, save_every=1, meets=meets, averages=averages)
     return Deterministic(world("bert").server, snapshots, "run", lambda _: None, TRAIN, NAMES, places)
 
 
@@ -121,9 +122,6 @@ def test_who_comes_back_goes_back_to_what_it_has(tmp_path: Path) -> None:
     assert [word.steps for word in words] == [4, 4, 4]
 
 
-BOTH = Meets(True, True)
-
-
 def test_in_a_free_run_a_client_waits_for_meetings_alone(tmp_path: Path) -> None:
     conductor = free(tmp_path, meets=BOTH)
     words = [Word(name, conductor) for name in NAMES]
@@ -152,7 +150,8 @@ def test_all_meet_before_the_first_step_and_after_the_last() -> None:
 @pytest.mark.parametrize("orders", range(3, 48, 5))
 def test_who_lost_a_meeting_has_it_again_before_anything_else(tmp_path: Path, orders: int) -> None:
     """Wherever the run is: a client that comes back with less never steps, scores or saves without what all have."""
-    conductor = deterministic(tmp_path, BOTH)
+    averages = orders % 2 == 0
+    conductor = deterministic(tmp_path, BOTH, averages)
     words = [Word(name, conductor) for name in NAMES]
     for word in words:
         word.say()
@@ -164,16 +163,33 @@ def test_who_lost_a_meeting_has_it_again_before_anything_else(tmp_path: Path, or
     words[1] = again
     talk(words)
     assert conductor.finished
-    met = 0
+    all_do, met, steps = gatherings(TRAIN, BOTH, averages), 0, 0
     for order in again.heard:
         if order.what == "restore":
-            met = again.kept[order.number][1]
-        if order.what == "meet":
-            assert order.number == met
+            steps, met = again.kept[order.number]
+        if order.what in ("meet", "average"):
+            assert Place(order.what, number=order.number) == all_do[met]
+            assert order.what == "meet" or steps == TRAIN.steps_per_round * order.number
             met += 1
         if order.what in ("step", "save"):
-            assert met >= 1
-    assert (again.steps, again.met) == (4, 2)
+            assert met >= 1 + averages * (steps // TRAIN.steps_per_round)
+        steps += order.what == "step"
+    assert (again.steps, again.met) == (4, len(all_do))
+
+
+def test_in_a_free_run_who_comes_back_too_late_goes_on_from_the_oldest_average_that_is_kept(tmp_path: Path) -> None:
+    conductor = free(tmp_path, averages=True)
+    word = Word("a", conductor)
+    word.say()
+    talk([word])
+    heard = [(order.what, order.number) for order in word.heard if order.what not in ("step", "stop")]
+    assert heard == [("evaluate", 0), ("average", 1), ("average", 2), ("evaluate", 2)]
+    conductor.server.sums.first = 2
+    late = Word("b", conductor)
+    late.say()
+    talk([late])
+    heard = [(order.what, order.number) for order in late.heard if order.what != "stop"]
+    assert heard == [("evaluate", 0), ("step", 0), ("average", 2), ("step", 0), ("evaluate", 2)]
 
 
 def test_a_new_server_goes_on_from_what_all_have(tmp_path: Path) -> None:
@@ -240,8 +256,9 @@ def test_everybody_is_in_step_where_all_save() -> None:
     assert places[-2:] == [Place("evaluate", number=2), Place("save")]
 
 
-def free(folder: Path, train: TrainConfig = TRAIN, meets: Meets = Meets(False, False)) -> Free:
-    return Free(world("bert").server, Store(folder), "run", lambda _: None, train, NAMES, 2, save_every=1, meets=meets)
+def free(folder: Path, train: TrainConfig = TRAIN, meets: Meets = Meets(False, False), averages: bool = False) -> Free:
+    server, say = world("bert").server, lambda _: None
+    return Free(server, Store(folder), "run", say, train, NAMES, 2, save_every=1, meets=meets, averages=averages)
 
 
 def fixed(folder: Path, train: TrainConfig = TRAIN) -> Deterministic:

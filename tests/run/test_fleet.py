@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from rich.console import Console
 from flexp.config import DeploymentConfig, RunConfig
 from flexp.errors import ConfigError, FlexpError
 from flexp.files import read_json
+from flexp.links.asking import PIECES
 from flexp.links.base import Link
 from flexp.links.grpc import connect
 from flexp.links.messages import ForwardRequest
@@ -333,6 +334,74 @@ def test_a_fleet_that_meets_equals_the_simulation(folder: Path, tmp_path: Path) 
     check(tmp_path / "sim", out)
     with pytest.raises(ConfigError, match=r"need deployment\.clients"):
         make_conductor(server.server, config, DeploymentConfig(schedule="free"), None, print)
+
+
+@pytest.mark.parametrize("how", ["fedavg deterministic", "fedavg free", "split-fedavg deterministic"])
+def test_a_fleet_that_averages_equals_the_simulation(folder: Path, tmp_path: Path, how: str) -> None:
+    """Sums are masked. In a deterministic run one client is killed, and is back with less than it had; then all are
+    stopped, and go on."""
+    method, _, schedule = how.partition(" ")
+    meet = {"on": how == "fedavg deterministic"}
+    config = tiny.config(
+        folder,
+        model={"id": str(folder / "model"), "pooling": "mean"},
+        method={"name": method, "meet": meet},
+        train={"rounds": 3, "steps_per_round": 2, "batch_size": 4, "micro_batch": 2, "order": "random"},
+    )
+    runner.run(config, tmp_path / "sim")
+    out, saves = tmp_path / "fleet", DeploymentConfig(schedule=schedule, clients=NAMES, save_every=3)  # type: ignore[arg-type]
+
+    def start(name: str, server: Server) -> Client:
+        return Client(config, saves, name, plain(server), out / "clients" / name)
+
+    server = Server(config, saves, out / "server")
+    clients = {name: start(name, server) for name in NAMES}
+    if schedule == "deterministic":
+        until(lambda: PIECES in server.server.sums.done)
+        clients["south"].stop.set()
+        clients["south"].join()
+        store = Store(out / "clients/south/snapshots")
+        for number in store.numbers()[1:]:
+            store.quarantine(number)
+        clients["south"] = start("south", server)
+        until(lambda: 2 * PIECES in server.server.sums.done)
+        for client in clients.values():
+            client.stop.set()
+        for client in clients.values():
+            client.join()
+        server.end()
+        server = Server(config, saves, out / "server")
+        clients = {name: start(name, server) for name in NAMES}
+    for client in clients.values():
+        client.join()
+        assert client.over
+    server.end()
+    there, here = tiny.checkpoint(tmp_path / "sim"), parties(out, NAMES)
+    for name in NAMES:
+        own = of("personal/", here[f"client-{name}"])
+        if method == "fedavg":
+            met = of("kept/met/", there[f"client-{name}"])
+            assert bool(met) is meet["on"]
+            assert equal(own, {**of("global/", there["server"]), **met})
+        else:
+            assert equal(own, of("personal/", there[f"client-{name}"]))
+    assert (server.server.blocks == (4, 4)) is (method == "fedavg")
+
+
+def of(prefix: str, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def test_what_no_network_runs_is_refused(folder: Path, tmp_path: Path) -> None:
+    config = tiny.config(folder, method={"name": "ditto"})
+    with pytest.raises(
+        ConfigError, match=r"'ditto' is for simulations .*; on a network there are .*fedavg, flexp-sfl, s"
+    ):
+        Fleet(settle(config), tmp_path / "out")
+    stopping = {"train": {"early_stopping": {"patience": 2}}, "data": {"validation_fraction": 0.2}}
+    config = tiny.config(folder, method={"name": "fedavg"}, **stopping)
+    with pytest.raises(ConfigError, match="early_stopping: clients of 'fedavg' are averaged until the last round"):
+        Server(config, DeploymentConfig(clients=NAMES), None)
 
 
 def test_in_a_free_run_those_meet_that_are_there(folder: Path, tmp_path: Path) -> None:

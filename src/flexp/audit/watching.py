@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from flexp.client.averaging import MASKED, READABLE
 from flexp.client.trainer import Trainer, split_model_of
 from flexp.config import RunConfig
 from flexp.data.types import Batch, Task
@@ -233,7 +234,11 @@ class Watched(Wrapping):
 def unread(method: Any) -> str:
     """What is said instead of what the server can read, where no attack here knows what clients send."""
     said = "sends no activations" if "activations" not in method.sends else "not audited"
-    return f"{said} (clients of {method.name!r} send {method.sends})"
+    said = f"{said} (clients of {method.name!r} send {method.sends})"
+    if method.deployed is None or not method.deployed.averages:
+        return said
+    masked = method.world.config.method.meet.masked
+    return f"{said}; over a network {MASKED if masked else READABLE}"
 
 
 def watchable(method: Any) -> Split:

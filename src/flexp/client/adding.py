@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from flexp.files import write_private
 from flexp.links.asking import SumReply, SumRequest
 from flexp.links.base import Link
 from flexp.links.sums import Sums
-from flexp.masking import NONCE_BYTES, Group, Identity, fingerprint, from_ring, to_ring
+from flexp.masking import NONCE_BYTES, SHARES, SUMS, Group, Identity, fingerprint, from_ring, to_ring
 from flexp.rng import current_turn
 
 KEYS, SEALED = 6, 7
@@ -33,16 +34,29 @@ class LateError(LinkError):
     """Others met already, with a key that this client cannot have."""
 
 
+Wait = Callable[["Future[SumReply]"], SumReply]
+
+
+def _result(future: Future[SumReply]) -> SumReply:
+    return future.result()
+
+
 class OverLink:
     """Sums that the server takes.
 
     Args:
         group: hides what this client gives; ``None``: the server reads it.
         run: the run's name, so that no mask serves twice.
+        shares: what is given is multiplied by this client's share, and who comes too late takes what the others have;
+            else it adds its own to that.
+        wait: for an answer, which may take as long as another client does.
     """
 
-    def __init__(self, link: Link, group: Group | None = None, run: str = "") -> None:
-        self._link, self._group, self._run = link, group, run
+    def __init__(
+        self, link: Link, group: Group | None = None, run: str = "", *, shares: bool = False, wait: Wait = _result
+    ) -> None:
+        self._link, self._group, self._run, self._wait = link, group, run, wait
+        self._scale, self._shares = SHARES if shares else SUMS, shares
 
     def give(self, number: int, values: Sums) -> Callable[[], Sums]:
         """See :class:`flexp.links.sums.Adder`.
@@ -51,20 +65,21 @@ class OverLink:
             TrainingError: a number is not finite, or too large.
         """
         group, client, purpose = self._group, self._link.client, f"{self._run} {number}"
+        scale = self._scale
         flat = torch.cat([value.double().flatten() for value in values.values()]).numpy()
         nonce = secrets.token_bytes(NONCE_BYTES)
-        ring = to_ring(flat) if group is None else group.hide(flat, client, purpose, nonce)
+        ring = to_ring(flat, scale) if group is None else group.hide(flat, client, purpose, nonce, scale)
         note = "" if group is None else f"{nonce.hex()} {group.mark}"
-        answer = _asked(self._link, SumRequest(number, torch.from_numpy(ring.view(np.int64)), note))
+        answer = _asked(self._link, SumRequest(number, torch.from_numpy(ring.view(np.int64)), note), self._wait)
 
         def total() -> Sums:
             reply = answer()
             if reply.values_N is None or reply.values_N.shape != (len(flat),):
                 raise LinkError(f"client {client}: the server gives a sum that is not of what was given")
-            late = 0.0 if client in reply.notes else flat  # who came too late adds its own to what the others have
+            late = 0.0 if client in reply.notes or self._shares else flat
             added = reply.values_N.contiguous().numpy().view(np.uint64)
             if group is None:
-                return _shaped(from_ring(added) + late, values)
+                return _shaped(from_ring(added, scale) + late, values)
             nonces = {}
             for name, said in reply.notes.items():
                 hidden, _, mark = said.partition(" ")
@@ -74,13 +89,18 @@ class OverLink:
                         "method.meet.masked and secret everywhere, and start the run anew"
                     )
                 nonces[name] = _bytes(hidden)
-            return _shaped(group.reveal(added, nonces, purpose) + late, values)
+            return _shaped(group.reveal(added, nonces, purpose, scale) + late, values)
 
         return total
 
 
 def agree(
-    link: Link, config: MeetConfig, run: str, folder: Path, clients: Callable[[str], None] = lambda _: None
+    link: Link,
+    config: MeetConfig,
+    run: str,
+    folder: Path,
+    clients: Callable[[str], None] = lambda _: None,
+    wait: Wait = _result,
 ) -> Group | None:
     """The key of the run's clients, which the server does not learn; ``None``: their settings want none.
 
@@ -103,9 +123,8 @@ def agree(
         except OSError as error:
             raise ConfigError(f"method.meet.secret = {config.secret!r} cannot be read ({error.strerror})") from error
     own, client = _identity(folder / KEY_FILE), link.client
-    publics = {
-        name: _bytes(note) for name, note in _asked(link, SumRequest(KEYS, note=own.public.hex()))().notes.items()
-    }
+    keys = _asked(link, SumRequest(KEYS, note=own.public.hex()), wait)()
+    publics = {name: _bytes(note) for name, note in keys.notes.items()}
     if client not in publics:
         raise LateError(f"client {client} comes when the others have agreed on their key without it")
     if publics.get(client) != own.public:
@@ -123,7 +142,7 @@ def agree(
     dealer = min(publics)
     sealed = own.deal(publics) if dealer == client else {}
     note = json.dumps({name: each.hex() for name, each in sealed.items()})
-    told = _asked(link, SumRequest(SEALED, note=note))().notes.get(dealer, "")
+    told = _asked(link, SumRequest(SEALED, note=note), wait)().notes.get(dealer, "")
     try:
         mine = _bytes(json.loads(told)[client])
     except (ValueError, KeyError, TypeError) as error:
@@ -144,14 +163,14 @@ def _identity(file: Path) -> Identity:
         raise StorageError(f"{file}: cannot be read as this client's key for meetings ({error})") from error
 
 
-def _asked(link: Link, request: SumRequest) -> Callable[[], SumReply]:
+def _asked(link: Link, request: SumRequest, wait: Wait) -> Callable[[], SumReply]:
     turn = current_turn()
     with waiting(link, turn):
         future = link.call(request)
 
     def answer() -> SumReply:
         with waiting(link, turn):
-            return future.result()
+            return wait(future)
 
     return answer
 

@@ -99,6 +99,11 @@ class JoinedModel(PersonalModel):
         self.settle()
         self.take_over()
 
+    @property
+    def whole(self) -> bool:
+        """Whether all of the model is here, and nothing of it crosses: cut (L, L)."""
+        return self.cut[0] == self.stage.anatomy.blocks
+
     def rejoin(self, link: Link | None = None, *, cut: tuple[int, int] | None = None) -> None:
         """Join again, after the link was lost or the server came back: over ``link``, if it is another one, of the same
         client to the same server; the old one is closed. The steps go on.
@@ -222,7 +227,7 @@ class JoinedModel(PersonalModel):
                 personal[name].lerp_(value.to(personal[name]), share)
 
     def _join(self, cut: tuple[int, int]) -> None:
-        check_cut(cut, self.stage.anatomy.blocks)
+        check_cut(cut, self.stage.anatomy.blocks, nothing=True)
         if cut != self.cut:
             self.sent = {}
         self.cut = cut
@@ -246,7 +251,7 @@ class JoinedModel(PersonalModel):
             ),
         )
         anatomy = self.stage.anatomy
-        check_welcome(welcome, anatomy.blocks, anatomy.hidden, self._pinned)
+        check_welcome(welcome, anatomy.blocks, anatomy.hidden, self._pinned, whole=self.whole)
         self.base_depth = self._pinned = welcome.base_depth
         self.trained = welcome.trained
         self.max_in_flight = welcome.max_in_flight
@@ -261,12 +266,13 @@ class JoinedModel(PersonalModel):
             )
 
 
-def check_welcome(welcome: Welcome, blocks: int, hidden: int, pinned: int | None) -> None:
+def check_welcome(welcome: Welcome, blocks: int, hidden: int, pinned: int | None, *, whole: bool = False) -> None:
     """Refuse a server whose words do not go with this client's model, or that moves s_min.
 
     Args:
         pinned: the s_min that was agreed on, in the configuration or on joining first: below it nothing may be asked
             for. ``None``: the server says it.
+        whole: the client has all of the model, and the server may have nothing.
 
     Raises:
         LinkError: see above.
@@ -276,7 +282,7 @@ def check_welcome(welcome: Welcome, blocks: int, hidden: int, pinned: int | None
             f"the server speaks of {welcome.blocks} blocks of width {welcome.hidden}, this client's model has {blocks} "
             f"of width {hidden}; load the same pretrained model on both sides"
         )
-    if welcome.max_in_flight < 1 or not welcome.base_depth < blocks:
+    if welcome.max_in_flight < 1 or not welcome.base_depth < blocks + whole:
         raise LinkError(
             f"the server lets {welcome.max_in_flight} exchanges be in flight from block {welcome.base_depth} on, "
             f"expected at least one, from a block below {blocks}"

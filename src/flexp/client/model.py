@@ -107,6 +107,9 @@ class SplitModel(JoinedModel):
             "labels": labels,
         }
         inputs = {key: value for key, value in {**named, **others}.items() if value is not None}
+        if self.whole:
+            with self.stage.computing():
+                return self.stage.model(**self.stage.placed(inputs), **self.stage.no_cache)
         return self.tail(self.head(inputs))
 
     def head(self, inputs: Mapping[str, Any], *, headless: bool = False) -> Sent:

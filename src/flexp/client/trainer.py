@@ -127,7 +127,7 @@ class Trainer:
         return answering(self.model)(batch)
 
     def _exchanges(self, pieces: list[tuple[Piece, Batch]]) -> Iterator[Done]:
-        if self._in_flight > 1 and isinstance(self.model, SplitModel):
+        if self._in_flight > 1 and isinstance(self.model, SplitModel) and not self.model.whole:
             yield from overlapped(self.model, pieces, self._in_flight, self._check, self._loss_of)
             return
         for piece, batch in pieces:

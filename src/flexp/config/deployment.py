@@ -22,7 +22,8 @@ class DeploymentConfig(Section):
     # quota_ahead more; further ones are answered alone. None: all of them do
     quota: Annotated[float, Field(ge=1.0)] | None = 2.0
     quota_ahead: PositiveInt = 8
-    meeting_seconds: Rate | None = None  # free: who meets waits so long for the others (method.meet); None: for all
+    # free: who meets (method.meet), or is averaged, waits so long for the others; None: for all
+    meeting_seconds: Rate | None = None
     save_every: PositiveInt = 10  # steps of each client between two snapshots of all
     keep: PositiveInt = 3  # snapshots that every party keeps
     patience: Rate = 300.0  # seconds that a client tries to reach a server that has gone

@@ -62,7 +62,7 @@ class MeetConfig(Section):
     min_examples: PositiveInt = 3  # of all clients together; a class with fewer is left out of the sums
     noise: Annotated[float, Field(ge=0.0)] = 0.0  # in each sum, as a multiple of what one example can change
     clip: PositiveFloat | None = None  # with noise: no feature counts as longer
-    masked: bool = True  # over a network, sums are hidden from the server
+    masked: bool = True  # over a network, sums are hidden from the server, also those of weights that are averaged
     secret: str | None = None  # a file that the clients' owners share; None: clients agree on a key through the server
     group: str | None = (
         None  # the fingerprint that the clients' public keys must have; None: it is told, to be compared

@@ -31,6 +31,7 @@ from flexp.models.loading import load_config
 from flexp.models.stage import Stage
 from flexp.report.metrics import read
 from flexp.run.folder import check_scored, is_client, read_facts
+from flexp.run.server import make_server
 from flexp.run.settle import load_part, model_folder, own_pad, settle_client
 from flexp.run.store import CHECKPOINTS, SNAPSHOTS, Checkpoint, Store, party_of
 
@@ -99,6 +100,8 @@ class ClientModel(FromCheckpoint):
             ConfigError: none was named.
             LinkError: it cannot be reached.
         """
+        if self._connect is None and self.cut[0] == self.blocks:  # all of its model is here
+            return make_server(self.config, *self.cut, self.kind, None, remembers=False).connect(self.client)
         if self._connect is None:
             raise ConfigError(
                 f"{self.folder} holds a client's own parts; the middle of its model is on a server: say where with "
@@ -139,7 +142,7 @@ class ClientModel(FromCheckpoint):
     @cached_property
     def about(self) -> str:
         """Where it is split."""
-        return f"split at {self.cut}, its middle on a server"
+        return "all of the model" if self.cut[0] == self.blocks else f"split at {self.cut}, its middle on a server"
 
     @cached_property
     def forward(self) -> Forward:

@@ -49,6 +49,10 @@ class PullRequest(Request[PullReply]):
     known: dict[str, str] = field(default_factory=dict)
 
 
+PIECES = 1 << 16
+"""Sums of a round, of which each is a piece of an average: piece p of round r (1, 2, …) has the number r · 2¹⁶ + p."""
+
+
 @message
 class SumReply:
     """``values_N``: what the clients of the run gave under the request's number, added up modulo 2⁶⁴; ``notes``: what
@@ -64,10 +68,10 @@ class SumRequest(Request[SumReply]):
 
     What they stand for is the clients' business (:mod:`flexp.client.adding`: fixed-point numbers under masks; public
     keys). The answer comes when all have given theirs. The server sums in runs alone whose configuration says that
-    clients meet.
+    clients meet, or that their weights are averaged.
 
     Attributes:
-        number: which sum; asked again, it is the same one.
+        number: which sum; asked again, it is the same one. From 2¹⁶ on they are pieces of averages.
     """
 
     trains: ClassVar[bool | None] = True

@@ -29,7 +29,7 @@ from flexp.links.declaring import (
     message,
 )
 
-What = Literal["step", "evaluate", "meet", "save", "restore", "stop"]
+What = Literal["step", "evaluate", "meet", "average", "save", "restore", "stop"]
 
 
 @message
@@ -240,8 +240,9 @@ class Order:
 
     Attributes:
         what: ``step``: ``count`` steps. ``evaluate``: score the personal model after round ``number``. ``meet``: the
-            meeting ``number``, 0 before the first step, 1 after the last (``method.meet``). ``save``:
-            keep a snapshot with that number. ``restore``: go back to that snapshot. ``stop``: the run is over.
+            meeting ``number``, 0 before the first step, 1 after the last (``method.meet``). ``average``: the average of
+            everybody's weights after round ``number``. ``save``: keep a snapshot with that number. ``restore``: go
+            back to that snapshot. ``stop``: the run is over.
         run: the run's name, the same after a restart of the server.
         place: in the schedule; the client's next :class:`Ready` says that it is done.
         save: with any order, first keep a snapshot with this number.
@@ -266,7 +267,7 @@ class Ready(Request[Order]):
         snapshots: that it holds, by their numbers.
         saved: the steps that its newest snapshot has.
         facts: for the operator: losses, scores, seconds, bytes.
-        met: the meetings that it has been at (``method.meet``).
+        met: the meetings and averages that it has been at.
         planned: steps that the whole run has for it, by which its learning rate falls; 0: it does not fall.
     """
 

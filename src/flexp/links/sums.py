@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from flexp.masking import SUMS, Scale, from_ring, to_ring
 
 Sums = dict[str, Tensor]
 
@@ -49,8 +52,18 @@ class InOnePlace:
 
 
 def added(given: Sequence[Sums]) -> Sums:
-    """The sum of tensors with equal names, taken in double precision and in the order in which they stand."""
+    """The sum of tensors with equal names, in the fixed point of sums over links: the same numbers."""
     return {
-        name: torch.stack([one[name].double() for one in given]).sum(0).to(value.dtype)
+        name: real(torch.stack([fixed(one[name].double()) for one in given]).sum(0)).to(value.dtype)
         for name, value in given[0].items()
     }
+
+
+def fixed(values: Tensor, scale: Scale = SUMS) -> Tensor:
+    """Real numbers (float64) as integers modulo 2⁶⁴ (:func:`flexp.masking.to_ring`)."""
+    return torch.from_numpy(to_ring(values.numpy(), scale).view(np.int64))
+
+
+def real(sums: Tensor, scale: Scale = SUMS) -> Tensor:
+    """The other way."""
+    return torch.from_numpy(from_ring(sums.contiguous().numpy().view(np.uint64), scale))

@@ -18,9 +18,10 @@ from torch import Tensor
 from flexp.client.meeting import Meets
 from flexp.client.personal_head import Choice
 from flexp.client.trainer import Step
-from flexp.config import LoraConfig, RunConfig, Section
+from flexp.config import AlignConfig, LoraConfig, RunConfig, Section
 from flexp.cost.clock import Schedule
 from flexp.data.types import ClientData, Federation
+from flexp.errors import ConfigError
 from flexp.links.base import Traffic
 from flexp.models.stage import Stage
 from flexp.registry import METHODS
@@ -55,6 +56,19 @@ class Holds:
     part: Literal["whole", "ends", "start"] | None
     weights: int = 0
     optimizers: int = 0
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """How a method runs on a network.
+
+    Attributes:
+        averages: after each round clients average what they train, in sums over the server.
+        middle: the server has the blocks between a client's ends; else a client has all of the model.
+    """
+
+    averages: bool = False
+    middle: bool = True
 
 
 @dataclass(frozen=True)
@@ -154,7 +168,8 @@ class Method(ABC):
         aligns: ``method.align`` holds for its clients.
         meets: its clients can meet in a classifier in closed form (``model.head``, ``method.meet``).
         guards: its clients' heads stay with them, so they can be taught to tell less (``privacy``).
-        recuts: it moves cuts while it trains, and is what a deployment runs.
+        recuts: it moves cuts while it trains.
+        deployed: how it runs on a network; ``None``: in simulations alone.
         world: what it was made from, with the settings that it uses itself.
     """
 
@@ -171,6 +186,7 @@ class Method(ABC):
     aligns: ClassVar[bool] = False
     meets: ClassVar[bool] = False
     recuts: ClassVar[bool] = False
+    deployed: ClassVar[Deployed | None] = None
     guards: ClassVar[bool] = False
 
     world: World
@@ -284,6 +300,40 @@ def method_of(config: RunConfig) -> type[Method]:
     """
     method: type[Method] = METHODS[config.method.name]
     return method
+
+
+def deployed(config: RunConfig) -> Deployed:
+    """How the configuration's method runs on a network.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    found = method_of(config).deployed
+    if found is None:
+        known = ", ".join(name for name in METHODS if METHODS[name].deployed is not None)
+        raise ConfigError(
+            f"method.name = {config.method.name!r} is for simulations (flexp run); on a network there are {known}"
+        )
+    return found
+
+
+def as_deployed(config: RunConfig, cuts: Cuts, blocks: int) -> tuple[RunConfig, Cuts]:
+    """The settings that clients have on a network, and where they cut: (L, L) where they have all of the model.
+
+    Raises:
+        ConfigError: the method is for simulations.
+    """
+    how = deployed(config)
+    if not how.averages:
+        return config, cuts
+    cuts = method_of(config).cuts(config, cuts, blocks) if how.middle else dict.fromkeys(cuts, (blocks, blocks))
+    return without_alignment(config), cuts
+
+
+def without_alignment(config: RunConfig) -> RunConfig:
+    """The same without alignment, so that the server's blocks begin at the smallest cut."""
+    method = config.method.model_copy(update={"align": AlignConfig(kind="off")})
+    return config.model_copy(update={"method": method, "model": config.model.model_copy(update={"base_depth": None})})
 
 
 def base_depth(config: RunConfig, cuts: Mapping[str, tuple[int, int]]) -> int:

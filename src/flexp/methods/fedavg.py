@@ -9,6 +9,9 @@ The personal model of every client is w. Budget: exact. With one client and one 
 
 from __future__ import annotations
 
+from typing import ClassVar
+
+from flexp.methods.base import Deployed
 from flexp.methods.federated import Federated
 
 
@@ -18,3 +21,4 @@ class FedAvg(Federated):
     name = "fedavg"
     same_for_all = True
     effort = 0.8
+    deployed: ClassVar[Deployed | None] = Deployed(averages=True, middle=False)

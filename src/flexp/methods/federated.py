@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from flexp.client.averaging import Mean
 from flexp.client.meeting import FIRST, Seat, together
 from flexp.client.personal_head import Choice
 from flexp.client.trainer import Step
@@ -79,29 +80,26 @@ class Client:
 
 
 class Averaging:
-    """The server: the global weights, and the weighted mean of what comes in."""
+    """The server: the global weights, and the weighted mean of what comes in, as over a network."""
 
     def __init__(self, weights: Weights) -> None:
         self.weights = weights
         self.version = 0
         self.seconds = 0.0
-        self._sum: Weights = {}
+        self._mean = Mean()
 
     def receive(self, weights: Weights, share: float) -> None:
-        """Add a client's weights; the shares of a round sum to 1. In double precision, equals average to equals."""
+        """Add a client's weights; the shares of a round sum to 1."""
         began = time.perf_counter()
-        for name, value in weights.items():
-            part = value.double() * share
-            self._sum[name] = self._sum[name] + part if name in self._sum else part
+        self._mean.add(weights, share)
         self.seconds += time.perf_counter() - began
 
     def finish(self, beta: float = 1.0) -> None:
         """global ← (1 − β) global + β mean."""
         began = time.perf_counter()
-        for name, mean in self._sum.items():
+        for name, mean in self._mean.take().items():
             old = self.weights[name]
-            self.weights[name] = ((1.0 - beta) * old.double() + beta * mean).to(old.dtype)
-        self._sum = {}
+            self.weights[name] = ((1.0 - beta) * old.double() + beta * mean.to(old.device)).to(old.dtype)
         self.version += 1
         self.seconds += time.perf_counter() - began
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from flexp.config import RunConfig
 from flexp.cost.clock import Schedule
+from flexp.methods.base import Deployed
 from flexp.methods.split import Split
 
 
@@ -23,6 +24,7 @@ class FlexpSfl(Split):
     recuts = True
     own_classifiers = True
     guards = True
+    deployed = Deployed()
 
     @classmethod
     def schedule(cls, config: RunConfig) -> Schedule:

@@ -119,6 +119,15 @@ def own_trainer(
     return Trainer(data, task, model, updater, config.train, seed=seed)
 
 
+def renew(trainer: Trainer, config: RunConfig) -> None:
+    """A fresh optimiser, whose schedule goes on: what the old one remembers is of weights that are gone."""
+    model: Any = trainer.model
+    trainer.updater = Updater(
+        trainer.updater.parameters, config.train.personal, config.train.total_steps, model.stage.new
+    )
+    trainer.updater.steps = trainer.steps
+
+
 def seat_of(trainer: Trainer, config: RunConfig) -> Seat:
     """A client at meetings, where its model is split or all its own."""
     model: Any = trainer.model

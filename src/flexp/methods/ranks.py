@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
+from flexp.client.averaging import Mean
 from flexp.methods.harness import Weights
 
 
@@ -32,22 +32,22 @@ def of_rank(name: str, value: Tensor, rank: int) -> Tensor:
 
 
 def average(parts: Mapping[str, Weights], examples: Mapping[str, int]) -> Weights:
-    """For every name the mean over those who have it, weighted by their examples.
+    """For every name the mean over those who have it, weighted by their examples, as over a network
+    (:mod:`flexp.client.averaging`).
 
-    Shapes may differ: what is smaller is padded with zeros to the largest. In double precision, so that equals average
-    to equals.
+    Shapes may differ: what is smaller is padded with zeros to the largest.
 
     Args:
         parts: the weights of each client, by its name.
         examples: how many each client has.
     """
-    means: Weights = {}
-    for name in sorted({name for weights in parts.values() for name in weights}):
-        held = {client: weights[name] for client, weights in parts.items() if name in weights}
-        shape = [max(sizes) for sizes in zip(*(value.shape for value in held.values()), strict=True)]
-        everything = sum(examples[client] for client in held)
-        mean = torch.zeros(shape, dtype=torch.float64)
-        for client, value in held.items():
-            mean += fit(value.double(), shape) * (examples[client] / everything)
-        means[name] = mean.to(next(iter(held.values())).dtype)
-    return means
+    mean, everything = Mean(), sum(examples[client] for client in parts)
+    shapes = {
+        name: [max(sizes) for sizes in zip(*(one[name].shape for one in parts.values() if name in one), strict=True)]
+        for name in sorted({name for weights in parts.values() for name in weights})
+    }
+    kinds = {name: value.dtype for weights in parts.values() for name, value in weights.items()}
+    for client, weights in parts.items():
+        fitted = {name: fit(weights[name], shape) for name, shape in shapes.items() if name in weights}
+        mean.add(fitted, examples[client] / everything)
+    return {name: value.to(kinds[name]) for name, value in mean.take().items()}

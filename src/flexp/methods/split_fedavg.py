@@ -24,13 +24,24 @@ from typing import ClassVar
 
 import torch
 
-from flexp.config import AlignConfig, RunConfig
+from flexp.config import RunConfig
 from flexp.cost.clock import Schedule
-from flexp.methods.base import RATIO, Account, Axis, Cuts, Forward, OnStep, State, World
+from flexp.methods.base import (
+    RATIO,
+    Account,
+    Axis,
+    Cuts,
+    Deployed,
+    Forward,
+    OnStep,
+    State,
+    World,
+    without_alignment,
+)
 from flexp.methods.harness import size
+from flexp.methods.parties import renew
 from flexp.methods.ranks import average, fit
 from flexp.methods.split import Split
-from flexp.optim import Updater
 
 
 class SplitFedAvg(Split):
@@ -40,6 +51,7 @@ class SplitFedAvg(Split):
     sends: ClassVar[str] = "activations, gradients, weights"
     timing: ClassVar[Schedule | None] = Schedule("split-sync")
     axis: ClassVar[Axis | None] = (RATIO, (1.0, 0.25))
+    deployed: ClassVar[Deployed | None] = Deployed(averages=True)
 
     @classmethod
     def cuts(cls, config: RunConfig, cuts: Mapping[str, tuple[int, int]], blocks: int) -> Cuts:
@@ -47,7 +59,7 @@ class SplitFedAvg(Split):
         return dict.fromkeys(cuts, (min(starts), max(stops)))
 
     def __init__(self, world: World) -> None:
-        super().__init__(self.prepared(without_alignment(world)))
+        super().__init__(self.prepared(replace(world, config=without_alignment(world.config))))
         self.examples = {data.name: len(data.train) for data in world.participants}
         self.version = 0
         self.averaging_seconds = 0.0
@@ -110,19 +122,10 @@ class SplitFedAvg(Split):
         means = average(parts, self.examples)
         self.version += 1
         self.averaging_seconds += time.perf_counter() - began
-        for client, trainer in self.clients.items():
-            own, new = trainer.updater.parameters, self._model(client).stage.new
+        for trainer in self.clients.values():
+            own = trainer.updater.parameters
             with torch.no_grad():
                 for name, parameter in own.items():
                     if name in means:
                         parameter.copy_(fit(means[name], parameter.shape))
-            trainer.updater = Updater(own, self.world.config.train.personal, self.world.total_steps, new)
-            trainer.updater.steps = trainer.steps
-
-
-def without_alignment(world: World) -> World:
-    """The same world without alignment, so that the server's blocks begin at the smallest cut."""
-    config = world.config
-    method = config.method.model_copy(update={"align": AlignConfig(kind="off")})
-    model = config.model.model_copy(update={"base_depth": None})
-    return replace(world, config=config.model_copy(update={"method": method, "model": model}))
+            renew(trainer, self.world.config)

@@ -36,6 +36,7 @@ class SplitFt(SplitFedAvg):
     """
 
     name = "splitft"
+    deployed = None
 
     class Config(Section):
         """Adapters of a lower rank next to the cut."""

@@ -33,12 +33,25 @@ def turns(clients: Sequence[str], config: TrainConfig, seed: int, round_number: 
 @dataclass(frozen=True)
 class Place:
     """One thing to do: a ``step`` of ``client``; scores of everybody after round ``number`` (``evaluate``); a snapshot
-    of everybody (``save``); everybody's meeting ``number`` (``meet``); an update of the shared blocks with what waits
-    (``flush``)."""
+    of everybody (``save``); everybody's meeting ``number`` (``meet``); the average of everybody's weights after round
+    ``number`` (``average``); an update of the shared blocks with what waits (``flush``)."""
 
-    what: Literal["step", "evaluate", "meet", "save", "flush"]
+    what: Literal["step", "evaluate", "meet", "average", "save", "flush"]
     client: str = ""
     number: int = 0
+
+
+GATHER = ("meet", "average")
+"""What all clients do together, in sums that the server still has for who lost them."""
+
+
+def gatherings(train: TrainConfig, meets: Meets, averages: bool) -> list[Place]:
+    """Of :data:`GATHER` all that a run has, in its order."""
+    return [
+        *([Place("meet", number=FIRST)] if meets.first else []),
+        *(Place("average", number=number) for number in range(1, train.rounds + 1) if averages),
+        *([Place("meet", number=LAST)] if meets.last else []),
+    ]
 
 
 def scored_rounds(train: TrainConfig, every: int) -> list[int]:
@@ -53,10 +66,12 @@ def schedule(
     evaluate_every: int,
     save_every: int,
     meets: Meets = Meets(False, False),
+    averages: bool = False,
 ) -> list[Place]:
     """The run that a simulation makes of the same settings, step for step.
 
-    Everybody saves at the beginning, whenever all clients have done a multiple of ``save_every`` steps, and at the end.
+    Everybody saves at the beginning, whenever all clients have done a multiple of ``save_every`` steps, and at the end;
+    where a round ends with an average, after it.
     """
     scored = set(scored_rounds(train, evaluate_every))
     places = [Place("evaluate"), *([Place("meet", number=FIRST)] if meets.first else []), Place("save")]
@@ -68,6 +83,8 @@ def schedule(
             steps = set(done.values())
             if len(steps) == 1 and steps.pop() % save_every == 0:
                 places.append(Place("save"))
+        if averages:
+            places.insert(len(places) - (places[-1].what == "save"), Place("average", number=number))
         if number == train.rounds:
             places += [Place("flush"), *([Place("meet", number=LAST)] if meets.last else [])]
         if number in scored:

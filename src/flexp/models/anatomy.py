@@ -173,8 +173,8 @@ class Part:
 
     @classmethod
     def client(cls, cut: tuple[int, int], blocks: int) -> Part:
-        """The ends, blocks [0, s) and blocks [e, L) of a model with L = ``blocks``."""
-        start, stop = check_cut(cut, blocks)
+        """The ends, blocks [0, s) and blocks [e, L) of a model with L = ``blocks``; (L, L): all of it."""
+        start, stop = check_cut(cut, blocks, nothing=True)
         return cls(frozenset(range(start)) | frozenset(range(stop, blocks)), ends=True)
 
     @property
@@ -188,14 +188,16 @@ class Part:
         return cls(frozenset(range(start, stop)), ends=False)
 
 
-def check_cut(cut: tuple[int, int | None], blocks: int, where: str = "cut") -> tuple[int, int]:
-    """Complete ``cut`` = (s, e) for a model with L = ``blocks`` and check 0 ≤ s < e ≤ L.
+def check_cut(
+    cut: tuple[int, int | None], blocks: int, where: str = "cut", *, nothing: bool = False
+) -> tuple[int, int]:
+    """Complete ``cut`` = (s, e) for a model with L = ``blocks`` and check 0 ≤ s < e ≤ L, or with ``nothing`` (L, L).
 
     Raises:
         ConfigError: the cut lies outside of the model, or leaves nothing to the server.
     """
     start, stop = cut[0], blocks if cut[1] is None else cut[1]
-    if not 0 <= start < stop <= blocks:
+    if not (0 <= start < stop <= blocks or (nothing and start == stop == blocks)):
         raise ConfigError(
             f"{where} = ({start}, {stop}) does not fit a model of {blocks} blocks: "
             f"expected 0 <= s < e <= {blocks}, so that the server runs blocks [s, e)"

@@ -138,6 +138,8 @@ def load_stage(
     anatomy = dissect(loaded)
     if part is not None and not part.blocks <= set(range(anatomy.blocks)):
         raise ModelError(f"{name} has {anatomy.blocks} blocks, so there is no block {max(part.blocks)}")
+    if part == Part(frozenset(), ends=False):  # whoever asks for its type and device looks at a parameter
+        loaded.register_parameter("nothing", nn.Parameter(torch.empty(0, dtype=dtype)))
     loaded.requires_grad_(False)
     stage = Stage(loaded, anatomy, part or Part.whole(anatomy.blocks))
     stage.autocast = AUTOCAST[wanted.autocast]

@@ -69,9 +69,12 @@ def run_client(
     recuts = config.recut.on and may_move
     if recuts and facts and not setup.cut_is_given:  # where it moved to
         setup = replace(setup, cut=(int(facts["cut"][0]), int(facts["cut"][1])))
-    audits = config.privacy.audit and int(facts.get("steps", 0)) < config.train.steps_per_round
+    middle = setup.cut[0] < setup.run.blocks  # or else no activation leaves
+    audits = config.privacy.audit and middle and int(facts.get("steps", 0)) < config.train.steps_per_round
     with Progress(config.train.total_steps, name, metric=federation.task.metric, console=console) as progress:
         audit = _audit(setup, state, progress.note) if audits else None
+        if not middle:
+            progress.note(f"{name} has all of the model: no activations, gradients or labels leave it")
 
         def reached() -> Link:
             return reach() if audit is None else audit.watched(reach())

@@ -95,6 +95,11 @@ class Conductor:
             self.say(f"the run {run} is over: nobody trains it any more")
 
     @property
+    def middle(self) -> bool:
+        """Whether the server has any blocks."""
+        return self.server.blocks[0] < self.server.blocks[1]
+
+    @property
     def numbers(self) -> list[int]:
         """The server's own snapshots; of several servers those that all have."""
         own, chain = [] if self.snapshots is None else self.snapshots.numbers(), self.server.chain

@@ -15,7 +15,7 @@ from itertools import accumulate
 
 from flexp.errors import LinkError
 from flexp.links.messages import Order, Ready
-from flexp.methods.turns import Place
+from flexp.methods.turns import GATHER, Place
 from flexp.run.conduct import Conductor
 
 
@@ -40,7 +40,7 @@ class Deterministic(Conductor):
         self._done: set[str] = set()  # who has done the place that all do
         self._saved = -1  # the last place at which the server has saved
         owners = [item.client if item.what == "step" else "" for item in self.places]
-        self._meetings = [number for number, item in enumerate(self.places) if item.what == "meet"]
+        self._meetings = [number for number, item in enumerate(self.places) if item.what in GATHER]
         self._steps = {name: [0, *accumulate(owner == name for owner in owners)] for name in self.clients}
         if self.over:
             self._saved = max(self.numbers)
@@ -73,7 +73,7 @@ class Deterministic(Conductor):
         item = self.places[self.place]
         if item.what == "step" and item.client == client:
             self._next()
-        elif item.what in ("evaluate", "meet", "save"):
+        elif item.what in ("evaluate", "save", *GATHER):
             if item.what == "save":  # if it could: a full disk leaves it with what it saved before
                 self.server.keep_answers_after(client, self.members[client].ready.saved)
             self._done.add(client)
@@ -126,12 +126,13 @@ class Deterministic(Conductor):
             met = member.ready.met
             missed = self._meetings[met] if met < self._due(self.place) else None
             if member.waits and missed is not None and member.ready.steps == self.steps_of(client, missed):
-                member.answer(Order("meet", self.run, -1, self.places[missed].number))  # the server still has the sums
+                again = self.places[missed]  # the server still has the sums
+                member.answer(Order(again.what, self.run, -1, again.number))  # type: ignore[arg-type]
             elif member.waits and member.ready.steps < self.steps_of(client, self.place):
                 member.answer(Order("step", self.run, -1))
 
     def _due(self, place: int) -> int:
-        """How many meetings there were before the run came to ``place``."""
+        """How many meetings and averages there were before the run came to ``place``."""
         return sum(number < place for number in self._meetings)
 
     def _ahead(self, client: str, ready: Ready) -> bool:
@@ -148,7 +149,7 @@ class Deterministic(Conductor):
         if ready.steps == expected or ahead:
             if ahead:  # only the word that it had done its step was lost
                 self._next()
-            elif item is not None and item.what == "meet" and ready.met > self._due(self.place):  # likewise
+            elif item is not None and item.what in GATHER and ready.met > self._due(self.place):  # likewise
                 self._done.add(client)
             return
         found = [number for number in ready.snapshots if number <= self.place]

@@ -78,7 +78,8 @@ class Fleet:
         **deployment: Any,
     ) -> None:
         check_masks(run.config)
-        self.config, self.cuts, self.out, self.say = run.config, run.cuts, out, say
+        self.config, self.out, self.say = run.config, out, say
+        _, self.cuts = run.deployed()
         self.restarts, self.threads = restarts, threads
         self._file = out / "fleet.json"
         if not self._file.exists():

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from flexp.client.meeting import FIRST, LAST, Meets
 from flexp.errors import LinkError
 from flexp.links.messages import Order, Ready
-from flexp.methods.turns import scored_rounds
+from flexp.methods.turns import Place, gatherings, scored_rounds
 from flexp.run.conduct import ENDED, Conductor, Member
 
 NEVER = Meets(False, False)
@@ -36,7 +36,8 @@ class Free(Conductor):
     Args:
         evaluate_every: rounds between two scores.
         save_every: the server saves when the clients have done so many steps each, on average.
-        meets: for these alone a client waits for others, before its first step and after its last.
+        meets: for these alone a client waits for others, before its first step and after its last …
+        averages: … and for the average after each round.
     """
 
     may_last = True
@@ -44,9 +45,11 @@ class Free(Conductor):
     evaluate_every: int
     save_every: int
     meets: Meets = NEVER
+    averages: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._gatherings = gatherings(self.train, self.meets, self.averages)
         self._scored = scored_rounds(self.train, self.evaluate_every)
         self._told: dict[str, _Told] = {}
         self._number = max(self.numbers, default=-1)
@@ -87,12 +90,16 @@ class Free(Conductor):
         save = self._number if self._number > told.snapshot else None
         told.snapshot = max(told.snapshot, self._number)
         ended = ready.steps >= self.train.total_steps or bool(ready.facts.get(ENDED))
-        if self.meets.last and ended and ready.met <= LAST:
+        due = next(iter(self._gatherings[ready.met :]), None)
+        if due is not None and due.what == "average" and not rest and due.number <= round_number:
+            kept = max(due.number, self.server.sums.first)
+            member.answer(Order("average", self.run, self._number, kept, save=save))
+        elif due == Place("meet", number=LAST) and ended:
             member.answer(Order("meet", self.run, self._number, LAST, save=save))
         elif not rest and round_number in self._scored and round_number not in told.scored:
             told.scored.add(round_number)
             member.answer(Order("evaluate", self.run, self._number, round_number, save=save))
-        elif self.meets.first and not ready.steps and ready.met <= FIRST:
+        elif due == Place("meet", number=FIRST) and not ready.steps:
             member.answer(Order("meet", self.run, self._number, FIRST, save=save))
         elif not ended:
             count = min(MOST_STEPS, self.train.steps_per_round - rest)
@@ -114,7 +121,10 @@ class Free(Conductor):
     @property
     def _steps(self) -> int:
         """Of all clients; of frozen blocks as well, which nothing updates."""
-        return sum(record.progress.newest for record in self.server.clients.values())
+        return sum(
+            record.progress.newest if self.middle else self.members.get(name, Member()).ready.steps
+            for name, record in self.server.clients.items()
+        )
 
     def _save(self) -> None:
         self._number += 1
@@ -123,7 +133,7 @@ class Free(Conductor):
 
     def _compare(self, client: str, ready: Ready, here: int) -> None:
         """Say what was lost, on either side; ``here``: so many of its steps the shared blocks have."""
-        if ready.steps > here:
+        if ready.steps > here and self.middle:
             self.say(
                 f"{client} has done {ready.steps} steps, of which the shared blocks have the first {here}: the other "
                 f"{ready.steps - here} were lost with the server's state after its last snapshot"

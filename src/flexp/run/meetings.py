@@ -11,7 +11,7 @@ from flexp.data.types import Federation
 from flexp.errors import ConfigError
 from flexp.kinds import KINDS
 from flexp.masking import cryptography
-from flexp.methods.base import method_of
+from flexp.methods.base import deployed, method_of
 
 
 def meeting(config: RunConfig, on: bool) -> RunConfig:
@@ -21,14 +21,15 @@ def meeting(config: RunConfig, on: bool) -> RunConfig:
 
 
 def check_masks(config: RunConfig) -> None:
-    """See that clients could meet over a network.
+    """See that sums of clients could be masked over a network.
 
     Raises:
         ConfigError: what masks their sums is not installed.
     """
-    if Meets.of(config) and config.method.meet.masked:
-        what = "clients meet (unless method.meet.on = false), and over a network the masks of their sums need"
-        cryptography("ciphers", what)
+    averages = deployed(config).averages
+    if (Meets.of(config) or averages) and config.method.meet.masked:
+        why = "clients' weights are averaged" if averages else "clients meet (unless method.meet.on = false)"
+        cryptography("ciphers", f"{why}, and over a network the masks of their sums need")
 
 
 def with_meetings(

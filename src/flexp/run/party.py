@@ -5,10 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
 from typing import TYPE_CHECKING, TypeVar
 
+import torch
+
 from flexp.client.adding import LateError, OverLink, agree
+from flexp.client.averaging import MASKED, READABLE, averaged
 from flexp.client.meeting import FIRST, LAST, RARE, UNMASKED, Meets
 from flexp.client.model import SplitModel
 from flexp.client.recut import fit
@@ -21,7 +25,9 @@ from flexp.links.base import Link
 from flexp.links.coding import load_residuals
 from flexp.links.messages import Order, Ready
 from flexp.links.sums import Adder, InOnePlace
-from flexp.methods.parties import meet_at, seat_of
+from flexp.methods.base import deployed
+from flexp.methods.parties import meet_at, renew, seat_of
+from flexp.methods.turns import GATHER, Place, gatherings
 from flexp.report.metrics import Record
 from flexp.report.summary import VALIDATION
 from flexp.rng import RandomStream
@@ -79,7 +85,8 @@ class Party:
         self._validated = validated or {}
         self._saved_steps = trainer.steps  # of a client that has moved to another cut, what it moved with
         self._place = -1 if snapshots.numbers() else 0
-        self._met = 0  # meetings that it has been at
+        self._met = 0  # of what all do together, what it has been at
+        self._heard: set[str] = set()  # what is told once
         self._pull_due = False
         self._linked = time.monotonic()
         self._quick = 0.0  # seconds to rest before the link is made anew
@@ -142,6 +149,8 @@ class Party:
                     self._evaluate(order.number)
                 case "meet":
                     self._meet(order.number)
+                case "average":
+                    self._average(order.number)
                 case "save":
                     self.save(order.number)
                 case "restore":
@@ -169,13 +178,10 @@ class Party:
                 f"the server orders {order.count} steps after {self.trainer.steps}, and this run has "
                 f"{self.config.train.total_steps}; set the same train.rounds and train.steps_per_round on both sides"
             )
-        meets = Meets.of(self.config)
-        if order.what == "meet" and not (
-            (order.number == FIRST and meets.first) or (order.number == LAST and meets.last)
-        ):
+        if order.what in GATHER and Place(order.what, number=order.number) not in self._gatherings:  # type: ignore[arg-type]
             raise LinkError(
-                f"the server orders a meeting (number {order.number}), and this client's settings have none: set the "
-                "same method.meet and model.head on both sides"
+                f"the server orders {order.what} {order.number}, and by this client's settings there is none: set the "
+                "same method.name, method.meet, model.head and train.rounds on both sides"
             )
         if len(order.run) > MOST_RUN or min(order.number, order.save or 0) < 0:
             raise LinkError("the server's order names a run or a snapshot that cannot be")
@@ -186,13 +192,19 @@ class Party:
         train = self.config.train
         planned = 0 if train.personal.schedule == "constant" else train.total_steps
         ready = Ready(self.trainer.steps, done, self._run, numbers, self._saved_steps, self._told(), planned, self._met)
-        future = self.model.link.call(ready)
+        try:
+            return self._waited(self.model.link.call(ready))
+        except _InterruptedError:
+            return None
+
+    def _waited(self, future: Future[R]) -> R:
+        """An answer that is given when others are there. Raises StoppedError: the client is to stop meanwhile."""
         while True:
             try:
                 return future.result(0.5)
             except TimeoutError:
                 if self._stop.is_set():
-                    return None
+                    raise _InterruptedError("stopped while it waited for others") from None
 
     def _step(self) -> None:
         while (step := self._try()) is None:
@@ -257,26 +269,46 @@ class Party:
             self.diary.note(f"{self.data.name}: round {number}, {self.task.metric} {value:.4g} on its own test data")
 
     def _meet(self, meeting: int) -> None:
-        name = self.data.name
-        meet, link = self.config.method.meet, self.model.link
-        if not meet.masked:
-            self.diary.note(UNMASKED)
+        name, meet = self.data.name, self.config.method.meet
         adder: Adder
         try:
-            group = agree(link, meet, self._run, self.snapshots.folder, self.diary.note)
-            adder = OverLink(link, group, self._run)
+            adder = self._adder(UNMASKED)
         except LateError as error:
             self.diary.note(f"{error}; it meets nobody (with method.meet.secret it could)")
             adder = InOnePlace([name])
         seat = seat_of(self.trainer, self.config)
-        seat.personal = True
+        seat.personal = not deployed(self.config).averages
         seat.noise = secret_key()  # nobody else knows it
         choice = meet_at({name: seat}, {name: adder}, {name: self.trainer}, meeting)[name]
-        self._met = meeting + 1
+        self._met = self._gatherings.index(Place("meet", number=meeting)) + 1
         if seat.rare and meeting == FIRST:
             self.diary.note(RARE.format(seat.rare, meet.min_examples))
         if meeting == LAST:
             self.diary.note(f"{name}: after the last meeting its classifier is: {choice}")
+
+    def _average(self, number: int) -> None:
+        """Go on from the average of everybody's weights after a round, with a fresh optimiser."""
+        adder, parameters = self._adder(READABLE, shares=True), self.trainer.updater.parameters
+        weights = averaged(parameters, len(self.data.train), adder, number)
+        with torch.no_grad():
+            for name, value in weights.items():
+                parameters[name].copy_(value)
+        renew(self.trainer, self.config)
+        self._met = self._gatherings.index(Place("average", number=number)) + 1
+
+    def _adder(self, unmasked: str, *, shares: bool = False) -> OverLink:
+        """Sums over the link, and a word about who can read them."""
+
+        def once(line: str) -> None:
+            if line not in self._heard:
+                self._heard.add(line)
+                self.diary.note(line)
+
+        masked = self.config.method.meet.masked
+        if shares or not masked:
+            once(MASKED if masked else unmasked)
+        group = agree(self.model.link, self.config.method.meet, self._run, self.snapshots.folder, once, self._waited)
+        return OverLink(self.model.link, group, self._run, shares=shares, wait=self._waited)
 
     def _restore(self, number: int) -> None:
         snapshot = self.snapshots.open(number)
@@ -327,7 +359,8 @@ class Party:
     def _told(self) -> dict[str, float]:
         """What the operator may know: no data, no labels, no weights; where no gradients are sent no losses and scores
         either, out of which labels could be computed."""
-        meter, open_ = self.model.link.meter.training, self.config.privacy.gradients
+        meter = self.model.link.meter.training
+        open_ = self.config.privacy.gradients and not self.model.whole
         facts = {
             **{key: value for key, value in self._facts.items() if open_ or key != "loss"},
             "bytes_up": float(meter.bytes_up),
@@ -342,9 +375,17 @@ class Party:
         return facts
 
     @property
+    def _gatherings(self) -> list[Place]:
+        return gatherings(self.config.train, Meets.of(self.config), deployed(self.config).averages)
+
+    @property
     def _round(self) -> int:
         """Of the last step."""
         return (self.trainer.steps - 1) // self.config.train.steps_per_round + 1
+
+
+class _InterruptedError(StoppedError):
+    """The client is to stop while it waits."""
 
 
 def patiently(attempt: Callable[[], R], seconds: float, stop: threading.Event, most: float = 5.0) -> R:

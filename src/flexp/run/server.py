@@ -10,6 +10,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from flexp.assets import resolve
+from flexp.client.averaging import READABLE
 from flexp.client.meeting import UNMASKED, Meets
 from flexp.client.noise import told
 from flexp.config import DeploymentConfig, RunConfig
@@ -20,7 +22,10 @@ from flexp.kinds import ModelKind
 from flexp.limits import allow_many_files
 from flexp.links.grpc import Serving, serve
 from flexp.links.passing import Keep
+from flexp.methods.base import deployed
 from flexp.methods.turns import schedule
+from flexp.models.anatomy import block_count
+from flexp.models.loading import load_config
 from flexp.run.chaining import own_blocks, shared_blocks
 from flexp.run.conduct import Conductor, run_name
 from flexp.run.deterministic import Deterministic
@@ -66,6 +71,8 @@ def make_server(
         deployment: says which of the blocks are here, if others have the rest.
         remembers: keep the answers of clients' last steps, for clients that may go back to a snapshot.
     """
+    if not deployed(config).middle:
+        base_depth = end = block_count(config.model.id, load_config(str(resolve(config.model.id))))
     if deployment is not None and deployment.blocks is not None:
         base_depth, end = own_blocks(deployment, *shared_blocks(config, end, base_depth))
     made = Server.from_pretrained(
@@ -98,23 +105,27 @@ def make_conductor(
     check_conducted(config.train, deployment.schedule)
     run, clients, train = run_name(snapshots), deployment.clients, config.train
     every, save_every = config.evaluation.every, deployment.save_every
-    meets = Meets.of(config)
-    if meets:
+    meets, averages = Meets.of(config), deployed(config).averages
+    if averages and train.early_stopping.patience is not None:
+        raise ConfigError(f"train.early_stopping: clients of {config.method.name!r} are averaged until the last round; "
+                          "leave it out")  # fmt: skip
+    if meets or averages:
         if not config.method.meet.masked:
-            say(UNMASKED)
+            say(READABLE if averages else UNMASKED)
         if not deployment.clients:
             raise ConfigError(
-                'method.meet and model.head = "closed-form" need deployment.clients, the names of all who meet; name '
-                "them, or switch both off"
+                'method.meet, model.head = "closed-form" and methods that average need deployment.clients, the names '
+                "of all whose sums are taken; name them, or leave these out"
             )
         waits = deployment.meeting_seconds if deployment.schedule == "free" else None
-        server.sums.open(deployment.clients, waits)
+        kept = 2 + deployment.save_every // train.steps_per_round
+        server.sums.open(deployment.clients, waits, train.rounds if averages else 0, kept)
     if deployment.schedule == "free":
         if deployment.quota is not None:
             server.shared.quota = Quota(deployment.quota, deployment.quota_ahead, train.total_steps, say)
-        return Free(server, snapshots, run, say, train, clients, every, save_every, meets)
+        return Free(server, snapshots, run, say, train, clients, every, save_every, meets, averages)
     assert clients is not None
-    places = schedule(clients, train, config.seed, every, save_every, meets)
+    places = schedule(clients, train, config.seed, every, save_every, meets, averages)
     return Deterministic(server, snapshots, run, say, train, clients, places)
 
 

@@ -29,7 +29,7 @@ from flexp.files import read_json
 from flexp.kinds import KINDS, ModelKind
 from flexp.links.base import Link
 from flexp.machine import device_of, imitates_bfloat16
-from flexp.methods.base import World, method_of
+from flexp.methods.base import Cuts, World, as_deployed, deployed, method_of
 from flexp.methods.parties import own_config, own_trainer, split_model, tune_own
 from flexp.models.anatomy import Part, block_count, check_cut
 from flexp.models.batches import max_positions
@@ -98,6 +98,14 @@ class Settled:
                     "leave it out to use the smallest cut"
                 )
         return cuts
+
+    def deployed(self) -> tuple[RunConfig, Cuts]:
+        """The settings and cuts that clients have on a network.
+
+        Raises:
+            ConfigError: the method is for simulations.
+        """
+        return as_deployed(self.config, self.cuts, self.blocks)
 
     def load(self, part: Part | None = None) -> Stage:
         """A part of the pretrained model (``None``: all of it), not tuned yet.
@@ -271,11 +279,14 @@ def settle_client(config: RunConfig, name: str | None, cut: tuple[int, int | Non
 
     check_masks(config)
     run = settle(config, federate, plan=cut is None, alone=True)
+    own_settings, cuts = run.deployed()
+    run = replace(run, config=own_settings)
     clients = {client.name: client for client in run.federation.clients}
     wanted = next(iter(clients)) if name is None and len(clients) == 1 else name
     if wanted not in clients:
         raise DataError(f"the data have no client {wanted}; expected one of {', '.join(clients)} (--name)")
-    chosen = run.cuts[wanted] if cut is None else check_cut(cut, run.blocks, where="--cut")
+    whole = not deployed(config).middle
+    chosen = cuts[wanted] if cut is None or whole else check_cut(cut, run.blocks, where="--cut")
     own = run.config.data.clients.every(list(clients))[wanted]
     return ClientSetup(run, clients[wanted], own_config(run.config, own), chosen, cut is not None)
 

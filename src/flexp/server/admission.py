@@ -76,7 +76,7 @@ def check_join(
             f"it computes with autocast = {request.autocast}, the server with {stage.autocast_name}; set the same "
             "model.autocast"
         )
-    elif not start <= cut_start < cut_stop <= stop:
+    elif not (start <= cut_start < cut_stop <= stop or cut_start == cut_stop == start == stop):
         problem = f"its cut {request.cut} needs blocks that the server does not hold: it has [{start}, {stop})"
     elif request.align.kind == "weights" and request.tuning != tuning:
         problem = (

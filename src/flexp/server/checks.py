@@ -35,6 +35,8 @@ def check_forward(session: Session, request: ForwardRequest, stage: Stage, in_fl
         LinkError: see above.
     """
     client, hidden = session.join.client, request.hidden_BTH
+    if not stage.part.blocks:
+        raise LinkError(f"client {client} sends an activation, and this server has no blocks: clients have all of them")
     if hidden.dim() != 3 or hidden.shape[2] != stage.anatomy.hidden or hidden.dtype != stage.model.dtype:
         raise LinkError(
             f"client {client}: the activation is {_facts(hidden)}, "

@@ -120,7 +120,7 @@ class Server(Giving, Extending):
         wanted = ModelConfig.of(model, **settings)
         wanted = wanted.at(resolve(wanted.id))
         blocks = block_count(wanted.id, load_config(wanted.id))
-        start, stop = check_cut((base_depth, end), blocks, where="server blocks (base_depth, end)")
+        start, stop = check_cut((base_depth, end), blocks, where="server blocks (base_depth, end)", nothing=True)
         config = config or ServerConfig()
         own = wanted.quantized(config.quantization).on(config.device)
         stage = load_stage(own, kind, Part.server(start, stop), seed=seed).spread(config.device)

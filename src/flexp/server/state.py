@@ -56,8 +56,11 @@ class ServerState:
 
     @property
     def blocks(self) -> tuple[int, int]:
-        """(s_min, e_max): the shared blocks are [s_min, e_max), those of the servers further on among them."""
+        """(s_min, e_max): the shared blocks are [s_min, e_max), those of the servers further on among them; (L, L) if
+        there are none."""
         owned = self.shared.stage.part.blocks
+        if not owned:
+            return (self.shared.stage.anatomy.blocks,) * 2
         return min(owned), max(owned) + 1 if self.chain is None else self.chain.end
 
     def blocks_of(self, client: str) -> SharedBlocks:

@@ -12,34 +12,45 @@ import torch
 from torch import Tensor
 
 from flexp.errors import LinkError
-from flexp.links.asking import SumReply, SumRequest
+from flexp.links.asking import PIECES, SumReply, SumRequest
 
-MOST = 8
-"""Sums of a run: two meetings with three each, and two in which clients agree on a key."""
+MOST = 9
+"""Sums of a run that stay: two meetings with three each, two in which clients agree on a key, and how many examples all
+have."""
 
 
 class SumTable:
     """The sums of one run by their numbers: integers modulo 2⁶⁴, in which nothing need be readable here.
 
-    A sum stays: who asks again, after a broken link or a snapshot, gets it again, whatever it gives the second time.
+    A sum stays: who asks again, after a broken link or a snapshot, gets it again, whatever it gives the second time. Of
+    averages those of the last rounds stay, in memory alone: with the server, everybody goes back.
 
     Attributes:
         clients: who may give something; nobody: nothing is summed.
         done: what is known already.
+        first: the first round whose average can still be had.
     """
 
     def __init__(self) -> None:
         self.clients: tuple[str, ...] = ()
         self.done: dict[int, SumReply] = {}
+        self.first = 1
+        self._rounds, self._keep = 0, 1
+        self._at: dict[str, int] = {}  # the sum that a client gave to last
         self._seconds: float | None = None
         self._late: set[str] = set()  # who was not there the last time, and is waited for no more
         self._lock = threading.RLock()  # whoever closes a sum does it in a thread of its own
         self._given: dict[int, dict[str, SumRequest]] = {}
         self._waiting: dict[int, dict[str, Future[SumReply]]] = {}
 
-    def open(self, clients: Iterable[str], seconds: float | None = None) -> None:
-        """Add up what these give from now on; ``seconds`` after the first of them has given, without the others."""
+    def open(self, clients: Iterable[str], seconds: float | None = None, rounds: int = 0, keep: int = 1) -> None:
+        """Add up what these give from now on; ``seconds`` after the first of them has given, without the others.
+
+        Args:
+            rounds: that end with an average, of which the last ``keep`` stay.
+        """
         self.clients, self._seconds, self._late = tuple(clients), seconds, set()
+        self._rounds, self._keep = rounds, keep
 
     def give(self, client: str, request: SumRequest) -> Future[SumReply]:
         """Take what a client gives; the sum, once all have.
@@ -54,11 +65,18 @@ class SumTable:
         number, answer = request.number, Future[SumReply]()
         if client not in self.clients:
             raise LinkError(
-                f"client {client} gives a sum, and this run has none of its: set method.meet.on (or model.head = "
-                '"closed-form") in the server\'s configuration as well'
+                f"client {client} gives a sum, and this run has none of its: set method.name, method.meet.on and "
+                "model.head in the server's configuration as well"
             )
-        if number >= MOST:
-            raise LinkError(f"client {client} gives sum {number}, and a run has {MOST}, counted from 0")
+        of = number // PIECES
+        if of > self._rounds or (not of and number >= MOST):
+            raise LinkError(f"client {client} gives sum {number}: this run has {MOST}, and averages of {self._rounds} "
+                            "rounds")  # fmt: skip
+        if 0 < of < self.first:
+            raise LinkError(
+                f"client {client} goes back to round {of}, and averages are kept of the rounds from {self.first} on: "
+                "give it a newer snapshot, or begin the run anew"
+            )
         if number in self.done:
             answer.set_result(self.done[number])
             return answer
@@ -72,8 +90,11 @@ class SumTable:
         given[client] = request
         self._late.discard(client)
         self._waiting.setdefault(number, {})[client] = answer
-        if all(name in given for name in self.clients if name not in self._late):
-            self._close(number)
+        self._at[client] = number
+        for other in sorted(self._given):  # who is at a later piece gives nothing to an earlier one any more
+            past = {name for name, at in self._at.items() if other >= PIECES and at > other}
+            if all(name in self._given[other] for name in self.clients if name not in self._late | past):
+                self._close(other)
         return answer
 
     def _wait_no_more(self, number: int) -> None:
@@ -84,6 +105,9 @@ class SumTable:
 
     def _close(self, number: int) -> None:
         self.done[number] = _added(self._given.pop(number))
+        self.first = max(self.first, number // PIECES + 1 - self._keep)
+        for old in [one for one in self.done if 0 < one // PIECES < self.first]:
+            del self.done[old]
         for future in self._waiting.pop(number).values():
             if future.set_running_or_notify_cancel():
                 future.set_result(self.done[number])
@@ -98,16 +122,17 @@ class SumTable:
                 future.set_exception(why)
 
     def state(self) -> dict[str, Tensor]:
-        """The sums that are known, flat."""
-        flat = {f"{number}/values": reply.values_N for number, reply in self.done.items() if reply.values_N is not None}
+        """The sums that stay, flat."""
+        stay = {number: reply for number, reply in self.done.items() if number < PIECES}
+        flat = {f"{number}/values": reply.values_N for number, reply in stay.items() if reply.values_N is not None}
         return flat | {
             f"{number}/notes": torch.tensor(list(json.dumps(reply.notes).encode()), dtype=torch.uint8)
-            for number, reply in self.done.items()
+            for number, reply in stay.items()
         }
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Go on from :meth:`state`; what was given for other sums is forgotten."""
-        self._given, self._waiting = {}, {}
+        self._given, self._waiting, self._at, self.first = {}, {}, {}, 1
         self.done = {
             int(entry.removesuffix("/notes")): SumReply(
                 state.get(entry.removesuffix("notes") + "values"), json.loads(bytes(value.tolist()))

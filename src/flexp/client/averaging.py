@@ -1,0 +1,83 @@
+"""Averages of clients' weights, w ← Σ n_k w_k / Σ n_k, as sums over clients (:mod:`flexp.links.sums`).
+
+Each client gives its share s_k = n_k/n and s_k·w_k, in steps of 2⁻⁵² (:data:`flexp.masking.SHARES`). These integers add
+up to the same whatever their order and their masks, and a simulation adds the same ones. An average is off by at most
+half a step for each client: of float32 weights above 2⁻²⁹ (2·10⁻⁹) those of one client come back as they were. Weights
+must be below 1,024.
+
+A model is large: it crosses in pieces, and each piece is the average of those who have given that one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from flexp.links.asking import PIECES
+from flexp.links.sums import Adder, fixed, real
+from flexp.masking import SHARES
+
+PIECE = 1 << 17
+"""Numbers of one sum, 1 MiB: a server holds a piece of every client, and no link takes frames of any size."""
+SIZES, FINE = 8, 2.0**-20
+"""The number of the sum of all clients' examples, once a run, and of what they are multiples in it; meetings have the
+numbers before."""
+
+MASKED = "weights are averaged in masked sums, which the server adds and cannot read"
+READABLE = "method.meet.masked is off: the server reads every client's weights, and what they tell of its examples"
+
+Weights = dict[str, Tensor]
+
+
+class Mean:
+    """The mean of clients that are all in this process, of each tensor over those who have it."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def add(self, weights: Mapping[str, Tensor], share: float) -> None:
+        """One client's; ``share``: n_k/n."""
+        whole = _whole(share)
+        for name, value in weights.items():
+            given = fixed(value.detach().cpu().double() * whole, SHARES), fixed(whole, SHARES)
+            before = self._sums.get(name)
+            self._sums[name] = given if before is None else (before[0] + given[0], before[1] + given[1])
+
+    def take(self) -> Weights:
+        """What it comes to, in double precision; then it begins anew."""
+        sums, self._sums = self._sums, {}
+        return {name: real(value, SHARES) / real(shares, SHARES) for name, (value, shares) in sums.items()}
+
+
+def averaged(weights: Mapping[str, Tensor], examples: int, adder: Adder, number: int) -> Weights:
+    """This client's weights and those of all others that give theirs, averaged; on the CPU.
+
+    Args:
+        weights: alike at all clients.
+        examples: n_k.
+        adder: of shares.
+        number: of the average, from 1.
+
+    Raises:
+        TrainingError: a weight is not finite or too large.
+    """
+    own = torch.tensor([examples * FINE], dtype=torch.float64)
+    share = _whole(float(own / adder.give(SIZES, {"examples": own})()["examples"]))
+    kinds = {value.dtype for value in weights.values()}
+    flat_N = torch.cat([value.detach().cpu().flatten() for value in weights.values()])  # a copy
+    flat_N = flat_N.double() if len(kinds) > 1 else flat_N
+    for place, piece_N in enumerate(torch.split(flat_N, PIECE)):
+        total = adder.give(number * PIECES + place, {"share": share, "weights": piece_N.double() * share})()
+        piece_N.copy_(total["weights"] / total["share"])
+    parts = torch.split(flat_N, [value.numel() for value in weights.values()])
+    return {
+        name: part.reshape(value.shape).to(value.dtype)
+        for (name, value), part in zip(weights.items(), parts, strict=True)
+    }
+
+
+def _whole(share: float) -> Tensor:
+    """A share as a whole number of steps, as it is given, so that equals average to equals; (1,)."""
+    return real(fixed(torch.tensor([share], dtype=torch.float64), SHARES), SHARES)

@@ -1,0 +1,148 @@
+"""Averages as sums over a link: what clients have is what a simulation has, and what the server has is noise."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import kstest
+from torch import Tensor
+
+from flexp.client import averaging
+from flexp.client.adding import OverLink
+from flexp.client.averaging import SIZES, Mean, averaged
+from flexp.errors import LinkError, TrainingError
+from flexp.links.asking import PIECES, SumRequest
+from flexp.masking import SHARES, Group, from_ring
+from flexp.server.sums import SumTable
+from tests.harness import seeded
+from tests.methods.tools import equal
+
+from .test_adding import NAMES, Wire
+
+EXAMPLES = {"a": 1, "b": 96, "c": 1000}
+GROUP = Group.from_secret(b"what the owners share", "run")
+Seen = list[tuple[str, SumRequest]]
+
+
+def model(name: str) -> dict[str, Tensor]:
+    """Of a client: small and large weights, and one in another precision."""
+    made = seeded(ord(name))
+    return {
+        "weight": torch.randn(40, 30, generator=made) * 0.02,
+        "norm": 50 + torch.randn(30, generator=made),
+        "half": torch.randn(7, generator=made).bfloat16(),
+        "zero": torch.zeros(3),
+    }
+
+
+def table() -> SumTable:
+    made = SumTable()
+    made.open(NAMES, rounds=3, keep=2)
+    return made
+
+
+def over(sums: SumTable, seen: Seen, name: str, masked: bool = True) -> OverLink:
+    link: object = Wire(name, sums, seen)
+    return OverLink(link, GROUP if masked else None, "run", shares=True)  # type: ignore[arg-type]
+
+
+def met(sums: SumTable, seen: Seen, number: int = 1, masked: bool = True) -> dict[str, dict[str, Tensor]]:
+    with ThreadPoolExecutor(len(NAMES)) as pool:
+        each = {
+            name: pool.submit(averaged, model(name), EXAMPLES[name], over(sums, seen, name, masked), number)
+            for name in NAMES
+        }
+        return {name: one.result() for name, one in each.items()}
+
+
+def simulated(*names: str) -> dict[str, Tensor]:
+    mean = Mean()
+    for name in names:
+        mean.add(model(name), EXAMPLES[name] / sum(EXAMPLES.values()))
+    return {name: value.to(model("a")[name].dtype) for name, value in mean.take().items()}
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_all_have_the_simulations_average_bit_for_bit(monkeypatch: pytest.MonkeyPatch, masked: bool) -> None:
+    monkeypatch.setattr(averaging, "PIECE", 500)
+    seen: Seen = []
+    here = met(table(), seen, masked=masked)
+    for name in NAMES:
+        assert equal(here[name], simulated(*NAMES))
+    total = sum(EXAMPLES.values())
+    for key, value in here["a"].items():
+        wanted = sum(model(name)[key].double() * EXAMPLES[name] / total for name in NAMES)
+        assert torch.equal(value, torch.as_tensor(wanted).to(value.dtype)), key
+    pieces = {request.number for _, request in seen}
+    assert pieces == {SIZES, *(PIECES + place for place in range(3))}  # 1,240 numbers, 500 at a time
+
+
+def test_equals_average_to_equals_and_one_alone_keeps_its_own() -> None:
+    for names in (("a",), ("a", "a", "a")):
+        mean = Mean()
+        for _ in names:
+            mean.add(model("a"), 1 / len(names))
+        assert all(torch.equal(value.to(model("a")[key].dtype), model("a")[key]) for key, value in mean.take().items())
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_server_that_keeps_every_message_reads_weights_without_masks_alone(masked: bool) -> None:
+    seen: Seen = []
+    met(table(), seen, masked=masked)
+    for client, request in seen:
+        if request.number == SIZES or request.values_N is None:
+            continue
+        read = from_ring(request.values_N.numpy().view(np.uint64), SHARES)[1:]  # after the share
+        true = torch.cat([value.double().flatten() for value in model(client).values()]).numpy()
+        guess = abs(float(np.corrcoef(read, true)[0, 1]))
+        if masked:
+            assert kstest((read / 2.0**11 + 1) / 2, "uniform").pvalue > 1e-3
+            assert guess < 4 / len(true) ** 0.5  # of chance, four standard deviations
+        else:
+            assert guess > 0.999999
+    total = sum(request.values_N for _, request in seen if request.number == PIECES and request.values_N is not None)
+    assert isinstance(total, Tensor)  # nor the average
+    there = from_ring(total.numpy().view(np.uint64), SHARES)[1:1201].reshape(40, 30)
+    assert np.allclose(there, simulated(*NAMES)["weight"], atol=1e-6) is not masked
+
+
+def test_the_lost_are_left_out_and_the_late_have_what_the_others_have() -> None:
+    sums, seen = table(), list[tuple[str, SumRequest]]()
+    met(sums, seen)
+    sums._late = {"c"}
+    with ThreadPoolExecutor(2) as pool:
+        both = {n: pool.submit(averaged, model(n), EXAMPLES[n], over(sums, seen, n), 2) for n in "ab"}
+    late = averaged(model("c"), EXAMPLES["c"], over(sums, seen, "c"), 2)
+    for given in (both["a"].result(), both["b"].result(), late):
+        assert equal(given, simulated("a", "b"))
+
+
+def test_who_goes_back_has_the_last_averages_again_and_waits_for_nobody_who_is_past() -> None:
+    sums, seen = table(), list[tuple[str, SumRequest]]()
+    for number in (1, 2, 3):
+        met(sums, seen, number)
+    again = averaged(model("b"), EXAMPLES["a"], over(sums, seen, "a"), 2)  # whatever it gives
+    assert equal(again, simulated(*NAMES))
+    assert {number // PIECES for number in sums.done} == {0, 2, 3}  # what is kept is bounded …
+    assert {name.partition("/")[0] for name in sums.state()} == {str(SIZES)}  # … and none of it is saved
+    with pytest.raises(
+        LinkError, match=r"client a goes back to round 1, and averages are kept of the rounds from 2 on"
+    ):
+        averaged(model("a"), EXAMPLES["a"], over(sums, seen, "a"), 1)
+    with pytest.raises(LinkError, match=r"this run has 9, and averages of 3 rounds"):
+        averaged(model("a"), EXAMPLES["a"], over(sums, seen, "a"), 4)
+    fallen = table()  # another server, which knows of no average, and two that have the second already
+    fallen.load(sums.state())
+    fallen._at = dict.fromkeys("bc", 3 * PIECES)
+    assert equal(averaged(model("a"), EXAMPLES["a"], over(fallen, seen, "a"), 2), model("a"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), 2e3])
+def test_weights_that_do_not_fit_are_refused(value: float) -> None:
+    sums = SumTable()
+    sums.open("a", rounds=1)
+    with pytest.raises(TrainingError, match="finite numbers below 1e\\+03"):
+        averaged({"w": torch.tensor([value])}, 5, over(sums, [], "a"), 1)
