@@ -99,11 +99,6 @@ class JoinedModel(PersonalModel):
         self.settle()
         self.take_over()
 
-    @property
-    def whole(self) -> bool:
-        """Whether all of the model is here, and nothing of it crosses: cut (L, L)."""
-        return self.cut[0] == self.stage.anatomy.blocks
-
     def rejoin(self, link: Link | None = None, *, cut: tuple[int, int] | None = None) -> None:
         """Join again, after the link was lost or the server came back: over ``link``, if it is another one, of the same
         client to the same server; the old one is closed. The steps go on.
@@ -251,7 +246,7 @@ class JoinedModel(PersonalModel):
             ),
         )
         anatomy = self.stage.anatomy
-        check_welcome(welcome, anatomy.blocks, anatomy.hidden, self._pinned, whole=self.whole)
+        check_welcome(welcome, anatomy.blocks, anatomy.hidden, self._pinned, whole=cut[0] == anatomy.blocks)
         self.base_depth = self._pinned = welcome.base_depth
         self.trained = welcome.trained
         self.max_in_flight = welcome.max_in_flight

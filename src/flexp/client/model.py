@@ -75,6 +75,11 @@ class SplitModel(JoinedModel):
     kind: ClassVar[ModelKind]
 
     @property
+    def whole(self) -> bool:
+        """Whether all of the model is here, and nothing of it crosses: cut (L, L)."""
+        return self.cut[0] == self.stage.anatomy.blocks
+
+    @property
     def base_model(self) -> Callable[..., Any]:
         """The same without the head, for loops that apply the head themselves (trl)."""
         return lambda **inputs: self.tail(self.head(inputs, headless=True), headless=True)
