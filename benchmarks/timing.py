@@ -56,7 +56,7 @@ def measure(
     stage = setup.load(Part.client(setup.cut, setup.run.blocks))
     link = Timed(setup.run.blocks, stage.model.config.hidden_size, setup.cut[0])
     task, texts = setup.run.federation.task, setup.data.train
-    model = split_model(setup.config, stage, setup.cut, link, task.model_kind, codec=None).train()  # type: ignore[arg-type]
+    model = split_model(setup.config, stage, setup.cut, link, task.model_kind, codec=None).train()
     batches = [task.collate([text]) for text in texts]
     draw, seconds_PN = np.random.default_rng(0), np.zeros((passes, len(texts)))
     for number in range(-1, passes):  # the first warms up

@@ -16,7 +16,7 @@ class Transformer(Attack):
     name = "transformer"
     about = "two transformer layers over a text's activations, trained on public text"
     slow, causal = True, False
-    steps, batch, layers = 800, 16, 2
+    steps, batch, layers = 300, 16, 2
     """Steps, of so many texts."""
 
     def learn(self, public: Public) -> None:

@@ -73,7 +73,7 @@ def _against(silent: RunConfig, federation: Federation, blocks: int) -> str | No
     """Why a run cannot go without gradients; ``None``: it can."""
     names = [client.name for client in federation.clients]
     for name, own in silent.data.clients.every(names).items():
-        stop = None if own.cut is None or own.cut == "auto" else own.cut[1]
+        stop = None if own.cut is None else own.cut[1]
         if stop is None or not stop < blocks:
             return f"client {name} has no blocks in its tail to learn with: cut at an earlier e"
     try:
