@@ -26,6 +26,7 @@ from flexp.run.costs import Costs, MemoryProbes
 from flexp.run.participants import NobodyFitsError
 from flexp.run.settle import build_world
 from flexp.run.virtual import client_work
+from tests.run.tools import copying
 from tests.tiny import CLIENTS, CUTS, config, each
 
 MB = 10**6
@@ -208,11 +209,12 @@ def test_what_could_not_be_measured_takes_part_and_is_said(home: Path, monkeypat
     assert summary["clients"][0]["peak_memory_bytes"] is None
 
 
-def test_a_resumed_run_leaves_out_the_same_clients(home: Path, measured: list[Probe], worlds: list[World]) -> None:
+def test_a_resumed_run_leaves_out_the_same_clients(
+    home: Path, measured: list[Probe], worlds: list[World], monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = config(home, method={"name": "fedavg"}, devices=DEVICES, train={"rounds": 2})
+    copying(monkeypatch, home / "whole", home / "out")
     whole = runner.run(run, home / "whole")
-    runner.run(run.model_copy(update={"train": run.train.model_copy(update={"rounds": 1})}), home / "out")
-    (home / "out/config.json").write_text(json.dumps(run.resolved()), encoding="utf-8")
     before = len(measured)
     resumed = runner.resume(home / "out")
     assert len(measured) == before

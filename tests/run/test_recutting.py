@@ -13,6 +13,7 @@ from flexp.methods.flexp_sfl import FlexpSfl
 from flexp.report.metrics import read
 from flexp.run import runner
 from flexp.run.settle import build_world
+from tests.run.tools import copying
 from tests.tiny import CLIENTS, bert_folder, checkpoint, config
 
 NORTH, SOUTH, WEST = CLIENTS
@@ -81,26 +82,16 @@ def test_the_clock_without_moves_is_slower(folder: Path, tmp_path: Path) -> None
     assert moved["virtual"]["rounds"][-1] < 0.7 * still["virtual"]["rounds"][-1]
 
 
-def test_resumed_after_a_move_equals_undisturbed(folder: Path, tmp_path: Path) -> None:
+def test_resumed_after_a_move_equals_undisturbed(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = changing(folder, ON, changes=[
         {"before_round": 2, "clients": [NORTH], "to": "slow"},
         {"before_round": 3, "clients": [NORTH], "to": "workstation"},
     ])  # fmt: skip
+    stopped = tmp_path / "stopped"
+    copying(monkeypatch, tmp_path / "whole", stopped, 3)  # after the moves of rounds 2 and 3
     runner.run(settings, tmp_path / "whole")
     wanted = checkpoint(tmp_path / "whole")
 
-    stopped = tmp_path / "stopped"
-    evaluate = runner._Run._evaluate
-
-    def stop_after(self: Any, number: int) -> None:
-        evaluate(self, number)
-        if number == 3:
-            raise KeyboardInterrupt  # in round 3, after the moves of rounds 2 and 3
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner._Run, "_evaluate", stop_after)
-        with pytest.raises(KeyboardInterrupt):
-            runner.run(settings, stopped)
     runner.resume(stopped)
     got = checkpoint(stopped)
     moves = [record for record in read(stopped / "metrics.jsonl") if record["kind"] == "move"]

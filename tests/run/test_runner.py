@@ -20,6 +20,7 @@ from flexp.run import runner, store
 from flexp.run.meetings import meeting
 from flexp.run.settle import build_world
 from tests.data.tools import jsonl, labelled, tokenizer
+from tests.run.tools import copying
 from tests.tiny import CLIENTS, bert_folder, checkpoint, config
 
 VALIDATION_EXAMPLES = 3  # a quarter of 12
@@ -43,18 +44,6 @@ def same(left: Path, right: Path) -> None:
         for name, value in tensors.items():
             if "seconds" not in name:
                 assert torch.equal(value, two[party][name]), (party, name)
-
-
-def copying(monkeypatch: pytest.MonkeyPatch, out: Path, left: Path) -> None:
-    """Let a run in ``out`` leave in ``left`` what a kill after the steps of round 2, before its checkpoint, leaves."""
-    evaluate = runner._Run._evaluate
-
-    def copied(self: Any, number: int) -> None:
-        if number == 2 and self.out == out:
-            shutil.copytree(out, left)
-        evaluate(self, number)
-
-    monkeypatch.setattr(runner._Run, "_evaluate", copied)
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=["full", "lora", "mean", "weights", "local", "validation"])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 from rich.console import Console
 from torch import Tensor
 
@@ -14,10 +16,24 @@ from benchmarks.chaos import METERS
 from flexp.config import DeploymentConfig, RunConfig
 from flexp.links.base import Link
 from flexp.links.grpc import connect
+from flexp.run import runner
 from flexp.run.client import run_client
 from flexp.run.server import make_conductor, make_server, run_server
 from flexp.run.settle import settle, settle_client
 from flexp.run.store import Store
+
+
+def copying(monkeypatch: pytest.MonkeyPatch, out: Path, left: Path, number: int = 2) -> None:
+    """Let a run in ``out`` leave in ``left`` what a kill after the steps of round ``number`` leaves, which has no
+    checkpoint yet: whoever resumes that has no need of a second run that is stopped."""
+    evaluate = runner._Run._evaluate
+
+    def copied(self: Any, round_: int) -> None:
+        if round_ == number and self.out == out:
+            shutil.copytree(out, left)
+        evaluate(self, round_)
+
+    monkeypatch.setattr(runner._Run, "_evaluate", copied)
 
 
 class Server:

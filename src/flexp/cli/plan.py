@@ -101,7 +101,8 @@ def _taken_over(content: dict[str, Any]) -> str:
     own = [name for name in METHODS if METHODS.owner(name) == "flexp" and METHODS[name].held.part == "ends"]
     return (
         "A run takes cuts, micro-batches, checkpointing and codecs from the plan for each client (other methods than "
-        f"{', '.join(own)}, and train.in_flight above 1: the cuts); it must say {', '.join(settings)}."
+        f"{', '.join(own[:-1])} and {own[-1]}, and train.in_flight above 1: the cuts); it must say "
+        f"{', '.join(settings)}."
     )
 
 

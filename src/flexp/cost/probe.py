@@ -127,7 +127,7 @@ def measure_once(probe: Probe, cache: Path | None, timeout: float = 600.0) -> Me
 
 
 def plain(probe: Probe) -> Probe:
-    """``probe`` without the settings that no memory depends on, such as learning rates: a grid's trials are one."""
+    """``probe`` without the settings that do not change memory, such as learning rates: a grid's trials are one."""
     optimizer = {key: value for key, value in probe.optimizer.items() if key not in RATES}
     model = {key: value for key, value in probe.model_config.items() if key not in ("base_depth", "expose_embeddings")}
     align = None
