@@ -15,6 +15,7 @@ from rich.console import Console
 
 from flexp.config import DeploymentConfig, RunConfig
 from flexp.errors import ConfigError, FlexpError
+from flexp.export.client_folder import of_client
 from flexp.files import read_json
 from flexp.links.asking import PIECES
 from flexp.links.base import Link
@@ -383,6 +384,8 @@ def test_a_fleet_that_averages_equals_the_simulation(folder: Path, tmp_path: Pat
             met = of("kept/met/", there[f"client-{name}"])
             assert bool(met) is meet["on"]
             assert equal(own, {**of("global/", there["server"]), **met})
+            exported = of_client(out / "clients" / name, None, "last", None)  # needs no server
+            assert equal(exported.split.personal_state(), own)
         else:
             assert equal(own, of("personal/", there[f"client-{name}"]))
     assert (server.server.blocks == (4, 4)) is (method == "fedavg")
