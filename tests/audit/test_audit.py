@@ -284,7 +284,11 @@ def test_a_run_says_what_the_server_can_read_and_is_otherwise_the_same(folder: P
 @pytest.mark.parametrize(
     ("method", "says"),
     [
-        ("fedavg", "sends no activations (clients of 'fedavg' send weights)"),
+        (
+            "fedavg",
+            "sends no activations (clients of 'fedavg' send weights); over a network weights are averaged in masked "
+            "sums, which the server adds and cannot read",
+        ),
         ("local", "sends no activations (clients of 'local' send nothing)"),
         ("splitfed-v2", "not audited (clients of 'splitfed-v2' send activations, labels, weights)"),
     ],

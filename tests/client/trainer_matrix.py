@@ -157,7 +157,7 @@ stale.
 where the server's optimiser is told the same (`Server(optimizer=…)`, `[train.shared]`) and there is no dropout. *Each
 half's own*: the option rules this client's half, and the server's half follows the server's own rule, as with every
 client of a server. So `max_grad_norm` clips the client's half by its own norm, and `weight_decay` spares biases and
-norms on the client's side alone; 0 on both sides is equal to whole training. `total_flos` and `grad_norm` count this
+norms on the client's side alone. 0 on both sides is equal to whole training. `total_flos` and `grad_norm` count this
 half.
 
 | what | options that were tried | and with them, without a value of their own | causal LM | classifier |
@@ -166,7 +166,7 @@ half.
 
 Seq2SeqTrainer's `predict_with_generate` (with `generation_max_length`) gives what the whole model writes. trl's
 `SFTTrainer` (extra `trl`) trains a causal language model on `messages`, with packing or without, as it trains the whole
-one; so does its `DPOTrainer`, with `precompute_ref_log_probs=True`, or with a split `ref_model` on a server of its own
+one. So does its `DPOTrainer`, with `precompute_ref_log_probs=True`, or with a split `ref_model` on a server of its own
 (one that this training changes is refused). Without either it loads a whole reference model here. A loss on the load
 of experts (`router_aux_loss_coef` of a mixture) needs all blocks: the first batch is refused unless it is 0.
 
