@@ -90,6 +90,10 @@ class Group:
         """Sixteen letters that tell one key from another, and nothing of it."""
         return _derived(self._key, "mark").hex()[:16]
 
+    def digest(self, text: str) -> str:
+        """Letters that tell one text from another to the clients, and nothing of it to the server."""
+        return _derived(self._key, "digest", text).hex()
+
     @classmethod
     def from_secret(cls, secret: bytes, run: str) -> Group:
         """The key of one run, from what the owners share over all of them.

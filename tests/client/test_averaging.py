@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,10 +12,10 @@ import torch
 from scipy.stats import kstest
 from torch import Tensor
 
-from flexp.client import averaging
 from flexp.client.adding import OverLink
-from flexp.client.averaging import SIZES, Mean, averaged
+from flexp.client.averaging import FINE, Mean, averaged
 from flexp.errors import LinkError, TrainingError
+from flexp.links import asking
 from flexp.links.asking import PIECES, SumRequest
 from flexp.masking import SHARES, Group, from_ring
 from flexp.server.sums import SumTable
@@ -50,6 +52,7 @@ def over(sums: SumTable, seen: Seen, name: str, masked: bool = True) -> OverLink
 
 
 def met(sums: SumTable, seen: Seen, number: int = 1, masked: bool = True) -> dict[str, dict[str, Tensor]]:
+    sums.asked = dict.fromkeys(NAMES, number)
     with ThreadPoolExecutor(len(NAMES)) as pool:
         each = {
             name: pool.submit(averaged, model(name), EXAMPLES[name], over(sums, seen, name, masked), number)
@@ -61,13 +64,13 @@ def met(sums: SumTable, seen: Seen, number: int = 1, masked: bool = True) -> dic
 def simulated(*names: str) -> dict[str, Tensor]:
     mean = Mean()
     for name in names:
-        mean.add(model(name), EXAMPLES[name] / sum(EXAMPLES.values()))
+        mean.add(model(name), EXAMPLES[name] / sum(EXAMPLES[one] for one in names))
     return {name: value.to(model("a")[name].dtype) for name, value in mean.take().items()}
 
 
 @pytest.mark.parametrize("masked", [True, False])
 def test_all_have_the_simulations_average_bit_for_bit(monkeypatch: pytest.MonkeyPatch, masked: bool) -> None:
-    monkeypatch.setattr(averaging, "PIECE", 500)
+    monkeypatch.setattr(asking, "PIECE", 500)
     seen: Seen = []
     here = met(table(), seen, masked=masked)
     for name in NAMES:
@@ -77,7 +80,7 @@ def test_all_have_the_simulations_average_bit_for_bit(monkeypatch: pytest.Monkey
         wanted = sum(model(name)[key].double() * EXAMPLES[name] / total for name in NAMES)
         assert torch.equal(value, torch.as_tensor(wanted).to(value.dtype)), key
     pieces = {request.number for _, request in seen}
-    assert pieces == {SIZES, *(PIECES + place for place in range(3))}  # 1,240 numbers, 500 at a time
+    assert pieces == {PIECES + place for place in range(4)}  # how many examples, and 1,240 numbers, 500 at a time
 
 
 def test_equals_average_to_equals_and_one_alone_keeps_its_own() -> None:
@@ -93,7 +96,7 @@ def test_a_server_that_keeps_every_message_reads_weights_without_masks_alone(mas
     seen: Seen = []
     met(table(), seen, masked=masked)
     for client, request in seen:
-        if request.number == SIZES or request.values_N is None:
+        if request.number == PIECES or request.values_N is None:
             continue
         read = from_ring(request.values_N.numpy().view(np.uint64), SHARES)[1:]  # after the share
         true = torch.cat([value.double().flatten() for value in model(client).values()]).numpy()
@@ -103,7 +106,9 @@ def test_a_server_that_keeps_every_message_reads_weights_without_masks_alone(mas
             assert guess < 4 / len(true) ** 0.5  # of chance, four standard deviations
         else:
             assert guess > 0.999999
-    total = sum(request.values_N for _, request in seen if request.number == PIECES and request.values_N is not None)
+    total = sum(
+        request.values_N for _, request in seen if request.number == PIECES + 1 and request.values_N is not None
+    )
     assert isinstance(total, Tensor)  # nor the average
     there = from_ring(total.numpy().view(np.uint64), SHARES)[1:1201].reshape(40, 30)
     assert np.allclose(there, simulated(*NAMES)["weight"], atol=1e-6) is not masked
@@ -112,7 +117,7 @@ def test_a_server_that_keeps_every_message_reads_weights_without_masks_alone(mas
 def test_the_lost_are_left_out_and_the_late_have_what_the_others_have() -> None:
     sums, seen = table(), list[tuple[str, SumRequest]]()
     met(sums, seen)
-    sums._late = {"c"}
+    sums._late, sums.asked = {"c"}, dict.fromkeys(NAMES, 2)
     with ThreadPoolExecutor(2) as pool:
         both = {n: pool.submit(averaged, model(n), EXAMPLES[n], over(sums, seen, n), 2) for n in "ab"}
     late = averaged(model("c"), EXAMPLES["c"], over(sums, seen, "c"), 2)
@@ -124,18 +129,21 @@ def test_who_goes_back_has_the_last_averages_again_and_waits_for_nobody_who_is_p
     sums, seen = table(), list[tuple[str, SumRequest]]()
     for number in (1, 2, 3):
         met(sums, seen, number)
+    sums.asked["a"] = 2
     again = averaged(model("b"), EXAMPLES["a"], over(sums, seen, "a"), 2)  # whatever it gives
     assert equal(again, simulated(*NAMES))
-    assert {number // PIECES for number in sums.done} == {0, 2, 3}  # what is kept is bounded …
-    assert {name.partition("/")[0] for name in sums.state()} == {str(SIZES)}  # … and none of it is saved
+    assert {number // PIECES for number in sums.done} == {2, 3}  # what is kept is bounded …
+    assert not sums.state()  # … and none of it is saved
+    sums.asked["a"] = 1
     with pytest.raises(
         LinkError, match=r"client a goes back to round 1, and averages are kept of the rounds from 2 on"
     ):
         averaged(model("a"), EXAMPLES["a"], over(sums, seen, "a"), 1)
-    with pytest.raises(LinkError, match=r"this run has 9, and averages of 3 rounds"):
+    with pytest.raises(LinkError, match=r"this run has 8, and averages of 3 rounds"):
         averaged(model("a"), EXAMPLES["a"], over(sums, seen, "a"), 4)
     fallen = table()  # another server, which knows of no average, and two that have the second already
     fallen.load(sums.state())
+    fallen.asked["a"] = 2
     fallen._at = dict.fromkeys("bc", 3 * PIECES)
     assert equal(averaged(model("a"), EXAMPLES["a"], over(fallen, seen, "a"), 2), model("a"))
 
@@ -144,5 +152,72 @@ def test_who_goes_back_has_the_last_averages_again_and_waits_for_nobody_who_is_p
 def test_weights_that_do_not_fit_are_refused(value: float) -> None:
     sums = SumTable()
     sums.open("a", rounds=1)
-    with pytest.raises(TrainingError, match="finite numbers below 1e\\+03"):
+    sums.asked["a"] = 1
+    with pytest.raises(TrainingError, match="finite weights below 1024"):
         averaged({"w": torch.tensor([value])}, 5, over(sums, [], "a"), 1)
+
+
+def test_who_comes_when_examples_are_counted_weighs_nothing_and_takes_the_average() -> None:
+    """Not 500 times the only one who was there, which would run over in fixed point."""
+    sums, seen = table(), list[tuple[str, SumRequest]]()
+    sums._late, sums.asked = {"b", "c"}, dict.fromkeys(NAMES, 1)
+    of = {name: {"w": torch.full((3,), 2.0 + ord(name))} for name in NAMES}
+    alone = averaged(of["a"], 1, over(sums, seen, "a"), 1)
+    assert all(torch.equal(averaged(of[name], 500, over(sums, seen, name), 1)["w"], of["a"]["w"]) for name in "bc")
+    assert torch.equal(alone["w"], of["a"]["w"])
+
+
+def test_nobody_runs_ahead_or_holds_more_than_a_piece() -> None:
+    sums = table()
+    part, large = (SumRequest(0, torch.zeros(size, dtype=torch.int64)) for size in (2, asking.PIECE + 2))
+    sums.asked = {"a": 1}
+    for number, request, why in (
+        (3 * PIECES, part, "was asked for another or none"),
+        (PIECES + 1, part, "before the one before is there"),
+        (PIECES, large, "has 131073 at most"),
+    ):
+        with pytest.raises(LinkError, match=why):
+            sums.give("a", replace(request, number=number))
+
+
+def test_a_sum_that_closes_when_newer_ones_are_there_is_answered() -> None:
+    """After a restart of the server, whose averages were in memory: one client is at a later round than another."""
+    sums = table()
+    sums.asked = {"a": 3, "b": 1}
+    ahead, behind = (
+        sums.give(name, SumRequest(of * PIECES, torch.ones(1, dtype=torch.int64))) for name, of in sums.asked.items()
+    )
+    sums._wait_no_more(3 * PIECES)
+    sums._wait_no_more(PIECES)
+    assert [len(future.result(1).notes) for future in (ahead, behind)] == [1, 1]
+
+
+def test_clients_of_other_models_are_not_averaged() -> None:
+    sums, links = table(), {}
+    for name, alike in zip(NAMES, ("no, yes", "no, yes", "yes, no"), strict=True):
+        links[name] = OverLink(Wire(name, sums, []), GROUP, "run", shares=True, alike=alike)  # type: ignore[arg-type]
+    sums.asked = dict.fromkeys(NAMES, 1)
+    with ThreadPoolExecutor(len(NAMES)) as pool:
+        each = [pool.submit(averaged, model(name), 1, links[name], 1) for name in NAMES]
+    for one in each:
+        with pytest.raises(LinkError, match="trains another model than this client: names of classes"):
+            one.result()
+
+
+@pytest.mark.parametrize(
+    ("sums", "why"),
+    [([0.0], "all clients have 0 examples"), ([5.0, 0.0], "an average of 0"), ([5.0, 3.0], "an average of 3")],
+)
+def test_a_server_that_gives_no_average_is_refused(sums: list[float], why: str) -> None:
+    """Nor is what it makes up taken where nobody is in a sum."""
+
+    class Lying:
+        late, answers = False, iter(sums)
+
+        def give(self, _: int, values: dict[str, Tensor]) -> Any:
+            told = next(self.answers)
+            told *= FINE if "examples" in values else 1.0
+            return lambda: {name: torch.full_like(value, told) for name, value in values.items()}
+
+    with pytest.raises(LinkError, match=why):
+        averaged({"w": torch.ones(2)}, 5, Lying(), 1)  # type: ignore[arg-type]

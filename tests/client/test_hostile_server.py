@@ -67,14 +67,6 @@ def first(found: dict[str, Tensor], change: Callable[[Tensor], Tensor]) -> dict[
     return {**found, name: change(found[name])}
 
 
-def passing(found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Blocks whose attention and MLP add nothing to the residual stream."""
-    return {
-        name: torch.zeros_like(value) if "o_proj" in name or "down_proj" in name else value
-        for name, value in found.items()
-    }
-
-
 STEPS: dict[str, tuple[AlignConfig, type[Request[Any]], Lie, str]] = {
     "activations that are no numbers": (
         OFF, ForwardRequest, lambda reply: replace(reply, hidden_BTH=spoilt(reply.hidden_BTH)), "activation of exchange"
@@ -124,9 +116,6 @@ STEPS: dict[str, tuple[AlignConfig, type[Request[Any]], Lie, str]] = {
     ),
     "weights of another shape": (
         PULL, PullRequest, weights(lambda found: first(found, lambda value: value[:1])), "expected"
-    ),
-    "blocks that hand activations on": (
-        PULL, PullRequest, weights(lambda found: passing(found)), "hand this client's activations on"
     ),
     "not all weights": (
         PULL, PullRequest, weights(lambda found: dict(list(found.items())[1:])), "leaves out"

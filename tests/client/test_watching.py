@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flexp.client.watching import EXCHANGES, Watch, cka, most_alignment
+from flexp.client.watching import EXCHANGES, Watch, _cka, most_alignment
 from flexp.config import AlignConfig
 from flexp.links.base import finished
 from flexp.links.declaring import Request
@@ -83,8 +83,12 @@ def test_alignment_is_never_larger_than_its_bound() -> None:
 
 def test_likeness_of_what_is_random_is_nought_on_average() -> None:
     generator = seeded(3)
-    found = [cka(torch.randn(40, 64, generator=generator), torch.randn(40, 64, generator=generator)) for _ in range(50)]
+    found = [
+        _cka(torch.randn(40, 64, generator=generator), torch.randn(40, 64, generator=generator)) for _ in range(50)
+    ]
     assert abs(sum(found) / 50) < 0.02
     rows = torch.randn(40, 64, generator=generator)
     turned = torch.linalg.qr(torch.randn(64, 64, generator=generator))[0]
-    assert cka(rows, 5 * rows @ turned + 3) == pytest.approx(1.0, abs=1e-4)  # turning, scaling, shifting change nothing
+    assert _cka(rows, 5 * rows @ turned + 3) == pytest.approx(
+        1.0, abs=1e-4
+    )  # turning, scaling, shifting change nothing

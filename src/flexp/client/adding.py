@@ -5,6 +5,7 @@ Masked or not, the same integers are added, so the sums are equal bit for bit.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import secrets
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from flexp.rng import current_turn
 
 KEYS, SEALED = 6, 7
 """The numbers of the sums with which clients agree on a key: notes alone."""
-KEY_FILE = "meet.key"
+KEY_FILE, GROUP_FILE = "meet.key", "meet.group"
 
 
 class LateError(LinkError):
@@ -50,13 +51,28 @@ class OverLink:
         shares: what is given is multiplied by this client's share, and who comes too late takes what the others have;
             else it adds its own to that.
         wait: for an answer, which may take as long as another client does.
+        alike: what all clients must have alike, in words; of those that have not, nothing is added up.
+
+    Attributes:
+        late: whether the last sum is without what this client gave.
     """
 
     def __init__(
-        self, link: Link, group: Group | None = None, run: str = "", *, shares: bool = False, wait: Wait = _result
+        self,
+        link: Link,
+        group: Group | None = None,
+        run: str = "",
+        *,
+        shares: bool = False,
+        wait: Wait = _result,
+        alike: str = "",
     ) -> None:
         self._link, self._group, self._run, self._wait = link, group, run, wait
-        self._scale, self._shares = SHARES if shares else SUMS, shares
+        self._scale, self._shares, self.late = SHARES if shares else SUMS, shares, False
+        self._mark, digest = "-", hashlib.sha256(f"{run} {alike}".encode()).hexdigest()
+        if group is not None:
+            self._mark, digest = group.mark, group.digest(alike)
+        self._alike = digest[:16]
 
     def give(self, number: int, values: Sums) -> Callable[[], Sums]:
         """See :class:`flexp.links.sums.Adder`.
@@ -69,26 +85,33 @@ class OverLink:
         flat = torch.cat([value.double().flatten() for value in values.values()]).numpy()
         nonce = secrets.token_bytes(NONCE_BYTES)
         ring = to_ring(flat, scale) if group is None else group.hide(flat, client, purpose, nonce, scale)
-        note = "" if group is None else f"{nonce.hex()} {group.mark}"
+        note = f"{'-' if group is None else nonce.hex()} {self._mark} {self._alike}"
         answer = _asked(self._link, SumRequest(number, torch.from_numpy(ring.view(np.int64)), note), self._wait)
 
         def total() -> Sums:
             reply = answer()
             if reply.values_N is None or reply.values_N.shape != (len(flat),):
                 raise LinkError(f"client {client}: the server gives a sum that is not of what was given")
-            late = 0.0 if client in reply.notes or self._shares else flat
+            self.late = client not in reply.notes
+            late = flat if self.late and not self._shares else 0.0
             added = reply.values_N.contiguous().numpy().view(np.uint64)
-            if group is None:
-                return _shaped(from_ring(added, scale) + late, values)
             nonces = {}
             for name, said in reply.notes.items():
-                hidden, _, mark = said.partition(" ")
-                if mark != group.mark:
+                hidden, mark, alike = (*said.split(" "), "", "", "")[:3]
+                if mark != self._mark:
                     raise LinkError(
-                        f"client {client}: {name} hides its sums with another key of the group; set the same "
-                        "method.meet.masked and secret everywhere, and start the run anew"
+                        f"client {client}: {name} hides its sums with another key of the group, or one of them does "
+                        "not; set the same method.meet.masked and secret everywhere, and start the run anew"
                     )
-                nonces[name] = _bytes(hidden)
+                if alike != self._alike:
+                    raise LinkError(
+                        f"client {client}: {name} trains another model than this client: names of classes (in their "
+                        "order), seed, [model], cut and method.personal.frozen_head_blocks must be alike where weights "
+                        "are averaged"
+                    )
+                nonces[name] = _bytes("" if group is None else hidden)
+            if group is None:
+                return _shaped(from_ring(added, scale) + late, values)
             return _shaped(group.reveal(added, nonces, purpose, scale) + late, values)
 
         return total
@@ -130,6 +153,7 @@ def agree(
     if publics.get(client) != own.public:
         raise LinkError(f"client {client}: the server holds another public key of it; start the run anew")
     found = fingerprint(publics)
+    _same_as_before(folder / GROUP_FILE, run, found, client)
     if config.group is not None and config.group.split() != found.split():
         raise ConfigError(
             f"method.meet.group is {config.group!r}, and the server names clients whose fingerprint is {found!r}: it "
@@ -149,6 +173,23 @@ def agree(
         raise LinkError(f"client {client}: the group's key did not arrive; start the run anew") from error
     # The dealer, too, takes what is sealed: after a restart it is what the others have.
     return own.open(mine, client, publics[dealer], publics)
+
+
+def _same_as_before(file: Path, run: str, found: str, client: str) -> None:
+    """Refuse another group of clients in the same run: what owners have compared holds to its end."""
+    try:
+        known = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        known = {}
+    except (OSError, ValueError) as error:
+        raise StorageError(f"{file}: cannot be read as the group of this run's clients ({error})") from error
+    if known.get(run, found) != found:
+        raise LinkError(
+            f"client {client}: the server names other clients' keys than before in this run (their fingerprint was "
+            f"{known[run]!r}, and is {found!r}): it may have put keys of its own among them; start the run anew"
+        )
+    if run not in known:
+        write_private(file, json.dumps({run: found}).encode())
 
 
 def _identity(file: Path) -> Identity:

@@ -15,15 +15,18 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from flexp.client.adding import OverLink
+from flexp.errors import LinkError, TrainingError
+from flexp.links import asking
 from flexp.links.asking import PIECES
-from flexp.links.sums import Adder, fixed, real
+from flexp.links.sums import fixed, real
 from flexp.masking import SHARES
 
-PIECE = 1 << 17
-"""Numbers of one sum, 1 MiB: a server holds a piece of every client, and no link takes frames of any size."""
-SIZES, FINE = 8, 2.0**-20
-"""The number of the sum of all clients' examples, once a run, and of what they are multiples in it; meetings have the
-numbers before."""
+FINE = 2.0**-20
+"""What numbers of examples are multiples of in their sum."""
+
+ROUNDING = 2.0**-30
+"""Of the shares of all clients, by which they may not come to 1."""
 
 MASKED = "weights are averaged in masked sums, which the server adds and cannot read"
 READABLE = "method.meet.masked is off: the server reads every client's weights, and what they tell of its examples"
@@ -51,8 +54,9 @@ class Mean:
         return {name: real(value, SHARES) / real(shares, SHARES) for name, (value, shares) in sums.items()}
 
 
-def averaged(weights: Mapping[str, Tensor], examples: int, adder: Adder, number: int) -> Weights:
-    """This client's weights and those of all others that give theirs, averaged; on the CPU.
+def averaged(weights: Mapping[str, Tensor], examples: int, adder: OverLink, number: int) -> Weights:
+    """This client's weights and those of all others that give theirs, averaged; on the CPU. Who is too late to say how
+    many examples it has gives nothing to the average, and takes it.
 
     Args:
         weights: alike at all clients.
@@ -62,15 +66,32 @@ def averaged(weights: Mapping[str, Tensor], examples: int, adder: Adder, number:
 
     Raises:
         TrainingError: a weight is not finite or too large.
+        LinkError: the server gives what is no average of shares.
     """
-    own = torch.tensor([examples * FINE], dtype=torch.float64)
-    share = _whole(float(own / adder.give(SIZES, {"examples": own})()["examples"]))
     kinds = {value.dtype for value in weights.values()}
     flat_N = torch.cat([value.detach().cpu().flatten() for value in weights.values()])  # a copy
     flat_N = flat_N.double() if len(kinds) > 1 else flat_N
-    for place, piece_N in enumerate(torch.split(flat_N, PIECE)):
+    if not float(flat_N.abs().max()) < SHARES.largest:  # nor is NaN
+        raise TrainingError(
+            f"an average takes finite weights below {SHARES.largest:.0f}, and these have others; lower the learning "
+            "rates"
+        )
+    own = torch.tensor([examples * FINE], dtype=torch.float64)
+    everybody = adder.give(number * PIECES, {"examples": own})()["examples"]
+    if adder.late:
+        own = torch.zeros_like(own)
+    if not float(own) <= float(everybody) or not float(everybody) > 0:
+        raise LinkError(
+            f"the server says that all clients have {float(everybody) / FINE:g} examples; this has {examples}"
+        )
+    share = _whole(float(own / everybody))
+    for place, piece_N in enumerate(torch.split(flat_N, asking.PIECE), 1):
         total = adder.give(number * PIECES + place, {"share": share, "weights": piece_N.double() * share})()
-        piece_N.copy_(total["weights"] / total["share"])
+        shares = float(total["share"])
+        if not (0.0 if share else -ROUNDING) < shares < 1.0 + ROUNDING:
+            raise LinkError(f"the server gives an average of {shares:g} of all examples, expected up to 1")
+        if shares > 0.0:  # else of nobody: all who said how many they have are gone
+            piece_N.copy_(total["weights"] / total["share"])
     parts = torch.split(flat_N, [value.numel() for value in weights.values()])
     return {
         name: part.reshape(value.shape).to(value.dtype)

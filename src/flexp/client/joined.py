@@ -15,7 +15,6 @@ from flexp.client.exchange import Steps, waiting
 from flexp.client.guarding import Guard
 from flexp.client.once import Standing
 from flexp.client.personal import PersonalModel
-from flexp.client.pulled import Trial
 from flexp.client.taking import check_shapes, fetched
 from flexp.client.watching import Watch
 from flexp.config import AlignConfig, Cache, CodecConfig, LoraConfig, Rows
@@ -87,7 +86,6 @@ class JoinedModel(PersonalModel):
         self.watch: Watch | None = None  # looks whether the server computes what was agreed, where somebody hears it
         self._pulled = 0  # the step after which the aligned blocks were pulled last
         self._coming: tuple[int, dict[str, Tensor]] = 0, {}  # what has come of a step's pull that is not through
-        self._trial = Trial()  # of what is pulled
         self.cut: tuple[int, int] = cut
         self.steps = Steps(accumulation)
         if numbering is not None:
@@ -195,7 +193,7 @@ class JoinedModel(PersonalModel):
         """Move the copies of the aligned blocks by a ``share`` of their way to the server's, as they are after a step.
 
         Raises:
-            LinkError: the server gives other weights than were asked for, or blocks that hand activations on.
+            LinkError: the server gives other weights than were asked for.
         """
         aligned = range(self.base_depth, self.cut[0])
         personal = {name: value for name, value in self.stage.own().items() if self.stage.block_of(name) in aligned}
@@ -216,7 +214,6 @@ class JoinedModel(PersonalModel):
                 f"the server leaves out the weight {missing[0]}, which was asked for; nothing was taken over"
             )
         self._coming = 0, {}
-        self._trial.check(self.stage, self.base_depth, self.cut[0], personal, shared)
         with torch.no_grad():
             for name, value in shared.items():
                 personal[name].lerp_(value.to(personal[name]), share)

@@ -80,7 +80,7 @@ class Watch:
             self._slopes.append((len(x), float((x * x).sum()), float((x * y).sum())))
         z, h = _tokens(request, request.hidden_BTH), _tokens(request, hidden_BTH)
         if len(z) > 8:
-            self._likeness.append(cka(z, h))
+            self._likeness.append(_cka(z, h))
         self._say()
 
     def _say(self) -> None:
@@ -128,7 +128,7 @@ def _tokens(request: ForwardRequest, value_BTH: Tensor) -> Tensor:
     return flat[:: max(1, len(flat) // TOKENS)][:TOKENS]
 
 
-def cka(left: Tensor, right: Tensor) -> float:
+def _cka(left: Tensor, right: Tensor) -> float:
     """Linear CKA of two sets of n rows, from unbiased estimates of HSIC."""
     grams = []
     for rows in (left, right):

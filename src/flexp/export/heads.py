@@ -88,8 +88,8 @@ def audit_head(
         sent = Exchange(model.client, max(model.steps or 0, 1), batch, split.cut, whole.hidden_BTH, start, None, kept)
         sent.z_BTH = sent.of_tokens(whole.hidden_BTH.float().cpu())
         exchanges.append(sent)
-    align = model.config.method.align
-    unheard = ["z_base, which alignment sends besides"] if align.has_term or align.teach else []
+    align, deeper = model.config.method.align, start > split.base_depth
+    unheard = ["z_base, which alignment sends besides"] if deeper and (align.has_term or align.teach) else []
     known = Known(
         model.config,
         model.task,

@@ -50,7 +50,9 @@ class PullRequest(Request[PullReply]):
 
 
 PIECES = 1 << 16
-"""Sums of a round, of which each is a piece of an average: piece p of round r (1, 2, …) has the number r · 2¹⁶ + p."""
+"""Sums of a round: how many examples all have, then pieces of their average: p of round r (1, 2, …) is r · 2¹⁶ + p."""
+PIECE = 1 << 17
+"""Numbers of a piece, 1 MiB: a server holds one of every client, and no link takes frames of any size."""
 
 
 @message
@@ -71,7 +73,7 @@ class SumRequest(Request[SumReply]):
     clients meet, or that their weights are averaged.
 
     Attributes:
-        number: which sum; asked again, it is the same one. From 2¹⁶ on they are pieces of averages.
+        number: which sum; asked again, it is the same one. From 2¹⁶ on they belong to averages.
     """
 
     trains: ClassVar[bool | None] = True

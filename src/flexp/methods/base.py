@@ -306,7 +306,7 @@ def deployed(config: RunConfig) -> Deployed:
     """How the configuration's method runs on a network.
 
     Raises:
-        ConfigError: it does not.
+        ConfigError: it does not, or not with early stopping.
     """
     found = method_of(config).deployed
     if found is None:
@@ -314,6 +314,9 @@ def deployed(config: RunConfig) -> Deployed:
         raise ConfigError(
             f"method.name = {config.method.name!r} is for simulations (flexp run); on a network there are {known}"
         )
+    if found.averages and config.train.early_stopping.patience is not None:
+        raise ConfigError(f"train.early_stopping: clients of {config.method.name!r} are averaged until the last round; "
+                          "leave it out")  # fmt: skip
     return found
 
 

@@ -121,7 +121,10 @@ class DevicePolicy:
             held = mine.prediction.server_memory_bytes
             smaller = [option for option in self.options if option.prediction.server_memory_bytes < held]
             fitting = [option for option in smaller if _leaves(option, there, MARGIN)]
-            return self._shed(mine, fitting, [mine])
+            found = self._shed(mine, fitting, [mine])
+            if found is not None:  # nor does it come back to what the server had no memory for
+                self.options = [mine, *smaller]
+            return found
         found = self.look(Situation(int(mine.prediction.memory_bytes / (1.0 + HOLD))), 0, 0)
         return found if found is not None and found.choice != self.current else None
 

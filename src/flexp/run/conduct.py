@@ -113,6 +113,12 @@ class Conductor:
         """
         raise NotImplementedError
 
+    def tell(self, client: str, order: Order) -> None:
+        """Answer a client that waits; of an average it may give to the one that it is told to alone."""
+        if order.what == "average":
+            self.server.sums.asked[client] = order.number
+        self.members[client].answer(order)
+
     def close(self) -> str:
         """The run ends here, or is stopped; gives what to tell the operator."""
         raise NotImplementedError

@@ -118,7 +118,7 @@ class Deterministic(Conductor):
             return
         if member.ready.steps == self.steps_of(client, self.place) and member.ready.met >= self._due(self.place):
             number = self.place if item.what == "save" else item.number
-            member.answer(Order(item.what, self.run, self.place, number))  # type: ignore[arg-type]
+            self.tell(client, Order(item.what, self.run, self.place, number))  # type: ignore[arg-type]
 
     def _catch_up(self) -> None:
         """Let those who went back do again what the run has already; nobody waits for that unless it is their turn."""
@@ -127,7 +127,7 @@ class Deterministic(Conductor):
             missed = self._meetings[met] if met < self._due(self.place) else None
             if member.waits and missed is not None and member.ready.steps == self.steps_of(client, missed):
                 again = self.places[missed]  # the server still has the sums
-                member.answer(Order(again.what, self.run, -1, again.number))  # type: ignore[arg-type]
+                self.tell(client, Order(again.what, self.run, -1, again.number))  # type: ignore[arg-type]
             elif member.waits and member.ready.steps < self.steps_of(client, self.place):
                 member.answer(Order("step", self.run, -1))
 

@@ -74,7 +74,7 @@ class Free(Conductor):
             self._compare(client, ready, here)
         self.server.keep_answers_after(client, ready.saved)
         self._save_if_due()
-        self._answer(member, ready, told)
+        self._answer(client, member, ready, told)
         return future
 
     def close(self) -> str:
@@ -85,7 +85,7 @@ class Free(Conductor):
             return "nothing was saved, as no --state DIR was given"
         return f"saved as snapshot {self._number} in {self.snapshots.folder}"
 
-    def _answer(self, member: Member, ready: Ready, told: _Told) -> None:
+    def _answer(self, client: str, member: Member, ready: Ready, told: _Told) -> None:
         round_number, rest = divmod(ready.steps, self.train.steps_per_round)
         save = self._number if self._number > told.snapshot else None
         told.snapshot = max(told.snapshot, self._number)
@@ -93,7 +93,7 @@ class Free(Conductor):
         due = next(iter(self._gatherings[ready.met :]), None)
         if due is not None and due.what == "average" and not rest and due.number <= round_number:
             kept = max(due.number, self.server.sums.first)
-            member.answer(Order("average", self.run, self._number, kept, save=save))
+            self.tell(client, Order("average", self.run, self._number, kept, save=save))
         elif due == Place("meet", number=LAST) and ended:
             member.answer(Order("meet", self.run, self._number, LAST, save=save))
         elif not rest and round_number in self._scored and round_number not in told.scored:

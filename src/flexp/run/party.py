@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable
@@ -288,7 +289,15 @@ class Party:
 
     def _average(self, number: int) -> None:
         """Go on from the average of everybody's weights after a round, with a fresh optimiser."""
-        adder, parameters = self._adder(READABLE, shares=True), self.trainer.updater.parameters
+        parameters, config = self.trainer.updater.parameters, self.config
+        kinds = [[name, list(value.shape), str(value.dtype)] for name, value in parameters.items()]
+        alike = json.dumps([kinds, self.task.label_names, config.seed, config.model.pooling])
+        try:
+            adder = self._adder(READABLE, alike)
+        except LateError as error:
+            raise LinkError(
+                f"{error}; with method.meet.secret, alike at all clients, late ones take part as well"
+            ) from error
         weights = averaged(parameters, len(self.data.train), adder, number)
         with torch.no_grad():
             for name, value in weights.items():
@@ -296,8 +305,8 @@ class Party:
         renew(self.trainer, self.config)
         self._met = self._gatherings.index(Place("average", number=number)) + 1
 
-    def _adder(self, unmasked: str, *, shares: bool = False) -> OverLink:
-        """Sums over the link, and a word about who can read them."""
+    def _adder(self, unmasked: str, alike: str = "") -> OverLink:
+        """Sums over the link, and a word about who can read them; of shares where there is something ``alike``."""
 
         def once(line: str) -> None:
             if line not in self._heard:
@@ -305,10 +314,11 @@ class Party:
                 self.diary.note(line)
 
         masked = self.config.method.meet.masked
-        if shares or not masked:
+        if alike or not masked:
             once(MASKED if masked else unmasked)
         group = agree(self.model.link, self.config.method.meet, self._run, self.snapshots.folder, once, self._waited)
-        return OverLink(self.model.link, group, self._run, shares=shares, wait=self._waited)
+        link = self.model.link
+        return OverLink(link, group, self._run, shares=bool(alike), wait=self._waited, alike=alike)
 
     def _restore(self, number: int) -> None:
         snapshot = self.snapshots.open(number)
@@ -368,7 +378,7 @@ class Party:
             "waited_seconds": meter.waited_seconds,
             "compute_seconds": self.trainer.seconds - meter.waited_seconds,
         }
-        if ended(self._validated, self.config.train.early_stopping, self.task.higher_is_better):
+        if open_ and ended(self._validated, self.config.train.early_stopping, self.task.higher_is_better):
             facts[ENDED] = 1.0
         if self.task.metric in self.scores and open_:
             facts["score"] = float(self.scores[self.task.metric])

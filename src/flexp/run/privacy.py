@@ -23,7 +23,9 @@ WRONG_ANSWERS = 0.65
 are, and cost 26 points (the demo); a line through that one measurement, no more."""
 
 
-def within_label_bound(config: RunConfig, federation: Federation, blocks: int) -> tuple[RunConfig, list[str]]:
+def within_label_bound(
+    config: RunConfig, federation: Federation, blocks: int, cut: tuple[int, int | None] | None = None
+) -> tuple[RunConfig, list[str]]:
     """With what ``privacy.max_label_auc`` asks for, and what to tell of it: no gradients where neither these nor ε are
     named, every client has a tail of blocks to learn with, nothing else of the configuration is against it and it is
     expected to cost less; or else the ε that keeps the bound.
@@ -33,7 +35,8 @@ def within_label_bound(config: RunConfig, federation: Federation, blocks: int) -
     cuts, have a way back in them.
 
     Args:
-        blocks: of the model, L; 0: cuts are not known here.
+        blocks: of the model, L.
+        cut: where the client cuts, whatever the configuration says.
 
     Raises:
         ConfigError: the labels are no classes, or ``privacy.label_epsilon`` tells more.
@@ -54,7 +57,7 @@ def within_label_bound(config: RunConfig, federation: Federation, blocks: int) -
     answers = WRONG_ANSWERS * (1 - RandomLabels(enough, classes, 0).kept)
     if not privacy.model_fields_set & {"gradients", "label_epsilon"} and answers > SENDING_NOTHING:
         silent = config.model_copy(update={"privacy": privacy.model_copy(update={"gradients": False})})
-        against = _against(silent, federation, blocks)
+        against = _against(silent, federation, blocks, cut)
         asked = f"privacy.max_label_auc = {bound:g}"
         if against is None:
             return silent, [
@@ -69,7 +72,7 @@ def within_label_bound(config: RunConfig, federation: Federation, blocks: int) -
     return config.model_copy(update={"privacy": privacy.model_copy(update=own)}), note
 
 
-def _against(silent: RunConfig, federation: Federation, blocks: int) -> str | None:
+def _against(silent: RunConfig, federation: Federation, blocks: int, cut: tuple[int, int | None] | None) -> str | None:
     """Why a run cannot go without gradients; ``None``: it can."""
     names = [client.name for client in federation.clients]
     for name, own in silent.data.clients.every(names).items():

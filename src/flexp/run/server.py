@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -106,9 +107,6 @@ def make_conductor(
     run, clients, train = run_name(snapshots), deployment.clients, config.train
     every, save_every = config.evaluation.every, deployment.save_every
     meets, averages = Meets.of(config), deployed(config).averages
-    if averages and train.early_stopping.patience is not None:
-        raise ConfigError(f"train.early_stopping: clients of {config.method.name!r} are averaged until the last round; "
-                          "leave it out")  # fmt: skip
     if meets or averages:
         if not config.method.meet.masked:
             say(READABLE if averages else UNMASKED)
@@ -118,7 +116,9 @@ def make_conductor(
                 "of all whose sums are taken; name them, or leave these out"
             )
         waits = deployment.meeting_seconds if deployment.schedule == "free" else None
-        kept = 2 + deployment.save_every // train.steps_per_round
+        steps = train.steps_per_round
+        between = math.lcm(save_every, steps) if train.turn == "round" else save_every  # two snapshots, of a client
+        kept = 2 + between // steps
         server.sums.open(deployment.clients, waits, train.rounds if averages else 0, kept)
     if deployment.schedule == "free":
         if deployment.quota is not None:

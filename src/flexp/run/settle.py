@@ -118,7 +118,12 @@ class Settled:
 
 
 def settle(
-    config: RunConfig, federate: Federate = load_federation, *, plan: bool = True, alone: bool = False
+    config: RunConfig,
+    federate: Federate = load_federation,
+    *,
+    plan: bool = True,
+    cut: tuple[int, int | None] | None = None,
+    alone: bool = False,
 ) -> Settled:
     """Read the data, divide them among clients, and write out the cuts.
 
@@ -126,6 +131,7 @@ def settle(
         federate: what makes the clients out of ``config.data``, the processor, the seed, the longest input and the
             classes that the pretrained model's head knows.
         plan: follow ``data.clients.plan`` and ``cut = "auto"``; or else somebody else says what the cut is.
+        cut: where the client cuts, whatever the configuration says.
         alone: for a client whose server is somebody else's, so that it meets others only where both sides say so.
 
     Raises:
@@ -148,7 +154,7 @@ def settle(
 
         config, more, planned = with_cuts(config, federation, blocks)
         notes += more
-    config, more = within_label_bound(config, federation, blocks if plan else 0)
+    config, more = within_label_bound(config, federation, blocks, cut)
     notes += more
     notes += privacy_notes(config, federation, int(model_config.get_text_config().hidden_size))
     federation = replace(federation, notes=[*federation.notes, *notes])
@@ -278,7 +284,7 @@ def settle_client(config: RunConfig, name: str | None, cut: tuple[int, int | Non
         return replace(found, clients=[replace(found.clients[0], name=name)])
 
     check_masks(config)
-    run = settle(config, federate, plan=cut is None, alone=True)
+    run = settle(config, federate, plan=cut is None, cut=cut, alone=True)
     own_settings, cuts = run.deployed()
     run = replace(run, config=own_settings)
     clients = {client.name: client for client in run.federation.clients}

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from flexp.errors import LinkError
-from flexp.links.asking import PIECES, SumReply, SumRequest
+from flexp.links.asking import PIECE, PIECES, SumReply, SumRequest
 
-MOST = 9
-"""Sums of a run that stay: two meetings with three each, two in which clients agree on a key, and how many examples all
-have."""
+MOST = 8
+"""Sums of a run that stay: two meetings with three each, and two in which clients agree on a key."""
+LARGEST = PIECE + 1
+"""Numbers of a piece: those of the weights, and the share."""
 
 
 class SumTable:
@@ -29,12 +30,14 @@ class SumTable:
         clients: who may give something; nobody: nothing is summed.
         done: what is known already.
         first: the first round whose average can still be had.
+        asked: of which round each client was asked to give the average: nobody runs ahead, or fills more than a piece.
     """
 
     def __init__(self) -> None:
         self.clients: tuple[str, ...] = ()
         self.done: dict[int, SumReply] = {}
         self.first = 1
+        self.asked: dict[str, int] = {}
         self._rounds, self._keep = 0, 1
         self._at: dict[str, int] = {}  # the sum that a client gave to last
         self._seconds: float | None = None
@@ -68,10 +71,12 @@ class SumTable:
                 f"client {client} gives a sum, and this run has none of its: set method.name, method.meet.on and "
                 "model.head in the server's configuration as well"
             )
-        of = number // PIECES
+        of, piece = divmod(number, PIECES)
         if of > self._rounds or (not of and number >= MOST):
             raise LinkError(f"client {client} gives sum {number}: this run has {MOST}, and averages of {self._rounds} "
                             "rounds")  # fmt: skip
+        if of and of != self.asked.get(client):
+            raise LinkError(f"client {client} gives to the average of round {of}, and was asked for another or none")
         if 0 < of < self.first:
             raise LinkError(
                 f"client {client} goes back to round {of}, and averages are kept of the rounds from {self.first} on: "
@@ -80,6 +85,11 @@ class SumTable:
         if number in self.done:
             answer.set_result(self.done[number])
             return answer
+        if of and not (piece == 0 or number - 1 in self.done):
+            raise LinkError(f"client {client} gives piece {piece} of round {of} before the one before is there")
+        if of and request.values_N is not None and request.values_N.numel() > LARGEST:
+            raise LinkError(f"client {client} gives {request.values_N.numel()} numbers at once, and a piece of an "
+                            f"average has {LARGEST} at most")  # fmt: skip
         if number not in self._given and self._seconds is not None:
             timer = threading.Timer(self._seconds, self._wait_no_more, [number])
             timer.daemon = True
@@ -104,13 +114,13 @@ class SumTable:
                 self._close(number)
 
     def _close(self, number: int) -> None:
-        self.done[number] = _added(self._given.pop(number))
+        reply = self.done[number] = _added(self._given.pop(number))
         self.first = max(self.first, number // PIECES + 1 - self._keep)
-        for old in [one for one in self.done if 0 < one // PIECES < self.first]:
+        for old in [one for one in self.done if 0 < one // PIECES < self.first and one != number]:
             del self.done[old]
         for future in self._waiting.pop(number).values():
             if future.set_running_or_notify_cancel():
-                future.set_result(self.done[number])
+                future.set_result(reply)
 
     def dismiss(self, why: LinkError) -> None:
         """Nobody waits any more, nor are their numbers kept."""
