@@ -155,6 +155,8 @@ def test_weights_that_do_not_fit_are_refused(value: float) -> None:
     sums.asked["a"] = 1
     with pytest.raises(TrainingError, match="finite weights below 1024"):
         averaged({"w": torch.tensor([value])}, 5, over(sums, [], "a"), 1)
+    with pytest.raises(TrainingError, match="finite weights below 1024"):  # in a simulation, too: it would run over
+        Mean().add({"w": torch.tensor([value])}, 0.1)
 
 
 def test_who_comes_when_examples_are_counted_weighs_nothing_and_takes_the_average() -> None:
@@ -187,8 +189,8 @@ def test_a_sum_that_closes_when_newer_ones_are_there_is_answered() -> None:
     ahead, behind = (
         sums.give(name, SumRequest(of * PIECES, torch.ones(1, dtype=torch.int64))) for name, of in sums.asked.items()
     )
-    sums._wait_no_more(3 * PIECES)
-    sums._wait_no_more(PIECES)
+    for of in (3, 1):
+        sums._wait_no_more(of * PIECES, sums._given[of * PIECES])
     assert [len(future.result(1).notes) for future in (ahead, behind)] == [1, 1]
 
 

@@ -41,9 +41,10 @@ class Mean:
         self._sums: dict[str, tuple[Tensor, Tensor]] = {}
 
     def add(self, weights: Mapping[str, Tensor], share: float) -> None:
-        """One client's; ``share``: n_k/n."""
+        """One client's; ``share``: n_k/n. Raises TrainingError: a weight is not finite or too large."""
         whole = _whole(share)
         for name, value in weights.items():
+            _check(value)
             given = fixed(value.detach().cpu().double() * whole, SHARES), fixed(whole, SHARES)
             before = self._sums.get(name)
             self._sums[name] = given if before is None else (before[0] + given[0], before[1] + given[1])
@@ -71,11 +72,7 @@ def averaged(weights: Mapping[str, Tensor], examples: int, adder: OverLink, numb
     kinds = {value.dtype for value in weights.values()}
     flat_N = torch.cat([value.detach().cpu().flatten() for value in weights.values()])  # a copy
     flat_N = flat_N.double() if len(kinds) > 1 else flat_N
-    if not float(flat_N.abs().max()) < SHARES.largest:  # nor is NaN
-        raise TrainingError(
-            f"an average takes finite weights below {SHARES.largest:.0f}, and these have others; lower the learning "
-            "rates"
-        )
+    _check(flat_N)
     own = torch.tensor([examples * FINE], dtype=torch.float64)
     everybody = adder.give(number * PIECES, {"examples": own})()["examples"]
     if adder.late:
@@ -102,3 +99,11 @@ def averaged(weights: Mapping[str, Tensor], examples: int, adder: OverLink, numb
 def _whole(share: float) -> Tensor:
     """A share as a whole number of steps, as it is given, so that equals average to equals; (1,)."""
     return real(fixed(torch.tensor([share], dtype=torch.float64), SHARES), SHARES)
+
+
+def _check(weights: Tensor) -> None:
+    if weights.numel() and not float(weights.detach().abs().max()) < SHARES.largest:  # nor is NaN
+        raise TrainingError(
+            f"an average takes finite weights below {SHARES.largest:.0f}, and there are others; lower the learning "
+            'rates, or train adapters (model.tuning = "lora")'
+        )

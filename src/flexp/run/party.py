@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Callable
@@ -10,30 +9,22 @@ from concurrent.futures import Future
 from contextlib import suppress
 from typing import TYPE_CHECKING, TypeVar
 
-import torch
-
-from flexp.client.adding import LateError, OverLink, agree
-from flexp.client.averaging import MASKED, READABLE, averaged
-from flexp.client.meeting import FIRST, LAST, RARE, UNMASKED, Meets
 from flexp.client.model import SplitModel
 from flexp.client.recut import fit
 from flexp.client.trainer import Step, Trainer, cut_in, load_party, party_state
 from flexp.data.scores import Scores, evaluate
 from flexp.errors import FullError, LinkError, LinkLostError, StoppedError, StorageError, TrainingError
-from flexp.gaussian import secret_key
 from flexp.limits import out_of_memory
 from flexp.links.base import Link
 from flexp.links.coding import load_residuals
 from flexp.links.messages import Order, Ready
-from flexp.links.sums import Adder, InOnePlace
-from flexp.methods.base import deployed
-from flexp.methods.parties import meet_at, renew, seat_of
-from flexp.methods.turns import GATHER, Place, gatherings
+from flexp.methods.turns import GATHER, Place
 from flexp.report.metrics import Record
 from flexp.report.summary import VALIDATION
 from flexp.rng import RandomStream
 from flexp.run.conduct import ENDED
 from flexp.run.diary import Diary, ended, may_be_last
+from flexp.run.gathering import Gathering, all_of
 from flexp.run.settle import ClientSetup
 from flexp.run.store import Store, party_of
 
@@ -86,8 +77,7 @@ class Party:
         self._validated = validated or {}
         self._saved_steps = trainer.steps  # of a client that has moved to another cut, what it moved with
         self._place = -1 if snapshots.numbers() else 0
-        self._met = 0  # of what all do together, what it has been at
-        self._heard: set[str] = set()  # what is told once
+        self._gathering = Gathering(setup, trainer, snapshots.folder, diary.note, self._waited)
         self._pull_due = False
         self._linked = time.monotonic()
         self._quick = 0.0  # seconds to rest before the link is made anew
@@ -120,7 +110,7 @@ class Party:
             "numbering": self.model.steps.numbering,
             "steps": self.trainer.steps,
             "cut": list(self.model.cut),
-            "met": self._met,
+            "met": self._gathering.met,
             "data": self.setup.identity,
         }
         try:
@@ -149,9 +139,9 @@ class Party:
                 case "evaluate":
                     self._evaluate(order.number)
                 case "meet":
-                    self._meet(order.number)
+                    self._gathering.meet(order.number, self._run)
                 case "average":
-                    self._average(order.number)
+                    self._gathering.average(order.number, self._run)
                 case "save":
                     self.save(order.number)
                 case "restore":
@@ -179,7 +169,7 @@ class Party:
                 f"the server orders {order.count} steps after {self.trainer.steps}, and this run has "
                 f"{self.config.train.total_steps}; set the same train.rounds and train.steps_per_round on both sides"
             )
-        if order.what in GATHER and Place(order.what, number=order.number) not in self._gatherings:  # type: ignore[arg-type]
+        if order.what in GATHER and Place(order.what, number=order.number) not in all_of(self.config):  # type: ignore[arg-type]
             raise LinkError(
                 f"the server orders {order.what} {order.number}, and by this client's settings there is none: set the "
                 "same method.name, method.meet, model.head and train.rounds on both sides"
@@ -192,7 +182,8 @@ class Party:
         numbers = tuple(self.snapshots.numbers())
         train = self.config.train
         planned = 0 if train.personal.schedule == "constant" else train.total_steps
-        ready = Ready(self.trainer.steps, done, self._run, numbers, self._saved_steps, self._told(), planned, self._met)
+        steps, saved, met = self.trainer.steps, self._saved_steps, self._gathering.met
+        ready = Ready(steps, done, self._run, numbers, saved, self._told(), planned, met)
         try:
             return self._waited(self.model.link.call(ready))
         except _InterruptedError:
@@ -269,57 +260,6 @@ class Party:
             value = self.scores[self.task.metric]
             self.diary.note(f"{self.data.name}: round {number}, {self.task.metric} {value:.4g} on its own test data")
 
-    def _meet(self, meeting: int) -> None:
-        name, meet = self.data.name, self.config.method.meet
-        adder: Adder
-        try:
-            adder = self._adder(UNMASKED)
-        except LateError as error:
-            self.diary.note(f"{error}; it meets nobody (with method.meet.secret it could)")
-            adder = InOnePlace([name])
-        seat = seat_of(self.trainer, self.config)
-        seat.personal = not deployed(self.config).averages
-        seat.noise = secret_key()  # nobody else knows it
-        choice = meet_at({name: seat}, {name: adder}, {name: self.trainer}, meeting)[name]
-        self._met = self._gatherings.index(Place("meet", number=meeting)) + 1
-        if seat.rare and meeting == FIRST:
-            self.diary.note(RARE.format(seat.rare, meet.min_examples))
-        if meeting == LAST:
-            self.diary.note(f"{name}: after the last meeting its classifier is: {choice}")
-
-    def _average(self, number: int) -> None:
-        """Go on from the average of everybody's weights after a round, with a fresh optimiser."""
-        parameters, config = self.trainer.updater.parameters, self.config
-        kinds = [[name, list(value.shape), str(value.dtype)] for name, value in parameters.items()]
-        alike = json.dumps([kinds, self.task.label_names, config.seed, config.model.pooling])
-        try:
-            adder = self._adder(READABLE, alike)
-        except LateError as error:
-            raise LinkError(
-                f"{error}; with method.meet.secret, alike at all clients, late ones take part as well"
-            ) from error
-        weights = averaged(parameters, len(self.data.train), adder, number)
-        with torch.no_grad():
-            for name, value in weights.items():
-                parameters[name].copy_(value)
-        renew(self.trainer, self.config)
-        self._met = self._gatherings.index(Place("average", number=number)) + 1
-
-    def _adder(self, unmasked: str, alike: str = "") -> OverLink:
-        """Sums over the link, and a word about who can read them; of shares where there is something ``alike``."""
-
-        def once(line: str) -> None:
-            if line not in self._heard:
-                self._heard.add(line)
-                self.diary.note(line)
-
-        masked = self.config.method.meet.masked
-        if alike or not masked:
-            once(MASKED if masked else unmasked)
-        group = agree(self.model.link, self.config.method.meet, self._run, self.snapshots.folder, once, self._waited)
-        link = self.model.link
-        return OverLink(link, group, self._run, shares=bool(alike), wait=self._waited, alike=alike)
-
     def _restore(self, number: int) -> None:
         snapshot = self.snapshots.open(number)
         state = snapshot.load(party_of(self.data.name))
@@ -328,7 +268,7 @@ class Party:
             fit(self.trainer, cut, self.setup.load)
         load_party(self.trainer, state)
         self._saved_steps = self.trainer.steps
-        self._met = int(snapshot.facts.get("met", 0))
+        self._gathering.met = int(snapshot.facts.get("met", 0))
         self._pull_due = False
         if self._mover is not None:
             self._mover.begin()
@@ -383,10 +323,6 @@ class Party:
         if self.task.metric in self.scores and open_:
             facts["score"] = float(self.scores[self.task.metric])
         return facts
-
-    @property
-    def _gatherings(self) -> list[Place]:
-        return gatherings(self.config.train, Meets.of(self.config), deployed(self.config).averages)
 
     @property
     def _round(self) -> int:

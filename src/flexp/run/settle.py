@@ -292,6 +292,8 @@ def settle_client(config: RunConfig, name: str | None, cut: tuple[int, int | Non
     if wanted not in clients:
         raise DataError(f"the data have no client {wanted}; expected one of {', '.join(clients)} (--name)")
     whole = not deployed(config).middle
+    if whole and cut is not None and tuple(cut) != cuts[wanted]:
+        raise ConfigError(f"--cut: clients of {config.method.name!r} have all of the model; leave it out")
     chosen = cuts[wanted] if cut is None or whole else check_cut(cut, run.blocks, where="--cut")
     own = run.config.data.clients.every(list(clients))[wanted]
     return ClientSetup(run, clients[wanted], own_config(run.config, own), chosen, cut is not None)

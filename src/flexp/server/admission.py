@@ -77,7 +77,9 @@ def check_join(
             "model.autocast"
         )
     elif not (start <= cut_start < cut_stop <= stop or cut_start == cut_stop == start == stop):
-        problem = f"its cut {request.cut} needs blocks that the server does not hold: it has [{start}, {stop})"
+        problem = f"its cut {request.cut} needs blocks that the server does not hold: it has [{start}, {stop})" + (
+            "; set the same method.name on both sides" if start == stop or cut_start == cut_stop else ""
+        )
     elif request.align.kind == "weights" and request.tuning != tuning:
         problem = (
             f"alignment in weight space needs the same tuning on both sides: the client's is {request.tuning}, "

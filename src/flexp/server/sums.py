@@ -90,11 +90,11 @@ class SumTable:
         if of and request.values_N is not None and request.values_N.numel() > LARGEST:
             raise LinkError(f"client {client} gives {request.values_N.numel()} numbers at once, and a piece of an "
                             f"average has {LARGEST} at most")  # fmt: skip
-        if number not in self._given and self._seconds is not None:
-            timer = threading.Timer(self._seconds, self._wait_no_more, [number])
+        new, given = number not in self._given, self._given.setdefault(number, {})
+        if new and self._seconds is not None:
+            timer = threading.Timer(self._seconds, self._wait_no_more, [number, given])
             timer.daemon = True
             timer.start()
-        given = self._given.setdefault(number, {})
         if any(_shape(other) != _shape(request) for other in given.values()):
             raise LinkError(f"client {client} gives sums of other shapes than others: set the same [method.meet]")
         given[client] = request
@@ -107,10 +107,10 @@ class SumTable:
                 self._close(other)
         return answer
 
-    def _wait_no_more(self, number: int) -> None:
+    def _wait_no_more(self, number: int, given: Mapping[str, SumRequest]) -> None:
         with self._lock:
-            if self._given.get(number):
-                self._late |= set(self.clients) - set(self._given[number])
+            if given and self._given.get(number) is given:  # it was not begun anew since
+                self._late |= set(self.clients) - set(given)
                 self._close(number)
 
     def _close(self, number: int) -> None:
