@@ -28,8 +28,9 @@ from flexp.attacks.tokens import ATTACKS
 from flexp.attacks.transformer import Transformer
 from flexp.audit import Watch, audit, watchable, watching
 from flexp.audit.auditing import rouge_l
+from flexp.audit.guessing import by_the_model
 from flexp.audit.page import render
-from flexp.audit.training import foretold, labels_told
+from flexp.audit.training import labels_told
 from flexp.audit.truth import Truth
 from flexp.audit.watching import Exchange, Known
 from flexp.cli.main import app
@@ -478,7 +479,7 @@ def test_what_the_public_model_says_next_is_what_it_says_of_the_text_alone() -> 
     batch = {"input_ids": ids_BT, "attention_mask": mask_BT, "labels": ids_BT}
     seen = Exchange("north", 1, batch, (1, 2), torch.full((3, 8, 4), torch.nan), 1, None)
     dull = ids_BT[2].unique()
-    found = foretold([seen], whole, torch.tensor([-1]), dull)
+    found = by_the_model([seen], whole, torch.tensor([-1]), dull)
     there_BT = mask_BT.bool()
     right_BT = torch.cat([torch.zeros(3, 1).bool(), next_BT[:, :-1] == ids_BT[:, 1:]], 1)
     assert found["foretold"] == pytest.approx(float(right_BT[there_BT].float().mean()))

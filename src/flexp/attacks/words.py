@@ -54,18 +54,23 @@ class Words(Attack):
 
     def read(self, sent: Sent, ids_N: Tensor) -> Tensor:
         """See :class:`Attack`: every guess of a text where it is right, if it is right anywhere."""
-        guess_N, moved_N = self.guess(sent), torch.zeros_like(ids_N)
-        for text in torch.unique(sent.texts_N):
-            rows = (sent.texts_N == text).nonzero()[:, 0].tolist()
-            left = Counter(guess_N[rows].tolist())
-            wrong = []
-            for row in rows:
-                token = int(ids_N[row])
-                if left[token] > 0:
-                    left[token] -= 1
-                    moved_N[row] = token
-                else:
-                    wrong.append(row)
-            for row, token in zip(wrong, left.elements(), strict=True):
+        return anywhere(self.guess(sent), ids_N, sent.texts_N)
+
+
+def anywhere(guess_N: Tensor, ids_N: Tensor, texts_N: Tensor) -> Tensor:
+    """The guesses of each text, moved to where they are right: a word counts as read wherever it stands."""
+    moved_N = torch.zeros_like(ids_N)
+    for text in torch.unique(texts_N):
+        rows = (texts_N == text).nonzero()[:, 0].tolist()
+        left = Counter(guess_N[rows].tolist())
+        wrong = []
+        for row in rows:
+            token = int(ids_N[row])
+            if left[token] > 0:
+                left[token] -= 1
                 moved_N[row] = token
-        return moved_N
+            else:
+                wrong.append(row)
+        for row, token in zip(wrong, left.elements(), strict=True):
+            moved_N[row] = token
+    return moved_N

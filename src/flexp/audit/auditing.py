@@ -19,7 +19,8 @@ from torch import Tensor
 from flexp.attacks.base import Attack, Public
 from flexp.attacks.public import MANUAL, dull_tokens, encoded, known_to_all, paragraphs
 from flexp.attacks.tokens import ATTACKS, ON_MEANS
-from flexp.audit.training import foretold, labels_told, membership_told, words_told
+from flexp.audit.guessing import by_labels, by_the_model, share, usual
+from flexp.audit.training import labels_told, membership_told, words_told
 from flexp.audit.truth import Truth
 from flexp.audit.watching import Exchange, Known, Watch, watchable, watching
 from flexp.client.guarding import Guard
@@ -85,8 +86,9 @@ class Audit:
         cuts: (s, e) by client.
         texts, tokens: how many were seen.
         public: what the attacker learnt from.
-        blind: the share of tokens and of content words that the most frequent public token gives; of language models
-            also what the public model says next, told the text so far (``foretold``, ``foretold_content``).
+        blind: the share of tokens and of content words that the most frequent public token gives; of classifiers also
+            what labels alone tell who knows some of the texts (``labelled``, ``labelled_content``), of language models
+            what the public model says next, told the text so far (``foretold``, ``foretold_content``).
         labels: what ∂task/∂h, and h, tell of labels, beside ``majority``, the most frequent label's share.
         gradients: the share of tokens that an optimising inversion reads out of ∂task/∂h alone; ``None``: not tried.
         members: the area under the curve of which texts the shared blocks were trained on; ``None``: not attacked.
@@ -197,7 +199,10 @@ def attacked(watch: Watch, *, public: Path | None = None, full: bool = False, on
         truths = {of: Truth.of(seen, of, special, dull) for (of, where), seen in places.items() if where == depth}
         again = truths["z"].averaged() if "z" in truths else None
         truths |= {} if again is None else {AVERAGED: again}
-        blind = blind or _blind(heads[PRETRAINED], next(iter(truths.values())), special)
+        if not blind:
+            blind = usual(heads[PRETRAINED], next(iter(truths.values())), special)
+            if answers == "class" and "z" in truths:
+                blind |= by_labels(truths["z"], torch.cat([one.batch["labels"] for one in places["z", depth]]))
         if "z" in truths and truths["z"].texts > FEW and (full or config.privacy.of_texts):
             some = truths["z"].only(truths["z"].known())
             heads[KNOWN] = replace(heads[PRETRAINED], sent=some.sent, ids_N=some.ids_N, apart=None)
@@ -217,7 +222,7 @@ def attacked(watch: Watch, *, public: Path | None = None, full: bool = False, on
                     began = time.perf_counter()
     assert best is not None
     if decoder and len(run.source.part.blocks) == run.source.anatomy.blocks:
-        blind |= foretold(watch.exchanges, run.source, special, dull)
+        blind |= by_the_model(watch.exchanges, run.source, special, dull)
     pooled = config.privacy.pool  # those two run a model without the mean between its blocks
     labels = labels_told(watch.exchanges, run, answers)
     members = None if run.method is None or pooled else membership_told(watch.exchanges, run.method, words=decoder)
@@ -280,16 +285,16 @@ def _read(attack: Attack, depth: int, truth: Truth, of: str, head: str, began: f
     read_N = attack.read(truth.sent, truth.ids_N)
     right_N, texts_N, content_N = read_N == truth.ids_N, truth.sent.texts_N, truth.content_N
     wrong = torch.zeros(int(texts_N.max()) + 1).index_add_(0, texts_N, (truth.real_N & ~right_N).float())
-    by_step = {int(step): _share(right_N[content_N & (truth.steps_N == step)]) for step in torch.unique(truth.steps_N)}
+    by_step = {int(step): share(right_N[content_N & (truth.steps_N == step)]) for step in torch.unique(truth.steps_N)}
     reading = Reading(
         attack=attack.name,
         about=attack.about,
         of=of,
         head=head,
         depth=depth,
-        tokens=_share(right_N[truth.real_N]),
-        content=_share(right_N[content_N]),
-        texts=_share(wrong == 0),
+        tokens=share(right_N[truth.real_N]),
+        content=share(right_N[content_N]),
+        texts=share(wrong == 0),
         rouge=_rouge(truth, read_N),
         by_step=by_step,
         seconds=time.perf_counter() - began,
@@ -316,12 +321,6 @@ def rouge_l(said: Sequence[int], read: Sequence[int]) -> float:
     return 2 * longest[-1] / (len(said) + len(read)) if len(said) + len(read) else 0.0
 
 
-def _blind(known: Public, truth: Truth, special: Tensor) -> dict[str, float]:
-    usual, counts = torch.unique(known.ids_N[~torch.isin(known.ids_N, special)], return_counts=True)
-    right_N = truth.ids_N == usual[counts.argmax()]
-    return {"tokens": _share(right_N[truth.real_N]), "content": _share(right_N[truth.content_N])}
-
-
 def _worst(truth_N: Tensor, read_N: Tensor, texts_N: Tensor, tokenizer: Any) -> list[tuple[str, str]]:
     right = torch.zeros(int(texts_N.max()) + 1).index_add_(0, texts_N, (truth_N == read_N).float())
     order = (right / texts_N.bincount()).argsort(descending=True, stable=True)[:SHOWN]
@@ -330,7 +329,3 @@ def _worst(truth_N: Tensor, read_N: Tensor, texts_N: Tensor, tokenizer: Any) -> 
         return str(tokenizer.decode(ids_N[texts_N == text], skip_special_tokens=True))
 
     return [(text_of(truth_N, text), text_of(read_N, text)) for text in order]
-
-
-def _share(right: Tensor) -> float:
-    return float(right.float().mean()) if len(right) else 0.0

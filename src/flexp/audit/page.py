@@ -33,6 +33,9 @@ def tables(found: Audit) -> list[Table]:
         for one in found.readings
     ]  # fmt: skip
     rows.append(["blind guess", "", _percent(found.blind["tokens"]), _percent(found.blind["content"]), "", "", ""])
+    if "labelled" in found.blind:
+        guessed = map(_percent, (found.blind["labelled"], found.blind["labelled_content"]))
+        rows.append(["labels alone, some texts known, in any order", "", *guessed, "", "", ""])
     if "foretold" in found.blind:
         guessed = map(_percent, (found.blind["foretold"], found.blind["foretold_content"]))
         rows.append(["the public model's own next token", "", *guessed, "", "", ""])

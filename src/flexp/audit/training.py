@@ -111,24 +111,6 @@ def words_told(exchanges: Sequence[Exchange], run: Known) -> float | None:
     return float((read_BT == ids_BT)[real_BT].float().mean())
 
 
-def foretold(exchanges: Sequence[Exchange], source: Stage, special: Tensor, dull: Tensor) -> dict[str, float]:
-    """The shares of tokens, but special ones, and of content words that the public language model gives by itself as
-    the next one, told all before it: what is guessed without anything of the client's. First tokens it cannot know."""
-    right: dict[str, list[Tensor]] = {"foretold": [], "foretold_content": []}
-    source.model.eval()
-    for one in exchanges[:: -(-len(exchanges) // SOLVED)]:
-        with torch.no_grad():
-            hidden_BTH = source.plan({key: value for key, value in one.batch.items() if key != "labels"})[0]
-            next_BT = said(source, 0, hidden_BTH, one.batch)
-        ids_BT = one.batch["input_ids"].cpu()
-        right_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
-        right_BT[:, 1:] = next_BT[:, :-1] == ids_BT[:, 1:]
-        for key, left_out in (("foretold", special), ("foretold_content", dull)):
-            right[key].append(right_BT[one.mask.cpu() & ~torch.isin(ids_BT, left_out)])
-    joined = {key: torch.cat(values) for key, values in right.items()}
-    return {key: float(value.float().mean()) for key, value in joined.items() if len(value)}
-
-
 def membership_told(exchanges: Sequence[Exchange], method: Split, *, words: bool) -> float | None:
     """Whether the server's blocks tell the texts that were sent from the clients' test texts."""
     seen = [ids[mask].tolist() for one in exchanges for ids, mask in zip(one.batch["input_ids"], one.mask, strict=True)]
