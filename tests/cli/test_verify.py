@@ -44,7 +44,7 @@ def test_json() -> None:
 def test_a_difference_is_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
     from flexp.run import verify
 
-    wrong = Outcome(Setup("arch:llama", cut=(1, 3), base_depth=1), 4, 39, 1.25e-7, 0.0, 0.0, float("inf"))
+    wrong = Outcome(Setup.of("arch:llama", cut=(1, 3), base_depth=1), 4, 39, 1.25e-7, 0.0, 0.0, float("inf"))
     monkeypatch.setattr(verify, "verify", lambda setup: wrong)
     done = flexp("arch:llama")
     assert done.exit_code == 1

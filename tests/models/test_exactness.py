@@ -77,12 +77,12 @@ def test_blocks_that_client_and_server_both_hold(base_depth: int) -> None:
 @pytest.mark.parametrize(("memory", "checkpointing"), [("recompute", False), ("keep", True), ("recompute", True)])
 def test_computing_again_what_was_not_kept(name: str, memory: str, checkpointing: bool) -> None:
     tuning = "lora" if name in ("gemma3", "vit") else "full"
-    check(both(name, memory=memory, checkpointing=checkpointing, tuning=tuning, cut=(2, 4)))
+    check(both(name, memory=memory, gradient_checkpointing=checkpointing, tuning=tuning, cut=(2, 4)))
 
 
 @pytest.mark.parametrize("name", SPLIT)
 def test_every_architecture_knows_gradient_checkpointing(name: str) -> None:
-    check(both(name, checkpointing=True, steps=1, cut=(2, 3)))
+    check(both(name, gradient_checkpointing=True, steps=1, cut=(2, 3)))
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def saved(folder: Path, model_type: str, kind: str, options: dict[str, Any]) -> 
 def test_it_is_exact(model_type: str, kind: Any, options: dict[str, Any], length: int, tmp_path: Path) -> None:
     folder = saved(tmp_path, model_type, kind, options)
     padding: Any = "none" if kind == "image-classification" else "right"
-    outcome = verify(Setup(str(folder), task=kind, steps=2, length=length, padding=padding, memory="recompute"))
+    outcome = verify(Setup.of(str(folder), task=kind, steps=2, length=length, padding=padding, memory="recompute"))
     assert outcome.exact, outcome
 
 
@@ -97,7 +97,7 @@ def test_what_plain_transformers_cannot_train_is_said(tmp_path: Path) -> None:
     options = {**SIZES, **TEXT, "num_heads": 4, "chunk_size": 8, "mode": "train", "return_last_states": False}
     folder = saved(tmp_path, "xlstm", "causal-lm", options)
     with pytest.raises(ModelError, match=r"whole model fails on such a batch \(ValueError: Sequence length 10 is not"):
-        verify(Setup(str(folder), length=10))
+        verify(Setup.of(str(folder), length=10))
 
 
 @pytest.mark.parametrize("model_type", ["resnet", "mobilenet_v2"])
@@ -108,7 +108,7 @@ def test_models_without_blocks_are_refused(model_type: str, tmp_path: Path) -> N
     for attempt in (
         lambda: flexp.Server.from_pretrained(tmp_path, "image-classification"),
         lambda: split.from_pretrained(tmp_path, cut=(1, 2), link=server.connect("a")),
-        lambda: verify(Setup(str(tmp_path))),
+        lambda: verify(Setup.of(str(tmp_path))),
     ):
         with pytest.raises(ModelError, match=r"names no row of like blocks \(num_hidden_layers\)"):
             attempt()

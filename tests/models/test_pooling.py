@@ -45,7 +45,7 @@ def test_padding_is_not_pooled(how: str) -> None:
     ],
 )
 def test_split_is_whole(arch: str, how: str, padding: Any) -> None:
-    setup = Setup(f"arch:{arch}", "sequence-classification", pooling=how, padding=padding, steps=2)
+    setup = Setup.of(f"arch:{arch}", task="sequence-classification", pooling=how, padding=padding, steps=2)
     assert verify(setup).exact
 
 

@@ -42,12 +42,12 @@ def whole_of(name: str, task: str | None = None, attention: str = "sdpa", dtype:
 def both(name: str, **settings: Any) -> Outcome:
     """Whole and split training side by side, of stages carved out of one model in memory."""
     task = settings.get("task") or ARCHITECTURES[name].task
-    setup = Setup(f"arch:{name}", **{"steps": 2, **settings, "task": task})
-    whole = whole_of(name, task, setup.attention, setup.dtype)
+    setup = Setup.of(f"arch:{name}", **{"steps": 2, **settings, "task": task})
+    whole = whole_of(name, task, setup.model.attention, setup.model.dtype)
     blocks = whole.anatomy.blocks
     start, stop = setup.cut or (1, blocks - 1)
-    source = whole_of(name, task, setup.attention, setup.dtype)
-    base = start if setup.base_depth is None else setup.base_depth
+    source = whole_of(name, task, setup.model.attention, setup.model.dtype)
+    base = start if setup.model.base_depth is None else setup.model.base_depth
     client = carve(source, Part.client((start, stop or blocks), blocks))
     return compare(setup, whole, client, carve(source, Part.server(base, stop or blocks)))
 

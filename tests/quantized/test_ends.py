@@ -54,7 +54,7 @@ def ends(folder: Path, how: str, **settings: Any) -> Any:
 @pytest.mark.parametrize(("name", "padding"), [("llama", "left"), ("gpt2", "right"), ("bert", "right")])
 def test_split_is_whole(how: str, name: str, padding: Any) -> None:
     """0.0 in logits, gradients, losses and weights over three steps: own head, tied head, classifier."""
-    outcome = verify(Setup(f"arch:{name}", tuning="lora", quantization=how, quantize_ends=True, padding=padding))
+    outcome = verify(Setup.of(f"arch:{name}", tuning="lora", quantization=how, quantize_ends=True, padding=padding))
     assert outcome.exact, outcome
 
 

@@ -67,7 +67,7 @@ def plain(folder: Path, how: str, **settings: Any) -> Any:
 ])  # fmt: skip
 def test_split_is_whole(how: str, name: str, memory_: Any, padding: Any) -> None:
     """0.0 in logits, gradients, losses and weights over three steps."""
-    setup = Setup(f"arch:{name}", tuning="lora", quantization=how, memory=memory_, padding=padding)
+    setup = Setup.of(f"arch:{name}", tuning="lora", quantization=how, memory=memory_, padding=padding)
     outcome = verify(setup)
     assert outcome.exact, outcome
 

@@ -24,25 +24,27 @@ from flexp.run.verify import Outcome, Setup, difference, kind_of, largest, verif
 
 def test_a_folder_is_loaded_part_by_part_and_is_exact(tmp_path: Path) -> None:
     folder = save_tiny("llama-tied", tmp_path)
-    outcome = verify(Setup(str(folder), padding="left", base_depth=0, cut=(2, None), steps=2))
+    outcome = verify(Setup.of(str(folder), padding="left", base_depth=0, cut=(2, None), steps=2))
     assert outcome.exact
     assert (outcome.blocks, outcome.tensors) == (4, 38)
     setup = outcome.setup
-    assert (setup.task, setup.cut, setup.base_depth) == ("causal-lm", (2, 4), 0)
+    assert (setup.task, setup.cut, setup.model.base_depth) == ("causal-lm", (2, 4), 0)
 
 
 def test_dropout_of_a_checkpoint_is_set_to_zero(tmp_path: Path) -> None:
     model = BertModel(BertConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=2, vocab_size=40))
     assert model.config.hidden_dropout_prob == 0.1
     model.save_pretrained(tmp_path)
-    outcome = verify(Setup(str(tmp_path), padding="right", steps=2))
+    outcome = verify(Setup.of(str(tmp_path), padding="right", steps=2))
     assert outcome.exact
     assert (outcome.setup.task, outcome.setup.cut) == ("sequence-classification", (1, 2))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "vit"])
 def test_all_settings_together(name: str) -> None:
-    setup = Setup(f"arch:{name}", tuning="lora", dtype="bfloat16", memory="recompute", checkpointing=True, steps=2)
+    setup = Setup.of(
+        f"arch:{name}", tuning="lora", dtype="bfloat16", memory="recompute", gradient_checkpointing=True, steps=2
+    )
     assert verify(setup).exact
 
 
@@ -50,9 +52,9 @@ def test_all_settings_together(name: str) -> None:
 @pytest.mark.parametrize("memory", ["keep", "recompute"])
 def test_mixed_precision_is_exact_too(name: str, memory: str) -> None:
     # Of the four, BERT and OPT read a block's input three times: gradients summed in another type would show.
-    outcome = verify(Setup(f"arch:{name}", autocast="bfloat16", memory=memory, steps=2))  # type: ignore[arg-type]
+    outcome = verify(Setup.of(f"arch:{name}", autocast="bfloat16", memory=memory, steps=2))  # type: ignore[arg-type]
     assert outcome.exact
-    assert outcome.setup.autocast == "bfloat16"
+    assert outcome.setup.model.autocast == "bfloat16"
 
 
 def test_mixed_precision_computes_in_bfloat16_and_keeps_weights_in_float32() -> None:
@@ -110,7 +112,7 @@ def scaled_loss(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_a_split_that_is_wrong_is_seen(harm: Any, seen: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
     harm(monkeypatch)
-    outcome = verify(Setup("arch:llama", padding="left"))
+    outcome = verify(Setup.of("arch:llama", padding="left"))
     assert not outcome.exact
     assert all(getattr(outcome, key) > 0 for key in seen)
 
@@ -128,11 +130,11 @@ def test_differences_are_never_lost() -> None:
 
 
 def test_outcomes_become_json() -> None:
-    good = Outcome(Setup("arch:llama", cut=(1, 3)), 4, 39, 0.0, 0.0, 0.0, 0.0)
+    good = Outcome(Setup.of("arch:llama", cut=(1, 3)), 4, 39, 0.0, 0.0, 0.0, 0.0)
     values = json.loads(json.dumps(good.as_json()))
     assert values["exact"] is True
     assert (values["model"], values["cut"], values["gradients"]) == ("arch:llama", [1, 3], 0.0)
-    bad = Outcome(Setup("arch:llama"), error="no").as_json()
+    bad = Outcome(Setup.of("arch:llama"), error="no").as_json()
     assert bad["exact"] is False
     assert bad["logits"] is None
     assert json.dumps(bad, allow_nan=False)
@@ -144,11 +146,11 @@ def test_all_goes_on_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = {name: module.ARCHITECTURES[name] for name in ("gpt2", "t5", "vit", "bert")}
     monkeypatch.setattr(module, "ARCHITECTURES", kept)
     told: list[str] = []
-    outcomes = list(verify_all(Setup("", padding="left", cut=(1, 3), steps=1), told.append))
+    outcomes = list(verify_all(Setup.of("", padding="left", cut=(1, 3), steps=1), told.append))
     assert told == ["gpt2", "vit", "bert"]
     assert [outcome.setup.padding for outcome in outcomes] == ["left", "none", "left"]
     assert all(outcome.exact for outcome in outcomes)
-    for outcome in verify_all(Setup("", cut=(1, 9))):
+    for outcome in verify_all(Setup.of("", cut=(1, 9))):
         assert "does not fit a model of 4 blocks" in str(outcome.error)
         assert not outcome.exact
 
@@ -168,23 +170,23 @@ def test_what_a_checkpoint_is_for(tmp_path: Path) -> None:
 
 def test_mistakes_are_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="there is no arch:gpt5; expected arch: and one of gpt2, "):
-        verify(Setup("arch:gpt5"))
+        verify(Setup.of("arch:gpt5"))
     with pytest.raises(
         ModelError, match=r"arch:albert cannot be split: one block is applied again and again.*; use one"
     ):
-        verify(Setup("arch:albert"))
+        verify(Setup.of("arch:albert"))
     T5Config().save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"\(t5\) cannot be split: it is an encoder–decoder.*use a decoder-only"):
-        verify(Setup(str(tmp_path)))
+        verify(Setup.of(str(tmp_path)))
     with pytest.raises(ModelError, match="arch:vit has no task 'causal-lm'"):
-        verify(Setup("arch:vit", task="causal-lm"))
+        verify(Setup.of("arch:vit", task="causal-lm"))
     with pytest.raises(ConfigError, match=r"--cut = \(3, 9\) does not fit a model of 4 blocks"):
-        verify(Setup("arch:llama", cut=(3, 9)))
+        verify(Setup.of("arch:llama", cut=(3, 9)))
     with pytest.raises(ConfigError, match=r"--base-depth = 2 does not fit the cut \(1, 3\): expected 0 <= s_min <= 1"):
-        verify(Setup("arch:llama", base_depth=2))
+        verify(Setup.of("arch:llama", base_depth=2))
     with pytest.raises(ConfigError, match="there is no link 'pigeon'; expected one of: in-process"):
-        verify(Setup("arch:llama", link="pigeon"))
+        verify(Setup.of("arch:llama", link="pigeon"))
     with pytest.raises(ModelError, match="images have no padding"):
-        verify(Setup("arch:vit", padding="left"))
+        verify(Setup.of("arch:vit", padding="left"))
     with pytest.raises(ModelError, match="length 65 does not fit"):
-        verify(Setup("arch:llama", length=65))
+        verify(Setup.of("arch:llama", length=65))

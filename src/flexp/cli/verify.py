@@ -92,8 +92,8 @@ def verify(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    setup = Setup(
-        model=model or "",
+    setup = Setup.of(
+        model or "",
         task=task,
         cut=None if cut is None else parse_cut(cut),
         base_depth=base_depth,
@@ -107,7 +107,7 @@ def verify(
         quantize_ends=quantize_ends,
         attention=attention,
         memory=memory,
-        checkpointing=checkpointing,
+        gradient_checkpointing=checkpointing,
         pooling=pooling,
         batch=batch,
         length=length,
@@ -177,9 +177,9 @@ def _print_table(outcomes: list[Outcome]) -> None:
     for outcome in outcomes:
         setup = outcome.setup
         table.add_row(
-            setup.model.removeprefix("arch:"),
+            setup.model.id.removeprefix("arch:"),
             f"{setup.cut[0]}:{setup.cut[1]}/{outcome.blocks}" if setup.cut else "",
-            setup.attention,
+            setup.model.attention,
             *_differences(outcome).values(),
             "[green]exact[/]" if outcome.exact else f"[red]{escape(outcome.error or 'differs')}[/]",
         )
@@ -190,8 +190,8 @@ def _print_one(outcome: Outcome) -> None:
     setup = outcome.setup
     assert setup.cut is not None
     start, stop = setup.cut
-    typer.echo(f"{setup.model}: {setup.task}, {outcome.blocks} blocks, {setup.attention} attention")
-    typer.echo(f"the server runs blocks [{start}, {stop}) and holds [{setup.base_depth}, {stop})")
+    typer.echo(f"{setup.model.id}: {setup.task}, {outcome.blocks} blocks, {setup.model.attention} attention")
+    typer.echo(f"the server runs blocks [{start}, {stop}) and holds [{setup.model.base_depth}, {stop})")
     typer.echo(f"{_settings(setup)}; {outcome.tensors} tensors trained")
     typer.echo("\nlargest absolute difference between whole and split")
     for key, value in _differences(outcome).items():
@@ -202,12 +202,14 @@ def _print_one(outcome: Outcome) -> None:
 
 def _settings(setup: Setup) -> str:
     """What was done, in a few lines."""
+    model = setup.model
     return (
-        f"{setup.tuning} tuning in {setup.dtype} (autocast: {setup.autocast}, quantization: {setup.quantization}"
-        f"{', ends too' if setup.quantize_ends else ''}), "
+        f"{model.tuning} tuning in {model.dtype} (autocast: {model.autocast}, quantization: {model.quantization}"
+        f"{', ends too' if model.quantize_ends else ''}), "
         f"{setup.steps} steps of AdamW without clipping, dropout set to 0,\n"
         f"random inputs ({setup.batch} examples of {setup.length} tokens, padding: {setup.padding}; images unpadded),\n"
-        f"server memory: {setup.memory}, checkpointing: {'on' if setup.checkpointing else 'off'}, link: {setup.link}"
+        f"server memory: {setup.memory}, checkpointing: {'on' if model.gradient_checkpointing else 'off'}, "
+        f"link: {setup.link}"
     )
 
 

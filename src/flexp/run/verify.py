@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -50,53 +50,40 @@ class Setup:
     """What is compared.
 
     Attributes:
-        model: a folder, a Hugging Face id, ``asset:NAME`` or ``arch:NAME``.
+        model: by a folder, a Hugging Face id, ``asset:NAME`` or ``arch:NAME``, and how it is computed and tuned; its
+            ``base_depth``, s_min, is where the server's blocks begin, s where it is not said.
         task: what the model is for; ``None``: what its checkpoint says.
         cut: (s, e); ``None``: one block at each end stays with the client.
-        base_depth: s_min, where the server's blocks begin; ``None``: s.
         memory: whether the server keeps its activations or computes them again.
-        checkpointing: gradient checkpointing of the client's blocks.
-        pooling: what a text classifier's head reads (``model.pooling``).
         batch: examples of a step. length: tokens of an example.
     """
 
-    model: str
+    model: ModelConfig
     task: ModelKind | None = None
     cut: tuple[int, int | None] | None = None
-    base_depth: int | None = None
-    tuning: Literal["full", "lora"] = "full"
     padding: Padding = "none"
     steps: int = 3
     link: str = "in-process"
-    dtype: str = "float32"
-    autocast: str = "off"
-    quantization: str = "off"
-    quantize_ends: bool = False
-    device: str = "cpu"
-    attention: str = "sdpa"
     memory: Literal["keep", "recompute"] = "keep"
-    checkpointing: bool = False
-    pooling: str = "checkpoint"
     batch: int = 3
     length: int = 10
     seed: int = 0
 
-    @property
-    def config(self) -> ModelConfig:
-        """The model; with full tuning, all of it is trained."""
-        return ModelConfig.of(
-            self.model,
-            dtype=self.dtype,
-            autocast=self.autocast,
-            quantization=self.quantization,
-            quantize_ends=self.quantize_ends,
-            device=self.device,
-            attention=self.attention,
-            tuning=self.tuning,
-            train_embeddings=self.tuning == "full",
-            gradient_checkpointing=self.checkpointing,
-            pooling=self.pooling,
-        )
+    @classmethod
+    def of(cls, model: str, *, tuning: str = "full", **settings: Any) -> Setup:
+        """With keys of the table ``[model]`` and of this class; with full tuning, all of the model is trained.
+
+        Raises:
+            ConfigError: there is no such key, or it cannot have that value.
+        """
+        own = {field.name: settings.pop(field.name) for field in fields(cls) if field.name in settings}
+        config = ModelConfig.of(model, tuning=tuning, train_embeddings=tuning == "full", **settings)
+        return cls(config, **own)
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it, flat; ``model`` is its name."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {**values, **self.model.model_dump(exclude={"id"}), "model": self.model.id}
 
 
 @dataclass(frozen=True)
@@ -123,10 +110,9 @@ class Outcome:
 
     def as_json(self) -> dict[str, Any]:
         """All of it, JSON-ready; an infinite difference is ``null``."""
-        values = asdict(self)
-        setup = values.pop("setup")
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "setup"}
         finite = {key: None if value == math.inf else value for key, value in values.items()}
-        return {**setup, **finite, "exact": self.exact}
+        return {**self.setup.as_json(), **finite, "exact": self.exact}
 
 
 class _Witness(SharedBlocks):
@@ -146,12 +132,12 @@ def verify(setup: Setup) -> Outcome:
         ModelError: the model cannot be loaded or split; the message names what to use instead.
         ConfigError: the cut does not fit the model, or there is no such link.
     """
-    name = str(resolve(setup.model))
+    name = str(resolve(setup.model.id))
     _refuse(name)
     kind = setup.task or kind_of(name)
 
     def load(part: Part | None) -> Stage:
-        return load_stage(setup.config.at(name), kind, part, pad_token_id=0, dropout=0.0, seed=setup.seed)
+        return load_stage(setup.model.at(name), kind, part, pad_token_id=0, dropout=0.0, seed=setup.seed)
 
     whole = load(None)
     blocks = whole.anatomy.blocks
@@ -165,18 +151,18 @@ def compare(setup: Setup, whole: Stage, client: Stage, server_stage: Stage) -> O
     Raises:
         ConfigError: the cut does not fit the model.
     """
-    setup, cut, _ = _filled(setup, setup.task, whole.anatomy.blocks, setup.attention)
-    config = setup.config
+    setup, cut, _ = _filled(setup, setup.task, whole.anatomy.blocks, setup.model.attention)
+    config = setup.model
     if config.tuning == "full":
         whole.model.requires_grad_(True)
     else:  # peft's adapters with the split model's weights, which depend on their names alone
         tune(whole, config.model_copy(update={"gradient_checkpointing": False}), seed=setup.seed)
     for stage in (server_stage, client):
         tune(stage, config, seed=setup.seed)
-    server = Server(server_stage, tuning=setup.tuning, config=ServerConfig(memory=setup.memory), optimizer=OPTIMIZER)
+    server = Server(server_stage, tuning=config.tuning, config=ServerConfig(memory=setup.memory), optimizer=OPTIMIZER)
     server.shared = witness = _Witness(server_stage, server.config, OPTIMIZER)
     with LINKS[setup.link](server, "verify") as link, quietly():
-        split = SPLIT_MODELS[cast(str, setup.task)](client, cut, link, tuning=setup.tuning, expose_embeddings=True)
+        split = SPLIT_MODELS[cast(str, setup.task)](client, cut, link, tuning=config.tuning, expose_embeddings=True)
         return _train_both(setup, whole.model, split, witness)
 
 
@@ -206,7 +192,7 @@ def _train_both(setup: Setup, reference: Any, split: SplitModel, witness: _Witne
                 expected = reference(**split.stage.placed(batch))
         except Exception as error:
             raise ModelError(
-                f"{setup.model}: plain transformers' whole model fails on such a batch ({type(error).__name__}: "
+                f"{setup.model.id}: plain transformers' whole model fails on such a batch ({type(error).__name__}: "
                 f"{' '.join(str(error).split())}); try another --length, --padding or checkpoint"
             ) from error
         got = split(**batch)
@@ -259,7 +245,7 @@ def verify_all(setup: Setup, say: Callable[[str], None] = lambda _: None) -> Ite
             continue
         say(name)
         padding: Padding = "none" if spec.task in KINDS and KINDS[spec.task].images else setup.padding
-        one = replace(setup, model=ARCH + name, task=cast(ModelKind, spec.task), padding=padding)
+        one = replace(setup, model=setup.model.at(ARCH + name), task=cast(ModelKind, spec.task), padding=padding)
         try:
             yield verify(one)
         except FlexpError as error:
@@ -304,7 +290,8 @@ def _filled(setup: Setup, kind: ModelKind | None, blocks: int, attention: str) -
         raise ConfigError(f"there is no link {setup.link!r}; expected one of: {', '.join(LINKS)}")
     start = min(1, blocks - 1)
     cut = check_cut(setup.cut or (start, max(start + 1, blocks - 1)), blocks, where="--cut")
-    base = cut[0] if setup.base_depth is None else setup.base_depth
+    base = cut[0] if setup.model.base_depth is None else setup.model.base_depth
     if not 0 <= base <= cut[0]:
         raise ConfigError(f"--base-depth = {base} does not fit the cut {cut}: expected 0 <= s_min <= {cut[0]}")
-    return replace(setup, task=kind, cut=cut, base_depth=base, attention=attention), cut, base
+    model = setup.model.model_copy(update={"base_depth": base, "attention": attention})
+    return replace(setup, model=model, task=kind, cut=cut), cut, base
