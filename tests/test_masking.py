@@ -79,6 +79,14 @@ def test_a_key_sealed_through_the_server() -> None:
         clients["b"].open(sealed["b"][:5], "b", publics["a"], publics)
 
 
+@pytest.mark.parametrize("key", [b"short", bytes(32)])
+def test_what_is_no_key_is_refused_by_who_deals(key: bytes) -> None:
+    """Of another length, or zero, with which everybody has the same in common."""
+    own = Identity()
+    with pytest.raises(LinkError, match="the public key that the server names for client 'b' is none"):
+        own.deal({"a": own.public, "b": key})
+
+
 def test_the_fingerprint_changes_with_every_name_and_key() -> None:
     one, two, other = (Identity().public for _ in range(3))
     said = fingerprint({"a": one, "b": two})

@@ -165,7 +165,11 @@ class Identity:
         return bytes(self._key.private_bytes_raw())
 
     def deal(self, publics: Mapping[str, bytes]) -> dict[str, bytes]:
-        """A new key for the group, sealed for each of its clients."""
+        """A new key for the group, sealed for each of its clients.
+
+        Raises:
+            LinkError: what a client gave, or the server gives for it, is no key.
+        """
         key = secrets.token_bytes(KEY_BYTES)
         return {client: self._seal(key, client, publics) for client in publics}
 
@@ -188,7 +192,11 @@ class Identity:
 
     def _seal(self, key: bytes, client: str, publics: Mapping[str, bytes]) -> bytes:
         nonce = secrets.token_bytes(_AEAD_NONCE)
-        return nonce + bytes(self._shared(publics[client], publics).encrypt(nonce, key, client.encode()))
+        try:
+            shared = self._shared(publics[client], publics)
+        except ValueError as error:  # of another length, or a point that all keys agree on
+            raise LinkError(f"the public key that the server names for client {client!r} is none ({error})") from None
+        return nonce + bytes(shared.encrypt(nonce, key, client.encode()))
 
     def _shared(self, public: bytes, publics: Mapping[str, bytes]) -> Any:
         """What seals between two clients of this group."""

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from flexp.client.meeting import LAST
 from flexp.client.model import SplitModel
 from flexp.client.taking import fetched
 from flexp.config import AlignConfig
@@ -191,18 +192,23 @@ def test_a_client_may_say_the_base_depth_first() -> None:
         Order("evaluate", "run", number=-1),
         Order("save", "run", save=-5),
         Order("stop", "r" * 10_000),
-        Order("meet", "run", number=1),
+        Order("meet", "run", number=2),
         Order("average", "run", number=1),
+        Order("meet", "run"),  # once more
+        Order("step", "another", count=1),
     ],
 )
 def test_orders_that_no_server_of_this_run_gives(order: Order, tmp_path: Path) -> None:
     from flexp.run.party import Party
 
     party = Party.__new__(Party)
-    train = {"rounds": 5, "steps_per_round": 4}
-    party.config = validate({"model": {"id": "m"}, "data": {"source": "d"}, "train": train}, "here")
+    train, meet = {"rounds": 5, "steps_per_round": 4}, {"meet": {"on": True}}
+    content = {"model": {"id": "m"}, "data": {"source": "d"}, "train": train, "method": meet}
+    party.config, party._run = validate(content, "here"), "run"
     party.trainer = type("Trainer", (), {"steps": 12, "name": "a"})()  # type: ignore[assignment]
+    party._gathering = type("Gathering", (), {"met": 1})()  # type: ignore[assignment]
     party._judge(Order("step", "run", count=8))
+    party._judge(Order("meet", "run", number=LAST))
     with pytest.raises(LinkError):
         party._judge(order)
 

@@ -16,6 +16,7 @@ from rich.console import Console
 from flexp.config import DeploymentConfig, RunConfig
 from flexp.errors import ConfigError, FlexpError
 from flexp.export.client_folder import of_client
+from flexp.export.heads import audit_head
 from flexp.files import read_json
 from flexp.links.asking import PIECES
 from flexp.links.base import Link
@@ -386,8 +387,12 @@ def test_a_fleet_that_averages_equals_the_simulation(folder: Path, tmp_path: Pat
             assert equal(own, {**of("global/", there["server"]), **met})
             exported = of_client(out / "clients" / name, None, "last", None)  # needs no server
             assert equal(exported.split.personal_state(), own)
+            with pytest.raises(ConfigError, match=r"sends no activations \(clients of 'fedavg' .* needs a split model"):
+                audit_head(out / "clients" / name)
         else:
             assert equal(own, of("personal/", there[f"client-{name}"]))
+        with pytest.raises(ConfigError, match="needs a split model"):
+            audit_head(tmp_path / "sim", name)
     assert (server.server.blocks == (4, 4)) is (method == "fedavg")
 
 

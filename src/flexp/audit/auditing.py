@@ -201,8 +201,9 @@ def attacked(watch: Watch, *, public: Path | None = None, full: bool = False, on
         truths |= {} if again is None else {AVERAGED: again}
         if not blind:
             blind = usual(heads[PRETRAINED], next(iter(truths.values())), special)
-            if answers == "class" and "z" in truths:
-                blind |= by_labels(truths["z"], torch.cat([one.batch["labels"] for one in places["z", depth]]))
+            here = places.get(("z", depth), [])
+            if answers == "class" and here and all("labels" in one.batch for one in here):  # a client's audit has none
+                blind |= by_labels(truths["z"], torch.cat([one.batch["labels"] for one in here]))
         if "z" in truths and truths["z"].texts > FEW and (full or config.privacy.of_texts):
             some = truths["z"].only(truths["z"].known())
             heads[KNOWN] = replace(heads[PRETRAINED], sent=some.sent, ids_N=some.ids_N, apart=None)

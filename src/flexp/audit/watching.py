@@ -231,13 +231,13 @@ class Watched(Wrapping):
         return future
 
 
-def unread(method: Any) -> str:
+def unread(method: Any, config: RunConfig) -> str:
     """What is said instead of what the server can read, where no attack here knows what clients send."""
     said = "sends no activations" if "activations" not in method.sends else "not audited"
     said = f"{said} (clients of {method.name!r} send {method.sends})"
     if method.deployed is None or not method.deployed.averages:
         return said
-    masked = method.world.config.method.meet.masked
+    masked = config.method.meet.masked
     return f"{said}; over a network {MASKED if masked else READABLE}"
 
 
@@ -248,7 +248,8 @@ def watchable(method: Any) -> Split:
         ConfigError: they do not, or as :func:`check_watchable`.
     """
     if not isinstance(method, Split):
-        raise ConfigError(f'{unread(method)}; the audit reads activations, of methods such as "flexp-sfl"')
+        said = unread(method, method.world.config)
+        raise ConfigError(f'{said}; the audit reads activations, of methods such as "flexp-sfl"')
     check_watchable(images=method.world.source.anatomy.image)
     return method
 

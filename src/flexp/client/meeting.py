@@ -93,21 +93,20 @@ class Noise:
     """What ``method.meet.noise`` adds to a client's sums, so that no single example shows in them.
 
     Features in them are no longer than ``clip``; each sum gets Gaussian noise of ``noise`` times what one example can
-    change of it. Nothing without.
+    change of it. It follows from the key and the very sum, so that who asks again is given the same. Nothing without.
     """
 
     def __init__(self, config: MeetConfig, key: int) -> None:
         self._noise, self._clip = config.noise, config.clip or 0.0
-        self._key, self._sums = key, 0
+        self._key = key
 
     def __call__(self, sums: Sums) -> Sums:
         """The same tensors with noise."""
         if not self._noise:
             return sums
         most = {"counts": 1.0, "sums": self._clip, "square": self._clip**2, "gram": self._clip**2}
-        self._sums += 1
         return {
-            name: value + self._noise * most[name] * drawn(value.shape, self._key, f"{name} {self._sums}".encode())
+            name: value + self._noise * most[name] * drawn(value.shape, self._key, name.encode(), _bytes_of(value))
             for name, value in sums.items()
         }
 
@@ -117,6 +116,10 @@ class Noise:
             return features_NH
         lengths_N: Tensor = features_NH.norm(dim=1, keepdim=True)
         return features_NH * (self._clip / lengths_N).clamp(max=1.0)
+
+
+def _bytes_of(value: Tensor) -> bytes:
+    return value.contiguous().numpy().tobytes()
 
 
 @dataclass

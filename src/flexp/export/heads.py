@@ -17,6 +17,7 @@ import torch
 from flexp.audit import Audit, Known, Watch, attacked, check_watchable, unread
 from flexp.audit.watching import Exchange
 from flexp.client.guarding import Guard
+from flexp.config import RunConfig
 from flexp.cost.echo import EchoLink
 from flexp.data.columns import check_present
 from flexp.data.sources import read_rows
@@ -120,9 +121,7 @@ def _opened(folder: Path, client: str | None) -> tuple[ClientModel, _Heard]:
             "left (an exported model does not hold the pretrained one, which an attacker learns from)"
         )
     if is_run(folder):
-        method = method_of(run_config(folder))
-        if not method.recuts:
-            raise ConfigError(f"{unread(method)}; the audit of a client's head needs a split model")
+        _refuse_whole(run_config(folder), split=method_of(run_config(folder)).recuts)
     links: list[_Heard] = []
 
     def reach(_: str) -> Link:
@@ -134,9 +133,16 @@ def _opened(folder: Path, client: str | None) -> tuple[ClientModel, _Heard]:
     found = open_trained(folder, client, connect=reach)
     assert isinstance(found, ClientModel)
     model = found
+    _refuse_whole(model.config, split=model.cut[0] < model.blocks)
     check_watchable(images=KINDS[model.kind].images)
     assert model.split  # it joins here
     return model, links[-1]
+
+
+def _refuse_whole(config: RunConfig, *, split: bool) -> None:
+    if not split:
+        said = unread(method_of(config), config)
+        raise ConfigError(f"{said}; the audit of a client's head needs a split model, of which activations are sent")
 
 
 def _batches(model: ClientModel, source: str | None) -> Iterator[Batch]:

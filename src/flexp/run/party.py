@@ -169,11 +169,17 @@ class Party:
                 f"the server orders {order.count} steps after {self.trainer.steps}, and this run has "
                 f"{self.config.train.total_steps}; set the same train.rounds and train.steps_per_round on both sides"
             )
-        if order.what in GATHER and Place(order.what, number=order.number) not in all_of(self.config):  # type: ignore[arg-type]
-            raise LinkError(
-                f"the server orders {order.what} {order.number}, and by this client's settings there is none: set the "
-                "same method.name, method.meet, model.head and train.rounds on both sides"
-            )
+        if order.what in GATHER:
+            places, place = all_of(self.config), Place(order.what, number=order.number)  # type: ignore[arg-type]
+            if place not in places:
+                raise LinkError(
+                    f"the server orders {order.what} {order.number}, and by this client's settings there is none: set "
+                    "the same method.name, method.meet, model.head and train.rounds on both sides"
+                )
+            if places.index(place) < self._gathering.met:
+                raise LinkError(f"the server orders {order.what} {order.number}, which this client has been at")
+        if self._run and order.run != self._run:  # what owners compared of a run holds for that run
+            raise LinkError(f"the server calls the run {order.run}, which this client knows as {self._run}")
         if len(order.run) > MOST_RUN or min(order.number, order.save or 0) < 0:
             raise LinkError("the server's order names a run or a snapshot that cannot be")
 

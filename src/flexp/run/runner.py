@@ -277,7 +277,8 @@ class _Run:
 
     def _read(self) -> str:
         """What the server can read, in a line."""
-        return said(self.out) or (UNKNOWN if isinstance(self.method, Split) else unread(self.method))
+        method = self.method
+        return said(self.out) or (UNKNOWN if isinstance(method, Split) else unread(method, method.world.config))
 
     def _audited_round(self) -> None:
         """The first round, and what the server can read of it: texts are read most easily before heads have moved."""
