@@ -166,7 +166,7 @@ def test_tensors_and_nested_values_count() -> None:
 
 
 def test_a_client_that_is_started_again_keeps_the_defence_of_its_labels(home: Path) -> None:
-    """Which ``max_label_auc`` has chosen by its ``--cut``: after no gradients come no random answers, nor the reverse."""
+    """Which ``max_label_auc`` has chosen by its ``--cut``: after no gradients come no random answers."""
     bound = {"max_label_auc": 0.6}
     run = config(home, privacy=bound, method={"align": {"kind": "off"}}, data={"clients": each(cut=[[1, 4]])},
                  train={"rounds": 1, "steps_per_round": 1})  # fmt: skip

@@ -54,7 +54,7 @@ def run_client(
 
     Raises:
         LinkError: the server refuses, or cannot be reached.
-        ConfigError: ``state`` belongs to another client or cut, or to something else; or its labels were hidden otherwise.
+        ConfigError: ``state`` belongs to another client, cut or defence of labels, or to something else.
         DataError: the client's examples are not those that it was trained on.
         StorageError: it cannot be written, or is of another version of FlexP.
     """
