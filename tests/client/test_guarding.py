@@ -229,6 +229,21 @@ def test_a_bound_that_quick_attacks_keep_is_broken_by_the_decoder(
     FlexpSfl(build_world(config(folder, told))).clients["north"].step()
 
 
+def test_an_attacker_does_not_learn_from_the_noise_of_what_it_is_asked_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With 50 times as much noise as activation, rows of both are independent."""
+    given: list[Any] = []
+    monkeypatch.setattr(guarding, "most_read", lambda *each: (given.append(each), 0.0)[1])
+    told = {"penalty": "off", "noise": 50.0, "max_content_words": 0.5}
+    FlexpSfl(build_world(config(folder, told))).clients["north"].step()
+    known_NH, asked_NH = given[0][0].sent.z_NH, given[0][1].z_NH
+    rows = min(len(known_NH), len(asked_NH))
+    one, other = known_NH[:rows].flatten(), asked_NH[:rows].flatten()
+    assert rows * known_NH.shape[1] > 1000
+    assert abs(float(torch.nn.functional.cosine_similarity(one, other, dim=0))) < 0.1
+
+
 def test_the_decoder_learns_on_while_the_head_trains(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From its last weights, in a client that was stopped between two checks as well."""
     learnt: list[tuple[int, bool]] = []

@@ -423,7 +423,7 @@ def test_what_no_network_runs_is_refused(folder: Path, tmp_path: Path) -> None:
 def test_what_means_nothing_to_a_method_is_refused_by_every_party(
     folder: Path, tmp_path: Path, method: str, table: dict[str, Any], key: str
 ) -> None:
-    """A simulation, whose configuration may be for several methods, takes it; so do methods to which it means something."""
+    """A simulation, whose configuration may be for several methods, takes it; so do other methods."""
     table = {"model": {"id": str(folder / "model")}} | table
     table["model"] = {"id": str(folder / "model")} | table["model"]
     config = tiny.config(folder, method={"name": method}, **table)
