@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,7 +17,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from scipy.stats import mannwhitneyu
 
+from flexp.attacks.decoder import STATE, Decoder
 from flexp.attacks.public import known_to_all
+from flexp.client import checking, guarding
 from flexp.client.guarding import Guard
 from flexp.client.meeting import FIRST
 from flexp.client.noise import Noise, epsilon
@@ -42,6 +45,14 @@ from flexp.run.runner import run
 from flexp.run.settle import build_world, model_folder, settle
 from tests import tiny
 from tests.harness import seeded
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decoder for models this small."""
+    monkeypatch.setattr(Decoder, "width", 32)
+    monkeypatch.setattr(guarding, "FIRST", 20)
+    monkeypatch.setattr(guarding, "LATER", 5)
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +201,70 @@ def test_the_bound_is_looked_after_while_the_head_trains(folder: Path, monkeypat
                 assert next(reads, None) is None
                 ends.append(next(request.hidden_BTH for request in requests if isinstance(request, ForwardRequest)))
     assert not torch.allclose(*ends)
+
+
+@pytest.mark.parametrize(("penalty", "asked"), [("off", 3), ("nopeek", 9)])
+def test_a_bound_that_quick_attacks_keep_is_broken_by_the_decoder(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, penalty: str, asked: int
+) -> None:
+    """Nothing is sent; and where the quick attacks read more already, a warm-up goes on without asking the others."""
+    reads = {"table": 0.3, "linear": 0.2, "decoder": 0.9}
+    made: list[str] = []
+    monkeypatch.setattr(checking, "content_read", lambda attack, *_: (made.append(attack.name), reads[attack.name])[1])
+    told = {"penalty": penalty, "max_content_words": 0.5, "warm_up": {"steps": 3, "check_every": 1}}
+
+    def refused(says: str) -> None:
+        made.clear()
+        method = FlexpSfl(build_world(config(folder, told)))
+        with seen(method) as requests, pytest.raises(PrivacyError, match=says):
+            method.clients["north"].step()
+        assert not any(isinstance(request, ForwardRequest) for request in requests)
+
+    refused("an attacker who has the head reads 90 % of content words")
+    assert made == ["table", "linear", "decoder"] * (asked // 3)
+    reads["table"] = 0.8
+    refused("an attacker who has the head reads 90 % of content words")
+    assert made == ["table"] * (asked // 3 - 1) + ["table", "linear", "decoder"]
+    reads |= {"table": 0.3, "decoder": 0.5}
+    FlexpSfl(build_world(config(folder, told))).clients["north"].step()
+
+
+def test_an_attacker_does_not_learn_from_the_noise_of_what_it_is_asked_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With 50 times as much noise as activation, rows of both are independent."""
+    given: list[Any] = []
+    monkeypatch.setattr(guarding, "most_read", lambda *each: (given.append(each), 0.0)[1])
+    told = {"penalty": "off", "noise": 50.0, "max_content_words": 0.5}
+    FlexpSfl(build_world(config(folder, told))).clients["north"].step()
+    known_NH, asked_NH = given[0][0].sent.z_NH, given[0][1].z_NH
+    rows = min(len(known_NH), len(asked_NH))
+    one, other = known_NH[:rows].flatten(), asked_NH[:rows].flatten()
+    assert rows * known_NH.shape[1] > 1000
+    assert abs(float(torch.nn.functional.cosine_similarity(one, other, dim=0))) < 0.1
+
+
+def test_the_decoder_learns_on_while_the_head_trains(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From its last weights, in a client that was stopped between two checks as well."""
+    learnt: list[tuple[int, bool]] = []
+    learn = Decoder.learn
+    monkeypatch.setattr(
+        Decoder, "learn", lambda self, known: (learnt.append((self.steps, bool(self.state()))), learn(self, known))[1]
+    )
+    told = {"penalty": "off", "noise": 0.5, "max_content_words": 1.0, "warm_up": {"check_every": 1}}
+    world = build_world(config(folder, told))
+    whole, before, after = FlexpSfl(world), FlexpSfl(world), FlexpSfl(world)
+    for _ in range(2):
+        whole.clients["north"].step()
+    assert learnt == [(20, False), (5, True)]
+    before.clients["north"].step()
+    after.load(before.state())
+    after.clients["north"].step()
+    assert learnt[2:] == [(20, False), (5, True)]
+    expected, found = (each.state()["client-north"] for each in (whole, after))
+    assert sum(name.startswith(STATE) for name in expected) == 8
+    assert all(torch.equal(value, found[name]) for name, value in expected.items() if name.startswith(STATE))
+    assert whole.clients["north"].model.guard.read == after.clients["north"].model.guard.read
 
 
 def test_the_first_activation_is_the_taught_head_s(folder: Path) -> None:
@@ -477,7 +552,8 @@ def test_what_was_read_is_taken_for_the_same_content_alone(tmp_path: Path, told:
         return len(told)
 
     assert (read(), read(), len(told[0][4])) == (1, 1, 2)
-    assert said == ["63 % of content words are read at s = 3 without a defence"]
+    (line,) = said
+    assert re.fullmatch(r"63 % of content words are read at s = 3 without a defence \(found in \d+ s\)", line)
     public.write_text("\n".join([*lines[:-1], "w20 w21 w22 w23 w24 w25"]))
     assert (read(), read()) == (2, 2)
     tensors = load_file(weights)

@@ -6,6 +6,8 @@ bitsandbytes makes peft's import slow wherever it is found, so it has a place of
 from __future__ import annotations
 
 import importlib
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -163,6 +165,23 @@ def test_importing_it_fetches_no_code(tmp_path: Path, monkeypatch: pytest.Monkey
     quantized.check_bitsandbytes("a test")
     assert sys.modules["bitsandbytes"].__file__ == str(tmp_path / "bitsandbytes" / "__init__.py")
     assert sys.modules["kernels"] is kernels
+
+
+def test_what_is_exported_as_an_adapter_fetches_no_code(tmp_path: Path) -> None:
+    """In an interpreter of its own, whose peft imports bitsandbytes, as the real one does."""
+    (tmp_path / "kernels.py").write_text("raise SystemExit('fetched')\n")
+    (tmp_path / "bitsandbytes.py").write_text("try:\n    import kernels\nexcept ImportError:\n    pass\n")
+    (tmp_path / "peft.py").write_text("import bitsandbytes\n\nLoraConfig, PeftModel = 'theirs', 'theirs'\n")
+    code = (
+        "import sys, flexp.export.folder, flexp.export.opening\n"
+        "from flexp.export import adapter\n"
+        "assert 'bitsandbytes' not in sys.modules\n"
+        "adapter.adapted = lambda weights: sys.exit(0 if sys.modules['peft'].LoraConfig == 'theirs' else 1)\n"
+        "adapter.write_adapter(None, None, {}, None, None, '')\n"
+    )
+    path = os.pathsep.join([str(tmp_path), str(Path(flexp.__file__).parents[1])])
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()[-500:]
 
 
 def test_what_cannot_be_is_refused_in_one_line(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -22,6 +23,7 @@ from flexp.links.asking import PIECES
 from flexp.links.base import Link
 from flexp.links.grpc import connect
 from flexp.links.messages import ForwardRequest
+from flexp.methods.base import deployed
 from flexp.report.metrics import read
 from flexp.run import runner
 from flexp.run.client import run_client
@@ -410,6 +412,38 @@ def test_what_no_network_runs_is_refused(folder: Path, tmp_path: Path) -> None:
     config = tiny.config(folder, method={"name": "fedavg"}, **stopping)
     with pytest.raises(ConfigError, match="early_stopping: clients of 'fedavg' are averaged until the last round"):
         Server(config, DeploymentConfig(clients=NAMES), None)
+
+
+@pytest.mark.parametrize(
+    ("method", "table", "key"),
+    [
+        ("fedavg", {"model": {"base_depth": 1}}, "model.base_depth"),
+        ("split-fedavg", {"model": {"base_depth": 1}}, "model.base_depth"),
+        ("fedavg", {"server": {"adapters": "own"}}, "server.adapters"),
+        ("fedavg", {"server": {"guard": {"clip": 1.0}}}, "server.guard.clip"),
+        ("fedavg", {"link": {"codec": {"gradient": "bf16"}}}, "link.codec.gradient"),
+        ("fedavg", {"privacy": {"audit": True}}, "privacy.audit"),
+    ],
+)
+def test_what_means_nothing_to_a_method_is_refused_by_every_party(
+    folder: Path, tmp_path: Path, method: str, table: dict[str, Any], key: str
+) -> None:
+    """A simulation, whose configuration may be for several methods, takes it; so do other methods."""
+    table = {"model": {"id": str(folder / "model")}} | table
+    table["model"] = {"id": str(folder / "model")} | table["model"]
+    config = tiny.config(folder, method={"name": method}, **table)
+    settled = settle(config)
+    starts: list[Callable[[], Any]] = [
+        lambda: Fleet(settled, tmp_path / "out"),
+        lambda: Server(config, DeploymentConfig(clients=NAMES), None),
+        lambda: settle_client(config, "north", None),
+    ]
+    for start in starts:
+        with pytest.raises(ConfigError, match=f"^{re.escape(key)} means nothing to clients of {method!r} on a network"):
+            start()
+    if key != "model.base_depth":
+        assert deployed(tiny.config(folder, method={"name": "split-fedavg"}, **table)).averages
+    assert deployed(tiny.config(folder, method={"name": "flexp-sfl"}, **table)).middle
 
 
 def test_in_a_free_run_those_meet_that_are_there(folder: Path, tmp_path: Path) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from flexp.cli.main import app
@@ -21,11 +23,13 @@ from flexp.export.backup import back_up, restore
 from flexp.export.folder import export
 from flexp.export.opening import open_trained
 from flexp.run import runner
-from flexp.run.client import _known, run_client
+from flexp.run.client import _check_labels, _known, run_client
 from flexp.run.settle import settle_client
 from flexp.run.store import Store, party_of
 from tests.data.tools import jsonl
-from tests.tiny import checkpoint, config
+from tests.tiny import checkpoint, config, each
+
+from .tools import Server, plain
 
 Rows = list[dict[str, Any]]
 EVERYTHING = {"train_examples": None}  # without it, a client's private examples are drawn anew
@@ -159,3 +163,27 @@ def test_tensors_and_nested_values_count() -> None:
     for other in (pixels + 1, pixels.reshape(3, 2), pixels.double(), pixels.to(torch.bfloat16)):
         assert base != of(pixel_values=other, labels=1, choices=[[1, 2], [3]])
     assert base != of(pixel_values=pixels, labels=1, choices=[[1], [2, 3]])
+
+
+def test_a_client_that_is_started_again_keeps_the_defence_of_its_labels(home: Path) -> None:
+    """Which ``max_label_auc`` has chosen by its ``--cut``: after no gradients come no random answers."""
+    bound = {"max_label_auc": 0.6}
+    run = config(home, privacy=bound, method={"align": {"kind": "off"}}, data={"clients": each(cut=[[1, 4]])},
+                 train={"rounds": 1, "steps_per_round": 1})  # fmt: skip
+    asked, state = DeploymentConfig(schedule="free", clients=["north"], save_every=1), home / "state"
+    server, quiet = Server(run, asked, None), Console(quiet=True)
+    setup = settle_client(run, "north", (1, 3))
+    assert (setup.config.privacy.gradients, setup.config.privacy.label_epsilon) == (False, None)
+    try:
+        assert run_client(setup, asked, lambda: plain(server)("north"), state, codec=run.link.codec, console=quiet)
+    finally:
+        server.end()
+    says = r"begun with privacy.gradients = false, and now there is privacy.gradients = true .* give another --state"
+    other = settle_client(run, "north", None)
+    assert other.config.privacy.label_epsilon == pytest.approx(math.log(0.6 / 0.4))
+    with pytest.raises(ConfigError, match=says):
+        run_client(other, asked, lambda: pytest.fail("it has joined"), state, console=quiet)
+    _check_labels(state, setup.config.privacy)
+    weaker = setup.config.privacy.model_copy(update={"label_epsilon": 1.0})
+    with pytest.raises(ConfigError, match=r"begun with no privacy.label_epsilon, and now there is .*epsilon = 1.0"):
+        _check_labels(state, weaker)

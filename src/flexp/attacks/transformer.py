@@ -27,6 +27,7 @@ class Transformer(Attack):
         z_NH = z_NH / self._scale
         texts, length = _texts(public.sent), int(public.sent.positions_N.max()) + 1
         known, target_N = torch.unique(public.ids_N, return_inverse=True)
+        known_KE = self._embeddings[known]
         with torch.random.fork_rng():
             torch.manual_seed(0)
             self._net = _Net(z_NH.shape[1], length, self.layers, self._embeddings.shape[1])
@@ -36,7 +37,7 @@ class Transformer(Attack):
                 rows = [texts[number] for number in torch.randint(len(texts), (self.batch,)).tolist()]
                 told_NE = self._net(z_NH, public.sent.positions_N, rows)
                 optimiser.zero_grad()
-                torch.autograd.backward(sampled_loss(told_NE, target_N[torch.cat(rows)], self._embeddings[known]))
+                torch.autograd.backward(sampled_loss(told_NE, target_N[torch.cat(rows)], known_KE))
                 nn.utils.clip_grad_norm_(self._net.parameters(), 1.0)
                 optimiser.step()
                 falling.step()

@@ -265,7 +265,9 @@ def _heads(run: Known, depth: int, examples: Sequence[Example]) -> dict[str, Pub
     heads = {PRETRAINED: pretrained}
     if config.of_texts and depth > 0:
         surrogate = run.surrogate(depth)
-        guard = Guard(config, examples[:SURROGATE], run.task.processor, SURROGATE, SURROGATE)
+        bound = config.max_content_words if config.penalty != "off" else None  # else there is nothing to teach until it
+        own = config.model_copy(update={"max_content_words": bound})
+        guard = Guard(own, examples[:SURROGATE], run.task.processor, SURROGATE, SURROGATE)
         with suppress(PrivacyError):  # it needs not keep the bound
             guard.teach(surrogate, depth)
         heads[TAUGHT] = guard.covered(known_to_all(surrogate, depth, examples))

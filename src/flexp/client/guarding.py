@@ -6,7 +6,9 @@ head made of it when it came: what a text is about, not which tokens stand where
 is needed.
 
 The bound is checked against an attacker who is given this very head, more than a server ever has: it runs public text
-and the vocabulary in random order through it, and learns the attacks of an audit from that.
+and the vocabulary in random order through it, and learns the quick attacks of an audit from that, and, where each
+token's activation is sent, the trained decoder, which reads most of a deep cut. While the client trains, the decoder
+learns on as the head moves.
 """
 
 from __future__ import annotations
@@ -16,13 +18,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from flexp.attacks.base import Attack, Public, Sent
+from flexp.attacks.base import Public
+from flexp.attacks.decoder import Decoder
 from flexp.attacks.public import dull_tokens, encoded, known_to_all, padded, paragraphs, pooled
-from flexp.attacks.tokens import ATTACKS, ON_MEANS
+from flexp.client.checking import asked, most_read
 from flexp.client.noise import Noise
 from flexp.client.penalties import Adversary, NoPeek
 from flexp.client.random_labels import RandomLabels
@@ -37,10 +39,9 @@ MOST = 256
 """Tokens of a batch whose distances are taken; more are drawn from."""
 PUBLIC = 400
 """Public texts of the warm-up, and half as many of a check."""
-CHECKED = 64
-"""Private texts that a check attacks."""
-VOCABULARY = 1 << 15
-"""Tokens that its attacker knows; of a larger vocabulary those of the private texts and others by lot."""
+FIRST, LATER = 150, 30
+"""Steps that the decoder of a check learns: before anything is sent, and whenever the head was taught; and when it only
+looks how far the task has moved the head since."""
 STREAM = "privacy"
 
 
@@ -82,6 +83,7 @@ class Guard:
         self.labels = None if epsilon is None else RandomLabels(epsilon, classes, key)
         self.penalty = Adversary(seed) if config.penalty == "adversary" else NoPeek()
         self.read: float | None = None
+        self._decoder = Decoder()
         self._examples, self._tokenizer, self._seed = examples, tokenizer, seed
         self._public, self._known = public, known
 
@@ -139,13 +141,14 @@ class Guard:
             own["noise_key"] = key_as_tensor(self.noise.key)
         if self.labels is not None:
             own["label_key"] = key_as_tensor(self.labels.key)
-        own |= self.penalty.state()
+        own |= self.penalty.state() | self._decoder.state()
         return own if clip is None else own | {"clip": torch.tensor(clip, dtype=torch.float64)}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Go on from :meth:`state`."""
         self.taught, self.checked = int(state.get("taught", -1)), int(state.get("checked", 0))
         self.penalty.load(state)
+        self._decoder.load(state)
         if self.noise is not None:
             self.noise.key = key_of(state["noise_key"]) if "noise_key" in state else self.noise.key
             self.noise.clip = float(state["clip"]) if "clip" in state else self.config.clip
@@ -193,11 +196,11 @@ class Guard:
             self.noise.clip = float((came.as_one() if self.config.pool else came).z_NH.norm(dim=1).median())
         if not steps:
             if bound is not None:
-                read = self.read = self._check(stage, depth, private, public)
+                read = self.read = self._check(stage, depth, private, public, LATER if again else FIRST)
                 self._judge(read, depth, steps, again=again)
             return
         if again and bound is not None:
-            self.read = self._check(stage, depth, private, public)
+            self.read = self._check(stage, depth, private, public, LATER, bound)
             if self.read <= bound:
                 return
         kept_NH = _pooled_of(stage, depth, everything)
@@ -207,7 +210,7 @@ class Guard:
         for step in range(steps + 1):
             last = step == steps
             if bound is not None and (last or (step and step % warm.check_every == 0)):
-                read = self.read = self._check(stage, depth, private, public)
+                read = self.read = self._check(stage, depth, private, public, FIRST, 1.0 if last else bound)
                 if read <= bound:
                     return
             if last:
@@ -243,38 +246,33 @@ class Guard:
             f"{depth}), {teach if teaches else ''}add privacy.noise, or raise the bound"
         )
 
-    def covered(self, known: Public) -> Public:
-        """What a client with this guard, whose noise is another, would have sent."""
-        cover = (lambda z: z) if self.noise is None else self.noise.fresh
+    def covered(self, known: Public, said: bytes = b"") -> Public:
+        """What a client with this guard, whose noise is another, would have sent; ``said``: see :meth:`Noise.fresh`."""
+        noise = self.noise
+        cover = (lambda z: z) if noise is None else (lambda z: noise.fresh(z, said))
         if self.config.pool:
             return replace(known, sent=known.sent.as_one(cover), apart=known.sent)
         return replace(known, sent=replace(known.sent, z_NH=cover(known.sent.z_NH)))
 
-    def _check(self, stage: Stage, depth: int, private: list[list[int]], public: list[list[int]]) -> float:
-        """The share of content words of some private texts that the best of these attacks reads."""
+    def _check(
+        self,
+        stage: Stage,
+        depth: int,
+        private: list[list[int]],
+        public: list[list[int]],
+        steps: int,
+        enough: float = 1.0,
+    ) -> float:
         special, draw = set(self._tokenizer.all_special_ids), generator(self._seed, STREAM, "check")
-        some = [private[number] for number in draw.permutation(len(private))[:CHECKED]]
-        words = {token for ids in some for token in ids} - special
-        others = np.setdiff1d(np.arange(len(self._tokenizer)), [*words, *special])
-        more = draw.permutation(others)[: max(0, VOCABULARY - len(words))]
-        flat = draw.permutation([*words, *more.tolist()]).tolist()
-        length = max(map(len, some))
-        shuffled = [flat[start : start + length] for start in range(0, len(flat), length)]
-        known = self._known(stage, depth, [{"input_ids": ids} for ids in [*public[: PUBLIC // 2], *shuffled]])
-        truth = self._known(stage, depth, [{"input_ids": ids} for ids in some])
-        content_N = ~torch.isin(truth.ids_N, dull_tokens(known, special))
+        known, truth = asked(private, public[: PUBLIC // 2], len(self._tokenizer), special, draw)
+        made = [self._known(stage, depth, [{"input_ids": ids} for ids in texts]) for texts in (known, truth)]
+        content_N = ~torch.isin(made[1].ids_N, dull_tokens(made[0], special))
         self.attacked = int(content_N.sum())
-        if not self.attacked:
-            return 0.0
-        known, truth = self.covered(known), self.covered(truth)
-        attacks = [kind() for kind in (ON_MEANS if self.config.pool else ATTACKS) if not kind.slow]
-        return max(content_read(attack, known, truth.sent, truth.ids_N, content_N) for attack in attacks)
-
-
-def content_read(attack: Attack, known: Public, sent: Sent, ids_N: Tensor, content_N: Tensor) -> float:
-    """The share of content words that an attack reads which learns from ``known``."""
-    attack.learn(known)
-    return float((attack.read(sent, ids_N) == ids_N)[content_N].float().mean())
+        # With the same words said, row by row they would have the same noise.
+        sent, texts = self.covered(made[0]), self.covered(made[1], b"texts")
+        self._decoder.steps = steps
+        decoder = None if self.config.pool else self._decoder
+        return most_read(sent, texts.sent, texts.ids_N, content_N, decoder, enough) if self.attacked else 0.0
 
 
 def _run(stage: Stage, depth: int, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:

@@ -43,10 +43,11 @@ class Noise:
         norm_BT1: Tensor = z_BTH.norm(dim=-1, keepdim=True)
         return z_BTH * (self.clip / norm_BT1.clamp_min(1e-12)).clamp(max=1.0)
 
-    def fresh(self, z_NH: Tensor) -> Tensor:
-        """z covered with other noise, as an attacker makes it of public text."""
+    def fresh(self, z_NH: Tensor, said: bytes = b"") -> Tensor:
+        """z covered with other noise, as an attacker makes it of public text; what is ``said`` with a key gives rows of
+        its own."""
         clipped = self.clipped(z_NH)
-        return clipped + self._sigma(clipped) * gaussian.drawn(clipped.shape, self.key).to(clipped)
+        return clipped + self._sigma(clipped) * gaussian.drawn(clipped.shape, self.key, said).to(clipped)
 
     def _of(self, ids_T: Tensor, z_TH: Tensor) -> Tensor:
         noise = gaussian.drawn(z_TH.shape, self.key, ids_T.cpu().numpy().astype("<i8").tobytes())

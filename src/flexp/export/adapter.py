@@ -12,8 +12,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from peft import LoraConfig as PeftLoraConfig
-from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -22,6 +20,7 @@ from flexp.config import LoraConfig
 from flexp.errors import ConfigError, ModelError
 from flexp.export.whole import adapted, let_go, plain
 from flexp.kinds import KINDS, ModelKind
+from flexp.models.quantized import check_bitsandbytes
 from flexp.models.stage import Stage, carve
 
 PREFIX = "base_model.model."
@@ -49,8 +48,11 @@ def write_adapter(
 
     Raises:
         ConfigError: an adapter cannot hold what was trained.
-        ModelError: peft would make something else of it.
+        ModelError: peft would make something else of it, or cannot be imported.
     """
+    check_bitsandbytes("an adapter (peft)")
+    from peft import LoraConfig as PeftLoraConfig
+
     adapters, model = adapted(weights), source.model
     if not adapters:
         raise ConfigError(
@@ -101,6 +103,8 @@ def _padded(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 def _try(folder: Path, source: Stage, adapters: Mapping[str, tuple[Tensor, Tensor]], scaling: float) -> None:
     """Let peft load what was written over a copy of the base, and look at every adapter."""
+    from peft import PeftModel
+
     problem = ""
     try:
         loaded = PeftModel.from_pretrained(carve(source, source.part).model, str(folder))

@@ -21,6 +21,7 @@ from flexp.machine import device_of
 from flexp.models.batches import align_padding
 from flexp.models.heads import AUTO
 from flexp.models.loading import quietly
+from flexp.models.quantized import check_bitsandbytes
 from flexp.run.folder import check_scored, is_client, saved_facts
 from flexp.run.settle import own_pad, world_of
 
@@ -147,6 +148,7 @@ class ExportedModel(Trained):
             model = AUTO[self.kind].from_pretrained(where, **known)
         align_padding(model, own_pad(self.kind, self.processor))
         if self._form == "adapter":
+            check_bitsandbytes(f"{self.folder}: an adapter (peft)")
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(model, str(self.folder))

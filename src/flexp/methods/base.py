@@ -18,7 +18,7 @@ from torch import Tensor
 from flexp.client.meeting import Meets
 from flexp.client.personal_head import Choice
 from flexp.client.trainer import Step
-from flexp.config import AlignConfig, LoraConfig, RunConfig, Section
+from flexp.config import AlignConfig, LoraConfig, RunConfig, Section, all_keys
 from flexp.cost.clock import Schedule
 from flexp.data.types import ClientData, Federation
 from flexp.errors import ConfigError
@@ -69,6 +69,15 @@ class Deployed:
 
     averages: bool = False
     middle: bool = True
+
+    @property
+    def idle(self) -> tuple[str, ...]:
+        """How keys begin that mean nothing there. Bounds of a server that are never reached are none of these."""
+        shared = ("update", "mean_over", "trim", "noise", "memory", "joined", "tuning", "adapters", "quantization")
+        bounds = ("max_norm", "clip", "similar", "explode", "median_over", "settle")
+        here = ("link.", "privacy.", "server.device", *(f"server.{key}" for key in shared))
+        whole = () if self.middle else (*here, *(f"server.guard.{key}" for key in bounds))
+        return ("model.base_depth", *whole) if self.averages else whole
 
 
 @dataclass(frozen=True)
@@ -306,7 +315,7 @@ def deployed(config: RunConfig) -> Deployed:
     """How the configuration's method runs on a network.
 
     Raises:
-        ConfigError: it does not, or not with early stopping.
+        ConfigError: it does not, or not with early stopping; or something is set that means nothing there.
     """
     found = method_of(config).deployed
     if found is None:
@@ -317,7 +326,19 @@ def deployed(config: RunConfig) -> Deployed:
     if found.averages and config.train.early_stopping.patience is not None:
         raise ConfigError(f"train.early_stopping: clients of {config.method.name!r} are averaged until the last round; "
                           "leave it out")  # fmt: skip
+    for key in all_keys(RunConfig):
+        if key.startswith(found.idle) and _is_set(config, key):
+            why = "are cut alike" if found.middle else "have all of the model"
+            raise ConfigError(f"{key} means nothing to clients of {config.method.name!r} on a network, which {why}; "
+                              "leave it out")  # fmt: skip
     return found
+
+
+def _is_set(section: Section, key: str) -> bool:
+    """Whether a key has another value than its default."""
+    name, _, rest = key.partition(".")
+    value = getattr(section, name)
+    return _is_set(value, rest) if rest else bool(value != type(section).model_fields[name].default)
 
 
 def as_deployed(config: RunConfig, cuts: Cuts, blocks: int) -> tuple[RunConfig, Cuts]:

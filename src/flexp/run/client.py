@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,10 +15,10 @@ from flexp.client.model import SplitModel
 from flexp.client.recut import move_party
 from flexp.client.trainer import Trainer
 from flexp.client.watching import Watch
-from flexp.config import CodecConfig, DeploymentConfig
+from flexp.config import CodecConfig, DeploymentConfig, PrivacyConfig
 from flexp.data.split import check_same
 from flexp.errors import ConfigError, LinkError, LinkLostError, StoppedError
-from flexp.files import check_free, write_json
+from flexp.files import check_free, read_json, write_json
 from flexp.links.base import Link
 from flexp.report.metrics import MetricsLog, write_records
 from flexp.report.metrics import read as read_log
@@ -53,7 +54,7 @@ def run_client(
 
     Raises:
         LinkError: the server refuses, or cannot be reached.
-        ConfigError: ``state`` belongs to another client or cut, or to something else.
+        ConfigError: ``state`` belongs to another client, cut or defence of labels, or to something else.
         DataError: the client's examples are not those that it was trained on.
         StorageError: it cannot be written, or is of another version of FlexP.
     """
@@ -61,6 +62,7 @@ def run_client(
     check_conducted(config.train, deployment.schedule)
     if not is_client(state):
         check_free(state, ("config.json", "metrics.jsonl"), "a client", "--state")
+    _check_labels(state, config.privacy)
     snapshots = Store(state / SNAPSHOTS, deployment.keep)
     snapshots.claim()
     may_move = deployment.schedule == "free"
@@ -70,7 +72,7 @@ def run_client(
     if recuts and facts and not setup.cut_is_given:  # where it moved to
         setup = replace(setup, cut=(int(facts["cut"][0]), int(facts["cut"][1])))
     middle = setup.cut[0] < setup.run.blocks  # or else no activation leaves
-    audits = config.privacy.audit and middle and int(facts.get("steps", 0)) < config.train.steps_per_round
+    audits = config.privacy.audit and int(facts.get("steps", 0)) < config.train.steps_per_round
     with Progress(config.train.total_steps, name, metric=federation.task.metric, console=console) as progress:
         audit = _audit(setup, state, progress.note) if audits else None
         if not middle:
@@ -146,6 +148,22 @@ def _known(snapshots: Store, setup: ClientSetup, state: Path, *, may_move: bool)
     mend = "going on could test with what was trained on: put the data back, or begin anew in another --state"
     check_same(facts.get("data"), setup.identity, state, mend)
     return newest
+
+
+def _check_labels(state: Path, now: PrivacyConfig) -> None:
+    """Refuse another defence of labels than the client began with: what both send tells more than either's bound."""
+    if not (state / "config.json").is_file():
+        return
+    then = PrivacyConfig().model_dump() | read_json(state / "config.json").get("privacy", {})
+    for key in ("gradients", "label_epsilon"):
+        was, is_ = then[key], getattr(now, key)
+        if was != is_:
+            said = [f"privacy.{key} = {json.dumps(value)}" if value is not None else f"no privacy.{key}"
+                    for value in (was, is_)]  # fmt: skip
+            raise ConfigError(
+                f"{state} was begun with {said[0]}, and now there is {said[1]} (privacy.max_label_auc chooses by the "
+                "cuts): start it with the --cut and the settings of its first start, or give another --state"
+            )
 
 
 def _joined(

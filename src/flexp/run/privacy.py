@@ -36,7 +36,7 @@ def within_label_bound(
 
     Args:
         blocks: of the model, L.
-        cut: where the client cuts, whatever the configuration says.
+        cut: of a client that is started by itself, whatever the configuration says.
 
     Raises:
         ConfigError: the labels are no classes, or ``privacy.label_epsilon`` tells more.
@@ -76,7 +76,7 @@ def _against(silent: RunConfig, federation: Federation, blocks: int, cut: tuple[
     """Why a run cannot go without gradients; ``None``: it can."""
     names = [client.name for client in federation.clients]
     for name, own in silent.data.clients.every(names).items():
-        stop = None if own.cut is None else own.cut[1]
+        stop = (cut or own.cut or (0, None))[1]
         if stop is None or not stop < blocks:
             return f"client {name} has no blocks in its tail to learn with: cut at an earlier e"
     try:

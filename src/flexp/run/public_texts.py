@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -33,8 +34,9 @@ from flexp.models.tuning import tune
 
 LEAST = 50
 """Content words of public texts that a bound is judged by."""
-AUDIT = 2
-"""The attack's version: what another one read is not taken for this one's. 2: it knows the whole vocabulary."""
+AUDIT = 3
+"""The attack's version: what another one read is not taken for this one's. 2: it knows the whole vocabulary; 3: with a
+trained decoder."""
 
 
 @dataclass(frozen=True)
@@ -121,8 +123,10 @@ class Reader:
             key=texts.seed,  # these are no secrets
             public=self._public, known=known_to_all if taught else self._once,
         )  # fmt: skip
+        began = time.perf_counter()
         with suppress(PrivacyError):
             guard.teach(stage, depth)
+        seconds = time.perf_counter() - began
         assert guard.read is not None
         if guard.attacked < LEAST:
             raise DataError(
@@ -130,9 +134,11 @@ class Reader:
                 f"and they have {guard.attacked}; set privacy.public to a file with more texts"
             )
         kept.parent.mkdir(parents=True, exist_ok=True)
-        write_json(kept, {"model": model.id, "s": depth, "with": words(privacy), "content": guard.read})
+        found = {"model": model.id, "s": depth, "with": words(privacy), "content": guard.read, "seconds": seconds}
+        write_json(kept, found)
         if self._said is not None:
-            self._said(f"{100 * guard.read:.0f} % of content words are read at s = {depth} {words(privacy)}")
+            self._said(f"{100 * guard.read:.0f} % of content words are read at s = {depth} {words(privacy)} "
+                       f"(found in {seconds:.0f} s)")  # fmt: skip
         return guard.read
 
     def _load(self) -> Stage:
