@@ -28,6 +28,11 @@ class Decoder(Attack):
     def __init__(self) -> None:
         self._net: nn.Sequential | None = None
 
+    @property
+    def learnt(self) -> bool:
+        """Whether it has weights to go on from."""
+        return self._net is not None
+
     def state(self) -> dict[str, Tensor]:
         """Its weights, for :meth:`load`; nothing before it has learnt."""
         return {} if self._net is None else {f"{STATE}{name}": value for name, value in self._net.state_dict().items()}

@@ -270,7 +270,7 @@ class Guard:
         self.attacked = int(content_N.sum())
         # With the same words said, row by row they would have the same noise.
         sent, texts = self.covered(made[0]), self.covered(made[1], b"texts")
-        self._decoder.steps = steps
+        self._decoder.steps = steps if self._decoder.learnt else FIRST  # of an older snapshot it has not
         decoder = None if self.config.pool else self._decoder
         return most_read(sent, texts.sent, texts.ids_N, content_N, decoder, enough) if self.attacked else 0.0
 
