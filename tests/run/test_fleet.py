@@ -418,7 +418,6 @@ def test_what_no_network_runs_is_refused(folder: Path, tmp_path: Path) -> None:
     ("method", "table", "key"),
     [
         ("fedavg", {"model": {"base_depth": 1}}, "model.base_depth"),
-        ("split-fedavg", {"model": {"base_depth": 1}}, "model.base_depth"),
         ("fedavg", {"server": {"adapters": "own"}}, "server.adapters"),
         ("fedavg", {"server": {"guard": {"clip": 1.0}}}, "server.guard.clip"),
         ("fedavg", {"link": {"codec": {"gradient": "bf16"}}}, "link.codec.gradient"),
@@ -428,7 +427,8 @@ def test_what_no_network_runs_is_refused(folder: Path, tmp_path: Path) -> None:
 def test_what_means_nothing_to_a_method_is_refused_by_every_party(
     folder: Path, tmp_path: Path, method: str, table: dict[str, Any], key: str
 ) -> None:
-    """A simulation, whose configuration may be for several methods, takes it; so do other methods."""
+    """A simulation, whose configuration may be for several methods, takes it; so do other methods. Nor does a fleet say
+    any of it to its server."""
     table = {"model": {"id": str(folder / "model")}} | table
     table["model"] = {"id": str(folder / "model")} | table["model"]
     config = tiny.config(folder, method={"name": method}, **table)
@@ -441,8 +441,9 @@ def test_what_means_nothing_to_a_method_is_refused_by_every_party(
     for start in starts:
         with pytest.raises(ConfigError, match=f"^{re.escape(key)} means nothing to clients of {method!r} on a network"):
             start()
-    if key != "model.base_depth":
-        assert deployed(tiny.config(folder, method={"name": "split-fedavg"}, **table)).averages
+    plainly = tiny.config(folder, method={"name": method}, model={"id": str(folder / "model")})
+    assert Fleet(settle(plainly), tmp_path / "out").blocks == []
+    assert deployed(tiny.config(folder, method={"name": "split-fedavg"}, **table)).averages
     assert deployed(tiny.config(folder, method={"name": "flexp-sfl"}, **table)).middle
 
 

@@ -75,9 +75,8 @@ class Deployed:
         """How keys begin that mean nothing there. Bounds of a server that are never reached are none of these."""
         shared = ("update", "mean_over", "trim", "noise", "memory", "joined", "tuning", "adapters", "quantization")
         bounds = ("max_norm", "clip", "similar", "explode", "median_over", "settle")
-        here = ("link.", "privacy.", "server.device", *(f"server.{key}" for key in shared))
-        whole = () if self.middle else (*here, *(f"server.guard.{key}" for key in bounds))
-        return ("model.base_depth", *whole) if self.averages else whole
+        here = ("model.base_depth", "link.", "privacy.", "server.device", *(f"server.{key}" for key in shared))
+        return () if self.middle else (*here, *(f"server.guard.{key}" for key in bounds))
 
 
 @dataclass(frozen=True)
@@ -328,9 +327,8 @@ def deployed(config: RunConfig) -> Deployed:
                           "leave it out")  # fmt: skip
     for key in all_keys(RunConfig):
         if key.startswith(found.idle) and _is_set(config, key):
-            why = "are cut alike" if found.middle else "have all of the model"
-            raise ConfigError(f"{key} means nothing to clients of {config.method.name!r} on a network, which {why}; "
-                              "leave it out")  # fmt: skip
+            raise ConfigError(f"{key} means nothing to clients of {config.method.name!r} on a network, which have all "
+                              "of the model; leave it out")  # fmt: skip
     return found
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from flexp.config import RunConfig
 from flexp.errors import ConfigError, FlexpError
 from flexp.files import check_free, folder_name, read_json, write_json
+from flexp.methods.base import deployed
 from flexp.report.metrics import Follower
 from flexp.report.metrics import read as read_log
 from flexp.run.conduct import is_over, newest_facts
@@ -97,19 +98,25 @@ class Fleet:
         """What a client has for itself."""
         return self.out / "clients" / folder_name(client)
 
+    @property
+    def blocks(self) -> list[str]:
+        """What the server is told of its blocks."""
+        depth = self.config.model.base_depth
+        if not deployed(self.config).middle:
+            return []
+        if self.config.recut.on:  # then cuts may become as shallow as any
+            return [] if depth is None else ["--base-depth", str(depth)]
+        start = min(cut[0] for cut in self.cuts.values()) if depth is None else depth
+        return ["--base-depth", str(start), "--end", str(max(cut[1] for cut in self.cuts.values()))]
+
     def start_server(self, listen: str = "127.0.0.1:0") -> None:
         """Start the server and wait until it listens; it keeps its port when it is started again.
 
         Raises:
             FlexpError: it ended instead.
         """
-        depth = self.config.model.base_depth
-        start = min(cut[0] for cut in self.cuts.values()) if depth is None else depth
-        blocks = ["--base-depth", str(start), "--end", str(max(cut[1] for cut in self.cuts.values()))]
-        if self.config.recut.on:  # then cuts may become as shallow as any
-            blocks = [] if depth is None else ["--base-depth", str(depth)]
         self.server.arguments = [
-            "server", "--config", str(self._file), "--state", str(self.out / "server"), *blocks,
+            "server", "--config", str(self._file), "--state", str(self.out / "server"), *self.blocks,
             "--listen", self.address or listen, "--every", "5",
         ]  # fmt: skip
         before = self.server.log.stat().st_size if self.server.log.exists() else 0
