@@ -205,13 +205,17 @@ def choose(
 
     Cross-fitted: each of a few folds is answered by heads that were made without it. What was trained has seen all
     examples, so in its place stands one that ``retrain`` makes of the others, beginning with their closed form
-    (``own_begin``: with :meth:`Agreed.begin`, as the client did).
+    (``own_begin``: with :meth:`Agreed.begin`, as the client did). A trained one that is worse than these on the very
+    examples it saw was averaged with clients who differ, and is judged itself.
     """
     whole = common.personal(own, features_NH, labels_N)
     if len(labels_N) < 2 * FOLDS:
         return whole, "closed-form"
-    whole = common.no_surer(whole, trained, features_NH, labels_N)
-    cost: dict[Choice, float] = {"closed-form": 0.0, "trained": 0.0, "both": 0.0}
+
+    def anew(less: Agreed, x_MH: Tensor, y_M: Tensor) -> LinearHead:
+        return retrain(less.begin(x_MH, y_M) if own_begin else less.head(), x_MH, y_M)
+
+    folds: list[tuple[Tensor, LinearHead, LinearHead]] = []
     place = torch.empty(len(labels_N), dtype=torch.long)
     place[labels_N.argsort(stable=True)] = torch.arange(len(labels_N))  # each class falls evenly into all folds
     for fold in range(FOLDS):
@@ -220,11 +224,18 @@ def choose(
         gone = common.of(features_NH[out], labels_N[out])
         less = common.without(gone)
         closed = less.personal(own.without(gone), x, y)
-        again = retrain(less.begin(x, y) if own_begin else less.head(), x, y)
-        closed = common.no_surer(closed, again, x, y)
-        heads: dict[Choice, LinearHead] = {"closed-form": closed, "trained": again, "both": mean_head(closed, again)}
+        again = anew(less, x, y)
+        folds.append((out, common.no_surer(closed, again, x, y), again))
+    unseen = sum(common.loss(again(features_NH[out]), labels_N[out]) for out, _, again in folds)
+    averaged = common.loss(trained(features_NH), labels_N) > unseen
+    cost: dict[Choice, float] = {"closed-form": 0.0, "trained": 0.0, "both": 0.0}
+    for out, closed, again in folds:
+        other = trained if averaged else again
+        heads: dict[Choice, LinearHead] = {"closed-form": closed, "trained": other, "both": mean_head(closed, other)}
         for name, head in heads.items():
             cost[name] += common.loss(head(features_NH[out]), labels_N[out])
+    than = anew(common, features_NH, labels_N) if averaged else trained
+    whole = common.no_surer(whole, than, features_NH, labels_N)
     best = min(cost, key=cost.__getitem__)
     choice: Choice = best if clearly_better(cost[best], cost["both"], common.by_heart(labels_N)) else "both"
     return {"closed-form": whole, "trained": trained, "both": mean_head(whole, trained)}[choice], choice
