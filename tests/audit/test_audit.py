@@ -257,6 +257,9 @@ def test_a_run_as_the_server_sees_it(folder: Path, public: Path) -> None:
     assert f"{found.members:.2f}" in page
     assert found.worst[0][0] in page
     assert "never that nothing leaks" in page
+    assert found.blind["labelled"] > found.blind["tokens"]
+    told = f"{100 * found.blind['labelled_content']:.1f}\N{NO-BREAK SPACE}%"
+    assert told in page.partition("labels alone, some texts known")[2][:200]
 
 
 def test_a_run_says_what_the_server_can_read_and_is_otherwise_the_same(folder: Path, public: Path) -> None:

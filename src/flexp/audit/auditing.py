@@ -199,11 +199,7 @@ def attacked(watch: Watch, *, public: Path | None = None, full: bool = False, on
         truths = {of: Truth.of(seen, of, special, dull) for (of, where), seen in places.items() if where == depth}
         again = truths["z"].averaged() if "z" in truths else None
         truths |= {} if again is None else {AVERAGED: again}
-        if not blind:
-            blind = usual(heads[PRETRAINED], next(iter(truths.values())), special)
-            here = places.get(("z", depth), [])
-            if answers == "class" and here and all("labels" in one.batch for one in here):  # a client's audit has none
-                blind |= by_labels(truths["z"], torch.cat([one.batch["labels"] for one in here]))
+        blind = blind or usual(heads[PRETRAINED], next(iter(truths.values())), special)
         if "z" in truths and truths["z"].texts > FEW and (full or config.privacy.of_texts):
             some = truths["z"].only(truths["z"].known())
             heads[KNOWN] = replace(heads[PRETRAINED], sent=some.sent, ids_N=some.ids_N, apart=None)
@@ -222,6 +218,9 @@ def attacked(watch: Watch, *, public: Path | None = None, full: bool = False, on
                         best = reading.content, asked.ids_N, read_N, asked.sent.texts_N
                     began = time.perf_counter()
     assert best is not None
+    if answers == "class" and all("labels" in one.batch for one in watch.exchanges):  # a client's audit has none
+        labels_U = torch.cat([one.batch["labels"] for one in watch.exchanges])
+        blind |= by_labels(Truth.of(watch.exchanges, "z", special, dull), labels_U)
     if decoder and len(run.source.part.blocks) == run.source.anatomy.blocks:
         blind |= by_the_model(watch.exchanges, run.source, special, dull)
     pooled = config.privacy.pool  # those two run a model without the mean between its blocks
