@@ -168,19 +168,22 @@ def test_importing_it_fetches_no_code(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_what_is_exported_as_an_adapter_fetches_no_code(tmp_path: Path) -> None:
-    """In an interpreter of its own, whose peft imports bitsandbytes, as the real one does."""
+    """In an interpreter of its own, whose peft imports bitsandbytes, as the real one does. Transformers comes first: it
+    imports the package kernels where there is one, which fetches nothing by itself."""
     (tmp_path / "kernels.py").write_text("raise SystemExit('fetched')\n")
     (tmp_path / "bitsandbytes.py").write_text("try:\n    import kernels\nexcept ImportError:\n    pass\n")
     (tmp_path / "peft.py").write_text("import bitsandbytes\n\nLoraConfig, PeftModel = 'theirs', 'theirs'\n")
     code = (
-        "import sys, flexp.export.folder, flexp.export.opening\n"
+        "import sys, transformers.modeling_utils\n"
+        f"sys.path.insert(0, {str(tmp_path)!r})\n"
+        "import flexp.export.folder, flexp.export.opening\n"
         "from flexp.export import adapter\n"
         "assert 'bitsandbytes' not in sys.modules\n"
         "adapter.adapted = lambda weights: sys.exit(0 if sys.modules['peft'].LoraConfig == 'theirs' else 1)\n"
         "adapter.write_adapter(None, None, {}, None, None, '')\n"
     )
-    path = os.pathsep.join([str(tmp_path), str(Path(flexp.__file__).parents[1])])
-    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True)
+    path = {"PYTHONPATH": str(Path(flexp.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **path}, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()[-500:]
 
 
