@@ -70,7 +70,7 @@ class Journal:
         try:
             with replacing(self._path(number)) as part:
                 save_file(values, part, {"notes": notes, "sha256": _digest(reply.values_N, notes)})
-        except (StorageError, SafetensorError) as error:
+        except (StorageError, SafetensorError, OSError) as error:
             self._say(f"sum {number} was not saved, so no client can have it again if this server falls: {error}")
             return False
         return True
