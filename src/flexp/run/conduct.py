@@ -14,6 +14,7 @@ from flexp.errors import ConfigError, LinkError, LinkLostError, StorageError
 from flexp.files import read_json, write_json
 from flexp.links.messages import Order, Ready
 from flexp.links.passing import Keep
+from flexp.methods.turns import Place, steps_before
 from flexp.run.store import Store
 
 if TYPE_CHECKING:
@@ -90,9 +91,26 @@ class Conductor:
                 f"the run {run} was planned with {planned} steps of each client, not {train.total_steps}, which only a "
                 "free run with a constant train.shared.schedule may change; set train.rounds as it was, or begin anew"
             )
+        was = saved.get("gatherings", [])
+        if any(before != now for before, now in zip(was, self._gatherings_said, strict=False)):
+            raise ConfigError(
+                f"the run {run} was begun with other meetings or averages ({_shown(was)}) than the settings say now "
+                f"({_shown(self._gatherings_said)}): after the last meeting there are no more rounds; set "
+                "train.rounds, train.steps_per_round and method.meet.on as they were, or begin anew"
+            )
         self.over = self.server.sealed = is_over(saved, train)
         if self.over:
             self.say(f"the run {run} is over: nobody trains it any more")
+
+    @property
+    def gatherings(self) -> list[Place]:
+        """What all clients do together, in its order."""
+        raise NotImplementedError
+
+    @property
+    def _gatherings_said(self) -> list[list[Any]]:
+        """The same for a snapshot, each with the steps that a client has done by then."""
+        return [[place.what, place.number, steps_before(place, self.train)] for place in self.gatherings]
 
     @property
     def middle(self) -> bool:
@@ -171,7 +189,12 @@ class Conductor:
         """The server's own snapshot; a failure is said, and what was saved before stays."""
         if self.snapshots is None:
             return
-        facts = {"run": self.run, "updates": self.server.updates, "planned": self.train.total_steps}
+        facts = {
+            "run": self.run,
+            "updates": self.server.updates,
+            "planned": self.train.total_steps,
+            "gatherings": self._gatherings_said,
+        }
         chain = self.server.chain
         try:
             # All save after the same update, this one last: what it has, all have.
@@ -192,6 +215,14 @@ class Conductor:
             self.server.chain.tell(Keep(number, self.run, back=True)).result()
         self.server.load(self.snapshots.open(number).load("server"))
         self.say(f"back to snapshot {number}: {self.server.updates} updates of the shared blocks")
+
+
+def _shown(gatherings: Sequence[Sequence[Any]]) -> str:
+    """In a few words: all meetings, and averages after how many steps and how often."""
+    averages = [steps for what, _, steps in gatherings if what == "average"]
+    said = [f"a meeting after step {steps}" for what, _, steps in gatherings if what == "meet"]
+    said += [f"{len(averages)} averages, one every {averages[0]} steps"] if averages else []
+    return ", ".join(said) or "none"
 
 
 def newest_facts(snapshots: Store | None, numbers: Sequence[int] | None = None) -> Mapping[str, Any]:
