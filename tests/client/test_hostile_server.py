@@ -207,10 +207,14 @@ def test_orders_that_no_server_of_this_run_gives(order: Order, tmp_path: Path) -
     party.config, party._run = validate(content, "here"), "run"
     party.trainer = type("Trainer", (), {"steps": 12, "name": "a"})()  # type: ignore[assignment]
     party._gathering = type("Gathering", (), {"met": 1})()  # type: ignore[assignment]
+    party.snapshots = type("Store", (), {"numbers": lambda _: [0]})()  # type: ignore[assignment]
     party._judge(Order("step", "run", count=8))
     party._judge(Order("meet", "run", number=LAST))
     with pytest.raises(LinkError):
         party._judge(order)
+    party.snapshots = type("Store", (), {"numbers": lambda _: []})()  # type: ignore[assignment]
+    party.trainer.steps = 0
+    party._judge(Order("meet", "run"))  # of a server that fell before anybody had saved, so that all begin again
 
 
 @pytest.mark.parametrize("again", [True, False])

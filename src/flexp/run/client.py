@@ -162,7 +162,8 @@ def _check_labels(state: Path, now: PrivacyConfig) -> None:
                     for value in (was, is_)]  # fmt: skip
             raise ConfigError(
                 f"{state} was begun with {said[0]}, and now there is {said[1]} (privacy.max_label_auc chooses by the "
-                "cuts): start it with the --cut and the settings of its first start, or give another --state"
+                "cuts): start it with the --cut and the settings of its first start, or name privacy.gradients and "
+                "privacy.label_epsilon as its config.json has them, or give another --state"
             )
 
 

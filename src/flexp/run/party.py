@@ -176,7 +176,8 @@ class Party:
                     f"the server orders {order.what} {order.number}, and by this client's settings there is none: set "
                     "the same method.name, method.meet, model.head and train.rounds on both sides"
                 )
-            if places.index(place) < self._gathering.met:
+            begun = self.trainer.steps > 0 or bool(self.snapshots.numbers())  # or else all may begin the run again
+            if begun and places.index(place) < self._gathering.met:
                 raise LinkError(f"the server orders {order.what} {order.number}, which this client has been at")
         if self._run and order.run != self._run:  # what owners compared of a run holds for that run
             raise LinkError(f"the server calls the run {order.run}, which this client knows as {self._run}")
