@@ -28,6 +28,7 @@ from flexp.report.metrics import read
 from flexp.run import runner
 from flexp.run.client import run_client
 from flexp.run.fleet import Fleet
+from flexp.run.gathering import Gathering
 from flexp.run.server import make_conductor, make_server
 from flexp.run.settle import settle, settle_client
 from flexp.run.store import Store
@@ -424,7 +425,15 @@ def test_who_is_behind_the_others_when_all_were_killed_has_their_averages(
         assert equal(of("personal/", newest(out / "clients" / name / "snapshots")), wanted)
 
 
-def test_who_is_left_out_of_an_average_says_so(folder: Path, tmp_path: Path) -> None:
+def test_who_is_left_out_of_an_average_says_so(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: dict[str, list[str]] = {name: [] for name in NAMES}
+    say = Gathering._say_who
+
+    def kept(self: Any, *args: Any) -> None:
+        self._note = said[self.data.name].append
+        say(self, *args)
+
+    monkeypatch.setattr(Gathering, "_say_who", kept)
     (tmp_path / "secret").write_text("0123456789abcdef0123456789abcdef", encoding="utf-8")
     method = {"name": "fedavg", "meet": {"secret": str(tmp_path / "secret")}}
     config = tiny.config(folder, method=method, train={"rounds": 2, "steps_per_round": 1, "batch_size": 4})
@@ -437,8 +446,6 @@ def test_who_is_left_out_of_an_average_says_so(folder: Path, tmp_path: Path) -> 
     server.end()
     first, second, late = NAMES
     both = ", ".join(sorted((first, second)))
-    said = {name: [record["text"] for record in read(out / name / "metrics.jsonl") if record["kind"] == "note"
-                   and "average" in record["text"]] for name in NAMES}  # fmt: skip
     for name in (first, second):
         assert said[name] == [f"from round 1 on weights are averaged of {both}"]
     assert said[late] == [
