@@ -27,6 +27,7 @@ from tests.methods.tools import equal
 from .test_adding import NAMES, Wire
 
 EXAMPLES = {"a": 1, "b": 96, "c": 1000}
+ROUNDS = [("average", number) for number in (1, 2, 3)]
 GROUP = Group.from_secret(b"what the owners share", "run")
 Seen = list[tuple[str, SumRequest]]
 
@@ -42,9 +43,9 @@ def model(name: str) -> dict[str, Tensor]:
     }
 
 
-def table(journal: Journal | None = None) -> SumTable:
+def table(journal: Journal | None = None, keep: int = 2) -> SumTable:
     made = SumTable()
-    made.open(NAMES, rounds=3, keep=2, journal=journal)
+    made.open(NAMES, rounds=3, keep=keep, journal=journal)
     return made
 
 
@@ -137,7 +138,7 @@ def test_who_goes_back_has_the_last_averages_again(tmp_path: Path) -> None:
     for there in (sums, fallen):
         for number in (3, 2):
             there.asked["a"] = number
-            there.past("b", 3)
+            there.past("b", ROUNDS[:3])
             again = averaged(model("b"), EXAMPLES["a"], over(there, seen, "a"), number)  # whatever it gives
             assert equal(again, simulated(*NAMES))
         assert {number // PIECES for number in there.done} == {2, 3}  # what is kept is bounded
@@ -150,8 +151,24 @@ def test_who_goes_back_has_the_last_averages_again(tmp_path: Path) -> None:
             averaged(model("a"), EXAMPLES["a"], over(there, seen, "a"), 4)
     assert {int(file.stem) // PIECES for file in tmp_path.glob("run/*.safetensors")} == {2, 3}
     assert not lines
-    assert not table(Journal(tmp_path, "another run", print)).done
-    assert [folder.name for folder in tmp_path.iterdir()] == []
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "letter.txt").touch()
+    other = table(Journal(tmp_path, "another", print))
+    assert not other.done
+    assert (other.first, fallen.first) == (1, 2)
+    assert {folder.name for folder in tmp_path.iterdir()} == {"run", "own"}  # a start by mistake takes nothing away
+    met(other, seen)
+    assert {folder.name for folder in tmp_path.iterdir()} == {"another", "own"}
+
+
+def test_of_the_rounds_that_are_there_the_last_without_a_gap_are_had(tmp_path: Path) -> None:
+    sums, seen = table(Journal(tmp_path, "run", print), keep=3), list[tuple[str, SumRequest]]()
+    for number in (1, 2, 3):
+        met(sums, seen, number)
+    for file in tmp_path.glob("run/*.safetensors"):
+        if int(file.stem) // PIECES == 2:
+            file.unlink()
+    assert table(Journal(tmp_path, "run", print), keep=3).first == 3
 
 
 def test_nobody_waits_in_vain_for_who_is_past_a_sum_that_is_lost() -> None:
@@ -160,16 +177,37 @@ def test_nobody_waits_in_vain_for_who_is_past_a_sum_that_is_lost() -> None:
         sums, number = table(), 2 * PIECES
         sums.asked["a"] = 2
         if first:
-            sums.past("b", 2)
+            sums.past("b", ROUNDS[:2])
             with pytest.raises(LinkError, match="client a has no average of round 2, which others went on from"):
                 averaged(model("a"), EXAMPLES["a"], over(sums, [], "a"), 2)
             continue
         waits = sums.give("a", SumRequest(number, torch.ones(1, dtype=torch.int64)))
-        sums.past("b", 1)
+        sums.past("b", ROUNDS[:1])
         assert not waits.done()
-        sums.past("b", 2)
+        sums.past("b", ROUNDS[:2])
         with pytest.raises(LinkError, match="the server has lost it: give it a newer snapshot, or begin the run anew"):
             waits.result(1)
+
+
+@pytest.mark.parametrize(
+    ("number", "place", "what"),
+    [
+        (6, ("average", 1), "key of the group"),
+        (7, ("meet", 0), "key of the group"),
+        (2, ("meet", 0), "sums of a meeting"),
+        (5, ("meet", 1), "sums of a meeting"),
+    ],
+)
+def test_nor_for_a_key_or_a_meeting(number: int, place: tuple[str, int], what: str) -> None:
+    sums = table()
+    waits = sums.give("a", SumRequest(number, torch.ones(1, dtype=torch.int64)))
+    sums.past("b", [])
+    assert not waits.done()
+    sums.past("b", [place])
+    with pytest.raises(LinkError, match=f"client a has no {what}, which others went on from"):
+        waits.result(1)
+    with pytest.raises(LinkError, match=f"client a has no {what}, which others went on from"):
+        sums.give("a", SumRequest(number, torch.ones(1, dtype=torch.int64)))
 
 
 def test_a_damaged_sum_is_named_and_a_full_disk_is_told(tmp_path: Path) -> None:

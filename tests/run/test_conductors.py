@@ -329,7 +329,7 @@ def test_after_the_last_meeting_there_are_no_more_rounds(tmp_path: Path, average
         for change in changed:
             train = TRAIN.model_copy(update=change)
             if change in refused:
-                with pytest.raises(ConfigError, match=r"begun with other meetings or averages .* no more rounds; set"):
+                with pytest.raises(ConfigError, match=r"has held other meetings or averages .* no more rounds; set"):
                     free(folder, train, meets, averages)
             else:
                 free(folder, train, meets, averages)
@@ -338,6 +338,17 @@ def test_after_the_last_meeting_there_are_no_more_rounds(tmp_path: Path, average
             ConfigError, match=r"\(2 averages, one every 2 steps\) than the settings say now \(a meeting"
         ):
             free(tmp_path / "False", meets=BOTH, averages=True)
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_before_the_last_meeting_there_may_be_more_rounds_or_fewer(tmp_path: Path, rounds: int) -> None:
+    word = Word("a", free(tmp_path, meets=BOTH))
+    word.say()
+    talk([word], 3)  # it has met the first time, and goes on
+    assert (word.met, word.heard[1].what) == (1, "meet")
+    assert isinstance(word.conductor, Free)
+    word.conductor.close()
+    free(tmp_path, TRAIN.model_copy(update={"rounds": rounds}), BOTH)
 
 
 def test_who_lost_all_of_it_does_not_train_the_shared_blocks_again() -> None:

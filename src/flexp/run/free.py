@@ -63,7 +63,7 @@ class Free(Conductor):
 
     def ready(self, client: str, ready: Ready) -> Future[Order]:
         member, future = self.come(client, ready)
-        self.server.sums.past(client, sum(place.what == "average" for place in self._gatherings[: ready.met]))
+        self.server.sums.past(client, [(place.what, place.number) for place in self._gatherings[: ready.met]])
         told = self._told.setdefault(client, _Told())
         if ready.done is None and not ready.steps and ready.snapshots and ready.run:
             member.answer(Order("restore", self.run, self._number, max(ready.snapshots)))

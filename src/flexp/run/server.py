@@ -119,7 +119,8 @@ def make_conductor(
         waits = deployment.meeting_seconds if deployment.schedule == "free" else None
         steps = train.steps_per_round
         between = math.lcm(save_every, steps) if train.turn == "round" else save_every  # two snapshots, of a client
-        kept = 4 + math.ceil(between / steps)  # so far ahead of a client's newest snapshot others can be
+        # So far ahead of a client's newest snapshot others can be; without a state nobody goes back behind a fall.
+        kept = 2 + between // steps if state is None else 4 + math.ceil(between / steps)
         journal = None if state is None else Journal(state / "sums", run, say)
         server.sums.open(deployment.clients, waits, train.rounds if averages else 0, kept, journal)
     if deployment.schedule == "free":

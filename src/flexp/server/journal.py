@@ -26,16 +26,13 @@ class Journal:
     """The sums of one run.
 
     Args:
-        folder: of a server's sums; those of another run go.
+        folder: of a server's sums. Those of another run go when this one has its first: no client that is in the
+            middle of another run gives anything to it.
         say: is told what could not be written: it is in memory alone.
-
     """
 
     def __init__(self, folder: Path, run: str, say: Callable[[str], None]) -> None:
-        self._folder, self._say = folder / folder_name(run), say
-        for other in folder.glob("*"):
-            if other != self._folder:
-                shutil.rmtree(other, ignore_errors=True)
+        self._folder, self._say, self._alone = folder / folder_name(run), say, False
         for half in self._folder.glob(".*.part"):
             half.unlink(missing_ok=True)
 
@@ -73,7 +70,15 @@ class Journal:
         except (StorageError, SafetensorError, OSError) as error:
             self._say(f"sum {number} was not saved, so no client can have it again if this server falls: {error}")
             return False
+        if not self._alone:
+            self._drop_others()
         return True
+
+    def _drop_others(self) -> None:
+        for other in self._folder.parent.iterdir():
+            if other != self._folder and all(path.suffix in (ENDING, ".part") for path in other.glob("*")):
+                shutil.rmtree(other, ignore_errors=True)
+        self._alone = True
 
     def forget(self, number: int) -> None:
         """Nobody needs it any more."""
@@ -83,7 +88,7 @@ class Journal:
         return self._folder / f"{number}{ENDING}"
 
 
-_MEND = "delete it: a client that goes back and needs it is then told so"
+_MEND = "delete it: a client that goes back, and needs it, is then told so"
 
 
 def _digest(values: torch.Tensor | None, notes: str) -> str:

@@ -15,6 +15,10 @@ from flexp.server.journal import Journal
 
 MOST = 8
 """Sums of a run that stay: two meetings with three each, and two in which clients agree on a key."""
+KEYS = (6, 7)
+"""The two with which clients agree on a key."""
+OF_A_MEETING = 3
+"""How many it has, the first one's before the last one's."""
 LARGEST = PIECE + 1
 """Numbers of a piece: those of the weights, and the share."""
 
@@ -40,7 +44,7 @@ class SumTable:
         self.asked: dict[str, int] = {}
         self._rounds, self._keep = 0, 1
         self._journal: Journal | None = None
-        self._met: dict[str, int] = {}  # of so many rounds a client has the average
+        self._past: dict[str, frozenset[int]] = {}  # what a client gives nothing to any more (:func:`_kind`)
         self._seconds: float | None = None
         self._late: set[str] = set()  # who was not there the last time, and is waited for no more
         self._lock = threading.RLock()  # whoever closes a sum does it in a thread of its own
@@ -68,20 +72,23 @@ class SumTable:
         self._rounds, self._keep, self._journal = rounds, keep, journal
         if journal is not None:
             self.done = {number: journal.read(number) if number < PIECES else None for number in journal.numbers}
-            self._drop_old(max(self.done, default=0))
+            there = {number // PIECES for number in self.done} - {0}
+            while there:  # of the last ones without a gap
+                self.first = max(there)
+                there = {self.first - 1} & there
 
-    def past(self, client: str, rounds: int) -> None:
-        """A client has the averages of so many rounds, and gives nothing to them any more: who waits for it in one that
-        is lost waits in vain, and is told."""
+    def past(self, client: str, places: Iterable[tuple[str, int]]) -> None:
+        """A client was at these meetings and averages (``what``, ``number``), and gives nothing to them any more: who
+        waits for it in a sum that is lost waits in vain, and is told."""
         with self._lock:
-            self._met[client] = rounds
-            lost = [number for number in self._given if 0 < number // PIECES <= rounds]
+            self._past[client] = frozenset(number for place in places for number in _sums_of(*place))
+            lost = [number for number in self._given if _kind(number) in self._past[client]]
             for number in lost:
                 del self._given[number]
             waiting = [(number, *one) for number in lost for one in self._waiting.pop(number).items()]
         for number, name, future in waiting:
             if future.set_running_or_notify_cancel():
-                future.set_exception(_lost(name, number // PIECES))
+                future.set_exception(_lost(name, number))
 
     def give(self, client: str, request: SumRequest) -> Future[SumReply]:
         """Take what a client gives; the sum, once all have.
@@ -113,8 +120,8 @@ class SumTable:
         if number in self.done:
             answer.set_result(self._known(number))
             return answer
-        if of and any(met >= of for name, met in self._met.items() if name != client):
-            raise _lost(client, of)
+        if any(_kind(number) in past for name, past in self._past.items() if name != client):
+            raise _lost(client, number)
         if of and not (piece == 0 or number - 1 in self.done):
             raise LinkError(f"client {client} gives piece {piece} of round {of} before the one before is there")
         if of and request.values_N is not None and request.values_N.numel() > LARGEST:
@@ -177,10 +184,24 @@ class SumTable:
                 self._journal.forget(old)
 
 
-def _lost(client: str, of: int) -> LinkError:
+def _kind(number: int) -> int:
+    """A sum of a meeting by its number; of an average by its round, negative."""
+    return -(number // PIECES) or number
+
+
+def _sums_of(what: str, number: int) -> list[int]:
+    """Those of a meeting or an average, with those in which clients agreed on a key before it."""
+    if what == "average":
+        return [-number, *KEYS]
+    return [*range(OF_A_MEETING * number, OF_A_MEETING * (number + 1)), *KEYS]
+
+
+def _lost(client: str, number: int) -> LinkError:
+    of = number // PIECES
+    what = f"average of round {of}" if of else "sums of a meeting" if number not in KEYS else "key of the group"
     return LinkError(
-        f"client {client} has no average of round {of}, which others went on from, and the server has lost it: give it "
-        "a newer snapshot, or begin the run anew"
+        f"client {client} has no {what}, which others went on from, and the server has lost it: give it a newer "
+        "snapshot, or begin the run anew"
     )
 
 
