@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,11 @@ from torch import Tensor
 
 from flexp.client.adding import OverLink
 from flexp.client.averaging import FINE, Mean, averaged
-from flexp.errors import LinkError, TrainingError
+from flexp.errors import LinkError, StorageError, TrainingError
 from flexp.links import asking
-from flexp.links.asking import PIECES, SumRequest
+from flexp.links.asking import PIECES, SumReply, SumRequest
 from flexp.masking import SHARES, Group, from_ring
+from flexp.server.journal import Journal
 from flexp.server.sums import SumTable
 from tests.harness import seeded
 from tests.methods.tools import equal
@@ -25,6 +27,7 @@ from tests.methods.tools import equal
 from .test_adding import NAMES, Wire
 
 EXAMPLES = {"a": 1, "b": 96, "c": 1000}
+ROUNDS = [("average", number) for number in (1, 2, 3)]
 GROUP = Group.from_secret(b"what the owners share", "run")
 Seen = list[tuple[str, SumRequest]]
 
@@ -40,9 +43,9 @@ def model(name: str) -> dict[str, Tensor]:
     }
 
 
-def table() -> SumTable:
+def table(journal: Journal | None = None, keep: int = 2) -> SumTable:
     made = SumTable()
-    made.open(NAMES, rounds=3, keep=2)
+    made.open(NAMES, rounds=3, keep=keep, journal=journal)
     return made
 
 
@@ -125,27 +128,113 @@ def test_the_lost_are_left_out_and_the_late_have_what_the_others_have() -> None:
         assert equal(given, simulated("a", "b"))
 
 
-def test_who_goes_back_has_the_last_averages_again_and_waits_for_nobody_who_is_past() -> None:
-    sums, seen = table(), list[tuple[str, SumRequest]]()
+def test_who_goes_back_has_the_last_averages_again(tmp_path: Path) -> None:
+    """Also from a server that fell after others had them."""
+    lines: list[str] = []
+    sums, seen = table(Journal(tmp_path, "run", lines.append)), list[tuple[str, SumRequest]]()
     for number in (1, 2, 3):
         met(sums, seen, number)
-    sums.asked["a"] = 2
-    again = averaged(model("b"), EXAMPLES["a"], over(sums, seen, "a"), 2)  # whatever it gives
-    assert equal(again, simulated(*NAMES))
-    assert {number // PIECES for number in sums.done} == {2, 3}  # what is kept is bounded …
-    assert not sums.state()  # … and none of it is saved
+    fallen = table(Journal(tmp_path, "run", lines.append))
+    for there in (sums, fallen):
+        for number in (3, 2):
+            there.asked["a"] = number
+            there.past("b", ROUNDS[:3])
+            again = averaged(model("b"), EXAMPLES["a"], over(there, seen, "a"), number)  # whatever it gives
+            assert equal(again, simulated(*NAMES))
+        assert {number // PIECES for number in there.done} == {2, 3}  # what is kept is bounded
+        there.asked["a"] = 1
+        with pytest.raises(
+            LinkError, match=r"client a goes back to round 1, and averages are kept of the rounds from 2 on"
+        ):
+            averaged(model("a"), EXAMPLES["a"], over(there, seen, "a"), 1)
+        with pytest.raises(LinkError, match=r"this run has 8, and averages of 3 rounds"):
+            averaged(model("a"), EXAMPLES["a"], over(there, seen, "a"), 4)
+    assert {int(file.stem) // PIECES for file in tmp_path.glob("run/*.safetensors")} == {2, 3}
+    assert not lines
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "letter.txt").touch()
+    other = table(Journal(tmp_path, "another", print))
+    assert not other.done
+    assert (other.first, fallen.first) == (1, 2)
+    assert {folder.name for folder in tmp_path.iterdir()} == {"run", "own"}  # a start by mistake takes nothing away
+    met(other, seen)
+    assert {folder.name for folder in tmp_path.iterdir()} == {"another", "own"}
+
+
+def test_of_the_rounds_that_are_there_the_last_without_a_gap_are_had(tmp_path: Path) -> None:
+    sums, seen = table(Journal(tmp_path, "run", print), keep=3), list[tuple[str, SumRequest]]()
+    for number in (1, 2, 3):
+        met(sums, seen, number)
+    for file in tmp_path.glob("run/*.safetensors"):
+        if int(file.stem) // PIECES == 2:
+            file.unlink()
+    assert table(Journal(tmp_path, "run", print), keep=3).first == 3
+
+
+def test_nobody_waits_in_vain_for_who_is_past_a_sum_that_is_lost() -> None:
+    """Nor is its own model its average, without a word."""
+    for first in (True, False):  # whether it is known before, or in the middle
+        sums, number = table(), 2 * PIECES
+        sums.asked["a"] = 2
+        if first:
+            sums.past("b", ROUNDS[:2])
+            with pytest.raises(LinkError, match="client a has no average of round 2, which others went on from"):
+                averaged(model("a"), EXAMPLES["a"], over(sums, [], "a"), 2)
+            continue
+        waits = sums.give("a", SumRequest(number, torch.ones(1, dtype=torch.int64)))
+        sums.past("b", ROUNDS[:1])
+        assert not waits.done()
+        sums.past("b", ROUNDS[:2])
+        with pytest.raises(LinkError, match="the server has lost it: give it a newer snapshot, or begin the run anew"):
+            waits.result(1)
+
+
+@pytest.mark.parametrize(
+    ("number", "place", "what"),
+    [
+        (6, ("average", 1), "key of the group"),
+        (7, ("meet", 0), "key of the group"),
+        (2, ("meet", 0), "sums of a meeting"),
+        (5, ("meet", 1), "sums of a meeting"),
+    ],
+)
+def test_nor_for_a_key_or_a_meeting(number: int, place: tuple[str, int], what: str) -> None:
+    sums = table()
+    waits = sums.give("a", SumRequest(number, torch.ones(1, dtype=torch.int64)))
+    sums.past("b", [])
+    assert not waits.done()
+    sums.past("b", [place])
+    with pytest.raises(LinkError, match=f"client a has no {what}, which others went on from"):
+        waits.result(1)
+    with pytest.raises(LinkError, match=f"client a has no {what}, which others went on from"):
+        sums.give("a", SumRequest(number, torch.ones(1, dtype=torch.int64)))
+
+
+def test_a_damaged_sum_is_named_and_a_full_disk_is_told(tmp_path: Path) -> None:
+    lines: list[str] = []
+    journal = Journal(tmp_path / "sums", "run", lines.append)
+    reply = SumReply(torch.arange(-2, 5), {"a": "x", "b": "y"})
+    assert journal.write(5, reply)
+    assert journal.write(6, SumReply(None, {"a": "z"}))
+    back = Journal(tmp_path / "sums", "run", print)
+    assert back.numbers == [5, 6]
+    assert torch.equal(torch.as_tensor(back.read(5).values_N), torch.arange(-2, 5))
+    assert (back.read(5).notes, back.read(6)) == (reply.notes, SumReply(None, {"a": "z"}))
+    file = tmp_path / "sums/run/5.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(StorageError, match=r"5\.safetensors is not what was saved \(its SHA-256 differs\); delete it"):
+        table(back)
+    file.write_bytes(b"no")
+    with pytest.raises(StorageError, match=r"5\.safetensors is no sum of clients"):
+        table(back)
+    (tmp_path / "file").touch()
+    sums = table(Journal(tmp_path / "file", "run", lines.append))
+    met(sums, [])
+    assert "sum 65536 was not saved, so no client can have it again" in lines[0]
     sums.asked["a"] = 1
-    with pytest.raises(
-        LinkError, match=r"client a goes back to round 1, and averages are kept of the rounds from 2 on"
-    ):
-        averaged(model("a"), EXAMPLES["a"], over(sums, seen, "a"), 1)
-    with pytest.raises(LinkError, match=r"this run has 8, and averages of 3 rounds"):
-        averaged(model("a"), EXAMPLES["a"], over(sums, seen, "a"), 4)
-    fallen = table()  # another server, which knows of no average, and two that have the second already
-    fallen.load(sums.state())
-    fallen.asked["a"] = 2
-    fallen._at = dict.fromkeys("bc", 3 * PIECES)
-    assert equal(averaged(model("a"), EXAMPLES["a"], over(fallen, seen, "a"), 2), model("a"))
+    assert equal(averaged(model("b"), 1, over(sums, [], "a"), 1), simulated(*NAMES))  # in memory it is
 
 
 @pytest.mark.parametrize("value", [float("nan"), 2e3])
@@ -167,6 +256,21 @@ def test_who_comes_when_examples_are_counted_weighs_nothing_and_takes_the_averag
     alone = averaged(of["a"], 1, over(sums, seen, "a"), 1)
     assert all(torch.equal(averaged(of[name], 500, over(sums, seen, name), 1)["w"], of["a"]["w"]) for name in "bc")
     assert torch.equal(alone["w"], of["a"]["w"])
+
+
+def test_who_is_late_for_a_piece_keeps_its_own_where_nobody_gave_a_share() -> None:
+    """a has said in time how many examples it has; b, who has not, was alone in time for the weights."""
+    sums, seen = table(), list[tuple[str, SumRequest]]()
+    sums._late, sums.asked = {"b", "c"}, dict.fromkeys(NAMES, 1)
+    of = {name: {"w": torch.full((3,), 2.0 + ord(name))} for name in NAMES}
+    own = torch.tensor([5 * FINE], dtype=torch.float64)
+    adder = over(sums, seen, "a")
+    adder.give(PIECES, {"examples": own})()
+    sums._late = {"a", "c"}
+    for name in "ba":
+        link = over(sums, seen, name)
+        assert torch.equal(averaged(of[name], 5, link, 1)["w"], of[name]["w"])
+        assert (link.everywhere, link.anywhere) == (set(), {"a", "b"})  # nobody is in both sums
 
 
 def test_nobody_runs_ahead_or_holds_more_than_a_piece() -> None:

@@ -134,6 +134,38 @@ def test_a_lost_device_goes_on_from_its_backup(tmp_path: Path) -> None:
         assert equal(without_meters(state), without_meters(here[party])), party
 
 
+def test_a_backup_knows_which_averages_a_client_has(tmp_path: Path) -> None:
+    """All stop after the first average, one client goes on from its backup, to the simulation's weights."""
+    tiny.bert_folder(tmp_path / "model")
+    config = tiny.config(
+        tmp_path, method={"name": "fedavg"}, train={"rounds": 3, "steps_per_round": 2, "batch_size": 4}
+    )
+    runner.run(config, tmp_path / "sim")
+    out = tmp_path / "fleet/clients"
+    for last in (False, True):
+        server = Server(config, FIXED, tmp_path / "fleet/server")
+        clients = [Client(config, FIXED, name, plain(server), out / name) for name in NAMES]
+        if not last:
+            until(lambda: any(client.ready.met for client in server.conductor.members.values()))  # noqa: B023
+            for client in clients:
+                client.stop.set()
+        for client in clients:
+            client.join()
+            assert client.over is last
+        server.end()
+        if not last:
+            facts = back_up(out / "north", None, tmp_path / "north.safetensors")
+            assert facts["snapshot"]["met"] == 1
+            for lost in (out / "north/snapshots").glob("checkpoint-*"):
+                shutil.rmtree(lost)  # and not the key that the clients have agreed on
+            restore(tmp_path / "north.safetensors", out / "north")
+    wanted = tiny.checkpoint(tmp_path / "sim")["server"]
+    for name in NAMES:
+        for key, value in newest(out / name / "snapshots").items():
+            if key.startswith("personal/"):
+                assert torch.equal(value, wanted[key.replace("personal/", "global/")]), key
+
+
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Remote]:
     with remote(tmp_path_factory.mktemp("client"), "bert", cut=(2, 3)) as made:

@@ -14,7 +14,7 @@ from flexp.errors import ConfigError, LinkError
 from flexp.links.messages import Order, Ready
 from flexp.methods.turns import Place, gatherings, schedule, turns
 from flexp.run.deterministic import Deterministic
-from flexp.run.free import Free
+from flexp.run.free import NEVER, Free
 from flexp.run.store import Store
 from tests.harness import world
 
@@ -313,6 +313,42 @@ def test_a_run_may_last_longer_where_nothing_depends_on_its_length(tmp_path: Pat
     word.say("run")
     talk([word])
     assert word.steps == 6
+
+
+@pytest.mark.parametrize("averages", [True, False])
+def test_after_the_last_meeting_there_are_no_more_rounds(tmp_path: Path, averages: bool) -> None:
+    """Nor is an average left out, or taken at another step."""
+    changed = {"rounds": 3}, {"rounds": 1}, {"rounds": 4, "steps_per_round": 1}
+    for meets, refused in ((BOTH, changed[:2] + changed[2:] * averages), (NEVER, changed[2:] * averages)):
+        folder = tmp_path / str(meets.last)
+        word = Word("a", free(folder, meets=meets, averages=averages))
+        word.say()
+        talk([word])
+        assert isinstance(word.conductor, Free)
+        word.conductor.close()
+        for change in changed:
+            train = TRAIN.model_copy(update=change)
+            if change in refused:
+                with pytest.raises(ConfigError, match=r"has held other meetings or averages .* no more rounds; set"):
+                    free(folder, train, meets, averages)
+            else:
+                free(folder, train, meets, averages)
+    if averages:  # a meeting that comes before them
+        with pytest.raises(
+            ConfigError, match=r"\(2 averages, one every 2 steps\) than the settings say now \(a meeting"
+        ):
+            free(tmp_path / "False", meets=BOTH, averages=True)
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_before_the_last_meeting_there_may_be_more_rounds_or_fewer(tmp_path: Path, rounds: int) -> None:
+    word = Word("a", free(tmp_path, meets=BOTH))
+    word.say()
+    talk([word], 3)  # it has met the first time, and goes on
+    assert (word.met, word.heard[1].what) == (1, "meet")
+    assert isinstance(word.conductor, Free)
+    word.conductor.close()
+    free(tmp_path, TRAIN.model_copy(update={"rounds": rounds}), BOTH)
 
 
 def test_who_lost_all_of_it_does_not_train_the_shared_blocks_again() -> None:

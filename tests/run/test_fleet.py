@@ -28,6 +28,7 @@ from flexp.report.metrics import read
 from flexp.run import runner
 from flexp.run.client import run_client
 from flexp.run.fleet import Fleet
+from flexp.run.gathering import Gathering
 from flexp.run.server import make_conductor, make_server
 from flexp.run.settle import settle, settle_client
 from flexp.run.store import Store
@@ -396,6 +397,62 @@ def test_a_fleet_that_averages_equals_the_simulation(folder: Path, tmp_path: Pat
         with pytest.raises(ConfigError, match="needs a split model"):
             audit_head(tmp_path / "sim", name)
     assert (server.server.blocks == (4, 4)) is (method == "fedavg")
+
+
+@pytest.mark.parametrize("over", [True, False])
+@pytest.mark.parametrize("seconds", [None, 3.0])
+def test_who_is_behind_the_others_when_all_were_killed_has_their_averages(
+    folder: Path, tmp_path: Path, seconds: float | None, over: bool
+) -> None:
+    """In a free run: a power cut has taken one client's last snapshots, and the server's (or it knows that the run is
+    over). The client does its rounds again, and takes the averages that the others went on from, bit for bit."""
+    config = tiny.config(folder, method={"name": "fedavg"}, train={"rounds": 3, "steps_per_round": 2, "batch_size": 4})
+    runner.run(config, tmp_path / "sim")
+    out = tmp_path / "fleet"
+    free = DeploymentConfig(schedule="free", clients=NAMES, save_every=2, keep=9, meeting_seconds=seconds)
+    fleet(config, free, out)
+    behind, server = Store(out / "clients/north/snapshots"), Store(out / "server", None)
+    for number in behind.numbers():
+        if behind.open(number).facts["met"] > 1:
+            behind.quarantine(number)
+    assert behind.numbers()
+    for number in server.numbers():
+        if server.open(number).facts["over"] and not over:
+            server.quarantine(number)
+    fleet(config, free, out)
+    wanted = of("global/", tiny.checkpoint(tmp_path / "sim")["server"])
+    for name in NAMES:
+        assert equal(of("personal/", newest(out / "clients" / name / "snapshots")), wanted)
+
+
+def test_who_is_left_out_of_an_average_says_so(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: dict[str, list[str]] = {name: [] for name in NAMES}
+    say = Gathering._say_who
+
+    def kept(self: Any, *args: Any) -> None:
+        self._note = said[self.data.name].append
+        say(self, *args)
+
+    monkeypatch.setattr(Gathering, "_say_who", kept)
+    (tmp_path / "secret").write_text("0123456789abcdef0123456789abcdef", encoding="utf-8")
+    method = {"name": "fedavg", "meet": {"secret": str(tmp_path / "secret")}}
+    config = tiny.config(folder, method=method, train={"rounds": 2, "steps_per_round": 1, "batch_size": 4})
+    here = DeploymentConfig(clients=NAMES, meeting_seconds=0.5)
+    server, out = Server(config, here, tmp_path / "server"), tmp_path / "clients"
+    for names in (NAMES[:2], NAMES[2:]):  # the last one comes when the others have gone
+        clients = [Client(config, here, name, plain(server), out / name) for name in names]
+        for client in clients:
+            client.join()
+    server.end()
+    first, second, late = NAMES
+    both = ", ".join(sorted((first, second)))
+    for name in (first, second):
+        assert said[name] == [f"from round 1 on weights are averaged of {both}"]
+    assert said[late] == [
+        f"{late} came too late for the average of round {number}: it takes that of {both}, and keeps its own weights "
+        "where they gave none"
+        for number in (1, 2)
+    ]
 
 
 def of(prefix: str, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -152,6 +152,5 @@ def parties(out: Path, names: list[str], clients: Path | None = None) -> dict[st
 
 
 def without_meters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without what differs from run to run, what a simulation scores besides, and the server's sums: masks that are
-    drawn anew each time are on them, and no simulation has any."""
-    return {name: value for name, value in state.items() if not name.startswith((*METERS, "sums/"))}
+    """Without what differs from run to run, and what a simulation scores besides."""
+    return {name: value for name, value in state.items() if not name.startswith(METERS)}

@@ -55,7 +55,11 @@ class OverLink:
 
     Attributes:
         late: whether the last sum is without what this client gave.
+        everywhere, anywhere: whose numbers are in all sums that were given to, and in some; ``None``: in none yet.
     """
+
+    everywhere: frozenset[str] | None = None
+    anywhere: frozenset[str] = frozenset()
 
     def __init__(
         self,
@@ -92,7 +96,9 @@ class OverLink:
             reply = answer()
             if reply.values_N is None or reply.values_N.shape != (len(flat),):
                 raise LinkError(f"client {client}: the server gives a sum that is not of what was given")
-            self.late = client not in reply.notes
+            self.late, there = client not in reply.notes, frozenset(reply.notes)
+            self.everywhere = there if self.everywhere is None else self.everywhere & there
+            self.anywhere |= there
             late = flat if self.late and not self._shares else 0.0
             added = reply.values_N.contiguous().numpy().view(np.uint64)
             nonces = {}

@@ -5,7 +5,8 @@ up to the same whatever their order and their masks, and a simulation adds the s
 half a step for each client: of float32 weights above 2⁻²⁹ (2·10⁻⁹) those of one client come back as they were. Weights
 must be below 1,024.
 
-A model is large: it crosses in pieces, and each piece is the average of those who have given that one.
+A model is large: it crosses in pieces, and each piece is the average of those who have given that one; where none of
+them has a share, everybody keeps its own.
 """
 
 from __future__ import annotations
@@ -85,9 +86,10 @@ def averaged(weights: Mapping[str, Tensor], examples: int, adder: OverLink, numb
     for place, piece_N in enumerate(torch.split(flat_N, asking.PIECE), 1):
         total = adder.give(number * PIECES + place, {"share": share, "weights": piece_N.double() * share})()
         shares = float(total["share"])
-        if not (0.0 if share else -ROUNDING) < shares < 1.0 + ROUNDING:
+        given = bool(share) and not adder.late  # its own share is in it
+        if not (0.0 if given else -ROUNDING) < shares < 1.0 + ROUNDING:
             raise LinkError(f"the server gives an average of {shares:g} of all examples, expected up to 1")
-        if shares > 0.0:  # else of nobody: all who said how many they have are gone
+        if shares > 0.0:  # else of nobody who has said in time how many examples it has
             piece_N.copy_(total["weights"] / total["share"])
     parts = torch.split(flat_N, [value.numel() for value in weights.values()])
     return {

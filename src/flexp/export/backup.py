@@ -97,7 +97,8 @@ def back_up(
     model = _opened(folder, client, which)
     tensors = model.state()
     facts = _facts(model, model.cut) | {"round": model.round, "steps": model.steps, "data": _data(model, model.client)}
-    numbers = {key: model.checkpoint.facts[key] for key in ("run", "numbering") if key in model.checkpoint.facts}
+    known = ("run", "numbering", "met")
+    numbers = {key: model.checkpoint.facts[key] for key in known if key in model.checkpoint.facts}
     if numbers:  # of a server's run, to which the client is to come back
         facts["snapshot"] = {**numbers, "number": model.checkpoint.number}
     write(out, tensors, facts, passphrase)

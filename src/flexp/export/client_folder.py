@@ -215,7 +215,7 @@ class ClientModel(FromCheckpoint):
                 f"the file is from a run of flexp run, and {self.folder} is a client's: restore it into a run"
             )
         number = int(snapshot["number"])
-        kept = {"run": snapshot["run"], "client": self.client, "numbering": snapshot["numbering"]}
+        kept = {"client": self.client, **{key: snapshot[key] for key in ("run", "numbering", "met") if key in snapshot}}
         for later in [later for later in self.store.numbers() if later > number]:
             self.store.quarantine(later)
         facts = {**kept, "steps": said["steps"], "cut": list(self.planned_cut), "data": said.get("data")}

@@ -54,6 +54,13 @@ def gatherings(train: TrainConfig, meets: Meets, averages: bool) -> list[Place]:
     ]
 
 
+def steps_before(place: Place, train: TrainConfig) -> int:
+    """How many steps each client has done when all come to one of :func:`gatherings`."""
+    if place.what == "average":
+        return place.number * train.steps_per_round
+    return train.total_steps if place.number == LAST else 0
+
+
 def scored_rounds(train: TrainConfig, every: int) -> list[int]:
     """The rounds after which personal models are scored, 0 being before training."""
     return [0] + [number for number in range(1, train.rounds + 1) if number % every == 0 or number == train.rounds]

@@ -14,6 +14,7 @@ from flexp.errors import ConfigError, LinkError, LinkLostError, StorageError
 from flexp.files import read_json, write_json
 from flexp.links.messages import Order, Ready
 from flexp.links.passing import Keep
+from flexp.methods.turns import Place, steps_before
 from flexp.run.store import Store
 
 if TYPE_CHECKING:
@@ -90,9 +91,28 @@ class Conductor:
                 f"the run {run} was planned with {planned} steps of each client, not {train.total_steps}, which only a "
                 "free run with a constant train.shared.schedule may change; set train.rounds as it was, or begin anew"
             )
+        was, now = saved.get("gatherings", []), self._gatherings_said
+        self._held = len(was)
+        if any(before != after for before, after in zip(was, now, strict=False)):
+            raise ConfigError(
+                f"the run {run} has held other meetings or averages ({_shown(was)}) than the settings say now "
+                f"({_shown(now)}): after the last meeting there are no more rounds; set train.rounds, "
+                "train.steps_per_round and method.meet.on as they were, or begin anew"
+            )
         self.over = self.server.sealed = is_over(saved, train)
         if self.over:
             self.say(f"the run {run} is over: nobody trains it any more")
+
+    @property
+    def gatherings(self) -> list[Place]:
+        """What all clients do together, in its order."""
+        raise NotImplementedError
+
+    @property
+    def _gatherings_said(self) -> list[list[Any]]:
+        """The same for a snapshot, each with the steps that a client has done by then; of them those are saved that
+        somebody was at, since only what is to come may be changed."""
+        return [[place.what, place.number, steps_before(place, self.train)] for place in self.gatherings]
 
     @property
     def middle(self) -> bool:
@@ -171,7 +191,13 @@ class Conductor:
         """The server's own snapshot; a failure is said, and what was saved before stays."""
         if self.snapshots is None:
             return
-        facts = {"run": self.run, "updates": self.server.updates, "planned": self.train.total_steps}
+        self._held = max([self._held, *(member.ready.met for member in self.members.values())])
+        facts = {
+            "run": self.run,
+            "updates": self.server.updates,
+            "planned": self.train.total_steps,
+            "gatherings": self._gatherings_said[: self._held],
+        }
         chain = self.server.chain
         try:
             # All save after the same update, this one last: what it has, all have.
@@ -190,8 +216,20 @@ class Conductor:
         assert self.snapshots is not None
         if self.server.chain is not None:
             self.server.chain.tell(Keep(number, self.run, back=True)).result()
-        self.server.load(self.snapshots.open(number).load("server"))
+        state = self.snapshots.open(number).load("server")
+        if any(name.startswith("sums/") for name in state):
+            self.say("this snapshot is of an older FlexP, whose sums of clients are not read: let all clients come "
+                     "back before the next meeting or average")  # fmt: skip
+        self.server.load(state)
         self.say(f"back to snapshot {number}: {self.server.updates} updates of the shared blocks")
+
+
+def _shown(gatherings: Sequence[Sequence[Any]]) -> str:
+    """In a few words: all meetings, and averages after how many steps and how often."""
+    averages = [steps for what, _, steps in gatherings if what == "average"]
+    said = [f"a meeting after step {steps}" for what, _, steps in gatherings if what == "meet"]
+    said += [f"{len(averages)} averages, one every {averages[0]} steps"] if averages else []
+    return ", ".join(said) or "none"
 
 
 def newest_facts(snapshots: Store | None, numbers: Sequence[int] | None = None) -> Mapping[str, Any]:

@@ -47,6 +47,10 @@ class Deterministic(Conductor):
             self.restore(self._saved)
             self.place, self._begun = len(self.places), True
 
+    @property
+    def gatherings(self) -> list[Place]:
+        return [item for item in self.places if item.what in GATHER]
+
     def ready(self, client: str, ready: Ready) -> Future[Order]:
         if client not in self.clients:
             raise LinkError(f"client {client} takes no part in this run: it has {', '.join(self.clients)}")

@@ -49,7 +49,7 @@ class Free(Conductor):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._gatherings = gatherings(self.train, self.meets, self.averages)
+        self._gatherings = self.gatherings
         self._scored = scored_rounds(self.train, self.evaluate_every)
         self._told: dict[str, _Told] = {}
         self._number = max(self.numbers, default=-1)
@@ -57,15 +57,21 @@ class Free(Conductor):
             self.restore(self._number)
         self._saved_steps = self._steps
 
+    @property
+    def gatherings(self) -> list[Place]:
+        return gatherings(self.train, self.meets, self.averages)
+
     def ready(self, client: str, ready: Ready) -> Future[Order]:
         member, future = self.come(client, ready)
+        self.server.sums.past(client, [(place.what, place.number) for place in self._gatherings[: ready.met]])
         told = self._told.setdefault(client, _Told())
         if ready.done is None and not ready.steps and ready.snapshots and ready.run:
             member.answer(Order("restore", self.run, self._number, max(ready.snapshots)))
             return future
         here = self.server.clients[client].progress.newest
         ended = bool(ready.facts.get(ENDED))
-        if self.over and not ended and max(here, ready.steps) < self.train.total_steps:
+        back = ready.run == self.run and not self.middle  # with a snapshot of this run, and nothing shared to train
+        if self.over and not (ended or back) and max(here, ready.steps) < self.train.total_steps:
             raise LinkError(
                 f"client {client}: the run {self.run} is over, and the client has done {ready.steps} of its "
                 f"{self.train.total_steps} steps; give it the --state folder that it had in this run"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -31,6 +31,10 @@ def all_of(config: RunConfig) -> list[Place]:
     return gatherings(config.train, Meets.of(config), deployed(config).averages)
 
 
+def _names(clients: Iterable[str]) -> str:
+    return ", ".join(sorted(clients)) or "nobody"
+
+
 class Gathering:
     """One client at gatherings.
 
@@ -51,6 +55,7 @@ class Gathering:
         self.trainer, self.model, self.met = trainer, trainer.model, 0
         self._folder, self._note, self._wait = folder, note, wait
         self._told: set[str] = set()
+        self._averaged: tuple[frozenset[str], frozenset[str]] | None = None  # whose weights the last average had
 
     def meet(self, number: int, run: str) -> None:
         """Before the first step or after the last: classifiers of class sums."""
@@ -65,6 +70,9 @@ class Gathering:
         seat.personal = not deployed(self.config).averages
         seat.noise = _noise_key(self._folder / NOISE_FILE)
         choice = meet_at({name: seat}, {name: adder}, {name: self.trainer}, number)[name]
+        if isinstance(adder, OverLink) and name not in (adder.everywhere or ()):
+            others = _names(adder.anywhere - {name})
+            self._note(f"{name} came too late to meet {others}: it adds its own to their sums, which they have not")
         self._was_at(Place("meet", number=number))
         if seat.rare and number == FIRST:
             self._note(RARE.format(seat.rare, meet.min_examples))
@@ -91,7 +99,27 @@ class Gathering:
             for name, value in weights.items():
                 parameters[name].copy_(value)
         renew(self.trainer, config)
+        self._say_who(adder, number)
         self._was_at(Place("average", number=number))
+
+    def _say_who(self, adder: OverLink, number: int) -> None:
+        """Whose average it is, when that is not who the one before was of."""
+        name, before = self.data.name, sum(place.what == "average" for place in all_of(self.config)[: self.met])
+        whole, some = adder.everywhere or frozenset(), adder.anywhere
+        if number > before + 1:
+            lost = f"{before + 1} to {number - 1}" if number > before + 2 else f"{number - 1}"
+            self._note(f"{name} came too late for the average of round {lost}, and goes on from that of round {number}")
+        if name not in whole:
+            what = "part of the average" if name in some else "the average"
+            self._note(
+                f"{name} came too late for {what} of round {number}: it takes that of {_names(some - {name})}, and "
+                "keeps its own weights where they gave none"
+            )
+        elif (whole, some) != self._averaged:
+            rest = some - whole
+            also = f" (some pieces also of {_names(rest)})" if rest else ""
+            self._note(f"from round {number} on weights are averaged of {_names(whole)}{also}")
+        self._averaged = whole, some
 
     def _was_at(self, place: Place) -> None:
         self.met = all_of(self.config).index(place) + 1

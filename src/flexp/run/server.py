@@ -36,6 +36,7 @@ from flexp.run.status import StatusReporter, observed
 from flexp.run.store import Store
 from flexp.server import Server
 from flexp.server.chain import PREVIOUS
+from flexp.server.journal import Journal
 from flexp.server.rules import Quota
 from flexp.signals import stopped_by_signal
 
@@ -118,8 +119,10 @@ def make_conductor(
         waits = deployment.meeting_seconds if deployment.schedule == "free" else None
         steps = train.steps_per_round
         between = math.lcm(save_every, steps) if train.turn == "round" else save_every  # two snapshots, of a client
-        kept = 2 + between // steps
-        server.sums.open(deployment.clients, waits, train.rounds if averages else 0, kept)
+        # So far ahead of a client's newest snapshot others can be; without a state nobody goes back behind a fall.
+        kept = 2 + between // steps if state is None else 4 + math.ceil(between / steps)
+        journal = None if state is None else Journal(state / "sums", run, say)
+        server.sums.open(deployment.clients, waits, train.rounds if averages else 0, kept, journal)
     if deployment.schedule == "free":
         if deployment.quota is not None:
             server.shared.quota = Quota(deployment.quota, deployment.quota_ahead, train.total_steps, say)

@@ -167,7 +167,6 @@ class ServerState:
             flat = {f"shared/{name}": value for name, value in self.shared.state().items()}
             flat |= self.clients.state(progress=self.remembers)
             flat |= {f"guard/{name}": value for name, value in (self.bounds.state() | self.guard.state()).items()}
-            flat |= {f"sums/{name}": value for name, value in self.sums.state().items()}
             for client, blocks in self.own.items():
                 place = f"own/{quote(client, safe='')}"
                 flat |= {f"{place}/blocks/{name}": value for name, value in blocks.state().items()}
@@ -197,7 +196,6 @@ class ServerState:
             self.shared.load(_under("shared/", state))
             self.bounds.load(_under("guard/", state))
             self.guard.load(_under("guard/", state))
-            self.sums.load(_under("sums/", state))
             self.own = {}
             for place in {"/".join(name.split("/", 2)[:2]) for name in state if name.startswith("own/")}:
                 blocks = self.blocks_of(unquote(place.removeprefix("own/")))

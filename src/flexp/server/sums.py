@@ -3,19 +3,22 @@ those that are late have been waited for long enough."""
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 
 import torch
-from torch import Tensor
 
-from flexp.errors import LinkError
+from flexp.errors import LinkError, StorageError
 from flexp.links.asking import PIECE, PIECES, SumReply, SumRequest
+from flexp.server.journal import Journal
 
 MOST = 8
 """Sums of a run that stay: two meetings with three each, and two in which clients agree on a key."""
+KEYS = (6, 7)
+"""The two with which clients agree on a key."""
+OF_A_MEETING = 3
+"""How many it has, the first one's before the last one's."""
 LARGEST = PIECE + 1
 """Numbers of a piece: those of the weights, and the share."""
 
@@ -24,36 +27,68 @@ class SumTable:
     """The sums of one run by their numbers: integers modulo 2⁶⁴, in which nothing need be readable here.
 
     A sum stays: who asks again, after a broken link or a snapshot, gets it again, whatever it gives the second time. Of
-    averages those of the last rounds stay, in memory alone: with the server, everybody goes back.
+    averages those of the last rounds stay. A sum is in the journal before anybody has it, so whoever is past it, it can
+    be had again, also when all were killed.
 
     Attributes:
         clients: who may give something; nobody: nothing is summed.
-        done: what is known already.
+        done: what is known already; ``None``: it is long, and in the journal.
         first: the first round whose average can still be had.
         asked: of which round each client was asked to give the average: nobody runs ahead, or fills more than a piece.
     """
 
     def __init__(self) -> None:
         self.clients: tuple[str, ...] = ()
-        self.done: dict[int, SumReply] = {}
+        self.done: dict[int, SumReply | None] = {}
         self.first = 1
         self.asked: dict[str, int] = {}
         self._rounds, self._keep = 0, 1
-        self._at: dict[str, int] = {}  # the sum that a client gave to last
+        self._journal: Journal | None = None
+        self._past: dict[str, frozenset[int]] = {}  # what a client gives nothing to any more (:func:`_kind`)
         self._seconds: float | None = None
         self._late: set[str] = set()  # who was not there the last time, and is waited for no more
         self._lock = threading.RLock()  # whoever closes a sum does it in a thread of its own
         self._given: dict[int, dict[str, SumRequest]] = {}
         self._waiting: dict[int, dict[str, Future[SumReply]]] = {}
 
-    def open(self, clients: Iterable[str], seconds: float | None = None, rounds: int = 0, keep: int = 1) -> None:
+    def open(
+        self,
+        clients: Iterable[str],
+        seconds: float | None = None,
+        rounds: int = 0,
+        keep: int = 1,
+        journal: Journal | None = None,
+    ) -> None:
         """Add up what these give from now on; ``seconds`` after the first of them has given, without the others.
 
         Args:
             rounds: that end with an average, of which the last ``keep`` stay.
+            journal: has those from before the server fell, and keeps what comes; ``None``: they are in memory alone.
+
+        Raises:
+            StorageError: a sum of a meeting is damaged.
         """
         self.clients, self._seconds, self._late = tuple(clients), seconds, set()
-        self._rounds, self._keep = rounds, keep
+        self._rounds, self._keep, self._journal = rounds, keep, journal
+        if journal is not None:
+            self.done = {number: journal.read(number) if number < PIECES else None for number in journal.numbers}
+            there = {number // PIECES for number in self.done} - {0}
+            while there:  # of the last ones without a gap
+                self.first = max(there)
+                there = {self.first - 1} & there
+
+    def past(self, client: str, places: Iterable[tuple[str, int]]) -> None:
+        """A client was at these meetings and averages (``what``, ``number``), and gives nothing to them any more: who
+        waits for it in a sum that is lost waits in vain, and is told."""
+        with self._lock:
+            self._past[client] = frozenset(number for place in places for number in _sums_of(*place))
+            lost = [number for number in self._given if _kind(number) in self._past[client]]
+            for number in lost:
+                del self._given[number]
+            waiting = [(number, *one) for number in lost for one in self._waiting.pop(number).items()]
+        for number, name, future in waiting:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(_lost(name, number))
 
     def give(self, client: str, request: SumRequest) -> Future[SumReply]:
         """Take what a client gives; the sum, once all have.
@@ -83,8 +118,10 @@ class SumTable:
                 "give it a newer snapshot, or begin the run anew"
             )
         if number in self.done:
-            answer.set_result(self.done[number])
+            answer.set_result(self._known(number))
             return answer
+        if any(_kind(number) in past for name, past in self._past.items() if name != client):
+            raise _lost(client, number)
         if of and not (piece == 0 or number - 1 in self.done):
             raise LinkError(f"client {client} gives piece {piece} of round {of} before the one before is there")
         if of and request.values_N is not None and request.values_N.numel() > LARGEST:
@@ -100,10 +137,8 @@ class SumTable:
         given[client] = request
         self._late.discard(client)
         self._waiting.setdefault(number, {})[client] = answer
-        self._at[client] = number
-        for other in sorted(self._given):  # who is at a later piece gives nothing to an earlier one any more
-            past = {name for name, at in self._at.items() if other >= PIECES and at > other}
-            if all(name in self._given[other] for name in self.clients if name not in self._late | past):
+        for other in sorted(self._given):  # of one more it may be known by now that it is waited for no more
+            if all(name in self._given[other] for name in self.clients if name not in self._late):
                 self._close(other)
         return answer
 
@@ -115,9 +150,9 @@ class SumTable:
 
     def _close(self, number: int) -> None:
         reply = self.done[number] = _added(self._given.pop(number))
-        self.first = max(self.first, number // PIECES + 1 - self._keep)
-        for old in [one for one in self.done if 0 < one // PIECES < self.first and one != number]:
-            del self.done[old]
+        if self._journal is not None and self._journal.write(number, reply) and number >= PIECES:
+            self.done[number] = None
+        self._drop_old(number)
         for future in self._waiting.pop(number).values():
             if future.set_running_or_notify_cancel():
                 future.set_result(reply)
@@ -131,25 +166,43 @@ class SumTable:
             if future.set_running_or_notify_cancel():
                 future.set_exception(why)
 
-    def state(self) -> dict[str, Tensor]:
-        """The sums that stay, flat."""
-        stay = {number: reply for number, reply in self.done.items() if number < PIECES}
-        flat = {f"{number}/values": reply.values_N for number, reply in stay.items() if reply.values_N is not None}
-        return flat | {
-            f"{number}/notes": torch.tensor(list(json.dumps(reply.notes).encode()), dtype=torch.uint8)
-            for number, reply in stay.items()
-        }
+    def _known(self, number: int) -> SumReply:
+        reply = self.done[number]
+        if reply is None:
+            assert self._journal is not None
+            try:
+                reply = self._journal.read(number)
+            except StorageError as error:
+                raise LinkError(f"sum {number} is lost: {error}") from error
+        return reply
 
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from :meth:`state`; what was given for other sums is forgotten."""
-        self._given, self._waiting, self._at, self.first = {}, {}, {}, 1
-        self.done = {
-            int(entry.removesuffix("/notes")): SumReply(
-                state.get(entry.removesuffix("notes") + "values"), json.loads(bytes(value.tolist()))
-            )
-            for entry, value in state.items()
-            if entry.endswith("/notes")
-        }
+    def _drop_old(self, newest: int) -> None:
+        self.first = max(self.first, newest // PIECES + 1 - self._keep)
+        for old in [one for one in self.done if 0 < one // PIECES < self.first and one != newest]:
+            del self.done[old]
+            if self._journal is not None:
+                self._journal.forget(old)
+
+
+def _kind(number: int) -> int:
+    """A sum of a meeting by its number; of an average by its round, negative."""
+    return -(number // PIECES) or number
+
+
+def _sums_of(what: str, number: int) -> list[int]:
+    """Those of a meeting or an average, with those in which clients agreed on a key before it."""
+    if what == "average":
+        return [-number, *KEYS]
+    return [*range(OF_A_MEETING * number, OF_A_MEETING * (number + 1)), *KEYS]
+
+
+def _lost(client: str, number: int) -> LinkError:
+    of = number // PIECES
+    what = f"average of round {of}" if of else "sums of a meeting" if number not in KEYS else "key of the group"
+    return LinkError(
+        f"client {client} has no {what}, which others went on from, and the server has lost it: give it a newer "
+        "snapshot, or begin the run anew"
+    )
 
 
 def _added(given: Mapping[str, SumRequest]) -> SumReply:
