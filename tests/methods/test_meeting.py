@@ -34,6 +34,7 @@ from flexp.models.zoo import save_tiny
 from flexp.run import runner
 from flexp.run.fleet import Fleet, as_begun
 from flexp.run.settle import settle, settle_client
+from flexp.server.journal import Journal
 from flexp.server.sums import SumTable
 from tests.data.tools import jsonl, labelled, tokenizer
 from tests.links.test_privacy import windows
@@ -383,11 +384,11 @@ def given(number: int, value: int, length: int = 1) -> SumRequest:
     return SumRequest(number, torch.full((length,), value), f"said with {value}")
 
 
-def test_a_server_sums_for_those_it_knows_and_answers_again() -> None:
+def test_a_server_sums_for_those_it_knows_and_answers_again(tmp_path: Path) -> None:
     table = SumTable()
     with pytest.raises(LinkError, match=r"set method\.name, method\.meet\.on"):
         table.give("a", given(0, 1))
-    table.open(["a", "b"])
+    table.open(["a", "b"], journal=Journal(tmp_path, "run", print))
     first = table.give("a", given(0, 1))
     assert not first.done()
     with pytest.raises(LinkError, match="other shapes"):
@@ -400,6 +401,5 @@ def test_a_server_sums_for_those_it_knows_and_answers_again() -> None:
     assert reply.values_N is not None
     assert reply.values_N == 5
     again = SumTable()
-    again.open(["a", "b"])
-    again.load(table.state())
+    again.open(["a", "b"], journal=Journal(tmp_path, "run", print))
     assert again.give("a", given(0, 99)).result() == reply

@@ -20,7 +20,7 @@ TEXT = [kind for kind, told in KINDS.items() if not told.images]
     ("name", "kind"), [(name, kind) for name in ("bert", "llama") for kind in TEXT if (name, kind) != ("bert", TEXT[0])]
 )
 def test_it_is_split_exactly(name: str, kind: str) -> None:
-    found = verify(Setup(f"arch:{name}", task=kind, padding="right", steps=2, cut=(1, 3)))  # type: ignore[arg-type]
+    found = verify(Setup.of(f"arch:{name}", task=kind, padding="right", steps=2, cut=(1, 3)))  # type: ignore[arg-type]
     assert found.exact
     assert found.tensors > 20
 
