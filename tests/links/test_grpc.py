@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from concurrent.futures import Future, wait
@@ -10,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import grpc
 import pytest
 import torch
 from torch import Tensor
@@ -24,6 +26,7 @@ from flexp.links.coding import PLAIN
 from flexp.links.emulated import EmulatedLink, Network
 from flexp.links.frames import CHUNK, VERSION, Frame, encode
 from flexp.links.grpc import connect, serve
+from flexp.links.grpc.connecting import refusal
 from flexp.links.grpc.link import _Call
 from flexp.links.grpc.loop import background
 from flexp.links.messages import BackwardRequest, ForwardRequest
@@ -376,3 +379,14 @@ def test_gradients_leave_before_other_exchanges_that_wait(kind: str, expected: s
             requests = [ForwardRequest(2, z, train=True), ForwardRequest(3, z, train=True), BackwardRequest(1, z)]
             wait([link.call(request) for request in requests], SOON)
             assert " ".join(came) == expected
+
+
+@pytest.mark.parametrize(
+    ("code", "lost"), [("CANCELLED", True), ("ALREADY_EXISTS", True), ("INTERNAL", False), ("UNAUTHENTICATED", False)]
+)
+def test_what_a_stream_that_does_not_open_comes_to(code: str, lost: bool) -> None:
+    """Of a server that falls just then gRPC says CANCELLED: the client waits for it."""
+    nothing = grpc.aio.Metadata()
+    error = grpc.aio.AioRpcError(grpc.StatusCode[code], nothing, nothing, details="why")
+    found = asyncio.run(refusal(error, SimpleNamespace(address="here:1"), "token"))  # type: ignore[arg-type]
+    assert isinstance(found, LinkLostError) is lost

@@ -177,4 +177,5 @@ async def refusal(error: grpc.aio.AioRpcError, way: Way, token: str | None) -> L
         return LinkLostError(reason(error, way.address) + way.by_proxy())
     if code == grpc.StatusCode.UNAUTHENTICATED and not token:
         return LinkError(f"{reason(error, way.address)}; {NO_TOKEN}")
-    return (LinkLostError if code == grpc.StatusCode.ALREADY_EXISTS else LinkError)(reason(error, way.address))
+    lost = code in (grpc.StatusCode.ALREADY_EXISTS, grpc.StatusCode.CANCELLED)  # CANCELLED: a server falls just now
+    return (LinkLostError if lost else LinkError)(reason(error, way.address))
