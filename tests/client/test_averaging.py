@@ -210,6 +210,21 @@ def test_nor_for_a_key_or_a_meeting(number: int, place: tuple[str, int], what: s
         sums.give("a", SumRequest(number, torch.ones(1, dtype=torch.int64)))
 
 
+def test_who_met_nobody_says_nothing_of_a_meeting_that_goes_on() -> None:
+    """It came when the others had agreed on their key, and has met by itself before they are through."""
+    sums = SumTable()
+    sums.open("ab")
+    for name in "ab":
+        sums.give(name, SumRequest(6, note="key"))
+    sums.clients = ("a", "b", "c")
+    sums._late = {"c"}
+    waits = sums.give("a", SumRequest(0, torch.ones(1, dtype=torch.int64)))
+    sums.past("c", [("meet", 0)])
+    assert not waits.done()
+    sums.give("b", SumRequest(0, torch.ones(1, dtype=torch.int64)))
+    assert torch.equal(torch.as_tensor(waits.result(1).values_N), torch.tensor([2]))
+
+
 def test_a_damaged_sum_is_named_and_a_full_disk_is_told(tmp_path: Path) -> None:
     lines: list[str] = []
     journal = Journal(tmp_path / "sums", "run", lines.append)

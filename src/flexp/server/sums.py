@@ -79,9 +79,12 @@ class SumTable:
 
     def past(self, client: str, places: Iterable[tuple[str, int]]) -> None:
         """A client was at these meetings and averages (``what``, ``number``), and gives nothing to them any more: who
-        waits for it in a sum that is lost waits in vain, and is told."""
+        waits for it in a sum that is lost waits in vain, and is told. One that came when the others had agreed on their
+        key met nobody, and says nothing of their sums."""
         with self._lock:
-            self._past[client] = frozenset(number for place in places for number in _sums_of(*place))
+            agreed = self.done.get(KEYS[0])
+            met = places if agreed is None or client in agreed.notes else []
+            self._past[client] = frozenset(number for place in met for number in _sums_of(*place))
             lost = [number for number in self._given if _kind(number) in self._past[client]]
             for number in lost:
                 del self._given[number]
