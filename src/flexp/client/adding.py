@@ -20,14 +20,12 @@ from flexp.client.exchange import waiting
 from flexp.config import MeetConfig
 from flexp.errors import ConfigError, LinkError, StorageError
 from flexp.files import write_private
-from flexp.links.asking import SumReply, SumRequest
+from flexp.links.asking import KEYS, SEALED, SumReply, SumRequest
 from flexp.links.base import Link
 from flexp.links.sums import Sums
 from flexp.masking import NONCE_BYTES, SHARES, SUMS, Group, Identity, fingerprint, from_ring, to_ring
 from flexp.rng import current_turn
 
-KEYS, SEALED = 6, 7
-"""The numbers of the sums with which clients agree on a key: notes alone."""
 KEY_FILE, GROUP_FILE = "meet.key", "meet.group"
 
 

@@ -35,6 +35,7 @@ from flexp.data.types import Batch, Example, Task
 from flexp.errors import ConfigError
 from flexp.gaussian import drawn
 from flexp.kinds import IGNORED, KINDS, Answers, take_targets
+from flexp.links.asking import OF_A_MEETING
 from flexp.links.base import Meter
 from flexp.links.sums import Adder, Sums
 from flexp.models.heads import AUTO
@@ -47,8 +48,6 @@ Rounds = Generator[Sums, Sums, R]
 
 FIRST, LAST = 0, 1
 """The meetings: before the first step, and after the last."""
-ROUNDS = 3
-"""Sums at one meeting."""
 HOPELESS = 1e6
 """The most that a client says of a loss; beyond it, where a covariance is no longer one, any number may come out."""
 CLOSED: tuple[Answers, ...] = ("class", "tokens", "number")
@@ -309,7 +308,7 @@ def together(seats: Mapping[str, Rounds[R]], adders: Mapping[str, Adder], meetin
     """Let clients of one process meet, or one client alone with those of other processes."""
     results: dict[str, R] = {}
     given = {name: next(rounds) for name, rounds in seats.items()}
-    for number in range(meeting * ROUNDS, (meeting + 1) * ROUNDS):
+    for number in range(meeting * OF_A_MEETING, (meeting + 1) * OF_A_MEETING):
         totals = {name: adders[name].give(number, values) for name, values in given.items()}
         for name, total in totals.items():
             try:

@@ -49,6 +49,10 @@ class PullRequest(Request[PullReply]):
     known: dict[str, str] = field(default_factory=dict)
 
 
+OF_A_MEETING = 3
+"""Sums of a meeting, the first one's from 0 and the last one's behind them."""
+KEYS, SEALED = 6, 7
+"""The sums with which clients agree on a key: notes alone."""
 PIECES = 1 << 16
 """Sums of a round: how many examples all have, then pieces of their average: p of round r (1, 2, …) is r · 2¹⁶ + p."""
 PIECE = 1 << 17

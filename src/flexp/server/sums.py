@@ -10,15 +10,11 @@ from concurrent.futures import Future
 import torch
 
 from flexp.errors import LinkError, StorageError
-from flexp.links.asking import PIECE, PIECES, SumReply, SumRequest
+from flexp.links.asking import KEYS, OF_A_MEETING, PIECE, PIECES, SEALED, SumReply, SumRequest
 from flexp.server.journal import Journal
 
 MOST = 8
 """Sums of a run that stay: two meetings with three each, and two in which clients agree on a key."""
-KEYS = (6, 7)
-"""The two with which clients agree on a key."""
-OF_A_MEETING = 3
-"""How many it has, the first one's before the last one's."""
 LARGEST = PIECE + 1
 """Numbers of a piece: those of the weights, and the share."""
 
@@ -82,7 +78,7 @@ class SumTable:
         waits for it in a sum that is lost waits in vain, and is told. One that came when the others had agreed on their
         key met nobody, and says nothing of their sums."""
         with self._lock:
-            agreed = self.done.get(KEYS[0])
+            agreed = self.done.get(KEYS)
             met = places if agreed is None or client in agreed.notes else []
             self._past[client] = frozenset(number for place in met for number in _sums_of(*place))
             lost = [number for number in self._given if _kind(number) in self._past[client]]
@@ -195,13 +191,13 @@ def _kind(number: int) -> int:
 def _sums_of(what: str, number: int) -> list[int]:
     """Those of a meeting or an average, with those in which clients agreed on a key before it."""
     if what == "average":
-        return [-number, *KEYS]
-    return [*range(OF_A_MEETING * number, OF_A_MEETING * (number + 1)), *KEYS]
+        return [-number, KEYS, SEALED]
+    return [*range(OF_A_MEETING * number, OF_A_MEETING * (number + 1)), KEYS, SEALED]
 
 
 def _lost(client: str, number: int) -> LinkError:
     of = number // PIECES
-    what = f"average of round {of}" if of else "sums of a meeting" if number not in KEYS else "key of the group"
+    what = f"average of round {of}" if of else "sums of a meeting" if number < KEYS else "key of the group"
     return LinkError(
         f"client {client} has no {what}, which others went on from, and the server has lost it: give it a newer "
         "snapshot, or begin the run anew"
