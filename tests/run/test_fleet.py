@@ -425,6 +425,19 @@ def test_who_is_behind_the_others_when_all_were_killed_has_their_averages(
         assert equal(of("personal/", newest(out / "clients" / name / "snapshots")), wanted)
 
 
+def the_last_one_late(config: RunConfig, folder: Path) -> tuple[Server, Path]:
+    """A free run whose last client comes when the others have gone; and where clients' folders are."""
+    here = DeploymentConfig(clients=NAMES, meeting_seconds=0.5)
+    server, out = Server(config, here, folder / "server"), folder / "clients"
+    for names in (NAMES[:2], NAMES[2:]):
+        clients = [Client(config, here, name, plain(server), out / name) for name in names]
+        for client in clients:
+            client.join()
+            assert client.over
+    server.end()
+    return server, out
+
+
 def test_who_is_left_out_of_an_average_says_so(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: dict[str, list[str]] = {name: [] for name in NAMES}
     say = Gathering._say_who
@@ -437,13 +450,7 @@ def test_who_is_left_out_of_an_average_says_so(folder: Path, tmp_path: Path, mon
     (tmp_path / "secret").write_text("0123456789abcdef0123456789abcdef", encoding="utf-8")
     method = {"name": "fedavg", "meet": {"secret": str(tmp_path / "secret")}}
     config = tiny.config(folder, method=method, train={"rounds": 2, "steps_per_round": 1, "batch_size": 4})
-    here = DeploymentConfig(clients=NAMES, meeting_seconds=0.5)
-    server, out = Server(config, here, tmp_path / "server"), tmp_path / "clients"
-    for names in (NAMES[:2], NAMES[2:]):  # the last one comes when the others have gone
-        clients = [Client(config, here, name, plain(server), out / name) for name in names]
-        for client in clients:
-            client.join()
-    server.end()
+    the_last_one_late(config, tmp_path)
     first, second, late = NAMES
     both = ", ".join(sorted((first, second)))
     for name in (first, second):
@@ -513,14 +520,7 @@ def test_in_a_free_run_those_meet_that_are_there(folder: Path, tmp_path: Path) -
         method={"align": {"kind": "off"}, "meet": meet},
         train={"rounds": 1, "steps_per_round": 2, "batch_size": 4},
     )
-    here = DeploymentConfig(clients=NAMES, meeting_seconds=0.5)
-    server, out = Server(config, here, tmp_path / "server"), tmp_path / "clients"
-    for names in (NAMES[:2], NAMES[2:]):  # the last one comes when the others have gone
-        clients = [Client(config, here, name, plain(server), out / name) for name in names]
-        for client in clients:
-            client.join()
-            assert client.over
-    server.end()
+    server, out = the_last_one_late(config, tmp_path)
     sums = server.server.sums.done
     assert sorted(sums) == list(range(6))
     assert all(set(reply.notes) == set(NAMES[:2]) for reply in sums.values())
