@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,22 @@ def write_private(path: Path, content: bytes) -> None:
         handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with open(handle, "wb") as file:  # noqa: PTH123 - a file that is open
             file.write(content)
+
+
+def kept(path: Path, make: Callable[[], bytes], what: str) -> bytes:
+    """What ``path`` holds, a secret of its owner's: made and written when it is first asked for, the same ever after.
+
+    Raises:
+        StorageError: it cannot be read as ``what``, or not be written.
+    """
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        made = make()
+        write_private(path, made)
+        return made
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read as {what} ({error})") from error
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -6,10 +6,14 @@ import hashlib
 import math
 import secrets
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from flexp.errors import StorageError
+from flexp.files import kept
 
 DELTA = 1e-5
 """δ of what is told."""
@@ -36,6 +40,19 @@ def epsilon(mu: float, delta: float = DELTA) -> float:
 def secret_key() -> int:
     """A key for :func:`drawn`, of as many bits as nobody can try out."""
     return secrets.randbits(BITS)
+
+
+def kept_key(file: Path, what: str) -> int:
+    """The secret key in ``file``, the same whenever it is asked for: who may see many draws for one thing would average
+    them.
+
+    Raises:
+        StorageError: it cannot be read as the key of ``what``, or not be written.
+    """
+    found = kept(file, lambda: secret_key().to_bytes(BITS // 8, "big"), f"the key of {what}")
+    if len(found) != BITS // 8:
+        raise StorageError(f"{file}: cannot be read as the key of {what}: it has {len(found)} bytes, not {BITS // 8}")
+    return int.from_bytes(found, "big")
 
 
 def drawn(shape: Sequence[int], key: int, *said: bytes) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,11 @@ from flexp.export.answers import score
 from flexp.export.backup import back_up, restore
 from flexp.export.folder import export
 from flexp.export.opening import open_trained
+from flexp.gaussian import kept_key, key_of
 from flexp.run import runner
-from flexp.run.client import _check_labels, _known, run_client
+from flexp.run.client import KEY_FILE, _check_labels, _known, run_client
 from flexp.run.settle import settle_client
-from flexp.run.store import Store, party_of
+from flexp.run.store import SNAPSHOTS, Store, party_of
 from tests.data.tools import jsonl
 from tests.tiny import checkpoint, config, each
 
@@ -163,6 +165,33 @@ def test_tensors_and_nested_values_count() -> None:
     for other in (pixels + 1, pixels.reshape(3, 2), pixels.double(), pixels.to(torch.bfloat16)):
         assert base != of(pixel_values=other, labels=1, choices=[[1, 2], [3]])
     assert base != of(pixel_values=pixels, labels=1, choices=[[1], [2, 3]])
+
+
+def test_a_client_that_falls_before_its_first_snapshot_answers_as_it_did(home: Path) -> None:
+    """Its state has nothing but the key then; labels that are answered twice, at random each time, tell twice ε."""
+    bound, cuts = {"label_epsilon": 1.0}, {"clients": each(cut=[[1, 3]])}
+    run = config(home, privacy=bound, method={"align": {"kind": "off"}}, data=cuts,
+                 train={"rounds": 1, "steps_per_round": 1})  # fmt: skip
+    asked, state = DeploymentConfig(schedule="free", clients=["north"], save_every=1), home / "state"
+    setup, quiet, keys = settle_client(run, "north", None), Console(quiet=True), []
+    for _ in range(2):
+        server = Server(run, asked, None)
+
+        def reached(server: Server = server) -> Any:
+            assert (state / KEY_FILE).stat().st_mode & 0o077 == 0  # before anything is sent
+            return plain(server)("north")
+
+        try:
+            assert run_client(setup, asked, reached, state, codec=run.link.codec, console=quiet)
+        finally:
+            server.end()
+        snapshots = Store(state / SNAPSHOTS)
+        newest = snapshots.newest_whole()
+        assert newest is not None
+        keys.append(newest.load(party_of("north"))["label_key"])
+        shutil.rmtree(state / SNAPSHOTS)
+    assert torch.equal(keys[0], keys[1])
+    assert key_of(keys[0]) == kept_key(state / KEY_FILE, "")
 
 
 def test_a_client_that_is_started_again_keeps_the_defence_of_its_labels(home: Path) -> None:

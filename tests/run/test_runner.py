@@ -16,7 +16,7 @@ from flexp.errors import ConfigError, DataError, FlexpError, StorageError, Train
 from flexp.methods.flexp_sfl import FlexpSfl
 from flexp.models.zoo import tiny_model
 from flexp.report.metrics import read
-from flexp.run import runner, store
+from flexp.run import runner, settle, store
 from flexp.run.meetings import meeting
 from flexp.run.settle import build_world
 from tests.data.tools import jsonl, labelled, tokenizer
@@ -235,12 +235,20 @@ def test_the_best_round_on_validation_data_is_kept(home: Path, monkeypatch: pyte
     assert "The best round on validation data was round 2" in (home / "out/report.html").read_text(encoding="utf-8")
 
 
-def test_full_tuning_in_bfloat16_is_warned_of(home: Path) -> None:
+@pytest.mark.parametrize("imitates", [False, True])
+def test_bfloat16_is_warned_of_where_it_loses_steps_or_time(
+    home: Path, monkeypatch: pytest.MonkeyPatch, imitates: bool
+) -> None:
     def notes(**model: Any) -> str:
         return " ".join(build_world(config(home, model=model)).federation.notes)
 
+    monkeypatch.setattr(settle, "imitates_bfloat16", lambda: imitates)
     assert "bfloat16 loses the steps that are small" in notes(dtype="bfloat16")
-    assert "bfloat16" not in notes(dtype="bfloat16", tuning="lora") + notes()
+    assert "bfloat16" not in notes()
+    slow = "no instructions for it"
+    assert (slow in notes(dtype="bfloat16", tuning="lora")) is imitates
+    assert ('model.autocast = "off" is faster here' in notes(autocast="bfloat16")) is imitates
+    assert "loses" not in notes(dtype="bfloat16", tuning="lora") + notes(autocast="bfloat16")
 
 
 def test_halves_of_checkpoints_go_when_a_run_is_resumed(out: Path) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from flexp.client.exchange import waiting
 from flexp.config import MeetConfig
 from flexp.errors import ConfigError, LinkError, StorageError
-from flexp.files import write_private
+from flexp.files import kept, write_private
 from flexp.links.asking import KEYS, SEALED, SumReply, SumRequest
 from flexp.links.base import Link
 from flexp.links.sums import Sums
@@ -198,14 +198,12 @@ def _same_as_before(file: Path, run: str, found: str, client: str) -> None:
 
 def _identity(file: Path) -> Identity:
     """This client's own key, kept so that it is the same after a restart."""
+    what = "this client's key for meetings"
+    found = kept(file, lambda: Identity().private, what)
     try:
-        return Identity(file.read_bytes())
-    except FileNotFoundError:
-        made = Identity()
-        write_private(file, made.private)
-        return made
-    except (OSError, ValueError) as error:
-        raise StorageError(f"{file}: cannot be read as this client's key for meetings ({error})") from error
+        return Identity(found)
+    except ValueError as error:
+        raise StorageError(f"{file}: cannot be read as {what} ({error})") from error
 
 
 def _asked(link: Link, request: SumRequest, wait: Wait) -> Callable[[], SumReply]:

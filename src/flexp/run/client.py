@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from flexp.config import CodecConfig, DeploymentConfig, PrivacyConfig
 from flexp.data.split import check_same
 from flexp.errors import ConfigError, LinkError, LinkLostError, StoppedError
 from flexp.files import check_free, read_json, write_json
+from flexp.gaussian import kept_key
 from flexp.links.base import Link
 from flexp.report.metrics import MetricsLog, write_records
 from flexp.report.metrics import read as read_log
@@ -34,6 +36,8 @@ from flexp.signals import stopped_by_signal
 if TYPE_CHECKING:
     from flexp.run.audited import OwnAudit
     from flexp.run.recutting import Mover
+
+KEY_FILE = "privacy.key"
 
 
 def run_client(
@@ -82,9 +86,8 @@ def run_client(
             return reach() if audit is None else audit.watched(reach())
 
         try:
-            trainer, model = _joined(
-                setup, reached, facts.get("numbering"), codec, deployment.patience, progress.note, stop
-            )
+            join = partial(setup.join, numbering=facts.get("numbering"), codec=codec, key=_key(setup, state))
+            trainer, model = _joined(join, reached, deployment.patience, progress.note, stop)
         except StoppedError as error:
             progress.note(f"{name}: {error}")
             return False
@@ -167,11 +170,15 @@ def _check_labels(state: Path, now: PrivacyConfig) -> None:
             )
 
 
+def _key(setup: ClientSetup, state: Path) -> int | None:
+    """Of noise and of labels' answers, kept from before the first step on: a client that falls before its first
+    snapshot would answer anew, and two answers tell more than one."""
+    return kept_key(state / KEY_FILE, "this client's noise and labels") if setup.config.privacy.on else None
+
+
 def _joined(
-    setup: ClientSetup,
+    join: Callable[[Link], tuple[Trainer, SplitModel]],
     reach: Callable[[], Link],
-    numbering: int | None,
-    codec: CodecConfig | None,
     patience: float,
     note: Callable[[str], None],
     stop: threading.Event | None,
@@ -184,7 +191,7 @@ def _joined(
         link: Link | None = None
         try:
             link = reach()
-            return setup.join(link, numbering, codec)
+            return join(link)
         except LinkError as error:
             if link is not None:
                 link.close()  # a client has one stream at a time

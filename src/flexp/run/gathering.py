@@ -14,16 +14,15 @@ from flexp.client.meeting import FIRST, LAST, RARE, UNMASKED, Meets
 from flexp.client.model import SplitModel
 from flexp.client.trainer import Trainer
 from flexp.config import RunConfig
-from flexp.errors import LinkError, StorageError
-from flexp.files import write_private
-from flexp.gaussian import BITS, secret_key
+from flexp.errors import LinkError
+from flexp.gaussian import kept_key
 from flexp.links.sums import Adder, InOnePlace
 from flexp.methods.base import deployed
 from flexp.methods.parties import meet_at, renew, seat_of
 from flexp.methods.turns import Place, gatherings
 from flexp.run.settle import ClientSetup
 
-NOISE_FILE = "meet.noise"
+NOISE_FILE, NOISE = "meet.noise", "this client's noise in sums"
 
 
 def all_of(config: RunConfig) -> list[Place]:
@@ -68,7 +67,7 @@ class Gathering:
             adder = InOnePlace([name])
         seat = seat_of(self.trainer, self.config)
         seat.personal = not deployed(self.config).averages
-        seat.noise = _noise_key(self._folder / NOISE_FILE)
+        seat.noise = kept_key(self._folder / NOISE_FILE, NOISE)
         choice = meet_at({name: seat}, {name: adder}, {name: self.trainer}, number)[name]
         if isinstance(adder, OverLink) and name not in (adder.everywhere or ()):
             others = _names(adder.anywhere - {name})
@@ -137,22 +136,3 @@ class Gathering:
             once(MASKED if meet.masked else unmasked)
         group = agree(link, meet, run, self._folder, once, self._wait)
         return OverLink(link, group, run, shares=bool(alike), wait=self._wait, alike=alike)
-
-
-def _noise_key(file: Path) -> int:
-    """What the noise in this client's sums is drawn from, which nobody else knows: the same whenever it is asked
-    again, so that a server learns nothing from asking often.
-
-    Raises:
-        StorageError: it cannot be read.
-    """
-    try:
-        kept = file.read_bytes()
-    except FileNotFoundError:
-        kept = secret_key().to_bytes(BITS // 8, "big")
-        write_private(file, kept)
-    except OSError as error:
-        raise StorageError(f"{file}: cannot be read as the key of this client's noise ({error})") from error
-    if len(kept) != BITS // 8:
-        raise StorageError(f"{file}: cannot be read as the key of this client's noise: it has {len(kept)} bytes")
-    return int.from_bytes(kept, "big")

@@ -252,9 +252,12 @@ class ClientSetup:
         return stage
 
     def join(
-        self, link: Link, numbering: int | None = None, codec: CodecConfig | None = None
+        self, link: Link, numbering: int | None = None, codec: CodecConfig | None = None, key: int | None = None
     ) -> tuple[Trainer, SplitModel]:
         """The client that a simulation of the run would have, loaded by itself and joined over ``link``.
+
+        Args:
+            key: of its noise and of its labels' answers; ``None``: a secret one.
 
         Raises:
             ModelError: the model cannot be loaded or split.
@@ -262,7 +265,7 @@ class ClientSetup:
         """
         task, stage = self.run.federation.task, self.load(Part.client(self.cut, self.run.blocks))
         split = split_model(self.config, stage, self.cut, link, task.model_kind, codec=codec, numbering=numbering)
-        return own_trainer(self.config, self.data, task, split, stage), split
+        return own_trainer(self.config, self.data, task, split, stage, key), split
 
 
 def settle_client(config: RunConfig, name: str | None, cut: tuple[int, int | None] | None) -> ClientSetup:
@@ -329,11 +332,13 @@ def _precision_notes(config: RunConfig) -> list[str]:
             'all): use model.dtype = "float32" (as fast with model.autocast = "bfloat16"), or LoRA, with float32 '
             "adapters"
         )
-    if config.model.autocast == "bfloat16" and imitates_bfloat16() and device_of(config.model.device).type == "cpu":
-        notes.append(
-            "this processor has no instructions for bfloat16, so mixed precision is slower here than float32, not "
-            'faster: use model.autocast = "off"'
-        )
+    here = device_of(config.model.device).type == "cpu" and imitates_bfloat16()
+    for key, instead in (("dtype", "float32"), ("autocast", "off")):
+        if here and getattr(config.model, key) == "bfloat16":
+            notes.append(
+                f'model.{key} = "bfloat16", but this processor has no instructions for it: a step may take 2 to 20 '
+                f'times as long as in float32 (MiniLM, on two processors); model.{key} = "{instead}" is faster here'
+            )
     return notes
 
 
