@@ -20,7 +20,7 @@ from rich.console import Console
 from benchmarks.tools.command import Result, Steps, say
 from flexp.config.loading import load
 from flexp.errors import ConfigError, PrivacyError
-from flexp.files import read_json, write_text
+from flexp.files import folder_name, read_json, write_json, write_text
 from flexp.report.figures import blank
 from flexp.report.progress import Progress
 from flexp.run.audited import AUDIT
@@ -61,26 +61,27 @@ def measure(
     seed: Annotated[int, typer.Option(help="Of the runs.")] = 0,
     only: Annotated[str | None, typer.Option(help=f"Some of: {'; '.join(ROWS)}; separated by ';'.")] = None,
     draw: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Draw what is read beside accuracy.")] = None,
+    keep: Annotated[
+        Path | None, typer.Option(help="A folder of rows: those that are there are not made again.")
+    ] = None,
 ) -> Result:
     """What the server reads of texts and labels, with and without defences, and what they cost."""
     chosen = list(ROWS) if only is None else [name.strip() for name in only.split(";")]
     if unknown := [name for name in chosen if name not in ROWS]:
         raise ConfigError(f"--only {unknown[0]}: expected some of {'; '.join(ROWS)}")
     facts: dict[str, Any] = {}
-    shown = partial(Progress, console=Console(stderr=True))  # standard output may be JSON
     base = [f"train.steps_per_round={steps}", f"train.rounds={rounds}", f"seed={seed}", "privacy.audit=true",
             "output.html=false", "output.checkpoint_every=0"]  # fmt: skip
     for name in chosen:
-        say(f"{name}: flexp run {config} " + " ".join(f"--set '{setting}'" for setting in [*base, *ROWS[name]]))
-        with TemporaryDirectory() as folder:
-            try:
-                summary = run(load(Path(config), [*base, *ROWS[name]]), Path(folder) / "run", progress=shown)
-            except PrivacyError as error:
-                facts[name] = {"refused": str(error)}
-                continue
-            audit = Path(folder) / "run" / AUDIT
-            facts[name] = _costs(summary) | (read_json(audit) if audit.is_file() else {})
-            facts[name]["line"] = summary["server_reads"]
+        settings = [*base, *ROWS[name]]
+        file = None if keep is None else keep / f"{folder_name(name)}.json"
+        found = None if file is None or not file.is_file() else read_json(file)
+        if found is None or found["made"] != [config, settings]:
+            say(f"{name}: flexp run {config} " + " ".join(f"--set '{setting}'" for setting in settings))
+            found = _made(config, settings) | {"made": [config, settings]}
+            if file is not None:
+                write_json(file, found)
+        facts[name] = found
     if draw is not None:
         write_text(draw, _front(facts))
     return Result(
@@ -90,6 +91,18 @@ def measure(
          "by inversion", "members (AUC)", "own", "everybody's", "MB a client", "MiB of the device"),
         ("Content words: by the best attack of a quick audit, in percent. Better attacks may read more.",),
     )  # fmt: skip
+
+
+def _made(config: str, settings: list[str]) -> dict[str, Any]:
+    shown = partial(Progress, console=Console(stderr=True))  # standard output may be JSON
+    with TemporaryDirectory() as folder:
+        try:
+            summary = run(load(Path(config), settings), Path(folder) / "run", progress=shown)
+        except PrivacyError as error:
+            return {"refused": str(error)}
+        audit = Path(folder) / "run" / AUDIT
+        found = _costs(summary) | (read_json(audit) if audit.is_file() else {})
+    return found | {"line": summary["server_reads"]}
 
 
 def _costs(summary: Mapping[str, Any]) -> dict[str, Any]:

@@ -58,7 +58,8 @@ def test_what_leaks_is_a_row_for_each_defence(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setitem(leakage.ROWS, "deep", ("privacy.penalty=nopeek", "privacy.max_content_words=0.0",
                                                "privacy.warm_up.steps=0", *leakage.ROWS["tail"]))  # fmt: skip
     page = tmp_path / "front.html"
-    result = leakage.measure(str(toml(tmp_path)), steps=1, rounds=1, only="as it is; tail; local; deep", draw=page)
+    some, keep, run = "as it is; tail; local; deep", tmp_path / "rows", str(toml(tmp_path))
+    result = leakage.measure(run, steps=1, rounds=1, only=some, draw=page, keep=keep)
     assert [row[0] for row in result.rows] == ["as it is", "tail", "local", "deep"]
     assert result.rows[2][1:4] == ["not sent"] * 3
     assert result["rows"]["local"]["bytes"] == 0 < result["rows"]["as it is"]["bytes"]
@@ -68,6 +69,9 @@ def test_what_leaks_is_a_row_for_each_defence(tmp_path: Path, monkeypatch: pytes
     assert result["rows"]["tail"]["cuts"] == {name: [2, 3] for name in ("north", "south", "west")}
     assert result.rows[1][1].startswith("2: ")
     assert result.rows[1][3] == "not sent"
+    monkeypatch.setattr(leakage, "run", lambda *_, **__: pytest.fail("it was made before"))
+    again = leakage.measure(run, steps=1, rounds=1, only=some, keep=keep)
+    assert again.rows == result.rows
     with pytest.raises(ConfigError, match="--only depth: expected some of as it is; kl"):
         leakage.measure(only="depth")
 
