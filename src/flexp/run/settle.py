@@ -336,7 +336,7 @@ def _precision_notes(config: RunConfig) -> list[str]:
     for key, instead in (("dtype", "float32"), ("autocast", "off")):
         if here and getattr(config.model, key) == "bfloat16":
             notes.append(
-                f'model.{key} = "bfloat16", but this processor has no instructions for it: a step may take 2 to 20 '
+                f'model.{key} = "bfloat16", but this processor has no instructions for it: a step may take 2 to 22 '
                 f'times as long as in float32 (MiniLM, on two processors); model.{key} = "{instead}" is faster here'
             )
     return notes
