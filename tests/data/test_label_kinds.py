@@ -10,11 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
+from tokenizers import normalizers
 from transformers import PreTrainedTokenizerFast
 
 from flexp.config import DataConfig
 from flexp.data import load_federation
 from flexp.data.tasks import task_of
+from flexp.data.types import Tally
 from flexp.errors import ConfigError, DataError
 
 from .tools import jsonl, tokenizer
@@ -58,6 +60,9 @@ def test_numbers_are_split_alike_and_must_be_numbers(tmp_path: Path) -> None:
     (client,) = made(jsonl(tmp_path / "rows.jsonl", rows), "regression", test_fraction=0.25).clients
     tenths = Counter(int(example["labels"] // 2) for example in client.test)
     assert set(tenths.values()) == {1}
+    large = jsonl(tmp_path / "large.jsonl", [*rows, {"text": "x", "label": 1.7976931348623157e308, "client": "a"}])
+    with pytest.raises(DataError, match=r"large.jsonl, line 41: .* is too large for float32"):
+        made(large, "regression")
     for wrong in ("many", "nan", "1,5"):
         bad = jsonl(tmp_path / "bad.jsonl", [{**row, "label": str(row["label"])} for row in rows[:3]] + [
             {"text": "x", "label": wrong, "client": "a"}
@@ -85,3 +90,60 @@ def test_the_first_token_of_a_word_has_its_tag(tmp_path: Path) -> None:
     slow.__class__ = type("Slow", (PreTrainedTokenizerFast,), {"is_fast": False})
     with pytest.raises(ConfigError, match="needs a fast tokenizer"):
         task_of(found.task.config)(found.task.config, slow, found.task.limit, names)
+
+
+@pytest.mark.parametrize(
+    ("outside", "said"), [("O", None), ("_", "outside of entities, like O: _"), ("OTHER", "OTHER")]
+)
+def test_no_entity_found_is_no_hit(tmp_path: Path, outside: str, said: str | None) -> None:
+    """However what is outside is written: where ``_`` was an entity, whoever found none had an F1 of a half."""
+    rows = [{"text": ["dog", "red"], "label": ["B-X" if k % 3 else outside, outside], "client": "a"} for k in range(90)]
+    found = made(jsonl(tmp_path / "rows.jsonl", rows), "token-classification")
+    tag = found.task.label_names.index(outside)
+    logits = torch.zeros(1, 4, 2)
+    logits[..., tag] = 5.0
+    tests = found.clients[0].test
+    tally = Tally()
+    for example in tests:
+        tally.extend(found.task.measure(logits, torch.tensor([example["labels"]]), [example]))
+    assert found.task.figures(tally)["f1"] == 0.0
+    doubts = [line for line in found.warnings if "prefix" in line]
+    assert len(doubts) == (said is not None) and (said is None or said in doubts[0])  # noqa: PT018
+
+
+def test_tags_that_are_nearly_those_of_entities_are_told(tmp_path: Path) -> None:
+    rows = [{"text": [f"w{k % 40}", "red"], "label": ["b-per", "o"], "client": "a"} for k in range(90)]
+    found = made(jsonl(tmp_path / "rows.jsonl", rows), "token-classification")
+    assert found.task.metric == "accuracy"
+    assert any("'b-per' are taken as classes of words" in line for line in found.warnings)
+
+
+def test_a_word_without_a_token_has_no_tag_and_moves_none(tmp_path: Path) -> None:
+    """A lone mark of direction, as telephones write it."""
+    words = ["dog", "\u200e", "red", "cat"]
+    quiet = tokenizer(bert=True)
+    quiet.backend_tokenizer.normalizer = normalizers.BertNormalizer()
+    rows = [{"text": words, "label": ["A", "A", "B", "C"], "client": "a"}] * 6
+    source = jsonl(tmp_path / "rows.jsonl", rows)
+    config = DataConfig.model_validate({"source": str(source), "task": "token-classification"})
+    task = load_federation(config, quiet, 0, None).task
+    (example,) = task.encode([{"text": words, "label": ["A", "A", "B", "C"]}])
+    logits = torch.eye(3)[torch.tensor([[0, 0, 1, 2, 0]])]
+    assert task.answer(logits, [example]) == [{"predicted": ["A", "", "B", "C"]}]
+
+
+@pytest.mark.parametrize(
+    ("task", "label", "settings", "message"),
+    [
+        ("multi-label", [0, 1, 0], {}, "holds 0, 1, 0, of as many parts in every row: whether each label is there"),
+        ("multi-label", "['red', 'dog']", {"label_separator": ","}, "holds lists written as text .*Parquet"),
+        ("token-classification", "['A', 'B']", {}, "holds lists written as text"),
+        ("classification", "['red']", {}, "holds lists written as text"),
+    ],
+)
+def test_labels_in_a_form_that_would_make_other_classes_are_refused(
+    tmp_path: Path, task: str, label: Any, settings: dict[str, Any], message: str
+) -> None:
+    rows = [{"text": "red dog", "label": label, "client": "a"}] * 4
+    with pytest.raises(DataError, match=message):
+        made(jsonl(tmp_path / "rows.jsonl", rows), task, **settings)

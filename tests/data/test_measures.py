@@ -64,6 +64,8 @@ def test_numbers() -> None:
         ("I-X O I-X", {("X", 0, 1), ("X", 2, 3)}),
         ("S-X B-Y I-Y E-Y I-Y O", {("X", 0, 1), ("Y", 1, 4), ("Y", 4, 5)}),
         ("O O", set()),
+        ("_ OTHER B-X o NONE", {("X", 2, 3)}),  # outside is written in many ways
+        ("B I O B B", {("", 0, 2), ("", 3, 4), ("", 4, 5)}),
     ],
 )
 def test_entities(tags: str, expected: set[tuple[str, int, int]]) -> None:

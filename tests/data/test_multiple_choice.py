@@ -123,3 +123,20 @@ def test_bad_choices_letters_and_templates() -> None:
         task().encode([{"prompt": "what ?", "choices": ["dog"] * 5, "label": 0}])
     with pytest.raises(ConfigError, match=r"must have the field \{choices\}"):
         task(template="{prompt}")
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (["A", "2", "B"], "by letters (A …) in some rows and by numbers (2 …)"),
+        (["1", "2"], "the first choice, number 0, is never right"),
+        (["0", "1"], None),
+        (["A", "B"], None),
+    ],
+)
+def test_answers_that_may_count_from_one_are_told(labels: list[str], said: str | None) -> None:
+    made = task()
+    made.encode([{"prompt": "what ?", "choices": ["dog", "cat", "bird"], "label": label} for label in labels * 20])
+    found = made.doubts()
+    assert len(found) == (said is not None)
+    assert said is None or said in found[0]

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from flexp.config import DataConfig
-from flexp.data.sources import read_rows
+from flexp.data.sources import read_rows, split_for_tests
 from flexp.data.types import PLACE
 from flexp.errors import DataError
 from flexp.registry import TASKS
@@ -65,6 +65,20 @@ def test_splits_of_a_folder(tmp_path: Path) -> None:
     assert len(read_rows(str(tmp_path), "test")) == len(read_rows(f"{tmp_path}#test")) == 1
     with pytest.raises(DataError, match=r"there is no split 'dev'; it holds test.jsonl, train.jsonl"):
         read_rows(str(tmp_path), "dev")
+
+
+def test_whoever_names_a_place_for_tests_means_its_tests(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("a\n1\n")
+    for name in ("train", "test"):
+        (tmp_path / "both").mkdir(exist_ok=True)
+        (tmp_path / "both" / f"{name}.csv").write_text("a\n1\n")
+    found = [split_for_tests(str(tmp_path / name)) for name in ("x.csv", "both", "both#train", "nothing.csv")]
+    assert found == [None, "test", None, None]
+    assert [split_for_tests(name) for name in ("owner/name", "owner/name#train", "asset:sentiment")] == [
+        "test",
+        None,
+        None,
+    ]
 
 
 def test_image_folders(tmp_path: Path) -> None:
@@ -233,9 +247,23 @@ def test_the_first_sheet_of_a_workbook(tmp_path: Path) -> None:
             read_rows(str(tmp_path / f"{name}.xlsx"))
 
 
+@pytest.mark.parametrize("start", ["", "\n", "\r\n\n"])
+def test_empty_lines_before_a_table_change_nothing(tmp_path: Path, start: str) -> None:
+    """Types were guessed after one, so that 007 and 7 were one client."""
+    (tmp_path / "x.csv").write_text(f"{start}id,label\n007,01\n7,1\n", newline="")
+    rows = read_rows(str(tmp_path / "x.csv"))
+    assert (rows.values("id"), rows.values("label")) == (["007", "7"], ["01", "1"])
+
+
+def test_lines_that_a_lone_quotation_mark_swallows_are_told(tmp_path: Path) -> None:
+    (tmp_path / "x.tsv").write_text('text\tlabel\n"It was good\tpos\nnice" she\tneg\nbad\tneg\n')
+    assert "1 cells with line ends and tabs" in read_rows(str(tmp_path / "x.tsv")).notes[0]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
+        ("x.csv", b"\na,b,a\n1,2,3\n", r"x.csv: has more than one column 'a'"),
         ("x.xlsx", b"no", r"x.xlsx: is not an Excel workbook"),
         ("x.csv", b"a,b,a\n1,2,3\n", r"x.csv: has more than one column 'a'"),
         ("x.jsonl", b'{"a": "x"}\n{"a": "\\ud83d"}\n', r"x.jsonl, line 2: the column 'a' holds half of a character"),

@@ -95,6 +95,8 @@ def test_questions_without_an_answer(tmp_path: Path) -> None:
         ("cat", {}, r"line 1: the answer 'cat' in column 'answers' is not in the context;"),
         ({"text": ["dog"], "answer_start": [3]}, {}, "is not in the context at character 3; write it as it stands"),
         ({"text": ["dog"], "answer_start": []}, {}, "1 answers and 0 places"),
+        ({"texts": ["dog"]}, {"unanswerable": True}, "holds 'texts'; expected an answer's 'text'"),
+        ([{"answer": "dog"}], {}, "holds 'answer'; expected an answer's 'text'"),
         ("dog", {"max_length": 9}, "the question has 6 tokens, so of the 9 of an example 3 are left"),
         ("dog", {"max_length": 9, "long_texts": "error"}, "the text has 11 tokens, more than the 9"),
     ],

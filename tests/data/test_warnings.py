@@ -82,3 +82,32 @@ def test_several_labels_a_row(tmp_path: Path, words: list[str], said: bool) -> N
     assert [line for line in found if "of one label only" in line] == (
         ["client 'north' has training examples of one label only, and there is nothing to tell apart"] if said else []
     )
+
+
+def test_labels_of_tests_alone_are_told(tmp_path: Path) -> None:
+    """As ``1.0`` is, where a gap made numbers of a test file's labels."""
+    train = [row | {"label": "01"[k // 2 % 2]} for k, row in enumerate(rows())]
+    test = [row | {"label": ("0.0", "1.0")[k // 2 % 2]} for k, row in enumerate(rows(600)[400:])]
+    jsonl(tmp_path / "test.jsonl", test)
+    found = warnings(tmp_path, train, test_source=str(tmp_path / "test.jsonl"))
+    assert found == [
+        "200 of 200 test and validation examples have labels that no training example has: labels '0.0', '1.0'",
+        "the labels '0' and '0.0' differ in spelling only: if they are one, make them one",
+        "the labels '1' and '1.0' differ in spelling only: if they are one, make them one",
+    ]
+
+
+def test_groups_that_differ_in_spelling_are_told(tmp_path: Path) -> None:
+    data = [row | {"patient": f"p{k % 40}" if k % 80 < 40 else f"P{k % 40}"} for k, row in enumerate(rows())]
+    found = warnings(tmp_path, data, group="patient")
+    assert found[0] == "the groups 'P0' and 'p0' differ in spelling only: if they are one, make them one"
+    assert (len(found), found[-1]) == (7, "and 34 more groups differ in spelling only")
+
+
+def test_what_exports_write_for_missing_is_told(tmp_path: Path) -> None:
+    data = [row | ({"label": "NULL"} if k % 10 < 2 else {}) for k, row in enumerate(rows())]
+    config = DataConfig.model_validate({"source": str(jsonl(tmp_path / "x.jsonl", data))})
+    notes = load_federation(config, TOK, 0, None).notes
+    assert any("column 'label' has 'NULL' in 40 rows, as exports write what is missing" in note for note in notes)
+    plain = DataConfig.model_validate({"source": str(jsonl(tmp_path / "y.jsonl", rows()))})
+    assert not any("missing" in note for note in load_federation(plain, TOK, 0, None).notes)

@@ -59,6 +59,20 @@ def test_a_file_with_labels(run: Path, tmp_path: Path) -> None:
         score(open_trained(run, "south"), source)
 
 
+def test_of_a_folder_its_tests_are_scored_and_what_was_cut_is_told(run: Path, tmp_path: Path) -> None:
+    """Its training file is what the model may have learned."""
+    rows = [{"text": "the dog " * (3 * k), "label": ("no", "yes")[k % 2]} for k in range(1, 9)]
+    jsonl(tmp_path / "d/train.jsonl", rows)
+    jsonl(tmp_path / "d/test.jsonl", [*rows[:5], {"text": "NULL", "label": "no"}])
+    told: list[str] = []
+    found = score(open_trained(run, "south"), str(tmp_path / "d"), say=told.append)
+    assert found[str(tmp_path / "d")]["n"] == 6
+    assert "its files for tests are read" in told[0]
+    assert "column 'text' has 'NULL' in 1 row, as exports write" in told[1]
+    assert "3 of 6 texts were cut" in told[2]
+    assert score(open_trained(run, "south"), f"{tmp_path / 'd'}#train")[f"{tmp_path / 'd'}#train"]["n"] == 8
+
+
 def test_predictions_keep_the_rows_order_and_need_no_labels(run: Path, tmp_path: Path) -> None:
     texts = ["the", "the red dog sleeps now", "a cat", "the w3 dog w1 runs fast slowly now"]
     source, out = tmp_path / "in.csv", tmp_path / "out.csv"

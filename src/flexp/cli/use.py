@@ -104,7 +104,7 @@ def evaluate(
             return
         if tasks_dir is not None or limit is not None:
             raise ConfigError("--tasks-dir and --limit go with --harness TASKS: say which tasks")
-        scores = {"personal": score(opened, data, batch_size)}
+        scores = {"personal": score(opened, data, batch_size, say=_say)}
         if pretrained:
             scores = {"pretrained": score(opened, data, batch_size, pretrained=True), **scores}
     finally:
@@ -136,10 +136,14 @@ def predict(
 
     opened = open_trained(model, whose.client, whose.number, reaching(whose, secured), device=device)
     try:
-        count = write(opened, data, out, batch_size, force=force)
+        count = write(opened, data, out, batch_size, force=force, say=_say)
     finally:
         opened.close()
     typer.echo(f"{count} rows labelled in {out}")
+
+
+def _say(line: str) -> None:
+    typer.echo(line, err=True)
 
 
 def _tables(scores: dict[str, dict[str, dict[str, float]]], metric: str, client: str, number: int) -> list[RichTable]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -49,6 +50,22 @@ def missing(value: Any) -> bool:
     return isinstance(value, list | tuple) and (len(value) == 0 or any(missing(item) for item in value))
 
 
+GAPS = frozenset(("NULL", "null", "NaN", "nan", "NA", "N/A", "#N/A", "<NA>", "None"))
+"""How programs write what is missing. In a table of text it may as well be a word, so it stays one."""
+
+
+def written_gaps(values: Sequence[Any], column: str, source: str) -> list[str]:
+    """A line where texts of ``column`` are such as :data:`GAPS`."""
+    found = Counter(text for value in values if isinstance(value, str) and (text := value.strip()) in GAPS)
+    if not found:
+        return []
+    what, rows = ", ".join(map(repr, found)), f"{found.total()} row{'s' if found.total() > 1 else ''}"
+    return [
+        f"{source}: column {column!r} has {what} in {rows}, as exports write what is missing; they are taken as they "
+        "stand: leave such cells empty, or remove the rows"
+    ]
+
+
 def check_present(values: Sequence[Any], column: str, place: Callable[[int], str]) -> None:
     """Check that every row has a value in ``column``.
 
@@ -77,6 +94,21 @@ def as_text(value: Any, column: str, place: str) -> str:
     )
 
 
+def check_no_list(values: Sequence[Any], column: str, place: Callable[[int], str]) -> None:
+    """Refuse a column of texts that programs write where a cell cannot hold a list: ``['x', 'y']``.
+
+    Raises:
+        DataError: most of its texts are such.
+    """
+    texts = [(index, value.strip()) for index, value in enumerate(values) if isinstance(value, str) and value.strip()]
+    lists = [index for index, text in texts if text[0] == "[" and text[-1] == "]"]
+    if lists and 2 * len(lists) > len(texts):
+        raise DataError(
+            f"{place(lists[0])}: the column {column!r} holds lists written as text ({str(values[lists[0]])[:40]}); "
+            "save it as JSON Lines or Parquet, which keep lists, or write the parts with a sign between them"
+        )
+
+
 def lists_of_labels(
     values: Sequence[Any], names: list[str] | None, column: str, separator: str | None, place: Callable[[int], str]
 ) -> list[list[str]]:
@@ -86,6 +118,7 @@ def lists_of_labels(
     Raises:
         DataError: a value is something else; the message names its place.
     """
+    check_no_list(values, column, place)
     found = []
     for index, value in enumerate(values):
         if isinstance(value, str):
@@ -95,13 +128,14 @@ def lists_of_labels(
         elif not isinstance(value, list):
             _refuse(value, column, place(index))
         if names is not None:
-            value = [names[one] if 0 <= one < len(names) else _refuse(one, column, place(index)) for one in value]
+            value = [_named(one, names) or _refuse(one, column, place(index)) for one in value]
         stripped = [one.strip() if isinstance(one, str) else _refuse(one, column, place(index)) for one in value]
         found.append([one for one in stripped if one])
     return found
 
 
-_NUMBER = re.compile(r"[-+]?\d*\.?\d+(e[-+]?\d+)?", re.IGNORECASE)
+NUMBER = re.compile(r"[-+]?\d*\.?\d+(e[-+]?\d+)?", re.IGNORECASE)
+_WHOLE = re.compile(r"-?\d+")
 
 
 def label_texts(values: Sequence[Any], names: list[str] | None, column: str, place: Callable[[int], str]) -> list[str]:
@@ -111,12 +145,10 @@ def label_texts(values: Sequence[Any], names: list[str] | None, column: str, pla
         DataError: a value is something else; the message names its place.
     """
     if names is not None:
-        return [
-            names[value] if 0 <= value < len(names) else _refuse(value, column, place(i))
-            for i, value in enumerate(values)
-        ]
+        return [_named(value, names) or _refuse(value, column, place(index)) for index, value in enumerate(values)]
+    check_no_list(values, column, place)
     texts = [_label(value, column, place, index) for index, value in enumerate(values)]
-    if all(_NUMBER.fullmatch(text) for text in texts):
+    if all(NUMBER.fullmatch(text) for text in texts):
         fraction = next((index for index, text in enumerate(texts) if not float(text).is_integer()), None)
         if fraction is not None:
             _refuse(texts[fraction], column, place(fraction))  # a measurement, not a class
@@ -126,9 +158,14 @@ def label_texts(values: Sequence[Any], names: list[str] | None, column: str, pla
 def sort_labels(texts: Iterable[str]) -> list[str]:
     """The distinct labels: by value when all are whole numbers, else by spelling."""
     distinct = set(texts)
-    if all(text.lstrip("-").isdecimal() for text in distinct):
+    if all(_WHOLE.fullmatch(text) for text in distinct):
         return sorted(distinct, key=lambda text: (int(text), text))
     return sorted(distinct)
+
+
+def _named(number: Any, names: Sequence[str]) -> str | None:
+    """The name of a ``ClassLabel``'s number; ``None``: it has none."""
+    return names[number] if isinstance(number, int) and 0 <= number < len(names) else None
 
 
 def _label(value: Any, column: str, place: Callable[[int], str], index: int) -> str:

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from flexp.config import DataConfig
-from flexp.data.columns import as_text, check_known, check_present, classes_of, settled
+from flexp.data.columns import as_text, check_known, check_present, classes_of, settled, written_gaps
 from flexp.data.grouping import check_apart, check_whole
 from flexp.data.partition import Facts, Partition, partition, partition_test, partitioner
-from flexp.data.sources import Rows, read_rows
+from flexp.data.sources import Rows, read_rows, split_for_tests
 from flexp.data.split import Split, split_client
 from flexp.data.tasks import limit_of, make_task, task_of
 from flexp.data.types import ClientData, Example, Federation, Task
-from flexp.data.warnings import warnings_of
+from flexp.data.warnings import alike, cut_note, warnings_of
 from flexp.errors import DataError
 
 
@@ -46,13 +46,13 @@ def load_federation(
     limit = limit_of(config, max_positions)
     source = _Source(config, config.source, config.split)
     made = partition(source.facts, config.clients, seed)
-    notes = [*source.rows.notes, *made.notes]
+    notes = [*source.rows.notes, *source.doubts, *made.notes]
     tests: Partition | None = None
     test_source = source
     if config.test_source is not None:
-        test_source = _Source(config, config.test_source, None)
+        test_source = _Source(config, config.test_source, split_for_tests(config.test_source))
         tests = partition_test(made, source.facts, test_source.facts, config.clients, seed)
-        notes += [*test_source.rows.notes, *tests.notes]
+        notes += [*test_source.rows.notes, *test_source.doubts, *tests.notes]
     if source.facts.groups is not None:
         check_whole(made.clients, source.facts.groups)
         if tests is not None and test_source.facts.groups is not None:
@@ -75,13 +75,14 @@ def load_federation(
             test_source.encode(task, split.test),
         )
         _check(client, config)
-        notes += _cut_note(client, limit.tokens)
+        notes += cut_note(client.name, [*client.train, *client.validation, *client.test], limit.tokens)
         clients.append(client)
     if limit.of_model and config.block_length is None and not task_of(config).images:
         notes.append(
             f"data.max_length = {config.max_length} is more than the model's {limit.tokens} positions, which are used"
         )
-    return Federation(clients, task, notes, warnings_of(clients, task))
+    groups = {name for each in (source, test_source) for name in each.facts.groups or ()}
+    return Federation(clients, task, notes, [*warnings_of(clients, task), *alike("groups", sorted(groups))])
 
 
 class _Source:
@@ -100,6 +101,8 @@ class _Source:
         for column, key in ((config.group, "data.group"), (config.clients.over, "data.clients.over")):
             if column is not None:
                 self.rows.require(column, key)
+        named = [*self.needed, *([config.clients.column] if self.how.owners == "column" else [])]
+        self.doubts = [line for name in named for line in written_gaps(self.rows.values(name), name, self.rows.name)]
         for name in self.needed:
             if name not in self.task.gaps(config):
                 check_present(self.rows.values(name), name, self.rows.place)
@@ -204,9 +207,3 @@ def _check(client: ClientData, config: DataConfig) -> None:
             f"client {client.name!r} is empty: its texts give {len(client.train)} blocks to train and "
             f"{len(client.test)} to test of data.block_length = {config.block_length}; give it more text"
         )
-
-
-def _cut_note(client: ClientData, tokens: int) -> list[str]:
-    examples = [*client.train, *client.validation, *client.test]
-    cut = sum("cut" in example for example in examples)
-    return [f"{client.name}: {cut} of {len(examples)} texts were cut at {tokens} tokens"] if cut else []

@@ -108,21 +108,31 @@ def number_scores(given: Sequence[float], right: Sequence[float]) -> dict[str, f
     }
 
 
+PREFIXES = tuple("BIESLUM")
+"""What a tag of an entity begins with: alone, or before ``-`` and the entity's kind. Any other is outside."""
+
+
+def prefix_of(tag: str) -> str | None:
+    """Its one of :data:`PREFIXES`; ``None``: it is outside of entities, such as ``O``, ``_`` or ``OTHER``."""
+    prefix = tag.partition("-")[0]
+    return prefix if prefix in PREFIXES else None
+
+
 def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
     """(kind, first, end) of the entities that tags such as ``B-PER`` mark, read as the CoNLL evaluation does: an ``I-``
     of another kind, or after none, begins one."""
     found, kind, start, closed = set(), "", 0, True
     for index, tag in enumerate([*tags, "O"]):
-        prefix, _, own = tag.partition("-")
-        inside = prefix != "O"
-        begins = inside and (prefix in "BSU" or closed or own != kind)
+        prefix, own = prefix_of(tag), tag.partition("-")[2]
+        inside = prefix is not None
+        begins = inside and (prefix in ("B", "S", "U") or closed or own != kind)
         if not closed and (begins or not inside):
             found.add((kind, start, index))
             closed = True
         if begins:
             kind, start = own, index
         closed = closed if not inside else False
-        if inside and prefix in "ESLU":
+        if prefix in ("E", "S", "L", "U"):
             found.add((kind, start, index + 1))
             closed = True
     return found

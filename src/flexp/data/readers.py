@@ -70,7 +70,8 @@ def _csv(path: Path) -> Table:
     delimiter = said[1] if said else "\t" if path.suffix.lower() == ".tsv" else _delimiter(sample, cut)
     if delimiter != ("\t" if path.suffix.lower() == ".tsv" else ","):
         note.append(f"columns divided by {delimiter!r}")
-    names = next(csv.reader(io.StringIO(sample, newline=""), delimiter=delimiter))
+    lines = csv.reader(io.StringIO(sample, newline=""), delimiter=delimiter)
+    names = next(line for line in lines if line)  # empty ones are passed over below as well
     unlike(path, names)
     try:
         data = pa.csv.read_csv(
@@ -86,7 +87,18 @@ def _csv(path: Path) -> Table:
         )
     except pa.ArrowInvalid as error:
         raise DataError(f"{path}: is not a well-formed table ({_first_line(error)})") from error
+    if data.column_names != names:  # what is not named would be guessed to be numbers or dates
+        raise DataError(f"{path}: its first line, which names the columns, cannot be told apart from others")
+    if delimiter == "\t" and (odd := _swallowed(data)):
+        note.append(
+            f"{odd} cells with line ends and tabs within quotation marks (a lone \" at a cell's beginning does that)"
+        )
     return Table(data, note=f"{path.name}: read as {', '.join(note)}" if note else None)
+
+
+def _swallowed(data: pa.Table) -> int:
+    """Cells that hold whole lines of a table whose columns tabs divide, which texts hardly have."""
+    return sum("\t" in text and "\n" in text for column in data.columns for text in column.to_pylist() if text)
 
 
 def _encoding(path: Path) -> tuple[str, list[str]]:

@@ -126,12 +126,18 @@ def read_rows(source: str, split: str | None = None, config: str | None = None, 
         return _join(str(path), [_file(path)])
     if path.is_dir():
         return _join(str(path), _folder(path, split, by_file))
-    if source.startswith(("/", ".", "~", "asset:")) or path.suffix.lower() in READERS or not _HUB_ID.fullmatch(source):
+    if not _is_hub(source):
         beside = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
         raise DataError(f"{path}: no such file or folder (data.source or data.test_source){nearest(path.name, beside)}")
     if by_file:
         raise DataError(f'{source}: clients.by = "file" needs a local folder, and there is none of that name')
     return _hub(source, config, split or "train")
+
+
+def _is_hub(source: str) -> bool:
+    """Whether what is no file or folder here may be an id of ``datasets``."""
+    local = source.startswith(("/", ".", "~", "asset:")) or Path(source).suffix.lower() in READERS
+    return not local and _HUB_ID.fullmatch(source) is not None
 
 
 def _resolve(source: str) -> str | Path:
@@ -255,6 +261,15 @@ def splits_of(source: str) -> set[str]:
     path = Path(source)
     children = _children(path) if path.is_dir() else []
     return {name for name in _SPLITS for child in children if _of_split(child, name)}
+
+
+def split_for_tests(source: str) -> str | None:
+    """``test`` where a folder has such files by their names, and of a ``datasets`` id: whoever names it for tests means
+    these."""
+    path = Path(source).expanduser()
+    if path.exists():
+        return "test" if "test" in splits_of(str(path)) else None
+    return None if "#" in source or not _is_hub(source) else "test"
 
 
 def _images(folder: Path, group: str | None) -> list[tuple[Table, Part]]:

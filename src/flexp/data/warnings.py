@@ -11,6 +11,7 @@ from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
+from flexp.data.columns import NUMBER
 from flexp.data.tasks.base import BaseTask
 from flexp.data.types import ClientData, Example
 from flexp.kinds import LABELS
@@ -27,9 +28,17 @@ def warnings_of(clients: Sequence[ClientData], task: BaseTask) -> list[str]:
         *_trained_on(clients),
         *_repeated(clients),
         *(_labels(clients, task) if task.label_names is not None else ()),
-        *_alike("clients", [client.name for client in clients]),
+        *task.doubts(),
+        *alike("clients", [client.name for client in clients]),
         *_few(clients),
     ]
+
+
+def cut_note(whose: str, examples: Sequence[Example], tokens: int | None = None) -> list[str]:
+    """A line where texts were cut, at ``tokens``."""
+    cut = sum("cut" in example for example in examples)
+    at = "" if tokens is None else f" at {tokens} tokens"
+    return [f"{whose}: {cut} of {len(examples)} texts were cut{at}"] if cut else []
 
 
 def _trained_on(clients: Sequence[ClientData]) -> Iterable[str]:
@@ -75,6 +84,7 @@ def _labels(clients: Sequence[ClientData], task: BaseTask) -> Iterable[str]:
         for client in clients
     }
     counts = Counter(name for rows in found.values() for names in rows for name in set(names))
+    yield from _never_trained(clients, task)
     examples = sum(map(len, found.values()))
     one_each = all(len(names) == 1 for rows in found.values() for names in rows)
     if one_each and len(counts) > examples / 2 and examples > 4:
@@ -90,17 +100,33 @@ def _labels(clients: Sequence[ClientData], task: BaseTask) -> Iterable[str]:
             f"{_named('client', of_one)} {'has' if len(of_one) == 1 else 'have'} training examples of one label only, "
             "and there is nothing to tell apart"
         )
-    yield from _alike("labels", counts)
+    yield from alike("labels", counts)
 
 
-def _alike(what: str, names: Iterable[str]) -> Iterable[str]:
-    """Names that differ in capitals, spaces or the like only."""
+def _never_trained(clients: Sequence[ClientData], task: BaseTask) -> Iterable[str]:
+    """Labels of tests alone: nobody can get them right."""
+    trained = {name for client in clients for example in client.train for name in task.classes_in(example)}
+    tested = [set(task.classes_in(each)) for client in clients for each in (*client.validation, *client.test)]
+    odd = sum(not names <= trained for names in tested)
+    if odd:
+        names = sorted(set[str]().union(*tested) - trained)
+        yield (
+            f"{odd} of {len(tested)} test and validation examples have labels that no training example has: "
+            f"{_named('label', names)}"
+        )
+
+
+def alike(what: str, names: Iterable[str]) -> Iterable[str]:
+    """Names that differ in capitals, spaces, the way a number is written, or the like only."""
     groups: defaultdict[str, list[str]] = defaultdict(list)
     for name in names:
-        groups[" ".join(unicodedata.normalize("NFKC", name).casefold().split())].append(name)
-    for group in groups.values():
-        if len(group) > 1:
-            yield f"the {what} {' and '.join(map(repr, group))} differ in spelling only: if they are one, make them one"
+        plain = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+        groups[repr(float(plain)) if NUMBER.fullmatch(plain) else plain].append(name)
+    found = [" and ".join(map(repr, group)) for group in groups.values() if len(group) > 1]
+    for group in found[:_SHOWN]:
+        yield f"the {what} {group} differ in spelling only: if they are one, make them one"
+    if len(found) > _SHOWN:
+        yield f"and {len(found) - _SHOWN} more {what} differ in spelling only"
 
 
 def _few(clients: Sequence[ClientData]) -> Iterable[str]:

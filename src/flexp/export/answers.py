@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from flexp.config import DataConfig
-from flexp.data.columns import check_known, check_present
+from flexp.data.columns import check_known, check_present, written_gaps
 from flexp.data.scores import evaluate
-from flexp.data.sources import Rows, read_rows
+from flexp.data.sources import Rows, read_rows, split_for_tests
 from flexp.data.tasks import task_of
 from flexp.data.tasks.base import BaseTask
 from flexp.data.types import Example, Task
+from flexp.data.warnings import cut_note
 from flexp.errors import ConfigError
 from flexp.export.trained import Trained
 from flexp.files import check_new, replacing
@@ -25,20 +26,29 @@ from flexp.kinds import logits_of, take_targets
 WRITERS = (".csv", ".jsonl")
 
 
+Say = Callable[[str], None]
+
+
 def score(
-    model: Trained, source: str | None = None, batch_size: int | None = None, *, pretrained: bool = False
+    model: Trained,
+    source: str | None = None,
+    batch_size: int | None = None,
+    *,
+    pretrained: bool = False,
+    say: Say = lambda _: None,
 ) -> dict[str, dict[str, float]]:
     """The scores of a model by data set: those of its run, or ``source`` alone where a file is named.
 
     Args:
         pretrained: of the model as it was before training; only of a run.
+        say: is told what the user should know of how ``source`` was read.
 
     Raises:
         ConfigError: there is nothing to score it on, or the model's beginning is not known.
         DataError: the file does not fit the task.
     """
     forward = model.pretrained if pretrained else model.forward
-    sets = model.sets if source is None else {source: read_examples(source, model.config.data, model.task)[0]}
+    sets = model.sets if source is None else {source: read_examples(source, model.config.data, model.task, say=say)[0]}
     if not sets:
         raise ConfigError(
             "an exported folder has no data of its own: say --data FILE, or --run RUN for that run's test data"
@@ -47,7 +57,15 @@ def score(
     return {name: evaluate(forward, model.task, examples, size) for name, examples in sets.items()}
 
 
-def predict(model: Trained, source: str, out: Path, batch_size: int | None = None, *, force: bool = False) -> int:
+def predict(
+    model: Trained,
+    source: str,
+    out: Path,
+    batch_size: int | None = None,
+    *,
+    force: bool = False,
+    say: Say = lambda _: None,
+) -> int:
     """Write what the model answers to every row of ``source`` to ``out``, in their order; how many there were.
 
     A line of a ``.jsonl`` has ``row``, ``predicted`` and what else the task says of a row, such as ``probabilities`` by
@@ -55,6 +73,7 @@ def predict(model: Trained, source: str, out: Path, batch_size: int | None = Non
 
     Args:
         force: replace what stands at ``out``; never ``source``.
+        say: is told what the user should know of how ``source`` was read.
 
     Raises:
         ConfigError: the task has no such answers, or ``out`` has another ending or is taken.
@@ -66,7 +85,7 @@ def predict(model: Trained, source: str, out: Path, batch_size: int | None = Non
     if out.suffix.lower() not in WRITERS:
         raise ConfigError(f"--out {out}: expected a name that ends in {' or '.join(WRITERS)}")
     check_new(out, force=force, read=[source, source.partition("#")[0]])
-    rows = _answers(model, source, batch_size or model.config.evaluation.batch_size)
+    rows = _answers(model, source, batch_size or model.config.evaluation.batch_size, say)
     numbered = [{"row": number, **row} for number, row in enumerate(rows, start=1)]
     with replacing(out) as part, part.open("w", encoding="utf-8", newline="") as file:
         if out.suffix.lower() == ".jsonl":
@@ -90,8 +109,8 @@ def _flat(row: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return found
 
 
-def _answers(model: Trained, source: str, size: int) -> list[dict[str, Any]]:
-    examples, _ = read_examples(source, model.config.data, model.task, labelled=False)
+def _answers(model: Trained, source: str, size: int, say: Say) -> list[dict[str, Any]]:
+    examples, _ = read_examples(source, model.config.data, model.task, labelled=False, say=say)
     order = sorted(range(len(examples)), key=lambda index: -len(examples[index].get("input_ids", ())))
     found: dict[int, dict[str, Any]] = {}
     for start in range(0, len(order), size):
@@ -106,17 +125,21 @@ def _answers(model: Trained, source: str, size: int) -> list[dict[str, Any]]:
 
 
 def read_examples(
-    source: str, data: DataConfig, task: Task, *, labelled: bool = True
+    source: str, data: DataConfig, task: Task, *, labelled: bool = True, say: Say = lambda _: None
 ) -> tuple[list[Example], list[str]]:
-    """All rows of ``source`` (what ``data.source`` may name) as examples, in their order, and the place of each.
+    """All rows of ``source`` (what ``data.source`` may name) as examples, in their order, and the place of each. Of a
+    folder with files for tests these are read.
 
     Args:
         labelled: whether what is right matters; without, no column of it is needed.
+        say: is told what the user should know of how they were read.
 
     Raises:
         DataError: the file does not hold what the task needs, or a label that the model does not know.
     """
-    rows = read_rows(source, None, data.config)
+    rows = read_rows(source, split := split_for_tests(source), data.config)
+    if split is not None:
+        say(f"{source}: its files for tests are read ({source}#train: those for training)")
     kind = task_of(data)
     needed = kind.needed_columns(data)
     classes = task.label_names
@@ -128,6 +151,8 @@ def read_examples(
     for name in needed:
         if name not in kind.gaps(data):
             check_present(rows.values(name), name, rows.place)
+    for line in (*rows.notes, *(line for name in needed for line in written_gaps(rows.values(name), name, rows.name))):
+        say(line)
     taken = rows.take(range(len(rows)), list(needed))
     if kind.labelled:
         labels = (
@@ -139,7 +164,10 @@ def read_examples(
         image, folder = row.get(data.image), rows.part(index).folder
         if kind.images and isinstance(image, str) and folder is not None:
             row[data.image] = str(folder / Path(image))
-    return task.encode(taken), [rows.place(index) for index in range(len(rows))]
+    examples = task.encode(taken)
+    for line in cut_note(rows.name, examples):
+        say(line)
+    return examples, [rows.place(index) for index in range(len(rows))]
 
 
 def _labels(rows: Rows, task: type[BaseTask], data: DataConfig, classes: Sequence[str] | None) -> list[Any]:

@@ -154,6 +154,10 @@ class BaseTask(ABC):
         """The names of the classes that an encoded example has; none where the task has no classes."""
         return [] if self.label_names is None else [self.label_names[example["labels"]]]
 
+    def doubts(self) -> list[str]:
+        """What of the classes is suspicious: one line each, for people to judge."""
+        return []
+
     def class_weights(self, wanted: Literal["balanced"] | Mapping[str, float], examples: Sequence[Example]) -> Tensor:
         """What each class counts in the loss, (C,).
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from flexp.kinds import ModelKind
 
 TAGS = ("tags", "topics", "genres")
 SEPARATORS = ("|", ";", ",")
+_THERE = frozenset(("0", "1", "0.0", "1.0", "true", "false", "True", "False"))
 
 
 class MultiLabel(SeveralLabels, TextTask):
@@ -65,10 +67,14 @@ class MultiLabel(SeveralLabels, TextTask):
                 f"{place(text)}: the column {config.label!r} holds text; say with data.label_separator what divides "
                 'its labels ("|" for instance), or write lists'
             )
-        return [
-            list(dict.fromkeys(labels))
-            for labels in lists_of_labels(values, names, config.label, config.label_separator, place)
-        ]
+        found = lists_of_labels(values, names, config.label, config.label_separator, place)
+        lengths = {len(labels) for labels in found}
+        if len(lengths) == 1 and max(lengths) > 1 and {*chain(*found)} <= _THERE:
+            raise DataError(
+                f"{place(0)}: the column {config.label!r} holds {', '.join(found[0][:6])}, of as many parts in every "
+                "row: whether each label is there; write the names of those that are"
+            )
+        return [list(dict.fromkeys(labels)) for labels in found]
 
     @classmethod
     def no_label(cls, names: Sequence[str]) -> list[str]:

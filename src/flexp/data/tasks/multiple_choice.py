@@ -8,6 +8,7 @@ score asks instead which choice *text* the model finds likeliest after the quest
 from __future__ import annotations
 
 import string
+from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -33,6 +34,9 @@ from flexp.data.types import Example, Forward, Row, Tally
 from flexp.errors import ConfigError, DataError
 
 LETTERS = string.ascii_uppercase
+
+ENOUGH = 20
+"""Rows of which it would be odd if one choice were never right."""
 
 
 class MultipleChoice(TextTask):
@@ -69,6 +73,7 @@ class MultipleChoice(TextTask):
                 "data.template of a multiple-choice task must have the field {choices}, where the lettered choices go"
             )
         self._before, self.letter_ids = _letters(processor, self.wording)
+        self._given: Counter[str] = Counter()  # the answers as they are written
 
     def encode(self, rows: Sequence[Row]) -> list[Example]:
         """Question, lettered choices, ``Answer:`` and the right letter.
@@ -86,6 +91,7 @@ class MultipleChoice(TextTask):
                     f"{LETTERS[len(options) - 1]}; use a tokenizer that knows them"
                 )
             answer = answer_of(row, self.config, len(options))
+            self._given[str(row[self.config.label]).strip()] += 1
             listed = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
             ids = prompt_ids(self.processor, self._prompt(row, self.wording, listed)) + self._before
             ids = [*ids, self.letter_ids[answer]]
@@ -95,6 +101,18 @@ class MultipleChoice(TextTask):
             example |= {"answer": answer, "options": options, "question": self._prompt(row, bare, "")}
             examples.append(example)
         return examples
+
+    def doubts(self) -> list[str]:
+        numbers = [text for text in self._given if text.isdecimal()]
+        letters = [text for text in self._given if not text.isdecimal()]
+        if numbers and letters:
+            return [
+                f"right choices are named by letters ({letters[0]} …) in some rows and by numbers ({numbers[0]} …) in "
+                "others, where 0 is taken for A: if the data count from 1, write all in one way"
+            ]
+        if numbers and "0" not in numbers and self._given.total() >= ENOUGH:
+            return ["the first choice, number 0, is never right: if the data count from 1, each answer is one too far"]
+        return []
 
     def measure(self, logits: Tensor, labels: Tensor, examples: Sequence[Example]) -> Tally:
         """The letter's loss over the whole vocabulary; a hit is the likeliest letter among the example's own."""

@@ -20,6 +20,8 @@ from flexp.kinds import ModelKind
 
 NUMBERS = ("score", "label", "target", "rating", "value", "y", "stars", "price")
 STRATA = 10
+_LARGEST = 1e18
+"""Its square is well within float32."""
 """Rows are divided by the tenth of the numbers that theirs is in."""
 
 
@@ -99,6 +101,11 @@ def _number(value: Any, column: str, place: Callable[[int], str], index: int) ->
         number = float(value)
     except (TypeError, ValueError):
         number = math.nan
+    if math.isfinite(number) and abs(number) > _LARGEST:
+        raise DataError(
+            f"{place(index)}: {str(value)[:40]!r} in column {column!r} is too large for float32, in which its error is "
+            "squared; if it marks what is missing, remove the row, else divide all numbers"
+        )
     if not math.isfinite(number):
         raise DataError(
             f"{place(index)}: {str(value)[:40]!r} in column {column!r} is no number; write numbers with a point, or "

@@ -219,6 +219,12 @@ def spans_of(value: Any, context: str, column: str, where: str) -> list[Span]:
     """
     if missing(value):
         return []
+    if odd := next((one for one in (value if isinstance(value, list) else [value])
+                    if isinstance(one, dict) and "text" not in one), None):  # fmt: skip
+        raise DataError(
+            f"{where}: column {column!r} holds {', '.join(map(repr, odd))}; expected an answer's 'text' and, where "
+            "it is known, 'answer_start'"
+        )
     if isinstance(value, dict):
         texts, starts = value.get("text") or [], value.get("answer_start") or []
         pairs = [(texts, starts)] if isinstance(texts, str) else list(zip(texts, starts, strict=False))

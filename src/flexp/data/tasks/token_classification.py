@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 
 from flexp.config import DataConfig
 from flexp.data.columns import lists_of_labels
-from flexp.data.measures import class_scores, confusion, entity_scores
+from flexp.data.measures import PREFIXES, class_scores, confusion, entity_scores, prefix_of
 from flexp.data.survey import Column, column_of
 from flexp.data.tasks.base import Limit, SeveralLabels, class_details, place
 from flexp.data.tasks.text import pad
@@ -44,8 +45,23 @@ class TokenClassification(SeveralLabels):
         super().__init__(config, processor, limit, label_names)
         if not getattr(processor, "is_fast", False):
             raise ConfigError("token classification needs a fast tokenizer, which knows where in the text a token is")
-        self.entities = any(name[:2] in ("B-", "I-", "S-", "U-") for name in label_names)
+        marked = [name for name in label_names if prefix_of(name) and (name[1:2] == "-")]
+        bare = {"B", "O"} <= {*label_names} <= {*PREFIXES, "O"}  # entities of one kind, which has no name
+        self.entities = bare or any(name[0] in "BISU" for name in marked)
         self.metric = "f1" if self.entities else "accuracy"
+
+    def doubts(self) -> list[str]:
+        names = self.label_names
+        outside = [name for name in names if prefix_of(name) is None and name != "O"]
+        other = [name for name in names if _ALMOST.fullmatch(name)]
+        if self.entities and outside:
+            return [f"tags without a prefix such as B- or I- are outside of entities, like O: {', '.join(outside[:6])}"]
+        if not self.entities and other:
+            return [
+                f"tags such as {other[0]!r} are taken as classes of words, so accuracy is told, of which most may be "
+                "words outside; for the F1 of entities write B-KIND, I-KIND and O"
+            ]
+        return []
 
     @classmethod
     def text_columns(cls, config: DataConfig) -> list[str]:
@@ -87,17 +103,21 @@ class TokenClassification(SeveralLabels):
             cut = length - self.limit.tokens
             encoded = self.processor(text, truncation=True, max_length=self.limit.tokens, **options)
         ends = [end - 1 for end in accumulate(len(word) + 1 for word in words)]  # of each word in the text
-        labels, last = [], -1
+        labels, tagged, last = [], [], -1
         for begin, end in encoded["offset_mapping"]:
             word = bisect_right(ends, begin) if end > begin else last  # special tokens are of no word
             labels.append(tags[word] if word > last else IGNORED)
+            if word > last:
+                tagged.append(word)
             last = max(word, last)
         if not any(label != IGNORED for label in labels):
             raise DataError(f"{where}: there is no word that the tokenizer knows; remove the row")
         keys = ("input_ids", "attention_mask", "token_type_ids")
         example: Example = {key: list(encoded[key]) for key in keys if key in encoded}
         example.setdefault("attention_mask", [1] * len(labels))
-        return example | {"labels": labels, "words": len(words)} | ({"cut": cut} if cut else {})
+        # Of some words there is no token: invisible signs alone.
+        skipped = {} if tagged == list(range(len(tagged))) else {"tagged": tagged}
+        return example | {"labels": labels, "words": len(words)} | skipped | ({"cut": cut} if cut else {})
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """A padded batch with ``labels`` (B, T)."""
@@ -135,14 +155,20 @@ class TokenClassification(SeveralLabels):
         return class_details(self.label_names, confusion(list(chain(*tally.targets)), given, len(self.label_names)))
 
     def answer(self, logits: Tensor, examples: Sequence[Example]) -> list[dict[str, Any]]:
-        """A tag for each word; nothing for words that were cut off."""
+        """A tag for each word; nothing for words that were cut off, or that the tokenizer has no token for."""
         found = []
         for tags_T, example in zip(logits.argmax(-1).tolist(), examples, strict=True):
             shift = len(tags_T) - len(example["labels"]) if self.processor.padding_side == "left" else 0
             places = [k + shift for k, label in enumerate(example["labels"]) if label != IGNORED]
-            tags = [self.label_names[tags_T[k]] for k in places]
-            found.append({"predicted": tags + [""] * (example["words"] - len(tags))})
+            tags = [""] * example["words"]
+            for word, k in zip(example.get("tagged", range(len(places))), places, strict=True):
+                tags[word] = self.label_names[tags_T[k]]
+            found.append({"predicted": tags})
         return found
+
+
+_ALMOST = re.compile(r"[bisuel][-_].+|.+[-_][BISULE]|[BISU]_.+")
+"""Tags of entities that are written otherwise."""
 
 
 def words_of(value: Any, where: str) -> list[str]:
