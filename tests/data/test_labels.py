@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from flexp.data.columns import settled
+from flexp.data.columns import lists_of_labels, settled, sort_labels
+from flexp.errors import DataError
 
 
 @pytest.mark.parametrize(
@@ -27,3 +28,9 @@ def test_the_order_is_the_heads(labels: list[str], head: list[str], names: list[
     found, remarks = settled(labels, head)
     assert found == names
     assert remarks == [] if note is None else re.search(note, remarks[0])
+
+
+def test_odd_labels_are_a_line_or_a_class() -> None:
+    assert sort_labels(["2", "--1"]) == ["--1", "2"]
+    with pytest.raises(DataError, match="row 1: the label 'None' in column 'tags' is not a class"):
+        lists_of_labels([[0], [1, None]], ["a", "b"], "tags", None, lambda index: f"row {index}")
