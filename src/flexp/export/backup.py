@@ -21,7 +21,7 @@ from torch import Tensor
 
 from flexp.client.recut import PERSONAL
 from flexp.config import RunConfig
-from flexp.data.split import Identity, check_same, of_client
+from flexp.data.split import check_same
 from flexp.errors import ConfigError, StorageError
 from flexp.export.card import run_facts
 from flexp.export.opening import open_trained
@@ -96,7 +96,8 @@ def back_up(
         raise ConfigError(f"{out} exists already; choose another --out, or remove it first")
     model = _opened(folder, client, which)
     tensors = model.state()
-    facts = _facts(model, model.cut) | {"round": model.round, "steps": model.steps, "data": _data(model, model.client)}
+    facts = _facts(model, model.cut) | {"round": model.round, "steps": model.steps}
+    facts["data"] = model.identity(model.client)
     known = ("run", "numbering", "met")
     numbers = {key: model.checkpoint.facts[key] for key in known if key in model.checkpoint.facts}
     if numbers:  # of a server's run, to which the client is to come back
@@ -134,7 +135,7 @@ def restore(file: Path, folder: Path, client: str | None = None, passphrase: str
                 f"{file}: was saved with another {called} than {folder} has "
                 f"({_short(saved)}, not {_short(there[key])}); restore it into the run that it is of"
             )
-    own = _data(model, str(found.facts["client"]))
+    own = model.identity(str(found.facts["client"]))
     if own is not None and client in (None, found.facts["client"]):
         mend = "it would be tested with what it was trained on: restore it into the run that it is of"
         check_same(found.facts.get("data"), own, file, mend)
@@ -162,14 +163,6 @@ def belonging(config: RunConfig, source: Stage, kind: ModelKind, labels: list[st
 def _facts(model: FromCheckpoint, cut: tuple[int, int]) -> dict[str, Any]:
     head = {"kind": KIND, "schema": SCHEMA, "client": model.client, "cut": list(cut)}
     return head | belonging(model.config, model.source(), model.kind, model.labels)
-
-
-def _data(model: FromCheckpoint, client: str) -> Identity | None:
-    """Of a client's examples; ``None``: not known, as where all of its snapshots are gone."""
-    try:
-        return of_client(model.checkpoint.facts.get("data"), client)
-    except StorageError:
-        return None
 
 
 def _opened(folder: Path, client: str | None, which: str) -> FromCheckpoint:
