@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import transformers
 
 from flexp.errors import ConfigError, DataError
-from flexp.serving.writer import GenerationConfig
+from flexp.models.zoo import tiny_model
+from flexp.serving.writer import ONE, GenerationConfig, Writer
+from tests.data.tools import tokenizer
 
 from .tools import Scripted, writer
 
@@ -47,8 +50,58 @@ def test_wishes_are_options_of_generate(generation: dict[str, Any], expected: di
     model = Scripted()
     writer(model).write([5], GenerationConfig(**generation))
     fixed = ("attention_mask", "max_new_tokens", "max_length", "eos_token_id", "pad_token_id")
-    assert {key: value for key, value in model.calls[0].items() if key not in fixed} == expected
+    assert {key: value for key, value in model.calls[0].items() if key not in fixed} == {**ONE, **expected}
     assert model.calls[0]["eos_token_id"] == [1]
+
+
+def real(**settings: Any) -> Writer:
+    """A tiny model whose ``generation_config.json`` says so; it writes words of its tokenizer."""
+    model, words = tiny_model("llama"), tokenizer()
+    odd = [0, 1, *range(len(words), model.config.vocab_size)]
+    model.generation_config = transformers.GenerationConfig(eos_token_id=1, suppress_tokens=odd, **settings)
+    return Writer("north", words, model, 64)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_beams": 3},
+        {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.2},
+        {"num_return_sequences": 2, "num_beams": 2},
+        {"temperature": 0.0, "do_sample": True},
+        {"stop_strings": ["[nothing]"]},
+    ],
+)
+def test_an_answer_is_one_text_whatever_the_models_own_settings_are(settings: dict[str, Any]) -> None:
+    plain, subject = real(), real(**settings)
+    ids = subject.ids_of("the red dog")
+    for generation in (GenerationConfig(8, seed=1), GenerationConfig(8, temperature=0.0)):
+        assert subject.write(ids, generation).text == plain.write(ids, generation).text != ""
+
+
+def test_a_model_that_samples_draws_one_answer() -> None:
+    wanted = GenerationConfig(8, seed=1)
+    plain = real(do_sample=True).write([5, 6], wanted)
+    for more in ({"num_return_sequences": 2}, {"num_beams": 3}):
+        assert real(do_sample=True, **more).write([5, 6], wanted).text == plain.text != ""  # type: ignore[arg-type]
+
+
+def test_the_models_own_stops_end_an_answer() -> None:
+    ids, wanted = [5, 6], GenerationConfig(8)
+    words = real().write(ids, wanted).text.split()
+    stop = next(word for word in words[1:] if word != words[0])
+    for said in (stop, [stop, "[nothing]"]):
+        found = real(stop_strings=said).write(ids, wanted)
+        assert (found.text.split(), found.reason) == (words[: words.index(stop)], "stop")
+
+
+@pytest.mark.parametrize(
+    "settings", [{"penalty_alpha": 0.6, "top_k": 4}, {"token_healing": True}, {"do_sample": True, "temperature": -1.0}]
+)
+def test_settings_that_transformers_refuses_are_one_line(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"cannot write with these settings .* generation_config\.json") as told:
+        real(**settings).write([5, 6], GenerationConfig(4))
+    assert "\n" not in str(told.value)
 
 
 @pytest.mark.parametrize("generation", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_k": 0}])
