@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,11 +51,19 @@ MUST_MATCH = {
     "dtype": "model.dtype",
     "optimizer": "train.personal.name",
     "follow": "method.align.follow",
+    "pooling": "model.pooling",
+    "pool": "privacy.pool",
+    "template": "data.template",
+    "max_length": "data.max_length",
 }
 """Facts in which a file and the run that it goes into must agree, and what each is called."""
 
 OLDER = {"follow": False}
-"""Facts that files of older versions do not have."""
+"""What files of older versions do not say, where all of them were so. Other facts that a file lacks are not compared: a
+backup must find back into its own run."""
+
+START = ("fingerprint", "weights", "model_kind", "labels", "tuning", "lora", "pooling", "pool")
+"""Of them, those that say what the weights mean: in these a file must agree where a newcomer only starts from it."""
 
 
 @dataclass(frozen=True)
@@ -128,13 +136,7 @@ def restore(file: Path, folder: Path, client: str | None = None, passphrase: str
     model = _opened(folder, client or str(found.facts["client"]), LAST)
     cut, fresh = model.place()
     there = _facts(model, cut)
-    for key, called in MUST_MATCH.items():
-        saved = found.facts.get(key, OLDER.get(key))
-        if saved != there[key]:
-            raise ConfigError(
-                f"{file}: was saved with another {called} than {folder} has "
-                f"({_short(saved)}, not {_short(there[key])}); restore it into the run that it is of"
-            )
+    check_match(found.facts, there, tuple(MUST_MATCH), file, folder, "restore it into the run that it is of")
     own = model.identity(str(found.facts["client"]))
     if own is not None and client in (None, found.facts["client"]):
         mend = "it would be tested with what it was trained on: restore it into the run that it is of"
@@ -142,6 +144,28 @@ def restore(file: Path, folder: Path, client: str | None = None, passphrase: str
     _check_shapes(found.tensors, fresh, file)
     number = model.put(found.tensors, found.facts)
     return found.facts | {"client": model.client, "into": number}
+
+
+def check_match(
+    saved: Mapping[str, Any], there: Mapping[str, Any], keys: Sequence[str], file: object, folder: Path, mend: str
+) -> None:
+    """Refuse a file that differs from a run in one of ``keys``, of :data:`MUST_MATCH`.
+
+    Args:
+        saved: facts of the file.
+        there: of the run (:func:`belonging`).
+        mend: what to do about it.
+
+    Raises:
+        ConfigError: see above.
+    """
+    known = {**OLDER, **saved}
+    for key in keys:
+        if key in known and known[key] != there[key]:
+            raise ConfigError(
+                f"{file}: was saved with another {MUST_MATCH[key]} than {folder} has "
+                f"({_short(known[key])}, not {_short(there[key])}); {mend}"
+            )
 
 
 def belonging(config: RunConfig, source: Stage, kind: ModelKind, labels: list[str] | None) -> dict[str, Any]:
@@ -157,6 +181,10 @@ def belonging(config: RunConfig, source: Stage, kind: ModelKind, labels: list[st
         "train_embeddings": config.model.train_embeddings,
         "optimizer": config.train.personal.name,
         "follow": method_of(config).aligns and config.method.align.follow,
+        "pooling": config.model.pooling,
+        "pool": config.privacy.pool,
+        "template": config.data.template,
+        "max_length": config.data.max_length,
     }
 
 

@@ -148,9 +148,8 @@ def _of_client(run: SavedRun, item: str, passphrase: str | None) -> dict[str, Te
     found = backup.read(Path(item), passphrase)
     task = run.world.federation.task
     there = backup.belonging(run.config, run.world.source, task.model_kind, task.label_names)
-    for key in ("fingerprint", "weights", "model_kind", "labels", "tuning", "lora"):
-        if found.facts.get(key) != there[key]:
-            raise ConfigError(f"--start {item}: was saved with another {backup.MUST_MATCH[key]} than the run has")
+    mend = "start from parts that were trained alike, or from pretrained"
+    backup.check_match(found.facts, there, backup.START, f"--start {item}", run.folder, mend)
     return _of_server(run) | found.weights
 
 
