@@ -20,20 +20,20 @@ def test_an_answer_its_counts_and_why_it_ends() -> None:
     subject = writer(model)
     ids = subject.ids_of("the blue cat")
     full = subject.write(ids, say=said.append)
-    assert (full.text, full.prompt_tokens, full.tokens, full.reason) == ("the red dog runs fast now", 3, 7, "stop")
+    assert (full.text, full.prompt_tokens, full.tokens, full.reason) == (" the red dog runs fast now", 3, 7, "stop")
     assert "".join(said) == full.text
     assert len(said) == 6
     cut = subject.write(ids, GenerationConfig(max_new_tokens=2))
-    assert (cut.text, cut.tokens, cut.reason) == ("the red", 2, "length")
+    assert (cut.text, cut.tokens, cut.reason) == (" the red", 2, "length")
     stopped = subject.write(ids, GenerationConfig(stop=(" runs", "zzz")))
-    assert (stopped.text, stopped.tokens, stopped.reason) == ("the red dog", 4, "stop")
+    assert (stopped.text, stopped.tokens, stopped.reason) == (" the red dog", 4, "stop")
     assert model.prompts == [ids] * 3
 
 
 def test_it_ends_when_nobody_listens_any_more() -> None:
     model = Scripted()
     found = writer(model).write([5], cancelled=lambda: model.given >= 3)
-    assert (found.text, found.reason) == ("the red dog", "length")
+    assert (found.text, found.reason) == (" the red dog", "length")
 
 
 @pytest.mark.parametrize(

@@ -184,6 +184,8 @@ class Writer:
         generation: GenerationConfig | None = None,
         say: Callable[[str], None] = _nothing,
         cancelled: Callable[[], bool] = _never,
+        *,
+        chat: bool = False,
     ) -> Written:
         """Go on from a prompt.
 
@@ -191,6 +193,7 @@ class Writer:
             ids: its tokens.
             say: told every new piece of text at once.
             cancelled: asked after every token; the answer ends there when it says yes.
+            chat: the prompt is :meth:`ids_of_chat`, so the answer's text does not begin with what parts it from that.
 
         Raises:
             ConfigError: a setting makes no sense, here or in the model's ``generation_config.json``.
@@ -209,7 +212,7 @@ class Writer:
         if min(ids) < 0 or max(ids) >= len(self.tokenizer):
             raise DataError(f"the prompt has tokens that do not exist: expected 0 to {len(self.tokenizer) - 1}")
         most = min(generation.max_new_tokens, room)
-        stream = TextStream(self.tokenizer, say, (*generation.stop, *self._stops))
+        stream = TextStream(self.tokenizer, say, (*generation.stop, *self._stops), alone=chat)
         prompt = torch.tensor([list(ids)], device=self._model.device)
         seed = secrets.randbits(62) if generation.seed is None else generation.seed
         with self._lock, RandomStream(seed).active():
