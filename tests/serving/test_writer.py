@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import transformers
+from tokenizers import processors
 
 from flexp.errors import ConfigError, DataError
 from flexp.models.zoo import tiny_model
@@ -121,6 +122,30 @@ def test_prompts_that_do_not_fit() -> None:
         subject.ids_of("")
     subject.write([5] * 60)
     assert model.calls[-1]["max_new_tokens"] == 4  # what there is room for
+
+
+@pytest.mark.parametrize("closes", [False, True])
+def test_only_what_the_tokenizer_closed_a_prompt_with_is_left_off(closes: bool) -> None:
+    """Whoever writes a chat out by hand ends a turn with a token that also ends answers."""
+    words = tokenizer()
+    words.add_special_tokens({"additional_special_tokens": ["[TURN]"]})
+    turn = words.convert_tokens_to_ids("[TURN]")
+    if closes:
+        words.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="$A [EOS]", special_tokens=[("[EOS]", 1)]
+        )
+    model = tiny_model("llama")
+    model.generation_config = transformers.GenerationConfig(eos_token_id=[turn, 1])
+    subject = Writer("north", words, model, 64)
+    the, dog = words("the dog", add_special_tokens=False)["input_ids"]
+    assert words("the dog")["input_ids"] == [the, dog, 1][: 2 + closes]
+    for text, ids in (
+        ("the dog", [the, dog]),
+        ("the dog[TURN]", [the, dog, turn]),
+        ("the dog[EOS]", [the, dog, 1]),
+        ("the dog[TURN][EOS]", [the, dog, turn, 1]),
+    ):
+        assert subject.ids_of(text) == ids
 
 
 def test_chats() -> None:

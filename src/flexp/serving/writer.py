@@ -147,8 +147,10 @@ class Writer:
         """
         self._check_length(text)
         ids = [int(token) for token in self.tokenizer(text)["input_ids"]]
-        if self._ends and len(ids) > 1 and ids[-1] in self._ends and not text.endswith(str(self.tokenizer.eos_token)):
-            ids = ids[:-1]  # a tokenizer that closes every text
+        if len(ids) > 1 and ids[-1] in self._ends:
+            plain = [int(token) for token in self.tokenizer(text, add_special_tokens=False)["input_ids"]]
+            if ids[-len(plain) :] != plain:
+                ids = ids[:-1]  # a tokenizer that closes every text; what ends the prompt itself stays
         if not ids and self.tokenizer.bos_token_id is not None:
             ids = [int(self.tokenizer.bos_token_id)]
         if not ids:
