@@ -191,6 +191,13 @@ def test_a_model_tuned_to_follow_instructions_chats_with_their_template() -> Non
     ]
 
 
+def test_a_template_with_two_fields_is_no_form_of_a_chat() -> None:
+    """The tokenizer's own is none either: the model was never asked in it."""
+    subject = writer(Scripted(), prompt="about {context} Q : {prompt} Answer :")
+    with pytest.raises(ConfigError, match=r"'about .*' needs one field, \{prompt\}, for chats"):
+        subject.ids_of_chat([{"role": "user", "content": "the dog"}])
+
+
 def test_the_same_seed_gives_the_same_answer() -> None:
     import torch
 

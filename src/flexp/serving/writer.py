@@ -162,7 +162,8 @@ class Writer:
 
         Raises:
             DataError: no message, an unknown role, or the template refuses them.
-            ConfigError: the tokenizer has no chat template, and the run's task has none that stands for it.
+            ConfigError: the tokenizer has no chat template, and the run's task has none that stands for it; or one with
+                more fields than a question can fill.
         """
         if not messages or any(message.get("role") not in ROLES for message in messages):
             raise DataError(f"a chat needs messages, each with one of the roles {', '.join(ROLES)}")
@@ -170,6 +171,7 @@ class Writer:
             raise ConfigError(
                 "this model's tokenizer has no chat template, so it cannot chat; use flexp generate or completions"
             )
+        self._form.check()
         text = self._form.text(messages, asks=True)
         self._check_length(text)
         return self._form.ids(text)
