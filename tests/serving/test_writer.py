@@ -105,7 +105,9 @@ def test_settings_that_transformers_refuses_are_one_line(settings: dict[str, Any
     assert "\n" not in str(told.value)
 
 
-@pytest.mark.parametrize("generation", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_k": 0}])
+@pytest.mark.parametrize(
+    "generation", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_k": 0}, {"seed": 10**20}]
+)
 def test_wishes_that_make_no_sense(generation: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="is not allowed"):
         writer(Scripted()).write([5], GenerationConfig(**generation))

@@ -95,7 +95,7 @@ class Endpoint:
         if not prompts or len(prompts) > MOST_WAITING:
             raise Refused(400, f"{len(prompts)} prompts came, expected 1 to {MOST_WAITING}", "prompt")
         return await self._answer(
-            request, asked, COMPLETION, prompts, asked.generation(asked.max_tokens or COMPLETION_TOKENS)
+            request, asked, COMPLETION, prompts, asked.generation(asked.most or COMPLETION_TOKENS)
         )
 
     def _ids(self, prompt: str | list[int]) -> list[int]:

@@ -68,11 +68,12 @@ class GenerationConfig:
                 self.repetition_penalty,
                 self.repetition_penalty is None or 0.01 <= self.repetition_penalty <= 100,
             ),
+            ("seed", self.seed, self.seed is None or -(1 << 63) <= self.seed < 1 << 64),
         ):
             if not fits:
                 raise ConfigError(
                     f"{name} = {value} is not allowed: expected at least one token, a temperature of 0 or more, "
-                    "0 < top_p <= 1, top_k of 1 or more and a penalty from 0.01 to 100"
+                    "0 < top_p <= 1, top_k of 1 or more, a penalty from 0.01 to 100 and a seed of 64 bits"
                 )
         named = {key: getattr(self, key) for key in ("temperature", "top_p", "top_k", "repetition_penalty")}
         chosen = {key: value for key, value in named.items() if value is not None}
