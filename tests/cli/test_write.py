@@ -83,6 +83,10 @@ def test_generate_and_chat(tmp_path: Path, shell: Shell) -> None:
         (["serve", "empty", "--host", "0.0.0.0"], "set an API key"),
         (["serve", "empty", "--api-key", "short"], "at least 16"),
         (["serve", "empty"], "there is no folder empty"),
+        (
+            ["generate", "empty", "--prompt", "a", "--seed", "99999999999999999999"],
+            "seed = 99999999999999999999 is not",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(

@@ -145,6 +145,22 @@ def test_what_is_no_chat_is_refused(tmp_path: Path, chat: Any, template: str | N
         examples(tmp_path, words(template), [chat])
 
 
-def test_a_template_for_chats_has_one_field(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"needs one field, \{prompt\}, for chats"):
-        examples(tmp_path, words(), [CHAT], template="{system} {prompt}")
+@pytest.mark.parametrize("template", ["{system} {prompt}", "Q :"])
+def test_a_template_for_chats_has_one_field(tmp_path: Path, template: str) -> None:
+    for tok in (words(), words(None)):
+        with pytest.raises(ConfigError, match=r"needs one field, \{prompt\}, for chats"):
+            examples(tmp_path, tok, [CHAT], template=template)
+
+
+def test_a_message_of_the_system_is_never_left_out(tmp_path: Path) -> None:
+    """In a template it stands before the next question; where none comes, nobody would read it."""
+    system, user, answer = CHAT[:3]
+    form = ChatForm(words(None), "Q {prompt} A :")
+    for chat in ([system], [system, answer], [user, answer, system], [user, system], [user, system, answer]):
+        with pytest.raises(DataError, match="comes after the user's last one, and has no place there"):
+            form.text(chat, asks=True)
+    with pytest.raises(DataError, match="line 1: a message of the system comes after the user's last one"):
+        examples(tmp_path, words(None), [[user, system, answer]])
+    (example,) = examples(tmp_path, words(None), [[system, answer, user, answer]], template="Q {prompt} A :")
+    assert words(None).decode(example["input_ids"]).count("now") == 1
+    assert ChatForm(words()).text([user, system], asks=True).count("now") == 1

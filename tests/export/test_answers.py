@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -88,6 +89,21 @@ def test_predictions_keep_the_rows_order_and_need_no_labels(run: Path, tmp_path:
         predict(model, str(source), tmp_path / "one.csv", force=True)
         alone = next(csv.DictReader((tmp_path / "one.csv").open(encoding="utf-8")))
         assert float(alone["yes"]) == pytest.approx(float(row["yes"]), abs=1e-6)
+
+
+@pytest.mark.parametrize("label", ["row", "predicted", "probability"])
+def test_a_class_that_is_called_as_a_column(run: Path, tmp_path: Path, label: str) -> None:
+    """Of two columns of one name most readers keep one."""
+    folder = shutil.copytree(run.parent / "out", tmp_path / "out")
+    text = (folder / "flexp.json").read_text(encoding="utf-8")
+    (folder / "flexp.json").write_text(text.replace('"yes"', f'"{label}"'), encoding="utf-8")
+    source = jsonl(tmp_path / "in.jsonl", [{"text": "the dog"}])
+    with pytest.raises(ConfigError, match=rf"two columns would be called '{label}', .* write a \.jsonl"):
+        predict(open_trained(folder), str(source), tmp_path / "out.csv")
+    assert not (tmp_path / "out.csv").exists()
+    assert predict(open_trained(folder), str(source), tmp_path / "out.jsonl") == 1
+    row = json.loads((tmp_path / "out.jsonl").read_text(encoding="utf-8"))
+    assert row["probabilities"].keys() == {"no", label}
 
 
 def test_nothing_is_written_over(run: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from flexp.errors import ConfigError, StorageError
 from flexp.export.backup import back_up, read, restore, write
+from flexp.export.joining import join
 from flexp.files import sha256
 from flexp.run import runner
 from tests.methods.tools import equal
@@ -111,6 +112,8 @@ def test_it_holds_one_client_alone_and_names_no_folder(home: Path) -> None:
         ({"method": {"name": "fedper"}}, r"another method.name .*\(flexp-sfl, not fedper\)"),
         ({"train": {"personal": {"name": "sgd"}}}, r"another train.personal.name .*\(adamw, not sgd\)"),
         ({"method": {"align": FOLLOWS}}, r"another method.align.follow .*\(false, not true\)"),
+        ({"data": {"template": "the {text}"}}, r"another data.template .*\(null, not the {text}\)"),
+        ({"data": {"max_length": 5}}, r"another data.max_length .*\(16, not 5\)"),
         ({"other": True}, r"another pretrained model \(its weights differ\)"),
     ],
 )
@@ -130,6 +133,42 @@ def test_it_goes_nowhere_else(home: Path, tmp_path: Path, tables: dict[str, Any]
         restore(home / "south.safetensors", run)
     assert "\n" not in str(caught.value)
     assert {path: sha256(path) for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_what_a_classifier_reads_must_be_the_same(home: Path, tmp_path: Path) -> None:
+    """Heads on a mean and on a last token have equal shapes; whoever starts from such a file must pool alike, too."""
+    model = {"id": str(home / "model"), "tuning": "lora"}
+    pools = {"last": ("last", False), "mean": ("mean", False), "pool": ("mean", True)}
+    runs = {
+        name: stopped(
+            tmp_path,
+            name,
+            model={**model, "pooling": pooling},
+            privacy={"pool": pool},
+            method={"align": {"kind": "off"}},
+        )
+        for name, (pooling, pool) in pools.items()
+    }
+    file = tmp_path / "south.safetensors"
+    back_up(runs["mean"], "south", file)
+    for name, message in (
+        ("last", r"another model.pooling than .* \(mean, not last\)"),
+        ("pool", r"another privacy.pool than .* \(false, not true\)"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            restore(file, runs[name])
+        with pytest.raises(ConfigError, match=message):
+            join(runs[name], "east", tmp_path / "east", data=str(tmp_path / "rows.jsonl"), start=[str(file)])
+    assert restore(file, runs["mean"])["into"] == 1
+
+
+def test_a_file_of_an_older_version_finds_back(home: Path, tmp_path: Path) -> None:
+    """What it does not say is not compared."""
+    found = read(home / "south.safetensors")
+    newer = ("follow", "pooling", "pool", "template", "max_length")
+    write(tmp_path / "older", found.tensors, {key: value for key, value in found.facts.items() if key not in newer})
+    run = shutil.copytree(home / "run", tmp_path / "run")
+    assert restore(tmp_path / "older", run)["into"] == 1
 
 
 def test_every_methods_own_state(home: Path, tmp_path: Path) -> None:

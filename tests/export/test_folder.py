@@ -12,6 +12,7 @@ import transformers
 
 from flexp.errors import ConfigError, StorageError
 from flexp.export import folder as exporting
+from flexp.export.answers import score
 from flexp.export.card import card, origin
 from flexp.export.folder import export
 from flexp.export.opening import open_trained
@@ -54,6 +55,19 @@ def test_the_card_says_what_the_run_says(run: SavedRun, tmp_path: Path) -> None:
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.padding_side == "right"
     assert tokenizer(["the dog", "the"], padding=True)["attention_mask"] == [[1, 1, 1, 1], [1, 1, 1, 0]]
+
+
+def test_scores_with_noise_are_said_to_be(run: SavedRun, tmp_path: Path) -> None:
+    """A run scores its covered activations; nothing leaves an exported model, so it computes without."""
+    place = train(tmp_path, "bert", privacy={"noise": 1.5, "clip": 0.5}, method={"align": {"kind": "off"}})
+    facts = export(open_trained(place, "south"), tmp_path / "out")
+    assert facts["noise"] == 1.5
+    said = "clipped and covered with noise (privacy.noise = 1.5)"
+    assert said in (tmp_path / "out/README.md").read_text(encoding="utf-8").replace("\n", " ")
+    assert score(open_trained(place, "south")) != score(open_trained(tmp_path / "out", run=place))
+    plain = export(RunModel(run, "south"), tmp_path / "plain")
+    assert plain["noise"] is None
+    assert "privacy.noise" not in (tmp_path / "plain/README.md").read_text(encoding="utf-8")
 
 
 def test_licences_come_from_the_registry(run: SavedRun, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,36 @@ def test_what_does_not_fit(run: SavedRun, tmp_path: Path, options: dict[str, Any
         join(run.folder, **{"name": "east", **options}, out=tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["", " ", "../x", "a/b", "a\\b", "..", "server", "a\nb", "x" * 201])
+def test_what_cannot_be_a_name(run: SavedRun, tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match="is no name for a newcomer; expected 1 to 200 bytes") as caught:
+        join(run.folder, name, tmp_path / "out", data=str(run.folder.parent / "new.jsonl"), steps=1)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("clients", "cut"),
+    [
+        ({"cut": [2, None]}, [2, 4]),
+        ({"each": [{"cut": [1, 3]}, {"cut": [2, None]}, {"cut": [2, 3]}]}, [2, 3]),  # it is the third
+        ({"cut": [2, None], "each": [{"name": "north", "cut": [1, 3]}]}, [2, 4]),
+        ({"each": [{"name": "north", "cut": [1, 3]}, {"name": "south", "cut": [2, None]}]}, [1, 3]),  # as planned
+    ],
+)
+def test_without_a_cut_it_has_the_next_in_turn(
+    run: SavedRun, tmp_path: Path, clients: dict[str, Any], cut: list[int]
+) -> None:
+    """What it would have had as one more client of the run."""
+    folder = shutil.copytree(run.folder, tmp_path / "run")
+    content = run.config.resolved()
+    content["data"]["clients"] |= {"each": [], **clients}
+    content["model"]["base_depth"] = 1
+    (folder / "config.json").write_text(json.dumps(content), encoding="utf-8")
+    join(folder, "east", tmp_path / "out", steps=1, middle="pretrained")
+    assert json.loads((tmp_path / "out/config.json").read_text())["data"]["clients"]["cut"] == cut
 
 
 def test_labels_are_the_runs(run: SavedRun, tmp_path: Path) -> None:

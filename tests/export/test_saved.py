@@ -9,6 +9,9 @@ import pytest
 import torch
 
 from flexp.errors import ConfigError, StorageError
+from flexp.export.backup import back_up, restore
+from flexp.export.folder import export
+from flexp.export.opening import open_trained
 from flexp.export.saved import open_run
 from flexp.files import sha256
 
@@ -92,6 +95,22 @@ def test_a_damaged_checkpoint(run: Path, tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="SHA-256"):
         open_run(copy)
     assert open_run(copy, "2").round == 2
+
+
+def test_what_was_put_back_has_no_scores_of_the_newer_round(run: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(run, tmp_path / "run")
+    own = open_trained(run, "north").facts()
+    for number in (2, 3):
+        back_up(run, "north", tmp_path / f"{number}.safetensors", which=str(number))
+    restore(tmp_path / "2.safetensors", run)
+    facts = export(open_trained(run, "north"), tmp_path / "out")
+    assert (facts["round"], facts["restored"]) == (3, 2)
+    assert facts["scores"] == {**own["scores"], "after": None}
+    assert "own part is from after round 2, and was put back" in (tmp_path / "out/README.md").read_text("utf-8")
+    other = open_trained(run, "south").facts()
+    assert other["scores"]["after"] is not None is other["restored"]
+    restore(tmp_path / "3.safetensors", run)  # what it had in this round
+    assert open_trained(run, "north").facts() == own
 
 
 def test_other_clients_than_the_runs(tmp_path: Path) -> None:

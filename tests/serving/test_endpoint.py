@@ -13,16 +13,24 @@ import httpx
 import openai
 import pytest
 import uvicorn
+from starlette.testclient import TestClient
 
 from flexp.errors import ConfigError, LinkError
 from flexp.serving.app import make_app
 from flexp.serving.listening import check_listening
+from flexp.serving.requests import NOT_HERE, ChatRequest, CompletionRequest
 from flexp.serving.writer import GenerationConfig, Writer
 
 from .tools import Scripted, writer
 
 KEY = "0123456789abcdef"
 HELLO: Any = [{"role": "user", "content": "the dog"}]
+WISHES: dict[str, Any] = {
+    "min_p": 0.9, "stop_token_ids": [5], "ignore_eos": True, "min_tokens": 5, "guided_choice": ["a", "b"],
+    "use_beam_search": True, "continue_final_message": True, "chat_template_kwargs": {"enable_thinking": False},
+    "skip_special_tokens": False, "reasoning_effort": "high", "n": True,
+}  # fmt: skip
+"""What another server would heed."""
 
 
 @contextmanager
@@ -76,10 +84,10 @@ def test_the_official_client() -> None:
         assert parts[-1].usage.completion_tokens == 5
 
         done = api.completions.create(model="north", prompt=["the dog", "the cat"], max_tokens=3)
-        assert [choice.text for choice in done.choices] == ["the red dog"] * 2
+        assert [choice.text for choice in done.choices] == [" the red dog"] * 2
         assert [choice.index for choice in done.choices] == [0, 1]
         tokens = api.completions.create(model="north", prompt=[5, 6], stream=True)
-        assert "".join(part.choices[0].text for part in tokens) == "the red dog runs fast now"
+        assert "".join(part.choices[0].text for part in tokens) == " the red dog runs fast now"
         assert model.prompts[-1] == [5, 6]
 
 
@@ -104,6 +112,51 @@ def test_the_official_client() -> None:
 def test_mistakes_are_errors_in_its_own_form(more: dict[str, Any], error: Any, message: str, stream: bool) -> None:
     with running(Scripted()) as url, client(url) as api, pytest.raises(error, match=message):
         api.chat.completions.create(**{"model": "north", "messages": HELLO, "stream": stream, **more})
+
+
+def asked(path: str, more: dict[str, Any]) -> httpx.Response:
+    """The answer to a request that also says ``more``."""
+    of = {"messages": HELLO} if path.startswith("chat") else {"prompt": "the"}
+    with TestClient(make_app(writer(Scripted()))) as api:
+        return api.post(f"/v1/{path}", json={"model": "north", "max_tokens": 2, **of, **more})
+
+
+@pytest.mark.parametrize(
+    ("path", "more"),
+    [
+        *((path, {key: value}) for path in ("completions", "chat/completions") for key, value in WISHES.items()),
+        ("completions", {"logprobs": 0}),
+        ("completions", {"add_special_tokens": False}),
+        ("chat/completions", {"add_special_tokens": True}),
+        ("chat/completions", {"logprobs": True}),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else value,
+)
+def test_what_would_change_an_answer_is_refused_by_name(path: str, more: dict[str, Any]) -> None:
+    ((key, value),) = more.items()
+    error = asked(path, more)
+    assert (error.status_code, error.json()["error"]["param"]) == (400, key)
+    assert f"{key} = {value!r} cannot be had of this model" in error.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+def test_what_asks_for_nothing_is_answered(path: str) -> None:
+    kind = CompletionRequest if path == "completions" else ChatRequest
+    asks = {key: values[0] for key, values in (NOT_HERE | kind.NOTHING).items() if values}
+    for more in (asks, dict.fromkeys(NOT_HERE)):
+        done = asked(path, {**more, "stream": None, "user": "somebody", "store": False})
+        assert (done.status_code, done.json()["usage"]["completion_tokens"]) == (200, 2)
+    done = asked(path, {"max_completion_tokens": 1})
+    assert (done.status_code, done.json()["usage"]["completion_tokens"]) == (200, 1)
+
+
+def test_calls_of_tools_in_a_chat_are_refused() -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    said = [*HELLO, {"role": "assistant", "content": "runs", "tool_calls": [call]}, *HELLO]
+    error = asked("chat/completions", {"messages": said})
+    assert (error.status_code, error.json()["error"]["param"]) == (400, "messages.1.tool_calls")
+    said[1] = {"role": "assistant", "content": "runs", "tool_calls": []}
+    assert asked("chat/completions", {"messages": said}).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -151,7 +204,7 @@ def test_a_model_that_cannot_chat_completes() -> None:
     with running(Scripted(), chats=False) as url, client(url) as api:
         with pytest.raises(openai.BadRequestError, match="no chat template"):
             api.chat.completions.create(model="north", messages=HELLO)
-        assert api.completions.create(model="north", prompt="the", max_tokens=1).choices[0].text == "the"
+        assert api.completions.create(model="north", prompt="the", max_tokens=1).choices[0].text == " the"
 
 
 def test_a_broken_link_before_and_in_the_middle_of_an_answer() -> None:
@@ -231,7 +284,7 @@ def test_two_at_once_wait_for_each_other() -> None:
             thread.start()
         for thread in threads:
             thread.join(20)
-        assert found == ["the red dog runs fast now"] * 3
+        assert found == [" the red dog runs fast now"] * 3
 
 
 def test_beyond_this_machine_it_needs_a_key() -> None:

@@ -45,7 +45,7 @@ def test_it_answers_until_it_is_told_to_stop(number: signal.Signals) -> None:
     thread.start()
     run(writer(Scripted()), "127.0.0.1", 0, None, 16, lines.append)
     thread.join(20)
-    assert texts == ["the red"]
+    assert texts == [" the red"]
     assert lines[-1] == "stopped"
     assert signal.getsignal(number) is before
 

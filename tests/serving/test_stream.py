@@ -6,6 +6,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from flexp.serving.stream import TextStream
 
@@ -44,6 +46,55 @@ def test_nothing_of_a_stop_is_ever_said(text: str, stops: list[str]) -> None:
     expected = text[: min(place for end, place in ends if end == min(ends)[0])] if places else text
     assert "".join(said) == stream.text == expected
     assert stream.stopped == bool(places)
+
+
+def pieces() -> PreTrainedTokenizerFast:
+    """Pieces of SentencePiece, and bytes for what is none; a text's own first space is not told."""
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁hello", "▁world", "▁漢", ","]
+    inner = Tokenizer(
+        models.BPE({word: at for at, word in enumerate(words)}, [], unk_token="<unk>", byte_fallback=True)
+    )
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    inner.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def went_on(prompt: list[str], answer: list[str], stops: tuple[str, ...] = (), *, alone: bool = False) -> TextStream:
+    tokenizer, said = pieces(), list[str]()
+    stream = TextStream(tokenizer, said.append, stops, alone=alone)
+    stream.put(torch.tensor([tokenizer.convert_tokens_to_ids(prompt)]))
+    for token in tokenizer.convert_tokens_to_ids(answer):
+        stream.put(torch.tensor([token]))
+    stream.end()
+    assert "".join(said) == stream.text
+    return stream
+
+
+HAN = ["<0xE6>", "<0xBC>", "<0xA2>"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "text"),
+    [
+        (["<s>", "▁hello"], ["▁world", "▁hello"], " world hello"),
+        (["▁hello"] * 20, ["▁world"], " world"),
+        (["▁hello"], [",", "▁world"], ", world"),
+        (["<s>"], ["▁world"], "world"),  # a text's first word
+        (["▁hello", *HAN * 9], ["▁world"], " world"),
+        (["▁hello", *HAN * 9], [*HAN, "▁world"], "漢 world"),
+        (["▁hello", *HAN[:2]], ["▁world"], "world"),  # after a broken character nobody knows
+    ],
+)
+def test_a_text_goes_on_from_its_prompt(prompt: list[str], answer: list[str], text: str) -> None:
+    assert went_on(prompt, answer).text == text
+    assert went_on(prompt, answer, alone=True).text == text.removeprefix(" ")
+
+
+def test_a_space_in_front_is_part_of_a_stop() -> None:
+    stream = went_on(["<s>", "▁hello"], ["▁world"], (" world",))
+    assert (stream.text, stream.stopped, len(stream.ids)) == ("", True, 1)
 
 
 def test_what_may_become_a_stop_is_kept_back() -> None:

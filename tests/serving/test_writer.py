@@ -5,9 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import transformers
+from tokenizers import processors
 
 from flexp.errors import ConfigError, DataError
-from flexp.serving.writer import GenerationConfig
+from flexp.models.zoo import tiny_model
+from flexp.serving.writer import ONE, GenerationConfig, Writer
+from tests.data.tools import tokenizer
 
 from .tools import Scripted, writer
 
@@ -17,20 +21,20 @@ def test_an_answer_its_counts_and_why_it_ends() -> None:
     subject = writer(model)
     ids = subject.ids_of("the blue cat")
     full = subject.write(ids, say=said.append)
-    assert (full.text, full.prompt_tokens, full.tokens, full.reason) == ("the red dog runs fast now", 3, 7, "stop")
+    assert (full.text, full.prompt_tokens, full.tokens, full.reason) == (" the red dog runs fast now", 3, 7, "stop")
     assert "".join(said) == full.text
     assert len(said) == 6
     cut = subject.write(ids, GenerationConfig(max_new_tokens=2))
-    assert (cut.text, cut.tokens, cut.reason) == ("the red", 2, "length")
+    assert (cut.text, cut.tokens, cut.reason) == (" the red", 2, "length")
     stopped = subject.write(ids, GenerationConfig(stop=(" runs", "zzz")))
-    assert (stopped.text, stopped.tokens, stopped.reason) == ("the red dog", 4, "stop")
+    assert (stopped.text, stopped.tokens, stopped.reason) == (" the red dog", 4, "stop")
     assert model.prompts == [ids] * 3
 
 
 def test_it_ends_when_nobody_listens_any_more() -> None:
     model = Scripted()
     found = writer(model).write([5], cancelled=lambda: model.given >= 3)
-    assert (found.text, found.reason) == ("the red dog", "length")
+    assert (found.text, found.reason) == (" the red dog", "length")
 
 
 @pytest.mark.parametrize(
@@ -47,11 +51,63 @@ def test_wishes_are_options_of_generate(generation: dict[str, Any], expected: di
     model = Scripted()
     writer(model).write([5], GenerationConfig(**generation))
     fixed = ("attention_mask", "max_new_tokens", "max_length", "eos_token_id", "pad_token_id")
-    assert {key: value for key, value in model.calls[0].items() if key not in fixed} == expected
+    assert {key: value for key, value in model.calls[0].items() if key not in fixed} == {**ONE, **expected}
     assert model.calls[0]["eos_token_id"] == [1]
 
 
-@pytest.mark.parametrize("generation", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_k": 0}])
+def real(**settings: Any) -> Writer:
+    """A tiny model whose ``generation_config.json`` says so; it writes words of its tokenizer."""
+    model, words = tiny_model("llama"), tokenizer()
+    odd = [0, 1, *range(len(words), model.config.vocab_size)]
+    model.generation_config = transformers.GenerationConfig(eos_token_id=1, suppress_tokens=odd, **settings)
+    return Writer("north", words, model, 64)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_beams": 3},
+        {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.2},
+        {"num_return_sequences": 2, "num_beams": 2},
+        {"temperature": 0.0, "do_sample": True},
+        {"stop_strings": ["[nothing]"]},
+    ],
+)
+def test_an_answer_is_one_text_whatever_the_models_own_settings_are(settings: dict[str, Any]) -> None:
+    plain, subject = real(), real(**settings)
+    ids = subject.ids_of("the red dog")
+    for generation in (GenerationConfig(8, seed=1), GenerationConfig(8, temperature=0.0)):
+        assert subject.write(ids, generation).text == plain.write(ids, generation).text != ""
+
+
+def test_a_model_that_samples_draws_one_answer() -> None:
+    wanted = GenerationConfig(8, seed=1)
+    plain = real(do_sample=True).write([5, 6], wanted)
+    for more in ({"num_return_sequences": 2}, {"num_beams": 3}):
+        assert real(do_sample=True, **more).write([5, 6], wanted).text == plain.text != ""  # type: ignore[arg-type]
+
+
+def test_the_models_own_stops_end_an_answer() -> None:
+    ids, wanted = [5, 6], GenerationConfig(8)
+    words = real().write(ids, wanted).text.split()
+    stop = next(word for word in words[1:] if word != words[0])
+    for said in (stop, [stop, "[nothing]"]):
+        found = real(stop_strings=said).write(ids, wanted)
+        assert (found.text.split(), found.reason) == (words[: words.index(stop)], "stop")
+
+
+@pytest.mark.parametrize(
+    "settings", [{"penalty_alpha": 0.6, "top_k": 4}, {"token_healing": True}, {"do_sample": True, "temperature": -1.0}]
+)
+def test_settings_that_transformers_refuses_are_one_line(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"cannot write with these settings .* generation_config\.json") as told:
+        real(**settings).write([5, 6], GenerationConfig(4))
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    "generation", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_k": 0}, {"seed": 10**20}]
+)
 def test_wishes_that_make_no_sense(generation: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="is not allowed"):
         writer(Scripted()).write([5], GenerationConfig(**generation))
@@ -68,6 +124,30 @@ def test_prompts_that_do_not_fit() -> None:
         subject.ids_of("")
     subject.write([5] * 60)
     assert model.calls[-1]["max_new_tokens"] == 4  # what there is room for
+
+
+@pytest.mark.parametrize("closes", [False, True])
+def test_only_what_the_tokenizer_closed_a_prompt_with_is_left_off(closes: bool) -> None:
+    """Whoever writes a chat out by hand ends a turn with a token that also ends answers."""
+    words = tokenizer()
+    words.add_special_tokens({"additional_special_tokens": ["[TURN]"]})
+    turn = words.convert_tokens_to_ids("[TURN]")
+    if closes:
+        words.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="$A [EOS]", special_tokens=[("[EOS]", 1)]
+        )
+    model = tiny_model("llama")
+    model.generation_config = transformers.GenerationConfig(eos_token_id=[turn, 1])
+    subject = Writer("north", words, model, 64)
+    the, dog = words("the dog", add_special_tokens=False)["input_ids"]
+    assert words("the dog")["input_ids"] == [the, dog, 1][: 2 + closes]
+    for text, ids in (
+        ("the dog", [the, dog]),
+        ("the dog[TURN]", [the, dog, turn]),
+        ("the dog[EOS]", [the, dog, 1]),
+        ("the dog[TURN][EOS]", [the, dog, turn, 1]),
+    ):
+        assert subject.ids_of(text) == ids
 
 
 def test_chats() -> None:
@@ -111,6 +191,13 @@ def test_a_model_tuned_to_follow_instructions_chats_with_their_template() -> Non
         "Answer",
         ":",
     ]
+
+
+def test_a_template_with_two_fields_is_no_form_of_a_chat() -> None:
+    """The tokenizer's own is none either: the model was never asked in it."""
+    subject = writer(Scripted(), prompt="about {context} Q : {prompt} Answer :")
+    with pytest.raises(ConfigError, match=r"'about .*' needs one field, \{prompt\}, for chats"):
+        subject.ids_of_chat([{"role": "user", "content": "the dog"}])
 
 
 def test_the_same_seed_gives_the_same_answer() -> None:

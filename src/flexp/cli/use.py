@@ -109,6 +109,8 @@ def evaluate(
             scores = {"pretrained": score(opened, data, batch_size, pretrained=True), **scores}
     finally:
         opened.close()
+    if opened.unchecked is not None:
+        typer.echo(f"flexp evaluate: {opened.unchecked}", err=True)
     metric = opened.task.metric
     if as_json:
         facts = {"client": opened.client, "round": opened.round, "metric": metric, "scores": _finite(scores)}

@@ -100,7 +100,7 @@ def chat(
             elif line:
                 question = {"role": "user", "content": line}
                 try:
-                    found = writer.write(writer.ids_of_chat([*said, question]), generation, _show)
+                    found = writer.write(writer.ids_of_chat([*said, question]), generation, _show, chat=True)
                 except FlexpError as error:  # what was said before is still there
                     typer.secho(f"flexp: {error}", fg="red", err=True)
                     continue

@@ -198,7 +198,7 @@ def differences(then: Identity, now: Identity) -> list[str]:
     """What is different now, in words."""
     found = []
     if then["labels"] != now["labels"]:
-        found.append(f"the labels are {_listed(now['labels'])}, they were {_listed(then['labels'])}")
+        found.append(f"the labels are {listed(now['labels'])}, they were {listed(then['labels'])}")
     before, after = then["clients"], now["clients"]
     found += [f"client {name} is new" for name in after if name not in before]
     found += [f"client {name} is gone" for name in before if name not in after]
@@ -230,5 +230,6 @@ def _plain(value: Any) -> Any:
     return [str(tensor.dtype), list(tensor.shape), hashlib.sha256(content).hexdigest()]
 
 
-def _listed(labels: Sequence[str] | None) -> str:
+def listed(labels: Sequence[str] | None) -> str:
+    """Some of the labels, for a message."""
     return "none" if labels is None else ", ".join(labels[:8]) + (", …" if len(labels) > 8 else "")

@@ -76,7 +76,8 @@ def predict(
         say: is told what the user should know of how ``source`` was read.
 
     Raises:
-        ConfigError: the task has no such answers, or ``out`` has another ending or is taken.
+        ConfigError: the task has no such answers, ``out`` has another ending or is taken, or a class is called as
+            another column of a ``.csv``.
         DataError: the file does not fit the task.
         StorageError: ``out`` cannot be written; what stood there is untouched.
     """
@@ -92,10 +93,20 @@ def predict(
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in numbered)
         else:
             flat = [_flat(row) for row in numbered]
+            _check_columns([name for name, _ in flat[0]] if flat else [], out)
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow([name for name, _ in flat[0]] if flat else ["row", "predicted"])
             writer.writerows([value for _, value in row] for row in flat)
     return len(numbered)
+
+
+def _check_columns(names: Sequence[str], out: Path) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(
+            f"--out {out}: two columns would be called {twice[0]!r}, one of them for a class; write a .jsonl, "
+            "which has probabilities apart"
+        )
 
 
 def _flat(row: Mapping[str, Any]) -> list[tuple[str, Any]]:

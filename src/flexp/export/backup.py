@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from flexp.client.recut import PERSONAL
 from flexp.config import RunConfig
-from flexp.data.split import Identity, check_same, of_client
+from flexp.data.split import check_same
 from flexp.errors import ConfigError, StorageError
 from flexp.export.card import run_facts
 from flexp.export.opening import open_trained
@@ -51,11 +51,19 @@ MUST_MATCH = {
     "dtype": "model.dtype",
     "optimizer": "train.personal.name",
     "follow": "method.align.follow",
+    "pooling": "model.pooling",
+    "pool": "privacy.pool",
+    "template": "data.template",
+    "max_length": "data.max_length",
 }
 """Facts in which a file and the run that it goes into must agree, and what each is called."""
 
 OLDER = {"follow": False}
-"""Facts that files of older versions do not have."""
+"""What files of older versions do not say, where all of them were so. Other facts that a file lacks are not compared: a
+backup must find back into its own run."""
+
+START = ("fingerprint", "weights", "model_kind", "labels", "tuning", "lora", "pooling", "pool")
+"""Of them, those that say what the weights mean: in these a file must agree where a newcomer only starts from it."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +104,8 @@ def back_up(
         raise ConfigError(f"{out} exists already; choose another --out, or remove it first")
     model = _opened(folder, client, which)
     tensors = model.state()
-    facts = _facts(model, model.cut) | {"round": model.round, "steps": model.steps, "data": _data(model, model.client)}
+    facts = _facts(model, model.cut) | {"round": model.round, "steps": model.steps}
+    facts["data"] = model.identity(model.client)
     known = ("run", "numbering", "met")
     numbers = {key: model.checkpoint.facts[key] for key in known if key in model.checkpoint.facts}
     if numbers:  # of a server's run, to which the client is to come back
@@ -127,20 +136,36 @@ def restore(file: Path, folder: Path, client: str | None = None, passphrase: str
     model = _opened(folder, client or str(found.facts["client"]), LAST)
     cut, fresh = model.place()
     there = _facts(model, cut)
-    for key, called in MUST_MATCH.items():
-        saved = found.facts.get(key, OLDER.get(key))
-        if saved != there[key]:
-            raise ConfigError(
-                f"{file}: was saved with another {called} than {folder} has "
-                f"({_short(saved)}, not {_short(there[key])}); restore it into the run that it is of"
-            )
-    own = _data(model, str(found.facts["client"]))
+    check_match(found.facts, there, tuple(MUST_MATCH), file, folder, "restore it into the run that it is of")
+    own = model.identity(str(found.facts["client"]))
     if own is not None and client in (None, found.facts["client"]):
         mend = "it would be tested with what it was trained on: restore it into the run that it is of"
         check_same(found.facts.get("data"), own, file, mend)
     _check_shapes(found.tensors, fresh, file)
     number = model.put(found.tensors, found.facts)
     return found.facts | {"client": model.client, "into": number}
+
+
+def check_match(
+    saved: Mapping[str, Any], there: Mapping[str, Any], keys: Sequence[str], file: object, folder: Path, mend: str
+) -> None:
+    """Refuse a file that differs from a run in one of ``keys``, of :data:`MUST_MATCH`.
+
+    Args:
+        saved: facts of the file.
+        there: of the run (:func:`belonging`).
+        mend: what to do about it.
+
+    Raises:
+        ConfigError: see above.
+    """
+    known = {**OLDER, **saved}
+    for key in keys:
+        if key in known and known[key] != there[key]:
+            raise ConfigError(
+                f"{file}: was saved with another {MUST_MATCH[key]} than {folder} has "
+                f"({_short(known[key])}, not {_short(there[key])}); {mend}"
+            )
 
 
 def belonging(config: RunConfig, source: Stage, kind: ModelKind, labels: list[str] | None) -> dict[str, Any]:
@@ -156,20 +181,16 @@ def belonging(config: RunConfig, source: Stage, kind: ModelKind, labels: list[st
         "train_embeddings": config.model.train_embeddings,
         "optimizer": config.train.personal.name,
         "follow": method_of(config).aligns and config.method.align.follow,
+        "pooling": config.model.pooling,
+        "pool": config.privacy.pool,
+        "template": config.data.template,
+        "max_length": config.data.max_length,
     }
 
 
 def _facts(model: FromCheckpoint, cut: tuple[int, int]) -> dict[str, Any]:
     head = {"kind": KIND, "schema": SCHEMA, "client": model.client, "cut": list(cut)}
     return head | belonging(model.config, model.source(), model.kind, model.labels)
-
-
-def _data(model: FromCheckpoint, client: str) -> Identity | None:
-    """Of a client's examples; ``None``: not known, as where all of its snapshots are gone."""
-    try:
-        return of_client(model.checkpoint.facts.get("data"), client)
-    except StorageError:
-        return None
 
 
 def _opened(folder: Path, client: str | None, which: str) -> FromCheckpoint:

@@ -49,6 +49,8 @@ def described(config: RunConfig, form: str, dtype: str, kind: str, labels: list[
         "autocast": config.model.autocast,
         "attention": config.model.attention,
         "pooling": config.model.pooling,
+        # In the run's scores; nothing leaves an exported model that could be covered.
+        "noise": config.privacy.noise or None,
         "data": {key: data[key] for key in TASK_KEYS},
         "source": origin(config.data.source),
     }

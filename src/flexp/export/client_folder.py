@@ -184,6 +184,7 @@ class ClientModel(FromCheckpoint):
             "client": self.client,
             "round": number,
             "steps": steps,
+            "restored": None,
             "picked_on": None,
             "cut": list(self.cut),
             "absent": False,

@@ -18,10 +18,11 @@ from flexp.export.card import FILE, card, described
 from flexp.export.client_folder import ClientModel
 from flexp.export.remote import write_remote
 from flexp.export.saved import RunModel
-from flexp.export.trained import Trained
+from flexp.export.trained import FromCheckpoint, Trained
 from flexp.export.whole import merged
 from flexp.files import replacing, storage_error, write_json, write_text
 from flexp.kinds import KINDS, ModelKind
+from flexp.models.fingerprint import weights_fingerprint
 from flexp.models.loading import quietly
 from flexp.models.pooling import pool_before, saved_as
 from flexp.run.settle import model_folder
@@ -56,6 +57,8 @@ def export(
         raise ConfigError("--over BASE goes with --adapter, of a run in a folder")
     config, wanted = model.config, None if dtype is None else DTYPES[dtype]
     facts = described(config, form, dtype or config.model.dtype, model.kind, model.labels) | model.facts()
+    if isinstance(model, FromCheckpoint):  # what a run must have whose test data it is scored on
+        facts |= {"identity": model.identity(model.client), "pretrained": weights_fingerprint(model_folder(config))}
     with writing(out, config.model.id, ready(model.processor, model.kind), facts) as part:
         if isinstance(model, ClientModel):
             write_remote(part, model, form, wanted)

@@ -17,6 +17,7 @@ from flexp.export import backup
 from flexp.export.saved import SavedRun, open_run
 from flexp.export.trained import LAST
 from flexp.files import write_json
+from flexp.methods.base import method_of
 from flexp.methods.split import Split
 from flexp.models.anatomy import check_cut
 from flexp.report.progress import Progress
@@ -27,6 +28,8 @@ from flexp.run.settle import joined_world
 
 PRETRAINED: Final = "pretrained"
 SHARED: Final = "shared"
+MOST_NAME: Final = 200
+"""Bytes of a newcomer's name: as a server that it connects to would have it."""
 FREE = ("train", "evaluation", "output")
 """Tables that a newcomer may set for itself, besides :data:`FREE_DATA`."""
 FREE_DATA = ("train_examples", "test_examples", "test_fraction", "validation_fraction", "private_seed")
@@ -85,6 +88,8 @@ def join(
             f'{folder}: clients trained adapters of their own in the shared blocks (server.adapters = "own"), so there '
             "is no trained middle to share; say --middle pretrained, and --start with pretrained or a client"
         )
+    if data is not None:  # else it is as the run's source says
+        _check_name(name)
     if name in run.world.cuts:
         raise ConfigError(f"{name!r} is a client of {folder} already; choose another --name")
     begin = beginning(run, start, passphrase)
@@ -148,9 +153,8 @@ def _of_client(run: SavedRun, item: str, passphrase: str | None) -> dict[str, Te
     found = backup.read(Path(item), passphrase)
     task = run.world.federation.task
     there = backup.belonging(run.config, run.world.source, task.model_kind, task.label_names)
-    for key in ("fingerprint", "weights", "model_kind", "labels", "tuning", "lora"):
-        if found.facts.get(key) != there[key]:
-            raise ConfigError(f"--start {item}: was saved with another {backup.MUST_MATCH[key]} than the run has")
+    mend = "start from parts that were trained alike, or from pretrained"
+    backup.check_match(found.facts, there, backup.START, f"--start {item}", run.folder, mend)
     return _of_server(run) | found.weights
 
 
@@ -192,7 +196,7 @@ def _config(
     assert isinstance(run.method, Split)
     base, stop = run.method.server.blocks
     start, end = check_cut(
-        cut or list(run.world.cuts.values())[len(run.world.cuts) % len(run.world.cuts)],
+        cut or _next_cut(run, name),
         run.world.source.anatomy.blocks,
         where="--cut",
     )
@@ -217,6 +221,27 @@ def _config(
         content["data"] |= {"source": _located(data), "test_source": None, "config": None, "split": None}
         content["data"]["clients"] |= {"by": "iid", "count": 1, "names": None, "over": None}
     return validate(content, "flexp join")
+
+
+def _next_cut(run: SavedRun, name: str) -> tuple[int, int | None]:
+    """What the newcomer would have had as one more client of the run; the first client's, where cuts were planned."""
+    clients, cuts = run.config.data.clients, run.world.cuts
+    if {one.name for one in clients.each if one.cut is not None} >= cuts.keys():  # each has a record of its own
+        return next(iter(cuts.values()))
+    own, blocks = clients.every([*cuts, name])[name].cut, run.world.source.anatomy.blocks
+    assert own is not None, "there is a cut for all"
+    every = {**cuts, name: check_cut(own, blocks, where="data.clients.cut")}
+    return method_of(run.config).cuts(run.config, every, blocks)[name]
+
+
+def _check_name(name: str) -> None:
+    """Refuse what would be mistaken for something else, in a folder or beside the server. Raises ConfigError."""
+    odd = name != name.strip() or not name.isprintable() or set(name) & set("/\\")
+    if odd or name in ("", ".", "..", "server") or len(name.encode()) > MOST_NAME:
+        raise ConfigError(
+            f"--name {name[:MOST_NAME]!r}: is no name for a newcomer; expected 1 to {MOST_NAME} bytes of printable "
+            "text without slashes, and not server"
+        )
 
 
 def _left_out(run: SavedRun, name: str) -> None:

@@ -10,6 +10,8 @@ import transformers
 
 from flexp.client.personal import answering
 from flexp.config import DataConfig, ModelConfig, RunConfig
+from flexp.data.split import Identity, check_same, identity, listed
+from flexp.data.tasks import task_of
 from flexp.data.types import Example, Forward
 from flexp.errors import ConfigError, FlexpError, ModelError, StorageError
 from flexp.export.card import FILE, SCHEMA
@@ -19,11 +21,15 @@ from flexp.export.trained import LAST, Trained
 from flexp.files import read_json
 from flexp.machine import device_of
 from flexp.models.batches import align_padding
+from flexp.models.fingerprint import weights_fingerprint
 from flexp.models.heads import AUTO
 from flexp.models.loading import quietly
 from flexp.models.quantized import check_bitsandbytes
 from flexp.run.folder import check_scored, is_client, saved_facts
-from flexp.run.settle import own_pad, world_of
+from flexp.run.settle import model_folder, own_pad, world_of
+
+MEND = "name the run that it was exported from, or score on a file with --data"
+"""What to do about a run that an exported model is not of: its test data may be what the model was trained on."""
 
 
 def open_trained(
@@ -89,6 +95,9 @@ class ExportedModel(Trained):
             data = DataConfig(source=str(folder), **facts["data"])
             self.kind, self._form, self._attention = facts["kind"], facts["form"], str(facts["attention"])
             self._round = int(facts["round"])
+            # Older versions do not say these.
+            self._identity: Identity | None = facts.get("identity")
+            self._pretrained, self._seed = facts.get("pretrained"), facts.get("seed")
         except (KeyError, TypeError, ValueError) as error:
             raise StorageError(f"{folder / FILE} is not what flexp export wrote ({error}); export it again") from error
         if client not in (None, self.client):
@@ -106,12 +115,42 @@ class ExportedModel(Trained):
 
     @cached_property
     def sets(self) -> dict[str, list[Example]]:
-        """Of the run that was named."""
+        """Of the run that was named.
+
+        Raises:
+            ConfigError: the model is not of this run: another task, pretrained model, client or labels.
+            DataError: the run divides the data otherwise than they were divided when the model was trained.
+        """
         if self._run is None:
             return {}
-        world = world_of(self._run, run_config(self._run))
+        config = run_config(self._run)
+        self._check_run(config)
+        world = world_of(self._run, config)
         check_scored(self._run, saved_facts(self._run), world.federation)
-        return examples_of(world, client_of(world, self.client).name)
+        own, labels = client_of(world, self.client), world.federation.task.label_names
+        if labels != self.labels:
+            raise ConfigError(f"{self._run} has the labels {listed(labels)}, and {self.folder} was trained for "
+                              f"{listed(self.labels)}; {MEND}")  # fmt: skip
+        check_same(self._identity, identity([own], labels), self.folder, MEND, "model's run")
+        return examples_of(world, own.name)
+
+    def _check_run(self, config: RunConfig) -> None:
+        """Refuse a run that the model cannot be of, before anything of it is loaded. Raises ConfigError."""
+        task, there = task_of(config.data), weights_fingerprint(model_folder(config))
+        if task.model_kind != self.kind:
+            raise ConfigError(f"{self._run} is of the task {config.data.task}, and {self.folder} is a model for "
+                              f"{self.config.data.task}; {MEND}")  # fmt: skip
+        if None not in (self._pretrained, there) and self._pretrained != there:
+            raise ConfigError(f"{self._run} started from another pretrained model than {self.folder}; {MEND}")
+        if self._identity is not None:
+            return
+        if self._seed not in (None, config.seed):
+            raise ConfigError(f"{self._run} has the seed {config.seed}, and {self.folder} was trained with "
+                              f"{self._seed}, so on other examples; {MEND}")  # fmt: skip
+        self.unchecked = (
+            f"{self.folder} does not say which examples it was trained on: that they are those of {self._run} was not "
+            "checked; export it again"
+        )
 
     @cached_property
     def generator(self) -> Any:

@@ -170,12 +170,14 @@ class RunModel(FromCheckpoint):
         return self.run.method.world.config.model.lora
 
     def facts(self) -> dict[str, Any]:
-        """As the run's diary has them."""
+        """As the run's diary has them, which knows no scores of what was put in the client's place since."""
         scored = self.run.scored
+        restored = self.checkpoint.replaced(party_of(self.client))
         return {
             "client": self.client,
             "round": self.round,
-            "picked_on": self.run.picked_on,
+            "restored": restored,
+            "picked_on": None if restored is not None else self.run.picked_on,
             "cut": list(self.cut),
             "absent": self.client in self.run.world.absent,
             "train_examples": len(self.data.train),
@@ -183,7 +185,7 @@ class RunModel(FromCheckpoint):
             "metric": self.task.metric,
             "scores": {
                 "before": scored.get(0, {}).get(self.client),
-                "after": scored.get(self.round, {}).get(self.client),
+                "after": None if restored is not None else scored.get(self.round, {}).get(self.client),
             },
         }
 
@@ -198,7 +200,7 @@ class RunModel(FromCheckpoint):
 
     def put(self, tensors: Mapping[str, Tensor], said: Mapping[str, Any]) -> int:
         """In the client's place of the last checkpoint; the other parties' files stay, byte for byte."""
-        self.store.replace(self.round, party_of(self.client), tensors)
+        self.store.replace(self.round, party_of(self.client), tensors, said["round"])
         return self.round
 
     def close(self) -> None:

@@ -17,6 +17,7 @@ from flexp.client.personal import answering
 from flexp.client.recut import PERSONAL
 from flexp.client.trainer import cut_in
 from flexp.config import RunConfig
+from flexp.data.split import Identity, of_client
 from flexp.data.tasks import limit_of, make_task, task_of
 from flexp.data.types import Example, Forward, Task
 from flexp.errors import ConfigError, StorageError
@@ -40,6 +41,7 @@ class Trained:
         config: of the run; of an exported folder, the model and the task alone.
         kind: what the model is for.
         labels: of a classifier.
+        unchecked: what nobody could check of :attr:`sets`, in words, once they were asked for.
     """
 
     folder: Path
@@ -47,6 +49,7 @@ class Trained:
     config: RunConfig
     kind: ModelKind
     labels: list[str] | None
+    unchecked: str | None = None
 
     @cached_property
     def round(self) -> int:
@@ -158,6 +161,13 @@ class FromCheckpoint(Trained):
         size = len(PERSONAL)
         found = self._part(lambda name: name.startswith(PERSONAL) and wanted(name[size:]))
         return {name[size:]: value for name, value in found.items()}
+
+    def identity(self, client: str) -> Identity | None:
+        """Of a client's examples in training; ``None``: not known, as where all of its snapshots are gone."""
+        try:
+            return of_client(self.checkpoint.facts.get("data"), client)
+        except StorageError:
+            return None
 
     def _part(self, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
         party = party_of(self.client)

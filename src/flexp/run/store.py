@@ -42,6 +42,7 @@ QUARANTINED = ".quarantined"
 CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"
 """Where a run's folder and a client's have theirs."""
 
+REPLACED = "replaced"  # among a checkpoint's facts
 _PREFIX = "checkpoint-"
 _OLDER = ("round-*/checkpoint.json", "snapshot-*/snapshot.json")
 
@@ -99,6 +100,11 @@ class Checkpoint:
             raise StorageError(f"{file} is missing or cannot be read; {_mend(self.place)}") from error
         self._whole.add(party)
         return file
+
+    def replaced(self, party: str) -> Any:
+        """What was said of the tensors that stand in a party's place; ``None``: they are the run's own."""
+        noted = self.facts.get(REPLACED, {}).get(party)
+        return None if noted is None or noted["sha256"] == self.files[party][1] else noted["said"]
 
     def lacks(self, party: str) -> str:
         """What to say of a party that is not in it."""
@@ -196,8 +202,11 @@ class Store:
         for old in set(self.numbers()) - set(numbers):
             shutil.rmtree(self._place(old), ignore_errors=True)
 
-    def replace(self, number: int, party: str, tensors: Mapping[str, Tensor]) -> None:
+    def replace(self, number: int, party: str, tensors: Mapping[str, Tensor], said: Any = None) -> None:
         """Put other tensors in the place of a party's, whose file need not be there; other files stay as they are.
+
+        Args:
+            said: JSON, of what is put there: what :meth:`Checkpoint.replaced` tells.
 
         Raises:
             StorageError: the checkpoint has no such party, lacks other files, or the disk is full; it is untouched.
@@ -205,7 +214,11 @@ class Store:
         there = self.open(number)
         if party not in there.files:
             raise StorageError(there.lacks(party))
-        Store(self.folder, keep=None).save(number, {**there.files, party: tensors}, there.facts)
+        facts, known = there.facts, there.facts.get(REPLACED, {})
+        if said is not None:
+            first = known.get(party, {"sha256": there.files[party][1]})
+            facts = {**facts, REPLACED: {**known, party: {**first, "said": said}}}
+        Store(self.folder, keep=None).save(number, {**there.files, party: tensors}, facts)
 
     def open(self, number: int) -> Checkpoint:
         """One of :meth:`numbers`; only its index is read.

@@ -32,9 +32,9 @@ COMPLETION_TOKENS = 16  # as OpenAI's /v1/completions
 DONE = b"data: [DONE]\n\n"
 LOOPBACK = ["127.0.0.1", "localhost", "[::1]", "testserver"]
 
-
 Prompt = Callable[[], list[int]]
 """Makes a prompt's tokens."""
+Write = Callable[..., Written]
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Endpoint:
         if not prompts or len(prompts) > MOST_WAITING:
             raise Refused(400, f"{len(prompts)} prompts came, expected 1 to {MOST_WAITING}", "prompt")
         return await self._answer(
-            request, asked, COMPLETION, prompts, asked.generation(asked.max_tokens or COMPLETION_TOKENS)
+            request, asked, COMPLETION, prompts, asked.generation(asked.most or COMPLETION_TOKENS)
         )
 
     def _ids(self, prompt: str | list[int]) -> list[int]:
@@ -109,11 +109,11 @@ class Endpoint:
             pieces = self._stream(head, shape, prompts, generation, asked.usage_in_stream)
             first = await anext(pieces)  # what is refused at once is an error, not a stream
             return StreamingResponse(_after(first, pieces), media_type="text/event-stream")
-        choices, found = [], []
+        choices, found, write = [], [], partial(self._writer.write, chat=shape is CHAT)
         async with self._turn():
             for index, prompt in enumerate(prompts):
                 ids, cancelled = await _tokens(prompt, shape), threading.Event()
-                work = asyncio.create_task(_in_thread(self._writer, ids, generation, lambda _: None, cancelled))
+                work = asyncio.create_task(_in_thread(write, ids, generation, lambda _: None, cancelled))
                 written = await _unless_gone(request, work, cancelled)
                 found.append(written)
                 choices.append(_choice(index, shape.whole(written.text), written.reason))
@@ -129,6 +129,7 @@ class Endpoint:
     ) -> AsyncIterator[bytes]:
         head = {**head, "object": shape.piece_name}
         found: list[Written] = []
+        write = partial(self._writer.write, chat=shape is CHAT)
         loop, begun = asyncio.get_running_loop(), False
         async with self._turn():
             for index, prompt in enumerate(prompts):
@@ -138,7 +139,7 @@ class Endpoint:
                 def say(text: str, pieces: asyncio.Queue[str | None] = pieces) -> None:
                     loop.call_soon_threadsafe(pieces.put_nowait, text)
 
-                work = asyncio.create_task(_in_thread(self._writer, ids, generation, say, cancelled))
+                work = asyncio.create_task(_in_thread(write, ids, generation, say, cancelled))
                 work.add_done_callback(lambda _, pieces=pieces: pieces.put_nowait(None))  # type: ignore[misc]
                 try:
                     text = await pieces.get()
@@ -232,10 +233,10 @@ async def _tokens(prompt: Prompt, shape: Shape) -> list[int]:
 
 
 async def _in_thread(
-    writer: Writer, ids: list[int], generation: GenerationConfig, say: Callable[[str], None], cancelled: threading.Event
+    write: Write, ids: list[int], generation: GenerationConfig, say: Callable[[str], None], cancelled: threading.Event
 ) -> Written:
     try:
-        return await asyncio.to_thread(writer.write, ids, generation, say, cancelled.is_set)
+        return await asyncio.to_thread(write, ids, generation, say, cancelled.is_set)
     except LinkError as error:
         raise Refused(503, f"the server of the model's middle: {error}", code="link") from error
     except DataError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -14,9 +14,25 @@ NOT_HERE: dict[str, tuple[Any, ...]] = {
     "n": (1,), "best_of": (1,), "echo": (False,), "suffix": ("",), "logprobs": (False,), "top_logprobs": (0,),
     "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "tools": ([],), "functions": ([],),
     "tool_choice": ("none", "auto"), "function_call": ("none", "auto"), "modalities": (["text"],), "audio": (),
-    "response_format": ({"type": "text"},), "prediction": (), "web_search_options": (),
+    "response_format": ({"type": "text"},), "prediction": (), "web_search_options": (), "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
+    # Not OpenAI's, but other servers': how to choose, when to end, and what to make of the messages.
+    "min_p": (0,), "typical_p": (1,), "top_a": (0,), "tfs": (1,), "tfs_z": (1,), "mirostat": (0,), "min_tokens": (0,),
+    "max_new_tokens": (), "n_predict": (-1,), "repeat_penalty": (1,), "length_penalty": (1,),
+    "no_repeat_ngram_size": (0,), "use_beam_search": (False,), "num_beams": (1,), "beam_width": (1,),
+    "early_stopping": (False,), "do_sample": (True,),
+    "stop_token_ids": ([],), "ignore_eos": (False,), "include_stop_str_in_output": (False,), "bad_words": ([],),
+    "allowed_token_ids": ([],), "skip_special_tokens": (True,), "spaces_between_special_tokens": (True,),
+    "truncate_prompt_tokens": (), "prompt_logprobs": (), "logits_processors": ([],), "structured_outputs": ({},),
+    "guided_choice": ([],), "guided_json": (), "guided_regex": (), "guided_grammar": (), "grammar": ("",),
+    "json_schema": (), "chat_template": (), "chat_template_kwargs": ({},), "documents": ([],),
+    "continue_final_message": (False,), "add_generation_prompt": (True,),
 }  # fmt: skip
 """What would change an answer and cannot be had, with the values that ask for nothing."""
+NOT_IN_MESSAGES: dict[str, tuple[Any, ...]] = {
+    "tool_calls": ([],), "function_call": (), "tool_call_id": (), "audio": (), "prefix": (False,),
+}  # fmt: skip
+"""The same of one message: parts of it that the model would not be told of."""
 
 
 class Refused(Exception):  # noqa: N818  (an answer, not a failure)
@@ -51,12 +67,12 @@ class _StreamOptions(BaseModel):
 
 
 class _Asked(BaseModel):
-    """Keys that this does not know are left alone: they ask for nothing that changes the text."""
+    """Keys that neither this nor :data:`NOT_HERE` knows are left alone: such as say who asks, or what to keep."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
     model: str
-    stream: bool = False
+    stream: bool | None = None
     stream_options: _StreamOptions | None = None
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
@@ -65,6 +81,11 @@ class _Asked(BaseModel):
     seed: int | None = None
     stop: str | list[str] | None = None
     max_tokens: int | None = Field(default=None, ge=1, le=MOST_TOKENS)
+    max_completion_tokens: int | None = Field(default=None, ge=1, le=MOST_TOKENS)
+
+    @property
+    def most(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
 
     @property
     def usage_in_stream(self) -> bool:
@@ -83,17 +104,14 @@ class _Asked(BaseModel):
 class ChatRequest(_Asked):
     """``POST /v1/chat/completions``."""
 
+    NOTHING: ClassVar = {"add_special_tokens": (False,)}
     messages: list[_Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(default=None, ge=1, le=MOST_TOKENS)
-
-    @property
-    def most(self) -> int | None:
-        return self.max_completion_tokens or self.max_tokens
 
 
 class CompletionRequest(_Asked):
     """``POST /v1/completions``; a prompt is a text or its tokens, and there may be several."""
 
+    NOTHING: ClassVar = {"add_special_tokens": (True,), "logprobs": ()}  # 0 asks for those of the tokens that it wrote
     prompt: str | list[str] | list[int] | list[list[int]]
 
     @property
@@ -113,13 +131,30 @@ def read(kind: type[Any], body: Any) -> Any:
     """
     if not isinstance(body, dict):
         raise Refused(400, "the body is no JSON object")
-    for key, nothing in NOT_HERE.items():
-        value = body.get(key)
-        if value is not None and value not in nothing:
-            raise Refused(400, f"{key} = {value!r} cannot be had of this model; leave it out", key, "unsupported")
+    _refuse(body, NOT_HERE | kind.NOTHING)
+    messages = body.get("messages")
+    for at, message in enumerate(messages if isinstance(messages, list) else ()):
+        if isinstance(message, dict):
+            _refuse(message, NOT_IN_MESSAGES, f"messages.{at}.")
     try:
         return kind.model_validate(body)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))
         raise Refused(400, f"{where}: {first['msg']}", where) from error
+
+
+def _refuse(body: dict[str, Any], unknown: dict[str, tuple[Any, ...]], where: str = "") -> None:
+    for key, nothing in unknown.items():
+        value = body.get(key)
+        if value is None or any(type(value) is type(one) or _number(value, one) for one in nothing if one == value):
+            continue
+        shown = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:57]}..."
+        raise Refused(
+            400, f"{where}{key} = {shown} cannot be had of this model; leave it out", f"{where}{key}", "unsupported"
+        )
+
+
+def _number(value: Any, other: Any) -> bool:
+    """Whether both are numbers; a truth value is none."""
+    return not isinstance(value, bool) and not isinstance(other, bool) and isinstance(value, (int, float))

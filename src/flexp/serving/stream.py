@@ -11,6 +11,7 @@ from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 UNFINISHED = "\ufffd"  # what a tokenizer makes of a part of a character
+CONTEXT = 8  # tokens of the prompt, the last: as many as a character and the word before it may take
 
 
 class TextStream(BaseStreamer):  # type: ignore[misc]
@@ -19,10 +20,16 @@ class TextStream(BaseStreamer):  # type: ignore[misc]
     Args:
         say: called with every new piece of text.
         stops: the answer ends before the first of them; so what may become one is kept back.
+        alone: the answer is a text of its own, as in a chat. Else it goes on from the prompt: some tokenizers drop the
+            space in front of a text's first word, which is then none.
     """
 
-    def __init__(self, tokenizer: Any, say: Callable[[str], None], stops: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: Any, say: Callable[[str], None], stops: Sequence[str] = (), *, alone: bool = False
+    ) -> None:
         self._tokenizer, self._say, self._stops = tokenizer, say, tuple(stop for stop in stops if stop)
+        self._alone = alone
+        self._context: list[int] = []  # in front of ids[0]
         self.ids: list[int] = []
         self.text = ""  # all of it, with what is kept back
         self.stopped = False  # by one of ``stops``
@@ -34,6 +41,8 @@ class TextStream(BaseStreamer):  # type: ignore[misc]
         """The prompt first, then token after token."""
         if self._prompt:
             self._prompt = False
+            if not self._alone:
+                self._look_back(value.reshape(-1)[-CONTEXT:].tolist())
             return
         self.ids += value.reshape(-1).tolist()
         if self.stopped:
@@ -71,8 +80,17 @@ class TextStream(BaseStreamer):  # type: ignore[misc]
             self._say(self.text[self._said : until])
             self._said = until
 
+    def _look_back(self, prompt: list[int]) -> None:
+        """Keep what the first token is read after, from where a character begins to where one ends."""
+        while prompt and UNFINISHED in self._text(prompt):
+            prompt = prompt[1:]
+        self._context = prompt
+
     def _decode(self, start: int, stop: int) -> str:
-        return str(self._tokenizer.decode(self.ids[start:stop], skip_special_tokens=True))
+        return self._text([*([] if start else self._context), *self.ids[start:stop]])
+
+    def _text(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
 
 class Ending(StoppingCriteria):  # type: ignore[misc]

@@ -6,7 +6,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +25,10 @@ COLDEST = 1e-4
 """A temperature below is 0: logits divided by it are more than a softmax can tell apart, or than a float holds."""
 MOST_LETTERS = 32
 """Of a token, on average over a prompt; a longer text cannot fit the model, and is not tokenized to see that."""
+ONE = {"num_beams": 1, "num_return_sequences": 1, "num_beam_groups": None, "diversity_penalty": None,
+       "stop_strings": None}  # fmt: skip
+"""Whatever the model's ``generation_config.json`` says: one answer, token by token as it is written. (Its stops are
+:class:`TextStream`'s to find.)"""
 Message = Mapping[str, str]
 
 
@@ -64,11 +68,12 @@ class GenerationConfig:
                 self.repetition_penalty,
                 self.repetition_penalty is None or 0.01 <= self.repetition_penalty <= 100,
             ),
+            ("seed", self.seed, self.seed is None or -(1 << 63) <= self.seed < 1 << 64),
         ):
             if not fits:
                 raise ConfigError(
                     f"{name} = {value} is not allowed: expected at least one token, a temperature of 0 or more, "
-                    "0 < top_p <= 1, top_k of 1 or more and a penalty from 0.01 to 100"
+                    "0 < top_p <= 1, top_k of 1 or more, a penalty from 0.01 to 100 and a seed of 64 bits"
                 )
         named = {key: getattr(self, key) for key in ("temperature", "top_p", "top_k", "repetition_penalty")}
         chosen = {key: value for key, value in named.items() if value is not None}
@@ -130,6 +135,9 @@ class Writer:
         known = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
         own = tokenizer.eos_token_id
         self._ends = sorted({*known, *([] if own is None else [own])})
+        self._temperature = getattr(settings, "temperature", None)
+        stops = getattr(settings, "stop_strings", None) or ()
+        self._stops = (stops,) if isinstance(stops, str) else tuple(stops)
         self._pad = own if tokenizer.pad_token_id is None and own is not None else pad_id(tokenizer)
 
     def ids_of(self, text: str) -> list[int]:
@@ -140,8 +148,10 @@ class Writer:
         """
         self._check_length(text)
         ids = [int(token) for token in self.tokenizer(text)["input_ids"]]
-        if self._ends and len(ids) > 1 and ids[-1] in self._ends and not text.endswith(str(self.tokenizer.eos_token)):
-            ids = ids[:-1]  # a tokenizer that closes every text
+        if len(ids) > 1 and ids[-1] in self._ends:
+            plain = [int(token) for token in self.tokenizer(text, add_special_tokens=False)["input_ids"]]
+            if ids[-len(plain) :] != plain:
+                ids = ids[:-1]  # a tokenizer that closes every text; what ends the prompt itself stays
         if not ids and self.tokenizer.bos_token_id is not None:
             ids = [int(self.tokenizer.bos_token_id)]
         if not ids:
@@ -153,7 +163,8 @@ class Writer:
 
         Raises:
             DataError: no message, an unknown role, or the template refuses them.
-            ConfigError: the tokenizer has no chat template, and the run's task has none that stands for it.
+            ConfigError: the tokenizer has no chat template, and the run's task has none that stands for it; or one with
+                more fields than a question can fill.
         """
         if not messages or any(message.get("role") not in ROLES for message in messages):
             raise DataError(f"a chat needs messages, each with one of the roles {', '.join(ROLES)}")
@@ -161,6 +172,7 @@ class Writer:
             raise ConfigError(
                 "this model's tokenizer has no chat template, so it cannot chat; use flexp generate or completions"
             )
+        self._form.check()
         text = self._form.text(messages, asks=True)
         self._check_length(text)
         return self._form.ids(text)
@@ -177,6 +189,8 @@ class Writer:
         generation: GenerationConfig | None = None,
         say: Callable[[str], None] = _nothing,
         cancelled: Callable[[], bool] = _never,
+        *,
+        chat: bool = False,
     ) -> Written:
         """Go on from a prompt.
 
@@ -184,15 +198,18 @@ class Writer:
             ids: its tokens.
             say: told every new piece of text at once.
             cancelled: asked after every token; the answer ends there when it says yes.
+            chat: the prompt is :meth:`ids_of_chat`, so the answer's text does not begin with what parts it from that.
 
         Raises:
-            ConfigError: a setting makes no sense.
+            ConfigError: a setting makes no sense, here or in the model's ``generation_config.json``.
             DataError: the prompt leaves no room, or has tokens that the model does not know.
             LinkError: the server refuses, or cannot be reached any more.
         """
         import torch
 
         generation = generation or GenerationConfig()
+        if generation.temperature is None and self._temperature is not None and 0 <= self._temperature < COLDEST:
+            generation = replace(generation, temperature=0.0)
         options = generation.options()
         room = generation.max_new_tokens if self._most is None else self._most - len(ids)
         if not ids or room < 1:
@@ -200,22 +217,28 @@ class Writer:
         if min(ids) < 0 or max(ids) >= len(self.tokenizer):
             raise DataError(f"the prompt has tokens that do not exist: expected 0 to {len(self.tokenizer) - 1}")
         most = min(generation.max_new_tokens, room)
-        stream = TextStream(self.tokenizer, say, generation.stop)
+        stream = TextStream(self.tokenizer, say, (*generation.stop, *self._stops), alone=chat)
         prompt = torch.tensor([list(ids)], device=self._model.device)
         seed = secrets.randbits(62) if generation.seed is None else generation.seed
         with self._lock, RandomStream(seed).active():
             began = time.perf_counter()
-            self._model.generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                max_new_tokens=most,
-                max_length=None,
-                eos_token_id=self._ends or None,
-                pad_token_id=self._pad,
-                streamer=stream,
-                stopping_criteria=[Ending(stream, cancelled)],
-                **options,
-            )
+            try:
+                self._model.generate(
+                    prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    max_new_tokens=most,
+                    max_length=None,
+                    eos_token_id=self._ends or None,
+                    pad_token_id=self._pad,
+                    streamer=stream,
+                    stopping_criteria=[Ending(stream, cancelled)],
+                    **{**ONE, **options},
+                )
+            except ValueError as error:  # transformers looks at all settings together
+                first = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise ConfigError(
+                    f"the model cannot write with these settings ({first}); see its generation_config.json"
+                ) from error
             seconds = time.perf_counter() - began
         ended = stream.stopped or (bool(stream.ids) and stream.ids[-1] in self._ends)
         return Written(stream.text, len(ids), len(stream.ids), "stop" if ended else "length", seconds)

@@ -146,7 +146,8 @@ class BaseTask(ABC):
     def chat_template(cls, config: DataConfig, own: bool) -> str | None:
         """What stands for a chat template, with the field ``{prompt}``, in a model that was tuned to follow prompts.
 
-        ``own``: whether the tokenizer has one, which is used where this is None.
+        ``own``: whether the tokenizer has one, which is used where this is None. A template with other fields is no
+        form of a chat, and :meth:`flexp.data.tasks.chat.ChatForm.check` refuses it.
         """
         return None
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flexp.data.tasks.base import Limit
-from flexp.data.tasks.text import answer_example, fill, kept, opening_ids
+from flexp.data.tasks.text import answer_example, fields, fill, kept, opening_ids
 from flexp.data.types import Example
-from flexp.errors import DataError
+from flexp.errors import ConfigError, DataError
 
 Message = Mapping[str, Any]
 ASSISTANT = "assistant"
@@ -29,12 +29,27 @@ class ChatForm:
         self.tokenizer, self.template = tokenizer, template
         self._opening = [] if template is None else opening_ids(tokenizer)
 
+    def check(self) -> None:
+        """Refuse a template that is no form of a chat, whose questions fill one field. Raises ConfigError."""
+        if self.template is not None and fields(self.template) != ["prompt"]:
+            raise ConfigError(f"data.template = {self.template!r} needs one field, {{prompt}}, for chats")
+
     def text(self, messages: Sequence[Message], asks: bool) -> str:
         """The whole chat; ``asks``: up to where the next answer begins.
 
         Raises:
-            DataError: the template refuses these messages.
+            DataError: the template refuses these messages, or has no place for one of them.
         """
+        said = [message["role"] for message in reversed(messages) if message["role"] != ASSISTANT]
+        if self.template is not None and said[:1] == ["system"]:
+            raise DataError(
+                "a message of the system comes after the user's last one, and has no place there: the template puts it "
+                "before a question; move it up"
+            )
+        return self._text(messages, asks)
+
+    def _text(self, messages: Sequence[Message], asks: bool) -> str:
+        """The same of a part of a chat; what comes later may have the place for its last messages."""
         if self.template is not None:
             return self._filled(messages, self.template)
         try:
@@ -60,7 +75,8 @@ class ChatForm:
             raise DataError(f"{place}: the chat has no answer of the {ASSISTANT} to something; remove the row")
         messages = messages[: answers[-1] + 1]
         try:
-            spans = [(self.text(messages[:i], True), self.text(messages[: i + 1], False)) for i in answers]
+            spans = [(self._text(messages[:i], True), self._text(messages[: i + 1], False)) for i in answers]
+            whole = self.text(messages, False)
         except DataError as error:
             raise DataError(f"{place}: {error}") from error
         if any(not end.startswith(start) for start, end in spans):
@@ -68,7 +84,6 @@ class ChatForm:
                 f"{place}: the model's chat template begins an answer in another way than it asks for one, so that "
                 "what was trained would never be asked for; set data.template, with the field {prompt}"
             )
-        whole = spans[-1][1]
         if all(whole.startswith(end) for _, end in spans):
             chats = [(whole, [(len(start), len(end)) for start, end in spans])]
         else:

@@ -15,7 +15,6 @@ from flexp.data.tasks.base import place
 from flexp.data.tasks.chat import ChatForm, messages_of
 from flexp.data.tasks.text import TextTask, answer_example, continuation, fields, fill_row, fit_end, with_end
 from flexp.data.types import Example, Row, Tally
-from flexp.errors import ConfigError
 from flexp.kinds import IGNORED
 
 PROMPTS = ("prompt", "instruction", "question", "query", "input")
@@ -53,7 +52,7 @@ class Instruction(TextTask):
             return None
         template = config.template or cls.template
         names = fields(template)
-        return template.replace("{" + names[0] + "}", "{prompt}") if len(names) == 1 else None
+        return template.replace("{" + names[0] + "}", "{prompt}") if len(names) == 1 else template
 
     def encode(self, rows: Sequence[Row]) -> list[Example]:
         """Prompt + answer; where both are too long the prompt loses its beginning, so that the answer stays."""
@@ -93,10 +92,8 @@ class Instruction(TextTask):
 
     def _chats(self, rows: Sequence[Row], column: str) -> list[Example]:
         own = bool(getattr(self.processor, "chat_template", None))
-        template = self.chat_template(self.config, own)
-        if template is None and (self.config.template is not None or not own):
-            raise ConfigError(f"data.template = {self.config.template!r} needs one field, {{prompt}}, for chats")
-        form = ChatForm(self.processor, template)
+        form = ChatForm(self.processor, self.chat_template(self.config, own))
+        form.check()
         return [
             example
             for row in rows
