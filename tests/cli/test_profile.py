@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from flexp.cli.main import main
+from flexp.cli.main import app, main
 from flexp.config import ModelConfig
 from flexp.cost.profile import Profile
 from flexp.links.grpc import serve
@@ -51,6 +52,12 @@ def test_a_client_whose_network_is_measured(
     shown = capsys.readouterr().out
     assert "a block" in shown
     assert "ms backward" in shown
+
+
+@pytest.mark.parametrize("option", ["--uplink", "--latency"])
+def test_figures_that_are_none_are_refused_before_anything_is_measured(option: str) -> None:
+    found = CliRunner().invoke(app, ["profile", "arch:bert", option, "inf"])
+    assert str(found.exception) == f"{option} inf: expected a number"
 
 
 def test_a_server_has_no_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from flexp.comparison.cells import Cell, final_cell, is_done, tuning_cell
 from flexp.comparison.compare import compare, regather
 from flexp.comparison.config import make
 from flexp.config import RunConfig
-from flexp.errors import BadValuesError, ConfigError, DataError, TrainingError
+from flexp.errors import BadValuesError, ConfigError, DataError, StorageError, TrainingError
 from flexp.models.zoo import save_tiny
 from flexp.report.metrics import read
 from flexp.run import runner
@@ -264,6 +264,13 @@ def test_what_a_trial_that_did_not_end_leaves_to_a_report(
     assert bool(outcome.failures) == (error is OSError)
     assert regather(home / "out") == outcome.comparison
     assert len(outcome.comparison["methods"][0]["runs"]) == 1
+
+
+def test_a_run_is_no_comparison(tmp_path: Path) -> None:
+    """Though a run with planned cuts has a ``plan.json`` as well."""
+    (tmp_path / "plan.json").write_text('{"version": 3, "clients": []}')
+    with pytest.raises(StorageError, match=r"has no plan\.json of a comparison"):
+        regather(tmp_path)
 
 
 def test_places_that_are_taken(home: Path, ended: list[Cell]) -> None:

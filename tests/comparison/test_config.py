@@ -58,6 +58,16 @@ def test_what_the_table_means(tmp_path: Path) -> None:
         load(named, ["compare.reference=flexp-sfl"], {"methods": ["fedavg"]})
 
 
+def test_variants_may_have_other_cuts_and_steps(tmp_path: Path) -> None:
+    table = """[compare]
+methods = ["x"]
+[compare.variants.x]
+method = "flexp-sfl"
+set = { "data.clients.each" = [{ cut = [1, 3] }], "data.clients.cut" = [2, 3], "train.steps_per_round" = 7 }
+"""
+    assert load(written(tmp_path, RUN + table)).entries[0].fixed["train.steps_per_round"] == 7
+
+
 def test_nothing_said_compares_the_headline_methods(tmp_path: Path) -> None:
     wanted = load(written(tmp_path, RUN), [], {"seeds": [3, 5]})
     assert [entry.name for entry in wanted.entries] == list(HEADLINE)
@@ -86,6 +96,20 @@ def test_without_classes_there_is_no_closed_form_to_compare(tmp_path: Path) -> N
         ("[compare.variants.x]\nmethd = 'local'", r"unknown key compare.variants.x.methd; did you mean 'method'\?"),
         ("[compare.variants.'a/b']\nmethod = 'local'", r"compare.variants.'a/b': a variant's name is"),
         ("[compare.grids.fedavgg]\na = [1]", r"compare.grids: there is no 'fedavgg'"),
+        (
+            "[compare.variants.local]\nset = { 'data.test_fraction' = 0.6 }",
+            r"compare.variants.local: data.test_fraction is the same for all that are compared; say it for the whole",
+        ),
+        ("[compare.variants.local]\ngrid = { 'data.private_seed' = [1] }", r"data.private_seed is the same for all"),
+        ("[compare.variants.local]\nset = { seed = 5 }", r"variants.local: seed is the same for all"),
+        (
+            "[compare.variants.local]\nset = { 'method.name' = 'fedavg' }",
+            r"method.name is the same for all that are compared; say compare.variants.local.method",
+        ),
+        (
+            "[compare.grids.local]\n'evaluation.global_examples' = [9]",
+            r"compare.grids.local: evaluation.global_examples",
+        ),
     ],
 )
 def test_one_line(tmp_path: Path, text: str, message: str) -> None:

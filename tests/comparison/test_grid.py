@@ -95,6 +95,7 @@ def test_a_grid_of_ones_own() -> None:
         ({"method.align.pull": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]}, "has 7 combinations, more than"),
         ({PERSONAL: [1e-4, 2e-4]}, "names its learning rates and has 2 combinations"),
         ({"method.align.pull": []}, "has no value for method.align.pull"),
+        ({PERSONAL: ["a", "b", "c", "d", "e", "f"]}, "train.personal.lr = 'a' is no number"),
     ):
         wrong = compared(methods=["flexp-sfl"], grids={"flexp-sfl": bad})
         with pytest.raises(ConfigError, match=message):

@@ -33,6 +33,9 @@ def test_every_class_is_a_profile(name: str, tmp_path: Path) -> None:
 def test_a_class_of_ones_own() -> None:
     classes = {"old": DeviceClassConfig(base="phone", flops=5e9)}
     assert Profile.from_class("old", classes).flops == 5e9
+    for base in ("phone", "workstation"):
+        found = Profile.from_class("mine", {"mine": DeviceClassConfig(base=base)})
+        assert (found.watts, found.link_watts) == (READY[base].watts, READY[base].link_watts)
     with pytest.raises(ConfigError, match="'new' is not known"):
         Profile.from_class("new", classes)
 

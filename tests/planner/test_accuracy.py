@@ -116,6 +116,8 @@ def test_pilots_are_read_from_finished_runs(tmp_path: Path) -> None:
     curve = fit(pilots, model, score)
     assert [point.share for point in curve.points] == [0.25, 0.75]
     assert [point.loss for point in curve.points] == pytest.approx([0.0, 0.075])  # 0.1 and 0.05 less, each with itself
+    small = run_folder(tmp_path / "small", [[1, 4], [3, 4]], [0.8, 0.5], dropped=[{"name": "c1"}])
+    assert [pilot.level for pilot in read_pilots([small])[0]] == ["c0, seed 0"]  # who was left out has learned nothing
     for name, changes in {
         "unfinished": {"finished": False},
         "whole": {"method": "fedavg"},

@@ -62,6 +62,7 @@ PHONE = [{"name": "a", "class": "phone"}]
     [
         ({"devices": []}, "devices: List should have at least 1 item"),
         ({"devices": [{"name": "a"}]}, "expected either class = NAME or profile = FILE"),
+        ({"devices": [{"name": "a", "profile": "p.json", "flops": 1e9}]}, "flops: the profile has measured seconds"),
         ({"devices": [{"name": "a", "class": "mainframe"}]}, "device class 'mainframe' is not known"),
         ({"devices": [{"name": "a", "class": "phone"}] * 2}, "two devices are called a"),
         ({"devices": [{"name": "a", "class": "phone", "memory": 1}]}, "unknown key devices.0.memory"),

@@ -31,6 +31,20 @@ def test_rows_end_with_mean_and_worst() -> None:
     assert (worst[2], worst[8], worst[10]) == ("96", formats.size(78_000_000 + 7 * 9_000_000), "330 MB")
 
 
+def test_who_was_left_out_is_marked_and_costs_nothing() -> None:
+    """What its device would have needed is no cost, and no part of the mean."""
+    summary = synthetic.summary()
+    whole = tables.clients(summary)
+    made = tables.clients({**summary, "dropped": [{"name": synthetic.NAMES[-1]}]})
+    assert made.rows[7][0] == f"{synthetic.NAMES[-1]} †"
+    assert made.rows[7][8:] == ["–", "–", "–"]
+    assert made.rows[8][:8] == whole.rows[8][:8]  # its score counts
+    sent = [client["bytes_up"] for client in summary["clients"][:-1]]
+    assert made.rows[8][8] == formats.size(sum(sent) / 7)
+    assert "† left out, as its device cannot hold" in made.caption
+    assert "left out" not in whole.caption
+
+
 def test_test_counts_and_the_majority_stand_beside_every_accuracy() -> None:
     made = tables.clients(synthetic.summary())
     assert made.headers[3:8:2] == ["Test examples", "Majority, own", "Majority, everybody's"]

@@ -94,7 +94,7 @@ def test_a_finished_run_is_made_longer(home: Path, stopped: Path) -> None:
     assert json.loads((stopped / "config.json").read_text(encoding="utf-8"))["train"]["rounds"] == 3
     with pytest.raises(ConfigError, match=r"train.rounds = 2 is less than the 3 rounds that are done"):
         runner.resume(stopped, rounds=2)
-    for setting in ("train.lr=1", "train.rounds=4 --set seed=3", "seed=1"):
+    for setting in ("train.lr=1", "train.rounds=4 --set seed=3", "seed=1", "train=5"):
         asked = ["run", "--resume", str(stopped), "--set", *setting.split()]
         assert isinstance(CliRunner().invoke(app, asked).exception, ConfigError), setting
 

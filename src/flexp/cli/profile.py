@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -9,6 +10,7 @@ import typer
 
 from flexp.cli.settings import Device, Force, console
 from flexp.cli.verify import Dtype, Tuning
+from flexp.errors import ConfigError
 from flexp.kinds import ModelKind
 
 if TYPE_CHECKING:
@@ -60,6 +62,9 @@ def profile(
     from flexp.machine import device_of
 
     check_new(out, force=force)
+    for option, value in (("--uplink", uplink), ("--downlink", downlink), ("--latency", latency)):
+        if value is not None and not math.isfinite(value):  # before anything is measured
+            raise ConfigError(f"{option} {value}: expected a number")
     place = str(device_of(device or "cpu"))
     if threads is not None:
         torch.set_num_threads(threads)

@@ -71,12 +71,13 @@ def _rounds(settings: Sequence[str]) -> Any:
     said: dict[str, Any] = {}
     for setting in settings:
         override(said, setting)
-    if said and (said.keys() != {"train"} or said["train"].keys() != {"rounds"}):
+    train = said.get("train")
+    if said and (said.keys() != {"train"} or not isinstance(train, dict) or train.keys() != {"rounds"}):
         raise ConfigError(
             "--resume continues a run as it was configured: leave out --set, but for --set train.rounds=N, which makes "
             "it longer"
         )
-    return said["train"]["rounds"] if said else None
+    return train["rounds"] if train else None
 
 
 def _go(folder: Path, config: RunConfig | None = None, rounds: int | None = None, device: str | None = None) -> None:

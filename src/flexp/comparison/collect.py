@@ -75,7 +75,7 @@ def gather(comparison: Comparison, out: Path, tracks: Sequence[Track]) -> dict[s
         "machine": summary.get("machine", {}),
         "versions": summary.get("versions", {}),
         "config": comparison.base.resolved(),
-        "warnings": summary.get("warnings", []),
+        "warnings": [*summary.get("warnings", []), *_longer(comparison, tracks)],
         "tuning": {
             "seeds": comparison.tune_seeds if comparison.config.tune else [],
             "trials_per_method": comparison.config.trials if comparison.config.tune else 0,
@@ -85,6 +85,15 @@ def gather(comparison: Comparison, out: Path, tracks: Sequence[Track]) -> dict[s
     }
     write_json(out / FILE, content)
     return content
+
+
+def _longer(comparison: Comparison, tracks: Sequence[Track]) -> list[str]:
+    """Who has another budget than the others."""
+    usual = comparison.base.train.total_steps
+    steps = {track.entry.name: track.final[0].config.train.total_steps for track in tracks if track.final}
+    return [
+        f"{name} trains {own} steps a client, the comparison {usual}" for name, own in steps.items() if own != usual
+    ]
 
 
 def trial_score(cells: Sequence[Cell], out: Path) -> tuple[float, float, bool] | None:

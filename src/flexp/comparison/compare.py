@@ -175,8 +175,8 @@ def regather(out: Path) -> dict[str, Any]:
     Raises:
         StorageError: ``out`` holds no comparison.
     """
-    if not (out / PLAN).is_file():
-        raise StorageError(f"{out}: has no {PLAN}; expected the folder of a comparison (flexp compare --out)")
+    if not _is_comparison(out):
+        raise StorageError(f"{out}: has no {PLAN} of a comparison; expected the folder of one (flexp compare --out)")
     content = read_json(out / PLAN)
     base = validate(content["base"], str(out / PLAN))
     comparison = make(base, CompareConfig.model_validate(content["compare"]))

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, PositiveInt, field_validator
 
-from flexp.config import Rate, RunConfig, Section
+from flexp.config import ClientConfig, Rate, RunConfig, Section
 from flexp.config import loading as settings
 from flexp.config.methods import DEFAULT, HEADLINE
 from flexp.errors import ConfigError
@@ -98,6 +98,11 @@ class Comparison:
         return self.config.reference or (DEFAULT if DEFAULT in names else names[0])
 
 
+_SAME = frozenset(("data", "evaluation", "name", "output", "seed", "threads"))
+_OF_CLIENTS = frozenset(ClientConfig.model_fields) - {"name"} | {"each", "plan"}
+"""Of ``data.clients``: what clients hold and compute, not who they are."""
+
+
 def load(path: Path, overrides: Iterable[str] = (), changes: Mapping[str, Any] | None = None) -> Comparison:
     """Read a ``CONFIG.toml`` with its ``[compare]`` table, if it has one.
 
@@ -149,6 +154,7 @@ def make(base: RunConfig, config: CompareConfig) -> Comparison:
         )
     for method in config.grids:
         _known(method, METHODS, "compare.grids")
+        _check_own(config.grids[method], f"compare.grids.{method}")
     return Comparison(base, config, entries)
 
 
@@ -159,7 +165,22 @@ def _entry(name: str, config: CompareConfig) -> Entry:
         return Entry(name, name, {}, config.grids.get(name))
     method = variant.method or name
     _known(method, METHODS, f"compare.variants.{name}.method")
+    _check_own([*variant.set, *(variant.grid or {})], f"compare.variants.{name}")
     return Entry(name, method, dict(variant.set), config.grids.get(method) if variant.grid is None else variant.grid)
+
+
+def _check_own(keys: Iterable[str], where: str) -> None:
+    """Refuse settings that are equal for all that is compared: other data, scores or seeds are another comparison.
+
+    Raises:
+        ConfigError: one of ``keys`` is such.
+    """
+    for key in keys:
+        table, _, rest = key.partition(".")
+        fixed = table in _SAME or key == "method.name"
+        if fixed and not (table == "data" and rest.removeprefix("clients.") in _OF_CLIENTS):
+            instead = f"{where}.method" if key == "method.name" else f"it for the whole comparison, --set {key}=…"
+            raise ConfigError(f"{where}: {key} is the same for all that are compared; say {instead}")
 
 
 def _known(name: str, known: Collection[str], where: str) -> None:

@@ -143,6 +143,9 @@ def _real(comparison: Comparison, entry: Entry, chosen: Settings) -> Settings:
     settings = {**entry.fixed, **chosen}
     ratio = settings.pop(RATIO, None)
     if SHARED not in settings and (PERSONAL in chosen or ratio is not None):
-        rate = settings.get(PERSONAL, comparison.base.train.personal.lr) * (1.0 if ratio is None else ratio)
-        settings[SHARED] = float(f"{rate:.6g}")
+        personal = settings.get(PERSONAL, comparison.base.train.personal.lr)
+        for key, value in ((PERSONAL, personal), (RATIO, ratio)):
+            if not isinstance(value, int | float | None):
+                raise ConfigError(f"compare, {entry.name}: {key} = {value!r} is no number")
+        settings[SHARED] = float(f"{personal * (1.0 if ratio is None else ratio):.6g}")
     return settings

@@ -72,6 +72,8 @@ def spent(entry: Mapping[str, Any], axis: Axis, clock: bool) -> float | None:
         return float(entry["round"])
     keys = ("bytes_up", "bytes_down") if axis == "bytes" else ("virtual_seconds" if clock else "client_seconds",)
     known = [entry.get(key) for key in keys]
+    if not any(entry.get(key) for key in ("bytes_up", "bytes_down", "client_seconds")):
+        return 0.0  # a method that does nothing is on no clock
     return None if any(value is None for value in known) else float(sum(value for value in known if value is not None))
 
 

@@ -69,6 +69,10 @@ FIGURES = ("memory_bytes", "flops", "uplink_bps", "downlink_bps", "latency_s")
 """What a device class must have, and a fleet may say otherwise."""
 
 
+_BESIDE = ("mean_on_s", "mean_off_s", "watts", "link_watts")
+"""What a class has from its base besides."""
+
+
 class Profile(Section):
     """A device, or the server.
 
@@ -134,7 +138,7 @@ class Profile(Section):
         if base is None and (own is None or own.base is not None):
             known = ", ".join([*READY, *(other for other in classes or {} if other not in READY)])
             raise ConfigError(f"device class {base_name!r} is not known; expected one of {known}")
-        figures: dict[str, Any] = {} if base is None else base.model_dump(include={*FIGURES, "mean_on_s", "mean_off_s"})
+        figures: dict[str, Any] = {} if base is None else base.model_dump(include={*FIGURES, *_BESIDE})
         if own is not None:
             figures |= own.model_dump(exclude={"base"}, exclude_none=True)
         missing = [key for key in FIGURES if key not in figures]
@@ -148,7 +152,7 @@ class Profile(Section):
             reason = error.errors()[0]["msg"].removeprefix("Value error, ")
             raise ConfigError(f"devices.classes.{name}: {reason}") from error
         role = role or ("server" if name == "server" else "client")
-        return found.model_copy(update={"role": role, "watts": READY[name].watts if name in READY else found.watts})
+        return found.model_copy(update={"role": role})
 
     @classmethod
     def read(cls, path: Path) -> Profile:

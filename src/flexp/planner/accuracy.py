@@ -159,9 +159,10 @@ def read_pilots(folders: Sequence[Path]) -> tuple[list[Pilot], str, str]:
                 f"{folder} is about {what[0]} and {what[1]}, other pilots about {first[0]} and {first[1]}"
             )
         blocks = int(summary["model"]["blocks"])
+        left_out = {str(one["name"]) for one in summary.get("dropped") or ()}  # they have trained nothing
         for client in summary["clients"]:
             score = client["last"]["personal"]
-            if score is None:
+            if score is None or client["name"] in left_out:
                 continue
             value = float(score) if summary["higher_is_better"] else -math.log(float(score))
             level = f"{client['name']}, seed {summary['seed']}"

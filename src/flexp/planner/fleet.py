@@ -162,6 +162,8 @@ class Placed(Section):
     def _one_source(self) -> Placed:
         if (self.device_class is None) == (self.profile is None):
             raise ValueError("expected either class = NAME or profile = FILE")
+        if self.profile is not None and self.flops is not None:
+            raise ValueError("flops: the profile has measured seconds, which go before it; leave out one of them")
         return self
 
     def resolve(self, name: str, folder: Path, classes: Mapping[str, DeviceClassConfig]) -> Profile:

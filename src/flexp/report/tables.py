@@ -14,6 +14,8 @@ from flexp.report import formats
 from flexp.report.summary import SIDES
 
 COSTS = ("bytes_up", "bytes_down", "peak_memory_bytes")
+DROPPED = "†"
+"""Beside clients whose devices cannot hold what they would train, and methods that have such."""
 
 
 @dataclass(frozen=True)
@@ -70,24 +72,27 @@ def clients(summary: Mapping[str, Any]) -> Table:
     """The scores and costs of a run: one row a client, then *Mean* and *Worst*.
 
     Worst is the worst score, the fewest examples and the highest cost of any client, each on its own. Where there are
-    right answers, the score of the majority stands beside each score.
+    right answers, the score of the majority stands beside each score. Clients that were left out, as their devices
+    cannot hold what they would train, are marked, and have no costs.
     """
     metric, higher = str(summary["metric"]), bool(summary["higher_is_better"])
     known, scores, compared = summary["clients"], summary["scores"], _has_majority(summary)
+    out = {str(one["name"]) for one in summary.get("dropped") or ()}
+    taking = [client for client in known if client["name"] not in out]
     pairs = [[(client["before"][side], client["last"][side]) for side in SIDES] for client in known]
     majorities = [[client["majority"][side] for side in SIDES] for client in known] if compared else []
     lines = [
         (
-            [str(client["name"]), formats.cut(client.get("cut"))],
+            [str(client["name"]) + (f" {DROPPED}" if client["name"] in out else ""), formats.cut(client.get("cut"))],
             [client["train_examples"], client["test_examples"]],
-            [client.get(key) for key in COSTS],
+            [None if client["name"] in out else client.get(key) for key in COSTS],
         )
         for client in known
     ]
     for over, fewest, highest in (("mean", _mean, _mean), ("worst", min, max)):
         pairs.append([(scores["before"][f"{side}_{over}"], scores["last"][f"{side}_{over}"]) for side in SIDES])
         counts = [_over(fewest, known, key) for key in ("train_examples", "test_examples")]
-        lines.append(([over.capitalize(), ""], counts, [_over(highest, known, key) for key in COSTS]))
+        lines.append(([over.capitalize(), ""], counts, [_over(highest, taking, key) for key in COSTS]))
     if compared:
         majorities += [[_mean([shares[place] for shares in majorities]) for place in range(2)], [None, None]]
     rows, step = [], 2 if compared else 1
@@ -116,7 +121,12 @@ def clients(summary: Mapping[str, Any]) -> Table:
         + (", and of whoever always gives the most frequent answer" if compared else "")
         + (f"; everybody's test data are {formats.plural(everybody, 'example')}" if everybody else "")
         + f". Worst: the {'lowest' if higher else 'highest'} score, the fewest examples and the highest cost of any "
-        "client.",
+        "client."
+        + (
+            f" {DROPPED} left out, as its device cannot hold what it would train: scored with what it has."
+            if out
+            else ""
+        ),
         headers=["Client", "Cut", "Private examples", "Test examples", *titles, "Sent up", "Sent down", "Peak memory"],
         rows=rows,
         bold=range(len(known), len(rows)),

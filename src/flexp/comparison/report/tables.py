@@ -23,14 +23,12 @@ from flexp.comparison.report.results import (
 )
 from flexp.comparison.statistics import Interval
 from flexp.report import formats
-from flexp.report.tables import Table
+from flexp.report.tables import DROPPED, Table
 
 MARK = "*"
 """Beside a difference whose interval excludes zero."""
 MAJORITY = "majority"
 """The row of whoever always gives the most frequent answer."""
-DROPPED = "†"
-"""Beside a method that some clients' devices cannot hold."""
 
 
 def tables(comparison: Mapping[str, Any]) -> list[Table]:
