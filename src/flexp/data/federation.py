@@ -101,11 +101,12 @@ class _Source:
         for column, key in ((config.group, "data.group"), (config.clients.over, "data.clients.over")):
             if column is not None:
                 self.rows.require(column, key)
-        named = [*self.needed, *([config.clients.column] if self.how.owners == "column" else [])]
-        self.doubts = [line for name in named for line in written_gaps(self.rows.values(name), name, self.rows.name)]
-        for name in self.needed:
-            if name not in self.task.gaps(config):
-                check_present(self.rows.values(name), name, self.rows.place)
+        self.doubts: list[str] = []
+        for name in {**self.needed, **({config.clients.column: ""} if self.how.owners == "column" else {})}:
+            values = self.rows.values(name)
+            if name in self.needed and name not in self.task.gaps(config):
+                check_present(values, name, self.rows.place)
+            self.doubts += written_gaps(values, name, self.rows.name)
         self.labels = self._labels() if self.task.labelled else None
         self.strata = None if self.labels is None else self.task.strata(self.labels)
         kinds = None if config.clients.over is None else self._texts(config.clients.over)

@@ -159,11 +159,14 @@ def read_examples(
             needed.pop(column, None)
     for name, key in needed.items():
         rows.require(name, key)
-    for name in needed:
-        if name not in kind.gaps(data):
-            check_present(rows.values(name), name, rows.place)
-    for line in (*rows.notes, *(line for name in needed for line in written_gaps(rows.values(name), name, rows.name))):
+    for line in rows.notes:
         say(line)
+    for name in needed:
+        values = rows.values(name)
+        if name not in kind.gaps(data):
+            check_present(values, name, rows.place)
+        for line in written_gaps(values, name, rows.name):
+            say(line)
     taken = rows.take(range(len(rows)), list(needed))
     if kind.labelled:
         labels = (
