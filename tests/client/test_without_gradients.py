@@ -281,6 +281,7 @@ def test_accumulated_exchanges_of_a_loop_of_one_s_own_are_no_half_step(folder: P
     method = FlexpSfl(build_world(config(folder)))
     trainer = next(iter(method.clients.values()))
     model, (_, batch) = split_model_of(trainer), trainer.pieces()[0]
+    model.train()
     model.steps.accumulation = 2
     sum(model(**batch).loss for _ in range(2)).backward()
     assert model.steps.done == 1

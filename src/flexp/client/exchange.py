@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import secrets
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
@@ -152,6 +153,11 @@ class RemoteCall:
     def send(self, grad_BTH: Tensor) -> None:
         """Send ∂task/∂h."""
         place = self.place
+        if self._backward is not None:
+            raise LinkError(
+                "a second backward runs through one forward (retain_graph, or autograd.grad before it), and the server "
+                "has let go of it; add the losses up, or run the model again"
+            )
         if place is None:
             raise LinkError(
                 "this forward ran in evaluation mode, so the server kept nothing for a backward: "
@@ -285,6 +291,11 @@ class Steps:
         """For loops that say nothing. Without ``num_items_in_batch`` their exchanges count alike."""
         number, of = self._begun + 1, self.accumulation
         even = 1.0 / of
+        if of == 1 and self.loop is None and accumulates():
+            raise ConfigError(
+                "accelerate adds up gradients of several batches, and the server would take each for a step: make the "
+                "model with accumulation = their number, or use part_of_step"
+            )
         if self.loop is not None:
             of = number if self.loop.ends() else number + 1
             even = 1.0 / self.loop.group
@@ -318,6 +329,15 @@ class Steps:
                 "and the server waits for the rest; drop the last, shorter group of an epoch (examples = a multiple of "
                 "batch size × accumulation), use part_of_step, or model.abort() to begin a new step"
             )
+
+
+def accumulates() -> bool:
+    """Whether accelerate is adding up gradients right now, for a step of more batches."""
+    state = sys.modules.get("accelerate.state")
+    if state is None or not state.GradientState._shared_state:
+        return False
+    known = state.GradientState()
+    return bool(known.num_steps > 1 and not known.sync_gradients)
 
 
 def check_forward_reply(request: ForwardRequest, reply: ForwardReply, reads: Places | None = None) -> None:

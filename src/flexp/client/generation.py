@@ -101,7 +101,6 @@ class SplitGenerator:
         self.split = model
         self.reconnect = reconnect
         self.rebuilt = 0  # how often a server got an answer anew
-        model.eval()
         check_cached(model.stage)
         self.model.generation_config.cache_implementation = None  # what a checkpoint says there is for whole models
 
@@ -180,6 +179,7 @@ class SplitGenerator:
 
         own = [block.forward for block in stage.blocks]
         forwards = [*own[:start], remote, *[passing] * (stop - start - 1), *own[stop:]]
+        mode = self.split.training
         self.split.eval()
         handle = self.model.register_forward_pre_hook(remember, with_kwargs=True)
         try:
@@ -187,6 +187,7 @@ class SplitGenerator:
                 yield
         finally:
             handle.remove()
+            self.split.train(mode)
 
     def _extend(self, cache: SplitCache, z_BTH: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
         new = z_BTH.shape[1]

@@ -22,6 +22,7 @@ from flexp.errors import ConfigError, LinkError, LinkLostError
 from flexp.links.asking import PullRequest
 from flexp.links.base import Link, ask
 from flexp.links.messages import Abort, Join, Welcome
+from flexp.links.opening import server_behind
 from flexp.models.anatomy import check_cut
 from flexp.models.batches import Pooling, ignores_padding, only_masks
 from flexp.models.fingerprint import fingerprint
@@ -138,6 +139,20 @@ class JoinedModel(PersonalModel):
             except LinkLostError as error:
                 why = error
         raise why
+
+    def check_place(self) -> None:
+        """Refuse to go on where another model has taken this one's place, which would be answered in its stead.
+
+        Raises:
+            LinkError: one has joined the same server under the same name since. (Over a network nobody can.)
+        """
+        server = server_behind(self.link)
+        known = None if server is None else server.clients.get(self.link.client)
+        if known is not None and known.progress.numbering != self.steps.numbering:
+            raise LinkError(
+                f"another model has joined this server as client {self.link.client!r} since, and has this one's place; "
+                "give each a name of its own (server.connect)"
+            )
 
     def check_trained(self, before: str) -> None:
         """Refuse to go on with other weights than those that a server had ``before`` and would not train any more."""

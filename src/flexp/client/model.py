@@ -19,7 +19,7 @@ from flexp.errors import ConfigError, LinkError
 from flexp.kinds import KINDS, ModelKind
 from flexp.links.messages import ForwardRequest
 from flexp.links.packing import Places, without_padding
-from flexp.models.batches import PER_TOKEN, labelled
+from flexp.models.batches import PER_TOKEN, labelled, refuse_cache
 from flexp.models.execution import ExecutionPlan
 from flexp.models.pooling import pooled_texts
 
@@ -102,7 +102,11 @@ class SplitModel(JoinedModel):
         labels: Tensor | None = None,
         **others: Any,
     ) -> Any:
-        """The whole model's output for a batch, with ``loss`` when ``labels`` are given. Labels stay here."""
+        """The whole model's output for a batch, with ``loss`` when ``labels`` are given. Labels stay here.
+
+        Logits at padding are others than the whole model's, since nothing of it crosses. Without gradients the server's
+        blocks run as in evaluation, in train mode, too. ``past_key_values`` stays ``None``: write with ``generate``.
+        """
         named = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -113,8 +117,9 @@ class SplitModel(JoinedModel):
         }
         inputs = {key: value for key, value in {**named, **others}.items() if value is not None}
         if self.whole:
+            refuse_cache(inputs)
             with self.stage.computing():
-                return self.stage.model(**self.stage.placed(inputs), **self.stage.no_cache)
+                return self.stage.model(**(self.stage.placed(inputs) | self.stage.no_cache))
         return self.tail(self.head(inputs))
 
     def head(self, inputs: Mapping[str, Any], *, headless: bool = False) -> Sent:
@@ -123,6 +128,7 @@ class SplitModel(JoinedModel):
         ``headless``: :meth:`tail` will be asked for neither head nor loss.
         """
         train = self.training and torch.is_grad_enabled()
+        self.check_place()
         if train:
             if self.steps.piece is None:  # loops that know nothing of FlexP
                 self.steps.refuse_half_steps(self.stage.trainable().values())

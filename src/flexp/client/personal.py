@@ -59,6 +59,7 @@ class PersonalModel(nn.Module):
         super().__init__()
         self.stage = stage
         self.model: Any = stage.model
+        self.training = self.model.training  # from_pretrained leaves it in evaluation
         # It looks as if it were written with the parameters of the model's own forward.
         self.forward: Any = functools.partial(type(self).forward, self)
         self.forward.__signature__ = inspect.signature(self.model.forward)  # type: ignore[attr-defined]

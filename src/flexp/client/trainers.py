@@ -11,13 +11,14 @@ import functools
 import secrets
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from flexp.client.callback import TrainerCallback
 from flexp.client.joined import JoinedModel
 from flexp.client.trainer_options import refuse
-from flexp.errors import ConfigError
+from flexp.errors import ConfigError, LinkError
 from flexp.links.opening import same_server
 
 
@@ -72,7 +73,15 @@ def _train(usual: Callable[..., Any], trainer: Any, *args: Any, **options: Any) 
             "ref_model runs on the server that this Trainer trains, so it would change with it; give it a server of "
             "its own, or leave it out and set precompute_ref_log_probs=True"
         )
-    return usual(trainer, *args, **options)
+    try:
+        return usual(trainer, *args, **options)
+    except BaseException:
+        if isinstance(trainer.model, JoinedModel):  # a loop that is over says nothing of later steps
+            trainer.model.steps.loop = None
+            trainer.accelerator.gradient_state._set_sync_gradients(True)
+            with suppress(LinkError):
+                trainer.model.abort()
+        raise
 
 
 def _save_model(

@@ -44,6 +44,7 @@ def for_blocks(model: Any, inputs: Mapping[str, Any], longest: int | None) -> di
     for key in NEED_ALL_BLOCKS:
         if inputs.get(key):
             raise ModelError(f"{key}=True was asked for, but a split model has its blocks in several places")
+    refuse_cache(inputs)
     unread = NOT_FOR_BLOCKS | (PACKED if only_masks(model) else frozenset())
     wanted = {key: value for key, value in inputs.items() if key not in unread}
     mask, places = wanted.get("attention_mask"), wanted.get("cache_position")
@@ -59,6 +60,19 @@ def for_blocks(model: Any, inputs: Mapping[str, Any], longest: int | None) -> di
             del wanted["cache_position"]  # what every model counts by itself
         check_length(model, length, wanted.get("position_ids"), longest)
     return wanted
+
+
+def refuse_cache(inputs: Mapping[str, Any]) -> None:
+    """Refuse a forward that is to keep keys and values: the next one would be given none, and answer without its past.
+
+    Raises:
+        ModelError: see above.
+    """
+    if inputs.get("use_cache"):
+        raise ModelError(
+            "use_cache=True was asked for, and a split model keeps no past here: write with model.generate, or, token "
+            "by token, with SplitGenerator.new_cache()"
+        )
 
 
 def only_masks(model: Any) -> bool:
