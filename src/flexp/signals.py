@@ -20,6 +20,20 @@ def on_signal(action: Callable[[], None]) -> Iterator[None]:
 
 
 @contextmanager
+def interrupted_by_term() -> Iterator[None]:
+    """In the block, SIGTERM ends things as Ctrl-C does, so that whoever started others takes them along. Outside a
+    process's main thread signals are left alone."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    earlier = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
+
+
+@contextmanager
 def stopped_by_signal(stop: threading.Event | None) -> Iterator[threading.Event]:
     """An event that a signal sets; whoever embeds the block gives ``stop`` instead, and signals are left alone."""
     if stop is not None:

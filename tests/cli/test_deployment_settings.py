@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -37,3 +38,33 @@ def test_a_fleet_takes_all_of_the_table(tmp_path: Path) -> None:
     assert table == {"schedule": "deterministic", "keep": 7, "patience": 9.0, "save_every": 2, "allow_export": True}
     with pytest.raises(ConfigError, match=r"deployment.clients names north, and the data have north, south, west"):
         Fleet(found, tmp_path / "other", clients=[CLIENTS[0]])
+
+
+@pytest.mark.parametrize(
+    ("link", "settings", "crosses"),
+    [
+        ({}, [], None),
+        ({"rows": "all"}, [], None),
+        ({"codec": {"activation": "int8-row"}}, [], "int8-row"),
+        ({}, ["--set", 'link.codec={activation="off"}'], "off"),
+    ],
+)
+def test_a_codec_that_is_named_is_used_wherever_it_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, link: dict[str, Any], settings: list[str], crosses: str | None
+) -> None:
+    """In the file or after ``--set``; else the network's default stays, whatever else of ``[link]`` is said."""
+    bert_folder(tmp_path / "model")
+    table = content(tmp_path, **({"link": link} if link else {}))
+    (tmp_path / "c.json").write_text(json.dumps(table), encoding="utf-8")
+    asked: list[Any] = []
+
+    def ran(*_: Any, codec: Any) -> bool:
+        asked.append(codec)
+        return True
+
+    monkeypatch.setattr("flexp.run.client.run_client", ran)
+    where = ["client", "--server", "127.0.0.1:1", "--config", str(tmp_path / "c.json"), "--name", CLIENTS[0]]
+    done = CliRunner().invoke(app, [*where, *settings], catch_exceptions=False)
+    assert done.exit_code == 0
+    (codec,) = asked
+    assert (None if codec is None else codec.activation) == crosses

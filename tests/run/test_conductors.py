@@ -210,6 +210,24 @@ def test_a_new_server_goes_on_from_what_all_have(tmp_path: Path) -> None:
     assert [word.steps for word in words] == [4, 4, 4]
 
 
+def test_a_run_goes_on_in_its_order_alone(tmp_path: Path) -> None:
+    """Its snapshots have numbers of places in it: with other scores nobody could be told what to do, for ever."""
+    first = deterministic(tmp_path)
+    words = [Word(name, first) for name in NAMES]
+    for word in words:
+        word.say()
+    talk(words, 36)
+    other = schedule(NAMES, TRAIN, 3, evaluate_every=2, save_every=1)
+    with pytest.raises(ConfigError, match=r"begun with another order of steps.* set evaluation.every"):
+        Deterministic(world("bert").server, Store(tmp_path), "run", lambda _: None, TRAIN, NAMES, other)
+    for word in words:
+        word.conductor, word.done, word.waits = first, None, None
+        word.say("run")
+    talk(words)
+    assert first.over
+    Deterministic(world("bert").server, Store(tmp_path), "run", lambda _: None, TRAIN, NAMES, other)  # it is over
+
+
 def test_strangers_and_other_runs_are_refused(tmp_path: Path) -> None:
     conductor = deterministic(tmp_path)
     with pytest.raises(LinkError, match="takes no part in this run: it has a, b, c"):

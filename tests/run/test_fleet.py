@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import re
+import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -72,6 +74,29 @@ def check(sim: Path, out: Path) -> None:
     assert there.keys() == here.keys()
     for party, state in there.items():
         assert equal(without_meters(state), without_meters(here[party])), party
+
+
+@pytest.mark.parametrize("when", ["starting", "running"])
+def test_a_fleet_that_is_stopped_takes_its_parties_along(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """SIGTERM is what systemd, docker and timeout send; it left server and clients behind."""
+    made = Fleet(settle(tiny.config(folder)), tmp_path / "out")
+    stopped: list[bool] = []
+
+    def killed() -> bool:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+        return True
+
+    monkeypatch.setattr(made, "start", killed if when == "starting" else lambda: None)
+    monkeypatch.setattr(made, "watch", killed)
+    monkeypatch.setattr(made, "stop", lambda: stopped.append(True))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        made.run()
+    assert stopped == [True]
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_server_that_somebody_stops_is_no_end(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ def client(
     """Take part in the run that a server conducts, with this device's private data; go on where it was stopped."""
     from flexp.cli.verify import parse_cut
     from flexp.config.deployment import load as load_deployment
-    from flexp.config.loading import load, read
+    from flexp.config.loading import load, overridden
 
     said = overrides(settings, device=device)
     if data is not None:
@@ -62,7 +62,9 @@ def client(
 
     folder = state or Path("clients") / folder_name(setup.data.name)
     clients = setup.config.data.clients
-    coded = "link" in read(config) or any([clients.codec, *(one.codec for one in clients.each)])
+    coded = "codec" in overridden(config, said).get("link", {}) or any(
+        [clients.codec, *(one.codec for one in clients.each)]
+    )
     codec = setup.config.link.codec if coded else None  # who says nothing gets the network's default
     if not run_client(setup, deployment, reach, folder, codec=codec):
         typer.echo("go on with the same command")

@@ -100,6 +100,12 @@ class Conductor:
                 "train.steps_per_round and method.meet.on as they were, or begin anew"
             )
         self.over = self.server.sealed = is_over(saved, train)
+        if not self.over and saved.get("order", self.order) != self.order:
+            raise ConfigError(
+                f"the run {run} was begun with another order of steps, scores and snapshots, which numbers its "
+                "snapshots; set evaluation.every, deployment.save_every, [train], seed and the clients as they were, "
+                "or begin anew"
+            )
         if self.over:
             self.say(f"the run {run} is over: nobody trains it any more")
 
@@ -113,6 +119,11 @@ class Conductor:
         """The same for a snapshot, each with the steps that a client has done by then; of them those are saved that
         somebody was at, since only what is to come may be changed."""
         return [[place.what, place.number, steps_before(place, self.train)] for place in self.gatherings]
+
+    @property
+    def order(self) -> str:
+        """A digest of all that is to be done, where snapshots are numbered by it; else nothing."""
+        return ""
 
     @property
     def middle(self) -> bool:
@@ -197,6 +208,7 @@ class Conductor:
             "updates": self.server.updates,
             "planned": self.train.total_steps,
             "gatherings": self._gatherings_said[: self._held],
+            "order": self.order,
         }
         chain = self.server.chain
         try:

@@ -8,6 +8,7 @@ snapshot that all have.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -50,6 +51,11 @@ class Deterministic(Conductor):
     @property
     def gatherings(self) -> list[Place]:
         return [item for item in self.places if item.what in GATHER]
+
+    @property
+    def order(self) -> str:
+        places = [(place.what, place.client, place.number) for place in self.places]
+        return hashlib.sha256(repr((list(self.clients), places)).encode()).hexdigest()[:16]
 
     def ready(self, client: str, ready: Ready) -> Future[Order]:
         if client not in self.clients:

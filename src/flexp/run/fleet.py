@@ -23,6 +23,7 @@ from flexp.run.meetings import check_masks, meeting
 from flexp.run.processes import begin
 from flexp.run.settle import Settled
 from flexp.run.store import Store
+from flexp.signals import interrupted_by_term
 
 Say = Callable[[str], None]
 ADDRESS = re.compile(r"serving blocks \[.*\) at (\S+)")
@@ -170,15 +171,16 @@ class Fleet:
         Raises:
             FlexpError: somebody fell too often, or the server was stopped before the run was over.
         """
-        self.start()
-        self.say(f"server at {self.address}, {len(self.clients)} clients; their logs are in {self.out}")
-        try:
-            told = 0
-            while not self.watch() and not self._stopped:
-                time.sleep(0.2)
-                told = self._tell(told)
-        finally:
-            self.stop()
+        told = 0
+        with interrupted_by_term():
+            try:
+                self.start()
+                self.say(f"server at {self.address}, {len(self.clients)} clients; their logs are in {self.out}")
+                while not self.watch() and not self._stopped:
+                    time.sleep(0.2)
+                    told = self._tell(told)
+            finally:
+                self.stop()
         if self._stopped:
             self._tell(told)
             steps = sum(map(len, self._steps.values()))
