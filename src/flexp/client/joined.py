@@ -140,20 +140,6 @@ class JoinedModel(PersonalModel):
                 why = error
         raise why
 
-    def check_place(self) -> None:
-        """Refuse to go on where another model has taken this one's place, which would be answered in its stead.
-
-        Raises:
-            LinkError: one has joined the same server under the same name since. (Over a network nobody can.)
-        """
-        server = server_behind(self.link)
-        known = None if server is None else server.clients.get(self.link.client)
-        if known is not None and known.progress.numbering != self.steps.numbering:
-            raise LinkError(
-                f"another model has joined this server as client {self.link.client!r} since, and has this one's place; "
-                "give each a name of its own (server.connect)"
-            )
-
     def check_trained(self, before: str) -> None:
         """Refuse to go on with other weights than those that a server had ``before`` and would not train any more."""
         if before not in ("", self.trained):
@@ -257,6 +243,7 @@ class JoinedModel(PersonalModel):
                 examples_key=self._examples_key,
             ),
         )
+        self.joined_as, self.behind = self.link.client, server_behind(self.link)  # the server itself, if it is here
         anatomy = self.stage.anatomy
         check_welcome(welcome, anatomy.blocks, anatomy.hidden, self._pinned, whole=cut[0] == anatomy.blocks)
         self.base_depth = self._pinned = welcome.base_depth

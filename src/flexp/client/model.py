@@ -128,7 +128,7 @@ class SplitModel(JoinedModel):
         ``headless``: :meth:`tail` will be asked for neither head nor loss.
         """
         train = self.training and torch.is_grad_enabled()
-        self.check_place()
+        self._check_place()
         if train:
             if self.steps.piece is None:  # loops that know nothing of FlexP
                 self.steps.refuse_half_steps(self.stage.trainable().values())
@@ -193,6 +193,16 @@ class SplitModel(JoinedModel):
         if train:
             self.steps.remember(call)
         return Sent(call, z_BTH, tuple(inner_BTH), inputs, plan)
+
+    def _check_place(self) -> None:
+        """Refuse to go on where another model has taken this one's place, which would be answered in its stead: one
+        has joined a server in this process under the same name since. (Over a network nobody can.)"""
+        known = None if self.behind is None else self.behind.clients.get(self.joined_as)
+        if known is not None and known.progress.numbering != self.steps.numbering:
+            raise LinkError(
+                f"another model has joined this server as client {self.joined_as!r} since, and has this one's place; "
+                "give each a name of its own (server.connect)"
+            )
 
     def _refuse_trained_head(self) -> None:
         trained = [name for name in self.stage.trainable() if self.stage.within(name, 0, self.cut[0])]
