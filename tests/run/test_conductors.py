@@ -75,6 +75,15 @@ def talk(words: list[Word], most: int = 10_000) -> int:
     return count
 
 
+def begun(conductor: Deterministic | Free, orders: int) -> list[Word]:
+    """Clients that have come, and done so many orders."""
+    words = [Word(name, conductor) for name in NAMES]
+    for word in words:
+        word.say()
+    talk(words, orders)
+    return words
+
+
 def order_of_steps(words: list[Word]) -> list[tuple[int, str]]:
     told = [(order.place, word.name) for word in words for order in word.heard if order.what == "step"]
     return sorted(pair for pair in told if pair[0] >= 0)
@@ -98,10 +107,7 @@ def test_the_order_is_the_simulations() -> None:
 
 def test_who_comes_back_goes_back_to_what_it_has(tmp_path: Path) -> None:
     conductor = deterministic(tmp_path)
-    words = [Word(name, conductor) for name in NAMES]
-    for word in words:
-        word.say()
-    talk(words, 30)
+    words = begun(conductor, 30)
     lost = words[1]
     place, steps = conductor.place, lost.steps
     assert steps
@@ -194,10 +200,7 @@ def test_in_a_free_run_who_comes_back_too_late_goes_on_from_the_oldest_average_t
 
 def test_a_new_server_goes_on_from_what_all_have(tmp_path: Path) -> None:
     first = deterministic(tmp_path)
-    words = [Word(name, first) for name in NAMES]
-    for word in words:
-        word.say()
-    talk(words, 36)
+    words = begun(first, 36)
     second = deterministic(tmp_path)
     common = set(second.numbers).intersection(*(word.kept for word in words))
     for word in words:
@@ -213,10 +216,7 @@ def test_a_new_server_goes_on_from_what_all_have(tmp_path: Path) -> None:
 def test_a_run_goes_on_in_its_order_alone(tmp_path: Path) -> None:
     """Its snapshots have numbers of places in it: with other scores nobody could be told what to do, for ever."""
     first = deterministic(tmp_path)
-    words = [Word(name, first) for name in NAMES]
-    for word in words:
-        word.say()
-    talk(words, 36)
+    words = begun(first, 36)
     other = schedule(NAMES, TRAIN, 3, evaluate_every=2, save_every=1)
     with pytest.raises(ConfigError, match=r"begun with another order of steps.* set evaluation.every"):
         Deterministic(world("bert").server, Store(tmp_path), "run", lambda _: None, TRAIN, NAMES, other)
@@ -371,10 +371,7 @@ def test_before_the_last_meeting_there_may_be_more_rounds_or_fewer(tmp_path: Pat
 
 def test_who_lost_all_of_it_does_not_train_the_shared_blocks_again() -> None:
     conductor = deterministic(None)
-    words = [Word(name, conductor) for name in NAMES]
-    for word in words:
-        word.say()
-    talk(words, 30)
+    begun(conductor, 30)
     conductor.gone("b")
     with pytest.raises(LinkError, match=r"client b comes with nothing, and has done \d steps in this run"):
         Word("b", conductor).say()

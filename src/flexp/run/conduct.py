@@ -100,11 +100,11 @@ class Conductor:
                 "train.steps_per_round and method.meet.on as they were, or begin anew"
             )
         self.over = self.server.sealed = is_over(saved, train)
-        if not self.over and saved.get("order", self.order) != self.order:
+        if self.order and not self.over and saved.get("order", self.order) != self.order:
             raise ConfigError(
                 f"the run {run} was begun with another order of steps, scores and snapshots, which numbers its "
-                "snapshots; set evaluation.every, deployment.save_every, [train], seed and the clients as they were, "
-                "or begin anew"
+                "snapshots; set evaluation.every, deployment.schedule and save_every, [train], seed and the clients as "
+                "they were, or begin anew"
             )
         if self.over:
             self.say(f"the run {run} is over: nobody trains it any more")

@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 
 from flexp.errors import LinkError
@@ -52,7 +53,7 @@ class Deterministic(Conductor):
     def gatherings(self) -> list[Place]:
         return [item for item in self.places if item.what in GATHER]
 
-    @property
+    @cached_property
     def order(self) -> str:
         places = [(place.what, place.client, place.number) for place in self.places]
         return hashlib.sha256(repr((list(self.clients), places)).encode()).hexdigest()[:16]
