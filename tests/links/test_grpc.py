@@ -382,11 +382,20 @@ def test_gradients_leave_before_other_exchanges_that_wait(kind: str, expected: s
 
 
 @pytest.mark.parametrize(
-    ("code", "lost"), [("CANCELLED", True), ("ALREADY_EXISTS", True), ("INTERNAL", False), ("UNAUTHENTICATED", False)]
+    ("code", "details", "lost"),
+    [
+        ("CANCELLED", "why", True),
+        ("ALREADY_EXISTS", "why", True),
+        ("INTERNAL", "Stream removed (Metadata keys cannot be zero length)", True),
+        ("UNKNOWN", "Stream removed (Failed parsing HTTP/2 (non-empty settings ack frame received))", True),
+        ("UNKNOWN", "Unexpected KeyError", False),
+        ("UNIMPLEMENTED", "Method not found!", False),
+        ("UNAUTHENTICATED", "why", False),
+    ],
 )
-def test_what_a_stream_that_does_not_open_comes_to(code: str, lost: bool) -> None:
-    """Of a server that falls just then gRPC says CANCELLED: the client waits for it."""
+def test_what_a_stream_that_does_not_open_comes_to(code: str, details: str, lost: bool) -> None:
+    """Of a server that falls just then gRPC says CANCELLED, and of damage on the way the others: the client waits."""
     nothing = grpc.aio.Metadata()
-    error = grpc.aio.AioRpcError(grpc.StatusCode[code], nothing, nothing, details="why")
+    error = grpc.aio.AioRpcError(grpc.StatusCode[code], nothing, nothing, details=details)
     found = asyncio.run(refusal(error, SimpleNamespace(address="here:1"), "token"))  # type: ignore[arg-type]
     assert isinstance(found, LinkLostError) is lost

@@ -177,5 +177,7 @@ async def refusal(error: grpc.aio.AioRpcError, way: Way, token: str | None) -> L
         return LinkLostError(reason(error, way.address) + way.by_proxy())
     if code == grpc.StatusCode.UNAUTHENTICATED and not token:
         return LinkError(f"{reason(error, way.address)}; {NO_TOKEN}")
-    lost = code in (grpc.StatusCode.ALREADY_EXISTS, grpc.StatusCode.CANCELLED)  # CANCELLED: a server falls just now
+    # CANCELLED: a server falls just now; INTERNAL, "Stream removed": what came was damaged on its way
+    lost = code in (grpc.StatusCode.ALREADY_EXISTS, grpc.StatusCode.CANCELLED, grpc.StatusCode.INTERNAL)
+    lost = lost or (code == grpc.StatusCode.UNKNOWN and (error.details() or "").startswith("Stream removed"))
     return (LinkLostError if lost else LinkError)(reason(error, way.address))
