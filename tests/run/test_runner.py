@@ -228,7 +228,7 @@ def test_the_best_round_on_validation_data_is_kept(home: Path, monkeypatch: pyte
     summary = runner.run(run, home / "out")
     assert summary["scores"]["picked_on"] == "validation"
     assert summary["scores"]["best"]["round"] == 2
-    kept = sorted(path.name for path in (home / "out/checkpoints").iterdir())
+    kept = sorted(path.name for path in (home / "out/checkpoints").glob("checkpoint-*"))
     assert kept == [f"checkpoint-{number:08d}" for number in (2, 3, 4)]
     records = [record for record in read(home / "out/metrics.jsonl") if record["kind"] == "eval"]
     assert all(record["validation"]["n"] == VALIDATION_EXAMPLES for record in records)
@@ -278,7 +278,7 @@ def test_a_full_disk_while_saving_loses_nothing(
     with pytest.raises(StorageError, match="the disk is full; what was saved before is intact"):
         runner.run(run, tmp_path / "out")
     monkeypatch.undo()
-    assert [path.name for path in (tmp_path / "out/checkpoints").iterdir()] == ["checkpoint-00000001"]
+    assert sorted(path.name for path in (tmp_path / "out/checkpoints").iterdir()) == [store.LOCK, "checkpoint-00000001"]
     runner.resume(tmp_path / "out")
     same(tmp_path / "out", undisturbed)
 

@@ -18,7 +18,7 @@ from flexp.links.grpc import connect
 from flexp.models.zoo import save_tiny
 from flexp.rng import RandomStream
 from flexp.run.server import load, run_server, save
-from flexp.run.store import Store
+from flexp.run.store import LOCK, Store
 from tests.harness import World, equal, shared_weights, world
 
 ADDRESS = re.compile(r"at (127\.0\.0\.1:\d+)")
@@ -79,7 +79,7 @@ def test_it_stops_and_goes_on(tmp_path: Path) -> None:
         assert ("going on from" in said) == (here is second)
     assert "stopped after 4 updates" in said
     assert equal(shared_weights(second.server), shared_weights(undisturbed.server))
-    assert {path.name for path in state.iterdir()} == {"checkpoint-00000001", "checkpoint-00000002"}
+    assert {path.name for path in state.iterdir()} == {LOCK, "checkpoint-00000001", "checkpoint-00000002"}
 
     last = world("bert")
     running = Running(last, state, frozen=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 
 from flexp.errors import StorageError
 from flexp.run import store as module
-from flexp.run.store import ParkedOnDisk, Store
+from flexp.run.store import LOCK, ParkedOnDisk, Store
 
 NAMES = ("server", "client-a/x", "client-../a", "client-a.x", "client-" + "n" * 300)
 
@@ -130,7 +132,7 @@ def test_a_full_disk_leaves_the_earlier_ones(tmp_path: Path, monkeypatch: pytest
         here.replace(1, "a", value(3))
     assert here.numbers() == [1]
     assert int(here.load(1)["a"]["value"]) == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-00000001"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [LOCK, "checkpoint-00000001"]
 
 
 def test_who_writes_there_removes_halves_and_sees_whether_it_can(tmp_path: Path) -> None:
@@ -140,7 +142,7 @@ def test_who_writes_there_removes_halves_and_sees_whether_it_can(tmp_path: Path)
     half.mkdir()
     assert here.numbers() == []
     here.claim()
-    assert not list(here.folder.iterdir())
+    assert [path.name for path in here.folder.iterdir()] == [LOCK]
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match="choose another"):
         Store(tmp_path / "file").claim()
@@ -155,3 +157,34 @@ def test_parked_blocks_are_one_runs(tmp_path: Path) -> None:
         parked.put(block, value(block))
     assert int((parked.get(3) or {})["value"]) == 3
     assert ParkedOnDisk(tmp_path, 2).get(3) is None
+
+
+HOLDS = """
+import sys, pathlib
+from flexp.run.store import Store
+store = Store(pathlib.Path(sys.argv[1]))
+store.claim()
+print("claimed", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_two_processes_do_not_save_in_one_place(tmp_path: Path) -> None:
+    """Whoever is killed holds nothing any more, and in one process nobody is kept off."""
+    mine = Store(tmp_path / "here")
+    mine.save(1, {"a": value(1)})
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLDS, str(mine.folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"claimed\n"
+        for work in (mine.claim, lambda: mine.replace(1, "a", value(2))):
+            with pytest.raises(StorageError, match="another process saves there"):
+                work()
+    finally:
+        other.kill()
+        other.communicate()
+    assert int(mine.load(1)["a"]["value"]) == 1
+    mine.claim()
+    Store(mine.folder).claim()

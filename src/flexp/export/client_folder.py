@@ -209,12 +209,14 @@ class ClientModel(FromCheckpoint):
 
         Raises:
             ConfigError: the backup is of a simulation, which knows nothing of a server's run.
+            StorageError: the client is at work there.
         """
         snapshot = said.get("snapshot")
         if not isinstance(snapshot, dict):
             raise ConfigError(
                 f"the file is from a run of flexp run, and {self.folder} is a client's: restore it into a run"
             )
+        self.store.claim()
         number = int(snapshot["number"])
         kept = {"client": self.client, **{key: snapshot[key] for key in ("run", "numbering", "met") if key in snapshot}}
         for later in [later for later in self.store.numbers() if later > number]:

@@ -10,7 +10,7 @@ One layout for a simulation's checkpoints (every party in one), for what a deplo
 A party may be called what no file can be called: the index says whose a file is. Nothing is ever unpickled. In use::
 
     store = Store(folder, keep=2)
-    store.claim()                                              # whoever writes, once: removes what a kill left
+    store.claim()                                              # whoever writes, once: keeps other processes off
     store.save(12, {"server": tensors, "client-north": more}, {"steps": 40})
     store.numbers()                                            # [11, 12]
     store.load(12)["server"]                                   # checked and copied
@@ -30,6 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from filelock import BaseFileLock, FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -42,6 +43,7 @@ QUARANTINED = ".quarantined"
 CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"
 """Where a run's folder and a client's have theirs."""
 
+LOCK = ".lock"
 REPLACED = "replaced"  # among a checkpoint's facts
 _PREFIX = "checkpoint-"
 _OLDER = ("round-*/checkpoint.json", "snapshot-*/snapshot.json")
@@ -133,12 +135,15 @@ class Store:
 
     def __init__(self, folder: Path, keep: int | None = 2) -> None:
         self.folder, self.keep = folder, keep
+        self._lock: BaseFileLock | None = None
 
     def claim(self) -> None:
-        """Make the folder, see that it can be written, and remove what a killed process left half written.
+        """Make the folder, see that it can be written, keep other processes off as long as this store is there, and
+        remove what a killed process left half written.
 
         Raises:
-            StorageError: it cannot be written, or an older version of FlexP has saved there.
+            StorageError: it cannot be written, another process writes there, or an older version of FlexP has saved
+                there.
         """
         if self.folder.is_file():
             raise StorageError(
@@ -150,8 +155,17 @@ class Store:
             trial = self.folder / f".{os.getpid()}.trial"
             trial.touch()
             trial.unlink()
+            # One lock for all stores of a folder in a process, which ends with the last of them, or with the process.
+            self._lock = FileLock(self.folder / LOCK, is_singleton=True, thread_local=False)
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise StorageError(
+                f"{self.folder}: another process saves there; wait until it is over, stop it, or choose another folder"
+            ) from None
         except OSError as error:
             raise storage_error(self.folder, error) from error
+        except NotImplementedError:
+            self._lock = None  # a file system without locks
         self.numbers()
         for half in self.folder.glob(f".{_PREFIX}*"):
             shutil.rmtree(half, ignore_errors=True)
@@ -209,7 +223,8 @@ class Store:
             said: JSON, of what is put there: what :meth:`Checkpoint.replaced` tells.
 
         Raises:
-            StorageError: the checkpoint has no such party, lacks other files, or the disk is full; it is untouched.
+            StorageError: the checkpoint has no such party, lacks other files, another process saves there, or the disk
+                is full; it is untouched.
         """
         there = self.open(number)
         if party not in there.files:
@@ -218,7 +233,9 @@ class Store:
         if said is not None:
             first = known.get(party, {"sha256": there.files[party][1]})
             facts = {**facts, REPLACED: {**known, party: {**first, "said": said}}}
-        Store(self.folder, keep=None).save(number, {**there.files, party: tensors}, facts)
+        whole = Store(self.folder, keep=None)
+        whole.claim()
+        whole.save(number, {**there.files, party: tensors}, facts)
 
     def open(self, number: int) -> Checkpoint:
         """One of :meth:`numbers`; only its index is read.
