@@ -57,7 +57,8 @@ class Server:
         self.server = server
         self.conductor = make_conductor(server, config, deployment, state, self._say)
         self.thread = threading.Thread(
-            target=lambda: run_server(server, listen, say=self._say, stop=self.stop, conductor=self.conductor, **more)
+            target=lambda: run_server(server, listen, say=self._say, stop=self.stop, conductor=self.conductor, **more),
+            daemon=True,  # a test that failed does not end it
         )
         self.thread.start()
         assert self._listening.wait(30), self.lines
@@ -105,7 +106,7 @@ class Client:
             except BaseException as error:
                 self.error = error
 
-        self.thread = threading.Thread(target=work)
+        self.thread = threading.Thread(target=work, daemon=True)
         self.thread.start()
 
     def join(self, seconds: float = 90.0) -> None:
