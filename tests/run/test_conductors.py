@@ -10,7 +10,7 @@ import pytest
 
 from flexp.client.meeting import Meets
 from flexp.config import OptimizerConfig, TrainConfig
-from flexp.errors import ConfigError, LinkError
+from flexp.errors import ConfigError, LinkError, StorageError
 from flexp.links.messages import Order, Ready
 from flexp.methods.turns import Place, gatherings, schedule, turns
 from flexp.run.deterministic import Deterministic
@@ -211,6 +211,80 @@ def test_a_new_server_goes_on_from_what_all_have(tmp_path: Path) -> None:
     talk(words)
     assert second.finished
     assert [word.steps for word in words] == [4, 4, 4]
+
+
+@pytest.mark.parametrize("lost", ["a client", "the server"])
+def test_nobody_begins_again_beside_snapshots_that_others_have(tmp_path: Path, lost: str) -> None:
+    """A new history beside the old one: the next fall would put halves of both together."""
+    words = begun(deterministic(tmp_path / "first"), 36)
+    second = deterministic(tmp_path / ("first" if lost == "a client" else "second"))
+    again = [Word(word.name, second) for word in words]
+    for word, old in zip(again, words, strict=True):
+        word.kept = {} if (word.name, lost) == ("b", "a client") else old.kept
+    for word in again[:2]:
+        word.say("run" if word.kept else "")
+    with pytest.raises(LinkError, match=r"have no snapshot in common.*would have to go back to the beginning"):
+        again[2].say("run")
+
+
+def test_who_was_stopped_before_all_had_saved_begins_again(tmp_path: Path) -> None:
+    conductor = deterministic(tmp_path)
+    words = [Word(name, conductor) for name in NAMES]
+    words[0].kept = {3: (1, 0)}  # of its own: at place 3 nobody was to save
+    assert conductor.places[3].what != "save"
+    for word in words:
+        word.say("run" if word.kept else "")
+    talk(words)
+    assert [word.steps for word in words] == [STEPS] * 3
+
+
+def full(monkeypatch: pytest.MonkeyPatch) -> None:
+    def save(self: Store, number: int, *of: object, **more: object) -> None:
+        raise StorageError("the disk is full")
+
+    monkeypatch.setattr(Store, "save", save)
+
+
+def test_clients_keep_what_goes_with_the_servers_last_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    conductor = deterministic(tmp_path)
+    words = begun(conductor, 19)
+    numbers, before = conductor.numbers, [dict(word.kept) for word in words]
+    full(monkeypatch)
+    while not conductor.over:
+        assert talk(words, 1)
+        if not conductor.over:
+            assert [word.kept for word in words] == before
+    talk(words)
+    assert [word.steps for word in words] == [STEPS] * 3
+    assert all(max(word.kept.values())[0] == STEPS for word in words)  # with the end each has all that is its own
+    with pytest.raises(StorageError, match=f"last weights were not saved.*newest snapshot .* is {max(numbers)}"):
+        conductor.close()
+    monkeypatch.undo()
+    said = conductor.close()
+    assert said.endswith(f"is {max(conductor.numbers)}")
+    assert max(conductor.numbers) > max(numbers)
+    assert deterministic(tmp_path).over
+
+
+def test_a_free_server_that_cannot_save_says_so_at_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    conductor = free(tmp_path)
+    words = begun(conductor, 4)
+    numbers = conductor.numbers
+    full(monkeypatch)
+    talk(words)
+    assert conductor.over
+    with pytest.raises(StorageError, match=f"is lost; the newest snapshot in .* is {max(numbers)}"):
+        conductor.close()
+    monkeypatch.undo()
+    said = conductor.close()
+    assert said.endswith(f"is {max(conductor.numbers)}")
+    assert max(conductor.numbers) > max(numbers)
+    assert free(tmp_path).over
+
+
+def test_nobody_stops_early_in_a_deterministic_run() -> None:
+    with pytest.raises(LinkError, match=r"stops early \(train.early_stopping\)"):
+        deterministic(None).ready("a", Ready(2, facts={"ended": 1.0}))
 
 
 def test_a_run_goes_on_in_its_order_alone(tmp_path: Path) -> None:

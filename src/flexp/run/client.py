@@ -60,7 +60,7 @@ def run_client(
         LinkError: the server refuses, or cannot be reached.
         ConfigError: ``state`` belongs to another client, cut or defence of labels, or to something else.
         DataError: the client's examples are not those that it was trained on.
-        StorageError: it cannot be written, or is of another version of FlexP.
+        StorageError: it cannot be written, what was trained last too, or is of another version of FlexP.
     """
     config, name, federation = setup.config, setup.data.name, setup.run.federation
     check_conducted(config.train, deployment.schedule)
@@ -120,6 +120,7 @@ def run_client(
         try:
             with stopped_by_signal(stop) as stopped:
                 over = party.work(stopped)
+                party.settle()
         finally:
             diary.close()
             _once_each(state / "metrics.jsonl")

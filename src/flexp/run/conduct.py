@@ -151,8 +151,18 @@ class Conductor:
         self.members[client].answer(order)
 
     def close(self) -> str:
-        """The run ends here, or is stopped; gives what to tell the operator."""
+        """The run ends here, or is stopped; gives what to tell the operator.
+
+        Raises:
+            StorageError: what was trained last could not be saved.
+        """
         raise NotImplementedError
+
+    def where(self) -> str:
+        """What to tell the operator of the newest snapshot."""
+        if self.snapshots is None:
+            return "nothing was saved, as no --state DIR was given"
+        return f"the newest snapshot in {self.snapshots.folder} is {max(self.numbers, default='none')}"
 
     def come(self, client: str, ready: Ready) -> tuple[Member, Future[Order]]:
         """A client waits for its order.
@@ -198,10 +208,11 @@ class Conductor:
             name in self.members and self.members[name].stopped for name in self.clients
         )
 
-    def save(self, number: int, unfinished: bool = False) -> None:
-        """The server's own snapshot; a failure is said, and what was saved before stays."""
+    def save(self, number: int, unfinished: bool = False) -> bool:
+        """The server's own snapshot; a failure is said, and what was saved before stays. Gives whether it is there, or
+        nothing is to be saved."""
         if self.snapshots is None:
-            return
+            return True
         self._held = max([self._held, *(member.ready.met for member in self.members.values())])
         facts = {
             "run": self.run,
@@ -216,12 +227,14 @@ class Conductor:
             keep = Keep(number, self.run, held=tuple(self.snapshots.numbers()))
             if chain is not None and number not in chain.tell(keep).result().snapshots:
                 self.say(f"snapshot {number} was not saved: a server further on could not")
-                return
+                return False
             state = self.server.state(unfinished=unfinished)
             self.snapshots.save(number, {"server": state}, {**facts, "over": self.over})
             (self.snapshots.folder / NAME).unlink(missing_ok=True)  # a run whose snapshots are lost is another one
+            return True
         except (StorageError, LinkLostError) as error:
             self.say(f"snapshot {number} was not saved: {error}")
+            return False
 
     def restore(self, number: int) -> None:
         """Go back to one of :attr:`numbers`."""

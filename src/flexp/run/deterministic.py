@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
-from flexp.errors import LinkError
+from flexp.errors import LinkError, StorageError
 from flexp.links.messages import Order, Ready
 from flexp.methods.turns import GATHER, Place
-from flexp.run.conduct import Conductor
+from flexp.run.conduct import ENDED, Conductor
 
 
 @dataclass(eq=False)
@@ -40,7 +40,8 @@ class Deterministic(Conductor):
         self.place = 0
         self._begun = False
         self._done: set[str] = set()  # who has done the place that all do
-        self._saved = -1  # the last place at which the server has saved
+        self._saved = -1  # the last place at which the server was to save …
+        self._kept = True  # … and whether it could
         owners = [item.client if item.what == "step" else "" for item in self.places]
         self._meetings = [number for number, item in enumerate(self.places) if item.what in GATHER]
         self._steps = {name: [0, *accumulate(owner == name for owner in owners)] for name in self.clients}
@@ -61,6 +62,11 @@ class Deterministic(Conductor):
     def ready(self, client: str, ready: Ready) -> Future[Order]:
         if client not in self.clients:
             raise LinkError(f"client {client} takes no part in this run: it has {', '.join(self.clients)}")
+        if ready.facts.get(ENDED):
+            raise LinkError(
+                f"client {client} stops early (train.early_stopping), and in a deterministic run nobody stops before "
+                'the others: leave it out, or set deployment.schedule = "free" at the server'
+            )
         _, future = self.come(client, ready)
         if self._begun and ready.done is None:
             self._return(client, ready)
@@ -72,9 +78,11 @@ class Deterministic(Conductor):
         return future
 
     def close(self) -> str:
-        if self.snapshots is None:
-            return "nothing was saved, as no --state DIR was given"
-        return f"the newest snapshot in {self.snapshots.folder} is {max(self.numbers, default='none')}"
+        if self.over and not self._kept:  # or else whoever goes on does again what was not saved
+            self._kept = self.save(self._saved)
+            if not self._kept:
+                raise StorageError(f"the run's last weights were not saved, and are lost; {self.where()}")
+        return self.where()
 
     def steps_of(self, client: str, place: int) -> int:
         """How many steps ``client`` has done when the run is at ``place``."""
@@ -105,8 +113,10 @@ class Deterministic(Conductor):
                 self._next()
                 continue
             if item.what == "save" and self._saved < self.place:
-                self.save(self.place)
-                self._saved = self.place
+                self._saved, self._kept = self.place, self.save(self.place)
+                if not self._kept:  # clients keep what goes with the server's last
+                    self._next()
+                    continue
             if item.what != "step" and self._done == set(self.clients):
                 self._next()
                 continue
@@ -116,12 +126,13 @@ class Deterministic(Conductor):
             return
         if not self.over:
             self.seal()
-            self.save(self._saved)
+            self._kept = self.save(self._saved)
         for name in self.clients:
             member = self.members.get(name)
             if member is not None and member.waits:
                 member.stopped = True
-                member.answer(Order("stop", self.run, self.place))
+                save = self._saved if member.ready.saved < member.ready.steps else None
+                member.answer(Order("stop", self.run, self.place, save=save))
 
     def _order(self, client: str, item: Place) -> None:
         member = self.members.get(client)
@@ -186,11 +197,14 @@ class Deterministic(Conductor):
         for ready in readies.values():
             common &= set(ready.snapshots)
         if not common:
-            late = [name for name, ready in readies.items() if ready.steps]
-            if late or self.server.updates:
+            # A client that was stopped has one of its own; those that all were to save the server had as well.
+            saves = {number for number, item in enumerate(self.places) if item.what == "save"}
+            late = ["the server"] if self.numbers or self.server.updates else []
+            late += [name for name, ready in readies.items() if ready.steps or saves & set(ready.snapshots)]
+            if late:
                 raise LinkError(
-                    f"the run cannot go on: server and clients have no snapshot in common "
-                    f"({', '.join(late) or 'the server'} would have to go back to the beginning)"
+                    f"the run cannot go on: server and clients have no snapshot in common ({', '.join(late)} would "
+                    "have to go back to the beginning); give each the --state that it had, or a new one to all"
                 )
             return
         number = max(common)

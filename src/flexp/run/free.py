@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from flexp.client.meeting import FIRST, LAST, Meets
-from flexp.errors import LinkError
+from flexp.errors import LinkError, StorageError
 from flexp.links.messages import Order, Ready
 from flexp.methods.turns import Place, gatherings, scored_rounds
 from flexp.run.conduct import ENDED, Conductor, Member
@@ -55,7 +55,7 @@ class Free(Conductor):
         self._number = max(self.numbers, default=-1)
         if self._number >= 0:
             self.restore(self._number)
-        self._saved_steps = self._steps
+        self._saved_steps, self._kept = self._steps, True
 
     @property
     def gatherings(self) -> list[Place]:
@@ -84,12 +84,12 @@ class Free(Conductor):
         return future
 
     def close(self) -> str:
-        """Save once more, wherever clients are, unless the run is over; gives what to tell the operator."""
-        if not self.over:
+        """Save once more, wherever clients are, unless the run is over and saved; gives what to tell the operator."""
+        if not self.over or not self._kept:
             self._save()
-        if self.snapshots is None:
-            return "nothing was saved, as no --state DIR was given"
-        return f"saved as snapshot {self._number} in {self.snapshots.folder}"
+        if not self._kept:
+            raise StorageError(f"what was trained since was not saved, and is lost; {self.where()}")
+        return self.where()
 
     def _answer(self, client: str, member: Member, ready: Ready, told: _Told) -> None:
         round_number, rest = divmod(ready.steps, self.train.steps_per_round)
@@ -135,7 +135,7 @@ class Free(Conductor):
     def _save(self) -> None:
         self._number += 1
         self._saved_steps = self._steps
-        self.save(self._number, unfinished=True)
+        self._kept = self.save(self._number, unfinished=True)
 
     def _compare(self, client: str, ready: Ready, here: int) -> None:
         """Say what was lost, on either side; ``here``: so many of its steps the shared blocks have."""

@@ -18,13 +18,13 @@ from flexp.limits import out_of_memory
 from flexp.links.base import Link
 from flexp.links.coding import load_residuals
 from flexp.links.messages import Order, Ready
-from flexp.methods.turns import GATHER, Place
 from flexp.report.metrics import Record
 from flexp.report.summary import VALIDATION
 from flexp.rng import RandomStream
 from flexp.run.conduct import ENDED
 from flexp.run.diary import Diary, ended, may_be_last
-from flexp.run.gathering import Gathering, all_of
+from flexp.run.gathering import Gathering
+from flexp.run.judging import judge, judge_end
 from flexp.run.settle import ClientSetup
 from flexp.run.store import Store, party_of
 
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from flexp.run.recutting import Mover
 
 R = TypeVar("R")
-MOST_RUN = 200
-"""Letters of a run's name."""
 PAUSE = 0.2
 """Seconds between the first two attempts to reach a server."""
 QUICK = 1.0
@@ -75,6 +73,7 @@ class Party:
         self._mover, self._tell_cut, self._first_round = mover, tell_cut, first_round
         self._facts: dict[str, float] = {}
         self._validated = validated or {}
+        self._unsaved: int | None = None  # the snapshot that could not be written last
         self._saved_steps = trainer.steps  # of a client that has moved to another cut, what it moved with
         self._place = -1 if snapshots.numbers() else 0
         self._gathering = Gathering(setup, trainer, snapshots.folder, diary.note, self._waited)
@@ -103,7 +102,8 @@ class Party:
                     return self._dismissed(stopped)
 
     def save(self, number: int) -> None:
-        """Write a snapshot, in place of one that has the same number; that the disk is full is told and no error."""
+        """Write a snapshot, in place of one that has the same number; that the disk is full is told, and an error only
+        if it still is when the client leaves."""
         facts = {
             "run": self._run,
             "client": self.data.name,
@@ -115,9 +115,25 @@ class Party:
         }
         try:
             self.snapshots.save(number, {party_of(self.data.name): party_state(self.trainer)}, facts)
-            self._saved_steps = self.trainer.steps
+            self._saved_steps, self._unsaved = self.trainer.steps, None
         except StorageError as error:
+            self._unsaved = number
             self.diary.note(f"snapshot {number} was not saved: {error}")
+
+    def settle(self) -> None:
+        """Save what could not be saved before.
+
+        Raises:
+            StorageError: it cannot be saved now either.
+        """
+        if self._unsaved is not None:
+            self.save(self._unsaved)
+        if self._unsaved is not None:
+            lost = self.trainer.steps - self._saved_steps
+            raise StorageError(
+                f"{self.data.name}: its last {lost} steps are not saved in {self.snapshots.folder}, whose newest "
+                f"snapshot is {max(self.snapshots.numbers(), default='none')}"
+            )
 
     def _obey(self) -> bool:
         done: int | None = None
@@ -147,6 +163,7 @@ class Party:
                 case "restore":
                     self._restore(order.number)
                 case "stop":
+                    judge_end(self.config, self.trainer.steps, self._gathering.met, early=ENDED in self._told())
                     return True
             done = order.place
         if self._place >= 0:  # there is something new to go on from
@@ -162,27 +179,11 @@ class Party:
         return False
 
     def _judge(self, order: Order) -> None:
-        """Refuse what no server of this run would say: more steps would give it more gradients. Raises LinkError."""
-        most = self.config.train.total_steps - self.trainer.steps
-        if order.what == "step" and not 1 <= order.count <= most:
-            raise LinkError(
-                f"the server orders {order.count} steps after {self.trainer.steps}, and this run has "
-                f"{self.config.train.total_steps}; set the same train.rounds and train.steps_per_round on both sides"
-            )
-        if order.what in GATHER:
-            places, place = all_of(self.config), Place(order.what, number=order.number)  # type: ignore[arg-type]
-            if place not in places:
-                raise LinkError(
-                    f"the server orders {order.what} {order.number}, and by this client's settings there is none: set "
-                    "the same method.name, method.meet, model.head and train.rounds on both sides"
-                )
-            begun = self.trainer.steps > 0 or bool(self.snapshots.numbers())  # or else all may begin the run again
-            if begun and places.index(place) < self._gathering.met:
-                raise LinkError(f"the server orders {order.what} {order.number}, which this client has been at")
+        """Refuse what no server of this run would say. Raises LinkError."""
         if self._run and order.run != self._run:  # what owners compared of a run holds for that run
             raise LinkError(f"the server calls the run {order.run}, which this client knows as {self._run}")
-        if len(order.run) > MOST_RUN or min(order.number, order.save or 0) < 0:
-            raise LinkError("the server's order names a run or a snapshot that cannot be")
+        begun = self.trainer.steps > 0 or bool(self.snapshots.numbers())  # or else all may begin the run again
+        judge(order, self.config, self.trainer.steps, self._gathering.met, begun=begun)
 
     def _next_order(self, done: int | None) -> Order | None:
         """The next order; ``None`` if the client is to stop meanwhile."""
