@@ -225,6 +225,16 @@ def test_nobody_begins_again_beside_snapshots_that_others_have(tmp_path: Path, l
         word.say("run" if word.kept else "")
     with pytest.raises(LinkError, match=r"have no snapshot in common.*would have to go back to the beginning"):
         again[2].say("run")
+    with pytest.raises(LinkError, match=r"have no snapshot in common"):  # who comes again begins nothing either
+        again[1].say("run" if again[1].kept else "")
+    for word in again[1:]:
+        second.gone(word.name)
+    if lost == "a client":
+        again[1].kept = words[1].kept
+        for word in again[1:]:
+            word.say("run")
+        talk(again)
+        assert [word.steps for word in again] == [STEPS] * 3
 
 
 def test_who_was_stopped_before_all_had_saved_begins_again(tmp_path: Path) -> None:

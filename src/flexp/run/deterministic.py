@@ -191,7 +191,6 @@ class Deterministic(Conductor):
 
     def _begin(self) -> None:
         """All are here: go back to the newest snapshot that everybody has, or begin."""
-        self._begun = True
         readies = {name: self.members[name].ready for name in self.clients}
         common = set(self.numbers)
         for ready in readies.values():
@@ -202,11 +201,15 @@ class Deterministic(Conductor):
             late = ["the server"] if self.numbers or self.server.updates else []
             late += [name for name, ready in readies.items() if ready.steps or saves & set(ready.snapshots)]
             if late:
-                raise LinkError(
+                why = (
                     f"the run cannot go on: server and clients have no snapshot in common ({', '.join(late)} would "
                     "have to go back to the beginning); give each the --state that it had, or a new one to all"
                 )
+                self.say(why)
+                raise LinkError(why)  # to who came last; the others wait for whoever comes with another state
+            self._begun = True
             return
+        self._begun = True
         number = max(common)
         self.restore(number)
         self.place = self._saved = number
