@@ -51,12 +51,17 @@ def status(
     if facts["run"] is not None:
         newest = facts["snapshots"][-1] if facts["snapshots"] else "none yet"
         typer.echo(plain(f"run {facts['run']}, newest snapshot: {newest}"))
-    table = Table("client", "here", "cut", "steps", "applied", "loss", "score", "up", "down")
+    counts = ["applied_steps"]
+    if any(own["skipped_steps"] for own in facts["clients"].values()):
+        counts.append("skipped_steps")
+    heads = [count.removesuffix("_steps") for count in counts]
+    table = Table("client", "here", "cut", "steps", *heads, "loss", "score", "up", "down")
     for name, own in facts["clients"].items():
         table.add_row(
             Text(plain(name)),
             "aside" if own["aside"] else "yes" if own["connected"] else "no",
-            *(Text(plain(said)) for said in (own["cut"] or "–", own.get("steps", "–"), own["applied_steps"])),
+            *(Text(plain(said)) for said in (own["cut"] or "–", own.get("steps", "–"))),
+            *(Text(plain(own[key])) for key in counts),
             *(f"{own[key]:.4g}" if own.get(key) is not None else "–" for key in ("loss", "score")),
             *(formats.size(own[key]) if own.get(key) is not None else "–" for key in ("bytes_up", "bytes_down")),
         )
