@@ -176,8 +176,10 @@ def test_a_quota_by_hand() -> None:
     again.load(quota.state())
     assert not again.take("a")
     assert [Quota(2.0, 3, 2, nobody).take("a") for _ in range(1)] == [True]
-    most = Quota(2.0, 3, 2, nobody)
+    most = Quota(2.0, 3, 2, heard.append)
     assert [most.take("a") for _ in range(3)] == [True, True, False]  # no more than the run has, alone or not
+    assert "a has done 2 steps, all that the run has" in heard[-1]
+    assert "median" not in heard[-1]
 
 
 def test_a_client_that_sends_ten_steps_for_one_is_answered_and_trains_with_its_quota_alone() -> None:
