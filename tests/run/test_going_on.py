@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +194,21 @@ def test_a_client_that_falls_before_its_first_snapshot_answers_as_it_did(home: P
         shutil.rmtree(state / SNAPSHOTS)
     assert torch.equal(keys[0], keys[1])
     assert key_of(keys[0]) == kept_key(state / KEY_FILE, "")
+
+
+def test_a_client_that_goes_on_counts_the_steps_that_it_had_done(home: Path) -> None:
+    run = config(home, train={"rounds": 2, "steps_per_round": 1})
+    asked, state = DeploymentConfig(schedule="free", clients=["north"], save_every=1), home / "state"
+    for expected in ("2 steps to do", "0 steps to do"):
+        server, shown = Server(run, asked, home / "server"), Console(file=io.StringIO(), width=200)
+        try:
+            assert run_client(settle_client(run, "north", None), asked, partial(plain(server), "north"), state,
+                              codec=run.link.codec, console=shown)  # fmt: skip
+        finally:
+            server.end()
+        text = shown.file.getvalue()  # type: ignore[attr-defined]
+        assert f"north: {expected}\n" in text
+        assert "step 2/2 (100 %)" in text.splitlines()[-1]
 
 
 def test_a_client_that_is_started_again_keeps_the_defence_of_its_labels(home: Path) -> None:
