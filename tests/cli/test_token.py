@@ -13,7 +13,9 @@ from flexp.config import GuardConfig, ServerConfig
 from flexp.errors import BadValuesError
 from flexp.links.grpc import Tokens, serve
 from flexp.links.grpc.tokens import issue
+from flexp.run.status import StatusReporter
 from tests.harness import world
+from tests.links.grpc_tools import make_certificates
 
 
 class Typed:
@@ -75,3 +77,16 @@ def test_readmit(flexp: Typed, tmp_path: Path) -> None:
     assert code == 2
     assert "has not quarantined a" in err
     assert here.server.aside("a") is None
+
+
+def test_who_asks_a_server_that_asks_for_certificates(flexp: Typed, tmp_path: Path) -> None:
+    here, made = world("llama"), make_certificates(tmp_path)
+    token, (cert, key) = issue(tmp_path / "tokens", "operator"), made.client
+    with serve(here.server, tls=made.tls(mutual=True), tokens=Tokens.read(tmp_path / "tokens"),
+               facts=StatusReporter(here.server).facts) as serving:  # fmt: skip
+        own = (f"grpcs://{serving.address}", "--ca", str(made.ca), "--cert", str(cert), "--key", str(key))
+        code, out, _ = flexp("status", *own, "--token", token)
+        assert code == 0
+        assert "0 updates" in out
+        _, _, err = flexp("readmit", own[0], "a", *own[1:], "--token", token)
+        assert "has not quarantined a" in err

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from typing import Annotated
 
 import typer
 
-from flexp.cli.reaching import Insecure, Pem, url_of
+from flexp.cli.reaching import Cert, Insecure, Key, Pem, grouped, url_of
 from flexp.cli.settings import console
 from flexp.errors import plain
 
-Token = Annotated[
-    str | None, typer.Option(envvar="FLEXP_TOKEN", help="Of the name 'operator', if the server has tokens.")
-]
+
+@dataclass(frozen=True)
+class Operator:
+    """How its operator and a server know each other."""
+
+    token: Annotated[
+        str | None, typer.Option(envvar="FLEXP_TOKEN", help="Of the name 'operator', if the server has tokens.")
+    ] = None
+    ca: Pem = None
+    cert: Cert = None
+    key: Key = None
+    insecure: Insecure = False
 
 
+OPERATOR = Operator()
+
+
+@grouped
 def status(
     server: Annotated[str, typer.Argument(metavar="HOST:PORT", help="Of flexp server; grpcs://HOST:PORT means TLS.")],
-    token: Token = None,
-    ca: Pem = None,
-    insecure: Insecure = False,
+    operator: Operator = OPERATOR,
     json: Annotated[bool, typer.Option("--json", help="All facts as JSON.")] = False,
 ) -> None:
     """Show a server's clients: their cuts, steps, losses, scores and bytes."""
@@ -28,7 +40,7 @@ def status(
     from flexp.links.grpc.status import ask_status
     from flexp.report import formats
 
-    facts = ask_status(url_of(server), token=token, ca=ca, insecure=insecure)
+    facts = ask_status(url_of(server), **asdict(operator))
     if json:
         typer.echo(form.dumps(facts, indent=2))  # which escapes all that is not ASCII
         return
@@ -68,17 +80,16 @@ def status(
     console().print(table)
 
 
+@grouped
 def readmit(
     server: Annotated[str, typer.Argument(metavar="HOST:PORT", help="Or grpcs://HOST:PORT.")],
     client: Annotated[str, typer.Argument(metavar="CLIENT", help="Its name.")],
-    token: Token = None,
-    ca: Pem = None,
-    insecure: Insecure = False,
+    operator: Operator = OPERATOR,
 ) -> None:
     """Let a client in again that kept sending what cannot be used."""
     from flexp.links.grpc.status import ask_readmit
 
-    ask_readmit(url_of(server), client, token=token, ca=ca, insecure=insecure)
+    ask_readmit(url_of(server), client, **asdict(operator))
     typer.echo(f"{client} may join again")
 
 
