@@ -49,6 +49,13 @@ def test_issue_list_check_revoke(flexp: Typed, tmp_path: Path, monkeypatch: pyte
     flexp("token", "issue", "b", *file)
     monkeypatch.setenv("FLEXP_TOKEN", token)
     assert flexp("token", "check", "clinic a", *file)[:2] == (0, "a valid token of clinic a\n")
+    for odd in ("\u00e9", "\udcff", "a\nb"):
+        monkeypatch.setenv("FLEXP_TOKEN", odd)
+        code, _, err = flexp("token", "check", "clinic a", *file)
+        assert code == 2
+        assert "has characters that no token has" in err
+    monkeypatch.setenv("FLEXP_TOKEN", f"{token}\r\n")
+    assert flexp("token", "check", "clinic a", *file)[0] == 0
     code, _, err = flexp("token", "check", "b", *file)
     assert code == 2
     assert "this is no valid token of b" in err

@@ -14,6 +14,7 @@ from flexp.links.grpc import ServerTls, Tokens, connect, serve
 from flexp.links.grpc.diagnosis import NO_TOKEN, proxy
 from flexp.links.grpc.security import Address, check_connecting, check_listening
 from flexp.links.grpc.status import ask_status
+from flexp.links.grpc.tokens import issue
 from flexp.links.opening import connected
 from tests.harness import world
 
@@ -86,6 +87,20 @@ def test_odd_lines_of_tokens_are_refused(tmp_path: Path, line: str) -> None:
         Tokens.read(path)
     with pytest.raises(StorageError, match="cannot be read"):
         Tokens.read(tmp_path / "none")
+
+
+def test_a_token_is_what_stands_between_spaces(tmp_path: Path) -> None:
+    here, path = world("llama"), tmp_path / "tokens"
+    tokens = {name: issue(path, name) for name in ("a", "operator")}
+    with serve(here.server, tokens=Tokens.read(path), facts=lambda _: {"well": 1}) as serving:
+        url = f"grpc://{serving.address}"
+        connect(url, "a", token=f" {tokens['a']}\r\n").close()
+        assert ask_status(url, token=f"{tokens['operator']}\n") == {"well": 1}
+        for odd in ("\udcff", "é"):
+            with pytest.raises(ConfigError, match="has characters that no token has"):
+                connect(url, "a", token=odd)
+            with pytest.raises(ConfigError, match="has characters that no token has"):
+                ask_status(url, token=odd)
 
 
 def test_tls_refuses_strangers(certificates: Certificates) -> None:

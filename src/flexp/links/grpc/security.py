@@ -13,9 +13,18 @@ from urllib.parse import unquote, urlsplit
 import grpc
 
 from flexp.errors import ConfigError, StorageError
-from flexp.links.grpc.tokens import Tokens, check_name
+from flexp.links.grpc.tokens import Tokens, check_name, check_token
 
-__all__ = ["Address", "ServerTls", "Tokens", "channel_credentials", "check_connecting", "check_listening", "check_name"]
+__all__ = [
+    "Address",
+    "ServerTls",
+    "Tokens",
+    "channel_credentials",
+    "check_connecting",
+    "check_listening",
+    "check_name",
+    "check_token",
+]
 
 SCHEMES = ("grpc", "grpcs")
 CLIENT_KEY = "flexp-client-bin"  # -bin: names need not be ASCII

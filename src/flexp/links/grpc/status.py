@@ -14,7 +14,14 @@ from flexp.errors import LinkError, plain
 from flexp.links.grpc.diagnosis import NO_TOKEN, Way
 from flexp.links.grpc.link import last_part
 from flexp.links.grpc.loop import SERVICE, wait_for, within
-from flexp.links.grpc.security import TOKEN_KEY, Address, channel_credentials, check_connecting, check_name
+from flexp.links.grpc.security import (
+    TOKEN_KEY,
+    Address,
+    channel_credentials,
+    check_connecting,
+    check_name,
+    check_token,
+)
 
 STATUS, READMIT = "Status", "Readmit"
 NOBODY_KNOWN = (
@@ -93,10 +100,10 @@ def ask(
     """Call a method of a server, with the operator's token if it has any, and with a certificate if it wants one.
 
     Raises:
-        ConfigError: the address is none, or plaintext would leave this machine.
+        ConfigError: the address or the token is none, or plaintext would leave this machine.
         LinkError: no server answers, or it does not answer to this token.
     """
-    address = Address.of_url(url)
+    address, token = Address.of_url(url), check_token(token)
     secure = address.secure or ca is not None
     check_connecting(address, secure, insecure=insecure)
     credentials = channel_credentials(ca, cert, key) if secure else None

@@ -163,6 +163,19 @@ def revoke(path: Path, client: str) -> None:
         lines[place] = replace(earlier, revoked=datetime.now(UTC)).line
 
 
+def check_token(token: str | None) -> str | None:
+    """A token as it is sent, without what a file or a shell leaves around it; ``None``: there is none.
+
+    Raises:
+        ConfigError: it is not printable ASCII. What it is stays unsaid.
+    """
+    token = (token or "").strip()
+    if not (token.isascii() and token.isprintable()):
+        raise ConfigError("the token (FLEXP_TOKEN, --token or token=…) has characters that no token has; expected what "
+                          "flexp token issue printed")  # fmt: skip
+    return token or None
+
+
 def check_name(client: str) -> str:
     """A client's name, if it may be one.
 
