@@ -233,3 +233,16 @@ def test_a_client_that_is_started_again_keeps_the_defence_of_its_labels(home: Pa
     weaker = setup.config.privacy.model_copy(update={"label_epsilon": 1.0})
     with pytest.raises(ConfigError, match=r"begun with no privacy.label_epsilon, and now there is .*epsilon = 1.0"):
         _check_labels(state, weaker)
+
+
+def test_the_only_client_of_a_file_is_called_by_its_name(home: Path) -> None:
+    """But its examples are those that it has had under the other one."""
+    rows = [{"text": f"the w{n} dog", "label": "yes" if n % 2 else "no"} for n in range(9)]
+    few = jsonl(home / "client-1.jsonl", rows)
+    alone = {"source": str(few), "clients": {"by": "iid", "count": 1, "cut": [1, 3]}}
+    said = "\n".join(settle_client(config(home, data=alone), "north", None).run.federation.remarks)
+    assert "(north 3)" in said
+    assert "client-1" not in said
+    jsonl(few, [{"text": "the dog", "label": "yes"}])
+    with pytest.raises(DataError, match="client 'north' has 1 examples"):
+        settle_client(config(home, data=alone), "north", None)
