@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from flexp.cli.main import app
 from flexp.errors import ConfigError
+from flexp.links.grpc.tokens import issue
 from flexp.run.fleet import Fleet
 from flexp.run.settle import settle
 from tests.tiny import CLIENTS, bert_folder, config, content
@@ -27,6 +28,17 @@ def test_a_key_that_there_is_not_is_refused(tmp_path: Path, command: str, how: s
     done = CliRunner().invoke(app, asked if how == "file" else [*asked, "--set", "deployment.pacience=3"])
     assert isinstance(done.exception, ConfigError), done.output
     assert "unknown key deployment.pacience; did you mean 'patience'?" in str(done.exception)
+
+
+def test_a_server_says_who_has_no_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flexp.run.server.rise", lambda *_, **__: None)
+    table = content(tmp_path, deployment={"clients": ["north", "south"]})
+    (tmp_path / "c.json").write_text(json.dumps(table), encoding="utf-8")
+    issue(tmp_path / "tokens", "south")
+    done = CliRunner().invoke(
+        app, ["server", "--config", str(tmp_path / "c.json"), "--tokens", str(tmp_path / "tokens")]
+    )
+    assert done.output == f"flexp server: {tmp_path}/tokens has no valid token of north, who cannot join\n"
 
 
 def test_a_fleet_takes_all_of_the_table(tmp_path: Path) -> None:

@@ -13,7 +13,9 @@ from flexp.config import GuardConfig, ServerConfig
 from flexp.errors import BadValuesError
 from flexp.links.grpc import Tokens, serve
 from flexp.links.grpc.tokens import issue
+from flexp.run.status import StatusReporter
 from tests.harness import world
+from tests.links.grpc_tools import make_certificates
 
 
 class Typed:
@@ -47,6 +49,13 @@ def test_issue_list_check_revoke(flexp: Typed, tmp_path: Path, monkeypatch: pyte
     flexp("token", "issue", "b", *file)
     monkeypatch.setenv("FLEXP_TOKEN", token)
     assert flexp("token", "check", "clinic a", *file)[:2] == (0, "a valid token of clinic a\n")
+    for odd in ("\u00e9", "\udcff", "a\nb"):
+        monkeypatch.setenv("FLEXP_TOKEN", odd)
+        code, _, err = flexp("token", "check", "clinic a", *file)
+        assert code == 2
+        assert "has characters that no token has" in err
+    monkeypatch.setenv("FLEXP_TOKEN", f"{token}\r\n")
+    assert flexp("token", "check", "clinic a", *file)[0] == 0
     code, _, err = flexp("token", "check", "b", *file)
     assert code == 2
     assert "this is no valid token of b" in err
@@ -75,3 +84,16 @@ def test_readmit(flexp: Typed, tmp_path: Path) -> None:
     assert code == 2
     assert "has not quarantined a" in err
     assert here.server.aside("a") is None
+
+
+def test_who_asks_a_server_that_asks_for_certificates(flexp: Typed, tmp_path: Path) -> None:
+    here, made = world("llama"), make_certificates(tmp_path)
+    token, (cert, key) = issue(tmp_path / "tokens", "operator"), made.client
+    with serve(here.server, tls=made.tls(mutual=True), tokens=Tokens.read(tmp_path / "tokens"),
+               facts=StatusReporter(here.server).facts) as serving:  # fmt: skip
+        own = (f"grpcs://{serving.address}", "--ca", str(made.ca), "--cert", str(cert), "--key", str(key))
+        code, out, _ = flexp("status", *own, "--token", token)
+        assert code == 0
+        assert "0 updates" in out
+        _, _, err = flexp("readmit", own[0], "a", *own[1:], "--token", token)
+        assert "has not quarantined a" in err

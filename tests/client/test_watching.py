@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flexp.client.watching import EXCHANGES, Watch, _cka, most_alignment
+from flexp.client.watching import EXCHANGES, TEXTS, Watch, _cka, most_alignment
 from flexp.config import AlignConfig
 from flexp.links.base import finished
 from flexp.links.declaring import Request
@@ -46,9 +46,21 @@ def test_a_server_that_makes_things_up_is_told(lies: type[Any] | None, said: str
     model = here.client("a", (2, 4), align, link=link)
     model.watch, link.lies = Watch(heard.append), lies
     for number in range(EXCHANGES + 2):
-        (10 * model(**here.batch(number, batch=6)).loss).backward()
+        (10 * model(**here.batch(number, batch=TEXTS)).loss).backward()
     assert len(heard) == (0 if lies is None else 1)
     assert all(line.startswith(f"the server's {said} hardly depend") for line in heard)
+
+
+@pytest.mark.parametrize(("batch", "exchanges"), [(1, EXCHANGES + 2), (TEXTS // 2, 2 * EXCHANGES)])
+def test_rows_of_which_nothing_came_down_are_not_compared(batch: int, exchanges: int) -> None:
+    here, heard = world("bert"), list[str]()
+    model = here.client("a", (1, 4))
+    model.watch = Watch(heard.append)
+    for number in range(exchanges):
+        model(**here.batch(number, batch=batch)).loss.backward()
+    assert heard == []
+    likeness = model.watch.likeness
+    assert likeness is None if batch == 1 else likeness is not None and likeness > 0.05
 
 
 def test_the_slope_and_the_bound_by_hand() -> None:

@@ -40,6 +40,13 @@ def test_a_server_needs_no_data_and_no_file(path: Path) -> None:
         ("deployment.kep=3", r"unknown key deployment.kep; did you mean 'keep'\?"),
         ("deployment.schedule=fre", r"deployment.schedule = 'fre' is not allowed: .*did you mean 'free'\?"),
         ("deployment.schedule=deterministic", r'schedule = "deterministic" needs deployment.clients'),
+        ("deployment=[1]", r"deployment = \[1\] is not allowed: expected a table"),
+        ("deployment.clients=[]", r"deployment.clients: \[\] is not allowed: expected the names of clients, each once"),
+        ("deployment.clients=['north', 'north']", "deployment.clients: 'north' is not allowed: expected the names"),
+        ("deployment.clients=['']", "deployment.clients: '' is not allowed: expected the names"),
+        ("deployment.clients=['a', 'operator']", "'operator' is not allowed: .* and not operator or chain"),
+        ("deployment.clients=['chain']", "'chain' is not allowed: "),
+        ("deployment.blocks=[1]", r"deployment.blocks: \[1\] is not allowed: expected two numbers"),
         ("model.tunning=lora", r"unknown key model.tunning; did you mean 'tuning'\?"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from flexp.links.grpc import ServerTls, Tokens, connect, serve
 from flexp.links.grpc.diagnosis import NO_TOKEN, proxy
 from flexp.links.grpc.security import Address, check_connecting, check_listening
 from flexp.links.grpc.status import ask_status
+from flexp.links.grpc.tokens import issue
 from flexp.links.opening import connected
 from tests.harness import world
 
@@ -87,6 +89,20 @@ def test_odd_lines_of_tokens_are_refused(tmp_path: Path, line: str) -> None:
         Tokens.read(tmp_path / "none")
 
 
+def test_a_token_is_what_stands_between_spaces(tmp_path: Path) -> None:
+    here, path = world("llama"), tmp_path / "tokens"
+    tokens = {name: issue(path, name) for name in ("a", "operator")}
+    with serve(here.server, tokens=Tokens.read(path), facts=lambda _: {"well": 1}) as serving:
+        url = f"grpc://{serving.address}"
+        connect(url, "a", token=f" {tokens['a']}\r\n").close()
+        assert ask_status(url, token=f"{tokens['operator']}\n") == {"well": 1}
+        for odd in ("\udcff", "é"):
+            with pytest.raises(ConfigError, match="has characters that no token has"):
+                connect(url, "a", token=odd)
+            with pytest.raises(ConfigError, match="has characters that no token has"):
+                ask_status(url, token=odd)
+
+
 def test_tls_refuses_strangers(certificates: Certificates) -> None:
     here = world("llama")
     one, two = certificates.client
@@ -108,12 +124,30 @@ def test_tls_refuses_strangers(certificates: Certificates) -> None:
         connect(url, "a", ca="nowhere.pem")
 
 
+def test_tls_files_that_are_none_are_named_at_once(certificates: Certificates) -> None:
+    (_, key), (one, two) = certificates.server, certificates.client
+    url = "grpcs://127.0.0.1:9"  # where nobody is, for whom a client would wait
+    for ca in ("/dev/null", str(key)):
+        with pytest.raises(ConfigError, match=f"{ca}: has no certificate"):
+            connect(url, "a", ca=ca)
+    for pair in ((one, key), (two, two), (one, one)):
+        words = re.escape(f"{pair[0]} and {pair[1]}: are no certificate and its own key")
+        with pytest.raises(ConfigError, match=words):
+            connect(url, "a", ca=certificates.ca, certificate=pair[0], key=pair[1])
+        with pytest.raises(ConfigError, match=words):
+            ServerTls(*pair).credentials()
+
+
 def test_tls_that_will_not_pass_ends_at_once(certificates: Certificates) -> None:
-    here = world("llama")
-    with serve(here.server, tls=ServerTls(certificates.expired(), certificates.server[1])) as serving:
+    here, heard = world("llama"), list[str]()
+    old = ServerTls(certificates.expired(), certificates.server[1])
+    with serve(here.server, tls=old, say=heard.append) as serving:
         refusal_of(f"grpcs://{serving.address}", "has expired.*have its operator renew it", ca=certificates.ca)
         with pytest.raises(LinkError, match="has expired"):
             ask_status(f"grpcs://{serving.address}", ca=certificates.ca)
+    pytest.importorskip("cryptography")
+    assert len(heard) == 1
+    assert "old.pem has expired (2021-01-01" in heard[0]
     with serve(here.server, "127.0.0.2:0", tls=certificates.tls()) as serving:  # it is for 127.0.0.1 and localhost
         words = "its certificate is not for the name 127.0.0.2: say the name that it is for"
         refusal_of(f"grpcs://{serving.address}", words, ca=certificates.ca)

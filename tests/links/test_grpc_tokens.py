@@ -59,6 +59,20 @@ def test_files_of_before_are_read_and_comments_stay(tmp_path: Path) -> None:
     assert not tokens.accept("clinic a", "old")
 
 
+def test_what_lets_nobody_in_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "tokens"
+    path.write_text("# none yet\n", encoding="utf-8-sig")  # as some editors write it
+    empty = Tokens.read(path)
+    assert empty.missing(None) == f"{path} has no valid token: nobody can join"
+    token = issue(path, "a")
+    assert empty.missing(None) is empty.missing(["a"]) is None
+    assert empty.missing(["a", "b", "c"]) == f"{path} has no valid token of b, c, who cannot join"
+    path.write_text(f"{token} a\n", encoding="utf-8")
+    assert not Tokens.read(path).accept("a", token)
+    assert "the line of a has a token, expected its SHA-256 hash" in caplog.text
+    assert token not in caplog.text
+
+
 def test_a_valid_token_is_replaced_only_when_asked_for(tmp_path: Path) -> None:
     path = tmp_path / "tokens"
     one = issue(path, "a")

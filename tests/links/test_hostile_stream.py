@@ -118,7 +118,7 @@ def test_a_frame_that_trickles_ends_its_stream() -> None:
 
 
 def known(*names: str) -> tuple[Tokens, dict[str, str]]:
-    tokens = {name: f"{name} " * 8 for name in names}
+    tokens = {name: " ".join([name] * 8) for name in names}
     return Tokens({name: hashlib.sha256(token.encode()).digest() for name, token in tokens.items()}), tokens
 
 

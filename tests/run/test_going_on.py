@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +196,21 @@ def test_a_client_that_falls_before_its_first_snapshot_answers_as_it_did(home: P
     assert key_of(keys[0]) == kept_key(state / KEY_FILE, "")
 
 
+def test_a_client_that_goes_on_counts_the_steps_that_it_had_done(home: Path) -> None:
+    run = config(home, train={"rounds": 2, "steps_per_round": 1})
+    asked, state = DeploymentConfig(schedule="free", clients=["north"], save_every=1), home / "state"
+    for expected in ("2 steps to do", "0 steps to do"):
+        server, shown = Server(run, asked, home / "server"), Console(file=io.StringIO(), width=200)
+        try:
+            assert run_client(settle_client(run, "north", None), asked, partial(plain(server), "north"), state,
+                              codec=run.link.codec, console=shown)  # fmt: skip
+        finally:
+            server.end()
+        text = shown.file.getvalue()  # type: ignore[attr-defined]
+        assert f"north: {expected}\n" in text
+        assert "step 2/2 (100 %)" in text.splitlines()[-1]
+
+
 def test_a_client_that_is_started_again_keeps_the_defence_of_its_labels(home: Path) -> None:
     """Which ``max_label_auc`` has chosen by its ``--cut``: after no gradients come no random answers."""
     bound = {"max_label_auc": 0.6}
@@ -216,3 +233,16 @@ def test_a_client_that_is_started_again_keeps_the_defence_of_its_labels(home: Pa
     weaker = setup.config.privacy.model_copy(update={"label_epsilon": 1.0})
     with pytest.raises(ConfigError, match=r"begun with no privacy.label_epsilon, and now there is .*epsilon = 1.0"):
         _check_labels(state, weaker)
+
+
+def test_the_only_client_of_a_file_is_called_by_its_name(home: Path) -> None:
+    """But its examples are those that it has had under the other one."""
+    rows = [{"text": f"the w{n} dog", "label": "yes" if n % 2 else "no"} for n in range(9)]
+    few = jsonl(home / "client-1.jsonl", rows)
+    alone = {"source": str(few), "clients": {"by": "iid", "count": 1, "cut": [1, 3]}}
+    said = "\n".join(settle_client(config(home, data=alone), "north", None).run.federation.remarks)
+    assert "(north 3)" in said
+    assert "client-1" not in said
+    jsonl(few, [{"text": "the dog", "label": "yes"}])
+    with pytest.raises(DataError, match="client 'north' has 1 examples"):
+        settle_client(config(home, data=alone), "north", None)

@@ -46,6 +46,10 @@ def test_status_and_metrics() -> None:
         assert shown.exit_code == 0
         assert "1 updates" in shown.stdout
         assert "(2, 4)" in shown.stdout or "[2, 4]" in shown.stdout
+        assert "skipped" not in shown.stdout
+        here.server.shared.skipped["a"] = 1
+        assert "skipped" in CliRunner().invoke(app, ["status", str(serving.address)]).stdout
+        here.server.shared.skipped.clear()
         as_json = CliRunner().invoke(app, ["status", str(serving.address), "--json"])
         assert json.loads(as_json.stdout)["clients"]["a"]["applied_steps"] == 1
 

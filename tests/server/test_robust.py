@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from flexp.config import GuardConfig, OptimizerConfig, ServerConfig
 from flexp.errors import StorageError
 from flexp.gaussian import epsilon
 from flexp.links.messages import BackwardRequest, ForwardRequest
+from flexp.run.status import StatusReporter
 from flexp.server.checks import Bounds
 from flexp.server.rules import Past, Quota, Trimmed
 from flexp.server.shared import SharedBlocks
@@ -174,8 +176,10 @@ def test_a_quota_by_hand() -> None:
     again.load(quota.state())
     assert not again.take("a")
     assert [Quota(2.0, 3, 2, nobody).take("a") for _ in range(1)] == [True]
-    most = Quota(2.0, 3, 2, nobody)
+    most = Quota(2.0, 3, 2, heard.append)
     assert [most.take("a") for _ in range(3)] == [True, True, False]  # no more than the run has, alone or not
+    assert "a has done 2 steps, all that the run has" in heard[-1]
+    assert "median" not in heard[-1]
 
 
 def test_a_client_that_sends_ten_steps_for_one_is_answered_and_trains_with_its_quota_alone() -> None:
@@ -184,12 +188,17 @@ def test_a_client_that_sends_ten_steps_for_one_is_answered_and_trains_with_its_q
         for name in "ab":
             step(here, name, number)
         for each in range(10):
-            step(here, "c", number * 10 + each)
+            step(here, "c", number * 10 - 9 + each)
     assert here.server.shared.version == 6 + 5
     assert here.server.counts()["skipped_steps"] == 25
     assert here.server.shared.skipped == {"a": 0, "b": 0, "c": 25}
-    step(here, "c", 39)  # comes again: it was answered, and counts no second time
+    step(here, "c", 30)  # comes again: it was answered, and counts no second time
     assert here.server.counts()["skipped_steps"] == 25
+    facts = StatusReporter(here.server).facts(cast(Any, SimpleNamespace(clients=[])))["clients"]
+    assert [facts[name]["applied_steps"] for name in "abc"] == [3, 3, 5]
+    again = joined(Quota(1.0, 2, None, nobody))
+    again.server.load({name: value.clone() for name, value in here.server.state().items()})
+    assert again.server.skipped == {"c": 25}
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from flexp.links.base import Link
 
 Pem = Annotated[Path | None, typer.Option(help="TLS: the certificate (PEM) that the server's is signed with.")]
+Cert = Annotated[Path | None, typer.Option(help="Mutual TLS: this client's certificate (PEM).")]
+Key = Annotated[Path | None, typer.Option(help="Mutual TLS: the key of --cert (PEM).")]
 Insecure = Annotated[bool, typer.Option("--insecure", help="Allow plaintext beyond this machine.")]
 
 
@@ -50,8 +52,8 @@ class Secured:
         typer.Option("--token", envvar="FLEXP_TOKEN", help="The client's token, if the server asks for one."),
     ] = None
     ca: Pem = None
-    cert: Annotated[Path | None, typer.Option(help="Mutual TLS: this client's certificate (PEM).")] = None
-    key: Annotated[Path | None, typer.Option(help="Mutual TLS: the key of --cert (PEM).")] = None
+    cert: Cert = None
+    key: Key = None
     insecure: Insecure = False
     verifier: Annotated[
         str | None, typer.Option(metavar="NAME", help="Send nothing to a server that does not attest, read by this.")

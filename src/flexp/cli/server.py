@@ -102,6 +102,7 @@ def server(
     from flexp.run.conduct import Conductor
     from flexp.run.server import make_conductor, make_server, read_config, rise
     from flexp.server import Server
+    from flexp.server.chain import PREVIOUS
 
     def say(line: str) -> None:
         typer.echo(f"flexp server: {plain(line)}")
@@ -141,6 +142,10 @@ def server(
         take_place(made, loaded, deployment, state, reach, say)
         return made, make_conductor(made, loaded, deployment, state, say) if conducts and not led else None
 
+    known = None if tokens is None else Tokens.read(tokens)
+    missing = None if known is None else known.missing([PREVIOUS] if led else deployment.clients)
+    if missing is not None:
+        say(missing)
     rate = deployment.bytes_per_second
     rise(
         begin,
@@ -159,7 +164,7 @@ def server(
             bytes_per_second=math.inf if rate is None else rate,
         ),
         tls=None if cert is None or key is None else ServerTls(cert, key, client_ca),
-        tokens=None if tokens is None else Tokens.read(tokens),
+        tokens=known,
         allow=allow,
         insecure=insecure,
         verifier=None if verifier is None else VERIFIERS[verifier](),

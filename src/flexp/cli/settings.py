@@ -60,7 +60,7 @@ def check_others(config: Path, settings: Sequence[str]) -> None:
         from flexp.config import DeploymentConfig
 
         table = content["deployment"]
-        if isinstance(table, dict) and not table.get("clients"):  # whom a fleet knows from the data
+        if isinstance(table, dict) and table.get("clients") is None:  # whom a fleet knows from the data
             table = table | {"clients": ["whoever the data have"]}
         DeploymentConfig.checked(table, str(config), "deployment")
     if "compare" in content:

@@ -66,10 +66,10 @@ def revoke(client: Client, file: File = TOKENS) -> None:
 @app.command("check")
 def check(client: Client, file: File = TOKENS) -> None:
     """Say whether a token (FLEXP_TOKEN, or typed in) would be accepted as this client's."""
-    from flexp.links.grpc.tokens import Tokens
+    from flexp.links.grpc.tokens import Tokens, check_token
 
-    token = os.environ.get("FLEXP_TOKEN") or typer.prompt("token", hide_input=True)
-    if not Tokens.read(file).accept(client, token.strip()):
+    token = check_token(os.environ.get("FLEXP_TOKEN") or typer.prompt("token", hide_input=True))
+    if token is None or not Tokens.read(file).accept(client, token):
         raise LinkError(f"{file}: this is no valid token of {client}")
     typer.echo(f"a valid token of {client}")
 

@@ -6,8 +6,9 @@ Two things hold of every transformer's middle, whatever its weights are, and not
   server that trains clients' heads for a purpose of its own (feature-space hijacking, Pasquini et al., 2021, arXiv
   2012.02670) sends gradients that do not depend on ∂task/∂h. So within each exchange log ‖∂z‖ is regressed on
   log ‖∂h‖ over the examples; honest slopes are about 1, made-up ones about 0.
-- Its residual stream carries z to h: tokens that were alike stay rather alike. Measured by linear CKA between both
-  (Kornblith et al., 2019, arXiv 1905.00414; unbiased, Song et al., 2012), which is 0 on average for what is random.
+- Its residual stream carries z to h: tokens that were alike stay rather alike, and so do texts of which one token is
+  read. Measured by linear CKA between both (Kornblith et al., 2019, arXiv 1905.00414; unbiased, Song et al., 2012),
+  which is 0 on average for what is random.
 
 A server that knows this can pass. What is found is told and refuses nothing.
 """
@@ -26,7 +27,9 @@ from flexp.config import AlignConfig
 from flexp.links.messages import ForwardRequest
 
 TOKENS = 64
-"""Of an exchange that are compared."""
+"""Of an exchange that are compared …"""
+LEAST, TEXTS = 9, 32
+"""… and at least so many tokens, or texts where one token of each is read, which some exchanges may have to bring."""
 EXCHANGES = 16
 """After so many, and over so many of the last, something is said."""
 SLOPE, LIKENESS = 0.5, 0.02
@@ -48,6 +51,7 @@ class Watch:
         self._told: set[str] = set()
         self._slopes: deque[tuple[int, float, float]] = deque(maxlen=EXCHANGES)  # examples, Σx², Σxy
         self._likeness: deque[float] = deque(maxlen=EXCHANGES)
+        self._pairs: list[tuple[Tensor, Tensor]] = []  # rows of z and h, until there are enough
 
     @property
     def slope(self) -> float | None:
@@ -78,9 +82,11 @@ class Watch:
             x, y = sent[clear].log(), got[clear].log()
             x, y = x - x.mean(), y - y.mean()
             self._slopes.append((len(x), float((x * x).sum()), float((x * y).sum())))
-        z, h = _tokens(request, request.hidden_BTH), _tokens(request, hidden_BTH)
-        if len(z) > 8:
-            self._likeness.append(_cka(z, h))
+        texts = request.rows_BT is not None and bool((request.rows_BT.sum(1) == 1).all())
+        self._pairs.append(_texts(request, hidden_BTH) if texts else _tokens(request, hidden_BTH))
+        if sum(len(z) for z, _ in self._pairs) >= (TEXTS if texts else LEAST):
+            self._likeness.append(_cka(*(torch.cat(rows) for rows in zip(*self._pairs, strict=True))))
+            self._pairs.clear()
         self._say()
 
     def _say(self) -> None:
@@ -120,12 +126,21 @@ def most_alignment(align: AlignConfig, request: ForwardRequest, share: float) ->
     return align.weight * share * align.temperature * math.sqrt(2 * length) / tokens  # ‖q − p‖ ≤ √2 for each token
 
 
-def _tokens(request: ForwardRequest, value_BTH: Tensor) -> Tensor:
-    """Some of its unmasked tokens, (n, H)."""
-    flat = value_BTH.detach().float().flatten(0, 1)
-    if request.mask_BT is not None:
-        flat = flat[request.mask_BT.flatten().bool()]
-    return flat[:: max(1, len(flat) // TOKENS)][:TOKENS]
+def _tokens(request: ForwardRequest, hidden_BTH: Tensor) -> tuple[Tensor, Tensor]:
+    """z and h, (n, H), of some of the tokens that came down."""
+    read_BT = request.mask_BT if request.rows_BT is None else request.rows_BT
+    read_BT = torch.ones_like(hidden_BTH[..., 0]) if read_BT is None else read_BT
+    z, h = (value.detach().float()[read_BT.bool()] for value in (request.hidden_BTH, hidden_BTH))
+    every = max(1, len(z) // TOKENS)
+    return z[::every][:TOKENS], h[::every][:TOKENS]
+
+
+def _texts(request: ForwardRequest, hidden_BTH: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean of each text's z, since a first token is the same in all of them, and h of the token that is read."""
+    assert request.rows_BT is not None
+    z_BTH, mask_BT = request.hidden_BTH.float(), request.mask_BT
+    there_BT1 = (torch.ones_like(z_BTH[..., 0]) if mask_BT is None else mask_BT.to(z_BTH)).unsqueeze(-1)
+    return (z_BTH * there_BT1).sum(1) / there_BT1.sum(1), hidden_BTH.detach().float()[request.rows_BT.bool()]
 
 
 def _cka(left: Tensor, right: Tensor) -> float:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, PositiveInt, field_validator
+from pydantic import Field, field_validator
 
-from flexp.config import ClientConfig, Rate, RunConfig, Section
+from flexp.config import ClientConfig, PositiveInt, Rate, RunConfig, Section, Seed
 from flexp.config import loading as settings
 from flexp.config.methods import DEFAULT, HEADLINE
 from flexp.errors import ConfigError
@@ -43,7 +43,7 @@ class CompareConfig(Section):
     """What ``flexp compare`` compares. Its options of the same names go before these keys."""
 
     methods: list[str] = Field(default_factory=lambda: list(HEADLINE), min_length=1)  # of METHODS or of variants
-    seeds: PositiveInt | list[int] = 5  # so many from the run's seed on, or these
+    seeds: PositiveInt | list[Seed] = 5  # so many from the run's seed on, or these
     trials: PositiveInt = 6  # of each method
     tune: bool = True  # False: every method with the configuration's own settings
     tune_seeds: PositiveInt = 1  # so many of the first seeds

@@ -8,13 +8,14 @@ from flexp.config.methods import AlignConfig, MeetConfig, MethodConfig
 from flexp.config.model import ComputeConfig, LoraConfig, ModelConfig, Quantization, Tuning
 from flexp.config.privacy import PrivacyConfig
 from flexp.config.run import EvaluationConfig, OutputConfig, RunConfig
-from flexp.config.section import Beta, Fraction, Rate, Section, all_keys
+from flexp.config.section import Beta, Bytes, Fraction, PositiveInt, Rate, Section, Seed, all_keys
 from flexp.config.server import GuardConfig, ServerConfig
 from flexp.config.train import OptimizerConfig, TrainConfig
 
 __all__ = [
     "AlignConfig",
     "Beta",
+    "Bytes",
     "Cache",
     "ClientConfig",
     "ClientsConfig",
@@ -37,6 +38,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "OutputConfig",
+    "PositiveInt",
     "PrivacyConfig",
     "Quantization",
     "Rate",
@@ -44,6 +46,7 @@ __all__ = [
     "Rows",
     "RunConfig",
     "Section",
+    "Seed",
     "ServerConfig",
     "Task",
     "TrainConfig",

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from flexp.config.link import CodecName
-from flexp.config.section import Fraction, Rate, Section, named
+from flexp.config.section import Fraction, PositiveInt, Rate, Section, Seed, named
 from flexp.errors import ConfigError
 from flexp.registry import PARTITIONERS, TASKS
 
@@ -19,7 +19,7 @@ def _to_the_end(cut: Any) -> Any:
     """``[s]`` is ``[s, None]``: TOML has no null."""
     if not isinstance(cut, list | tuple) or len(cut) not in (1, 2):
         raise ValueError(f"{cut!r} is no cut: expected [s, e] or [s], for instance [1, 4]")
-    return (cut[0], None) if len(cut) == 1 else cut
+    return (cut[0], None) if len(cut) == 1 else tuple(cut)
 
 
 Cut = Annotated[tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)] | None], BeforeValidator(_to_the_end)]
@@ -145,5 +145,5 @@ class DataConfig(Section):
     train_examples: PositiveInt | None = None  # few-shot: private examples of a client
     test_examples: PositiveInt | None = None  # at most that many test examples of a client
     clients: ClientsConfig = ClientsConfig()
-    seed: int | None = None  # of who owns what and of the test examples; None: the run's seed
-    private_seed: int | None = None  # of the draw of a client's private examples; None: the same
+    seed: Seed | None = None  # of who owns what and of the test examples; None: the run's seed
+    private_seed: Seed | None = None  # of the draw of a client's private examples; None: the same

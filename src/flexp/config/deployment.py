@@ -6,10 +6,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from flexp.config.loading import overridden
-from flexp.config.section import Rate, Section
+from flexp.config.section import PAIR, PositiveInt, Rate, Section
+
+RESERVED = ("operator", "chain")
 
 
 class DeploymentConfig(Section):
@@ -34,11 +36,22 @@ class DeploymentConfig(Section):
     answer_seconds: Rate = 120.0  # that a client waits for an answer before it connects anew and asks again
     end: PositiveInt | None = None  # behind the last block that the server holds; None: all blocks
     # of these blocks those that this server holds, where several share them: [first, last); None: all
-    blocks: tuple[Annotated[int, Field(ge=0)], PositiveInt] | None = None
+    blocks: Annotated[tuple[Annotated[int, Field(ge=0)], PositiveInt], PAIR] | None = None
     next: str | None = None  # the server that has the blocks behind them, e.g. grpcs://HOST:PORT; None: it is the last
     max_tokens: PositiveInt = 32_768  # batch × length of an exchange, at most
     requests_per_second: Rate = 1000.0  # of a client; requests of a faster one wait
     bytes_per_second: Rate | None = None  # of tensors that a client sends; None: no limit
+
+    @field_validator("clients")
+    @classmethod
+    def _names(cls, names: list[str] | None) -> list[str] | None:
+        odd = [name for name in names or () if not name.strip() or name in RESERVED or (names or []).count(name) > 1]
+        if odd or names == []:
+            raise ValueError(
+                f"{odd[0] if odd else []!r} is not allowed: expected the names of clients, each once, and not "
+                f"{' or '.join(RESERVED)}, whose tokens are no client's"
+            )
+        return names
 
     @model_validator(mode="after")
     def _known_to_all(self) -> DeploymentConfig:

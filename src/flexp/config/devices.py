@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field, PositiveInt
+from pydantic import Field
 
-from flexp.config.section import Fraction, Rate, Section
+from flexp.config.section import Bytes, Fraction, PositiveInt, Rate, Section
 
 
 class DeviceClassConfig(Section):
     """A device class of one's own (all figures are needed), or a ready one with some other figures."""
 
     base: str | None = None  # the ready class whose figures stand where nothing is said; None: that of the same name
-    memory_bytes: PositiveInt | None = None  # what training may use
+    memory_bytes: Bytes | None = None  # what training may use
     flops: Rate | None = None  # floating-point operations a second that training sustains
     uplink_bps: Rate | None = None  # bits a second
     downlink_bps: Rate | None = None

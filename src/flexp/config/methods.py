@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, create_model, model_validator
+from pydantic import ConfigDict, Field, PositiveFloat, create_model, model_validator
 
-from flexp.config.section import Fraction, Rate, Section, named
+from flexp.config.section import Fraction, PositiveInt, Rate, Section, named
 from flexp.registry import ALIGNMENTS, METHODS
 
 DEFAULT = "flexp-sfl"

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, PositiveInt
+from pydantic import AfterValidator, Field
 from pydantic_core import PydanticKnownError
 
-from flexp.config.section import Fraction, Section
+from flexp.config.section import Fraction, PositiveInt, Section
 
 Tuning = Literal["full", "lora"]
 Quantization = Literal["off", "int8", "nf4"]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
-from flexp.config.section import Fraction, Rate, Section
+from flexp.config.section import Fraction, PositiveInt, Rate, Section
 
 
 class WarmUpConfig(Section):

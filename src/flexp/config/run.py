@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
 from flexp.config.data import ClientsConfig, DataConfig
 from flexp.config.devices import DevicesConfig, RecutConfig
@@ -16,7 +16,7 @@ from flexp.config.link import LinkConfig
 from flexp.config.methods import DEFAULT, MethodConfig
 from flexp.config.model import ModelConfig
 from flexp.config.privacy import PrivacyConfig
-from flexp.config.section import Section
+from flexp.config.section import PositiveInt, Section, Seed
 from flexp.config.server import ServerConfig
 from flexp.config.train import TrainConfig
 from flexp.registry import METHODS
@@ -45,7 +45,7 @@ class RunConfig(Section):
     """A whole run."""
 
     name: str = "run"
-    seed: int = 0
+    seed: Seed = 0
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None  # torch threads, 1 to 1024; None: as many as cores
     model: ModelConfig
     data: DataConfig

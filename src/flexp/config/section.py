@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, Self, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticKnownError
 
 from flexp.errors import ConfigError
@@ -16,12 +16,15 @@ from flexp.registry import Registry
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Rate = Annotated[float, Field(gt=0.0)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+PositiveInt = Annotated[int, Field(gt=0, le=10**9)]
+Bytes = Annotated[int, Field(gt=0, lt=2**63)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]  # what torch takes
 
 
 class Section(BaseModel):
-    """A table of the file: immutable, and closed to keys that it does not name."""
+    """A table of the file: immutable, and closed to keys that it does not name and to values of another type."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
 
     @classmethod
     def holds(cls) -> dict[str, Any]:
@@ -43,6 +46,16 @@ class Section(BaseModel):
             words = [item["type"] == "literal_error" and not isinstance(item["input"], str) for item in problems]
             first = problems[words.index(False) if False in words else 0]
             raise ConfigError(f"{where}: {_explain(cls, first, f'{table}.' if table else '')}") from error
+
+
+def _two(value: Any) -> Any:
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise ValueError(f"{value!r} is not allowed: expected two numbers, [a, b]")
+    return tuple(value)
+
+
+PAIR = BeforeValidator(_two)
+"""What makes a tuple of an array of two."""
 
 
 def named(registry: Registry, *others: str) -> AfterValidator:
@@ -83,10 +96,12 @@ def _explain(root: type[Section], problem: Mapping[str, Any], prefix: str) -> st
     if problem["type"] == "value_error":
         key = key.removesuffix(".")
         return f"{key + ': ' if key else ''}{problem['ctx']['error']}"
-    value = problem["input"]
+    value, key = problem["input"], key.removesuffix(".")
     message = problem["msg"].removeprefix("Input should be ")
     if problem["type"] == "too_short":
         message = f"{problem['ctx']['min_length']} or more entries"
+    if problem["type"] == "model_type":
+        message = "a table"
     near_value = ""
     if problem["type"] == "literal_error" and isinstance(value, str):
         allowed = re.findall("'([^']*)'", problem["ctx"]["expected"])

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
 from flexp.config.link import CodecName
 from flexp.config.model import Device, Quantization
-from flexp.config.section import Rate, Section
+from flexp.config.section import Bytes, PositiveInt, Rate, Section
 
 Factor = Annotated[float, Field(gt=1.0)]
 
@@ -48,7 +48,7 @@ class ServerConfig(Section):
     joined: bool = False
     # what forwards keep until their backward, graphs included, of all clients; a client has at most half. Beyond
     # that only inputs are kept, and the blocks run again (as with memory = "recompute": equal numbers, a third slower)
-    max_kept_bytes: PositiveInt = 2 * 2**30
+    max_kept_bytes: Bytes = 2 * 2**30
     exchange_seconds: Rate = 1800.0  # a forward whose backward has not come in that time is given up
     # sooner, where others wait for its room: after so long, or twice what its client's last exchanges took if that is
     # longer
@@ -59,12 +59,12 @@ class ServerConfig(Section):
     quantization: Quantization | None = None  # of the shared blocks; None: as model.quantization
     # of the shared blocks; None: as model.device; several of one kind: blocks are spread over them, in their order
     device: Device | Annotated[list[Device], Field(min_length=2)] | None = None
-    keep_answers_bytes: PositiveInt = 256 << 20  # of each client's last steps, for when it goes back to a snapshot
+    keep_answers_bytes: Bytes = 256 << 20  # of each client's last steps, for when it goes back to a snapshot
     codecs: list[CodecName] | None = None  # that clients may ask for; None: all
     max_generations: PositiveInt = 8  # answers of one client under way, each with a cache of keys and values
     max_generations_total: PositiveInt = 64  # the same over all clients
     max_cached_tokens: PositiveInt = 65_536  # batch × length in the caches of one client
-    max_cached_bytes: PositiveInt = 4 * 2**30  # the caches of all clients
+    max_cached_bytes: Bytes = 4 * 2**30  # the caches of all clients
     generation_seconds: Rate = 600.0  # a cache that long unused is forgotten
     max_examples_bytes: Annotated[int, Field(ge=0)] = 2 * 2**30  # of all clients, with link.cache; more is not kept
     guard: GuardConfig = GuardConfig()

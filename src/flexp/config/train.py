@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field
 
-from flexp.config.section import Beta, Fraction, Rate, Section
+from flexp.config.section import PAIR, Beta, Fraction, PositiveInt, Rate, Section
 
 
 class OptimizerConfig(Section):
@@ -16,7 +16,7 @@ class OptimizerConfig(Section):
     lr: Rate = 1e-4
     new_lr: Rate | None = None  # of weights that no checkpoint holds, such as a new classifier; None: lr
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    betas: Annotated[tuple[Beta, Beta], PAIR] = (0.9, 0.999)
     momentum: Fraction = 0.0  # sgd
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: Annotated[int, Field(ge=0)] = 0

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from flexp.config import DeviceClassConfig, DevicesConfig, Rate, Section
+from flexp.config import Bytes, DeviceClassConfig, DevicesConfig, PositiveInt, Rate, Section
 from flexp.errors import ConfigError
 from flexp.files import read_json, write_json
 
@@ -92,9 +92,9 @@ class Profile(Section):
     version: Literal[1] = 1
     name: str
     role: Role = "client"
-    memory_bytes: PositiveInt
+    memory_bytes: Bytes
     memory_from: str = ""
-    host_bytes: PositiveInt | None = None
+    host_bytes: Bytes | None = None
     cores: PositiveInt = 1
     threads: PositiveInt = 1
     flops: Rate

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field, PositiveInt
+from pydantic import Field
 
-from flexp.config import Section
+from flexp.config import PositiveInt, Section
 from flexp.methods.base import Holds, OnStep, World
 from flexp.methods.federated import Client, Federated
 from flexp.methods.harness import Weights, optimizer_state

@@ -8,15 +8,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from flexp.config import (
+    Bytes,
     ComputeConfig,
     DeviceClassConfig,
     DevicesConfig,
     Fraction,
     LoraConfig,
     ModelConfig,
+    PositiveInt,
     PrivacyConfig,
     Quantization,
     Rate,
@@ -152,7 +154,7 @@ class Placed(Section):
 
     device_class: str | None = Field(default=None, alias="class")
     profile: str | None = None
-    memory_bytes: PositiveInt | None = None
+    memory_bytes: Bytes | None = None
     flops: Rate | None = None
     uplink_bps: Rate | None = None
     downlink_bps: Rate | None = None

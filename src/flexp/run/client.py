@@ -76,8 +76,9 @@ def run_client(
     if recuts and facts and not setup.cut_is_given:  # where it moved to
         setup = replace(setup, cut=(int(facts["cut"][0]), int(facts["cut"][1])))
     middle = setup.cut[0] < setup.run.blocks  # or else no activation leaves
-    audits = config.privacy.audit and int(facts.get("steps", 0)) < config.train.steps_per_round
-    with Progress(config.train.total_steps, name, metric=federation.task.metric, console=console) as progress:
+    total, done = config.train.total_steps, int(facts.get("steps", 0))
+    audits = config.privacy.audit and done < config.train.steps_per_round
+    with Progress(total, name, metric=federation.task.metric, done=done, console=console) as progress:
         audit = _audit(setup, state, progress.note) if audits else None
         if not middle:
             progress.note(f"{name} has all of the model: no activations, gradients or labels leave it")
@@ -122,6 +123,7 @@ def run_client(
                 over = party.work(stopped)
                 party.settle()
         finally:
+            progress.done = trainer.steps  # some may have been done again
             diary.close()
             _once_each(state / "metrics.jsonl")
             model.link.close()

@@ -12,7 +12,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from flexp.config import RunConfig
+from flexp.config import DeploymentConfig, RunConfig
 from flexp.errors import ConfigError, FlexpError
 from flexp.files import check_free, folder_name, read_json, write_json
 from flexp.methods.base import deployed
@@ -242,6 +242,7 @@ class Fleet:
                 f"deployment.clients names {', '.join(listed)}, and the data have {', '.join(everybody)}: a fleet "
                 "starts all of them; choose among them with data.clients.names"
             )
+        DeploymentConfig.checked(content["deployment"], str(self.out), "deployment")
         self.out.mkdir(parents=True, exist_ok=True)
         write_json(self.out / "config.json", self.config.resolved())
         write_json(self._file, content)

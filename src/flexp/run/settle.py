@@ -7,6 +7,7 @@ weights that client's machine loads by itself.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -280,11 +281,20 @@ def settle_client(config: RunConfig, name: str | None, cut: tuple[int, int | Non
         FlexpError: what is wrong with data or model; or there is no such client.
     """
 
+    single = name is not None and (config.data.clients.by, config.data.clients.count) == ("iid", 1)
+
+    def called(text: str) -> str:  # its examples are drawn under the name that the only client of a file has
+        return re.sub(r"(?<![\w/.-])client-1(?![\w/.-])", lambda _: str(name), text) if single else text
+
     def federate(*of: Any) -> Federation:
-        found = load_federation(*of)
+        try:
+            found = load_federation(*of)
+        except DataError as error:
+            raise DataError(called(str(error))) from error
         if name is None or len(found.clients) > 1:
             return found
-        return replace(found, clients=[replace(found.clients[0], name=name)])
+        notes, warnings = map(called, found.notes), map(called, found.warnings)
+        return replace(found, clients=[replace(found.clients[0], name=name)], notes=[*notes], warnings=[*warnings])
 
     check_masks(config)
     run = settle(config, federate, plan=cut is None, cut=cut, alone=True)

@@ -28,7 +28,7 @@ Facts = dict[str, Any]
 
 _OF_CLIENTS = {
     "steps": "Steps that the client has done.",
-    "applied_steps": "The newest of its steps that the shared blocks have taken.",
+    "applied_steps": "Of its steps those that trained the shared blocks.",
     "loss": "Of its last step.",
     "score": "Of its personal model on its own test data, when it was last scored.",
     "bytes_up": "Bytes of tensors that it has sent in training.",
@@ -95,7 +95,7 @@ class StatusReporter:
             "bad_requests": self._server.guard.bad(name),
             "skipped_steps": self._server.skipped[name],
             "aside": self._server.aside(name) is not None,
-            "applied_steps": 0 if regular is None else regular.progress.newest,
+            "applied_steps": 0 if regular is None else max(0, regular.progress.newest - self._server.skipped[name]),
         }
 
 

@@ -220,16 +220,17 @@ class Quota:
     def take(self, client: str) -> bool:
         """Whether one step more of this client counts."""
         others = [count for name, count in self._taken.items() if name != client]
-        bounds: list[float] = [] if self._most is None else [self._most]
-        bounds += [self._ahead + self._ratio * statistics.median(others)] if others else []
-        if self._taken[client] >= min(bounds, default=float("inf")):
+        taken = self._taken[client]
+        why = ""
+        if self._most is not None and taken >= self._most:
+            why = "all that the run has: further ones are answered, and train the shared blocks no more"
+        elif others and taken >= self._ahead + self._ratio * statistics.median(others):
+            why = (f"and others {statistics.median(others):g} (their median): further ones are answered, and train the "
+                   "shared blocks only when the others have come nearer")  # fmt: skip
+        if why:
             if client not in self._told:
                 self._told.add(client)
-                self._say(
-                    f"{client} has done {self._taken[client]} steps, and others {statistics.median(others or [0]):g} "
-                    "(their median): further ones are answered, and train the shared blocks only when the others have "
-                    "come nearer (deployment.quota)"
-                )
+                self._say(f"{client} has done {taken} steps, {why} (deployment.quota)")
             return False
         self._taken[client] += 1
         self._told.discard(client)

@@ -231,7 +231,8 @@ class SharedBlocks:
         flat |= self._gathered.state()
         for extra in (self._past, self.quota):
             flat |= {} if extra is None else extra.state()
-        return flat | {"version": torch.tensor(self.version)}
+        skipped = {f"skipped/{name}": torch.tensor(count) for name, count in self.skipped.items() if count}
+        return flat | skipped | {"version": torch.tensor(self.version)}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Go on from :meth:`state`; nothing may be in flight.
@@ -255,6 +256,7 @@ class SharedBlocks:
         for extra in (self._gathered, self._past, self.quota):
             if extra is not None:
                 extra.load(here)
+        self.skipped = Counter({name: int(count) for name, count in parts.get("skipped", {}).items()})
         self.version = int(state["version"])
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:

@@ -25,6 +25,7 @@ from flexp.links.grpc.security import (
     channel_credentials,
     check_connecting,
     check_name,
+    check_token,
 )
 from flexp.registry import VERIFIERS
 
@@ -64,7 +65,7 @@ def connect(
         timeout: seconds that an answer may take, after which the link is given up.
 
     Raises:
-        ConfigError: the address is none, or plaintext would leave this machine.
+        ConfigError: the address or the token is none, or plaintext would leave this machine.
         LinkLostError: no server answers, or not yet.
         LinkError: it refuses this client, or its TLS and this client's do not go together.
     """
@@ -74,7 +75,7 @@ def connect(
         raise ConfigError("the link needs the client's name: client='clinic-a', or grpc://clinic-a@HOST:PORT")
     check_name(name)
     ca = ca or os.environ.get("FLEXP_CA") or None
-    token = token or os.environ.get("FLEXP_TOKEN") or None
+    token = check_token(token or os.environ.get("FLEXP_TOKEN"))
     secure = places[0].secure or ca is not None
     for address in places:
         check_connecting(address, secure, insecure=insecure)

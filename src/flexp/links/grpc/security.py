@@ -6,15 +6,25 @@ import ipaddress
 import re
 import ssl
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import grpc
 
 from flexp.errors import ConfigError, StorageError
-from flexp.links.grpc.tokens import Tokens, check_name
+from flexp.links.grpc.tokens import Tokens, check_name, check_token
 
-__all__ = ["Address", "ServerTls", "Tokens", "channel_credentials", "check_connecting", "check_listening", "check_name"]
+__all__ = [
+    "Address",
+    "ServerTls",
+    "Tokens",
+    "channel_credentials",
+    "check_connecting",
+    "check_listening",
+    "check_name",
+    "check_token",
+]
 
 SCHEMES = ("grpc", "grpcs")
 CLIENT_KEY = "flexp-client-bin"  # -bin: names need not be ASCII
@@ -113,12 +123,28 @@ class ServerTls:
             raise StorageError(f"{self.certificate}: has no certificate; expected PEM, from {PEM_BEGIN} on")
         return found
 
+    @property
+    def outdated(self) -> str | None:
+        """What to say of a certificate that no client takes today; ``None``: nothing, or it cannot be told without the
+        package cryptography."""
+        try:
+            from cryptography.x509 import load_der_x509_certificate
+
+            found = load_der_x509_certificate(self.certificate_der)
+        except (ImportError, ValueError):
+            return None
+        first, last, now = found.not_valid_before_utc, found.not_valid_after_utc, datetime.now(UTC)
+        why = f"is not valid before {first}" if now < first else f"has expired ({last})" if now > last else ""
+        return f"warning: the certificate {self.certificate} {why}, so clients refuse this server" if why else None
+
     def credentials(self) -> grpc.ServerCredentials:
         """For gRPC.
 
         Raises:
             StorageError: a file cannot be read.
+            ConfigError: a file is none, or the key is another's.
         """
+        _check(self.client_ca, self.certificate, self.key)
         pair = (_pem(self.key), _pem(self.certificate))
         if self.client_ca is None:
             return grpc.ssl_server_credentials([pair])
@@ -133,10 +159,12 @@ def channel_credentials(
 
     Raises:
         StorageError: a file cannot be read.
-        ConfigError: a certificate came without its key, or the other way round.
+        ConfigError: a certificate came without its key, or the other way round; or a file is none, or the key is
+            another's.
     """
     if (certificate is None) != (key is None):
         raise ConfigError("a client's certificate and its key go together: give both, or neither")
+    _check(ca if isinstance(ca, Path) else None, certificate, key)
     return grpc.ssl_channel_credentials(
         root_certificates=_pem(ca) if isinstance(ca, Path) else ca,
         private_key=None if key is None else _pem(key),
@@ -164,6 +192,26 @@ def check_connecting(address: Address, tls: bool, *, insecure: bool) -> None:
             f"{address} is another machine, and plaintext shows activations and tokens to everybody on the way: "
             "use grpcs://, give the server's ca=…, or say insecure=True"
         )
+
+
+def _check(ca: Path | None, certificate: Path | None, key: Path | None) -> None:
+    """Refuse files that gRPC would take and never connect with, and say nothing of; raises as who calls it."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    for path in filter(None, (ca, certificate, key)):
+        _pem(path)
+    if ca is not None:
+        try:
+            context.load_verify_locations(ca)
+        except ssl.SSLError as error:
+            raise ConfigError(f"{ca}: has no certificate to trust; expected PEM, from {PEM_BEGIN} on") from error
+    if certificate is not None and key is not None:
+        try:
+            context.load_cert_chain(certificate, key, password="")  # or it would ask for one
+        except ssl.SSLError as error:
+            raise ConfigError(
+                f"{certificate} and {key}: are no certificate and its own key, in PEM and without a password"
+                f" ({error.reason})"
+            ) from error
 
 
 def _pem(path: Path) -> bytes:

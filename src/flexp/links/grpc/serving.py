@@ -122,6 +122,8 @@ class Serving:
         self._encoder = ThreadPoolExecutor(1, "flexp-encoder")
         self._memory = Memory(self.limits.memory_bytes)
         credentials = None if tls is None else tls.credentials()
+        if tls is not None and tls.outdated is not None:
+            say(tls.outdated)
         self.address = wait_for(self._start(asked, credentials))
 
     @property

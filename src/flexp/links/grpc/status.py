@@ -14,7 +14,14 @@ from flexp.errors import LinkError, plain
 from flexp.links.grpc.diagnosis import NO_TOKEN, Way
 from flexp.links.grpc.link import last_part
 from flexp.links.grpc.loop import SERVICE, wait_for, within
-from flexp.links.grpc.security import TOKEN_KEY, Address, channel_credentials, check_connecting, check_name
+from flexp.links.grpc.security import (
+    TOKEN_KEY,
+    Address,
+    channel_credentials,
+    check_connecting,
+    check_name,
+    check_token,
+)
 
 STATUS, READMIT = "Status", "Readmit"
 NOBODY_KNOWN = (
@@ -52,15 +59,13 @@ def operator_handlers(
     return {name: grpc.unary_unary_rpc_method_handler(method) for name, method in methods.items()}
 
 
-def ask_status(
-    url: str, *, token: str | None = None, ca: Path | None = None, insecure: bool = False, timeout: float = 10.0
-) -> dict[str, Any]:
-    """What a server says of itself.
+def ask_status(url: str, **known: Any) -> dict[str, Any]:
+    """What a server says of itself; ``known``: as in :func:`ask`.
 
     Raises:
         ConfigError, LinkError: as :func:`ask`.
     """
-    said = ask(url, STATUS, b"", token=token, ca=ca, insecure=insecure, timeout=timeout)
+    said = ask(url, STATUS, b"", **known)
     try:
         facts: dict[str, Any] = from_json(said)
     except ValueError as error:
@@ -68,14 +73,14 @@ def ask_status(
     return facts
 
 
-def ask_readmit(url: str, client: str, *, token: str | None = None, ca: Path | None = None, insecure: bool) -> None:
-    """Let a client in again.
+def ask_readmit(url: str, client: str, **known: Any) -> None:
+    """Let a client in again; ``known``: as in :func:`ask`.
 
     Raises:
         ConfigError: the address or the name is none, or plaintext would leave this machine.
         LinkError: no server answers, or not to this token; or the client is not quarantined.
     """
-    answer = ask(url, READMIT, check_name(client).encode(), token=token, ca=ca, insecure=insecure)
+    answer = ask(url, READMIT, check_name(client).encode(), **known)
     if answer != b"yes":
         raise LinkError(f"the server has not quarantined {client}; flexp status shows whom it has")
 
@@ -87,20 +92,22 @@ def ask(
     *,
     token: str | None = None,
     ca: Path | None = None,
+    cert: Path | None = None,
+    key: Path | None = None,
     insecure: bool = False,
     timeout: float = 10.0,
 ) -> bytes:
-    """Call a method of a server, with the operator's token if it has any.
+    """Call a method of a server, with the operator's token if it has any, and with a certificate if it wants one.
 
     Raises:
-        ConfigError: the address is none, or plaintext would leave this machine.
+        ConfigError: the address or the token is none, or plaintext would leave this machine.
         LinkError: no server answers, or it does not answer to this token.
     """
-    address = Address.of_url(url)
+    address, token = Address.of_url(url), check_token(token)
     secure = address.secure or ca is not None
     check_connecting(address, secure, insecure=insecure)
-    credentials = channel_credentials(ca, None, None) if secure else None
-    way = Way(address, secure, None if ca is None else Path(ca))
+    credentials = channel_credentials(ca, cert, key) if secure else None
+    way = Way(address, secure, ca, cert, key)
 
     async def call() -> bytes:
         target = str(address)

@@ -12,7 +12,7 @@ import hmac
 import logging
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -77,7 +77,19 @@ class Tokens:
         given = hashlib.sha256(token.encode()).digest()
         known = self._known.get(client)
         same = hmac.compare_digest(given, _NOBODY if known is None else known.digest)
+        if known is not None and hmac.compare_digest(token.encode(), known.digest.hex().encode()):
+            log.warning("%s: the line of %s has a token, expected its SHA-256 hash (flexp token issue writes it)",
+                        self._path, client)  # fmt: skip
         return same and known is not None and known.valid(datetime.now(UTC))
+
+    def missing(self, clients: Sequence[str] | None) -> str | None:
+        """What to say of those among ``clients`` (``None``: all that may come) that cannot, for they have no valid
+        token; ``None``: nothing."""
+        self.refresh()
+        if clients is None:
+            return None if any(map(self.mark, [*self._known])) else f"{self._path} has no valid token: nobody can join"
+        names = [name for name in clients if self.mark(name) is None]
+        return f"{self._path} has no valid token of {', '.join(names)}, who cannot join" if names else None
 
     def mark(self, client: str) -> bytes | None:
         """What changes when a client's token is revoked, has expired or was issued anew; ``None``: it has no valid one.
@@ -163,6 +175,19 @@ def revoke(path: Path, client: str) -> None:
         lines[place] = replace(earlier, revoked=datetime.now(UTC)).line
 
 
+def check_token(token: str | None) -> str | None:
+    """A token as it is sent, without what a file or a shell leaves around it; ``None``: there is none.
+
+    Raises:
+        ConfigError: it is not printable ASCII. What it is stays unsaid.
+    """
+    token = (token or "").strip()
+    if not (token.isascii() and token.isprintable()):
+        raise ConfigError("the token (FLEXP_TOKEN, --token or token=…) has characters that no token has; expected what "
+                          "flexp token issue printed")  # fmt: skip
+    return token or None
+
+
 def check_name(client: str) -> str:
     """A client's name, if it may be one.
 
@@ -181,7 +206,7 @@ def time_text(time: datetime) -> str:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return Path(path).read_text(encoding="utf-8").splitlines()
+        return Path(path).read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError as error:
         raise StorageError(
             f"{path}: the tokens cannot be read: there is no such file (flexp token issue makes it)"
