@@ -87,6 +87,10 @@ def test_scores_of_a_side(side: str, round: int | None, scores: list[float]) -> 
 def test_a_method_that_never_trains_stands_before_training() -> None:
     clock = two([run(0, [0.6], 10, 1, 30.0)], [run(0, [0.5], 0, 0, None)])  # it is scored after a round, too
     assert views.view(clock, "o", "time") == {0: views.Reached(1, 0.5)}
+    central = run(0, [0.9], 0, 0, None)
+    central["rounds"][0]["steps"] = 12  # trained somewhere, at a cost that no client has
+    for axis in ("bytes", "time"):
+        assert views.view(two([run(0, [0.6], 10, 1, 30.0)], [central]), "o", axis) == {}  # type: ignore[arg-type]
     pretrained = run(0, [], 0, 0, None)
     assert views.last_round(pretrained) == views.BEFORE
     comparison = two([run(0, [0.6], 10, 1, None)], [pretrained])

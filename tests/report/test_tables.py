@@ -43,6 +43,12 @@ def test_who_was_left_out_is_marked_and_costs_nothing() -> None:
     assert made.rows[8][8] == formats.size(sum(sent) / 7)
     assert "† left out, as its device cannot hold" in made.caption
     assert "left out" not in whole.caption
+    text = shown({**summary, "dropped": [{"name": synthetic.NAMES[-1]}]})
+    both = [client["bytes_up"] + client["bytes_down"] for client in summary["clients"][:-1]]
+    lines = {line.split()[0]: line for line in text.splitlines() if line.strip()}
+    assert lines[synthetic.NAMES[-1]].rstrip().endswith("–      –")
+    assert formats.size(sum(both) / 7) in lines["Mean"]
+    assert "† left out" in text
 
 
 def test_test_counts_and_the_majority_stand_beside_every_accuracy() -> None:
@@ -71,6 +77,10 @@ def test_an_unfinished_run_and_perplexity() -> None:
     assert "This run is not finished." in text
     assert "Perplexity" in text
     assert "%" not in text
+
+
+def test_names_are_shown_as_they_are() -> None:
+    assert "a %_b" in shown(synthetic.summary(clients=("a %_b", *synthetic.NAMES[1:])))
 
 
 def test_names_with_markup_are_shown_literally() -> None:

@@ -34,6 +34,15 @@ def test_losses_by_step_and_means_by_round(tmp_path: Path) -> None:
     assert means[-1][1] == pytest.approx(expected)
 
 
+def test_there_is_no_mean_without_a_client(tmp_path: Path) -> None:
+    with EventWriter(tmp_path) as writer:
+        for client, auc in (("a", None), ("b", 0.9)):
+            writer.write({"kind": "eval", "round": 0, "client": client, "personal": {"accuracy": 0.5, "auc": auc}})
+    assert [value for _, value in scalars(tmp_path / "federation", "personal/accuracy_mean")] == [0.5]
+    with pytest.raises(KeyError):
+        scalars(tmp_path / "federation", "personal/auc_mean")
+
+
 def test_a_resumed_run_does_not_double_back(tmp_path: Path) -> None:
     diary = synthetic.records(("a", "b"), rounds=3, steps=4)
     with EventWriter(tmp_path) as writer:

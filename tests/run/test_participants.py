@@ -275,7 +275,15 @@ def test_where_no_client_trains_nothing_is_measured(home: Path, measured: list[P
     assert not measured
     assert summary["dropped"] == []
     assert summary["virtual"] is None
-    assert summary["clients"][0]["client_flops"] == 0.0
+    assert "client_flops" not in summary["clients"][0]  # not counted, which is not zero
+
+
+def test_a_change_that_never_comes_is_told(home: Path, measured: list[Probe], worlds: list[World]) -> None:
+    changes = [{"before_round": number, "to": "laptop"} for number in (2, 9)]
+    summary = runner.run(config(home, devices={**DEVICES, "changes": changes}, train={"rounds": 2}), home / "out")
+    assert summary["finished"]
+    told = [note for note in worlds[0].federation.notes if "never comes" in note]
+    assert told == ["devices.changes: there is no round 9 in a run of 2, so that change never comes"]
 
 
 COST = ExchangeCost(10.0, 20.0, 30.0, 40.0, 50.0, 300, 200, 100, 200, weights=1000, exchanges=2)

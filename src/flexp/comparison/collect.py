@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -182,6 +183,7 @@ def _rounds(records: Sequence[Record], metric: str, clients: int, ends: Sequence
     """
     totals = {int(record["round"]): record for record in records if record["kind"] == "round"}
     rounds: dict[int, dict[str, Any]] = {}
+    steps = Counter(int(record["round"]) for record in records if record["kind"] == "step")
     for record in records:
         number = int(record["round"])
         if record["kind"] != "eval" or number not in totals:
@@ -195,6 +197,7 @@ def _rounds(records: Sequence[Record], metric: str, clients: int, ends: Sequence
                 "bytes_up": total["bytes_up"] / clients,
                 "bytes_down": total["bytes_down"] / clients,
                 "client_seconds": total.get("client_seconds"),
+                "steps": sum(count for place, count in steps.items() if place <= number),
                 "virtual_seconds": ends[number - 1] if ends else None,
             },
         )

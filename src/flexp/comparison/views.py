@@ -66,14 +66,15 @@ def has_clock(comparison: Mapping[str, Any]) -> bool:
 def spent(entry: Mapping[str, Any], axis: Axis, clock: bool) -> float | None:
     """What training had cost at the end of a round: bytes (up and down), seconds, or rounds.
 
-    Bytes and measured seconds are means over the clients that take part.
+    Bytes and measured seconds are means over the clients that take part. What trains where no client does anything
+    (``centralized``) has no cost that these axes know.
     """
     if axis == "examples":
         return float(entry["round"])
     keys = ("bytes_up", "bytes_down") if axis == "bytes" else ("virtual_seconds" if clock else "client_seconds",)
     known = [entry.get(key) for key in keys]
     if not any(entry.get(key) for key in ("bytes_up", "bytes_down", "client_seconds")):
-        return 0.0  # a method that does nothing is on no clock
+        return None if entry.get("steps") else 0.0  # a method that does nothing is on no clock
     return None if any(value is None for value in known) else float(sum(value for value in known if value is not None))
 
 

@@ -16,6 +16,7 @@ from flexp.report.summary import SIDES
 COSTS = ("bytes_up", "bytes_down", "peak_memory_bytes")
 DROPPED = "†"
 """Beside clients whose devices cannot hold what they would train, and methods that have such."""
+LEFT_OUT = f"{DROPPED} left out, as its device cannot hold what it would train: scored with what it has."
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Table:
             shown.add_column(Text(title), justify="right", no_wrap=True)
         for index, row in enumerate(self.rows):
             shown.add_row(
-                *(Text(cell.replace(" %", "")) for cell in row),
+                *(Text(cell if column in self.words else cell.replace(" %", "")) for column, cell in enumerate(row)),
                 style="bold" if index in self.bold else None,
                 end_section=index not in self.bold and index + 1 in self.bold,
             )
@@ -77,7 +78,7 @@ def clients(summary: Mapping[str, Any]) -> Table:
     """
     metric, higher = str(summary["metric"]), bool(summary["higher_is_better"])
     known, scores, compared = summary["clients"], summary["scores"], _has_majority(summary)
-    out = {str(one["name"]) for one in summary.get("dropped") or ()}
+    out = _left_out(summary)
     taking = [client for client in known if client["name"] not in out]
     pairs = [[(client["before"][side], client["last"][side]) for side in SIDES] for client in known]
     majorities = [[client["majority"][side] for side in SIDES] for client in known] if compared else []
@@ -121,12 +122,7 @@ def clients(summary: Mapping[str, Any]) -> Table:
         + (", and of whoever always gives the most frequent answer" if compared else "")
         + (f"; everybody's test data are {formats.plural(everybody, 'example')}" if everybody else "")
         + f". Worst: the {'lowest' if higher else 'highest'} score, the fewest examples and the highest cost of any "
-        "client."
-        + (
-            f" {DROPPED} left out, as its device cannot hold what it would train: scored with what it has."
-            if out
-            else ""
-        ),
+        "client." + (f" {LEFT_OUT}" if out else ""),
         headers=["Client", "Cut", "Private examples", "Test examples", *titles, "Sent up", "Sent down", "Peak memory"],
         rows=rows,
         bold=range(len(known), len(rows)),
@@ -144,7 +140,8 @@ def client_table(summary: Mapping[str, Any]) -> RichTable:
     metric = str(summary["metric"])
     unit = f"{formats.name(metric)} %" if formats.is_fraction(metric) else formats.name(metric)
     made = clients(summary)
-    traffic = [{"both": _traffic(client)} for client in summary["clients"]]
+    out = _left_out(summary)
+    traffic = [{"both": None if client["name"] in out else _traffic(client)} for client in summary["clients"]]
     totals = [*(client["both"] for client in traffic), *(_over(how, traffic, "both") for how in (_mean, max))]
     rows = [
         [*row[:2], f"{row[2]}/{row[3]}", *row[4:-3], formats.size(total), row[-1]]
@@ -154,11 +151,15 @@ def client_table(summary: Mapping[str, Any]) -> RichTable:
         made,
         rows=rows,
         title=f"{summary['name']}: {formats.inside(metric)} before → after training, on test data",
-        caption="" if summary["finished"] else "This run is not finished.",
+        caption=" ".join([LEFT_OUT] * bool(out) + ["This run is not finished."] * (not summary["finished"])),
     )
     beside = ["Major-\nity"] if _has_majority(summary) else []
     titles = ("Client", "Cut", "Train/\ntest", f"{unit}\nown data", *beside, f"{unit}\neverybody's", *beside)
     return made.terminal((*titles, "Up and\ndown", "Peak\nmemory"), dense=bool(beside))
+
+
+def _left_out(summary: Mapping[str, Any]) -> set[str]:
+    return {str(one["name"]) for one in summary.get("dropped") or ()}
 
 
 def _traffic(client: Mapping[str, Any]) -> float | None:

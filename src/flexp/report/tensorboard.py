@@ -54,6 +54,7 @@ class EventWriter:
         self._writers: dict[str, Any] = {}
         self._steps: dict[str, int] = {}
         self._scores: dict[str, dict[str, float]] = {}
+        self._scored: dict[str, set[str]] = {}
         self._round = -1
         self._closed = False
         self._resumed = kept is not None
@@ -124,6 +125,8 @@ class EventWriter:
                 if key != "n" and isinstance(value, int | float)
             }
             self._add(client, scores, self._steps.get(client, 0))
+            if record.get(side):
+                self._scored.setdefault(side, set()).add(client)
             for tag, value in scores.items():
                 self._scores.setdefault(tag, {})[client] = float(value)
 
@@ -137,8 +140,14 @@ class EventWriter:
             tracker.writer.flush()
 
     def _flush_scores(self) -> None:
-        means = {f"{tag}_mean": sum(clients.values()) / len(clients) for tag, clients in self._scores.items()}
+        # A client without a score is no reason to leave it out: the mean of the others would flatter.
+        means = {
+            f"{tag}_mean": sum(clients.values()) / len(clients)
+            for tag, clients in self._scores.items()
+            if clients.keys() == self._scored[tag.split("/")[0]]
+        }
         self._scores.clear()
+        self._scored.clear()
         if means:
             self._add(FEDERATION, means, self._round)
 

@@ -47,7 +47,15 @@ def place(world: World, probes: MemoryProbes) -> tuple[World, list[Dropped]]:
     _check_changes(config.devices, names)
     devices = assign(config.devices, config.data.clients.devices(names))
     Profile.from_class(config.devices.server, config.devices.classes)
-    notes = list(world.federation.notes)
+    rounds = config.train.rounds
+    notes = [
+        *world.federation.notes,
+        *(
+            f"devices.changes: there is no round {change.before_round} in a run of {rounds}, so that change never comes"
+            for change in config.devices.changes
+            if change.before_round > rounds
+        ),
+    ]
     probes.measure(notes.append)
     dropped: list[Dropped] = []
     for name, device in devices.items():

@@ -20,7 +20,8 @@ from flexp.run.participants import devices_at
 def client_facts(
     world: World, method: Method, records: Sequence[Record]
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Any] | None]:
-    """After training: each client's ``device``, ``client_flops`` and ``server_flops``; and the virtual clock's times.
+    """After training: each client's ``device`` and, of methods that have a schedule, ``client_flops`` and
+    ``server_flops``; and the virtual clock's times.
 
     Args:
         records: the run's diary; every step in it is one gradient evaluation.
@@ -33,13 +34,13 @@ def client_facts(
     if not config.on_devices:
         return {}, None
     devices = assign(config.devices, config.data.clients.devices(names))
-    facts: dict[str, dict[str, Any]] = {
-        name: {"device": device.name, "client_flops": 0.0, "server_flops": 0.0} for name, device in devices.items()
-    }
+    facts: dict[str, dict[str, Any]] = {name: {"device": device.name} for name, device in devices.items()}
     schedule = world.method.schedule(world.config)
     rounds = max((int(record["round"]) for record in records if record["kind"] == "round"), default=0)
     if schedule is None or not rounds:
         return facts, None
+    for own in facts.values():
+        own |= {"client_flops": 0.0, "server_flops": 0.0}
     taken = Counter((record["client"], int(record["round"])) for record in records if record["kind"] == "step")
     costs: dict[Any, Costs] = {}
     clock = VirtualTime(world, schedule)
@@ -52,10 +53,10 @@ def client_facts(
             # Metered bytes are of the whole run: where anything changed in it, the counted exchange's are taken.
             account = method.account(name) if phase.only else None
             cost = _cost(counted, method, name)
-            work[name] = own = client_work(cost, account, steps, schedule)
+            work[name] = done = client_work(cost, account, steps, schedule)
             known = sum(steps) - cost.sent_anew(sum(steps))
             saved = known * cost.exchanges * (cost.before - cost.later_before)
-            facts[name]["client_flops"] += cost.client_step * sum(steps) + own.final - saved
+            facts[name]["client_flops"] += cost.client_step * sum(steps) + done.final - saved
             facts[name]["server_flops"] += cost.server_step * sum(steps)
         clock.go_on(phase, work)
     return facts, clock.facts()

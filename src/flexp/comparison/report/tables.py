@@ -183,7 +183,8 @@ def _costs(found: Sequence[Result]) -> Table:
                 formats.seconds(result.client_seconds),
                 formats.size(result.memory),
                 *time,
-                str(result.dropped).replace(" clients", "").replace(" client", "") or "all take part",
+                str(result.dropped).replace(" clients", "").replace(" client", "")
+                or ("all take part" if result.seeds else "–"),
             ]
         )
     headers = ["Method", "Up per client", "Down per client", "Client compute", "Peak memory"]
