@@ -135,10 +135,10 @@ def test_a_lost_device_goes_on_from_its_backup(tmp_path: Path) -> None:
 
 
 def test_a_backup_knows_which_averages_a_client_has(tmp_path: Path) -> None:
-    """All stop after the first average, one client goes on from its backup, to the simulation's weights."""
+    """All stop after an average, one client goes on from its backup, to the simulation's weights."""
     tiny.bert_folder(tmp_path / "model")
     config = tiny.config(
-        tmp_path, method={"name": "fedavg"}, train={"rounds": 3, "steps_per_round": 2, "batch_size": 4}
+        tmp_path, method={"name": "fedavg"}, train={"rounds": 8, "steps_per_round": 2, "batch_size": 4}
     )
     runner.run(config, tmp_path / "sim")
     out = tmp_path / "fleet/clients"
@@ -146,7 +146,8 @@ def test_a_backup_knows_which_averages_a_client_has(tmp_path: Path) -> None:
         server = Server(config, FIXED, tmp_path / "fleet/server")
         clients = [Client(config, FIXED, name, plain(server), out / name) for name in NAMES]
         if not last:
-            until(lambda: any(client.ready.met for client in server.conductor.members.values()))  # noqa: B023
+            # all have saved since: at step 3 or later, and the first average is after step 2
+            until(lambda: [one.ready.saved > 2 for one in server.conductor.members.values()] == [True] * len(NAMES))  # noqa: B023
             for client in clients:
                 client.stop.set()
         for client in clients:
@@ -154,8 +155,11 @@ def test_a_backup_knows_which_averages_a_client_has(tmp_path: Path) -> None:
             assert client.over is last
         server.end()
         if not last:
+            own = Store(out / "north/snapshots")
+            for number in set(own.numbers()) - set(Store(tmp_path / "fleet/server").numbers()):
+                own.quarantine(number)  # one of its own, from where it was stopped: the others have none of it
             facts = back_up(out / "north", None, tmp_path / "north.safetensors")
-            assert facts["snapshot"]["met"] == 1
+            assert facts["snapshot"]["met"] >= 1
             for lost in (out / "north/snapshots").glob("checkpoint-*"):
                 shutil.rmtree(lost)  # and not the key that the clients have agreed on
             restore(tmp_path / "north.safetensors", out / "north")

@@ -196,6 +196,26 @@ def test_stopped_and_started_again_equals_undisturbed(folder: Path, tmp_path: Pa
     check(tmp_path / "sim", out)
 
 
+def test_stops_between_two_snapshots_lose_none(folder: Path, tmp_path: Path) -> None:
+    """What a client saves where it is stopped does not push out what all have."""
+    config = configured(folder, steps=4)
+    rare = DeploymentConfig(schedule="deterministic", clients=NAMES, save_every=100, keep=1)
+    runner.run(config, tmp_path / "sim")
+    out = tmp_path / "fleet"
+    for last in (False, False, False, True):
+        server = Server(config, rare, out / "server")
+        clients = [Client(config, rare, name, plain(server), out / "clients" / name) for name in NAMES]
+        if not last:
+            until(lambda: server.server.updates >= 4)  # noqa: B023
+            for client in clients:
+                client.stop.set()
+        for client in clients:
+            client.join()
+            assert client.over is last
+        server.end()
+    check(tmp_path / "sim", out)
+
+
 @pytest.mark.parametrize(("schedule", "link"), [("free", "in process"), ("deterministic", "grpc")])
 def test_a_server_that_stops_sends_its_clients_home(folder: Path, tmp_path: Path, schedule: str, link: str) -> None:
     """In the middle of a step; a second run ends with the weights of an undisturbed one."""

@@ -73,6 +73,7 @@ class Party:
         self._mover, self._tell_cut, self._first_round = mover, tell_cut, first_round
         self._facts: dict[str, float] = {}
         self._validated = validated or {}
+        self._agreed: int | None = None  # the last snapshot that the server ordered, which others have as well
         self._unsaved: int | None = None  # the snapshot that could not be written last
         self._saved_steps = trainer.steps  # of a client that has moved to another cut, what it moved with
         self._place = -1 if snapshots.numbers() else 0
@@ -114,7 +115,8 @@ class Party:
             "data": self.setup.identity,
         }
         try:
-            self.snapshots.save(number, {party_of(self.data.name): party_state(self.trainer)}, facts)
+            state = {party_of(self.data.name): party_state(self.trainer)}
+            self.snapshots.save(number, state, facts, best=self._agreed)
             self._saved_steps, self._unsaved = self.trainer.steps, None
         except StorageError as error:
             self._unsaved = number
@@ -160,6 +162,7 @@ class Party:
                     self._gathering.average(order.number, self._run)
                 case "save":
                     self.save(order.number)
+                    self._agreed = order.number
                 case "restore":
                     self._restore(order.number)
                 case "stop":
@@ -275,7 +278,7 @@ class Party:
         if cut is not None:
             fit(self.trainer, cut, self.setup.load)
         load_party(self.trainer, state)
-        self._saved_steps = self.trainer.steps
+        self._saved_steps, self._agreed = self.trainer.steps, number
         self._gathering.met = int(snapshot.facts.get("met", 0))
         self._pull_due = False
         if self._mover is not None:
