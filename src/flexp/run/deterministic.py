@@ -38,9 +38,7 @@ class Deterministic(Conductor):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.snapshots is not None and self.snapshots.keep is not None:
-            self.snapshots.keep = max(
-                2, self.snapshots.keep
-            )  # clients save after the server
+            self.snapshots.keep = max(2, self.snapshots.keep)  # clients save after the server
         self.place = 0
         self._begun = False
         self._done: set[str] = set()  # who has done the place that all do
