@@ -6,6 +6,7 @@ import errno
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -169,10 +170,11 @@ sys.stdin.read()
 """
 
 
-def test_two_processes_do_not_save_in_one_place(tmp_path: Path) -> None:
+def test_two_processes_do_not_save_in_one_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever is killed holds nothing any more, and in one process nobody is kept off."""
     mine = Store(tmp_path / "here")
     mine.save(1, {"a": value(1)})
+    monkeypatch.setattr(module, "LOCK_SECONDS", 0.1)
     other = subprocess.Popen(
         [sys.executable, "-c", HOLDS, str(mine.folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
@@ -186,5 +188,17 @@ def test_two_processes_do_not_save_in_one_place(tmp_path: Path) -> None:
         other.kill()
         other.communicate()
     assert int(mine.load(1)["a"]["value"]) == 1
+    monkeypatch.undo()
     mine.claim()
     Store(mine.folder).claim()
+
+
+def test_who_has_just_left_is_waited_for(tmp_path: Path) -> None:
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLDS, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert other.stdout is not None
+    assert other.stdout.readline() == b"claimed\n"
+    threading.Timer(0.5, other.kill).start()
+    Store(tmp_path).claim()
+    other.communicate()

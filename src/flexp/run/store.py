@@ -43,7 +43,7 @@ QUARANTINED = ".quarantined"
 CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"
 """Where a run's folder and a client's have theirs."""
 
-LOCK = ".lock"
+LOCK, LOCK_SECONDS = ".lock", 5.0  # who has just left may still hold it: what it had is being collected
 REPLACED = "replaced"  # among a checkpoint's facts
 _PREFIX = "checkpoint-"
 _OLDER = ("round-*/checkpoint.json", "snapshot-*/snapshot.json")
@@ -157,7 +157,7 @@ class Store:
             trial.unlink()
             # One lock for all stores of a folder in a process, which ends with the last of them, or with the process.
             self._lock = FileLock(self.folder / LOCK, is_singleton=True, thread_local=False)
-            self._lock.acquire(timeout=0)
+            self._lock.acquire(timeout=LOCK_SECONDS)
         except Timeout:
             raise StorageError(
                 f"{self.folder}: another process saves there; wait until it is over, stop it, or choose another folder"
