@@ -193,6 +193,17 @@ def test_two_processes_do_not_save_in_one_place(tmp_path: Path, monkeypatch: pyt
     Store(mine.folder).claim()
 
 
+def test_who_has_closed_it_keeps_nobody_off(tmp_path: Path) -> None:
+    mine = Store(tmp_path)
+    for _ in range(2):
+        mine.claim()
+    mine.close()
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLDS, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert other.communicate()[0] == b"claimed\n"
+
+
 def test_who_has_just_left_is_waited_for(tmp_path: Path) -> None:
     other = subprocess.Popen(
         [sys.executable, "-c", HOLDS, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE

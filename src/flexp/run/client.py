@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -78,7 +79,10 @@ def run_client(
     middle = setup.cut[0] < setup.run.blocks  # or else no activation leaves
     total, done = config.train.total_steps, int(facts.get("steps", 0))
     audits = config.privacy.audit and done < config.train.steps_per_round
-    with Progress(total, name, metric=federation.task.metric, done=done, console=console) as progress:
+    with (
+        closing(snapshots),
+        Progress(total, name, metric=federation.task.metric, done=done, console=console) as progress,
+    ):
         audit = _audit(setup, state, progress.note) if audits else None
         if not middle:
             progress.note(f"{name} has all of the model: no activations, gradients or labels leave it")

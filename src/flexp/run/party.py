@@ -162,7 +162,7 @@ class Party:
                     self._gathering.average(order.number, self._run)
                 case "save":
                     self.save(order.number)
-                    self._agreed = order.number
+                    self._agreed = self._agreed if self._unsaved == order.number else order.number
                 case "restore":
                     self._restore(order.number)
                 case "stop":

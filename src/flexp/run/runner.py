@@ -227,6 +227,7 @@ class _Run:
         finally:
             self.method.close()
             self.diary.close()
+            self.store.close()
         summary = summary_of(
             self.world,
             self.method,

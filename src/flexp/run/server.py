@@ -226,6 +226,8 @@ def run_server(
         server.submit = serving.submit
         if server.chain is not None:
             stack.callback(server.chain.close)
+        if conductor is not None and conductor.snapshots is not None:
+            stack.callback(conductor.snapshots.close)
         if metrics is not None:
             at = stack.enter_context(observed(metrics, lambda: reporter.facts(serving), lambda: not stopped.is_set()))
             say(f"metrics at http://{at}/metrics")

@@ -10,7 +10,7 @@ One layout for a simulation's checkpoints (every party in one), for what a deplo
 A party may be called what no file can be called: the index says whose a file is. Nothing is ever unpickled. In use::
 
     store = Store(folder, keep=2)
-    store.claim()                                              # whoever writes, once: keeps other processes off
+    store.claim()                                              # whoever writes: keeps other processes off
     store.save(12, {"server": tensors, "client-north": more}, {"steps": 40})
     store.numbers()                                            # [11, 12]
     store.load(12)["server"]                                   # checked and copied
@@ -26,6 +26,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Collection, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ QUARANTINED = ".quarantined"
 CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"
 """Where a run's folder and a client's have theirs."""
 
-LOCK, LOCK_SECONDS = ".lock", 5.0  # who has just left may still hold it: what it had is being collected
+LOCK, LOCK_SECONDS = ".lock", 5.0  # who is just leaving may still hold it
 REPLACED = "replaced"  # among a checkpoint's facts
 _PREFIX = "checkpoint-"
 _OLDER = ("round-*/checkpoint.json", "snapshot-*/snapshot.json")
@@ -138,8 +139,8 @@ class Store:
         self._lock: BaseFileLock | None = None
 
     def claim(self) -> None:
-        """Make the folder, see that it can be written, keep other processes off as long as this store is there, and
-        remove what a killed process left half written.
+        """Make the folder, see that it can be written, keep other processes off until :meth:`close`, and remove what a
+        killed process left half written.
 
         Raises:
             StorageError: it cannot be written, another process writes there, or an older version of FlexP has saved
@@ -155,9 +156,11 @@ class Store:
             trial = self.folder / f".{os.getpid()}.trial"
             trial.touch()
             trial.unlink()
-            # One lock for all stores of a folder in a process, which ends with the last of them, or with the process.
-            self._lock = FileLock(self.folder / LOCK, is_singleton=True, thread_local=False)
-            self._lock.acquire(timeout=LOCK_SECONDS)
+            # One lock for all stores of a folder in a process, which ends with the last of them, or with the process
+            if self._lock is None:
+                lock = FileLock(self.folder / LOCK, is_singleton=True, thread_local=False)
+                lock.acquire(timeout=LOCK_SECONDS)
+                self._lock = lock
         except Timeout:
             raise StorageError(
                 f"{self.folder}: another process saves there; wait until it is over, stop it, or choose another folder"
@@ -165,10 +168,16 @@ class Store:
         except OSError as error:
             raise storage_error(self.folder, error) from error
         except NotImplementedError:
-            self._lock = None  # a file system without locks
+            pass  # a file system without locks
         self.numbers()
         for half in self.folder.glob(f".{_PREFIX}*"):
             shutil.rmtree(half, ignore_errors=True)
+
+    def close(self) -> None:
+        """Let other processes save there."""
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            lock.release()
 
     def numbers(self) -> list[int]:
         """Those that were written to their end, ascending.
@@ -233,9 +242,9 @@ class Store:
         if said is not None:
             first = known.get(party, {"sha256": there.files[party][1]})
             facts = {**facts, REPLACED: {**known, party: {**first, "said": said}}}
-        whole = Store(self.folder, keep=None)
-        whole.claim()
-        whole.save(number, {**there.files, party: tensors}, facts)
+        with closing(Store(self.folder, keep=None)) as whole:
+            whole.claim()
+            whole.save(number, {**there.files, party: tensors}, facts)
 
     def open(self, number: int) -> Checkpoint:
         """One of :meth:`numbers`; only its index is read.
