@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from torch import nn
 
-from flexp.machine import imitates_bfloat16, machine, shares
+from flexp.machine import device_map, imitates_bfloat16, machine
 
 
 @pytest.mark.parametrize(
@@ -23,18 +24,20 @@ def test_who_has_no_bfloat16_is_told_by_its_flags(facts: dict[str, str], imitate
 
 
 @pytest.mark.parametrize(
-    ("sizes", "room", "places"),
+    ("sizes", "room", "places"),  # in numbers of 4 bytes
     [
-        ([5] * 6, [1, 1], [0, 0, 0, 1, 1, 1]),
-        ([5] * 3, [7, 7], [0, 0, 1]),
-        ([5] * 6, [10, 20], [0, 0, 1, 1, 1, 1]),
-        ([9, 1, 1, 1], [1, 1], [0, 1, 1, 1]),
-        ([5, 5], [1, 1, 1], [0, 2]),
-        ([0, 0], [1, 1], [0, 0]),
+        ([5] * 6, [None, None], [0, 0, 0, 1, 1, 1]),
+        ([5] * 4, [1000, 1000], [0, 0, 1, 1]),
+        ([5] * 6, [16, 1000], [0, 0, 1, 1, 1, 1]),  # room for one more stays free
+        ([5] * 4, [None], [0, 0, 0, 0]),
+        ([5] * 4, [9, 9], None),
     ],
 )
-def test_each_place_has_its_share_in_order(sizes: list[int], room: list[int], places: list[int]) -> None:
-    assert shares(sizes, room) == places
+def test_blocks_are_balanced_within_what_is_free(
+    sizes: list[int], room: list[int | None], places: list[int] | None
+) -> None:
+    blocks = [nn.Linear(size, 1, bias=False) for size in sizes]
+    assert device_map(blocks, [None if free is None else 4 * free for free in room]) == places
 
 
 def test_a_machine_has_a_processor_with_a_name() -> None:

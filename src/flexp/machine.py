@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import platform
-from bisect import bisect_left
+import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from torch import nn
 
 from flexp import __version__
 from flexp.errors import ConfigError
@@ -66,16 +66,21 @@ def free_memory(device: torch.device) -> int | None:
     return int(gpu.mem_get_info(device)[0] + gpu.memory_reserved(device) - gpu.memory_allocated(device))
 
 
-def shares(sizes: Sequence[int], room: Sequence[int]) -> list[int]:
-    """Which of several places each of some things goes to, in their order, so that each place has about its share of
-    all bytes by its ``room``: that of whichever a thing's middle falls into."""
-    ends = list(accumulate(room))
-    total, found, before = sum(sizes), list[int](), 0
-    for size in sizes:
-        middle = (before + size / 2) / max(1, total) * ends[-1]
-        found.append(min(bisect_left(ends, middle), len(room) - 1))
-        before += size
-    return found
+def device_map(blocks: Sequence[nn.Module], room: Sequence[int | None]) -> list[int] | None:
+    """Which of several devices each block goes to, in their order: balanced, and within each device's ``room`` in bytes
+    (``None``: not known, so without end), by accelerate. ``None``: they do not fit."""
+    from accelerate import infer_auto_device_map  # not for whoever has one device
+    from accelerate.utils import get_balanced_memory
+
+    whole = sorted({type(block).__name__ for block in blocks})  # no block is divided
+    modules = nn.ModuleList(blocks)
+    limits: dict[int | str, int | str] = {
+        index: sys.maxsize if free is None else free for index, free in enumerate(room)
+    }
+    limits = get_balanced_memory(modules, max_memory=limits, no_split_module_classes=whole)
+    found = infer_auto_device_map(modules, max_memory=limits, no_split_module_classes=whole)
+    places = [found.get(str(index), found.get("")) for index in range(len(blocks))]
+    return [int(place) for place in places] if all(isinstance(place, int) for place in places) else None
 
 
 def versions() -> dict[str, str]:

@@ -148,10 +148,10 @@ def test_adapters_of_idle_clients_are_in_main_memory(
     for place in (CPU, several if together else there):
         source = whole("llama", "causal-lm")
         config = ServerConfig(adapters="own", joined=together)
-        stage = on(party(source, Part.server(1, 2 + together), "lora"), place)
+        stage = on(party(source, Part.server(1, 2 + 2 * together), "lora"), place)
         server = Server(stage, tuning="lora", config=config, optimizer=OptimizerConfig(lr=1e-3))
         for name in "abc":
-            World(source, server, "lora", "causal-lm").join(name, (1, 2 + together))
+            World(source, server, "lora", "causal-lm").join(name, (1, 2 + 2 * together))
         for step in (1, 2):
             for part in range(2):
                 answers: list[Any] = [
@@ -180,8 +180,8 @@ def test_answers_are_written_on_another_device(there: torch.device, several: lis
     found: list[list[Tensor]] = []
     for place in (CPU, there, several):
         source = whole("llama", "causal-lm")
-        server = Server(on(party(source, Part.server(1, 3), "full"), place), tuning="full")
-        World(source, server, "full", "causal-lm").join("a", (1, 3))
+        server = Server(on(party(source, Part.server(1, 4), "full"), place), tuning="full")
+        World(source, server, "full", "causal-lm").join("a", (1, 4))
         z_BTH = requests(server.shared.stage, 1, base=False)[0].hidden_BTH
         asked = [ExtendRequest(1, 0, z_BTH[:, :6]), ExtendRequest(1, 6, z_BTH[:, 6:7], rows_B=torch.tensor([0, 2, 2]))]
         answers = [server.answer("a", request) for request in asked]

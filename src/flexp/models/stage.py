@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from flexp.errors import ModelError
 from flexp.limits import out_of_memory
-from flexp.machine import device_of, free_memory, shares
+from flexp.machine import device_map, device_of, free_memory
 from flexp.models import execution
 from flexp.models.anatomy import Anatomy, Part, dissect, prune
 from flexp.models.batches import NOT_FOR_BLOCKS, USUAL, check_padding, for_blocks, longest_exact
@@ -80,9 +80,9 @@ class Stage:
         return self
 
     def spread(self, names: str | Sequence[str] | None) -> Stage:
-        """Have the blocks of a part without ends on several devices from now on, in their order and so that each has
-        its share of the bytes (by the free memory, where that is known); all else is where the first block is. One
-        name, or none: it stays where it is.
+        """Have the blocks of a part without ends on several devices from now on, in their order and balanced, within
+        their free memory where that is known (accelerate's device map); all else is where the first block is. One name,
+        or none: it stays where it is.
 
         Raises:
             ConfigError: there is no such device here.
@@ -92,8 +92,12 @@ class Stage:
             return self
         devices = [device_of(name) for name in names]
         owned = sorted(self.part.blocks)
-        sizes = [sum(value.nbytes for value in self.blocks[index].state_dict().values()) for index in owned]
-        chosen = shares(sizes, [free_memory(device) or 1 for device in devices])
+        chosen = device_map([self.blocks[index] for index in owned], [free_memory(device) for device in devices])
+        if chosen is None:
+            raise ModelError(
+                f"the model's {len(owned)} shared blocks do not fit in what is free on {', '.join(map(str, devices))}; "
+                "name more devices (server.device), quantise the blocks or have clients keep more of them"
+            )
         with self._moving(", ".join(map(str, devices))):
             self.places = {index: devices[place] for index, place in zip(owned, chosen, strict=True)}
             for index, device in self.places.items():
