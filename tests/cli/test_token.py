@@ -86,7 +86,9 @@ def test_readmit(flexp: Typed, tmp_path: Path) -> None:
     assert here.server.aside("a") is None
 
 
-def test_who_asks_a_server_that_asks_for_certificates(flexp: Typed, tmp_path: Path) -> None:
+def test_who_asks_a_server_that_asks_for_certificates(
+    flexp: Typed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     here, made = world("llama"), make_certificates(tmp_path)
     token, (cert, key) = issue(tmp_path / "tokens", "operator"), made.client
     with serve(here.server, tls=made.tls(mutual=True), tokens=Tokens.read(tmp_path / "tokens"),
@@ -95,5 +97,6 @@ def test_who_asks_a_server_that_asks_for_certificates(flexp: Typed, tmp_path: Pa
         code, out, _ = flexp("status", *own, "--token", token)
         assert code == 0
         assert "0 updates" in out
-        _, _, err = flexp("readmit", own[0], "a", *own[1:], "--token", token)
+        monkeypatch.setenv("FLEXP_CA", str(made.ca))
+        _, _, err = flexp("readmit", own[0], "a", *own[3:], "--token", token)
         assert "has not quarantined a" in err

@@ -33,6 +33,7 @@ def test_overrides_and_seed(tmp_path: Path) -> None:
     ("setting", "message"),
     [
         ("train.runds=3", r"unknown key train.runds; did you mean 'rounds'\?"),
+        ("deploymnet.rounds=3", r"unknown key deploymnet; did you mean 'deployment'\?"),
         ("rounds=3", r"unknown key rounds; did you mean train.rounds\?"),
         ("train.rounds=0", r"train.rounds = 0 is not allowed: expected greater than 0"),
         ("train.rounds=many", r"train.rounds = 'many' is not allowed: expected a valid integer"),

@@ -13,7 +13,9 @@ import typer
 if TYPE_CHECKING:
     from flexp.links.base import Link
 
-Pem = Annotated[Path | None, typer.Option(help="TLS: the certificate (PEM) that the server's is signed with.")]
+Pem = Annotated[
+    Path | None, typer.Option(envvar="FLEXP_CA", help="TLS: the certificate (PEM) that the server's is signed with.")
+]
 Cert = Annotated[Path | None, typer.Option(help="Mutual TLS: this client's certificate (PEM).")]
 Key = Annotated[Path | None, typer.Option(help="Mutual TLS: the key of --cert (PEM).")]
 Insecure = Annotated[bool, typer.Option("--insecure", help="Allow plaintext beyond this machine.")]

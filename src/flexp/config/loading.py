@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -147,6 +148,10 @@ def validate(content: Mapping[str, Any], where: str) -> RunConfig:
                 f"{where}: the list {old} is gone: write data.clients.{key} for all clients, or {key} in "
                 "[[data.clients.each]], one record a client in their order, repeated for more"
             )
+    for table in content.keys() - RunConfig.holds().keys():
+        near = difflib.get_close_matches(table, [*RunConfig.holds(), *OTHERS], n=1)
+        if OTHERS.intersection(near):
+            raise ConfigError(f"{where}: unknown key {table}; did you mean {near[0]!r}?")
     return RunConfig.checked(content, where)
 
 
