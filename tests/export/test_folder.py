@@ -13,10 +13,11 @@ import transformers
 from flexp.errors import ConfigError, StorageError
 from flexp.export import folder as exporting
 from flexp.export.answers import score
-from flexp.export.card import card, origin
+from flexp.export.card import card
 from flexp.export.folder import export
 from flexp.export.opening import open_trained
 from flexp.export.saved import RunModel, SavedRun, open_run
+from flexp.run.belonging import origin
 
 from .tools import train
 

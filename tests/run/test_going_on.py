@@ -10,10 +10,12 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from flexp.cli.main import app
@@ -28,6 +30,7 @@ from flexp.export.opening import open_trained
 from flexp.gaussian import kept_key, key_of
 from flexp.run import runner
 from flexp.run.client import KEY_FILE, _check_labels, _known, run_client
+from flexp.run.server import make_conductor, make_server
 from flexp.run.settle import settle_client
 from flexp.run.store import SNAPSHOTS, Store, party_of
 from tests.data.tools import jsonl
@@ -144,6 +147,61 @@ def test_a_client_of_a_server_notices_too(home: Path) -> None:
     jsonl(home / "rows.jsonl", appended(read(home / "rows.jsonl")))
     with pytest.raises(DataError, match=r"north has \d+ train examples.* begin anew in another --state"):
         _known(Store(state), settle_client(run, "north", None), state, may_move=False)
+
+
+def disturbed(folder: Path) -> None:
+    """Another pretrained model of the same architecture."""
+    weights = load_file(folder / "model.safetensors")
+    noisy = {name: value + 0.1 if value.is_floating_point() else value for name, value in weights.items()}
+    save_file(noisy, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+LORA = {"tuning": "lora", "pooling": "mean"}
+OTHERS: list[tuple[dict[str, Any], str, bool]] = [
+    ({"model": {**LORA, "lora": {"alpha": 256.0}}}, "model.lora", True),
+    ({"model": {**LORA, "pooling": "last"}}, "model.pooling", False),
+    ({"model": LORA, "train": {"personal": {"name": "sgd"}}}, "train.personal.name", False),
+    ({"model": LORA, "train": {"shared": {"name": "sgd"}}}, "train.shared.name", True),
+    ({"model": LORA}, r"pretrained model \(its weights differ\)", True),
+]
+
+
+def test_a_client_and_a_server_go_on_with_the_model_that_they_were_trained_in(home: Path) -> None:
+    once = {"rounds": 1, "steps_per_round": 1}
+    of = partial(config, home, method={"align": {"kind": "off"}}, data={"clients": each(cut=[[1, 3]])})
+    run, state = of(model=LORA, train=once), home / "state"
+    asked = DeploymentConfig(schedule="free", clients=["north"], save_every=1)
+    server, quiet = Server(run, asked, home / "server"), Console(quiet=True)
+    setup = settle_client(run, "north", None)
+    try:
+        assert run_client(setup, asked, lambda: plain(server)("north"), state, codec=run.link.codec, console=quiet)
+    finally:
+        server.end()
+    before = {path: path.read_bytes() for path in (state / SNAPSHOTS).rglob("*") if path.is_file()}
+    for changes, what, shared in OTHERS:
+        if "weights" in what:
+            disturbed(home / "model")
+        other = of(**{**changes, "train": {**once, **changes.get("train", {})}})
+        says = f"{what} than this run now has .*; set it as it was, or begin anew"
+        if "shared" not in what:
+            link = Mock()
+            with pytest.raises(ConfigError, match=says):
+                run_client(settle_client(other, "north", None), asked, lambda link=link: link, state, console=quiet)  # type: ignore[misc]
+            assert [name for name, _, _ in link.mock_calls] == ["close"]  # nothing was sent
+        if shared:
+            again = make_server(other, 1, 3, "sequence-classification", ["north"])
+            with pytest.raises(ConfigError, match=says):
+                make_conductor(again, other, asked, home / "server", lambda _: None)
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def test_what_was_trained_is_used_in_the_model_that_it_was_trained_in(home: Path, stopped: Path) -> None:
+    disturbed(home / "model")
+    says = r"run: was saved with another pretrained model \(its weights differ\)"
+    with pytest.raises(ConfigError, match=f"{says} than this run now has"):
+        runner.resume(stopped, rounds=3)
+    with pytest.raises(ConfigError, match=f"{says} than its model.id now has .*; put the model back as it was"):
+        score(open_trained(stopped, "north"))
 
 
 @pytest.mark.parametrize("place", ["taken", "taken/in", "mine"])

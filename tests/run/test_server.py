@@ -81,7 +81,7 @@ def test_it_stops_and_goes_on(tmp_path: Path) -> None:
     assert equal(shared_weights(second.server), shared_weights(undisturbed.server))
     assert {path.name for path in state.iterdir()} == {LOCK, "checkpoint-00000001", "checkpoint-00000002"}
 
-    last = world("bert")
+    last = world("bert", dropout=0.2)
     running = Running(last, state, frozen=True)
     model = last.client("a", (2, 4), link=connect(running.url, "a"))
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -11,9 +12,10 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from flexp.config import GuardConfig, OptimizerConfig, ServerConfig
-from flexp.errors import StorageError
+from flexp.errors import ConfigError, StorageError
 from flexp.gaussian import epsilon
 from flexp.links.messages import BackwardRequest, ForwardRequest
+from flexp.run.belonging import BELONGS, SERVED, check_session
 from flexp.run.status import StatusReporter
 from flexp.server.checks import Bounds
 from flexp.server.rules import Past, Quota, Trimmed
@@ -48,6 +50,21 @@ def test_the_trimmed_mean_leaves_out_the_ends_of_every_number() -> None:
     assert found["w"].tolist() == [2.5, 6.0]
     assert found["seldom"].tolist() == [5.0]  # of two steps nothing can be left out
     assert rule.steps == 0
+
+
+def test_steps_that_wait_stay_with_the_rule_that_gathered_them(tmp_path: Path) -> None:
+    """Another one would count them, and not have them."""
+    here, other = joined(update="mean", mean_over=2), joined(update="trimmed", mean_over=3)
+    for number in (1, 2):
+        step(here, "a", number)
+        facts = {BELONGS: here.server.belongs(saved=True)}
+        check_session(facts, here.server.belongs(), tmp_path)
+        if number == 1:
+            with pytest.raises(ConfigError, match=r"another server.update than this run now has \(mean, not trimmed\)"):
+                check_session(facts, other.server.belongs(), tmp_path)
+            check_session(facts, other.server.belongs(), tmp_path, SERVED)  # which trains nothing
+        else:
+            check_session(facts, other.server.belongs(), tmp_path)  # nothing waits
 
 
 def test_nothing_may_be_left() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,50 +20,18 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from flexp.client.recut import PERSONAL
-from flexp.config import RunConfig
 from flexp.data.split import check_same
 from flexp.errors import ConfigError, StorageError
-from flexp.export.card import run_facts
 from flexp.export.opening import open_trained
 from flexp.export.saved import is_run, run_config
 from flexp.export.sealed import is_sealed, seal, unseal
 from flexp.export.trained import LAST, FromCheckpoint
 from flexp.files import replacing
-from flexp.kinds import ModelKind
-from flexp.methods.base import method_of
-from flexp.models.fingerprint import fingerprint
-from flexp.models.stage import Stage
+from flexp.run.belonging import MUST_MATCH, belonging, check_match
 from flexp.run.folder import is_client
 
 SCHEMA = 1
 KIND = "flexp personal state"
-
-MUST_MATCH = {
-    "fingerprint": "configuration of the model",
-    "weights": "pretrained model (its weights differ)",
-    "model_kind": "head",
-    "labels": "set of labels",
-    "method": "method.name",
-    "cut": "cut",
-    "tuning": "model.tuning",
-    "lora": "model.lora",
-    "train_embeddings": "model.train_embeddings",
-    "dtype": "model.dtype",
-    "optimizer": "train.personal.name",
-    "follow": "method.align.follow",
-    "pooling": "model.pooling",
-    "pool": "privacy.pool",
-    "template": "data.template",
-    "max_length": "data.max_length",
-}
-"""Facts in which a file and the run that it goes into must agree, and what each is called."""
-
-OLDER = {"follow": False}
-"""What files of older versions do not say, where all of them were so. Other facts that a file lacks are not compared: a
-backup must find back into its own run."""
-
-START = ("fingerprint", "weights", "model_kind", "labels", "tuning", "lora", "pooling", "pool")
-"""Of them, those that say what the weights mean: in these a file must agree where a newcomer only starts from it."""
 
 
 @dataclass(frozen=True)
@@ -146,48 +114,6 @@ def restore(file: Path, folder: Path, client: str | None = None, passphrase: str
     return found.facts | {"client": model.client, "into": number}
 
 
-def check_match(
-    saved: Mapping[str, Any], there: Mapping[str, Any], keys: Sequence[str], file: object, folder: Path, mend: str
-) -> None:
-    """Refuse a file that differs from a run in one of ``keys``, of :data:`MUST_MATCH`.
-
-    Args:
-        saved: facts of the file.
-        there: of the run (:func:`belonging`).
-        mend: what to do about it.
-
-    Raises:
-        ConfigError: see above.
-    """
-    known = {**OLDER, **saved}
-    for key in keys:
-        if key in known and known[key] != there[key]:
-            raise ConfigError(
-                f"{file}: was saved with another {MUST_MATCH[key]} than {folder} has "
-                f"({_short(known[key])}, not {_short(there[key])}); {mend}"
-            )
-
-
-def belonging(config: RunConfig, source: Stage, kind: ModelKind, labels: list[str] | None) -> dict[str, Any]:
-    """What the states of a run's clients belong to, JSON-ready.
-
-    Args:
-        source: of the pretrained model, any part.
-    """
-    return run_facts(config, labels) | {
-        "fingerprint": fingerprint(source.model.config),
-        "weights": source.weights,
-        "model_kind": kind,
-        "train_embeddings": config.model.train_embeddings,
-        "optimizer": config.train.personal.name,
-        "follow": method_of(config).aligns and config.method.align.follow,
-        "pooling": config.model.pooling,
-        "pool": config.privacy.pool,
-        "template": config.data.template,
-        "max_length": config.data.max_length,
-    }
-
-
 def _facts(model: FromCheckpoint, cut: tuple[int, int]) -> dict[str, Any]:
     head = {"kind": KIND, "schema": SCHEMA, "client": model.client, "cut": list(cut)}
     return head | belonging(model.config, model.source(), model.kind, model.labels)
@@ -265,8 +191,3 @@ def _check_shapes(saved: Mapping[str, Tensor], fresh: Mapping[str, Tensor], file
         if other is None or (other.shape, other.dtype) != (value.shape, value.dtype):
             what = "is not in the file" if other is None else f"is {tuple(other.shape)}, not {tuple(value.shape)}"
             raise StorageError(f"{file}: does not fit this run's client: {name} {what}")
-
-
-def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."

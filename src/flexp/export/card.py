@@ -9,19 +9,16 @@ import functools
 import json
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from flexp._version import __version__
-from flexp.assets.registry import ASSETS, Asset
-from flexp.assets.store import PREFIX
 from flexp.config import RunConfig
 from flexp.kinds import KINDS
 from flexp.models.heads import AUTO
 from flexp.report import formats
+from flexp.run.belonging import origin, run_facts
 
 FILE = "flexp.json"
 SCHEMA = 1
@@ -54,33 +51,6 @@ def described(config: RunConfig, form: str, dtype: str, kind: str, labels: list[
         "data": {key: data[key] for key in TASK_KEYS},
         "source": origin(config.data.source),
     }
-
-
-def run_facts(config: RunConfig, labels: list[str] | None) -> dict[str, Any]:
-    """What an exported model and a backup both say of the run that they are from."""
-    return {
-        "flexp": __version__,
-        "run": config.name,
-        "seed": config.seed,
-        "model": origin(config.model.id),
-        "labels": labels,
-        "method": config.method.name,
-        "tuning": config.model.tuning,
-        "lora": config.model.lora.model_dump(mode="json") if config.model.tuning == "lora" else None,
-        "dtype": config.model.dtype,
-    }
-
-
-def origin(name: str) -> dict[str, str | None]:
-    """Name, address and licence of a model or of data, as far as the registry of assets knows them.
-
-    Of a local file or folder only its own name is told.
-    """
-    asset: Asset | None = ASSETS.get(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else None
-    if asset is not None:
-        return {"name": name, "address": asset.source, "licence": asset.licence}
-    shown = Path(name).name if Path(name).is_absolute() or Path(name).exists() else name
-    return {"name": shown or name, "address": None, "licence": None}
 
 
 def card(facts: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ read, and nobody's data but for scores.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from flexp.models.anatomy import Part, block_count
 from flexp.models.loading import load_config
 from flexp.models.stage import Stage
 from flexp.report.metrics import read
+from flexp.run.belonging import check_pretrained
 from flexp.run.folder import check_scored, is_client, read_facts
 from flexp.run.server import make_server
 from flexp.run.settle import load_part, model_folder, own_pad, settle_client
@@ -112,7 +114,10 @@ class ClientModel(FromCheckpoint):
     def stage(self, part: Part) -> Stage:
         """A part of the pretrained model as the client itself would load it; nothing of it is trained."""
         pad = own_pad(self.kind, self.processor)
-        return load_part(self.config, model_folder(self.config), self.kind, self.labels, pad, part)
+        stage = load_part(self.config, model_folder(self.config), self.kind, self.labels, pad, part)
+        with suppress(StorageError):  # all of its snapshots are gone, and a backup says by itself what it is of
+            check_pretrained(self.checkpoint.facts, stage, self.folder)
+        return stage
 
     def source(self) -> Stage:
         """Its ends, without any block."""

@@ -23,6 +23,7 @@ from flexp.models.anatomy import check_cut
 from flexp.report.progress import Progress
 from flexp.report.summary import aggregate
 from flexp.run import runner
+from flexp.run.belonging import START, belonging, check_match
 from flexp.run.folder import JOINED, JOINED_SCHEMA
 from flexp.run.settle import joined_world
 
@@ -152,9 +153,9 @@ def _of_client(run: SavedRun, item: str, passphrase: str | None) -> dict[str, Te
         )
     found = backup.read(Path(item), passphrase)
     task = run.world.federation.task
-    there = backup.belonging(run.config, run.world.source, task.model_kind, task.label_names)
+    there = belonging(run.config, run.world.source, task.model_kind, task.label_names)
     mend = "start from parts that were trained alike, or from pretrained"
-    backup.check_match(found.facts, there, backup.START, f"--start {item}", run.folder, mend)
+    check_match(found.facts, there, START, f"--start {item}", run.folder, mend)
     return _of_server(run) | found.weights
 
 

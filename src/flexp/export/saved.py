@@ -26,6 +26,7 @@ from flexp.methods.split import Split
 from flexp.models.stage import Stage
 from flexp.report.metrics import read
 from flexp.report.summary import Scores, best_round, picked_on, scores_by_round
+from flexp.run.belonging import check_pretrained
 from flexp.run.costs import MemoryProbes
 from flexp.run.folder import check_scored, is_client
 from flexp.run.participants import place
@@ -60,7 +61,9 @@ class SavedRun:
 
         Raises:
             StorageError: the checkpoint is damaged or does not fit.
+            ConfigError: the pretrained model is another one by now.
         """
+        check_pretrained(self.checkpoint.facts, self.world.source, self.folder)
         state = {party: self.checkpoint.load(party) for party in self.checkpoint.files}
         method = method_of(self.config)(self.world)
         odd = sorted(method.state().keys() ^ state.keys())

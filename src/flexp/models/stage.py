@@ -18,6 +18,7 @@ from flexp.models import execution
 from flexp.models.anatomy import Anatomy, Part, dissect, prune
 from flexp.models.batches import NOT_FOR_BLOCKS, USUAL, check_padding, for_blocks, longest_exact
 from flexp.models.execution import Absent, ExecutionPlan, ZeroPatches
+from flexp.models.fingerprint import fingerprint
 from flexp.models.losses import give_loss
 from flexp.models.quantized import scales
 from flexp.models.stored import stored
@@ -133,6 +134,11 @@ class Stage:
             key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
             for key, value in inputs.items()
         }
+
+    @property
+    def pretrained(self) -> dict[str, str | None]:
+        """Which pretrained model it is of, as far as that is known: hashes of its configuration and of its weights."""
+        return {"fingerprint": fingerprint(self.model.config), "weights": self.weights}
 
     @property
     def blocks(self) -> nn.ModuleList:

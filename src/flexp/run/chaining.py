@@ -20,6 +20,7 @@ from flexp.links.messages import Join
 from flexp.models.anatomy import block_count, check_cut
 from flexp.models.fingerprint import fingerprint
 from flexp.models.loading import load_config
+from flexp.run.belonging import BELONGS, check_session
 from flexp.run.conduct import run_name
 from flexp.run.party import patiently
 from flexp.run.store import Store
@@ -41,13 +42,16 @@ class Kept:
         store.keep = None  # which go the first server says, so that all keep the same ones
         self._server, self._store, self._say = server, store, say
         newest = store.newest_whole(quarantine=True)
+        if newest is not None:
+            check_session(newest.facts, server.belongs(), store.folder)
         self.run = "" if newest is None else str(newest.facts["run"])
         self.numbers: Sequence[int] = store.numbers()
 
     def keep(self, number: int, run: str, held: Collection[int]) -> None:
         try:
             state = self._server.state(unfinished=True)
-            self._store.save(number, {"server": state}, {"run": run, "updates": self._server.updates})
+            facts = {"run": run, "updates": self._server.updates, BELONGS: self._server.belongs(saved=True)}
+            self._store.save(number, {"server": state}, facts)
             self._store.only({number, *held})
         except StorageError as error:  # the first server is told which there are
             self._say(f"snapshot {number} was not saved: {error}")

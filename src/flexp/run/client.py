@@ -19,7 +19,7 @@ from flexp.client.trainer import Trainer
 from flexp.client.watching import Watch
 from flexp.config import CodecConfig, DeploymentConfig, PrivacyConfig
 from flexp.data.split import check_same
-from flexp.errors import ConfigError, LinkError, LinkLostError, StoppedError
+from flexp.errors import ConfigError, FlexpError, LinkLostError, StoppedError
 from flexp.files import check_free, read_json, write_json
 from flexp.gaussian import kept_key
 from flexp.links.base import Link
@@ -91,7 +91,7 @@ def run_client(
             return reach() if audit is None else audit.watched(reach())
 
         try:
-            join = partial(setup.join, numbering=facts.get("numbering"), codec=codec, key=_key(setup, state))
+            join = partial(setup.join, newest=newest, codec=codec, key=_key(setup, state))
             trainer, model = _joined(join, reached, deployment.patience, progress.note, stop)
         except StoppedError as error:
             progress.note(f"{name}: {error}")
@@ -199,7 +199,7 @@ def _joined(
         try:
             link = reach()
             return join(link)
-        except LinkError as error:
+        except FlexpError as error:
             if link is not None:
                 link.close()  # a client has one stream at a time
             if isinstance(error, LinkLostError) and not told:

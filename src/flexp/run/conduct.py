@@ -15,6 +15,7 @@ from flexp.files import read_json, write_json
 from flexp.links.messages import Order, Ready
 from flexp.links.passing import Keep
 from flexp.methods.turns import Place, steps_before
+from flexp.run.belonging import BELONGS, check_session
 from flexp.run.store import Store
 
 if TYPE_CHECKING:
@@ -99,6 +100,8 @@ class Conductor:
                 f"({_shown(now)}): after the last meeting there are no more rounds; set train.rounds, "
                 "train.steps_per_round and method.meet.on as they were, or begin anew"
             )
+        if snapshots is not None:
+            check_session(saved, self.server.belongs(), snapshots.folder)
         self.over = self.server.sealed = is_over(saved, train)
         if self.order and not self.over and saved.get("order", self.order) != self.order:
             raise ConfigError(
@@ -220,6 +223,7 @@ class Conductor:
             "planned": self.train.total_steps,
             "gatherings": self._gatherings_said[: self._held],
             "order": self.order,
+            BELONGS: self.server.belongs(saved=True),
         }
         chain = self.server.chain
         try:

@@ -21,6 +21,7 @@ from flexp.links.messages import Order, Ready
 from flexp.report.metrics import Record
 from flexp.report.summary import VALIDATION
 from flexp.rng import RandomStream
+from flexp.run.belonging import BELONGS
 from flexp.run.conduct import ENDED
 from flexp.run.diary import Diary, ended, may_be_last
 from flexp.run.gathering import Gathering
@@ -69,7 +70,7 @@ class Party:
         self.snapshots, self.diary = snapshots, diary
         self._stop = threading.Event()
         self.scores: dict[str, float] = {}
-        self._run, self._patience = run, patience
+        self._run, self._patience, self._belongs = run, patience, setup.belonging(self.model.stage)
         self._mover, self._tell_cut, self._first_round = mover, tell_cut, first_round
         self._facts: dict[str, float] = {}
         self._validated = validated or {}
@@ -113,6 +114,7 @@ class Party:
             "cut": list(self.model.cut),
             "met": self._gathering.met,
             "data": self.setup.identity,
+            BELONGS: self._belongs,
         }
         try:
             state = {party_of(self.data.name): party_state(self.trainer)}

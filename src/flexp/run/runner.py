@@ -38,6 +38,7 @@ from flexp.report.summary import (
 from flexp.report.tensorboard import writer_of
 from flexp.rng import generator
 from flexp.run.audited import WATCHED, conclude, public_of
+from flexp.run.belonging import BELONGS, belonging, check_session
 from flexp.run.costs import MemoryProbes
 from flexp.run.diary import Diary, ended, may_be_last
 from flexp.run.folder import AUDIT, MEND, check_length, data_of, is_joined, said, saved_facts
@@ -178,7 +179,12 @@ class _Run:
             watchable(method)  # before anything is trained
             self.public = public_of(self.config)
         self.store = Store(out / CHECKPOINTS)
-        self.facts = {"data": data_of(world.federation), "rounds": self.config.train.rounds}
+        task = world.federation.task
+        self.facts: dict[str, Any] = {
+            "data": data_of(world.federation),
+            "rounds": self.config.train.rounds,
+            BELONGS: belonging(self.config, world.source, task.model_kind, task.label_names),
+        }
         self.names = [client.name for client in world.federation.clients]
         self.everybody = sample(world.federation.test, self.config.evaluation.global_examples, self.config.seed)
         self.scoring = scored_rounds(self.config.train, self.config.evaluation.every)
@@ -335,6 +341,7 @@ class _Run:
         if not self.store.numbers():
             return 0
         number = max(self.store.numbers())
+        check_session(self.store.open(number).facts, self.facts[BELONGS], self.out)
         self.method.load(self.store.load(number))
         return number + 1
 

@@ -27,6 +27,7 @@ from flexp.methods.base import deployed
 from flexp.methods.turns import schedule
 from flexp.models.anatomy import block_count
 from flexp.models.loading import load_config
+from flexp.run.belonging import BELONGS, PRETRAINED, SERVED, SESSION, check_session
 from flexp.run.chaining import own_blocks, shared_blocks
 from flexp.run.conduct import Conductor, run_name
 from flexp.run.deterministic import Deterministic
@@ -207,7 +208,7 @@ def run_server(
     if store is not None:
         store.claim()
         if store.numbers():
-            load(server, store)
+            load(server, store, trains=not frozen)
             say(f"going on from {state}: {server.updates} updates of the shared blocks so far")
     if frozen:
         if store is not None and not store.numbers():
@@ -307,16 +308,22 @@ def save(server: Server, store: Store) -> None:
         LinkError: steps are unfinished.
     """
     number = max(store.numbers(), default=0) + 1
-    store.save(number, {"server": server.state()}, {"updates": server.updates})
+    facts = {"updates": server.updates, BELONGS: server.belongs(saved=True)}
+    store.save(number, {"server": server.state()}, facts)
 
 
-def load(server: Server, store: Store) -> None:
+def load(server: Server, store: Store, *, trains: bool = True) -> None:
     """Go on from the newest that :func:`save` wrote, or from the server's part of a simulation's checkpoint.
 
     Raises:
         StorageError: it is damaged, or of another server.
+        ConfigError: it was trained in another pretrained model, or with another LoRA or optimiser.
     """
     newest = store.open(max(store.numbers()))
+    said, keys = newest.facts.get(BELONGS, {}), SESSION if trains else SERVED
+    if "model_kind" in said:  # a simulation's, whose tuning is that of its clients
+        keys = SERVED if said["tuning"] == server.tuning else PRETRAINED
+    check_session(newest.facts, server.belongs(), store.folder, keys)
     try:
         server.load(newest.load("server"))
     except KeyError as error:

@@ -37,9 +37,11 @@ from flexp.models.batches import max_positions
 from flexp.models.heads import trained_classes
 from flexp.models.loading import load_config, load_processor, load_stage
 from flexp.models.stage import Stage
+from flexp.run.belonging import belonging, check_session
 from flexp.run.folder import JOINED, JOINED_SCHEMA, is_joined
 from flexp.run.meetings import check_masks, with_meetings
 from flexp.run.privacy import base_notes, privacy_notes, within_label_bound
+from flexp.run.store import Checkpoint
 
 Federate = Callable[[DataConfig, Any, int, int | None, Sequence[str]], Federation]
 
@@ -252,12 +254,22 @@ class ClientSetup:
         tune_own(stage, self.config)
         return stage
 
+    def belonging(self, stage: Stage) -> dict[str, Any]:
+        """What the client's state belongs to, JSON-ready; ``stage``: its part of the model."""
+        task = self.run.federation.task
+        return belonging(self.config, stage, task.model_kind, task.label_names)
+
     def join(
-        self, link: Link, numbering: int | None = None, codec: CodecConfig | None = None, key: int | None = None
+        self,
+        link: Link,
+        newest: Checkpoint | None = None,
+        codec: CodecConfig | None = None,
+        key: int | None = None,
     ) -> tuple[Trainer, SplitModel]:
         """The client that a simulation of the run would have, loaded by itself and joined over ``link``.
 
         Args:
+            newest: its own snapshot, from which it is to go on.
             key: of its noise and of its labels' answers; ``None``: a secret one.
 
         Raises:
@@ -265,6 +277,10 @@ class ClientSetup:
             LinkError: the server refuses.
         """
         task, stage = self.run.federation.task, self.load(Part.client(self.cut, self.run.blocks))
+        numbering = None
+        if newest is not None:
+            check_session(newest.facts, self.belonging(stage), newest.place.parent)
+            numbering = newest.facts["numbering"]
         split = split_model(self.config, stage, self.cut, link, task.model_kind, codec=codec, numbering=numbering)
         return own_trainer(self.config, self.data, task, split, stage, key), split
 

@@ -140,6 +140,21 @@ class Server(Giving, Extending):
             clients_quantization=wanted.quantization,
         )
 
+    def belongs(self, *, saved: bool = False) -> dict[str, Any]:
+        """What its state belongs to, JSON-ready.
+
+        Args:
+            saved: for a state that is being saved, which says by what rule steps wait for an update if some do.
+        """
+        lora = self.lora if self.tuning == "lora" else None
+        found = {
+            **self.shared.stage.pretrained,
+            "tuning": self.tuning,
+            "lora": None if lora is None else lora.model_dump(mode="json"),
+            "shared_optimizer": self.shared.updater.config.name,
+        }
+        return found if saved and not self.shared.waiting else found | {"update": self.config.update}
+
     def connect(self, client: str) -> InProcessLink:
         """A link for ``client`` inside this process."""
         return InProcessLink(self, client)

@@ -218,6 +218,11 @@ class SharedBlocks:
             self._fingerprint = hashlib.blake2b("\n".join(found).encode(), digest_size=16).hexdigest()
         return self._fingerprint
 
+    @property
+    def waiting(self) -> int:
+        """Steps of clients that wait for an update."""
+        return self._gathered.steps
+
     def state(self) -> dict[str, Tensor]:
         """Weights, optimiser, and what the ``mean`` rule has gathered; nothing may be in flight that matters.
 
