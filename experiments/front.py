@@ -11,7 +11,7 @@ Two ways to give up some of what is personal, from 0, as the run left it, to 1:
   one model for all, as averaging the ends at the end of a run would leave.
 
 Printed: mean accuracy on clients' own test data and on everybody's, in percent, over the runs (with Student's 95 %
-interval where there are several).
+interval where there are several), and in brackets what is gained over 0, paired.
 """
 
 from __future__ import annotations
@@ -93,8 +93,10 @@ def main(*folders: str) -> None:
     torch.set_num_threads(1)
     runs = [points(Path(folder)) for folder in folders]
     for what, share in runs[0]:
-        own, everybody = ([run[what, share][side] for run in runs] for side in (0, 1))
-        print(f"{what} {share:4}  own {told(own)}  everybody's {told(everybody)}", flush=True)
+        sides = [[run[what, share][side] for run in runs] for side in (0, 1)]
+        gained = [[run[what, share][side] - run[what, 0.0][side] for run in runs] for side in (0, 1)]
+        own, everybody = (f"{told(values)} ({told(more)})" for values, more in zip(sides, gained, strict=True))
+        print(f"{what} {share:4}  own {own}  everybody's {everybody}", flush=True)
 
 
 if __name__ == "__main__":
