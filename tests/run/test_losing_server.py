@@ -65,7 +65,7 @@ class Session:
         self.server, self.state = InProcess(config, self.asked, folder / "server"), folder / "south"
         self.text = ""
 
-    def run(self, lost: type[Any] | None = None, step: int = 0) -> bool:
+    def run(self, lost: type[Any] | None = None, step: int = 0, cut: tuple[int, int] | None = None) -> bool:
         stop, links = threading.Event(), list[Lossy]()
 
         def reach() -> Link:
@@ -78,7 +78,7 @@ class Session:
 
         console = Console(file=io.StringIO(), width=400)
         try:
-            setup, codec = settle_client(self.config, "south", None), self.config.link.codec
+            setup, codec = settle_client(self.config, "south", cut), self.config.link.codec
             return run_client(setup, self.asked, reach, self.state, console=console, stop=stop, codec=codec)
         finally:
             self.text = console.file.getvalue()  # type: ignore[attr-defined]
@@ -143,3 +143,22 @@ def test_who_had_no_order_leaves_nothing_behind(folder: Path, tmp_path: Path) ->
     with pytest.raises(LinkError, match=r"could not be reached within 0\.3 s .*when it is back$"):
         session.run(Ready, 0)
     assert Store(session.state / "snapshots").numbers() == []
+
+
+def test_a_deterministic_run_takes_no_other_cut_whatever_the_clients_file_says(folder: Path, tmp_path: Path) -> None:
+    """And leaves what the client has as it is."""
+    session = Session(configured(folder), tmp_path, "deterministic")
+    session.asked = DeploymentConfig(save_every=100)  # of a client whose file says nothing of the schedule
+    assert session.run(Ready, 2) is False
+
+    def kept() -> list[bytes]:
+        files = [*(session.state / "snapshots").rglob("checkpoint*/*"), session.state / "client.json"]
+        return [file.read_bytes() for file in sorted(files)]
+
+    before = kept()
+    with pytest.raises(
+        LinkError, match=r"another cut than in its snapshots.*in a free run only; start it with the cut"
+    ):
+        session.run(cut=(3, 4))
+    assert kept() == before
+    assert session.run()

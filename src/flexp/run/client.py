@@ -99,9 +99,10 @@ def run_client(
         if audit is not None:
             audit.of(trainer)
         model.watch = Watch(lambda line: progress.note(f"{name}: {line}"))
-        write_facts(state, setup.data, federation, setup.cut)  # first: it says that what follows is this client's
-        parking = ParkedOnDisk(state / "parked", model.steps.numbering)
         moved = newest is not None and newest.facts["cut"] != list(setup.cut)
+        if not moved:  # or else when the server has taken it so
+            write_facts(state, setup.data, federation, setup.cut)  # first: it says that what follows is this client's
+        parking = ParkedOnDisk(state / "parked", model.steps.numbering)
         if newest is not None and moved:
             new = move_party(trainer, newest.load(party_of(name)), parking)
             progress.note(f"{name}: from cut {tuple(facts['cut'])} to {setup.cut}, {len(new)} parameters are new")
@@ -115,12 +116,11 @@ def run_client(
             run=str(facts.get("run", "")),
             patience=deployment.patience,
             mover=_mover(setup, trainer, parking) if recuts else None,
+            moved=newest.number if newest is not None and moved else None,
             validated=_validated(state / "metrics.jsonl", federation.task.metric),
             tell_cut=lambda cut: write_facts(state, setup.data, federation, cut),
             first_round=(lambda: None) if audit is None else audit.attack,
         )
-        if newest is not None and moved:  # or the server, going back to that snapshot, would undo it
-            party.save(newest.number)
         write_json(state / "config.json", setup.run.config.resolved())
         try:
             with stopped_by_signal(stop) as stopped:

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 ENDED = "ended"
 """Among what a client tells: it stops before its last step, since it gets no better on its validation data."""
 
+MOVED = "moved"
+"""Likewise: it has another cut than in its newest snapshot."""
+
 NAME = "run.json"
 Say = Callable[[str], None]
 TOLD = ("loss", "lr", "score", "seconds", "bytes_up", "bytes_down", "waited_seconds", "compute_seconds")

@@ -22,7 +22,7 @@ from flexp.report.metrics import Record
 from flexp.report.summary import VALIDATION
 from flexp.rng import RandomStream
 from flexp.run.belonging import BELONGS
-from flexp.run.conduct import ENDED
+from flexp.run.conduct import ENDED, MOVED
 from flexp.run.diary import Diary, ended, may_be_last
 from flexp.run.gathering import Gathering
 from flexp.run.judging import judge, judge_end
@@ -46,6 +46,7 @@ class Party:
         reach: gives a new link after the old one was lost.
         patience: seconds that it tries to reach the server again before it gives up.
         mover: moves the cut when the device changes; ``tell_cut`` is told it.
+        moved: the snapshot that the client goes on from with another cut, written anew when the server takes it so.
         first_round: called when that is over.
     """
 
@@ -60,6 +61,7 @@ class Party:
         run: str = "",
         patience: float = 300.0,
         mover: Mover | None = None,
+        moved: int | None = None,
         validated: dict[int, float | None] | None = None,
         tell_cut: Callable[[tuple[int, int]], None] = lambda _: None,
         first_round: Callable[[], None] = lambda: None,
@@ -71,7 +73,8 @@ class Party:
         self._stop = threading.Event()
         self.scores: dict[str, float] = {}
         self._run, self._patience, self._belongs = run, patience, setup.belonging(self.model.stage)
-        self._mover, self._tell_cut, self._first_round = mover, tell_cut, first_round
+        self._mover, self._moved_from = mover, moved
+        self._tell_cut, self._first_round = tell_cut, first_round
         self._facts: dict[str, float] = {}
         self._validated = validated or {}
         self._agreed: int | None = None  # the last snapshot that the server ordered, which others have as well
@@ -153,6 +156,7 @@ class Party:
             except LinkError:
                 self._keep()
                 raise
+            self._take_move()
             self._run, self._place = order.run, order.place
             if order.save is not None:
                 self.save(order.save)
@@ -267,6 +271,13 @@ class Party:
             self.save(self._place)
             self._tell_cut(self.model.cut)
 
+    def _take_move(self) -> None:
+        """The server has taken the client with another cut than it had: going back to that snapshot would undo it."""
+        if self._moved_from is not None:
+            number, self._moved_from = self._moved_from, None
+            self.save(number)
+            self._tell_cut(self.model.cut)
+
     def _evaluate(self, number: int) -> None:
         sides: dict[str, Scores] = {}
         size, extras = self.config.evaluation.batch_size, may_be_last(number, self.config.train)
@@ -356,6 +367,8 @@ class Party:
         }
         if open_ and ended(self._validated, self.config.train.early_stopping, self.task.higher_is_better):
             facts[ENDED] = 1.0
+        if self._moved_from is not None:
+            facts[MOVED] = 1.0
         if self.task.metric in self.scores and open_:
             facts["score"] = float(self.scores[self.task.metric])
         return facts
