@@ -29,7 +29,7 @@ from flexp.links.grpc import connect, serve
 from flexp.links.grpc.connecting import refusal
 from flexp.links.grpc.link import _Call
 from flexp.links.grpc.loop import background
-from flexp.links.messages import BackwardRequest, ForwardRequest
+from flexp.links.messages import AGAIN, BackwardRequest, ForwardRequest, Order, Ready
 from flexp.links.opening import connected, loopback
 from flexp.links.rules import Limits
 from flexp.rng import RandomStream
@@ -250,6 +250,47 @@ def test_a_late_answer_gives_the_link_up(monkeypatch: pytest.MonkeyPatch) -> Non
         with pytest.raises(LinkError, match=r"no answer to PullRequest within 0.3 s"):
             link.call(ForwardRequest(1, torch.zeros(1, 2, 32))).result(SOON)
         held.set()
+        link.close()
+
+
+class Waits:
+    """A conductor that lets clients wait; ``there``: whether it says so when it is asked again."""
+
+    def __init__(self, there: bool) -> None:
+        self.there, self.asked = there, list[Future[Order]]()
+
+    def ready(self, client: str, ready: Ready) -> Future[Order]:
+        if self.there and self.asked:
+            self.asked[-1].set_exception(LinkLostError(AGAIN))
+        self.asked.append(Future())
+        return self.asked[-1]
+
+    def gone(self, client: str) -> None:
+        pass
+
+    def dismiss(self, why: LinkError) -> None:
+        pass
+
+
+def test_whoever_waits_for_others_asks_again_over_the_same_link() -> None:
+    here = world("llama")
+    here.server.conductor = waits = Waits(there=True)
+    with serve(here.server) as serving:
+        link = connect(f"grpc://{serving.address}", "a", timeout=0.3)
+        here.client("a", (2, 4), link=link)
+        order = link.call(Ready(0))
+        with pytest.raises(TimeoutError):
+            order.result(1.5)
+        assert link.broken is None
+        assert len(waits.asked) >= 3
+        waits.asked[-1].set_result(Order("evaluate", "run", number=7))
+        assert order.result(SOON).number == 7
+        waits.asked.clear()
+        assert link.call(PullRequest(1, 2)).result(SOON).total > 0  # nothing is left over on the stream
+        waits.there = False
+        with pytest.raises(LinkError, match=r"no answer to Ready within 0.3 s"):
+            link.call(Ready(0)).result(SOON)
+        assert len(waits.asked) == 2
         link.close()
 
 

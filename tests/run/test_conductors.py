@@ -10,7 +10,7 @@ import pytest
 
 from flexp.client.meeting import Meets
 from flexp.config import OptimizerConfig, TrainConfig
-from flexp.errors import ConfigError, LinkError, StorageError
+from flexp.errors import ConfigError, LinkError, LinkLostError, StorageError
 from flexp.links.messages import Order, Ready
 from flexp.methods.turns import Place, gatherings, schedule, turns
 from flexp.run.deterministic import Deterministic
@@ -138,6 +138,24 @@ def test_in_a_free_run_a_client_waits_for_meetings_alone(tmp_path: Path) -> None
         heard = [(order.what, order.number) for order in word.heard if order.what != "stop"]
         assert heard == [("evaluate", 0), ("meet", 0), ("step", 0), ("step", 0), ("meet", 1), ("evaluate", 2)]
     assert conductor.finished
+
+
+def test_who_asks_again_while_it_waits_is_answered_once_more() -> None:
+    """Over the same link, to see whether the server is there: nothing is done twice."""
+    conductor = deterministic(None)
+    words = begun(conductor, 20)
+    late = next(word for word in words if word.waits is not None and not word.waits.done())
+    earlier, place = late.waits, conductor.place
+    late.say("run")
+    assert earlier is not None
+    with pytest.raises(LinkLostError, match="asked again since"):
+        earlier.result(0)
+    assert conductor.place == place
+    assert late.waits is not None
+    assert not late.waits.done()
+    talk(words)
+    assert conductor.finished
+    assert [word.steps for word in words] == [STEPS] * 3
 
 
 def test_all_meet_before_the_first_step_and_after_the_last() -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from flexp.config import TrainConfig
 from flexp.errors import ConfigError, LinkError, LinkLostError, StorageError
 from flexp.files import read_json, write_json
-from flexp.links.messages import Order, Ready
+from flexp.links.messages import AGAIN, Order, Ready
 from flexp.links.passing import Keep
 from flexp.methods.turns import Place, steps_before
 from flexp.run.belonging import BELONGS, check_session
@@ -188,7 +188,10 @@ class Conductor:
                 "the client another --state folder to begin anew, or start the server with that run's state"
             )
         member = self.members.setdefault(client, Member())
+        earlier = member.waits
         member.ready, member.waits = ready, Future()
+        if earlier is not None and earlier.set_running_or_notify_cancel():
+            earlier.set_exception(LinkLostError(AGAIN))
         return member, member.waits
 
     def dismiss(self, why: LinkError) -> None:
