@@ -272,7 +272,7 @@ class Ready(Request[Order]):
         saved: the steps that its newest snapshot has.
         facts: for the operator: losses, scores, seconds, bytes.
         met: the meetings and averages that it has been at.
-        planned: steps that the whole run has for it, by which its learning rate falls; 0: it does not fall.
+        planned: steps that the whole run has for it; 0: it does not say.
     """
 
     waits: ClassVar[bool] = True

@@ -179,8 +179,8 @@ class Conductor:
         steps = self.train.total_steps
         if ready.planned not in (0, steps):
             raise LinkError(
-                f"client {client} plans {ready.planned} steps, and this run has {steps}, so its learning rate "
-                "would fall at another time; set the same train.rounds and train.steps_per_round on both sides"
+                f"client {client} plans {ready.planned} steps, and this run has {steps}, so it would end, and its "
+                "learning rate fall, at another time; set the same train.rounds and train.steps_per_round on both sides"
             )
         if ready.run not in ("", self.run):
             raise LinkError(

@@ -209,8 +209,7 @@ class Party:
     def _next_order(self, done: int | None) -> Order | None:
         """The next order; ``None`` if the client is to stop meanwhile."""
         numbers = tuple(self.snapshots.numbers())
-        train = self.config.train
-        planned = 0 if train.personal.schedule == "constant" else train.total_steps
+        planned = self.config.train.total_steps
         steps, saved, met = self.trainer.steps, self._saved_steps, self._gathering.met
         ready = Ready(steps, done, self._run, numbers, saved, self._told(), planned, met)
         try:

@@ -1,4 +1,5 @@
-"""A client that waits for a server which has gone, and is stopped or gives up, keeps all that it has done."""
+"""A client that waits for a server which has gone, and is stopped or gives up, keeps all that it has done; and what a
+server refuses whose run is another one than the client means."""
 
 from __future__ import annotations
 
@@ -162,3 +163,16 @@ def test_a_deterministic_run_takes_no_other_cut_whatever_the_clients_file_says(f
         session.run(cut=(3, 4))
     assert kept() == before
     assert session.run()
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_another_number_of_steps_is_refused_before_the_first(folder: Path, tmp_path: Path, rounds: int) -> None:
+    """Also where no learning rate falls: after days of training it would be too late."""
+    session = Session(configured(folder), tmp_path, "free")
+    ours = session.config.train
+    assert ours.personal.schedule == "constant"
+    session.config = session.config.model_copy(update={"train": ours.model_copy(update={"rounds": rounds})})
+    with pytest.raises(LinkError, match=rf"client south plans {2 * rounds} steps, and this run has 4, so it would end"):
+        session.run()
+    assert session.server.server.shared.version == 0
+    assert Store(session.state / "snapshots").numbers() == []
