@@ -20,7 +20,7 @@ from flexp.client.watching import Watch
 from flexp.config import CodecConfig, DeploymentConfig, PrivacyConfig
 from flexp.data.split import check_same
 from flexp.errors import ConfigError, FlexpError, LinkLostError, StoppedError
-from flexp.files import check_free, read_json, write_json
+from flexp.files import read_json, write_json
 from flexp.gaussian import kept_key
 from flexp.links.base import Link
 from flexp.report.metrics import MetricsLog, write_records
@@ -28,7 +28,7 @@ from flexp.report.metrics import read as read_log
 from flexp.report.progress import Progress
 from flexp.report.summary import VALIDATION
 from flexp.run.diary import Diary, check_conducted
-from flexp.run.folder import is_client, told, write_facts
+from flexp.run.folder import check_state, told, write_facts
 from flexp.run.party import Party, patiently
 from flexp.run.settle import ClientSetup
 from flexp.run.store import SNAPSHOTS, Checkpoint, ParkedOnDisk, Store, party_of
@@ -65,8 +65,7 @@ def run_client(
     """
     config, name, federation = setup.config, setup.data.name, setup.run.federation
     check_conducted(config.train, deployment.schedule)
-    if not is_client(state):
-        check_free(state, ("config.json", "metrics.jsonl"), "a client", "--state")
+    check_state(state, server=False)
     _check_labels(state, config.privacy)
     snapshots = Store(state / SNAPSHOTS, deployment.keep)
     snapshots.claim()
