@@ -27,7 +27,7 @@ from flexp.links.emulated import EmulatedLink, Network
 from flexp.links.frames import CHUNK, VERSION, Frame, encode
 from flexp.links.grpc import connect, serve
 from flexp.links.grpc.connecting import refusal
-from flexp.links.grpc.link import _Call
+from flexp.links.grpc.link import _Call, last_part
 from flexp.links.grpc.loop import background
 from flexp.links.messages import AGAIN, BackwardRequest, ForwardRequest, Order, Ready
 from flexp.links.opening import connected, loopback
@@ -309,6 +309,20 @@ def test_a_server_that_goes_is_told_in_one_line() -> None:
     link.close()
     with pytest.raises(LinkError, match=f"the server at {address} cannot be reached"):
         connect(f"grpc://{address}", "a")
+
+
+@pytest.mark.parametrize(
+    ("details", "shown"),
+    [
+        ("all addresses; last error: UNKNOWN: ipv6:%5B::1%5D:7999: Failed to connect", "[::1]:7999: Failed to connect"),
+        ("ipv6:[fe80::1%25eth0]:7999: Failed", "[fe80::1%eth0]:7999: Failed"),
+        ("UNKNOWN: ipv4:127.0.0.1:7999: Failed", "UNKNOWN: 127.0.0.1:7999: Failed"),
+        ("ipv6:%5B::1%5D%0A:1", "[::1]\\x0a:1"),
+        ("100%25 of ipv6: none", "100%25 of ipv6: none"),
+    ],
+)
+def test_addresses_are_shown_as_they_are_written(details: str, shown: str) -> None:
+    assert last_part(details) == shown
 
 
 def test_a_fault_of_the_server_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

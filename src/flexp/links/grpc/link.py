@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
+from urllib.parse import unquote
 
 import grpc
 import torch
@@ -247,8 +248,10 @@ def _failed(error: LinkError) -> Future[Any]:
 
 
 def last_part(details: str | None) -> str:
-    """Of what gRPC says about a failed connection, the part that a reader can use."""
-    return re.sub(r"^.*last error: (UNKNOWN|UNAVAILABLE): ", "", plain(details or "no reason given"))
+    """Of what gRPC says about a failed connection, the part that a reader can use, with addresses as users write them
+    (``[::1]:7070``, not ``ipv6:%5B::1%5D:7070``)."""
+    said = re.sub(r"^.*last error: (UNKNOWN|UNAVAILABLE): ", "", plain(details or "no reason given"))
+    return re.sub(r"\bipv[46]:(?=\d|\[|%5B)(\S+)", lambda found: plain(unquote(found[1])), said)
 
 
 def reason(error: grpc.aio.AioRpcError, address: Address) -> str:
