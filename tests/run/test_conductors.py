@@ -362,6 +362,29 @@ def test_in_a_free_run_nobody_waits(tmp_path: Path) -> None:
     assert [order.number for order in words[2].heard if order.what == "evaluate"] == [0, 2]
 
 
+@pytest.mark.parametrize(
+    ("here", "says"),
+    [
+        (1, "a has done 2 steps, of which the shared blocks have the first 1: the other 1 were lost"),
+        (3, "a goes back to step 2: its steps up to 3 are answered again and not applied again"),
+        (2, ""),
+    ],
+)
+def test_in_a_free_run_it_is_said_what_was_lost_also_of_a_client_that_was_started_again(
+    tmp_path: Path, here: int, says: str
+) -> None:
+    conductor, said = free(tmp_path), list[str]()
+    conductor.say = said.append
+    conductor.server.clients["a"].progress.newest = here
+    word = Word("a", conductor)
+    word.kept = {0: (2, 0)}
+    word.say("run")
+    talk([word], 3)
+    assert word.heard[0].what == "restore"
+    assert len(said) == bool(says)
+    assert says in "".join(said)
+
+
 def test_everybody_is_in_step_where_all_save() -> None:
     places = schedule(NAMES, TrainConfig(rounds=2, steps_per_round=6, turn="round"), 0, 1, save_every=4)
     done = dict.fromkeys(NAMES, 0)
