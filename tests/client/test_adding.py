@@ -15,7 +15,7 @@ from torch import Tensor
 from flexp.client.adding import KEYS, LateError, OverLink, agree
 from flexp.client.closed_form import Discriminant, Statistics
 from flexp.config import MeetConfig
-from flexp.errors import ConfigError, LinkError
+from flexp.errors import ConfigError, LinkError, LinkLostError
 from flexp.links.asking import SumReply, SumRequest
 from flexp.links.base import Meter
 from flexp.links.sums import Sums
@@ -151,6 +151,17 @@ def test_the_lost_are_left_out_and_the_late_have_the_sum_with_their_own(masked: 
     assert waiting["a"]()["x"].tolist() == [2.0, 2.0]
     waiting = {name: adders[name].give(2, {"x": torch.ones(2)}) for name in ("c", "a", "b")}  # it is back
     assert waiting["a"]()["x"].tolist() == [3.0, 3.0]
+
+
+def test_who_asks_again_while_it_waits_has_the_sum_once() -> None:
+    table = SumTable()
+    table.open(["a", "b"])
+    given = SumRequest(0, torch.ones(2, dtype=torch.int64))
+    earlier, later = table.give("a", given), table.give("a", given)
+    with pytest.raises(LinkLostError, match="asked again since"):
+        earlier.result(0)
+    assert not later.done()
+    assert table.give("b", given).result(0).values_N.tolist() == later.result(0).values_N.tolist() == [2, 2]
 
 
 def test_who_comes_after_the_key_is_told(tmp_path: Path) -> None:

@@ -27,9 +27,9 @@ from flexp.links.emulated import EmulatedLink, Network
 from flexp.links.frames import CHUNK, VERSION, Frame, encode
 from flexp.links.grpc import connect, serve
 from flexp.links.grpc.connecting import refusal
-from flexp.links.grpc.link import _Call
+from flexp.links.grpc.link import _Call, last_part
 from flexp.links.grpc.loop import background
-from flexp.links.messages import BackwardRequest, ForwardRequest
+from flexp.links.messages import AGAIN, BackwardRequest, ForwardRequest, Order, Ready
 from flexp.links.opening import connected, loopback
 from flexp.links.rules import Limits
 from flexp.rng import RandomStream
@@ -253,6 +253,47 @@ def test_a_late_answer_gives_the_link_up(monkeypatch: pytest.MonkeyPatch) -> Non
         link.close()
 
 
+class Waits:
+    """A conductor that lets clients wait; ``there``: whether it says so when it is asked again."""
+
+    def __init__(self, there: bool) -> None:
+        self.there, self.asked = there, list[Future[Order]]()
+
+    def ready(self, client: str, ready: Ready) -> Future[Order]:
+        if self.there and self.asked:
+            self.asked[-1].set_exception(LinkLostError(AGAIN))
+        self.asked.append(Future())
+        return self.asked[-1]
+
+    def gone(self, client: str) -> None:
+        pass
+
+    def dismiss(self, why: LinkError) -> None:
+        pass
+
+
+def test_whoever_waits_for_others_asks_again_over_the_same_link() -> None:
+    here = world("llama")
+    here.server.conductor = waits = Waits(there=True)
+    with serve(here.server) as serving:
+        link = connect(f"grpc://{serving.address}", "a", timeout=0.3)
+        here.client("a", (2, 4), link=link)
+        order = link.call(Ready(0))
+        with pytest.raises(TimeoutError):
+            order.result(1.5)
+        assert link.broken is None
+        assert len(waits.asked) >= 3
+        waits.asked[-1].set_result(Order("evaluate", "run", number=7))
+        assert order.result(SOON).number == 7
+        waits.asked.clear()
+        assert link.call(PullRequest(1, 2)).result(SOON).total > 0  # nothing is left over on the stream
+        waits.there = False
+        with pytest.raises(LinkError, match=r"no answer to Ready within 0.3 s"):
+            link.call(Ready(0)).result(SOON)
+        assert len(waits.asked) == 2
+        link.close()
+
+
 def test_a_server_that_goes_is_told_in_one_line() -> None:
     here = world("llama")
     with serve(here.server) as serving:
@@ -268,6 +309,20 @@ def test_a_server_that_goes_is_told_in_one_line() -> None:
     link.close()
     with pytest.raises(LinkError, match=f"the server at {address} cannot be reached"):
         connect(f"grpc://{address}", "a")
+
+
+@pytest.mark.parametrize(
+    ("details", "shown"),
+    [
+        ("all addresses; last error: UNKNOWN: ipv6:%5B::1%5D:7999: Failed to connect", "[::1]:7999: Failed to connect"),
+        ("ipv6:[fe80::1%25eth0]:7999: Failed", "[fe80::1%eth0]:7999: Failed"),
+        ("UNKNOWN: ipv4:127.0.0.1:7999: Failed", "UNKNOWN: 127.0.0.1:7999: Failed"),
+        ("ipv6:%5B::1%5D%0A:1", "[::1]\\x0a:1"),
+        ("100%25 of ipv6: none", "100%25 of ipv6: none"),
+    ],
+)
+def test_addresses_are_shown_as_they_are_written(details: str, shown: str) -> None:
+    assert last_part(details) == shown
 
 
 def test_a_fault_of_the_server_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

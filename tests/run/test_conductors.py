@@ -10,7 +10,7 @@ import pytest
 
 from flexp.client.meeting import Meets
 from flexp.config import OptimizerConfig, TrainConfig
-from flexp.errors import ConfigError, LinkError, StorageError
+from flexp.errors import ConfigError, LinkError, LinkLostError, StorageError
 from flexp.links.messages import Order, Ready
 from flexp.methods.turns import Place, gatherings, schedule, turns
 from flexp.run.deterministic import Deterministic
@@ -138,6 +138,24 @@ def test_in_a_free_run_a_client_waits_for_meetings_alone(tmp_path: Path) -> None
         heard = [(order.what, order.number) for order in word.heard if order.what != "stop"]
         assert heard == [("evaluate", 0), ("meet", 0), ("step", 0), ("step", 0), ("meet", 1), ("evaluate", 2)]
     assert conductor.finished
+
+
+def test_who_asks_again_while_it_waits_is_answered_once_more() -> None:
+    """Over the same link, to see whether the server is there: nothing is done twice."""
+    conductor = deterministic(None)
+    words = begun(conductor, 20)
+    late = next(word for word in words if word.waits is not None and not word.waits.done())
+    earlier, place = late.waits, conductor.place
+    late.say("run")
+    assert earlier is not None
+    with pytest.raises(LinkLostError, match="asked again since"):
+        earlier.result(0)
+    assert conductor.place == place
+    assert late.waits is not None
+    assert not late.waits.done()
+    talk(words)
+    assert conductor.finished
+    assert [word.steps for word in words] == [STEPS] * 3
 
 
 def test_all_meet_before_the_first_step_and_after_the_last() -> None:
@@ -342,6 +360,29 @@ def test_in_a_free_run_nobody_waits(tmp_path: Path) -> None:
     talk(words)
     assert conductor.finished
     assert [order.number for order in words[2].heard if order.what == "evaluate"] == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("here", "says"),
+    [
+        (1, "a has done 2 steps, of which the shared blocks have the first 1: the other 1 were lost"),
+        (3, "a goes back to step 2: its steps up to 3 are answered again and not applied again"),
+        (2, ""),
+    ],
+)
+def test_in_a_free_run_it_is_said_what_was_lost_also_of_a_client_that_was_started_again(
+    tmp_path: Path, here: int, says: str
+) -> None:
+    conductor, said = free(tmp_path), list[str]()
+    conductor.say = said.append
+    conductor.server.clients["a"].progress.newest = here
+    word = Word("a", conductor)
+    word.kept = {0: (2, 0)}
+    word.say("run")
+    talk([word], 3)
+    assert word.heard[0].what == "restore"
+    assert len(said) == bool(says)
+    assert says in "".join(said)
 
 
 def test_everybody_is_in_step_where_all_save() -> None:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,7 +30,7 @@ from flexp.methods.base import deployed
 from flexp.report.metrics import read
 from flexp.run import runner
 from flexp.run.client import run_client
-from flexp.run.fleet import Fleet
+from flexp.run.fleet import LEFT, Fleet
 from flexp.run.gathering import Gathering
 from flexp.run.server import make_conductor, make_server
 from flexp.run.settle import settle, settle_client
@@ -113,6 +114,34 @@ def test_a_server_that_somebody_stops_is_no_end(folder: Path, tmp_path: Path, mo
     for client in made.clients.values():  # who never joined is not waited for before, and is now
         client.ended = True
     made.run()
+
+
+def test_a_client_that_leaves_is_started_again_unless_its_server_stops(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    made = Fleet(settle(configured(folder)), tmp_path / "out", restarts=2, say=said.append)
+    monkeypatch.setattr(
+        Fleet, "start_client", lambda self, name: setattr(self.clients[name], "starts", 1 + north.starts)
+    )
+    north = made.clients["north"]
+    north.starts, north.process = 1, SimpleNamespace(exitcode=LEFT)  # type: ignore[assignment]
+    for party, words in ((made.server, "flexp server: serving"), (north, "go on with the same command")):
+        party.log.parent.mkdir(parents=True)
+        party.log.write_text(f"flexp server: stopping\n{words}\n", encoding="utf-8")
+    made.server.said = len("flexp server: stopping\n")  # that was before it was started again
+    assert not made.watch()
+    assert not made.watch()
+    assert said == ["north left before the run was over; starting it again"] * 2
+    with pytest.raises(
+        FlexpError, match=r"north ended 3 times before the run was over: go on .*; to go on: flexp fleet with --out"
+    ):
+        made.watch()
+    made.server.log.write_text("flexp server: serving\nflexp server: stopping\n", encoding="utf-8")
+    made.server.said, north.starts = 0, 1
+    assert not made.watch()
+    assert north.starts == 1
+    assert not north.ended
 
 
 @pytest.mark.parametrize("how", ["plain", "mutual TLS"])

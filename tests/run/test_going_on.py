@@ -215,6 +215,27 @@ def test_a_state_that_cannot_be_written_is_refused_before_anything_is_joined(hom
     assert (home / "mine/metrics.jsonl").read_text() == "somebody's"
 
 
+@pytest.mark.parametrize("held", ["run.json", "checkpoint-00000003/checkpoint.json", "sums/run/1.safetensors"])
+def test_a_client_does_not_write_into_a_servers_state(home: Path, held: str) -> None:
+    (home / "run" / held).parent.mkdir(parents=True)
+    (home / "run" / held).write_text("a server's")
+    setup, taken = settle_client(config(home), "north", None), held.partition("/")[0]
+    with pytest.raises(ConfigError, match=f"run holds {taken}, which is not of a client; choose another --state"):
+        run_client(setup, DeploymentConfig(), lambda: pytest.fail("it has joined"), home / "run")
+    assert [path for path in (home / "run").rglob("*") if path.is_file()] == [home / "run" / held]
+
+
+@pytest.mark.parametrize("how", [["--model", "any"], ["--config", "run.toml"], ["--model", "any", "--frozen"]])
+@pytest.mark.parametrize("held", ["client.json", "snapshots/.lock"])
+def test_a_server_does_not_write_into_a_clients_state(tmp_path: Path, how: list[str], held: str) -> None:
+    (tmp_path / held).parent.mkdir(exist_ok=True)
+    (tmp_path / held).write_text("a client's")
+    caught = CliRunner().invoke(app, ["server", *how, "--state", str(tmp_path)]).exception
+    assert isinstance(caught, ConfigError)
+    assert f"holds {held.partition('/')[0]}, which is not of a server; choose another --state" in str(caught)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / held]
+
+
 def test_tensors_and_nested_values_count() -> None:
     def of(**example: Any) -> Any:
         return identity([ClientData("a", [example], [], [])], None)

@@ -17,7 +17,7 @@ from flexp.comparison.compare import plan
 from flexp.comparison.config import load
 from flexp.comparison.workers import Pool
 from flexp.run import runner
-from flexp.run.fleet import Fleet, Process, command
+from flexp.run.fleet import LEFT, Fleet, Process, command
 from flexp.run.processes import begin
 from flexp.run.settle import settle
 from tests.cli.test_commands import toml
@@ -65,6 +65,26 @@ def test_processes_that_are_killed(home: Path, tmp_path: Path, cached: bool) -> 
         made.stop(5)
     assert made.clients["west"].starts == made.server.starts == 2
     check(tmp_path / "sim", tmp_path / "fleet")
+
+
+def test_a_client_that_somebody_stops_is_started_again(home: Path, tmp_path: Path) -> None:
+    """SIGTERM, after which it saves and ends with no error; the others would wait for it for ever."""
+    said: list[str] = []
+    settings = config(home, train={"rounds": 2, "steps_per_round": 6, "batch_size": 2})
+    made = Fleet(settle(settings), tmp_path / "fleet", say=said.append)
+    made.start()
+    try:
+        until(lambda: sum(row["steps"] for row in made.results()) >= 6 or made.watch(), 120, 0.05)
+        party = made.clients["west"]
+        assert party.process is not None
+        party.process.terminate()
+        party.process.join()
+        assert party.code == LEFT
+        until(made.watch, 120, 0.05)
+    finally:
+        made.stop(5)
+    assert said == ["west left before the run was over; starting it again"]
+    assert [row["steps"] for row in made.results()] == [12] * 3
 
 
 def chained(made: Fleet, borders: list[int]) -> list[Process]:

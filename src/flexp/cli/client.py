@@ -24,6 +24,7 @@ def client(
     state: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where it saves, and goes on from; default: clients/NAME.")
     ] = None,
+    left_code: Annotated[int, typer.Option(hidden=True)] = 0,  # of one that leaves before the end: a fleet asks
     secured: Secured = SECURED,
     settings: Settings = None,
     device: Device = None,
@@ -68,6 +69,7 @@ def client(
     codec = setup.config.link.codec if coded else None  # who says nothing gets the network's default
     if not run_client(setup, deployment, reach, folder, codec=codec):
         typer.echo("go on with the same command")
+        raise typer.Exit(left_code)
 
 
 COMMANDS = {"client": client}

@@ -100,9 +100,13 @@ def server(
     from flexp.registry import VERIFIERS
     from flexp.run.chaining import PATIENCE, follows, take_place
     from flexp.run.conduct import Conductor
+    from flexp.run.folder import check_state
     from flexp.run.server import make_conductor, make_server, read_config, rise
     from flexp.server import Server
     from flexp.server.chain import PREVIOUS
+
+    if state is not None:
+        check_state(state, server=True)
 
     def say(line: str) -> None:
         typer.echo(f"flexp server: {plain(line)}")

@@ -185,9 +185,10 @@ class JoinedModel(PersonalModel):
         if self.stage.followed:
             self.pull(0, 1.0)
 
-    def go_on(self, steps: int) -> None:
-        """Be as after so many steps, whose state is loaded."""
-        self.steps.done = self._pulled = steps
+    def go_on(self, steps: int, *, pulled: bool = True) -> None:
+        """Be as after so many steps, whose state is loaded; ``pulled``: with what :meth:`after_step` does."""
+        self.steps.done = steps
+        self._pulled = steps if pulled else steps - 1
         self._coming = 0, {}
 
     def pull(self, step: int, share: float) -> None:

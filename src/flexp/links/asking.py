@@ -81,6 +81,7 @@ class SumRequest(Request[SumReply]):
     """
 
     trains: ClassVar[bool | None] = True
+    waits: ClassVar[bool] = True
 
     number: Count
     values_N: Annotated[Tensor | None, INTEGERS] = None

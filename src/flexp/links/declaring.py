@@ -76,11 +76,14 @@ class Request(Generic[Reply]):
         reply: the type of its answer.
         trains: whether the tensors of request and reply count as training's or evaluation's; ``None``: it has none.
         urgent: whether it leaves before requests that are not and have not begun to leave.
+        waits: whether its answer may take as long as other clients do. It may be asked again meanwhile: the server then
+            refuses the earlier one, and answers the later one.
     """
 
     reply: ClassVar[type[Any]]
     trains: ClassVar[bool | None] = None
     urgent: ClassVar[bool] = False
+    waits: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         (cls.reply,) = get_args(cls.__orig_bases__[0])  # type: ignore[attr-defined]

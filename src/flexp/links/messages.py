@@ -234,6 +234,10 @@ class Leave(Request[Done]):
     """The client goes; what it has in flight is dropped, and so are its caches."""
 
 
+AGAIN = "asked again since"
+"""Why a request that waits (:attr:`~flexp.links.declaring.Request.waits`) is refused that has come again."""
+
+
 @message
 class Order:
     """What a client does next.
@@ -268,8 +272,10 @@ class Ready(Request[Order]):
         saved: the steps that its newest snapshot has.
         facts: for the operator: losses, scores, seconds, bytes.
         met: the meetings and averages that it has been at.
-        planned: steps that the whole run has for it, by which its learning rate falls; 0: it does not fall.
+        planned: steps that the whole run has for it; 0: it does not say.
     """
+
+    waits: ClassVar[bool] = True
 
     steps: Integer
     done: Integer | None = None

@@ -20,7 +20,7 @@ from flexp.client.watching import Watch
 from flexp.config import CodecConfig, DeploymentConfig, PrivacyConfig
 from flexp.data.split import check_same
 from flexp.errors import ConfigError, FlexpError, LinkLostError, StoppedError
-from flexp.files import check_free, read_json, write_json
+from flexp.files import read_json, write_json
 from flexp.gaussian import kept_key
 from flexp.links.base import Link
 from flexp.report.metrics import MetricsLog, write_records
@@ -28,7 +28,7 @@ from flexp.report.metrics import read as read_log
 from flexp.report.progress import Progress
 from flexp.report.summary import VALIDATION
 from flexp.run.diary import Diary, check_conducted
-from flexp.run.folder import is_client, told, write_facts
+from flexp.run.folder import check_state, told, write_facts
 from flexp.run.party import Party, patiently
 from flexp.run.settle import ClientSetup
 from flexp.run.store import SNAPSHOTS, Checkpoint, ParkedOnDisk, Store, party_of
@@ -65,8 +65,7 @@ def run_client(
     """
     config, name, federation = setup.config, setup.data.name, setup.run.federation
     check_conducted(config.train, deployment.schedule)
-    if not is_client(state):
-        check_free(state, ("config.json", "metrics.jsonl"), "a client", "--state")
+    check_state(state, server=False)
     _check_labels(state, config.privacy)
     snapshots = Store(state / SNAPSHOTS, deployment.keep)
     snapshots.claim()
@@ -99,9 +98,10 @@ def run_client(
         if audit is not None:
             audit.of(trainer)
         model.watch = Watch(lambda line: progress.note(f"{name}: {line}"))
-        write_facts(state, setup.data, federation, setup.cut)  # first: it says that what follows is this client's
-        parking = ParkedOnDisk(state / "parked", model.steps.numbering)
         moved = newest is not None and newest.facts["cut"] != list(setup.cut)
+        if not moved:  # or else when the server has taken it so
+            write_facts(state, setup.data, federation, setup.cut)  # first: it says that what follows is this client's
+        parking = ParkedOnDisk(state / "parked", model.steps.numbering)
         if newest is not None and moved:
             new = move_party(trainer, newest.load(party_of(name)), parking)
             progress.note(f"{name}: from cut {tuple(facts['cut'])} to {setup.cut}, {len(new)} parameters are new")
@@ -115,12 +115,11 @@ def run_client(
             run=str(facts.get("run", "")),
             patience=deployment.patience,
             mover=_mover(setup, trainer, parking) if recuts else None,
+            moved=newest.number if newest is not None and moved else None,
             validated=_validated(state / "metrics.jsonl", federation.task.metric),
             tell_cut=lambda cut: write_facts(state, setup.data, federation, cut),
             first_round=(lambda: None) if audit is None else audit.attack,
         )
-        if newest is not None and moved:  # or the server, going back to that snapshot, would undo it
-            party.save(newest.number)
         write_json(state / "config.json", setup.run.config.resolved())
         try:
             with stopped_by_signal(stop) as stopped:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from flexp.config import TrainConfig
 from flexp.errors import ConfigError, LinkError, LinkLostError, StorageError
 from flexp.files import read_json, write_json
-from flexp.links.messages import Order, Ready
+from flexp.links.messages import AGAIN, Order, Ready
 from flexp.links.passing import Keep
 from flexp.methods.turns import Place, steps_before
 from flexp.run.belonging import BELONGS, check_session
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 ENDED = "ended"
 """Among what a client tells: it stops before its last step, since it gets no better on its validation data."""
+
+MOVED = "moved"
+"""Likewise: it has another cut than in its newest snapshot."""
 
 NAME = "run.json"
 Say = Callable[[str], None]
@@ -176,8 +179,8 @@ class Conductor:
         steps = self.train.total_steps
         if ready.planned not in (0, steps):
             raise LinkError(
-                f"client {client} plans {ready.planned} steps, and this run has {steps}, so its learning rate "
-                "would fall at another time; set the same train.rounds and train.steps_per_round on both sides"
+                f"client {client} plans {ready.planned} steps, and this run has {steps}, so it would end, and its "
+                "learning rate fall, at another time; set the same train.rounds and train.steps_per_round on both sides"
             )
         if ready.run not in ("", self.run):
             raise LinkError(
@@ -185,7 +188,10 @@ class Conductor:
                 "the client another --state folder to begin anew, or start the server with that run's state"
             )
         member = self.members.setdefault(client, Member())
+        earlier = member.waits
         member.ready, member.waits = ready, Future()
+        if earlier is not None and earlier.set_running_or_notify_cancel():
+            earlier.set_exception(LinkLostError(AGAIN))
         return member, member.waits
 
     def dismiss(self, why: LinkError) -> None:

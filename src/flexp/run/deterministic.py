@@ -18,7 +18,7 @@ from itertools import accumulate
 from flexp.errors import LinkError, StorageError
 from flexp.links.messages import Order, Ready
 from flexp.methods.turns import GATHER, Place
-from flexp.run.conduct import ENDED, Conductor
+from flexp.run.conduct import ENDED, MOVED, Conductor
 
 
 @dataclass(eq=False)
@@ -68,6 +68,11 @@ class Deterministic(Conductor):
             raise LinkError(
                 f"client {client} stops early (train.early_stopping), and in a deterministic run nobody stops before "
                 'the others: leave it out, or set deployment.schedule = "free" at the server'
+            )
+        if ready.facts.get(MOVED):
+            raise LinkError(
+                f"client {client} has another cut than in its snapshots, and a cut may change between sessions in a "
+                "free run only; start it with the cut that it had (cut in the client.json of its --state)"
             )
         _, future = self.come(client, ready)
         if self._begun and ready.done is None:

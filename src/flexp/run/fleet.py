@@ -27,11 +27,15 @@ from flexp.signals import interrupted_by_term
 
 Say = Callable[[str], None]
 ADDRESS = re.compile(r"serving blocks \[.*\) at (\S+)")
+STOPPING = re.compile(r"^flexp server: stopping$", re.MULTILINE)
+LEFT = 3
+"""What a client is to end with that leaves before the run is over: whoever sent it a signal did not end the run."""
 
 
 @dataclass
 class Process:
-    """One party of the run as a process: what it is started with, and how often it had to be started."""
+    """One party of the run as a process: what it is started with, how often it had to be started, and where in its log
+    the last start begins."""
 
     name: str
     arguments: list[str]
@@ -39,10 +43,12 @@ class Process:
     process: BaseProcess | None = None
     starts: int = 0
     ended: bool = False
+    said: int = 0
 
     def start(self, threads: int) -> None:
         """Start it, or start it again. The fleet itself passes signals on."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
+        self.said = self.log.stat().st_size if self.log.exists() else 0
         self.process = begin(command, self.arguments, log=self.log, threads=threads, alone=True)
         self.starts += 1
 
@@ -50,6 +56,11 @@ class Process:
     def code(self) -> int | None:
         """What its process ended with; ``None`` while it runs, or if it was never started."""
         return None if self.process is None else self.process.exitcode
+
+    @property
+    def words(self) -> str:
+        """What it has said since it was started last."""
+        return self.log.read_bytes()[self.said :].decode(errors="replace")
 
     def last_words(self) -> str:
         """The last line of its log."""
@@ -120,11 +131,9 @@ class Fleet:
             "server", "--config", str(self._file), "--state", str(self.out / "server"), *self.blocks,
             "--listen", self.address or listen, "--every", "5",
         ]  # fmt: skip
-        before = self.server.log.stat().st_size if self.server.log.exists() else 0
         self.server.start(self.threads)
         while True:
-            text = self.server.log.read_bytes()[before:].decode(errors="replace")
-            found = ADDRESS.search(text)
+            found = ADDRESS.search(self.server.words)
             if found:
                 self.address = found[1]
                 return
@@ -137,7 +146,7 @@ class Fleet:
         party = self.clients[name]
         party.arguments = [
             "client", "--config", str(self._file), "--server", self.way or self.address, "--name", name,
-            "--state", str(self.folder(name)),
+            "--state", str(self.folder(name)), "--left-code", str(LEFT),
         ]  # fmt: skip
         party.start(self.threads)
 
@@ -148,10 +157,10 @@ class Fleet:
             self.start_client(name)
 
     def watch(self) -> bool:
-        """See who has ended and start again who fell; gives whether all is over.
+        """See who has ended and start again who fell, or left before the run was over; gives whether all is over.
 
         Raises:
-            FlexpError: somebody fell too often.
+            FlexpError: somebody did so too often.
         """
         for party in (self.server, *self.clients.values()):
             if party.ended or party.code is None:
@@ -159,9 +168,17 @@ class Fleet:
             if party.code == 0:
                 party.ended = True
                 continue
+            left = party.code == LEFT and party is not self.server
+            if left and STOPPING.search(self.server.words):  # which has told it to leave
+                continue
             if party.starts > self.restarts:
-                raise FlexpError(f"{party.name} ended {party.starts} times with an error: {party.last_words()}")
-            self.say(f"{party.name} ended with code {party.code}; starting it again")
+                how = "before the run was over" if left else "with an error"
+                raise FlexpError(
+                    f"{party.name} ended {party.starts} times {how}: {party.last_words()}; to go on: flexp fleet with "
+                    f"--out {self.out}"
+                )
+            how = "left before the run was over" if left else f"ended with code {party.code}"
+            self.say(f"{party.name} {how}; starting it again")
             self.start_server() if party is self.server else self.start_client(party.name)
         return (self.server.ended or self._stays) and all(party.ended for party in self.clients.values())
 

@@ -13,9 +13,9 @@ from flexp.config import RunConfig
 from flexp.data.split import Identity, check_same, identity, of_client
 from flexp.data.types import ClientData, Federation
 from flexp.errors import ConfigError, StorageError
-from flexp.files import read_json, write_json
+from flexp.files import check_free, read_json, write_json
 from flexp.report.summary import UNKNOWN
-from flexp.run.store import CHECKPOINTS, Store
+from flexp.run.store import CHECKPOINTS, SNAPSHOTS, Store
 
 FILE = "client.json"
 SCHEMA = 1
@@ -29,6 +29,22 @@ AUDIT = "audit.json"
 def is_client(folder: Path) -> bool:
     """Whether ``folder`` is what ``flexp client`` leaves."""
     return (folder / FILE).is_file()
+
+
+def check_state(folder: Path, *, server: bool) -> None:
+    """Refuse, before anything is written, to keep a server's state where a client's is, or the other way round.
+
+    Raises:
+        ConfigError: see above.
+    """
+    if server:
+        if folder.is_file():
+            return  # what an older version kept, which says so itself
+        check_free(folder, (FILE, "config.json", "metrics.jsonl", SNAPSHOTS), "a server", "--state")
+    elif not is_client(folder):
+        checkpoints = sorted(found.name for found in folder.glob("checkpoint-*"))[:1]
+        taken = ("config.json", "metrics.jsonl", "run.json", "sums", *checkpoints)
+        check_free(folder, taken, "a client", "--state")
 
 
 def is_joined(folder: Path) -> bool:

@@ -23,9 +23,10 @@ MOST_STEPS = 8
 
 @dataclass
 class _Told:
-    """What a client was told: the newest snapshot, and which rounds it has scored."""
+    """What a client was told: the newest snapshot, which rounds it has scored, and whether it is just going back."""
 
     snapshot: int = -1
+    back: bool = False
     scored: set[int] = field(default_factory=set)
 
 
@@ -66,6 +67,7 @@ class Free(Conductor):
         self.server.sums.past(client, [(place.what, place.number) for place in self._gatherings[: ready.met]])
         told = self._told.setdefault(client, _Told())
         if ready.done is None and not ready.steps and ready.snapshots and ready.run:
+            told.back = True
             member.answer(Order("restore", self.run, self._number, max(ready.snapshots)))
             return future
         here = self.server.clients[client].progress.newest
@@ -76,7 +78,8 @@ class Free(Conductor):
                 f"client {client}: the run {self.run} is over, and the client has done {ready.steps} of its "
                 f"{self.train.total_steps} steps; give it the --state folder that it had in this run"
             )
-        if ready.done is None:
+        if ready.done is None or told.back:
+            told.back = False
             self._compare(client, ready, here)
         self.server.keep_answers_after(client, ready.saved)
         self._save_if_due()

@@ -22,7 +22,7 @@ from flexp.report.metrics import Record
 from flexp.report.summary import VALIDATION
 from flexp.rng import RandomStream
 from flexp.run.belonging import BELONGS
-from flexp.run.conduct import ENDED
+from flexp.run.conduct import ENDED, MOVED
 from flexp.run.diary import Diary, ended, may_be_last
 from flexp.run.gathering import Gathering
 from flexp.run.judging import judge, judge_end
@@ -46,6 +46,7 @@ class Party:
         reach: gives a new link after the old one was lost.
         patience: seconds that it tries to reach the server again before it gives up.
         mover: moves the cut when the device changes; ``tell_cut`` is told it.
+        moved: the snapshot that the client goes on from with another cut, written anew when the server takes it so.
         first_round: called when that is over.
     """
 
@@ -60,6 +61,7 @@ class Party:
         run: str = "",
         patience: float = 300.0,
         mover: Mover | None = None,
+        moved: int | None = None,
         validated: dict[int, float | None] | None = None,
         tell_cut: Callable[[tuple[int, int]], None] = lambda _: None,
         first_round: Callable[[], None] = lambda: None,
@@ -71,7 +73,8 @@ class Party:
         self._stop = threading.Event()
         self.scores: dict[str, float] = {}
         self._run, self._patience, self._belongs = run, patience, setup.belonging(self.model.stage)
-        self._mover, self._tell_cut, self._first_round = mover, tell_cut, first_round
+        self._mover, self._moved_from = mover, moved
+        self._tell_cut, self._first_round = tell_cut, first_round
         self._facts: dict[str, float] = {}
         self._validated = validated or {}
         self._agreed: int | None = None  # the last snapshot that the server ordered, which others have as well
@@ -87,21 +90,21 @@ class Party:
         """Obey until the run is over, ``stop`` is set or the server stops, then save; gives whether the run is over.
 
         Raises:
-            LinkError: the server refuses, or cannot be reached any more.
+            LinkError: the server refuses, or cannot be reached any more; what is done is saved.
             TrainingError: a loss is not finite.
         """
         self._stop = stop
-        while True:
-            try:
-                return self._obey()
-            except StoppedError as error:
-                return self._dismissed(error)
-            except LinkLostError as error:
-                self.diary.note(f"{error}; trying again")
+        try:
+            while True:
                 try:
+                    return self._obey()
+                except StoppedError:
+                    raise
+                except LinkLostError as error:
+                    self.diary.note(f"{error}; trying again")
                     self._reconnect(error)
-                except StoppedError as stopped:
-                    return self._dismissed(stopped)
+        except StoppedError as error:
+            return self._dismissed(error)
 
     def save(self, number: int) -> None:
         """Write a snapshot, in place of one that has the same number; that the disk is full is told, and an error only
@@ -113,6 +116,7 @@ class Party:
             "steps": self.trainer.steps,
             "cut": list(self.model.cut),
             "met": self._gathering.met,
+            "pull": self._pull_due,
             "data": self.setup.identity,
             BELONGS: self._belongs,
         }
@@ -142,10 +146,17 @@ class Party:
     def _obey(self) -> bool:
         done: int | None = None
         while not self._stop.is_set():
-            order = self._next_order(done)
-            if order is None:
-                break
-            self._judge(order)
+            try:
+                order = self._next_order(done)
+                if order is None:
+                    break
+                self._judge(order)
+            except LinkLostError:
+                raise
+            except LinkError:
+                self._keep()
+                raise
+            self._take_move()
             self._run, self._place = order.run, order.place
             if order.save is not None:
                 self.save(order.save)
@@ -176,12 +187,17 @@ class Party:
         return False
 
     def _dismissed(self, why: StoppedError) -> bool:
-        """Save, unless the newest snapshot is what to go on from: without an order, in the middle of doing again what
-        was done before, or where a pull that belongs to the last step is still due."""
-        if self._place >= 0 and not self._pull_due:
+        """Save, unless the newest snapshot is what to go on from: without an order, or in the middle of doing again
+        what was done before. A step that is under way does not count; its number comes again."""
+        if self._place >= 0:
             self.save(self._place)
         self.diary.note(f"{self.data.name}: {why}")
         return False
+
+    def _keep(self) -> None:
+        """The same where the client ends with an error; who has had no order leaves nothing behind."""
+        if self._place >= 0 and self._run:
+            self.save(self._place)
 
     def _judge(self, order: Order) -> None:
         """Refuse what no server of this run would say. Raises LinkError."""
@@ -193,8 +209,7 @@ class Party:
     def _next_order(self, done: int | None) -> Order | None:
         """The next order; ``None`` if the client is to stop meanwhile."""
         numbers = tuple(self.snapshots.numbers())
-        train = self.config.train
-        planned = 0 if train.personal.schedule == "constant" else train.total_steps
+        planned = self.config.train.total_steps
         steps, saved, met = self.trainer.steps, self._saved_steps, self._gathering.met
         ready = Ready(steps, done, self._run, numbers, saved, self._told(), planned, met)
         try:
@@ -255,6 +270,13 @@ class Party:
             self.save(self._place)
             self._tell_cut(self.model.cut)
 
+    def _take_move(self) -> None:
+        """The server has taken the client with another cut than it had: going back to that snapshot would undo it."""
+        if self._moved_from is not None:
+            number, self._moved_from = self._moved_from, None
+            self.save(number)
+            self._tell_cut(self.model.cut)
+
     def _evaluate(self, number: int) -> None:
         sides: dict[str, Scores] = {}
         size, extras = self.config.evaluation.batch_size, may_be_last(number, self.config.train)
@@ -282,16 +304,20 @@ class Party:
         load_party(self.trainer, state)
         self._saved_steps, self._agreed = self.trainer.steps, number
         self._gathering.met = int(snapshot.facts.get("met", 0))
-        self._pull_due = False
+        self._pull_due = bool(snapshot.facts.get("pull"))
         if self._mover is not None:
             self._mover.begin()
         self.diary.note(f"{self.data.name}: back to snapshot {number}, after {snapshot.facts['steps']} steps")
+        if self._pull_due:
+            self.model.go_on(self.trainer.steps, pulled=False)
+            self._pull()
 
     def _reconnect(self, why: LinkError) -> None:
         """A new link, joined; then the pull that is still due.
 
         Raises:
-            LinkError: the server cannot be reached within the time, or refuses.
+            StoppedError: the client is to stop meanwhile, or the server stops.
+            LinkError: the server cannot be reached within the time, or refuses; what is done is saved.
         """
         self._quick = min(2 * self._quick or PAUSE, 5.0) if time.monotonic() - self._linked < QUICK else 0.0
         self._stop.wait(self._quick)  # a server may take every client in and refuse whatever it sends
@@ -302,17 +328,24 @@ class Party:
             self.model.rejoin(self._keeping_the_meter(self.reach()))
             self._linked = time.monotonic()
             if self._pull_due:
-                self.model.after_step()
-                self._pull_due = False
+                self._pull()
 
         try:
             patiently(again, self._patience, self._stop)
         except StoppedError:
             raise
-        except LinkLostError as error:
-            raise LinkError(
-                f"{error}; start the client again when it is back: it goes on from its last snapshot"
-            ) from why
+        except LinkError as error:
+            self._keep()
+            if not isinstance(error, LinkLostError):
+                raise
+            newest = max(self.snapshots.numbers(), default=None)
+            where = "" if newest is None else f": it goes on from snapshot {newest} in {self.snapshots.folder}"
+            raise LinkError(f"{error}; start the client again when it is back{where}") from why
+
+    def _pull(self) -> None:
+        """What belongs to the end of the last step."""
+        self.model.after_step()
+        self._pull_due = False
 
     def _keeping_the_meter(self, link: Link) -> Link:
         link.meter = self.model.link.meter
@@ -333,6 +366,8 @@ class Party:
         }
         if open_ and ended(self._validated, self.config.train.early_stopping, self.task.higher_is_better):
             facts[ENDED] = 1.0
+        if self._moved_from is not None:
+            facts[MOVED] = 1.0
         if self.task.metric in self.scores and open_:
             facts["score"] = float(self.scores[self.task.metric])
         return facts
@@ -351,8 +386,8 @@ def patiently(attempt: Callable[[], R], seconds: float, stop: threading.Event, m
     """What ``attempt`` gives, made again and again for so long as the server cannot be reached, ``most`` seconds apart.
 
     Raises:
-        StoppedError: it is there, and stops.
-        LinkLostError: it could not be reached in so many seconds, or until ``stop`` was set.
+        StoppedError: it is there, and stops; or ``stop`` was set before it could be reached.
+        LinkLostError: it could not be reached in so many seconds.
         LinkError: it refuses.
     """
     end, pause = time.monotonic() + seconds, PAUSE
@@ -362,7 +397,9 @@ def patiently(attempt: Callable[[], R], seconds: float, stop: threading.Event, m
         except StoppedError:
             raise
         except LinkLostError as error:
-            if stop.is_set() or time.monotonic() + pause > end:
+            if stop.is_set():
+                raise _InterruptedError(f"stopped while the server could not be reached ({error})") from error
+            if time.monotonic() + pause > end:
                 raise LinkLostError(f"the server could not be reached within {seconds:g} s ({error})") from error
             stop.wait(pause)
             pause = min(2 * pause, most)

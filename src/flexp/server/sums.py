@@ -9,8 +9,9 @@ from concurrent.futures import Future
 
 import torch
 
-from flexp.errors import LinkError, StorageError
+from flexp.errors import LinkError, LinkLostError, StorageError
 from flexp.links.asking import KEYS, OF_A_MEETING, PIECE, PIECES, SEALED, SumReply, SumRequest
+from flexp.links.messages import AGAIN
 from flexp.server.journal import Journal
 
 MOST = 8
@@ -135,7 +136,10 @@ class SumTable:
             raise LinkError(f"client {client} gives sums of other shapes than others: set the same [method.meet]")
         given[client] = request
         self._late.discard(client)
-        self._waiting.setdefault(number, {})[client] = answer
+        waiting = self._waiting.setdefault(number, {})
+        earlier, waiting[client] = waiting.get(client), answer
+        if earlier is not None and earlier.set_running_or_notify_cancel():
+            earlier.set_exception(LinkLostError(AGAIN))
         for other in sorted(self._given):  # of one more it may be known by now that it is waited for no more
             if all(name in self._given[other] for name in self.clients if name not in self._late):
                 self._close(other)

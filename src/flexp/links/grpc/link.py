@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
+from urllib.parse import unquote
 
 import grpc
 import torch
@@ -42,6 +43,8 @@ class _Call:
     traffic: Traffic | None
     device: torch.device
     reads: int | None  # rows that the answer has, where the request says which
+    leaves: Outgoing | None = None  # where it may have to leave again
+    again: bool = False  # whether it was asked again, so that its future is another call's as well
     timer: asyncio.TimerHandle | None = None
     began: float = field(default_factory=time.monotonic)
 
@@ -90,7 +93,8 @@ class GrpcLink:
     def call(self, request: Request[R]) -> Future[R]:
         """As :meth:`flexp.links.base.Link.call`.
 
-        An answer that takes longer than the link's timeout gives the link up, as it may have been lost: an order's too.
+        An answer that takes longer than the link's timeout gives the link up, as it may have been lost. One that waits
+        for other clients is asked for again, which tells whether the server is there.
         """
         sent: Request[Any] = request
         if isinstance(request, Join) and request.codec is None:
@@ -107,7 +111,7 @@ class GrpcLink:
         device = frame.tensors[0].device if frame.tensors else CPU
         rows_BT = getattr(request, "rows_BT", None)
         reads = None if rows_BT is None else int(rows_BT.sum())
-        call = _Call(sent, frame.head, Future(), traffic, device, reads)
+        call = _Call(sent, frame.head, Future(), traffic, device, reads, leaves if sent.waits else None)
         background().call_soon_threadsafe(self._enqueue, call, leaves)
         return call.future
 
@@ -125,11 +129,19 @@ class GrpcLink:
         if self._broken is not None:
             call.future.set_exception(self._broken)
             return
-        call.timer = background().call_later(self._timeout, self._late, call.head)
+        call.timer = background().call_later(self._timeout, self._late, call)
         self._outgoing.put_nowait((not call.request.urgent, call.head.call, call, leaves))
 
-    def _late(self, head: Head) -> None:
-        self._fail(f"no answer to {head.message} within {self._timeout:g} s; the link is given up")
+    def _late(self, call: _Call) -> None:
+        if call.leaves is not None and not call.again:
+            # The server answers the earlier call at once, if it is there, so that one has the time of any other.
+            call.again, head = True, replace(call.head, call=next(self._places))
+            if call.traffic is not None:
+                call.traffic.bytes_up += head.payload
+            call.timer = background().call_later(self._timeout, self._late, call)
+            self._enqueue(replace(call, head=head, again=False, timer=None, began=time.monotonic()), call.leaves)
+            return
+        self._fail(f"no answer to {call.head.message} within {self._timeout:g} s; the link is given up")
 
     async def _send_all(self) -> None:
         try:
@@ -184,6 +196,8 @@ class GrpcLink:
             raise answer.as_error()
         if call.timer is not None:
             call.timer.cancel()
+        if call.future.done() or (call.again and isinstance(answer, Refusal)):
+            return  # the other call of the same request has the answer, or will have it
         if isinstance(answer, Refusal):
             call.future.set_exception(answer.as_error())
             return
@@ -212,7 +226,8 @@ class GrpcLink:
         for call in calls:
             if call.timer is not None:
                 call.timer.cancel()
-            call.future.set_exception(self._broken)
+            if not call.future.done():
+                call.future.set_exception(self._broken)
         self._stream.cancel()
         self._tasks[0].cancel()  # nothing is sent any more
 
@@ -233,8 +248,10 @@ def _failed(error: LinkError) -> Future[Any]:
 
 
 def last_part(details: str | None) -> str:
-    """Of what gRPC says about a failed connection, the part that a reader can use."""
-    return re.sub(r"^.*last error: (UNKNOWN|UNAVAILABLE): ", "", plain(details or "no reason given"))
+    """Of what gRPC says about a failed connection, the part that a reader can use, with addresses as users write them
+    (``[::1]:7070``, not ``ipv6:%5B::1%5D:7070``)."""
+    said = re.sub(r"^.*last error: (UNKNOWN|UNAVAILABLE): ", "", plain(details or "no reason given"))
+    return re.sub(r"\bipv[46]:(?=\d|\[|%5B)(\S+)", lambda found: plain(unquote(found[1])), said)
 
 
 def reason(error: grpc.aio.AioRpcError, address: Address) -> str:
