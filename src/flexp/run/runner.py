@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from flexp import finite
 from flexp.audit import Watch, unread, watchable, watching
 from flexp.client.meeting import FIRST, LAST, RARE
 from flexp.client.personal_head import Choice
 from flexp.config import RunConfig
 from flexp.config.loading import validate
 from flexp.data import load_federation
+from flexp.data.scores import Scores as Scored
 from flexp.data.scores import evaluate
 from flexp.data.split import check_same
 from flexp.data.types import Example, Federation
@@ -29,11 +30,11 @@ from flexp.report.progress import Progress
 from flexp.report.summary import (
     UNKNOWN,
     VALIDATION,
-    Scores,
     aggregate,
     best_round,
     picked_on,
     scores_by_round,
+    scores_of,
 )
 from flexp.report.tensorboard import writer_of
 from flexp.rng import generator
@@ -307,11 +308,11 @@ class _Run:
 
     def _evaluate(self, number: int) -> None:
         task, size = self.world.federation.task, self.config.evaluation.batch_size
-        scores: Scores = {}
+        found: dict[str, dict[str, Scored]] = {}
         extras = may_be_last(number, self.config.train)
         alike = getattr(self.method, "same_for_all", False)
         alike |= number == 0 and not self.config.privacy.of_texts  # before training all have what came, or were taught
-        everybody: dict[str, float] | None = None
+        everybody: Scored | None = None
         for client in self.world.federation.clients:
             forward = self.method.personal(client.name)
             personal = evaluate(forward, task, client.test, size, extras=extras)
@@ -321,12 +322,11 @@ class _Run:
             if client.validation:
                 sides[VALIDATION] = evaluate(forward, task, client.validation, size, extras=False)
             self.diary.scores(number, client.name, sides)
-            scores[client.name] = {side: values[task.metric] for side, values in sides.items()}
-        self.scored[number] = {
-            name: {side: value if value is not None and math.isfinite(value) else None for side, value in own.items()}
-            for name, own in scores.items()
-        }
-        self.progress.round(number, aggregate(scores, task.higher_is_better))
+            found[client.name] = sides
+        self.scored[number] = {name: scores_of(sides, task.metric) for name, sides in found.items()}
+        self.progress.round(number, aggregate(self.scored[number], task.higher_is_better))
+        for line in finite.told(number, found):
+            self.progress.note(f"warning: {line}")
 
     def _restore(self) -> int:
         """Load the last checkpoint; the round to go on with, 0 being the scores before training."""
