@@ -95,6 +95,11 @@ def broken_at_end(records: Iterable[Mapping[str, Any]], clients: Iterable[str]) 
     return [name for name in clients if name in last and told(0, {name: last[name]})]
 
 
+def many(names: list[str]) -> str:
+    """Whose models answer: ``client a: its model answers``."""
+    return f"{_listed(names)}: {'its model answers' if len(names) == 1 else 'their models answer'}"
+
+
 def _listed(names: list[str]) -> str:
     if len(names) == 1:
         return f"client {names[0]}"
