@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flexp.config import DataConfig
 from flexp.data import load_federation
-from flexp.data.scores import evaluate
+from flexp.data.scores import evaluate, unanswered
 from flexp.data.tasks import limit_of, make_task
 
 from .tools import jsonl, tokenizer
@@ -146,3 +146,11 @@ def test_choices_of_a_model_that_breaks_on_them_alone(tmp_path: Path) -> None:
 
     found = evaluate(forward, task, examples, 8)
     assert (found["accuracy"], found["cloze_accuracy"], found["loss"]) == (None, None, None)
+
+
+def test_which_examples_have_no_answer() -> None:
+    logits = torch.zeros(4, 3, 2)
+    logits[0, 0, 0], logits[1, 2, 1], logits[2, 1, 1], logits[3] = math.nan, math.nan, math.inf, -math.inf
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 1], [1, 1, 1]])  # of the second it is padding
+    assert unanswered(logits, {"attention_mask": mask}) == [True, False, True, False]
+    assert unanswered(torch.tensor([[1.0], [-math.inf]]), {"attention_mask": mask[:2]}, numbers=True) == [False, True]

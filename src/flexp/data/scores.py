@@ -81,6 +81,17 @@ def scored(
     return found.reordered(sorted(range(len(order)), key=order.__getitem__))
 
 
+def unanswered(logits: Tensor, batch: Batch, numbers: bool = False) -> list[bool]:
+    """Of each example of a collated batch, whether what the model gives for it is no answer: NaN or infinity, for a
+    token that is no padding. A logit of -inf is one, but where logits are ``numbers``."""
+    odd = ~logits.isfinite() if numbers else logits.isnan() | logits.isposinf()
+    mask = batch.get("attention_mask")
+    if mask is not None and odd.dim() == 3:  # by token
+        odd = odd & (mask.to(odd.device) != 0).unsqueeze(-1)
+    found: list[bool] = odd.reshape(len(odd), -1).any(-1).tolist()
+    return found
+
+
 def in_batches(
     collate: Callable[[Sequence[Example]], Batch], examples: Sequence[Example], batch_size: int
 ) -> Iterator[tuple[Batch, list[Example]]]:
