@@ -29,6 +29,7 @@ from flexp.report.progress import Progress
 from flexp.report.summary import VALIDATION
 from flexp.run.diary import Diary, check_conducted
 from flexp.run.folder import is_client, told, write_facts
+from flexp.run.keeping import cache_notes
 from flexp.run.party import Party, patiently
 from flexp.run.settle import ClientSetup
 from flexp.run.store import SNAPSHOTS, Checkpoint, ParkedOnDisk, Store, party_of
@@ -99,6 +100,8 @@ def run_client(
         if audit is not None:
             audit.of(trainer)
         model.watch = Watch(lambda line: progress.note(f"{name}: {line}"))
+        for line in cache_notes({name: trainer}):
+            progress.note(line)
         write_facts(state, setup.data, federation, setup.cut)  # first: it says that what follows is this client's
         parking = ParkedOnDisk(state / "parked", model.steps.numbering)
         moved = newest is not None and newest.facts["cut"] != list(setup.cut)

@@ -42,6 +42,7 @@ from flexp.run.audited import WATCHED, conclude, public_of
 from flexp.run.costs import MemoryProbes
 from flexp.run.diary import Diary, ended, may_be_last
 from flexp.run.folder import AUDIT, MEND, check_length, data_of, is_joined, said, saved_facts
+from flexp.run.keeping import cache_notes
 from flexp.run.outcome import Summary, summary_of
 from flexp.run.participants import Dropped, place
 from flexp.run.recutting import Recutting
@@ -207,6 +208,8 @@ class _Run:
         try:
             with self.progress as progress:
                 for note in self.world.federation.remarks:
+                    progress.note(note)
+                for note in cache_notes(self.method.clients) if isinstance(self.method, Split) else ():
                     progress.note(note)
                 if self.first_round > 1:
                     progress.note(f"resumed after round {self.first_round - 1}")
