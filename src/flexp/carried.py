@@ -256,7 +256,7 @@ def take_part(start: Mapping[str, Any], node: Mapping[str, Any]) -> dict[str, An
     said: dict[str, Any] = {"name": name, "over": over}
     said["steps"] = max((int(record["step"]) for record in records if record["kind"] == "step"), default=0)
     scores = [record["personal"][metric] for record in records if record["kind"] == "eval"]
-    return said | ({metric: float(scores[-1])} if scores else {})
+    return said | ({metric: float(scores[-1])} if scores and scores[-1] is not None else {})
 
 
 def certify(host: str, folder: Path) -> str:

@@ -26,7 +26,7 @@ class DataError(FlexpError):
 
 
 class ModelError(FlexpError):
-    """The model cannot be loaded, or cannot be split exactly."""
+    """The model cannot be loaded, cannot be split exactly, or does not answer with finite numbers."""
 
 
 class AssetError(FlexpError):

@@ -84,6 +84,24 @@ def test_run_then_report_then_resume(
     assert json.loads((tmp_path / "out/summary.json").read_text(encoding="utf-8"))["scores"] == summary["scores"]
 
 
+def test_a_run_without_any_score_ends_with_an_error_after_writing_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bert_folder(tmp_path / "model")
+    personal = {"lr": 1e20}
+    train = {"rounds": 1, "steps_per_round": 1, "batch_size": 4, "personal": personal}
+    path = toml(tmp_path, method={"name": "local"}, train=train)
+    monkeypatch.setattr(sys, "argv", ["flexp", "run", str(path), "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "no client's model answers with finite numbers" in line
+    summary = json.loads((tmp_path / "out/summary.json").read_text(encoding="utf-8"))
+    assert (summary["finished"], summary["not_finite"]) == (True, ["north", "south", "west"])
+    assert (tmp_path / "out/checkpoints").is_dir()
+
+
 def test_a_run_may_be_called_anything() -> None:
     for name, start in (("../a b", "a-b-2"), ("[red]x[/]", "red-x-2"), ("//", "run-2")):
         folder = fresh(name)

@@ -20,6 +20,7 @@ from flexp.links.base import Link
 from flexp.links.messages import ForwardRequest, KeptForwardRequest
 from flexp.links.opening import loopback
 from flexp.methods.flexp_sfl import FlexpSfl
+from flexp.run.keeping import cache_notes
 from flexp.run.settle import build_world
 from flexp.server.examples import Examples
 from tests.harness import RecordingLink, equal, shared_weights, world
@@ -68,6 +69,33 @@ def method(
                 load_party(trainer, state)
             trainer.step()
     return made
+
+
+@pytest.mark.parametrize(
+    ("folder", "table", "link", "said"),
+    [
+        ("dropping", {"personal": {"frozen_head_blocks": 1}}, {}, "dropout in the head makes another activation"),
+        ("", {}, {}, "something below the cut is trained"),
+        ("", {}, {"reuse": 0.1}, None),
+        ("", {"personal": {"frozen_head_blocks": 1}}, {}, None),
+    ],
+)
+def test_that_nothing_is_kept_is_said_before_the_first_step(
+    home: Path, folder: str, table: dict[str, Any], link: dict[str, Any], said: str | None
+) -> None:
+    settings = {"method": {"align": {"kind": "off"}, **table}, "link": {"cache": "memory", **link}}
+    made = FlexpSfl(build_world(config(home / folder, data={"clients": {"cut": [1, 4]}}, **settings)))
+    drawn = torch.get_rng_state()
+    lines = cache_notes(made.clients)
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert [line.partition(": ")[0] for line in lines] == ["link.cache does nothing for all clients"] * (
+        said is not None
+    )
+    assert said is None or said in lines[0]
+    for trainer in made.clients.values():
+        trainer.step()
+    kept = any(trainer.model.known for trainer in made.clients.values())  # the line says what is so
+    assert kept == (said is None)
 
 
 def trained(made: Any) -> dict[str, torch.Tensor]:

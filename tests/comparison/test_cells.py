@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from flexp.comparison.cells import _same_work
+from flexp.comparison.cells import Cell, _same_work, validation
 from flexp.config import RunConfig
+from flexp.files import write_json
+from flexp.report.metrics import write_records
 
 
 def run(cut: Any = (1, None), lr: float = 1e-4, privacy: Any = None, model: Any = None, **clients: Any) -> RunConfig:
@@ -52,3 +54,22 @@ def test_cuts_that_were_written_down_must_be_those() -> None:
     assert _same_work(run([1, 4]), asked)
     assert not _same_work(run([2, 4]), asked)
     assert not _same_work(run([1, 4], each=[{"cut": [2, 4]}]), asked)
+
+
+def test_a_trial_is_scored_without_who_has_nothing_to_find_and_not_without_who_diverged(tmp_path: Path) -> None:
+    """One client without entities in its validation data is no reason to choose no trial at all."""
+    cell = Cell("local", "tune", 0, {}, run(), Path("cell"))
+    (tmp_path / "cell").mkdir()
+    write_json(tmp_path / "cell/summary.json", {"metric": "f1"})
+    scores: list[dict[str, Any]] = [{"f1": 0.5, "loss": 1.0}, {"f1": None, "loss": 2.0, "undefined": ["f1"]}]
+
+    def of(*sides: dict[str, Any]) -> tuple[float, float] | None:
+        write_records(tmp_path / "cell/metrics.jsonl", [
+            {"kind": "eval", "round": 1, "client": str(place), "validation": own} for place, own in enumerate(sides)
+        ])  # fmt: skip
+        return validation(cell, tmp_path)
+
+    assert of(*scores) == (0.5, 1.5)
+    assert of(scores[1]) is None
+    assert of(scores[0], {"f1": None, "loss": None, "not_finite": 3}) is None
+    assert of(scores[0], {"f1": 0.3, "loss": None}) is None  # of an older version

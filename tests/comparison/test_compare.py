@@ -15,6 +15,7 @@ from flexp.comparison import compare as comparing
 from flexp.comparison.cells import Cell, final_cell, is_done, tuning_cell
 from flexp.comparison.compare import compare, regather
 from flexp.comparison.config import make
+from flexp.comparison.report.results import results
 from flexp.config import RunConfig
 from flexp.errors import BadValuesError, ConfigError, DataError, StorageError, TrainingError
 from flexp.models.zoo import save_tiny
@@ -244,6 +245,34 @@ def test_a_failing_cell_is_told_and_the_others_go_on(
     mended = compare(wanted, home / "out", 1)
     assert [(cell.entry, cell.purpose, cell.seed) for cell in ended] == [("local", "final", 1)]
     assert mended.failures == []
+
+
+def test_a_method_whose_models_answer_with_nan_is_never_ranked(home: Path, ended: list[Cell]) -> None:
+    """It has no score, neither anew nor in an older version's folder, whose diaries hold one beside a missing loss."""
+    compared = {"methods": ["local", "pretrained"], "seeds": 1, "tune": False}
+    settings = {"rounds": 1, "steps_per_round": 1, "personal": {"lr": 1e20}}
+    outcome = compare(comparison(home, compared, train=settings), home / "out", 1)
+    line = "local, seed 0: diverged: clients north, south, west: their models answer with numbers that are not finite"
+    (failure,) = outcome.failures
+    assert failure.startswith(line)
+    assert outcome.comparison["warnings"] == [
+        line for line in outcome.comparison["warnings"] if "test examples" in line
+    ]  # of the data alone
+    found, other = results(outcome.comparison)
+    assert (found.personal, found.worst, found.everybody, found.loss, other.difference) == (None,) * 5
+    assert found.best_rounds == (0, 0)
+    assert other.personal is not None
+
+    run = outcome.comparison["methods"][0]["runs"][0]
+    diary = home / "out" / run["folder"] / "metrics.jsonl"
+    records = [json.loads(text) for text in diary.read_text(encoding="utf-8").splitlines()]
+    for record in records:
+        if record["kind"] == "eval" and record["round"] == 1:
+            for side in ("personal", "global"):
+                del record[side]["not_finite"]
+                record[side] |= {"accuracy": 0.9, "macro_f1": 0.3}
+    diary.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    assert regather(home / "out") == outcome.comparison
 
 
 @pytest.mark.parametrize("error", [TrainingError, BadValuesError, OSError])

@@ -85,3 +85,11 @@ def test_shifting_all_values_shifts_the_mean_and_keeps_the_width(values: list[fl
     assert one.half is not None
     assert other.mean == pytest.approx(one.mean + shift, abs=1e-6)
     assert other.half == pytest.approx(one.half, rel=1e-6, abs=1e-6)
+
+
+def test_scores_whose_squares_are_beyond_all_floats_have_an_interval() -> None:
+    small, huge = interval([1.0, 2.0, 4.0]), interval([1e300, 2e300, 4e300])
+    assert small is not None
+    assert huge is not None
+    assert small.half is not None
+    assert huge.half == pytest.approx(1e300 * small.half)

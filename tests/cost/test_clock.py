@@ -249,3 +249,11 @@ def test_examples_that_are_kept_go_up_once() -> None:
         2 * ALONE_STEP,
         3 * ALONE_STEP - saved,
     ]
+
+
+def test_pulls_and_kept_examples_go_on_where_another_phase_ended() -> None:
+    """Steps that were done before count: the second of every two fetches, wherever a phase ends."""
+    whole = replace(SPLIT, steps=[1, 1, 1], pull_every=2, pull_down=3)
+    rounds = run("split-async", {"a": whole}, {"a": DEVICE}).rounds
+    later = run("split-async", {"a": replace(whole, steps=[1, 1], begun=1)}, {"a": DEVICE}).rounds
+    assert later == [rounds[1] - rounds[0], rounds[2] - rounds[0]]

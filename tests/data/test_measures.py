@@ -77,6 +77,19 @@ def test_entities_found_and_missed() -> None:
     assert measures.entity_scores(given, right) == {"f1": 0.5, "precision": 0.5, "recall": 0.5}
 
 
+@pytest.mark.parametrize(
+    ("given", "right", "expected"),
+    [
+        ("O O", "O O", (None, None, None)),
+        ("B-X O", "O O", (0.0, 0.0, 0.0)),  # as seqeval has both
+        ("O O", "B-X O", (0.0, 0.0, 0.0)),
+    ],
+)
+def test_where_there_is_no_entity(given: str, right: str, expected: tuple[float | None, ...]) -> None:
+    found = measures.entity_scores([given.split()], [right.split()])
+    assert found == dict(zip(("f1", "precision", "recall"), expected, strict=True))
+
+
 def test_words_in_common() -> None:
     assert measures.words_in_common("The red dog!", "a red dog") == 1.0
     assert measures.words_in_common("red cat", "red dog") == 0.5

@@ -116,7 +116,8 @@ def test_broken_models_and_empty_lists() -> None:
     def forward(batch: dict[str, torch.Tensor]) -> Any:
         return SimpleNamespace(logits=torch.full((*batch["input_ids"].shape, 8), math.nan))
 
-    assert math.isnan(evaluate(forward, MODEL_TEXT, [text(1, 2)], 1)["perplexity"])
+    nothing = {"loss": None, "perplexity": None}
+    assert evaluate(forward, MODEL_TEXT, [text(1, 2)], 1) == {**nothing, "n": 1, "tokens": 1, "not_finite": 1}
     with pytest.raises(DataError, match="no examples to score"):
         evaluate(forward, MODEL_TEXT, [], 1)
 

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from flexp.config import DataConfig
 from flexp.data import load_federation
+from flexp.data.scores import evaluate
 
 from .tools import jsonl, labelled, tokenizer
 
@@ -111,3 +115,37 @@ def test_what_exports_write_for_missing_is_told(tmp_path: Path) -> None:
     assert any("column 'label' has 'NULL' in 40 rows, as exports write what is missing" in note for note in notes)
     plain = DataConfig.model_validate({"source": str(jsonl(tmp_path / "y.jsonl", rows()))})
     assert not any("missing" in note for note in load_federation(plain, TOK, 0, None).notes)
+
+
+def test_clients_whose_tests_hold_no_entity_are_named(tmp_path: Path) -> None:
+    """A model that rightly finds nothing there has no F1; with an error in every score it would be the worst client."""
+    tags = {"north": "B-X O", "south": "O O", "west": "O O"}
+    texts = [
+        {"text": f"w{k % 40} w{k // 40}", "client": client, "label": tag if k % 4 else "B-X O"}
+        for k in range(100)
+        for client, tag in tags.items()
+    ]
+    jsonl(tmp_path / "test.jsonl", [row for row in texts if row["text"].startswith(("w1 ", "w2 ", "w3 "))])
+    config = DataConfig.model_validate(
+        {
+            "source": str(jsonl(tmp_path / "x.jsonl", texts)),
+            "test_source": str(tmp_path / "test.jsonl"),
+            "task": "token-classification",
+        }
+    )
+    found = load_federation(config, tokenizer(bert=True), 0, None)
+    (line,) = [line for line in found.warnings if "no entity" in line]
+    assert line.startswith(
+        "the test examples of clients 'south', 'west' hold no entity: such a client has no f1, and is"
+    )
+
+    def right(batch: dict[str, Tensor]) -> Any:  # of a task whose model finds nothing
+        names = found.task.label_names or []
+        logits = torch.zeros(*batch["input_ids"].shape, len(names))
+        logits[..., names.index("O")] = 9.0
+        return SimpleNamespace(logits=logits)
+
+    scores = [evaluate(right, found.task, client.test, 4, extras=False) for client in found.clients]
+    assert [own["f1"] for own in scores] == [0.0, None, None]
+    assert [own.get("undefined") for own in scores] == [None, ["f1"], ["f1"]]
+    assert all(own["accuracy"] == 1.0 for own in scores[1:])

@@ -7,17 +7,21 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 from typer.testing import CliRunner
 
 from flexp.cli.main import app, main
-from flexp.errors import ConfigError, DataError, StorageError
+from flexp.errors import ConfigError, DataError, ModelError, StorageError
 from flexp.export.answers import predict, score
 from flexp.export.folder import export
 from flexp.export.opening import open_trained
 from flexp.export.saved import open_run
-from flexp.export.trained import EVERYBODY, OWN
+from flexp.export.trained import EVERYBODY, OWN, Trained
 from tests.data.tools import jsonl
 
 from .tools import train
@@ -140,6 +144,43 @@ def test_what_cannot_be_answered(run: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="there is no column 'text'"):
         predict(open_trained(exported), str(source), tmp_path / "out.csv")
     assert not (tmp_path / "out.csv").exists()
+
+
+def test_a_model_that_answers_with_nan_labels_nothing(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It would write the first label, and nan beside it."""
+    source = str(jsonl(tmp_path / "rows.jsonl", [{"text": "the dog" + k * " now", "label": "no"} for k in range(5)]))
+
+    def spoilt(model: Trained) -> Trained:
+        forward = model.forward
+
+        def broken(batch: dict[str, Tensor]) -> Any:
+            logits = forward(batch).logits
+            logits[batch["attention_mask"].sum(1) == 6] = torch.nan  # one row
+            logits[:, 0][batch["attention_mask"].sum(1) == 5] = -torch.inf  # an answer: it cannot be the first
+            return SimpleNamespace(logits=logits)
+
+        model.__dict__["forward"] = broken
+        return model
+
+    out = tmp_path / "out.csv"
+    out.write_text("mine")
+    with pytest.raises(
+        ModelError, match=r"of south answers 1 of 5 rows with numbers that are not finite, so nothing is"
+    ):
+        predict(spoilt(open_trained(run, "south")), source, out, batch_size=2, force=True)
+    assert out.read_text() == "mine"
+    monkeypatch.setattr("flexp.export.opening.open_trained", lambda *of, **more: spoilt(open_trained(*of, **more)))
+    monkeypatch.setattr(sys, "argv", ["flexp", "evaluate", str(run), "--client", "south", "--data", source, "--json"])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["scores"]["personal"][source]["accuracy"] is None
+    assert (
+        "the personal model of south answers 1 of 5 examples with numbers that are not finite: no scores" in shown.err
+    )
 
 
 def test_an_adapter_of_a_language_model(tmp_path: Path) -> None:

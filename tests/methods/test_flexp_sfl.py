@@ -96,6 +96,18 @@ def test_a_trainers_step_that_failed_may_be_tried_again(tmp_path: Path) -> None:
     assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
 
 
+def test_a_gradient_that_is_not_finite_names_its_client(tmp_path: Path) -> None:
+    """The loss was finite, so nobody else had a word to say."""
+    bert_folder(tmp_path / "model")
+    method: Any = METHODS["flexp-sfl"](build_world(config(tmp_path, data=ONE)))
+    trainer = method.clients["north"]
+    trainer.step()
+    next(iter(trainer.updater.parameters.values())).register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(TrainingError, match=r"^client north, step 2: a gradient is not finite, so nothing was applied"):
+        trainer.step()
+    assert trainer.steps == 1
+
+
 def test_the_mean_rule_loses_no_step_of_a_run(tmp_path: Path) -> None:
     """3 rounds × 2 steps with mean_over = 4: one update of four steps, and at the end one of the last two."""
     bert_folder(tmp_path / "model")

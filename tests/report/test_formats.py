@@ -44,6 +44,17 @@ def test_counts(value: float, text: str) -> None:
     assert formats.count(value) == text
 
 
+def test_what_is_huge_stays_within_its_column() -> None:
+    """A perplexity is exp of a loss: of a model that is far off it has hundreds of digits."""
+    assert formats.number(999_999_999.0) == "999,999,999"
+    assert formats.score(1.2367e89, "perplexity") == "1.24e+89"
+    assert formats.pair(15.7, 1.2367e89, "perplexity") == "15.7 → 1.24e+89"
+    assert formats.change(1.2367e89, 15.7, "perplexity") == "−1.24e+89"
+    assert formats.interval(1e300, 3e299, "perplexity") == "1.00e+300 ± 3.00e+299"
+    assert formats.difference(-1e300, 3e299, "perplexity", "n = 2") == "−1.00e+300 ± 3.00e+299 (n = 2)"
+    assert formats.interval(12_431.0, 2e9, "perplexity") == "12,431 ± 2.00e+09"
+
+
 def test_scores_and_changes() -> None:
     assert formats.score(0.8391, "accuracy") == "83.9 %"
     assert formats.score(24.21, "perplexity") == "24.2"

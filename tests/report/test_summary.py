@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexp.report.metrics import Record
+from flexp.report.metrics import Record, read, write_records
 from flexp.report.summary import aggregate, best_round, build_summary, scores_by_round
 
 from . import synthetic
@@ -153,3 +154,31 @@ def test_the_mean_is_never_worse_than_the_worst(values: list[float], higher: boo
     assert mean is not None
     assert worst is not None
     assert mean >= worst - 1e-12 if higher else mean <= worst + 1e-12
+
+
+def test_a_model_whose_loss_is_no_number_has_no_score_in_older_diaries_either(tmp_path: Path) -> None:
+    """They hold an accuracy beside a loss that is missing: the arg max of NaN is a class."""
+    old = [evaluation(1, "a", 0.8, 0.6), evaluation(1, "b", 0.9, 0.7)]
+    old[1]["personal"] |= {"loss": None, "majority": 0.5, "f1_by_class": {"no": 1.0}}
+    old[1]["global"] |= {"loss": None, "impossible": 1}  # a loss of infinity, beside which the others stand
+    write_records(tmp_path / "metrics.jsonl", [*DIARY[:2], *old])
+    records = read(tmp_path / "metrics.jsonl")
+    assert records[-1]["personal"] == {"accuracy": None, "loss": None, "n": 10, "majority": 0.5}
+    summary = build(records)
+    assert [client["last"]["personal"] for client in summary["clients"]] == [0.8, None]
+    last = summary["scores"]["last"]
+    assert (last["personal_mean"], last["personal_worst"]) == (None, None)
+    assert last["global_mean"] == pytest.approx(0.65)
+    assert summary["not_finite"] == ["b"]
+    (line,) = summary["warnings"]
+    assert line.startswith("client b, after round 1: its model answers with numbers that are not finite, so there are")
+
+
+def test_a_client_whose_examples_define_no_score_is_in_no_mean() -> None:
+    diary = [evaluation(1, "a", 0.8, 0.6), evaluation(1, "b", None, 0.7)]
+    assert build(diary)["scores"]["last"]["personal_mean"] is None
+    diary[1]["personal"] |= {"undefined": ["accuracy"]}
+    summary = build(diary)
+    assert (summary["scores"]["last"]["personal_mean"], summary["scores"]["last"]["personal_worst"]) == (0.8, 0.8)
+    assert summary["clients"][1]["last"] == {"personal": None, "global": 0.7, "undefined": ["personal"]}
+    assert (summary["not_finite"], summary["warnings"]) == ([], [])

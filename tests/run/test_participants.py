@@ -27,7 +27,7 @@ from flexp.run.participants import NobodyFitsError
 from flexp.run.settle import build_world
 from flexp.run.virtual import client_work
 from tests.run.tools import copying
-from tests.tiny import CLIENTS, CUTS, config, each
+from tests.tiny import CLIENTS, CUTS, bert_folder, config, each
 
 MB = 10**6
 DEVICES: dict[str, Any] = {
@@ -284,6 +284,29 @@ def test_a_change_that_never_comes_is_told(home: Path, measured: list[Probe], wo
     assert summary["finished"]
     told = [note for note in worlds[0].federation.notes if "never comes" in note]
     assert told == ["devices.changes: there is no round 9 in a run of 2, so that change never comes"]
+
+
+def test_what_a_server_keeps_is_known_whatever_changes_elsewhere(home: Path, measured: list[Probe]) -> None:
+    """An epoch has three steps; a change of another client's device began it anew for everybody."""
+    bert_folder(home / "model")  # without dropout
+    kept = {
+        "method": {"align": {"kind": "off"}, "personal": {"frozen_head_blocks": 1}},
+        "data": {"clients": {"cut": [1, None]}},
+        "link": {"cache": "memory"},
+        "train": {"rounds": 4, "steps_per_round": 2, "batch_size": 4},
+    }
+    devices = {"assign": ["laptop"], "server": "workstation"}
+    changes = [{"before_round": number, "clients": [WEST], "to": to} for number, to in ((2, "phone"), (4, "laptop"))]
+    flops = {}
+    for name, own in (("plain", devices), ("changed", devices | {"changes": changes})):
+        summary = runner.run(config(home, devices=own, **kept), home / name)
+        flops[name] = [client["client_flops"] for client in summary["clients"]]
+    cost = Costs(build_world(config(home, **kept))).of(NORTH)
+    assert (cost.epoch, cost.later_up is None) == (3, False)
+    saved = 5 * cost.exchanges * (cost.before - cost.later_before)
+    assert saved > 0
+    assert flops["plain"][0] == pytest.approx(8 * cost.client_step - saved)
+    assert flops["changed"] == pytest.approx(flops["plain"])
 
 
 COST = ExchangeCost(10.0, 20.0, 30.0, 40.0, 50.0, 300, 200, 100, 200, weights=1000, exchanges=2)

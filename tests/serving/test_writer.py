@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from tokenizers import processors
 
-from flexp.errors import ConfigError, DataError
+from flexp.errors import ConfigError, DataError, ModelError
 from flexp.models.zoo import tiny_model
 from flexp.serving.writer import ONE, GenerationConfig, Writer
 from tests.data.tools import tokenizer
@@ -50,7 +51,7 @@ def test_it_ends_when_nobody_listens_any_more() -> None:
 def test_wishes_are_options_of_generate(generation: dict[str, Any], expected: dict[str, Any]) -> None:
     model = Scripted()
     writer(model).write([5], GenerationConfig(**generation))
-    fixed = ("attention_mask", "max_new_tokens", "max_length", "eos_token_id", "pad_token_id")
+    fixed = ("attention_mask", "max_new_tokens", "max_length", "eos_token_id", "pad_token_id", "logits_processor")
     assert {key: value for key, value in model.calls[0].items() if key not in fixed} == {**ONE, **expected}
     assert model.calls[0]["eos_token_id"] == [1]
 
@@ -78,6 +79,16 @@ def test_an_answer_is_one_text_whatever_the_models_own_settings_are(settings: di
     ids = subject.ids_of("the red dog")
     for generation in (GenerationConfig(8, seed=1), GenerationConfig(8, temperature=0.0)):
         assert subject.write(ids, generation).text == plain.write(ids, generation).text != ""
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_that_diverged_writes_nothing(value: float, temperature: float) -> None:
+    subject, said = real(), []
+    subject._model.lm_head.weight.data.fill_(value)
+    with pytest.raises(ModelError, match="answers with numbers that are not finite, so it writes nothing"):
+        subject.write([5, 6], GenerationConfig(8, temperature=temperature), said.append)
+    assert said == []
 
 
 def test_a_model_that_samples_draws_one_answer() -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flexp.cli.settings import Device, Settings, check_others, console, overrides, placed
-from flexp.errors import ConfigError
+from flexp.errors import ConfigError, TrainingError
 
 if TYPE_CHECKING:
     from flexp.config import RunConfig
@@ -81,7 +81,12 @@ def _rounds(settings: Sequence[str]) -> Any:
 
 
 def _go(folder: Path, config: RunConfig | None = None, rounds: int | None = None, device: str | None = None) -> None:
-    """Start ``config`` in ``folder``, or resume what is there, and show the result."""
+    """Start ``config`` in ``folder``, or resume what is there, and show the result.
+
+    Raises:
+        TrainingError: the run is over, and no client's model answers with finite numbers: whoever goes on with its
+            models must not take them for trained ones.
+    """
     from flexp.run import runner  # slow to import: only once the configuration is known to be right
 
     try:
@@ -91,6 +96,14 @@ def _go(folder: Path, config: RunConfig | None = None, rounds: int | None = None
             typer.echo(f"go on after the last finished round with: flexp run --resume {folder}", err=True)
         raise
     _show(summary, folder)
+    taking_part = {client["name"] for client in summary["clients"]} - {
+        one["name"] for one in summary.get("dropped", [])
+    }
+    if taking_part and taking_part <= set(summary["not_finite"]):
+        raise TrainingError(
+            f"no client's model answers with finite numbers, so that nothing in {folder} has a score; lower "
+            "train.personal.lr or train.shared.lr, set their clip, or use model.dtype = 'float32'"
+        )
 
 
 def fresh(name: str) -> Path:

@@ -13,6 +13,7 @@ import typer
 from flexp.cli.reaching import SECURED, WHOSE, Secured, Whose, grouped, reaching
 from flexp.cli.settings import Device, Force, console
 from flexp.errors import ConfigError
+from flexp.finite import NOT_FINITE, is_broken
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -111,6 +112,14 @@ def evaluate(
         opened.close()
     if opened.unchecked is not None:
         typer.echo(f"flexp evaluate: {opened.unchecked}", err=True)
+    for which, by_set in scores.items():
+        for name, own in by_set.items():
+            if is_broken(own):
+                typer.echo(
+                    f"flexp evaluate: the {which} model of {opened.client} answers {own[NOT_FINITE]} of {own['n']} "
+                    f"examples with numbers that are not finite: no scores on {name}",
+                    err=True,
+                )
     metric = opened.task.metric
     if as_json:
         facts = {"client": opened.client, "round": opened.round, "metric": metric, "scores": _finite(scores)}

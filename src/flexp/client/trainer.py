@@ -112,7 +112,7 @@ class Trainer:
             for done in self._exchanges(pieces):  # forward and backward, here and on the server
                 loss += done.loss * done.piece.share
                 align += (done.align or 0.0) * done.piece.tokens
-            norm = self.updater.step()  # the personal parameters
+            norm = self._apply()
         self.steps += 1
         self.model.after_step()  # alignment in weight space, if asked for
 
@@ -189,6 +189,13 @@ class Trainer:
         if self._weights_C is not None:
             loss = KINDS[self.task.model_kind].weighted(output.logits, batch["labels"], self._weights_C)
         return loss
+
+    def _apply(self) -> float:
+        """Step the personal parameters; gives their gradient's norm."""
+        try:
+            return self.updater.step()
+        except TrainingError as error:  # an optimiser does not know whose it is
+            raise TrainingError(f"client {self.name}, {error}") from error
 
     def _check(self, loss: Tensor) -> None:
         if not math.isfinite(loss.item()):

@@ -21,6 +21,7 @@ from flexp.config import PrivacyConfig, RunConfig
 from flexp.config.loading import validate
 from flexp.errors import FlexpError, StorageError
 from flexp.files import read_json, write_json
+from flexp.finite import UNDEFINED
 from flexp.methods.base import method_of
 from flexp.report.metrics import Record, read
 from flexp.report.summary import VALIDATION
@@ -148,17 +149,19 @@ def execute(cell: Cell, out: Path, threads: int) -> None:
 
 
 def validation(cell: Cell, out: Path) -> tuple[float, float] | None:
-    """Mean over clients of score and loss on validation data after the last round.
+    """Mean over clients of score and loss on validation data after the last round; who has nothing to score is in no
+    mean of scores.
 
     ``None`` if training diverged, or no client's device can hold the method.
     """
     if (out / cell.folder / DIVERGED).exists() or dropped(cell, out):
         return None
     summary = read_json(out / cell.folder / "summary.json")
-    last = last_scores(read(out / cell.folder / "metrics.jsonl"))
-    scores = [record[VALIDATION][summary["metric"]] for record in last]
-    losses = [record[VALIDATION]["loss"] for record in last]
-    if any(value is None for value in [*scores, *losses]):
+    records, metric = read(out / cell.folder / "metrics.jsonl"), summary["metric"]
+    last = [record[VALIDATION] for record in last_scores(records)]
+    scores = [own[metric] for own in last if metric not in own.get(UNDEFINED, ())]
+    losses = [own["loss"] for own in last]
+    if not scores or any(value is None for value in [*scores, *losses]):
         return None
     return statistics.fmean(scores), statistics.fmean(losses)
 

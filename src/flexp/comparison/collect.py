@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flexp import finite
 from flexp.comparison.cells import Cell, dropped, is_done, validation
 from flexp.comparison.config import Comparison, Entry
 from flexp.comparison.grid import Settings
 from flexp.files import read_json, write_json
 from flexp.report.formats import size
 from flexp.report.metrics import Record, read
-from flexp.report.summary import SIDES, majorities
+from flexp.report.summary import SIDES, best_round, majorities, scores_by_round
 
 SCHEMA = 1
 FILE = "comparison.json"
@@ -40,7 +41,7 @@ class Track:
 
 def gather(comparison: Comparison, out: Path, tracks: Sequence[Track]) -> dict[str, Any]:
     """Write ``comparison.json`` in ``out``, of whatever is finished, and give its content."""
-    methods, first = [], None
+    methods, first, warnings = [], None, []
     for track in tracks:
         runs = [run for cell in track.final if (run := _run(cell, out)) is not None]
         if track.chosen is None and nobody_fits(track.tuning, out):  # no seed's clients would
@@ -62,6 +63,7 @@ def gather(comparison: Comparison, out: Path, tracks: Sequence[Track]) -> dict[s
         scored = [run for run in runs if run["rounds"] or run["before"]["personal"]]
         if first is None and scored:
             first = read_json(out / scored[0]["folder"] / "summary.json")
+            warnings = _of_data(first, read(out / scored[0]["folder"] / "metrics.jsonl"))
     summary: Mapping[str, Any] = first or {}
     model = summary.get("model", {})
     keys = ("id", "kind", "parameters", "blocks", "hidden", "tuning", "dtype")
@@ -76,7 +78,7 @@ def gather(comparison: Comparison, out: Path, tracks: Sequence[Track]) -> dict[s
         "machine": summary.get("machine", {}),
         "versions": summary.get("versions", {}),
         "config": comparison.base.resolved(),
-        "warnings": [*summary.get("warnings", []), *_longer(comparison, tracks)],
+        "warnings": [*warnings, *_longer(comparison, tracks)],
         "tuning": {
             "seeds": comparison.tune_seeds if comparison.config.tune else [],
             "trials_per_method": comparison.config.trials if comparison.config.tune else 0,
@@ -86,6 +88,24 @@ def gather(comparison: Comparison, out: Path, tracks: Sequence[Track]) -> dict[s
     }
     write_json(out / FILE, content)
     return content
+
+
+def _of_data(summary: Mapping[str, Any], records: Sequence[Record]) -> list[str]:
+    """The warnings of a run that are true of the others: not how its own models ended."""
+    own = finite.warnings(records, [client["name"] for client in summary["clients"]])
+    return [line for line in summary.get("warnings", []) if line not in own]
+
+
+def diverged(content: Mapping[str, Any]) -> list[str]:
+    """A line for each run of a ``comparison.json`` whose models do not answer with finite numbers after the last round:
+    it has no score, which is missing from its method."""
+    return [
+        f"{method['name']}, seed {run['seed']}: diverged: {finite.many(run['not_finite'])} with numbers that are not "
+        "finite after the last round"
+        for method in content["methods"]
+        for run in method["runs"]
+        if run.get("not_finite")
+    ]
 
 
 def _longer(comparison: Comparison, tracks: Sequence[Track]) -> list[str]:
@@ -138,15 +158,19 @@ def _run(cell: Cell, out: Path) -> dict[str, Any] | None:
     takes_part = len(summary["clients"]) - len(left_out)
     ends = (summary.get("virtual") or {}).get("rounds")
     before = [record for record in records if record["kind"] == "eval" and record["round"] == 0]
-    majority = majorities(records, [client["name"] for client in summary["clients"]])
+    names = [client["name"] for client in summary["clients"]]
+    majority = majorities(records, names)
     return {
         "seed": cell.seed,
         "folder": cell.folder.as_posix(),
-        "before": {side: {r["client"]: r[side][metric] for r in before} for side in SIDES},
+        "before": {
+            side: {r["client"]: r[side][metric] for r in before if not _undefined(r[side], metric)} for side in SIDES
+        },
         "majority": {side: {name: shares[side] for name, shares in majority.items()} for side in SIDES},
         "dropped": list(left_out),
         "rounds": _rounds(records, metric, takes_part, ends),
-        "best_round": summary["scores"]["best"]["round"],
+        "not_finite": finite.broken_at_end(records, names),
+        "best_round": best_round(scores_by_round(records, names, metric), summary["higher_is_better"]),
         "picked_on": summary["scores"]["picked_on"],
         "clients": [_client({**client, **_memory(left_out.get(client["name"]))}) for client in summary["clients"]],
     }
@@ -202,9 +226,15 @@ def _rounds(records: Sequence[Record], metric: str, clients: int, ends: Sequence
             },
         )
         for side in ("personal", "global"):
-            found[side][record["client"]] = record[side][metric]
+            if not _undefined(record[side], metric):
+                found[side][record["client"]] = record[side][metric]
             found[f"{side}_loss"][record["client"]] = record[side]["loss"]
     return [rounds[number] for number in sorted(rounds)]
+
+
+def _undefined(scores: Mapping[str, Any], metric: str) -> bool:
+    """Whether the client's examples define no such score, so that it is in no mean."""
+    return metric in scores.get(finite.UNDEFINED, ())
 
 
 def _client(client: Mapping[str, Any]) -> dict[str, Any]:

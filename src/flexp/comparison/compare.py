@@ -11,7 +11,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from flexp.comparison.cells import FOLDER, Cell, final_cell, fingerprint, is_done, tuning_cell
-from flexp.comparison.collect import FILE, Track, gather, nobody_fits
+from flexp.comparison.collect import FILE, Track, diverged, gather, nobody_fits
 from flexp.comparison.config import CompareConfig, Comparison, Entry, make
 from flexp.comparison.engines import engine_of
 from flexp.comparison.grid import Settings, trials, untried
@@ -119,7 +119,8 @@ def compare(
                             f"(what was trained is in {aside})"
                         )
                     state.ended(cell, problem)
-        return Outcome(gather(comparison, out, tracks), state.failures, state.done, state.kept)
+        content = gather(comparison, out, tracks)
+        return Outcome(content, [*state.failures, *diverged(content)], state.done, state.kept)
 
 
 def _is_comparison(out: Path) -> bool:

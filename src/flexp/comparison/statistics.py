@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 CONFIDENCE = 0.95
+_SQUARED = 1e100
+"""The square of more may be beyond all floats, as of a huge perplexity."""
 ROUNDING = 1e-12
 """Differences of equal scores are zero only up to rounding."""
 
@@ -51,9 +53,11 @@ def interval(values: Iterable[float | None], confidence: float = CONFIDENCE) -> 
         return Interval(middle, None, 1)
     from scipy.special import stdtrit  # scipy takes a while to import
 
-    variance = math.fsum((value - middle) ** 2 for value in present) / (n - 1)
+    largest = max(abs(value - middle) for value in present)
+    unit = largest if largest > _SQUARED else 1.0
+    variance = math.fsum(((value - middle) / unit) ** 2 for value in present) / (n - 1)
     quantile = float(stdtrit(n - 1, 0.5 + confidence / 2))
-    return Interval(middle, quantile * math.sqrt(variance / n), n)
+    return Interval(middle, unit * quantile * math.sqrt(variance / n), n)
 
 
 def paired(

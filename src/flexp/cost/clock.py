@@ -66,6 +66,7 @@ class ClientWork(ExchangeCost):
 
     Attributes:
         steps: in each round.
+        begun: steps that it had done before these.
         pull_every: steps after which ``pull_down`` is fetched; 0: never.
         weights_down, weights_up: bytes of an average.
         weights_every: rounds between two averages.
@@ -74,6 +75,7 @@ class ClientWork(ExchangeCost):
     """
 
     steps: Sequence[int] = ()
+    begun: int = 0
     pull_every: int = 0
     weights_down: float = 0.0
     weights_up: float = 0.0
@@ -225,7 +227,7 @@ class _Client:
             yield from self.receive(work.backward_down)
             yield from self.compute(work.after)
         self.done += 1
-        if work.pull_every and self.done % work.pull_every == 0:
+        if work.pull_every and (work.begun + self.done) % work.pull_every == 0:
             yield from self.send(0.0)
             yield from self.receive(work.pull_down)
 

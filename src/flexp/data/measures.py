@@ -138,14 +138,17 @@ def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
     return found
 
 
-def entity_scores(given: Sequence[Sequence[str]], right: Sequence[Sequence[str]]) -> dict[str, float]:
-    """``f1``, ``precision`` and ``recall`` of whole entities over all examples; 0 where there is none to find."""
+def entity_scores(given: Sequence[Sequence[str]], right: Sequence[Sequence[str]]) -> dict[str, float | None]:
+    """``f1``, ``precision`` and ``recall`` of whole entities over all examples. ``None`` where there is none to find
+    and none was found, as :func:`f1_by_class` has it; else a share of nothing is 0, as in seqeval."""
     hits = answers = wanted = 0
     for mine, theirs in zip(given, right, strict=True):
         one, other = entities(mine), entities(theirs)
         hits, answers, wanted = hits + len(one & other), answers + len(one), wanted + len(other)
+    if not answers + wanted:
+        return {"f1": None, "precision": None, "recall": None}
     return {
-        "f1": 2 * hits / (answers + wanted) if answers + wanted else 0.0,
+        "f1": 2 * hits / (answers + wanted),
         "precision": hits / answers if answers else 0.0,
         "recall": hits / wanted if wanted else 0.0,
     }

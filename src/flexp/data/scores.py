@@ -6,11 +6,13 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from flexp.data.types import Batch, Example, Forward, Tally, Task
 from flexp.errors import DataError
+from flexp.finite import IMPOSSIBLE, NOT_FINITE, UNDEFINED, without_scores
 from flexp.kinds import logits_of, take_targets
 
 SPANS = ("start_positions", "end_positions")
@@ -28,7 +30,10 @@ def evaluate(forward: Forward, task: Task, examples: Sequence[Example], batch_si
         extras: also tables, and the scores for which the task needs passes of its own.
 
     Returns:
-        ``loss``, ``n``, and what :meth:`~flexp.data.types.Task.figures` says.
+        ``loss``, ``n``, and what :meth:`~flexp.data.types.Task.figures` says. Every score is ``None`` where the model
+        answers an example with numbers that are not finite (:mod:`flexp.finite`), and ``not_finite`` says how many.
+        ``impossible`` counts examples of infinite loss; ``undefined`` names the metric, where there is nothing to
+        score.
 
     Raises:
         DataError: there are no examples.
@@ -36,10 +41,23 @@ def evaluate(forward: Forward, task: Task, examples: Sequence[Example], batch_si
     if not examples:
         raise DataError("there are no examples to score; set data.test_fraction above 0 or name data.test_source")
     tally = scored(forward, task.collate, task.measure, examples, batch_size)
-    scores: Scores = {"loss": math.fsum(tally.loss) / sum(tally.items), "n": len(examples), **task.figures(tally)}
-    if extras:
-        scores |= task.details(tally) | task.score(forward, examples, batch_size)
-    return scores
+    with np.errstate(all="ignore"):  # what is not finite is told below
+        figures = task.figures(tally)
+    scores: Scores = {"loss": math.fsum(tally.loss) / sum(tally.items), "n": len(examples), **figures}
+    if broken := tally.broken:
+        return without_scores(scores | {NOT_FINITE: broken})
+    if scores.get(task.metric, 0) is None:
+        scores[UNDEFINED] = [task.metric]
+    if impossible := sum(map(math.isinf, tally.loss)):
+        scores[IMPOSSIBLE] = impossible
+    if not extras:
+        return scores
+    further = task.score(forward, examples, batch_size)
+    if any(
+        isinstance(value, float) and math.isnan(value) for value in further.values()
+    ):  # passes of its own, which found what the first did not
+        return without_scores(scores | further | {NOT_FINITE: len(examples)})
+    return scores | task.details(tally) | further
 
 
 def scored(
@@ -61,6 +79,17 @@ def scored(
             found.extend(measure(logits_of(forward(batch)), labels, some))
     order = _order(examples)
     return found.reordered(sorted(range(len(order)), key=order.__getitem__))
+
+
+def unanswered(logits: Tensor, batch: Batch, numbers: bool = False) -> list[bool]:
+    """Of each example of a collated batch, whether what the model gives for it is no answer: NaN or infinity, for a
+    token that is no padding. A logit of -inf is one, but where logits are ``numbers``."""
+    odd = ~logits.isfinite() if numbers else logits.isnan() | logits.isposinf()
+    mask = batch.get("attention_mask")
+    if mask is not None and odd.dim() == 3:  # by token
+        odd = odd & (mask.to(odd.device) != 0).unsqueeze(-1)
+    found: list[bool] = odd.reshape(len(odd), -1).any(-1).tolist()
+    return found
 
 
 def in_batches(

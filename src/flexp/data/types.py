@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import chain
@@ -40,6 +41,16 @@ class Tally:
         """Append the entries of ``other``."""
         for entry in fields(self):
             getattr(self, entry.name).extend(getattr(other, entry.name))
+
+    @property
+    def broken(self) -> int:
+        """How many examples the model did not answer with finite numbers: of a loss that is NaN, or an answer that is a
+        number and infinite. (A loss may be infinite where logits of -inf say that an answer cannot be.)"""
+        answers = self.answers or [None] * len(self.loss)
+        return sum(
+            math.isnan(loss) or (isinstance(answer, float) and not math.isfinite(answer))
+            for loss, answer in zip(self.loss, answers, strict=True)
+        )
 
     def reordered(self, order: Sequence[int]) -> Tally:
         """The same with the entries in another order; what the task leaves empty stays so."""

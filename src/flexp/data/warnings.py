@@ -30,6 +30,7 @@ def warnings_of(clients: Sequence[ClientData], task: BaseTask) -> list[str]:
         *(_labels(clients, task) if task.label_names is not None else ()),
         *task.doubts(),
         *alike("clients", [client.name for client in clients]),
+        *_nothing_to_find(clients, task),
         *_few(clients),
     ]
 
@@ -127,6 +128,17 @@ def alike(what: str, names: Iterable[str]) -> Iterable[str]:
         yield f"the {what} {group} differ in spelling only: if they are one, make them one"
     if len(found) > _SHOWN:
         yield f"and {len(found) - _SHOWN} more {what} differ in spelling only"
+
+
+def _nothing_to_find(clients: Sequence[ClientData], task: BaseTask) -> Iterable[str]:
+    """Test examples without any entity, where its F1 is no measure."""
+    odd = [client.name for client in clients if client.test and task.nothing_to_find(client.test)]
+    if odd:
+        yield (
+            f"the test examples of {_named('client', odd)} hold no entity: such a client has no {task.metric}, and is "
+            f"in no mean, unless its model finds entities there ({task.metric} 0); raise data.test_fraction, or bring "
+            "more data"
+        )
 
 
 def _few(clients: Sequence[ClientData]) -> Iterable[str]:

@@ -12,16 +12,16 @@ import torch
 
 from flexp.config import DataConfig
 from flexp.data.columns import check_known, check_present, written_gaps
-from flexp.data.scores import evaluate
+from flexp.data.scores import Scores, evaluate, unanswered
 from flexp.data.sources import Rows, read_rows, split_for_tests
 from flexp.data.tasks import task_of
 from flexp.data.tasks.base import BaseTask
 from flexp.data.types import Example, Task
 from flexp.data.warnings import cut_note
-from flexp.errors import ConfigError
+from flexp.errors import ConfigError, ModelError
 from flexp.export.trained import Trained
 from flexp.files import check_new, replacing
-from flexp.kinds import logits_of, take_targets
+from flexp.kinds import KINDS, logits_of, take_targets
 
 WRITERS = (".csv", ".jsonl")
 
@@ -36,7 +36,7 @@ def score(
     *,
     pretrained: bool = False,
     say: Say = lambda _: None,
-) -> dict[str, dict[str, float]]:
+) -> dict[str, Scores]:
     """The scores of a model by data set: those of its run, or ``source`` alone where a file is named.
 
     Args:
@@ -79,6 +79,7 @@ def predict(
         ConfigError: the task has no such answers, ``out`` has another ending or is taken, or a class is called as
             another column of a ``.csv``.
         DataError: the file does not fit the task.
+        ModelError: the model does not answer some row with finite numbers; nothing is written.
         StorageError: ``out`` cannot be written; what stood there is untouched.
     """
     if not task_of(model.config.data).answers:
@@ -124,6 +125,8 @@ def _answers(model: Trained, source: str, size: int, say: Say) -> list[dict[str,
     examples, _ = read_examples(source, model.config.data, model.task, labelled=False, say=say)
     order = sorted(range(len(examples)), key=lambda index: -len(examples[index].get("input_ids", ())))
     found: dict[int, dict[str, Any]] = {}
+    odd: set[Any] = set()  # rows: of one there may be several examples
+    numbers = KINDS[model.task.model_kind].answers == "number"
     for start in range(0, len(order), size):
         chosen = order[start : start + size]  # of like length, so that there is little padding
         some = [examples[index] for index in chosen]
@@ -131,7 +134,15 @@ def _answers(model: Trained, source: str, size: int, say: Say) -> list[dict[str,
         take_targets(batch)
         with torch.no_grad():
             logits = logits_of(model.forward(batch))
+        bad = unanswered(logits, batch, numbers)
+        odd |= {examples[index].get("row", index) for index, one in zip(chosen, bad, strict=True) if one}
         found |= dict(zip(chosen, model.task.answer(logits, some), strict=True))
+    if odd:
+        rows = len({example.get("row", index) for index, example in enumerate(examples)})
+        raise ModelError(
+            f"{source}: the model of {model.client} answers {len(odd)} of {rows} rows with numbers that are not "
+            "finite, so nothing is written; it diverged in training: lower train.personal.lr or train.shared.lr"
+        )
     return list(model.task.by_row([found[index] for index in range(len(examples))]))
 
 

@@ -18,8 +18,9 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
+from flexp.data.scores import unanswered
 from flexp.data.types import Forward
-from flexp.errors import ConfigError
+from flexp.errors import ConfigError, ModelError
 from flexp.export.trained import Trained
 
 MOST_NEW = 256  # tokens of a generated answer, where a task says nothing, as in the harness
@@ -182,4 +183,6 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             mask_BT[row, : len(ids)] = 1
         with torch.no_grad():
             logits_BTV: Tensor = self.forward({"input_ids": ids_BT, "attention_mask": mask_BT}).logits
+        if any(unanswered(logits_BTV, {"attention_mask": mask_BT})):
+            raise ModelError("the model answers with numbers that are not finite, so that it has no score")
         return logits_BTV

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 MISSING = "–"
+HUGE = 1e9
+"""From here on a number is written with a power of ten, so that it stays within its column."""
 
 _NAMES = {"n": "Examples", "auc": "AUC", "rmse": "RMSE", "mae": "MAE", "r2": "R²"}
 
@@ -30,7 +32,7 @@ def change(before: float | None, after: float | None, metric: str) -> str:
     if before is None or after is None:
         return MISSING
     difference = after - before
-    text = f"{100 * difference:+.1f}" if is_fraction(metric) else f"{difference:+.{_decimals(difference)}f}"
+    text = f"{100 * difference:+.1f}" if is_fraction(metric) else _written(difference, _decimals(difference), "+")
     return text.replace("-", "−") if text.strip("+-0.") else "±0"
 
 
@@ -43,8 +45,8 @@ def interval(mean: float | None, half: float | None, metric: str, note: str = ""
         return MISSING
     scale, unit = (100, " %") if is_fraction(metric) else (1, "")
     decimals = 1 if is_fraction(metric) else _enough(max(_decimals(mean), 3 if metric == "loss" else 0), half)
-    spread = "" if half is None else f" ± {scale * half:,.{decimals}f}"
-    return f"{scale * mean:,.{decimals}f}{spread}{unit}" + (f" ({note})" if note else "")
+    spread = "" if half is None else f" ± {_written(scale * half, decimals, ',')}"
+    return f"{_written(scale * mean, decimals, ',')}{spread}{unit}" + (f" ({note})" if note else "")
 
 
 def difference(mean: float | None, half: float | None, metric: str, note: str = "") -> str:
@@ -53,9 +55,9 @@ def difference(mean: float | None, half: float | None, metric: str, note: str = 
         return MISSING
     scale = 100 if is_fraction(metric) else 1
     decimals = 1 if is_fraction(metric) else _enough(_decimals(max(abs(mean), half or 0.0)), half)
-    size = f"{abs(scale * mean):,.{decimals}f}"
+    size = _written(abs(scale * mean), decimals, ",")
     sign = "" if not size.strip("0.") else "−" if mean < 0 else "+"
-    spread = "" if half is None else f" ± {scale * half:,.{decimals}f}"
+    spread = "" if half is None else f" ± {_written(scale * half, decimals, ',')}"
     return f"{sign}{size}{spread}" + (f" ({note})" if note else "")
 
 
@@ -72,8 +74,8 @@ def is_fraction(metric: str) -> bool:
 
 
 def number(value: float) -> str:
-    """Three or four significant figures, thousands separated: ``24.2``, ``0.0312``, ``12,431``."""
-    return f"{value:,.{_decimals(value)}f}"
+    """Three or four significant figures, thousands separated: ``24.2``, ``0.0312``, ``12,431``, ``1.24e+89``."""
+    return _written(value, _decimals(value), ",")
 
 
 def size(count: float | None) -> str:
@@ -130,6 +132,11 @@ def plural(number: int, noun: str) -> str:
 def cut(value: tuple[int, int] | list[int] | None) -> str:
     """A cut as the papers write it: ``(1, 6)``."""
     return MISSING if value is None else f"({value[0]}, {value[1]})"
+
+
+def _written(value: float, decimals: int, sign: str) -> str:
+    """With so many ``decimals``; ``sign`` as of a format: ``,`` or ``+``. A huge number has a power of ten instead."""
+    return f"{value:{sign.strip(',')}.2e}" if abs(value) >= HUGE else f"{value:{sign}.{decimals}f}"
 
 
 def _decimals(value: float) -> int:

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 from flexp.errors import StorageError
 from flexp.files import replacing, storage_error
+from flexp.finite import cleaned
 
 Record = dict[str, Any]
 
@@ -142,7 +143,7 @@ def _parse(line: bytes) -> Record | None:
         value = json.loads(line)
     except ValueError:  # also a broken UTF-8 sequence
         return None
-    return value if isinstance(value, dict) else None
+    return cleaned(value) if isinstance(value, dict) else None
 
 
 def _whole_length(path: Path) -> int | None:

@@ -34,7 +34,7 @@ from flexp.report.figures import (
 )
 from flexp.report.metrics import Record
 from flexp.report.progress import DECAY, Average
-from flexp.report.summary import SIDES, scores_by_round
+from flexp.report.summary import SIDES, aggregate, scores_by_round
 
 MOST_POINTS = 1500
 """Points drawn of one client's training curve; longer curves are thinned evenly."""
@@ -81,7 +81,7 @@ def learning_curves(summary: Mapping[str, Any], records: Sequence[Record]) -> Pl
                 legendgroup=side,
                 hovertemplate=f"%{{fullData.name}}, {SIDE_NAME[side]}<br>" + by_round,
             )
-        means = [mean(scores[name][side] for name in names) for scores in rounds.values()]
+        means = [aggregate(scores, bool(summary["higher_is_better"]))[f"{side}_mean"] for scores in rounds.values()]
         figure.add_scatter(
             x=list(rounds),
             y=means,

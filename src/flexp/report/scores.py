@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from flexp.finite import IMPOSSIBLE, NOT_FINITE, TABLES, UNDEFINED
 from flexp.report import formats
 from flexp.report.metrics import Record
 from flexp.report.tables import Table
 
-TABLES = ("f1_by_class", "confusion")
-"""Entries of a record's scores that are no figures."""
-_COUNTS = ("n", "questions", "tokens")
+_COUNTS = ("n", "questions", "tokens", NOT_FINITE, IMPOSSIBLE)
 
 
 def score_tables(found: Mapping[str, Mapping[str, Any]], metric: str, who: str, what: str) -> list[Table]:
@@ -22,7 +21,7 @@ def score_tables(found: Mapping[str, Mapping[str, Any]], metric: str, who: str, 
         who: what was scored, the first column's title.
         what: on which data, for the captions.
     """
-    keys = [key for key in _united(found.values()) if key not in (*TABLES, metric)]
+    keys = [key for key in _united(found.values()) if key not in (*TABLES, UNDEFINED, metric)]
     order = [*(["n"] if "n" in keys else []), metric, *(key for key in keys if key != "n")]
     rows = [[name, *(_shown(key, scores.get(key), metric) for key in order)] for name, scores in found.items()]
     titles = [formats.name(key) for key in order]

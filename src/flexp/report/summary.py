@@ -15,9 +15,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from flexp import finite
 from flexp.report.metrics import Record
 
 SCHEMA = 1
@@ -26,8 +28,21 @@ VALIDATION = "validation"
 UNKNOWN = "not audited"
 """What is said of what the server can read, where nobody looked."""
 
-Scores = dict[str, dict[str, float | None]]
-"""Client name → ``{"personal": score, "global": score}``, and ``validation`` where there is such data."""
+Scores = dict[str, dict[str, Any]]
+"""Client name → ``{"personal": score, "global": score}``, and ``validation`` where there is such data; ``undefined``:
+those of them whose examples define no such score, where there are any."""
+
+
+def scores_of(sides: Mapping[str, Any], metric: str) -> dict[str, Any]:
+    """One client's entry of :data:`Scores`, from what was found on each side; ``None`` of what is not finite."""
+    found: dict[str, Any] = {}
+    undefined = []
+    for side in (*SIDES, VALIDATION) if VALIDATION in sides else SIDES:
+        value = (sides.get(side) or {}).get(metric)
+        found[side] = value if value is not None and math.isfinite(value) else None
+        if metric in (sides.get(side) or {}).get(finite.UNDEFINED, ()):
+            undefined.append(side)
+    return {**found, finite.UNDEFINED: undefined} if undefined else found
 
 
 def scores_by_round(records: Iterable[Record], clients: Sequence[str], metric: str) -> dict[int, Scores]:
@@ -39,9 +54,7 @@ def scores_by_round(records: Iterable[Record], clients: Sequence[str], metric: s
     rounds: dict[int, Scores] = {}
     for record in records:
         if record.get("kind") == "eval" and record["client"] in clients:
-            sides = (*SIDES, VALIDATION) if VALIDATION in record else SIDES
-            found = {side: (record.get(side) or {}).get(metric) for side in sides}
-            rounds.setdefault(int(record["round"]), {})[record["client"]] = found
+            rounds.setdefault(int(record["round"]), {})[record["client"]] = scores_of(record, metric)
     return {number: rounds[number] for number in sorted(rounds) if len(rounds[number]) == len(set(clients))}
 
 
@@ -64,12 +77,12 @@ def aggregate(scores: Scores, higher_is_better: bool) -> dict[str, float | None]
     ``validation_mean``, ``validation_worst`` where every client has validation data.
 
     A value is None when any client's score is missing or was not a number: a mean without the failed client
-    would flatter.
+    would flatter. A client whose examples define no such score is in none of them.
     """
     result: dict[str, float | None] = {}
     validated = bool(scores) and all(VALIDATION in score for score in scores.values())
     for side in (*SIDES, VALIDATION) if validated else SIDES:
-        values = [score[side] for score in scores.values()]
+        values = [score[side] for score in scores.values() if side not in score.get(finite.UNDEFINED, ())]
         present = [value for value in values if value is not None]
         complete = bool(values) and len(present) == len(values)
         result[f"{side}_mean"] = sum(present) / len(present) if complete else None
@@ -123,7 +136,7 @@ def build_summary(
             ``train_examples``, ``test_examples``, ``personal_parameters``, ``bytes_up``, ``bytes_down``,
             ``client_seconds``, ``server_seconds``, ``peak_memory_bytes``; further keys are kept.
         records: records of ``metrics.jsonl``; only those of kind ``eval`` are used.
-        warnings: what is suspicious about the data.
+        warnings: what is suspicious about the data; models that do not answer with finite numbers are added.
         server_reads: what an audit says that the server can read.
         rounds: rounds trained; None: the latest fully evaluated one.
 
@@ -149,7 +162,8 @@ def build_summary(
         "method": method,
         "seed": seed,
         "finished": finished,
-        "warnings": list(warnings),
+        "warnings": [*warnings, *finite.warnings(records, names)],
+        "not_finite": finite.broken_at_end(records, names),
         "server_reads": server_reads,
         "test_examples": everybody[-1] if everybody else None,
         "rounds": (last or 0) if rounds is None else rounds,

@@ -29,6 +29,7 @@ from flexp.report.progress import Progress
 from flexp.report.summary import VALIDATION
 from flexp.run.diary import Diary, check_conducted
 from flexp.run.folder import check_state, told, write_facts
+from flexp.run.keeping import cache_notes
 from flexp.run.party import Party, patiently
 from flexp.run.settle import ClientSetup
 from flexp.run.store import SNAPSHOTS, Checkpoint, ParkedOnDisk, Store, party_of
@@ -98,6 +99,8 @@ def run_client(
         if audit is not None:
             audit.of(trainer)
         model.watch = Watch(lambda line: progress.note(f"{name}: {line}"))
+        for line in cache_notes({name: trainer}):
+            progress.note(line)
         moved = newest is not None and newest.facts["cut"] != list(setup.cut)
         if not moved:  # or else when the server has taken it so
             write_facts(state, setup.data, federation, setup.cut)  # first: it says that what follows is this client's

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from typing import TYPE_CHECKING, TypeVar
 
+from flexp import finite
 from flexp.client.model import SplitModel
 from flexp.client.recut import fit
 from flexp.client.trainer import Step, Trainer, cut_in, load_party, party_state
@@ -71,7 +73,7 @@ class Party:
         self.trainer, self.model, self.reach = trainer, trainer.model, reach
         self.snapshots, self.diary = snapshots, diary
         self._stop = threading.Event()
-        self.scores: dict[str, float] = {}
+        self.scores: Scores = {}
         self._run, self._patience, self._belongs = run, patience, setup.belonging(self.model.stage)
         self._mover, self._moved_from = mover, moved
         self._tell_cut, self._first_round = tell_cut, first_round
@@ -293,7 +295,10 @@ class Party:
         if "personal" in sides:
             self.scores = sides["personal"]
             value = self.scores[self.task.metric]
-            self.diary.note(f"{self.data.name}: round {number}, {self.task.metric} {value:.4g} on its own test data")
+            said = "has no value" if value is None else f"{value:.4g}"
+            self.diary.note(f"{self.data.name}: round {number}, {self.task.metric} {said} on its own test data")
+        for line in finite.told(number, {self.data.name: sides}):
+            self.diary.note(f"warning: {line}")
 
     def _restore(self, number: int) -> None:
         snapshot = self.snapshots.open(number)
@@ -368,8 +373,9 @@ class Party:
             facts[ENDED] = 1.0
         if self._moved_from is not None:
             facts[MOVED] = 1.0
-        if self.task.metric in self.scores and open_:
-            facts["score"] = float(self.scores[self.task.metric])
+        score = self.scores.get(self.task.metric)
+        if score is not None and math.isfinite(score) and open_:
+            facts["score"] = float(score)
         return facts
 
     @property

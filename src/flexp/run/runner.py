@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from flexp import finite
 from flexp.audit import Watch, unread, watchable, watching
 from flexp.client.meeting import FIRST, LAST, RARE
 from flexp.client.personal_head import Choice
 from flexp.config import RunConfig
 from flexp.config.loading import validate
 from flexp.data import load_federation
+from flexp.data.scores import Scores as Scored
 from flexp.data.scores import evaluate
 from flexp.data.split import check_same
 from flexp.data.types import Example, Federation
@@ -29,11 +30,11 @@ from flexp.report.progress import Progress
 from flexp.report.summary import (
     UNKNOWN,
     VALIDATION,
-    Scores,
     aggregate,
     best_round,
     picked_on,
     scores_by_round,
+    scores_of,
 )
 from flexp.report.tensorboard import writer_of
 from flexp.rng import generator
@@ -42,6 +43,7 @@ from flexp.run.belonging import BELONGS, belonging, check_session
 from flexp.run.costs import MemoryProbes
 from flexp.run.diary import Diary, ended, may_be_last
 from flexp.run.folder import AUDIT, MEND, check_length, data_of, is_joined, said, saved_facts
+from flexp.run.keeping import cache_notes
 from flexp.run.outcome import Summary, summary_of
 from flexp.run.participants import Dropped, place
 from flexp.run.recutting import Recutting
@@ -213,6 +215,8 @@ class _Run:
             with self.progress as progress:
                 for note in self.world.federation.remarks:
                     progress.note(note)
+                for note in cache_notes(self.method.clients) if isinstance(self.method, Split) else ():
+                    progress.note(note)
                 if self.first_round > 1:
                     progress.note(f"resumed after round {self.first_round - 1}")
                 if self.first_round == 0:
@@ -313,11 +317,11 @@ class _Run:
 
     def _evaluate(self, number: int) -> None:
         task, size = self.world.federation.task, self.config.evaluation.batch_size
-        scores: Scores = {}
+        found: dict[str, dict[str, Scored]] = {}
         extras = may_be_last(number, self.config.train)
         alike = getattr(self.method, "same_for_all", False)
         alike |= number == 0 and not self.config.privacy.of_texts  # before training all have what came, or were taught
-        everybody: dict[str, float] | None = None
+        everybody: Scored | None = None
         for client in self.world.federation.clients:
             forward = self.method.personal(client.name)
             personal = evaluate(forward, task, client.test, size, extras=extras)
@@ -327,12 +331,11 @@ class _Run:
             if client.validation:
                 sides[VALIDATION] = evaluate(forward, task, client.validation, size, extras=False)
             self.diary.scores(number, client.name, sides)
-            scores[client.name] = {side: values[task.metric] for side, values in sides.items()}
-        self.scored[number] = {
-            name: {side: value if value is not None and math.isfinite(value) else None for side, value in own.items()}
-            for name, own in scores.items()
-        }
-        self.progress.round(number, aggregate(scores, task.higher_is_better))
+            found[client.name] = sides
+        self.scored[number] = {name: scores_of(sides, task.metric) for name, sides in found.items()}
+        self.progress.round(number, aggregate(self.scored[number], task.higher_is_better))
+        for line in finite.told(number, found):
+            self.progress.note(f"warning: {line}")
 
     def _restore(self) -> int:
         """Load the last checkpoint; the round to go on with, 0 being the scores before training."""

@@ -44,6 +44,8 @@ def client_facts(
     taken = Counter((record["client"], int(record["round"])) for record in records if record["kind"] == "step")
     costs: dict[Any, Costs] = {}
     clock = VirtualTime(world, schedule)
+    done: Counter[str] = Counter()  # steps in earlier phases
+    begun: dict[str, tuple[tuple[int, int], int]] = {}  # each client's cut, and after how many steps it took it
     for phase in phases(world, records, rounds):
         now = _in_phase(world, phase)
         counted = costs.setdefault(phase.key, Costs(now))
@@ -52,34 +54,45 @@ def client_facts(
             steps = [taken[name, number] for number in phase.rounds]
             # Metered bytes are of the whole run: where anything changed in it, the counted exchange's are taken.
             account = method.account(name) if phase.only else None
+            if begun.get(name, (None, 0))[0] != phase.cuts[name]:  # other activations, which no server knows yet
+                begun[name] = phase.cuts[name], done[name]
             cost = _cost(counted, method, name)
-            work[name] = done = client_work(cost, account, steps, schedule)
+            cost = replace(cost, epoch=max(0, cost.epoch - (done[name] - begun[name][1])))  # what is left of the first
+            work[name] = own_work = client_work(cost, account, steps, schedule, begun=done[name])
             known = sum(steps) - cost.sent_anew(sum(steps))
             saved = known * cost.exchanges * (cost.before - cost.later_before)
-            facts[name]["client_flops"] += cost.client_step * sum(steps) + done.final - saved
+            facts[name]["client_flops"] += cost.client_step * sum(steps) + own_work.final - saved
             facts[name]["server_flops"] += cost.server_step * sum(steps)
+            done[name] += sum(steps)
         clock.go_on(phase, work)
     return facts, clock.facts()
 
 
-def client_work(cost: ExchangeCost, account: Account | None, steps: list[int], schedule: Schedule) -> ClientWork:
+def client_work(
+    cost: ExchangeCost, account: Account | None, steps: list[int], schedule: Schedule, *, begun: int = 0
+) -> ClientWork:
     """A client's work for the clock: operations as counted, bytes as metered in the whole run.
 
     Metered bytes are spread evenly over rounds (weights) or exchanges (activations, in the proportions of the messages
     of the counted one). Where a method sends both, the weights are those that the client trains, down before and up
     after every ``schedule.average_every`` rounds. Without an ``account`` they are those of the counted exchange.
+
+    Args:
+        cost: ``epoch`` is what is left of its first epoch.
+        begun: steps that it had done before these.
     """
     rounds, total = len(steps), sum(steps)
     anew = cost.sent_anew(total)
     counted_up = anew * cost.forward_up + (total - anew) * (cost.later_up or 0.0) + total * cost.backward_up
     pull_every, average_every = schedule.pull_every, schedule.average_every
+    pulls = (begun + total) // pull_every - begun // pull_every if pull_every else 0
     if account is None:
         up = cost.exchanges * counted_up
         down = float(cost.exchanges * total * (cost.forward_down + cost.backward_down))
-        down += cost.pull_down * (total // pull_every) if pull_every else 0
+        down += cost.pull_down * pulls
     else:
         up, down = float(account.training.bytes_up), float(account.training.bytes_down)
-    work = ClientWork(**vars(cost), steps=steps)
+    work = ClientWork(**vars(cost), steps=steps, begun=begun)
     if schedule.kind == "synchronous":
         extra = max(
             0, (total if account is None else account.gradient_evaluations) - total
@@ -94,7 +107,7 @@ def client_work(cost: ExchangeCost, account: Account | None, steps: list[int], s
         down = max(0.0, down - weights * math.ceil(rounds / average_every))
     if pull_every and cost.pull_down:
         work = replace(work, pull_every=pull_every)
-        down = max(0.0, down - cost.pull_down * (total // pull_every))
+        down = max(0.0, down - cost.pull_down * pulls)
     metered, down_each = up / cost.exchanges / counted_up, down / total / cost.exchanges
     down_known = cost.forward_down + cost.backward_down
     return replace(

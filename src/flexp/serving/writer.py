@@ -13,7 +13,7 @@ from typing import Any, Literal
 from flexp.data.tasks import task_of
 from flexp.data.tasks.chat import ROLES, ChatForm
 from flexp.data.tasks.text import pad_id
-from flexp.errors import ConfigError, DataError
+from flexp.errors import ConfigError, DataError, ModelError
 from flexp.export.client_folder import Connect
 from flexp.export.opening import open_trained
 from flexp.export.trained import LAST
@@ -101,6 +101,15 @@ def _nothing(_: str) -> None:
 
 def _never() -> bool:
     return False
+
+
+def _check(_: Any, scores_BV: Any) -> Any:
+    """Let logits pass that something is likeliest of; -inf is of what cannot be."""
+    if bool(scores_BV.isnan().any() | scores_BV.isposinf().any()):
+        raise ModelError(
+            "the model answers with numbers that are not finite, so it writes nothing: it diverged in training"
+        )
+    return scores_BV
 
 
 class Writer:
@@ -204,6 +213,7 @@ class Writer:
             ConfigError: a setting makes no sense, here or in the model's ``generation_config.json``.
             DataError: the prompt leaves no room, or has tokens that the model does not know.
             LinkError: the server refuses, or cannot be reached any more.
+            ModelError: the model answers with numbers that are not finite, of which the likeliest is no token.
         """
         import torch
 
@@ -232,6 +242,7 @@ class Writer:
                     pad_token_id=self._pad,
                     streamer=stream,
                     stopping_criteria=[Ending(stream, cancelled)],
+                    logits_processor=[_check],
                     **{**ONE, **options},
                 )
             except ValueError as error:  # transformers looks at all settings together

@@ -62,6 +62,25 @@ def test_a_missing_run_is_told() -> None:
     assert "(n = 2)" in row[-1]
 
 
+def test_runs_that_are_missing_are_told_as_they_are() -> None:
+    some = " ".join(shown(synthetic.tiny({"mine": [[0.9], [0.8]], "other": [[0.5]]})).split())
+    assert "Runs are missing of: other. Their means are over the other runs, which may flatter them." in some
+    none = " ".join(shown(synthetic.tiny({"mine": [[0.9]], "other": []})).split())
+    assert "No run is finished of: other." in none
+    assert "other runs" not in none
+
+
+def test_who_diverged_is_named_and_has_no_score() -> None:
+    made = synthetic.tiny({"mine": [[0.9, 0.8], [0.8, 0.9]], "other": [[0.5, 0.6], [0.95, None]]})
+    made["methods"][1]["runs"][1]["not_finite"] = ["c1"]
+    line = "Diverged, so that scores after the last round are missing: other (seed 1)."
+    assert line in " ".join(shown(made).split())
+    scores = grid(made, "scores")
+    assert (scores.rows[1][1:3], scores.rows[1][-1]) == (["–", "–"], "–")
+    views = [table for table in tables(made) if table.key in ("equal-time", "equal-bytes")]
+    assert [(table.rows[1][1], line in table.caption) for table in (scores, *views)] == [("–", True)] * 3
+
+
 def test_the_sign_for_perplexity_is_explained() -> None:
     made = grid(synthetic.comparison(metric="perplexity"), "scores")
     assert "the sign is turned, as a lower perplexity is better" in made.caption

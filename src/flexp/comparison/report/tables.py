@@ -53,7 +53,7 @@ def terminal_table(comparison: Mapping[str, Any]) -> RichTable:
     notes = [
         f"Mean over {formats.plural(len(comparison['seeds']), 'seed')} ± 95 % interval. Lead: by how much "
         f"{comparison['reference']} is better (−: worse), paired; {MARK} excludes 0.",
-        *([missing] if (missing := missing_line(comparison, found)) else []),
+        *filter(None, (missing_line(comparison, found), diverged_line(comparison))),
         *(f"{DROPPED} {line}" for line in dropped_lines(found)),
     ]
     rows = [
@@ -111,11 +111,34 @@ def dropped_lines(found: Iterable[Result]) -> list[str]:
 
 
 def missing_line(comparison: Mapping[str, Any], found: Iterable[Result]) -> str:
-    """Which methods lack runs, whose means are over the others; empty if none does."""
-    names = [result.name for result in found if result.seeds < len(comparison["seeds"])]
-    if not names:
+    """Which methods lack runs: all of them, or some, so that their means are over the others; empty if none does."""
+    given = list(found)
+    none = [result.name for result in given if not result.seeds]
+    some = [result.name for result in given if 0 < result.seeds < len(comparison["seeds"])]
+    lines = [f"No run is finished of: {', '.join(none)}."] if none else []
+    if some:
+        lines.append(
+            f"Runs are missing of: {', '.join(some)}. Their means are over the other runs, which may flatter them."
+        )
+    return " ".join(lines)
+
+
+def diverged_line(comparison: Mapping[str, Any]) -> str:
+    """Which methods ended with models that do not answer with finite numbers, so that they have no score; empty if none
+    did."""
+    found = {
+        str(method["name"]): [str(run["seed"]) for run in method["runs"] if run.get("not_finite")]
+        for method in ordered(comparison)
+    }
+    named = [
+        f"{name} (seed{'' if len(seeds) == 1 else 's'} {', '.join(seeds)})" for name, seeds in found.items() if seeds
+    ]
+    if not named:
         return ""
-    return f"Runs are missing of: {', '.join(names)}. Their means are over the other runs, which may flatter them."
+    return (
+        f"Diverged, so that scores after the last round are missing: {', '.join(named)}. There some client's model "
+        "answers with numbers that are not finite."
+    )
 
 
 def _reading(comparison: Mapping[str, Any]) -> str:
@@ -156,8 +179,8 @@ def _scores(comparison: Mapping[str, Any], found: list[Result]) -> Table:
         caption += " Best rounds are picked by looking at the test data, hence optimistic."
     else:
         caption += " Best rounds are picked on validation data."
-    if missing := missing_line(comparison, found):
-        caption += f" {missing}"
+    for line in filter(None, (missing_line(comparison, found), diverged_line(comparison))):
+        caption += f" {line}"
     if any(result.dropped.most for result in found):
         caption += (
             f" {DROPPED} Some clients' devices cannot hold this method: they take no part in its training and are "
@@ -229,6 +252,8 @@ def _view(comparison: Mapping[str, Any], axis: views.Axis) -> Table | None:
         f"Own test data after the last evaluated round within what {comparison['reference']} spent: {shown} {measure} "
         "(each seed has its own budget). Round 0 is before training."
     )
+    if line := diverged_line(comparison):
+        caption += f" {line}"
     headers = ["Method", f"{formats.name(metric)}, own data", "After round", _lead_header(comparison)]
     return Table(f"equal-{axis}", f"At equal {axis}", caption, headers, rows, _references(found))
 

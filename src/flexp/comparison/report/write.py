@@ -13,7 +13,7 @@ from typing import Any
 from flexp.comparison import views
 from flexp.comparison.report import curves, dots
 from flexp.comparison.report.results import Result, checked, ordered, results, settings_text, standings
-from flexp.comparison.report.tables import dropped_lines, lead, missing_line, score, tables
+from flexp.comparison.report.tables import diverged_line, dropped_lines, lead, missing_line, score, tables
 from flexp.comparison.statistics import Interval
 from flexp.errors import StorageError
 from flexp.files import write_text
@@ -95,6 +95,7 @@ def _page(comparison: Mapping[str, Any], made: Sequence[Table]) -> str:
         ],
         warnings=[
             *([f"This comparison is not finished. {missing}"] if missing else []),
+            *([ended] if (ended := diverged_line(comparison)) else []),
             *dropped_lines(found),
             *comparison.get("warnings", []),
         ],
@@ -144,6 +145,7 @@ def methods_csv(comparison: Mapping[str, Any]) -> str:
     at = {axis: {row.name: row for row in standings(comparison, axis)} for axis in ("bytes", "time")}
     for method, result in zip(ordered(comparison), results(comparison), strict=True):
         line: dict[str, Cell] = {"method": result.name, "kind": str(method["method"]), "seeds": result.seeds}
+        line["seeds_diverged"] = sum(bool(run.get("not_finite")) for run in method["runs"])
         line |= _interval("personal", result.personal) | _interval("worst_decile", result.worst)
         line |= _interval("global", result.everybody) | _interval("personal_loss", result.loss)
         line |= _interval("best", result.best)

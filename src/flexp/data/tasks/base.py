@@ -159,6 +159,10 @@ class BaseTask(ABC):
         """What of the classes is suspicious: one line each, for people to judge."""
         return []
 
+    def nothing_to_find(self, examples: Sequence[Example]) -> bool:
+        """Whether ``examples`` define no metric for a model that finds nothing in them."""
+        return False
+
     def class_weights(self, wanted: Literal["balanced"] | Mapping[str, float], examples: Sequence[Example]) -> Tensor:
         """What each class counts in the loss, (C,).
 

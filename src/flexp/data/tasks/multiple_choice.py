@@ -7,6 +7,7 @@ score asks instead which choice *text* the model finds likeliest after the quest
 
 from __future__ import annotations
 
+import math
 import string
 from collections import Counter
 from collections.abc import Collection, Sequence
@@ -125,7 +126,8 @@ class MultipleChoice(TextTask):
         return tally
 
     def score(self, forward: Forward, examples: Sequence[Example], batch_size: int) -> dict[str, float]:
-        """``cloze_accuracy``: how often the right choice has the greatest log-likelihood per token."""
+        """``cloze_accuracy``: how often the right choice has the greatest log-likelihood per token; NaN if the model
+        does not answer with finite numbers."""
         rows: list[Example] = []
         for example in examples:
             for option in example["options"]:
@@ -133,6 +135,8 @@ class MultipleChoice(TextTask):
                 ids, start, _ = fit_end(self.processor, ids, start, Limit(self.limit.tokens), "")
                 rows.append(answer_example(ids, range(start, len(ids))))
         tally = scored(forward, self.collate, lambda logits, labels, _: token_tally(logits, labels), rows, batch_size)
+        if tally.broken:
+            return {"cloze_accuracy": math.nan}
         per_token = [loss / max(items, 1) for loss, items in zip(tally.loss, tally.items, strict=True)]
         hits = offset = 0
         for example in examples:

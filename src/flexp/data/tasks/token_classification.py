@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from flexp.config import DataConfig
 from flexp.data.columns import lists_of_labels
-from flexp.data.measures import PREFIXES, class_scores, confusion, entity_scores, prefix_of
+from flexp.data.measures import PREFIXES, class_scores, confusion, entities, entity_scores, prefix_of
 from flexp.data.survey import Column, column_of
 from flexp.data.tasks.base import Limit, SeveralLabels, class_details, place
 from flexp.data.tasks.text import pad
@@ -79,6 +79,9 @@ class TokenClassification(SeveralLabels):
 
     def classes_in(self, example: Example) -> list[str]:
         return [self.label_names[tag] for tag in example["labels"] if tag != IGNORED]
+
+    def nothing_to_find(self, examples: Sequence[Example]) -> bool:
+        return self.entities and not any(entities(self.classes_in(example)) for example in examples)
 
     def encode(self, rows: Sequence[Row]) -> list[Example]:
         """The words' tokens, ``labels`` on the first token of each; ``words``: how many there are, cut ones too."""
